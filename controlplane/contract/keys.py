@@ -1,0 +1,62 @@
+"""Where things are in etcd, and how their values are written (JSON: operators read them with etcdctl)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+from controlplane.contract.errors import PeerError
+
+T = TypeVar("T")
+
+encode = msgspec.json.encode
+
+
+def decode(value: bytes, kind: type[T], key: str) -> T:
+    """Parse one value; junk becomes a PeerError that names the key, here and nowhere later."""
+    try:
+        return msgspec.json.decode(value, type=kind)
+    except msgspec.MsgspecError as error:
+        raise PeerError(f"etcd key {key}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Key names of one cluster."""
+
+    cluster: str
+
+    @property
+    def root(self) -> str:
+        return f"/kevlarflow/{self.cluster}/"
+
+    @property
+    def leader(self) -> str:
+        return f"{self.root}leader/"
+
+    @property
+    def nodes(self) -> str:
+        return f"{self.root}nodes/"
+
+    @property
+    def controllers(self) -> str:
+        return f"{self.root}controllers/"
+
+    @property
+    def gateways(self) -> str:
+        return f"{self.root}gateways/"
+
+    @property
+    def operations(self) -> str:
+        return f"{self.root}operations/"
+
+    def topology(self, group: str) -> str:
+        return f"{self.root}groups/{group}/topology"
+
+    def node(self, node: str) -> str:
+        return f"{self.nodes}{node}"
+
+    def operation(self, operation_id: str) -> str:
+        return f"{self.operations}{operation_id}"

@@ -1,0 +1,77 @@
+"""What processes register in etcd, and operations: small, declarative, owned by one writer each."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from controlplane.contract.ids import Member, NodeId
+
+
+class NodeRecord(msgspec.Struct, frozen=True):
+    """A node process whose weights are loaded and whose ports are open. Leased: gone when the process is."""
+
+    member: Member
+    group: str
+    stage: int  # the stage whose weights it holds
+    num_stages: int
+    link_address: str  # "host:port" of the UCX listener
+    rpc_address: str  # "host:port" of the front door (gRPC)
+    weights_digest: str  # of the stage's tensors: only equal digests may stand in for each other
+    pool_blocks: int
+    block_size: int  # tokens
+    pid: int
+    rank: int = 0
+    fault_domain: dict[str, str] = {}  # labels, outermost first: {"site": ..., "rack": ..., "host": ...}
+    started_unix_s: float = 0.0
+
+
+class ControllerRecord(msgspec.Struct, frozen=True):
+    """A candidate for leader. Leased."""
+
+    id: str
+    rpc_address: str  # gRPC: node reports
+    admin_address: str  # HTTP: admin API and dashboard
+    pid: int
+
+
+class GatewayRecord(msgspec.Struct, frozen=True):
+    """A gateway. Leased."""
+
+    id: str
+    address: str  # HTTP "host:port"
+    pid: int
+
+
+class OperationKind(StrEnum):
+    DRAIN = "drain"
+    UNDRAIN = "undrain"
+    REPLACE = "replace"
+
+
+class OperationState(StrEnum):
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Operation(msgspec.Struct, frozen=True):
+    """What an operator asked for. It stays in etcd, so that a new leader resumes it; ids make it idempotent."""
+
+    id: str
+    kind: OperationKind
+    node: NodeId
+    substitute: NodeId | None = None  # replace --with
+    # replace without --with: the incarnation that has to make way for a fresh one
+    incarnation: str | None = None
+    state: OperationState = OperationState.RUNNING
+    message: str = ""
+    created_unix_s: float = 0.0
+    deadline_unix_s: float = 0.0  # 0: none
+    finished_unix_s: float = 0.0
+
+    @property
+    def open(self) -> bool:
+        return self.state is OperationState.RUNNING

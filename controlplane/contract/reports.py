@@ -1,0 +1,77 @@
+"""What nodes tell the controllers: one stream a node and candidate, a report every heartbeat and at once on news."""
+
+from __future__ import annotations
+
+import msgspec
+
+from controlplane.contract.ids import Member, PipelineId
+
+
+class LinkReport(msgspec.Struct, frozen=True):
+    """What a node knows of a neighbour through its links: independent evidence of life."""
+
+    peer: Member
+    up: bool
+    silent_s: (
+        float  # seconds since the neighbour was last heard on a link; 0 when it is not expected to speak
+    )
+    reason: str = ""  # why the link is down
+
+
+class TargetReport(msgspec.Struct, frozen=True):
+    """How far behind one copy of a pipeline's KV is, by what its holder acknowledged."""
+
+    target: Member
+    lag_tokens: int  # written here, not acknowledged there (whole blocks, unless the pipeline is quiescing)
+
+
+class PipelineReport(msgspec.Struct, frozen=True):
+    """One pipeline as one of its stages sees it."""
+
+    pipeline: PipelineId
+    epoch: int
+    stage: int
+    last_step: int  # number of the last step that this stage has executed in this epoch; -1: none
+    running: int = 0  # scheduler only: requests in batches
+    waiting: int = 0  # scheduler only: requests queued
+    quiesced_step: int = (
+        -2
+    )  # scheduler only: last step issued once none is in flight and none will start; -2: not quiesced
+    stalled_s: float = 0.0  # scheduler only: age of the oldest step in flight
+    targets: tuple[TargetReport, ...] = ()
+
+
+class RecoveryReport(msgspec.Struct, frozen=True):
+    """One recovery as the pipeline's scheduler timed it (unix seconds)."""
+
+    pipeline: PipelineId
+    epoch: int
+    seen_unix_s: float  # the new topology arrived
+    connected_unix_s: float  # every stage answered in the new epoch
+    restored_unix_s: float  # the positions to resume from are known and the first step was sent
+    first_token_unix_s: float  # the first token of the new epoch was emitted; 0 if there was none to emit
+    requests: int
+    tokens_recomputed: int
+    planned: bool  # a move, not a failure
+
+
+class NodeReport(msgspec.Struct, frozen=True):
+    member: Member
+    seq: int  # grows by one with each report of this member, on each stream
+    unix_s: float
+    progress: int  # steps executed since start: a node that answers but does not advance is seen
+    pipelines: tuple[PipelineReport, ...] = ()
+    links: tuple[LinkReport, ...] = ()
+    recoveries: tuple[RecoveryReport, ...] = ()  # new since the last report
+    blocks_used: int = 0
+    blocks_replica: int = 0
+    blocks_total: int = 0
+    topology_counter: int = 0  # the newest topology this node has acted on
+    leaving: bool = False  # the process is about to exit on purpose
+    counters: dict[str, int] = {}  # monotonic; exported by the controllers as Prometheus counters
+
+
+class ReportAck(msgspec.Struct, frozen=True):
+    """Sent for each report: lets a node see which controllers hear it."""
+
+    seq: int

@@ -1,0 +1,94 @@
+"""Requests between gateway and scheduler. A request is its prompt, its sampling, its seed and its emitted tokens."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from controlplane.contract.ids import PipelineId
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """Everything that decides the next token beside the token log. Resolved by the gateway: no defaults from elsewhere."""
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0  # stop tokens are masked before
+    stop_token_ids: tuple[int, ...] = ()  # end-of-sequence tokens included, unless the client said ignore_eos
+    logprobs: int | None = None  # None: off; k: the chosen token and the k most likely
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # a stop token
+    LENGTH = "length"  # max_tokens or the model's context
+    ERROR = "error"  # see ErrorCode in the item
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """Start a request, or go on with one: `emitted` is what its client already has.
+
+    Idempotent: for a request that the scheduler already runs it re-attaches the sender, and tokens from
+    position len(emitted) on are sent again.
+    """
+
+    rid: int
+    pipeline: PipelineId
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    emitted: tuple[int, ...] = ()
+    priority: int = 0  # lower runs first
+    admitted: bool = False  # an earlier scheduler accepted it: it may not be refused for load
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    rid: int
+    pipeline: PipelineId
+
+
+GatewayMessage = Submit | Cancel
+
+
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """One token of one stream. `position` counts generated tokens from 0."""
+
+    rid: int
+    position: int
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    finish: FinishReason | None = None  # this is the last token
+
+
+class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
+    pipeline: PipelineId
+    epoch: int
+    items: tuple[Token, ...]
+
+
+class RefusalCode(StrEnum):
+    OVERLOADED = "overloaded"  # try another pipeline or later
+    NOT_HERE = "not_here"  # this member does not run that pipeline's scheduler (any more, or yet)
+    QUARANTINED = "quarantined"  # the request broke a step (non-finite numbers): it must not be tried again
+    INVALID = "invalid"  # can never run here (too long for the pool)
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The request does not (or no longer) run here, and why."""
+
+    rid: int
+    pipeline: PipelineId
+    code: RefusalCode
+    message: str
+    retry_after_s: float = 0.0
+
+
+SchedulerMessage = Tokens | Refused

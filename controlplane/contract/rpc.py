@@ -1,0 +1,39 @@
+"""The two gRPC services, as method names and codecs.
+
+Messages are msgspec Structs in MessagePack: decoding validates against the types, and no second set of
+generated classes has to be kept equal to the first (ARCHITECTURE.md, "Design decisions").
+
+    Frontdoor.Serve   gateway -> node         stream GatewayMessage <-> stream SchedulerMessage
+    Control.Report    node    -> controller   stream NodeReport     <-> stream ReportAck
+
+Each call carries the cluster's secret as `authorization: Bearer <hex HMAC>` (see `auth.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import msgspec
+
+from controlplane.contract.reports import NodeReport, ReportAck
+from controlplane.contract.requests import GatewayMessage, SchedulerMessage
+
+FRONTDOOR = "kevlarflow.Frontdoor"
+FRONTDOOR_SERVE = f"/{FRONTDOOR}/Serve"
+CONTROL = "kevlarflow.Control"
+CONTROL_REPORT = f"/{CONTROL}/Report"
+
+encode = msgspec.msgpack.Encoder().encode
+decode_gateway_message = msgspec.msgpack.Decoder(GatewayMessage).decode
+decode_scheduler_message = msgspec.msgpack.Decoder(SchedulerMessage).decode
+decode_report = msgspec.msgpack.Decoder(NodeReport).decode
+decode_ack = msgspec.msgpack.Decoder(ReportAck).decode
+
+
+def stream_handler(service: str, method: str, behaviour: Any, decode: Any) -> grpc.GenericRpcHandler:
+    """A server-side handler for one bidirectional stream, to be given to `server.add_generic_rpc_handlers`."""
+    handler = grpc.stream_stream_rpc_method_handler(
+        behaviour, request_deserializer=decode, response_serializer=encode
+    )
+    return grpc.method_handlers_generic_handler(service, {method: handler})

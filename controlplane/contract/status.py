@@ -1,0 +1,121 @@
+"""The cluster as a controller sees it: what the admin API answers, kfadmin prints and the dashboard draws."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from controlplane.contract.ids import Member, NodeId, PipelineId
+from controlplane.contract.records import Operation
+from controlplane.contract.topology import Mode, Move
+
+
+class NodeState(StrEnum):
+    GREEN = "green"
+    YELLOW = "yellow"  # suspected: gets no new duty
+    RED = "red"  # dead, as far as the evidence goes
+    ABSENT = "absent"  # a home that never registered
+
+
+class NodeStatus(msgspec.Struct, frozen=True):
+    node: NodeId
+    state: NodeState
+    incarnation: str = ""
+    evidence: str = ""  # why it is not green
+    stage: int = -1
+    serving: tuple[str, ...] = ()  # "p0/1": pipeline and stage
+    cordoned: bool = False
+    link_address: str = ""
+    rpc_address: str = ""
+    pid: int = 0
+    silent_s: float = 0.0
+    progress: int = 0
+    blocks_used: int = 0
+    blocks_replica: int = 0
+    blocks_total: int = 0
+    fault_domain: dict[str, str] = {}
+    counters: dict[str, int] = {}
+
+
+class StageStatus(msgspec.Struct, frozen=True):
+    homes: tuple[NodeId, ...]
+    serving: tuple[Member, ...]
+    borrowed: bool  # somebody else's node serves
+    replicas: tuple[Member, ...]
+    lag_tokens: int  # of the slowest replica; -1: unprotected or unknown
+
+
+class PipelineState(StrEnum):
+    UP = "up"
+    DEGRADED = "degraded"  # serves with a borrowed node
+    MOVING = "moving"  # a planned move is under way
+    DOWN = "down"
+    FORMING = "forming"  # never served yet
+
+
+class PipelineStatus(msgspec.Struct, frozen=True):
+    id: PipelineId
+    state: PipelineState
+    epoch: int
+    stages: tuple[StageStatus, ...]
+    running: int
+    waiting: int
+    move: Move | None = None
+
+
+class ControllerStatus(msgspec.Struct, frozen=True):
+    id: str
+    admin_address: str
+    pid: int
+    leader: bool
+
+
+class GatewayStatus(msgspec.Struct, frozen=True):
+    id: str
+    address: str
+    pid: int
+
+
+class ClusterStatus(msgspec.Struct, frozen=True):
+    cluster: str
+    group: str
+    model: str
+    mode: Mode
+    available: bool  # at least one pipeline serves
+    counter: int  # of the newest topology
+    paused: bool
+    leader: str  # "" while there is none
+    answered_by: str  # the controller that made this
+    etcd_age_s: float  # seconds since etcd was last heard: how old all of this may be
+    nodes: tuple[NodeStatus, ...]
+    pipelines: tuple[PipelineStatus, ...]
+    controllers: tuple[ControllerStatus, ...]
+    gateways: tuple[GatewayStatus, ...]
+    operations: tuple[Operation, ...]
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One line of a pre-flight."""
+
+    level: str  # "ok", "warn", "fail": any fail refuses the operation
+    name: str
+    message: str
+
+
+class OperationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of POST /admin/v1/operations. The id comes from the client, so that sending it twice does it once."""
+
+    id: str
+    kind: str
+    node: NodeId
+    substitute: NodeId | None = None
+    dry_run: bool = False
+    deadline_s: float = 0.0
+
+
+class OperationAnswer(msgspec.Struct, frozen=True):
+    accepted: bool  # false: refused, or a dry run; nothing was changed
+    checks: tuple[Check, ...]
+    plan: tuple[str, ...]  # the steps, in words
+    operation: Operation | None = None

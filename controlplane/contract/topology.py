@@ -1,0 +1,108 @@
+"""The topology of one group: who serves which stage of which pipeline, in which epoch.
+
+It is one value in etcd, written whole by the leader with a compare-and-swap, and the only channel by
+which the control plane tells the data plane anything: nodes and gateways watch it and act on what it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import StrEnum
+
+import msgspec
+
+from controlplane.contract.ids import Member, NodeId, PipelineId
+
+
+class Mode(StrEnum):
+    """What protects a group (PAPERS.md, "Baselines that we keep as modes")."""
+
+    REPLICATE = "replicate"  # copy KV to a peer; borrow a peer on failure
+    NONE = "none"  # borrow a peer on failure, recompute from the token log
+    STOP_RESTART = "stop-restart"  # an instance with a dead node is gone until it has been restarted
+
+
+class MovePhase(StrEnum):
+    COPY = "copy"  # KV is copied to the destination while the pipeline serves
+    QUIESCE = "quiesce"  # the scheduler holds new steps back, the source flushes its last KV
+
+
+class Move(msgspec.Struct, frozen=True):
+    """A planned change of the node that serves one stage: copy, quiesce, then a switch of the epoch."""
+
+    stage: int
+    to: Member
+    phase: MovePhase
+    reason: str  # "hand-back", or the id of the operation that asked for it
+    attempt: int = 0  # quiesce attempts that had to be called off
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """One stage of a pipeline. `ranks` has one member for each tensor-parallel rank; empty: nobody serves."""
+
+    homes: tuple[NodeId, ...]  # the nodes that serve when all is well, one a rank
+    ranks: tuple[Member, ...] = ()
+    replicas: tuple[Member, ...] = ()  # where the serving rank copies its KV; empty: unprotected
+
+    @property
+    def leader(self) -> Member | None:
+        """Rank 0, which owns the stage's links."""
+        return self.ranks[0] if self.ranks else None
+
+
+class Pipeline(msgspec.Struct, frozen=True):
+    """One instance of the model. `epoch` is the counter of the write that last changed who serves it."""
+
+    id: PipelineId
+    epoch: int
+    stages: tuple[Stage, ...]
+    move: Move | None = None
+
+    @property
+    def up(self) -> bool:
+        return all(stage.ranks for stage in self.stages)
+
+    @property
+    def scheduler(self) -> Member | None:
+        """The member that runs the scheduler, or None while the pipeline is down."""
+        return self.stages[0].leader if self.up else None
+
+    def members(self) -> Iterator[Member]:
+        for stage in self.stages:
+            yield from stage.ranks
+
+    def stages_of(self, member: Member) -> list[int]:
+        return [index for index, stage in enumerate(self.stages) if member in stage.ranks]
+
+
+class Topology(msgspec.Struct, frozen=True):
+    """The whole value. `counter` grows by one with each write and is never used twice."""
+
+    group: str
+    counter: int
+    mode: Mode
+    pipelines: tuple[Pipeline, ...]
+    cordoned: tuple[NodeId, ...] = ()  # get no new duty: not donors, not replica targets, not handed back to
+    retired: tuple[Member, ...] = ()  # must exit; their launcher starts a fresh incarnation
+    paused: bool = False  # automation is off: nothing is planned until it is resumed
+
+    def pipeline(self, pipeline_id: PipelineId) -> Pipeline | None:
+        return next((p for p in self.pipelines if p.id == pipeline_id), None)
+
+    def serving(self, node: NodeId) -> list[tuple[PipelineId, int]]:
+        """Every (pipeline, stage) that any incarnation of `node` serves."""
+        return [
+            (p.id, index)
+            for p in self.pipelines
+            for index, stage in enumerate(p.stages)
+            if any(member.node == node for member in stage.ranks)
+        ]
+
+
+def quota_blocks(pool_blocks: int, pipelines_served: int) -> int:
+    """KV blocks that one pipeline may use on a node: half the pool, or less when the node serves more than two.
+
+    The other half is room for replicas, and therefore for the pipeline that a peer's death brings: promoting
+    its replicas can never run out of space.
+    """
+    return pool_blocks // max(2, pipelines_served)

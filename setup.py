@@ -1,0 +1,37 @@
+"""Cython extensions. Everything else about the build is in pyproject.toml."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+# Found without importing it: importing would load UCX into the build process.
+_spec = importlib.util.find_spec("libucx")
+if _spec is None or _spec.origin is None:
+    raise SystemExit("building needs the libucx-cu12 package: pip install libucx-cu12==1.21.0")
+UCX = Path(_spec.origin).parent
+
+FAST = ["-O3", "-fno-math-errno", "-ffp-contract=off"]
+
+extensions = [
+    Extension("dataplane._fast.blocktable", ["dataplane/_fast/blocktable.pyx"], extra_compile_args=FAST),
+    Extension(
+        "dataplane._fast.ucp",
+        ["dataplane/_fast/ucp.pyx"],
+        include_dirs=[str(UCX / "include")],
+        library_dirs=[str(UCX / "lib")],
+        libraries=["ucp", "ucs"],
+        # The libraries are found by soname: transport/ucx.py loads them from the libucx package first.
+        extra_compile_args=["-O2"],
+    ),
+    Extension(
+        "kernels.cpu._attention",
+        ["kernels/cpu/_attention.pyx", "kernels/cpu/attention.c"],
+        extra_compile_args=FAST,
+    ),
+]
+extensions = [e for e in extensions if all(os.path.exists(s) for s in e.sources)]
+
+setup(ext_modules=cythonize(extensions, language_level=3))
