@@ -1,0 +1,148 @@
+"""Which rows the next step computes: running requests first, then prompts in chunks, then who waits.
+
+Every request reserves the KV blocks it needs before it is given rows, against the pipeline's quota; all stages
+hold the same number of blocks a request, so the scheduler's count is every stage's count.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from controlplane.contract.config import EngineConfig
+from dataplane.core.request import Phase, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    block_size: int  # tokens
+    max_batch_tokens: int  # rows of one step
+    max_running: int
+    max_waiting: int
+    context_len: int  # tokens, prompt and output
+    orphan_grace_s: float
+
+    @classmethod
+    def from_config(cls, engine: EngineConfig, context_len: int, orphan_grace_s: float) -> Limits:
+        return cls(
+            engine.block_size,
+            engine.max_batch_tokens,
+            engine.max_running,
+            engine.max_waiting,
+            context_len,
+            orphan_grace_s,
+        )
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+
+class Batcher:
+    def __init__(self, limits: Limits, num_stages: int) -> None:
+        self.limits = limits
+        self.num_stages = num_stages
+        self.quota_blocks = 0
+        self.used_blocks = 0
+        self.running: dict[int, Request] = {}  # in order of admission
+        self._waiting: list[tuple[int, int, int]] = []  # heap of (priority, order, rid)
+        self._queued: dict[int, Request] = {}
+
+    def enqueue(self, request: Request) -> None:
+        self._release(request)
+        request.phase = Phase.WAITING
+        self._queued[request.rid] = request
+        heapq.heappush(self._waiting, (request.priority, request.order, request.rid))
+        if len(self._waiting) > 2 * len(self._queued) + 64:  # entries of requests that were cancelled
+            self._waiting = [(r.priority, r.order, r.rid) for r in self._queued.values()]
+            heapq.heapify(self._waiting)
+
+    def never_fits(self) -> list[Request]:
+        """Waiting requests that the quota, as it is now, could not hold even alone."""
+        return [r for r in self._queued.values() if self.limits.blocks_for(r.total + 1) > self.quota_blocks]
+
+    def remove(self, request: Request) -> None:
+        """The request is no longer here to run, whether it ran or waited."""
+        self._queued.pop(request.rid, None)
+        self._release(request)
+
+    def adopt(self, request: Request) -> bool:
+        """Run a request whose KV the stages already hold. False when the quota has no room for it."""
+        if len(self.running) >= self.limits.max_running or not self._reserve(request, request.total):
+            return False
+        self.running[request.rid] = request
+        return True
+
+    def preempt_until_fits(self) -> list[Request]:
+        """The requests, youngest first, that must give their blocks back for the quota to hold."""
+        victims = []
+        while self.used_blocks > self.quota_blocks and self.running:
+            victims.append(self._preempt_youngest())
+        return victims
+
+    def next_rows(self, admit: bool) -> tuple[list[tuple[Request, int]], list[Request]]:
+        """Rows (request, token count) for the next step, and the requests preempted to make room.
+
+        A microbatch takes at most its share of the running requests, so that all stages have work.
+        """
+        rows: list[tuple[Request, int]] = []
+        preempted: list[Request] = []
+        budget = self.limits.max_batch_tokens
+        share = -(-max(len(self.running), 1) // self.num_stages)
+        # Decodes first: they are one row each, and somebody reads along.
+        ready = [r for r in self.running.values() if r.issued < r.total]
+        ready.sort(key=lambda r: r.total - r.issued > 1)
+        for request in ready:
+            if budget == 0 or len(rows) >= share:
+                break
+            if request.rid not in self.running:
+                continue  # preempted a moment ago
+            count = min(request.total - request.issued, budget)
+            while not self._reserve(request, request.issued + count):
+                victim = self._preempt_youngest()
+                preempted.append(victim)
+                rows = [row for row in rows if row[0] is not victim]
+                if victim is request:
+                    break
+            else:
+                rows.append((request, count))
+                budget -= count
+        if admit and not preempted:
+            self._admit(rows, budget)
+        return rows, preempted
+
+    def _admit(self, rows: list[tuple[Request, int]], budget: int) -> None:
+        while budget > 0 and self._waiting and len(self.running) < self.limits.max_running:
+            _, _, rid = self._waiting[0]
+            request = self._queued.get(rid)
+            if request is None:
+                heapq.heappop(self._waiting)
+                continue
+            # Room for the whole prompt and one more token: a prompt is not begun to be preempted half-way.
+            if not self._reserve(request, request.total + 1):
+                return
+            heapq.heappop(self._waiting)
+            del self._queued[rid]
+            request.phase = Phase.RUNNING
+            self.running[rid] = request
+            count = min(request.total, budget)
+            rows.append((request, count))
+            budget -= count
+
+    def _reserve(self, request: Request, tokens: int) -> bool:
+        need = self.limits.blocks_for(tokens) - request.blocks
+        if need > 0:
+            if self.used_blocks + need > self.quota_blocks:
+                return False
+            self.used_blocks += need
+            request.blocks += need
+        return True
+
+    def _release(self, request: Request) -> None:
+        self.running.pop(request.rid, None)
+        self.used_blocks -= request.blocks
+        request.blocks = 0
+
+    def _preempt_youngest(self) -> Request:
+        victim = max(self.running.values(), key=lambda r: (r.priority, r.order))
+        self._release(victim)
+        return victim

@@ -1,0 +1,148 @@
+"""What nodes say to each other. Each message travels as one frame (transport/frames.py).
+
+`fence` is (epoch, round): the epoch of the pipeline, and the scheduler's count of re-synchronisations in
+it. A receiver that has seen a later fence drops the message; that is all it takes to make a node that was
+only slow harmless.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from controlplane.contract.ids import PipelineId
+from controlplane.contract.requests import Sampling
+
+
+class Fence(msgspec.Struct, frozen=True, order=True, array_like=True):
+    epoch: int
+    round: int = 0
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """`count` tokens of one request from position `start` on; `sample` asks for the token after the last."""
+
+    rid: int
+    start: int
+    count: int
+    sample: bool
+
+
+class Admit(msgspec.Struct, frozen=True, array_like=True):
+    """What the last stage needs to sample: sent before a request's first row after every change of fence."""
+
+    rid: int
+    sampling: Sampling
+    prompt: bytes  # int32, little endian
+    output: bytes  # int32, little endian: generated so far
+
+
+class StepMeta(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """One microbatch. The payload is its activations, [sum of counts, hidden], after the previous stage."""
+
+    pipeline: PipelineId
+    fence: Fence
+    step: int
+    rows: tuple[Row, ...]
+    admits: tuple[Admit, ...] = ()
+    frees: tuple[int, ...] = ()  # requests whose KV is given back, before the rows run
+
+
+class Sample(msgspec.Struct, frozen=True, array_like=True):
+    rid: int
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class ResultMeta(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """The last stage to the scheduler: the step is done."""
+
+    pipeline: PipelineId
+    fence: Fence
+    step: int
+    samples: tuple[Sample, ...]
+    poisoned: tuple[int, ...] = ()  # requests whose logits were not finite
+
+
+class StepFailedMeta(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """A stage to the scheduler: the step went no further."""
+
+    pipeline: PipelineId
+    fence: Fence
+    step: int
+    stage: int
+    reason: str  # "link", "space"
+
+
+class RejoinMeta(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """The scheduler to each stage: how much KV do you hold of these requests?
+
+    A stage promotes the replicas it has of them. `complete` says that no other request of the pipeline is
+    alive: what else the stage holds of it is given back.
+    """
+
+    pipeline: PipelineId
+    fence: Fence
+    ask: int
+    rids: tuple[int, ...]
+    complete: bool
+
+
+class HeldMeta(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    pipeline: PipelineId
+    fence: Fence
+    ask: int
+    stage: int
+    held: tuple[tuple[int, int], ...]  # (rid, tokens)
+
+
+class KvMeta(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """One KV block of one request for the peer that keeps a copy; the payload is the block's bytes."""
+
+    pipeline: PipelineId
+    fence: Fence
+    rid: int
+    index: int  # block number within the request
+    tokens: int  # valid tokens in the request once this block is stored
+    checksum: int  # CRC-32 of the payload
+
+
+class KvAckMeta(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    """The holder's watermarks. `whole` answers a query: requests not named here are not held."""
+
+    pipeline: PipelineId
+    fence: Fence
+    held: tuple[tuple[int, int], ...]  # (rid, tokens stored without a gap)
+    whole: bool = False
+    refused: bool = False  # the block was not stored (no room, a gap): go on from the watermark, later
+
+
+class KvQueryMeta(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """A source that (re)starts to protect a pipeline asks its holder what it already has."""
+
+    pipeline: PipelineId
+    fence: Fence
+
+
+class KvDropMeta(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    pipeline: PipelineId
+    fence: Fence
+    rids: tuple[int, ...]
+
+
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag=10):
+    """Says nothing but "I am here": sent on links that would otherwise be silent."""
+
+
+Meta = (
+    StepMeta
+    | ResultMeta
+    | StepFailedMeta
+    | RejoinMeta
+    | HeldMeta
+    | KvMeta
+    | KvAckMeta
+    | KvQueryMeta
+    | KvDropMeta
+    | Ping
+)

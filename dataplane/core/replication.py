@@ -1,0 +1,137 @@
+"""Copying KV to one holder: what to send next, and how far behind the holder is.
+
+A watermark is what the holder acknowledged, never more. Whole blocks are copied as they fill; while the
+pipeline is quiesced for a move the part-filled ones are copied too, so that nothing has to be recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from controlplane.contract.ids import Member
+
+WINDOW_BLOCKS = 64  # sent and not acknowledged
+ANSWER_LIMIT_S = 2.0  # without an acknowledgement: ask again what the holder has
+REFUSED_PAUSE_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Send block `index` of a request; `tokens` are valid once it is stored."""
+
+    rid: int
+    index: int
+    tokens: int
+
+
+@dataclass(slots=True)
+class _Progress:
+    sent: int = 0
+    acked: int = 0
+    paused_until: float = 0.0
+
+
+class ReplicaSource:
+    """One (pipeline, holder) pair, as the serving node sees it. `tokens_of(rid)` is what KV is valid here."""
+
+    def __init__(self, target: Member, block_size: int, tokens_of: Callable[[int], int]) -> None:
+        self.target = target
+        self.block_size = block_size
+        self.known = False  # the holder has said what it has
+        self._tokens_of = tokens_of
+        self._asked_at: float | None = None
+        self._heard_at = 0.0
+        self._progress: dict[int, _Progress] = {}
+        self._dirty: dict[int, None] = {}  # requests with something to send, oldest first
+        self._unacked: set[int] = set()
+
+    def must_ask(self, now: float) -> bool:
+        """Whether to send a query now: at first, and again when the holder has been silent too long."""
+        if self.known and self._unacked and now - self._heard_at > ANSWER_LIMIT_S:
+            self.known = False
+        if self.known or (self._asked_at is not None and now - self._asked_at < ANSWER_LIMIT_S):
+            return False
+        self._asked_at = now
+        return True
+
+    def restart(self) -> None:
+        """The link or the fence changed: what was in flight may be lost."""
+        self.known = False
+        self._asked_at = None
+
+    def wrote(self, rid: int) -> None:
+        """The request has new valid KV here."""
+        self._dirty[rid] = None
+
+    def freed(self, rids: Iterable[int]) -> None:
+        for rid in rids:
+            self._progress.pop(rid, None)
+            self._dirty.pop(rid, None)
+            self._unacked.discard(rid)
+
+    def take(self, now: float, flush: bool) -> list[Copy]:
+        """The next blocks to send, within the window. `flush`: part-filled blocks as well."""
+        if not self.known:
+            return []
+        room = WINDOW_BLOCKS - sum(self._blocks_unacked(rid) for rid in self._unacked)
+        copies: list[Copy] = []
+        for rid in list(self._dirty):
+            progress = self._progress.setdefault(rid, _Progress())
+            if now < progress.paused_until:
+                continue
+            goal = self._goal(rid, flush)
+            while progress.sent < goal and len(copies) < room:
+                index = progress.sent // self.block_size
+                progress.sent = min((index + 1) * self.block_size, goal)
+                copies.append(Copy(rid, index, progress.sent))
+                self._unacked.add(rid)
+            if progress.sent >= goal and not flush:
+                del self._dirty[rid]
+            if len(copies) >= room:
+                break
+        if copies and len(copies) == sum(self._blocks_unacked(rid) for rid in self._unacked):
+            self._heard_at = now  # nothing was outstanding: the wait for an answer begins
+        return copies
+
+    def acknowledged(
+        self, held: Iterable[tuple[int, int]], whole: bool, refused: bool, now: float
+    ) -> list[int]:
+        """Take the holder's watermarks. Returns requests that it holds and that are not served here."""
+        self._heard_at = now
+        unknown: list[int] = []
+        if whole:
+            self.known = True
+            self._progress.clear()
+            self._unacked.clear()
+        for rid, tokens in held:
+            valid = self._tokens_of(rid)
+            if valid == 0:
+                unknown.append(rid)
+                continue
+            progress = self._progress.setdefault(rid, _Progress())
+            progress.acked = min(tokens, valid)
+            if whole or refused or tokens > progress.sent:
+                progress.sent = progress.acked
+                self._dirty[rid] = None
+            if refused:
+                progress.paused_until = now + REFUSED_PAUSE_S
+            if progress.acked >= progress.sent:
+                self._unacked.discard(rid)
+        return unknown
+
+    def lag_tokens(self, rids: Iterable[int], flush: bool) -> int:
+        """Tokens that are valid here (in whole blocks, unless `flush`) and not acknowledged there."""
+        lag = 0
+        for rid in rids:
+            progress = self._progress.get(rid)
+            lag += max(0, self._goal(rid, flush) - (progress.acked if progress else 0))
+        return lag
+
+    def _goal(self, rid: int, flush: bool) -> int:
+        tokens = self._tokens_of(rid)
+        return tokens if flush else tokens - tokens % self.block_size
+
+    def _blocks_unacked(self, rid: int) -> int:
+        progress = self._progress[rid]
+        return -(-progress.sent // self.block_size) - progress.acked // self.block_size

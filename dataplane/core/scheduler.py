@@ -1,0 +1,488 @@
+"""The scheduler of one pipeline: continuous batching, chunked prefill, and resumption after any change.
+
+`step(event, now) -> list[Effect]`. It keeps as many microbatches in flight as the pipeline has stages, and
+the token log of every request. All recovery is one thing, `_resync`: forget what is in flight, ask every stage
+how much KV it holds, resume each request at the minimum, recompute the tail from the log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import assert_never
+
+from controlplane.contract.requests import RefusalCode, Refused, Submit, Token
+from dataplane.core.batching import Batcher, Limits
+from dataplane.core.messages import (
+    Admit,
+    Fence,
+    HeldMeta,
+    RejoinMeta,
+    ResultMeta,
+    Row,
+    Sample,
+    StepFailedMeta,
+    StepMeta,
+)
+from dataplane.core.recovery import HeldCollector, RecoveryTiming
+from dataplane.core.request import Phase, Request
+
+STALL_LIMIT_S = 1.0  # an unanswered step or question is given up after this; doubled each time in a row
+STALL_LIMIT_MAX_S = 8.0
+LINK_RETRY_S = 0.05  # pause before the next attempt when a stage could not pass a step on
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    message: Submit
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    rid: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLost:
+    """A gateway's stream broke: its requests go on for a grace time."""
+
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class EpochBegan:
+    epoch: int
+    planned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Quiesce:
+    """True: issue no step until told otherwise."""
+
+    hold: bool
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaChanged:
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+Event = (
+    Submitted
+    | Cancelled
+    | SessionLost
+    | EpochBegan
+    | Quiesce
+    | QuotaChanged
+    | Tick
+    | ResultMeta
+    | StepFailedMeta
+    | HeldMeta
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    """Run `meta` on stage 0 with these token ids, one for each row position."""
+
+    meta: StepMeta
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Send to every stage."""
+
+    meta: RejoinMeta
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    session: int
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    session: int
+    message: Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    timing: RecoveryTiming
+
+
+Effect = RunStep | Ask | Deliver | Refuse | Recovered
+
+
+@dataclass(slots=True)
+class InFlight:
+    rows: tuple[tuple[int, int, int], ...]  # (rid, attempt, position after the row)
+    since: float
+
+
+@dataclass(slots=True)
+class _Recovery:
+    """Times of the recovery under way."""
+
+    epoch: int
+    planned: bool
+    seen: float
+    connected: float = 0.0
+    restored: float = 0.0
+    requests: int = 0
+    tokens_recomputed: int = 0
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Monotonic counts, exported as Prometheus counters."""
+
+    requests_recovered: int = 0
+    tokens_recomputed: int = 0
+    tokens_generated: int = 0
+    preemptions: int = 0
+    resyncs: int = 0
+    quarantined: int = 0
+    orphans_dropped: int = 0
+
+
+class Scheduler:
+    def __init__(
+        self, pipeline: str, epoch: int, num_stages: int, limits: Limits, *, takeover: bool, now: float
+    ) -> None:
+        """`takeover`: an earlier scheduler may have left KV of requests that gateways will re-submit.
+
+        What nobody claims within the orphan grace is then given back on every stage.
+        """
+        self.pipeline = pipeline
+        self.num_stages = num_stages
+        self.fence = Fence(epoch, 0)
+        self.limits = limits
+        self.stats = SchedulerStats()
+        self.requests: dict[int, Request] = {}
+        self.batcher = Batcher(limits, num_stages)
+        self.in_flight: dict[int, InFlight] = {}
+        self.next_step = 0
+        self._order = 0
+        self._asks: dict[int, HeldCollector] = {}
+        self._next_ask = 0
+        self._joining: list[int] = []  # re-submitted, not asked about yet
+        self._frees: list[int] = []
+        self._holding = False
+        self._hold_until = 0.0
+        self._stall_limit_s = STALL_LIMIT_S
+        self._recovery: _Recovery | None = _Recovery(epoch, False, now) if takeover else None
+        self._sweep_at: float | None = now + limits.orphan_grace_s if takeover else None
+
+    # ------------------------------------------------------------------ events
+
+    def step(self, event: Event, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        match event:
+            case Submitted(message, session):
+                self._submit(message, session, now, effects)
+            case Cancelled(rid):
+                self._drop(rid)
+            case SessionLost(session):
+                self._lose_session(session, now)
+            case EpochBegan(epoch, planned):
+                self._recovery = _Recovery(epoch, planned, now)
+                self._resync(Fence(epoch, 0), now, effects)
+            case Quiesce(hold):
+                self._holding = hold
+            case QuotaChanged(blocks):
+                self._set_quota(blocks)
+            case Tick():
+                self._tick(now, effects)
+            case ResultMeta():
+                self._result(event, now, effects)
+            case StepFailedMeta():
+                if event.fence == self.fence and event.step in self.in_flight:
+                    self._hold_until = now + LINK_RETRY_S
+                    self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
+            case HeldMeta():
+                self._held(event, now)
+            case _:
+                assert_never(event)
+        self._ask_joining(now, effects)
+        self._issue(now, effects)
+        return effects
+
+    # ------------------------------------------------------------------ for reports
+
+    @property
+    def running(self) -> int:
+        return sum(r.phase is not Phase.WAITING for r in self.requests.values())
+
+    @property
+    def waiting(self) -> int:
+        return len(self.requests) - self.running
+
+    @property
+    def quiesced_step(self) -> int:
+        """Last step issued once none is in flight and none will start; -2 while that is not so."""
+        idle = self._holding and not self.in_flight and not self._asks
+        return self.next_step - 1 if idle else -2
+
+    def stalled_s(self, now: float) -> float:
+        oldest = min((f.since for f in self.in_flight.values()), default=now)
+        return now - oldest
+
+    # ------------------------------------------------------------------ requests
+
+    def _submit(self, message: Submit, session: int, now: float, effects: list[Effect]) -> None:
+        known = self.requests.get(message.rid)
+        if known is not None:
+            known.session, known.orphaned_at = session, None
+            missed = tuple(known.output[len(message.emitted) :])
+            if missed:
+                effects.append(Deliver(session, missed))
+            return
+        refusal = self._refusal(message)
+        if refusal is not None:
+            code, text = refusal
+            retry = 1.0 if code is RefusalCode.OVERLOADED else 0.0
+            effects.append(Refuse(session, Refused(message.rid, self.pipeline, code, text, retry)))
+            return
+        request = Request.from_submit(message, self._order, session)
+        self._order += 1
+        self.requests[request.rid] = request
+        if message.admitted or message.emitted:
+            request.phase = Phase.RECOVERING
+            self._joining.append(request.rid)
+        else:
+            self.batcher.enqueue(request)
+
+    def _refusal(self, message: Submit) -> tuple[RefusalCode, str] | None:
+        total = len(message.prompt) + len(message.emitted)
+        if not message.prompt or total >= self.limits.context_len:
+            return RefusalCode.INVALID, (
+                f"{total} tokens do not fit the context of {self.limits.context_len} with room for one more"
+            )
+        if self.limits.blocks_for(total + 1) > self.batcher.quota_blocks:
+            return RefusalCode.INVALID, f"{total} tokens do not fit the KV pool of this pipeline"
+        if not message.admitted and self.waiting >= self.limits.max_waiting:
+            return RefusalCode.OVERLOADED, f"{self.waiting} requests are waiting"
+        return None
+
+    def _drop(self, rid: int) -> None:
+        """The request ends here: its KV is given back on every stage with the next step."""
+        request = self.requests.pop(rid, None)
+        if request is None:
+            return
+        self.batcher.remove(request)
+        if rid in self._joining:
+            self._joining.remove(rid)
+        self._frees.append(rid)
+
+    def _lose_session(self, session: int, now: float) -> None:
+        for request in self.requests.values():
+            if request.session == session:
+                request.session, request.orphaned_at = None, now
+
+    def _set_quota(self, blocks: int) -> None:
+        self.batcher.quota_blocks = blocks
+        for request in self.batcher.preempt_until_fits():
+            self._preempted(request)
+
+    def _preempted(self, request: Request) -> None:
+        """Recompute later: what it holds is freed, its tokens stay in the log."""
+        self.stats.preemptions += 1
+        self._frees.append(request.rid)
+        request.rewind(Phase.WAITING)
+        self.batcher.enqueue(request)
+
+    def _tick(self, now: float, effects: list[Effect]) -> None:
+        grace = self.limits.orphan_grace_s
+        for request in list(self.requests.values()):
+            if request.orphaned_at is not None and now - request.orphaned_at > grace:
+                self.stats.orphans_dropped += 1
+                self._drop(request.rid)
+        for request in self.batcher.never_fits():
+            self._drop(request.rid)
+            if request.session is not None:
+                text = f"{request.total} tokens no longer fit the KV pool, which serves more pipelines now"
+                refused = Refused(request.rid, self.pipeline, RefusalCode.INVALID, text)
+                effects.append(Refuse(request.session, refused))
+        if self._sweep_at is not None and now >= self._sweep_at:
+            self._sweep_at = None
+            self._ask(tuple(self._alive()), True, False, now, effects)
+        waits = [f.since for f in self.in_flight.values()] + [a.since for a in self._asks.values()]
+        if waits and now - min(waits) > self._stall_limit_s:
+            self._stall_limit_s = min(2 * self._stall_limit_s, STALL_LIMIT_MAX_S)
+            self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
+
+    # ------------------------------------------------------------------ recovery
+
+    def _alive(self) -> list[int]:
+        return [r.rid for r in self.requests.values() if r.phase is not Phase.WAITING]
+
+    def _resync(self, fence: Fence, now: float, effects: list[Effect]) -> None:
+        """Everything in flight is void; ask the stages what they hold."""
+        self.stats.resyncs += 1
+        self.fence = fence
+        self.in_flight.clear()
+        self._asks.clear()
+        self._joining.clear()
+        for request in self.requests.values():
+            if request.phase is not Phase.WAITING:
+                self.batcher.remove(request)
+                request.rewind(Phase.RECOVERING)
+        # While gateways may still bring requests of an earlier scheduler, what nobody claims yet must stay.
+        complete = self._sweep_at is None
+        if complete:
+            self._frees.clear()
+        self._ask(tuple(self._alive()), complete, True, now, effects)
+
+    def start(self, now: float) -> list[Effect]:
+        """The first effects of a scheduler that takes over: see that every stage answers."""
+        effects: list[Effect] = []
+        self._ask((), False, True, now, effects)
+        return effects
+
+    def _ask(
+        self, rids: tuple[int, ...], complete: bool, adopts: bool, now: float, effects: list[Effect]
+    ) -> None:
+        ask = self._next_ask
+        self._next_ask += 1
+        self._asks[ask] = HeldCollector(ask, rids, set(range(self.num_stages)), now, adopts)
+        effects.append(Ask(RejoinMeta(self.pipeline, self.fence, ask, rids, complete)))
+
+    def _ask_joining(self, now: float, effects: list[Effect]) -> None:
+        """Ask about re-submitted requests, one question at a time so that they gather in batches."""
+        if self._joining and not self._asks:
+            rids, self._joining = tuple(self._joining), []
+            self._ask(rids, False, True, now, effects)
+
+    def _held(self, meta: HeldMeta, now: float) -> None:
+        collector = self._asks.get(meta.ask)
+        if meta.fence != self.fence or collector is None or not collector.answer(meta.stage, meta.held):
+            return
+        del self._asks[meta.ask]
+        if not collector.adopts:
+            return
+        if self._recovery is not None and not self._recovery.connected:
+            self._recovery.connected = now
+        for rid in collector.rids:
+            request = self.requests.get(rid)
+            if request is None or request.phase is not Phase.RECOVERING:
+                continue
+            position = collector.resume_at(rid, request.total)
+            recomputed = request.total - 1 - position
+            self.stats.requests_recovered += 1
+            self.stats.tokens_recomputed += recomputed
+            if self._recovery is not None:
+                self._recovery.requests += 1
+                self._recovery.tokens_recomputed += recomputed
+            if position > 0 and self.batcher.adopt(request):
+                request.rewind(Phase.RUNNING, position)
+            else:
+                # Nothing is left of it, or there is no room: it waits like a new one, in front by its order.
+                request.rewind(Phase.WAITING)
+                self._frees.append(rid)
+                self.batcher.enqueue(request)
+
+    # ------------------------------------------------------------------ steps
+
+    def _issue(self, now: float, effects: list[Effect]) -> None:
+        if self._holding or now < self._hold_until:
+            return
+        # While requests are being adopted their blocks are not counted yet: nobody new is let in.
+        admit = not any(ask.adopts for ask in self._asks.values())
+        while len(self.in_flight) < self.num_stages:
+            rows, preempted = self.batcher.next_rows(admit)
+            for request in preempted:
+                self._preempted(request)
+            if not rows and not self._frees:
+                return
+            effects.append(self._build(rows, now))
+
+    def _build(self, rows: list[tuple[Request, int]], now: float) -> RunStep:
+        """Turn (request, count) rows into a step and mark them issued."""
+        recovery = self._recovery
+        if rows and recovery is not None and recovery.connected and not recovery.restored:
+            recovery.restored = now
+        metas: list[Row] = []
+        admits: list[Admit] = []
+        tokens: list[int] = []
+        flying: list[tuple[int, int, int]] = []
+        for request, count in rows:
+            if not request.announced:
+                admits.append(request.admit())
+                request.announced = True
+            start = request.issued
+            request.issued += count
+            metas.append(Row(request.rid, start, count, request.issued == request.total))
+            tokens.extend(request.tokens(start, count))
+            flying.append((request.rid, request.attempt, request.issued))
+        step, self.next_step = self.next_step, self.next_step + 1
+        self.in_flight[step] = InFlight(tuple(flying), now)
+        frees, self._frees = tuple(self._frees), []
+        meta = StepMeta(self.pipeline, self.fence, step, tuple(metas), tuple(admits), frees)
+        return RunStep(meta, tuple(tokens))
+
+    def _result(self, meta: ResultMeta, now: float, effects: list[Effect]) -> None:
+        flight = self.in_flight.pop(meta.step, None) if meta.fence == self.fence else None
+        if flight is None:
+            return
+        self._stall_limit_s = STALL_LIMIT_S
+        live: set[int] = set()
+        for rid, attempt, position in flight.rows:
+            request = self.requests.get(rid)
+            if request is not None and request.attempt == attempt:
+                request.computed = position
+                live.add(rid)
+        for rid in meta.poisoned:
+            if rid in live:
+                self._quarantine(rid, effects)
+        by_session: dict[int, list[Token]] = {}
+        for sample in meta.samples:
+            if sample.rid in live and sample.rid in self.requests:
+                request = self.requests[sample.rid]
+                token = self._append(request, sample)
+                if request.session is not None:
+                    by_session.setdefault(request.session, []).append(token)
+                if token.finish is not None:
+                    self._drop(request.rid)
+        effects.extend(Deliver(session, tuple(items)) for session, items in by_session.items())
+        if by_session:
+            self._finish_recovery(now, effects)
+
+    def _append(self, request: Request, sample: Sample) -> Token:
+        finish = request.finish_of(sample.token, self.limits.context_len)
+        token = Token(request.rid, len(request.output), sample.token, sample.logprob, sample.top, finish)
+        request.output.append(token)
+        self.stats.tokens_generated += 1
+        return token
+
+    def _quarantine(self, rid: int, effects: list[Effect]) -> None:
+        session = self.requests[rid].session
+        self.stats.quarantined += 1
+        self._drop(rid)
+        if session is not None:
+            text = "the model's output for this request was not finite; it is not tried again"
+            effects.append(Refuse(session, Refused(rid, self.pipeline, RefusalCode.QUARANTINED, text)))
+
+    def _finish_recovery(self, now: float, effects: list[Effect]) -> None:
+        recovery = self._recovery
+        if recovery is None or not recovery.restored:
+            return
+        self._recovery = None
+        timing = RecoveryTiming(
+            recovery.epoch,
+            recovery.seen,
+            recovery.connected,
+            recovery.restored,
+            now,
+            recovery.requests,
+            recovery.tokens_recomputed,
+            recovery.planned,
+        )
+        effects.append(Recovered(timing))

@@ -1,0 +1,107 @@
+"""The node's front door: one gRPC stream for each gateway that has requests here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import grpc
+
+from controlplane.contract import rpc
+from controlplane.contract.auth import bearer_matches
+from controlplane.contract.requests import GatewayMessage, SchedulerMessage
+
+log = logging.getLogger(__name__)
+
+OUTBOX_MAX = 10_000  # messages that a gateway has not read: more, and its stream is closed (it resumes)
+MESSAGE_BYTES_MAX = 64 << 20
+
+
+@dataclass(slots=True)
+class _Session:
+    outbox: asyncio.Queue[SchedulerMessage] = field(default_factory=lambda: asyncio.Queue(OUTBOX_MAX))
+    overrun: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Frontdoor:
+    """Turns gateway streams into (session, message) calls, and back.
+
+    `on_message(session, message)` for each message; `on_lost(session)` once when a stream has ended.
+    """
+
+    def __init__(
+        self,
+        token: str,
+        on_message: Callable[[int, GatewayMessage], None],
+        on_lost: Callable[[int], None],
+    ) -> None:
+        self.sessions_overrun = 0
+        self._token = token
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._sessions: dict[int, _Session] = {}
+        self._next = 1
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, host: str) -> str:
+        """Listen on a free port. Returns "host:port"."""
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+                ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        handler = rpc.stream_handler(rpc.FRONTDOOR, "Serve", self._serve, rpc.decode_gateway_message)
+        server.add_generic_rpc_handlers((handler,))
+        port = server.add_insecure_port(f"{host}:0")
+        await server.start()
+        self._server = server
+        return f"{host}:{port}"
+
+    async def close(self) -> None:
+        if self._server is not None:
+            await self._server.stop(grace=0.2)
+
+    def send(self, session: int, message: SchedulerMessage) -> None:
+        """Queue a message for a gateway; nothing happens if it has gone (the log is with it)."""
+        state = self._sessions.get(session)
+        if state is None:
+            return
+        try:
+            state.outbox.put_nowait(message)
+        except asyncio.QueueFull:
+            state.overrun.set()
+
+    async def _serve(
+        self, requests: AsyncIterator[GatewayMessage], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[SchedulerMessage]:
+        metadata = dict(context.invocation_metadata() or ())
+        if not bearer_matches(metadata.get("authorization"), self._token):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
+        session, self._next = self._next, self._next + 1
+        state = self._sessions[session] = _Session()
+        reader = asyncio.create_task(self._read(session, requests))
+        overrun = asyncio.create_task(state.overrun.wait())
+        try:
+            while True:
+                getter = asyncio.create_task(state.outbox.get())
+                done, _ = await asyncio.wait({getter, reader, overrun}, return_when=asyncio.FIRST_COMPLETED)
+                if getter not in done:
+                    getter.cancel()
+                    break
+                yield getter.result()
+            if overrun.done():
+                self.sessions_overrun += 1
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the gateway does not read")
+        finally:
+            overrun.cancel()
+            reader.cancel()
+            del self._sessions[session]
+            self._on_lost(session)
+
+    async def _read(self, session: int, requests: AsyncIterator[GatewayMessage]) -> None:
+        async for message in requests:
+            self._on_message(session, message)

@@ -1,0 +1,54 @@
+"""Entry point of a node process: `kf-node --config FILE --node n3`, or a fork of the launcher."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+import structlog
+import torch
+
+from controlplane.contract.config import ClusterConfig, load_config
+from controlplane.contract.errors import KevlarFlowError
+from controlplane.contract.ids import Member, new_incarnation
+from controlplane.contract.logs import configure_logging
+from dataplane.executor import StageExecutor
+from dataplane.node import Node, load_executor
+
+
+def run_node(config: ClusterConfig, node: str) -> None:
+    """Serve until stopped (SIGTERM, SIGINT) or retired. A name is "n" and a number; its stage follows from it."""
+    configure_logging(node)
+    torch.set_num_threads(config.engine.torch_threads)
+    stage = int(node.removeprefix("n")) % config.stages
+    executor = load_executor(config, stage)
+    asyncio.run(_serve(config, Member(node, new_incarnation()), stage, executor))
+
+
+async def _serve(config: ClusterConfig, me: Member, stage: int, executor: StageExecutor) -> None:
+    node = Node(config, me, stage, executor)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, node.stop)
+    await node.run()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="kf-node", description="One stage of a model on one device.")
+    parser.add_argument("--config", type=Path, required=True, help="the cluster's settings (TOML or JSON)")
+    parser.add_argument("--node", required=True, help="name of this node: n0, n1, ...")
+    arguments = parser.parse_args()
+    if not arguments.node.removeprefix("n").isdigit():
+        parser.error(f"--node {arguments.node}: a node's name is n and a number")
+    try:
+        run_node(load_config(arguments.config), arguments.node)
+    except KevlarFlowError as error:
+        structlog.get_logger().error(str(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

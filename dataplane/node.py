@@ -1,0 +1,306 @@
+"""One node process: puts its parts together, and carries messages between them.
+
+    gateway =gRPC=> Frontdoor -> Schedulers -> Worker -> (UCX) -> the next stage's Worker -> ... -> Schedulers
+    etcd -> World -> Worker and Schedulers        Reporter =gRPC=> controllers
+
+Weights, links and duties are separate: a node loads its weights and opens its links once, and then serves
+whatever stage of whatever pipeline the topology gives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Coroutine
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from controlplane.contract import auth, keys
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.ids import Member
+from controlplane.contract.keys import Keys
+from controlplane.contract.records import NodeRecord
+from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport
+from controlplane.etcd.client import EtcdClient
+from controlplane.etcd.register import Registration
+from dataplane.core.batching import Limits
+from dataplane.core.blocks import KvStore
+from dataplane.core.messages import HeldMeta, Meta, Ping, ResultMeta, StepFailedMeta
+from dataplane.executor import StageExecutor
+from dataplane.frontdoor import Frontdoor
+from dataplane.reporter import Reporter
+from dataplane.schedulers import Schedulers
+from dataplane.transport import frames
+from dataplane.transport.base import TransportConfig
+from dataplane.transport.ucx import UcxTransport
+from dataplane.worker import LinkChanged, Message, Worker
+from dataplane.world import World, neighbours
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.05
+PING_S = 0.2  # a link that had nothing to carry for this long carries a ping
+ROWS_PER_PIPELINE = 4  # block-table rows: served and copied requests of two pipelines and their overlap
+
+
+class Node:
+    def __init__(self, config: ClusterConfig, me: Member, stage: int, executor: StageExecutor) -> None:
+        self._config = config
+        self._me = me
+        self._stage = stage
+        self._executor = executor
+        secret = auth.load_secret(config.secret_file)
+        engine = config.engine
+        context = min(
+            engine.max_model_len or executor.config.max_position_embeddings,
+            executor.config.max_position_embeddings,
+            engine.block_size * (engine.pool_blocks // 2),
+        )
+        store = KvStore(
+            engine.pool_blocks,
+            engine.block_size,
+            ROWS_PER_PIPELINE * engine.max_running,
+            -(-context // engine.block_size),
+        )
+        self._store = store
+        self._worker = Worker(me, executor, store, self._send)
+        token = auth.derive(secret, "grpc")
+        self._frontdoor = Frontdoor(
+            token,
+            lambda session, message: self._schedulers.on_gateway(session, message),
+            lambda session: self._schedulers.on_session_lost(session),
+        )
+        limits = Limits.from_config(engine, context, config.timing.orphan_grace_s)
+        self._reporter = Reporter(token, config.timing.heartbeat_s, self._report)
+        self._schedulers = Schedulers(
+            me, limits, self._frontdoor, self._worker.put, self._send, self._reporter.kick
+        )
+        self._transport = UcxTransport(
+            TransportConfig(member=me, cluster=config.cluster, secret=secret, host=config.host),
+            on_message=self._on_message,
+            on_link_up=self._on_link_up,
+            on_link_down=self._on_link_down,
+        )
+        self._world = World(Keys(config.cluster), config.group)
+        self._neighbours: dict[Member, float] = {}  # since when
+        self._down: dict[Member, str] = {}  # links that broke, and why
+        self._sent_at: dict[Member, float] = {}
+        self._bad_frames = 0
+        self._leaving = False
+        self._stop = asyncio.Event()
+
+    # ------------------------------------------------------------------ life
+
+    async def run(self) -> None:
+        """Serve until stopped or retired. Raises what a background task of ours raised."""
+        link_address = await self._transport.start()
+        rpc_address = await self._frontdoor.start(self._config.host)
+        client = EtcdClient(self._config.etcd)
+        record = self._record(link_address, rpc_address)
+        registration = Registration(
+            client,
+            self._world.names.node(self._me.node),
+            keys.encode(record),
+            self._config.timing.node_lease_s,
+        )
+        background: list[Coroutine[Any, Any, None]] = [
+            registration.run(),
+            self._watch(client),
+            self._worker.run(),
+            self._tick(),
+        ]
+        tasks = [asyncio.create_task(c) for c in background]
+        stop = asyncio.create_task(self._stop.wait())
+        log.info("node %s serves links on %s, gateways on %s", self._me, link_address, rpc_address)
+        try:
+            done, _ = await asyncio.wait({stop, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            self._leaving = True
+            self._reporter.kick()
+            await asyncio.sleep(0)
+            for task in (stop, *tasks):
+                task.cancel()
+            await asyncio.gather(stop, *tasks, return_exceptions=True)
+            await registration.withdraw(timeout_s=0.5)
+            await self._reporter.close()
+            await self._frontdoor.close()
+            await self._transport.close()
+            await client.close()
+            self._worker.close()
+
+    def stop(self) -> None:
+        """Leave on purpose: reported, deregistered, then gone."""
+        self._stop.set()
+
+    def _record(self, link_address: str, rpc_address: str) -> NodeRecord:
+        config = self._config
+        return NodeRecord(
+            member=self._me,
+            group=config.group,
+            stage=self._stage,
+            num_stages=config.stages,
+            link_address=link_address,
+            rpc_address=rpc_address,
+            weights_digest=self._executor.weights_digest,
+            pool_blocks=config.engine.pool_blocks,
+            block_size=config.engine.block_size,
+            pid=os.getpid(),
+            fault_domain={"host": os.uname().nodename, "node": self._me.node},
+            started_unix_s=time.time(),
+        )
+
+    # ------------------------------------------------------------------ etcd
+
+    async def _watch(self, client: EtcdClient) -> None:
+        async for batch in client.watch_prefix(self._world.names.root):
+            before, nodes = self._world.topology, self._world.nodes
+            self._world.apply(batch)
+            self._reporter.set_controllers(self._world.controllers)
+            if self._world.nodes != nodes:
+                self._open_links()
+            topology = self._world.topology
+            if topology is None or topology is before:
+                continue
+            if self._me in topology.retired:
+                log.info("retired by topology %d", topology.counter)
+                self.stop()
+                return
+            # The worker first: what the schedulers ask of it then finds the new duties in place.
+            self._worker.put(topology)
+            self._schedulers.on_topology(topology, self._world.nodes)
+            now = time.monotonic()
+            self._neighbours = {m: self._neighbours.get(m, now) for m in neighbours(topology, self._me)}
+
+    def _open_links(self) -> None:
+        """A link to every node of the group, ahead of need: any of them may become a neighbour."""
+        for record in self._world.nodes.values():
+            if record.member.node != self._me.node:
+                self._transport.connect(record.member, record.link_address)
+        known = {record.member for record in self._world.nodes.values()}
+        self._down = {m: why for m, why in self._down.items() if m in known or m in self._neighbours}
+
+    # ------------------------------------------------------------------ links
+
+    def _send(self, peer: Member, meta: Meta, payload: frames.Buffer) -> bool:
+        if peer == self._me:
+            self._dispatch(peer, meta, payload)
+            return True
+        self._sent_at[peer] = time.monotonic()
+        return self._transport.send(peer, frames.encode(meta, payload))
+
+    def _on_message(self, peer: Member, data: memoryview) -> None:
+        try:
+            frame = frames.decode(data)
+        except frames.BadFrame as error:
+            self._bad_frames += 1
+            log.warning("from %s: %s", peer, error)
+            return
+        self._dispatch(peer, frame.meta, frame.payload)
+
+    def _dispatch(self, peer: Member, meta: Meta, payload: frames.Buffer) -> None:
+        match meta:
+            case Ping():
+                pass
+            case ResultMeta() | StepFailedMeta() | HeldMeta():
+                self._schedulers.on_message(meta)
+            case _:
+                self._worker.put(Message(peer, meta, payload))
+
+    def _on_link_up(self, peer: Member) -> None:
+        self._down.pop(peer, None)
+        self._schedulers.on_link_up(peer)
+        self._worker.put(LinkChanged(peer.node))
+
+    def _on_link_down(self, peer: Member, reason: str) -> None:
+        self._down[peer] = reason
+        self._worker.put(LinkChanged(peer.node))
+        self._reporter.kick()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._schedulers.tick()
+            self._worker.wake()
+            now = time.monotonic()
+            for peer in self._neighbours:
+                if now - self._sent_at.get(peer, 0.0) >= PING_S:
+                    self._send(peer, Ping(), b"")
+
+    # ------------------------------------------------------------------ reports
+
+    def _report(self, seq: int, recoveries_sent: int) -> tuple[NodeReport, int]:
+        now = time.monotonic()
+        total = self._schedulers.recoveries_total
+        fresh = total - recoveries_sent
+        links = [LinkReport(m, False, 0.0, why) for m, why in self._down.items()]
+        for member, since in self._neighbours.items():
+            if member not in self._down:
+                heard = self._transport.last_heard(member.node)
+                links.append(LinkReport(member, True, now - max(heard or since, since)))
+        store = self._store
+        report = NodeReport(
+            member=self._me,
+            seq=seq,
+            unix_s=time.time(),
+            progress=self._worker.stats.steps,
+            pipelines=tuple(self._pipeline_reports(now)),
+            links=tuple(links),
+            recoveries=tuple(self._schedulers.recoveries[-fresh:]) if fresh > 0 else (),
+            blocks_used=store.num_blocks - store.blocks_free - store.blocks_replica,
+            blocks_replica=store.blocks_replica,
+            blocks_total=store.num_blocks,
+            topology_counter=self._worker.topology.counter if self._worker.topology else 0,
+            leaving=self._leaving,
+            counters=self._counters(),
+        )
+        return report, total
+
+    def _pipeline_reports(self, now: float) -> list[PipelineReport]:
+        reports = []
+        for pipeline_id, stage in self._worker.stages.items():
+            scheduler = self._schedulers.by_pipeline.get(pipeline_id)
+            reports.append(
+                PipelineReport(
+                    pipeline=pipeline_id,
+                    epoch=stage.fence.epoch,
+                    stage=stage.index,
+                    last_step=stage.last_step,
+                    running=scheduler.running if scheduler else 0,
+                    waiting=scheduler.waiting if scheduler else 0,
+                    quiesced_step=scheduler.quiesced_step if scheduler else -2,
+                    stalled_s=scheduler.stalled_s(now) if scheduler else 0.0,
+                    targets=self._worker.replicator.targets(pipeline_id),
+                )
+            )
+        return reports
+
+    def _counters(self) -> dict[str, int]:
+        stats = self._worker.stats
+        counters = {f"scheduler_{k}": v for k, v in self._schedulers.counters().items()}
+        counters |= {f"replica_{k}": v for k, v in asdict(self._worker.replicator.stats).items()}
+        counters |= {f"link_{k}": v for k, v in asdict(self._transport.stats).items()}
+        counters |= {f"fenced_{kind}": count for kind, count in stats.fenced.items()}
+        counters["replicas_evicted"] = self._store.replicas_evicted
+        counters["checksum_failures"] = self._store.checksum_failures
+        counters["bad_frames"] = self._bad_frames
+        counters["inbox_dropped"] = stats.dropped_full
+        counters["compute_ms"] = int(stats.compute_s * 1000)
+        return counters
+
+
+def load_executor(config: ClusterConfig, stage: int) -> StageExecutor:
+    """The weights of one stage, mapped, and an empty KV pool. Raises ModelError or ConfigError."""
+    engine = config.engine
+    return StageExecutor(
+        Path(config.model),
+        stage,
+        config.stages,
+        num_blocks=engine.pool_blocks,
+        block_size=engine.block_size,
+        dtype=engine.dtype,
+    )

@@ -1,0 +1,174 @@
+"""Both ends of KV copies on one node: reading and sending blocks, and storing those of others."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.reports import TargetReport
+from dataplane.core.blocks import KvStore
+from dataplane.core.messages import Fence, KvAckMeta, KvDropMeta, KvMeta, KvQueryMeta
+from dataplane.core.replication import ReplicaSource
+from dataplane.transport.frames import Send
+
+if TYPE_CHECKING:
+    from dataplane.kvcache import KVCache
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class ReplicaStats:
+    """Monotonic counts."""
+
+    blocks_sent: int = 0
+    blocks_stored: int = 0
+    blocks_refused: int = 0
+    checksum_failures: int = 0
+
+
+@dataclass(slots=True)
+class _Protected:
+    """A pipeline that this node serves a stage of, and where its KV goes."""
+
+    fence: Fence
+    sources: dict[Member, ReplicaSource] = field(default_factory=dict)
+    flush: bool = False  # quiesced: part-filled blocks too
+
+
+class Replicator:
+    """Used by the worker only, between computations: no block changes while it reads one."""
+
+    def __init__(self, store: KvStore, kv: KVCache, send: Send) -> None:
+        self.stats = ReplicaStats()
+        self._store = store
+        self._kv = kv
+        self._send = send
+        self._protected: dict[PipelineId, _Protected] = {}
+
+    def checksum(self, block: int) -> int:
+        return zlib.crc32(self._kv.view(block))
+
+    # ------------------------------------------------------------------ the serving side
+
+    def protect(self, pipeline: PipelineId, epoch: int, targets: list[Member], flush: bool) -> None:
+        """From now on copy this pipeline's KV to `targets` (level-triggered: says how it shall be)."""
+        state = self._protected.setdefault(pipeline, _Protected(Fence(epoch)))
+        if state.fence.epoch != epoch:
+            state.fence = Fence(epoch)
+            for source in state.sources.values():
+                source.restart()
+        state.flush = flush
+        state.sources = {
+            target: state.sources.get(target)
+            or ReplicaSource(target, self._store.block_size, lambda rid: self._tokens(pipeline, rid))
+            for target in targets
+        }
+        for rid in self._rids(pipeline):
+            self.wrote(pipeline, rid)
+
+    def unprotect(self, pipeline: PipelineId) -> None:
+        self._protected.pop(pipeline, None)
+
+    def wrote(self, pipeline: PipelineId, rid: int) -> None:
+        state = self._protected.get(pipeline)
+        if state is not None:
+            for source in state.sources.values():
+                source.wrote(rid)
+
+    def freed(self, pipeline: PipelineId, rids: tuple[int, ...]) -> None:
+        state = self._protected.get(pipeline)
+        if state is None or not rids:
+            return
+        for target, source in state.sources.items():
+            source.freed(rids)
+            self._send(target, KvDropMeta(pipeline, state.fence, rids), b"")
+
+    def link_changed(self, node: str) -> None:
+        """A link to or from `node` came or went: what was under way may be lost."""
+        for state in self._protected.values():
+            for target, source in state.sources.items():
+                if target.node == node:
+                    source.restart()
+
+    def pump(self, now: float) -> None:
+        """Send what may be sent now (monotonic seconds), of every pipeline."""
+        for pipeline, state in self._protected.items():
+            for target, source in state.sources.items():
+                if source.must_ask(now):
+                    self._send(target, KvQueryMeta(pipeline, state.fence), b"")
+                for copy in source.take(now, state.flush):
+                    kv = self._store.own[(pipeline, copy.rid)]
+                    # Copied: the block may be freed and written again before UCX has sent it.
+                    data = bytes(self._kv.view(self._store.table.blocks(kv.row)[copy.index]))
+                    meta = KvMeta(pipeline, state.fence, copy.rid, copy.index, copy.tokens, zlib.crc32(data))
+                    if not self._send(target, meta, data):
+                        source.restart()
+                        break
+                    self.stats.blocks_sent += 1
+
+    def acknowledged(self, peer: Member, meta: KvAckMeta, now: float) -> None:
+        state = self._protected.get(meta.pipeline)
+        source = state.sources.get(peer) if state is not None and meta.fence == state.fence else None
+        if state is None or source is None:
+            return
+        unknown = source.acknowledged(meta.held, meta.whole, meta.refused, now)
+        if meta.whole:
+            for rid in self._rids(meta.pipeline):
+                source.wrote(rid)
+        if unknown:
+            self._send(peer, KvDropMeta(meta.pipeline, state.fence, tuple(unknown)), b"")
+
+    def targets(self, pipeline: PipelineId) -> tuple[TargetReport, ...]:
+        """How far behind each copy is."""
+        state = self._protected.get(pipeline)
+        if state is None:
+            return ()
+        rids = self._rids(pipeline)
+        return tuple(
+            TargetReport(target, source.lag_tokens(rids, state.flush) if source.known else 1 << 30)
+            for target, source in state.sources.items()
+        )
+
+    # ------------------------------------------------------------------ the holding side
+
+    def store_copy(self, peer: Member, meta: KvMeta, payload: memoryview) -> None:
+        key = (meta.pipeline, meta.rid)
+        block = self._store.replica_block(key, meta.index, meta.tokens)
+        sound = len(payload) == self._kv.block_bytes and zlib.crc32(payload) == meta.checksum
+        if not sound:
+            self.stats.checksum_failures += 1
+        stored = block is not None and sound
+        if block is not None and sound:
+            self._kv.write(block, payload)
+            self._store.replica_written(key, meta.index, meta.tokens, meta.checksum)
+            self.stats.blocks_stored += 1
+        else:
+            self.stats.blocks_refused += 1
+        kv = self._store.replicas.get(key)
+        held = ((meta.rid, kv.tokens if kv is not None else 0),)
+        self._send(peer, KvAckMeta(meta.pipeline, meta.fence, held, refused=not stored), b"")
+
+    def answer_query(self, peer: Member, meta: KvQueryMeta) -> None:
+        held = tuple(
+            (rid, kv.tokens)
+            for (pipeline, rid), kv in self._store.replicas.items()
+            if pipeline == meta.pipeline
+        )
+        self._send(peer, KvAckMeta(meta.pipeline, meta.fence, held, whole=True), b"")
+
+    def drop_copies(self, meta: KvDropMeta) -> None:
+        for rid in meta.rids:
+            self._store.drop_replica((meta.pipeline, rid))
+
+    # ------------------------------------------------------------------
+
+    def _rids(self, pipeline: PipelineId) -> list[int]:
+        return [rid for owner, rid in self._store.own if owner == pipeline]
+
+    def _tokens(self, pipeline: PipelineId, rid: int) -> int:
+        kv = self._store.own.get((pipeline, rid))
+        return kv.tokens if kv is not None else 0

@@ -1,0 +1,195 @@
+"""The schedulers that a node runs: one for each pipeline whose first stage it serves."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import fields
+
+from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.records import NodeRecord
+from controlplane.contract.reports import RecoveryReport
+from controlplane.contract.requests import Cancel, GatewayMessage, RefusalCode, Refused, Submit, Tokens
+from controlplane.contract.topology import MovePhase, Pipeline, Topology, quota_blocks
+from dataplane.core.batching import Limits
+from dataplane.core.messages import HeldMeta, Meta, ResultMeta, StepFailedMeta
+from dataplane.core.scheduler import (
+    Ask,
+    Cancelled,
+    Deliver,
+    Effect,
+    EpochBegan,
+    Event,
+    Quiesce,
+    QuotaChanged,
+    Recovered,
+    Refuse,
+    RunStep,
+    Scheduler,
+    SchedulerStats,
+    SessionLost,
+    Submitted,
+    Tick,
+)
+from dataplane.frontdoor import Frontdoor
+from dataplane.transport.frames import Send
+from dataplane.worker import Message
+
+log = logging.getLogger(__name__)
+
+RECOVERIES_KEPT = 64
+
+
+class Schedulers:
+    """Gives the schedulers their events and performs their effects, in order."""
+
+    def __init__(
+        self,
+        me: Member,
+        limits: Limits,
+        frontdoor: Frontdoor,
+        run_local: Callable[[Message], None],
+        send: Send,
+        news: Callable[[], None],
+    ) -> None:
+        self.by_pipeline: dict[PipelineId, Scheduler] = {}
+        self.recoveries: list[RecoveryReport] = []  # the newest RECOVERIES_KEPT
+        self.recoveries_total = 0
+        self._me = me
+        self._limits = limits
+        self._frontdoor = frontdoor
+        self._run_local = run_local
+        self._send = send
+        self._news = news
+        self._topology: Topology | None = None
+        self._unsent: dict[Member, list[Meta]] = {}  # questions for members whose link is not up yet
+        self._past = SchedulerStats()  # of schedulers that have moved away
+
+    # ------------------------------------------------------------------ inputs
+
+    def on_topology(self, topology: Topology, records: dict[str, NodeRecord]) -> None:
+        previous, self._topology = self._topology, topology
+        now = time.monotonic()
+        for pipeline in topology.pipelines:
+            scheduler = self.by_pipeline.get(pipeline.id)
+            if pipeline.scheduler != self._me:
+                if scheduler is not None:
+                    self._remember(self.by_pipeline.pop(pipeline.id))
+                continue
+            before = previous.pipeline(pipeline.id) if previous is not None else None
+            quota = self._quota(topology, pipeline, records)
+            hold = pipeline.move is not None and pipeline.move.phase is MovePhase.QUIESCE
+            if scheduler is None:
+                scheduler = Scheduler(
+                    pipeline.id, pipeline.epoch, len(pipeline.stages), self._limits, takeover=True, now=now
+                )
+                self.by_pipeline[pipeline.id] = scheduler
+                self._dispatch(scheduler, QuotaChanged(quota))
+                self._perform(scheduler, scheduler.start(now))
+            elif scheduler.fence.epoch < pipeline.epoch:
+                self._unsent.clear()
+                planned = before is not None and before.move is not None and pipeline.move is None
+                self._dispatch(scheduler, Quiesce(hold))
+                self._dispatch(scheduler, EpochBegan(pipeline.epoch, planned))
+            self._dispatch(scheduler, QuotaChanged(quota))
+            self._dispatch(scheduler, Quiesce(hold))
+            self._news()
+
+    def on_gateway(self, session: int, message: GatewayMessage) -> None:
+        scheduler = self.by_pipeline.get(message.pipeline)
+        match message:
+            case Submit() if scheduler is None:
+                text = f"{self._me} does not schedule {message.pipeline}"
+                refused = Refused(message.rid, message.pipeline, RefusalCode.NOT_HERE, text)
+                self._frontdoor.send(session, refused)
+            case Submit():
+                assert scheduler is not None
+                self._dispatch(scheduler, Submitted(message, session))
+            case Cancel(rid) if scheduler is not None:
+                self._dispatch(scheduler, Cancelled(rid))
+
+    def on_session_lost(self, session: int) -> None:
+        for scheduler in self.by_pipeline.values():
+            self._dispatch(scheduler, SessionLost(session))
+
+    def on_message(self, meta: ResultMeta | StepFailedMeta | HeldMeta) -> None:
+        scheduler = self.by_pipeline.get(meta.pipeline)
+        if scheduler is not None:
+            self._dispatch(scheduler, meta)
+
+    def on_link_up(self, peer: Member) -> None:
+        for meta in self._unsent.pop(peer, []):
+            self._send(peer, meta, b"")
+
+    def tick(self) -> None:
+        for scheduler in list(self.by_pipeline.values()):
+            self._dispatch(scheduler, Tick())
+
+    def counters(self) -> dict[str, int]:
+        """Totals over present and past schedulers, by name."""
+        stats = [self._past, *(s.stats for s in self.by_pipeline.values())]
+        return {f.name: sum(getattr(s, f.name) for s in stats) for f in fields(SchedulerStats)}
+
+    # ------------------------------------------------------------------ effects
+
+    def _dispatch(self, scheduler: Scheduler, event: Event) -> None:
+        quiesced = scheduler.quiesced_step
+        self._perform(scheduler, scheduler.step(event, time.monotonic()))
+        if scheduler.quiesced_step != quiesced:
+            self._news()
+
+    def _perform(self, scheduler: Scheduler, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case RunStep(meta, tokens):
+                    self._run_local(Message(self._me, meta, b"", tokens))
+                case Ask(meta):
+                    self._ask(scheduler.pipeline, meta)
+                case Deliver(session, tokens):
+                    message = Tokens(scheduler.pipeline, scheduler.fence.epoch, tokens)
+                    self._frontdoor.send(session, message)
+                case Refuse(session, refused):
+                    self._frontdoor.send(session, refused)
+                case Recovered(timing):
+                    to_unix = time.time() - time.monotonic()
+                    self.recoveries.append(
+                        RecoveryReport(
+                            pipeline=scheduler.pipeline,
+                            epoch=timing.epoch,
+                            seen_unix_s=timing.seen + to_unix,
+                            connected_unix_s=timing.connected + to_unix,
+                            restored_unix_s=timing.restored + to_unix,
+                            first_token_unix_s=timing.first_token + to_unix,
+                            requests=timing.requests,
+                            tokens_recomputed=timing.tokens_recomputed,
+                            planned=timing.planned,
+                        )
+                    )
+                    del self.recoveries[:-RECOVERIES_KEPT]
+                    self.recoveries_total += 1
+                    self._news()
+
+    def _ask(self, pipeline_id: PipelineId, meta: Meta) -> None:
+        pipeline = self._topology.pipeline(pipeline_id) if self._topology is not None else None
+        if pipeline is None:
+            return
+        for stage in pipeline.stages:
+            member = stage.leader
+            if member is not None and not self._send(member, meta, b""):
+                self._unsent.setdefault(member, []).append(meta)
+
+    def _quota(self, topology: Topology, pipeline: Pipeline, records: dict[str, NodeRecord]) -> int:
+        """The least of what the pipeline's nodes can give it; the least counts, as all hold the same blocks."""
+        quotas = []
+        for member in pipeline.members():
+            record = records.get(member.node)
+            if record is not None:
+                serves = {p for p, _ in topology.serving(member.node)}
+                quotas.append(quota_blocks(record.pool_blocks, len(serves)))
+        return min(quotas, default=0)
+
+    def _remember(self, scheduler: Scheduler) -> None:
+        for f in fields(SchedulerStats):
+            total = getattr(self._past, f.name) + getattr(scheduler.stats, f.name)
+            setattr(self._past, f.name, total)

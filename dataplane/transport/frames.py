@@ -1,0 +1,86 @@
+"""One frame: a fixed header, the message (MessagePack), and its payload (activations or a KV block).
+
+    offset  size  field
+    0       2     magic "KF"
+    2       1     version
+    3       1     reserved, 0
+    4       4     CRC-32 of everything behind the header
+    8       8     epoch, also readable without decoding the message
+    16      4     length of the message, bytes
+    20      8     length of the payload, bytes
+    28      4     reserved, 0 (the message starts 32-byte aligned)
+
+Little endian. A frame that does not parse, or whose checksum differs, raises BadFrame and is dropped and
+counted by the receiver: a step or copy that is lost is repeated, a wrong one never happens.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from controlplane.contract.errors import PeerError
+from controlplane.contract.ids import Member
+from dataplane.core.messages import Meta, Ping
+
+HEADER = struct.Struct("<2sBBIQIQI")
+MAGIC = b"KF"
+VERSION = 1
+
+Buffer = bytes | bytearray | memoryview
+Send = Callable[[Member, Meta, Buffer], bool]
+"""Sends a message and its payload to a member (possibly oneself). False: it was not sent."""
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Meta).decode
+
+
+class BadFrame(PeerError):
+    """A peer's frame is corrupted, cut short, or of another version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    epoch: int
+    meta: Meta
+    payload: memoryview
+
+
+def encode(meta: Meta, payload: Buffer = b"") -> list[Buffer]:
+    """The parts of one frame, to be sent in order. The payload is not copied."""
+    body = _encode(meta)
+    data = memoryview(payload).cast("B")
+    checksum = zlib.crc32(data, zlib.crc32(body))
+    epoch = 0 if isinstance(meta, Ping) else meta.fence.epoch
+    header = HEADER.pack(MAGIC, VERSION, 0, checksum, epoch, len(body), len(data), 0)
+    return [header + body, data] if len(data) else [header + body]
+
+
+def decode(data: Buffer) -> Frame:
+    """Parse one frame. Raises BadFrame."""
+    view = memoryview(data).cast("B")
+    if len(view) < HEADER.size:
+        raise BadFrame(f"frame of {len(view)} bytes is shorter than its header")
+    magic, version, _, checksum, epoch, meta_len, payload_len, _ = HEADER.unpack_from(view)
+    if magic != MAGIC or version != VERSION:
+        raise BadFrame(f"frame has magic {magic!r} version {version}, expected {MAGIC!r} version {VERSION}")
+    if HEADER.size + meta_len + payload_len != len(view):
+        raise BadFrame(f"frame of {len(view)} bytes announces {HEADER.size + meta_len + payload_len}")
+    if zlib.crc32(view[HEADER.size :]) != checksum:
+        raise BadFrame("frame checksum differs")
+    try:
+        meta = _decode(view[HEADER.size : HEADER.size + meta_len])
+    except msgspec.MsgspecError as error:
+        raise BadFrame(f"frame message: {error}") from error
+    if not isinstance(meta, Ping) and meta.fence.epoch != epoch:
+        raise BadFrame(f"frame header says epoch {epoch}, its message {meta.fence.epoch}")
+    return Frame(epoch, meta, view[HEADER.size + meta_len :])
+
+
+def join(parts: Sequence[Buffer]) -> bytes:
+    """The frame as one buffer."""
+    return b"".join(parts)

@@ -1,0 +1,327 @@
+"""Everything on a node that touches KV, one thing at a time.
+
+Steps, copies, questions and topology changes go through one inbox and are handled in order, a computation
+being awaited before the next item is taken. So no block is freed, promoted or overwritten under a running
+computation, and the order of a link is the order of effects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.topology import MovePhase, Pipeline, Topology
+from dataplane.core.blocks import KvStore
+from dataplane.core.messages import (
+    KvAckMeta,
+    KvDropMeta,
+    KvMeta,
+    KvQueryMeta,
+    Meta,
+    RejoinMeta,
+    ResultMeta,
+    Sample,
+    StepFailedMeta,
+    StepMeta,
+)
+from dataplane.core.stage import Prepared, Stage
+from dataplane.executor import StageExecutor
+from dataplane.model.sampler import NonFiniteLogits, SampleRow, sample
+from dataplane.replica import Replicator
+from dataplane.transport.frames import Buffer, Send
+
+log = logging.getLogger(__name__)
+
+INBOX_MAX = 20_000
+DEFERRED_MAX = 2_000
+PUMP_EVERY = 4  # items handled in a row before copies get their turn
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message from a link, or from this node to itself."""
+
+    peer: Member
+    meta: Meta
+    payload: Buffer = b""
+    tokens: tuple[int, ...] = ()  # stage 0 only
+
+
+@dataclass(frozen=True, slots=True)
+class LinkChanged:
+    node: str
+
+
+Item = Message | Topology | LinkChanged
+
+
+@dataclass(slots=True)
+class WorkerStats:
+    """Monotonic counts; `fenced` by kind of message."""
+
+    steps: int = 0
+    dropped_full: int = 0
+    poisoned: int = 0
+    compute_s: float = 0.0
+    fenced: dict[str, int] = field(default_factory=dict)
+
+
+class Worker:
+    def __init__(self, me: Member, executor: StageExecutor, store: KvStore, send: Send) -> None:
+        self.stats = WorkerStats()
+        self.stages: dict[PipelineId, Stage] = {}
+        self.replicator = Replicator(store, executor.kv, send)
+        self.topology: Topology | None = None  # the newest one applied
+        self._newest: Topology | None = (
+            None  # the newest one known: what is older than it need not be computed
+        )
+        self._me = me
+        self._executor = executor
+        self._store = store
+        self._send = send
+        self._inbox: asyncio.Queue[Item] = asyncio.Queue()  # bounded by put()
+        self._deferred: list[Message] = []  # of an epoch that this node has not heard of yet
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="compute")
+
+    def put(self, item: Item) -> None:
+        """Queue an item. A message over the bound is dropped and counted: its sender repeats it."""
+        if isinstance(item, Topology):
+            self._newest = item
+        elif self._inbox.qsize() >= INBOX_MAX:
+            self.stats.dropped_full += 1
+            return
+        self._inbox.put_nowait(item)
+
+    async def run(self) -> None:
+        handled = 0
+        while True:
+            await self._handle(await self._inbox.get())
+            handled += 1
+            if self._inbox.empty() or handled % PUMP_EVERY == 0:
+                self.replicator.pump(time.monotonic())
+
+    def wake(self) -> None:
+        """Called every tick: copies that wait for a pause to end go on."""
+        if self._inbox.empty():
+            self.replicator.pump(time.monotonic())
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # ------------------------------------------------------------------ dispatch
+
+    async def _handle(self, item: Item) -> None:
+        match item:
+            case Topology():
+                self._apply(item)
+                deferred, self._deferred = self._deferred, []
+                for message in deferred:
+                    await self._handle(message)
+            case LinkChanged(node):
+                self.replicator.link_changed(node)
+            case Message(peer, meta):
+                if self._admissible(item):
+                    await self._handle_message(peer, meta, item)
+
+    async def _handle_message(self, peer: Member, meta: Meta, message: Message) -> None:
+        match meta:
+            case StepMeta():
+                await self._step(meta, message)
+            case RejoinMeta():
+                self._rejoin(meta)
+            case KvMeta():
+                self.replicator.store_copy(peer, meta, memoryview(message.payload))
+            case KvAckMeta():
+                self.replicator.acknowledged(peer, meta, time.monotonic())
+            case KvQueryMeta():
+                self.replicator.answer_query(peer, meta)
+            case KvDropMeta():
+                self.replicator.drop_copies(meta)
+            case _:
+                raise TypeError(f"{type(meta).__name__} is not the worker's")
+
+    def _admissible(self, message: Message) -> bool:
+        """Fencing: old epochs are dropped and counted, coming ones wait for the topology to arrive."""
+        meta = message.meta
+        assert isinstance(meta, StepMeta | RejoinMeta | KvMeta | KvAckMeta | KvQueryMeta | KvDropMeta)
+        pipeline = self.topology.pipeline(meta.pipeline) if self.topology is not None else None
+        epoch = pipeline.epoch if pipeline is not None else -1
+        if meta.fence.epoch > epoch:
+            if len(self._deferred) < DEFERRED_MAX:
+                self._deferred.append(message)
+            else:
+                self.stats.dropped_full += 1
+            return False
+        newest = self._newest.pipeline(meta.pipeline) if self._newest is not None else None
+        if meta.fence.epoch < max(epoch, newest.epoch if newest is not None else epoch):
+            self._count_fenced(meta)
+            return False
+        if isinstance(meta, StepMeta | RejoinMeta):
+            stage = self.stages.get(meta.pipeline)
+            if stage is None or stage.stale(meta.fence):
+                self._count_fenced(meta)
+                return False
+        if isinstance(meta, KvMeta | KvQueryMeta) and not self._holds(pipeline):
+            self._count_fenced(meta)
+            return False
+        return True
+
+    def _count_fenced(self, meta: Meta) -> None:
+        kind = type(meta).__name__.removesuffix("Meta").lower()
+        self.stats.fenced[kind] = self.stats.fenced.get(kind, 0) + 1
+
+    # ------------------------------------------------------------------ topology
+
+    def _apply(self, topology: Topology) -> None:
+        if self.topology is not None and topology.counter <= self.topology.counter:
+            return
+        self.topology = topology
+        for pipeline in topology.pipelines:
+            duty = pipeline.stages_of(self._me)
+            stage = self.stages.get(pipeline.id)
+            if duty:
+                if stage is None or stage.index != duty[0]:
+                    if stage is not None:
+                        self._leave(pipeline)
+                    stage = Stage(pipeline.id, duty[0], len(pipeline.stages), pipeline.epoch, self._store)
+                    self.stages[pipeline.id] = stage
+                elif stage.fence.epoch < pipeline.epoch:
+                    stage.enter_epoch(pipeline.epoch)
+                self._protect(pipeline, duty[0])
+            else:
+                if stage is not None:
+                    self._leave(pipeline)
+                if not self._holds(pipeline):
+                    self._store.drop_replicas(pipeline.id)
+
+    def _protect(self, pipeline: Pipeline, index: int) -> None:
+        targets = list(pipeline.stages[index].replicas)
+        move = pipeline.move
+        flush = False
+        if move is not None and move.stage == index:
+            flush = move.phase is MovePhase.QUIESCE
+            if move.to not in targets:
+                targets.append(move.to)
+        self.replicator.protect(pipeline.id, pipeline.epoch, targets, flush)
+
+    def _leave(self, pipeline: Pipeline) -> None:
+        """Another node serves our stage now. What we hold becomes its replica, if it copies to us."""
+        stage = self.stages.pop(pipeline.id)
+        self.replicator.unprotect(pipeline.id)
+        if self._me in pipeline.stages[stage.index].replicas:
+            for key in [k for k in self._store.own if k[0] == pipeline.id]:
+                self._store.demote(key, self.replicator.checksum)
+        else:
+            self._store.release_pipeline(pipeline.id)
+
+    def _holds(self, pipeline: Pipeline | None) -> bool:
+        """Whether some stage of the pipeline copies its KV to this node."""
+        if pipeline is None:
+            return False
+        if pipeline.move is not None and pipeline.move.to == self._me:
+            return True
+        return any(self._me in stage.replicas for stage in pipeline.stages)
+
+    # ------------------------------------------------------------------ serving
+
+    def _rejoin(self, meta: RejoinMeta) -> None:
+        stage = self.stages[meta.pipeline]
+        held = stage.rejoin(meta, self.replicator.checksum)
+        for rid in meta.rids:
+            self.replicator.wrote(meta.pipeline, rid)
+        self._to_scheduler(meta.pipeline, held)
+
+    async def _step(self, meta: StepMeta, message: Message) -> None:
+        stage = self.stages[meta.pipeline]
+        prepared = stage.prepare(meta)
+        self.replicator.freed(meta.pipeline, meta.frees)
+        if isinstance(prepared, str):
+            log.warning("step %d of %s: %s", meta.step, meta.pipeline, prepared)
+            self._to_scheduler(
+                meta.pipeline, StepFailedMeta(meta.pipeline, meta.fence, meta.step, stage.index, prepared)
+            )
+            return
+        output: Buffer = b""
+        samples: tuple[Sample, ...] = ()
+        poisoned: tuple[int, ...] = ()
+        if meta.rows:
+            loop = asyncio.get_running_loop()
+            output, samples, poisoned = await loop.run_in_executor(
+                self._pool, self._compute, stage, prepared, message
+            )
+        stage.commit(meta, samples)
+        self.stats.steps += 1
+        self.stats.poisoned += len(poisoned)
+        if stage.is_last:
+            result = ResultMeta(meta.pipeline, meta.fence, meta.step, samples, poisoned)
+            self._to_scheduler(meta.pipeline, result)
+        else:
+            self._forward(stage, meta, output)
+        for row in meta.rows:
+            self.replicator.wrote(meta.pipeline, row.rid)
+
+    def _forward(self, stage: Stage, meta: StepMeta, output: Buffer) -> None:
+        pipeline = self.topology.pipeline(meta.pipeline) if self.topology is not None else None
+        successor = pipeline.stages[stage.index + 1].leader if pipeline is not None else None
+        if successor is None:
+            return  # the pipeline is down: its next epoch starts from the log
+        if successor == self._me:
+            raise RuntimeError("two stages of one pipeline on one node")
+        if not self._send(successor, meta, output):
+            failed = StepFailedMeta(meta.pipeline, meta.fence, meta.step, stage.index, "link")
+            self._to_scheduler(meta.pipeline, failed)
+
+    def _to_scheduler(self, pipeline_id: PipelineId, meta: Meta) -> None:
+        pipeline = self.topology.pipeline(pipeline_id) if self.topology is not None else None
+        scheduler = pipeline.scheduler if pipeline is not None else None
+        if scheduler is not None:
+            self._send(scheduler, meta, b"")
+
+    def _compute(
+        self, stage: Stage, prepared: Prepared, message: Message
+    ) -> tuple[Buffer, tuple[Sample, ...], tuple[int, ...]]:
+        """Runs in the compute thread: one stage's forward pass, and on the last stage the next tokens."""
+        started = time.monotonic()
+        arrays = self._store.table.fill(
+            np.array(prepared.rows, np.int32),
+            np.array(prepared.starts, np.int32),
+            np.array(prepared.counts, np.int32),
+        )
+        tokens = np.array(message.tokens, np.int64) if stage.index == 0 else None
+        hidden = message.payload if stage.index > 0 else None
+        sample_rows = np.array(prepared.sample_rows, np.int32)
+        output = self._executor.forward(tokens, hidden, arrays, sample_rows)
+        samples: tuple[Sample, ...] = ()
+        poisoned: tuple[int, ...] = ()
+        if stage.is_last:
+            samples, poisoned = sample_step(prepared, output)
+        self.stats.compute_s += time.monotonic() - started
+        return (b"" if stage.is_last else memoryview(output)), samples, poisoned
+
+
+def sample_step(prepared: Prepared, logits: np.ndarray) -> tuple[tuple[Sample, ...], tuple[int, ...]]:
+    """Next tokens for the rows that sample, and the requests whose logits [K, vocab] are not finite."""
+    rids = [row.rid for row in prepared.meta.rows if row.sample]
+    rows = [
+        SampleRow(
+            log.sampling, np.array(log.prompt, np.int32), np.array(log.output, np.int32), len(log.output)
+        )
+        for log in prepared.logs
+    ]
+    poisoned: tuple[int, ...] = ()
+    try:
+        drawn = sample(logits, rows)
+    except NonFiniteLogits as error:
+        bad = set(error.rows)
+        poisoned = tuple(rids[i] for i in sorted(bad))
+        keep = [i for i in range(len(rids)) if i not in bad]
+        rids, rows = [rids[i] for i in keep], [rows[i] for i in keep]
+        drawn = sample(logits[keep], rows) if keep else []
+    samples = tuple(Sample(rid, s.token, s.logprob, s.top) for rid, s in zip(rids, drawn, strict=True))
+    return samples, poisoned

@@ -1,0 +1,345 @@
+"""A pipeline of pure parts: the real scheduler, stages, block stores and replicators, and a model of integers.
+
+KV is real bytes in a real pool, and a token depends on every byte of KV that its request should have on every
+stage: a block that is lost, swapped, stale or cut short shows as a wrong token.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from controlplane.contract.ids import Member
+from controlplane.contract.requests import Sampling, Submit
+from dataplane.core.batching import Limits
+from dataplane.core.blocks import KvStore
+from dataplane.core.messages import (
+    Fence,
+    HeldMeta,
+    KvAckMeta,
+    KvDropMeta,
+    KvMeta,
+    KvQueryMeta,
+    Meta,
+    RejoinMeta,
+    ResultMeta,
+    Sample,
+    StepFailedMeta,
+    StepMeta,
+)
+from dataplane.core.scheduler import (
+    Ask,
+    Deliver,
+    Effect,
+    EpochBegan,
+    Event,
+    QuotaChanged,
+    Recovered,
+    Refuse,
+    RunStep,
+    Scheduler,
+    Submitted,
+    Tick,
+)
+from dataplane.core.stage import Prepared, Stage
+from dataplane.replica import Replicator
+
+BLOCK = 4
+PIPELINE = "p0"
+VOCAB = 50_000
+
+
+def mix(*values: int) -> int:
+    return zlib.crc32(np.array(values, np.uint64).tobytes())
+
+
+def next_token(tokens: list[int], stages: int) -> int:
+    """What the model says after `tokens`: the reference that never fails."""
+    hidden = list(tokens)
+    for stage in range(stages):
+        kv = [mix(stage, h) for h in hidden]
+        hidden = [mix(hidden[i], *kv[: i + 1]) for i in range(len(hidden))]
+    return hidden[-1] % VOCAB
+
+
+class IntKv:
+    """Stands where the tensor pool is: one uint32 a position."""
+
+    block_bytes = BLOCK * 4
+
+    def __init__(self, num_blocks: int) -> None:
+        self.data = np.zeros((num_blocks, BLOCK), np.uint32)
+
+    def view(self, block: int) -> memoryview:
+        return memoryview(self.data[block]).cast("B")
+
+    def write(self, block: int, data: memoryview) -> None:
+        self.view(block)[:] = data
+
+
+@dataclass
+class Node:
+    """One stage's worth of a node: what dataplane/worker.py does, without threads."""
+
+    cluster: Cluster
+    me: Member
+    stage_index: int
+    blocks: int
+    alive: bool = True
+    stage: Stage | None = None
+    inbox: deque[tuple[Member, Meta, bytes]] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.store = KvStore(self.blocks, BLOCK, 64, 64)
+        self.kv = IntKv(self.blocks)
+        self.replicator = Replicator(self.store, self.kv, self.send)  # type: ignore[arg-type]
+
+    def send(self, peer: Member, meta: Meta, payload: bytes) -> bool:
+        return self.cluster.send(self.me, peer, meta, bytes(payload))
+
+    def serve(self, epoch: int, replicas: list[Member]) -> None:
+        if self.stage is None:
+            self.stage = Stage(PIPELINE, self.stage_index, self.cluster.stages, epoch, self.store)
+        elif self.stage.fence.epoch < epoch:
+            self.stage.enter_epoch(epoch)
+        self.replicator.protect(PIPELINE, epoch, replicas, flush=False)
+
+    def leave(self, demote: bool) -> None:
+        self.stage = None
+        self.replicator.unprotect(PIPELINE)
+        if demote:
+            for key in list(self.store.own):
+                self.store.demote(key, self.replicator.checksum)
+        else:
+            self.store.release_pipeline(PIPELINE)
+
+    def handle(self, peer: Member, meta: Meta, payload: bytes) -> None:
+        fence: Fence = meta.fence  # type: ignore[union-attr]
+        if fence.epoch < self.cluster.epoch:
+            return
+        match meta:
+            case StepMeta():
+                if self.stage is not None and not self.stage.stale(meta.fence):
+                    self.run(self.stage, meta, payload)
+            case RejoinMeta():
+                if self.stage is not None and not self.stage.stale(meta.fence):
+                    self.send(peer, self.stage.rejoin(meta, self.replicator.checksum), b"")
+                    for rid in meta.rids:
+                        self.replicator.wrote(PIPELINE, rid)
+            case KvMeta():
+                self.replicator.store_copy(peer, meta, memoryview(payload))
+            case KvAckMeta():
+                self.replicator.acknowledged(peer, meta, self.cluster.now)
+            case KvQueryMeta():
+                self.replicator.answer_query(peer, meta)
+            case KvDropMeta():
+                self.replicator.drop_copies(meta)
+            case _:
+                raise TypeError(meta)
+        self.replicator.pump(self.cluster.now)
+        self.store.check()
+
+    def run(self, stage: Stage, meta: StepMeta, payload: bytes) -> None:
+        prepared = stage.prepare(meta)
+        self.replicator.freed(PIPELINE, meta.frees)
+        if isinstance(prepared, str):
+            self.cluster.to_scheduler(
+                self.me, StepFailedMeta(PIPELINE, meta.fence, meta.step, stage.index, prepared)
+            )
+            return
+        hidden = self.compute(stage, prepared, np.frombuffer(payload, np.uint64))
+        samples = []
+        if stage.is_last:
+            rids = [row.rid for row in meta.rows if row.sample]
+            for rid, index in zip(rids, prepared.sample_rows, strict=True):
+                samples.append(Sample(rid, int(hidden[index]) % VOCAB))
+        stage.commit(meta, tuple(samples))
+        for row in meta.rows:
+            self.replicator.wrote(PIPELINE, row.rid)
+        if stage.is_last:
+            self.cluster.to_scheduler(self.me, ResultMeta(PIPELINE, meta.fence, meta.step, tuple(samples)))
+        elif not self.send(self.cluster.serving[stage.index + 1], meta, hidden.tobytes()):
+            self.cluster.to_scheduler(
+                self.me, StepFailedMeta(PIPELINE, meta.fence, meta.step, stage.index, "link")
+            )
+
+    def compute(self, stage: Stage, prepared: Prepared, hidden: np.ndarray) -> np.ndarray:
+        out = np.zeros(len(hidden), np.uint64)
+        at = 0
+        for row, start, count in zip(prepared.rows, prepared.starts, prepared.counts, strict=True):
+            blocks = self.store.table.blocks(row)
+            for position in range(start, start + count):
+                self.kv.data[blocks[position // BLOCK], position % BLOCK] = mix(stage.index, int(hidden[at]))
+                kv = self.kv.data[blocks].reshape(-1)[: position + 1]
+                out[at] = mix(int(hidden[at]), *(int(v) for v in kv))
+                at += 1
+        return out
+
+
+class Cluster:
+    """One pipeline, with a peer for each stage. Messages between two nodes keep their order; links do not."""
+
+    def __init__(self, stages: int, seed: int, blocks: int = 64, quota: int = 32) -> None:
+        self.random = random.Random(seed)
+        self.stages = stages
+        self.epoch = 1
+        self.now = 0.0
+        self.limits = Limits(BLOCK, 16, 16, 64, 120, 1.0)
+        self.quota = quota
+        self.nodes: dict[Member, Node] = {}
+        for instance in range(2):
+            for stage in range(stages):
+                self.add(Member(f"n{instance * stages + stage}", "a"), stage, blocks)
+        members = list(self.nodes)
+        self.serving = members[:stages]
+        self.peers = members[stages:]
+        self.links: dict[tuple[Member, Member], deque[tuple[Meta, bytes]]] = {}
+        self.received: dict[int, list[int]] = {}
+        self.submitted: dict[int, Submit] = {}
+        self.finished: set[int] = set()
+        self.recoveries: list[Recovered] = []
+        self.refused: list[Refuse] = []
+        self.blocks = blocks
+        self.scheduler = self.new_scheduler(takeover=False)
+        self.apply_topology()
+
+    def add(self, member: Member, stage: int, blocks: int) -> None:
+        self.nodes[member] = Node(self, member, stage, blocks)
+
+    def new_scheduler(self, takeover: bool) -> Scheduler:
+        scheduler = Scheduler(PIPELINE, self.epoch, self.stages, self.limits, takeover=takeover, now=self.now)
+        self.perform(scheduler.step(QuotaChanged(self.quota), self.now))
+        return scheduler
+
+    # ------------------------------------------------------------------ network
+
+    def send(self, source: Member, to: Member, meta: Meta, payload: bytes) -> bool:
+        if not self.nodes[to].alive:
+            return False
+        self.links.setdefault((source, to), deque()).append((meta, payload))
+        return True
+
+    def to_scheduler(self, source: Member, meta: Meta) -> None:
+        self.send(source, self.serving[0], meta, b"")
+
+    def deliver_one(self) -> bool:
+        ready = [link for link, queue in self.links.items() if queue]
+        if not ready:
+            return False
+        link = self.random.choice(ready)
+        meta, payload = self.links[link].popleft()
+        node = self.nodes[link[1]]
+        if not node.alive:
+            return True
+        if isinstance(meta, ResultMeta | StepFailedMeta | HeldMeta):
+            if link[1] == self.serving[0]:
+                self.dispatch(meta)
+        else:
+            node.handle(link[0], meta, payload)
+        return True
+
+    # ------------------------------------------------------------------ scheduler and gateway
+
+    def dispatch(self, event: Event) -> None:
+        self.perform(self.scheduler.step(event, self.now))
+
+    def perform(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case RunStep(meta, tokens):
+                    payload = np.array(tokens, np.uint64).tobytes()
+                    self.send(self.serving[0], self.serving[0], meta, payload)
+                case Ask(meta):
+                    for member in self.serving:
+                        self.send(self.serving[0], member, meta, b"")
+                case Deliver(_, tokens):
+                    for token in tokens:
+                        log = self.received[token.rid]
+                        if token.position == len(log):  # as the gateway does
+                            log.append(token.token)
+                            if token.finish is not None:
+                                self.finished.add(token.rid)
+                        assert token.position <= len(log), "a gap"
+                case Refuse():
+                    self.refused.append(effect)
+                case Recovered():
+                    self.recoveries.append(effect)
+
+    def submit(self, rid: int, prompt: list[int], max_tokens: int) -> None:
+        self.received[rid] = []
+        self.submitted[rid] = Submit(rid, PIPELINE, tuple(prompt), Sampling(max_tokens, seed=0))
+        self.dispatch(Submitted(self.submitted[rid], 1))
+
+    def resubmit_all(self) -> None:
+        for rid, first in self.submitted.items():
+            if rid not in self.finished:
+                message = Submit(
+                    rid, PIPELINE, first.prompt, first.sampling, tuple(self.received[rid]), 0, True
+                )
+                self.dispatch(Submitted(message, 1))
+
+    # ------------------------------------------------------------------ faults
+
+    def apply_topology(self) -> None:
+        for index, member in enumerate(self.serving):
+            peer = self.peers[index]
+            targets = [peer] if peer != member and self.nodes[peer].alive else []
+            self.nodes[member].serve(self.epoch, targets)
+
+    def replace(self, stage: int, by: Member, demote: bool = False) -> None:
+        """Another node serves `stage` from now on: what the leader's topology write brings about."""
+        old = self.serving[stage]
+        self.epoch += 1
+        self.serving[stage] = by
+        if self.nodes[old].alive:
+            self.nodes[old].leave(demote)
+            self.peers[stage] = old
+        self.apply_topology()
+        if stage == 0:
+            self.scheduler = self.new_scheduler(takeover=True)
+            self.perform(self.scheduler.start(self.now))
+            self.resubmit_all()
+        else:
+            self.dispatch(EpochBegan(self.epoch, planned=False))
+
+    def kill(self, stage: int) -> None:
+        """kill -9 of the serving node; its peer is borrowed."""
+        self.nodes[self.serving[stage]].alive = False
+        self.replace(stage, self.peers[stage])
+
+    def join(self, stage: int, name: str) -> Member:
+        """A blank replacement."""
+        member = Member(name, f"b{self.epoch}")
+        self.add(member, stage, self.blocks)
+        return member
+
+    # ------------------------------------------------------------------ time
+
+    def run(self, deliveries: int) -> None:
+        for _ in range(deliveries):
+            if not self.deliver_one():
+                self.now += 0.05
+                self.dispatch(Tick())
+                for node in self.nodes.values():
+                    if node.alive:
+                        node.replicator.pump(self.now)
+
+    def run_to_end(self, limit: int = 200_000) -> None:
+        for _ in range(limit):
+            if len(self.finished) + len(self.refused) >= len(self.submitted):
+                return
+            self.run(1)
+        raise AssertionError(f"stuck: {self.finished} of {list(self.submitted)} finished")
+
+    def check(self) -> None:
+        """Every stream equals the stream that never failed."""
+        for rid, submit in self.submitted.items():
+            tokens = list(submit.prompt)
+            for position, token in enumerate(self.received[rid]):
+                assert token == next_token(tokens, self.stages), f"request {rid} position {position}"
+                tokens.append(token)
+            assert len(self.received[rid]) == submit.sampling.max_tokens

@@ -1,0 +1,123 @@
+"""Scheduler, stages and replication together, under every kill, at every moment, in every order of messages."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.core.data.pipeline import Cluster
+
+
+def start(stages: int, seed: int, requests: int = 5, **kwargs: int) -> Cluster:
+    cluster = Cluster(stages, seed, **kwargs)
+    for rid in range(1, requests + 1):
+        prompt = [cluster.random.randrange(1000) for _ in range(cluster.random.randrange(1, 30))]
+        cluster.submit(rid, prompt, max_tokens=cluster.random.randrange(5, 25))
+    return cluster
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_streams_equal_the_reference(stages: int, seed: int) -> None:
+    cluster = start(stages, seed)
+    cluster.run_to_end()
+    cluster.check()
+
+
+@pytest.mark.parametrize("stage", range(3))
+@pytest.mark.parametrize("after", [3, 20, 60, 150, 300])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_killed_stage_costs_no_token(stage: int, after: int, seed: int) -> None:
+    cluster = start(3, seed)
+    cluster.run(after)
+    cluster.kill(stage)
+    cluster.run_to_end()
+    cluster.check()
+    assert not cluster.refused
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_second_kill_during_recovery_and_hand_back(seed: int) -> None:
+    cluster = start(3, seed)
+    random = cluster.random
+    cluster.run(random.randrange(200))
+    first, second = random.sample(range(3), 2)
+    cluster.kill(first)
+    cluster.run(random.randrange(6))
+    cluster.kill(second)
+    cluster.run(random.randrange(100))
+    for stage in (first, second):
+        cluster.replace(stage, cluster.join(stage, f"n{stage}"), demote=random.random() < 0.5)
+        cluster.run(random.randrange(60))
+    cluster.run_to_end()
+    cluster.check()
+
+
+def test_recovery_uses_the_replica_and_recomputes_only_the_tail() -> None:
+    cluster = Cluster(2, seed=1)
+    cluster.submit(1, list(range(40)), max_tokens=30)
+    while len(cluster.received[1]) < 15:
+        cluster.run(1)
+    cluster.run(30)  # let acknowledgements arrive
+    before = len(cluster.received[1])
+    cluster.kill(1)
+    cluster.run_to_end()
+    cluster.check()
+    assert before < 30
+    assert cluster.scheduler.stats.requests_recovered == 1
+    # Two part-filled blocks and what was in flight, not the whole of 55 tokens.
+    assert cluster.scheduler.stats.tokens_recomputed <= 3 * 4
+
+
+def test_a_corrupt_replica_is_recomputed_not_used() -> None:
+    cluster = Cluster(2, seed=1)
+    cluster.submit(1, list(range(40)), max_tokens=30)
+    while len(cluster.received[1]) < 15:
+        cluster.run(1)
+    peer = cluster.nodes[cluster.peers[1]]
+    kv = next(iter(peer.store.replicas.values()))
+    peer.kv.data[peer.store.table.blocks(kv.row)[2]] ^= 1
+    cluster.kill(1)
+    cluster.run_to_end()
+    cluster.check()
+    assert peer.store.checksum_failures == 1
+
+
+def test_without_the_checksum_the_corruption_would_show() -> None:
+    """The oracle can see: with the safeguard off, the same fault gives wrong tokens."""
+    cluster = Cluster(2, seed=1)
+    cluster.submit(1, list(range(40)), max_tokens=30)
+    while len(cluster.received[1]) < 15:
+        cluster.run(1)
+    peer = cluster.nodes[cluster.peers[1]]
+    kv = next(iter(peer.store.replicas.values()))
+    kv.checksums.clear()
+    peer.kv.data[peer.store.table.blocks(kv.row)[2]] ^= 1
+    cluster.kill(1)
+    cluster.run_to_end()
+    with pytest.raises(AssertionError, match="position"):
+        cluster.check()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_preemption_under_a_small_quota(seed: int) -> None:
+    cluster = start(2, seed, requests=8, blocks=40, quota=18)
+    cluster.run(100)
+    cluster.kill(seed % 2)
+    cluster.run_to_end()
+    cluster.check()
+    assert cluster.scheduler.batcher.used_blocks == 0
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_nothing_is_left_behind(stage: int) -> None:
+    cluster = start(2, seed=stage)
+    cluster.run(80)
+    cluster.kill(stage)
+    cluster.run_to_end()
+    for _ in range(60):  # past the orphan grace: what nobody claimed is swept
+        cluster.run(40)
+    for member in cluster.serving:
+        node = cluster.nodes[member]
+        assert not node.store.own
+        assert not node.store.replicas
+        assert node.store.blocks_free == node.store.num_blocks
