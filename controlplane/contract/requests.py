@@ -10,7 +10,7 @@ from controlplane.contract.ids import PipelineId
 
 
 class Sampling(msgspec.Struct, frozen=True):
-    """Everything that decides the next token beside the token log. Resolved by the gateway: no defaults from elsewhere."""
+    """What decides the next token beside the token log. Resolved by the gateway: no defaults from elsewhere."""
 
     max_tokens: int
     seed: int

@@ -1,0 +1,102 @@
+"""What every bench keeps to: progress on stderr, a table on stdout, one JSON object as the last line.
+
+    {"bench": ..., "machine": {...}, "settings": {...}, "metrics": {...}, "baseline": {...}, "ratios": {...},
+     "absent": {...}}
+
+A ratio says how many times better ours is: throughput ours / theirs, time theirs / ours. Figures that are
+compared were measured alternating in one call. What could not be measured is named under "absent" with the
+reason; no figure is made up.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+
+
+class Result(msgspec.Struct):
+    bench: str
+    settings: dict[str, object] = {}
+    metrics: dict[str, float | int] = {}
+    baseline: dict[str, float | int] = {}
+    ratios: dict[str, float] = {}
+    absent: dict[str, str] = {}
+    spread: dict[str, tuple[float, float]] = {}  # least and greatest of what a median stands for
+    machine: dict[str, object] = {}
+
+    def measure(self, name: str, values: Sequence[float], into: str = "metrics") -> float:
+        """Record the median of several measurements, and their spread. Returns the median."""
+        median = statistics.median(values)
+        getattr(self, into)[name] = median
+        self.spread[f"{into}.{name}"] = (min(values), max(values))
+        return median
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of the values lie (nearest rank). Raises ValueError on an empty sequence."""
+    if not values:
+        raise ValueError("no values to take a percentile of")
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered) + 0.5) - 1))]
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
+        model = names[0] if names else model
+    versions = {}
+    for name in ("kevlarflow", "torch", "transformers", "libucx-cu12", "grpcio"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load_1m": round(os.getloadavg()[0], 2),
+        "versions": versions,
+        "unix_s": int(time.time()),
+    }
+
+
+def progress(text: str) -> None:
+    """One line for whoever waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def finish(result: Result, json_file: Path | None) -> None:
+    """Print the table, then the JSON line."""
+    result.machine = machine()
+    width = max((len(k) for k in (*result.metrics, *result.baseline, *result.ratios)), default=0) + 2
+    for title, values in (
+        ("metrics", result.metrics),
+        ("baseline", result.baseline),
+        ("ratios", result.ratios),
+    ):
+        if values:
+            print(title)
+        for name, value in values.items():
+            spread = result.spread.get(f"{title}.{name}")
+            extra = f"   [{spread[0]:.6g} .. {spread[1]:.6g}]" if spread else ""
+            print(f"  {name:<{width}}{value:.6g}{extra}")
+    for name, reason in result.absent.items():
+        print(f"  absent: {name}: {reason}")
+    line = msgspec.json.encode(result)
+    if json_file is not None:
+        json_file.write_bytes(line + b"\n")
+    print(line.decode(), flush=True)

@@ -1,0 +1,58 @@
+"""Frames: what is sent is what arrives, and nothing else ever parses."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controlplane.contract.requests import Sampling
+from dataplane.core.messages import Admit, Fence, KvMeta, Ping, Row, StepMeta
+from dataplane.core.request import pack_tokens, unpack_tokens
+from dataplane.transport.frames import BadFrame, decode, encode, join
+
+STEP = StepMeta(
+    "p0",
+    Fence(7, 2),
+    3,
+    (Row(1, 0, 4, True),),
+    (Admit(1, Sampling(8, seed=3, logit_bias=((5, 1.0),)), pack_tokens([1, 2]), b""),),
+    (9,),
+)
+
+
+@pytest.mark.parametrize("meta", [STEP, Ping(), KvMeta("p1", Fence(1), 2, 0, 16, 123)])
+@pytest.mark.parametrize("payload", [b"", b"x" * 1000])
+def test_round_trip(meta: StepMeta, payload: bytes) -> None:
+    frame = decode(join(encode(meta, payload)))
+    assert frame.meta == meta
+    assert bytes(frame.payload) == payload
+
+
+@given(st.integers(0, 10_000), st.integers(1, 255))
+def test_any_flipped_byte_is_noticed(at: int, flip: int) -> None:
+    data = bytearray(join(encode(STEP, b"activations" * 9)))
+    at %= len(data)
+    if at in (3, 28, 29, 30, 31):
+        return  # reserved
+    data[at] ^= flip
+    with pytest.raises(BadFrame):
+        decode(data)
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_a_typed_error(data: bytes) -> None:
+    with pytest.raises(BadFrame):
+        decode(data)
+
+
+def test_a_cut_frame_is_noticed() -> None:
+    data = join(encode(STEP, b"activations"))
+    for end in range(len(data)):
+        with pytest.raises(BadFrame):
+            decode(data[:end])
+
+
+@given(st.lists(st.integers(0, 2**31 - 1), max_size=50))
+def test_tokens_pack(tokens: list[int]) -> None:
+    assert unpack_tokens(pack_tokens(tokens)) == tokens

@@ -1,0 +1,88 @@
+"""Watermarks: what counts as copied is what the holder said, never more."""
+
+from __future__ import annotations
+
+from controlplane.contract.ids import Member
+from dataplane.core.replication import ANSWER_LIMIT_S, REFUSED_PAUSE_S, WINDOW_BLOCKS, Copy, ReplicaSource
+
+HOLDER = Member("n4", "a")
+
+
+def source(tokens: dict[int, int]) -> ReplicaSource:
+    made = ReplicaSource(HOLDER, 4, lambda rid: tokens.get(rid, 0))
+    assert made.must_ask(0.0)
+    made.acknowledged((), whole=True, refused=False, now=0.0)
+    for rid in tokens:
+        made.wrote(rid)
+    return made
+
+
+def test_nothing_is_sent_before_the_holder_has_said_what_it_has() -> None:
+    made = ReplicaSource(HOLDER, 4, lambda _: 8)
+    made.wrote(1)
+    assert made.take(0.0, flush=False) == []
+    assert made.must_ask(0.0)
+    assert not made.must_ask(0.1)
+    assert made.must_ask(ANSWER_LIMIT_S)
+
+
+def test_whole_blocks_only_unless_flushed() -> None:
+    made = source({1: 6})
+    assert made.take(0.0, flush=False) == [Copy(1, 0, 4)]
+    assert made.lag_tokens([1], flush=False) == 4
+    made.acknowledged(((1, 4),), whole=False, refused=False, now=0.1)
+    assert made.lag_tokens([1], flush=False) == 0
+    assert made.lag_tokens([1], flush=True) == 2
+    made.wrote(1)
+    assert made.take(0.1, flush=True) == [Copy(1, 1, 6)]
+    made.acknowledged(((1, 6),), whole=False, refused=False, now=0.2)
+    assert made.lag_tokens([1], flush=True) == 0
+
+
+def test_a_part_filled_block_is_sent_again_when_it_has_grown() -> None:
+    tokens = {1: 6}
+    made = source(tokens)
+    made.take(0.0, flush=True)
+    made.acknowledged(((1, 6),), whole=False, refused=False, now=0.1)
+    tokens[1] = 8
+    made.wrote(1)
+    assert made.take(0.2, flush=False) == [Copy(1, 1, 8)]
+
+
+def test_a_holder_that_kept_its_copies_gets_only_what_it_lacks() -> None:
+    made = ReplicaSource(HOLDER, 4, {1: 16, 2: 8}.get)  # type: ignore[arg-type]
+    made.must_ask(0.0)
+    assert made.acknowledged(((1, 12),), whole=True, refused=False, now=0.0) == []
+    made.wrote(1)
+    made.wrote(2)
+    assert made.take(0.0, flush=False) == [Copy(1, 3, 16), Copy(2, 0, 4), Copy(2, 1, 8)]
+
+
+def test_copies_of_requests_that_are_gone_are_given_back() -> None:
+    made = ReplicaSource(HOLDER, 4, lambda rid: 8 if rid == 1 else 0)
+    made.must_ask(0.0)
+    assert made.acknowledged(((1, 4), (2, 8)), whole=True, refused=False, now=0.0) == [2]
+
+
+def test_a_refused_block_is_tried_again_after_a_pause() -> None:
+    made = source({1: 8})
+    assert len(made.take(0.0, flush=False)) == 2
+    made.acknowledged(((1, 0),), whole=False, refused=True, now=0.1)
+    assert made.take(0.2, flush=False) == []
+    assert made.take(0.1 + REFUSED_PAUSE_S, flush=False)[0] == Copy(1, 0, 4)
+
+
+def test_the_window_bounds_what_is_under_way() -> None:
+    made = source({1: 4 * (WINDOW_BLOCKS + 10)})
+    assert len(made.take(0.0, flush=False)) == WINDOW_BLOCKS
+    assert made.take(0.0, flush=False) == []
+    made.acknowledged(((1, 4 * 10),), whole=False, refused=False, now=0.1)
+    assert len(made.take(0.1, flush=False)) == 10
+
+
+def test_a_silent_holder_is_asked_again_and_nothing_counts_meanwhile() -> None:
+    made = source({1: 8})
+    made.take(0.0, flush=False)
+    assert made.must_ask(ANSWER_LIMIT_S + 0.1)
+    assert not made.known
+    assert made.lag_tokens([1], flush=False) == 8

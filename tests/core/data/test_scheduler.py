@@ -1,0 +1,204 @@
+"""The scheduler alone: admission, batching, refusals, cancellation, quiescing, stalls."""
+
+from __future__ import annotations
+
+import pytest
+
+from controlplane.contract.requests import FinishReason, RefusalCode, Sampling, Submit
+from dataplane.core.batching import Limits
+from dataplane.core.messages import Fence, HeldMeta, ResultMeta, Sample, StepFailedMeta
+from dataplane.core.scheduler import (
+    STALL_LIMIT_S,
+    Ask,
+    Cancelled,
+    Deliver,
+    Effect,
+    EpochBegan,
+    Quiesce,
+    QuotaChanged,
+    Refuse,
+    RunStep,
+    Scheduler,
+    SessionLost,
+    Submitted,
+    Tick,
+)
+
+LIMITS = Limits(
+    block_size=4, max_batch_tokens=16, max_running=8, max_waiting=2, context_len=64, orphan_grace_s=0.5
+)
+
+
+def scheduler(stages: int = 2, quota: int = 64, takeover: bool = False) -> Scheduler:
+    made = Scheduler("p0", 5, stages, LIMITS, takeover=takeover, now=0.0)
+    made.step(QuotaChanged(quota), 0.0)
+    return made
+
+
+def submit(rid: int, length: int = 4, max_tokens: int = 8, **fields: object) -> Submitted:
+    sampling = fields.pop("sampling", Sampling(max_tokens, seed=1))
+    return Submitted(Submit(rid, "p0", tuple(range(length)), sampling, **fields), session=1)  # type: ignore[arg-type]
+
+
+def steps(effects: list[Effect]) -> list[RunStep]:
+    return [e for e in effects if isinstance(e, RunStep)]
+
+
+def result(step: RunStep, token: int = 9) -> ResultMeta:
+    samples = tuple(Sample(row.rid, token) for row in step.meta.rows if row.sample)
+    return ResultMeta("p0", step.meta.fence, step.meta.step, samples)
+
+
+def test_as_many_microbatches_as_stages() -> None:
+    made = scheduler(stages=3)
+    issued = [steps(made.step(submit(rid), 0.0)) for rid in range(1, 5)]
+    assert [len(s) for s in issued] == [1, 1, 1, 0]
+    assert len(made.in_flight) == 3
+
+
+def test_a_long_prompt_goes_in_chunks_that_overlap() -> None:
+    made = scheduler(stages=2)
+    sent = steps(made.step(submit(1, length=40), 0.0))
+    assert [(r.start, r.count, r.sample) for s in sent for r in s.meta.rows] == [
+        (0, 16, False),
+        (16, 16, False),
+    ]
+    third = steps(made.step(result(sent[0]), 0.1))
+    assert [(r.start, r.count, r.sample) for s in third for r in s.meta.rows] == [(32, 8, True)]
+    assert sent[0].meta.admits
+    assert not third[0].meta.admits
+
+
+def test_decode_rows_share_a_step_with_a_prompt_chunk() -> None:
+    made = scheduler(stages=1)
+    first = steps(made.step(submit(1), 0.0))[0]
+    made.step(submit(2, length=30), 0.0)
+    both = steps(made.step(result(first), 0.1))[0]
+    assert [(r.rid, r.count) for r in both.meta.rows] == [(1, 1), (2, 15)]
+
+
+def test_finish_reasons() -> None:
+    made = scheduler(stages=1)
+    stop = Sampling(8, seed=1, stop_token_ids=(9,), min_tokens=1)
+    first = steps(made.step(submit(1, sampling=stop), 0.0))[0]
+    second = made.step(result(first), 0.1)
+    assert next(e for e in second if isinstance(e, Deliver)).tokens[0].finish is None  # below min_tokens
+    last = made.step(result(steps(second)[0]), 0.2)
+    assert next(e for e in last if isinstance(e, Deliver)).tokens[0].finish is FinishReason.STOP
+    assert steps(last)[0].meta.frees == (1,)
+    assert not made.requests
+
+
+def test_refusals_are_explicit() -> None:
+    made = scheduler(stages=1)
+    for rid in range(1, 4):
+        made.step(submit(rid), 0.0)
+    refused = [e for e in made.step(submit(9), 0.0) if isinstance(e, Refuse)]
+    assert refused[0].message.code is RefusalCode.OVERLOADED
+    assert refused[0].message.retry_after_s > 0
+    too_long = [e for e in made.step(submit(8, length=64), 0.0) if isinstance(e, Refuse)]
+    assert too_long[0].message.code is RefusalCode.INVALID
+    admitted = [e for e in made.step(submit(7, admitted=True), 0.0) if isinstance(e, Refuse)]
+    assert not admitted
+
+
+def test_a_second_submit_re_attaches_and_repeats_what_was_missed() -> None:
+    made = scheduler(stages=1)
+    step = steps(made.step(submit(1), 0.0))[0]
+    made.step(SessionLost(1), 0.0)
+    assert not [e for e in made.step(result(step), 0.1) if isinstance(e, Deliver)]
+    again = made.step(Submitted(submit(1).message, session=2), 0.2)
+    deliver = next(e for e in again if isinstance(e, Deliver))
+    assert (deliver.session, deliver.tokens[0].token) == (2, 9)
+
+
+def test_orphans_are_dropped_after_the_grace() -> None:
+    made = scheduler(stages=1)
+    step = steps(made.step(submit(1), 0.0))[0]
+    made.step(SessionLost(1), 0.0)
+    made.step(Tick(), 0.4)
+    assert 1 in made.requests
+    made.step(Tick(), 0.6)
+    assert not made.requests
+    assert steps(made.step(result(step), 0.7))[0].meta.frees == (1,)
+
+
+def test_a_cancelled_request_frees_its_blocks_even_if_nothing_else_runs() -> None:
+    made = scheduler(stages=1)
+    step = steps(made.step(submit(1), 0.0))[0]
+    assert not made.step(Cancelled(1), 0.0)
+    freed = made.step(result(step), 0.1)
+    assert not [e for e in freed if isinstance(e, Deliver)]
+    assert steps(freed)[0].meta.frees == (1,)
+    assert made.batcher.used_blocks == 0
+
+
+def test_quiesced_means_nothing_in_flight_and_nothing_starts() -> None:
+    made = scheduler(stages=1)
+    step = steps(made.step(submit(1), 0.0))[0]
+    made.step(Quiesce(True), 0.0)
+    assert made.quiesced_step == -2
+    assert not steps(made.step(result(step), 0.1))
+    assert made.quiesced_step == 0
+    assert steps(made.step(Quiesce(False), 0.2))
+
+
+def test_a_new_epoch_voids_what_is_in_flight_and_resumes_at_the_minimum() -> None:
+    made = scheduler(stages=2)
+    step = steps(made.step(submit(1, length=12), 0.0))[0]
+    made.step(result(step), 0.1)
+    ask = next(e for e in made.step(EpochBegan(6, planned=False), 0.2) if isinstance(e, Ask)).meta
+    assert ask.rids == (1,)
+    assert ask.complete
+    assert not made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 0, ((1, 12),)), 0.3)
+    resumed = steps(made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, ((1, 8),)), 0.3))[0]
+    assert [(r.start, r.count, r.sample) for r in resumed.meta.rows] == [(8, 5, True)]
+    assert resumed.meta.admits
+    assert resumed.meta.fence == Fence(6, 0)
+
+
+@pytest.mark.parametrize("fence", [Fence(5, 0), Fence(4, 9)])
+def test_results_of_an_older_fence_change_nothing(fence: Fence) -> None:
+    made = scheduler(stages=1)
+    step = steps(made.step(submit(1), 0.0))[0]
+    made.step(EpochBegan(6, planned=False), 0.1)
+    stale = ResultMeta("p0", fence, step.meta.step, (Sample(1, 9),))
+    assert not made.step(stale, 0.2)
+    assert not made.requests[1].output
+
+
+def test_a_stalled_step_is_given_up_and_asked_about() -> None:
+    made = scheduler(stages=2)
+    made.step(submit(1), 0.0)
+    assert not made.step(Tick(), STALL_LIMIT_S)
+    effects = made.step(Tick(), STALL_LIMIT_S + 0.01)
+    assert next(e for e in effects if isinstance(e, Ask)).meta.fence == Fence(5, 1)
+
+
+def test_a_step_that_failed_on_its_way_is_repeated_after_a_pause() -> None:
+    made = scheduler(stages=1)
+    step = steps(made.step(submit(1), 0.0))[0]
+    failed = StepFailedMeta("p0", step.meta.fence, step.meta.step, 0, "link")
+    ask = next(e for e in made.step(failed, 0.1) if isinstance(e, Ask)).meta
+    assert not steps(made.step(HeldMeta("p0", ask.fence, ask.ask, 0, ()), 0.11))
+    assert steps(made.step(Tick(), 0.2))
+
+
+def test_a_poisoned_request_is_quarantined_and_others_go_on() -> None:
+    made = scheduler(stages=1)
+    first = steps(made.step(submit(1), 0.0))[0]
+    made.step(submit(2), 0.0)
+    both = steps(made.step(result(first), 0.1))[0]
+    poisoned = ResultMeta("p0", both.meta.fence, both.meta.step, (Sample(2, 9),), poisoned=(1,))
+    effects = made.step(poisoned, 0.2)
+    assert next(e for e in effects if isinstance(e, Refuse)).message.code is RefusalCode.QUARANTINED
+    assert list(made.requests) == [2]
+    assert made.stats.quarantined == 1
+
+
+def test_a_request_that_no_longer_fits_is_refused_not_kept_for_ever() -> None:
+    made = scheduler(stages=1, quota=8)
+    made.step(submit(1, length=20, max_tokens=30), 0.0)
+    made.step(QuotaChanged(4), 0.1)
+    refused = [e for e in made.step(Tick(), 0.2) if isinstance(e, Refuse)]
+    assert refused[0].message.code is RefusalCode.INVALID
