@@ -55,8 +55,8 @@ class Node:
         secret = auth.load_secret(config.secret_file)
         engine = config.engine
         context = min(
-            engine.max_model_len or executor.config.max_position_embeddings,
-            executor.config.max_position_embeddings,
+            engine.max_model_len or executor.config.max_positions,
+            executor.config.max_positions,
             engine.block_size * (engine.pool_blocks // 2),
         )
         store = KvStore(

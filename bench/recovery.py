@@ -1,0 +1,159 @@
+"""Kill each stage under load, and see what the clients see.
+
+Streams run; a node is killed with SIGKILL; every stream is compared, token by token, with the same request on
+the same cluster undisturbed. `next_token_gap` runs from the kill to each stream's next token; since that token may
+already have been on its way, `pause` also gives the longest wait for a token that the kill caused.
+The same is then done in `stop-restart` mode, in which an instance with a dead node is gone until it was restarted and
+its requests begin again elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from bench.cluster import generator, run_streams, running, wait_settled
+from bench.contract import Result, percentile, progress
+from controlplane.contract.events import EventKind
+from controlplane.contract.topology import Mode
+from controlplane.kfadmin.client import EventRow
+from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
+from controlplane.kfadmin.local import LocalCluster
+
+STREAMS = 16
+TOKENS = 160
+WINDOW_S = 30.0  # pauses that end later than this after a kill are not its doing
+
+
+@dataclass
+class Tally:
+    gaps: list[float] = field(default_factory=list)
+    pauses: list[float] = field(default_factory=list)
+    phases: dict[str, list[float]] = field(default_factory=dict)
+    lost: int = 0
+    duplicated: int = 0
+    different: int = 0
+    failed: int = 0
+    kills: int = 0
+    survivor_restarts: int = 0
+
+
+def run(quick: bool) -> Result:
+    result = Result("recovery", settings={"streams": STREAMS, "max_tokens": TOKENS, "quick": quick})
+    kills = [0, 5, 2, 7] if quick else [0, 1, 2, 3, 4, 5, 6, 7] * 2
+    with running(Mode.REPLICATE) as cluster:
+        ours = _measure(cluster, [f"n{k}" for k in kills], survivors_stay=True)
+    with running(Mode.STOP_RESTART) as cluster:
+        baseline_kills = [f"n{k}" for k in (kills[1:3] if quick else kills[:8])]
+        theirs = _measure(cluster, baseline_kills, survivors_stay=False)
+    _fill(result.metrics, ours)
+    for name in ("detect", "plan", "connect", "restore", "first_token"):
+        if ours.phases.get(name):
+            result.measure(f"{name}_p50_s", ours.phases[name])
+    _fill(result.baseline, theirs)
+    result.ratios["gap_p99"] = percentile(theirs.gaps, 0.99) / percentile(ours.gaps, 0.99)
+    result.ratios["pause_p99"] = percentile(theirs.pauses, 0.99) / percentile(ours.pauses, 0.99)
+    return result
+
+
+def _fill(into: dict[str, float | int], tally: Tally) -> None:
+    into |= {
+        "kills": tally.kills,
+        "streams": STREAMS * tally.kills,
+        "next_token_gap_p50_s": percentile(tally.gaps, 0.5),
+        "next_token_gap_p99_s": percentile(tally.gaps, 0.99),
+        "pause_p50_s": percentile(tally.pauses, 0.5),
+        "pause_p99_s": percentile(tally.pauses, 0.99),
+        "tokens_lost": tally.lost,
+        "tokens_duplicated": tally.duplicated,
+        "tokens_different": tally.different,
+        "streams_failed": tally.failed,
+        "survivor_restarts": tally.survivor_restarts,
+    }
+
+
+def _measure(cluster: LocalCluster, victims: list[str], *, survivors_stay: bool) -> Tally:
+    tally = Tally()
+    prompts = sample_prompts(STREAMS, TOKENS)
+    reference = run_streams(cluster, prompts)
+    for number, victim in enumerate(victims):
+        # Early, in the middle and late in the streams, in turn.
+        after = (8, TOKENS // 2, TOKENS - 40)[number % 3]
+        before = cluster.node_pids()
+        streams, killed_at, killed_unix = asyncio.run(_kill_under_load(cluster, prompts, victim, after))
+        wait_settled(cluster)
+        changed = {n for n, pid in cluster.node_pids().items() if before.get(n) != pid and n != victim}
+        tally.kills += 1
+        if survivors_stay:
+            tally.survivor_restarts += len(changed)
+        _compare(tally, streams, reference)
+        for stream in streams:
+            gap = stream.next_token_gap_s(killed_at)
+            pause = stream.longest_pause_s(killed_at, WINDOW_S)
+            if gap is not None and pause is not None:
+                tally.gaps.append(gap)
+                tally.pauses.append(pause)
+        _phases(tally, cluster, victim, killed_unix)
+        progress(
+            f"  killed {victim} after {after} tokens: slowest next token"
+            f" {max(s.next_token_gap_s(killed_at) or 0.0 for s in streams):.3f} s"
+        )
+    return tally
+
+
+async def _kill_under_load(
+    cluster: LocalCluster, prompts: list[Prompt], victim: str, after: int
+) -> tuple[list[Stream], float, float]:
+    streams = [Stream(prompt) for prompt in prompts]
+    reached = asyncio.Event()
+
+    def look(_: Stream) -> None:
+        if sum(len(s.tokens) for s in streams) >= after * len(streams):
+            reached.set()
+
+    load = asyncio.create_task(generator(cluster).streams(prompts, streams, look))
+    waiting = asyncio.create_task(reached.wait())
+    await asyncio.wait({load, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if load.done():
+        load.result()
+        raise RuntimeError(f"the streams ended before the kill, at {after} tokens each")
+    killed_at, killed_unix = time.monotonic(), time.time()
+    cluster.kill(victim)
+    return await load, killed_at, killed_unix
+
+
+def _compare(tally: Tally, streams: list[Stream], reference: list[Stream]) -> None:
+    for stream, expected in zip(streams, reference, strict=True):
+        if stream.error:
+            tally.failed += 1
+        tally.lost += max(0, len(expected.tokens) - len(stream.tokens))
+        tally.duplicated += max(0, len(stream.tokens) - len(expected.tokens))
+        tally.different += sum(a != b for a, b in zip(stream.tokens, expected.tokens, strict=False))
+
+
+def _phases(tally: Tally, cluster: LocalCluster, victim: str, killed_unix: float) -> None:
+    """From the event history: what part of the gap was spent where."""
+    with cluster.admin() as admin:
+        rows = [row for row in admin.events(limit=200) if row.event.unix_s >= killed_unix]
+    died = _first(rows, EventKind.DIED, victim)
+    if died is None:
+        return
+
+    def note(name: str, seconds: float) -> None:
+        tally.phases.setdefault(name, []).append(max(0.0, seconds))
+
+    note("detect", died.event.unix_s - killed_unix)
+    for row in rows:
+        details = row.event.details
+        if row.event.kind is EventKind.EPOCH and "plan_s" in details:
+            note("plan", float(details["plan_s"]))
+        if row.event.kind is EventKind.RECOVERED and not details.get("planned"):
+            for phase in ("connect", "restore", "first_token"):
+                if f"{phase}_s" in details:
+                    note(phase, float(details[f"{phase}_s"]))
+
+
+def _first(rows: list[EventRow], kind: EventKind, subject: str) -> EventRow | None:
+    return next((r for r in rows if r.event.kind is kind and r.event.subject == subject), None)
