@@ -409,6 +409,8 @@ class Scheduler:
         recovery = self._recovery
         if rows and recovery is not None and recovery.connected and not recovery.restored:
             recovery.restored = now
+            if recovery.requests == 0:
+                self._recovery = None  # nobody was interrupted: there is nothing to tell
         metas: list[Row] = []
         admits: list[Admit] = []
         tokens: list[int] = []

@@ -1,0 +1,90 @@
+# Two commands do all their own set-up:  make up   and   make test
+#
+#   make up        a whole cluster on this machine, on the demo model; Ctrl-C stops it (UP="..." adds options)
+#   make test      the whole test suite (TESTS="..." picks some)
+#   make check     ruff, mypy, import-linter, cython-lint
+#   make install   .venv with everything: tests, benches, development
+#   make proto     etcd's message classes from its definitions
+#   make test-gpu  tests that need a GPU
+#   make clean     build products (the .venv stays)
+
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CC ?= cc
+
+# What an installation is made of: when one of these is newer, it is made again.
+SOURCES := pyproject.toml setup.py $(wildcard dataplane/_fast/*.pyx dataplane/_fast/*.pxd) \
+           $(filter-out kernels/cpu/_attention.c,$(wildcard kernels/cpu/*.pyx kernels/cpu/*.c kernels/cpu/*.h))
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+.PHONY: install up test check proto test-gpu clean
+
+install: $(VENV)/.installed
+
+up: $(VENV)/.runtime
+	@exec $(BIN)/kfadmin up $(UP)
+
+test: install
+	@started=$$(date +%s); \
+	$(BIN)/python -m pytest $(TESTS); status=$$?; \
+	took=$$(( $$(date +%s) - started )); \
+	if [ $$status -eq 0 ]; then echo "make test: passed in $$took s"; \
+	else echo "make test: FAILED (pytest exit code $$status) after $$took s"; fi; \
+	exit $$status
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/cython-lint dataplane kernels
+
+proto: install
+	$(BIN)/python controlplane/etcd/proto/generate.py
+
+test-gpu: install
+	@if [ ! -d tests/gpu ]; then echo "make test-gpu: skipped: there is no tests/gpu yet"; \
+	elif ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  echo "make test-gpu: skipped: torch sees no CUDA device here"; \
+	else $(BIN)/python -m pytest tests/gpu; fi
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -f dataplane/_fast/*.so kernels/cpu/*.so dataplane/_fast/*.c kernels/cpu/_attention.c
+	rm -f $(VENV)/.installed $(VENV)/.runtime
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# ---- the virtual environment
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "make: Python 3.11 or later is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+	    echo "      Name another one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "make: $(PYTHON) has no venv module: install python3-venv (Debian, Ubuntu)" >&2; exit 1; }
+	@command -v $(firstword $(CC)) >/dev/null || \
+	  { echo "make: a C compiler is needed: install gcc, or name one with CC=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; \
+	  sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || \
+	  { echo "make: Python.h is missing: install python3-dev (Debian, Ubuntu)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The extensions are compiled against the installed headers, not in an isolated copy that would be fetched
+# again each time: so the build's own requirements, as pyproject.toml names them, come first.
+$(VENV)/.build-requirements: $(VENV)/.python pyproject.toml
+	@$(BIN)/python -c 'import tomllib; \
+	  print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]))' > $@.txt
+	$(PIP) install --requirement $@.txt
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.build-requirements $(SOURCES)
+	$(PIP) install --no-build-isolation --editable '.[test,bench,dev]'
+	@touch $(VENV)/.runtime $@
+
+# `make up` leaves tests and benches out, unless they have been installed already.
+$(VENV)/.runtime: $(VENV)/.build-requirements $(SOURCES)
+	$(PIP) install --no-build-isolation --editable "$$(if [ -e $(VENV)/.installed ]; then echo '.[test,bench,dev]'; else echo .; fi)"
+	@touch $@

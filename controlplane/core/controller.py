@@ -1,0 +1,263 @@
+"""The controller as one pure state machine: events in, effects out, in the order in which they are to be performed.
+
+Every candidate feeds one with the same events, so that whoever becomes leader decides at once; only the leader's
+emits writes and history.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from msgspec.structs import replace
+
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.events import Event, EventKind
+from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.records import NodeRecord, Operation
+from controlplane.contract.reports import NodeReport
+from controlplane.contract.status import ClusterStatus, NodeState, OperationAnswer, OperationRequest
+from controlplane.contract.topology import Topology
+from controlplane.core import events, narrate
+from controlplane.core.detector import Detector, Verdict
+from controlplane.core.drain import avoided, progress
+from controlplane.core.edit import initial
+from controlplane.core.events import CoreEvent, Effect, Record, Reread, WriteOperation, WriteTopology
+from controlplane.core.membership import Membership, Nodes, named_members
+from controlplane.core.plan import plan
+from controlplane.core.policy import Limits, Policy, Situation, Timers
+from controlplane.core.preflight import preflight
+from controlplane.core.slot import Slot
+from controlplane.core.view import cluster_status
+
+
+class Controller:
+    """`step` is the whole interface to the world; `status` and `preflight` only look."""
+
+    def __init__(self, config: ClusterConfig, me: str, limits: Limits | None = None) -> None:
+        self._config = config
+        self._me = me
+        self._limits = limits or Limits()
+        self._detector = Detector(config.timing)
+        self._members = Membership(config, self._detector)
+        self._topology: Slot[Topology] = Slot()
+        self._operations: dict[str, Slot[Operation]] = {}
+        self._timers = Timers(self._limits)
+        self._lost: Topology | None = None  # the newest one that was in etcd, if etcd has none now
+        self._recovered: dict[PipelineId, int] = {}  # newest epoch whose recovery is on record
+        self._last_counter = 0  # of the newest topology ever heard of, in etcd or from a node
+        self._leader = False
+        self._now = 0.0
+        self._unix_now = 0.0
+
+    @property
+    def leader(self) -> bool:
+        return self._leader
+
+    @property
+    def topology(self) -> Topology | None:
+        return self._topology.value
+
+    def step(self, event: CoreEvent, now: float, unix_now: float) -> list[Effect]:
+        """Take one event in. `now`: a monotonic clock, seconds; `unix_now`: for people and deadlines of operations."""
+        self._now, self._unix_now = now, unix_now
+        self._detector.advance(now)
+        effects: list[Effect] = []
+        if self._take(event, effects):
+            self._observe(effects)
+            if self._leader:
+                self._decide(effects)
+        return effects
+
+    def status(self, now: float) -> ClusterStatus:
+        """Everything but `controllers`, `gateways`, `leader` and `etcd_age_s`, which the shell knows."""
+        topology = self._topology.value
+        return cluster_status(
+            self._config, self._me, self._members, topology, self._nodes(), self._known_operations(), now
+        )
+
+    def preflight(self, request: OperationRequest) -> OperationAnswer:
+        """Whether the operation may begin and what it would do. Accepted: the shell writes `operation`, if absent."""
+        topology = self._topology.value
+        situation = None if topology is None else self._situation(topology, self._nodes())
+        return preflight(request, situation, self._known_operations(), self._unix_now)
+
+    # -- taking events in ---------------------------------------------------------------------------------
+
+    def _take(self, event: CoreEvent, effects: list[Effect]) -> bool:
+        """Note an event; whether it can change any decision."""
+        match event:
+            case events.ReportReceived(report):
+                return self._take_report(report, effects)
+            case events.NodeRegistered(record):
+                self._take_record(record, effects)
+            case events.NodeGone(node):
+                self._members.gone(node)
+            case events.ReportStreamBroken(member):
+                self._detector.stream_broken(member, self._now)
+            case events.TopologySeen(topology, mod_revision):
+                before = self._topology.value
+                if self._topology.seen(topology, mod_revision):
+                    self._adopt(before, topology, effects)
+            case events.OperationSeen(operation, mod_revision):
+                self._slot(operation.id).seen(operation, mod_revision)
+            case events.OperationGone(operation_id):
+                self._operations.pop(operation_id, None)
+            case events.BecameLeader():
+                self._lead(effects)
+            case events.LostLeadership():
+                self._leader = False
+                self._topology.forget_writes()
+                for slot in self._operations.values():
+                    slot.forget_writes()
+            case events.WriteDone(mod_revision, operation_id):
+                self._written(mod_revision, operation_id, effects)
+            case events.WriteConflict(operation_id) | events.WriteUnknown(operation_id):
+                if self._leader:
+                    failed = (
+                        self._topology.failed if operation_id is None else self._slot(operation_id).failed
+                    )
+                    failed(self._now)
+                    effects.append(Reread(operation_id))
+            case events.Tick():
+                self._members.forget(self._topology.value, self._now)
+            case _:
+                assert_never(event)
+        return True
+
+    def _take_report(self, report: NodeReport, effects: list[Effect]) -> bool:
+        """Nearly all reports say nothing new: they are only heartbeats, and the next tick weighs them."""
+        member = report.member
+        before = self._members.reports.get(member)
+        self._detector.reported(report, self._now)
+        self._members.reports[member] = report
+        self._last_counter = max(self._last_counter, report.topology_counter)
+        for recovery in report.recoveries:
+            if recovery.epoch > self._recovered.get(recovery.pipeline, 0):
+                self._recovered[recovery.pipeline] = recovery.epoch
+                self._record(narrate.of_recovery(recovery, member.node, self._unix_now), effects)
+        return (
+            before is None
+            or report.leaving
+            or self._detector.state(member) is not NodeState.GREEN
+            or bool(self._timers.moves)
+            or {link.peer for link in report.links if not link.up}
+            != {link.peer for link in before.links if not link.up}
+        )
+
+    def _take_record(self, record: NodeRecord, effects: list[Effect]) -> None:
+        if self._members.register(record, self._now):
+            text = f"{record.member.node} joined with the weights of stage {record.stage}"
+            details: dict[str, float | int | str] = {
+                "incarnation": record.member.incarnation,
+                "pid": record.pid,
+            }
+            self._record(
+                Event(EventKind.JOINED, record.member.node, text, self._unix_now, details=details), effects
+            )
+
+    def _lead(self, effects: list[Effect]) -> None:
+        self._leader = True
+        counter = 0 if self._topology.value is None else self._topology.value.counter
+        text = f"{self._me} leads from topology {counter} on"
+        self._record(Event(EventKind.LEADER, self._me, text, self._unix_now, counter), effects)
+        if self._topology.value is not None:  # who died while nobody led
+            for member in sorted(named_members(self._topology.value) & self._detector.red()):
+                why, silent_s = self._detector.evidence(member), self._detector.silent_s(member, self._now)
+                verdict = Verdict(member, NodeState.GREEN, NodeState.RED, why, silent_s)
+                self._record(narrate.of_verdict(verdict, self._unix_now), effects)
+
+    def _written(self, mod_revision: int, operation_id: str | None, effects: list[Effect]) -> None:
+        if operation_id is None:
+            before = self._topology.value
+            written = self._topology.done(mod_revision)
+            if written is not None:
+                self._adopt(before, written, effects)
+            return
+        operation = self._slot(operation_id).pending
+        self._slot(operation_id).done(mod_revision)
+        if operation is not None and not operation.open:
+            self._record(narrate.of_operation(operation, self._unix_now), effects)
+
+    def _adopt(self, before: Topology | None, after: Topology | None, effects: list[Effect]) -> None:
+        if after is None:
+            # Deleted by hand, or etcd lost its data: the next one goes on counting, epochs never repeat.
+            self._lost = before if before is not None else self._lost
+            return
+        self._last_counter = max(self._last_counter, after.counter)
+        self._timers.note(after, self._now)
+        self._detector.expect(named_members(after) - set(after.retired), self._now)
+        if self._leader and before is not None:
+            for event in narrate.of_topology(before, after, self._died_s(before), self._unix_now):
+                self._record(event, effects)
+
+    # -- deciding -----------------------------------------------------------------------------------------
+
+    def _observe(self, effects: list[Effect]) -> None:
+        topology = self._topology.value
+        stalled = {} if topology is None else self._nodes().stalled(topology)
+        for verdict in self._detector.evaluate(self._now, stalled):
+            if (
+                verdict.known or verdict.after is not NodeState.GREEN
+            ):  # first heard is "joined", told elsewhere
+                self._record(narrate.of_verdict(verdict, self._unix_now), effects)
+
+    def _decide(self, effects: list[Effect]) -> None:
+        if self._topology.ask_again(self._now):
+            effects.append(Reread())
+        topology = self._topology.value
+        nodes = self._nodes()
+        if not self._topology.busy:
+            self._next_topology(topology, nodes, effects)
+        if topology is not None:
+            self._next_operations(self._situation(topology, nodes), effects)
+
+    def _next_topology(self, topology: Topology | None, nodes: Nodes, effects: list[Effect]) -> None:
+        if topology is None:
+            after = initial(self._config, self._last_counter + 1)
+            if self._lost is not None:  # who serves goes on serving, in the same epochs
+                after = replace(self._lost, counter=after.counter)
+        else:
+            transition = plan(topology, nodes, self._policy(), self._now)
+            if transition is None:
+                return
+            after = transition.topology
+        self._topology.pending = after
+        effects.append(WriteTopology(after, self._topology.mod_revision))
+
+    def _next_operations(self, situation: Situation, effects: list[Effect]) -> None:
+        for operation_id, slot in sorted(self._operations.items()):
+            if slot.ask_again(self._now):
+                effects.append(Reread(operation_id))
+            if slot.busy or slot.value is None or not slot.value.open:
+                continue
+            after = progress(situation, slot.value, self._unix_now)
+            if after != slot.value:
+                slot.pending = after
+                effects.append(WriteOperation(after, slot.mod_revision))
+
+    # -- helpers ------------------------------------------------------------------------------------------
+
+    def _record(self, event: Event, effects: list[Effect]) -> None:
+        """History is the leader's to write: every candidate sees the same things."""
+        if self._leader:
+            effects.append(Record(event))
+
+    def _slot(self, operation_id: str) -> Slot[Operation]:
+        return self._operations.setdefault(operation_id, Slot())
+
+    def _known_operations(self) -> dict[str, Operation]:
+        return {key: slot.value for key, slot in sorted(self._operations.items()) if slot.value is not None}
+
+    def _nodes(self) -> Nodes:
+        return self._members.nodes(self._topology.value)
+
+    def _policy(self) -> Policy:
+        return Policy(self._config, self._timers, self._known_operations(), self._limits)
+
+    def _situation(self, topology: Topology, nodes: Nodes) -> Situation:
+        policy = self._policy()
+        return Situation(topology, nodes, policy, self._now, avoided(topology, nodes, policy.operations))
+
+    def _died_s(self, topology: Topology) -> dict[Member, float]:
+        red = self._detector.red()
+        return {m: self._now - (self._detector.changed_at(m) or 0.0) for m in named_members(topology) & red}

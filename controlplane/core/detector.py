@@ -1,0 +1,220 @@
+"""Who is alive: evidence of several kinds for each process, weighed by the table of rules in evidence.py.
+
+Silence alone is slow and often wrong on a loaded machine; a killed process is seen by its peers at once. So two
+independent kinds of evidence make a member red at once, one kind alone only after a confirmation, and whoever is
+still heard by anybody is not dead (the path to this controller is broken, not the member).
+
+Every candidate for leader feeds one, so that a new leader decides at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from controlplane.contract.config import TimingConfig
+from controlplane.contract.ids import Member, NodeId
+from controlplane.contract.reports import LinkReport, NodeReport
+from controlplane.contract.status import NodeState
+from controlplane.core.evidence import Evidence, judge
+from controlplane.core.phi import Arrivals
+
+PAUSE_S = 0.3  # a longer gap between two events was a pause of this process: ticks come every 50 ms
+STEADY_S = 2.0  # a member that was red has to be heard this long without a gap
+FORGET_S = 60.0  # a process that is neither registered nor in the topology is remembered this long
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A change of one member's state."""
+
+    member: Member
+    before: NodeState
+    after: NodeState
+    evidence: str
+    silent_s: float
+    left: bool = False  # it went on purpose
+    known: bool = True  # it was green or red before
+
+
+@dataclass(slots=True)
+class _Watched:
+    since: float  # silence is counted from here at the earliest
+    arrivals: Arrivals
+    heard: float | None = None
+    broken: bool = False
+    leaving: bool = False
+    superseded: bool = False
+    known: bool = False
+    state: NodeState = NodeState.YELLOW
+    evidence: str = "registered, not heard yet"
+    steady_since: float | None = None
+    changed_at: float = 0.0
+    links: tuple[LinkReport, ...] = ()
+
+    def silent_s(self, now: float) -> float:
+        return max(now - max(self.since, self.heard or 0.0), 0.0)
+
+
+@dataclass(slots=True)
+class _Links:
+    """What living neighbours say of one member."""
+
+    down: str = ""
+    silent_s: float = 0.0
+    heard: bool = False
+
+
+@dataclass(slots=True)
+class Detector:
+    timing: TimingConfig
+    _watched: dict[Member, _Watched] = field(default_factory=dict)
+    _leased: dict[NodeId, Member] = field(default_factory=dict)
+    _last_event: float | None = None
+
+    def advance(self, now: float) -> None:
+        """Call before each event. After a pause of this process everybody gets a fresh window of silence:
+        what they said meanwhile waits in the inbox."""
+        if self._last_event is not None and now - self._last_event > PAUSE_S:
+            for watched in self._watched.values():
+                watched.since = now
+                watched.arrivals.restart()
+        self._last_event = now
+
+    def registered(self, member: Member, now: float) -> bool:
+        """False when it is refused: a newer process of the node registered before, and this one is over."""
+        if self._watch(member, now).superseded:
+            return False
+        self._leased[member.node] = member
+        for other, watched in self._watched.items():
+            if other.node == member.node and other != member:
+                watched.superseded = True
+        return True
+
+    def lease_gone(self, node: NodeId) -> None:
+        self._leased.pop(node, None)
+
+    def expect(self, members: Iterable[Member], now: float) -> None:
+        """These are in the topology: watch them even if they never said a word to this controller."""
+        for member in members:
+            watched = self._watch(member, now)
+            leased = self._leased.get(member.node)
+            if leased is not None and leased != member:
+                watched.superseded = True
+
+    def reported(self, report: NodeReport, now: float) -> None:
+        watched = self._watch(report.member, now)
+        gap_s = watched.silent_s(now)
+        if watched.broken:
+            watched.arrivals.restart()
+            watched.broken = False
+            watched.steady_since = None
+        if watched.steady_since is None or gap_s >= self.timing.suspect_after_s:
+            watched.steady_since = now
+        watched.arrivals.heard(now)
+        watched.heard = now
+        watched.leaving = watched.leaving or report.leaving
+        watched.links = report.links
+
+    def stream_broken(self, member: Member, now: float) -> None:
+        self._watch(member, now).broken = True
+
+    def evaluate(self, now: float, stalled: Mapping[Member, float]) -> list[Verdict]:
+        """Judge everybody anew; what changed, in a fixed order. `stalled`: who holds a pipeline up, seconds."""
+        fresh_s = self.timing.suspect_after_s
+        deaf = all(w.heard is None or now - w.heard >= fresh_s for w in self._watched.values())
+        links = self._neighbours(now)
+        verdicts: list[Verdict] = []
+        for member in sorted(self._watched):
+            watched = self._watched[member]
+            stalled_s = stalled.get(member, 0.0)
+            evidence = self._evidence(member, watched, links.get(member, _Links()), stalled_s, deaf, now)
+            state, why = judge(evidence, self.timing)
+            if watched.state is NodeState.RED and state is not NodeState.RED:
+                steady = now - (watched.steady_since if watched.steady_since is not None else now)
+                if state is not NodeState.GREEN or steady < STEADY_S:
+                    continue  # once red, only a steady process is believed again, and then as a blank one
+            if state is not watched.state:
+                left = watched.leaving and not watched.superseded
+                silent_s = evidence.silent_s
+                verdicts.append(Verdict(member, watched.state, state, why, silent_s, left, watched.known))
+                watched.changed_at, watched.known = now, True
+            watched.state, watched.evidence = state, why
+        return verdicts
+
+    def state(self, member: Member) -> NodeState:
+        watched = self._watched.get(member)
+        return NodeState.ABSENT if watched is None else watched.state
+
+    def evidence(self, member: Member) -> str:
+        watched = self._watched.get(member)
+        return "" if watched is None else watched.evidence
+
+    def silent_s(self, member: Member, now: float) -> float:
+        watched = self._watched.get(member)
+        return 0.0 if watched is None else watched.silent_s(now)
+
+    def changed_at(self, member: Member) -> float | None:
+        """When its state last changed, on the clock of the events."""
+        watched = self._watched.get(member)
+        return None if watched is None else watched.changed_at
+
+    def red(self) -> frozenset[Member]:
+        return frozenset(m for m, w in self._watched.items() if w.state is NodeState.RED)
+
+    def forget(self, keep: frozenset[Member], now: float) -> list[Member]:
+        """Drop processes that are long gone; returns them."""
+        gone = [
+            m
+            for m, w in self._watched.items()
+            if m not in keep and self._leased.get(m.node) != m and w.silent_s(now) >= FORGET_S
+        ]
+        for member in gone:
+            del self._watched[member]
+        return gone
+
+    def _watch(self, member: Member, now: float) -> _Watched:
+        watched = self._watched.get(member)
+        if watched is None:
+            arrivals = Arrivals(self.timing.heartbeat_s, cap_s=self.timing.dead_after_s)
+            watched = self._watched[member] = _Watched(since=now, arrivals=arrivals)
+        return watched
+
+    def _neighbours(self, now: float) -> dict[Member, _Links]:
+        """What members that are alive and were heard lately say of their neighbours."""
+        said: dict[Member, _Links] = {}
+        for reporter, watched in self._watched.items():
+            if watched.state is NodeState.RED or watched.heard is None or watched.broken:
+                continue
+            age_s = now - watched.heard
+            if age_s >= self.timing.suspect_after_s:
+                continue
+            for link in watched.links:
+                if link.peer == reporter or link.peer not in self._watched:
+                    continue
+                about = said.setdefault(link.peer, _Links())
+                if not link.up:
+                    about.down = about.down or link.reason or f"says {reporter.node}"
+                elif link.silent_s > 0.0:  # 0: it is not expected to speak, which is no sign of life
+                    about.silent_s = max(about.silent_s, link.silent_s + age_s)
+                    about.heard |= link.silent_s + age_s < self.timing.dead_after_s
+        return said
+
+    def _evidence(
+        self, member: Member, watched: _Watched, links: _Links, stalled_s: float, deaf: bool, now: float
+    ) -> Evidence:
+        silent_s = watched.silent_s(now)
+        return Evidence(
+            silent_s=silent_s,
+            phi=watched.arrivals.phi(silent_s) if watched.heard is not None else 0.0,
+            heard_ever=watched.heard is not None,
+            lease=self._leased.get(member.node) == member,
+            broken=watched.broken,
+            link_down=links.down,
+            link_silent_s=links.silent_s,
+            neighbour_hears=links.heard,
+            stalled_s=stalled_s,
+            deaf=deaf,
+            superseded=watched.superseded,
+            leaving=watched.leaving,
+        )

@@ -1,0 +1,155 @@
+"""What the controller's core is told, and what it answers: two closed unions.
+
+The shell feeds events one by one and performs the returned effects in the order of the list, each completed
+(or known to be unknown) before its answer event is fed back. What the shell has to keep:
+
+- Before `BecameLeader` it has delivered a snapshot: every node record, every operation and the topology
+  (`TopologySeen(None, 0)` where there is none). A leader that knows less would undo what it cannot see.
+- Each `WriteTopology` and `WriteOperation` is answered by exactly one of WriteDone, WriteConflict (the compare
+  failed; nothing was written) and WriteUnknown (timed out: it may or may not take effect, even later).
+- `Reread` is answered by a fresh TopologySeen or OperationSeen/OperationGone, or by nothing if etcd is away: the
+  core asks again.
+- `Tick` comes every 50 ms or so: a longer gap is taken for a pause of this very process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controlplane.contract.events import Event
+from controlplane.contract.ids import Member, NodeId
+from controlplane.contract.records import NodeRecord, Operation
+from controlplane.contract.reports import NodeReport
+from controlplane.contract.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRegistered:
+    """A process put its record under nodes/, or put it again."""
+
+    record: NodeRecord
+
+
+@dataclass(frozen=True, slots=True)
+class NodeGone:
+    """A record under nodes/ was deleted, or its lease expired."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class ReportReceived:
+    report: NodeReport
+
+
+@dataclass(frozen=True, slots=True)
+class ReportStreamBroken:
+    """The stream of a member's reports to this controller ended, however it ended."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class TopologySeen:
+    """The group's topology as etcd has it (None: there is none), by watch or by read."""
+
+    topology: Topology | None
+    mod_revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class OperationSeen:
+    operation: Operation
+    mod_revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class OperationGone:
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class BecameLeader:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class LostLeadership:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class WriteDone:
+    """The write took effect at `mod_revision`. `operation`: whose write it was; None: the topology's."""
+
+    mod_revision: int
+    operation: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WriteConflict:
+    """Nothing was written: the value had changed, or the leadership is lost."""
+
+    operation: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WriteUnknown:
+    """No answer in time: the write may have taken effect, or may yet."""
+
+    operation: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+CoreEvent = (
+    NodeRegistered
+    | NodeGone
+    | ReportReceived
+    | ReportStreamBroken
+    | TopologySeen
+    | OperationSeen
+    | OperationGone
+    | BecameLeader
+    | LostLeadership
+    | WriteDone
+    | WriteConflict
+    | WriteUnknown
+    | Tick
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WriteTopology:
+    """Compare-and-swap; the shell adds the leadership guard. `expected_mod_revision` 0: the key must be absent."""
+
+    topology: Topology
+    expected_mod_revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriteOperation:
+    """As WriteTopology, for operations/<id>."""
+
+    operation: Operation
+    expected_mod_revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reread:
+    """Read the topology (`operation` None) or one operation from etcd, linearizably, and tell what is there."""
+
+    operation: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A line of the cluster's history. Losing one is allowed; delaying a write for one is not."""
+
+    event: Event
+
+
+Effect = WriteTopology | WriteOperation | Reread | Record

@@ -1,0 +1,181 @@
+"""What no step may break, whatever the situation. Each check has a name and a test that makes it fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from controlplane.contract.ids import Member, NodeId
+from controlplane.contract.topology import Mode, MovePhase, Pipeline, Topology
+from controlplane.core.policy import Situation
+
+
+class InvariantViolation(AssertionError):
+    """Ours: a planned step would break a rule, and is not taken."""
+
+
+def check(s: Situation, after: Topology) -> None:
+    """Raise InvariantViolation naming the first broken invariant of the step from `s.topology` to `after`."""
+    for name, invariant in INVARIANTS.items():
+        for problem in invariant(s, after):
+            raise InvariantViolation(f"{name}: {problem}")
+
+
+def counter_grows_by_one(s: Situation, after: Topology) -> Iterator[str]:
+    if after.counter != s.topology.counter + 1:
+        yield f"from {s.topology.counter} to {after.counter}"
+
+
+def pipelines_stay(s: Situation, after: Topology) -> Iterator[str]:
+    """Same group, same pipelines, same number of stages and ranks."""
+    if after.group != s.topology.group:
+        yield "another group"
+    if [(p.id, len(p.stages)) for p in s.topology.pipelines] != [
+        (p.id, len(p.stages)) for p in after.pipelines
+    ]:
+        yield "another set of pipelines"
+    for pipeline in after.pipelines:
+        for stage in pipeline.stages:
+            if stage.ranks and len(stage.ranks) != len(stage.homes):
+                yield f"{pipeline.id}: {len(stage.ranks)} ranks of {len(stage.homes)}"
+
+
+def epoch_follows_ranks(s: Situation, after: Topology) -> Iterator[str]:
+    for old, new in _pairs(s, after):
+        changed = [st.ranks for st in old.stages] != [st.ranks for st in new.stages]
+        if new.epoch != (after.counter if changed else old.epoch):
+            yield f"{new.id}: epoch {new.epoch}, ranks {'changed' if changed else 'unchanged'}"
+
+
+def no_node_twice_in_a_pipeline(s: Situation, after: Topology) -> Iterator[str]:
+    for pipeline in after.pipelines:
+        nodes = [m.node for m in pipeline.members()]
+        if len(nodes) != len(set(nodes)):
+            yield f"{pipeline.id} is served by {', '.join(nodes)}"
+
+
+def copies_are_elsewhere(s: Situation, after: Topology) -> Iterator[str]:
+    """A copy is never on a node that serves the same pipeline, never twice, and on two nodes at most."""
+    for pipeline in after.pipelines:
+        serving = {m.node for m in pipeline.members()}
+        for index, stage in enumerate(pipeline.stages):
+            nodes = [m.node for m in stage.replicas]
+            if serving & set(nodes) or len(nodes) != len(set(nodes)) or len(nodes) > 2:
+                yield f"{pipeline.id}/{index}: copies on {', '.join(nodes)}"
+
+
+def new_duty_only_for_the_able(s: Situation, after: Topology) -> Iterator[str]:
+    """Who gets a duty that it did not have is green, its node's newest process, not avoided and not retired."""
+    for old, new in _pairs(s, after):
+        for member, stage in _duties(new) - _duties(old):
+            if s.nodes.usable(member.node) != member:
+                yield f"{new.id}/{stage}: {member} is not usable"
+            elif member.node in s.avoid or member in after.retired:
+                yield f"{new.id}/{stage}: {member} is cordoned or retired"
+            elif s.nodes.views[member.node].record.stage != stage:
+                yield f"{new.id}/{stage}: {member} holds another stage's weights"
+
+
+def the_living_are_not_displaced(s: Situation, after: Topology) -> Iterator[str]:
+    """Who lives and serves gives way only to the destination of a quiesced move, or to stop-restart."""
+    for old, new in _pairs(s, after):
+        stopped = after.mode is Mode.STOP_RESTART and any(s.nodes.is_dead(m) for m in old.members())
+        for index, (before, now) in enumerate(zip(old.stages, new.stages, strict=True)):
+            lost = [m for m in before.ranks if m not in now.ranks and not s.nodes.is_dead(m)]
+            # With a rank that died and nobody to replace it the whole stage is emptied.
+            if not lost or stopped or (not now.ranks and any(s.nodes.is_dead(m) for m in before.ranks)):
+                continue
+            move = old.move
+            quiesced = move is not None and move.stage == index and move.phase is MovePhase.QUIESCE
+            if not (quiesced and move is not None and now.ranks == (move.to,)):
+                yield f"{new.id}/{index}: {lost[0]} is alive and lost its stage"
+
+
+def increase_before_decrease(s: Situation, after: Topology) -> Iterator[str]:
+    """A stage that goes on serving keeps a living copy that it had, or gets another, unless copies are avoided."""
+    if after.mode is not Mode.REPLICATE:
+        return
+    for old, new in _pairs(s, after):
+        for index, (before, now) in enumerate(zip(old.stages, new.stages, strict=True)):
+            promoted = {m.node for m in now.ranks}
+            had = [m for m in before.replicas if not s.nodes.is_dead(m) and m.node not in promoted]
+            if any(m.node not in s.avoid for m in had) and before.ranks and not now.replicas:
+                yield f"{new.id}/{index}: its last copy is dropped"
+
+
+def moves_are_sane(s: Situation, after: Topology) -> Iterator[str]:
+    moving = [p for p in after.pipelines if p.move is not None]
+    before = sum(p.move is not None for p in s.topology.pipelines)
+    if len(moving) > max(before, s.policy.limits.moves_max):
+        yield f"{len(moving)} moves at once"
+    for pipeline in moving:
+        move = pipeline.move
+        if move is None or after.mode is Mode.STOP_RESTART:
+            yield f"{pipeline.id}: mode stop-restart moves nothing"
+        elif not pipeline.up or not 0 <= move.stage < len(pipeline.stages):
+            yield f"{pipeline.id}: a move of what does not serve"
+        elif move.to.node in {m.node for m in pipeline.members()}:
+            yield f"{pipeline.id}: {move.to} serves it already"
+
+
+def phases_follow_the_table(s: Situation, after: Topology) -> Iterator[str]:
+    """copy begins a move; quiesce follows copy; back to copy counts an attempt."""
+    for old, new in _pairs(s, after):
+        was, now = old.move, new.move
+        if now is None or now == was:
+            continue
+        if was is None:
+            fine = now.phase is MovePhase.COPY and now.attempt == 0
+        elif (was.stage, was.to, was.reason) != (now.stage, now.to, now.reason):
+            fine = False
+        elif was.phase is MovePhase.COPY:
+            fine = now.phase is MovePhase.QUIESCE and now.attempt == was.attempt
+        else:
+            fine = now.phase is MovePhase.COPY and now.attempt == was.attempt + 1
+        if not fine:
+            yield f"{new.id}: from {was} to {now}"
+
+
+def retired_serve_nothing(s: Situation, after: Topology) -> Iterator[str]:
+    for pipeline in after.pipelines:
+        for member in pipeline.members():
+            if member in after.retired and not s.nodes.is_dead(member):
+                yield f"{member} is retired and serves {pipeline.id}"
+
+
+def one_process_a_node(s: Situation, after: Topology) -> Iterator[str]:
+    """No node is named as two living processes."""
+    seen: dict[NodeId, Member] = {}
+    for pipeline in after.pipelines:
+        for member, _ in sorted(_duties(pipeline)):
+            if not s.nodes.is_dead(member) and seen.setdefault(member.node, member) != member:
+                yield f"{member} and {seen[member.node]}"
+
+
+def _pairs(s: Situation, after: Topology) -> Iterator[tuple[Pipeline, Pipeline]]:
+    return zip(s.topology.pipelines, after.pipelines, strict=True)
+
+
+def _duties(pipeline: Pipeline) -> set[tuple[Member, int]]:
+    duties = {(m, i) for i, stage in enumerate(pipeline.stages) for m in (*stage.ranks, *stage.replicas)}
+    if pipeline.move is not None:
+        duties.add((pipeline.move.to, pipeline.move.stage))
+    return duties
+
+
+INVARIANTS: dict[str, Callable[[Situation, Topology], Iterator[str]]] = {
+    function.__name__: function
+    for function in (
+        counter_grows_by_one,
+        pipelines_stay,
+        epoch_follows_ranks,
+        no_node_twice_in_a_pipeline,
+        copies_are_elsewhere,
+        new_duty_only_for_the_able,
+        the_living_are_not_displaced,
+        increase_before_decrease,
+        moves_are_sane,
+        phases_follow_the_table,
+        retired_serve_nothing,
+        one_process_a_node,
+    )
+}

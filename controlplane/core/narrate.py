@@ -1,0 +1,122 @@
+"""The cluster's history, told from what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from controlplane.contract.events import Event, EventKind
+from controlplane.contract.ids import Member
+from controlplane.contract.records import Operation, OperationKind, OperationState
+from controlplane.contract.reports import RecoveryReport
+from controlplane.contract.status import NodeState
+from controlplane.contract.topology import MovePhase, Pipeline, Topology
+from controlplane.core.detector import Verdict
+
+
+def of_verdict(verdict: Verdict, unix_now: float) -> Event:
+    """A node's state changed. `silent_s` of a death is the time since its last sign of life: an upper bound."""
+    kind, text = EventKind.SUSPECTED, f"suspected: {verdict.evidence}"
+    if verdict.after is NodeState.RED:
+        kind = EventKind.LEFT if verdict.left else EventKind.DIED
+        text = "left" if verdict.left else f"died: {verdict.evidence}"
+    elif verdict.after is NodeState.GREEN:
+        kind = EventKind.CLEARED
+        text = "is heard again, as a blank node" if verdict.before is NodeState.RED else "is heard again"
+    details: dict[str, float | int | str] = {
+        "incarnation": verdict.member.incarnation,
+        "evidence": verdict.evidence,
+        "silent_s": round(verdict.silent_s, 4),
+    }
+    return Event(kind, verdict.member.node, f"{verdict.member.node} {text}", unix_now, details=details)
+
+
+def of_topology(
+    before: Topology, after: Topology, died_s: Mapping[Member, float], unix_now: float
+) -> Iterator[Event]:
+    """What a written topology changed. `died_s`: how long ago each dead member was found dead."""
+    for new in after.pipelines:
+        old = before.pipeline(new.id)
+        if old is None:
+            continue
+        if old.epoch != new.epoch:
+            yield from _epoch(old, new, died_s, unix_now)
+        if old.move != new.move:
+            yield from _move(old, new, unix_now)
+
+
+def _epoch(old: Pipeline, new: Pipeline, died_s: Mapping[Member, float], unix_now: float) -> Iterator[Event]:
+    parts: list[str] = []
+    details: dict[str, float | int | str] = {}
+    for index, (was, now) in enumerate(zip(old.stages, new.stages, strict=True)):
+        if was.ranks == now.ranks:
+            continue
+        parts.append(f"stage {index}: {_names(was.ranks)} -> {_names(now.ranks)}")
+        for member in was.ranks:
+            if member in died_s and member not in now.ranks:
+                # From the death being known to the new topology being written.
+                details["plan_s"] = round(max(died_s[member], float(details.get("plan_s", 0.0))), 4)
+                details["died"] = str(member)
+    yield Event(EventKind.EPOCH, new.id, f"{new.id}: {'; '.join(parts)}", unix_now, new.epoch, details)
+    empty = [i for i, stage in enumerate(new.stages) if not stage.ranks]
+    if empty and old.up:
+        text = f"{new.id} is down: no node is left for stage {', '.join(map(str, empty))}"
+        yield Event(EventKind.UNAVAILABLE, new.id, text, unix_now, new.epoch)
+
+
+def _names(members: tuple[Member, ...]) -> str:
+    return "+".join(m.node for m in members) or "nobody"
+
+
+def _move(old: Pipeline, new: Pipeline, unix_now: float) -> Iterator[Event]:
+    was, now = old.move, new.move
+    move = now or was
+    if move is None:
+        return
+    place = f"{new.id}/{move.stage} to {move.to.node}"
+    if was is None:
+        text = f"moving {place}"
+    elif now is None:
+        moved = new.stages[move.stage].ranks == (move.to,)
+        text = f"moved {place}" if moved else f"called off: {place}"
+    elif now.phase is MovePhase.QUIESCE:
+        text = f"quiescing to move {place}"
+    else:
+        text = f"no quiet moment to move {place}: copying on"
+    details: dict[str, float | int | str] = {"reason": move.reason, "attempt": move.attempt}
+    yield Event(EventKind.MOVE, new.id, text, unix_now, new.epoch, details)
+
+
+def of_recovery(report: RecoveryReport, node: str, unix_now: float) -> Event:
+    """Phases as the scheduler timed them; each counts from the one before."""
+    details: dict[str, float | int | str] = {
+        "connect_s": round(report.connected_unix_s - report.seen_unix_s, 4),
+        "restore_s": round(report.restored_unix_s - report.connected_unix_s, 4),
+        "requests": report.requests,
+        "tokens_recomputed": report.tokens_recomputed,
+        "planned": int(report.planned),
+        "scheduler": node,
+        "seen_unix_s": report.seen_unix_s,
+    }
+    if report.first_token_unix_s:
+        details["first_token_s"] = round(report.first_token_unix_s - report.restored_unix_s, 4)
+    last = max(report.first_token_unix_s, report.restored_unix_s)
+    text = (
+        f"{report.pipeline} serves again after {last - report.seen_unix_s:.3f} s ({report.requests} requests)"
+    )
+    return Event(EventKind.RECOVERED, report.pipeline, text, unix_now, report.epoch, details)
+
+
+def of_operation(op: Operation, unix_now: float) -> Event:
+    kind = EventKind.OPERATION
+    if op.state is OperationState.DONE:
+        done = {OperationKind.DRAIN: EventKind.DRAINED, OperationKind.REPLACE: EventKind.REPLACED}
+        kind = done.get(op.kind, EventKind.OPERATION)
+    details: dict[str, float | int | str] = {
+        "operation": op.id,
+        "kind": op.kind.value,
+        "state": op.state.value,
+    }
+    if op.finished_unix_s and op.created_unix_s:
+        details["took_s"] = round(op.finished_unix_s - op.created_unix_s, 4)
+    subject = op.id if kind is EventKind.OPERATION else op.node
+    return Event(kind, subject, f"{op.kind.value} {op.node}: {op.message}", unix_now, details=details)

@@ -1,0 +1,144 @@
+"""Where things should be: who takes a stage over, and who holds the copy of its KV.
+
+Copies follow a ring over the instances (KevlarFlow): the node that serves (p_i, s) copies to the node that serves
+(p_i+1, s). The rule is strict: only a node that serves its own home stage and nothing else is in the ring, so failed
+nodes, donors and borrowed places leave it and their predecessors are pointed to other peers.
+
+Where the strict rule finds nobody, any healthy peer with the stage's weights takes the copy (a donor, a spare, a node
+that came back and is still blank): with two instances a single failure would otherwise leave both unprotected. It
+costs such a node nothing that it needs: replicas are evicted first. A copy is never on the serving node itself, and
+another fault domain goes before the ring's order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from controlplane.contract.ids import Member, NodeId
+from controlplane.contract.topology import Mode, Pipeline, Topology
+from controlplane.core.membership import NodeView
+from controlplane.core.policy import Situation
+
+FAR_BEHIND = 1 << 40  # tokens; a copy of unknown age
+
+
+def served_counts(topology: Topology) -> Counter[NodeId]:
+    """How many stages each node serves."""
+    return Counter(
+        member.node for pipeline in topology.pipelines for stage in pipeline.stages for member in stage.ranks
+    )
+
+
+class Layout:
+    """A topology, and what placement asks of it for every stage again."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+        self.counts = served_counts(topology)
+        self.order = {p.id: i for i, p in enumerate(topology.pipelines)}
+        self._homes: dict[int, dict[NodeId, int]] = {}
+        self._rings: dict[int, set[NodeId]] = {}
+
+    def homes(self, stage: int) -> dict[NodeId, int]:
+        """Which pipeline, by its place in the topology, each node is home to."""
+        if stage not in self._homes:
+            self._homes[stage] = {
+                node: i for i, p in enumerate(self.topology.pipelines) for node in p.stages[stage].homes
+            }
+        return self._homes[stage]
+
+    def ring(self, stage: int) -> set[NodeId]:
+        """Nodes that serve this stage at home and nothing else."""
+        if stage not in self._rings:
+            places = [p.stages[stage] for p in self.topology.pipelines]
+            self._rings[stage] = {
+                m.node for at in places for m in at.ranks if m.node in at.homes and self.counts[m.node] == 1
+            }
+        return self._rings[stage]
+
+
+def takers(s: Situation, pipeline: Pipeline, stage: int, *, keep_kv: bool) -> list[Member]:
+    """Who may serve this stage instead of who serves it now, best first.
+
+    With `keep_kv` a holder of the copy goes before a home that is back but blank: requests run, and what is not in a
+    copy has to be computed again. Nobody serves more than two pipelines while another way is left, because half of a
+    pool is the quota of one pipeline (contract.topology.quota_blocks).
+    """
+    counts = served_counts(s.topology)
+    inside = {m.node for m in pipeline.members() if not s.nodes.is_dead(m)}
+    homes = pipeline.stages[stage].homes
+    holders = _holders(s, pipeline, stage)
+
+    def key(member: Member) -> tuple[int, int, int, bool, NodeId]:
+        lag = holders.get(member)
+        light = lag is not None and counts[member.node] <= 1
+        home = member.node in homes
+        tier = (0 if light else 1 if home else 2) if keep_kv else (0 if home else 1 if light else 2)
+        behind = lag if light and lag is not None else 0
+        return tier, behind, counts[member.node], lag is None, member.node
+
+    able = [
+        view.member
+        for node, view in s.nodes.views.items()
+        if view.usable and view.record.stage == stage and node not in inside and _free(s, view)
+    ]
+    return sorted(able, key=key)
+
+
+def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int) -> Member | None:
+    """Where the copy of this stage should be in that layout; None: nowhere, or nobody is left."""
+    source = pipeline.stages[stage].leader
+    if layout.topology.mode is not Mode.REPLICATE or source is None:
+        return None
+    order, ring, counts = layout.homes(stage), layout.ring(stage), layout.counts
+    start, count = layout.order[pipeline.id], len(layout.order)
+    inside = {m.node for m in pipeline.members() if not s.nodes.is_dead(m)}
+    here = s.nodes.views.get(source.node)
+
+    def key(view: NodeView) -> tuple[bool, int, int, int, NodeId]:
+        node = view.member.node
+        strict = node in ring
+        distance = (order[node] - start) % count if node in order else count
+        return not strict, _shared(here, view), 0 if strict else counts[node], distance, node
+
+    current = pipeline.stages[stage].replicas
+    able = [
+        view
+        for node, view in s.nodes.views.items()
+        if view.record.stage == stage
+        and node not in inside
+        and _free(s, view)
+        # A target under suspicion keeps its duty and gets no new one.
+        and (view.usable or (view.member in current and view.registered and not s.nodes.is_dead(view.member)))
+    ]
+    return min(able, key=key).member if able else None
+
+
+def _holders(s: Situation, pipeline: Pipeline, stage: int) -> dict[Member, int]:
+    """Who has a copy of the stage's KV, and how many tokens it lacks. A move's destination has one as well."""
+    move = pipeline.move
+    copies = pipeline.stages[stage].replicas
+    if move is not None and move.stage == stage and move.to not in copies:
+        copies = (*copies, move.to)
+    holders: dict[Member, int] = {}
+    for member in copies:
+        lag = s.nodes.lag(pipeline, stage, member)
+        holders[member] = FAR_BEHIND if lag is None else lag
+    return holders
+
+
+def _free(s: Situation, view: NodeView) -> bool:
+    return view.member.node not in s.avoid and view.member not in s.topology.retired
+
+
+def _shared(here: NodeView | None, there: NodeView) -> int:
+    """How many fault-domain labels two nodes have in common, outermost first: fewer is safer."""
+    if here is None:
+        return 0
+    shared = 0
+    ours, theirs = here.record.fault_domain, there.record.fault_domain
+    for label, value in ours.items():
+        if theirs.get(label) != value:
+            break
+        shared += 1
+    return shared

@@ -1,0 +1,137 @@
+"""plan(): the next small step from this topology towards the one that should be.
+
+A step is the whole next topology, one counter further. RULES are tried in order and the first that has something to do
+wins, so what is urgent (a dead member) never waits for what is tidy (a copy in the wrong place). No rule remembers
+anything that is not in etcd, apart from timers: whoever leads next goes on from wherever this one stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from controlplane.contract.ids import Member
+from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topology
+from controlplane.core.drain import active, avoided, edit, wants
+from controlplane.core.edit import successor
+from controlplane.core.invariants import check
+from controlplane.core.membership import Nodes
+from controlplane.core.policy import Policy, Situation
+from controlplane.core.reconfigure import advance
+from controlplane.core.repair import drop_dead, fill, repair, retarget
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    topology: Topology
+    rule: str  # which rule made it
+
+
+def plan(topology: Topology, nodes: Nodes, policy: Policy, now: float) -> Transition | None:
+    """The next step, checked against every invariant; None when all is as it should be, or has to wait."""
+    if topology.paused:
+        return None
+    s = Situation(topology, nodes, policy, now, avoided(topology, nodes, policy.operations))
+    for rule in RULES:
+        after = rule(s)
+        if after is not None:
+            check(s, after)
+            return Transition(after, rule.__name__)
+    return None
+
+
+def adopt_mode(s: Situation) -> Topology | None:
+    """The settings are the operator's; a cluster may be started again in another mode."""
+    mode = s.policy.config.mode
+    if s.topology.mode is mode:
+        return None
+    calm = [replace(p, move=None) for p in s.topology.pipelines]
+    if mode is Mode.REPLICATE:
+        return successor(s.topology, *calm, mode=mode)
+    bare = [replace(p, stages=tuple(replace(st, replicas=()) for st in p.stages)) for p in calm]
+    return successor(s.topology, *bare, mode=mode)
+
+
+def call_off_unwanted(s: Situation) -> Topology | None:
+    """A move whose operation was cancelled, failed or deleted, or whose home is taken already."""
+    if not any(p.move is not None for p in s.topology.pipelines):
+        return None
+    wanted = {(w.pipeline, w.stage, node) for w in wants(s) for node in w.to}
+    for pipeline in s.topology.pipelines:
+        move = pipeline.move
+        # A destination that is only under suspicion is not wanted for anything new, yet nothing speaks against it.
+        if move is None or s.nodes.usable(move.to.node) is None:
+            continue
+        if (pipeline.id, move.stage, move.to.node) not in wanted:
+            return successor(s.topology, replace(pipeline, move=None))
+    return None
+
+
+def advance_moves(s: Situation) -> Topology | None:
+    for pipeline in s.topology.pipelines:
+        after = advance(s, pipeline)
+        if after is not None:
+            return after
+    return None
+
+
+def operate(s: Situation) -> Topology | None:
+    """Cordons, retirements and new homes that operations ask for."""
+    for op in active(s.policy.operations):
+        after = edit(s, op)
+        if after is not None:
+            return after
+    return None
+
+
+def start_move(s: Situation) -> Topology | None:
+    """One more planned move: one a pipeline at most, and few in all."""
+    if sum(p.move is not None for p in s.topology.pipelines) >= s.policy.limits.moves_max:
+        return None
+    pipelines = {p.id: p for p in s.topology.pipelines}
+    for want in wants(s):
+        pipeline = pipelines[want.pipeline]
+        if not pipeline.up or pipeline.move is not None or len(pipeline.stages[want.stage].ranks) != 1:
+            continue
+        to = next((m for node in want.to if (m := _open(s, pipeline, want.stage, node)) is not None), None)
+        if to is not None:
+            move = Move(stage=want.stage, to=to, phase=MovePhase.COPY, reason=want.reason)
+            return successor(s.topology, replace(pipeline, move=move))
+    return None
+
+
+def _open(s: Situation, pipeline: Pipeline, stage: int, node: str) -> Member | None:
+    """The node's process, if a move there may begin now."""
+    member = s.nodes.usable(node)
+    if member is None or member in s.topology.retired or node in s.avoid:
+        return None
+    if any(m.node == node for m in pipeline.members()):
+        return None
+    return None if s.policy.timers.barred.get((pipeline.id, stage, node), s.now) > s.now else member
+
+
+def tidy(s: Situation) -> Topology | None:
+    """Retired processes that have made way for fresh ones are no longer named."""
+    left = [m for m in s.topology.retired if _newest(s, m)]
+    return successor(s.topology, retired=left) if len(left) < len(s.topology.retired) else None
+
+
+def _newest(s: Situation, member: Member) -> bool:
+    view = s.nodes.views.get(member.node)
+    return view is None or view.member == member
+
+
+RULES: tuple[Callable[[Situation], Topology | None], ...] = (
+    repair,
+    adopt_mode,
+    drop_dead,
+    fill,
+    call_off_unwanted,
+    advance_moves,
+    operate,
+    start_move,
+    retarget,
+    tidy,
+)

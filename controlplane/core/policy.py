@@ -1,0 +1,104 @@
+"""What a plan is made from, beside the topology itself: settings, what operators want, and memories of time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.ids import NodeId, PipelineId
+from controlplane.contract.records import Operation
+from controlplane.contract.topology import Move, Topology
+from controlplane.core.membership import Nodes
+
+HAND_BACK = "hand-back"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of automation. Seconds; tests shorten them."""
+
+    moves_max: int = 2  # at once over the whole group: copies compete with serving for the links
+    settle_s: float = 3.0  # a copy that is only in the wrong place waits until nobody has moved for so long
+    copy_limit_s: float = 60.0  # then the move is called off ...
+    bar_s: float = 30.0  # ... and not tried again for so long
+    backoff_s: float = 1.0  # pause before the second attempt to quiesce, doubled each time
+    backoff_max_s: float = 30.0
+    lag_blocks: int = 2  # blocks a running request that a copy may be behind when the switch begins
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """Somebody wants (pipeline, stage) to be served by one of `to`, best first."""
+
+    pipeline: PipelineId
+    stage: int
+    to: tuple[NodeId, ...]
+    reason: str  # HAND_BACK or an operation's id
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Since when this controller has seen a move in its present phase, and the topology's counter at that time.
+
+    A new leader counts from when it first looked, which is later than the truth: safe for both uses.
+    """
+
+    move: Move
+    since: float
+    counter: int
+
+
+@dataclass(slots=True)
+class Timers:
+    """What the topology cannot say: how long something has been so. Lost with the controller, and rebuilt."""
+
+    limits: Limits
+    moves: dict[PipelineId, Seen] = field(default_factory=dict)
+    unformed: dict[PipelineId, float] = field(default_factory=dict)
+    barred: dict[tuple[PipelineId, int, NodeId], float] = field(default_factory=dict)
+    calm_since: float = 0.0
+    _epochs: dict[PipelineId, int] = field(default_factory=dict)
+
+    def note(self, topology: Topology, now: float) -> None:
+        """Look at a topology. Call it for every new one."""
+        epochs = {p.id: p.epoch for p in topology.pipelines}
+        if epochs != self._epochs:
+            self._epochs, self.calm_since = epochs, now
+        for pipeline in topology.pipelines:
+            if pipeline.epoch == 0:
+                self.unformed.setdefault(pipeline.id, now)
+            else:
+                self.unformed.pop(pipeline.id, None)
+            self._note_move(pipeline.id, pipeline.move, topology.counter, now)
+        self.barred = {key: until for key, until in self.barred.items() if until > now}
+
+    def _note_move(self, pipeline: PipelineId, move: Move | None, counter: int, now: float) -> None:
+        seen = self.moves.get(pipeline)
+        if seen is not None and seen.move == move:
+            return
+        if seen is not None and move is None and now - seen.since >= self.limits.copy_limit_s:
+            self.barred[pipeline, seen.move.stage, seen.move.to.node] = now + self.limits.bar_s
+        if move is None:
+            self.moves.pop(pipeline, None)
+        else:
+            self.moves[pipeline] = Seen(move, now, counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    config: ClusterConfig
+    timers: Timers  # read only
+    operations: Mapping[str, Operation] = field(default_factory=dict)
+    limits: Limits = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """Everything a decision may look at."""
+
+    topology: Topology
+    nodes: Nodes
+    policy: Policy
+    now: float
+    avoid: frozenset[NodeId]  # cordoned, or being emptied by a running operation: they get no new duty

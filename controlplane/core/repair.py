@@ -1,0 +1,148 @@
+"""What happens without being asked for: dead members are replaced, empty stages filled, copies re-targeted."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from controlplane.contract.ids import Member
+from controlplane.contract.topology import Mode, Pipeline, Topology
+from controlplane.core.edit import successor, with_stage
+from controlplane.core.placement import Layout, replica_target, takers
+from controlplane.core.policy import Situation
+
+
+def repair(s: Situation) -> Topology | None:
+    """The first pipeline with a dead member: a peer takes over, or what died is emptied. Its move is called off."""
+    for pipeline in s.topology.pipelines:
+        dead = [i for i, st in enumerate(pipeline.stages) if any(s.nodes.is_dead(m) for m in st.ranks)]
+        if not dead:
+            continue
+        if s.topology.mode is Mode.STOP_RESTART:
+            return _stop(s, pipeline)
+        # Whatever is left of a pipeline that is down keeps its KV, and waits.
+        mended = _staffed(s, pipeline, dead)
+        if mended is None:
+            mended = pipeline
+            for index in dead:
+                mended = with_stage(mended, index, ranks=())
+        return _with_targets(s, replace(mended, move=None), dead)
+    return None
+
+
+def fill(s: Situation) -> Topology | None:
+    """The first pipeline that is down and can be up: all of its empty stages at once, in one epoch."""
+    for pipeline in s.topology.pipelines:
+        empty = [i for i, stage in enumerate(pipeline.stages) if not stage.ranks]
+        if not empty:
+            continue
+        staffed = _at_home(s, pipeline, empty)
+        if staffed is None and _may_borrow(s, pipeline):
+            staffed = _staffed(s, pipeline, empty)
+        if staffed is not None:
+            return _with_targets(s, staffed, range(len(pipeline.stages)))
+    return None
+
+
+def drop_dead(s: Situation) -> Topology | None:
+    """Copies on dead members are no copies; moves to dead or avoided members lead nowhere."""
+    for pipeline in s.topology.pipelines:
+        move = pipeline.move
+        lost = [i for i, st in enumerate(pipeline.stages) if any(s.nodes.is_dead(m) for m in st.replicas)]
+        if move is not None and (s.nodes.is_dead(move.to) or move.to.node in s.avoid or not pipeline.up):
+            return _with_targets(s, replace(pipeline, move=None), lost)
+        if lost:
+            return _with_targets(s, pipeline, lost)
+    return None
+
+
+def retarget(s: Situation) -> Topology | None:
+    """The first pipeline with a copy in the wrong place: add the right one; drop the other when it caught up."""
+    layout = Layout(s.topology)
+    for pipeline in s.topology.pipelines:
+        changed = pipeline
+        for index, stage in enumerate(pipeline.stages):
+            replicas = _replicas(s, layout, pipeline, index) if stage.ranks else stage.replicas
+            if replicas != stage.replicas:
+                changed = with_stage(changed, index, replicas=replicas)
+        if changed is not pipeline:
+            return successor(s.topology, changed)
+    return None
+
+
+def _stop(s: Situation, pipeline: Pipeline) -> Topology:
+    """Mode stop-restart: the whole instance goes, its survivors are restarted from cold."""
+    survivors = [m for m in pipeline.members() if not s.nodes.is_dead(m)]
+    emptied = pipeline
+    for index in range(len(pipeline.stages)):
+        emptied = with_stage(emptied, index, ranks=(), replicas=())
+    return successor(s.topology, replace(emptied, move=None), retired=(*s.topology.retired, *survivors))
+
+
+def _at_home(s: Situation, pipeline: Pipeline, stages: list[int]) -> Pipeline | None:
+    """The stages served by their own homes, if all of these are ready."""
+    staffed = pipeline
+    for index in stages:
+        homes = pipeline.stages[index].homes
+        ranks = tuple(m for m in map(s.nodes.usable, homes) if m is not None)
+        if len(ranks) < len(homes) or any(m in s.topology.retired or m.node in s.avoid for m in ranks):
+            return None
+        staffed = with_stage(staffed, index, ranks=ranks)
+    return staffed
+
+
+def _may_borrow(s: Situation, pipeline: Pipeline) -> bool:
+    if s.topology.mode is Mode.STOP_RESTART:
+        return False
+    since = s.policy.timers.unformed.get(pipeline.id, s.now)
+    return pipeline.epoch > 0 or s.now - since >= s.policy.config.timing.form_grace_s
+
+
+def _staffed(s: Situation, pipeline: Pipeline, stages: list[int]) -> Pipeline | None:
+    """The stages with their dead or missing ranks replaced; None if anybody is missing."""
+    keep_kv = s.nodes.load(pipeline) > 0
+    staffed = pipeline
+    for index in stages:
+        stage = pipeline.stages[index]
+        old: list[Member | None] = [None if s.nodes.is_dead(m) else m for m in stage.ranks]
+        old = old or [None] * len(stage.homes)
+        able = iter(takers(s, pipeline, index, keep_kv=keep_kv))
+        ranks = [m if m is not None else next(able, None) for m in old]
+        staffed = with_stage(staffed, index, ranks=tuple(m for m in ranks if m is not None))
+        if None in ranks:
+            return None
+    return staffed
+
+
+def _with_targets(s: Situation, pipeline: Pipeline, stages: range | list[int]) -> Topology:
+    """The topology with `pipeline` in it and the copies of some of its stages where they can be."""
+    draft = Layout(successor(s.topology, pipeline))
+    changed = pipeline
+    for index in stages:
+        changed = with_stage(changed, index, replicas=_replicas(s, draft, pipeline, index))
+    return successor(s.topology, changed)
+
+
+def _replicas(s: Situation, layout: Layout, pipeline: Pipeline, index: int) -> tuple[Member, ...]:
+    """Copies of one stage after the next small step: at most the old one and the right one."""
+    stage = pipeline.stages[index]
+    serving = {m.node for m in pipeline.members()}
+    live = [m for m in stage.replicas if not s.nodes.is_dead(m) and m.node not in serving]
+    if layout.topology.mode is not Mode.REPLICATE:
+        return ()
+    if not stage.ranks:
+        return tuple(live)  # nobody serves; what is left of the KV may be promoted yet
+    kept = [m for m in live if m.node not in s.avoid]
+    target = replica_target(s, layout, pipeline, index)
+    if target is None:
+        return tuple(kept[:2])
+    if target in live:
+        # The others go once the right one has what they have.
+        lag = s.nodes.lag(pipeline, index, target)
+        room = s.policy.limits.lag_blocks * s.policy.config.engine.block_size * s.nodes.load(pipeline)
+        if lag is not None and lag <= room:
+            return (target,)
+        return (*[m for m in live if m != target][:1], target) if len(live) > 1 else (target,)
+    calm = s.now - s.policy.timers.calm_since >= s.policy.limits.settle_s
+    if kept and len(kept) == len(live) and not calm:
+        return tuple(kept[:2])
+    return (*live[:1], target)

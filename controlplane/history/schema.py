@@ -1,0 +1,71 @@
+"""Bringing the database to the schema of this release. Safe when several controllers start at once."""
+
+from __future__ import annotations
+
+import importlib.resources
+
+import structlog
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+from sqlalchemy import Connection, event, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from controlplane.contract.errors import ConfigError
+
+log = structlog.get_logger()
+
+BUSY_TIMEOUT_S = 5
+# Any constant: PostgreSQL's advisory locks are named by numbers.
+UPGRADE_LOCK = 0x6B65766C
+
+
+def make_engine(url: str) -> AsyncEngine:
+    """An engine whose transactions really begin at BEGIN, on SQLite too."""
+    engine = create_async_engine(url, pool_size=2, max_overflow=0, pool_pre_ping=not url.startswith("sqlite"))
+    if engine.dialect.name == "sqlite":
+        event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+        event.listen(engine.sync_engine, "begin", _begin_immediate)
+    return engine
+
+
+async def upgrade(engine: AsyncEngine) -> None:
+    """Run the migrations that are missing.
+
+    Raises ConfigError when the database belongs to a newer release, and SQLAlchemy's errors when it is away.
+    """
+    async with engine.begin() as connection:
+        await connection.run_sync(_upgrade)
+
+
+def _upgrade(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": UPGRADE_LOCK})
+    config = Config()
+    config.set_main_option("script_location", str(importlib.resources.files("migrations")).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise ConfigError(
+            f"the history database does not fit this release: {error}; "
+            "upgrade kevlarflow, or set database_url to another database"
+        ) from error
+
+
+def _prepare_sqlite(connection: object, _entry: ConnectionPoolEntry) -> None:
+    # Python's driver would begin transactions by its own rules, and never around DDL.
+    connection.isolation_level = None  # type: ignore[attr-defined]
+    cursor = connection.cursor()  # type: ignore[attr-defined]
+    cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000}")
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.close()
+
+
+def _begin_immediate(connection: Connection) -> None:
+    # IMMEDIATE takes the write lock first: the second controller waits instead of failing half-way. Reads
+    # ask for a deferred transaction by an execution option, so that they never wait for a writer.
+    deferred = connection.get_execution_options().get("kf_read_only", False)
+    connection.exec_driver_sql("BEGIN" if deferred else "BEGIN IMMEDIATE")

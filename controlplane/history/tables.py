@@ -1,0 +1,43 @@
+"""The SQL tables of the history. `migrations/` creates them; a test shows that both agree."""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Column, Double, Index, Integer, MetaData, String, Table, Text
+
+metadata = MetaData()
+
+# SQLite only numbers a column by itself when it is exactly INTEGER PRIMARY KEY.
+RowId = BigInteger().with_variant(Integer, "sqlite")
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", RowId, primary_key=True, autoincrement=True),
+    Column("cluster", String(200), nullable=False),
+    Column("unix_s", Double, nullable=False),
+    Column("kind", String(40), nullable=False),
+    Column("subject", String(200), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("details", Text, nullable=False),  # a JSON object of numbers and strings
+    Column("recorded_by", String(200), nullable=False),  # the controller
+    Index("events_by_cluster", "cluster", "id"),
+    sqlite_autoincrement=True,  # an id is never used twice, also after pruning
+)
+
+operations = Table(
+    "operations_audit",
+    metadata,
+    Column("id", RowId, primary_key=True, autoincrement=True),
+    Column("cluster", String(200), nullable=False),
+    Column("unix_s", Double, nullable=False),
+    Column("operation_id", String(200), nullable=False),
+    Column("action", String(40), nullable=False),  # submitted, refused, cancelled, done, failed
+    Column("kind", String(40), nullable=False),
+    Column("node", String(200), nullable=False),
+    Column("substitute", String(200), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("recorded_by", String(200), nullable=False),
+    Index("operations_audit_by_operation", "cluster", "operation_id"),
+    sqlite_autoincrement=True,
+)

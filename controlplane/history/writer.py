@@ -1,0 +1,119 @@
+"""A task that writes history behind a bounded queue, so that a slow or absent database delays nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from controlplane.contract.errors import ConfigError, Unavailable
+from controlplane.contract.events import Event
+from controlplane.history.store import Audit, HistoryStore
+
+log = structlog.get_logger()
+
+QUEUE_LEN_MAX = 4096
+BATCH_LEN_MAX = 256
+CALL_LIMIT_S = 10.0
+BACKOFF_S_MAX = 5.0
+KEEP_ROWS = 100_000
+PRUNE_EVERY_ROWS = 5_000
+
+
+class HistoryWriter:
+    """Takes records at once, writes them in order in the background.
+
+    While the database is away records wait; above `QUEUE_LEN_MAX` the oldest ones are dropped and counted.
+    """
+
+    def __init__(
+        self, store: HistoryStore, keep_rows: int = KEEP_ROWS, queue_len_max: int = QUEUE_LEN_MAX
+    ) -> None:
+        self._store = store
+        self._keep_rows = keep_rows
+        self._queue_len_max = queue_len_max
+        self._queue: deque[Event | Audit] = deque()
+        self._news = asyncio.Event()
+        self._since_prune = 0
+        self.written = 0
+        self.dropped = 0
+        self.failures = 0
+        self.healthy = False  # the schema is there, and the last write went well
+
+    def put(self, record: Event | Audit) -> None:
+        """Never waits, never fails."""
+        while len(self._queue) >= self._queue_len_max:
+            self._queue.popleft()
+            self.dropped += 1
+        self._queue.append(record)
+        self._news.set()
+
+    async def run(self) -> None:
+        """Upgrade the schema, then write until cancelled."""
+        await self._retry(self._store.upgrade)
+        self.healthy = True
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            while self._queue:
+                await self._retry(self._write_batch)
+
+    async def flush(self, limit_s: float) -> None:
+        """A last attempt before the process exits; what cannot be written in time is lost, and logged."""
+        try:
+            async with asyncio.timeout(limit_s):
+                while self._queue and self.healthy:
+                    await self._write_batch()
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            log.warning("history records lost at exit", records=len(self._queue), error=repr(error))
+
+    async def tail(self, limit: int, after: int) -> list[tuple[int, Event]]:
+        """Events as stored. Raises Unavailable while the database is away."""
+        if not self.healthy:
+            raise Unavailable("the history database is away; see the controller's log")
+        try:
+            async with asyncio.timeout(CALL_LIMIT_S):
+                return await self._store.tail(limit, after)
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            raise Unavailable(f"the history database is away: {type(error).__name__}") from error
+
+    async def _write_batch(self) -> None:
+        batch = [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_LEN_MAX))]
+        try:
+            await self._store.append(batch)
+        except BaseException:
+            # Back to the front, so that order is kept; beyond the bound the oldest go first.
+            self._queue.extendleft(reversed(batch))
+            while len(self._queue) > self._queue_len_max:
+                self._queue.popleft()
+                self.dropped += 1
+            raise
+        self.written += len(batch)
+        self._since_prune += len(batch)
+        if self._since_prune >= PRUNE_EVERY_ROWS:
+            self._since_prune = 0
+            await self._store.prune(self._keep_rows)
+
+    async def _retry(self, action: Callable[[], Awaitable[None]]) -> None:
+        """Run `action` until it succeeds: history is worth waiting for as long as nobody waits for it."""
+        backoff_s = 0.2
+        while True:
+            try:
+                async with asyncio.timeout(CALL_LIMIT_S):
+                    await action()
+                self.healthy = True
+                return
+            except (SQLAlchemyError, OSError, TimeoutError, ConfigError) as error:
+                self.healthy = False
+                self.failures += 1
+                log.warning(
+                    "history database is away",
+                    error=repr(error)[:300],
+                    waiting=len(self._queue),
+                    dropped=self.dropped,
+                )
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(backoff_s * 2, BACKOFF_S_MAX)

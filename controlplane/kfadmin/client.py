@@ -1,0 +1,156 @@
+"""The admin API's client: asks every controller it knows until one answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import httpx
+import msgspec
+
+from controlplane.contract.errors import KevlarFlowError, PeerError, RequestError, Unavailable
+from controlplane.contract.events import Event
+from controlplane.contract.records import Operation
+from controlplane.contract.status import ClusterStatus, OperationAnswer, OperationRequest
+
+T = TypeVar("T")
+
+TIMEOUT = httpx.Timeout(5.0, connect=1.0)
+
+
+class Unreachable(Unavailable):
+    """No controller answered."""
+
+
+class NotAllowed(KevlarFlowError):
+    """The controllers do not accept the token."""
+
+
+class Refused(KevlarFlowError):
+    """The cluster's state forbids it (the operation is over, its id is taken): nothing was changed."""
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    message: str
+    code: int = 0
+
+
+class ErrorAnswer(msgspec.Struct, frozen=True):
+    error: ErrorBody
+
+
+class EventRow(msgspec.Struct, frozen=True):
+    """One event and its place in the history."""
+
+    id: int
+    event: Event
+
+
+class _Id(msgspec.Struct, frozen=True):
+    id: int
+
+
+class _Events(msgspec.Struct, frozen=True):
+    events: list[msgspec.Raw]
+
+
+class _Operations(msgspec.Struct, frozen=True):
+    operations: list[Operation]
+
+
+class AdminClient:
+    """Calls the admin API of one cluster. Not for use from several threads at once.
+
+    Every method raises Unreachable, NotAllowed, Refused, RequestError (the request itself is wrong) or
+    PeerError (it answered with something that is not the admin API).
+    """
+
+    def __init__(self, endpoints: Sequence[str], token: str) -> None:
+        self._endpoints = list(endpoints)
+        # Loopback and management networks are not reached through a proxy of the environment.
+        self._http = httpx.Client(
+            headers={"authorization": f"Bearer {token}"}, timeout=TIMEOUT, trust_env=False
+        )
+
+    def __enter__(self) -> AdminClient:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def status(self) -> ClusterStatus:
+        return self._read("/admin/v1/status", ClusterStatus)
+
+    def events(self, limit: int = 50, after: int = 0) -> list[EventRow]:
+        """The newest `limit` events with an id above `after`, oldest first."""
+        rows = self._read(f"/admin/v1/events?limit={limit}&after={after}", _Events).events
+        return [
+            EventRow(_decode(bytes(row), _Id).id, msgspec.json.decode(bytes(row), type=Event)) for row in rows
+        ]
+
+    def operations(self) -> list[Operation]:
+        return self._read("/admin/v1/operations", _Operations).operations
+
+    def submit(self, request: OperationRequest) -> OperationAnswer:
+        """Sent again to the next controller when one breaks off: the id makes that harmless."""
+        response = self._send("POST", "/admin/v1/operations", msgspec.json.encode(request))
+        if response.status_code == 409:
+            try:
+                return msgspec.json.decode(response.content, type=OperationAnswer)
+            except msgspec.MsgspecError:
+                pass  # an error and not a refused operation
+        return _decode(_checked(response).content, OperationAnswer)
+
+    def cancel(self, operation_id: str) -> Operation:
+        return _decode(
+            _checked(self._send("DELETE", f"/admin/v1/operations/{operation_id}")).content, Operation
+        )
+
+    def _read(self, path: str, kind: type[T]) -> T:
+        return _decode(_checked(self._send("GET", path)).content, kind)
+
+    def _send(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
+        troubles = []
+        for endpoint in list(self._endpoints):
+            try:
+                response = self._http.request(method, endpoint + path, content=body)
+            except httpx.TransportError as error:
+                troubles.append(f"{endpoint}: {error or type(error).__name__}")
+            else:
+                if response.status_code != 503:
+                    return response
+                troubles.append(f"{endpoint}: {_message(response)}")
+            # The next call begins with one that has not just failed.
+            self._endpoints.append(self._endpoints.pop(self._endpoints.index(endpoint)))
+        raise Unreachable("no controller answered (" + "; ".join(troubles) + ")")
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    match response.status_code:
+        case 200:
+            return response
+        case 401 | 403:
+            raise NotAllowed(f"{response.url.host}:{response.url.port}: {_message(response)}")
+        case 409:
+            raise Refused(_message(response))
+        case 400 | 404 | 413 | 422:
+            raise RequestError(_message(response))
+        case code:
+            raise PeerError(f"{response.url}: HTTP {code}: {_message(response)}")
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return msgspec.json.decode(response.content, type=ErrorAnswer).error.message
+    except msgspec.MsgspecError:
+        return response.text[:200] or f"HTTP {response.status_code}"
+
+
+def _decode(body: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        raise PeerError(f"the admin API's answer is not understood: {error}") from error

@@ -1,0 +1,34 @@
+"""kfadmin's exit codes, and which error means which."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from controlplane.contract.errors import KevlarFlowError, RequestError, Unavailable
+from controlplane.kfadmin.client import NotAllowed, Refused
+from controlplane.kfadmin.rundir import RunDirBusy
+
+
+class Exit(IntEnum):
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    REFUSED = 3  # by pre-flight: nothing was changed
+    GOES_ON = 4  # the wait ended, the operation did not
+    UNREACHABLE = 5
+    NOT_ALLOWED = 6
+
+
+def exit_of(error: KevlarFlowError) -> Exit:
+    """The exit code for an error that ended a verb."""
+    match error:
+        case Unavailable():
+            return Exit.UNREACHABLE
+        case NotAllowed():
+            return Exit.NOT_ALLOWED
+        case RequestError():
+            return Exit.USAGE
+        case Refused() | RunDirBusy():
+            return Exit.REFUSED
+        case _:
+            return Exit.FAILED

@@ -1,0 +1,218 @@
+"""Streams against a gateway, with the time of every token: for `kfadmin demo`, the tests and the benches."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import httpx
+import msgspec
+
+from controlplane.contract.errors import KevlarFlowError
+
+STREAM_LIMIT_S = 180.0
+# Silence on a stream; the gateway's keep-alive comments come far more often.
+READ_TIMEOUT_S = 30.0
+
+
+class StreamFailed(KevlarFlowError):
+    """A stream was refused or broke the protocol: it ended without [DONE]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request. Same values, same tokens: the seed decides, not the moment or the machine."""
+
+    text: str
+    seed: int
+    max_tokens: int = 128
+    temperature: float = 0.8
+    ignore_eos: bool = True
+
+
+@dataclass(slots=True)
+class Stream:
+    """What one stream has brought so far."""
+
+    prompt: Prompt
+    tokens: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # monotonic seconds, one for each token
+    text: str = ""
+    sent: float = 0.0  # monotonic: when the request was made
+    ended: float = 0.0  # monotonic; 0 while it runs
+    finish_reason: str = ""
+    error: str = ""  # the error event's message
+
+    @property
+    def done(self) -> bool:
+        return self.ended > 0
+
+    def same_as(self, other: Stream) -> bool:
+        """Whether the client got exactly the same answer."""
+        mine = (self.tokens, self.text, self.finish_reason, self.error)
+        return mine == (other.tokens, other.text, other.finish_reason, other.error)
+
+    def next_token_gap_s(self, moment: float) -> float | None:
+        """From `moment` to the next token; None if there was none."""
+        return next((at - moment for at in self.times if at > moment), None)
+
+    def longest_pause_s(self, moment: float, window_s: float = 10.0) -> float | None:
+        """The longest wait for a token that ended within `window_s` after `moment`, or None.
+
+        Unlike the next token's gap it does not take a token that was already on its way for the recovery.
+        """
+        pauses = [
+            later - max(moment, earlier)
+            for earlier, later in zip([moment, *self.times], self.times, strict=False)
+            if moment < later <= moment + window_s
+        ]
+        return max(pauses, default=None)
+
+
+class _Choice(msgspec.Struct):
+    text: str = ""
+    token_ids: list[int] | None = None
+    finish_reason: str | None = None
+
+
+class _Error(msgspec.Struct):
+    message: str = ""
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    error: _Error | None = None
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
+@dataclass(frozen=True, slots=True)
+class LoadGenerator:
+    """Opens completion streams at one gateway."""
+
+    url: str
+    api_key: str
+    model: str
+
+    def client(self) -> httpx.AsyncClient:
+        """A client with room for many streams; use it as a context manager, in one event loop."""
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=5.0)
+        headers = {"authorization": f"Bearer {self.api_key}"}
+        return httpx.AsyncClient(
+            base_url=self.url, headers=headers, limits=limits, timeout=timeout, trust_env=False
+        )
+
+    async def stream(
+        self,
+        client: httpx.AsyncClient,
+        prompt: Prompt,
+        into: Stream | None = None,
+        on_tokens: Callable[[Stream], None] | None = None,
+    ) -> Stream:
+        """Read one completion to its end. An error event ends up in `Stream.error`.
+
+        Raises StreamFailed when the request is refused, or ends without [DONE], or takes too long.
+        """
+        stream = into or Stream(prompt)
+        body = {
+            "model": self.model,
+            "prompt": prompt.text,
+            "seed": prompt.seed,
+            "max_tokens": prompt.max_tokens,
+            "temperature": prompt.temperature,
+            "ignore_eos": prompt.ignore_eos,
+            "stream": True,
+            "return_token_ids": True,
+        }
+        stream.sent = time.monotonic()
+        try:
+            async with (
+                asyncio.timeout(STREAM_LIMIT_S),
+                client.stream("POST", "/v1/completions", json=body) as response,
+            ):
+                if response.status_code != 200:
+                    text = (await response.aread())[:300].decode(errors="replace")
+                    raise StreamFailed(f"HTTP {response.status_code}: {text}")
+                await _read_events(response, stream, on_tokens)
+        except (httpx.HTTPError, TimeoutError, msgspec.MsgspecError) as error:
+            raise StreamFailed(
+                f"after {len(stream.tokens)} tokens: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            stream.ended = time.monotonic()
+        return stream
+
+    async def streams(
+        self,
+        prompts: Sequence[Prompt],
+        into: Sequence[Stream] | None = None,
+        on_tokens: Callable[[Stream], None] | None = None,
+    ) -> list[Stream]:
+        """All of them at once. When one fails with StreamFailed the others are given up."""
+        targets = into or [Stream(prompt) for prompt in prompts]
+        async with self.client() as client:
+            tasks = [
+                asyncio.create_task(self.stream(client, prompt, target, on_tokens))
+                for prompt, target in zip(prompts, targets, strict=True)
+            ]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _read_events(
+    response: httpx.Response, stream: Stream, on_tokens: Callable[[Stream], None] | None
+) -> None:
+    async for line in response.aiter_lines():
+        if not line.startswith("data: "):
+            continue  # blank lines between events, keep-alive comments
+        if line == "data: [DONE]":
+            return
+        now = time.monotonic()
+        chunk = _decode_chunk(line[6:])
+        if chunk.error is not None:
+            stream.error = chunk.error.message or "error"
+        for choice in chunk.choices:
+            fresh = choice.token_ids or []
+            stream.tokens += fresh
+            stream.times += [now] * len(fresh)
+            stream.text += choice.text
+            stream.finish_reason = choice.finish_reason or stream.finish_reason
+            if on_tokens is not None and fresh:
+                on_tokens(stream)
+    raise StreamFailed(f"the stream ended without [DONE] after {len(stream.tokens)} tokens")
+
+
+OPENINGS = (
+    "It was a bright morning, and",
+    "She had no sooner entered the room than",
+    "The letter, which arrived on Tuesday,",
+    "Nothing could be more agreeable than",
+    "When the carriage stopped at the door,",
+    "He was certainly a man of",
+    "My dear sister, you must know that",
+    "The whole party were assembled in",
+)
+
+
+def sample_prompts(
+    count: int, max_tokens: int, *, first_seed: int = 1, words: int = 0, temperature: float = 0.8
+) -> list[Prompt]:
+    """`count` different requests; with `words` their prompts are that many words long."""
+    prompts = []
+    for number in range(count):
+        start = number % len(OPENINGS)
+        text = OPENINGS[start]
+        if words:
+            endless = itertools.cycle(" ".join(OPENINGS[start:] + OPENINGS[:start]).split())
+            text = " ".join(itertools.islice(endless, words))
+        prompts.append(Prompt(text, first_seed + number, max_tokens, temperature))
+    return prompts

@@ -1,0 +1,331 @@
+"""A whole cluster on this machine: `kfadmin up`, the end-to-end tests and the benches all start it here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import msgspec
+
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.errors import ConfigError, KevlarFlowError, PeerError
+from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
+from controlplane.etcd.server import EtcdBinaryError, etcd_command, etcd_version, find_etcd_binary
+from controlplane.kfadmin.client import AdminClient, Unreachable
+from controlplane.kfadmin.rundir import Endpoints, RunDir, free_port, port_is_free
+from controlplane.kfadmin.supervise import Supervisor
+
+POLL_S = 0.05
+START_LIMIT_S = 120.0
+ETCD_LIMIT_S = 20.0
+STARTS_MAX = 4  # a process that needed more starts before the cluster was ready has something wrong with it
+PROBE_TIMEOUT_S = 1.0
+
+
+class StartFailed(KevlarFlowError):
+    """The cluster did not come up; the text has the end of the guilty log."""
+
+
+class LocalCluster:
+    """One cluster in one run directory.
+
+    Ports that are 0 in `config` are chosen; `config.etcd`, when given, is used and no etcd is started. etcd's
+    data are made afresh at each start (the event history is kept). Methods may be called from any thread,
+    but `start` and `stop` only from one.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        *,
+        controllers: int = 2,
+        gateways: int = 1,
+        etcd_members: int = 1,
+        supervise: bool = True,
+        progress: Callable[[str], None] = lambda line: None,
+        start_limit_s: float = START_LIMIT_S,
+    ) -> None:
+        # Relative paths would mean something else to whoever reads the settings later.
+        config = msgspec.structs.replace(
+            config,
+            run_dir=str(Path(config.run_dir).absolute()),
+            model=str(Path(config.model).expanduser().absolute()),
+        )
+        if not (Path(config.model) / "config.json").is_file():
+            raise ConfigError(f"{config.model} is not a Hugging Face checkpoint: it has no config.json")
+        self.config = config
+        self.run_dir = RunDir(Path(config.run_dir))
+        self._draft = config
+        self._controllers = [f"c{number + 1}" for number in range(controllers)]
+        self._gateways = [f"g{number + 1}" for number in range(gateways)]
+        self._etcd_members = 0 if config.etcd else etcd_members
+        self._supervise = supervise
+        self._progress = progress
+        self._start_limit_s = start_limit_s
+        self._stack = contextlib.ExitStack()
+        self._supervisor: Supervisor | None = None
+        self._ports: dict[str, int] = {}
+
+    def __enter__(self) -> LocalCluster:
+        self.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stop()
+
+    # ---- starting
+
+    def start(self) -> None:
+        """Returns when every node serves and the gateway is ready.
+
+        Raises RunDirBusy, ConfigError or StartFailed; nothing runs then.
+        """
+        self._stack.enter_context(self.run_dir.owned())
+        try:
+            if leftovers := self.run_dir.end_leftovers():
+                self._progress(f"ended processes of an earlier run: {', '.join(leftovers)}")
+            self.run_dir.prepare()
+            for folder in ("pids", "nodes"):
+                for file in (self.run_dir.path / folder).glob("*.json"):
+                    file.unlink()
+            self._choose_ports()
+            direct = {name: "127.0.0.1,localhost,::1" for name in ("no_proxy", "NO_PROXY")}
+            self._supervisor = Supervisor(self.run_dir, restart=self._supervise, env=direct)
+            self._start_etcd()
+            self._start_rest()
+            self._wait_ready(time.monotonic() + self._start_limit_s)
+        except BaseException:  # Ctrl-C as well: leave nothing behind
+            self.stop()
+            raise
+
+    def _choose_ports(self) -> None:
+        host, taken = self.config.host, {self.config.gateway_port, self.config.admin_port}
+
+        def port(wanted: int, what: str) -> int:
+            if wanted and not port_is_free(host, wanted):
+                raise ConfigError(f"port {wanted} on {host} is taken: give another --{what}-port (0: any)")
+            return wanted or free_port(host, taken)
+
+        for number, name in enumerate(self._gateways):
+            self._ports[name] = port(0 if number else self._draft.gateway_port, "gateway")
+        for number, name in enumerate(self._controllers):
+            self._ports[name] = port(0 if number else self._draft.admin_port, "admin")
+        members = [f"etcd{number}" for number in range(self._etcd_members)]
+        for name in members:
+            self._ports[name] = free_port("127.0.0.1", taken)
+            self._ports[f"{name} peer"] = free_port("127.0.0.1", taken)
+        self.config = msgspec.structs.replace(
+            self._draft,
+            etcd=self._draft.etcd or tuple(f"127.0.0.1:{self._ports[name]}" for name in members),
+            gateway_port=self._ports[self._gateways[0]],
+            admin_port=self._ports[self._controllers[0]],
+        )
+        self.run_dir.write("cluster.json", self.config)
+        self.run_dir.write("endpoints.json", self.endpoints)
+
+    def _start_etcd(self) -> None:
+        if not self._etcd_members:
+            return
+        try:
+            binary = find_etcd_binary(os.environ)
+            version = etcd_version(binary)
+        except EtcdBinaryError as error:
+            raise ConfigError(str(error)) from error
+        self._progress(f"starting etcd {'.'.join(map(str, version))} ({self._etcd_members} members)")
+        shutil.rmtree(self.run_dir.path / "etcd")
+        (self.run_dir.path / "etcd").mkdir(mode=0o700)
+        names = [f"etcd{number}" for number in range(self._etcd_members)]
+        members = {name: self._ports[f"{name} peer"] for name in names}
+        for name in names:
+            data = self.run_dir.path / "etcd" / name
+            command = etcd_command(
+                binary, name, data, self._ports[name], members[name], members=members, version=version
+            )
+            self._children.start(name, command)
+        deadline = time.monotonic() + ETCD_LIMIT_S
+        for name in names:
+            url = f"http://127.0.0.1:{self._ports[name]}/health"
+            self._wait_answer(url, deadline, name)
+
+    def _start_rest(self) -> None:
+        self._progress("starting controllers, gateway and nodes")
+        settings = ["--config", str(self.run_dir.config_file)]
+        for name in self._controllers:
+            port = ["--admin-port", str(self._ports[name])]
+            self._children.start(
+                name, [sys.executable, "-m", "controlplane.main", *settings, "--id", name, *port]
+            )
+        self._children.start("launcher", [sys.executable, "-m", "dataplane.launcher", *settings])
+        for name in self._gateways:
+            port = ["--port", str(self._ports[name])]
+            self._children.start(
+                name, [sys.executable, "-m", "web.gateway.main", *settings, "--id", name, *port]
+            )
+
+    # ---- waiting until it is ready
+
+    def _wait_ready(self, deadline: float) -> None:
+        first = self._controllers[0]
+        self._wait(self._any_controller, deadline, "a controller answers", lambda: first)
+        with self.admin() as admin:
+            self._wait_nodes(admin, deadline)
+
+            def all_up() -> bool:
+                return all(p.state is PipelineState.UP for p in admin.status().pipelines)
+
+            self._wait(all_up, deadline, "every pipeline serves", lambda: admin.status().leader or first)
+        for name in self._gateways:
+            self._wait_answer(f"{self._url(name)}/readyz", deadline, name)
+        self._progress("ready")
+
+    def _wait_nodes(self, admin: AdminClient, deadline: float) -> None:
+        missing = {f"n{k}" for k in range((self.config.instances + self.config.spares) * self.config.stages)}
+        total = len(missing)
+
+        def all_there() -> bool:
+            there = {node.node for node in admin.status().nodes if node.state is NodeState.GREEN}
+            if news := missing & there:
+                missing.difference_update(news)
+                self._progress(f"{total - len(missing)} of {total} nodes have loaded their weights")
+            return not missing
+
+        self._wait(all_there, deadline, "every node has joined", lambda: min(missing))
+
+    def _wait_answer(self, url: str, deadline: float, name: str) -> None:
+        self._wait(lambda: _answers(url), deadline, f"{name} is ready", lambda: name)
+
+    def _wait(
+        self, condition: Callable[[], bool], deadline: float, what: str, guilty: Callable[[], str]
+    ) -> None:
+        """Poll until `condition`; a controller that does not answer yet is the same as false."""
+        while True:
+            with contextlib.suppress(Unreachable, PeerError):
+                if condition():
+                    return
+            if crashing := self._crashing():
+                raise StartFailed(f"{crashing} keeps dying:\n{self.run_dir.tail(crashing)}")
+            if time.monotonic() > deadline:
+                name = guilty()
+                raise StartFailed(
+                    f"waited too long until {what}; the end of {self.run_dir.log(name)}:\n{self.run_dir.tail(name)}"
+                )
+            time.sleep(POLL_S)
+
+    def _crashing(self) -> str:
+        for name in self._children.pids():
+            if self._children.starts(name) > STARTS_MAX:
+                return name
+        files = self.run_dir.processes("nodes")
+        return next((name for name, file in files.items() if file.restarts >= STARTS_MAX), "")
+
+    def _any_controller(self) -> bool:
+        return any(_answers(f"{self._url(name)}/readyz") for name in self._controllers)
+
+    # ---- what runs where
+
+    @property
+    def _children(self) -> Supervisor:
+        if self._supervisor is None:
+            raise KevlarFlowError("the cluster is not running")
+        return self._supervisor
+
+    def _url(self, name: str) -> str:
+        return f"http://{self.config.host}:{self._ports[name]}"
+
+    @property
+    def endpoints(self) -> Endpoints:
+        return Endpoints(
+            gateways=tuple(self._url(name) for name in self._gateways),
+            admin=tuple(self._url(name) for name in self._controllers),
+        )
+
+    @property
+    def gateway_url(self) -> str:
+        return self._url(self._gateways[0])
+
+    @property
+    def api_key(self) -> str:
+        return self.run_dir.api_key()
+
+    @property
+    def admin_token(self) -> str:
+        return self.run_dir.admin_token()
+
+    def admin(self) -> AdminClient:
+        """A new client of the admin API; close it (it is a context manager)."""
+        return AdminClient(self.endpoints.admin, self.admin_token)
+
+    def status(self) -> ClusterStatus:
+        with self.admin() as admin:
+            return admin.status()
+
+    def pids(self) -> dict[str, int]:
+        """Every process that runs now, by name: etcd0, c1, g1, launcher, n0 ..."""
+        return {**self._children.pids(), **self.node_pids()}
+
+    def node_pids(self) -> dict[str, int]:
+        """Nodes that run now."""
+        return {name: file.pid for name, file in self.run_dir.processes("nodes").items() if file.alive}
+
+    def wait(self) -> None:
+        """Returns never while all is well; raises KevlarFlowError when supervision has broken down."""
+        self._children.join()
+        raise KevlarFlowError("the supervisor's thread has ended; see the trace above")
+
+    # ---- doing harm, and mending it
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> int:
+        """Send a signal to a process of the cluster; returns its pid.
+
+        Raises ProcessLookupError when it is not running.
+        """
+        pid = self.pids().get(name)
+        if pid is None:
+            raise ProcessLookupError(f"{name} is not running")
+        os.kill(pid, number)
+        return pid
+
+    def hold(self, name: str) -> None:
+        """When it dies, leave it dead."""
+        if name in self._ports or name == "launcher":
+            self._children.hold(name)
+        else:
+            (self.run_dir.path / "hold" / name).touch()
+
+    def release(self, name: str) -> None:
+        """End of `hold`."""
+        if name in self._ports or name == "launcher":
+            self._children.release(name)
+        else:
+            (self.run_dir.path / "hold" / name).unlink(missing_ok=True)
+
+    # ---- stopping
+
+    def stop(self) -> None:
+        """End everything within 10 s; safe to call twice."""
+        children, self._supervisor = self._supervisor, None
+        with self._stack:  # the directory is let go of last
+            if children is None:
+                return
+            self._progress("stopping")
+            # Gateways tell their clients; then nothing is left to serve, to lead or to store.
+            children.end([*self._gateways, *self._controllers], 2.5)
+            children.end(["launcher"], 4.0)
+            self.run_dir.end_leftovers(1.5, ("nodes",))  # if the launcher had to be killed
+            children.end([f"etcd{number}" for number in range(self._etcd_members)], 1.5)
+            children.close()
+
+
+def _answers(url: str) -> bool:
+    """Whether a GET is answered with 200 within a second."""
+    try:
+        return httpx.get(url, timeout=PROBE_TIMEOUT_S, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False

@@ -1,0 +1,50 @@
+"""kfadmin: the operators' command. Each verb group is a module; this one only puts them together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from controlplane.contract.errors import KevlarFlowError
+from controlplane.kfadmin import demo, operate, show, up
+from controlplane.kfadmin.exits import exit_of
+from controlplane.kfadmin.output import progress
+
+
+class Verbs(TyperGroup):
+    """Turns our errors into a line on stderr and an exit code, in one place."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KevlarFlowError as error:
+            progress(f"kfadmin: {error}")
+            ctx.exit(exit_of(error))
+
+
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Operate a KevlarFlow cluster. Exit codes: 0 done, 1 failed, 2 usage, 3 refused and nothing changed, "
+    "4 still running, 5 control plane unreachable, 6 not allowed.",
+)
+for verb in (
+    up.up, up.down,
+    show.status, show.nodes, show.topology, show.events,
+    operate.drain, operate.undrain, operate.replace, operate.cancel,
+    demo.demo,
+):  # fmt: skip
+    app.command()(verb)
+
+
+def main() -> None:
+    """Entry point of `kfadmin`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

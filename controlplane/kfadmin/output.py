@@ -1,0 +1,140 @@
+"""What kfadmin prints: data on stdout as tables or JSON, progress on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from enum import StrEnum
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from controlplane.contract.records import OperationState
+from controlplane.contract.status import ClusterStatus, NodeState, NodeStatus, PipelineState, StageStatus
+from controlplane.kfadmin.client import EventRow
+
+PIPE_WIDTH = 200  # columns when stdout is not a terminal: tables are for reading, not for wrapping
+
+GOOD, WARN, BAD, DIM = "green", "yellow", "bold red", "dim"
+STYLES = {
+    NodeState.GREEN: GOOD, NodeState.YELLOW: WARN, NodeState.RED: BAD, NodeState.ABSENT: BAD,
+    PipelineState.UP: GOOD, PipelineState.DEGRADED: WARN, PipelineState.MOVING: WARN,
+    PipelineState.DOWN: BAD, PipelineState.FORMING: WARN,
+    OperationState.RUNNING: WARN, OperationState.DONE: GOOD,
+    OperationState.FAILED: BAD, OperationState.CANCELLED: DIM,
+}  # fmt: skip
+
+
+class Output(StrEnum):
+    TABLE = "table"
+    JSON = "json"
+
+
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print.")]
+
+
+def console() -> Console:
+    """For data."""
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(markup=False, highlight=False, width=width)
+
+
+def progress(line: str) -> None:
+    """One line for people, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def table(*headers: str) -> Table:
+    return Table(*headers, box=None, pad_edge=False, header_style="bold")
+
+
+def state(value: NodeState | PipelineState | OperationState) -> Text:
+    return Text(value.value, STYLES[value])
+
+
+def clock(unix_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s)) if unix_s else "-"
+
+
+def print_status(status: ClusterStatus) -> None:
+    """Availability first, then what is wrong, then the rest."""
+    out = console()
+    serves = Text("available", GOOD) if status.available else Text("UNAVAILABLE", BAD)
+    out.print(
+        Text(f"{status.cluster}/{status.group}  {status.model}  mode {status.mode.value}  ").append(serves)
+    )
+    out.print(
+        f"epoch counter {status.counter}, leader {status.leader or 'none'}, answered by {status.answered_by}, "
+        f"etcd heard {status.etcd_age_s:.1f} s ago{', automation paused' if status.paused else ''}"
+    )
+    out.print()
+    pipelines = table("PIPELINE", "STATE", "EPOCH", "RUNNING", "WAITING", "STAGES", "REPLICA LAG")
+    for p in status.pipelines:
+        stages = "  ".join(_served_by(stage) for stage in p.stages)
+        lags = " ".join("-" if stage.lag_tokens < 0 else str(stage.lag_tokens) for stage in p.stages)
+        pipelines.add_row(p.id, state(p.state), str(p.epoch), str(p.running), str(p.waiting), stages, lags)
+    out.print(pipelines)
+    trouble = [node for node in status.nodes if node.state is not NodeState.GREEN or node.cordoned]
+    green = sum(node.state is NodeState.GREEN for node in status.nodes)
+    out.print(f"\n{green} of {len(status.nodes)} nodes are green")
+    for node in trouble:
+        cordoned = " cordoned" if node.cordoned else ""
+        out.print(Text(f"  {node.node} ").append(state(node.state)).append(f"{cordoned}  {node.evidence}"))
+    for operation in status.operations:
+        if operation.open:
+            out.print(
+                f"operation {operation.id}: {operation.kind.value} {operation.node}: {operation.message}"
+            )
+
+
+def _served_by(stage: StageStatus) -> str:
+    nodes = ",".join(member.node for member in stage.serving) or "nobody"
+    return f"{nodes} (for {','.join(stage.homes)})" if stage.borrowed else nodes
+
+
+def print_nodes(nodes: tuple[NodeStatus, ...]) -> None:
+    rows = table("NODE", "STATE", "STAGE", "SERVES", "KV OWN", "KV REPLICA", "KV TOTAL", "PID", "EVIDENCE")
+    for n in nodes:
+        marked = state(n.state).append(" cordoned", WARN) if n.cordoned else state(n.state)
+        blocks = (str(n.blocks_used), str(n.blocks_replica), str(n.blocks_total))
+        stage = str(n.stage) if n.stage >= 0 else "-"
+        rows.add_row(
+            n.node, marked, stage, " ".join(n.serving) or "-", *blocks, str(n.pid or "-"), n.evidence
+        )
+    console().print(rows)
+
+
+def print_topology(status: ClusterStatus) -> None:
+    console().print(f"epoch counter {status.counter}, mode {status.mode.value}")
+    rows = table("PIPELINE", "EPOCH", "STAGE", "HOME", "SERVED BY", "REPLICAS", "LAG", "MOVE")
+    for p in status.pipelines:
+        for index, stage in enumerate(p.stages):
+            move = p.move if p.move is not None and p.move.stage == index else None
+            who = Text(", ".join(map(str, stage.serving)) or "nobody", WARN if stage.borrowed else "")
+            rows.add_row(
+                p.id if index == 0 else "", str(p.epoch) if index == 0 else "", str(index),
+                ", ".join(stage.homes), who, ", ".join(map(str, stage.replicas)) or "-",
+                str(stage.lag_tokens) if stage.lag_tokens >= 0 else "-",
+                f"{move.phase.value} to {move.to} ({move.reason})" if move else "",
+            )  # fmt: skip
+    console().print(rows)
+
+
+def print_events(rows: list[EventRow]) -> None:
+    out = table("ID", "WHEN", "KIND", "SUBJECT", "EPOCH", "WHAT")
+    for row in rows:
+        e = row.event
+        phases = " ".join(
+            f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in e.details.items()
+        )
+        what = f"{e.message}  {phases}".rstrip()
+        out.add_row(str(row.id), clock(e.unix_s), e.kind.value, e.subject, str(e.epoch or "-"), what)
+    console().print(out)

@@ -1,0 +1,54 @@
+"""Which cluster a verb talks to: options that all verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from controlplane.contract.errors import ConfigError
+from controlplane.kfadmin.client import AdminClient, NotAllowed, Unreachable
+from controlplane.kfadmin.rundir import RunDir, default_run_dir
+
+RunDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--run-dir",
+        help="Directory of a local cluster (default: $KF_RUN_DIR or the state directory).",
+    ),
+]
+AdminOption = Annotated[
+    list[str] | None,
+    typer.Option("--admin", help="URL of a controller's admin API instead; may be given several times."),
+]
+TokenFileOption = Annotated[
+    Path | None, typer.Option("--token-file", help="File with the admin token, for --admin.")
+]
+
+
+def find_run_dir(run_dir: Path | None) -> RunDir:
+    return RunDir(run_dir or default_run_dir())
+
+
+def connect(run_dir: Path | None, admin: list[str] | None, token_file: Path | None) -> AdminClient:
+    """A client of the cluster that the options name.
+
+    Raises Unreachable when there is none, NotAllowed when its token may not be read, ConfigError.
+    """
+    local = find_run_dir(run_dir)
+    try:
+        endpoints = [url.rstrip("/") for url in admin] if admin else list(local.endpoints().admin)
+    except ConfigError as error:
+        raise Unreachable(f"{error}; start one with `kfadmin up`, or give --run-dir or --admin") from error
+    if bad := [url for url in endpoints if not url.startswith(("http://", "https://"))]:
+        raise typer.BadParameter(f"{bad[0]!r} is not a URL (http://HOST:PORT)", param_hint="--admin")
+    if token_file is None:
+        return AdminClient(endpoints, local.admin_token())
+    try:
+        token = token_file.read_text().strip()
+    except PermissionError as error:
+        raise NotAllowed(f"cannot read {token_file}: {error.strerror}") from error
+    except OSError as error:
+        raise typer.BadParameter(f"{token_file}: {error.strerror}", param_hint="--token-file") from error
+    return AdminClient(endpoints, token)

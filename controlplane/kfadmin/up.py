@@ -1,0 +1,132 @@
+"""Verbs for a whole cluster on this machine: up, down."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from controlplane.contract.config import ClusterConfig, load_config
+from controlplane.contract.errors import ConfigError, KevlarFlowError
+from controlplane.contract.topology import Mode
+from controlplane.kfadmin.local import LocalCluster
+from controlplane.kfadmin.output import progress
+from controlplane.kfadmin.rundir import default_run_dir
+from controlplane.kfadmin.target import RunDirOption, find_run_dir
+
+DOWN_LIMIT_S = 15.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def demo_model() -> Path:
+    """The checkpoint that ships with the project; found without importing the data plane."""
+    spec = importlib.util.find_spec("dataplane.demo")
+    if spec is None or spec.origin is None:
+        raise ConfigError("the demo model is not installed: give --model DIR")
+    return Path(spec.origin).parent / "kevlar-demo"
+
+
+def up(
+    run_dir: RunDirOption = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Settings (TOML or JSON); options below override it.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Hugging Face checkpoint (default: the demo model).")
+    ] = None,
+    instances: Annotated[int | None, typer.Option(min=1, help="Pipelines (default: 2).")] = None,
+    stages: Annotated[int | None, typer.Option(min=1, help="Stages of each (default: 4).")] = None,
+    spares: Annotated[
+        int | None, typer.Option(min=0, help="Blank nodes for each stage (default: 0).")
+    ] = None,
+    mode: Annotated[Mode | None, typer.Option(help="What protects streams (default: replicate).")] = None,
+    gateway_port: Annotated[int | None, typer.Option(help="0: any free one (default: 8000).")] = None,
+    admin_port: Annotated[int | None, typer.Option(help="The first controller's (default: 8100).")] = None,
+    controllers: Annotated[int, typer.Option(min=1, max=7, help="Candidates for leader.")] = 2,
+    gateways: Annotated[int, typer.Option(min=1, max=16, help="Gateways; the first has the port.")] = 1,
+    etcd_members: Annotated[int, typer.Option(min=1, max=7, help="Members of the etcd cluster.")] = 1,
+) -> None:
+    """Start a cluster on this machine, stay in the foreground, stop everything on Ctrl-C."""
+    given: dict[str, Any] = {
+        "model": str(model) if model else None, "instances": instances, "stages": stages, "spares": spares,
+        "mode": mode, "gateway_port": gateway_port, "admin_port": admin_port,
+        "run_dir": str(run_dir) if run_dir else None,
+    }  # fmt: skip
+    settings = settings_of(config, {name: value for name, value in given.items() if value is not None})
+    cluster = LocalCluster(
+        settings, controllers=controllers, gateways=gateways, etcd_members=etcd_members, progress=progress
+    )
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+    try:
+        cluster.start()
+        _print_welcome(cluster)
+        cluster.wait()
+    except KeyboardInterrupt:
+        pass  # how it is meant to end
+    finally:
+        cluster.stop()
+    progress("stopped")
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    for number in SIGNALS:  # stopping is bounded, and a second Ctrl-C would only leave processes behind
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def settings_of(file: Path | None, given: dict[str, Any]) -> ClusterConfig:
+    """The settings of a file, or the defaults, with what was given on the command line on top."""
+    if file is not None:
+        return msgspec.structs.replace(load_config(file), **given)
+    defaults = {"model": str(demo_model()), "run_dir": str(default_run_dir()), "etcd": ()}
+    return ClusterConfig(**{**defaults, **given})
+
+
+def _print_welcome(cluster: LocalCluster) -> None:
+    config, url = cluster.config, cluster.gateway_url
+    dashboard = f"{cluster.endpoints.admin[0]}/#token={cluster.admin_token}"
+    body = {"model": config.model_name, "prompt": "It was a", "max_tokens": 64, "stream": True}
+    where = f" --run-dir {config.run_dir}" if Path(config.run_dir) != default_run_dir().absolute() else ""
+    print(
+        f"""
+KevlarFlow serves {config.model_name}: {config.instances} instances x {config.stages} stages, mode {config.mode.value}
+
+  endpoint   {url}/v1
+  API key    {cluster.api_key}
+  dashboard  {dashboard}
+  run dir    {config.run_dir}
+
+  try        curl -N {url}/v1/completions -H 'Authorization: Bearer {cluster.api_key}' \\
+               -H 'Content-Type: application/json' -d '{json.dumps(body)}'
+  kill one   kfadmin demo{where}
+  stop       Ctrl-C
+""",
+        flush=True,
+    )
+
+
+def down(run_dir: RunDirOption = None) -> None:
+    """Stop the cluster that `kfadmin up` runs on this machine."""
+    local = find_run_dir(run_dir)
+    owner = local.owner()
+    if owner:
+        progress(f"asking kfadmin up (pid {owner}) to stop")
+        os.kill(owner, signal.SIGTERM)
+        deadline = time.monotonic() + DOWN_LIMIT_S
+        while local.owner() == owner:
+            if time.monotonic() > deadline:
+                raise KevlarFlowError(f"kfadmin up (pid {owner}) did not stop within {DOWN_LIMIT_S:.0f} s")
+            time.sleep(0.05)
+    leftovers = local.end_leftovers()
+    if leftovers:
+        progress(f"ended {', '.join(leftovers)}")
+    print("stopped" if owner or leftovers else f"no cluster runs in {local.path}")

@@ -1,0 +1,176 @@
+"""kf-controller: one candidate for leader, with its admin API. Everything runs on one event loop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import structlog
+import uvicorn
+
+from controlplane.contract.auth import derive, load_secret
+from controlplane.contract.config import ClusterConfig, load_config
+from controlplane.contract.errors import ConfigError, KevlarFlowError
+from controlplane.contract.keys import Keys, encode
+from controlplane.contract.records import ControllerRecord
+from controlplane.core.controller import Controller
+from controlplane.etcd.client import EtcdClient
+from controlplane.etcd.election import Election
+from controlplane.etcd.register import Registration
+from controlplane.history.store import HistoryStore
+from controlplane.history.writer import HistoryWriter
+from controlplane.shell.inbox import Inbox
+from controlplane.shell.logs import set_up_logging
+from controlplane.shell.metrics import Sources
+from controlplane.shell.performer import Performer
+from controlplane.shell.registry import Registry
+from controlplane.shell.rpc import ReportServer
+from controlplane.shell.runtime import Runtime
+from controlplane.shell.service import Parts, Service
+from web.admin.app import build_app
+
+log = structlog.get_logger()
+
+EXIT_LIMIT_S = 1.5
+
+
+class AdminServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the process decides when it ends, open streams or not."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(config: ClusterConfig, me: str, admin_socket: socket.socket, stop: asyncio.Event) -> None:
+    """Be one controller until `stop` is set. Raises what any of its tasks raised."""
+    secret = load_secret(config.secret_file)
+    keys = Keys(config.cluster)
+    inbox = Inbox()
+    client = EtcdClient(config.etcd)
+    store = HistoryStore(config.database, config.cluster, me)
+    history = HistoryWriter(store)
+    reports = ReportServer(derive(secret, "grpc"), inbox)
+    admin_host, admin_port = admin_socket.getsockname()[:2]
+    record = ControllerRecord(
+        id=me,
+        rpc_address=await reports.start(config.host),
+        admin_address=f"{admin_host}:{admin_port}",
+        pid=os.getpid(),
+    )
+    presence = Registration(client, keys.controllers + me, encode(record), config.timing.node_lease_s)
+    election = Election(client, keys.leader, encode(record), ttl_s=config.timing.leader_lease_s)
+    controller = Controller(config, me)
+    registry = Registry(client, keys, config.group, inbox)
+    performer = Performer(client, keys, config.group, inbox, history)
+    runtime = Runtime(controller, inbox, registry, performer, election)
+    sources = Sources(inbox, registry, reports, runtime, performer, history, client.counters)
+    service = Service(config, me, Parts(controller, registry, client, history, sources))
+    app = build_app(service, derive(secret, "admin"))
+    admin = AdminServer(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+        )
+    )
+    log.info("controller starts", id=me, admin=record.admin_address, rpc=record.rpc_address, pid=record.pid)
+    jobs = {
+        "runtime": runtime.run(),
+        "performer": performer.run(),
+        "registry": registry.run(),
+        "campaign": runtime.campaign(),
+        "presence": presence.run(),
+        "history": history.run(),
+        "admin": admin.serve(sockets=[admin_socket]),
+        "stop": stop.wait(),
+    }
+    tasks = [asyncio.create_task(job, name=name) for name, job in jobs.items()]
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    app.state.feed.close()
+    for task in tasks:
+        task.cancel()
+    await _leave(runtime, presence, reports, history, store, client, tasks)
+    for task in done:
+        task.result()
+        if task.get_name() != "stop":
+            raise KevlarFlowError(f"the task {task.get_name()} ended by itself")
+
+
+async def _leave(
+    runtime: Runtime,
+    presence: Registration,
+    reports: ReportServer,
+    history: HistoryWriter,
+    store: HistoryStore,
+    client: EtcdClient,
+    tasks: Sequence[asyncio.Task[object]],
+) -> None:
+    """Give leadership away first, then everything else; bounded, because leases end by themselves."""
+    try:
+        async with asyncio.timeout(EXIT_LIMIT_S):
+            await asyncio.wait(tasks, timeout=0.3)
+            await asyncio.gather(
+                runtime.resign(),
+                presence.withdraw(0.5),
+                reports.stop(),
+                history.flush(0.5),
+                return_exceptions=True,
+            )
+            await store.close()
+            await client.close()
+    except TimeoutError:
+        log.warning("not everything was handed over in time; leases will expire")
+
+
+def bind(host: str, wanted: int | None, default: int) -> socket.socket:
+    """The admin API's socket: the port that was asked for, else the configured one, else any free one.
+
+    Raises ConfigError when a port that was asked for by name is taken.
+    """
+    try:
+        return socket.create_server((host, default if wanted is None else wanted))
+    except OSError as error:
+        if wanted is not None:
+            raise ConfigError(f"cannot listen on {host}:{wanted}: {error.strerror}") from error
+    return socket.create_server((host, 0))
+
+
+async def _main(config: ClusterConfig, me: str, admin_port: int | None) -> None:
+    stop = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    await serve(config, me, bind(config.host, admin_port, config.admin_port), stop)
+
+
+def main() -> None:
+    """Entry point of `kf-controller`."""
+    parser = argparse.ArgumentParser(prog="kf-controller", description="A KevlarFlow controller.")
+    parser.add_argument("--config", type=Path, required=True, help="the cluster's settings (TOML or JSON)")
+    parser.add_argument("--id", required=True, help="this controller's name, unique in the cluster")
+    parser.add_argument("--admin-port", type=int, help="port of the admin API; 0: any free one")
+    options = parser.parse_args()
+    set_up_logging(options.id)
+    code = 0
+    try:
+        asyncio.run(_main(load_config(options.config), options.id, options.admin_port))
+    except KevlarFlowError as error:
+        print(f"kf-controller: {error}", file=sys.stderr)
+        code = 2 if isinstance(error, ConfigError) else 1
+    except Exception:
+        log.exception("controller failed")
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

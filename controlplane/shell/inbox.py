@@ -1,0 +1,51 @@
+"""The ordered, bounded queue of events in front of the controller."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from controlplane.core.events import CoreEvent
+
+INBOX_LEN_MAX = 4096
+
+
+class Inbox:
+    """Outside sources wait when it is full (gRPC and the watch then slow their senders down).
+
+    Our own answers and news (`put_own`) never wait: there are at most as many as effects, streams and terms
+    of leadership under way, and waiting for ourselves would be a deadlock.
+    """
+
+    def __init__(self, len_max: int = INBOX_LEN_MAX) -> None:
+        self._events: deque[tuple[CoreEvent, bool]] = deque()
+        self._room = asyncio.Semaphore(len_max)
+        self._filled = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    async def put(self, event: CoreEvent) -> None:
+        await self._room.acquire()
+        self._append(event, takes_room=True)
+
+    def put_own(self, event: CoreEvent) -> None:
+        self._append(event, takes_room=False)
+
+    async def get(self, limit_s: float) -> CoreEvent | None:
+        """The oldest event, or None when none came within `limit_s`."""
+        if not self._events:
+            self._filled.clear()
+            try:
+                async with asyncio.timeout(max(0.0, limit_s)):
+                    await self._filled.wait()
+            except TimeoutError:
+                return None
+        event, takes_room = self._events.popleft()
+        if takes_room:
+            self._room.release()
+        return event
+
+    def _append(self, event: CoreEvent, *, takes_room: bool) -> None:
+        self._events.append((event, takes_room))
+        self._filled.set()

@@ -1,0 +1,153 @@
+"""Performs the core's effects, one after the other, in the order in which the core gave them.
+
+On its own task, because etcd may take a second to fail: the core has to hear heartbeats and ticks meanwhile,
+or it would take its own silence for everybody's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import assert_never
+
+import structlog
+
+from controlplane.contract.errors import PeerError
+from controlplane.contract.events import EventKind
+from controlplane.contract.keys import Keys, decode, encode
+from controlplane.contract.records import Operation
+from controlplane.contract.topology import Topology
+from controlplane.core.events import (
+    Effect,
+    OperationGone,
+    OperationSeen,
+    Record,
+    Reread,
+    TopologySeen,
+    WriteConflict,
+    WriteDone,
+    WriteOperation,
+    WriteTopology,
+    WriteUnknown,
+)
+from controlplane.etcd.client import EtcdClient
+from controlplane.etcd.election import Leadership
+from controlplane.etcd.errors import EtcdError, EtcdUnavailable, EtcdUnknown
+from controlplane.etcd.values import Compare, Put
+from controlplane.history.store import Audit
+from controlplane.history.writer import HistoryWriter
+from controlplane.shell.inbox import Inbox
+
+log = structlog.get_logger()
+
+QUEUE_LEN_MAX = 1024
+CALL_LIMIT_S = 1.0
+# Paces the core while etcd refuses or is away: each of its attempts takes at least this long.
+FAILURE_PAUSE_S = 0.2
+
+
+class Performer:
+    """`leadership` is set by whoever campaigns; every write carries its guard."""
+
+    def __init__(
+        self, client: EtcdClient, keys: Keys, group: str, inbox: Inbox, history: HistoryWriter
+    ) -> None:
+        self.leadership: Leadership | None = None
+        self.writes = {"done": 0, "conflict": 0, "unknown": 0}
+        self.failover_s: dict[str, tuple[int, float]] = {}  # phase -> (recoveries, seconds in all)
+        self._client = client
+        self._keys = keys
+        self._group = group
+        self._inbox = inbox
+        self._history = history
+        self._queue: asyncio.Queue[Effect] = asyncio.Queue(QUEUE_LEN_MAX)
+
+    async def put(self, effect: Effect) -> None:
+        """Waits only when `QUEUE_LEN_MAX` effects are waiting; each of them ends within about a second."""
+        await self._queue.put(effect)
+
+    async def run(self) -> None:
+        while True:
+            await self._perform(await self._queue.get())
+
+    async def _perform(self, effect: Effect) -> None:
+        match effect:
+            case WriteTopology(topology, expected):
+                key = self._keys.topology(self._group)
+                await self._write(key, encode(topology), expected, None)
+            case WriteOperation(operation, expected):
+                key = self._keys.operation(operation.id)
+                if await self._write(key, encode(operation), expected, operation.id) and not operation.open:
+                    self._history.put(Audit(operation.state.value, operation, time.time()))
+            case Reread(None):
+                await self._reread_topology()
+            case Reread(str() as operation_id):
+                await self._reread_operation(operation_id)
+            case Record(event):
+                if event.kind is EventKind.RECOVERED:
+                    self._count_failover(event.details)
+                self._history.put(event)
+            case Reread():
+                raise AssertionError("an operation's id is a string or None")
+            case _:
+                assert_never(effect)
+
+    async def _write(self, key: str, value: bytes, expected: int, operation: str | None) -> bool:
+        """One guarded compare-and-swap, answered by exactly one event; whether it was done."""
+        leadership = self.leadership
+        if leadership is None or not leadership.valid():
+            self._answer("conflict", WriteConflict(operation))
+            return False
+        compares = [leadership.guard(), Compare.mod_revision(key, expected)]
+        try:
+            result = await self._client.txn(compares, [Put(key, value)], timeout_s=CALL_LIMIT_S)
+        except EtcdUnknown as error:
+            log.warning("a write's outcome is unknown", key=key, error=str(error))
+            self._answer("unknown", WriteUnknown(operation))
+            return False
+        except EtcdError as error:
+            level = log.warning if isinstance(error, EtcdUnavailable) else log.error
+            level("etcd did not take a write", key=key, error=str(error))
+            await asyncio.sleep(FAILURE_PAUSE_S)
+            self._answer("conflict", WriteConflict(operation))
+            return False
+        if result.succeeded:
+            self._answer("done", WriteDone(result.revision, operation))
+        else:
+            self._answer("conflict", WriteConflict(operation))
+        return result.succeeded
+
+    def _answer(self, outcome: str, event: WriteDone | WriteConflict | WriteUnknown) -> None:
+        self.writes[outcome] += 1
+        self._inbox.put_own(event)
+
+    async def _reread_topology(self) -> None:
+        key = self._keys.topology(self._group)
+        try:
+            found = await self._client.get(key, timeout_s=CALL_LIMIT_S)
+            topology = decode(found.value, Topology, key) if found else None
+        except (EtcdError, PeerError) as error:
+            log.warning("the topology cannot be read", error=str(error))
+            await asyncio.sleep(FAILURE_PAUSE_S)
+            return
+        self._inbox.put_own(TopologySeen(topology, found.mod_revision if found else 0))
+
+    async def _reread_operation(self, operation_id: str) -> None:
+        key = self._keys.operation(operation_id)
+        try:
+            found = await self._client.get(key, timeout_s=CALL_LIMIT_S)
+            operation = decode(found.value, Operation, key) if found else None
+        except (EtcdError, PeerError) as error:
+            log.warning("an operation cannot be read", operation=operation_id, error=str(error))
+            await asyncio.sleep(FAILURE_PAUSE_S)
+            return
+        if found is None or operation is None:
+            self._inbox.put_own(OperationGone(operation_id))
+        else:
+            self._inbox.put_own(OperationSeen(operation, found.mod_revision))
+
+    def _count_failover(self, details: dict[str, float | int | str]) -> None:
+        for name, value in details.items():
+            if name.endswith("_s") and not name.endswith("unix_s") and isinstance(value, int | float):
+                count, total_s = self.failover_s.get(name[:-2], (0, 0.0))
+                self.failover_s[name[:-2]] = (count + 1, total_s + value)

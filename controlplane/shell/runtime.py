@@ -1,0 +1,91 @@
+"""The controller's heart: one task that feeds events to the core, and performs what it answers.
+
+inbox -> Controller.step(event, now, unix_now) -> Performer -> etcd, history
+  ^---- registry, reports, leadership, answers of writes ----'
+"""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+
+from controlplane.core.controller import Controller
+from controlplane.core.events import BecameLeader, CoreEvent, LostLeadership, Tick
+from controlplane.etcd.election import Election
+from controlplane.shell.inbox import Inbox
+from controlplane.shell.performer import Performer
+from controlplane.shell.registry import Registry
+
+log = structlog.get_logger()
+
+TICK_S = 0.05
+
+
+class Runtime:
+    """Owns the loop. Any exception of the core ends it: a defect there must not go on deciding."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        inbox: Inbox,
+        registry: Registry,
+        performer: Performer,
+        election: Election,
+    ) -> None:
+        self.steps = 0
+        self.step_s_max = 0.0
+        self.terms = 0
+        self._controller = controller
+        self._inbox = inbox
+        self._registry = registry
+        self._performer = performer
+        self._election = election
+
+    @property
+    def is_leader(self) -> bool:
+        leadership = self._performer.leadership
+        return leadership is not None and leadership.valid()
+
+    async def run(self) -> None:
+        """Until cancelled: events in order, and a tick at least every `TICK_S`, however busy the inbox is."""
+        next_tick = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if now >= next_tick:
+                # Counted from now: after a pause one tick is enough, and the core sees the gap by its `now`.
+                next_tick = now + TICK_S
+                await self._step(Tick())
+            event = await self._inbox.get(next_tick - time.monotonic())
+            if event is not None:
+                await self._step(event)
+
+    async def campaign(self) -> None:
+        """Until cancelled: stand for election, lead, stand again."""
+        # The core must know the cluster before it leads: see controlplane/core/events.py.
+        await self._registry.synced.wait()
+        while True:
+            leadership = await self._election.campaign()
+            self.terms += 1
+            self._performer.leadership = leadership
+            log.info("leading", key=leadership.key)
+            self._inbox.put_own(BecameLeader())
+            await leadership.lost.wait()
+            log.warning("no longer leading", reason=leadership.lost_reason)
+            self._performer.leadership = None
+            self._inbox.put_own(LostLeadership())
+            await leadership.resign()  # its key must not stand in the way of the next candidate
+
+    async def resign(self) -> None:
+        """Hand leadership over at once. After `campaign` was cancelled."""
+        leadership, self._performer.leadership = self._performer.leadership, None
+        if leadership is not None:
+            await leadership.resign()
+
+    async def _step(self, event: CoreEvent) -> None:
+        started = time.monotonic()
+        effects = self._controller.step(event, started, time.time())
+        self.steps += 1
+        self.step_s_max = max(self.step_s_max, time.monotonic() - started)
+        for effect in effects:
+            await self._performer.put(effect)

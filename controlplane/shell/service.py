@@ -1,0 +1,193 @@
+"""What the admin API may ask of a controller. Any controller answers; the leader acts on what etcd then holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.errors import PeerError, Unavailable
+from controlplane.contract.events import Event
+from controlplane.contract.keys import Keys, decode, encode
+from controlplane.contract.records import Operation, OperationKind, OperationState
+from controlplane.contract.status import (
+    Check,
+    ClusterStatus,
+    ControllerStatus,
+    GatewayStatus,
+    OperationAnswer,
+    OperationRequest,
+)
+from controlplane.core.controller import Controller
+from controlplane.etcd.client import EtcdClient
+from controlplane.etcd.errors import EtcdError, EtcdUnknown
+from controlplane.etcd.values import Compare, Delete, KeyValue, Put
+from controlplane.history.store import Audit
+from controlplane.history.writer import HistoryWriter
+from controlplane.shell.metrics import Sources, render
+from controlplane.shell.registry import Registry
+
+CALL_LIMIT_S = 2.0
+FINISHED_KEPT = 50  # operations that have ended and stay in etcd; all of them stay in the history
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The pieces of one controller process that the service speaks to."""
+
+    controller: Controller
+    registry: Registry
+    client: EtcdClient
+    history: HistoryWriter
+    sources: Sources
+
+
+class Service:
+    """Implements `web.admin.service.AdminService`."""
+
+    def __init__(self, config: ClusterConfig, me: str, parts: Parts) -> None:
+        self._config = config
+        self._me = me
+        self._keys = Keys(config.cluster)
+        self._controller = parts.controller
+        self._registry = parts.registry
+        self._client = parts.client
+        self._history = parts.history
+        self._sources = parts.sources
+
+    @property
+    def ready(self) -> bool:
+        return self._registry.synced.is_set()
+
+    def status(self) -> ClusterStatus:
+        registry = self._registry
+        controllers = sorted(registry.controllers.values(), key=lambda record: record.id)
+        gateways = sorted(registry.gateways.values(), key=lambda record: record.id)
+        return msgspec.structs.replace(
+            self._controller.status(time.monotonic()),
+            leader=registry.leader,
+            answered_by=self._me,
+            etcd_age_s=registry.etcd_age_s(),
+            controllers=tuple(
+                ControllerStatus(item.id, item.admin_address, item.pid, item.id == registry.leader)
+                for item in controllers
+            ),
+            gateways=tuple(GatewayStatus(item.id, item.address, item.pid) for item in gateways),
+            operations=tuple(self._operations()),
+        )
+
+    def metrics(self) -> bytes:
+        return render(self.status(), self._me, self._sources)
+
+    async def events(self, limit: int, after: int = 0) -> Sequence[tuple[int, Event]]:
+        return await self._history.tail(limit, after)
+
+    async def operations(self) -> Sequence[Operation]:
+        return self._operations()
+
+    async def submit(self, request: OperationRequest) -> OperationAnswer:
+        found = await self._find(request.id)
+        if found is not None:
+            return _again(request, found[0])
+        answer = self._controller.preflight(request)
+        operation = answer.operation or _operation(request)
+        if request.dry_run or not answer.accepted:
+            if not request.dry_run:
+                self._audit("refused", operation)
+            return msgspec.structs.replace(answer, accepted=False)
+        key = self._keys.operation(request.id)
+        try:
+            result = await self._client.txn(
+                [Compare.absent(key)], [Put(key, encode(operation))], timeout_s=CALL_LIMIT_S
+            )
+        except EtcdUnknown as error:
+            raise Unavailable(
+                "etcd did not answer: the operation may have begun; ask again with the same id"
+            ) from error
+        except EtcdError as error:
+            raise Unavailable(f"etcd did not take the operation: {error}") from error
+        if not result.succeeded:  # another request with this id was faster
+            found = await self._find(request.id)
+            if found is None:
+                raise Unavailable("the operation was deleted while it was being written; ask again")
+            return _again(request, found[0])
+        self._audit("submitted", operation)
+        await self._prune()
+        return msgspec.structs.replace(answer, operation=operation)
+
+    async def cancel(self, operation_id: str) -> Operation | None:
+        """See AdminService. The leader calls the operation's move off when it sees the new state."""
+        found = await self._find(operation_id)
+        if found is None or not found[0].open:
+            return found[0] if found else None
+        cancelled = msgspec.structs.replace(
+            found[0],
+            state=OperationState.CANCELLED,
+            message="cancelled by an operator",
+            finished_unix_s=time.time(),
+        )
+        key = self._keys.operation(operation_id)
+        try:
+            result = await self._client.txn(
+                [Compare.mod_revision(key, found[1])], [Put(key, encode(cancelled))], timeout_s=CALL_LIMIT_S
+            )
+        except EtcdError as error:
+            raise Unavailable(f"the operation may not be cancelled yet; ask again: {error}") from error
+        if result.succeeded:
+            self._audit("cancelled", cancelled)
+            return cancelled
+        found = await self._find(operation_id)  # it ended, or moved on, in this very moment
+        if found is not None and found[0].open:
+            raise Unavailable("the operation changed while it was being cancelled; ask again")
+        return found[0] if found else None
+
+    async def _find(self, operation_id: str) -> tuple[Operation, int] | None:
+        """Straight from etcd: our own view may be a moment old."""
+        key = self._keys.operation(operation_id)
+        try:
+            found: KeyValue | None = await self._client.get(key, timeout_s=CALL_LIMIT_S)
+            return (decode(found.value, Operation, key), found.mod_revision) if found else None
+        except (EtcdError, PeerError) as error:
+            raise Unavailable(f"operations cannot be read: {error}") from error
+
+    async def _prune(self) -> None:
+        finished = [(op, revision) for op, revision in self._registry.operations.values() if not op.open]
+        finished.sort(key=lambda pair: pair[0].finished_unix_s)
+        for operation, revision in finished[: max(0, len(finished) - FINISHED_KEPT)]:
+            key = self._keys.operation(operation.id)
+            try:
+                await self._client.txn(
+                    [Compare.mod_revision(key, revision)], [Delete(key)], timeout_s=CALL_LIMIT_S
+                )
+            except EtcdError:
+                return  # the next operation prunes again
+
+    def _operations(self) -> list[Operation]:
+        every = (operation for operation, _ in self._registry.operations.values())
+        return sorted(every, key=lambda operation: (operation.created_unix_s, operation.id))
+
+    def _audit(self, action: str, operation: Operation) -> None:
+        self._history.put(Audit(action, operation, time.time()))
+
+
+def _operation(request: OperationRequest) -> Operation:
+    now = time.time()
+    return Operation(
+        id=request.id,
+        kind=OperationKind(request.kind),
+        node=request.node,
+        substitute=request.substitute,
+        created_unix_s=now,
+        deadline_unix_s=now + request.deadline_s if request.deadline_s > 0 else 0.0,
+    )
+
+
+def _again(request: OperationRequest, known: Operation) -> OperationAnswer:
+    """The answer to an id that is known: the same operation, or a refusal if it was for something else."""
+    if (known.kind.value, known.node, known.substitute) == (request.kind, request.node, request.substitute):
+        return OperationAnswer(accepted=True, checks=(), plan=(), operation=known)
+    message = f"operation id {known.id} was used to {known.kind.value} {known.node}; choose another id"
+    return OperationAnswer(accepted=False, checks=(Check("fail", "id", message),), plan=())

@@ -1,0 +1,110 @@
+"""The block table in plain Python: what blocktable.pyx must equal. Slow, obvious, used by tests only."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dataplane._fast.blocktable import TableFull
+
+
+@dataclass(frozen=True, slots=True)
+class OracleArrays:
+    """See blocktable.StepArrays."""
+
+    positions: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]
+    cu_q: npt.NDArray[np.int32]
+    context_lens: npt.NDArray[np.int32]
+    tables: npt.NDArray[np.int32]
+
+
+class OracleBlockTable:
+    """See blocktable.BlockTable."""
+
+    def __init__(self, max_rows: int, max_blocks_per_row: int, block_size: int) -> None:
+        if min(max_rows, max_blocks_per_row, block_size) <= 0:
+            raise ValueError
+        self.max_blocks_per_row = max_blocks_per_row
+        self.block_size = block_size
+        self._rows: dict[int, list[int]] = {}
+        self._free = list(range(max_rows - 1, -1, -1))
+
+    def _row(self, row: int) -> list[int]:
+        if row not in self._rows:
+            raise IndexError(row)
+        return self._rows[row]
+
+    def new_row(self) -> int:
+        if not self._free:
+            raise TableFull
+        row = self._free.pop()
+        self._rows[row] = []
+        return row
+
+    def free_row(self, row: int) -> list[int]:
+        held = self._row(row)
+        del self._rows[row]
+        self._free.append(row)
+        return held
+
+    def extend(self, row: int, blocks: Iterable[int]) -> None:
+        new = list(blocks)
+        if len(self._row(row)) + len(new) > self.max_blocks_per_row:
+            raise TableFull
+        if any(not 0 <= b < 2**31 for b in new):
+            raise ValueError
+        self._row(row).extend(new)
+
+    def set_block(self, row: int, index: int, block: int) -> None:
+        if not 0 <= index < len(self._row(row)):
+            raise IndexError(index)
+        if not 0 <= block < 2**31:
+            raise ValueError
+        self._row(row)[index] = block
+
+    def truncate(self, row: int, num_blocks: int) -> list[int]:
+        blocks = self._row(row)
+        if not 0 <= num_blocks <= len(blocks):
+            raise ValueError
+        cut = blocks[num_blocks:]
+        del blocks[num_blocks:]
+        return cut
+
+    def blocks(self, row: int) -> list[int]:
+        return list(self._row(row))
+
+    def num_blocks(self, row: int) -> int:
+        return len(self._row(row))
+
+    def fill(
+        self, rows: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]
+    ) -> OracleArrays:
+        if not len(rows) == len(starts) == len(counts):
+            raise ValueError
+        size = self.block_size
+        positions: list[int] = []
+        slots: list[int] = []
+        cu_q, lens, used = [0], [], []
+        for row, start, count in zip(rows.tolist(), starts.tolist(), counts.tolist(), strict=True):
+            blocks = self._row(row)
+            if count < 1 or start < 0:
+                raise ValueError
+            for position in range(start, start + count):
+                positions.append(position)
+                slots.append(blocks[position // size] * size + position % size)
+            cu_q.append(len(positions))
+            lens.append(start + count)
+            used.append(blocks[: -(-(start + count) // size)])
+        width = max((len(u) for u in used), default=0)
+        tables = np.zeros((len(used), width), np.int32)
+        for i, u in enumerate(used):
+            tables[i, : len(u)] = u
+        return OracleArrays(
+            np.array(positions, np.int64),
+            np.array(slots, np.int64),
+            np.array(cu_q, np.int32),
+            np.array(lens, np.int32),
+            tables,
+        )

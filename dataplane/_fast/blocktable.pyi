@@ -1,0 +1,50 @@
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+class TableFull(MemoryError):
+    """No free row, or more blocks than one row may have."""
+
+class StepArrays:
+    """The arrays of one step; the next fill() into the same object overwrites them."""
+
+    @property
+    def positions(self) -> npt.NDArray[np.int64]: ...  # [T]
+    @property
+    def slots(self) -> npt.NDArray[np.int64]: ...  # [T] block * block_size + offset
+    @property
+    def cu_q(self) -> npt.NDArray[np.int32]: ...  # [B + 1]
+    @property
+    def context_lens(self) -> npt.NDArray[np.int32]: ...  # [B]
+    @property
+    def tables(self) -> npt.NDArray[np.int32]: ...  # [B, W]
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_rows(self) -> int: ...
+
+class BlockTable:
+    def __init__(self, max_rows: int, max_blocks_per_row: int, block_size: int) -> None: ...
+    @property
+    def max_rows(self) -> int: ...
+    @property
+    def max_blocks_per_row(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def rows_in_use(self) -> int: ...
+    def new_row(self) -> int: ...
+    def free_row(self, row: int) -> list[int]: ...
+    def extend(self, row: int, blocks: Iterable[int]) -> None: ...
+    def set_block(self, row: int, index: int, block: int) -> None: ...
+    def truncate(self, row: int, num_blocks: int) -> list[int]: ...
+    def blocks(self, row: int) -> list[int]: ...
+    def num_blocks(self, row: int) -> int: ...
+    def fill(
+        self,
+        rows: npt.NDArray[np.int32],
+        starts: npt.NDArray[np.int32],
+        counts: npt.NDArray[np.int32],
+        out: StepArrays | None = None,
+    ) -> StepArrays: ...

@@ -1,0 +1,129 @@
+"""Runs one stage of the model on this process's device."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from typing_extensions import Buffer
+
+from dataplane._fast.blocktable import StepArrays
+from dataplane.kvcache import ITEM_BYTES, KVCache
+from dataplane.model.config import ModelConfig, ModelDtype, load_config
+from dataplane.model.errors import ModelError
+from dataplane.model.layers import Linear, Workspace, build_layer, run_layers
+from dataplane.model.rotary import RotaryTable
+from dataplane.model.split import split_layers
+from dataplane.model.weights import EMBED, HEAD, NORM, load_weights, weights_digest
+from kernels import pack_weight, step_kernels
+
+TORCH_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class StageExecutor:
+    """One stage: its layers, its KV cache, and the embedding or the output head where it has them.
+
+    Not thread-safe: one thread at a time calls forward(). Raises ModelError for a checkpoint that cannot be
+    served, ValueError for a stage that does not exist or a device that is not supported."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        stage: int,
+        num_stages: int,
+        *,
+        num_blocks: int,
+        block_size: int = 16,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        device: str = "cpu",
+    ) -> None:
+        self.config: ModelConfig = load_config(model_dir)
+        c = self.config
+        if not 0 <= stage < num_stages:
+            raise ValueError(f"stage {stage} is not one of {num_stages}")
+        if num_stages > c.num_layers:
+            raise ModelError(
+                model_dir / "config.json", "num_hidden_layers", f"{c.num_layers} layers, {num_stages} stages"
+            )
+        self.layers: range = split_layers(c.num_layers, num_stages)[stage]
+        self.is_first, self.is_last = stage == 0, stage == num_stages - 1
+        self.hidden_size = c.hidden_size
+        self.dtype: ModelDtype = c.dtype if dtype == "auto" else dtype
+        self.kv = KVCache(
+            num_blocks, len(self.layers), c.num_kv_heads, block_size, c.head_dim, self.dtype, device
+        )
+        kind = TORCH_DTYPES[self.dtype]
+        # Weights are packed into memory of ours; the mapping of the files ends with this constructor, except
+        # for the embedding, of which a step reads a few rows.
+        weights = load_weights(model_dir, c, self.layers)
+        self.weights_digest: str = weights_digest(weights)
+        with torch.inference_mode():
+            self._layers = [build_layer(c, i, weights, kind) for i in self.layers]
+            self._embed = weights[EMBED].to(kind) if self.is_first else None
+            self._norm = weights[NORM].to(kind, copy=True) if self.is_last else None
+            head = weights[EMBED if c.tie_embeddings else HEAD] if self.is_last else None
+            self._head = None if head is None else Linear(pack_weight(head, kind), None)
+            self._workspace = Workspace(c, kind)
+            self._rotary = RotaryTable(c.rope, c.head_dim, c.max_positions)
+
+    def forward(
+        self,
+        tokens: npt.NDArray[np.int64] | None,
+        hidden: Buffer | None,
+        step: StepArrays,
+        sample_rows: npt.NDArray[np.int32],
+    ) -> npt.NDArray[np.generic]:
+        """One step of T tokens. The first stage takes tokens int64 [T], the others the activations that the stage
+        before returned. The last returns logits float32 [K, vocab] of the K rows in sample_rows (indices into T),
+        the others their activations [T, hidden] (bfloat16 as uint16). The result is the caller's own.
+
+        Raises ValueError or IndexError for inputs that do not fit; the KV cache may then hold part of the step,
+        in slots that the step named."""
+        rows = step.num_tokens
+        if rows < 1:
+            raise ValueError("a step needs at least one token")
+        with torch.inference_mode():
+            self._workspace.reserve(rows)
+            self._load(tokens, hidden, rows)
+            self._rotary.cover(int(step.positions.max()) + 1)
+            kernels = step_kernels(self.kv, step)
+            w = self._workspace
+            run_layers(self._layers, kernels, w, rows, self._rotary.cos, self._rotary.sin, self.config)
+            if not self.is_last:
+                return _to_numpy(w.residual[:rows])
+            assert self._head is not None
+            picked = np.ascontiguousarray(sample_rows, np.int64)
+            if picked.ndim != 1 or (picked.size and not 0 <= picked.min() <= picked.max() < rows):
+                raise IndexError(f"sample_rows must be indices into the {rows} tokens of the step")
+            count = len(picked)
+            last = torch.empty(count, self.hidden_size, dtype=w.residual.dtype)
+            torch.index_select(w.residual, 0, torch.from_numpy(picked), out=last)
+            kernels.add_rms_norm(None, last, self._norm, self.config.rms_norm_eps, w.normed, count)
+            logits = torch.empty(count, self.config.vocab_size, dtype=w.residual.dtype)
+            kernels.linear(w.normed, self._head.weight, None, logits, count)
+            return logits.float().numpy()
+
+    def _load(self, tokens: npt.NDArray[np.int64] | None, hidden: Buffer | None, rows: int) -> None:
+        target = self._workspace.residual[:rows]
+        if self.is_first:
+            if tokens is None or tokens.shape != (rows,) or tokens.dtype != np.int64:
+                raise ValueError(f"the first stage needs {rows} tokens as int64")
+            if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+                raise IndexError(f"a token is outside the vocabulary of {self.config.vocab_size}")
+            assert self._embed is not None
+            torch.index_select(self._embed, 0, torch.from_numpy(np.ascontiguousarray(tokens)), out=target)
+            return
+        size = rows * self.hidden_size * ITEM_BYTES[self.dtype]
+        data = memoryview(b"" if hidden is None else hidden)
+        if data.nbytes != size or not data.c_contiguous:
+            raise ValueError(f"expected {size} bytes of activations, got {data.nbytes}")
+        source = np.frombuffer(data.cast("B"), np.uint8).reshape(rows, -1)
+        target.view(torch.uint8).numpy()[:] = source
+
+
+def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
+    """A copy that the caller may keep; bfloat16 as uint16."""
+    if tensor.dtype is torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    return tensor.numpy().copy()

@@ -1,0 +1,74 @@
+"""The KV cache of one stage: one contiguous array of blocks.
+
+Own blocks, borrowed blocks and replicas share it and its layout, so promoting a replica changes a block table
+and copies nothing. Torch is not needed here: transport and replication work on bytes."""
+
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Buffer
+
+KvDtype = Literal["float32", "bfloat16"]
+ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2}
+ALIGN_BYTES = 64  # a cache line, and a vector of the widest instruction set
+
+
+class KVCache:
+    """Blocks of `block_size` positions over all `layers` of the stage.
+
+    A block is one contiguous range of `block_bytes`: [layers, 2, kv_heads, ...] where K is
+    [head_dim, block_size] (so that sixteen keys are one vector) and V is [block_size, head_dim].
+    bfloat16 is stored as its 16 bits. Blocks start as zeros. Raises ValueError for sizes that make no sense."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        layers: int,
+        kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: KvDtype,
+        device: str = "cpu",
+    ) -> None:
+        if min(num_blocks, layers, kv_heads, block_size, head_dim) < 1:
+            raise ValueError("every size of a KV cache must be at least 1")
+        if dtype not in get_args(KvDtype):
+            raise ValueError(f"dtype {dtype!r} is not one of {get_args(KvDtype)}")
+        if device != "cpu":
+            raise ValueError(f"device {device!r} is not supported, only cpu is")
+        self.num_blocks, self.layers, self.kv_heads = num_blocks, layers, kv_heads
+        self.block_size, self.head_dim = block_size, head_dim
+        self.dtype: KvDtype = dtype
+        self.device = device
+        self.block_bytes = layers * 2 * kv_heads * block_size * head_dim * ITEM_BYTES[dtype]
+        size = num_blocks * self.block_bytes
+        # zeros() maps pages that are only touched when used; it aligns to 16 bytes, so find the next 64.
+        raw = np.zeros(size + ALIGN_BYTES, np.uint8)
+        skip = -raw.ctypes.data % ALIGN_BYTES
+        self._blocks = raw[skip : skip + size].reshape(num_blocks, self.block_bytes)
+
+    @property
+    def address(self) -> int:
+        """Where block 0 begins. The memory lives as long as this object."""
+        return self._blocks.ctypes.data
+
+    @property
+    def array(self) -> npt.NDArray[np.generic]:
+        """[num_blocks, layers, 2, kv_heads, block_size * head_dim], float32 or uint16; shares the memory."""
+        item = np.float32 if self.dtype == "float32" else np.uint16
+        shape = (self.num_blocks, self.layers, 2, self.kv_heads, self.block_size * self.head_dim)
+        return self._blocks.view(item).reshape(shape)
+
+    def view(self, block: int) -> memoryview:
+        """The bytes of a block: writable, no copy. Raises IndexError."""
+        if not 0 <= block < self.num_blocks:
+            raise IndexError(f"block {block} is not one of {self.num_blocks}")
+        return memoryview(self._blocks[block])
+
+    def write(self, block: int, data: Buffer) -> None:
+        """Replaces a block. Raises IndexError, and ValueError unless data has block_bytes bytes."""
+        source = memoryview(data).cast("B")
+        if source.nbytes != self.block_bytes:
+            raise ValueError(f"a block has {self.block_bytes} bytes, not {source.nbytes}")
+        self.view(block)[:] = source

@@ -1,0 +1,102 @@
+"""Weights of one stage from safetensors files: only its own tensors are mapped, nothing is unpickled."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dataplane.model.config import ModelConfig, read_json
+from dataplane.model.errors import ModelError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+EMBED = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+
+def stage_shapes(config: ModelConfig, layers: range) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the stage that runs `layers`."""
+    c = config
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+    if layers.start == 0:
+        shapes[EMBED] = (c.vocab_size, c.hidden_size)
+    for i in layers:
+        p = f"model.layers.{i}."
+        shapes[p + "input_layernorm.weight"] = shapes[p + "post_attention_layernorm.weight"] = (
+            c.hidden_size,
+        )
+        linears = [("self_attn.q_proj", q, c.hidden_size, c.qkv_bias)]
+        linears += [(f"self_attn.{name}_proj", kv, c.hidden_size, c.qkv_bias) for name in ("k", "v")]
+        linears += [("self_attn.o_proj", c.hidden_size, q, c.o_bias)]
+        linears += [
+            (f"mlp.{name}_proj", c.intermediate_size, c.hidden_size, c.mlp_bias) for name in ("gate", "up")
+        ]
+        linears += [("mlp.down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias)]
+        for name, rows, columns, bias in linears:
+            shapes[f"{p}{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{p}{name}.bias"] = (rows,)
+        if c.qk_norm:
+            shapes[p + "self_attn.q_norm.weight"] = shapes[p + "self_attn.k_norm.weight"] = (c.head_dim,)
+    if layers.stop == c.num_layers:
+        shapes[NORM] = (c.hidden_size,)
+        shapes[EMBED if c.tie_embeddings else HEAD] = (c.vocab_size, c.hidden_size)
+    return shapes
+
+
+def _files(model_dir: Path, names: list[str]) -> dict[Path, list[str]]:
+    """Which file holds which of the tensors."""
+    index = model_dir / INDEX
+    if not index.exists():
+        if not (model_dir / SINGLE).exists():
+            raise ModelError(model_dir, None, f"has neither {SINGLE} nor {INDEX}")
+        return {model_dir / SINGLE: names}
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict):
+        raise ModelError(index, "weight_map", "expected an object")
+    files: dict[Path, list[str]] = {}
+    for name in names:
+        file = where.get(name)
+        if file is None:
+            raise ModelError(index, name, "the tensor is missing")
+        # A checkpoint must not make us open anything outside its directory.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ModelError(index, name, f"{file!r:.80} is not a safetensors file of this directory")
+        files.setdefault(model_dir / file, []).append(name)
+    return files
+
+
+def load_weights(model_dir: Path, config: ModelConfig, layers: range) -> dict[str, torch.Tensor]:
+    """The stage's tensors as stored (mapped, read-only by convention). Raises ModelError."""
+    shapes = stage_shapes(config, layers)
+    weights: dict[str, torch.Tensor] = {}
+    for path, names in _files(model_dir, list(shapes)).items():
+        try:
+            with safe_open(path, framework="pt") as file:
+                present = set(file.keys())
+                for name in names:
+                    if name not in present:
+                        raise ModelError(path, name, "the tensor is missing")
+                    weights[name] = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(path, None, f"cannot be read: {error}") from error
+        for name in names:
+            tensor = weights[name]
+            if tuple(tensor.shape) != shapes[name]:
+                raise ModelError(path, name, f"expected shape {shapes[name]}, found {tuple(tensor.shape)}")
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ModelError(path, name, f"{tensor.dtype} is not supported")
+    return weights
+
+
+def weights_digest(weights: dict[str, torch.Tensor]) -> str:
+    """blake2b over names, types, shapes and bytes: equal exactly if two nodes serve the same stage weights."""
+    digest = hashlib.blake2b(digest_size=32)
+    for name in sorted(weights):
+        tensor = weights[name].contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,82 @@
+/* Sixteen float lanes in two AVX registers. The contract of the operations is in vec_plain.h. */
+#define NAME(x) x##_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define INL static inline __attribute__((always_inline)) TARGET
+
+typedef struct { __m256 lo, hi; } vf_avx2;
+#define VF vf_avx2
+#define WIDE 0
+#define BOTH(op, a, b) ((VF){op((a).lo, (b).lo), op((a).hi, (b).hi)})
+
+INL VF NAME(v_load)(const float *p) { return (VF){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+INL void NAME(v_store)(float *p, VF a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
+INL VF NAME(v_set1)(float x) { return (VF){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+INL VF NAME(v_fma)(VF a, VF b, VF c)
+{
+    return (VF){_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+INL VF NAME(v_mul)(VF a, VF b) { return BOTH(_mm256_mul_ps, a, b); }
+INL VF NAME(v_add)(VF a, VF b) { return BOTH(_mm256_add_ps, a, b); }
+INL VF NAME(v_sub)(VF a, VF b) { return BOTH(_mm256_sub_ps, a, b); }
+INL VF NAME(v_div)(VF a, VF b) { return BOTH(_mm256_div_ps, a, b); }
+INL VF NAME(v_max)(VF a, VF b) { return BOTH(_mm256_max_ps, a, b); }
+INL VF NAME(v_min)(VF a, VF b) { return BOTH(_mm256_min_ps, a, b); }
+
+INL __m256 NAME(widen16)(const uint16_t *p)
+{
+    __m256i u = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
+}
+INL VF NAME(v_load16)(const uint16_t *p) { return (VF){NAME(widen16)(p), NAME(widen16)(p + 8)}; }
+
+INL __m256 NAME(round16)(__m256 a)
+{
+    __m256i u = _mm256_castps_si256(a);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+    __m256 quiet = _mm256_castsi256_ps(_mm256_or_si256(u, _mm256_set1_epi32(0x00400000)));
+    __m256 nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
+    r = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(r), quiet, nan));
+    return _mm256_castsi256_ps(_mm256_and_si256(r, _mm256_set1_epi32((int)0xffff0000u)));
+}
+INL VF NAME(v_round16)(VF a) { return (VF){NAME(round16)(a.lo), NAME(round16)(a.hi)}; }
+
+INL void NAME(v_store16)(uint16_t *p, VF a)
+{
+    VF r = NAME(v_round16)(a);
+    __m256i lo = _mm256_srli_epi32(_mm256_castps_si256(r.lo), 16);
+    __m256i hi = _mm256_srli_epi32(_mm256_castps_si256(r.hi), 16);
+    __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8);
+    _mm256_storeu_si256((__m256i *)p, packed);
+}
+
+INL __m256 NAME(pow2)(__m256 t)
+{
+    __m256i n = _mm256_sub_epi32(_mm256_castps_si256(t), _mm256_set1_epi32(0x4B400000 - 127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(n, 23));
+}
+INL VF NAME(v_pow2)(VF t) { return (VF){NAME(pow2)(t.lo), NAME(pow2)(t.hi)}; }
+
+INL VF NAME(v_zero_below)(VF x, float lo, VF y)
+{
+    __m256 l = _mm256_set1_ps(lo);
+    return (VF){_mm256_andnot_ps(_mm256_cmp_ps(x.lo, l, _CMP_LT_OQ), y.lo),
+                _mm256_andnot_ps(_mm256_cmp_ps(x.hi, l, _CMP_LT_OQ), y.hi)};
+}
+
+INL float NAME(v_hsum)(VF a)
+{
+    __m256 s = _mm256_add_ps(a.lo, a.hi);
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+
+INL float NAME(v_hmax)(VF a)
+{
+    __m256 s = _mm256_max_ps(a.lo, a.hi);
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+#undef BOTH

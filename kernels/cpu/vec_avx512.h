@@ -1,0 +1,80 @@
+/* Sixteen float lanes in one AVX-512 register. The contract of the operations is in vec_plain.h. */
+#define NAME(x) x##_avx512
+#define TARGET __attribute__((target("avx512f,avx2,fma")))
+#define INL static inline __attribute__((always_inline)) TARGET
+
+typedef __m512 vf_avx512;
+#define VF vf_avx512
+#define WIDE 1
+
+INL VF NAME(v_load)(const float *p) { return _mm512_loadu_ps(p); }
+INL void NAME(v_store)(float *p, VF a) { _mm512_storeu_ps(p, a); }
+INL VF NAME(v_set1)(float x) { return _mm512_set1_ps(x); }
+INL VF NAME(v_fma)(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+INL VF NAME(v_mul)(VF a, VF b) { return _mm512_mul_ps(a, b); }
+INL VF NAME(v_add)(VF a, VF b) { return _mm512_add_ps(a, b); }
+INL VF NAME(v_sub)(VF a, VF b) { return _mm512_sub_ps(a, b); }
+INL VF NAME(v_div)(VF a, VF b) { return _mm512_div_ps(a, b); }
+INL VF NAME(v_max)(VF a, VF b) { return _mm512_max_ps(a, b); }
+INL VF NAME(v_min)(VF a, VF b) { return _mm512_min_ps(a, b); }
+
+INL VF NAME(v_load16)(const uint16_t *p)
+{
+    __m512i u = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
+}
+
+INL VF NAME(v_round16)(VF a)
+{
+    __m512i u = _mm512_castps_si512(a);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+    __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x00400000));
+    return _mm512_castsi512_ps(_mm512_and_si512(r, _mm512_set1_epi32((int)0xffff0000u)));
+}
+
+INL void NAME(v_store16)(uint16_t *p, VF a)
+{
+    __m512i u = _mm512_srli_epi32(_mm512_castps_si512(NAME(v_round16)(a)), 16);
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(u));
+}
+
+/* 2**n where t = n + 1.5 * 2**23 */
+INL VF NAME(v_pow2)(VF t)
+{
+    __m512i n = _mm512_sub_epi32(_mm512_castps_si512(t), _mm512_set1_epi32(0x4B400000 - 127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(n, 23));
+}
+
+/* x < lo ? 0 : y (a NaN in x keeps y) */
+INL VF NAME(v_zero_below)(VF x, float lo, VF y)
+{
+    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, _mm512_set1_ps(lo), _CMP_LT_OQ), _mm512_setzero_ps());
+}
+
+INL void NAME(v_halves)(VF a, __m256 *lo, __m256 *hi)
+{
+    *lo = _mm512_castps512_ps256(a);
+    *hi = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1));
+}
+
+INL float NAME(v_hsum)(VF a)
+{
+    __m256 lo, hi;
+    NAME(v_halves)(a, &lo, &hi);
+    __m256 s = _mm256_add_ps(lo, hi);
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+
+INL float NAME(v_hmax)(VF a)
+{
+    __m256 lo, hi;
+    NAME(v_halves)(a, &lo, &hi);
+    __m256 s = _mm256_max_ps(lo, hi);
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
+}

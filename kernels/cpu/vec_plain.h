@@ -1,0 +1,67 @@
+/* Sixteen float lanes in plain C: any processor, and the definition of what the other two must compute.
+ *
+ * Every operation is one IEEE operation a lane (fma rounds once), sums fold halves (16 -> 8 -> 4 -> 2 -> 1),
+ * max(a, b) is a > b ? a : b. So all three give the same bits; tests/parity demands it. */
+#define NAME(x) x##_plain
+#define TARGET
+#define INL static inline __attribute__((always_inline))
+
+typedef struct { float l[16]; } vf_plain;
+#define VF vf_plain
+#define WIDE 0
+#define LANES(expr)                  \
+    VF r;                            \
+    for (int i = 0; i < 16; i++)     \
+        r.l[i] = (expr);             \
+    return r
+
+INL VF NAME(v_load)(const float *p) { LANES(p[i]); }
+INL void NAME(v_store)(float *p, VF a) { memcpy(p, a.l, sizeof a.l); }
+INL VF NAME(v_set1)(float x) { LANES(x); }
+INL VF NAME(v_fma)(VF a, VF b, VF c) { LANES(fmaf(a.l[i], b.l[i], c.l[i])); }
+INL VF NAME(v_mul)(VF a, VF b) { LANES(a.l[i] * b.l[i]); }
+INL VF NAME(v_add)(VF a, VF b) { LANES(a.l[i] + b.l[i]); }
+INL VF NAME(v_sub)(VF a, VF b) { LANES(a.l[i] - b.l[i]); }
+INL VF NAME(v_div)(VF a, VF b) { LANES(a.l[i] / b.l[i]); }
+INL VF NAME(v_max)(VF a, VF b) { LANES(a.l[i] > b.l[i] ? a.l[i] : b.l[i]); }
+INL VF NAME(v_min)(VF a, VF b) { LANES(a.l[i] < b.l[i] ? a.l[i] : b.l[i]); }
+
+INL uint32_t NAME(bits)(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+INL float NAME(from_bits)(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+
+INL float NAME(round16)(float x)
+{
+    uint32_t u = NAME(bits)(x);
+    uint32_t r = x != x ? u | 0x00400000u : u + 0x7fffu + ((u >> 16) & 1u);
+    return NAME(from_bits)(r & 0xffff0000u);
+}
+
+INL VF NAME(v_load16)(const uint16_t *p) { LANES(NAME(from_bits)((uint32_t)p[i] << 16)); }
+/* Round to bfloat16, ties to even, kept as float. */
+INL VF NAME(v_round16)(VF a) { LANES(NAME(round16)(a.l[i])); }
+INL void NAME(v_store16)(uint16_t *p, VF a)
+{
+    for (int i = 0; i < 16; i++)
+        p[i] = (uint16_t)(NAME(bits)(NAME(round16)(a.l[i])) >> 16);
+}
+/* 2**n where t = n + 1.5 * 2**23 */
+INL VF NAME(v_pow2)(VF t) { LANES(NAME(from_bits)((NAME(bits)(t.l[i]) - (0x4B400000u - 127u)) << 23)); }
+/* x < lo ? 0 : y (a NaN in x keeps y) */
+INL VF NAME(v_zero_below)(VF x, float lo, VF y) { LANES(x.l[i] < lo ? 0.0f : y.l[i]); }
+
+INL float NAME(v_hsum)(VF a)
+{
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            a.l[i] += a.l[i + half];
+    return a.l[0];
+}
+
+INL float NAME(v_hmax)(VF a)
+{
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            a.l[i] = a.l[i] > a.l[i + half] ? a.l[i] : a.l[i + half];
+    return a.l[0];
+}
+#undef LANES

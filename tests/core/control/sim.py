@@ -1,0 +1,366 @@
+"""A whole group around real controllers, in one thread and in simulated time: etcd, nodes, launchers.
+
+Only what the core cannot see through is modelled: etcd is a dictionary with revisions, a node is what it reports.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+
+from msgspec.structs import replace
+
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.events import Event, EventKind
+from controlplane.contract.ids import Member
+from controlplane.contract.records import NodeRecord, Operation, OperationState
+from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport, TargetReport
+from controlplane.contract.status import OperationAnswer, OperationRequest
+from controlplane.contract.topology import Mode, MovePhase, Topology
+from controlplane.core import events
+from controlplane.core.controller import Controller
+from controlplane.core.events import CoreEvent, Effect, Record, Reread, WriteOperation, WriteTopology
+from tests.core.control.world import make_config, make_record
+
+STEP_S = 0.1
+UNIX = 1_000_000.0
+
+
+@dataclass
+class Node:
+    record: NodeRecord
+    alive: bool = True
+    stopped_at: float | None = None  # SIGSTOP
+    leased: bool = True
+    seq: int = 0
+    born: float = 0.0
+
+    @property
+    def member(self) -> Member:
+        return self.record.member
+
+
+@dataclass
+class Sim:
+    config: ClusterConfig
+    controllers: int = 2
+    restart_s: float | None = 0.5  # the launcher's; None: dead nodes stay dead
+    now: float = 100.0
+    leader: str = ""
+    topology: Topology | None = None
+    topology_revision: int = 0
+    operations: dict[str, tuple[Operation, int]] = field(default_factory=dict)
+    etcd_up: bool = True
+    outcomes: deque[str] = field(
+        default_factory=deque
+    )  # of the next topology writes: done, conflict, lost, landed
+    deaf: set[tuple[str, str]] = field(default_factory=set)  # (controller, node): reports do not get through
+    held: set[str] = field(default_factory=set)  # nodes that their launcher does not restart
+    quiet: bool = True  # pipelines can be quiesced
+    lag: int = 0
+    history: list[Event] = field(default_factory=list)
+    written: list[Topology] = field(default_factory=list)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    cores: dict[str, Controller] = field(default_factory=dict)
+    _dead_since: dict[str, float] = field(default_factory=dict)
+    _revision: int = 1
+    _numbers: count[int] = field(default_factory=count)
+    _backlog: list[CoreEvent] = field(default_factory=list)  # watch events that wait for etcd
+
+    def __post_init__(self) -> None:
+        for k in range(self.controllers):
+            self.cores[f"c{k + 1}"] = Controller(self.config, f"c{k + 1}")
+        self.tell(events.TopologySeen(None, 0))
+        total = (self.config.instances + self.config.spares) * self.config.stages
+        for k in range(total):
+            self.start(f"n{k}")
+        self.elect("c1")
+
+    # -- the world's doings -------------------------------------------------------------------------------
+
+    def start(self, node: str) -> Member:
+        stage = int(node[1:]) % self.config.stages
+        record = make_record(self.config, node, f"i{next(self._numbers)}", stage)
+        self.nodes[node] = Node(record, born=self.now)
+        self._dead_since.pop(node, None)
+        self.watch(events.NodeRegistered(record))
+        return record.member
+
+    def kill(self, *names: str) -> None:
+        """kill -9: streams and links break at once, the lease runs out later."""
+        for name in names:
+            node = self.nodes[name]
+            if node.alive:
+                node.alive = False
+                self._dead_since[name] = self.now
+                self.tell(events.ReportStreamBroken(node.member))
+        for node in self.nodes.values():
+            self._report(node)  # neighbours see it at once
+
+    def stop(self, name: str) -> None:
+        if self.nodes[name].alive:
+            self.nodes[name].stopped_at = self.now
+
+    def cont(self, name: str) -> None:
+        node = self.nodes[name]
+        if node.stopped_at is not None:
+            node.stopped_at = None
+            if node.alive and not node.leased:
+                node.leased = True
+                self.watch(events.NodeRegistered(node.record))
+
+    def elect(self, name: str) -> None:
+        if self.leader in self.cores:
+            self._step(self.leader, events.LostLeadership())
+        self.leader = name
+        self._step(name, events.BecameLeader())
+
+    def kill_leader(self) -> None:
+        """The process is gone, and a fresh candidate joins; the other one leads."""
+        old = self.leader
+        other = next(name for name in self.cores if name != old)
+        self.cores[old] = Controller(self.config, old)
+        for node in self.nodes.values():
+            if node.leased:
+                self._step(old, events.NodeRegistered(node.record))
+        for operation, revision in self.operations.values():
+            self._step(old, events.OperationSeen(operation, revision))
+        self._step(old, events.TopologySeen(self.topology, self.topology_revision))
+        self.leader = ""
+        self.elect(other)
+
+    def submit(
+        self,
+        kind: str,
+        node: str,
+        *,
+        id: str = "op",
+        substitute: str | None = None,
+        deadline_s: float = 0.0,
+    ) -> OperationAnswer:
+        request = OperationRequest(id, kind, node, substitute, deadline_s=deadline_s)
+        answer = self.cores[self.leader].preflight(request)
+        if answer.accepted and answer.operation is not None and id not in self.operations:
+            self.put_operation(answer.operation)
+        return answer
+
+    def put_operation(self, operation: Operation) -> None:
+        self._revision += 1
+        self.operations[operation.id] = (operation, self._revision)
+        self.watch(events.OperationSeen(operation, self._revision))
+
+    def cancel(self, id: str) -> None:
+        self.put_operation(replace(self.operations[id][0], state=OperationState.CANCELLED))
+
+    def put_topology(self, topology: Topology | None) -> None:
+        self._revision += 1
+        self.topology = topology
+        self.topology_revision = self._revision if topology is not None else 0
+        self.watch(events.TopologySeen(topology, self._revision))
+
+    def etcd_back(self) -> None:
+        self.etcd_up = True
+        backlog, self._backlog = self._backlog, []
+        for event in backlog:
+            self.tell(event)
+
+    # -- delivery -----------------------------------------------------------------------------------------
+
+    def watch(self, event: CoreEvent) -> None:
+        if self.etcd_up:
+            self.tell(event)
+        else:
+            self._backlog.append(event)
+
+    def tell(self, event: CoreEvent) -> None:
+        for name in list(self.cores):
+            self._step(name, event)
+
+    def _step(self, name: str, event: CoreEvent) -> None:
+        inbox = deque([event])
+        while inbox:
+            effects = self.cores[name].step(inbox.popleft(), self.now, UNIX + self.now)
+            for effect in effects:
+                answer = self._perform(name, effect)
+                if answer is not None:
+                    inbox.append(answer)
+
+    def _perform(self, name: str, effect: Effect) -> CoreEvent | None:
+        match effect:
+            case Record(event):
+                self.history.append(event)
+                return None
+            case Reread(None):
+                return events.TopologySeen(self.topology, self.topology_revision) if self.etcd_up else None
+            case Reread(str() as id):
+                if not self.etcd_up:
+                    return None
+                known = self.operations.get(id)
+                return events.OperationSeen(*known) if known else events.OperationGone(id)
+            case WriteTopology(topology, expected):
+                return self._write_topology(name, topology, expected)
+            case WriteOperation(operation, expected):
+                known = self.operations.get(operation.id)
+                if not self.etcd_up:
+                    return events.WriteUnknown(operation.id)
+                if known is None or known[1] != expected or name != self.leader:
+                    return events.WriteConflict(operation.id)
+                self.put_operation(operation)
+                return events.WriteDone(self._revision, operation.id)
+        raise AssertionError(effect)
+
+    def _write_topology(self, name: str, topology: Topology, expected: int) -> CoreEvent:
+        outcome = self.outcomes.popleft() if self.outcomes else "done"
+        if not self.etcd_up or outcome == "lost":
+            return events.WriteUnknown()
+        if name != self.leader or expected != self.topology_revision or outcome == "conflict":
+            return events.WriteConflict()
+        assert self.topology is None or topology.counter > self.topology.counter
+        for old in self.topology.pipelines if self.topology else ():
+            new = topology.pipeline(old.id)
+            assert new is not None
+            assert new.epoch >= old.epoch
+        self.written.append(topology)
+        self._revision += 1
+        self.topology, self.topology_revision = topology, self._revision
+        for other in self.cores:
+            if other != name:
+                self._step(other, events.TopologySeen(topology, self._revision))
+        return events.WriteUnknown() if outcome == "landed" else events.WriteDone(self._revision)
+
+    # -- time ---------------------------------------------------------------------------------------------
+
+    def run(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.now < end - 1e-9:
+            self._turn()
+
+    def run_until(self, condition: Callable[[], bool], limit_s: float = 60.0) -> float:
+        """Seconds until the condition held; fails after `limit_s`."""
+        start = self.now
+        while not condition():
+            assert self.now - start < limit_s, (self.topology, self.operations)
+            self._turn()
+        return self.now - start
+
+    def _turn(self) -> None:
+        self.now += STEP_S
+        for name, node in list(self.nodes.items()):
+            self._live(name, node)
+        self.tell(events.Tick())
+
+    def _live(self, name: str, node: Node) -> None:
+        silent_since = self._dead_since.get(name, node.stopped_at)
+        if node.leased and silent_since is not None and self.now - silent_since > 5.0:
+            node.leased = False
+            self.watch(events.NodeGone(name))
+        if not node.alive:
+            waited = self.now - self._dead_since[name]
+            if name not in self.held and self.restart_s is not None and waited >= self.restart_s:
+                self.start(name)
+            return
+        if node.stopped_at is None:
+            if self.topology is not None and node.member in self.topology.retired:
+                self._report(node, leaving=True)
+                self.kill(name)
+            else:
+                self._report(node)
+
+    def _report(self, node: Node, leaving: bool = False) -> None:
+        if not node.alive or node.stopped_at is not None:
+            return
+        node.seq += 1
+        links = []
+        for peer in self.nodes.values():
+            if peer is not node:
+                silent_s = 0.01 if peer.stopped_at is None else self.now - peer.stopped_at
+                links.append(LinkReport(peer.member, peer.alive, silent_s, "" if peer.alive else "reset"))
+        report = NodeReport(
+            node.member,
+            node.seq,
+            UNIX + self.now,
+            node.seq,
+            pipelines=self._pipelines(node.member),
+            links=tuple(links),
+            blocks_used=20,
+            blocks_replica=10,
+            blocks_total=100,
+            topology_counter=self.topology.counter if self.topology else 0,
+            leaving=leaving,
+        )
+        for controller in self.cores:
+            if (controller, node.member.node) not in self.deaf:
+                self._step(controller, events.ReportReceived(report))
+
+    def _pipelines(self, member: Member) -> tuple[PipelineReport, ...]:
+        found = []
+        for pipeline in self.topology.pipelines if self.topology else ():
+            move = pipeline.move
+            for index in pipeline.stages_of(member):
+                targets = list(pipeline.stages[index].replicas)
+                if move is not None and move.stage == index and move.to not in targets:
+                    targets.append(move.to)
+                quiescing = move is not None and move.phase is MovePhase.QUIESCE and self.quiet
+                found.append(
+                    PipelineReport(
+                        pipeline.id,
+                        pipeline.epoch,
+                        index,
+                        last_step=5,
+                        running=2 if index == 0 else 0,
+                        quiesced_step=5 if index == 0 and quiescing else -2,
+                        targets=tuple(TargetReport(t, self.lag) for t in targets),
+                    )
+                )
+        return tuple(found)
+
+    # -- looking ------------------------------------------------------------------------------------------
+
+    def serving(self, pipeline: str = "p0") -> list[str]:
+        found = self.topology.pipeline(pipeline) if self.topology else None
+        return [s.leader.node if s.leader else "-" for s in found.stages] if found else []
+
+    def home(self) -> bool:
+        """Everything is served at home by living processes, every copy is where the ring wants it."""
+        if self.topology is None:
+            return False
+        size = self.config.instances
+        for i, pipeline in enumerate(self.topology.pipelines):
+            for s, stage in enumerate(pipeline.stages):
+                if (
+                    stage.ranks != tuple(self.nodes[h].member for h in stage.homes)
+                    or pipeline.move is not None
+                ):
+                    return False
+                target = (
+                    (self.nodes[f"n{(i + 1) % size * self.config.stages + s}"].member,) if size > 1 else ()
+                )
+                if self.config.mode is Mode.REPLICATE and not self.config.spares and stage.replicas != target:
+                    return False
+        return not self.topology.retired
+
+    def up(self) -> bool:
+        return self.topology is not None and all(p.up for p in self.topology.pipelines)
+
+    def state(self, id: str = "op") -> OperationState:
+        return self.operations[id][0].state
+
+    def kinds(self) -> list[EventKind]:
+        return [event.kind for event in self.history]
+
+
+def formed(
+    instances: int = 2,
+    stages: int = 4,
+    *,
+    spares: int = 0,
+    mode: Mode = Mode.REPLICATE,
+    controllers: int = 2,
+    restart_s: float | None = 0.5,
+) -> Sim:
+    """A group in which everybody serves at home."""
+    sim = Sim(make_config(instances, stages, spares, mode), controllers=controllers, restart_s=restart_s)
+    sim.run_until(sim.home, limit_s=15)
+    return sim

@@ -1,0 +1,218 @@
+"""Evidence and verdicts."""
+
+from __future__ import annotations
+
+import pytest
+
+from controlplane.contract.config import TimingConfig
+from controlplane.contract.ids import Member
+from controlplane.contract.reports import LinkReport, NodeReport
+from controlplane.contract.status import NodeState
+from controlplane.core.detector import Detector
+from controlplane.core.evidence import Evidence, judge
+from controlplane.core.phi import PHI_MAX, Arrivals
+
+TIMING = TimingConfig()
+GREEN, YELLOW, RED = NodeState.GREEN, NodeState.YELLOW, NodeState.RED
+A, B, C = Member("a", "1"), Member("b", "1"), Member("c", "1")
+
+CASES = [
+    ("flowing", Evidence(0.1), GREEN),
+    ("flowing, lease gone: etcd was away", Evidence(0.1, lease=False), GREEN),
+    ("flowing, one link down: not its death", Evidence(0.1, link_down="reset"), GREEN),
+    ("flowing, its step does not end", Evidence(0.1, stalled_s=2.0), YELLOW),
+    ("flowing, its step never ends", Evidence(0.1, stalled_s=31.0), RED),
+    ("silence", Evidence(0.7, phi=20), YELLOW),
+    ("phi is faster than the limit", Evidence(0.4, phi=9), YELLOW),
+    ("broken stream alone", Evidence(0.05, broken=True), YELLOW),
+    ("broken stream and broken link", Evidence(0.05, broken=True, link_down="reset"), RED),
+    ("broken stream, lease gone", Evidence(0.2, broken=True, lease=False), RED),
+    ("broken stream, silent for long", Evidence(1.3, phi=50, broken=True), RED),
+    ("broken stream, neighbours hear it", Evidence(9.0, phi=99, broken=True, neighbour_hears=True), YELLOW),
+    ("silent, link down", Evidence(0.7, phi=20, link_down="reset"), RED),
+    ("silent, links silent, not long enough", Evidence(1.0, phi=50, link_silent_s=1.0), YELLOW),
+    ("silent and links silent", Evidence(1.3, phi=50, link_silent_s=1.3), RED),
+    ("silent and its step stalls", Evidence(1.3, phi=50, stalled_s=1.3), RED),
+    ("silent, nobody expects anything of it", Evidence(1.3, phi=50), YELLOW),
+    ("silent twice as long", Evidence(2.5, phi=50), RED),
+    ("silent, but it often is", Evidence(1.3, phi=3, link_silent_s=1.3), YELLOW),
+    ("silent beyond every rhythm", Evidence(3.7, phi=3, link_silent_s=3.7), RED),
+    (
+        "silent, lease gone, neighbours hear it",
+        Evidence(9, phi=99, lease=False, neighbour_hears=True),
+        YELLOW,
+    ),
+    ("silent and lease gone", Evidence(0.7, phi=20, lease=False), RED),
+    ("everybody is silent", Evidence(9.0, phi=99, link_silent_s=9, deaf=True), YELLOW),
+    ("everybody is silent, lease gone", Evidence(9.0, phi=99, lease=False, deaf=True), RED),
+    ("never heard", Evidence(5.0, heard_ever=False), YELLOW),
+    ("never heard, lease gone, just now", Evidence(0.7, heard_ever=False, lease=False), YELLOW),
+    ("never heard, lease gone", Evidence(1.3, heard_ever=False, lease=False), RED),
+    ("never heard, link down", Evidence(0.7, heard_ever=False, link_down="refused"), RED),
+    ("newer process", Evidence(0.0, superseded=True), RED),
+    ("leaving", Evidence(0.0, leaving=True), RED),
+]
+
+
+@pytest.mark.parametrize(("name", "evidence", "state"), CASES, ids=[case[0] for case in CASES])
+def test_rules(name: str, evidence: Evidence, state: NodeState) -> None:
+    found, why = judge(evidence, TIMING)
+    assert found is state, why
+    assert bool(why) is (state is not GREEN)
+
+
+class Bench:
+    """Three members that speak every 100 ms unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.detector = Detector(TIMING)
+        self.now = 50.0
+        self.silent: set[Member] = set()
+        self.links: dict[Member, tuple[LinkReport, ...]] = {}
+        for member in (A, B, C):
+            self.detector.registered(member, self.now)
+        self.run(1.0)
+
+    def run(self, seconds: float, interval_s: float = 0.1) -> None:
+        end = self.now + seconds
+        while self.now < end - 1e-9:
+            self.now += interval_s
+            self.detector.advance(self.now)
+            for member in (A, B, C):
+                if member not in self.silent:
+                    self.report(member)
+            self.detector.evaluate(self.now, {})
+
+    def report(self, member: Member, leaving: bool = False) -> None:
+        report = NodeReport(member, 1, 0.0, 1, links=self.links.get(member, ()), leaving=leaving)
+        self.detector.reported(report, self.now)
+
+    def state(self, member: Member) -> NodeState:
+        self.detector.evaluate(self.now, {})
+        return self.detector.state(member)
+
+
+def test_two_kinds_of_evidence_make_red_at_once_and_one_does_not() -> None:
+    bench = Bench()
+    bench.detector.stream_broken(A, bench.now)
+    assert bench.state(A) is YELLOW
+    bench.links[B] = (LinkReport(A, False, 0.0, "reset"),)
+    bench.report(B)
+    assert bench.state(A) is RED
+
+
+def test_the_dead_give_no_evidence() -> None:
+    bench = Bench()
+    bench.links[B] = (LinkReport(A, False, 0.0, "reset"), LinkReport(C, False, 0.0, "reset"))
+    bench.run(0.1)
+    bench.detector.stream_broken(B, bench.now)
+    bench.links[C] = (LinkReport(B, False, 0.0, "reset"),)
+    bench.report(C)
+    assert bench.state(B) is RED
+    bench.detector.stream_broken(A, bench.now)
+    assert bench.state(A) is YELLOW
+
+
+def test_neighbours_that_hear_a_silent_member_keep_it_from_red() -> None:
+    bench = Bench()
+    bench.silent.add(A)
+    bench.links[B] = (LinkReport(A, True, 0.05),)
+    bench.run(10)
+    assert bench.state(A) is YELLOW
+    bench.links[B] = (LinkReport(A, True, 5.0),)
+    bench.run(0.1)
+    assert bench.state(A) is RED
+
+
+def test_a_link_on_which_nothing_is_expected_is_no_sign_of_life() -> None:
+    bench = Bench()
+    bench.silent.add(A)
+    bench.links[B] = (LinkReport(A, True, 0.0),)
+    bench.run(2.6)
+    assert bench.state(A) is RED
+
+
+def test_red_turns_green_only_after_two_steady_seconds() -> None:
+    bench = Bench()
+    bench.silent.add(A)
+    bench.run(4)
+    assert bench.state(A) is RED
+    bench.silent.clear()
+    bench.run(1.5)
+    bench.silent.add(A)
+    bench.run(0.8)  # a gap: it starts again
+    bench.silent.clear()
+    bench.run(1.8)
+    assert bench.state(A) is RED
+    bench.run(0.5)
+    assert bench.state(A) is GREEN
+
+
+def test_who_was_outlived_never_comes_back() -> None:
+    bench = Bench()
+    assert bench.detector.registered(Member("a", "2"), bench.now)
+    bench.run(5)
+    assert bench.state(A) is RED
+    assert not bench.detector.registered(A, bench.now)  # it woke up and put its record again
+    bench.run(5)
+    assert bench.state(A) is RED
+
+
+def test_leaving_is_believed_at_once() -> None:
+    bench = Bench()
+    bench.report(A, leaving=True)
+    verdicts = bench.detector.evaluate(bench.now, {})
+    assert [(v.member, v.after, v.left) for v in verdicts] == [(A, RED, True)]
+
+
+def test_a_pause_of_this_process_grants_everybody_a_fresh_window() -> None:
+    bench = Bench()
+    bench.links[B] = (LinkReport(A, True, 20.0),)
+    bench.report(B)
+    bench.now += 30.0
+    bench.detector.advance(bench.now)
+    assert {bench.state(m) for m in (A, B, C)} <= {GREEN, YELLOW}
+    bench.silent.add(A)
+    bench.run(1.0)
+    assert bench.state(A) is YELLOW
+    bench.run(3.0)
+    assert bench.state(A) is RED
+
+
+def test_a_loaded_machine_makes_silence_cheaper() -> None:
+    def after(interval_s: float) -> NodeState:
+        bench = Bench()
+        for k in range(60):  # uneven, as a loaded machine is
+            bench.run(interval_s * (0.4 + 1.2 * (k % 2)), interval_s * (0.4 + 1.2 * (k % 2)))
+        bench.silent.add(A)
+        bench.links[B] = (LinkReport(A, True, 9.0),)
+        bench.run(1.3)
+        return bench.state(A)
+
+    assert after(0.1) is RED
+    assert after(0.17) is RED
+    slow = Arrivals(0.1, 1.2)
+    for k in range(100):
+        slow.heard(k * 0.5 + (0.3 if k % 2 else 0.0))
+    assert slow.phi(1.3) < 12 < Arrivals(0.1, 1.2).phi(1.3)
+
+
+def test_phi_grows_with_silence_and_stays_finite() -> None:
+    arrivals = Arrivals(0.1, 1.2)
+    for k in range(1000):
+        arrivals.heard(k * 0.1)
+    values = [arrivals.phi(t / 50) for t in range(200)]
+    assert values == sorted(values)
+    assert values[0] < 1
+    assert arrivals.phi(1e9) == PHI_MAX
+
+
+def test_forgotten_when_long_gone_and_not_named() -> None:
+    bench = Bench()
+    bench.silent.update({A, B})
+    for member in (A, B):
+        bench.detector.lease_gone(member.node)
+    bench.run(61)
+    assert bench.detector.forget(frozenset({B}), bench.now) == [A]
+    assert bench.detector.state(A) is NodeState.ABSENT
+    assert bench.detector.state(C) is GREEN

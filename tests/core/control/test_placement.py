@@ -1,0 +1,156 @@
+"""Donors, the ring of copies, and its degraded rule."""
+
+from __future__ import annotations
+
+from controlplane.contract.topology import Mode
+from controlplane.core.edit import initial
+from controlplane.core.plan import plan
+from tests.core.control.world import World, make_config
+
+
+def formed(instances: int, stages: int = 1, spares: int = 0, mode: Mode = Mode.REPLICATE) -> World:
+    world = World(make_config(instances, stages, spares, mode))
+    world.settle()
+    return world
+
+
+def copies(world: World) -> list[str]:
+    return [",".join(nodes) for _, nodes in sorted(world.copies().items())]
+
+
+def places(world: World) -> list[str]:
+    return [node for _, node in sorted(world.serving().items())]
+
+
+def test_a_ring_over_the_instances() -> None:
+    assert copies(formed(4)) == ["n1", "n2", "n3", "n0"]
+    assert copies(formed(2)) == ["n1", "n0"]
+    assert copies(formed(1)) == [""]
+
+
+def test_the_holder_of_the_copy_takes_over_and_leaves_the_ring() -> None:
+    world = formed(4)
+    world.kill("n1")
+    world.step()
+    assert places(world) == ["n0", "n2", "n2", "n3"]
+    assert copies(world)[1] == "n3"
+    world.settle()
+    # n1 is dead and n2 a donor: n0 copies past them; the donor's own are protected too.
+    assert copies(world) == ["n3", "n3", "n3", "n0"]
+
+
+def test_two_failures_of_four() -> None:
+    world = formed(4)
+    world.kill("n1", "n2")
+    world.settle()
+    # n1's copy was on n2, dead as well: the least loaded takes p1. n3 held p2's.
+    assert sorted(places(world)) == ["n0", "n0", "n3", "n3"]
+    assert places(world)[2] == "n3"
+    # Only donors are left: the degraded rule points them to each other, and nobody to itself.
+    assert copies(world) == ["n3", "n3", "n0", "n0"]
+
+
+def test_two_failures_of_four_apart() -> None:
+    world = formed(4)
+    world.kill("n0", "n2")
+    world.settle()
+    assert places(world) == ["n1", "n1", "n3", "n3"]
+    assert copies(world) == ["n3", "n3", "n1", "n1"]
+
+
+def test_one_failure_of_two_leaves_nobody_to_copy_to() -> None:
+    world = formed(2)
+    world.kill("n0")
+    world.settle()
+    assert places(world) == ["n1", "n1"]
+    assert copies(world) == ["", ""]
+
+
+def test_a_spare_takes_copies_only_when_the_ring_is_empty() -> None:
+    world = formed(2, spares=1)
+    assert copies(world) == ["n1", "n0"]
+    world.kill("n0")
+    world.settle()
+    assert copies(world) == ["n2", "n2"]
+
+
+def test_a_suspected_target_keeps_its_copies_and_gets_no_new_ones() -> None:
+    world = formed(4)
+    world.yellow.add("n1")
+    world.settle()
+    assert copies(world) == ["n1", "n2", "n3", "n0"]
+    world.yellow = {"n3"}
+    world.kill("n2")
+    world.step()
+    assert places(world)[2] == "n1" or places(world)[2] == "n0"  # not n3, which holds the copy
+
+
+def test_another_fault_domain_goes_before_the_order_of_the_ring() -> None:
+    world = World(make_config(4, 1))
+    for node, rack in (("n0", "a"), ("n1", "a"), ("n2", "b"), ("n3", "b")):
+        world.start(node, domain={"site": "x", "rack": rack})
+    world.settle()
+    assert copies(world) == ["n2", "n2", "n0", "n0"]
+
+
+def test_other_weights_and_other_stages_never_stand_in() -> None:
+    world = formed(2, 2)
+    world.kill("n0")
+    # The only other node with stage 0 is unusable, as a wrong digest makes it.
+    views = world.nodes()
+    assert views.usable("n0") is None
+    world.yellow.add("n2")
+    world.step()
+    assert world.serving()["p0/0"] == "-"
+
+
+def test_a_blank_home_goes_behind_the_copy_while_requests_run_and_before_it_otherwise() -> None:
+    for running, expected in ((3, "n1"), (0, "n0")):
+        world = formed(3)
+        world.running = running
+        world.start("n0")  # a fresh process registered before the death was seen
+        world.step()
+        assert places(world)[0] == expected
+
+
+def test_nobody_serves_more_than_two_while_another_way_is_left() -> None:
+    world = formed(4)
+    world.kill("n0")
+    world.step()
+    assert places(world) == ["n1", "n1", "n2", "n3"]
+    world.now += 60
+    world.timers.calm_since = world.now  # copies have had no time to move: p3's is on n0 still, p0's on n2
+    world.kill("n3")
+    world.step()
+    assert places(world)[3] == "n2"
+
+
+def test_mode_none_copies_nothing_and_still_borrows() -> None:
+    world = formed(3, mode=Mode.NONE)
+    assert copies(world) == ["", "", ""]
+    world.kill("n1")
+    world.settle()
+    assert places(world)[1] in {"n0", "n2"}
+
+
+def test_a_cordoned_target_loses_its_copies_only_when_the_new_one_has_caught_up() -> None:
+    world = formed(4)
+    world.lag = 10_000
+    from_ = world.topology
+    world.topology = type(from_)(
+        **{f: getattr(from_, f) for f in from_.__struct_fields__} | {"cordoned": ("n1",)}
+    )
+    world.step()
+    assert copies(world)[0] == "n1,n2"
+    assert world.next() is None or copies(world)[0] == "n1,n2"
+    world.lag = 0
+    world.settle()
+    assert copies(world)[0] == "n2"
+
+
+def test_the_first_topology_names_homes_and_nobody_else() -> None:
+    topology = initial(make_config(2, 2, spares=1), 1)
+    assert [s.homes for p in topology.pipelines for s in p.stages] == [("n0",), ("n1",), ("n2",), ("n3",)]
+    world = World(make_config(2, 2))
+    world.kill(*world.all_nodes)
+    assert plan(topology, world.nodes(), world.policy(), world.now) is None

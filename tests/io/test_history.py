@@ -1,0 +1,212 @@
+"""The history on a real SQLite file: schema, order, bounds, and a database that goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, text
+
+from controlplane.contract.errors import ConfigError, Unavailable
+from controlplane.contract.events import Event, EventKind
+from controlplane.contract.records import Operation, OperationKind
+from controlplane.history import schema
+from controlplane.history.store import Audit, HistoryStore
+from controlplane.history.tables import metadata
+from controlplane.history.writer import HistoryWriter
+
+
+def url(path: Path) -> str:
+    return f"sqlite+aiosqlite:///{path}"
+
+
+def event(number: int, kind: EventKind = EventKind.DIED) -> Event:
+    return Event(
+        kind=kind,
+        subject=f"n{number}",
+        message=f"event {number}",
+        unix_s=1000.5 + number,
+        epoch=number,
+        details={"silent_s": 0.25, "evidence": "stream broken", "streams": 3},
+    )
+
+
+async def until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        await asyncio.sleep(0.01)
+
+
+def test_events_come_back_as_written_and_page_by_id(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = HistoryStore(url(tmp_path / "h.db"), "c", "c1")
+        await store.upgrade()
+        written = [event(number) for number in range(10)]
+        await store.append(written)
+        everything = await store.tail(100)
+        assert [item for _, item in everything] == written
+        newest = await store.tail(3)
+        assert newest == everything[-3:]
+        assert await store.tail(100, after=everything[6][0]) == everything[7:]
+        assert await store.tail(100, after=everything[-1][0]) == []
+        await store.close()
+
+    asyncio.run(main())
+
+
+def test_clusters_share_a_database_without_seeing_each_other(tmp_path: Path) -> None:
+    async def main() -> None:
+        one, two = (HistoryStore(url(tmp_path / "h.db"), name, "c1") for name in ("one", "two"))
+        await one.upgrade()
+        await one.append([event(number) for number in range(5)])
+        await two.append([event(9)])
+        assert [item.subject for _, item in await two.tail(100)] == ["n9"]
+        assert await one.prune(2) == 3
+        assert [item.subject for _, item in await one.tail(100)] == ["n3", "n4"]
+        assert len(await two.tail(100)) == 1
+        await one.close()
+        await two.close()
+
+    asyncio.run(main())
+
+
+def test_an_id_is_never_used_again_after_pruning(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = HistoryStore(url(tmp_path / "h.db"), "c", "c1")
+        await store.upgrade()
+        await store.append([event(1), event(2)])
+        newest = (await store.tail(1))[0][0]
+        assert await store.prune(0) == 2
+        await store.append([event(3)])
+        assert (await store.tail(1))[0][0] > newest
+        await store.close()
+
+    asyncio.run(main())
+
+
+def test_audit_of_an_operation(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = HistoryStore(url(tmp_path / "h.db"), "c", "c1")
+        await store.upgrade()
+        operation = Operation(id="op-1", kind=OperationKind.DRAIN, node="n2")
+        await store.append([Audit("submitted", operation, 1.0), event(1), Audit("done", operation, 2.0)])
+        assert await store.audit("op-1") == [("submitted", 1.0), ("done", 2.0)]
+        assert len(await store.tail(10)) == 1
+        await store.close()
+
+    asyncio.run(main())
+
+
+def test_the_schema_upgrades_once_when_controllers_start_together(tmp_path: Path) -> None:
+    async def main() -> None:
+        stores = [HistoryStore(url(tmp_path / "h.db"), "c", f"c{index}") for index in range(4)]
+        await asyncio.gather(*(store.upgrade() for store in stores))
+        await stores[0].upgrade()  # and again on a finished one
+        await asyncio.gather(*(store.append([event(index)]) for index, store in enumerate(stores)))
+        assert len(await stores[0].tail(10)) == 4
+        for store in stores:
+            await store.close()
+
+    asyncio.run(main())
+    with sqlite3.connect(tmp_path / "h.db") as connection:
+        assert connection.execute("select version_num from alembic_version").fetchall() == [("0001",)]
+        assert connection.execute("pragma journal_mode").fetchone() == ("wal",)
+
+
+def test_migrations_and_tables_agree(tmp_path: Path) -> None:
+    def differences(connection: Connection) -> list[object]:
+        return list(compare_metadata(MigrationContext.configure(connection), metadata))
+
+    async def main() -> None:
+        engine = schema.make_engine(url(tmp_path / "h.db"))
+        await schema.upgrade(engine)
+        async with engine.begin() as connection:
+            assert await connection.run_sync(differences) == []
+            # The comparison can fail: a column that nobody declared is seen.
+            await connection.execute(text("alter table events add column extra integer"))
+            assert await connection.run_sync(differences) != []
+        await engine.dispose()
+
+    asyncio.run(main())
+
+
+def test_a_newer_schema_is_refused_in_words(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = HistoryStore(url(tmp_path / "h.db"), "c", "c1")
+        await store.upgrade()
+        with sqlite3.connect(tmp_path / "h.db") as connection:
+            connection.execute("update alembic_version set version_num = '9999'")
+        with pytest.raises(ConfigError, match="does not fit this release"):
+            await store.upgrade()
+        await store.close()
+
+    asyncio.run(main())
+
+
+def test_a_failed_upgrade_leaves_nothing_behind(tmp_path: Path) -> None:
+    """DDL is inside the transaction: the driver's own rules would have committed the first table."""
+
+    async def main() -> None:
+        with sqlite3.connect(tmp_path / "h.db") as connection:
+            connection.execute("create table operations_audit (id integer)")  # in the way of the migration
+        store = HistoryStore(url(tmp_path / "h.db"), "c", "c1")
+        with pytest.raises(Exception, match="already exists"):
+            await store.upgrade()
+        await store.close()
+
+    asyncio.run(main())
+    with sqlite3.connect(tmp_path / "h.db") as connection:
+        assert {name for (name,) in connection.execute("select name from sqlite_master")} == {
+            "operations_audit"
+        }
+
+
+def test_the_writer_survives_a_database_that_comes_late(tmp_path: Path) -> None:
+    async def main() -> None:
+        folder = tmp_path / "later"  # SQLite cannot open a file in a folder that is missing
+        writer = HistoryWriter(HistoryStore(url(folder / "h.db"), "c", "c1"), queue_len_max=5)
+        for number in range(8):
+            writer.put(event(number))
+        task = asyncio.create_task(writer.run())
+        await until(lambda: writer.failures >= 2)
+        assert not writer.healthy
+        with pytest.raises(Unavailable):
+            await writer.tail(10, 0)
+        assert writer.dropped == 3
+        folder.mkdir()
+        await until(lambda: writer.written == 5)
+        assert [item.subject for _, item in await writer.tail(10, 0)] == ["n3", "n4", "n5", "n6", "n7"]
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_putting_never_waits_for_the_database(tmp_path: Path) -> None:
+    async def main() -> None:
+        path = tmp_path / "h.db"
+        writer = HistoryWriter(HistoryStore(url(path), "c", "c1"))
+        task = asyncio.create_task(writer.run())
+        await until(lambda: writer.healthy)
+        blocker = sqlite3.connect(path, isolation_level=None)
+        blocker.execute("begin exclusive")
+        started = time.monotonic()
+        for number in range(100):
+            writer.put(event(number))
+            await asyncio.sleep(0)
+        assert time.monotonic() - started < 0.5
+        assert writer.written == 0
+        blocker.execute("rollback")
+        blocker.close()
+        await until(lambda: writer.written == 100)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(main())

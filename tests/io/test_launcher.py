@@ -1,0 +1,294 @@
+"""The launcher with real forks. What it runs is a stand-in node, so that each test decides how a node ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from controlplane.contract.config import ClusterConfig, TimingConfig
+from controlplane.contract.topology import Mode
+from dataplane.launcher import NodeFile, all_nodes, restart_delay_s, start_ticks
+
+ROOT = Path(__file__).parents[2]
+
+
+# ---- what the launcher runs in these tests
+
+
+def serve(config: ClusterConfig, node: str) -> None:
+    """Says that it runs, then lives until a signal ends it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    print(f"{node} serves", flush=True)
+    signal.sigwait([signal.SIGUSR1])
+    time.sleep(1.0)  # a retired node is one that served for a while
+    Path(config.run_dir, f"{node}.left").touch()
+
+
+def crash(_config: ClusterConfig, node: str) -> None:
+    """Dies at once, as a node with a broken model would."""
+    raise RuntimeError(f"{node} cannot start")
+
+
+def stubborn(_config: ClusterConfig, node: str) -> None:
+    """Ignores SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print(f"{node} serves", flush=True)
+    while True:
+        signal.pause()
+
+
+def compute(config: ClusterConfig, node: str) -> None:
+    """Uses an operator with several threads, which hangs in a fork whose parent has used one."""
+    import torch
+
+    torch.set_num_threads(2)
+    total = (torch.ones(512, 512) @ torch.ones(512, 512)).sum().item()
+    Path(config.run_dir, f"{node}.total").write_text(str(total))
+    serve(config, node)
+
+
+# ---- driving it
+
+
+def wait_for(condition: Callable[[], object], what: str, limit_s: float = 15.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {limit_s} s: {what}"
+        time.sleep(0.002)
+
+
+class Host:
+    """One launcher in its run directory."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, target: str = "serve", nodes: int = 1, mode: Mode = Mode.REPLICATE) -> None:
+        timing = TimingConfig(restart_backoff_s=0.1, reload_s=0.3)
+        config = ClusterConfig(
+            str(self.run_dir), "no-model", (), instances=1, stages=nodes, mode=mode, timing=timing
+        )
+        path = self.run_dir / "cluster.json"
+        path.write_bytes(msgspec.json.encode(config))
+        command = [sys.executable, "-m", "dataplane.launcher", "--config", str(path)]
+        command += ["--target", f"tests.io.test_launcher:{target}"]
+        with (self.run_dir / "launcher.log").open("ab") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, stderr=log, process_group=0)
+
+    def file(self, node: str = "n0") -> NodeFile | None:
+        try:
+            return msgspec.json.decode((self.run_dir / "nodes" / f"{node}.json").read_bytes(), type=NodeFile)
+        except FileNotFoundError:
+            return None
+
+    def running(self, node: str = "n0") -> int:
+        """The node's pid, or 0 while it is not running."""
+        file = self.file(node)
+        return file.pid if file and start_ticks(file.pid) == file.start_ticks else 0
+
+    def output(self, node: str = "n0") -> str:
+        path = self.run_dir / "logs" / f"{node}.log"
+        return path.read_text() if path.exists() else ""
+
+    def log(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in (self.run_dir / "launcher.log").read_text().splitlines()]
+
+    def wait_serving(self, times: int, node: str = "n0") -> int:
+        wait_for(lambda: self.output(node).count("serves") >= times, f"{node} has started {times} times")
+        wait_for(lambda: self.running(node), f"{node} is running")
+        return self.running(node)
+
+    def stop(self) -> float:
+        """SIGTERM, and how long it took to end."""
+        assert self.process is not None
+        before = time.monotonic()
+        self.process.terminate()
+        assert self.process.wait(12) == 0
+        return time.monotonic() - before
+
+    def clean(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(5)
+        for path in self.run_dir.glob("nodes/*.json"):
+            if pid := self.running(path.stem):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    host = Host(tmp_path)
+    yield host
+    host.clean()
+
+
+# ---- the tests
+
+
+def test_a_killed_node_is_back_within_300_ms(host: Host) -> None:
+    host.start(nodes=2)
+    pid, neighbour = host.wait_serving(1), host.wait_serving(1, "n1")
+    before = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    fresh = host.wait_serving(2)
+    took_s = time.monotonic() - before
+    assert took_s < 0.3
+    assert fresh != pid
+    file = host.file()
+    assert file is not None
+    assert file.restarts == 1
+    assert host.running("n1") == neighbour
+    assert host.output("n1").count("serves") == 1
+    host.stop()
+
+
+def test_torch_computes_in_a_fork(host: Host) -> None:
+    host.start("compute")
+    host.wait_serving(1)
+    assert float((host.run_dir / "n0.total").read_text()) == 512.0**3
+    os.kill(host.running(), signal.SIGKILL)
+    host.wait_serving(2)
+    host.stop()
+
+
+def test_a_node_that_keeps_dying_is_started_ever_more_rarely(host: Host) -> None:
+    host.start("crash")
+    wait_for(lambda: host.output().count("n0 cannot start") >= 5, "five starts")
+    host.stop()
+    delays = [line["restart_in_s"] for line in host.log() if line["event"] == "died"]
+    assert delays[:4] == [0.0, 0.1, 0.2, 0.4]
+    assert next(line["status"] for line in host.log() if line["event"] == "died") == 1
+
+
+def test_the_delay_is_bounded() -> None:
+    assert restart_delay_s(1, 0.2) == 0.0
+    assert restart_delay_s(2, 0.2) == 0.2
+    assert restart_delay_s(10_000, 0.2) == 10.0
+
+
+def test_a_retired_node_is_started_afresh_at_once(host: Host) -> None:
+    host.start()
+    pid = host.wait_serving(1)
+    os.kill(pid, signal.SIGUSR1)
+    assert host.wait_serving(2) != pid
+    assert (host.run_dir / "n0.left").exists()
+    host.stop()
+    assert [line["restart_in_s"] for line in host.log() if line["event"] == "retired"] == [0.0]
+
+
+def test_a_held_node_stays_away_until_it_is_released(host: Host) -> None:
+    host.start(nodes=2)
+    pid = host.wait_serving(1)
+    hold = host.run_dir / "hold" / "n0"
+    hold.touch()
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: any(line["event"] == "died" for line in host.log()), "the death was seen")
+    # The launcher goes on with other work meanwhile: the neighbour's restart shows that it had its chance.
+    os.kill(host.wait_serving(1, "n1"), signal.SIGKILL)
+    host.wait_serving(2, "n1")
+    assert not host.running()
+    hold.unlink()
+    host.wait_serving(2)
+    host.stop()
+
+
+def test_a_new_launcher_adopts_the_nodes_of_a_killed_one(host: Host) -> None:
+    host.start(nodes=2)
+    pids = [host.wait_serving(1, "n0"), host.wait_serving(1, "n1")]
+    assert host.process is not None
+    host.process.kill()
+    host.process.wait(5)
+    os.kill(pids[1], signal.SIGKILL)  # dies while nobody watches
+    host.start(nodes=2)
+    host.wait_serving(2, "n1")
+    assert host.running("n0") == pids[0]
+    assert host.output("n0").count("serves") == 1
+    os.kill(pids[0], signal.SIGKILL)  # an adopted node is watched, too
+    assert host.wait_serving(2, "n0") != pids[0]
+    file = host.file("n0")
+    assert file is not None
+    assert file.restarts == 1
+    host.stop()
+    assert not host.running("n0")
+    assert not host.running("n1")
+
+
+def test_a_pid_that_now_belongs_to_another_process_is_not_adopted(host: Host) -> None:
+    (host.run_dir / "nodes").mkdir()
+    other = os.getpid()
+    file = NodeFile(other, time.time(), 3, (start_ticks(other) or 0) - 1)
+    (host.run_dir / "nodes" / "n0.json").write_bytes(msgspec.json.encode(file))
+    host.start()
+    host.wait_serving(1)
+    assert host.running() not in (0, other)
+    host.stop()
+
+
+def test_sigterm_leaves_nothing(host: Host) -> None:
+    host.start("stubborn", nodes=2)
+    pids = [host.wait_serving(1, "n0"), host.wait_serving(1, "n1")]
+    os.kill(pids[1], signal.SIGSTOP)
+    assert 2.5 < host.stop() < 5.0  # they ignore SIGTERM: 3 s of grace, then SIGKILL
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_only_one_launcher_runs_in_a_directory(host: Host, tmp_path: Path) -> None:
+    host.start()
+    host.wait_serving(1)
+    command = [sys.executable, "-m", "dataplane.launcher", "--config", str(tmp_path / "cluster.json")]
+    second = subprocess.run(
+        [*command, "--target", "tests.io.test_launcher:serve"],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert second.returncode == 1
+    assert b"another launcher runs" in second.stderr
+    assert host.output().count("serves") == 1
+    host.stop()
+
+
+def test_stop_restart_starts_cold_processes_after_the_reload_time(host: Host) -> None:
+    host.start(mode=Mode.STOP_RESTART)
+    pid = host.wait_serving(1)
+    assert b"preload" in Path(f"/proc/{pid}/cmdline").read_bytes()  # its own program, not a fork
+    before = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    host.wait_serving(2)
+    assert time.monotonic() - before > 0.3
+    host.stop()
+
+
+def test_unknown_nodes_are_refused(host: Host, tmp_path: Path) -> None:
+    host.start()
+    host.wait_serving(1)
+    host.stop()
+    command = [
+        sys.executable,
+        "-m",
+        "dataplane.launcher",
+        "--config",
+        str(tmp_path / "cluster.json"),
+        "--nodes",
+        "n7",
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=30, check=False)
+    assert result.returncode == 1
+    assert b"no such node: n7" in result.stderr
+
+
+def test_spares_come_after_the_instances() -> None:
+    assert all_nodes(ClusterConfig("r", "m", (), instances=1, stages=2, spares=1)) == ["n0", "n1", "n2", "n3"]

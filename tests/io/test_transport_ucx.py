@@ -1,0 +1,308 @@
+"""UCX between real processes: death, stops, strangers on the ports, descriptors, idle cost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controlplane.contract.ids import Member
+from dataplane.transport.hello import TOKEN_BYTES, Initiator, new_nonce
+from dataplane.transport.libucp import DEFAULT_OPTIONS, binding
+from dataplane.transport.memory import MemoryNetwork
+from dataplane.transport.ucx import HELLO, MESSAGE
+
+from .transport_nodes import SECRET, Node, cluster, link, run, until
+
+CHILD = Path(__file__).with_name("transport_child.py")
+
+
+class Child:
+    """A transport in its own process; see transport_child.py."""
+
+    def __init__(self, process: asyncio.subprocess.Process, member: Member) -> None:
+        self.process, self.member, self.address = process, member, ""
+
+    async def line(self, *expected: str) -> str:
+        assert self.process.stdout is not None
+        while True:
+            line = (await asyncio.wait_for(self.process.stdout.readline(), 20)).decode().strip()
+            assert line, "the child ended"
+            if line.split()[: len(expected)] == list(expected):
+                return line
+
+    def tell(self, *words: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write((" ".join(words) + "\n").encode())
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+
+@contextlib.asynccontextmanager
+async def child(name: str, incarnation: str = "1") -> AsyncIterator[Child]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(CHILD), name, incarnation, SECRET.hex(),
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    it = Child(process, Member(name, incarnation))
+    try:
+        it.address = (await it.line("address")).split()[1]
+        yield it
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def link_both(a: Node, b: Child) -> None:
+    a.transport.connect(b.member, b.address)
+    b.tell("connect", a.member.node, a.member.incarnation, a.address)
+    await until(lambda: a.transport.connected(b.member), 10)
+    await b.line("up", a.member.node)
+
+
+async def echo(a: Node, b: Child, data: bytes) -> None:
+    count = len(a.messages)
+    assert a.transport.send(b.member, [b"echo", data])
+    await until(lambda: len(a.messages) > count)
+    assert a.messages[-1] == (b.member, b"echo" + data)
+
+
+@pytest.mark.parametrize("activity", ["idle", "sending"])
+def test_killed_peer_is_seen_at_once(activity: str) -> None:
+    async def work() -> None:
+        async with cluster("ucx") as make, child("b") as b:
+            a = await make("a")
+            await link_both(a, b)
+            await echo(a, b, bytes(100_000))
+            if activity == "sending":
+                for _ in range(100):
+                    assert a.transport.send(b.member, [bytes(1 << 20)])
+                await asyncio.sleep(0)
+            killed = time.monotonic()
+            b.signal(signal.SIGKILL)
+            await until(lambda: a.down("outgoing") and a.down("incoming"))
+            outgoing, incoming = a.down("outgoing"), a.down("incoming")
+            assert outgoing is not None
+            assert incoming is not None
+            assert outgoing - killed < 0.1
+            assert incoming - killed < 0.1
+            assert a.transport.stats.links_down == 2
+            assert not a.transport.send(b.member, [b"after death"])
+            assert a.transport.queued_bytes("b") == 0
+            await asyncio.sleep(0.3)  # several attempts to dial the dead: no further event
+            assert len(a.downs) == 2
+
+    run(work())
+
+
+def test_stopped_peer_does_not_hold_up_the_sender() -> None:
+    async def work() -> None:
+        async with cluster("ucx") as make, child("b") as b:
+            a = await make("a", queue_bytes_max=8 << 20)
+            await link_both(a, b)
+            b.signal(signal.SIGSTOP)
+            try:
+                accepted, slowest_s = 0, 0.0
+                started = time.monotonic()
+                while time.monotonic() - started < 5:
+                    before = time.monotonic()
+                    sent = a.transport.send(b.member, [b"xxxx", bytes(1 << 20)])
+                    await asyncio.sleep(0)
+                    slowest_s = max(slowest_s, time.monotonic() - before)
+                    if not sent:
+                        break
+                    accepted += 1
+                assert not sent, "the queue never filled"
+                assert 0 < a.transport.queued_bytes("b") <= 8 << 20
+                assert slowest_s < 0.25
+                assert a.downs == []
+            finally:
+                b.signal(signal.SIGCONT)
+            await until(lambda: a.transport.queued_bytes("b") == 0)
+            await echo(a, b, b"awake")
+            assert a.transport.stats.messages_sent == accepted + 1
+
+    run(work())
+
+
+def listening_ports(pid: int) -> set[int]:
+    """Every TCP port a process of ours listens on: the one it announces and UCX's own data ports."""
+    inodes = set()
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            inodes.add(os.readlink(entry.path))
+    rows = [row.split() for row in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    return {int(r[1].split(":")[1], 16) for r in rows if r[3] == "0A" and f"socket:[{r[9]}]" in inodes}
+
+
+def test_garbage_on_every_port_changes_nothing() -> None:
+    async def work() -> None:
+        async with cluster("ucx") as make, child("b") as b:
+            a = await make("a")
+            await link_both(a, b)
+            ports = listening_ports(b.process.pid)
+            assert int(b.address.rpartition(":")[2]) in ports
+            held = []
+            garbage = [b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x00" * 3, b"\x00" * 4096, b"\xff" * 4096]
+            garbage += [secrets.token_bytes(length) for length in (1, 8, 16, 64, 2048, 70_000)]
+            for port in ports:
+                for data in garbage:
+                    connection = socket.create_connection(("127.0.0.1", port), timeout=2)
+                    held.append(connection)
+                    with contextlib.suppress(ConnectionError, TimeoutError):
+                        connection.sendall(data)
+            await echo(a, b, b"with garbage connected")
+            for connection in held:
+                connection.close()
+            await echo(a, b, b"after the garbage")
+            async with child("c") as c:
+                c.tell("connect", "b", "1", b.address)
+                await c.line("up", "b")
+            assert a.downs == []
+            assert b.process.returncode is None
+
+    run(work())
+
+
+class RawClient:
+    """A UCX peer below the transport, to say what the transport never would."""
+
+    def __init__(self, address: str) -> None:
+        self.worker = binding().Worker(self, {**DEFAULT_OPTIONS, "NET_DEVICES": "lo"})
+        self.heard: list[bytes] = []
+        self.failures = 0
+        self.host, _, self.port = address.rpartition(":")
+
+    def connect(self) -> Any:
+        endpoint = self.worker.connect(self.host, int(self.port))
+        endpoint.limit_bytes = 1 << 20
+        return endpoint
+
+    def on_connection(self, request: int) -> None:
+        raise AssertionError("it does not listen")
+
+    def on_message(self, endpoint: Any, header: bytes, data: memoryview) -> None:
+        self.heard.append(bytes(data))
+
+    def on_failed(self, endpoint: Any, reason: str) -> None:
+        self.failures += 1
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        def step() -> Any:
+            self.worker.poll(0)
+            return condition()
+
+        await until(step)
+
+
+def test_silent_connections_are_bounded_in_number_and_time() -> None:
+    async def work() -> None:
+        async with cluster("ucx") as make:
+            b = await make("b", connect_timeout_s=0.4, unauthenticated_max=3)
+            raw = RawClient(b.address)
+            try:
+                held = [raw.connect() for _ in range(5)]
+                await raw.until(lambda: b.transport.stats.auth_failures == 2)  # two too many
+                await raw.until(lambda: raw.failures == 5)  # and the others in time
+                assert b.transport.stats.auth_failures == 5
+                assert len(held) == 5
+                a = await make("a")
+                await link(a, b)
+            finally:
+                raw.worker.close()
+
+    run(work())
+
+
+@pytest.mark.parametrize("attack", ["message first", "no hello", "long hello", "wrong token", "hello again"])
+def test_unauthenticated_messages_have_no_effect(attack: str) -> None:
+    async def work() -> None:
+        async with cluster("ucx") as make:
+            b = await make("b")
+            raw = RawClient(b.address)
+            try:
+                endpoint = raw.connect()
+                await raw.until(lambda: raw.heard)
+                if attack in ("wrong token", "hello again"):
+                    hello = Initiator(SECRET, "test", Member("a", "1"), b.member, new_nonce())
+                    response = hello.answer(raw.heard[0])
+                    endpoint.send(HELLO, [response])
+                    await raw.until(lambda: len(raw.heard) == 2)
+                    token = hello.confirm(raw.heard[1])
+                    endpoint.send(MESSAGE.pack(1, token, 0), [b"accepted"])
+                    await raw.until(lambda: b.messages)
+                    header = HELLO if attack == "hello again" else MESSAGE.pack(1, bytes(TOKEN_BYTES), 1)
+                    endpoint.send(header, [response])
+                    await raw.until(lambda: b.downs)
+                elif attack == "message first":
+                    endpoint.send(MESSAGE.pack(1, bytes(TOKEN_BYTES), 0), [b"x"])
+                elif attack == "no hello":
+                    endpoint.send(HELLO, [b"\x00" * 100])
+                else:
+                    endpoint.send(HELLO, [b"\x00" * 10_000])
+                await raw.until(lambda: raw.failures)
+                assert [data for _, data in b.messages] in ([], [b"accepted"])
+                assert attack == "long hello" or b.transport.stats.auth_failures == 1
+            finally:
+                raw.worker.close()
+
+    run(work())
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_no_descriptor_is_lost_in_200_cycles() -> None:
+    async def work() -> None:
+        async with cluster("ucx") as make:
+            a = await make("a", retry_min_s=0.001)
+            worst = first = 0
+            for cycle in range(200):
+                b = Node("ucx", MemoryNetwork(), "b", str(cycle))
+                b.address = await b.transport.start()
+                await link(a, b)
+                await link(b, a)
+                assert a.transport.send(b.member, [b"hello"])
+                await until(lambda: b.messages)  # noqa: B023
+                await b.transport.close()  # nothing is said on the links: to the peer it looks like a death
+                await until(lambda: len(a.downs) == 2 * cycle + 2)  # noqa: B023
+                worst = max(worst, descriptors())
+                first = worst if cycle == 20 else first
+            assert worst <= first + 4
+            assert a.transport.stats.links_down == 400
+
+    run(work())
+
+
+def test_idle_links_cost_nothing() -> None:
+    async def work() -> None:
+        async with cluster("ucx") as make, child("b") as b:
+            a = await make("a")
+            await link_both(a, b)
+            await echo(a, b, bytes(100_000))
+            ticks = os.sysconf("SC_CLK_TCK")
+
+            def child_cpu_s() -> float:
+                fields = Path(f"/proc/{b.process.pid}/stat").read_text().rpartition(")")[2].split()
+                return (int(fields[11]) + int(fields[12])) / ticks
+
+            ours, theirs, started = time.process_time(), child_cpu_s(), time.monotonic()
+            await asyncio.sleep(1)
+            elapsed = time.monotonic() - started
+            assert (time.process_time() - ours) / elapsed < 0.02
+            assert (child_cpu_s() - theirs) / elapsed <= 0.03  # its clock has ticks of 10 ms
+
+    run(work())

@@ -1,0 +1,82 @@
+"""What the transport tests share: recorded nodes, conditions with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
+
+from controlplane.contract.ids import Member
+from dataplane.transport.base import Transport, TransportConfig
+from dataplane.transport.memory import MemoryNetwork
+from dataplane.transport.ucx import UcxTransport
+
+SECRET = b"a secret of the test cluster"
+
+
+class Node:
+    """A transport and everything it called back."""
+
+    def __init__(
+        self, kind: str, hub: MemoryNetwork, name: str, incarnation: str = "1", **settings: Any
+    ) -> None:
+        self.member = Member(name, incarnation)
+        self.messages: list[tuple[Member, bytes]] = []
+        self.ups: list[Member] = []
+        self.downs: list[tuple[Member, str, float]] = []
+        settings = {"cluster": "test", "secret": SECRET, **settings}
+        self.config = TransportConfig(member=self.member, **settings)
+        calls: dict[str, Any] = {
+            "on_message": lambda peer, data: self.messages.append((peer, bytes(data))),
+            "on_link_up": self.ups.append,
+            "on_link_down": lambda peer, why: self.downs.append((peer, why, time.monotonic())),
+        }
+        self.transport: Transport
+        if kind == "ucx":
+            self.transport = UcxTransport(self.config, **calls)
+        else:
+            self.transport = hub.add(self.config, **calls)
+        self.address = ""
+
+    def down(self, direction: str) -> float | None:
+        """When the link of this direction went down."""
+        return next((at for _, why, at in self.downs if why.startswith(direction)), None)
+
+
+Make = Callable[..., Awaitable[Node]]
+
+
+@contextlib.asynccontextmanager
+async def cluster(kind: str) -> AsyncIterator[Make]:
+    hub = MemoryNetwork()
+    nodes: list[Node] = []
+
+    async def make(name: str, incarnation: str = "1", **settings: Any) -> Node:
+        node = Node(kind, hub, name, incarnation, **settings)
+        nodes.append(node)
+        node.address = await node.transport.start()
+        return node
+
+    try:
+        yield make
+    finally:
+        for node in nodes:
+            await node.transport.close()
+
+
+async def until(condition: Callable[[], Any], within_s: float = 5.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        await asyncio.sleep(0.001)
+
+
+async def link(a: Node, b: Node) -> None:
+    a.transport.connect(b.member, b.address)
+    await until(lambda: a.transport.connected(b.member))
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, 50))

@@ -1,0 +1,171 @@
+"""An `AdminService` in memory, whose cluster a test writes down, and a real server around it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import msgspec
+import uvicorn
+
+from controlplane.contract.errors import Unavailable
+from controlplane.contract.events import Event
+from controlplane.contract.ids import Member
+from controlplane.contract.records import Operation, OperationKind, OperationState
+from controlplane.contract.status import (
+    Check,
+    ClusterStatus,
+    ControllerStatus,
+    GatewayStatus,
+    NodeState,
+    NodeStatus,
+    OperationAnswer,
+    OperationRequest,
+    PipelineState,
+    PipelineStatus,
+    StageStatus,
+)
+from controlplane.contract.topology import Mode
+from web.admin.app import build_app
+
+TOKEN = "test-admin-token"
+
+
+def healthy(instances: int = 2, stages: int = 4) -> ClusterStatus:
+    """A cluster in which everything serves at home."""
+
+    def name(instance: int, stage: int) -> str:
+        return f"n{instance % instances * stages + stage}"
+
+    def stage_status(instance: int, stage: int) -> StageStatus:
+        return StageStatus(
+            homes=(name(instance, stage),),
+            serving=(Member(name(instance, stage), "aaaa"),),
+            borrowed=False,
+            replicas=(Member(name(instance + 1, stage), "aaaa"),),
+            lag_tokens=0,
+        )
+
+    pipelines = tuple(
+        PipelineStatus(
+            id=f"p{instance}",
+            state=PipelineState.UP,
+            epoch=instance + 1,
+            stages=tuple(stage_status(instance, stage) for stage in range(stages)),
+            running=8,
+            waiting=0,
+        )
+        for instance in range(instances)
+    )
+    nodes = tuple(
+        NodeStatus(
+            node=name(instance, stage),
+            state=NodeState.GREEN,
+            incarnation="aaaa",
+            stage=stage,
+            serving=(f"p{instance}/{stage}",),
+            link_address="127.0.0.1:7000",
+            rpc_address="127.0.0.1:7001",
+            pid=4000 + instance * stages + stage,
+            silent_s=0.05,
+            progress=1234,
+            blocks_used=410,
+            blocks_replica=390,
+            blocks_total=2048,
+            counters={"tokens": 100},
+        )
+        for instance in range(instances)
+        for stage in range(stages)
+    )
+    return ClusterStatus(
+        cluster="test",
+        group="default",
+        model="kevlar-demo",
+        mode=Mode.REPLICATE,
+        available=True,
+        counter=12,
+        paused=False,
+        leader="c1",
+        answered_by="c1",
+        etcd_age_s=0.2,
+        nodes=nodes,
+        pipelines=pipelines,
+        controllers=(
+            ControllerStatus("c1", "127.0.0.1:8100", 11, leader=True),
+            ControllerStatus("c2", "127.0.0.1:8101", 12, leader=False),
+        ),
+        gateways=(GatewayStatus("g1", "127.0.0.1:8000", 13),),
+        operations=(),
+    )
+
+
+class MemoryService:
+    """Keeps operations in a dict; refuses what concerns the node "n0"."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.ready = True
+        self.cluster = healthy()
+        self.history: list[Event] = []
+        self.history_away = False
+        self.known: dict[str, Operation] = {}
+
+    def status(self) -> ClusterStatus:
+        return msgspec.structs.replace(self.cluster, operations=tuple(self.known.values()))
+
+    def metrics(self) -> bytes:
+        return b"kevlarflow_epoch 1\n"
+
+    async def events(self, limit: int, after: int = 0) -> Sequence[tuple[int, Event]]:
+        if self.history_away:
+            raise Unavailable("the history database is away")
+        return [row for row in enumerate(self.history, 1) if row[0] > after][-limit:]
+
+    async def operations(self) -> Sequence[Operation]:
+        return list(self.known.values())
+
+    async def submit(self, request: OperationRequest) -> OperationAnswer:
+        if request.id in self.known:
+            return OperationAnswer(True, (), (), self.known[request.id])
+        if request.node == "n0":
+            return OperationAnswer(False, (Check("fail", "capacity", "n0 has no peer"),), ())
+        checks, plan = (Check("ok", "capacity", "fine"),), (f"cordon {request.node}",)
+        if request.dry_run:
+            return OperationAnswer(False, checks, plan)
+        kind = OperationKind(request.kind)
+        operation = Operation(request.id, kind, request.node, created_unix_s=time.time())
+        self.known[request.id] = operation
+        return OperationAnswer(True, checks, plan, operation)
+
+    async def cancel(self, operation_id: str) -> Operation | None:
+        operation = self.known.get(operation_id)
+        if operation is not None and operation.open:
+            operation = msgspec.structs.replace(operation, state=OperationState.CANCELLED)
+            self.known[operation_id] = operation
+        return operation
+
+
+@contextlib.contextmanager
+def serving(service: MemoryService, port: int = 0) -> Iterator[str]:
+    """A real HTTP server for `service` on loopback; its base URL."""
+    listener = socket.create_server(("127.0.0.1", port))
+    app = build_app(service, TOKEN)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not server.started:
+        assert time.monotonic() < deadline
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(10)
+        assert not thread.is_alive(), "the server did not end although streams were open"

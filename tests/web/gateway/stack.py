@@ -1,0 +1,174 @@
+"""A gateway over real HTTP and real gRPC in one event loop; the topology is set by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import openai
+
+import dataplane.demo
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.ids import Member
+from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
+from tests.web.gateway.fake_node import FakeNode
+from web.gateway.app import build_app
+from web.gateway.dispatch import Dispatcher
+from web.gateway.events import TopologySeen
+from web.gateway.guard import ApiKeys
+from web.gateway.live import Policy
+from web.gateway.metrics import Metrics
+from web.gateway.model import Model, load_model
+from web.gateway.server import GatewayServer, listen, make_server, stop
+from web.gateway.service import Service
+
+KEY = "sk-test"
+MODEL = "kevlar-demo"
+
+
+def demo_model(**engine: Any) -> Model:
+    config = ClusterConfig(run_dir="/nonexistent", model=str(dataplane.demo.model_dir()), etcd=())
+    return load_model(config)
+
+
+@dataclass
+class Stack:
+    nodes: list[FakeNode]
+    dispatcher: Dispatcher
+    service: Service
+    server: GatewayServer
+    url: str
+    serving: asyncio.Task[None] | None = None
+    counter: int = 0
+    mode: Mode = Mode.REPLICATE
+    places: dict[str, tuple[int, int] | None] = field(default_factory=dict)
+
+    def place(self, **places: int | None) -> None:
+        """Write a topology: pipeline -> index of the node that schedules it; None: down. Others stay."""
+        self.counter += 1
+        for pipeline, node in places.items():
+            self.places[pipeline] = None if node is None else (node, self.counter)
+            for index, fake in enumerate(self.nodes):
+                if index == node:
+                    fake.epochs[pipeline] = self.counter
+                else:
+                    fake.epochs.pop(pipeline, None)
+        pipelines = tuple(self._pipeline(name, place) for name, place in sorted(self.places.items()))
+        self.dispatcher.feed(TopologySeen(Topology("default", self.counter, self.mode, pipelines)))
+
+    def _pipeline(self, name: str, place: tuple[int, int] | None) -> Pipeline:
+        if place is None:
+            return Pipeline(name, self.counter, (Stage((f"{name}-home",)), Stage(("other",))))
+        node, epoch = place
+        head = Stage((f"{name}-home",), (self.nodes[node].member,))
+        return Pipeline(name, epoch, (head, Stage(("other",), (Member("other", "x"),))))
+
+    async def until(self, condition: Callable[[], Any], limit_s: float = 10.0) -> None:
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            assert time.monotonic() < deadline, "the condition was not met in time"
+            await asyncio.sleep(0.005)
+
+    def openai(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=20)
+
+    def http(self, key: str = KEY) -> httpx.AsyncClient:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=20)
+
+    def stop(self) -> None:
+        stop(self.server, self.dispatcher)
+
+
+@contextlib.asynccontextmanager
+async def running(
+    nodes: int = 2, policy: Policy | None = None, keep_alive_s: float = 5.0, **knobs: Any
+) -> AsyncIterator[Stack]:
+    """`nodes` fake nodes, pipelines p0.. on the first two of them, and a gateway that is ready."""
+    fakes = [FakeNode(Member(f"n{index}", f"i{index}"), **knobs) for index in range(nodes)]
+    metrics = Metrics()
+    dispatcher = Dispatcher(policy or Policy(), "t", metrics)
+    metrics.attach(dispatcher.router, lambda: 0.0)
+    service = Service(demo_model(), dispatcher, metrics, 1, lambda: 0.0, keep_alive_s)
+    server = make_server(build_app(service, ApiKeys([KEY])))
+    sock = listen("127.0.0.1", 0)
+    stack = Stack(fakes, dispatcher, service, server, f"http://127.0.0.1:{sock.getsockname()[1]}")
+    try:
+        for fake in fakes:
+            await fake.start()
+            dispatcher.locate(fake.member, fake.address)
+        stack.serving = asyncio.create_task(server.serve(sockets=[sock]))
+        stack.place(**{f"p{index}": index for index in range(min(2, nodes))})
+        await stack.until(lambda: dispatcher.router.reachable == min(2, nodes) and server.started)
+        yield stack
+    finally:
+        stack.stop()
+        if stack.serving is not None:
+            async with asyncio.timeout(10):
+                await stack.serving
+        await dispatcher.aclose()
+        for fake in fakes:
+            await fake.stop()
+
+
+@dataclass
+class Events:
+    """A stream as it came over the wire."""
+
+    status: int = 0
+    chunks: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    comments: int = 0
+    done: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def ids(self, index: int = 0) -> list[int]:
+        return [
+            t for c in self.chunks for x in c["choices"] if x["index"] == index for t in x.get("token_ids", [])
+        ]
+
+    def text(self, index: int = 0) -> str:
+        found = [x for c in self.chunks for x in c["choices"] if x["index"] == index]
+        return "".join(x["text"] if "text" in x else x["delta"].get("content", "") for x in found)
+
+    def finish(self, index: int = 0) -> str | None:
+        found = [x["finish_reason"] for c in self.chunks for x in c["choices"] if x["index"] == index]
+        return found[-1] if found else None
+
+
+async def stream(
+    client: httpx.AsyncClient,
+    body: dict[str, Any],
+    path: str = "/v1/completions",
+    into: Events | None = None,
+) -> Events:
+    """Read one stream to its end; whatever follows [DONE] is an error."""
+    events = into or Events()
+    body = {"model": MODEL, "stream": True, **body}
+    async with client.stream("POST", path, json=body) as response:
+        events.status = response.status_code
+        events.headers = dict(response.headers)
+        if response.status_code != 200:
+            events.errors.append(json.loads(await response.aread())["error"])
+            return events
+        async for line in response.aiter_lines():
+            if not line:
+                continue
+            assert not events.done, "something after [DONE]"
+            if line.startswith(":"):
+                events.comments += 1
+            elif line == "data: [DONE]":
+                events.done = True
+            else:
+                data = json.loads(line.removeprefix("data: "))
+                if "error" in data:
+                    events.errors.append(data["error"])
+                else:
+                    events.chunks.append(data)
+    return events

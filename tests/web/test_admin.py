@@ -1,0 +1,296 @@
+"""The admin API over real HTTP: who may, what comes back, and the bounds of the live stream."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+import web.ui
+from controlplane.contract.events import Event, EventKind
+from tests.web.admin_service import TOKEN, MemoryService, serving
+from web.admin import auth, feed
+from web.admin.static import load_files
+
+BEARER = {"authorization": f"Bearer {TOKEN}"}
+NEEDS_TOKEN = [
+    ("GET", "/metrics"),
+    ("GET", "/admin/v1/status"),
+    ("GET", "/admin/v1/events"),
+    ("GET", "/admin/v1/operations"),
+    ("POST", "/admin/v1/operations"),
+    ("DELETE", "/admin/v1/operations/x"),
+    ("GET", "/admin/v1/stream"),
+    ("DELETE", "/session"),
+    ("GET", "/no/such/path"),
+    ("GET", "/openapi.json"),
+    ("GET", "/docs"),
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[str, MemoryService]]:
+    service = MemoryService()
+    with serving(service) as url:
+        yield url, service
+
+
+@pytest.fixture
+def service(server: tuple[str, MemoryService]) -> MemoryService:
+    server[1].reset()
+    return server[1]
+
+
+@pytest.fixture
+def client(server: tuple[str, MemoryService], service: MemoryService) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server[0], timeout=5) as client:
+        yield client
+
+
+def drain(node: str, operation_id: str = "op-1", **more: object) -> dict[str, object]:
+    return {"id": operation_id, "kind": "drain", "node": node, **more}
+
+
+@pytest.mark.parametrize(("method", "path"), NEEDS_TOKEN)
+def test_nothing_works_without_the_token(client: httpx.Client, method: str, path: str) -> None:
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": TOKEN}):
+        answer = client.request(method, path, headers=headers)
+        assert answer.status_code == 401, path
+        assert answer.json()["error"]["code"] == 401
+    for cookie in ("", "junk", "9999999999.", f"9999999999.{'0' * 64}", "é.x"):
+        sent = {b"cookie": f"{auth.COOKIE}={cookie}".encode()}
+        assert client.request(method, path, headers=sent).status_code == 401
+
+
+def test_open_paths_say_nothing_about_the_cluster(client: httpx.Client, service: MemoryService) -> None:
+    assert client.get("/livez").text == "ok\n"
+    assert client.get("/readyz").status_code == 200
+    service.ready = False
+    assert client.get("/readyz").status_code == 503
+    assert client.get("/livez").status_code == 200
+    page = client.get("/")
+    assert page.status_code == 200
+    assert '<script type="module" src="/ui/app.js">' in page.text
+
+
+def test_headers_that_keep_a_page_honest(client: httpx.Client) -> None:
+    policy = client.get("/").headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    status = client.get("/admin/v1/status", headers=BEARER)
+    assert status.headers["cache-control"] == "no-store"
+    assert status.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_page_has_no_inline_code_and_no_foreign_address() -> None:
+    files = load_files()
+    page = files["index.html"].body.decode()
+    assert page.count("<script") == page.count('<script type="module" src="/ui/')
+    assert "style=" not in page
+    ours = {name: file.body.decode() for name, file in files.items() if not name.startswith("vendor/")}
+    for name, text in ours.items():
+        assert "https://" not in text, name
+    assert {"app.js", "view.js", "format.js", "style.css", "vendor/preact.js", "vendor/htm.js"} <= set(files)
+    assert not any(name.endswith(".py") for name in files)
+
+
+@pytest.mark.parametrize("path", ["../app.py", "%2e%2e/admin/app.py", "__init__.py", "vendor", "nothing.js"])
+def test_only_the_pages_own_files_are_served(client: httpx.Client, path: str) -> None:
+    assert client.get(f"/ui/{path}").status_code in {401, 404}
+
+
+def test_every_vendored_file_has_its_licence() -> None:
+    vendor = Path(web.ui.__file__).parent / "vendor"
+    for module in vendor.glob("*.js"):
+        assert module.with_suffix(".LICENSE").is_file()
+        assert module.name in (vendor / "README.md").read_text()
+
+
+def test_reads(client: httpx.Client, service: MemoryService) -> None:
+    service.history = [Event(EventKind.DIED, "n1", f"event {i}", details={"silent_s": 0.2}) for i in range(5)]
+    status = client.get("/admin/v1/status", headers=BEARER).json()
+    assert status["leader"] == "c1"
+    assert len(status["nodes"]) == 8
+    events = client.get("/admin/v1/events?limit=2", headers=BEARER).json()["events"]
+    assert [event["id"] for event in events] == [4, 5]
+    assert events[0]["kind"] == "died"
+    assert events[0]["details"] == {"silent_s": 0.2}
+    assert len(client.get("/admin/v1/events?after=4", headers=BEARER).json()["events"]) == 1
+    assert b"kevlarflow_epoch" in client.get("/metrics", headers=BEARER).content
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=100000", "after=-1", f"after={2**70}"])
+def test_bad_queries_are_refused_in_words(client: httpx.Client, query: str) -> None:
+    answer = client.get(f"/admin/v1/events?{query}", headers=BEARER)
+    assert answer.status_code == 400
+    assert query.split("=")[0] in answer.json()["error"]["message"]
+
+
+def test_a_database_that_is_away_is_503(client: httpx.Client, service: MemoryService) -> None:
+    service.history_away = True
+    answer = client.get("/admin/v1/events", headers=BEARER)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert client.get("/admin/v1/status", headers=BEARER).status_code == 200
+
+
+def test_operations(client: httpx.Client, service: MemoryService) -> None:
+    client.headers.update(BEARER)
+    dry = client.post("/admin/v1/operations", json=drain("n2", dry_run=True))
+    assert (dry.status_code, dry.json()["accepted"]) == (200, False)
+    assert dry.json()["plan"] == ["cordon n2"]
+    assert service.known == {}
+
+    first = client.post("/admin/v1/operations", json=drain("n2"))
+    assert (first.status_code, first.json()["accepted"]) == (200, True)
+    again = client.post("/admin/v1/operations", json=drain("n2"))
+    assert again.json()["operation"] == first.json()["operation"]
+    assert len(client.get("/admin/v1/operations").json()["operations"]) == 1
+
+    refused = client.post("/admin/v1/operations", json=drain("n0", "op-2"))
+    assert refused.status_code == 409
+    assert refused.json()["checks"][0]["level"] == "fail"
+
+    assert client.delete("/admin/v1/operations/op-1").json()["state"] == "cancelled"
+    assert client.delete("/admin/v1/operations/op-1").status_code == 200
+    assert client.delete("/admin/v1/operations/nope").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        (b"{", "truncated"),
+        (b"[]", "object"),
+        (json.dumps(drain("n1") | {"kind": "explode"}).encode(), "kind"),
+        (json.dumps(drain("n/1")).encode(), "node"),
+        (json.dumps(drain("n1", "../x")).encode(), "id"),
+        (json.dumps(drain("n1") | {"force": True}).encode(), "force"),
+        (json.dumps({"id": "a", "kind": "drain"}).encode(), "node"),
+        (json.dumps(drain("n1", substitute="a b")).encode(), "substitute"),
+    ],
+)
+def test_bad_operations_are_refused_in_words(client: httpx.Client, body: bytes, word: str) -> None:
+    answer = client.post("/admin/v1/operations", content=body, headers=BEARER)
+    assert answer.status_code == 400
+    assert word in answer.json()["error"]["message"]
+
+
+def test_a_huge_body_is_cut_off(client: httpx.Client) -> None:
+    answer = client.post("/admin/v1/operations", content=b" " * 100_000, headers=BEARER)
+    assert answer.status_code == 413
+
+
+def test_a_browser_session(client: httpx.Client, service: MemoryService) -> None:
+    assert client.post("/session", json={"token": "wrong"}).status_code == 401
+    answer = client.post("/session", json={"token": TOKEN})
+    assert answer.status_code == 204
+    set_cookie = answer.headers["set-cookie"].lower()
+    assert "httponly" in set_cookie
+    assert "samesite=strict" in set_cookie
+    assert TOKEN not in set_cookie
+    assert client.get("/admin/v1/status").status_code == 200
+
+    # Changes by cookie: only from the very page, its port included (cookies ignore ports).
+    host = f"{client.base_url.host}:{client.base_url.port}"
+    for headers in (
+        {},
+        {"origin": "null"},
+        {"origin": "http://127.0.0.1:1"},
+        {"origin": f"http://{host}", "sec-fetch-site": "same-site"},
+    ):
+        assert client.post("/admin/v1/operations", json=drain("n2"), headers=headers).status_code == 403
+    assert service.known == {}
+    good = {"origin": f"http://{host}", "sec-fetch-site": "same-origin"}
+    assert client.post("/admin/v1/operations", json=drain("n2"), headers=good).status_code == 200
+
+    assert client.delete("/session", headers=good).status_code == 204
+    assert client.get("/admin/v1/status").status_code == 401
+
+
+def test_a_session_ends_by_itself() -> None:
+    cookie = auth.session_cookie(TOKEN, 1000.0)
+    assert auth.cookie_matches(cookie, TOKEN, 1000.0 + auth.SESSION_S - 1)
+    assert not auth.cookie_matches(cookie, TOKEN, 1000.0 + auth.SESSION_S + 1)
+    assert not auth.cookie_matches(cookie, "other", 1000.0)
+    longer = f"{int(cookie.split('.')[0]) + 1}.{cookie.split('.')[1]}"
+    assert not auth.cookie_matches(longer, TOKEN, 1000.0)
+
+
+def stream(client: httpx.Client, query: str = "") -> Generator[tuple[str, object], None, None]:
+    with client.stream("GET", f"/admin/v1/stream{query}", headers=BEARER) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        name = ""
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                name = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                yield name, json.loads(line.removeprefix("data: "))
+
+
+def test_the_stream_tells_status_and_events_as_they_come(
+    client: httpx.Client, service: MemoryService
+) -> None:
+    service.history = [Event(EventKind.JOINED, "n1", "one"), Event(EventKind.DIED, "n1", "two")]
+    seen: list[int] = []
+    statuses = 0
+    started = time.monotonic()
+    told_away = told_back = False
+    for name, data in stream(client):
+        match name, data:
+            case "status", dict():
+                statuses += 1
+            case "events", list():
+                seen += [row["id"] for row in data]
+                if seen == [1, 2]:
+                    service.history.append(Event(EventKind.RECOVERED, "p0", "three"))
+                if seen == [1, 2, 3]:
+                    service.history_away = True
+            case "history", {"error": str() as error}:
+                told_away = told_away or bool(error)
+                told_back = told_away and not error
+                service.history_away = False
+        if told_back and statuses >= 4:
+            break
+        assert time.monotonic() - started < 10
+    assert seen == [1, 2, 3]
+    # No faster than promised, however much happens.
+    assert statuses <= (time.monotonic() - started) / feed.PERIOD_S + 2
+
+
+def test_the_stream_resumes_where_a_client_was(client: httpx.Client, service: MemoryService) -> None:
+    service.history = [Event(EventKind.JOINED, "n1", str(number)) for number in range(4)]
+    for name, data in stream(client, "?after=3"):
+        if name == "events":
+            assert isinstance(data, list)
+            assert [row["id"] for row in data] == [4]
+            break
+
+
+def test_the_number_of_streams_is_bounded(
+    client: httpx.Client, service: MemoryService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "CLIENTS_MAX", 2)
+    open_streams: list[Generator[tuple[str, object], None, None]] = []
+    deadline = time.monotonic() + 5
+    while len(open_streams) < 2:  # earlier tests' clients may just be leaving
+        assert time.monotonic() < deadline
+        with contextlib.suppress(AssertionError):
+            item = stream(client)
+            assert next(item)[0] == "status"
+            open_streams.append(item)
+    refused = client.get("/admin/v1/stream", headers=BEARER)
+    assert refused.status_code == 503
+    for item in open_streams:
+        item.close()
+    deadline = time.monotonic() + 5
+    while True:  # the places of clients that left are free again
+        with client.stream("GET", "/admin/v1/stream", headers=BEARER) as answer:
+            if answer.status_code == 200:
+                break
+        assert time.monotonic() < deadline

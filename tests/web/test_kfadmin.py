@@ -1,0 +1,335 @@
+"""kfadmin against the real admin API: what it prints, and every exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from controlplane.contract.auth import derive, load_secret
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.events import Event, EventKind
+from controlplane.contract.ids import Member
+from controlplane.contract.records import OperationState
+from controlplane.contract.status import NodeState, PipelineState
+from controlplane.kfadmin.main import app
+from controlplane.kfadmin.rundir import Endpoints, ProcessFile, RunDir, start_ticks
+from controlplane.kfadmin.up import demo_model, settings_of
+from tests.web import admin_service
+from tests.web.admin_service import TOKEN, MemoryService, serving
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[str, MemoryService]]:
+    service = MemoryService()
+    with serving(service) as url:
+        yield url, service
+
+
+@pytest.fixture
+def service(server: tuple[str, MemoryService]) -> MemoryService:
+    server[1].reset()
+    return server[1]
+
+
+@pytest.fixture
+def target(server: tuple[str, MemoryService], service: MemoryService, tmp_path: Path) -> list[str]:
+    """Options that name the cluster. Its first controller is dead, so that every verb has to try the second."""
+    token = tmp_path / "token"
+    token.write_text(TOKEN + "\n")
+    return ["--admin", f"http://127.0.0.1:{closed_port()}", "--admin", server[0], "--token-file", str(token)]
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def kfadmin(*arguments: str) -> Result:
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def end(service: MemoryService, operation_id: str, state: OperationState, message: str) -> None:
+    """What the leader does when an operation is over."""
+    deadline = time.monotonic() + 10
+    while operation_id not in service.known:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    operation = service.known[operation_id]
+    service.known[operation_id] = msgspec.structs.replace(operation, state=state, message=message)
+
+
+@contextlib.contextmanager
+def ending(service: MemoryService, operation_id: str, state: OperationState, message: str) -> Iterator[None]:
+    thread = threading.Thread(target=end, args=(service, operation_id, state, message))
+    thread.start()
+    yield
+    thread.join()
+
+
+# ---- looking
+
+
+def test_status_says_what_is_wrong(target: list[str], service: MemoryService) -> None:
+    nodes = list(service.cluster.nodes)
+    nodes[1] = msgspec.structs.replace(nodes[1], state=NodeState.RED, evidence="link broken [reset]")
+    p0 = service.cluster.pipelines[0]
+    borrowed = msgspec.structs.replace(p0.stages[1], serving=(Member("n5", "bbbb"),), borrowed=True)
+    stages = (p0.stages[0], borrowed, *p0.stages[2:])
+    degraded = msgspec.structs.replace(p0, state=PipelineState.DEGRADED, stages=stages)
+    service.cluster = msgspec.structs.replace(
+        service.cluster, nodes=tuple(nodes), pipelines=(degraded, service.cluster.pipelines[1])
+    )
+    result = kfadmin("status", *target)
+    assert result.exit_code == 0
+    for part in ("available", "leader c1", "n5 (for n1)", "degraded", "7 of 8", "link broken [reset]"):
+        assert part in result.stdout
+    service.cluster = msgspec.structs.replace(service.cluster, available=False)
+    assert "UNAVAILABLE" in kfadmin("status", *target).stdout
+
+
+def test_json_is_the_whole_answer(target: list[str]) -> None:
+    status = json.loads(kfadmin("status", "-o", "json", *target).stdout)
+    assert (status["leader"], len(status["nodes"]), len(status["pipelines"])) == ("c1", 8, 2)
+    nodes = json.loads(kfadmin("nodes", "-o", "json", *target).stdout)
+    assert [node["node"] for node in nodes] == [f"n{k}" for k in range(8)]
+    topology = json.loads(kfadmin("topology", "-o", "json", *target).stdout)
+    assert topology["counter"] == 12
+    assert topology["pipelines"][1]["stages"][2]["serving"] == [{"node": "n6", "incarnation": "aaaa"}]
+
+
+def test_tables(target: list[str]) -> None:
+    nodes = kfadmin("nodes", *target).stdout.splitlines()
+    assert nodes[0].split()[:3] == ["NODE", "STATE", "STAGE"]
+    assert nodes[1].split() == ["n0", "green", "0", "p0/0", "410", "390", "2048", "4000"]
+    assert len(nodes) == 9
+    topology = kfadmin("topology", *target).stdout
+    assert "n7@aaaa" in topology
+    assert "epoch counter 12" in topology
+
+
+def test_events(target: list[str], service: MemoryService) -> None:
+    service.history = [
+        Event(EventKind.DIED, f"n{k}", "gone", unix_s=1.7e9, details={"detect_s": 0.125}) for k in range(5)
+    ]
+    lines = kfadmin("events", "--limit", "2", *target).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["ID", "4", "5"]
+    assert "detect_s=0.125" in lines[2]
+    rows = json.loads(kfadmin("events", "-o", "json", "--after", "3", *target).stdout)
+    assert [(row["id"], row["event"]["subject"]) for row in rows] == [(4, "n3"), (5, "n4")]
+
+
+# ---- changing
+
+
+def test_a_drain_that_is_done(target: list[str], service: MemoryService) -> None:
+    with ending(service, "op-1", OperationState.DONE, "n1 serves nothing"):
+        result = kfadmin("drain", "n1", "--operation-id", "op-1", "--deadline", "30", *target)
+    assert result.exit_code == 0
+    assert "PRE-FLIGHT  epoch 12, leader c1" in result.stdout
+    assert "ok    capacity  fine" in result.stdout
+    assert "PLAN  cordon n1" in result.stdout
+    assert "drain n1 done: n1 serves nothing" in result.stdout
+    assert "n1 serves nothing" in result.stderr  # progress, as it was said
+    assert "Nothing was changed" not in result.stdout
+
+
+@pytest.mark.parametrize("state", [OperationState.FAILED, OperationState.CANCELLED])
+def test_an_operation_that_did_not_succeed(
+    target: list[str], service: MemoryService, state: OperationState
+) -> None:
+    with ending(service, "op-2", state, "no peer left"):
+        result = kfadmin("replace", "n1", "--with", "n9", "--operation-id", "op-2", "-o", "json", *target)
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["operation"]["state"] == state.value
+    assert "no peer left" in result.stderr
+
+
+def test_refused_by_preflight(target: list[str], service: MemoryService) -> None:
+    result = kfadmin("drain", "n0", *target)
+    assert result.exit_code == 3
+    assert "fail  capacity  n0 has no peer" in result.stdout
+    assert "Nothing was changed." in result.stdout
+    assert not service.known
+    result = kfadmin("drain", "n0", "-o", "json", *target)
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["accepted"] is False
+
+
+def test_a_dry_run_changes_nothing(target: list[str], service: MemoryService) -> None:
+    result = kfadmin("undrain", "n1", "--dry-run", *target)
+    assert result.exit_code == 0
+    assert result.stdout.endswith("Nothing was changed.\n")
+    assert not service.known
+    assert kfadmin("drain", "n0", "--dry-run", *target).exit_code == 3
+
+
+def test_the_wait_ends_and_the_operation_does_not(target: list[str], service: MemoryService) -> None:
+    result = kfadmin("drain", "n1", "--timeout", "0.3", "--operation-id", "op-3", *target)
+    assert result.exit_code == 4
+    assert "kfadmin cancel op-3" in result.stderr
+    assert service.known["op-3"].open
+
+
+def test_detached(target: list[str], service: MemoryService) -> None:
+    result = kfadmin("drain", "n1", "--detach", "-o", "json", *target)
+    assert result.exit_code == 0
+    answer = json.loads(result.stdout)
+    assert answer["operation"]["state"] == "running"
+    assert service.known[answer["operation"]["id"]].open
+
+
+def test_ctrl_c_stops_watching_and_not_the_operation(target: list[str], service: MemoryService) -> None:
+    command = [sys.executable, "-m", "controlplane.kfadmin.main", "drain", "n1", "--operation-id", "op-4"]
+    process = subprocess.Popen([*command, *target], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "operation op-4\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=15)
+    assert process.returncode == 4
+    assert "drain n1 running" in out
+    assert "stopped watching" in err
+    assert service.known["op-4"].open
+
+
+def test_cancel(target: list[str], service: MemoryService) -> None:
+    kfadmin("drain", "n1", "--detach", "--operation-id", "op-5", *target)
+    result = kfadmin("cancel", "op-5", *target)
+    assert result.exit_code == 0
+    assert "cancelled" in result.stdout
+    assert not service.known["op-5"].open
+
+
+# ---- what can be wrong
+
+
+def test_usage(target: list[str]) -> None:
+    assert kfadmin("drain").exit_code == 2
+    assert kfadmin("no-such-verb").exit_code == 2
+    assert kfadmin("status", "-o", "yaml", *target).exit_code == 2
+    assert kfadmin("status", "--admin", "localhost:1").exit_code == 2
+    result = kfadmin("drain", "n1;rm", *target)
+    assert result.exit_code == 2
+    assert "letters, digits" in result.stderr
+
+
+def test_unreachable(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    url = f"http://127.0.0.1:{closed_port()}"
+    result = kfadmin("status", "--admin", url, "--token-file", str(token))
+    assert result.exit_code == 5
+    assert url in result.stderr
+    assert result.stdout == ""
+    result = kfadmin("nodes", "--run-dir", str(tmp_path / "nothing"))
+    assert result.exit_code == 5
+    assert "kfadmin up" in result.stderr
+
+
+def test_the_database_is_away(target: list[str], service: MemoryService) -> None:
+    service.history_away = True
+    result = kfadmin("events", *target)
+    assert result.exit_code == 5
+    assert "history database is away" in result.stderr
+
+
+def test_not_allowed(server: tuple[str, MemoryService], tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.write_text("not the token")
+    assert kfadmin("status", "--admin", server[0], "--token-file", str(wrong)).exit_code == 6
+    if os.geteuid() != 0:  # root reads everything
+        wrong.chmod(0)
+        assert kfadmin("status", "--admin", server[0], "--token-file", str(wrong)).exit_code == 6
+
+
+# ---- clusters of this machine
+
+
+def test_a_run_directory_names_the_cluster_and_holds_the_token(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.prepare()
+    assert (run_dir.path.stat().st_mode & 0o777) == 0o700
+    assert (run_dir.path / "api-keys").stat().st_mode & 0o077 == 0
+    assert run_dir.admin_token() == derive(load_secret(run_dir.path / "secret"), "admin")
+    first = run_dir.api_key()
+    run_dir.prepare()
+    assert run_dir.api_key() == first
+    run_dir.write("endpoints.json", Endpoints((), (f"http://127.0.0.1:{closed_port()}",)))
+    assert kfadmin("status", "--run-dir", str(run_dir.path)).exit_code == 5
+
+
+def test_a_second_up_is_refused(tmp_path: Path) -> None:
+    with RunDir(tmp_path).owned():
+        result = kfadmin("up", "--run-dir", str(tmp_path), "--gateway-port", "0", "--admin-port", "0")
+    assert result.exit_code == 3
+    assert f"pid {os.getpid()}" in result.stderr
+    assert not (tmp_path / "cluster.json").exists()
+
+
+def test_up_with_a_port_that_is_taken_or_no_model(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = str(busy.getsockname()[1])
+        result = kfadmin("up", "--run-dir", str(tmp_path), "--gateway-port", port, "--admin-port", "0")
+    assert result.exit_code == 1
+    assert f"port {port}" in result.stderr
+    assert RunDir(tmp_path).owner() == 0
+    result = kfadmin("up", "--run-dir", str(tmp_path), "--model", str(tmp_path))
+    assert result.exit_code == 1
+    assert "config.json" in result.stderr
+
+
+def test_down_ends_what_a_killed_up_has_left(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.prepare()
+    with subprocess.Popen(["sleep", "60"]) as left, subprocess.Popen(["sleep", "60"]) as other:
+        reaper = threading.Thread(target=left.wait)  # stands for the init process
+        reaper.start()
+        run_dir.write("nodes/n0.json", ProcessFile(left.pid, 0.0, 0, start_ticks(left.pid) or 0))
+        # A pid that the kernel has given to somebody else since.
+        run_dir.write("pids/c1.json", ProcessFile(other.pid, 0.0, 0, (start_ticks(other.pid) or 0) - 1))
+        result = kfadmin("down", "--run-dir", str(tmp_path))
+        reaper.join(5)
+        assert result.exit_code == 0
+        assert "ended n0" in result.stderr
+        assert left.returncode == -signal.SIGTERM
+        assert other.poll() is None
+        other.kill()
+    assert "no cluster runs" in kfadmin("down", "--run-dir", str(tmp_path)).stdout
+
+
+def test_the_demo_kills_only_nodes_of_its_own_cluster(
+    service: MemoryService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.prepare()
+    monkeypatch.setattr(admin_service, "TOKEN", run_dir.admin_token())
+    with serving(service) as url:
+        run_dir.write("endpoints.json", Endpoints(("http://127.0.0.1:1",), (url,)))
+        result = kfadmin("demo", "--run-dir", str(tmp_path), "--node", "n1")
+        assert result.exit_code == 1
+        assert "nothing was killed" in result.stderr
+        assert kfadmin("demo", "--run-dir", str(tmp_path), "--node", "n77").exit_code == 2
+
+
+def test_settings_of_a_file_and_of_options(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text('run_dir = "here"\nmodel = "there"\netcd = []\nstages = 2\n')
+    assert settings_of(file, {"instances": 3}) == ClusterConfig("here", "there", (), instances=3, stages=2)
+    assert settings_of(None, {}).model == str(demo_model())

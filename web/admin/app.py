@@ -1,0 +1,199 @@
+"""The admin API and the dashboard's page, as one ASGI app over an `AdminService`.
+
+    GET    /livez /readyz                    no token
+    GET    / , /ui/...                       the dashboard, no token
+    POST   /session                          {"token": ...} -> an HttpOnly cookie; DELETE forgets it
+    GET    /metrics                          Prometheus text
+    GET    /admin/v1/status                  ClusterStatus
+    GET    /admin/v1/events?limit=&after=    {"events": [{"id": ..., and Event's fields}]}, oldest first
+    GET    /admin/v1/operations              {"operations": [Operation]}
+    POST   /admin/v1/operations              OperationRequest -> OperationAnswer; 409: refused
+    DELETE /admin/v1/operations/{id}         cancel -> Operation
+    GET    /admin/v1/stream?after=           server-sent events: "status", "events", "history"
+
+Errors are `{"error": {"message", "code"}}`; 503 means that etcd or the database is away, try again.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TypeVar
+
+import msgspec
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from controlplane.contract.auth import bearer_matches
+from controlplane.contract.errors import Unavailable
+from controlplane.contract.records import OperationKind, OperationState
+from controlplane.contract.status import OperationAnswer, OperationRequest
+from web.admin.auth import COOKIE, SESSION_S, Guard, error, session_cookie
+from web.admin.feed import Feed, FeedResponse, event_rows
+from web.admin.service import AdminService
+from web.admin.static import StaticFile, load_files
+
+BODY_BYTES_MAX = 64 * 1024
+EVENTS_MAX = 1000
+T = TypeVar("T")
+
+SEEN = re.compile(r"[0-9]{1,18}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class SessionRequest(msgspec.Struct, frozen=True):
+    token: str
+
+
+def build_app(service: AdminService, token: str) -> FastAPI:
+    """The app of one controller. `token` is `derive(secret, "admin")`.
+
+    `app.state.feed.close()` ends the open streams before an exit.
+    """
+    app = FastAPI(title="KevlarFlow admin", openapi_url=None)
+    app.add_middleware(Guard, token=token)
+    _add_errors(app)
+    _add_health(app, service)
+    _add_page(app, token)
+    _add_reads(app, service)
+    _add_operations(app, service)
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(Unavailable)
+    async def unavailable(_request: Request, problem: Unavailable) -> JSONResponse:
+        return error(503, str(problem), {"retry-after": "1"})
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, problem: RequestValidationError) -> JSONResponse:
+        words = "; ".join(f"{item['loc'][-1]}: {item['msg']}" for item in problem.errors())
+        return error(400, words)
+
+    @app.exception_handler(HTTPException)
+    async def other(_request: Request, problem: HTTPException) -> JSONResponse:
+        return error(problem.status_code, problem.detail)
+
+
+def _add_health(app: FastAPI, service: AdminService) -> None:
+    @app.get("/livez")
+    async def livez() -> PlainTextResponse:
+        return PlainTextResponse("ok\n")
+
+    @app.get("/readyz")
+    async def readyz() -> PlainTextResponse:
+        if service.ready:
+            return PlainTextResponse("ok\n")
+        return PlainTextResponse("the cluster's state has not been read from etcd yet\n", 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_page(app: FastAPI, token: str) -> None:
+    files = load_files()
+
+    def answer(file: StaticFile | None) -> Response:
+        if file is None:
+            return error(404, "no such file")
+        return Response(file.body, media_type=file.media_type, headers={"cache-control": "no-cache"})
+
+    @app.get("/")
+    async def page() -> Response:
+        return answer(files.get("index.html"))
+
+    @app.get("/ui/{path:path}")
+    async def asset(path: str) -> Response:
+        return answer(files.get(path))
+
+    @app.post("/session")
+    async def log_in(request: Request) -> Response:
+        given = await _body(request, SessionRequest)
+        if not bearer_matches(f"Bearer {given.token}", token):
+            return error(401, "the admin token is wrong")
+        response = Response(status_code=204)
+        response.set_cookie(
+            COOKIE,
+            session_cookie(token, time.time()),
+            max_age=SESSION_S,
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
+        )
+        return response
+
+    @app.delete("/session")
+    async def log_out() -> Response:
+        response = Response(status_code=204)
+        response.delete_cookie(COOKIE, httponly=True, samesite="strict")
+        return response
+
+
+def _add_reads(app: FastAPI, service: AdminService) -> None:
+    feed = app.state.feed = Feed(service)
+
+    @app.get("/admin/v1/status")
+    async def status() -> Response:
+        return _json(service.status())
+
+    @app.get("/admin/v1/events")
+    async def events(
+        limit: int = Query(100, ge=1, le=EVENTS_MAX), after: int = Query(0, ge=0, lt=2**63)
+    ) -> Response:
+        return _json({"events": event_rows(await service.events(limit, after))})
+
+    @app.get("/admin/v1/stream")
+    async def stream(request: Request, after: int = Query(0, ge=0, lt=2**63)) -> Response:
+        if feed.full:
+            return error(503, "too many dashboards are open on this controller", {"retry-after": "5"})
+        # A browser that connects again says what it saw last.
+        resumed = request.headers.get("last-event-id", "")
+        return FeedResponse(feed, int(resumed) if SEEN.fullmatch(resumed) else after)
+
+
+def _add_operations(app: FastAPI, service: AdminService) -> None:
+    @app.get("/admin/v1/operations")
+    async def operations() -> Response:
+        return _json({"operations": await service.operations()})
+
+    @app.post("/admin/v1/operations")
+    async def submit(request: Request) -> Response:
+        wanted = await _body(request, OperationRequest)
+        names = {"id": wanted.id, "node": wanted.node, "substitute": wanted.substitute}
+        for field, value in names.items():
+            if value is not None and not NAME.fullmatch(value):
+                raise HTTPException(400, f"{field}: letters, digits, '.', '_' and '-' only, at most 100")
+        if wanted.kind not in {kind.value for kind in OperationKind}:
+            raise HTTPException(400, f"kind: one of {', '.join(kind.value for kind in OperationKind)}")
+        answer: OperationAnswer = await service.submit(wanted)
+        refused = not answer.accepted and any(check.level == "fail" for check in answer.checks)
+        return _json(answer, 409 if refused else 200)
+
+    @app.delete("/admin/v1/operations/{operation_id}")
+    async def cancel(operation_id: str) -> Response:
+        operation = await service.cancel(operation_id)
+        if operation is None:
+            return error(404, f"there is no operation {operation_id[:100]}")
+        if operation.state is not OperationState.CANCELLED:
+            return error(409, f"operation {operation.id} has already ended: {operation.state.value}")
+        return _json(operation)
+
+
+async def _body(request: Request, kind: type[T]) -> T:
+    """Read and parse a bounded JSON body. Raises HTTPException 400 or 413."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > BODY_BYTES_MAX:
+            raise HTTPException(413, f"the body is larger than {BODY_BYTES_MAX} bytes")
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.MsgspecError as problem:
+        raise HTTPException(400, str(problem)) from problem
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")

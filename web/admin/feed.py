@@ -1,0 +1,161 @@
+"""The dashboard's live stream: one producer for all clients, and nothing that can pile up.
+
+A client that reads slowly misses statuses in between (only the newest counts) and gets the events it has
+not seen, out of one shared ring. While nobody watches, nothing runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from controlplane.contract.errors import Unavailable
+from controlplane.contract.events import Event
+from web.admin.service import AdminService
+
+PERIOD_S = 0.25
+RING_LEN_MAX = 500
+CLIENTS_MAX = 32
+SEND_LIMIT_S = 10.0  # a client that takes nothing for so long is let go
+IDLE_LIMIT_S = 10.0
+
+
+def event_rows(rows: Sequence[tuple[int, Event]]) -> list[dict[str, object]]:
+    """Events as the admin API shows them: the event's fields and its id."""
+    return [{"id": number, **msgspec.structs.asdict(event)} for number, event in rows]
+
+
+class Feed:
+    """What the clients share. `version` grows whenever there is something new."""
+
+    def __init__(self, service: AdminService) -> None:
+        self._service = service
+        self._changed = asyncio.Event()  # set, and replaced by a fresh one, with each new version
+        self._version = 0
+        self._closed = False
+        self._status = b""
+        self._history_error = ""
+        self._ring: deque[tuple[int, Event]] = deque(maxlen=RING_LEN_MAX)
+        self._clients = 0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def full(self) -> bool:
+        return self._clients >= CLIENTS_MAX
+
+    @contextlib.asynccontextmanager
+    async def joined(self) -> AsyncIterator[None]:
+        """Keeps the producers running while anybody is inside."""
+        self._clients += 1
+        if not self._tasks:
+            self._tasks = [
+                asyncio.create_task(self._watch_status()),
+                asyncio.create_task(self._watch_events()),
+            ]
+        try:
+            yield
+        finally:
+            self._clients -= 1
+            if self._clients == 0:
+                tasks, self._tasks = self._tasks, []
+                for task in tasks:
+                    task.cancel()
+
+    def close(self) -> None:
+        """End every stream, now: the process is about to exit."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def messages(self, after: int) -> AsyncGenerator[bytes, None]:
+        """Server-sent events for one client, who has seen the history up to id `after`.
+
+        Ends when a producer failed: the client connects again.
+        """
+        seen, told_error = 0, ""
+        while not any(task.done() for task in self._tasks):
+            try:
+                async with asyncio.timeout(IDLE_LIMIT_S):
+                    while self._version == seen and not self._closed:
+                        await self._changed.wait()
+            except TimeoutError:
+                continue
+            if self._closed:
+                return
+            seen = self._version
+            yield b"event: status\ndata: " + self._status + b"\n\n"
+            fresh = [row for row in self._ring if row[0] > after]
+            if fresh:
+                after = fresh[-1][0]
+                yield b"event: events\nid: %d\ndata: %s\n\n" % (after, msgspec.json.encode(event_rows(fresh)))
+            if self._history_error != told_error:
+                told_error = self._history_error
+                yield b"event: history\ndata: " + msgspec.json.encode({"error": told_error}) + b"\n\n"
+
+    async def _watch_status(self) -> None:
+        while True:
+            self._status = msgspec.json.encode(self._service.status())
+            self._version += 1
+            self._wake()
+            await asyncio.sleep(PERIOD_S)
+
+    async def _watch_events(self) -> None:
+        # On its own, because a slow database must not hold the status back.
+        last = self._ring[-1][0] if self._ring else 0
+        while True:
+            try:
+                rows = await self._service.events(RING_LEN_MAX, last)
+                self._history_error = ""
+            except Unavailable as error:
+                rows, self._history_error = [], str(error)
+            self._ring.extend(rows)
+            last = self._ring[-1][0] if self._ring else 0
+            await asyncio.sleep(PERIOD_S)
+
+
+class FeedResponse(Response):
+    """One client's stream. It ends when the client goes, or stops reading."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, feed: Feed, after: int) -> None:
+        super().__init__(headers={"x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._feed = feed
+        self._after = after
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sender = asyncio.create_task(self._send_all(send))
+        watcher = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sender, watcher):
+                task.cancel()
+            await asyncio.gather(sender, watcher, return_exceptions=True)
+        if not sender.cancelled() and (error := sender.exception()) and not isinstance(error, TimeoutError):
+            raise error
+
+    async def _send_all(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        async with asyncio.timeout(SEND_LIMIT_S):
+            await send(start)
+        async with self._feed.joined(), contextlib.aclosing(self._feed.messages(self._after)) as messages:
+            async for message in messages:
+                async with asyncio.timeout(SEND_LIMIT_S):
+                    await send({"type": "http.response.body", "body": message, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,188 @@
+"""The FastAPI application: routes, and how errors become answers."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from typing import Any
+
+import msgspec
+import structlog
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from web.gateway.answer import Answer
+from web.gateway.chat import chat, chat_prompt
+from web.gateway.completions import complete
+from web.gateway.errors import ApiError, shorten
+from web.gateway.generation import count_error
+from web.gateway.guard import BODY_BYTES_MAX, ApiKeys, Guard, too_large
+from web.gateway.openai import (
+    ChatRequest,
+    Common,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    parse,
+)
+from web.gateway.sampling import check_chars, check_tokens
+from web.gateway.service import Service
+
+log = structlog.get_logger()
+
+DETOKENIZE_MAX = 1 << 18  # tokens
+
+
+def build_app(service: Service, keys: ApiKeys) -> ASGIApp:
+    """The whole application, guarded."""
+    app = FastAPI(title="KevlarFlow gateway", version=service.version, docs_url=None, redoc_url=None)
+    _health_routes(app, service)
+    _model_routes(app, service)
+    _generation_routes(app, service)
+    _token_routes(app, service)
+    _error_handlers(app, service)
+    return Guard(app, keys)
+
+
+def _health_routes(app: FastAPI, service: Service) -> None:
+    router = service.dispatcher.router
+
+    def state() -> Response:
+        """200 only while a request could be served: a pipeline is up and its scheduler can be reached."""
+        if router.reachable:
+            return _json({"status": "ok", "pipelines": router.reachable})
+        raise ApiError(503, "no pipeline is up and reachable", retry_after_s=1)
+
+    @app.get("/livez")
+    async def livez() -> Response:
+        return _json({"status": "ok"})
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        return state()
+
+    @app.get("/health")
+    async def health() -> Response:
+        return state()
+
+    @app.get("/version")
+    async def version() -> Response:
+        return _json({"version": service.version})
+
+    @app.get("/load")
+    async def load() -> Response:
+        return _json({"server_load": router.live})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _model_routes(app: FastAPI, service: Service) -> None:
+    model = {
+        "id": service.model.name,
+        "object": "model",
+        "created": service.started_unix_s,
+        "owned_by": "kevlarflow",
+        "root": service.model.name,
+        "parent": None,
+        "max_model_len": service.model.max_model_len,
+    }
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return _json({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        service.check_model(name)
+        return _json(model)
+
+
+def _generation_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions", response_model=None)
+    async def completions(request: Request) -> Answer:
+        body = parse(CompletionRequest, await read_body(request))
+        return await complete(service, body, _request_id(request, body))
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(request: Request) -> Answer:
+        body = parse(ChatRequest, await read_body(request))
+        return await chat(service, body, _request_id(request, body))
+
+
+def _token_routes(app: FastAPI, service: Service) -> None:
+    model = service.model
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = parse(TokenizeRequest, await read_body(request))
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "either prompt or messages is required", "prompt")
+        if body.messages is not None:
+            ids = list(
+                await chat_prompt(
+                    service, body.messages, body.add_generation_prompt, bool(body.add_special_tokens)
+                )
+            )
+        else:
+            text = body.prompt or ""
+            check_chars(model, text, "prompt")
+            ids = await model.encode(text, body.add_special_tokens is not False)
+        names = [model.tokenizer.id_to_token(i) for i in ids] if body.return_token_strs else None
+        limit = model.max_model_len
+        return _json({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": names})
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = parse(DetokenizeRequest, await read_body(request))
+        service.check_model(body.model)
+        if len(body.tokens) > DETOKENIZE_MAX:
+            raise ApiError(400, f"at most {DETOKENIZE_MAX} tokens at once", "tokens")
+        return _json({"prompt": model.decode(list(check_tokens(model, body.tokens, "tokens")))})
+
+
+def _error_handlers(app: FastAPI, service: Service) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        count_error(service, error)
+        return _json(error.body, error.status, error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        text = f"{request.method} {shorten(request.url.path)}: {error.detail}"
+        wrapped = ApiError(error.status_code, text)
+        count_error(service, wrapped)
+        return _json(wrapped.body, error.status_code, dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def defect(_: Request, error: Exception) -> Response:
+        log.error("a request failed", exc_info=error)
+        wrapped = ApiError(500, "internal error of the gateway")
+        count_error(service, wrapped)
+        return _json(wrapped.body, 500, wrapped.headers)
+
+
+async def read_body(request: Request) -> bytes:
+    """The body, refused as soon as it exceeds its bound (a client may not name a length)."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > BODY_BYTES_MAX:
+            raise too_large()
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _request_id(request: Request, body: Common) -> str:
+    wanted = body.request_id or request.headers.get("x-request-id", "")
+    return wanted if re.fullmatch(r"[\w.:-]{1,128}", wanted, re.ASCII) else uuid.uuid4().hex
+
+
+def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(data), status, headers, "application/json")

@@ -1,0 +1,120 @@
+"""POST /v1/chat/completions: messages through the model's chat template, then as a completion."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+from controlplane.contract.errors import RequestError
+from web.gateway import shapes
+from web.gateway.answer import Answer
+from web.gateway.choice import Piece
+from web.gateway.errors import ApiError
+from web.gateway.generation import Generation, Plan
+from web.gateway.openai import INT64_MAX, ChatRequest, Message, plain
+from web.gateway.sampling import check_chars, check_length, make_sampling, text_rules
+from web.gateway.service import Service
+from web.gateway.stream_format import ChunkWriter
+
+
+async def chat(service: Service, request: ChatRequest, request_id: str) -> Answer:
+    """Check everything, then answer. Raises ApiError."""
+    service.check_model(request.model)
+    model = service.model
+    prompt = await chat_prompt(
+        service,
+        request.messages,
+        request.add_generation_prompt is not False,
+        bool(request.add_special_tokens),
+        request.chat_template_kwargs,
+    )
+    max_tokens = request.max_completion_tokens or request.max_tokens
+    if max_tokens is None:
+        check_length(model, len(prompt), 1)
+        max_tokens = min(model.max_model_len - len(prompt), model.max_new_tokens or model.max_model_len)
+    seed = request.seed if request.seed is not None else secrets.randbits(62)
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    plans = [
+        Plan(prompt, make_sampling(request, model, len(prompt), max_tokens, (seed + n) & INT64_MAX, logprobs))
+        for n in range(request.choices)
+    ]
+    generation = Generation(service, plans, text_rules(request), request.priority or 0)
+    form = ChatFormat(service, request, generation, f"chatcmpl-{request_id}")
+    return Answer(service, generation, form, bool(request.stream))
+
+
+async def chat_prompt(
+    service: Service,
+    messages: list[Message],
+    add_generation_prompt: bool,
+    add_special_tokens: bool,
+    extra: dict[str, Any] | None = None,
+) -> tuple[int, ...]:
+    """Token ids of a conversation. Raises ApiError."""
+    model = service.model
+    if model.template is None:
+        raise ApiError(400, "this model has no chat template: use /v1/completions", "messages")
+    check_chars(model, "".join(message.text for message in messages), "messages")
+    try:
+        text = model.template.render(plain(messages), add_generation_prompt, extra)
+    except RequestError as error:
+        raise ApiError(400, str(error), "messages") from error
+    return tuple(await model.encode(text, add_special_tokens))
+
+
+class ChatFormat:
+    """OpenAI's chat.completion objects, with vLLM's stop_reason and, when asked for, token ids."""
+
+    def __init__(
+        self, service: Service, request: ChatRequest, generation: Generation, answer_id: str
+    ) -> None:
+        head = {"id": answer_id, "created": int(time.time()), "model": service.model.name}
+        self._head = head | {"object": "chat.completion"}
+        self._vocabulary = service.model.vocabulary
+        self._request = request
+        self._generation = generation
+        self._writer = ChunkWriter(head | {"object": "chat.completion.chunk"}, generation, request, 1)
+        self._begun = [False] * len(generation.plans)
+
+    def chunk(self, index: int, piece: Piece) -> bytes:
+        request = self._request
+        out = b""
+        if not self._begun[index]:
+            self._begun[index] = True
+            out = self._first(index)
+        if not (piece.text or piece.finish or request.return_token_ids or request.logprobs):
+            return out  # the rest is held back
+        delta = {"content": piece.text} if piece.text or piece.finish is None else {}
+        choice = shapes.chat_delta(index, delta, piece, self._logprobs(piece))
+        if request.return_token_ids:
+            choice["token_ids"] = [token.token for token in piece.tokens]
+        return out + self._writer.event(index, choice)
+
+    def _first(self, index: int) -> bytes:
+        """The role, before the first text."""
+        delta = {"role": "assistant", "content": ""}
+        choice = shapes.chat_delta(index, delta, Piece(), None)
+        if self._request.return_token_ids:
+            choice["prompt_token_ids"] = self._generation.plans[index].prompt
+        return self._writer.event(index, choice)
+
+    def last(self) -> bytes:
+        return self._writer.usage_event()
+
+    def body(self, pieces: list[Piece]) -> dict[str, Any]:
+        choices = []
+        for index, piece in enumerate(pieces):
+            choice = shapes.chat_choice(index, piece, self._logprobs(piece))
+            if self._request.return_token_ids:
+                choice["token_ids"] = [token.token for token in piece.tokens]
+            choices.append(choice)
+        body = self._head | {"choices": choices, "usage": self._writer.usage()}
+        if self._request.return_token_ids:
+            body["prompt_token_ids"] = self._generation.plans[0].prompt
+        return body
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if not self._request.logprobs:
+            return None
+        return shapes.chat_logprobs(self._vocabulary, piece.tokens, self._request.top_logprobs or 0)

@@ -1,0 +1,73 @@
+"""One choice of a response: turns accepted tokens into text and finds out how it ends (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tokenizers import Tokenizer
+
+from controlplane.contract.requests import FinishReason, Token
+from web.gateway.detok import Detokenizer, StopFinder
+
+
+@dataclass(slots=True)
+class Piece:
+    """What a batch of tokens added to a choice."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish: str | None = None  # "stop" or "length"
+    stop_reason: str | int | None = None  # the stop string or token id that the client asked for
+
+
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """What of a request decides how its tokens become text."""
+
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()  # those that the client named
+
+
+class Choice:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], rules: TextRules) -> None:
+        self._detok = Detokenizer(tokenizer, prompt, rules.skip_special_tokens)
+        self._stop = StopFinder(rules.stops, rules.include_stop)
+        self._rules = rules
+        self.tokens = 0  # generated, those of a stop included
+        self.finished = False
+
+    def push(self, tokens: Sequence[Token]) -> Piece:
+        """Take in the next tokens. After a finish, the rest of them is not part of the choice."""
+        piece = Piece()
+        for token in tokens:
+            if self.finished:
+                break
+            self.tokens += 1
+            piece.tokens.append(token)
+            self._push(token, piece)
+        return piece
+
+    def _push(self, token: Token, piece: Piece) -> None:
+        stopped = token.finish is FinishReason.STOP
+        # The text of a stop token is shown only on request, like that of a stop string.
+        text = "" if stopped and not self._rules.include_stop else self._detok.push(token.token)
+        if token.finish is not None:
+            text += self._detok.finish()
+        if self.tokens <= self._rules.min_tokens:
+            piece.text += self._stop.skip(text)
+            match = None
+        else:
+            shown, match = self._stop.push(text)
+            piece.text += shown
+        if match is not None:
+            piece.finish, piece.stop_reason = "stop", match
+        elif token.finish is not None:
+            piece.text += self._stop.finish()
+            piece.finish = token.finish.value
+            if stopped and token.token in self._rules.stop_token_ids:
+                piece.stop_reason = token.token
+        self.finished = piece.finish is not None

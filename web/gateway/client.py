@@ -1,0 +1,194 @@
+"""gRPC streams to schedulers: one per member, reopened with a bounded back-off for as long as it is wanted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+
+from controlplane.contract import rpc
+from controlplane.contract.ids import Member, NodeId
+from controlplane.contract.requests import GatewayMessage, Refused, Tokens
+from web.gateway.events import Event, RefusalReceived, StreamDown, StreamUp, TokensReceived
+
+log = structlog.get_logger()
+
+MESSAGE_BYTES_MAX = 16 << 20
+OUTBOX_MAX = 8192  # messages; more than all live requests ever need
+CONNECT_S = 2.0
+WRITE_S = 5.0
+BACKOFF_FIRST_S = 0.02
+BACKOFF_MAX_S = 1.0
+STEADY_S = 1.0  # a stream that lived this long was a good one: the back-off starts anew
+OPTIONS = [
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Each try has its own connection: the back-off is ours, and not gRPC's as well.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+]
+
+
+class Links:
+    """All streams of one gateway. `emit` is called with what they bring, in each stream's order."""
+
+    def __init__(self, token: str, emit: Callable[[Event], None]) -> None:
+        self.reconnects = 0
+        self._metadata = (("authorization", f"Bearer {token}"),)
+        self._emit = emit
+        self._addresses: dict[Member, str] = {}
+        self._newest: dict[NodeId, Member] = {}
+        self._links: dict[Member, _Link] = {}
+
+    def locate(self, member: Member, address: str) -> None:
+        """Where a member's front door is ("host:port"). Kept when its record goes: etcd may be away."""
+        self._addresses[member] = address
+        self._newest[member.node] = member
+        if member in self._links:
+            self._links[member].located.set()
+
+    def prune(self, members: set[Member]) -> None:
+        """Forget the addresses of incarnations that are over: not in `members`, no stream, not the newest."""
+        keep = members | self._links.keys() | set(self._newest.values())
+        for member in self._addresses.keys() - keep:
+            del self._addresses[member]
+
+    def open(self, member: Member) -> None:
+        if member not in self._links:
+            self._links[member] = _Link(self, member)
+
+    def close(self, member: Member) -> None:
+        link = self._links.pop(member, None)
+        if link is not None:
+            link.task.cancel()
+
+    def send(self, member: Member, message: GatewayMessage) -> None:
+        """Queue a message; dropped when there is no stream, since opening one submits everything again."""
+        link = self._links.get(member)
+        if link is not None:
+            link.send(message)
+
+    async def aclose(self) -> None:
+        links, self._links = list(self._links.values()), {}
+        for link in links:
+            link.task.cancel()
+        await asyncio.gather(*(link.task for link in links), return_exceptions=True)
+
+
+class _Link:
+    """The stream to one member."""
+
+    def __init__(self, links: Links, member: Member) -> None:
+        self.located = asyncio.Event()
+        self._links = links
+        self._member = member
+        self._outbox: deque[GatewayMessage] = deque()
+        self._filled = asyncio.Event()
+        self._up = False
+        if member in links._addresses:
+            self.located.set()
+        self.task = asyncio.create_task(self._run(), name=f"link-{member}")
+
+    def send(self, message: GatewayMessage) -> None:
+        if self._up:
+            self._outbox.append(message)
+            self._filled.set()
+
+    async def _run(self) -> None:
+        """Until cancelled: connect, follow, report the end, wait, again."""
+        loop = asyncio.get_running_loop()
+        delay_s = BACKOFF_FIRST_S
+        last_error = ""
+        while True:
+            await self.located.wait()
+            started = loop.time()
+            try:
+                await self._once(self._links._addresses[self._member])
+                error = "the peer ended the stream"
+            except* (grpc.aio.AioRpcError, TimeoutError, ConnectionError, asyncio.InvalidStateError) as group:
+                error = _describe(group.exceptions[0])
+            finally:
+                was_up, self._up = self._up, False
+                self._outbox.clear()
+                if was_up:
+                    self._links._emit(StreamDown(self._member))
+            if was_up or error != last_error:  # once per cause
+                log.warning("scheduler stream down", member=str(self._member), error=error, was_up=was_up)
+            last_error = error
+            self._links.reconnects += 1
+            if loop.time() - started > STEADY_S:
+                delay_s = BACKOFF_FIRST_S
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, BACKOFF_MAX_S)
+
+    async def _once(self, address: str) -> None:
+        """One connection, from its start to its end. Raises the errors that `_run` names."""
+        async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
+            serve = channel.stream_stream(
+                rpc.FRONTDOOR_SERVE,
+                request_serializer=rpc.encode,
+                response_deserializer=rpc.decode_scheduler_message,
+            )
+            call = serve(metadata=self._links._metadata)
+            try:
+                async with asyncio.timeout(CONNECT_S):
+                    await _unless_cancelled_there(call.wait_for_connection())
+                self._up = True
+                log.info("scheduler stream up", member=str(self._member), address=address)
+                self._links._emit(StreamUp(self._member))
+                async with asyncio.TaskGroup() as group:
+                    writer = group.create_task(self._write(call))
+                    try:
+                        await self._read(call)
+                    finally:
+                        writer.cancel()
+            finally:
+                call.cancel()
+
+    async def _read(self, call: grpc.aio.StreamStreamCall) -> None:
+        member, emit = self._member, self._links._emit
+        while True:
+            message = await _unless_cancelled_there(call.read())
+            if message is grpc.aio.EOF:
+                return
+            if message is None:
+                raise ConnectionError("the peer sent a message that cannot be decoded")
+            match message:
+                case Tokens():
+                    emit(TokensReceived(member, message))
+                case Refused():
+                    emit(RefusalReceived(member, message))
+
+    async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
+        while True:
+            while self._outbox:
+                if len(self._outbox) > OUTBOX_MAX:
+                    raise ConnectionError("the peer does not read")
+                async with asyncio.timeout(WRITE_S):
+                    await _unless_cancelled_there(call.write(self._outbox.popleft()))
+            self._filled.clear()
+            await self._filled.wait()
+
+
+async def _unless_cancelled_there(step: Awaitable[Any]) -> Any:
+    """grpc.aio reports a call that the other side cancelled as if our own task had been."""
+    try:
+        return await step
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise ConnectionError("the peer cancelled the stream") from None
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,105 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+from web.gateway import shapes
+from web.gateway.answer import Answer
+from web.gateway.choice import Piece
+from web.gateway.errors import ApiError
+from web.gateway.generation import Generation, Plan
+from web.gateway.openai import INT64_MAX, CompletionRequest
+from web.gateway.sampling import check_chars, check_tokens, make_sampling, text_rules
+from web.gateway.service import Service
+from web.gateway.stream_format import ChunkWriter
+
+MAX_TOKENS = 16  # OpenAI's and vLLM's default
+
+
+async def complete(service: Service, request: CompletionRequest, request_id: str) -> Answer:
+    """Check everything, then answer. Raises ApiError."""
+    service.check_model(request.model)
+    max_tokens = request.max_tokens or min(MAX_TOKENS, service.model.max_new_tokens or MAX_TOKENS)
+    plans: list[Plan] = []
+    for prompt in request.prompts:
+        ids = await prompt_ids(service, request, prompt)
+        seed = request.seed if request.seed is not None else secrets.randbits(62)
+        for n in range(request.choices):
+            sampling = make_sampling(
+                request, service.model, len(ids), max_tokens, (seed + n) & INT64_MAX, request.logprobs
+            )
+            plans.append(Plan(ids, sampling))
+    generation = Generation(service, plans, text_rules(request), request.priority or 0)
+    form = CompletionFormat(service, request, generation, f"cmpl-{request_id}")
+    return Answer(service, generation, form, bool(request.stream))
+
+
+async def prompt_ids(
+    service: Service, request: CompletionRequest, prompt: str | list[int]
+) -> tuple[int, ...]:
+    """Token ids of one prompt, checked. Raises ApiError."""
+    if isinstance(prompt, list):
+        if not prompt:
+            raise ApiError(400, "a prompt has no tokens", "prompt")
+        return check_tokens(service.model, prompt, "prompt")
+    check_chars(service.model, prompt, "prompt")
+    return tuple(await service.model.encode(prompt, request.add_special_tokens is not False))
+
+
+class CompletionFormat:
+    """OpenAI's text_completion objects, with vLLM's stop_reason and, when asked for, token ids."""
+
+    def __init__(
+        self, service: Service, request: CompletionRequest, generation: Generation, answer_id: str
+    ) -> None:
+        self._head = {
+            "id": answer_id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.model.name,
+        }
+        self._request = request
+        self._generation = generation
+        self._writer = ChunkWriter(self._head, generation, request, len(request.prompts))
+        count = len(generation.plans)
+        self._begun = [False] * count
+        self._echo = [""] * count
+        if request.echo:
+            for index in range(count):
+                prompt = request.prompts[index // request.choices]
+                self._echo[index] = prompt if isinstance(prompt, str) else service.model.decode(prompt)
+        self._logprobs = None
+        if request.logprobs is not None:
+            self._logprobs = [shapes.CompletionLogprobs(service.model.vocabulary) for _ in range(count)]
+
+    def chunk(self, index: int, piece: Piece) -> bytes:
+        ids = self._request.return_token_ids
+        if not self._begun[index]:
+            piece.text = self._echo[index] + piece.text
+        if not (piece.text or piece.finish or ids or self._logprobs):
+            return b""  # all of it is held back
+        choice = self._choice(index, piece)
+        if ids and self._begun[index]:
+            choice["prompt_token_ids"] = None  # sent with the first chunk
+        self._begun[index] = True
+        return self._writer.event(index, choice)
+
+    def last(self) -> bytes:
+        return self._writer.usage_event()
+
+    def body(self, pieces: list[Piece]) -> dict[str, Any]:
+        for index, piece in enumerate(pieces):
+            piece.text = self._echo[index] + piece.text
+        choices = [self._choice(index, piece) for index, piece in enumerate(pieces)]
+        return self._head | {"choices": choices, "usage": self._writer.usage()}
+
+    def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
+        logprobs = self._logprobs[index].take(piece.tokens) if self._logprobs else None
+        choice = shapes.completion_choice(index, piece, logprobs)
+        if self._request.return_token_ids:
+            choice["token_ids"] = [token.token for token in piece.tokens]
+            choice["prompt_token_ids"] = self._generation.plans[index].prompt
+        return choice

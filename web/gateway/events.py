@@ -1,0 +1,129 @@
+"""What happens to the router, and what it wants done: two closed vocabularies (pure)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from controlplane.contract.ids import Member
+from controlplane.contract.requests import Cancel, Refused, Sampling, Submit, Token, Tokens
+from controlplane.contract.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class TopologySeen:
+    topology: Topology
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitAsked:
+    rid: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAsked:
+    """The client is gone, or a stop string ended the stream."""
+
+    rid: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokensReceived:
+    member: Member  # whose stream they came on
+    tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class RefusalReceived:
+    member: Member
+    refusal: Refused
+
+
+@dataclass(frozen=True, slots=True)
+class StreamUp:
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class StreamDown:
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class ShutDown:
+    """The gateway is about to exit: every stream ends now, with an error that says so."""
+
+
+Event = (
+    TopologySeen
+    | SubmitAsked
+    | CancelAsked
+    | TokensReceived
+    | RefusalReceived
+    | StreamUp
+    | StreamDown
+    | Tick
+    | ShutDown
+)
+
+
+class FailCode(StrEnum):
+    OVERLOADED = "overloaded"  # 429: every pipeline's queue, or this gateway, is full
+    UNAVAILABLE = "unavailable"  # 503: no pipeline serves
+    INVALID = "invalid"  # 400: the engine says it can never run
+    QUARANTINED = "quarantined"  # 500: it broke steps or nodes, and is not tried again
+    MISMATCH = "mismatch"  # 500: a repeated position carried another token
+    ENGINE = "engine"  # 500: the engine ended it with an error
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStream:
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class CloseStream:
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class SendSubmit:
+    member: Member
+    submit: Submit
+
+
+@dataclass(frozen=True, slots=True)
+class SendCancel:
+    member: Member
+    cancel: Cancel
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """The next tokens of a stream. `gap_s` is set on the first ones after a failure or a switch: how long the
+    client had to wait for them since its last token; `how` says how the stream got over it.
+    """
+
+    rid: int
+    tokens: tuple[Token, ...]
+    gap_s: float | None = None
+    how: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    rid: int
+    code: FailCode
+    message: str
+    retry_after_s: float = 0.0
+
+
+Effect = OpenStream | CloseStream | SendSubmit | SendCancel | Deliver | Fail

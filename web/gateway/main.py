@@ -1,0 +1,138 @@
+"""kf-gateway: one OpenAI-compatible endpoint of a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import structlog
+
+from controlplane.contract.auth import derive, load_secret
+from controlplane.contract.config import ClusterConfig, load_config
+from controlplane.contract.errors import ConfigError
+from controlplane.contract.keys import Keys, encode
+from controlplane.contract.records import GatewayRecord
+from controlplane.etcd.client import EtcdClient
+from controlplane.etcd.register import Registration
+from web.gateway.app import build_app
+from web.gateway.dispatch import Dispatcher
+from web.gateway.guard import ApiKeys
+from web.gateway.live import Policy
+from web.gateway.metrics import Metrics
+from web.gateway.model import Model, load_model
+from web.gateway.server import listen, make_server, serve
+from web.gateway.service import Service
+from web.gateway.watch import ClusterWatch
+
+log = structlog.get_logger()
+
+LEASE_S = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="kf-gateway", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="the cluster's settings, TOML or JSON")
+    parser.add_argument("--id", default="g1", help="this gateway's name in the cluster (default: g1)")
+    parser.add_argument("--port", type=int, help="0: any free one (default: gateway_port of the settings)")
+    arguments = parser.parse_args()
+    _log_json(arguments.id)
+    try:
+        config = load_config(arguments.config)
+        port = config.gateway_port if arguments.port is None else arguments.port
+        asyncio.run(run_gateway(config, arguments.id, port))
+    except ConfigError as error:
+        sys.exit(f"kf-gateway: {error}")
+
+
+def policy_of(config: ClusterConfig) -> Policy:
+    engine, timing = config.engine, config.timing
+    return Policy(
+        live_max=(engine.max_running + engine.max_waiting) * config.instances,
+        grace_s=timing.unavailable_grace_s,
+        unreachable_s=2 * timing.dead_after_s,
+    )
+
+
+async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
+    """Serve until told to stop. Raises ConfigError for what the operator has to mend."""
+    token = derive(load_secret(config.secret_file), "grpc")
+    keys = ApiKeys.load(config.api_keys_file)
+    model = load_model(config)
+    try:
+        sock = listen(config.host, port)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {config.host}:{port}: {error.strerror}") from error
+    address = f"{config.host}:{sock.getsockname()[1]}"
+    metrics = Metrics()
+    dispatcher = Dispatcher(policy_of(config), token, metrics)
+    async with EtcdClient(config.etcd) as etcd:
+        watch = ClusterWatch(etcd, config, dispatcher)
+        service = _service(model, dispatcher, metrics, watch)
+        server = make_server(build_app(service, keys))
+        record = GatewayRecord(id=name, address=address, pid=os.getpid())
+        registration = Registration(etcd, Keys(config.cluster).gateways + name, encode(record), LEASE_S)
+        background = [
+            asyncio.create_task(watch.follow_topology(), name="topology"),
+            asyncio.create_task(watch.follow_nodes(), name="nodes"),
+            asyncio.create_task(registration.run(), name="registration"),
+        ]
+        gc.freeze()  # what start-up made stays: collections need not look at it again
+        log.info("serving", address=address, model=model.name, max_model_len=model.max_model_len)
+        serving = asyncio.create_task(serve(server, sock, dispatcher))
+        try:
+            # None of the others ever ends by itself: if one does, it is a defect, and it ends the process.
+            done, _ = await asyncio.wait([serving, *background], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in (*background, serving):
+                task.cancel()
+            await asyncio.gather(*background, serving, return_exceptions=True)
+            await registration.withdraw()
+            await dispatcher.aclose()
+
+
+def _service(model: Model, dispatcher: Dispatcher, metrics: Metrics, watch: ClusterWatch) -> Service:
+    metrics.attach(dispatcher.router, watch.age_s)
+    return Service(
+        model=model,
+        dispatcher=dispatcher,
+        metrics=metrics,
+        started_unix_s=int(time.time()),
+        etcd_age_s=watch.age_s,
+    )
+
+
+def _log_json(name: str) -> None:
+    """One JSON object a line on stderr, the libraries' warnings included."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+    )
+    structlog.contextvars.bind_contextvars(process=f"gateway/{name}", pid=os.getpid())
+    logging.basicConfig(level=logging.WARNING, handlers=[_ToStructlog()])
+
+
+class _ToStructlog(logging.Handler):
+    """Hands records of the standard library's logging (uvicorn, the etcd client) to structlog."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # exc_info is the record's own: this handler may run long after the `except` it came from.
+        log.log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info or None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What a gateway knows, in Prometheus' terms: vLLM's names under our prefix, and our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from web.gateway.router import Router
+
+PREFIX = "kevlarflow_"
+LATENCIES_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2, 4, 8, 15, 30, 60, 120, 300)
+GAPS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30)
+
+# The router's count -> label of fenced_rejections_total, of requests_recovered_total.
+FENCED = {
+    "duplicate": "duplicate",
+    "stale_epoch": "stale_epoch",
+    "wrong_member": "wrong_member",
+    "stale_refusal": "stale_refusal",
+    "gap": "gap",
+    "mismatch": "mismatch",
+}
+RECOVERED = ("resubmitted", "continued", "moved")
+
+
+class Metrics:
+    """One registry per gateway, so that several can live in one process (tests)."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def histogram(
+            name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()
+        ) -> Histogram:
+            return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+
+        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(PREFIX + name, text, labels, registry=self.registry)
+
+        self.ttft = histogram("time_to_first_token_seconds", "Request to first token", LATENCIES_S)
+        self.itl = histogram("inter_token_latency_seconds", "Between two tokens of a stream", LATENCIES_S)
+        self.e2e = histogram("e2e_request_latency_seconds", "Request to its last token", LATENCIES_S)
+        self.failover_gap = histogram(
+            "failover_gap_seconds", "Longest wait of a stream around a failure or a switch", GAPS_S, ("how",)
+        )
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of admitted requests")
+        self.generation_tokens = counter("generation_tokens", "Tokens given to clients")
+        self.success = counter("request_success", "Choices that ended well", ("finished_reason",))
+        self.errors = counter("request_errors", "Requests that ended with an error", ("status",))
+        self.rejections = counter(
+            "admission_rejections", "Requests refused for load or lack of service", ("reason",)
+        )
+        self.disconnects = counter("client_disconnects", "Clients that left before the end")
+
+    def attach(self, router: Router, etcd_age_s: Callable[[], float]) -> None:
+        """Export what the router counts by itself."""
+        self.registry.register(_RouterCollector(router, etcd_age_s))
+
+    def render(self) -> bytes:
+        text: bytes = generate_latest(self.registry)
+        return text
+
+
+class _RouterCollector(Collector):
+    def __init__(self, router: Router, etcd_age_s: Callable[[], float]) -> None:
+        self._router = router
+        self._etcd_age_s = etcd_age_s
+
+    def collect(self) -> Iterable[Metric]:
+        router = self._router
+        topology = router.topology
+        gauges = {
+            "num_requests_running": ("Requests in progress", router.live),
+            "pipelines_up": ("Pipelines that serve, by the newest topology", router.pipelines_up),
+            "pipelines_reachable": ("Those whose scheduler this gateway has a stream to", router.reachable),
+            "topology_counter": ("Counter of the newest topology", topology.counter if topology else 0),
+            "etcd_watch_age_seconds": ("Since etcd was last heard", self._etcd_age_s()),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(PREFIX + name, text, value=value)
+        fenced = CounterMetricFamily(
+            PREFIX + "fenced_rejections", "Deliveries that were dropped", labels=["kind"]
+        )
+        for count, label in FENCED.items():
+            fenced.add_metric([label], router.counts[count])
+        yield fenced
+        recovered = CounterMetricFamily(PREFIX + "requests_recovered", "Streams that went on", labels=["how"])
+        for how in RECOVERED:
+            recovered.add_metric([how], router.counts[f"recovered_{how}"])
+        yield recovered
+        for name in ("quarantined", "asked_again"):
+            label = "quarantined_requests" if name == "quarantined" else "resubmits_for_missing_tokens"
+            yield CounterMetricFamily(PREFIX + label, "See the router's policy", value=router.counts[name])

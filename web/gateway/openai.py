@@ -1,0 +1,263 @@
+"""Request bodies of the OpenAI-compatible API, as strict types: whatever is not understood is refused by name.
+
+Silently ignoring a parameter would give another answer than the client asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from web.gateway.errors import ApiError, shorten
+
+CHOICES_MAX = 128
+STOPS_MAX = 64
+LOGPROBS_MAX = 20
+INT64_MAX = 2**63 - 1
+
+# Parameters that are known but not supported, with the values that mean "as if absent".
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "prompt_logprobs": (),
+    "bad_words": ([],),
+    "use_beam_search": (False,),
+    "cache_salt": (),
+    "truncate_prompt_tokens": (),
+    "spaces_between_special_tokens": (True,),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "web_search_options": (),
+    "prompt_embeds": (),
+    "length_penalty": (1, 1.0),
+    "detokenize": (True,),
+}
+# Accepted and without effect here: they do not change the answer.
+IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier")
+
+TokenId = Annotated[int, Field(ge=0)]
+Strings = str | list[str]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Common(BaseModel):
+    """What both APIs share. None: the client did not say."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
+    best_of: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
+    stop: Strings | None = None
+    stop_token_ids: list[TokenId] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, data: Any) -> Any:
+        """Take out what changes nothing; refuse, by name, what is known but not supported."""
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if name in IGNORED:
+                continue
+            if name in UNSUPPORTED and name not in cls.model_fields:
+                if value is not None and value not in UNSUPPORTED[name]:
+                    raise ApiError(400, f"{name} is not supported", name)
+                continue
+            kept[name] = value
+        return kept
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.best_of is not None and self.best_of != self.choices:
+            raise ApiError(400, "best_of other than n is not supported", "best_of")
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options needs stream: true", "stream_options")
+        if len(self.stops) > STOPS_MAX or any(not 1 <= len(s) <= 1024 for s in self.stops):
+            raise ApiError(400, f"stop: at most {STOPS_MAX} strings of 1 to 1024 characters", "stop")
+        for name in ("temperature", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ApiError(400, f"{name} must be finite", name)
+        return self
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return (
+            self.include_usage
+            and self.stream_options is not None
+            and self.stream_options.continuous_usage_stats
+        )
+
+
+class CompletionRequest(Common):
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            raise ApiError(400, "echo together with logprobs is not supported", "echo")
+        if isinstance(self.prompt, list) and not self.prompt:
+            raise ApiError(400, "prompt must not be empty", "prompt")
+        if len(self.prompts) * self.choices > CHOICES_MAX:
+            raise ApiError(400, f"prompts times n must be at most {CHOICES_MAX}", "n")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One entry a prompt: its text or its token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "\n".join(part.text for part in self.content)
+        return self.content or ""
+
+
+def plain(messages: list[Message]) -> list[dict[str, str]]:
+    """What a chat template gets to see."""
+    return [
+        {"role": m.role, "content": m.text} | ({"name": m.name} if m.name is not None else {})
+        for m in messages
+    ]
+
+
+class ChatRequest(Common):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        reserved = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
+        if reserved & set(self.chat_template_kwargs or ()):
+            raise ApiError(400, "chat_template_kwargs names a reserved variable", "chat_template_kwargs")
+        return self
+
+
+class TokenizeRequest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse(kind: type[Body], raw: bytes) -> Body:
+    """Read a body. Raises ApiError 400 naming the parameter; the client's input is not echoed."""
+    try:
+        return kind.model_validate_json(raw)
+    except pydantic.ValidationError as error:
+        raise _bad_request(error) from None
+
+
+def _bad_request(error: pydantic.ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    # `loc` of a union goes on with the names of its branches: the client knows only the parameter's path.
+    path = [str(part) for part in first["loc"]]
+    name = path[0][:64] if path else None
+    match first["type"]:
+        case "json_invalid":
+            return ApiError(400, "the body is not valid JSON")
+        case "missing":
+            return ApiError(400, f"{'.'.join(path)} is required", name)
+        case "extra_forbidden":
+            where = f" in {path[0]}" if len(path) > 1 else ""
+            return ApiError(400, f"unknown parameter {shorten(path[-1])}{where}", name)
+    branches = [
+        e for e in error.errors(include_url=False, include_input=False) if e["loc"][:1] == first["loc"][:1]
+    ]
+    wanted = "; or: ".join(sorted({str(branch["msg"]) for branch in branches}))
+    return ApiError(400, f"{name or 'the body'}: {wanted[:300]}", name)

@@ -1,0 +1,72 @@
+"""uvicorn, with an end that leaves no stream hanging."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+
+import structlog
+import uvicorn
+from starlette.types import ASGIApp
+
+from web.gateway.dispatch import Dispatcher
+
+log = structlog.get_logger()
+
+DRAIN_S = 2.0  # open streams get their error event within this, then connections are cut
+
+
+class GatewayServer(uvicorn.Server):
+    """Signals are ours: uvicorn's own handling would wait for open streams before telling them anything."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 picks a free one."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((host, port))
+    return sock
+
+
+def make_server(app: ASGIApp) -> GatewayServer:
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=2,
+        backlog=1024,
+    )
+    return GatewayServer(config)
+
+
+async def serve(server: GatewayServer, sock: socket.socket, dispatcher: Dispatcher) -> None:
+    """Serve until SIGTERM or SIGINT (or `stop`); then end every stream explicitly."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, server, dispatcher)
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def stop(server: GatewayServer, dispatcher: Dispatcher) -> None:
+    """Tell every stream that this is the end, refuse new ones, and let the server come to its end."""
+    if not server.should_exit:
+        log.info("shutting down", live=dispatcher.router.live)
+        dispatcher.shut_down()
+    server.should_exit = True

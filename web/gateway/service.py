@@ -1,0 +1,37 @@
+"""What every route of one gateway shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+
+from web.gateway.dispatch import Dispatcher
+from web.gateway.errors import ApiError, shorten
+from web.gateway.metrics import Metrics
+from web.gateway.model import Model
+
+KEEP_ALIVE_S = 5.0
+
+
+def package_version() -> str:
+    try:
+        return version("kevlarflow")
+    except PackageNotFoundError:
+        return "0"
+
+
+@dataclass(slots=True)
+class Service:
+    model: Model
+    dispatcher: Dispatcher
+    metrics: Metrics
+    started_unix_s: int
+    etcd_age_s: Callable[[], float]
+    keep_alive_s: float = KEEP_ALIVE_S
+    version: str = field(default_factory=package_version)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError 404. A request without a model means the one there is."""
+        if name is not None and name != self.model.name:
+            raise ApiError(404, f"the model {shorten(name)} does not exist", "model")

@@ -1,0 +1,82 @@
+// Pure functions from the cluster's status to words. Nothing here touches the page.
+
+export function seconds(value) {
+  if (value < 0.9995) return `${Math.round(value * 1000)} ms`;
+  if (value < 99.5) return `${value.toFixed(1)} s`;
+  if (value < 5940) return `${Math.round(value / 60)} min`;
+  return `${Math.round(value / 3600)} h`;
+}
+
+export function clock(unixS) {
+  const date = new Date(unixS * 1000);
+  const sameDay = date.toDateString() === new Date().toDateString();
+  const time = date.toLocaleTimeString([], { hour12: false });
+  return sameDay ? time : `${date.toLocaleDateString()} ${time}`;
+}
+
+// "silent_s: 0.21" -> "silent 210 ms"; what the message says already, and points in time, are left out.
+export function details(event) {
+  return Object.entries(event.details)
+    .filter(([key, value]) => !key.endsWith("unix_s") && !(typeof value === "string" && event.message.includes(value)))
+    .map(([key, value]) => {
+      const isDuration = key.endsWith("_s") && typeof value === "number";
+      const label = key.replace(/_s$/, "").replaceAll("_", " ");
+      return { label, value: isDuration ? seconds(value) : String(value), isDuration };
+    });
+}
+
+export function lagText(stage, mode) {
+  if (!stage.serving.length) return "nobody serves";
+  if (mode !== "replicate") return "no replicas in this mode";
+  if (!stage.replicas.length) return "unprotected";
+  const targets = stage.replicas.map((member) => member.node).join(", ");
+  if (stage.lag_tokens < 0) return `replica ${targets}, lag unknown`;
+  return `replica ${targets}, ${stage.lag_tokens ? `${stage.lag_tokens} tokens behind` : "up to date"}`;
+}
+
+const ORDER = { ok: 0, warn: 1, bad: 2 };
+
+// Everything that is not as it should be, the worst first: what somebody who was woken reads first.
+export function findings(status) {
+  const found = [];
+  const add = (level, text) => found.push({ level, text });
+  if (!status.available) add("bad", "No pipeline serves: requests wait, then fail.");
+  for (const pipeline of status.pipelines) {
+    const empty = pipeline.stages.flatMap((stage, index) => (stage.serving.length ? [] : [index]));
+    if (pipeline.state === "down") add("bad", `${pipeline.id} is down: nobody serves stage ${empty.join(", ")}.`);
+    if (pipeline.state === "forming") add("warn", `${pipeline.id} is forming: it waits for stage ${empty.join(", ")}.`);
+    pipeline.stages.forEach((stage, index) => {
+      if (stage.borrowed)
+        add("warn", `${pipeline.id} stage ${index} is served by borrowed ${stage.serving.map((m) => m.node).join(", ")}.`);
+      else if (status.mode === "replicate" && stage.serving.length && !stage.replicas.length)
+        add("warn", `${pipeline.id} stage ${index} is unprotected: no replica.`);
+    });
+    if (pipeline.move) {
+      const { stage, to, phase, reason, attempt } = pipeline.move;
+      const again = attempt ? `, attempt ${attempt + 1}` : "";
+      add("warn", `${pipeline.id} moves stage ${stage} to ${to.node} (${phase}${again}; ${reason}).`);
+    }
+  }
+  for (const node of status.nodes) {
+    const why = node.evidence ? `: ${node.evidence}` : "";
+    if (node.state === "red") add("bad", `${node.node} is dead${why}.`);
+    if (node.state === "absent") add("warn", `${node.node} is not there${why}.`);
+    if (node.state === "yellow") add("warn", `${node.node} is suspected${why}.`);
+    if (node.cordoned) add("warn", `${node.node} is cordoned.`);
+  }
+  if (!status.leader) add("warn", "No controller leads: streams go on, but nothing is repaired.");
+  if (status.etcd_age_s > 3)
+    add("warn", `etcd has been silent for ${seconds(status.etcd_age_s)}: streams go on, nothing is changed.`);
+  if (status.paused) add("warn", "Automation is paused.");
+  return found.sort((a, b) => ORDER[b.level] - ORDER[a.level]);
+}
+
+export function headline(status) {
+  const found = findings(status);
+  const serving = status.pipelines.filter((pipeline) => !["down", "forming"].includes(pipeline.state)).length;
+  const some = `${serving} of ${status.pipelines.length} pipelines serve`;
+  if (!status.available) return { level: "bad", word: "Unavailable", some, found };
+  if (serving < status.pipelines.length) return { level: "bad", word: "Serving, reduced", some, found };
+  if (found.length) return { level: "warn", word: "Serving, degraded", some, found };
+  return { level: "ok", word: "All is well", some, found };
+}
