@@ -1,7 +1,6 @@
 """Cython extensions. Everything else about the build is in pyproject.toml."""
 
 import importlib.util
-import os
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -23,15 +22,14 @@ extensions = [
         include_dirs=[str(UCX / "include")],
         library_dirs=[str(UCX / "lib")],
         libraries=["ucp", "ucs"],
-        # The libraries are found by soname: transport/ucx.py loads them from the libucx package first.
+        # The libraries are found by soname: transport/libucp.py loads them from the libucx package first.
         extra_compile_args=["-O2"],
     ),
     Extension(
         "kernels.cpu._attention",
         ["kernels/cpu/_attention.pyx", "kernels/cpu/attention.c"],
+        depends=[str(header) for header in Path("kernels/cpu").glob("*.h")],
         extra_compile_args=FAST,
     ),
 ]
-extensions = [e for e in extensions if all(os.path.exists(s) for s in e.sources)]
-
 setup(ext_modules=cythonize(extensions, language_level=3))

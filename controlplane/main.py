@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import structlog
 import uvicorn
@@ -38,7 +40,7 @@ from web.admin.app import build_app
 
 log = structlog.get_logger()
 
-EXIT_LIMIT_S = 1.5
+EXIT_LIMIT_S = 1.2
 
 
 class AdminServer(uvicorn.Server):
@@ -145,11 +147,31 @@ def bind(host: str, wanted: int | None, default: int) -> socket.socket:
     return socket.create_server((host, 0))
 
 
-async def _main(config: ClusterConfig, me: str, admin_port: int | None) -> None:
+async def _run(options: argparse.Namespace) -> int:
+    """Be a controller until a signal; the exit code."""
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
-    await serve(config, me, bind(config.host, admin_port, config.admin_port), stop)
+    try:
+        config = load_config(options.config)
+        admin_socket = bind(config.host, options.admin_port, config.admin_port)
+        await serve(config, options.id, admin_socket, stop)
+    except KevlarFlowError as error:
+        print(f"kf-controller: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except Exception:
+        log.exception("controller failed")
+        return 1
+    return 0
+
+
+async def _run_and_exit(options: argparse.Namespace) -> NoReturn:
+    code = await _run(options)
+    logging.shutdown()
+    sys.stderr.flush()
+    # Not by returning: asyncio would wait for the threads and cancelled calls of a database that is locked
+    # or gone. All that matters has been handed over, or given up on, by now.
+    os._exit(code)
 
 
 def main() -> None:
@@ -160,16 +182,7 @@ def main() -> None:
     parser.add_argument("--admin-port", type=int, help="port of the admin API; 0: any free one")
     options = parser.parse_args()
     set_up_logging(options.id)
-    code = 0
-    try:
-        asyncio.run(_main(load_config(options.config), options.id, options.admin_port))
-    except KevlarFlowError as error:
-        print(f"kf-controller: {error}", file=sys.stderr)
-        code = 2 if isinstance(error, ConfigError) else 1
-    except Exception:
-        log.exception("controller failed")
-        code = 1
-    sys.exit(code)
+    asyncio.run(_run_and_exit(options))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.topology import MovePhase, Pipeline, Topology
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import (
+    Fence,
     KvAckMeta,
     KvDropMeta,
     KvMeta,
@@ -192,7 +193,7 @@ class Worker:
                     stage = Stage(pipeline.id, duty[0], len(pipeline.stages), pipeline.epoch, self._store)
                     self.stages[pipeline.id] = stage
                 elif stage.fence.epoch < pipeline.epoch:
-                    stage.enter_epoch(pipeline.epoch)
+                    stage.enter(Fence(pipeline.epoch))
                 self._protect(pipeline, duty[0])
             else:
                 if stage is not None:

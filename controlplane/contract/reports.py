@@ -31,7 +31,9 @@ class PipelineReport(msgspec.Struct, frozen=True):
     pipeline: PipelineId
     epoch: int
     stage: int
-    last_step: int  # number of the last step that this stage has executed in this epoch; -1: none
+    last_step: (
+        int  # number of the last step that this stage has executed since the last resynchronisation; -1: none
+    )
     running: int = 0  # scheduler only: requests in batches
     waiting: int = 0  # scheduler only: requests queued
     quiesced_step: int = (

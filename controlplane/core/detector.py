@@ -70,6 +70,7 @@ class Detector:
     timing: TimingConfig
     _watched: dict[Member, _Watched] = field(default_factory=dict)
     _leased: dict[NodeId, Member] = field(default_factory=dict)
+    _newest: dict[NodeId, Member] = field(default_factory=dict)  # the last one registered, leased or not
     _last_event: float | None = None
 
     def advance(self, now: float) -> None:
@@ -81,15 +82,15 @@ class Detector:
                 watched.arrivals.restart()
         self._last_event = now
 
-    def registered(self, member: Member, now: float) -> bool:
-        """False when it is refused: a newer process of the node registered before, and this one is over."""
-        if self._watch(member, now).superseded:
-            return False
-        self._leased[member.node] = member
-        for other, watched in self._watched.items():
-            if other.node == member.node and other != member:
-                watched.superseded = True
-        return True
+    def registered(self, member: Member, now: float) -> None:
+        """What etcd says last is true for every controller alike, even if two processes fight for a name."""
+        self._watch(member, now).superseded = False
+        # Only who was registered before is outlived: reports may be faster than the watch, and so a process
+        # that reports without being registered may as well be newer than this one.
+        old = self._newest.get(member.node)
+        if old is not None and old != member and old in self._watched:
+            self._watched[old].superseded = True
+        self._leased[member.node] = self._newest[member.node] = member
 
     def lease_gone(self, node: NodeId) -> None:
         self._leased.pop(node, None)
@@ -97,10 +98,7 @@ class Detector:
     def expect(self, members: Iterable[Member], now: float) -> None:
         """These are in the topology: watch them even if they never said a word to this controller."""
         for member in members:
-            watched = self._watch(member, now)
-            leased = self._leased.get(member.node)
-            if leased is not None and leased != member:
-                watched.superseded = True
+            self._watch(member, now)
 
     def reported(self, report: NodeReport, now: float) -> None:
         watched = self._watch(report.member, now)

@@ -111,8 +111,7 @@ class Membership:
         """True if this is a process that was not known."""
         if record.group != self.config.group:
             return False
-        if not self.detector.registered(record.member, now):
-            return False
+        self.detector.registered(record.member, now)
         node = record.member.node
         old = self._records.get(node)
         self._records[node] = record

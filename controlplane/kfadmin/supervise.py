@@ -134,7 +134,9 @@ class Supervisor:
         """End the thread; children must have been ended before."""
         self._closing = True
         self._wake_write.send(b".")
-        self._thread.join(5.0)
+        self._thread.join(CALL_LIMIT_S)
+        if self._thread.is_alive():  # what it uses must not be closed under it
+            raise KevlarFlowError("the supervisor's thread did not end")
         self._selector.close()
         self._wake.close()
         self._wake_write.close()

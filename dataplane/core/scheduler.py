@@ -170,6 +170,7 @@ class Scheduler:
         self.batcher = Batcher(limits, num_stages)
         self.in_flight: dict[int, InFlight] = {}
         self.next_step = 0
+        self._last_issued = -1
         self._order = 0
         self._asks: dict[int, HeldCollector] = {}
         self._next_ask = 0
@@ -227,9 +228,9 @@ class Scheduler:
 
     @property
     def quiesced_step(self) -> int:
-        """Last step issued once none is in flight and none will start; -2 while that is not so."""
+        """Last step issued in this fence (-1: none) once none is in flight and none will start; else -2."""
         idle = self._holding and not self.in_flight and not self._asks
-        return self.next_step - 1 if idle else -2
+        return self._last_issued if idle else -2
 
     def stalled_s(self, now: float) -> float:
         oldest = min((f.since for f in self.in_flight.values()), default=now)
@@ -328,6 +329,7 @@ class Scheduler:
         """Everything in flight is void; ask the stages what they hold."""
         self.stats.resyncs += 1
         self.fence = fence
+        self._last_issued = -1
         self.in_flight.clear()
         self._asks.clear()
         self._joining.clear()
@@ -425,6 +427,7 @@ class Scheduler:
             tokens.extend(request.tokens(start, count))
             flying.append((request.rid, request.attempt, request.issued))
         step, self.next_step = self.next_step, self.next_step + 1
+        self._last_issued = step
         self.in_flight[step] = InFlight(tuple(flying), now)
         frees, self._frees = tuple(self._frees), []
         meta = StepMeta(self.pipeline, self.fence, step, tuple(metas), tuple(admits), frees)

@@ -39,7 +39,7 @@ class Stage:
         self.index = index
         self.num_stages = num_stages
         self.fence = Fence(epoch, 0)
-        self.last_step = -1
+        self.last_step = -1  # executed in this fence
         self.store = store
         self._logs: dict[int, TokenLog] = {}
 
@@ -47,8 +47,10 @@ class Stage:
     def is_last(self) -> bool:
         return self.index == self.num_stages - 1
 
-    def enter_epoch(self, epoch: int) -> None:
-        self.fence = Fence(epoch, 0)
+    def enter(self, fence: Fence) -> None:
+        """What was in flight before `fence` is void, and so is what was known of requests' logs."""
+        self.fence = fence
+        self.last_step = -1
         self._logs.clear()
 
     def stale(self, fence: Fence) -> bool:
@@ -97,8 +99,7 @@ class Stage:
     def rejoin(self, meta: RejoinMeta, checksum: Callable[[int], int]) -> HeldMeta:
         """Enter the message's fence, promote what copies there are, and say what is held of each request."""
         if meta.fence > self.fence:
-            self.fence = meta.fence
-            self._logs.clear()
+            self.enter(meta.fence)
         for rid in meta.rids:
             key = (self.pipeline, rid)
             if key not in self.store.own and key in self.store.replicas:

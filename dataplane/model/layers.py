@@ -6,11 +6,13 @@ every operation on rows is a kernel of ours whose arithmetic for a row does not 
 Measured before writing our own matrix product (torch 2.13 CPU, MKL and oneDNN, one thread, 1 to 512 rows, 19
 shapes, float32 and bfloat16, with and without bias): `linear` gives a row the same bits for any count of 4 or
 more rows; 1 to 3 rows differ in float32, 1 row in some bfloat16 shapes. So padding to 4 rows would do, on this
-processor and this version. But a decode step of one row then computes four; and torch's elementwise operations
-(silu, cos) use other code for the tail of a tensor, so that with sizes that are no multiple of 32 they break the
-rule by themselves. Our kernels need no rule, are two to four times as fast at 1 to 8 rows in float32 and as fast
-or faster at 512, and give the same bits with AVX2 as with AVX-512, so the nodes of a cluster may differ. In
-bfloat16 they are faster at 1 to 4 rows and half as fast in long prefills as oneDNN's dot-product instructions."""
+processor and this version. But a decode step of one row then computes four; and torch's silu and sigmoid break the
+rule by themselves for sizes like 45, 50 or 88 (not 64), as they use other code for the tail of a tensor.
+
+Our kernels need no rule, were typically twice as fast at 1 to 8 rows in float32 and about
+as fast or faster at 512 (on a busy machine), and give the same bits with AVX2 as with AVX-512, so the nodes of a
+cluster may differ. In bfloat16 they are faster at 1 to 4 rows, but take two to three times as long in prefills of
+512 rows as oneDNN, which has dot-product instructions for it: that is the price."""
 
 from dataclasses import dataclass
 

@@ -71,7 +71,7 @@ class OracleExecutor:
         self._seed = np.frombuffer(digest.digest()[:8], np.uint64)
         # One layer whose K and V together are one word a position.
         self.kv = KVCache(num_blocks, 1, 1, block_size, 1, "float32")
-        self._words = self.kv.array.view(np.uint64).reshape(num_blocks * block_size)
+        self._words = self.kv.array.reshape(-1).view(np.uint64)
 
     def forward(
         self,

@@ -43,7 +43,7 @@ class RotaryTable:
     """cos and sin, float32 [positions, head_dim / 2], grown by doubling up to `max_positions`.
 
     A position's values have the same bits however far the table has grown: chunks of a fixed size are computed
-    whole, because vector and scalar code for cos may differ in the last bit."""
+    whole, so that no library's handling of the tail of an array can matter."""
 
     def __init__(self, rope: RopeConfig, head_dim: int, max_positions: int) -> None:
         self._inv = inverse_frequencies(rope, head_dim)
@@ -55,10 +55,10 @@ class RotaryTable:
     def cover(self, positions: int) -> None:
         """Makes rows 0 .. positions - 1 present. Raises ValueError beyond max_positions."""
         have = self.cos.shape[0]
-        if positions <= have:
-            return
         if positions > self._max:
             raise ValueError(f"position {positions - 1} is beyond the model's {self._max} positions")
+        if positions <= have:
+            return
         want = -(-max(positions, 2 * have) // CHUNK_POSITIONS)
         cos, sin = [self.cos], [self.sin]
         for chunk in range(have // CHUNK_POSITIONS, want):

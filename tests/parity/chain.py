@@ -27,9 +27,7 @@ class Chain:
     ) -> None:
         self.block_size = block_size
         self.stages = [
-            StageExecutor(
-                model_dir, s, num_stages, num_blocks=num_blocks, block_size=block_size, dtype=dtype
-            )
+            StageExecutor(model_dir, s, num_stages, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
             for s in range(num_stages)
         ]
         self.tables = [BlockTable(32, num_blocks, block_size) for _ in self.stages]

@@ -43,7 +43,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_biases": ("Qwen2", {"vocab_size": 203}),
     "qwen2_mixed_windows": (
         "Qwen2",
-        {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 2, "tie_word_embeddings": True},
+        {
+            "use_sliding_window": True,
+            "sliding_window": 17,
+            "max_window_layers": 2,
+            "tie_word_embeddings": True,
+        },
     ),
     "qwen3_head_dim": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3_seven_to_one": (

@@ -132,7 +132,9 @@ def test_wrong_steps_are_refused() -> None:
         ("cu_q", step.cu_q[::-1].copy(), ValueError),
         ("slots", step.slots[:-1].copy(), ValueError),
     ):
-        bad = type("Bad", (), {n: getattr(step, n) for n in ("positions", "slots", "cu_q", "context_lens", "tables")})
+        bad = type(
+            "Bad", (), {n: getattr(step, n) for n in ("positions", "slots", "cu_q", "context_lens", "tables")}
+        )
         setattr(bad, name, value)
         with pytest.raises(error):
             kernels.paged_attention(q, kv, 0, bad(), 1.0, None, torch.empty_like(q))

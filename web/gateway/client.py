@@ -117,7 +117,7 @@ class _Link:
             finally:
                 was_up, self._up = self._up, False
                 self._outbox.clear()
-                if was_up:
+                if was_up and self._links._links.get(self._member) is self:
                     self._links._emit(StreamDown(self._member))
             if was_up or error != last_error:  # once per cause
                 log.warning("scheduler stream down", member=str(self._member), error=error, was_up=was_up)

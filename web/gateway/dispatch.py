@@ -17,6 +17,7 @@ from web.gateway.events import (
     Deliver,
     Event,
     Fail,
+    FailCode,
     OpenStream,
     SendCancel,
     SendSubmit,
@@ -101,7 +102,8 @@ class Dispatcher:
                 del self._sinks[effect.rid]
 
     def _fail(self, effect: Fail) -> None:
-        log.warning("request failed", rid=effect.rid, code=effect.code.value, reason=effect.message)
+        if effect.code is not FailCode.OVERLOADED:  # those come in floods, and are counted
+            log.warning("request failed", rid=effect.rid, code=effect.code.value, reason=effect.message)
         sink = self._sinks.pop(effect.rid, None)
         if sink is not None:
             channel, index = sink

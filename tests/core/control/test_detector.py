@@ -113,6 +113,21 @@ def test_the_dead_give_no_evidence() -> None:
     assert bench.state(A) is YELLOW
 
 
+def test_a_member_that_woke_up_is_not_yet_a_witness() -> None:
+    bench = Bench()
+    bench.silent.add(B)
+    bench.run(4)
+    assert bench.state(B) is RED
+    bench.silent.clear()
+    bench.links[B] = (LinkReport(A, False, 0.0, "timed out"),)
+    bench.run(0.3)
+    bench.detector.stream_broken(A, bench.now)
+    assert bench.state(A) is YELLOW
+    bench.run(3)
+    bench.detector.stream_broken(A, bench.now)
+    assert bench.state(A) is RED
+
+
 def test_neighbours_that_hear_a_silent_member_keep_it_from_red() -> None:
     bench = Bench()
     bench.silent.add(A)
@@ -148,14 +163,25 @@ def test_red_turns_green_only_after_two_steady_seconds() -> None:
     assert bench.state(A) is GREEN
 
 
-def test_who_was_outlived_never_comes_back() -> None:
+def test_who_was_outlived_is_dead_however_loudly_it_speaks() -> None:
     bench = Bench()
-    assert bench.detector.registered(Member("a", "2"), bench.now)
+    bench.detector.registered(Member("a", "2"), bench.now)
     bench.run(5)
     assert bench.state(A) is RED
-    assert not bench.detector.registered(A, bench.now)  # it woke up and put its record again
-    bench.run(5)
-    assert bench.state(A) is RED
+    bench.detector.registered(A, bench.now)  # etcd names it again: every controller has to agree with etcd
+    assert bench.state(A) is GREEN
+
+
+def test_a_process_that_reported_before_its_predecessors_registration_came_is_not_outlived() -> None:
+    bench = Bench()
+    newer = Member("a", "3")
+    bench.silent.add(A)
+    bench.report(newer)  # etcd was away: its own registration comes after that of a process that died since
+    bench.detector.registered(Member("a", "2"), bench.now)
+    bench.detector.registered(newer, bench.now)
+    bench.report(newer)
+    assert bench.state(newer) is GREEN
+    assert bench.state(Member("a", "2")) is RED
 
 
 def test_leaving_is_believed_at_once() -> None:

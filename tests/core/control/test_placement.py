@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from controlplane.contract.topology import Mode
-from controlplane.core.edit import initial
+from controlplane.core.edit import initial, successor, with_stage
 from controlplane.core.plan import plan
-from tests.core.control.world import World, make_config
+from tests.core.control.world import LIMITS, World, make_config
 
 
 def formed(instances: int, stages: int = 1, spares: int = 0, mode: Mode = Mode.REPLICATE) -> World:
@@ -118,11 +118,28 @@ def test_nobody_serves_more_than_two_while_another_way_is_left() -> None:
     world.kill("n0")
     world.step()
     assert places(world) == ["n1", "n1", "n2", "n3"]
-    world.now += 60
-    world.timers.calm_since = world.now  # copies have had no time to move: p3's is on n0 still, p0's on n2
+    p3 = with_stage(world.topology.pipelines[3], 0, replicas=(world.member("n1"),))
+    world.topology = successor(world.topology, p3)
     world.kill("n3")
     world.step()
-    assert places(world)[3] == "n2"
+    assert places(world)[3] == "n2"  # although n1 holds the copy
+
+
+def test_a_copy_that_is_only_in_the_wrong_place_waits_for_calm() -> None:
+    world = formed(4)
+    world.kill("n1")
+    world.settle()
+    world.start("n1")
+    while places(world) != ["n0", "n1", "n2", "n3"]:
+        assert world.step() is not None
+    switched = world.now
+    assert copies(world)[0] == "n3"
+    while copies(world)[0] == "n3":
+        if world.step() is None:
+            world.now += 0.5
+    assert world.now - switched == LIMITS.settle_s
+    world.settle()
+    assert world.all_home()
 
 
 def test_mode_none_copies_nothing_and_still_borrows() -> None:

@@ -105,7 +105,7 @@ class Node:
         if self.stage is None:
             self.stage = Stage(PIPELINE, self.stage_index, self.cluster.stages, epoch, self.store)
         elif self.stage.fence.epoch < epoch:
-            self.stage.enter_epoch(epoch)
+            self.stage.enter(Fence(epoch))
         self.replicator.protect(PIPELINE, epoch, replicas, flush=False)
 
     def leave(self, demote: bool) -> None:

@@ -202,3 +202,15 @@ def test_a_request_that_no_longer_fits_is_refused_not_kept_for_ever() -> None:
     made.step(QuotaChanged(4), 0.1)
     refused = [e for e in made.step(Tick(), 0.2) if isinstance(e, Refuse)]
     assert refused[0].message.code is RefusalCode.INVALID
+
+
+def test_quiescing_an_idle_pipeline_after_a_switch() -> None:
+    """No step was issued in this epoch: the stages have executed none either, and the two must agree."""
+    made = scheduler(stages=1)
+    step = steps(made.step(submit(1, max_tokens=1), 0.0))[0]
+    freeing = steps(made.step(result(step), 0.1))[0]
+    made.step(result(freeing), 0.2)
+    ask = next(e for e in made.step(EpochBegan(6, planned=True), 0.3) if isinstance(e, Ask)).meta
+    made.step(HeldMeta("p0", ask.fence, ask.ask, 0, ()), 0.4)
+    made.step(Quiesce(True), 0.5)
+    assert made.quiesced_step == -1

@@ -150,7 +150,10 @@ def test_template_renders() -> None:
     messages = [{"role": "user", "content": " hi "}]
     assert template(source).render(messages) == "<s>[user]hi>"
     assert template(source).render(messages, add_generation_prompt=False) == "<s>[user]hi"
-    assert template("{{ thinking }}{{ {'a': 'é<'} | tojson }}").render(messages, True, {"thinking": 1}) == '1{"a": "é<"}'
+    assert (
+        template("{{ thinking }}{{ {'a': 'é<'} | tojson }}").render(messages, True, {"thinking": 1})
+        == '1{"a": "é<"}'
+    )
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,8 @@ class FakeNode:
             finish = FinishReason.STOP
         elif position + 1 >= sampling.max_tokens:
             finish = FinishReason.LENGTH
-        logprob, top = None, ()
+        logprob: float | None = None
+        top: tuple[tuple[int, float], ...] = ()
         if sampling.logprobs is not None:
             logprob = -0.25 * (position % 4)
             top = tuple((token + k, logprob - k) for k in range(sampling.logprobs))

@@ -130,7 +130,11 @@ class Events:
 
     def ids(self, index: int = 0) -> list[int]:
         return [
-            t for c in self.chunks for x in c["choices"] if x["index"] == index for t in x.get("token_ids", [])
+            t
+            for c in self.chunks
+            for x in c["choices"]
+            if x["index"] == index
+            for t in x.get("token_ids", [])
         ]
 
     def text(self, index: int = 0) -> str:

@@ -159,9 +159,7 @@ def test_defaults_reach_the_scheduler() -> None:
 def test_logprobs_of_both_apis() -> None:
     async def body(stack: Stack) -> None:
         client = stack.openai()
-        answer = await client.completions.create(
-            model=MODEL, prompt=PROMPT, seed=1, max_tokens=5, logprobs=2
-        )
+        answer = await client.completions.create(model=MODEL, prompt=PROMPT, seed=1, max_tokens=5, logprobs=2)
         found = answer.choices[0].logprobs
         assert found is not None
         assert found.tokens is not None

@@ -92,7 +92,17 @@ def test_a_gateway_process(tmp_path: Path) -> None:
         path, secret = settings(tmp_path, etcd_server)
         node = await FakeNode(Member("n0", "i0"), token=derive(secret, "grpc"), step_s=0.01).start()
         log = (tmp_path / "log").open("wb")
-        command = [sys.executable, "-m", "web.gateway.main", "--config", str(path), "--id", "g7", "--port", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "web.gateway.main",
+            "--config",
+            str(path),
+            "--id",
+            "g7",
+            "--port",
+            "0",
+        ]
         process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log, env=dict(os.environ))
         try:
             async with EtcdClient([etcd_server.endpoint]) as etcd:
@@ -148,9 +158,7 @@ async def check_etcd_away(client: httpx.AsyncClient, etcd_server: EtcdMember) ->
     await asyncio.to_thread(etcd_server.wait_healthy)
 
 
-async def check_node_restart(
-    client: httpx.AsyncClient, etcd: EtcdClient, old: FakeNode, token: str
-) -> None:
+async def check_node_restart(client: httpx.AsyncClient, etcd: EtcdClient, old: FakeNode, token: str) -> None:
     """Another incarnation of the node at another address takes the stream over."""
     events = Events()
     running = asyncio.create_task(stream(client, request(3, 100), into=events))
@@ -166,9 +174,11 @@ async def check_node_restart(
         await new.stop()
         await old.start()
         old.running.clear()
-        old.member, old.epochs = Member("n0", "i2"), {"p0": 5}
+        old.member, old.epochs = Member("n0", "i2"), {"p0": 6}
         await etcd.put(KEYS.node("n0"), record(old))
-        await etcd.put(KEYS.topology("default"), topology(5, None))  # names nobody: the record must not be lost
+        await etcd.put(
+            KEYS.topology("default"), topology(5, None)
+        )  # names nobody: the record must not be lost
         await etcd.put(KEYS.topology("default"), topology(6, old.member))
         await until(lambda: ready(client))
 

@@ -1,0 +1,202 @@
+"""Each invariant can fail: a step that breaks it, and no other one, is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from msgspec.structs import replace
+
+from controlplane.contract.ids import Member
+from controlplane.contract.topology import Mode, Move, MovePhase, Topology
+from controlplane.core.edit import successor, with_stage
+from controlplane.core.invariants import INVARIANTS, InvariantViolation, check
+from tests.core.control.world import World, make_config
+
+Breaker = Callable[[World], Topology]
+
+
+def formed() -> World:
+    """2 x 2 at home, with a spare for each stage: n4, n5."""
+    world = World(make_config(2, 2, spares=1))
+    world.settle()
+    return world
+
+
+def counter(world: World) -> Topology:
+    return replace(world.topology, counter=world.topology.counter + 2)
+
+
+def pipelines(world: World) -> Topology:
+    return replace(successor(world.topology), group="other")
+
+
+def ranks(world: World) -> Topology:
+    extra = with_stage(world.topology.pipelines[0], 0, ranks=(world.member("n0"), world.member("n4")))
+    return successor(world.topology, extra)
+
+
+def epoch(world: World) -> Topology:
+    p0 = world.topology.pipelines[0]
+    return replace(successor(world.topology), pipelines=(replace(p0, epoch=99), world.topology.pipelines[1]))
+
+
+def stale_epoch(world: World) -> Topology:
+    world.kill("n0")
+    after = successor(
+        world.topology, with_stage(world.topology.pipelines[0], 0, ranks=(world.member("n2"),), replicas=())
+    )
+    old = world.topology.pipelines[0].epoch
+    return replace(after, pipelines=(replace(after.pipelines[0], epoch=old), after.pipelines[1]))
+
+
+def twice(world: World) -> Topology:
+    world.kill("n0")
+    p0 = with_stage(world.topology.pipelines[0], 0, ranks=(world.member("n1"),))
+    return successor(world.topology, p0)
+
+
+def copy_at_home(world: World) -> Topology:
+    return successor(
+        world.topology, with_stage(world.topology.pipelines[0], 0, replicas=(world.member("n0"),))
+    )
+
+
+def three_copies(world: World) -> Topology:
+    nodes = ("n2", "n4", "n6")
+    return successor(
+        world.topology,
+        with_stage(world.topology.pipelines[0], 0, replicas=tuple(Member(n, "i") for n in nodes)),
+    )
+
+
+def duty_for_the_suspected(world: World) -> Topology:
+    world.yellow.add("n4")
+    return with_copy(world, "n4")
+
+
+def duty_for_the_cordoned(world: World) -> Topology:
+    world.topology = replace(world.topology, cordoned=("n4",))
+    return with_copy(world, "n4")
+
+
+def duty_for_the_retired(world: World) -> Topology:
+    world.topology = replace(world.topology, retired=(world.member("n4"),))
+    return with_copy(world, "n4")
+
+
+def duty_for_the_wrong_stage(world: World) -> Topology:
+    return with_copy(world, "n5")
+
+
+def with_copy(world: World, node: str) -> Topology:
+    copies = (world.member("n2"), world.member(node))
+    return successor(world.topology, with_stage(world.topology.pipelines[0], 0, replicas=copies))
+
+
+def displaced(world: World) -> Topology:
+    p0 = with_stage(world.topology.pipelines[0], 0, ranks=(world.member("n4"),))
+    return successor(world.topology, p0)
+
+
+def emptied(world: World) -> Topology:
+    return successor(world.topology, with_stage(world.topology.pipelines[0], 0, ranks=()))
+
+
+def switched_too_early(world: World) -> Topology:
+    world.topology = with_move(world, MovePhase.COPY)
+    p0 = replace(world.topology.pipelines[0], move=None)
+    return successor(world.topology, with_stage(p0, 0, ranks=(world.member("n4"),)))
+
+
+def last_copy(world: World) -> Topology:
+    return successor(world.topology, with_stage(world.topology.pipelines[0], 0, replicas=()))
+
+
+def with_move(
+    world: World, phase: MovePhase, node: str = "n4", pipeline: int = 0, attempt: int = 0
+) -> Topology:
+    move = Move(0, world.member(node), phase, "hand-back", attempt)
+    return successor(world.topology, replace(world.topology.pipelines[pipeline], move=move))
+
+
+def move_to_itself(world: World) -> Topology:
+    return with_move(world, MovePhase.COPY, "n0")
+
+
+def move_in_stop_restart(world: World) -> Topology:
+    world.topology = replace(world.topology, mode=Mode.STOP_RESTART)
+    return with_move(world, MovePhase.COPY)
+
+
+def too_many_moves(world: World) -> Topology:
+    world.__init__(make_config(3, 1, spares=1))  # type: ignore[misc]
+    world.settle()
+    for k in (0, 1):
+        world.topology = with_move(world, MovePhase.COPY, "n3", k)
+    return with_move(world, MovePhase.COPY, "n3", 2)
+
+
+def skips_the_copy(world: World) -> Topology:
+    return with_move(world, MovePhase.QUIESCE)
+
+
+def goes_on_forever(world: World) -> Topology:
+    world.topology = with_move(world, MovePhase.QUIESCE)
+    return with_move(world, MovePhase.COPY)
+
+
+def retired_serves(world: World) -> Topology:
+    return successor(world.topology, retired=(world.member("n0"),))
+
+
+def two_processes(world: World) -> Topology:
+    """The detector has not made up its mind about the older one: no view names either."""
+    p0 = with_stage(world.topology.pipelines[0], 0, replicas=(Member("n9", "a"),))
+    p1 = with_stage(world.topology.pipelines[1], 0, replicas=(Member("n9", "b"),))
+    world.topology = successor(world.topology, p0, p1)
+    return successor(world.topology)
+
+
+CASES: list[tuple[str, Breaker]] = [
+    ("counter_grows_by_one", counter),
+    ("pipelines_stay", pipelines),
+    ("pipelines_stay", ranks),
+    ("epoch_follows_ranks", epoch),
+    ("epoch_follows_ranks", stale_epoch),
+    ("no_node_twice_in_a_pipeline", twice),
+    ("copies_are_elsewhere", copy_at_home),
+    ("copies_are_elsewhere", three_copies),
+    ("new_duty_only_for_the_able", duty_for_the_suspected),
+    ("new_duty_only_for_the_able", duty_for_the_cordoned),
+    ("new_duty_only_for_the_able", duty_for_the_retired),
+    ("new_duty_only_for_the_able", duty_for_the_wrong_stage),
+    ("the_living_are_not_displaced", displaced),
+    ("the_living_are_not_displaced", emptied),
+    ("the_living_are_not_displaced", switched_too_early),
+    ("increase_before_decrease", last_copy),
+    ("moves_are_sane", move_to_itself),
+    ("moves_are_sane", move_in_stop_restart),
+    ("moves_are_sane", too_many_moves),
+    ("phases_follow_the_table", skips_the_copy),
+    ("phases_follow_the_table", goes_on_forever),
+    ("retired_serve_nothing", retired_serves),
+    ("one_process_a_node", two_processes),
+]
+
+
+@pytest.mark.parametrize(("name", "breaker"), CASES, ids=[f"{n}-{b.__name__}" for n, b in CASES])
+def test_a_broken_step_is_refused_by_name(name: str, breaker: Breaker) -> None:
+    world = formed()
+    after = breaker(world)
+    with pytest.raises(InvariantViolation, match=f"^{name}: "):
+        check(world.situation(), after)
+
+
+def test_every_invariant_has_a_case_that_breaks_it() -> None:
+    assert {name for name, _ in CASES} == set(INVARIANTS)
+
+
+def test_a_step_that_changes_nothing_is_fine() -> None:
+    world = formed()
+    check(world.situation(), successor(world.topology))

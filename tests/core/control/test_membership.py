@@ -1,0 +1,89 @@
+"""Who may be given a duty."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from controlplane.contract.ids import Member
+from controlplane.contract.reports import NodeReport, PipelineReport
+from controlplane.core.detector import Detector
+from controlplane.core.edit import initial, successor, with_stage
+from controlplane.core.membership import Membership
+from tests.core.control.world import make_config, make_record
+
+CONFIG = make_config(3, 2)
+
+
+def members(**changes: object) -> Membership:
+    """Six nodes that were heard; n4 with changes to its record."""
+    membership = Membership(CONFIG, Detector(CONFIG.timing))
+    for k in range(6):
+        record = make_record(CONFIG, f"n{k}", "i", k % 2)
+        if k == 4:
+            record = replace(record, **changes)
+        membership.register(record, 10.0)
+        membership.detector.reported(NodeReport(record.member, 1, 0.0, 1), 10.0)
+    membership.detector.evaluate(10.0, {})
+    return membership
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"weights_digest": "other"}, "weights"),
+        ({"num_stages": 4}, "of 4"),
+        ({"block_size": 32}, "32 tokens"),
+        ({"stage": 7}, "stage 7"),
+    ],
+)
+def test_unfit_nodes_are_named_and_not_used(changes: dict[str, object], why: str) -> None:
+    nodes = members(**changes).nodes(None)
+    assert nodes.usable("n4") is None
+    assert why in nodes.views["n4"].why_not
+    assert nodes.usable("n0") == Member("n0", "i")
+
+
+def test_the_weights_that_serve_are_right_even_in_the_minority() -> None:
+    membership = members(weights_digest="other")
+    topology = initial(CONFIG, 1)
+    serving = with_stage(topology.pipelines[2], 0, ranks=(Member("n4", "i"),))
+    nodes = membership.nodes(successor(topology, serving))
+    assert nodes.usable("n4") == Member("n4", "i")
+    assert nodes.usable("n0") is None
+
+
+def test_another_groups_nodes_are_not_ours() -> None:
+    assert "n4" not in members(group="other").nodes(None).views
+
+
+def test_no_duty_without_a_registration_and_none_before_the_first_report() -> None:
+    membership = members()
+    membership.gone("n1")
+    membership.register(make_record(CONFIG, "n5", "fresh", 1), 10.0)
+    membership.detector.evaluate(10.0, {})
+    nodes = membership.nodes(None)
+    assert nodes.usable("n1") is None
+    assert nodes.usable("n5") is None
+    assert not nodes.is_dead(Member("n1", "i"))
+    assert nodes.is_dead(Member("n5", "i"))  # outlived
+
+
+def test_the_stage_that_lacks_a_step_its_predecessor_has_is_to_blame() -> None:
+    membership = members()
+    topology = initial(CONFIG, 1)
+    pipeline = topology.pipelines[0]
+    for index in (0, 1):
+        pipeline = with_stage(pipeline, index, ranks=(Member(f"n{index}", "i"),))
+    topology = successor(topology, pipeline)
+
+    def blame(steps: tuple[int, int], stalled_s: float = 3.0) -> dict[Member, float]:
+        for index, last in enumerate(steps):
+            said = PipelineReport("p0", 2, index, last, stalled_s=stalled_s if index == 0 else 0.0)
+            member = Member(f"n{index}", "i")
+            membership.reports[member] = NodeReport(member, 1, 0.0, 1, pipelines=(said,))
+        return membership.nodes(topology).stalled(topology)
+
+    assert blame((5, 4)) == {Member("n1", "i"): 3.0}
+    assert blame((5, 5)) == {Member("n0", "i"): 3.0}
+    assert blame((5, 4), stalled_s=0.0) == {}

@@ -1,0 +1,102 @@
+"""The control plane dies; the streams do not notice."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from controlplane.kfadmin.loadgen import Stream, sample_prompts
+from tests.e2e.cluster import Cluster, until, while_streaming
+
+PROMPTS = sample_prompts(8, 200)
+
+
+def flowing(streams: list[Stream], tokens: int) -> bool:
+    return sum(len(s.tokens) for s in streams) >= tokens
+
+
+def test_the_leader_is_killed_and_the_next_one_repairs(home: Cluster) -> None:
+    asyncio.run(home.references(PROMPTS))
+    pids = home.local.node_pids()
+
+    async def fault(streams: list[Stream]) -> None:
+        await until(lambda: flowing(streams, 80), "tokens flow")
+        leader = (await home.status()).leader
+        home.local.hold(leader)
+        home.kill(leader)
+        home.kill("n6")
+        await home.wait_for(lambda s: s.leader not in ("", leader), "the other candidate leads", 6.0)
+        home.local.release(leader)
+
+    streams = asyncio.run(while_streaming(home, PROMPTS, fault))
+    asyncio.run(home.expect_equal(streams))
+    asyncio.run(home.wait_all_home())
+    changed = {n for n, pid in home.local.node_pids().items() if pids[n] != pid}
+    assert changed == {"n6"}
+
+
+def test_both_controllers_are_killed(home: Cluster) -> None:
+    asyncio.run(home.references(PROMPTS))
+    pids = home.local.node_pids()
+
+    async def fault(streams: list[Stream]) -> None:
+        await until(lambda: flowing(streams, 80), "tokens flow")
+        for name in ("c1", "c2"):
+            home.local.hold(name)
+            home.kill(name)
+        seen = sum(len(s.tokens) for s in streams)
+        await until(lambda: flowing(streams, seen + 400), "tokens flow without any controller")
+        for name in ("c1", "c2"):
+            home.local.release(name)
+
+    streams = asyncio.run(while_streaming(home, PROMPTS, fault))
+    asyncio.run(home.expect_equal(streams))
+    asyncio.run(home.wait_for(lambda s: s.leader, "a controller leads again"))
+    asyncio.run(home.wait_all_home())
+    assert home.local.node_pids() == pids
+
+
+def test_etcd_is_away_for_twenty_seconds(home: Cluster) -> None:
+    """Streams go on, new requests are served, nothing is restarted; then reconfiguration works again."""
+    asyncio.run(home.references(PROMPTS))
+    pids = home.local.node_pids()
+
+    async def fault(streams: list[Stream]) -> None:
+        await until(lambda: flowing(streams, 80), "tokens flow")
+        home.local.hold("etcd0")
+        home.kill("etcd0")
+        back = time.monotonic() + 20.0
+        rounds = 0
+        while time.monotonic() < back:
+            await home.expect_equal(await home.generator.streams(PROMPTS[:2]))
+            rounds += 1
+            await asyncio.sleep(0.5)
+        assert rounds >= 3
+        home.local.release("etcd0")
+
+    streams = asyncio.run(while_streaming(home, PROMPTS, fault))
+    asyncio.run(home.expect_equal(streams))
+    asyncio.run(home.wait_for(lambda s: s.leader and s.etcd_age_s < 3.0, "etcd is back", 30.0))
+    assert home.local.node_pids() == pids
+    home.kill("n3")  # a repair needs etcd: it works again
+    asyncio.run(
+        home.wait_for(lambda s: home.local.node_pids().get("n3") not in (None, pids["n3"]), "n3 is back")
+    )
+    asyncio.run(home.wait_all_home())
+
+
+def test_the_launcher_is_killed_and_its_nodes_live_on(home: Cluster) -> None:
+    pids = home.local.node_pids()
+    launcher = home.local.pids()["launcher"]
+    home.kill("launcher")
+    asyncio.run(
+        home.wait_for(lambda _: home.local.pids().get("launcher") not in (None, launcher), "a new launcher")
+    )
+    assert home.local.node_pids() == pids
+    home.kill("n2")
+    asyncio.run(
+        home.wait_for(
+            lambda _: home.local.node_pids().get("n2") not in (None, pids["n2"]), "it restarts nodes"
+        )
+    )
+    asyncio.run(home.wait_all_home())

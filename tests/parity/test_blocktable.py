@@ -1,0 +1,112 @@
+"""The Cython block table equals its plain Python oracle, and refuses what does not fit."""
+
+import sys
+from subprocess import run
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataplane._fast._oracle import OracleBlockTable
+from dataplane._fast.blocktable import BlockTable, StepArrays, TableFull
+
+ROWS, WIDTH, SIZE = 4, 6, 3
+ARRAYS = ("positions", "slots", "cu_q", "context_lens", "tables")
+
+row = st.integers(-1, ROWS)
+operation = st.one_of(
+    st.tuples(st.just("new_row")),
+    st.tuples(st.just("free_row"), row),
+    st.tuples(st.just("extend"), row, st.lists(st.integers(-1, 2**31 - 1), max_size=WIDTH + 1)),
+    st.tuples(st.just("set_block"), row, st.integers(-1, WIDTH), st.integers(-1, 2**31)),
+    st.tuples(st.just("truncate"), row, st.integers(-1, WIDTH)),
+    st.tuples(st.just("blocks"), row),
+    st.tuples(st.just("num_blocks"), row),
+    st.tuples(
+        st.just("fill"),
+        st.lists(st.tuples(row, st.integers(-1, SIZE * WIDTH), st.integers(0, SIZE * WIDTH)), max_size=4),
+    ),
+)
+
+
+def outcome(table: BlockTable | OracleBlockTable, op: tuple) -> object:
+    """What an operation returns, or the type of what it raises."""
+    name, *args = op
+    try:
+        if name != "fill":
+            return getattr(table, name)(*args)
+        columns = np.array(args[0], np.int32).reshape(-1, 3).T
+        out = table.fill(*columns)
+        arrays = [getattr(out, a) for a in ARRAYS]
+        return [(a.dtype.name, a.shape, a.tolist()) for a in arrays]
+    except (IndexError, ValueError, TableFull) as error:
+        return type(error)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(operation, max_size=40))
+def test_equals_oracle(operations: list[tuple]) -> None:
+    table, oracle = BlockTable(ROWS, WIDTH, SIZE), OracleBlockTable(ROWS, WIDTH, SIZE)
+    for op in operations:
+        assert outcome(table, op) == outcome(oracle, op), op
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_valid_steps_equal_oracle(data: st.DataObject) -> None:
+    """Steps that fit, so that arrays and not errors are compared; the same arrays are filled again and again."""
+    size = data.draw(st.sampled_from([1, 3, 16]))
+    table, oracle, out = BlockTable(8, 12, size), OracleBlockTable(8, 12, size), StepArrays()
+    rows = [table.new_row() for _ in range(8)]
+    assert rows == [oracle.new_row() for _ in range(8)]
+    for r in rows:
+        blocks = data.draw(st.lists(st.integers(0, 10**6), min_size=1, max_size=12))
+        table.extend(r, blocks)
+        oracle.extend(r, blocks)
+    for _ in range(3):
+        work = []
+        for r in data.draw(st.lists(st.sampled_from(rows), max_size=8)):
+            start = data.draw(st.integers(0, table.num_blocks(r) * size - 1))
+            work.append((r, start, data.draw(st.integers(1, table.num_blocks(r) * size - start))))
+        columns = np.array(work, np.int32).reshape(-1, 3).T
+        want = oracle.fill(*columns)
+        got = table.fill(*columns, out=out)
+        assert got is out
+        for name in ARRAYS:
+            a, b = getattr(got, name), getattr(want, name)
+            assert a.dtype == b.dtype
+            assert a.flags.c_contiguous
+            assert np.array_equal(a, b), name
+        assert (got.num_tokens, got.num_rows) == (len(want.positions), len(work))
+
+
+def test_refused_fill_leaves_the_arrays() -> None:
+    table = BlockTable(2, 4, 4)
+    r = table.new_row()
+    table.extend(r, [5, 6])
+    one = [np.array([x], np.int32) for x in (r, 0, 3)]
+    out = table.fill(*one)
+    before = [getattr(out, name).copy() for name in ARRAYS]
+    for bad in ((r, 0, 9), (r, 8, 1), (r, 7, 2), (r + 1, 0, 1), (r, 2**31 - 1, 1), (r, 0, 2**31 - 1)):
+        with pytest.raises(IndexError):
+            table.fill(*(np.array([x], np.int32) for x in bad))
+    for name, want in zip(ARRAYS, before, strict=True):
+        assert np.array_equal(getattr(out, name), want)
+
+
+def test_full_is_a_memory_error() -> None:
+    table = BlockTable(1, 2, 16)
+    r = table.new_row()
+    with pytest.raises(MemoryError, match="rows are in use"):
+        table.new_row()
+    with pytest.raises(MemoryError, match="at most 2"):
+        table.extend(r, [1, 2, 3])
+    assert table.blocks(r) == []
+    assert (table.rows_in_use, table.free_row(r), table.rows_in_use) == (1, [], 0)
+
+
+def test_needs_no_torch() -> None:
+    code = "import sys; import dataplane._fast._oracle, dataplane.kvcache, dataplane.model.oracle, \
+dataplane.model.sampler; sys.exit('torch' in sys.modules)"
+    assert run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

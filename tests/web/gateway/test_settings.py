@@ -1,0 +1,89 @@
+"""What the operator may have got wrong is said with the file and the reason; keys are compared as hashes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dataplane.demo
+from controlplane.contract.config import ClusterConfig, EngineConfig
+from controlplane.contract.errors import ConfigError
+from web.gateway.guard import ApiKeys
+from web.gateway.main import policy_of
+from web.gateway.model import load_model
+
+
+def settings(model: Path, **engine: Any) -> ClusterConfig:
+    return ClusterConfig(run_dir="x", model=str(model), etcd=(), instances=3, engine=EngineConfig(**engine))
+
+
+def copy_model(folder: Path, **config: object) -> Path:
+    source = dataplane.demo.model_dir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 2048, "eos_token_id": 7} | config))
+    return folder
+
+
+def test_model_settings(tmp_path: Path) -> None:
+    model = load_model(settings(copy_model(tmp_path, max_position_embeddings=512)))
+    assert (model.max_model_len, model.vocab_size, model.name) == (512, 2048, tmp_path.name)
+    assert model.eos_token_ids == (1, 2)
+    assert load_model(settings(tmp_path, max_model_len=100)).max_model_len == 100
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "max_new_tokens": 9}')
+    model = load_model(settings(tmp_path))
+    assert model.defaults == {"temperature": 0.6, "top_k": 20}
+    assert (model.max_new_tokens, model.eos_token_ids) == (9, (7,))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    template = load_model(settings(tmp_path)).template
+    assert template is not None
+    assert template.render([{"role": "user", "content": "hi"}]) == "hi!"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_missing_and_broken_files_are_named(tmp_path: Path, name: str) -> None:
+    copy_model(tmp_path, max_position_embeddings=512)
+    (tmp_path / name).write_text("{")
+    with pytest.raises(ConfigError, match=name):
+        load_model(settings(tmp_path))
+    (tmp_path / name).unlink()
+    with pytest.raises(ConfigError, match=name):
+        load_model(settings(tmp_path))
+
+
+def test_unknown_context_length(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_position_embeddings"):
+        load_model(settings(copy_model(tmp_path)))
+
+
+def test_api_keys(tmp_path: Path) -> None:
+    path = tmp_path / "api-keys"
+    with pytest.raises(ConfigError, match="api-keys"):
+        ApiKeys.load(path)
+    path.write_text("# nobody\n\n")
+    with pytest.raises(ConfigError, match="no API key"):
+        ApiKeys.load(path)
+    path.write_text("# two\nkey-one\n  key-two  \n")
+    keys = ApiKeys.load(path)
+    assert keys.match("Bearer key-one")
+    assert keys.match("bearer key-two")
+    for header in (
+        None,
+        "",
+        "key-one",
+        "Basic key-one",
+        "Bearer",
+        "Bearer ",
+        "Bearer # two",
+        "Bearer key-on",
+    ):
+        assert not keys.match(header), header
+    assert "key-one" not in repr(vars(keys))
+
+
+def test_policy_follows_the_settings() -> None:
+    policy = policy_of(settings(Path("x"), max_running=2, max_waiting=3))
+    assert policy.live_max == 15
