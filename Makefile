@@ -39,7 +39,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/cython-lint dataplane kernels
+	@PATH="$(abspath $(BIN)):$$PATH" cython-lint --max-line-length=120 dataplane kernels  # it runs pycodestyle
 
 proto: install
 	$(BIN)/python controlplane/etcd/proto/generate.py

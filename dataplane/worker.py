@@ -59,7 +59,12 @@ class LinkChanged:
     node: str
 
 
-Item = Message | Topology | LinkChanged
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Nothing but a turn for copies that wait for time to pass."""
+
+
+Item = Message | Topology | LinkChanged | Wake
 
 
 @dataclass(slots=True)
@@ -108,9 +113,10 @@ class Worker:
                 self.replicator.pump(time.monotonic())
 
     def wake(self) -> None:
-        """Called every tick: copies that wait for a pause to end go on."""
+        """Called every tick. Copies wait for their turn like everything else: a block must not be read
+        while a computation writes it."""
         if self._inbox.empty():
-            self.replicator.pump(time.monotonic())
+            self.put(Wake())
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -126,6 +132,8 @@ class Worker:
                     await self._handle(message)
             case LinkChanged(node):
                 self.replicator.link_changed(node)
+            case Wake():
+                pass
             case Message(peer, meta):
                 if self._admissible(item):
                     await self._handle_message(peer, meta, item)

@@ -75,7 +75,7 @@ class Stage:
             kv = self.store.own[key]
             if kv.tokens < row.start or (self.is_last and row.sample and row.rid not in self._logs):
                 return "gap"
-            # Positions from here on are written again (with the same bits, if they were there).
+            # What is being computed is not valid until `commit`: nobody may copy or count it before.
             kv.tokens = row.start
             prepared.rows.append(kv.row)
             prepared.starts.append(row.start)
@@ -84,13 +84,13 @@ class Stage:
             if row.sample and self.is_last:
                 prepared.sample_rows.append(end - 1)
                 prepared.logs.append(self._logs[row.rid])
-            # Two chunks of one prompt may share a step's predecessor in flight: the next row builds on this.
-            kv.tokens = row.start + row.count
         return prepared
 
     def commit(self, meta: StepMeta, samples: tuple[Sample, ...]) -> None:
-        """The step has run."""
+        """The step has run: the KV of its rows is valid."""
         self.last_step = meta.step
+        for row in meta.rows:
+            self.store.own[(self.pipeline, row.rid)].tokens = row.start + row.count
         for sample in samples:
             log = self._logs.get(sample.rid)
             if log is not None:

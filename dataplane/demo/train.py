@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the models and the state")
     parser.add_argument("--only", choices=sorted(SHAPES), help="train this one alone")
     parser.add_argument("--steps", type=int, default=2_000)
+    parser.add_argument("--until", type=int, help="stop after this step, to be resumed later")
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -222,7 +223,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     texts = corpus.load(args.packages)
     for name in [args.only] if args.only else SHAPES:
-        train(Settings(name, args.out, args.steps, args.seed, args.save_every), texts)
+        train(Settings(name, args.out, args.steps, args.seed, args.save_every), texts, args.until)
 
 
 if __name__ == "__main__":

@@ -48,10 +48,12 @@ def test_drain_under_load(home: Cluster, node: str) -> None:
         again = await asyncio.to_thread(kfadmin, home, "drain", node)
         assert again.returncode == 0, again.stderr
 
-    streams = asyncio.run(while_streaming(home, PROMPTS, drain))
-    asyncio.run(home.expect_equal(streams))
-    back = kfadmin(home, "undrain", node)
+    try:
+        streams = asyncio.run(while_streaming(home, PROMPTS, drain))
+    finally:
+        back = kfadmin(home, "undrain", node)
     assert back.returncode == 0, back.stderr
+    asyncio.run(home.expect_equal(streams))
     asyncio.run(home.wait_all_home())
     assert home.local.node_pids() == pids
     counters = [n.counters for n in asyncio.run(home.status()).nodes]

@@ -151,7 +151,7 @@ def test_a_killed_node_is_back_within_300_ms(host: Host) -> None:
     assert file.restarts == 1
     assert host.running("n1") == neighbour
     assert host.output("n1").count("serves") == 1
-    host.stop()
+    assert host.stop() < 2.5  # SIGTERM reaches the nodes: a fork does not keep the launcher's handlers
 
 
 def test_torch_computes_in_a_fork(host: Host) -> None:

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from controlplane.contract.auth import derive, load_secret
 from controlplane.contract.config import ClusterConfig

@@ -37,6 +37,7 @@ from dataplane.core.scheduler import (
     Effect,
     EpochBegan,
     Event,
+    Quiesce,
     QuotaChanged,
     Recovered,
     Refuse,
@@ -151,6 +152,8 @@ class Node:
                 self.me, StepFailedMeta(PIPELINE, meta.fence, meta.step, stage.index, prepared)
             )
             return
+        # The worst moment to copy: blocks are there, their contents are not.
+        self.replicator.pump(self.cluster.now)
         hidden = self.compute(stage, prepared, np.frombuffer(payload, np.uint64))
         samples = []
         if stage.is_last:
@@ -310,6 +313,26 @@ class Cluster:
         """kill -9 of the serving node; its peer is borrowed."""
         self.nodes[self.serving[stage]].alive = False
         self.replace(stage, self.peers[stage])
+
+    def move(self, stage: int, to: Member) -> None:
+        """A planned switch, by its phases: copy, quiesce, then the epoch."""
+        source = self.nodes[self.serving[stage]]
+        targets = [m for m in (self.peers[stage], to) if self.nodes[m].alive and m != source.me]
+        source.replicator.protect(PIPELINE, self.epoch, list(dict.fromkeys(targets)), flush=False)
+        self.run(self.random.randrange(60))
+        source.replicator.protect(PIPELINE, self.epoch, list(dict.fromkeys(targets)), flush=True)
+        self.dispatch(Quiesce(True))
+        for _ in range(20_000):
+            assert source.stage is not None
+            quiet = self.scheduler.quiesced_step == source.stage.last_step
+            lag = {t.target: t.lag_tokens for t in source.replicator.targets(PIPELINE)}
+            if quiet and lag[to] == 0:
+                break
+            self.run(1)
+        else:
+            raise AssertionError("the move found no quiet moment")
+        self.replace(stage, to)
+        self.dispatch(Quiesce(False))
 
     def join(self, stage: int, name: str) -> Member:
         """A blank replacement."""

@@ -52,6 +52,21 @@ def test_second_kill_during_recovery_and_hand_back(seed: int) -> None:
     cluster.check()
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("stage", range(3))
+def test_a_planned_move_recomputes_nothing(stage: int, seed: int) -> None:
+    """To a blank node and on to another, while a copy is taken in the middle of computations."""
+    cluster = start(3, seed)
+    cluster.run(cluster.random.randrange(20, 150))
+    for name in ("x0", "x1"):
+        cluster.move(stage, cluster.join(stage, name))
+        assert cluster.scheduler.stats.tokens_recomputed == 0
+        cluster.run(cluster.random.randrange(20, 80))
+        assert cluster.scheduler.stats.tokens_recomputed == 0
+    cluster.run_to_end()
+    cluster.check()
+
+
 def test_recovery_uses_the_replica_and_recomputes_only_the_tail() -> None:
     cluster = Cluster(2, seed=1)
     cluster.submit(1, list(range(40)), max_tokens=30)
