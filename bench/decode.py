@@ -8,8 +8,10 @@ The rate is tokens after the first of each stream over the time from the last fi
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 from bench.cluster import run_streams, running
 from bench.contract import Result, progress
@@ -64,7 +66,7 @@ def _ours(cluster: LocalCluster, batch: int) -> float:
     return tokens / (ended - begun)
 
 
-def _transformers():  # type: ignore[no-untyped-def]
+def _transformers() -> Callable[[int], float] | None:
     """A function that measures one batch with transformers; None if it is not installed."""
     try:
         import torch
@@ -73,10 +75,10 @@ def _transformers():  # type: ignore[no-untyped-def]
         return None
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(model_dir(), padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(model_dir(), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_dir(), dtype=torch.float32)  # in evaluation mode
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
-    def generate(inputs, count: int) -> float:  # type: ignore[no-untyped-def]
+    def generate(inputs: Mapping[str, Any], count: int) -> float:
         started = time.perf_counter()
         with torch.inference_mode():
             model.generate(

@@ -21,6 +21,7 @@ from controlplane.contract.auth import derive, load_secret
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
 from controlplane.contract.keys import Keys, encode
+from controlplane.contract.logs import configure_logging
 from controlplane.contract.records import ControllerRecord
 from controlplane.core.controller import Controller
 from controlplane.etcd.client import EtcdClient
@@ -29,7 +30,6 @@ from controlplane.etcd.register import Registration
 from controlplane.history.store import HistoryStore
 from controlplane.history.writer import HistoryWriter
 from controlplane.shell.inbox import Inbox
-from controlplane.shell.logs import set_up_logging
 from controlplane.shell.metrics import Sources
 from controlplane.shell.performer import Performer
 from controlplane.shell.registry import Registry
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--id", required=True, help="this controller's name, unique in the cluster")
     parser.add_argument("--admin-port", type=int, help="port of the admin API; 0: any free one")
     options = parser.parse_args()
-    set_up_logging(options.id)
+    configure_logging(options.id)
     asyncio.run(_run_and_exit(options))
 
 

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.05
 PING_S = 0.2  # a link that had nothing to carry for this long carries a ping
+GOODBYE_LIMIT_S = 0.3  # for the report that says that this node leaves
 ROWS_PER_PIPELINE = 4  # block-table rows: served and copied requests of two pipelines and their overlap
 
 
@@ -121,8 +122,7 @@ class Node:
                 task.result()
         finally:
             self._leaving = True
-            self._reporter.kick()
-            await asyncio.sleep(0)
+            await self._reporter.flush(GOODBYE_LIMIT_S)
             for task in (stop, *tasks):
                 task.cancel()
             await asyncio.gather(stop, *tasks, return_exceptions=True)

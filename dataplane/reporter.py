@@ -30,6 +30,7 @@ class _Line:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     seq: int = 0
     recoveries_sent: int = 0
+    said: asyncio.Event = field(default_factory=asyncio.Event)  # a report has left since it was cleared
 
 
 class Reporter:
@@ -58,6 +59,17 @@ class Reporter:
         """There is news: report now."""
         for line in self._lines.values():
             line.news.set()
+
+    async def flush(self, limit_s: float) -> None:
+        """Report to everybody now, and wait until it has left, within `limit_s`."""
+        for line in self._lines.values():
+            line.said.clear()
+        self.kick()
+        leaving = [asyncio.create_task(line.said.wait()) for line in self._lines.values()]
+        if leaving:
+            _, late = await asyncio.wait(leaving, timeout=limit_s)
+            for task in late:
+                task.cancel()
 
     async def close(self) -> None:
         tasks = [line.task for line in self._lines.values()]
@@ -92,6 +104,7 @@ class Reporter:
             line.seq += 1
             line.news.clear()
             yield report
+            line.said.set()
             try:
                 async with asyncio.timeout(self._heartbeat_s):
                     await line.news.wait()

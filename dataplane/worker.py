@@ -311,7 +311,7 @@ class Worker:
         if stage.is_last:
             samples, poisoned = sample_step(prepared, output)
         self.stats.compute_s += time.monotonic() - started
-        return (b"" if stage.is_last else memoryview(output)), samples, poisoned
+        return (b"" if stage.is_last else output.data), samples, poisoned
 
 
 def sample_step(prepared: Prepared, logits: np.ndarray) -> tuple[tuple[Sample, ...], tuple[int, ...]]:
@@ -324,6 +324,8 @@ def sample_step(prepared: Prepared, logits: np.ndarray) -> tuple[tuple[Sample, .
         for log in prepared.logs
     ]
     poisoned: tuple[int, ...] = ()
+    if not rows:
+        return (), ()
     try:
         drawn = sample(logits, rows)
     except NonFiniteLogits as error:

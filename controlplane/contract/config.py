@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -12,7 +13,7 @@ from controlplane.contract.topology import Mode
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    dtype: str = "auto"  # "auto" (what the checkpoint says), "float32", "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: what the checkpoint says
     block_size: int = 16  # tokens in a KV block
     pool_blocks: int = 2048  # KV blocks on a node: own, borrowed and replicas together
     max_batch_tokens: int = 512  # rows of one step, prefill chunks and decodes together

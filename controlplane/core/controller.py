@@ -21,13 +21,23 @@ from controlplane.core import events, narrate
 from controlplane.core.detector import Detector, Verdict
 from controlplane.core.drain import avoided, progress
 from controlplane.core.edit import initial
-from controlplane.core.events import CoreEvent, Effect, Record, Reread, WriteOperation, WriteTopology
+from controlplane.core.events import (
+    CoreEvent,
+    Effect,
+    ForgetOperation,
+    Record,
+    Reread,
+    WriteOperation,
+    WriteTopology,
+)
 from controlplane.core.membership import Membership, Nodes, named_members
 from controlplane.core.plan import plan
 from controlplane.core.policy import Limits, Policy, Situation, Timers
 from controlplane.core.preflight import preflight
 from controlplane.core.slot import Slot
 from controlplane.core.view import cluster_status
+
+FINISHED_KEPT = 100  # operations that are over stay in etcd until this many newer ones are
 
 
 class Controller:
@@ -234,6 +244,11 @@ class Controller:
             if after != slot.value:
                 slot.pending = after
                 effects.append(WriteOperation(after, slot.mod_revision))
+        over = [op for op in self._known_operations().values() if not op.open]
+        over.sort(key=lambda op: op.finished_unix_s)
+        for op in over[:-FINISHED_KEPT]:
+            del self._operations[op.id]
+            effects.append(ForgetOperation(op.id))
 
     # -- helpers ------------------------------------------------------------------------------------------
 

@@ -139,6 +139,13 @@ class WriteOperation:
 
 
 @dataclass(frozen=True, slots=True)
+class ForgetOperation:
+    """Delete operations/<id>: it is over, and newer ones are remembered. Losing this effect is harmless."""
+
+    operation: str
+
+
+@dataclass(frozen=True, slots=True)
 class Reread:
     """Read the topology (`operation` None) or one operation from etcd, linearizably, and tell what is there."""
 
@@ -152,4 +159,4 @@ class Record:
     event: Event
 
 
-Effect = WriteTopology | WriteOperation | Reread | Record
+Effect = WriteTopology | WriteOperation | ForgetOperation | Reread | Record

@@ -156,7 +156,7 @@ def _capacity(node: NodeId, to: NodeId, s: Situation) -> Iterator[Check]:
     if here is None or there is None or there.blocks_total <= 0:
         yield Check("warn", "capacity", f"how full {node} and {to} are is not known")
         return
-    used = sum(max(report.blocks_used - report.blocks_replica, 0) for report in (here, there))
+    used = here.blocks_used + there.blocks_used
     share = used / there.blocks_total
     level = "ok" if share <= CAPACITY_WARN else "warn" if share <= 1.0 else "fail"
     yield Check(level, "capacity", f"KV on {to} after it {share:.0%} (limit {CAPACITY_WARN:.0%})")

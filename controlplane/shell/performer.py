@@ -19,6 +19,7 @@ from controlplane.contract.records import Operation
 from controlplane.contract.topology import Topology
 from controlplane.core.events import (
     Effect,
+    ForgetOperation,
     OperationGone,
     OperationSeen,
     Record,
@@ -33,7 +34,7 @@ from controlplane.core.events import (
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.election import Leadership
 from controlplane.etcd.errors import EtcdError, EtcdUnavailable, EtcdUnknown
-from controlplane.etcd.values import Compare, Put
+from controlplane.etcd.values import Compare, Delete, Put
 from controlplane.history.store import Audit
 from controlplane.history.writer import HistoryWriter
 from controlplane.shell.inbox import Inbox
@@ -79,6 +80,8 @@ class Performer:
                 key = self._keys.operation(operation.id)
                 if await self._write(key, encode(operation), expected, operation.id) and not operation.open:
                     self._history.put(Audit(operation.state.value, operation, time.time()))
+            case ForgetOperation(operation_id):
+                await self._forget(self._keys.operation(operation_id))
             case Reread(None):
                 await self._reread_topology()
             case Reread(str() as operation_id):
@@ -116,6 +119,14 @@ class Performer:
         else:
             self._answer("conflict", WriteConflict(operation))
         return result.succeeded
+
+    async def _forget(self, key: str) -> None:
+        if self.leadership is None or not self.leadership.valid():
+            return
+        try:
+            await self._client.txn([self.leadership.guard()], [Delete(key)], timeout_s=CALL_LIMIT_S)
+        except EtcdError as error:
+            log.warning("an old operation stays in etcd", key=key, error=str(error))
 
     def _answer(self, outcome: str, event: WriteDone | WriteConflict | WriteUnknown) -> None:
         self.writes[outcome] += 1

@@ -191,7 +191,8 @@ def train(settings: Settings, texts: list[corpus.Chapter], until: int | None = N
     count = sum(p.numel() for p in model.parameters())
     log(f"{settings.name}: {count} parameters, step {first} of {settings.steps}, {data.epoch_steps} an epoch")
     started, mean = time.monotonic(), math.nan
-    for step in range(first, min(settings.steps, until or settings.steps)):
+    last = min(settings.steps, until or settings.steps)
+    for step in range(first, last):
         loss = loss_of(model, *data.batch(step))
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -200,7 +201,7 @@ def train(settings: Settings, texts: list[corpus.Chapter], until: int | None = N
         if step % 20 == 0:
             speed = (step + 1 - first) * BATCH_TOKENS / (time.monotonic() - started)
             log(f"step {step} loss {mean:.3f} rate {optimizer.rate(step):.5f} {speed:.0f} tokens/s")
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+        if (step + 1) % settings.save_every == 0 or step + 1 == last:
             save_state(state, model, optimizer, step + 1)
             words = corpus.common_words(texts, WORDS)
             write_model(settings.out / settings.name, model, tokenizer, words)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from controlplane.contract.requests import Sampling
+
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as in vLLM
 NUCLEUS_GUESS = 1024  # top-p sorts this many candidates first, all only if their mass is too small
 
@@ -18,32 +20,10 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class SampleSpec:
-    """How one request samples. Values are validated where requests enter.
-
-    top_k 0, top_p 1 and min_p 0 are off; penalties as in vLLM. stop_token_ids (end tokens included) cannot be
-    drawn while fewer than min_tokens tokens are generated. logprobs: how many of the best to report (None: no
-    logprob at all, 0: the drawn token's only)."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    min_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    logprobs: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class SampleRow:
     """One row to sample: its token log (prompt and output ids) and the position that the new token will have."""
 
-    spec: SampleSpec
+    spec: Sampling
     prompt: npt.NDArray[np.int32]
     output: npt.NDArray[np.int32] | Sequence[int]
     position: int
@@ -139,7 +119,7 @@ def _processed(raw: Floats, row: SampleRow) -> Floats:
     return logits
 
 
-def _draw(logits: Floats, spec: SampleSpec, u: float) -> int:
+def _draw(logits: Floats, spec: Sampling, u: float) -> int:
     """Inverts the cumulative distribution of what min-p, top-k and top-p leave, in order of token id."""
     scaled = logits.astype(np.float64) / spec.temperature
     weights = np.exp(scaled - scaled.max())

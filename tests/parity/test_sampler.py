@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataplane.model.sampler import NonFiniteLogits, SampleRow, SampleSpec, sample, uniform
+from controlplane.contract.requests import Sampling
+from dataplane.model.sampler import NonFiniteLogits, SampleRow, sample, uniform
 
 VOCAB = 97
 NONE = np.empty(0, np.int32)
@@ -20,7 +21,12 @@ def logits(seed: int, rows: int = 1, vocab: int = VOCAB) -> np.ndarray:
 
 
 def row(position: int = 5, prompt: Any = (), output: Any = (), **spec: Any) -> SampleRow:
-    return SampleRow(SampleSpec(**spec), np.array(prompt, np.int32), np.array(output, np.int32), position)
+    return SampleRow(
+        Sampling(**{"max_tokens": 1, "seed": 0, **spec}),
+        np.array(prompt, np.int32),
+        np.array(output, np.int32),
+        position,
+    )
 
 
 def draws(values: np.ndarray, count: int, **spec: Any) -> np.ndarray:
@@ -30,7 +36,7 @@ def draws(values: np.ndarray, count: int, **spec: Any) -> np.ndarray:
 
 
 specs = st.builds(
-    SampleSpec,
+    Sampling,
     temperature=st.sampled_from([0.0, 1e-6, 0.3, 1.0, 2.5]),
     top_k=st.sampled_from([0, 1, 5, 200]),
     top_p=st.sampled_from([1.0, 0.9, 0.3, 0.01]),

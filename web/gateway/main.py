@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import logging
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from controlplane.contract.auth import derive, load_secret
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.keys import Keys, encode
+from controlplane.contract.logs import configure_logging
 from controlplane.contract.records import GatewayRecord
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.register import Registration
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--id", default="g1", help="this gateway's name in the cluster (default: g1)")
     parser.add_argument("--port", type=int, help="0: any free one (default: gateway_port of the settings)")
     arguments = parser.parse_args()
-    _log_json(arguments.id)
+    configure_logging(arguments.id)
     try:
         config = load_config(arguments.config)
         port = config.gateway_port if arguments.port is None else arguments.port
@@ -107,31 +107,6 @@ def _service(model: Model, dispatcher: Dispatcher, metrics: Metrics, watch: Clus
         started_unix_s=int(time.time()),
         etcd_age_s=watch.age_s,
     )
-
-
-def _log_json(name: str) -> None:
-    """One JSON object a line on stderr, the libraries' warnings included."""
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
-    )
-    structlog.contextvars.bind_contextvars(process=f"gateway/{name}", pid=os.getpid())
-    logging.basicConfig(level=logging.WARNING, handlers=[_ToStructlog()])
-
-
-class _ToStructlog(logging.Handler):
-    """Hands records of the standard library's logging (uvicorn, the etcd client) to structlog."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        # exc_info is the record's own: this handler may run long after the `except` it came from.
-        log.log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info or None)
 
 
 if __name__ == "__main__":
