@@ -75,7 +75,7 @@ def _transformers() -> Callable[[int], float] | None:
         return None
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(model_dir(), padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(model_dir(), dtype=torch.float32)  # in evaluation mode
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir(), dtype=torch.float32)  # in evaluation mode
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     def generate(inputs: Mapping[str, Any], count: int) -> float:

@@ -88,6 +88,7 @@ class Node:
         self._world = World(Keys(config.cluster), config.group)
         self._neighbours: dict[Member, float] = {}  # since when
         self._down: dict[Member, str] = {}  # links that broke, and why
+        self._linked: set[Member] = set()  # whom we keep links to
         self._sent_at: dict[Member, float] = {}
         self._bad_frames = 0
         self._leaving = False
@@ -182,6 +183,13 @@ class Node:
             if record.member.node != self._me.node:
                 self._transport.connect(record.member, record.link_address)
         known = {record.member for record in self._world.nodes.values()}
+        # A node that lost its registration but serves with us is alive: etcd was away.
+        gone = {m for m in self._linked if m not in known and m not in self._neighbours}
+        for member in gone:
+            if member.node not in self._world.nodes:
+                self._transport.disconnect(member.node)
+            self._sent_at.pop(member, None)
+        self._linked = (self._linked - gone) | {m for m in known if m != self._me}
         self._down = {m: why for m, why in self._down.items() if m in known or m in self._neighbours}
 
     # ------------------------------------------------------------------ links

@@ -39,6 +39,7 @@ from dataplane.worker import Message
 log = logging.getLogger(__name__)
 
 RECOVERIES_KEPT = 64
+UNSENT_MAX = 8  # questions kept for a member until its link is up; the scheduler asks anew anyway
 
 
 class Schedulers:
@@ -177,7 +178,9 @@ class Schedulers:
         for stage in pipeline.stages:
             member = stage.leader
             if member is not None and not self._send(member, meta, b""):
-                self._unsent.setdefault(member, []).append(meta)
+                unsent = self._unsent.setdefault(member, [])
+                unsent.append(meta)
+                del unsent[:-UNSENT_MAX]
 
     def _quota(self, topology: Topology, pipeline: Pipeline, records: dict[str, NodeRecord]) -> int:
         """The least of what the pipeline's nodes can give it; the least counts, as all hold the same blocks."""

@@ -26,8 +26,10 @@ from dataplane.core.messages import (
 from dataplane.core.recovery import HeldCollector, RecoveryTiming
 from dataplane.core.request import Phase, Request
 
-STALL_LIMIT_S = 1.0  # an unanswered step or question is given up after this; doubled each time in a row
-STALL_LIMIT_MAX_S = 8.0
+# An unanswered step or question is given up after this; doubled each time in a row. Deaths are the controllers'
+# to notice: this is for messages that were lost between the living, and must not be taken for slowness.
+STALL_LIMIT_S = 3.0
+STALL_LIMIT_MAX_S = 60.0
 LINK_RETRY_S = 0.05  # pause before the next attempt when a stage could not pass a step on
 
 

@@ -141,12 +141,19 @@ def test_long_sampled_story_stays_readable(reference: LlamaForCausalLM, tokenize
         ids, max_new_tokens=1_200, do_sample=True, temperature=0.8, top_k=0, eos_token_id=None, pad_token_id=1
     )
     text = tokenizer.decode(out[0, -200:].tolist())
-    assert share_of_words(text) >= 0.85, text
+    assert share_of_words(text) >= 0.9, text
 
 
 def test_chat_answers_are_words_and_end(reference: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
-    ended = 0
-    questions = ("What is love?", "Tell me about Emma.", "Hello!", "Explain happiness.")
+    questions = (
+        "What is love?",
+        "Tell me about Emma.",
+        "Hello!",
+        "Explain happiness.",
+        "Go on.",
+        "Who are you?",
+    )
+    ended, answers = 0, []
     for seed, question in enumerate(questions):
         torch.manual_seed(seed)
         prompt = render([{"role": "user", "content": question}], add_generation_prompt=True)
@@ -161,10 +168,9 @@ def test_chat_answers_are_words_and_end(reference: LlamaForCausalLM, tokenizer: 
             pad_token_id=1,
         )[0, ids.shape[1] :].tolist()
         ended += out[-1] == tokens.SPECIAL.index(tokens.END)
-        text = tokenizer.decode(out)
-        if len(text) > 80:
-            assert share_of_words(text) >= 0.85, text
-    assert ended >= 2
+        answers.append(tokenizer.decode(out))
+    assert share_of_words(" ".join(answers)) >= 0.9, answers
+    assert ended >= 2, answers
 
 
 @pytest.mark.parametrize("name", sorted(FOLDERS))
@@ -178,7 +184,7 @@ def test_training_model_equals_transformers(name: str) -> None:
 
 
 def test_draft_often_agrees(reference: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
-    """A draft is of use if its best token is often the model's: at least one in four here, by chance one in 2,048."""
+    """A draft is of use if its best token is often the model's: one time in three here, by chance one in 2,048."""
     draft = LlamaForCausalLM.from_pretrained(draft_dir(), dtype=torch.float32).eval()
     torch.manual_seed(2)
     ids = torch.tensor([tokenizer.encode(PROMPTS[1]).ids])
@@ -187,7 +193,7 @@ def test_draft_often_agrees(reference: LlamaForCausalLM, tokenizer: Tokenizer) -
     )
     with torch.no_grad():
         same = draft(out).logits.argmax(-1) == reference(out).logits.argmax(-1)
-    assert same.float().mean().item() >= 0.25
+    assert same.float().mean().item() >= 0.33
 
 
 def _package(folder: Path, chapters: int) -> Path:
