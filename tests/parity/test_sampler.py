@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_draws_stay_in_the_allowed_set(r: SampleRow, seed: int) -> None:
     if len(r.output) < spec.min_tokens:
         assert got.token not in spec.stop_token_ids
     if spec.top_k == 1 or spec.temperature < 1e-5:
-        greedy = dataclasses.replace(spec, temperature=0.0)
+        greedy = msgspec.structs.replace(spec, temperature=0.0)
         want = sample(values, [dataclasses.replace(r, spec=greedy)])[0].token
         assert got.token == want
 
