@@ -2,16 +2,21 @@
 
 Every system has the demo model in float32, one compute thread a process, greedy, and produces the same number of tokens
 for the same prompts. `transformers` runs `generate` in this process, batched; ours serves as many streams.
-The rate is tokens after the first of each stream over the time from the last first token to the end.
+The rate is tokens after the first of each stream over the time from the last first token to the end. `share_of_limit`
+is the share of the machine's read bandwidth that a batch of one needs to read each weight once a token.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bench.cluster import run_streams, running
 from bench.contract import Result, progress
@@ -19,6 +24,7 @@ from controlplane.contract.topology import Mode
 from controlplane.kfadmin.loadgen import sample_prompts
 from controlplane.kfadmin.local import LocalCluster
 from dataplane.demo import model_dir
+from dataplane.executor import StageExecutor
 
 BATCHES = (1, 8, 32)
 TOKENS = 128
@@ -36,6 +42,7 @@ def run(quick: bool) -> Result:
         node = stack.enter_context(running(Mode.NONE, instances=1, stages=1))
         pipeline = stack.enter_context(running(Mode.NONE, instances=1, stages=4))
         peer = _transformers()
+        result.measure("load_s", [_load_s() for _ in range(rounds)])
         for batch in BATCHES:
             for number in range(rounds):
                 progress(f"  batch {batch}, round {number + 1}/{rounds}")
@@ -43,6 +50,10 @@ def run(quick: bool) -> Result:
                     rates.setdefault(f"{name}_{batch}", []).append(_ours(cluster, batch))
                 if peer is not None:
                     rates.setdefault(f"transformers_{batch}", []).append(peer(batch))
+        for name, cluster in (("node", node), ("pipeline4", pipeline)):
+            result.metrics[f"{name}_peak_bytes"] = sum(map(_peak_bytes, cluster.node_pids().values()))
+    weights = (model_dir() / "model.safetensors").stat().st_size
+    result.metrics["share_of_limit"] = statistics.median(rates["node_1"]) * weights / _read_bandwidth()
     for batch in BATCHES:
         ours = result.measure(f"node_tokens_per_s_b{batch}", rates[f"node_{batch}"])
         four = result.measure(f"pipeline4_tokens_per_s_b{batch}", rates[f"pipeline4_{batch}"])
@@ -64,6 +75,32 @@ def _ours(cluster: LocalCluster, batch: int) -> float:
     ended = max(stream.times[-1] for stream in streams)
     tokens = sum(sum(at > begun for at in stream.times) for stream in streams)
     return tokens / (ended - begun)
+
+
+def _load_s() -> float:
+    """Seconds from nothing to a stage of the whole model that could run."""
+    started = time.perf_counter()
+    StageExecutor(model_dir(), 0, 1, num_blocks=64)
+    return time.perf_counter() - started
+
+
+def _peak_bytes(pid: int) -> int:
+    """Most resident memory that a process has had."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/{pid}/status has no VmHWM")
+
+
+def _read_bandwidth() -> float:
+    """Bytes a second that one thread reads from memory (median of seven passes over 256 MB)."""
+    data = np.ones(1 << 26, np.float32)
+    passes = []
+    for _ in range(7):
+        started = time.perf_counter()
+        data.sum()
+        passes.append(data.nbytes / (time.perf_counter() - started))
+    return statistics.median(passes)
 
 
 def _transformers() -> Callable[[int], float] | None:
