@@ -37,6 +37,7 @@ from controlplane.shell.rpc import ReportServer
 from controlplane.shell.runtime import Runtime
 from controlplane.shell.service import Parts, Service
 from web.admin.app import build_app
+from web.protocol import BoundedProtocol
 
 log = structlog.get_logger()
 
@@ -79,8 +80,11 @@ async def serve(config: ClusterConfig, me: str, admin_socket: socket.socket, sto
     admin = AdminServer(
         uvicorn.Config(
             app,
+            http=BoundedProtocol,
+            ws="none",
             log_config=None,
             access_log=False,
+            server_header=False,
             lifespan="off",
             timeout_graceful_shutdown=1,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import web.ui
 from controlplane.contract.events import Event, EventKind
 from tests.web.admin_service import TOKEN, MemoryService, serving
-from web.admin import auth, feed
+from web.admin import app, auth, feed
 from web.admin.static import load_files
 
 BEARER = {"authorization": f"Bearer {TOKEN}"}
@@ -185,6 +186,34 @@ def test_a_huge_body_is_cut_off(client: httpx.Client) -> None:
     assert answer.status_code == 413
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"token":"\xff"}',
+        b'{"x":' + b"[" * 30_000,
+        b'{"x":' + b"[" * 30_000 + b"]" * 30_000 + b',"token":"a"}',
+    ],
+)
+def test_no_body_of_a_stranger_is_a_defect_of_ours(client: httpx.Client, body: bytes) -> None:
+    answer = client.post("/session", content=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, 400)
+    assert client.post("/admin/v1/operations", content=body, headers=BEARER).status_code == 400
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "BODY_S", 0.2)
+    with socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=5) as connection:
+        connection.sendall(b"POST /session HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_wrong_method_is_told_the_right_one(client: httpx.Client) -> None:
+    answer = client.put("/admin/v1/status", headers=BEARER)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET")
+
+
 def test_a_browser_session(client: httpx.Client, service: MemoryService) -> None:
     assert client.post("/session", json={"token": "wrong"}).status_code == 401
     answer = client.post("/session", json={"token": TOKEN})
@@ -286,6 +315,7 @@ def test_the_number_of_streams_is_bounded(
             open_streams.append(item)
     refused = client.get("/admin/v1/stream", headers=BEARER)
     assert refused.status_code == 503
+    assert refused.headers["retry-after"] == "5"
     for item in open_streams:
         item.close()
     deadline = time.monotonic() + 5
@@ -294,3 +324,19 @@ def test_the_number_of_streams_is_bounded(
             if answer.status_code == 200:
                 break
         assert time.monotonic() < deadline
+
+
+def test_streams_opened_in_one_moment_are_bounded_too(
+    client: httpx.Client, service: MemoryService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "CLIENTS_MAX", 3)
+    ask = f"GET /admin/v1/stream HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        address = (client.base_url.host, client.base_url.port or 0)
+        connections = [stack.enter_context(socket.create_connection(address, timeout=5)) for _ in range(30)]
+        for connection in connections:
+            connection.sendall(ask)
+        answers = [connection.recv(13).split()[1] for connection in connections]
+    # Fewer when clients of an earlier test are just leaving.
+    assert 0 < answers.count(b"200") <= 3
+    assert answers.count(b"200") + answers.count(b"503") == 30

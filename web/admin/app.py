@@ -16,6 +16,7 @@ Errors are `{"error": {"message", "code"}}`; 503 means that etcd or the database
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from typing import TypeVar
@@ -24,6 +25,7 @@ import msgspec
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from controlplane.contract.auth import bearer_matches
@@ -36,6 +38,7 @@ from web.admin.service import AdminService
 from web.admin.static import StaticFile, load_files
 
 BODY_BYTES_MAX = 64 * 1024
+BODY_S = 10.0  # a client that takes longer to send its request is not waited for
 EVENTS_MAX = 1000
 T = TypeVar("T")
 
@@ -74,7 +77,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(_request: Request, problem: HTTPException) -> JSONResponse:
-        return error(problem.status_code, problem.detail)
+        return error(problem.status_code, problem.detail, dict(problem.headers or {}))
 
 
 def _add_health(app: FastAPI, service: AdminService) -> None:
@@ -147,8 +150,6 @@ def _add_reads(app: FastAPI, service: AdminService) -> None:
 
     @app.get("/admin/v1/stream")
     async def stream(request: Request, after: int = Query(0, ge=0, lt=2**63)) -> Response:
-        if feed.full:
-            return error(503, "too many dashboards are open on this controller", {"retry-after": "5"})
         # A browser that connects again says what it saw last.
         resumed = request.headers.get("last-event-id", "")
         return FeedResponse(feed, int(resumed) if SEEN.fullmatch(resumed) else after)
@@ -183,16 +184,26 @@ def _add_operations(app: FastAPI, service: AdminService) -> None:
 
 
 async def _body(request: Request, kind: type[T]) -> T:
-    """Read and parse a bounded JSON body. Raises HTTPException 400 or 413."""
+    """Read and parse a bounded JSON body. Raises HTTPException 400, 408 or 413."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > BODY_BYTES_MAX:
-            raise HTTPException(413, f"the body is larger than {BODY_BYTES_MAX} bytes")
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > BODY_BYTES_MAX:
+                    raise HTTPException(413, f"the body is larger than {BODY_BYTES_MAX} bytes")
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not arrive within {BODY_S:g} s") from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the body ended early") from None  # nobody will read it
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.MsgspecError as problem:
         raise HTTPException(400, str(problem)) from problem
+    except UnicodeDecodeError:
+        raise HTTPException(400, "the body is not UTF-8") from None
+    except RecursionError:
+        raise HTTPException(400, "the body is nested too deeply") from None
 
 
 def _json(value: object, status: int = 200) -> Response:

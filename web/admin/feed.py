@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from controlplane.contract.errors import Unavailable
 from controlplane.contract.events import Event
+from web.admin.auth import error
 from web.admin.service import AdminService
 
 PERIOD_S = 0.25
@@ -115,8 +116,8 @@ class Feed:
             try:
                 rows = await self._service.events(RING_LEN_MAX, last)
                 self._history_error = ""
-            except Unavailable as error:
-                rows, self._history_error = [], str(error)
+            except Unavailable as problem:
+                rows, self._history_error = [], str(problem)
             self._ring.extend(rows)
             last = self._ring[-1][0] if self._ring else 0
             await asyncio.sleep(PERIOD_S)
@@ -134,22 +135,27 @@ class FeedResponse(Response):
         self._after = after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender = asyncio.create_task(self._send_all(send))
-        watcher = asyncio.create_task(_gone(receive))
-        try:
-            await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (sender, watcher):
-                task.cancel()
-            await asyncio.gather(sender, watcher, return_exceptions=True)
-        if not sender.cancelled() and (error := sender.exception()) and not isinstance(error, TimeoutError):
-            raise error
+        if self._feed.full:  # looked at here, where nothing comes between it and joining
+            text = "too many dashboards are open on this controller"
+            await error(503, text, {"retry-after": "5"})(scope, receive, send)
+            return
+        async with self._feed.joined():
+            sender = asyncio.create_task(self._send_all(send))
+            watcher = asyncio.create_task(_gone(receive))
+            try:
+                await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (sender, watcher):
+                    task.cancel()
+                await asyncio.gather(sender, watcher, return_exceptions=True)
+        if not sender.cancelled() and (cause := sender.exception()) and not isinstance(cause, TimeoutError):
+            raise cause
 
     async def _send_all(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         async with asyncio.timeout(SEND_LIMIT_S):
             await send(start)
-        async with self._feed.joined(), contextlib.aclosing(self._feed.messages(self._after)) as messages:
+        async with contextlib.aclosing(self._feed.messages(self._after)) as messages:
             async for message in messages:
                 async with asyncio.timeout(SEND_LIMIT_S):
                     await send({"type": "http.response.body", "body": message, "more_body": True})

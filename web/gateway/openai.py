@@ -52,8 +52,16 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 # Accepted and without effect here: they do not change the answer.
 IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier")
 
+# Of a message that another server gave as an answer: null or empty, they say nothing.
+ANSWER_FIELDS = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content")
+ERRORS_MAX = 100  # more are not told apart: each costs memory, and a body has room for a million
+
 TokenId = Annotated[int, Field(ge=0)]
-Strings = str | list[str]
+# A list is given up at its first wrong item: otherwise a long one makes a million errors, and stops all streams
+# for seconds.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Strings = str | Texts
 
 
 class StreamOptions(BaseModel):
@@ -75,7 +83,7 @@ class Common(BaseModel):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT64_MAX)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -83,7 +91,7 @@ class Common(BaseModel):
     logit_bias: dict[str, float] | None = None
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
     stop: Strings | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -147,7 +155,7 @@ class Common(BaseModel):
 
 
 class CompletionRequest(Common):
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
 
@@ -180,14 +188,25 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, data: Any) -> Any:
+        """Clients send back what they were given, with every field of an answer that was empty."""
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value or name not in ANSWER_FIELDS}
 
     @property
     def text(self) -> str:
         if isinstance(self.content, list):
             return "\n".join(part.text for part in self.content)
         return self.content or ""
+
+
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
 def plain(messages: list[Message]) -> list[dict[str, str]]:
@@ -199,7 +218,7 @@ def plain(messages: list[Message]) -> list[dict[str, str]]:
 
 
 class ChatRequest(Common):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
@@ -220,7 +239,7 @@ class TokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool | None = None
@@ -229,7 +248,7 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -244,6 +263,8 @@ def parse(kind: type[Body], raw: bytes) -> Body:
 
 
 def _bad_request(error: pydantic.ValidationError) -> ApiError:
+    if error.error_count() > ERRORS_MAX:
+        return ApiError(400, f"the body has {error.error_count()} mistakes: too many to name them")
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     # `loc` of a union goes on with the names of its branches: the client knows only the parameter's path.
     path = [str(part) for part in first["loc"]]

@@ -28,7 +28,7 @@ def make_sampling(
         max_tokens=max_tokens,
         seed=seed & INT64_MAX,
         temperature=_pick(request.temperature, defaults.get("temperature"), 1.0),
-        top_k=max(0, top_k),
+        top_k=min(max(0, top_k), model.vocab_size),  # all of them: the same as off
         top_p=_pick(request.top_p, defaults.get("top_p"), 1.0),
         min_p=_pick(request.min_p, defaults.get("min_p"), 0.0),
         repetition_penalty=_pick(request.repetition_penalty, defaults.get("repetition_penalty"), 1.0),

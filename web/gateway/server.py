@@ -13,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from web.gateway.dispatch import Dispatcher
+from web.protocol import BoundedProtocol
 
 log = structlog.get_logger()
 
@@ -38,7 +39,7 @@ def listen(host: str, port: int) -> socket.socket:
 def make_server(app: ASGIApp) -> GatewayServer:
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=BoundedProtocol,
         loop="asyncio",
         ws="none",
         lifespan="off",

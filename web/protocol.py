@@ -1,0 +1,92 @@
+"""HTTP/1.1 connections with the bounds that uvicorn and its parser do not have.
+
+Neither limits how long a request's head may be, or how long it may take. Without that anybody who can connect,
+with a key or not, could fill the memory with one endless header, or use up the descriptors with heads that never
+end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+HEAD_BYTES_MAX = 64 * 1024  # request line and headers; also trailers, and what stands between chunks
+HEAD_S = 20.0  # from the first byte of a connection, or of what follows an answer, to the end of a head
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection. A head that is too long is answered with 431, one that is too slow with 408; both are its end."""
+
+    _unheard = 0  # bytes since the parser last had something whole: a head, a piece of a body, an end
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return  # it has been refused already: nothing more of it is kept
+        self._unheard += len(data)
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._unheard > HEAD_BYTES_MAX:
+            self._refuse(431, f"the head of a request exceeds {HEAD_BYTES_MAX} bytes")
+        elif self.cycle is None or self.cycle.response_complete:
+            # uvicorn's own timer, for idle connections, ended with these bytes, and would not start again.
+            self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._unheard = 0
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unheard = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._unheard = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn for what is not HTTP."""
+        self._refuse(400, msg)
+
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_S, self._too_slow)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _too_slow(self) -> None:
+        self._head_timer = None
+        if self.transport.is_closing():
+            return
+        if self.cycle is None and self._unheard:
+            self._refuse(408, f"the head of the request did not arrive within {HEAD_S:g} s")
+        else:
+            self.transport.close()  # nothing was asked, or it has been answered
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer and close; on a connection with an answer under way, only close."""
+        self._stop_timer()
+        if self.cycle is None or self.cycle.response_complete:
+            kind = "TimeoutError" if status == 408 else "BadRequestError"
+            error = {"message": message, "type": kind, "param": None, "code": status}
+            body = msgspec.json.encode({"error": error})
+            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(
+                body
+            )
+            self.transport.write(STATUS_LINE[status] + head + body)
+        self.transport.close()
