@@ -55,6 +55,9 @@ class Frontdoor:
                 # Gateways ping idle streams to notice a silent path; the default takes that for an attack.
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+                # And we notice a gateway that vanished without a goodbye: its requests become orphans.
+                ("grpc.keepalive_time_ms", 2_000),
+                ("grpc.keepalive_timeout_ms", 5_000),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
             ]
         )
@@ -89,18 +92,22 @@ class Frontdoor:
         state = self._sessions[session] = _Session()
         reader = asyncio.create_task(self._read(session, requests))
         overrun = asyncio.create_task(state.overrun.wait())
+        getter: asyncio.Task[SchedulerMessage] | None = None
         try:
             while True:
                 getter = asyncio.create_task(state.outbox.get())
                 done, _ = await asyncio.wait({getter, reader, overrun}, return_when=asyncio.FIRST_COMPLETED)
                 if getter not in done:
-                    getter.cancel()
                     break
                 yield getter.result()
             if overrun.done():
                 self.sessions_overrun += 1
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the gateway does not read")
+            if reader.done():
+                reader.result()  # an error of ours ends the stream, and is told in the log
         finally:
+            if getter is not None:
+                getter.cancel()
             overrun.cancel()
             reader.cancel()
             del self._sessions[session]

@@ -74,10 +74,10 @@ class Node:
             lambda session, message: self._schedulers.on_gateway(session, message),
             lambda session: self._schedulers.on_session_lost(session),
         )
-        limits = Limits.from_config(engine, context, config.timing.orphan_grace_s)
+        limits = Limits.from_config(engine, context, config.timing.orphan_grace_s, executor.config.vocab_size)
         self._reporter = Reporter(token, config.timing.heartbeat_s, self._report)
         self._schedulers = Schedulers(
-            me, limits, self._frontdoor, self._worker.put, self._send, self._reporter.kick
+            me, limits, engine.pool_blocks, self._frontdoor, self._worker.put, self._send, self._reporter.kick
         )
         self._transport = UcxTransport(
             TransportConfig(member=me, cluster=config.cluster, secret=secret, host=config.host),
@@ -208,6 +208,8 @@ class Node:
             self._bad_frames += 1
             log.warning("from %s: %s", peer, error)
             return
+        if peer in self._down and self._transport.connected(peer):
+            del self._down[peer]  # only its link to us had broken, and it has opened another
         self._dispatch(peer, frame.meta, frame.payload)
 
     def _dispatch(self, peer: Member, meta: Meta, payload: frames.Buffer) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.reports import TargetReport
 from dataplane.core.blocks import KvStore
-from dataplane.core.messages import Fence, KvAckMeta, KvDropMeta, KvMeta, KvQueryMeta
+from dataplane.core.messages import Fence, HeldMeta, KvAckMeta, KvDropMeta, KvMeta, KvQueryMeta, RejoinMeta
 from dataplane.core.replication import ReplicaSource
+from dataplane.core.stage import Stage
 from dataplane.transport.frames import Send
 
 if TYPE_CHECKING:
@@ -85,7 +86,23 @@ class Replicator:
             return
         for target, source in state.sources.items():
             source.freed(rids)
-            self._send(target, KvDropMeta(pipeline, state.fence, rids), b"")
+            if not self._send(target, KvDropMeta(pipeline, state.fence, rids), b""):
+                source.restart()  # what it holds of them comes to light with its next answer
+
+    def rejoin(self, stage: Stage, meta: RejoinMeta) -> HeldMeta:
+        """A stage answers its scheduler; the holders learn what came of it."""
+        pipeline = stage.pipeline
+        before = self._here(pipeline)
+        held = stage.rejoin(meta, self.checksum)
+        gone = before.keys() - self._here(pipeline).keys()
+        self.freed(pipeline, tuple(gone))
+        state = self._protected.get(pipeline)
+        if state is not None and any(before.get(rid) is False for rid in meta.rids):
+            for source in state.sources.values():
+                source.restart()  # it may have copies of what was promoted just now: only the rest is sent
+        for rid in meta.rids:
+            self.wrote(pipeline, rid)
+        return held
 
     def link_changed(self, node: str) -> None:
         """A link to or from `node` came or went: what was under way may be lost."""
@@ -116,6 +133,8 @@ class Replicator:
         if state is None or source is None:
             return
         unknown = source.acknowledged(meta.held, meta.whole, meta.refused, now)
+        # What waits here to be promoted may still be claimed: its other copies must not go before.
+        unknown = [rid for rid in unknown if (meta.pipeline, rid) not in self._store.replicas]
         if meta.whole:
             for rid in self._rids(meta.pipeline):
                 source.wrote(rid)
@@ -168,6 +187,11 @@ class Replicator:
 
     def _rids(self, pipeline: PipelineId) -> list[int]:
         return [rid for owner, rid in self._store.own if owner == pipeline]
+
+    def _here(self, pipeline: PipelineId) -> dict[int, bool]:
+        """The requests that this node has KV of, and whether it serves it (else it is a copy)."""
+        here = {rid: False for owner, rid in self._store.replicas if owner == pipeline}
+        return here | {rid: True for owner, rid in self._store.own if owner == pipeline}
 
     def _tokens(self, pipeline: PipelineId, rid: int) -> int:
         kv = self._store.own.get((pipeline, rid))

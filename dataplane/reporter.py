@@ -95,6 +95,13 @@ class Reporter:
                         delay_s = BACKOFF_FIRST_S
             except grpc.aio.AioRpcError as error:
                 log.debug("reports to %s: %s", name, error.code())
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                # grpc.aio cancels the call, and so this task, when a report could not be made or encoded. To
+                # end here would be to fall silent, which controllers take for death.
+                log.warning("the stream of reports to %s broke off: a report could not be made", name)
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, BACKOFF_MAX_S)
 

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 
-from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.ids import Member, NodeId, PipelineId
 from controlplane.contract.records import NodeRecord
 from controlplane.contract.reports import RecoveryReport
 from controlplane.contract.requests import Cancel, GatewayMessage, RefusalCode, Refused, Submit, Tokens
 from controlplane.contract.topology import MovePhase, Pipeline, Topology, quota_blocks
 from dataplane.core.batching import Limits
-from dataplane.core.messages import HeldMeta, Meta, ResultMeta, StepFailedMeta
+from dataplane.core.messages import HeldMeta, RejoinMeta, ResultMeta, StepFailedMeta
 from dataplane.core.scheduler import (
     Ask,
     Cancelled,
@@ -49,6 +49,7 @@ class Schedulers:
         self,
         me: Member,
         limits: Limits,
+        pool_blocks: int,
         frontdoor: Frontdoor,
         run_local: Callable[[Message], None],
         send: Send,
@@ -64,7 +65,10 @@ class Schedulers:
         self._send = send
         self._news = news
         self._topology: Topology | None = None
-        self._unsent: dict[Member, list[Meta]] = {}  # questions for members whose link is not up yet
+        self._unsent: dict[Member, list[RejoinMeta]] = {}  # questions for members whose link is not up yet
+        self._pools: dict[NodeId, int] = {
+            me.node: pool_blocks
+        }  # KV blocks of every node that was ever registered
         self._past = SchedulerStats()  # of schedulers that have moved away
 
     # ------------------------------------------------------------------ inputs
@@ -89,9 +93,9 @@ class Schedulers:
                 self._dispatch(scheduler, QuotaChanged(quota))
                 self._perform(scheduler, scheduler.start(now))
             elif scheduler.fence.epoch < pipeline.epoch:
-                self._unsent.clear()
+                self._forget_unsent(pipeline.id)
                 planned = before is not None and before.move is not None and pipeline.move is None
-                self._dispatch(scheduler, Quiesce(hold))
+                # Before the hold is lifted: nothing may be issued in the epoch that is over.
                 self._dispatch(scheduler, EpochBegan(pipeline.epoch, planned))
             self._dispatch(scheduler, QuotaChanged(quota))
             self._dispatch(scheduler, Quiesce(hold))
@@ -171,7 +175,7 @@ class Schedulers:
                     self.recoveries_total += 1
                     self._news()
 
-    def _ask(self, pipeline_id: PipelineId, meta: Meta) -> None:
+    def _ask(self, pipeline_id: PipelineId, meta: RejoinMeta) -> None:
         pipeline = self._topology.pipeline(pipeline_id) if self._topology is not None else None
         if pipeline is None:
             return
@@ -182,14 +186,22 @@ class Schedulers:
                 unsent.append(meta)
                 del unsent[:-UNSENT_MAX]
 
+    def _forget_unsent(self, pipeline_id: PipelineId) -> None:
+        for member, metas in list(self._unsent.items()):
+            self._unsent[member] = [meta for meta in metas if meta.pipeline != pipeline_id]
+            if not self._unsent[member]:
+                del self._unsent[member]
+
     def _quota(self, topology: Topology, pipeline: Pipeline, records: dict[str, NodeRecord]) -> int:
         """The least of what the pipeline's nodes can give it; the least counts, as all hold the same blocks."""
+        # A registration may be gone for a while (etcd was away); the node's pool is not.
+        self._pools.update((node, record.pool_blocks) for node, record in records.items())
         quotas = []
         for member in pipeline.members():
-            record = records.get(member.node)
-            if record is not None:
+            blocks = self._pools.get(member.node)
+            if blocks is not None:
                 serves = {p for p, _ in topology.serving(member.node)}
-                quotas.append(quota_blocks(record.pool_blocks, len(serves)))
+                quotas.append(quota_blocks(blocks, len(serves)))
         return min(quotas, default=0)
 
     def _remember(self, scheduler: Scheduler) -> None:

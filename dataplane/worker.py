@@ -241,10 +241,7 @@ class Worker:
 
     def _rejoin(self, meta: RejoinMeta) -> None:
         stage = self.stages[meta.pipeline]
-        held = stage.rejoin(meta, self.replicator.checksum)
-        for rid in meta.rids:
-            self.replicator.wrote(meta.pipeline, rid)
-        self._to_scheduler(meta.pipeline, held)
+        self._to_scheduler(meta.pipeline, self.replicator.rejoin(stage, meta))
 
     async def _step(self, meta: StepMeta, message: Message) -> None:
         stage = self.stages[meta.pipeline]

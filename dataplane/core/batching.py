@@ -21,9 +21,12 @@ class Limits:
     max_waiting: int
     context_len: int  # tokens, prompt and output
     orphan_grace_s: float
+    vocab_size: int = 1 << 31  # token ids are below it
 
     @classmethod
-    def from_config(cls, engine: EngineConfig, context_len: int, orphan_grace_s: float) -> Limits:
+    def from_config(
+        cls, engine: EngineConfig, context_len: int, orphan_grace_s: float, vocab_size: int
+    ) -> Limits:
         return cls(
             engine.block_size,
             engine.max_batch_tokens,
@@ -31,6 +34,7 @@ class Limits:
             engine.max_waiting,
             context_len,
             orphan_grace_s,
+            vocab_size,
         )
 
     def blocks_for(self, tokens: int) -> int:

@@ -68,18 +68,20 @@ class KvStore:
     def replica_block(self, key: Key, index: int, tokens: int) -> int | None:
         """The block to write copy `index` of a request into, `tokens` being valid once it is written.
 
-        None when it would leave a gap or there is no room: served KV is never evicted for a copy, nor is
-        another replica, since each of them is somebody's only one.
+        None when it makes no sense, would leave a gap or there is no room: served KV is never evicted for a
+        copy, nor is another replica, since each of them is somebody's only one.
         """
-        kv = self.replicas.get(key)
-        if key in self.own:
+        if key in self.own or not 0 <= index < self.table.max_blocks_per_row:
             return None
+        if not 0 < tokens - index * self.block_size <= self.block_size:
+            return None
+        kv = self.replicas.get(key)
         if kv is None:
             if index != 0 or self._rows_left == 0 or not self._free:
                 return None
             kv = self.replicas[key] = Kv(self._new_row())
         count = self.table.num_blocks(kv.row)
-        if index > kv.tokens // self.block_size or index > count or tokens <= index * self.block_size:
+        if index > kv.tokens // self.block_size or index > count:
             return None
         if index == count:
             if not self._free:

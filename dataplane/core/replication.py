@@ -45,6 +45,7 @@ class ReplicaSource:
         self._progress: dict[int, _Progress] = {}
         self._dirty: dict[int, None] = {}  # requests with something to send, oldest first
         self._unacked: set[int] = set()
+        self._dropped: set[int] = set()  # freed while a question was open: the answer may still name them
 
     def must_ask(self, now: float) -> bool:
         """Whether to send a query now: at first, and again when the holder has been silent too long."""
@@ -59,6 +60,7 @@ class ReplicaSource:
         """The link or the fence changed: what was in flight may be lost."""
         self.known = False
         self._asked_at = None
+        self._dropped.clear()
 
     def wrote(self, rid: int) -> None:
         """The request has new valid KV here."""
@@ -66,6 +68,8 @@ class ReplicaSource:
 
     def freed(self, rids: Iterable[int]) -> None:
         for rid in rids:
+            if not self.known and self._asked_at is not None:
+                self._dropped.add(rid)
             self._progress.pop(rid, None)
             self._dirty.pop(rid, None)
             self._unacked.discard(rid)
@@ -101,6 +105,8 @@ class ReplicaSource:
         self._heard_at = now
         unknown: list[int] = []
         if whole:
+            held = [item for item in held if item[0] not in self._dropped]
+            self._dropped.clear()
             self.known = True
             self._progress.clear()
             self._unacked.clear()
@@ -110,8 +116,10 @@ class ReplicaSource:
                 unknown.append(rid)
                 continue
             progress = self._progress.setdefault(rid, _Progress())
+            if not whole and tokens > progress.sent:
+                continue  # of an earlier life of the request, whose copies the holder has been told to drop
             progress.acked = min(tokens, valid)
-            if whole or refused or tokens > progress.sent:
+            if whole or refused:
                 progress.sent = progress.acked
                 self._dirty[rid] = None
             if refused:

@@ -27,6 +27,23 @@ def unpack_tokens(data: bytes) -> list[int]:
     return list(struct.unpack(f"<{len(data) // 4}i", data))
 
 
+def fault_of(message: Submit, vocab_size: int) -> str | None:
+    """What in a request would break the step that runs it, and so every node that it is tried on; None if nothing.
+
+    Gateways check what clients send; this is for a tokenizer or a setting that does not fit the model.
+    """
+    sampling = message.sampling
+    ids = [*message.prompt, *message.emitted, *(token for token, _ in sampling.logit_bias)]
+    if sampling.min_tokens > 0:
+        ids.extend(sampling.stop_token_ids)
+    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        return f"token id {wrong} is outside the model's vocabulary of {vocab_size}"
+    if not 0.0 <= sampling.min_p <= 1.0:
+        return f"min_p {sampling.min_p} is not in [0, 1]"
+    return None
+
+
 @dataclass(slots=True)
 class Request:
     """Positions count prompt and output together. computed <= issued <= total.

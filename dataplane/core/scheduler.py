@@ -24,7 +24,7 @@ from dataplane.core.messages import (
     StepMeta,
 )
 from dataplane.core.recovery import HeldCollector, RecoveryTiming
-from dataplane.core.request import Phase, Request
+from dataplane.core.request import Phase, Request, fault_of
 
 # An unanswered step or question is given up after this; doubled each time in a row. Deaths are the controllers'
 # to notice: this is for messages that were lost between the living, and must not be taken for slowness.
@@ -197,6 +197,7 @@ class Scheduler:
                 self._lose_session(session, now)
             case EpochBegan(epoch, planned):
                 self._recovery = _Recovery(epoch, planned, now)
+                self._stall_limit_s = STALL_LIMIT_S
                 self._resync(Fence(epoch, 0), now, effects)
             case Quiesce(hold):
                 self._holding = hold
@@ -269,6 +270,9 @@ class Scheduler:
             return RefusalCode.INVALID, (
                 f"{total} tokens do not fit the context of {self.limits.context_len} with room for one more"
             )
+        fault = fault_of(message, self.limits.vocab_size)
+        if fault is not None:
+            return RefusalCode.INVALID, fault
         if self.limits.blocks_for(total + 1) > self.batcher.quota_blocks:
             return RefusalCode.INVALID, f"{total} tokens do not fit the KV pool of this pipeline"
         if not message.admitted and self.waiting >= self.limits.max_waiting:
@@ -376,7 +380,12 @@ class Scheduler:
             self._recovery.connected = now
         for rid in collector.rids:
             request = self.requests.get(rid)
-            if request is None or request.phase is not Phase.RECOVERING:
+            if request is None:
+                # It ended meanwhile. The order to free it may have overtaken the question, which then promoted
+                # a copy of it.
+                self._frees.append(rid)
+                continue
+            if request.phase is not Phase.RECOVERING:
                 continue
             position = collector.resume_at(rid, request.total)
             recomputed = request.total - 1 - position

@@ -58,6 +58,8 @@ class Stage:
 
     def prepare(self, meta: StepMeta) -> Prepared | str:
         """Free, admit, and find blocks for a step. A string says why it cannot run: "space" or "gap"."""
+        if meta.fence > self.fence:  # it came before the question that begins its round
+            self.enter(meta.fence)
         for rid in meta.frees:
             self.store.release((self.pipeline, rid))
             self._logs.pop(rid, None)

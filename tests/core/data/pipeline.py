@@ -128,9 +128,7 @@ class Node:
                     self.run(self.stage, meta, payload)
             case RejoinMeta():
                 if self.stage is not None and not self.stage.stale(meta.fence):
-                    self.send(peer, self.stage.rejoin(meta, self.replicator.checksum), b"")
-                    for rid in meta.rids:
-                        self.replicator.wrote(PIPELINE, rid)
+                    self.send(peer, self.replicator.rejoin(self.stage, meta), b"")
             case KvMeta():
                 self.replicator.store_copy(peer, meta, memoryview(payload))
             case KvAckMeta():
