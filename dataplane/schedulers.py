@@ -13,8 +13,7 @@ from controlplane.contract.reports import RecoveryReport
 from controlplane.contract.requests import Cancel, GatewayMessage, RefusalCode, Refused, Submit, Tokens
 from controlplane.contract.topology import MovePhase, Pipeline, Topology, quota_blocks
 from dataplane.core.batching import Limits
-from dataplane.core.messages import HeldMeta, RejoinMeta, ResultMeta, StepFailedMeta
-from dataplane.core.scheduler import (
+from dataplane.core.events import (
     Ask,
     Cancelled,
     Deliver,
@@ -26,12 +25,12 @@ from dataplane.core.scheduler import (
     Recovered,
     Refuse,
     RunStep,
-    Scheduler,
-    SchedulerStats,
     SessionLost,
     Submitted,
     Tick,
 )
+from dataplane.core.messages import HeldMeta, RejoinMeta, ResultMeta, StepFailedMeta
+from dataplane.core.scheduler import Scheduler, SchedulerStats
 from dataplane.frontdoor import Frontdoor
 from dataplane.transport.frames import Send
 from dataplane.worker import Message

@@ -12,6 +12,22 @@ from typing import assert_never
 
 from controlplane.contract.requests import RefusalCode, Refused, Submit, Token
 from dataplane.core.batching import Batcher, Limits
+from dataplane.core.events import (
+    Ask,
+    Cancelled,
+    Deliver,
+    Effect,
+    EpochBegan,
+    Event,
+    Quiesce,
+    QuotaChanged,
+    Recovered,
+    Refuse,
+    RunStep,
+    SessionLost,
+    Submitted,
+    Tick,
+)
 from dataplane.core.messages import (
     Admit,
     Fence,
@@ -31,96 +47,6 @@ from dataplane.core.request import Phase, Request, fault_of
 STALL_LIMIT_S = 3.0
 STALL_LIMIT_MAX_S = 60.0
 LINK_RETRY_S = 0.05  # pause before the next attempt when a stage could not pass a step on
-
-
-@dataclass(frozen=True, slots=True)
-class Submitted:
-    message: Submit
-    session: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    rid: int
-
-
-@dataclass(frozen=True, slots=True)
-class SessionLost:
-    """A gateway's stream broke: its requests go on for a grace time."""
-
-    session: int
-
-
-@dataclass(frozen=True, slots=True)
-class EpochBegan:
-    epoch: int
-    planned: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Quiesce:
-    """True: issue no step until told otherwise."""
-
-    hold: bool
-
-
-@dataclass(frozen=True, slots=True)
-class QuotaChanged:
-    blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    pass
-
-
-Event = (
-    Submitted
-    | Cancelled
-    | SessionLost
-    | EpochBegan
-    | Quiesce
-    | QuotaChanged
-    | Tick
-    | ResultMeta
-    | StepFailedMeta
-    | HeldMeta
-)
-
-
-@dataclass(frozen=True, slots=True)
-class RunStep:
-    """Run `meta` on stage 0 with these token ids, one for each row position."""
-
-    meta: StepMeta
-    tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Send to every stage."""
-
-    meta: RejoinMeta
-
-
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    session: int
-    tokens: tuple[Token, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Refuse:
-    session: int
-    message: Refused
-
-
-@dataclass(frozen=True, slots=True)
-class Recovered:
-    timing: RecoveryTiming
-
-
-Effect = RunStep | Ask | Deliver | Refuse | Recovered
 
 
 @dataclass(slots=True)

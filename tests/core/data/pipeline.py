@@ -17,6 +17,20 @@ from controlplane.contract.ids import Member
 from controlplane.contract.requests import Sampling, Submit
 from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
+from dataplane.core.events import (
+    Ask,
+    Deliver,
+    Effect,
+    EpochBegan,
+    Event,
+    Quiesce,
+    QuotaChanged,
+    Recovered,
+    Refuse,
+    RunStep,
+    Submitted,
+    Tick,
+)
 from dataplane.core.messages import (
     Fence,
     HeldMeta,
@@ -31,21 +45,7 @@ from dataplane.core.messages import (
     StepFailedMeta,
     StepMeta,
 )
-from dataplane.core.scheduler import (
-    Ask,
-    Deliver,
-    Effect,
-    EpochBegan,
-    Event,
-    Quiesce,
-    QuotaChanged,
-    Recovered,
-    Refuse,
-    RunStep,
-    Scheduler,
-    Submitted,
-    Tick,
-)
+from dataplane.core.scheduler import Scheduler
 from dataplane.core.stage import Prepared, Stage
 from dataplane.replica import Replicator
 

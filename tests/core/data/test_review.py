@@ -16,6 +16,7 @@ from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topo
 from controlplane.contract.topology import Stage as StageDuty
 from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
+from dataplane.core.events import Ask, Cancelled, EpochBegan, QuotaChanged, Refuse, RunStep, Submitted, Tick
 from dataplane.core.messages import (
     Fence,
     HeldMeta,
@@ -27,19 +28,7 @@ from dataplane.core.messages import (
     StepFailedMeta,
 )
 from dataplane.core.replication import ReplicaSource
-from dataplane.core.scheduler import (
-    LINK_RETRY_S,
-    STALL_LIMIT_S,
-    Ask,
-    Cancelled,
-    EpochBegan,
-    QuotaChanged,
-    Refuse,
-    RunStep,
-    Scheduler,
-    Submitted,
-    Tick,
-)
+from dataplane.core.scheduler import LINK_RETRY_S, STALL_LIMIT_S, Scheduler
 from dataplane.core.stage import Stage
 from dataplane.frontdoor import Frontdoor
 from dataplane.node import Node

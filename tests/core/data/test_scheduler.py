@@ -6,9 +6,7 @@ import pytest
 
 from controlplane.contract.requests import FinishReason, RefusalCode, Sampling, Submit
 from dataplane.core.batching import Limits
-from dataplane.core.messages import Fence, HeldMeta, ResultMeta, Sample, StepFailedMeta
-from dataplane.core.scheduler import (
-    STALL_LIMIT_S,
+from dataplane.core.events import (
     Ask,
     Cancelled,
     Deliver,
@@ -18,11 +16,12 @@ from dataplane.core.scheduler import (
     QuotaChanged,
     Refuse,
     RunStep,
-    Scheduler,
     SessionLost,
     Submitted,
     Tick,
 )
+from dataplane.core.messages import Fence, HeldMeta, ResultMeta, Sample, StepFailedMeta
+from dataplane.core.scheduler import STALL_LIMIT_S, Scheduler
 
 LIMITS = Limits(
     block_size=4, max_batch_tokens=16, max_running=8, max_waiting=2, context_len=64, orphan_grace_s=0.5

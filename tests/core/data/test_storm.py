@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 
 from controlplane.contract.requests import Submit
+from dataplane.core.events import Cancelled, EpochBegan, Quiesce, QuotaChanged, SessionLost, Submitted
 from dataplane.core.messages import HeldMeta, RejoinMeta, ResultMeta, StepFailedMeta, StepMeta
-from dataplane.core.scheduler import Cancelled, EpochBegan, Quiesce, QuotaChanged, SessionLost, Submitted
 from tests.core.data.pipeline import PIPELINE, Cluster, next_token
 
 EVENTS = ["submit", "cancel", "quota", "break", "lose", "session", "hold", "kill", "replace", "resubmit"]

@@ -1,0 +1,99 @@
+"""What a scheduler is told and what it wants done. Results, failed steps and answers are events as they come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controlplane.contract.requests import Refused, Submit, Token
+from dataplane.core.messages import HeldMeta, RejoinMeta, ResultMeta, StepFailedMeta, StepMeta
+from dataplane.core.recovery import RecoveryTiming
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    message: Submit
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    rid: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLost:
+    """A gateway's stream broke: its requests go on for a grace time."""
+
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class EpochBegan:
+    epoch: int
+    planned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Quiesce:
+    """True: issue no step until told otherwise."""
+
+    hold: bool
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaChanged:
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+Event = (
+    Submitted
+    | Cancelled
+    | SessionLost
+    | EpochBegan
+    | Quiesce
+    | QuotaChanged
+    | Tick
+    | ResultMeta
+    | StepFailedMeta
+    | HeldMeta
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    """Run `meta` on stage 0 with these token ids, one for each row position."""
+
+    meta: StepMeta
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Send to every stage."""
+
+    meta: RejoinMeta
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    session: int
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    session: int
+    message: Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    timing: RecoveryTiming
+
+
+Effect = RunStep | Ask | Deliver | Refuse | Recovered
