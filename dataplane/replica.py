@@ -80,14 +80,6 @@ class Replicator:
             for source in state.sources.values():
                 source.wrote(rid)
 
-    def advanced(self, pipeline: PipelineId, rid: int, start: int, end: int) -> None:
-        """KV of positions [start, end) has become valid: news for the holders once a block is full."""
-        state = self._protected.get(pipeline)
-        size = self._store.block_size
-        if state is not None and (state.flush or start // size != end // size):
-            for source in state.sources.values():
-                source.wrote(rid)
-
     def freed(self, pipeline: PipelineId, rids: tuple[int, ...]) -> None:
         state = self._protected.get(pipeline)
         if state is None or not rids:

@@ -270,7 +270,7 @@ class Worker:
         else:
             self._forward(stage, meta, output)
         for row in meta.rows:
-            self.replicator.advanced(meta.pipeline, row.rid, row.start, row.start + row.count)
+            self.replicator.wrote(meta.pipeline, row.rid)
 
     def _forward(self, stage: Stage, meta: StepMeta, output: Buffer) -> None:
         pipeline = self.topology.pipeline(meta.pipeline) if self.topology is not None else None

@@ -59,19 +59,15 @@ class World:
 
 
 def neighbours(topology: Topology, me: Member) -> set[Member]:
-    """The members whose silence we would notice: those that exchange steps with us.
-
-    The holders of copies are watched by their own pipelines; pinging them as well costs more
-    messages than the copies do. Only a pipeline of one stage has nobody else.
-    """
+    """The members whose silence we would notice: those that exchange steps or copies with us."""
     found: set[Member] = set()
     for pipeline in topology.pipelines:
         leaders = [stage.leader for stage in pipeline.stages]
         for index, stage in enumerate(pipeline.stages):
             mine, count = leaders[index], len(leaders)
-            around = {leaders[(index + 1) % count], leaders[index - 1]}
-            if count == 1:
-                around.update(stage.replicas)
+            around = {leaders[(index + 1) % count], leaders[index - 1], *stage.replicas}
+            if pipeline.move is not None and pipeline.move.stage == index:
+                around.add(pipeline.move.to)
             if mine == me:
                 found.update(m for m in around if m is not None)
             elif mine is not None and me in around:

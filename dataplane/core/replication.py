@@ -76,7 +76,7 @@ class ReplicaSource:
 
     def take(self, now: float, flush: bool) -> list[Copy]:
         """The next blocks to send, within the window. `flush`: part-filled blocks as well."""
-        if not self.known or not self._dirty:
+        if not self.known:
             return []
         room = WINDOW_BLOCKS - sum(self._blocks_unacked(rid) for rid in self._unacked)
         copies: list[Copy] = []

@@ -160,7 +160,7 @@ class Node:
                 samples.append(Sample(rid, int(hidden[index]) % VOCAB))
         stage.commit(meta, tuple(samples))
         for row in meta.rows:
-            self.replicator.advanced(PIPELINE, row.rid, row.start, row.start + row.count)
+            self.replicator.wrote(PIPELINE, row.rid)
         if stage.is_last:
             self.cluster.to_scheduler(self.me, ResultMeta(PIPELINE, meta.fence, meta.step, tuple(samples)))
         elif not self.send(self.cluster.serving[stage.index + 1], meta, hidden.tobytes()):
