@@ -20,7 +20,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_running: int = 256  # requests in batches, per pipeline
     max_waiting: int = 512  # queued requests, per pipeline; more are refused
     max_model_len: int = 0  # prompt and output together; 0: the checkpoint's own limit
-    torch_threads: int = 1  # compute threads of a node
+    threads: int = 1  # compute threads of a node
+    device: Literal["cpu", "cuda"] = "cpu"
+    microbatches: int = 0  # in flight, per pipeline; 0: as many as stages can compute at the same time
 
 
 class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,6 +58,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gateway_port: int = 8000  # 0: any free one
     admin_port: int = 8100  # the first controller's; 0: any free one
     database_url: str = ""  # "": SQLite in run_dir
+    transport: Literal["auto", "ucx", "sockets"] = "auto"  # what links between nodes travel on
     engine: EngineConfig = EngineConfig()
     timing: TimingConfig = TimingConfig()
 
