@@ -16,7 +16,7 @@ CC ?= cc
 
 # What an installation is made of: when one of these is newer, it is made again.
 SOURCES := pyproject.toml setup.py $(wildcard dataplane/_fast/*.pyx dataplane/_fast/*.pxd) \
-           $(filter-out kernels/cpu/_attention.c,$(wildcard kernels/cpu/*.pyx kernels/cpu/*.c kernels/cpu/*.h))
+           $(filter-out kernels/cpu/_native.c,$(wildcard kernels/cpu/*.pyx kernels/cpu/*.c kernels/cpu/*.h))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .PHONY: install up test check proto test-gpu clean
@@ -52,7 +52,7 @@ test-gpu: install
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -f dataplane/_fast/*.so kernels/cpu/*.so dataplane/_fast/*.c kernels/cpu/_attention.c
+	rm -f dataplane/_fast/*.so kernels/cpu/*.so dataplane/_fast/*.c kernels/cpu/_native.c
 	rm -f $(VENV)/.installed $(VENV)/.runtime
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 

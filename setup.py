@@ -17,6 +17,13 @@ FAST = ["-O3", "-fno-math-errno", "-ffp-contract=off"]
 extensions = [
     Extension("dataplane._fast.blocktable", ["dataplane/_fast/blocktable.pyx"], extra_compile_args=FAST),
     Extension(
+        "dataplane._fast.sampling",
+        ["dataplane/_fast/sampling.pyx"],
+        depends=["dataplane/_fast/draw.h"],
+        extra_compile_args=FAST,
+    ),
+    Extension("dataplane._fast.stream", ["dataplane/_fast/stream.pyx"], extra_compile_args=["-O2"]),
+    Extension(
         "dataplane._fast.ucp",
         ["dataplane/_fast/ucp.pyx"],
         include_dirs=[str(UCX / "include")],
@@ -26,8 +33,8 @@ extensions = [
         extra_compile_args=["-O2"],
     ),
     Extension(
-        "kernels.cpu._attention",
-        ["kernels/cpu/_attention.pyx", "kernels/cpu/attention.c"],
+        "kernels.cpu._native",
+        ["kernels/cpu/_native.pyx", *(f"kernels/cpu/{name}.c" for name in ("dispatch", "stage", "team"))],
         depends=[str(header) for header in Path("kernels/cpu").glob("*.h")],
         extra_compile_args=FAST,
     ),

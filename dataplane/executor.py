@@ -12,13 +12,12 @@ from dataplane._fast.blocktable import StepArrays
 from dataplane.kvcache import ITEM_BYTES, KVCache
 from dataplane.model.config import ModelConfig, ModelDtype, load_config
 from dataplane.model.errors import ModelError
-from dataplane.model.layers import Linear, Workspace, build_layer, run_layers
+from dataplane.model.layers import build_layer
 from dataplane.model.rotary import RotaryTable
 from dataplane.model.split import split_layers
 from dataplane.model.weights import EMBED, HEAD, NORM, load_weights, weights_digest
-from kernels import pack_weight, step_kernels
-
-TORCH_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from kernels import Head, StageSpec, build_stage
+from kernels.base import DTYPES
 
 
 class StageExecutor:
@@ -37,6 +36,7 @@ class StageExecutor:
         block_size: int = 16,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         device: str = "cpu",
+        threads: int = 1,
     ) -> None:
         self.config: ModelConfig = load_config(model_dir)
         c = self.config
@@ -53,18 +53,20 @@ class StageExecutor:
         self.kv = KVCache(
             num_blocks, len(self.layers), c.num_kv_heads, block_size, c.head_dim, self.dtype, device
         )
-        kind = TORCH_DTYPES[self.dtype]
-        # Weights are packed into memory of ours; the mapping of the files ends with this constructor, except
+        kind = DTYPES[self.dtype]
+        # Weights are packed into memory of the kernels'; the mapping of the files ends with this constructor, except
         # for the embedding, of which a step reads a few rows.
         weights = load_weights(model_dir, c, self.layers)
         self.weights_digest: str = weights_digest(weights)
         with torch.inference_mode():
-            self._layers = [build_layer(c, i, weights, kind) for i in self.layers]
             self._embed = weights[EMBED].to(kind) if self.is_first else None
-            self._norm = weights[NORM].to(kind, copy=True) if self.is_last else None
-            head = weights[EMBED if c.tie_embeddings else HEAD] if self.is_last else None
-            self._head = None if head is None else Linear(pack_weight(head, kind), None)
-            self._workspace = Workspace(c, kind)
+            head = None
+            if self.is_last:
+                output = weights[EMBED if c.tie_embeddings else HEAD]
+                head = Head(weights[NORM].to(kind), output.to(kind))
+            layers = tuple(build_layer(c, i, weights, kind) for i in self.layers)
+            spec = StageSpec(c.hidden_size, c.intermediate_size, c.num_heads, c.rms_norm_eps, layers, head)
+            self._stage = build_stage(spec, self.kv, threads)
             self._rotary = RotaryTable(c.rope, c.head_dim, c.max_positions)
 
     def forward(
@@ -76,7 +78,8 @@ class StageExecutor:
     ) -> npt.NDArray[np.generic]:
         """One step of T tokens. The first stage takes tokens int64 [T], the others the activations that the stage
         before returned. The last returns logits float32 [K, vocab] of the K rows in sample_rows (indices into T),
-        the others their activations [T, hidden] (bfloat16 as uint16). The result is the caller's own.
+        the others their activations [T, hidden] (bfloat16 as uint16). Logits are valid until the next call, activations
+        are the caller's own.
 
         Raises ValueError or IndexError for inputs that do not fit; the KV cache may then hold part of the step,
         in slots that the step named."""
@@ -84,28 +87,21 @@ class StageExecutor:
         if rows < 1:
             raise ValueError("a step needs at least one token")
         with torch.inference_mode():
-            self._workspace.reserve(rows)
-            self._load(tokens, hidden, rows)
+            residual = self._stage.reserve(rows)
+            self._load(tokens, hidden, residual)
             self._rotary.cover(int(step.positions.max()) + 1)
-            kernels = step_kernels(self.kv, step)
-            w = self._workspace
-            run_layers(self._layers, kernels, w, rows, self._rotary.cos, self._rotary.sin, self.config)
+            self._stage.forward(step, self._rotary.cos, self._rotary.sin)
             if not self.is_last:
-                return _to_numpy(w.residual[:rows])
-            assert self._head is not None
+                return _to_numpy(residual)
             picked = np.ascontiguousarray(sample_rows, np.int64)
             if picked.ndim != 1 or (picked.size and not 0 <= picked.min() <= picked.max() < rows):
                 raise IndexError(f"sample_rows must be indices into the {rows} tokens of the step")
-            count = len(picked)
-            last = torch.empty(count, self.hidden_size, dtype=w.residual.dtype)
-            torch.index_select(w.residual, 0, torch.from_numpy(picked), out=last)
-            kernels.add_rms_norm(None, last, self._norm, self.config.rms_norm_eps, w.normed, count)
-            logits = torch.empty(count, self.config.vocab_size, dtype=w.residual.dtype)
-            kernels.linear(w.normed, self._head.weight, None, logits, count)
-            return logits.float().numpy()
+            return self._stage.logits(torch.index_select(residual, 0, torch.from_numpy(picked)))
 
-    def _load(self, tokens: npt.NDArray[np.int64] | None, hidden: Buffer | None, rows: int) -> None:
-        target = self._workspace.residual[:rows]
+    def _load(
+        self, tokens: npt.NDArray[np.int64] | None, hidden: Buffer | None, target: torch.Tensor
+    ) -> None:
+        rows = len(target)
         if self.is_first:
             if tokens is None or tokens.shape != (rows,) or tokens.dtype != np.int64:
                 raise ValueError(f"the first stage needs {rows} tokens as int64")

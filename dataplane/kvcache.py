@@ -17,9 +17,9 @@ ALIGN_BYTES = 64  # a cache line, and a vector of the widest instruction set
 class KVCache:
     """Blocks of `block_size` positions over all `layers` of the stage.
 
-    A block is one contiguous range of `block_bytes`: [layers, 2, kv_heads, ...] where K is
-    [head_dim, block_size] (so that sixteen keys are one vector) and V is [block_size, head_dim].
-    bfloat16 is stored as its 16 bits. Blocks start as zeros. Raises ValueError for sizes that make no sense."""
+    A block is one contiguous range of `block_bytes`: [layers, 2, kv_heads, ...] where V is [block_size, head_dim]
+    and K is [head_dim, block_size] (so that sixteen keys are one vector), in bfloat16 [head_dim / 2, block_size, 2]
+    (so that two products of sixteen keys are one instruction). bfloat16 is stored as its 16 bits. Blocks start as zeros. Raises ValueError for sizes that make no sense."""
 
     def __init__(
         self,

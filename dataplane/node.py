@@ -35,7 +35,7 @@ from dataplane.reporter import Reporter
 from dataplane.schedulers import Schedulers
 from dataplane.transport import frames
 from dataplane.transport.base import TransportConfig
-from dataplane.transport.ucx import UcxTransport
+from dataplane.transport.choose import open_transport
 from dataplane.worker import LinkChanged, Message, Worker
 from dataplane.world import World, neighbours
 
@@ -79,7 +79,8 @@ class Node:
         self._schedulers = Schedulers(
             me, limits, engine.pool_blocks, self._frontdoor, self._worker.put, self._send, self._reporter.kick
         )
-        self._transport = UcxTransport(
+        self._transport = open_transport(
+            config.transport,
             TransportConfig(member=me, cluster=config.cluster, secret=secret, host=config.host),
             on_message=self._on_message,
             on_link_up=self._on_link_up,
@@ -313,4 +314,6 @@ def load_executor(config: ClusterConfig, stage: int) -> StageExecutor:
         num_blocks=engine.pool_blocks,
         block_size=engine.block_size,
         dtype=engine.dtype,
+        device=engine.device,
+        threads=engine.threads,
     )

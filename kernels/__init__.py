@@ -1,40 +1,17 @@
 """Compute kernels behind one dispatch. Importing this is silent and needs no GPU."""
 
-import torch
+from kernels.base import Head, Layer, Linear, PagedCache, StageKernels, StageSpec, StepArrays
+from kernels.cpu.stage import CpuStage
 
-from kernels.base import Kernels, PackedWeight, PagedCache, StepArrays, pack_weight
-from kernels.cpu import CpuKernels
-
-__all__ = [
-    "Kernels",
-    "PackedWeight",
-    "PagedCache",
-    "StepArrays",
-    "pack_weight",
-    "paged_attention",
-    "step_kernels",
-]
+__all__ = ["Head", "Layer", "Linear", "PagedCache", "StageKernels", "StageSpec", "StepArrays", "build_stage"]
 
 
-def step_kernels(kv: PagedCache, step: StepArrays) -> Kernels:
-    """The operations of one step on the device of `kv`. Valid while `step` keeps its contents."""
+def build_stage(spec: StageSpec, kv: PagedCache, threads: int = 1) -> StageKernels:
+    """The stage's layers on the device of `kv`. The weights are converted to what its kernels read, and may be let go.
+
+    Raises ValueError for sizes or a device that there are no kernels for."""
     match kv.device:
         case "cpu":
-            return CpuKernels(kv, step)
+            return CpuStage(spec, kv, threads)
         case device:
             raise ValueError(f"no kernels for device {device!r}")
-
-
-def paged_attention(
-    q: torch.Tensor,
-    kv: PagedCache,
-    layer: int,
-    step: StepArrays,
-    scale: float,
-    window: int | None,
-    out: torch.Tensor,
-) -> None:
-    """out [T, heads, head_dim] = softmax(scale q K) V over the cache, causal, last `window` keys only if given.
-
-    For several operations of one step, take step_kernels() once instead."""
-    step_kernels(kv, step).attention(layer, q, scale, window, out)

@@ -1,4 +1,4 @@
-"""What a kernel back end does, and what it may expect from a KV cache and a step.
+"""What a kernel back end does, and what it may expect from a stage, a KV cache and a step.
 
 The data plane's KVCache and StepArrays satisfy these protocols; kernels never import the data plane."""
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-PANEL = 16  # outputs in one panel of a packed weight
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PagedCache(Protocol):
@@ -46,75 +46,63 @@ class StepArrays(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """A weight [n, k] as [ceil(n / 16), k, 16], zeros beyond n: one vector is sixteen outputs of one input."""
+class Linear:
+    """weight [n, k] and optional bias [n]."""
 
-    packed: torch.Tensor
-    n: int
-
-    @property
-    def k(self) -> int:
-        return self.packed.shape[1]
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
 
 
-def pack_weight(weight: torch.Tensor, dtype: torch.dtype) -> PackedWeight:
-    """Packs (and converts) a weight [n, k]; the result owns its memory."""
-    n, k = weight.shape
-    panels = -(-n // PANEL)
-    packed = torch.zeros(panels, k, PANEL, dtype=dtype)
-    full = n // PANEL
-    packed[:full] = weight[: full * PANEL].view(full, PANEL, k).transpose(1, 2)
-    if n % PANEL:
-        packed[full, :, : n % PANEL] = weight[full * PANEL :].t()
-    return PackedWeight(packed, n)
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer. qkv: queries, keys, values merged; gate_up: all gates, then all ups.
+    q_norm, k_norm: [head_dim], per head. window: keys a query sees (None = all)."""
+
+    attention_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
 
 
-class Kernels(Protocol):
-    """The operations of one step over one KV cache.
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The final norm [hidden] and the output weight [vocab, hidden]."""
 
-    Tensors are C-contiguous and of the cache's dtype unless said otherwise. Each row of a result has the same
-    bits whatever other rows the call has. Steps that do not fit the cache raise IndexError or ValueError."""
+    norm: torch.Tensor
+    weight: torch.Tensor
 
-    def rope_write(
-        self,
-        layer: int,
-        qkv: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        q_norm: torch.Tensor | None,
-        k_norm: torch.Tensor | None,
-        eps: float,
-        q: torch.Tensor,
-    ) -> None:
-        """Splits qkv [>=T, (heads + 2 kv_heads) * head_dim], norms q and k per head (weights [head_dim] or None),
-        rotates by cos and sin (float32 [positions, head_dim / 2]). K and V go into the cache, the queries into
-        q [>=T, heads * head_dim]."""
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """The layers of one stage; all tensors have the dtype of the KV cache. head: last stage only."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    eps: float
+    layers: tuple[Layer, ...]
+    head: Head | None
+
+
+class StageKernels(Protocol):
+    """One stage on one device. A row's numbers have the same bits whatever other rows a step has.
+
+    Not thread-safe. A step that does not fit the cache raises IndexError or ValueError; the KV cache may then hold
+    part of it, in slots that it named."""
+
+    def reserve(self, rows: int) -> torch.Tensor:
+        """Where a step of that many tokens puts its input: [rows, hidden], the same memory until more are reserved."""
         ...
 
-    def attention(
-        self, layer: int, q: torch.Tensor, scale: float, window: int | None, out: torch.Tensor
-    ) -> None:
-        """out = softmax(scale q K) V, causal, over the last `window` keys if given. q, out: [>=T, heads * head_dim]."""
+    def forward(self, step: StepArrays, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """All layers over what reserve() returned, in place. cos, sin: float32 [positions, head_dim / 2]."""
         ...
 
-    def linear(
-        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor, rows: int
-    ) -> None:
-        """out [>=rows, n] = x [>=rows, k] W^T + bias [n], for the first `rows` rows."""
-        ...
-
-    def add_rms_norm(
-        self,
-        x: torch.Tensor | None,
-        residual: torch.Tensor,
-        weight: torch.Tensor | None,
-        eps: float,
-        out: torch.Tensor | None,
-        rows: int,
-    ) -> None:
-        """residual += x, then out = weight * rms_norm(residual), for the first `rows` rows of [>=rows, n]."""
-        ...
-
-    def silu_mul(self, x: torch.Tensor, out: torch.Tensor, rows: int) -> None:
-        """out [>=rows, n] = silu(x[:, :n]) * x[:, n:], for the first `rows` rows."""
+    def logits(self, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
+        """The head over hidden [K, hidden]: [K, vocab], valid until the next call. Raises ValueError without a head."""
         ...

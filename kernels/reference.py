@@ -8,14 +8,16 @@ from kernels.base import PagedCache, StepArrays
 
 
 def planes(kv: PagedCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """K [blocks, kv_heads, head_dim, block_size] and V [blocks, kv_heads, block_size, head_dim], sharing memory."""
+    """K [blocks, kv_heads, head_dim, block_size] and V [blocks, kv_heads, block_size, head_dim] of a CPU cache."""
     array = torch.from_numpy(kv.array)
     if kv.dtype == "bfloat16":
         array = array.view(torch.bfloat16)
     k, v = array[:, layer, 0], array[:, layer, 1]
+    group = 2 if kv.dtype == "bfloat16" else 1  # inputs that are side by side, see kernels.h
+    k = k.reshape(kv.num_blocks, kv.kv_heads, kv.head_dim // group, kv.block_size, group)
     return (
-        k.view(kv.num_blocks, kv.kv_heads, kv.head_dim, kv.block_size),
-        v.view(kv.num_blocks, kv.kv_heads, kv.block_size, kv.head_dim),
+        k.transpose(3, 4).reshape(kv.num_blocks, kv.kv_heads, kv.head_dim, kv.block_size),
+        v.reshape(kv.num_blocks, kv.kv_heads, kv.block_size, kv.head_dim),
     )
 
 
@@ -30,22 +32,43 @@ def paged_attention(
 ) -> None:
     """See kernels.paged_attention; computed in float64."""
     keys, values = planes(kv, layer)
-    heads = q.shape[1]
-    group = heads // kv.kv_heads
+    by_position = keys.permute(0, 3, 1, 2), values.permute(0, 2, 1, 3)
+    attend(q, *by_position, step, scale, window, out)
+
+
+def attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    step: StepArrays,
+    scale: float,
+    window: int | None,
+    out: torch.Tensor,
+) -> None:
+    """Causal attention in float64. q, out [T, heads, head_dim]; keys, values [blocks, block_size, kv_heads,
+    head_dim]."""
+    _, block_size, kv_heads, _ = keys.shape
+    group = q.shape[1] // kv_heads
     for row, length in enumerate(step.context_lens.tolist()):
         begin, end = int(step.cu_q[row]), int(step.cu_q[row + 1])
-        blocks = torch.from_numpy(step.tables[row, : -(-length // kv.block_size)].astype("int64"))
-        k = keys[blocks].permute(1, 0, 3, 2).reshape(kv.kv_heads, -1, kv.head_dim)[:, :length].double()
-        v = values[blocks].permute(1, 0, 2, 3).reshape(kv.kv_heads, -1, kv.head_dim)[:, :length].double()
-        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-        scores = torch.einsum("thd,hsd->hts", q[begin:end].double(), k) * scale
-        query = torch.arange(length - (end - begin), length)[:, None]
-        key = torch.arange(length)[None, :]
+        blocks = torch.from_numpy(step.tables[row, : -(-length // block_size)].astype("int64")).to(q.device)
+        k, v = (
+            t[blocks].flatten(0, 1)[:length].double().repeat_interleave(group, 1) for t in (keys, values)
+        )
+        scores = torch.einsum("thd,shd->hts", q[begin:end].double(), k) * scale
+        query = torch.arange(length - (end - begin), length, device=q.device)[:, None]
+        key = torch.arange(length, device=q.device)[None, :]
         seen = key <= query
         if window is not None:
             seen &= key > query - window
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        out[begin:end] = torch.einsum("hts,hsd->thd", weights, v).to(out.dtype)
+        out[begin:end] = torch.einsum("hts,shd->thd", weights, v).to(out.dtype)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """float64 [rows, n] = x [rows, k] weight [n, k]^T + bias [n]."""
+    product = x.double() @ weight.double().T
+    return product if bias is None else product + bias.double()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

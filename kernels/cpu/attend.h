@@ -1,32 +1,34 @@
 /* Paged attention for one element type and one instruction set.
  *
- * A tile is up to eight "virtual rows" (query rows of one sequence times the heads that share a kv head), so that
+ * A tile is up to twelve "virtual rows" (query rows of one sequence times the heads that share a kv head), so that
  * each key and value loaded serves all of them. Tiling never changes a row's arithmetic:
- *   score(t)  = fma over d = 0, 1, ...       (sixteen keys are the lanes of one vector)
+ *   score(t)  = DOT over groups of d = 0, 1, ...  (sixteen keys are the lanes of one vector)
  *   sum       = softmax() in common.h
  *   out(d)    = fma over t = start, start + 1, ...
- * A row never multiplies a key or value outside its own [start, end): those may be stale or NaN. */
+ * A row never multiplies a value outside its own [start, end): that may be stale or NaN. */
 
-/* VR rows by NC chunks of sixteen keys; VR and NC are constants at every call. */
-INL void FN(scores)(const int VR, const int NC, const T *const *k, int64_t stride, const float *q, int64_t hd,
-                    float *s, int64_t pad)
+/* VR rows by NC chunks of sixteen keys; VR and NC are constants at every call. q: [groups][VR][GROUP]. */
+INL void FN(scores)(const int VR, const int NC, const T *const *k, int64_t stride, const T *q, int64_t hd, float *s,
+                    int64_t pad)
 {
-    VF acc[8];
-#pragma GCC unroll 8
+    VF acc[24];
+#pragma GCC unroll 24
     for (int i = 0; i < VR * NC; i++)
         acc[i] = NAME(v_set1)(0.0f);
-    for (int64_t d = 0; d < hd; d++) {
-        VF key[4];
+    for (int64_t d = 0; d < hd / GROUP; d++) {
+        VG key[4];
 #pragma GCC unroll 4
         for (int c = 0; c < NC; c++)
-            key[c] = LD(k[c] + d * stride);
-#pragma GCC unroll 8
-        for (int r = 0; r < VR; r++)
+            key[c] = LDG(k[c] + d * stride);
+#pragma GCC unroll 12
+        for (int r = 0; r < VR; r++) {
+            VG query = SETG(q + (d * VR + r) * GROUP);
 #pragma GCC unroll 4
             for (int c = 0; c < NC; c++)
-                acc[r * NC + c] = NAME(v_fma)(NAME(v_set1)(q[d * VR + r]), key[c], acc[r * NC + c]);
+                acc[r * NC + c] = DOT(query, key[c], acc[r * NC + c]);
+        }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < VR; r++)
 #pragma GCC unroll 4
         for (int c = 0; c < NC; c++)
@@ -38,8 +40,8 @@ INL void FN(values)(const int VR, const int DV, const kf_tile *tile, const T *v,
                     int64_t t1, float *o, int64_t n)
 {
     const int64_t bs = tile->block_size, hd = tile->head_dim;
-    VF acc[16];
-#pragma GCC unroll 8
+    VF acc[24];
+#pragma GCC unroll 12
     for (int r = 0; r < VR; r++)
 #pragma GCC unroll 4
         for (int j = 0; j < DV; j++)
@@ -54,7 +56,7 @@ INL void FN(values)(const int VR, const int DV, const kf_tile *tile, const T *v,
 #pragma GCC unroll 4
             for (int j = 0; j < DV; j++)
                 val[j] = DV == 1 ? LDN(row, n) : LD(row + 16 * j);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
             for (int r = 0; r < VR; r++) {
                 VF w = NAME(v_set1)(pt[r * tile->pad]);
 #pragma GCC unroll 4
@@ -63,7 +65,7 @@ INL void FN(values)(const int VR, const int DV, const kf_tile *tile, const T *v,
             }
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < VR; r++)
 #pragma GCC unroll 4
         for (int j = 0; j < DV; j++)
@@ -88,51 +90,52 @@ static TARGET void FN(values_any)(int vr, const kf_tile *tile, const T *v, const
     switch (vr) {
     case 1: FN(values_rows)(1, 4, tile, v, p, t0, t1, o); break;
     case 2: FN(values_rows)(2, 4, tile, v, p, t0, t1, o); break;
+    case 3: FN(values_rows)(3, WIDE ? 4 : 2, tile, v, p, t0, t1, o); break;
     case 4: FN(values_rows)(4, WIDE ? 4 : 1, tile, v, p, t0, t1, o); break;
-    default: FN(values_rows)(8, WIDE ? 2 : 1, tile, v, p, t0, t1, o); break;
+    case 6: FN(values_rows)(6, WIDE ? 4 : 1, tile, v, p, t0, t1, o); break;
+    case 8: FN(values_rows)(8, WIDE ? 2 : 1, tile, v, p, t0, t1, o); break;
+    default: FN(values_rows)(12, WIDE ? 2 : 1, tile, v, p, t0, t1, o); break;
     }
 }
 
-/* Copies the sixteen keys from position t on into tmp[head_dim][16], for block sizes that are no multiple of 16. */
+/* Copies the sixteen keys from position t on into tmp[groups][16][GROUP], for block sizes that are no multiple of 16. */
 static TARGET void FN(gather)(const kf_tile *tile, const T *k, int64_t t, T *tmp)
 {
     const int64_t bs = tile->block_size, hd = tile->head_dim;
     memset(tmp, 0, (size_t)hd * 16 * sizeof(T));
     for (int64_t j = 0; j < 16 && t + j < tile->end; j++) {
-        const T *key = k + tile->table[(t + j) / bs] * tile->block_stride + (t + j) % bs;
-        for (int64_t d = 0; d < hd; d++)
-            tmp[d * 16 + j] = key[d * bs];
+        const T *key = k + tile->table[(t + j) / bs] * tile->block_stride + (t + j) % bs * GROUP;
+        for (int64_t d = 0; d < hd / GROUP; d++)
+            memcpy(tmp + (d * 16 + j) * GROUP, key + d * bs * GROUP, GROUP * sizeof(T));
     }
 }
 
-static TARGET void FN(scores_any)(int vr, const kf_tile *tile, const T *k, const float *q, float *s)
+static TARGET void FN(scores_any)(int vr, const kf_tile *tile, const T *k, const T *q, float *s)
 {
     const int64_t bs = tile->block_size, hd = tile->head_dim, chunks = (tile->end - tile->base + 15) / 16;
-    const int step = vr <= 2 ? 4 : vr == 4 ? 2 : 1;
+    const int step = vr <= 4 ? 4 : WIDE ? (vr == 6 ? 4 : 2) : 1;
     T tmp[KF_HEAD_DIM_MAX * 16];
     for (int64_t c = 0; c < chunks;) {
         const T *at[4];
         int n = chunks - c >= step && bs % 16 == 0 ? step : 1;
-        int64_t stride = bs;
+        int64_t stride = bs * GROUP;
         for (int i = 0; i < n; i++) {
             int64_t t = tile->base + (c + i) * 16;
-            at[i] = k + tile->table[t / bs] * tile->block_stride + t % bs;
+            at[i] = k + tile->table[t / bs] * tile->block_stride + t % bs * GROUP;
         }
         if (bs % 16) {
             FN(gather)(tile, k, tile->base + c * 16, tmp);
             at[0] = tmp;
-            stride = 16;
+            stride = 16 * GROUP;
         }
         float *out = s + c * 16;
+#define CASE(VR, NC) \
+    case VR * 8 + NC: FN(scores)(VR, NC, at, stride, q, hd, out, tile->pad); break;
         switch (vr * 8 + n) {
-        case 8 + 4: FN(scores)(1, 4, at, stride, q, hd, out, tile->pad); break;
-        case 8 + 1: FN(scores)(1, 1, at, stride, q, hd, out, tile->pad); break;
-        case 16 + 4: FN(scores)(2, 4, at, stride, q, hd, out, tile->pad); break;
-        case 16 + 1: FN(scores)(2, 1, at, stride, q, hd, out, tile->pad); break;
-        case 32 + 2: FN(scores)(4, 2, at, stride, q, hd, out, tile->pad); break;
-        case 32 + 1: FN(scores)(4, 1, at, stride, q, hd, out, tile->pad); break;
-        default: FN(scores)(8, 1, at, stride, q, hd, out, tile->pad); break;
+            CASE(1, 4) CASE(1, 1) CASE(2, 4) CASE(2, 1) CASE(3, 4) CASE(3, 1) CASE(4, 4) CASE(4, 1)
+            CASE(6, 4) CASE(6, 1) CASE(8, 2) CASE(8, 1) CASE(12, 2) CASE(12, 1)
         }
+#undef CASE
         c += n;
     }
 }
@@ -143,21 +146,23 @@ static TARGET void FN(attend_tile)(kf_tile *tile, const T *k, const T *v, const 
                                    int64_t pos, int queries, int group, float scale, int64_t window, float *scratch)
 {
     const int64_t hd = tile->head_dim;
-    const int real = queries * group, vr = real <= 2 ? real : real <= 4 ? 4 : 8;
+    const int real = queries * group, vr = real <= 4 ? real : real <= 6 ? 6 : real <= 8 ? 8 : 12;
     const int64_t first_start = START(pos, window), last_start = START(pos + queries - 1, window);
     tile->base = first_start / 16 * 16;
     tile->end = pos + queries;
     tile->pad = (tile->end - tile->base + 15) / 16 * 16;
-    float *qt = scratch, *o = qt + 8 * hd, *s = o + 8 * tile->out_pad, sums[8];
+    T *qt = (T *)scratch;
+    float *o = scratch + KF_TILE_ROWS * hd, *s = o + KF_TILE_ROWS * tile->out_pad, sums[KF_TILE_ROWS];
 
     for (int r = 0; r < vr; r++)
         for (int64_t d = 0; d < hd; d++)
-            qt[d * vr + r] = r < real ? TO_FLOAT(q[(r / group) * row_stride + (r % group) * hd + d]) * scale : 0.0f;
+            qt[(d / GROUP * vr + r) * GROUP + d % GROUP] =
+                r < real ? q[(r / group) * row_stride + (r % group) * hd + d] : (T)0;
     memset(o, 0, (size_t)(vr * tile->out_pad) * sizeof *o);
     FN(scores_any)(vr, tile, k, qt, s);
     for (int r = 0; r < real; r++) {
         int64_t p = pos + r / group;
-        sums[r] = NAME(softmax)(s + r * tile->pad, START(p, window) - tile->base, p + 1 - tile->base);
+        sums[r] = NAME(softmax)(s + r * tile->pad, START(p, window) - tile->base, p + 1 - tile->base, scale);
     }
     /* Keys that every row sees go together; before and after them, each row alone. */
     const int64_t shared_end = pos + 1 > last_start ? pos + 1 : last_start;
@@ -176,29 +181,47 @@ static TARGET void FN(attend_tile)(kf_tile *tile, const T *k, const T *v, const 
     }
 }
 
-static TARGET void FN(attention)(const kf_cache *kv, int64_t layer, const kf_step *step, const void *q_any,
-                                 void *out_any, int64_t heads, float scale, int64_t window, float *scratch)
+/* Queries [from, to) of one sequence that begin at row `begin` of q, for one kv head. */
+static TARGET void FN(attend_head)(const kf_attention_args *a, kf_tile *tile, int64_t head, int64_t begin, int64_t from,
+                                   int64_t to, int64_t first, float *scratch)
 {
-    const T *q = q_any;
-    T *out = out_any;
+    const kf_cache *kv = a->kv;
     const int64_t hd = kv->head_dim, bs = kv->block_size, plane = kv->kv_heads * bs * hd;
-    const int64_t group = heads / kv->kv_heads, row_stride = heads * hd;
-    kf_tile tile = {.block_size = bs, .head_dim = hd, .block_stride = kv->layers * 2 * plane,
-                    .out_pad = (hd + 15) / 16 * 16};
-    for (int64_t b = 0; b < step->rows; b++) {
-        const int64_t begin = step->cu_q[b], nq = step->cu_q[b + 1] - begin, first = step->context_lens[b] - nq;
-        tile.table = step->tables + b * step->width;
-        for (int64_t h = 0; h < kv->kv_heads; h++) {
-            const T *k = (const T *)kv->base + layer * 2 * plane + h * bs * hd;
-            for (int64_t g = 0; g < group; g += 8) {
-                const int gn = group - g < 8 ? (int)(group - g) : 8;
-                const int64_t per = 8 / gn, at = begin * row_stride + (h * group + g) * hd;
-                for (int64_t i = 0; i < nq; i += per)
-                    FN(attend_tile)(&tile, k, k + plane, q + at + i * row_stride, out + at + i * row_stride, row_stride,
-                                    first + i, (int)(nq - i < per ? nq - i : per), gn, scale, window, scratch);
-            }
-        }
+    const int64_t group = a->heads / kv->kv_heads, stride = a->heads * hd;
+    const T *k = (const T *)kv->base + a->layer * 2 * plane + head * bs * hd;
+    for (int64_t g = 0; g < group; g += KF_TILE_ROWS) {
+        const int heads = group - g < KF_TILE_ROWS ? (int)(group - g) : KF_TILE_ROWS;
+        const int64_t per = KF_TILE_ROWS / heads, at = begin * stride + (head * group + g) * hd;
+        for (int64_t i = from; i < to; i += per)
+            FN(attend_tile)(tile, k, k + plane, (const T *)a->q + at + i * stride, (T *)a->out + at + i * stride, stride,
+                            first + i, (int)(to - i < per ? to - i : per), heads, a->scale, a->window, scratch);
     }
 }
 
-static const kf_ops FN(ops) = {FN(attention), FN(rope_write), FN(add_rms_norm), FN(silu_mul), FN(linear)};
+/* A unit of work is one kv head of up to KF_QUERY_BLOCK queries of one sequence. */
+static TARGET void FN(attention)(kf_worker *worker, const kf_attention_args *a)
+{
+    const kf_cache *kv = a->kv;
+    const kf_step *step = a->step;
+    const int64_t hd = kv->head_dim, plane = kv->kv_heads * kv->block_size * hd;
+    kf_tile tile = {.block_size = kv->block_size, .head_dim = hd, .block_stride = kv->layers * 2 * plane,
+                    .out_pad = (hd + 15) / 16 * 16};
+    float *scratch = kf_worker_scratch(worker);
+    int64_t total = 0, base = 0, row = 0;
+    for (int64_t b = 0; b < step->rows; b++)
+        total += query_blocks(step, b) * kv->kv_heads;
+    const int64_t grain = 1 + total / (8 * kf_team_threads(worker->team));
+    for (int64_t unit, end; kf_next(worker, total, grain, &unit, &end);)
+        for (; unit < end; unit++) {
+            for (; unit - base >= query_blocks(step, row) * kv->kv_heads; row++)
+                base += query_blocks(step, row) * kv->kv_heads;
+            const int64_t blocks = query_blocks(step, row), block = (unit - base) % blocks, head = (unit - base) / blocks;
+            const int64_t begin = step->cu_q[row], queries = step->cu_q[row + 1] - begin;
+            const int64_t from = block * KF_QUERY_BLOCK, to = from + KF_QUERY_BLOCK;
+            tile.table = step->tables + row * step->width;
+            FN(attend_head)(a, &tile, head, begin, from, to < queries ? to : queries, step->context_lens[row] - queries,
+                            scratch);
+        }
+}
+
+static const kf_ops FN(ops) = {FN(attention), FN(rope_write), FN(rms_norm), FN(linear)};

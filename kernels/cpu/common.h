@@ -62,11 +62,18 @@ INL VF NAME(v_exp)(VF x)
     return NAME(v_mul)(y, NAME(v_pow2)(t));
 }
 
-/* Scores s[0 .. 16 chunks) of one query row become e**(s - max); those outside [start, end) become 0.
+INL VF NAME(v_silu)(VF x)
+{
+    const VF zero = NAME(v_set1)(0.0f), one = NAME(v_set1)(1.0f);
+    return NAME(v_div)(x, NAME(v_add)(one, NAME(v_exp)(NAME(v_sub)(zero, x))));
+}
+
+/* Scores s[0 .. 16 chunks) of one query row become e**((s - max) scale), scale > 0; those outside [start, end) become 0.
  * Lane i holds the keys whose absolute position is i modulo 16 (s begins at a multiple of 16), and chunks are
  * added in order: the sum depends on the row's own position only. Returns the sum. */
-INL float NAME(softmax)(float *s, int64_t start, int64_t end)
+INL float NAME(softmax)(float *s, int64_t start, int64_t end, float scale)
 {
+    const VF by = NAME(v_set1)(scale);
     int64_t first = start / 16 * 16, last = (end + 15) / 16 * 16;
     for (int64_t i = first; i < start; i++)
         s[i] = -INFINITY;
@@ -78,7 +85,7 @@ INL float NAME(softmax)(float *s, int64_t start, int64_t end)
     m = NAME(v_set1)(NAME(v_hmax)(m));
     VF sum = NAME(v_set1)(0.0f);
     for (int64_t i = first; i < last; i += 16) {
-        VF x = NAME(v_sub)(NAME(v_load)(s + i), m);
+        VF x = NAME(v_mul)(NAME(v_sub)(NAME(v_load)(s + i), m), by);
         VF e = NAME(v_zero_below)(x, EXP_LOWEST, NAME(v_exp)(x));
         NAME(v_store)(s + i, e);
         sum = NAME(v_add)(sum, e);

@@ -1,76 +1,143 @@
-/* out = x W^T + bias for one element type and one instruction set.
+/* x W^T for one element type and one instruction set.
  *
- * W is packed as [ceil(n / 16)][k][16]: one vector holds the weights of sixteen outputs for one input. Each output is
- *   fma over d = 0, 1, ..., k - 1, then the bias, then one rounding,
- * whatever tile of rows and panels it is computed in: the bits of a row do not depend on the other rows. */
+ * W is packed in panels of 64 outputs, [panels][k / GROUP][64][GROUP]: four vectors hold the weights of 64 outputs for
+ * one group of inputs, and a panel is read from front to back. Each output is
+ *   DOT over d = 0, 1, ..., k / GROUP - 1, then the bias, then one rounding,
+ * whatever tile of rows it is computed in: the bits of a row do not depend on the other rows. */
 
-/* VR rows by NC panels; VR and NC are constants at every call. left: columns from out on (may be under 16 NC). */
-INL void FN(linear_tile)(const int VR, const int NC, const float *x, int64_t k, const T *w, const T *bias, T *out,
-                         int64_t out_stride, int64_t left)
+/* Adds up VR rows by NC vectors of one panel; VR, NC and FETCH are constants at every call. On the way, FETCH cache
+ * lines a group are asked for from `ahead` on. */
+INL void FN(linear_sums)(const int VR, const int NC, const int FETCH, const T *x, int64_t k, const T *w,
+                         const char *ahead, VF *acc)
 {
-    VF acc[24];
 #pragma GCC unroll 24
     for (int i = 0; i < VR * NC; i++)
         acc[i] = NAME(v_set1)(0.0f);
-    for (int64_t d = 0; d < k; d++) {
-        VF wv[8];
-#pragma GCC unroll 8
+    for (int64_t d = 0; d < k / GROUP; d++) {
+        VG wv[4];
+#pragma GCC unroll 4
         for (int c = 0; c < NC; c++)
-            wv[c] = LD(w + (c * k + d) * 16);
-#pragma GCC unroll 8
+            wv[c] = LDG(w + (d * KF_PANEL + 16 * c) * GROUP);
+#pragma GCC unroll 2
+        for (int i = 0; i < FETCH; i++)
+            __builtin_prefetch(ahead + (d * FETCH + i) * 64, 0, 2);
+#pragma GCC unroll 6
         for (int r = 0; r < VR; r++) {
-            VF xv = NAME(v_set1)(x[r * k + d]);
-#pragma GCC unroll 8
+            VG xv = SETG(x + r * k + d * GROUP);
+#pragma GCC unroll 4
             for (int c = 0; c < NC; c++)
-                acc[r * NC + c] = NAME(v_fma)(xv, wv[c], acc[r * NC + c]);
+                acc[r * NC + c] = DOT(xv, wv[c], acc[r * NC + c]);
         }
     }
-#pragma GCC unroll 8
-    for (int c = 0; c < NC; c++) {
-        int64_t n = left - 16 * c;
-        VF b = bias ? LDN(bias + 16 * c, n) : NAME(v_set1)(0.0f);
-#pragma GCC unroll 8
+}
+
+/* What becomes of the sums of one row of a panel. */
+static TARGET void FN(linear_finish)(const kf_linear_args *a, const VF *sums, int64_t row, int64_t panel)
+{
+    const T *bias = a->bias;
+    for (int c = 0; c < 4; c++) {
+        const int64_t at = panel * KF_PANEL + 16 * c, left = a->n - at;
+        if (left <= 0)
+            return;
+        VF sum = bias ? NAME(v_add)(sums[c], LDN(bias + at, left)) : sums[c];
+        T *out = (T *)a->out + row * a->n + at;
+        if (a->epilogue == KF_FLOAT)
+            NAME(v_store_n)((float *)a->out + row * a->n + at, left, sum);
+        else if (a->epilogue == KF_ADD)
+            STN(out, left, NAME(v_add)(LDN(out, left), RND(sum)));
+        else
+            STN(out, left, sum);
+    }
+}
+
+/* The same for gate (vectors 0 and 1) and up (2 and 3) of 32 columns; bias holds all gates, then all ups. */
+static TARGET void FN(silu_mul_finish)(const kf_linear_args *a, const VF *sums, int64_t row, int64_t panel)
+{
+    const T *bias = a->bias;
+    for (int c = 0; c < 2; c++) {
+        const int64_t at = panel * KF_PANEL / 2 + 16 * c, left = a->n - at;
+        if (left <= 0)
+            return;
+        VF gate = sums[c], up = sums[c + 2];
+        if (bias) {
+            gate = NAME(v_add)(gate, LDN(bias + at, left));
+            up = NAME(v_add)(up, LDN(bias + a->n + at, left));
+        }
+        STN((T *)a->out + row * a->n + at, left, NAME(v_mul)(RND(NAME(v_silu)(RND(gate))), RND(up)));
+    }
+}
+
+/* VR rows of one panel, as many of its vectors at a time as fill the registers. */
+INL void FN(linear_tile)(const int VR, const int FETCH, const kf_linear_args *a, int64_t row, int64_t panel,
+                         const char *ahead)
+{
+    const int NC = WIDE || VR == 1 ? 4 : VR <= 3 ? 2 : 1;
+    const T *x = (const T *)a->x + row * a->k, *w = (const T *)a->w + panel * KF_PANEL * a->k;
+    VF sums[6 * 4], some[6 * 4];
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c += NC) {
+        FN(linear_sums)(VR, NC, FETCH, x, a->k, w + 16 * c * GROUP, ahead, some);
+#pragma GCC unroll 6
         for (int r = 0; r < VR; r++)
-            STN(out + r * out_stride + 16 * c, n, bias ? NAME(v_add)(acc[r * NC + c], b) : acc[r * NC + c]);
+#pragma GCC unroll 4
+            for (int j = 0; j < NC; j++)
+                sums[r * 4 + c + j] = some[r * NC + j];
+    }
+    for (int r = 0; r < VR; r++)
+        if (a->epilogue == KF_SILU_MUL)
+            FN(silu_mul_finish)(a, sums + r * 4, row + r, panel);
+        else
+            FN(linear_finish)(a, sums + r * 4, row + r, panel);
+}
+
+#define TILE(VR, FETCH)                                                                                    \
+    static TARGET void FN(linear_##VR##_##FETCH)(const kf_linear_args *a, int64_t row, int64_t panel, const char *p) \
+    {                                                                                                      \
+        FN(linear_tile)(VR, FETCH, a, row, panel, p);                                                      \
+    }
+#define TILES(FETCH) TILE(1, FETCH) TILE(2, FETCH) TILE(3, FETCH) TILE(4, FETCH) TILE(5, FETCH) TILE(6, FETCH)
+TILES(0)
+#if WIDE
+TILES(1) TILES(2)
+#endif
+#undef TILES
+#undef TILE
+
+/* One panel for the rows [begin, end). While its later tiles compute, the next panel is brought into the cache:
+ * with three tiles or more there is time for it (with two it was slower; measured on Zen 5). */
+static TARGET void FN(linear_panel)(const kf_linear_args *a, int64_t begin, int64_t end, int64_t panel, int is_last)
+{
+#define ALL(FETCH) {FN(linear_1_##FETCH), FN(linear_2_##FETCH), FN(linear_3_##FETCH), FN(linear_4_##FETCH), \
+                    FN(linear_5_##FETCH), FN(linear_6_##FETCH)}
+#if WIDE
+    static void (*const tile[3][6])(const kf_linear_args *, int64_t, int64_t, const char *) = {ALL(0), ALL(1), ALL(2)};
+#else
+    static void (*const tile[1][6])(const kf_linear_args *, int64_t, int64_t, const char *) = {ALL(0)};
+#endif
+#undef ALL
+    const int64_t panel_bytes = KF_PANEL * a->k * (int64_t)sizeof(T), tiles = (end - begin + 5) / 6;
+    const char *ahead = (const char *)a->w + (panel + 1) * panel_bytes, *stop = ahead + (is_last ? 0 : panel_bytes);
+    const int lines = !WIDE || tiles < 3 ? 0 : tiles < 5 ? 2 : 1;
+    for (int64_t row = begin; row < end;) {
+        const int64_t left = end - row, rows = (left + (left + 5) / 6 - 1) / ((left + 5) / 6);
+        const int fetch = row == begin || ahead >= stop ? 0 : lines;
+        tile[fetch][rows - 1](a, row, panel, ahead);
+        ahead += fetch * (a->k / GROUP) * 64;
+        row += rows;
     }
 }
 
-/* All rows over NC8 panels at eight rows, NC4 at four, and so on; these are the tiles that fill the registers. */
-INL void FN(linear_panels)(const int VR, const int NC, const float *x, int64_t rows, int64_t k, const T *w,
-                           const T *bias, T *out, int64_t n)
+static TARGET void FN(linear)(kf_worker *worker, const kf_linear_args *a)
 {
-    int64_t panels = (n + 15) / 16, p = 0;
-    for (; p + NC <= panels; p += NC)
-        for (int64_t r = 0; r < rows; r += VR)
-            FN(linear_tile)(VR, NC, x + r * k, k, w + p * k * 16, bias ? bias + p * 16 : NULL, out + r * n + p * 16, n,
-                            n - p * 16);
-    for (; p < panels; p++)
-        for (int64_t r = 0; r < rows; r += VR)
-            FN(linear_tile)(VR, 1, x + r * k, k, w + p * k * 16, bias ? bias + p * 16 : NULL, out + r * n + p * 16, n,
-                            n - p * 16);
-}
-
-static TARGET void FN(linear)(const void *x_any, const void *w_any, const void *bias_any, void *out_any, int64_t rows,
-                              int64_t k, int64_t n, float *scratch)
-{
-    const T *x = x_any, *w = w_any, *bias = bias_any;
-    T *out = out_any;
-    /* Few enough rows at a time that they stay in the cache while all weights stream past them. */
-    for (int64_t r = 0; r < rows;) {
-        const int64_t left = rows - r, block = left < KF_ROW_BLOCK ? left : KF_ROW_BLOCK;
-        const float *wide = FN(widen)(x + r * k, block * k, scratch);
-        int64_t done = 0;
-#define ROWS(VR, NC)                                                                                      \
-    if (block - done >= VR) {                                                                             \
-        int64_t some = (block - done) / VR * VR;                                                          \
-        FN(linear_panels)(VR, NC, wide + done * k, some, k, w, bias, out + (r + done) * n, n);            \
-        done += some;                                                                                     \
-    }
-        ROWS(8, WIDE ? 3 : 1)
-        ROWS(4, WIDE ? 4 : 1)
-        ROWS(2, WIDE ? 6 : 2)
-        ROWS(1, WIDE ? 8 : 4)
-#undef ROWS
-        r += block;
-    }
+    const int64_t columns = a->epilogue == KF_SILU_MUL ? (a->n + 31) / 32 * KF_PANEL : a->n;
+    const int64_t panels = (columns + KF_PANEL - 1) / KF_PANEL;
+    /* Long steps are cut by rows as well, so that the threads end together. */
+    const int64_t blocks = a->rows > 2 * KF_ROW_BLOCK ? (a->rows + KF_ROW_BLOCK - 1) / KF_ROW_BLOCK : 1;
+    const int64_t total = panels * blocks, grain = 1 + total / (16 * kf_team_threads(worker->team));
+    for (int64_t unit, end; kf_next(worker, total, grain, &unit, &end);)
+        for (; unit < end; unit++) {
+            const int64_t panel = unit / blocks, block = unit % blocks;
+            const int64_t first = block * a->rows / blocks, last = (block + 1) * a->rows / blocks;
+            FN(linear_panel)(a, first, last, panel, panel + 1 == panels);
+        }
 }

@@ -1,44 +1,27 @@
-/* Per-row operations and the rotation for one element type and one instruction set. */
+/* Operations on rows for one element type and one instruction set: norms, and the rotation. */
 
-static TARGET void FN(add_rms_norm)(const void *x_any, void *residual_any, const void *weight_any, void *out_any,
-                                    int64_t rows, int64_t n, float eps)
+INL void FN(rms_norm_row)(const T *x, const T *weight, T *out, int64_t n, float eps)
 {
-    const T *x = x_any, *weight = weight_any;
-    T *residual = residual_any, *out = out_any;
-    for (int64_t row = 0; row < rows; row++, residual += n) {
-        VF acc[4];
-        for (int j = 0; j < 4; j++)
-            acc[j] = NAME(v_set1)(0.0f);
-        for (int64_t i = 0; i < n; i += 16) {
-            VF r = LDN(residual + i, n - i);
-            if (x) {
-                r = RND(NAME(v_add)(LDN(x + row * n + i, n - i), r));
-                STN(residual + i, n - i, r);
-            }
-            acc[(i / 16) & 3] = NAME(v_fma)(r, r, acc[(i / 16) & 3]);
-        }
-        if (!out)
-            continue;
-        VF sum = NAME(v_add)(NAME(v_add)(acc[0], acc[1]), NAME(v_add)(acc[2], acc[3]));
-        VF inv = NAME(v_set1)(1.0f / sqrtf(NAME(v_hsum)(sum) / (float)n + eps));
-        for (int64_t i = 0; i < n; i += 16) {
-            VF r = RND(NAME(v_mul)(LDN(residual + i, n - i), inv));
-            STN(out + row * n + i, n - i, NAME(v_mul)(LDN(weight + i, n - i), r));
-        }
+    VF acc[4];
+    for (int j = 0; j < 4; j++)
+        acc[j] = NAME(v_set1)(0.0f);
+    for (int64_t i = 0; i < n; i += 16) {
+        VF r = LDN(x + i, n - i);
+        acc[(i / 16) & 3] = NAME(v_fma)(r, r, acc[(i / 16) & 3]);
+    }
+    VF sum = NAME(v_add)(NAME(v_add)(acc[0], acc[1]), NAME(v_add)(acc[2], acc[3]));
+    VF inv = NAME(v_set1)(1.0f / sqrtf(NAME(v_hsum)(sum) / (float)n + eps));
+    for (int64_t i = 0; i < n; i += 16) {
+        VF r = RND(NAME(v_mul)(LDN(x + i, n - i), inv));
+        STN(out + i, n - i, NAME(v_mul)(LDN(weight + i, n - i), r));
     }
 }
 
-static TARGET void FN(silu_mul)(const void *x_any, void *out_any, int64_t rows, int64_t n)
+static TARGET void FN(rms_norm)(kf_worker *worker, const kf_norm_args *a)
 {
-    const T *x = x_any;
-    T *out = out_any;
-    const VF zero = NAME(v_set1)(0.0f), one = NAME(v_set1)(1.0f);
-    for (int64_t row = 0; row < rows; row++, x += 2 * n, out += n)
-        for (int64_t i = 0; i < n; i += 16) {
-            VF g = LDN(x + i, n - i);
-            VF s = NAME(v_div)(g, NAME(v_add)(one, NAME(v_exp)(NAME(v_sub)(zero, g))));
-            STN(out + i, n - i, NAME(v_mul)(RND(s), LDN(x + n + i, n - i)));
-        }
+    for (int64_t row, end; kf_next(worker, a->rows, 8, &row, &end);)
+        for (; row < end; row++)
+            FN(rms_norm_row)((const T *)a->x + row * a->n, a->weight, (T *)a->out + row * a->n, a->n, a->eps);
 }
 
 /* One head: optional norm, rotation (the half-split form of Hugging Face), rounding to T. */
@@ -47,8 +30,7 @@ INL void FN(rope_head)(const T *x, const T *norm, float eps, const float *cos, c
     T normed[KF_HEAD_DIM_MAX];
     int64_t half = hd / 2;
     if (norm) {
-        memcpy(normed, x, (size_t)hd * sizeof(T));
-        FN(add_rms_norm)(NULL, normed, norm, normed, 1, hd, eps);
+        FN(rms_norm_row)(x, norm, normed, hd, eps);
         x = normed;
     }
     for (int64_t i = 0; i < half; i += 16) {
@@ -60,31 +42,28 @@ INL void FN(rope_head)(const T *x, const T *norm, float eps, const float *cos, c
     }
 }
 
-static TARGET int FN(rope_write)(const kf_cache *kv, int64_t layer, const kf_step *step, const void *qkv_any,
-                                 int64_t stride, const float *cos, const float *sin, int64_t table_rows,
-                                 const void *q_norm, const void *k_norm, float eps, int64_t heads, void *q_any)
+static TARGET void FN(rope_token)(const kf_rope_args *a, int64_t t)
 {
-    const T *qkv = qkv_any;
-    T *q = q_any;
+    const kf_cache *kv = a->kv;
     const int64_t hd = kv->head_dim, bs = kv->block_size, plane = kv->kv_heads * bs * hd;
+    const int64_t pos = a->step->positions[t], block = a->step->slots[t] / bs, off = a->step->slots[t] % bs;
+    const T *qkv = (const T *)a->qkv + t * a->stride;
+    const float *c = a->cos + pos * (hd / 2), *s = a->sin + pos * (hd / 2);
+    T *k = (T *)kv->base + (block * kv->layers + a->layer) * 2 * plane, *v = k + plane;
     T key[KF_HEAD_DIM_MAX];
-    for (int64_t t = 0; t < step->tokens; t++, qkv += stride) {
-        const int64_t pos = step->positions[t], slot = step->slots[t];
-        if (pos < 0 || pos >= table_rows)
-            return KF_BAD_POSITION;
-        if (slot < 0 || slot / bs >= kv->num_blocks)
-            return KF_BAD_BLOCK;
-        const float *c = cos + pos * (hd / 2), *s = sin + pos * (hd / 2);
-        T *k = (T *)kv->base + ((slot / bs) * kv->layers + layer) * 2 * plane, *v = k + plane;
-        const int64_t off = slot % bs;
-        for (int64_t h = 0; h < heads; h++)
-            FN(rope_head)(qkv + h * hd, q_norm, eps, c, s, hd, q + (t * heads + h) * hd);
-        for (int64_t h = 0; h < kv->kv_heads; h++) {
-            FN(rope_head)(qkv + (heads + h) * hd, k_norm, eps, c, s, hd, key);
-            for (int64_t d = 0; d < hd; d++)
-                k[(h * hd + d) * bs + off] = key[d];
-            memcpy(v + (h * bs + off) * hd, qkv + (heads + kv->kv_heads + h) * hd, (size_t)hd * sizeof(T));
-        }
+    for (int64_t h = 0; h < a->heads; h++)
+        FN(rope_head)(qkv + h * hd, a->q_norm, a->eps, c, s, hd, (T *)a->q + (t * a->heads + h) * hd);
+    for (int64_t h = 0; h < kv->kv_heads; h++) {
+        FN(rope_head)(qkv + (a->heads + h) * hd, a->k_norm, a->eps, c, s, hd, key);
+        for (int64_t d = 0; d < hd; d++)
+            k[h * hd * bs + (d / GROUP * bs + off) * GROUP + d % GROUP] = key[d];
+        memcpy(v + (h * bs + off) * hd, qkv + (a->heads + kv->kv_heads + h) * hd, (size_t)hd * sizeof(T));
     }
-    return KF_OK;
+}
+
+static TARGET void FN(rope_write)(kf_worker *worker, const kf_rope_args *a)
+{
+    for (int64_t t, end; kf_next(worker, a->step->tokens, 4, &t, &end);)
+        for (; t < end; t++)
+            FN(rope_token)(a, t);
 }

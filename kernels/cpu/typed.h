@@ -1,56 +1,46 @@
-/* One instruction set: both element types of every kernel. */
+/* One instruction set: both element types of every kernel.
+ *
+ * A group is what one multiply-add instruction takes of the inputs: one float, or a pair of bfloat16. */
 #include "common.h"
 
+#ifndef KF_ONLY_BF16
 #define FN(x) NAME(x##_f32)
 #define T float
+#define GROUP 1
+#define VG VF /* sixteen outputs' weights, or keys, of one group */
+#define LDG(p) NAME(v_load)(p)
+#define SETG(p) NAME(v_set1)(*(p))
+#define DOT(x, w, acc) NAME(v_fma)(x, w, acc)
 #define LD(p) NAME(v_load)(p)
 #define LDN(p, n) NAME(v_load_n)(p, n)
 #define STN(p, n, a) NAME(v_store_n)(p, n, a)
 #define RND(a) (a)
-#define TO_FLOAT(x) (x)
-INL const float *FN(widen)(const float *x, int64_t n, float *scratch)
-{
-    (void)n, (void)scratch;
-    return x;
-}
 #include "linear.h"
 #include "rowops.h"
 #include "attend.h"
-#undef FN
-#undef T
-#undef LD
-#undef LDN
-#undef STN
-#undef RND
-#undef TO_FLOAT
+#include "untyped.h"
+#endif
 
 #define FN(x) NAME(x##_bf16)
 #define T uint16_t
+#define GROUP 2
+#define VG VP
+#define LDG(p) NAME(v_pairs)(p)
+#define SETG(p) NAME(v_pair1)(p)
+#define DOT(x, w, acc) NAME(v_dot2)(x, w, acc)
 #define LD(p) NAME(v_load16)(p)
 #define LDN(p, n) NAME(v_load16_n)(p, n)
 #define STN(p, n, a) NAME(v_store16_n)(p, n, a)
 #define RND(a) NAME(v_round16)(a)
-#define TO_FLOAT(x) kf_widen(x)
-static TARGET const float *FN(widen)(const uint16_t *x, int64_t n, float *scratch)
-{
-    for (int64_t i = 0; i < n; i += 16)
-        NAME(v_store_n)(scratch + i, n - i, LDN(x + i, n - i));
-    return scratch;
-}
 #include "linear.h"
 #include "rowops.h"
 #include "attend.h"
-#undef FN
-#undef T
-#undef LD
-#undef LDN
-#undef STN
-#undef RND
-#undef TO_FLOAT
+#include "untyped.h"
 
 #undef NAME
 #undef TARGET
 #undef INL
 #undef VF
+#undef VP
 #undef WIDE
 #undef EXP_LOWEST

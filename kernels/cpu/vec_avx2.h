@@ -4,7 +4,9 @@
 #define INL static inline __attribute__((always_inline)) TARGET
 
 typedef struct { __m256 lo, hi; } vf_avx2;
+typedef struct { __m256i lo, hi; } vp_avx2;
 #define VF vf_avx2
+#define VP vp_avx2
 #define WIDE 0
 #define BOTH(op, a, b) ((VF){op((a).lo, (b).lo), op((a).hi, (b).hi)})
 
@@ -48,6 +50,29 @@ INL void NAME(v_store16)(uint16_t *p, VF a)
     __m256i hi = _mm256_srli_epi32(_mm256_castps_si256(r.hi), 16);
     __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8);
     _mm256_storeu_si256((__m256i *)p, packed);
+}
+
+INL VP NAME(v_pairs)(const uint16_t *p)
+{
+    return (VP){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 16))};
+}
+INL VP NAME(v_pair1)(const uint16_t *p)
+{
+    int32_t pair;
+    memcpy(&pair, p, 4);
+    return (VP){_mm256_set1_epi32(pair), _mm256_set1_epi32(pair)};
+}
+INL __m256 NAME(dot2)(__m256i x, __m256i w, __m256 acc)
+{
+    const __m256i high = _mm256_set1_epi32((int)0xffff0000u);
+    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(x, high)),
+                          _mm256_castsi256_ps(_mm256_and_si256(w, high)), acc);
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)),
+                           _mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), acc);
+}
+INL VF NAME(v_dot2)(VP x, VP w, VF acc)
+{
+    return (VF){NAME(dot2)(x.lo, w.lo, acc.lo), NAME(dot2)(x.hi, w.hi, acc.hi)};
 }
 
 INL __m256 NAME(pow2)(__m256 t)

@@ -1,10 +1,16 @@
-/* Sixteen float lanes in one AVX-512 register. The contract of the operations is in vec_plain.h. */
+/* Sixteen float lanes in one AVX-512 register. The contract of the operations is in vec_plain.h.
+ * Included twice: KF_DOT_BF16 says that the processor multiplies pairs of bfloat16 itself. */
+#if KF_DOT_BF16
+#define NAME(x) x##_avx512bf16
+#define TARGET __attribute__((target("avx512f,avx512bf16,avx512bw,avx512vl,avx2,fma")))
+#else
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f,avx2,fma")))
+#endif
 #define INL static inline __attribute__((always_inline)) TARGET
 
-typedef __m512 vf_avx512;
-#define VF vf_avx512
+#define VF __m512
+#define VP __m512i
 #define WIDE 1
 
 INL VF NAME(v_load)(const float *p) { return _mm512_loadu_ps(p); }
@@ -38,6 +44,26 @@ INL void NAME(v_store16)(uint16_t *p, VF a)
 {
     __m512i u = _mm512_srli_epi32(_mm512_castps_si512(NAME(v_round16)(a)), 16);
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(u));
+}
+
+INL VP NAME(v_pairs)(const uint16_t *p) { return _mm512_loadu_si512(p); }
+INL VP NAME(v_pair1)(const uint16_t *p)
+{
+    int32_t pair;
+    memcpy(&pair, p, 4);
+    return _mm512_set1_epi32(pair);
+}
+INL VF NAME(v_dot2)(VP x, VP w, VF acc)
+{
+#if KF_DOT_BF16
+    return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)w);
+#else
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000u);
+    acc = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(x, high)),
+                          _mm512_castsi512_ps(_mm512_and_si512(w, high)), acc);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
+                           _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), acc);
+#endif
 }
 
 /* 2**n where t = n + 1.5 * 2**23 */

@@ -1,13 +1,15 @@
-/* Sixteen float lanes in plain C: any processor, and the definition of what the other two must compute.
+/* Sixteen float lanes in plain C: any processor, and the definition of what the others must compute.
  *
  * Every operation is one IEEE operation a lane (fma rounds once), sums fold halves (16 -> 8 -> 4 -> 2 -> 1),
- * max(a, b) is a > b ? a : b. So all three give the same bits; tests/parity demands it. */
+ * max(a, b) is a > b ? a : b. So all give the same bits; tests/parity demands it. */
 #define NAME(x) x##_plain
 #define TARGET
 #define INL static inline __attribute__((always_inline))
 
 typedef struct { float l[16]; } vf_plain;
+typedef struct { uint32_t l[16]; } vp_plain; /* sixteen pairs of bfloat16, the first of a pair in the low half */
 #define VF vf_plain
+#define VP vp_plain
 #define WIDE 0
 #define LANES(expr)                  \
     VF r;                            \
@@ -43,6 +45,24 @@ INL void NAME(v_store16)(uint16_t *p, VF a)
 {
     for (int i = 0; i < 16; i++)
         p[i] = (uint16_t)(NAME(bits)(NAME(round16)(a.l[i])) >> 16);
+}
+INL VP NAME(v_pairs)(const uint16_t *p) { VP r; memcpy(&r, p, sizeof r); return r; }
+INL VP NAME(v_pair1)(const uint16_t *p)
+{
+    VP r;
+    memcpy(r.l, p, 4);
+    for (int i = 1; i < 16; i++)
+        r.l[i] = r.l[0];
+    return r;
+}
+/* acc + the products of the pairs, the second ones first, rounded after each: AVX512_BF16 defines this order. */
+INL VF NAME(v_dot2)(VP x, VP w, VF acc)
+{
+    for (int i = 0; i < 16; i++) {
+        acc.l[i] = fmaf(NAME(from_bits)(x.l[i] & 0xffff0000u), NAME(from_bits)(w.l[i] & 0xffff0000u), acc.l[i]);
+        acc.l[i] = fmaf(NAME(from_bits)(x.l[i] << 16), NAME(from_bits)(w.l[i] << 16), acc.l[i]);
+    }
+    return acc;
 }
 /* 2**n where t = n + 1.5 * 2**23 */
 INL VF NAME(v_pow2)(VF t) { LANES(NAME(from_bits)((NAME(bits)(t.l[i]) - (0x4B400000u - 127u)) << 23)); }

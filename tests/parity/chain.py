@@ -24,10 +24,19 @@ class Chain:
         dtype: Literal["float32", "bfloat16"] = "float32",
         block_size: int = 16,
         num_blocks: int = 64,
+        threads: int = 1,
     ) -> None:
         self.block_size = block_size
         self.stages = [
-            StageExecutor(model_dir, s, num_stages, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
+            StageExecutor(
+                model_dir,
+                s,
+                num_stages,
+                num_blocks=num_blocks,
+                block_size=block_size,
+                dtype=dtype,
+                threads=threads,
+            )
             for s in range(num_stages)
         ]
         self.tables = [BlockTable(32, num_blocks, block_size) for _ in self.stages]
@@ -65,7 +74,8 @@ class Chain:
         for row, new in work:
             self.lengths[row] += len(new)
         cut = np.cumsum(counts)[:-1]
-        return dict(zip(rows.tolist(), np.split(out, cut), strict=True))
+        # Logits are valid until the next step only.
+        return dict(zip(rows.tolist(), np.split(out.copy(), cut), strict=True))
 
     def greedy(self, prompts: list[list[int]], count: int, chunk: int = 1000) -> list[list[int]]:
         """Greedy continuations of all prompts, prefilled in chunks and decoded together."""

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kernels.cpu import _attention
+from kernels.cpu import _native
 from tests.parity.chain import Chain
 from tests.parity.conftest import Build
 
@@ -61,10 +61,10 @@ def test_any_chunk_and_batch(build: Build, name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_any_number_of_stages_and_block_size(build: Build, dtype: str) -> None:
+def test_any_number_of_stages_and_threads_and_block_size(build: Build, dtype: str) -> None:
     want = whole(Chain(build("qwen3_head_dim"), 1, dtype), TEXTS[0])
-    for stages, size in ((2, 16), (3, 32), (4, 4), (1, 24)):
-        chain = Chain(build("qwen3_head_dim"), stages, dtype, block_size=size)
+    for stages, size, threads in ((2, 16, 1), (3, 32, 2), (4, 4, 1), (1, 24, 3)):
+        chain = Chain(build("qwen3_head_dim"), stages, dtype, block_size=size, threads=threads)
         assert np.array_equal(in_chunks(chain, TEXTS[0], [33, 1, 36]), want), (stages, size)
 
 
@@ -94,11 +94,11 @@ def test_any_instruction_set(build: Build) -> None:
     """Nodes with other processors compute the same bits."""
     outs, sets = [], []
     try:
-        for isa in (0, 1, 2):
-            sets.append(_attention.set_isa(isa))
+        for isa in (0, 1, 2, 3):
+            sets.append(_native.set_isa(isa))
             outs.append([whole(Chain(build("llama"), 1, d), TEXTS[0]) for d in ("float32", "bfloat16")])
     finally:
-        _attention.set_isa(-1)
+        _native.set_isa(-1)
     assert sets[0] == 0
     for other in outs[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(outs[0], other, strict=True))

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-import kernels
 from dataplane._fast.blocktable import BlockTable, StepArrays
 from dataplane.kvcache import KVCache
-from kernels import reference
+from kernels import Linear, reference
+from kernels.cpu import _native, ops
+from kernels.cpu.pack import pack, pack_gate_up
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TEAM = _native.Team(2)
 ROUNDING = {"float32": 2e-6, "bfloat16": 8e-3}
 
 
@@ -53,7 +55,7 @@ def test_paged_attention(dtype, kv_heads, group, head_dim, block_size, window) -
     shape = (step.num_tokens, kv_heads * group, head_dim)
     q = torch.randn(shape, generator=generator).to(DTYPES[dtype])
     got, want = torch.empty_like(q), torch.empty_like(q)
-    kernels.paged_attention(q, kv, 1, step, 0.3, window, got)
+    ops.attention(TEAM, kv, 1, step, q, 0.3, window, got)
     reference.paged_attention(q, kv, 1, step, 0.3, window, want)
     close(got, want, dtype)
 
@@ -67,8 +69,8 @@ def test_rope_write(dtype: str, norms: bool) -> None:
     qkv = torch.randn(t, (heads + 4) * hd, generator=generator).to(kind)
     cos, sin = torch.randn(2, 128, hd // 2, generator=generator)
     weights = [torch.rand(hd, generator=generator).to(kind) + 1 if norms else None for _ in range(2)]
-    q = torch.empty(t, heads * hd, dtype=kind)
-    kernels.step_kernels(kv, step).rope_write(1, qkv, cos, sin, weights[0], weights[1], 1e-6, q)
+    q = torch.empty(t, heads, hd, dtype=kind)
+    ops.rope_write(TEAM, kv, 1, step, qkv, (cos, sin), (weights[0], weights[1]), 1e-6, q)
 
     want = [part.reshape(t, -1, hd) for part in qkv.split([heads * hd, 2 * hd, 2 * hd], 1)]
     at = torch.from_numpy(step.positions)
@@ -77,9 +79,9 @@ def test_rope_write(dtype: str, norms: bool) -> None:
             want[i] = reference.rms_norm(want[i], weight, 1e-6)
         want[i] = reference.rotate(want[i], cos[at], sin[at])
     tolerance = "bfloat16" if dtype == "bfloat16" else "float32"
-    torch.testing.assert_close(q.view(t, heads, hd), want[0], rtol=0.02, atol=0.04 if norms else 0.02)
+    torch.testing.assert_close(q, want[0], rtol=0.02, atol=0.04 if norms else 0.02)
     if dtype == "float32":
-        close(q.view(t, heads, hd), want[0], tolerance)
+        close(q, want[0], tolerance)
     keys, values = reference.planes(kv, 1)
     for i, slot in enumerate(step.slots.tolist()):
         block, offset = divmod(slot, kv.block_size)
@@ -87,38 +89,85 @@ def test_rope_write(dtype: str, norms: bool) -> None:
         assert torch.equal(values[block, :, offset], want[2][i])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("rows", "k", "n", "bias"), [(1, 7, 5, True), (3, 64, 96, False), (77, 33, 50, True), (8, 40, 16, False)]
-)
-def test_linear(dtype: str, rows: int, k: int, n: int, bias: bool) -> None:
-    kv, step, generator = make(dtype)
+SHAPES = [(1, 8, 5, True), (3, 64, 96, False), (77, 34, 50, True), (8, 40, 16, False), (400, 130, 129, True)]
+
+
+def product(dtype: str, rows: int, k: int, n: int, bias: bool) -> tuple[torch.Tensor, Linear, torch.Tensor]:
+    """x, a linear layer and what they make, in float64."""
+    generator = torch.Generator().manual_seed(rows * k)
     kind = DTYPES[dtype]
-    x, w = torch.randn(rows, k, generator=generator).to(kind), torch.randn(n, k, generator=generator)
+    x, w = (torch.randn(m, k, generator=generator).to(kind) for m in (rows, n))
     b = torch.randn(n, generator=generator).to(kind) if bias else None
-    out = torch.full((rows + 1, n), 7.0, dtype=kind)
-    kernels.step_kernels(kv, step).linear(x, kernels.pack_weight(w, kind), b, out, rows)
-    want = x.double() @ w.to(kind).double().t() + (0 if b is None else b.double())
-    torch.testing.assert_close(out[:rows].double(), want, rtol=ROUNDING[dtype], atol=20 * ROUNDING[dtype])
+    return x, Linear(w, b), reference.linear(x, w, b)
+
+
+def near(got: torch.Tensor, want: torch.Tensor, dtype: str) -> None:
+    torch.testing.assert_close(got.double(), want, rtol=ROUNDING[dtype], atol=20 * ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "k", "n", "bias"), SHAPES)
+def test_linear(dtype: str, rows: int, k: int, n: int, bias: bool) -> None:
+    x, linear, want = product(dtype, rows, k, n, bias)
+    out = torch.full((rows + 1, n), 7.0, dtype=x.dtype)
+    ops.linear(TEAM, x, pack(linear), out, ops.STORE)
+    near(out[:rows], want, dtype)
+    ops.linear(TEAM, x, pack(linear), out, ops.ADD)
+    near(out[:rows], 2 * want, dtype)
     assert (out[rows] == 7.0).all()
+    floats = torch.empty(rows, n)
+    ops.linear(TEAM, x, pack(linear), floats, ops.FLOAT)
+    near(floats, want, "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "k", "n", "bias"), SHAPES)
+def test_gate_up(dtype: str, rows: int, k: int, n: int, bias: bool) -> None:
+    x, linear, _ = product(dtype, rows, k, 2 * n, bias)
+    wide = torch.empty(rows, 2 * n, dtype=x.dtype)
+    ops.linear(TEAM, x, pack(linear), wide, ops.STORE)
+    out = torch.empty(rows, n, dtype=x.dtype)
+    ops.linear(TEAM, x, pack_gate_up(linear), out, ops.SILU_MUL)
+    want = reference.silu_mul(wide)
+    torch.testing.assert_close(out, want, rtol=0.02 if dtype == "bfloat16" else 2e-5, atol=1e-5)
+
+
+def test_odd_inputs_are_refused() -> None:
+    with pytest.raises(ValueError, match="even number of inputs"):
+        pack(Linear(torch.zeros(4, 7, dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_do_not_know_of_each_other(dtype: str) -> None:
+    """Any number of rows, threads and any instruction set: the same bits. Denormals are zero everywhere."""
+    x, linear, _ = product(dtype, 300, 130, 70, True)
+    x[7] *= 1e-30 if dtype == "float32" else 2.0**-100
+    linear.weight[3] *= 2.0**-30
+    packed = pack(linear)
+    want = torch.empty(300, 70, dtype=x.dtype)
+    ops.linear(TEAM, x, packed, want, ops.STORE)
+    try:
+        for isa in (0, 1, 2, 3):
+            _native.set_isa(isa)
+            for threads in (1, 3):
+                team = _native.Team(threads)
+                for rows in (1, 2, 3, 4, 5, 6, 7, 13, 31, 300):
+                    got = torch.empty(rows, 70, dtype=x.dtype)
+                    ops.linear(team, x[:rows], packed, got, ops.STORE)
+                    assert torch.equal(got, want[:rows]), (isa, threads, rows)
+    finally:
+        _native.set_isa(-1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [16, 50, 257])
-def test_norm_and_activation(dtype: str, n: int) -> None:
-    kv, step, generator = make(dtype)
+def test_norm(dtype: str, n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
     kind = DTYPES[dtype]
-    k = kernels.step_kernels(kv, step)
-    x, residual = torch.randn(2, 5, n, generator=generator).to(kind)
-    weight = torch.randn(n, generator=generator).to(kind)
-    total, out = x + residual, torch.empty(5, n, dtype=kind)
-    k.add_rms_norm(x, residual, weight, 1e-5, out, 5)
-    assert torch.equal(residual, total)
-    torch.testing.assert_close(out, reference.rms_norm(total, weight, 1e-5), rtol=0.02, atol=1e-5)
-    gate_up = (torch.randn(5, 2 * n, generator=generator) * 20).to(kind)
-    k.silu_mul(gate_up, out, 5)
-    want = reference.silu_mul(gate_up)
-    torch.testing.assert_close(out, want, rtol=0.02 if dtype == "bfloat16" else 2e-6, atol=1e-6)
+    x, weight = torch.randn(5, n, generator=generator).to(kind), torch.randn(n, generator=generator).to(kind)
+    out = torch.empty_like(x)
+    ops.rms_norm(TEAM, x, weight, 1e-5, out)
+    torch.testing.assert_close(out, reference.rms_norm(x, weight, 1e-5), rtol=0.02, atol=1e-5)
 
 
 def test_wrong_steps_are_refused() -> None:
@@ -137,26 +186,27 @@ def test_wrong_steps_are_refused() -> None:
         )
         setattr(bad, name, value)
         with pytest.raises(error):
-            kernels.paged_attention(q, kv, 0, bad(), 1.0, None, torch.empty_like(q))
+            ops.attention(TEAM, kv, 0, bad(), q, 1.0, None, torch.empty_like(q))
     with pytest.raises(ValueError, match="layer"):
-        kernels.paged_attention(q, kv, 2, step, 1.0, None, torch.empty_like(q))
+        ops.attention(TEAM, kv, 2, step, q, 1.0, None, torch.empty_like(q))
     with pytest.raises(ValueError, match="expected contiguous"):
-        kernels.paged_attention(q[1:], kv, 0, step, 1.0, None, torch.empty_like(q))
+        ops.attention(TEAM, kv, 0, step, q[1:], 1.0, None, torch.empty_like(q[1:]))
 
 
 def test_slots_and_positions_are_checked() -> None:
     kv, step, _ = make("float32")
     t = step.num_tokens
-    qkv, q = torch.zeros(t, 6 * 24), torch.zeros(t, 2 * 24)
+    qkv, q = torch.zeros(t, 6 * 24), torch.zeros(t, 2, 24)
     tables = torch.zeros(200, 12)
     good = step.slots.copy()
     for slot in (-1, kv.num_blocks * kv.block_size):
         step.slots[0] = slot
         with pytest.raises(IndexError, match="slot"):
-            kernels.step_kernels(kv, step).rope_write(0, qkv, tables, tables, None, None, 1e-6, q)
+            ops.rope_write(TEAM, kv, 0, step, qkv, (tables, tables), (None, None), 1e-6, q)
     step.slots[:] = good
+    short = (tables[:50].contiguous(), tables[:50].contiguous())
     with pytest.raises(IndexError, match="position"):
-        kernels.step_kernels(kv, step).rope_write(0, qkv, tables[:50], tables[:50], None, None, 1e-6, q)
+        ops.rope_write(TEAM, kv, 0, step, qkv, short, (None, None), 1e-6, q)
 
 
 def test_kv_cache_blocks() -> None:

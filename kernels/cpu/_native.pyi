@@ -1,0 +1,108 @@
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+STORE: int
+ADD: int
+SILU_MUL: int
+FLOAT: int
+
+class Team:
+    def __init__(self, threads: int) -> None: ...
+    @property
+    def threads(self) -> int: ...
+
+class Cache:
+    def __init__(
+        self,
+        base: int,
+        num_blocks: int,
+        layers: int,
+        kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        is_bf16: bool,
+    ) -> None: ...
+
+class Step:
+    def __init__(
+        self,
+        positions: npt.NDArray[np.int64],
+        slots: npt.NDArray[np.int64],
+        cu_q: npt.NDArray[np.int32],
+        context_lens: npt.NDArray[np.int32],
+        tables: npt.NDArray[np.int32],
+    ) -> None: ...
+
+class Stage:
+    def __init__(
+        self,
+        team: Team,
+        kv: Cache,
+        num_layers: int,
+        hidden: int,
+        intermediate: int,
+        heads: int,
+        eps: float,
+        scale: float,
+    ) -> None: ...
+    def set_layer(
+        self,
+        index: int,
+        attention_norm: int,
+        mlp_norm: int,
+        q_norm: int,
+        k_norm: int,
+        weights: Sequence[tuple[int, int]],
+        window: int,
+    ) -> None: ...
+    def set_buffers(
+        self, residual: int, normed: int, qkv: int, q: int, attended: int, activated: int
+    ) -> None: ...
+    def set_rotary(self, cos: int, sin: int, table_rows: int) -> None: ...
+    def forward(self, step: Step) -> None: ...
+
+def attention(
+    team: Team,
+    kv: Cache,
+    layer: int,
+    step: Step,
+    q: int,
+    out: int,
+    heads: int,
+    scale: float,
+    window: int,
+) -> None: ...
+def rope_write(
+    team: Team,
+    kv: Cache,
+    layer: int,
+    step: Step,
+    qkv: int,
+    stride: int,
+    cos: int,
+    sin: int,
+    table_rows: int,
+    q_norm: int,
+    k_norm: int,
+    eps: float,
+    heads: int,
+    q: int,
+) -> None: ...
+def rms_norm(
+    team: Team, x: int, weight: int, out: int, rows: int, n: int, eps: float, is_bf16: bool
+) -> None: ...
+def linear(
+    team: Team,
+    x: int,
+    w: int,
+    bias: int,
+    out: int,
+    rows: int,
+    k: int,
+    n: int,
+    epilogue: int,
+    is_bf16: bool,
+) -> None: ...
+def set_isa(isa: int) -> int: ...

@@ -1,0 +1,273 @@
+# cython: boundscheck=False, wraparound=False, cdivision=True
+"""Thin binding of kernels.h. Arguments that arrive as integers are addresses of C-contiguous storage that the
+caller (kernels/cpu/) has checked and keeps alive; the lock of the interpreter is released."""
+
+from libc.stdint cimport int32_t, int64_t
+from libc.stdlib cimport calloc, free
+
+
+cdef extern from "kernels.h" nogil:
+    int KF_NO_MEMORY, KF_BAD_BLOCK, KF_BAD_CONTEXT, KF_BAD_POSITION
+    ctypedef enum kf_epilogue:
+        KF_STORE, KF_ADD, KF_SILU_MUL, KF_FLOAT
+    ctypedef struct kf_team:
+        pass
+    ctypedef struct kf_cache:
+        void *base
+        int64_t num_blocks, layers, kv_heads, block_size, head_dim
+        int is_bf16
+    ctypedef struct kf_step:
+        const int64_t *positions
+        const int64_t *slots
+        const int32_t *cu_q
+        const int32_t *context_lens
+        const int32_t *tables
+        int64_t tokens, rows, width
+    ctypedef struct kf_attention_args:
+        const kf_cache *kv
+        const kf_step *step
+        int64_t layer, heads, window
+        float scale
+        const void *q
+        void *out
+    ctypedef struct kf_rope_args:
+        const kf_cache *kv
+        const kf_step *step
+        int64_t layer, heads, stride
+        const float *cos
+        const float *sin
+        const void *q_norm
+        const void *k_norm
+        float eps
+        const void *qkv
+        void *q
+    ctypedef struct kf_norm_args:
+        const void *x
+        const void *weight
+        void *out
+        int64_t rows, n
+        float eps
+    ctypedef struct kf_linear_args:
+        const void *x
+        const void *w
+        const void *bias
+        void *out
+        int64_t rows, k, n
+        kf_epilogue epilogue
+    ctypedef struct kf_weight:
+        const void *w
+        const void *bias
+    ctypedef struct kf_layer:
+        const void *attention_norm
+        const void *mlp_norm
+        const void *q_norm
+        const void *k_norm
+        kf_weight qkv, o, gate_up, down
+        int64_t window
+    ctypedef struct kf_stage:
+        const kf_layer *layers
+        int64_t num_layers, hidden, intermediate, heads
+        float eps, scale
+        const float *cos
+        const float *sin
+        int64_t table_rows
+        void *residual
+        void *normed
+        void *qkv
+        void *q
+        void *attended
+        void *activated
+
+    kf_team *kf_team_new(int threads)
+    void kf_team_free(kf_team *team)
+    int kf_team_threads(const kf_team *team)
+    int kf_attention(kf_team *team, const kf_attention_args *a)
+    int kf_rope_write(kf_team *team, const kf_rope_args *a, int64_t table_rows)
+    void kf_rms_norm(kf_team *team, const kf_norm_args *a, int is_bf16)
+    void kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16)
+    int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, const kf_step *step)
+    int kf_set_isa(int isa)
+
+STORE, ADD, SILU_MUL, FLOAT = KF_STORE, KF_ADD, KF_SILU_MUL, KF_FLOAT
+
+
+cdef int check(int code) except -1:
+    if code == 0:
+        return 0
+    if code == KF_NO_MEMORY:
+        raise MemoryError("no memory for the scratch space of a kernel")
+    if code == KF_BAD_BLOCK:
+        raise IndexError("a block or slot of this step is outside the KV cache")
+    if code == KF_BAD_POSITION:
+        raise IndexError("a position of this step is outside the rotary table")
+    raise ValueError("layer, context lengths, cu_q and tables of this step do not fit together")
+
+
+cdef class Team:
+    """Threads that share one computation, the caller among them. Not usable in a forked child of its maker."""
+
+    cdef kf_team *c
+
+    def __cinit__(self, int threads):
+        self.c = kf_team_new(threads)
+        if self.c == NULL:
+            raise MemoryError(f"cannot start {threads} compute threads")
+
+    def __dealloc__(self):
+        if self.c != NULL:
+            kf_team_free(self.c)
+
+    @property
+    def threads(self):
+        return kf_team_threads(self.c)
+
+
+cdef class Cache:
+    """The address and shape of a KV cache."""
+
+    cdef kf_cache c
+
+    def __cinit__(self, size_t base, int64_t num_blocks, int64_t layers, int64_t kv_heads, int64_t block_size,
+                  int64_t head_dim, bint is_bf16):
+        self.c.base = <void *>base
+        self.c.num_blocks = num_blocks
+        self.c.layers = layers
+        self.c.kv_heads = kv_heads
+        self.c.block_size = block_size
+        self.c.head_dim = head_dim
+        self.c.is_bf16 = is_bf16
+
+
+cdef class Step:
+    """The arrays of one step, checked for consistent lengths once for all layers."""
+
+    cdef kf_step c
+    cdef object keep
+
+    def __cinit__(self, const int64_t[::1] positions, const int64_t[::1] slots, const int32_t[::1] cu_q,
+                  const int32_t[::1] context_lens, const int32_t[:, ::1] tables):
+        cdef Py_ssize_t rows = context_lens.shape[0], tokens = positions.shape[0]
+        if slots.shape[0] != tokens or cu_q.shape[0] != rows + 1 or tables.shape[0] != rows:
+            raise ValueError("the arrays of a step have different lengths")
+        if cu_q[0] != 0 or cu_q[rows] != tokens:
+            raise ValueError("cu_q must run from 0 to the number of tokens")
+        self.keep = (positions, slots, cu_q, context_lens, tables)
+        self.c.tokens = tokens
+        self.c.rows = rows
+        self.c.width = tables.shape[1]
+        self.c.positions = &positions[0] if tokens else NULL
+        self.c.slots = &slots[0] if tokens else NULL
+        self.c.cu_q = &cu_q[0]
+        self.c.context_lens = &context_lens[0] if rows else NULL
+        self.c.tables = &tables[0, 0] if rows and tables.shape[1] else NULL
+
+
+cdef class Stage:
+    """The layers of a stage: forward() runs them all over the buffers given to set_buffers()."""
+
+    cdef kf_stage c
+    cdef kf_layer *layers
+    cdef Team team
+    cdef Cache kv
+
+    def __cinit__(self, Team team, Cache kv, int64_t num_layers, int64_t hidden, int64_t intermediate, int64_t heads,
+                  float eps, float scale):
+        if heads <= 0 or heads % kv.c.kv_heads:
+            raise ValueError("heads must be a multiple of kv_heads")
+        self.layers = <kf_layer *>calloc(num_layers, sizeof(kf_layer))
+        if self.layers == NULL:
+            raise MemoryError("no memory for the addresses of the weights")
+        self.team, self.kv = team, kv
+        self.c.layers = self.layers
+        self.c.num_layers = num_layers
+        self.c.hidden = hidden
+        self.c.intermediate = intermediate
+        self.c.heads = heads
+        self.c.eps = eps
+        self.c.scale = scale
+
+    def __dealloc__(self):
+        free(self.layers)
+
+    def set_layer(self, int64_t index, size_t attention_norm, size_t mlp_norm, size_t q_norm, size_t k_norm, weights,
+                  int64_t window):
+        """weights: (address, address of the bias or 0) of qkv, o, gate_up and down; window 0: all keys."""
+        if not 0 <= index < self.c.num_layers:
+            raise IndexError(f"layer {index} is not one of {self.c.num_layers}")
+        cdef kf_layer *layer = &self.layers[index]
+        layer.attention_norm = <void *>attention_norm
+        layer.mlp_norm = <void *>mlp_norm
+        layer.q_norm = <void *>q_norm
+        layer.k_norm = <void *>k_norm
+        cdef kf_weight *slots[4]
+        slots[0], slots[1], slots[2], slots[3] = &layer.qkv, &layer.o, &layer.gate_up, &layer.down
+        for i, (weight, bias) in enumerate(weights):
+            slots[i].w = <void *><size_t>weight
+            slots[i].bias = <void *><size_t>bias
+        layer.window = window
+
+    def set_buffers(self, size_t residual, size_t normed, size_t qkv, size_t q, size_t attended, size_t activated):
+        self.c.residual = <void *>residual
+        self.c.normed = <void *>normed
+        self.c.qkv = <void *>qkv
+        self.c.q = <void *>q
+        self.c.attended = <void *>attended
+        self.c.activated = <void *>activated
+
+    def set_rotary(self, size_t cos, size_t sin, int64_t table_rows):
+        self.c.cos = <float *>cos
+        self.c.sin = <float *>sin
+        self.c.table_rows = table_rows
+
+    def forward(self, Step step):
+        """All layers over residual[:tokens], in place."""
+        cdef int code
+        with nogil:
+            code = kf_stage_forward(self.team.c, &self.c, &self.kv.c, &step.c)
+        check(code)
+
+
+def attention(Team team, Cache kv, int64_t layer, Step step, size_t q, size_t out, int64_t heads, float scale,
+              int64_t window):
+    """softmax(scale q K) V over the paged cache; q and out: [tokens, heads, head_dim]."""
+    if heads <= 0 or heads % kv.c.kv_heads:
+        raise ValueError("heads must be a multiple of kv_heads")
+    cdef kf_attention_args a = kf_attention_args(&kv.c, &step.c, layer, heads, window, scale, <void *>q, <void *>out)
+    cdef int code
+    with nogil:
+        code = kf_attention(team.c, &a)
+    check(code)
+
+
+def rope_write(Team team, Cache kv, int64_t layer, Step step, size_t qkv, int64_t stride, size_t cos, size_t sin,
+               int64_t table_rows, size_t q_norm, size_t k_norm, float eps, int64_t heads, size_t q):
+    """Splits, norms (0 = none), rotates; writes K and V into the cache and the queries to q."""
+    if heads <= 0 or stride < (heads + 2 * kv.c.kv_heads) * kv.c.head_dim:
+        raise ValueError("qkv rows are shorter than its heads")
+    cdef kf_rope_args a = kf_rope_args(&kv.c, &step.c, layer, heads, stride, <float *>cos, <float *>sin,
+                                       <void *>q_norm, <void *>k_norm, eps, <void *>qkv, <void *>q)
+    cdef int code
+    with nogil:
+        code = kf_rope_write(team.c, &a, table_rows)
+    check(code)
+
+
+def rms_norm(Team team, size_t x, size_t weight, size_t out, int64_t rows, int64_t n, float eps, bint is_bf16):
+    """out[rows, n] = weight * rms_norm(x)"""
+    cdef kf_norm_args a = kf_norm_args(<void *>x, <void *>weight, <void *>out, rows, n, eps)
+    with nogil:
+        kf_rms_norm(team.c, &a, is_bf16)
+
+
+def linear(Team team, size_t x, size_t w, size_t bias, size_t out, int64_t rows, int64_t k, int64_t n, int epilogue,
+           bint is_bf16):
+    """out[rows, n] = x[rows, k] W^T + bias (0 = none), W packed in panels; see kf_epilogue for what is done with it."""
+    cdef kf_linear_args a = kf_linear_args(<void *>x, <void *>w, <void *>bias, <void *>out, rows, k, n,
+                                           <kf_epilogue>epilogue)
+    with nogil:
+        kf_linear(team.c, &a, is_bf16)
+
+
+def set_isa(int isa):
+    """Limits the instruction set: 0 C, 1 AVX2, 2 AVX-512, 3 with bfloat16, -1 the best. Returns what is in use."""
+    return kf_set_isa(isa)

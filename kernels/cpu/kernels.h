@@ -1,0 +1,111 @@
+/* The CPU kernels of one transformer stage: C interface.
+ *
+ * Values are float (is_bf16 = 0) or bfloat16 as uint16_t (is_bf16 = 1); sums are always float. No result depends on how
+ * many rows a call has, how many threads share it or which instruction set runs: row i of the output has the same
+ * bits in any call. */
+#ifndef KF_KERNELS_H
+#define KF_KERNELS_H
+#include <stdint.h>
+
+#include "team.h"
+
+enum { KF_OK = 0, KF_NO_MEMORY = -1, KF_BAD_BLOCK = -2, KF_BAD_CONTEXT = -3, KF_BAD_POSITION = -4 };
+
+#define KF_PANEL 64 /* outputs in one panel of a packed weight */
+
+/* The KV cache of a stage. A block is one contiguous range: [layer][K, V][kv head][...], where V is
+ * [block_size][head_dim], and K is [head_dim][block_size] in float (sixteen keys are one vector) and
+ * [head_dim / 2][block_size][2] in bfloat16 (two products of sixteen keys are one instruction). */
+typedef struct {
+    void *base;
+    int64_t num_blocks, layers, kv_heads, block_size, head_dim;
+    int is_bf16;
+} kf_cache;
+
+/* One step: row i of B has queries cu_q[i] .. cu_q[i+1]-1, which are the last of its context_lens[i] keys. */
+typedef struct {
+    const int64_t *positions, *slots;   /* [T] */
+    const int32_t *cu_q;                /* [B + 1] */
+    const int32_t *context_lens;        /* [B] */
+    const int32_t *tables;              /* [B, width] */
+    int64_t tokens, rows, width;
+} kf_step;
+
+/* out = softmax(scale q K) V, causal; window > 0 keeps only the last `window` keys. q, out: [T, heads, head_dim]. */
+typedef struct {
+    const kf_cache *kv;
+    const kf_step *step;
+    int64_t layer, heads, window;
+    float scale;
+    const void *q;
+    void *out;
+} kf_attention_args;
+
+/* Splits qkv[T, (heads + 2 kv_heads) head_dim] (rows `stride` elements apart), applies the optional norms and the
+ * rotation (cos, sin: [positions, head_dim / 2]), writes q[T, heads, head_dim], and K and V into the cache. */
+typedef struct {
+    const kf_cache *kv;
+    const kf_step *step;
+    int64_t layer, heads, stride;
+    const float *cos, *sin;
+    const void *q_norm, *k_norm;
+    float eps;
+    const void *qkv;
+    void *q;
+} kf_rope_args;
+
+/* out[rows, n] = weight * rms_normalised(x[rows, n]) */
+typedef struct {
+    const void *x, *weight;
+    void *out;
+    int64_t rows, n;
+    float eps;
+} kf_norm_args;
+
+typedef enum {
+    KF_STORE,    /* out[rows, n] = x W^T + bias */
+    KF_ADD,      /* out[rows, n] += x W^T + bias, the sum rounded before it is added */
+    KF_SILU_MUL, /* out[rows, n] = silu(gate) * up; W holds gate and up by turns, 32 columns each; bias [2 n] */
+    KF_FLOAT     /* out[rows, n] = x W^T + bias, as floats */
+} kf_epilogue;
+
+/* x[rows, k] and W, packed as [panels][k][64] in float and [panels][k / 2][64][2] in bfloat16, zeros beyond n. */
+typedef struct {
+    const void *x, *w, *bias;
+    void *out;
+    int64_t rows, k, n;
+    kf_epilogue epilogue;
+} kf_linear_args;
+
+typedef struct {
+    const void *w, *bias;
+} kf_weight;
+
+typedef struct {
+    const void *attention_norm, *mlp_norm, *q_norm, *k_norm;
+    kf_weight qkv, o, gate_up, down;
+    int64_t window;
+} kf_layer;
+
+/* The layers of a stage, and where a step's values go between its operations: all [>= rows, ...]. */
+typedef struct {
+    const kf_layer *layers;
+    int64_t num_layers, hidden, intermediate, heads;
+    float eps, scale;
+    const float *cos, *sin;
+    int64_t table_rows;
+    void *residual, *normed, *qkv, *q, *attended, *activated;
+} kf_stage;
+
+/* Single operations, for tests and for what is not a layer. */
+int kf_attention(kf_team *team, const kf_attention_args *a);
+int kf_rope_write(kf_team *team, const kf_rope_args *a, int64_t table_rows);
+void kf_rms_norm(kf_team *team, const kf_norm_args *a, int is_bf16);
+void kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16);
+
+/* All layers over residual[:tokens], in place: every thread walks through them, with a barrier after each operation. */
+int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, const kf_step *step);
+
+/* 0 plain C, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16; at most what the processor has. Returns what is in use. */
+int kf_set_isa(int isa);
+#endif

@@ -1,0 +1,174 @@
+/* A stage's layers as one computation of a team, and its operations one by one. Everything that indexes memory is
+ * checked before any thread begins. */
+#include <stddef.h>
+
+#include "ops.h"
+
+static int check_cache(const kf_cache *kv, int64_t layer, const kf_step *step)
+{
+    if (kv->head_dim > kf_head_dim_max() || layer < 0 || layer >= kv->layers)
+        return KF_BAD_CONTEXT;
+    for (int64_t b = 0; b < step->rows; b++) {
+        int64_t nq = step->cu_q[b + 1] - step->cu_q[b], ctx = step->context_lens[b];
+        int64_t blocks = (ctx + kv->block_size - 1) / kv->block_size;
+        if (step->cu_q[b] < 0 || nq < 0 || step->cu_q[b + 1] > step->tokens || ctx < nq || blocks > step->width)
+            return KF_BAD_CONTEXT;
+        for (int64_t i = 0; i < blocks; i++) {
+            int32_t block = step->tables[b * step->width + i];
+            if (block < 0 || block >= kv->num_blocks)
+                return KF_BAD_BLOCK;
+        }
+    }
+    return KF_OK;
+}
+
+static int check_positions(const kf_cache *kv, const kf_step *step, int64_t table_rows)
+{
+    for (int64_t t = 0; t < step->tokens; t++) {
+        if (step->positions[t] < 0 || step->positions[t] >= table_rows)
+            return KF_BAD_POSITION;
+        if (step->slots[t] < 0 || step->slots[t] / kv->block_size >= kv->num_blocks)
+            return KF_BAD_BLOCK;
+    }
+    return KF_OK;
+}
+
+static int reserve_scratch(kf_team *team, const kf_cache *kv, const kf_step *step)
+{
+    int64_t longest = 0;
+    for (int64_t b = 0; b < step->rows; b++)
+        if (step->context_lens[b] > longest)
+            longest = step->context_lens[b];
+    int64_t bytes = kf_attention_floats(kv->head_dim, longest) * (int64_t)sizeof(float);
+    return kf_team_scratch(team, bytes) ? KF_OK : KF_NO_MEMORY;
+}
+
+/* ------------------------------------------------------------------ all layers */
+
+typedef struct {
+    const kf_stage *stage;
+    const kf_cache *kv;
+    const kf_step *step;
+    const kf_ops *ops;
+} forward_args;
+
+static void run_layer(kf_worker *w, const forward_args *f, int64_t index)
+{
+    const kf_stage *s = f->stage;
+    const kf_layer *layer = &s->layers[index];
+    const int64_t rows = f->step->tokens, hd = f->kv->head_dim;
+    const int64_t qkv = (s->heads + 2 * f->kv->kv_heads) * hd;
+
+    const kf_norm_args before = {s->residual, layer->attention_norm, s->normed, rows, s->hidden, s->eps};
+    f->ops->rms_norm(w, &before);
+    kf_barrier(w);
+    const kf_linear_args project = {s->normed, layer->qkv.w, layer->qkv.bias, s->qkv, rows, s->hidden, qkv, KF_STORE};
+    f->ops->linear(w, &project);
+    kf_barrier(w);
+    const kf_rope_args rope = {f->kv, f->step, index, s->heads, qkv, s->cos, s->sin, layer->q_norm, layer->k_norm,
+                               s->eps, s->qkv, s->q};
+    f->ops->rope_write(w, &rope);
+    kf_barrier(w);
+    const kf_attention_args attend = {f->kv, f->step, index, s->heads, layer->window, s->scale, s->q, s->attended};
+    f->ops->attention(w, &attend);
+    kf_barrier(w);
+    const kf_linear_args out = {s->attended, layer->o.w, layer->o.bias, s->residual, rows, s->heads * hd, s->hidden,
+                                KF_ADD};
+    f->ops->linear(w, &out);
+    kf_barrier(w);
+    const kf_norm_args after = {s->residual, layer->mlp_norm, s->normed, rows, s->hidden, s->eps};
+    f->ops->rms_norm(w, &after);
+    kf_barrier(w);
+    const kf_linear_args gate_up = {s->normed, layer->gate_up.w, layer->gate_up.bias, s->activated, rows, s->hidden,
+                                    s->intermediate, KF_SILU_MUL};
+    f->ops->linear(w, &gate_up);
+    kf_barrier(w);
+    const kf_linear_args down = {s->activated, layer->down.w, layer->down.bias, s->residual, rows, s->intermediate,
+                                 s->hidden, KF_ADD};
+    f->ops->linear(w, &down);
+    kf_barrier(w);
+}
+
+static void forward(kf_worker *w, const void *arg)
+{
+    const forward_args *f = arg;
+    for (int64_t i = 0; i < f->stage->num_layers; i++)
+        run_layer(w, f, i);
+}
+
+int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, const kf_step *step)
+{
+    int bad = check_cache(kv, stage->num_layers - 1, step);
+    if (!bad)
+        bad = check_positions(kv, step, stage->table_rows);
+    if (!bad)
+        bad = reserve_scratch(team, kv, step);
+    if (bad)
+        return bad;
+    const forward_args f = {stage, kv, step, kf_ops_for(kv->is_bf16)};
+    kf_team_run(team, forward, &f);
+    return KF_OK;
+}
+
+/* ------------------------------------------------------------------ single operations */
+
+typedef struct {
+    const kf_ops *ops;
+    const void *args;
+} one_args;
+
+static void one_attention(kf_worker *w, const void *arg)
+{
+    const one_args *one = arg;
+    one->ops->attention(w, one->args);
+}
+
+static void one_rope_write(kf_worker *w, const void *arg)
+{
+    const one_args *one = arg;
+    one->ops->rope_write(w, one->args);
+}
+
+static void one_rms_norm(kf_worker *w, const void *arg)
+{
+    const one_args *one = arg;
+    one->ops->rms_norm(w, one->args);
+}
+
+static void one_linear(kf_worker *w, const void *arg)
+{
+    const one_args *one = arg;
+    one->ops->linear(w, one->args);
+}
+
+int kf_attention(kf_team *team, const kf_attention_args *a)
+{
+    int bad = check_cache(a->kv, a->layer, a->step);
+    if (!bad)
+        bad = reserve_scratch(team, a->kv, a->step);
+    if (bad)
+        return bad;
+    kf_team_run(team, one_attention, &(one_args){kf_ops_for(a->kv->is_bf16), a});
+    return KF_OK;
+}
+
+int kf_rope_write(kf_team *team, const kf_rope_args *a, int64_t table_rows)
+{
+    int bad = check_cache(a->kv, a->layer, a->step);
+    if (!bad)
+        bad = check_positions(a->kv, a->step, table_rows);
+    if (bad)
+        return bad;
+    kf_team_run(team, one_rope_write, &(one_args){kf_ops_for(a->kv->is_bf16), a});
+    return KF_OK;
+}
+
+void kf_rms_norm(kf_team *team, const kf_norm_args *a, int is_bf16)
+{
+    kf_team_run(team, one_rms_norm, &(one_args){kf_ops_for(is_bf16), a});
+}
+
+void kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16)
+{
+    kf_team_run(team, one_linear, &(one_args){kf_ops_for(is_bf16), a});
+}

@@ -1,0 +1,209 @@
+#include "team.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define SPINS 2000 /* some 20 to 60 us: longer than the threads drift apart, shorter than a time slice */
+#define LINE 64
+
+struct kf_team {
+    int threads;
+    void (*fn)(kf_worker *, const void *);
+    const void *arg;
+    char *scratch;
+    int64_t scratch_bytes; /* of one thread, a multiple of LINE */
+    pthread_t *ids;
+    _Alignas(LINE) atomic_uint job;       /* counts runs; odd bit of nothing: a futex */
+    atomic_int stop;
+    _Alignas(LINE) atomic_uint generation; /* of the barrier: a futex */
+    _Alignas(LINE) atomic_int arrived;
+    atomic_int sleepers;
+    /* What is taken of an operation. Four, so that the next operation's is clear while a late thread still looks. */
+    struct { _Alignas(LINE) atomic_llong next; } taken[4];
+};
+
+typedef struct {
+    kf_team *team;
+    int index;
+} start;
+
+/* Denormals are zero, as the dot product instructions have it: so every instruction set computes the same. */
+static uint64_t flush_denormals(void)
+{
+#if defined(__x86_64__)
+    unsigned old = _mm_getcsr();
+    _mm_setcsr(old | 0x8040);
+    return old;
+#elif defined(__aarch64__)
+    uint64_t old;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(old));
+    __asm__ volatile("msr fpcr, %0" : : "r"(old | (1u << 24)));
+    return old;
+#else
+    return 0;
+#endif
+}
+
+static void restore_denormals(uint64_t old)
+{
+#if defined(__x86_64__)
+    _mm_setcsr((unsigned)old);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(old));
+#else
+    (void)old;
+#endif
+}
+
+static void relax(void)
+{
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void sleep_while(atomic_uint *word, unsigned value)
+{
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+}
+
+static void wake_all(atomic_uint *word)
+{
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+}
+
+int kf_next(kf_worker *w, int64_t total, int64_t grain, int64_t *begin, int64_t *end)
+{
+    atomic_llong *next = &w->team->taken[w->phase & 3].next;
+    if (atomic_load_explicit(next, memory_order_relaxed) >= total)
+        return 0;
+    *begin = atomic_fetch_add_explicit(next, grain, memory_order_relaxed);
+    *end = *begin + grain < total ? *begin + grain : total;
+    return *begin < total;
+}
+
+void kf_barrier(kf_worker *w)
+{
+    kf_team *t = w->team;
+    const unsigned generation = atomic_load(&t->generation);
+    const uint32_t phase = w->phase++;
+    if (atomic_fetch_add(&t->arrived, 1) + 1 == t->threads) {
+        atomic_store_explicit(&t->taken[(phase + 2) & 3].next, 0, memory_order_relaxed);
+        atomic_store(&t->arrived, 0);
+        atomic_fetch_add(&t->generation, 1);
+        if (atomic_load(&t->sleepers))
+            wake_all(&t->generation);
+        return;
+    }
+    for (int i = 0; i < SPINS; i++) {
+        if (atomic_load_explicit(&t->generation, memory_order_acquire) != generation)
+            return;
+        relax();
+    }
+    atomic_fetch_add(&t->sleepers, 1);
+    while (atomic_load(&t->generation) == generation)
+        sleep_while(&t->generation, generation);
+    atomic_fetch_sub(&t->sleepers, 1);
+}
+
+static void *thread_main(void *p)
+{
+    start s = *(start *)p;
+    free(p);
+    kf_team *t = s.team;
+    flush_denormals();
+    for (unsigned seen = 0;;) {
+        for (int i = 0; i < SPINS && atomic_load_explicit(&t->job, memory_order_acquire) == seen; i++)
+            relax();
+        while (atomic_load(&t->job) == seen)
+            sleep_while(&t->job, seen);
+        seen++;
+        if (atomic_load(&t->stop))
+            return NULL;
+        kf_worker w = {t, s.index, 0};
+        t->fn(&w, t->arg);
+        kf_barrier(&w);
+    }
+}
+
+void kf_team_run(kf_team *t, void (*fn)(kf_worker *, const void *), const void *arg)
+{
+    const uint64_t old = flush_denormals();
+    kf_worker w = {t, 0, 0};
+    for (int i = 0; i < 4; i++)
+        atomic_store_explicit(&t->taken[i].next, 0, memory_order_relaxed);
+    t->fn = fn;
+    t->arg = arg;
+    if (t->threads > 1) {
+        atomic_fetch_add(&t->job, 1);
+        wake_all(&t->job);
+    }
+    fn(&w, arg);
+    kf_barrier(&w);
+    restore_denormals(old);
+}
+
+kf_team *kf_team_new(int threads)
+{
+    kf_team *t = threads < 1 ? NULL : aligned_alloc(LINE, sizeof *t);
+    if (!t)
+        return NULL;
+    *t = (kf_team){.threads = 1};
+    t->ids = calloc((size_t)threads, sizeof *t->ids);
+    for (; t->ids && t->threads < threads; t->threads++) {
+        start *s = malloc(sizeof *s);
+        if (!s)
+            break;
+        *s = (start){t, t->threads};
+        if (pthread_create(&t->ids[t->threads], NULL, thread_main, s)) {
+            free(s);
+            break;
+        }
+    }
+    if (t->threads == threads)
+        return t;
+    kf_team_free(t);
+    return NULL;
+}
+
+void kf_team_free(kf_team *t)
+{
+    atomic_store(&t->stop, 1);
+    atomic_fetch_add(&t->job, 1);
+    wake_all(&t->job);
+    for (int i = 1; i < t->threads; i++)
+        pthread_join(t->ids[i], NULL);
+    free(t->ids);
+    free(t->scratch);
+    free(t);
+}
+
+int kf_team_threads(const kf_team *t) { return t->threads; }
+
+void *kf_team_scratch(kf_team *t, int64_t bytes)
+{
+    bytes = (bytes + LINE - 1) / LINE * LINE;
+    if (bytes > t->scratch_bytes) {
+        char *more = aligned_alloc(LINE, (size_t)(bytes * t->threads));
+        if (!more)
+            return NULL;
+        free(t->scratch);
+        t->scratch = more;
+        t->scratch_bytes = bytes;
+    }
+    return t->scratch;
+}
+
+void *kf_worker_scratch(kf_worker *w) { return w->team->scratch + w->index * w->team->scratch_bytes; }
