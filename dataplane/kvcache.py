@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
 
+from kernels.memory import huge_zeros
+
 KvDtype = Literal["float32", "bfloat16"]
 ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2}
-ALIGN_BYTES = 64  # a cache line, and a vector of the widest instruction set
 
 
 class KVCache:
@@ -42,11 +43,7 @@ class KVCache:
         self.dtype: KvDtype = dtype
         self.device = device
         self.block_bytes = layers * 2 * kv_heads * block_size * head_dim * ITEM_BYTES[dtype]
-        size = num_blocks * self.block_bytes
-        # zeros() maps pages that are only touched when used; it aligns to 16 bytes, so find the next 64.
-        raw = np.zeros(size + ALIGN_BYTES, np.uint8)
-        skip = -raw.ctypes.data % ALIGN_BYTES
-        self._blocks = raw[skip : skip + size].reshape(num_blocks, self.block_bytes)
+        self._blocks = huge_zeros(num_blocks * self.block_bytes).reshape(num_blocks, self.block_bytes)
 
     @property
     def address(self) -> int:

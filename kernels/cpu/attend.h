@@ -7,9 +7,11 @@
  *   out(d)    = fma over t = start, start + 1, ...
  * A row never multiplies a value outside its own [start, end): that may be stale or NaN. */
 
-/* VR rows by NC chunks of sixteen keys; VR and NC are constants at every call. q: [groups][VR][GROUP]. */
-INL void FN(scores)(const int VR, const int NC, const T *const *k, int64_t stride, const T *q, int64_t hd, float *s,
-                    int64_t pad)
+/* VR rows by NC chunks of sixteen keys; VR, NC and FETCH are constants at every call. q: [groups][VR][GROUP].
+ * FETCH: a cache line of the next chunks' keys (next_k) and of these chunks' values (v) is asked for with each group of d.
+ * Blocks lie far apart, so the processor does not see them coming. */
+INL void FN(scores)(const int VR, const int NC, const int FETCH, const T *const *k, const T *const *next_k,
+                    const T *const *v, int64_t stride, const T *q, int64_t hd, float *s, int64_t pad)
 {
     VF acc[24];
 #pragma GCC unroll 24
@@ -20,6 +22,11 @@ INL void FN(scores)(const int VR, const int NC, const T *const *k, int64_t strid
 #pragma GCC unroll 4
         for (int c = 0; c < NC; c++)
             key[c] = LDG(k[c] + d * stride);
+#pragma GCC unroll 4
+        for (int c = 0; c < NC && FETCH; c++) {
+            __builtin_prefetch(next_k[c] + d * stride);
+            __builtin_prefetch((const char *)v[c] + d * 64);
+        }
 #pragma GCC unroll 12
         for (int r = 0; r < VR; r++) {
             VG query = SETG(q + (d * VR + r) * GROUP);
@@ -35,9 +42,10 @@ INL void FN(scores)(const int VR, const int NC, const T *const *k, int64_t strid
             NAME(v_store)(s + r * pad + c * 16, acc[r * NC + c]);
 }
 
-/* o[VR][DV vectors] += sum over t in [t0, t1) of p[VR][t] * V[t]; the last vector may be partial (n < 16). */
-INL void FN(values)(const int VR, const int DV, const kf_tile *tile, const T *v, const float *p, int64_t t0,
-                    int64_t t1, float *o, int64_t n)
+/* o[VR][DV vectors] += sum over t in [t0, t1) of p[VR][t] * V[t]; the last vector may be partial (n < 16).
+ * FETCH: on the way, what the next unit of work will read is brought into the cache, as many bytes as are read here. */
+INL void FN(values)(const int VR, const int DV, const int FETCH, const kf_tile *tile, const T *v, const float *p,
+                    int64_t t0, int64_t t1, float *o, int64_t n)
 {
     const int64_t bs = tile->block_size, hd = tile->head_dim;
     VF acc[24];
@@ -51,7 +59,17 @@ INL void FN(values)(const int VR, const int DV, const kf_tile *tile, const T *v,
         const int64_t stop = t0 - in_block + bs < t1 ? t0 - in_block + bs : t1;
         const T *row = v + tile->table[t0 / bs] * tile->block_stride + in_block * hd;
         const float *pt = p + (t0 - tile->base);
+        const char *next = NULL;
+        if (FETCH && t0 < tile->next_end)
+            next = (const char *)(tile->next_k + (tile->next_table[t0 / bs] * tile->block_stride + in_block * hd) * (int64_t)sizeof(T));
         for (; t0 < stop; t0++, row += hd, pt++) {
+            if (FETCH && next) {
+                for (int64_t b = 0; b < hd * (int64_t)sizeof(T); b += 64) {
+                    __builtin_prefetch(next + b, 0, 2);
+                    __builtin_prefetch(next + b + tile->plane_bytes, 0, 2);
+                }
+                next += hd * (int64_t)sizeof(T);
+            }
             VF val[4];
 #pragma GCC unroll 4
             for (int j = 0; j < DV; j++)
@@ -76,10 +94,14 @@ INL void FN(values_rows)(const int VR, const int DV, const kf_tile *tile, const 
                          int64_t t1, float *o)
 {
     int64_t d = 0;
+    if (VR <= 6 && DV == 4 && tile->head_dim >= 64) {
+        FN(values)(VR, DV, 1, tile, v, p, t0, t1, o, 16);
+        d = 64;
+    }
     for (; d + 16 * DV <= tile->head_dim; d += 16 * DV)
-        FN(values)(VR, DV, tile, v + d, p, t0, t1, o + d, 16);
+        FN(values)(VR, DV, 0, tile, v + d, p, t0, t1, o + d, 16);
     for (; d < tile->head_dim; d += 16)
-        FN(values)(VR, 1, tile, v + d, p, t0, t1, o + d, tile->head_dim - d);
+        FN(values)(VR, 1, 0, tile, v + d, p, t0, t1, o + d, tile->head_dim - d);
 }
 
 static TARGET void FN(values_any)(int vr, const kf_tile *tile, const T *v, const float *p, int64_t t0, int64_t t1,
@@ -110,27 +132,36 @@ static TARGET void FN(gather)(const kf_tile *tile, const T *k, int64_t t, T *tmp
     }
 }
 
-static TARGET void FN(scores_any)(int vr, const kf_tile *tile, const T *k, const T *q, float *s)
+INL const T *FN(chunk)(const kf_tile *tile, const T *k, int64_t index)
+{
+    const int64_t t = tile->base + index * 16, bs = tile->block_size;
+    return k + tile->table[t / bs] * tile->block_stride + t % bs * GROUP;
+}
+
+static TARGET void FN(scores_any)(int vr, const kf_tile *tile, const T *k, const T *v, const T *q, float *s)
 {
     const int64_t bs = tile->block_size, hd = tile->head_dim, chunks = (tile->end - tile->base + 15) / 16;
     const int step = vr <= 4 ? 4 : WIDE ? (vr == 6 ? 4 : 2) : 1;
     T tmp[KF_HEAD_DIM_MAX * 16];
     for (int64_t c = 0; c < chunks;) {
-        const T *at[4];
+        const T *at[4], *next[4], *values[4];
         int n = chunks - c >= step && bs % 16 == 0 ? step : 1;
         int64_t stride = bs * GROUP;
         for (int i = 0; i < n; i++) {
-            int64_t t = tile->base + (c + i) * 16;
-            at[i] = k + tile->table[t / bs] * tile->block_stride + t % bs * GROUP;
+            at[i] = FN(chunk)(tile, k, c + i);
+            next[i] = FN(chunk)(tile, k, c + i + n < chunks ? c + i + n : c + i);
+            values[i] = v + (at[i] - k) + (tile->base + (c + i) * 16) % bs * (hd - GROUP);
         }
         if (bs % 16) {
             FN(gather)(tile, k, tile->base + c * 16, tmp);
-            at[0] = tmp;
+            at[0] = next[0] = tmp;
             stride = 16 * GROUP;
         }
         float *out = s + c * 16;
 #define CASE(VR, NC) \
-    case VR * 8 + NC: FN(scores)(VR, NC, at, stride, q, hd, out, tile->pad); break;
+    case VR * 8 + NC: \
+        FN(scores)(VR, NC, VR <= 6 && NC == 4, at, next, values, stride, q, hd, out, tile->pad); \
+        break;
         switch (vr * 8 + n) {
             CASE(1, 4) CASE(1, 1) CASE(2, 4) CASE(2, 1) CASE(3, 4) CASE(3, 1) CASE(4, 4) CASE(4, 1)
             CASE(6, 4) CASE(6, 1) CASE(8, 2) CASE(8, 1) CASE(12, 2) CASE(12, 1)
@@ -159,7 +190,7 @@ static TARGET void FN(attend_tile)(kf_tile *tile, const T *k, const T *v, const 
             qt[(d / GROUP * vr + r) * GROUP + d % GROUP] =
                 r < real ? q[(r / group) * row_stride + (r % group) * hd + d] : (T)0;
     memset(o, 0, (size_t)(vr * tile->out_pad) * sizeof *o);
-    FN(scores_any)(vr, tile, k, qt, s);
+    FN(scores_any)(vr, tile, k, v, qt, s);
     for (int r = 0; r < real; r++) {
         int64_t p = pos + r / group;
         sums[r] = NAME(softmax)(s + r * tile->pad, START(p, window) - tile->base, p + 1 - tile->base, scale);
@@ -198,29 +229,46 @@ static TARGET void FN(attend_head)(const kf_attention_args *a, kf_tile *tile, in
     }
 }
 
-/* A unit of work is one kv head of up to KF_QUERY_BLOCK queries of one sequence. */
+/* A unit of work is one kv head of up to KF_QUERY_BLOCK queries of one sequence: (row, head, block of queries). */
+INL void FN(seek)(const kf_attention_args *a, kf_unit *u, int64_t unit)
+{
+    for (; unit - u->base >= query_blocks(a->step, u->row) * a->kv->kv_heads; u->row++)
+        u->base += query_blocks(a->step, u->row) * a->kv->kv_heads;
+    const int64_t blocks = query_blocks(a->step, u->row);
+    u->head = (unit - u->base) / blocks;
+    u->block = (unit - u->base) % blocks;
+}
+
 static TARGET void FN(attention)(kf_worker *worker, const kf_attention_args *a)
 {
     const kf_cache *kv = a->kv;
     const kf_step *step = a->step;
     const int64_t hd = kv->head_dim, plane = kv->kv_heads * kv->block_size * hd;
     kf_tile tile = {.block_size = kv->block_size, .head_dim = hd, .block_stride = kv->layers * 2 * plane,
-                    .out_pad = (hd + 15) / 16 * 16};
+                    .plane_bytes = plane * (int64_t)sizeof(T), .out_pad = (hd + 15) / 16 * 16};
     float *scratch = kf_worker_scratch(worker);
-    int64_t total = 0, base = 0, row = 0;
+    int64_t total = 0;
     for (int64_t b = 0; b < step->rows; b++)
         total += query_blocks(step, b) * kv->kv_heads;
     const int64_t grain = 1 + total / (8 * kf_team_threads(worker->team));
+    kf_unit here = {0}, next = {0};
     for (int64_t unit, end; kf_next(worker, total, grain, &unit, &end);)
         for (; unit < end; unit++) {
-            for (; unit - base >= query_blocks(step, row) * kv->kv_heads; row++)
-                base += query_blocks(step, row) * kv->kv_heads;
-            const int64_t blocks = query_blocks(step, row), block = (unit - base) % blocks, head = (unit - base) / blocks;
-            const int64_t begin = step->cu_q[row], queries = step->cu_q[row + 1] - begin;
-            const int64_t from = block * KF_QUERY_BLOCK, to = from + KF_QUERY_BLOCK;
-            tile.table = step->tables + row * step->width;
-            FN(attend_head)(a, &tile, head, begin, from, to < queries ? to : queries, step->context_lens[row] - queries,
-                            scratch);
+            FN(seek)(a, &here, unit);
+            tile.next_end = 0;
+            if (unit + 1 < end) {
+                FN(seek)(a, &next, unit + 1);
+                tile.next_table = step->tables + next.row * step->width;
+                tile.next_k = (const char *)kv->base + (a->layer * 2 * plane + next.head * kv->block_size * hd) * (int64_t)sizeof(T);
+                tile.next_end = step->context_lens[next.row];
+                if (tile.next_end * hd * 2 * (int64_t)sizeof(T) > KF_FETCH_BYTES || next.block > 0)
+                    tile.next_end = 0;
+            }
+            const int64_t begin = step->cu_q[here.row], queries = step->cu_q[here.row + 1] - begin;
+            const int64_t from = here.block * KF_QUERY_BLOCK, to = from + KF_QUERY_BLOCK;
+            tile.table = step->tables + here.row * step->width;
+            FN(attend_head)(a, &tile, here.head, begin, from, to < queries ? to : queries,
+                            step->context_lens[here.row] - queries, scratch);
         }
 }
 

@@ -17,6 +17,7 @@
 #define KF_ROW_BLOCK 96    /* rows of a long step that one thread computes of a panel */
 #define KF_QUERY_BLOCK 48  /* queries of a long step that one thread computes of a head */
 #define KF_TILE_ROWS 12
+#define KF_FETCH_BYTES (640 << 10) /* of the next head's keys and values that the second level cache has room for */
 #define START(pos, window) ((window) > 0 && (pos) + 1 > (window) ? (pos) + 1 - (window) : 0)
 
 typedef struct {
@@ -24,7 +25,15 @@ typedef struct {
     int64_t block_size, head_dim, block_stride;  /* block_stride in elements */
     int64_t base, end;                           /* keys [base, end); base is a multiple of 16 */
     int64_t pad, out_pad;                        /* floats between two rows of scores, of outputs */
+    /* What the thread will read after this: K of one head, V plane_bytes behind it, keys [0, next_end). */
+    const int32_t *next_table;
+    const char *next_k;
+    int64_t next_end, plane_bytes;
 } kf_tile;
+
+typedef struct {
+    int64_t row, head, block, base; /* base: first unit of the row */
+} kf_unit;
 
 static inline int64_t query_blocks(const kf_step *step, int64_t row)
 {

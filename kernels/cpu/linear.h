@@ -105,7 +105,7 @@ TILES(1) TILES(2)
 
 /* One panel for the rows [begin, end). While its later tiles compute, the next panel is brought into the cache:
  * with three tiles or more there is time for it (with two it was slower; measured on Zen 5). */
-static TARGET void FN(linear_panel)(const kf_linear_args *a, int64_t begin, int64_t end, int64_t panel, int is_last)
+static TARGET void FN(linear_panel)(const kf_linear_args *a, int64_t begin, int64_t end, int64_t panel, int fetch_next)
 {
 #define ALL(FETCH) {FN(linear_1_##FETCH), FN(linear_2_##FETCH), FN(linear_3_##FETCH), FN(linear_4_##FETCH), \
                     FN(linear_5_##FETCH), FN(linear_6_##FETCH)}
@@ -116,7 +116,7 @@ static TARGET void FN(linear_panel)(const kf_linear_args *a, int64_t begin, int6
 #endif
 #undef ALL
     const int64_t panel_bytes = KF_PANEL * a->k * (int64_t)sizeof(T), tiles = (end - begin + 5) / 6;
-    const char *ahead = (const char *)a->w + (panel + 1) * panel_bytes, *stop = ahead + (is_last ? 0 : panel_bytes);
+    const char *ahead = (const char *)a->w + (panel + 1) * panel_bytes, *stop = ahead + (fetch_next ? panel_bytes : 0);
     const int lines = !WIDE || tiles < 3 ? 0 : tiles < 5 ? 2 : 1;
     for (int64_t row = begin; row < end;) {
         const int64_t left = end - row, rows = (left + (left + 5) / 6 - 1) / ((left + 5) / 6);
@@ -138,6 +138,6 @@ static TARGET void FN(linear)(kf_worker *worker, const kf_linear_args *a)
         for (; unit < end; unit++) {
             const int64_t panel = unit / blocks, block = unit % blocks;
             const int64_t first = block * a->rows / blocks, last = (block + 1) * a->rows / blocks;
-            FN(linear_panel)(a, first, last, panel, panel + 1 == panels);
+            FN(linear_panel)(a, first, last, panel, panel + 1 < panels && block + 1 == blocks);
         }
 }

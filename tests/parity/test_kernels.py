@@ -9,6 +9,7 @@ from dataplane.kvcache import KVCache
 from kernels import Linear, reference
 from kernels.cpu import _native, ops
 from kernels.cpu.pack import pack, pack_gate_up
+from kernels.memory import Arena
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TEAM = _native.Team(2)
@@ -110,13 +111,13 @@ def near(got: torch.Tensor, want: torch.Tensor, dtype: str) -> None:
 def test_linear(dtype: str, rows: int, k: int, n: int, bias: bool) -> None:
     x, linear, want = product(dtype, rows, k, n, bias)
     out = torch.full((rows + 1, n), 7.0, dtype=x.dtype)
-    ops.linear(TEAM, x, pack(linear), out, ops.STORE)
+    ops.linear(TEAM, x, pack(linear, Arena()), out, ops.STORE)
     near(out[:rows], want, dtype)
-    ops.linear(TEAM, x, pack(linear), out, ops.ADD)
+    ops.linear(TEAM, x, pack(linear, Arena()), out, ops.ADD)
     near(out[:rows], 2 * want, dtype)
     assert (out[rows] == 7.0).all()
     floats = torch.empty(rows, n)
-    ops.linear(TEAM, x, pack(linear), floats, ops.FLOAT)
+    ops.linear(TEAM, x, pack(linear, Arena()), floats, ops.FLOAT)
     near(floats, want, "float32")
 
 
@@ -125,16 +126,16 @@ def test_linear(dtype: str, rows: int, k: int, n: int, bias: bool) -> None:
 def test_gate_up(dtype: str, rows: int, k: int, n: int, bias: bool) -> None:
     x, linear, _ = product(dtype, rows, k, 2 * n, bias)
     wide = torch.empty(rows, 2 * n, dtype=x.dtype)
-    ops.linear(TEAM, x, pack(linear), wide, ops.STORE)
+    ops.linear(TEAM, x, pack(linear, Arena()), wide, ops.STORE)
     out = torch.empty(rows, n, dtype=x.dtype)
-    ops.linear(TEAM, x, pack_gate_up(linear), out, ops.SILU_MUL)
+    ops.linear(TEAM, x, pack_gate_up(linear, Arena()), out, ops.SILU_MUL)
     want = reference.silu_mul(wide)
     torch.testing.assert_close(out, want, rtol=0.02 if dtype == "bfloat16" else 2e-5, atol=1e-5)
 
 
 def test_odd_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match="even number of inputs"):
-        pack(Linear(torch.zeros(4, 7, dtype=torch.bfloat16)))
+        pack(Linear(torch.zeros(4, 7, dtype=torch.bfloat16)), Arena())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,7 +144,7 @@ def test_rows_do_not_know_of_each_other(dtype: str) -> None:
     x, linear, _ = product(dtype, 300, 130, 70, True)
     x[7] *= 1e-30 if dtype == "float32" else 2.0**-100
     linear.weight[3] *= 2.0**-30
-    packed = pack(linear)
+    packed = pack(linear, Arena())
     want = torch.empty(300, 70, dtype=x.dtype)
     ops.linear(TEAM, x, packed, want, ops.STORE)
     try:
