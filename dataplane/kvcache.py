@@ -20,7 +20,8 @@ class KVCache:
 
     A block is one contiguous range of `block_bytes`: [layers, 2, kv_heads, ...] where V is [block_size, head_dim]
     and K is [head_dim, block_size] (so that sixteen keys are one vector), in bfloat16 [head_dim / 2, block_size, 2]
-    (so that two products of sixteen keys are one instruction). bfloat16 is stored as its 16 bits. Blocks start as zeros. Raises ValueError for sizes that make no sense."""
+    (so that two products of sixteen keys are one instruction). bfloat16 is stored as its 16 bits.
+    Blocks start as zeros. Raises ValueError for sizes that make no sense, MemoryError."""
 
     def __init__(
         self,

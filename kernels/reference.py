@@ -52,9 +52,7 @@ def attend(
     for row, length in enumerate(step.context_lens.tolist()):
         begin, end = int(step.cu_q[row]), int(step.cu_q[row + 1])
         blocks = torch.from_numpy(step.tables[row, : -(-length // block_size)].astype("int64")).to(q.device)
-        k, v = (
-            t[blocks].flatten(0, 1)[:length].double().repeat_interleave(group, 1) for t in (keys, values)
-        )
+        k, v = (t[blocks].flatten(0, 1)[:length].double().repeat_interleave(group, 1) for t in (keys, values))
         scores = torch.einsum("thd,shd->hts", q[begin:end].double(), k) * scale
         query = torch.arange(length - (end - begin), length, device=q.device)[:, None]
         key = torch.arange(length, device=q.device)[None, :]

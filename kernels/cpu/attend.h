@@ -14,30 +14,30 @@ INL void FN(scores)(const int VR, const int NC, const int FETCH, const T *const 
                     const T *const *v, int64_t stride, const T *q, int64_t hd, float *s, int64_t pad)
 {
     VF acc[24];
-#pragma GCC unroll 24
+UNROLL(24)
     for (int i = 0; i < VR * NC; i++)
         acc[i] = NAME(v_set1)(0.0f);
     for (int64_t d = 0; d < hd / GROUP; d++) {
         VG key[4];
-#pragma GCC unroll 4
+UNROLL(4)
         for (int c = 0; c < NC; c++)
             key[c] = LDG(k[c] + d * stride);
-#pragma GCC unroll 4
+UNROLL(4)
         for (int c = 0; c < NC && FETCH; c++) {
             __builtin_prefetch(next_k[c] + d * stride);
             __builtin_prefetch((const char *)v[c] + d * 64);
         }
-#pragma GCC unroll 12
+UNROLL(12)
         for (int r = 0; r < VR; r++) {
             VG query = SETG(q + (d * VR + r) * GROUP);
-#pragma GCC unroll 4
+UNROLL(4)
             for (int c = 0; c < NC; c++)
                 acc[r * NC + c] = DOT(query, key[c], acc[r * NC + c]);
         }
     }
-#pragma GCC unroll 12
+UNROLL(12)
     for (int r = 0; r < VR; r++)
-#pragma GCC unroll 4
+UNROLL(4)
         for (int c = 0; c < NC; c++)
             NAME(v_store)(s + r * pad + c * 16, acc[r * NC + c]);
 }
@@ -49,9 +49,9 @@ INL void FN(values)(const int VR, const int DV, const int FETCH, const kf_tile *
 {
     const int64_t bs = tile->block_size, hd = tile->head_dim;
     VF acc[24];
-#pragma GCC unroll 12
+UNROLL(12)
     for (int r = 0; r < VR; r++)
-#pragma GCC unroll 4
+UNROLL(4)
         for (int j = 0; j < DV; j++)
             acc[r * DV + j] = NAME(v_load)(o + r * tile->out_pad + 16 * j);
     while (t0 < t1) {
@@ -71,21 +71,21 @@ INL void FN(values)(const int VR, const int DV, const int FETCH, const kf_tile *
                 next += hd * (int64_t)sizeof(T);
             }
             VF val[4];
-#pragma GCC unroll 4
+UNROLL(4)
             for (int j = 0; j < DV; j++)
                 val[j] = DV == 1 ? LDN(row, n) : LD(row + 16 * j);
-#pragma GCC unroll 12
+UNROLL(12)
             for (int r = 0; r < VR; r++) {
                 VF w = NAME(v_set1)(pt[r * tile->pad]);
-#pragma GCC unroll 4
+UNROLL(4)
                 for (int j = 0; j < DV; j++)
                     acc[r * DV + j] = NAME(v_fma)(w, val[j], acc[r * DV + j]);
             }
         }
     }
-#pragma GCC unroll 12
+UNROLL(12)
     for (int r = 0; r < VR; r++)
-#pragma GCC unroll 4
+UNROLL(4)
         for (int j = 0; j < DV; j++)
             NAME(v_store)(o + r * tile->out_pad + 16 * j, acc[r * DV + j]);
 }

@@ -13,6 +13,7 @@
 #include <immintrin.h>
 #endif
 
+#define KF_PRAGMA(x) _Pragma(#x)
 #define KF_HEAD_DIM_MAX 512
 #define KF_ROW_BLOCK 96    /* rows of a long step that one thread computes of a panel */
 #define KF_QUERY_BLOCK 48  /* queries of a long step that one thread computes of a head */

@@ -10,21 +10,21 @@
 INL void FN(linear_sums)(const int VR, const int NC, const int FETCH, const T *x, int64_t k, const T *w,
                          const char *ahead, VF *acc)
 {
-#pragma GCC unroll 24
+UNROLL(24)
     for (int i = 0; i < VR * NC; i++)
         acc[i] = NAME(v_set1)(0.0f);
     for (int64_t d = 0; d < k / GROUP; d++) {
         VG wv[4];
-#pragma GCC unroll 4
+UNROLL(4)
         for (int c = 0; c < NC; c++)
             wv[c] = LDG(w + (d * KF_PANEL + 16 * c) * GROUP);
-#pragma GCC unroll 2
+UNROLL(2)
         for (int i = 0; i < FETCH; i++)
             __builtin_prefetch(ahead + (d * FETCH + i) * 64, 0, 2);
-#pragma GCC unroll 6
+UNROLL(6)
         for (int r = 0; r < VR; r++) {
             VG xv = SETG(x + r * k + d * GROUP);
-#pragma GCC unroll 4
+UNROLL(4)
             for (int c = 0; c < NC; c++)
                 acc[r * NC + c] = DOT(xv, wv[c], acc[r * NC + c]);
         }
@@ -74,12 +74,12 @@ INL void FN(linear_tile)(const int VR, const int FETCH, const kf_linear_args *a,
     const int NC = WIDE || VR == 1 ? 4 : VR <= 3 ? 2 : 1;
     const T *x = (const T *)a->x + row * a->k, *w = (const T *)a->w + panel * KF_PANEL * a->k;
     VF sums[6 * 4], some[6 * 4];
-#pragma GCC unroll 4
+UNROLL(4)
     for (int c = 0; c < 4; c += NC) {
         FN(linear_sums)(VR, NC, FETCH, x, a->k, w + 16 * c * GROUP, ahead, some);
-#pragma GCC unroll 6
+UNROLL(6)
         for (int r = 0; r < VR; r++)
-#pragma GCC unroll 4
+UNROLL(4)
             for (int j = 0; j < NC; j++)
                 sums[r * 4 + c + j] = some[r * NC + j];
     }

@@ -43,4 +43,5 @@
 #undef VF
 #undef VP
 #undef WIDE
+#undef UNROLL
 #undef EXP_LOWEST

@@ -8,6 +8,7 @@ typedef struct { __m256i lo, hi; } vp_avx2;
 #define VF vf_avx2
 #define VP vp_avx2
 #define WIDE 0
+#define UNROLL(n) KF_PRAGMA(GCC unroll n)
 #define BOTH(op, a, b) ((VF){op((a).lo, (b).lo), op((a).hi, (b).hi)})
 
 INL VF NAME(v_load)(const float *p) { return (VF){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

@@ -12,6 +12,7 @@
 #define VF __m512
 #define VP __m512i
 #define WIDE 1
+#define UNROLL(n) KF_PRAGMA(GCC unroll n)
 
 INL VF NAME(v_load)(const float *p) { return _mm512_loadu_ps(p); }
 INL void NAME(v_store)(float *p, VF a) { _mm512_storeu_ps(p, a); }

@@ -11,6 +11,7 @@ typedef struct { uint32_t l[16]; } vp_plain; /* sixteen pairs of bfloat16, the f
 #define VF vf_plain
 #define VP vp_plain
 #define WIDE 0
+#define UNROLL(n) /* lanes are loops already: unrolling makes half a minute of compilation and no speed */
 #define LANES(expr)                  \
     VF r;                            \
     for (int i = 0; i < 16; i++)     \
