@@ -16,8 +16,8 @@ from dataplane.model.layers import build_layer
 from dataplane.model.rotary import RotaryTable
 from dataplane.model.split import split_layers
 from dataplane.model.weights import EMBED, HEAD, NORM, load_weights, weights_digest
-from kernels import Head, StageSpec, build_stage
-from kernels.base import DTYPES
+from kernels.base import DTYPES, Head, StageSpec
+from kernels.dispatch import build_stage
 
 
 class StageExecutor:
@@ -65,9 +65,9 @@ class StageExecutor:
                 output = weights[EMBED if c.tie_embeddings else HEAD]
                 head = Head(weights[NORM].to(kind), output.to(kind))
             layers = tuple(build_layer(c, i, weights, kind) for i in self.layers)
-            spec = StageSpec(c.hidden_size, c.intermediate_size, c.num_heads, c.rms_norm_eps, layers, head)
-            self._stage = build_stage(spec, self.kv, threads)
-            self._rotary = RotaryTable(c.rope, c.head_dim, c.max_positions)
+            rotary = RotaryTable(c.rope, c.head_dim, c.max_positions)
+            sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.rms_norm_eps)
+            self._stage = build_stage(StageSpec(*sizes, rotary, layers, head), self.kv, threads)
 
     def forward(
         self,
@@ -89,8 +89,7 @@ class StageExecutor:
         with torch.inference_mode():
             residual = self._stage.reserve(rows)
             self._load(tokens, hidden, residual)
-            self._rotary.cover(int(step.positions.max()) + 1)
-            self._stage.forward(step, self._rotary.cos, self._rotary.sin)
+            self._stage.forward(step)
             if not self.is_last:
                 return _to_numpy(residual)
             picked = np.ascontiguousarray(sample_rows, np.int64)

@@ -77,6 +77,16 @@ class Head:
     weight: torch.Tensor
 
 
+class Rotary(Protocol):
+    """Cosines and sines by position: float32 [positions, head_dim / 2], for as many positions as are covered."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    max_positions: int
+
+    def cover(self, positions: int) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class StageSpec:
     """The layers of one stage; all tensors have the dtype of the KV cache. head: last stage only."""
@@ -85,6 +95,7 @@ class StageSpec:
     intermediate: int
     heads: int
     eps: float
+    rotary: Rotary
     layers: tuple[Layer, ...]
     head: Head | None
 
@@ -99,8 +110,8 @@ class StageKernels(Protocol):
         """Where a step of that many tokens puts its input: [rows, hidden], the same memory until more are reserved."""
         ...
 
-    def forward(self, step: StepArrays, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """All layers over what reserve() returned, in place. cos, sin: float32 [positions, head_dim / 2]."""
+    def forward(self, step: StepArrays) -> None:
+        """All layers over what reserve() returned, in place."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> npt.NDArray[np.float32]:

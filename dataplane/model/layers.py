@@ -6,7 +6,7 @@ every operation on rows is a kernel of ours whose arithmetic for a row does not 
 import torch
 
 from dataplane.model.config import ModelConfig
-from kernels import Layer, Linear
+from kernels.base import Layer, Linear
 
 
 def build_layer(

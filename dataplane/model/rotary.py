@@ -47,7 +47,7 @@ class RotaryTable:
 
     def __init__(self, rope: RopeConfig, head_dim: int, max_positions: int) -> None:
         self._inv = inverse_frequencies(rope, head_dim)
-        self._max = max_positions
+        self.max_positions = max_positions
         self.cos = torch.empty(0, head_dim // 2)
         self.sin = torch.empty(0, head_dim // 2)
         self.cover(1)
@@ -55,8 +55,8 @@ class RotaryTable:
     def cover(self, positions: int) -> None:
         """Makes rows 0 .. positions - 1 present. Raises ValueError beyond max_positions."""
         have = self.cos.shape[0]
-        if positions > self._max:
-            raise ValueError(f"position {positions - 1} is beyond the model's {self._max} positions")
+        if positions > self.max_positions:
+            raise ValueError(f"position {positions - 1} is beyond the model's {self.max_positions} positions")
         if positions <= have:
             return
         want = -(-max(positions, 2 * have) // CHUNK_POSITIONS)

@@ -22,6 +22,7 @@ class CpuStage:
             spec.intermediate,
             spec.eps,
         )
+        self._rotary = spec.rotary
         self._kv = kv  # keeps the memory alive
         self._dtype = DTYPES[kv.dtype]
         self._team = _native.Team(threads)
@@ -54,14 +55,12 @@ class CpuStage:
             self._native.set_buffers(*(buffer.data_ptr() for buffer in self._buffers))
         return self._buffers[0][:rows]
 
-    def forward(self, step: StepArrays, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        if len(step.positions) > self._rows:
-            raise ValueError(f"the step has {len(step.positions)} tokens, reserved are {self._rows}")
-        for table in (cos, sin):
-            if table.dtype is not torch.float32 or table.shape != cos.shape or not table.is_contiguous():
-                raise ValueError("cos and sin must be contiguous float32 of one shape")
-        if cos.shape[1] * 2 != self._kv.head_dim:
-            raise ValueError("the rotary table is for another head size")
+    def forward(self, step: StepArrays) -> None:
+        rows = len(step.positions)
+        if not 0 < rows <= self._rows:
+            raise ValueError(f"the step has {rows} tokens, reserved are {self._rows}")
+        self._rotary.cover(int(step.positions.max()) + 1)
+        cos, sin = self._rotary.cos, self._rotary.sin
         self._native.set_rotary(cos.data_ptr(), sin.data_ptr(), cos.shape[0])
         self._native.forward(step_of(step))
 

@@ -6,7 +6,8 @@ import torch
 
 from dataplane._fast.blocktable import BlockTable, StepArrays
 from dataplane.kvcache import KVCache
-from kernels import Linear, reference
+from kernels import reference
+from kernels.base import Linear
 from kernels.cpu import _native, ops
 from kernels.cpu.pack import pack, pack_gate_up
 from kernels.memory import Arena
