@@ -19,9 +19,10 @@ extensions = [
     Extension(
         "dataplane._fast.sampling",
         ["dataplane/_fast/sampling.pyx"],
-        depends=["dataplane/_fast/draw.h"],
+        depends=["dataplane/_fast/draw.h", "dataplane/_fast/weights.h"],
         extra_compile_args=FAST,
     ),
+    Extension("dataplane._fast.outbox", ["dataplane/_fast/outbox.pyx"], extra_compile_args=["-O2"]),
     Extension("dataplane._fast.stream", ["dataplane/_fast/stream.pyx"], extra_compile_args=["-O2"]),
     Extension(
         "dataplane._fast.ucp",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 from pathlib import Path
 
@@ -12,7 +13,11 @@ from bench.contract import finish
 BENCHES = {
     "recovery": "kill each stage under load: gap to the next token, phases, exactness; against stop-restart",
     "overhead": "latency with replication against latency without",
-    "decode": "tokens/s of one node and of a 4-stage pipeline, against transformers",
+    "decode": "tokens/s of one node and of a 4-stage pipeline, against the engines that install beside us",
+    "profile": "where a decode step of one node goes: kernels, threads, Python",
+    "prefill": "prompt tokens/s of the same systems",
+    "transport": "links over each transport: latency, bandwidth, CPU, idle cost; against ucx_perftest and sockets",
+    "blocktable": "filling the arrays of a decode step of 256 sequences, against plain Python",
 }
 
 
@@ -27,8 +32,19 @@ def main() -> None:
     parser.add_argument("name", choices=BENCHES, metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="within five minutes on two cores")
     parser.add_argument("--json", type=Path, help="write the JSON object into this file, too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="decode and prefill: where (default: cpu)")
+    parser.add_argument(
+        "--only", metavar="A,B", help="decode and prefill: these systems, and not all of them"
+    )
     arguments = parser.parse_args()
-    result = importlib.import_module(f"bench.{arguments.name}").run(quick=arguments.quick)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped then, too
+    module = importlib.import_module(f"bench.{arguments.name}")
+    options = {name: getattr(arguments, name) for name in ("device", "only") if getattr(arguments, name)}
+    if unknown := [f"--{name}" for name in options if name not in getattr(module, "OPTIONS", ())]:
+        parser.error(f"{arguments.name} does not take {', '.join(unknown)}")
+    if "only" in options:
+        options["only"] = frozenset(options["only"].split(","))
+    result = module.run(quick=arguments.quick, **options)
     finish(result, arguments.json)
     sys.exit(0)
 

@@ -77,7 +77,13 @@ class Node:
         limits = Limits.from_config(engine, context, config.timing.orphan_grace_s, executor.config.vocab_size)
         self._reporter = Reporter(token, config.timing.heartbeat_s, self._report)
         self._schedulers = Schedulers(
-            me, limits, engine.pool_blocks, self._frontdoor, self._worker.put, self._send, self._reporter.kick
+            me,
+            limits,
+            engine.microbatches,
+            self._frontdoor,
+            self._worker.put,
+            self._send,
+            self._reporter.kick,
         )
         self._transport = open_transport(
             config.transport,
@@ -154,6 +160,7 @@ class Node:
             pid=os.getpid(),
             fault_domain={"host": os.uname().nodename, "node": self._me.node},
             started_unix_s=time.time(),
+            host_parallel=max(1, len(os.sched_getaffinity(0)) // config.engine.threads),
         )
 
     # ------------------------------------------------------------------ etcd

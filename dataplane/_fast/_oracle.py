@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dataplane._fast.blocktable import TableFull
+from dataplane._fast.blocktable import KvGap, TableFull
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class OracleBlockTable:
         self.max_blocks_per_row = max_blocks_per_row
         self.block_size = block_size
         self._rows: dict[int, list[int]] = {}
+        self._valid: dict[int, int] = {}
         self._free = list(range(max_rows - 1, -1, -1))
 
     def _row(self, row: int) -> list[int]:
@@ -41,6 +42,7 @@ class OracleBlockTable:
             raise TableFull
         row = self._free.pop()
         self._rows[row] = []
+        self._valid[row] = 0
         return row
 
     def free_row(self, row: int) -> list[int]:
@@ -75,8 +77,63 @@ class OracleBlockTable:
     def blocks(self, row: int) -> list[int]:
         return list(self._row(row))
 
+    def block(self, row: int, index: int) -> int:
+        if not 0 <= index < len(self._row(row)):
+            raise IndexError(index)
+        return self._rows[row][index]
+
     def num_blocks(self, row: int) -> int:
         return len(self._row(row))
+
+    def valid(self, row: int) -> int:
+        self._row(row)
+        return self._valid[row]
+
+    def set_valid(self, row: int, tokens: int) -> None:
+        if not 0 <= tokens <= len(self._row(row)) * self.block_size:
+            raise ValueError
+        self._valid[row] = tokens
+
+    def grow(
+        self,
+        rows: npt.NDArray[np.int32],
+        starts: npt.NDArray[np.int32],
+        counts: npt.NDArray[np.int32],
+        free: list[int],
+    ) -> int:
+        if not len(rows) == len(starts) == len(counts):
+            raise ValueError
+        steps = list(zip(rows.tolist(), starts.tolist(), counts.tolist(), strict=True))
+        missing = 0
+        for row, start, count in steps:
+            held = len(self._row(row))
+            if count < 1 or start < 0:
+                raise ValueError
+            if self._valid[row] < start:
+                raise KvGap
+            need = -(-(start + count) // self.block_size)
+            if need > self.max_blocks_per_row:
+                raise TableFull
+            missing += max(0, need - held)
+        if missing > len(free):
+            return missing - len(free)
+        for row, start, count in steps:
+            while len(self._rows[row]) * self.block_size < start + count:
+                self._rows[row].append(free.pop())
+            self._valid[row] = start
+        return 0
+
+    def commit(
+        self, rows: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]
+    ) -> list[int]:
+        self.fill(rows, starts, counts)
+        filled = []
+        for index, row in enumerate(rows.tolist()):
+            start, end = int(starts[index]), int(starts[index]) + int(counts[index])
+            self._valid[row] = end
+            if start // self.block_size != end // self.block_size:
+                filled.append(index)
+        return filled
 
     def fill(
         self, rows: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]

@@ -18,10 +18,12 @@ cdef class StepArrays:
 cdef class BlockTable:
     cdef readonly Py_ssize_t max_rows, max_blocks_per_row, block_size
     cdef int32_t[:, ::1] entries
-    cdef int32_t[::1] lengths
+    cdef int32_t[::1] lengths, valid_c
     cdef list free
     cdef StepArrays own
 
     cdef Py_ssize_t row_length(self, Py_ssize_t row) except -1
+    cdef Py_ssize_t blocks_of(self, int64_t tokens) noexcept nogil
+    cdef int check_step(self, const int32_t[:] rows, const int32_t[:] starts, const int32_t[:] counts) except -1
     cdef void write(self, const int32_t[:] rows, const int32_t[:] starts, const int32_t[:] counts,
                     StepArrays out, Py_ssize_t width) noexcept nogil

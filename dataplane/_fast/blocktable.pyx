@@ -12,6 +12,21 @@ class TableFull(MemoryError):
     """No free row, or more blocks than one row may have."""
 
 
+class KvGap(ValueError):
+    """A step begins behind the positions that are valid."""
+
+
+def lookup(dict held, const int64_t[:] keys):
+    """held[key] of each key as int32, -1 for a key that is not there."""
+    cdef Py_ssize_t i, n = keys.shape[0]
+    found = np.empty(n, np.int32)
+    cdef int32_t[::1] out = found
+    for i in range(n):
+        value = held.get(keys[i])
+        out[i] = -1 if value is None else <int32_t>value
+    return found
+
+
 cdef class StepArrays:
     """The arrays of one step of B rows and T tokens. They are views of buffers that the next fill() into the
     same object overwrites: a step that outlives that (several in flight) needs its own StepArrays."""
@@ -67,6 +82,7 @@ cdef class BlockTable:
         self.block_size = block_size
         self.entries = np.zeros((max_rows, max_blocks_per_row), np.int32)
         self.lengths = np.full(max_rows, -1, np.int32)
+        self.valid_c = np.zeros(max_rows, np.int32)
         self.free = list(range(max_rows - 1, -1, -1))
         self.own = StepArrays()
 
@@ -80,7 +96,7 @@ cdef class BlockTable:
         if not self.free:
             raise TableFull(f"all {self.max_rows} rows are in use")
         cdef Py_ssize_t row = self.free.pop()
-        self.lengths[row] = 0
+        self.lengths[row] = self.valid_c[row] = 0
         return row
 
     def free_row(self, Py_ssize_t row):
@@ -128,31 +144,102 @@ cdef class BlockTable:
         cdef Py_ssize_t i
         return [self.entries[row, i] for i in range(self.row_length(row))]
 
+    def block(self, Py_ssize_t row, Py_ssize_t index):
+        """One block of a row."""
+        if not 0 <= index < self.row_length(row):
+            raise IndexError(f"row {row} has no block at {index}")
+        return self.entries[row, index]
+
     def num_blocks(self, Py_ssize_t row):
         """How many blocks a row has."""
         return self.row_length(row)
+
+    def valid(self, Py_ssize_t row):
+        """How many positions of a row, from 0 on, hold what they should."""
+        self.row_length(row)
+        return self.valid_c[row]
+
+    def set_valid(self, Py_ssize_t row, Py_ssize_t tokens):
+        """See valid."""
+        if not 0 <= tokens <= self.row_length(row) * self.block_size:
+            raise ValueError(f"row {row} has no room for {tokens} tokens")
+        self.valid_c[row] = <int32_t>tokens
 
     @property
     def rows_in_use(self):
         return self.max_rows - len(self.free)
 
-    def fill(self, const int32_t[:] rows, const int32_t[:] starts, const int32_t[:] counts, StepArrays out=None):
-        """The arrays of a step that computes positions starts[i] .. starts[i] + counts[i] - 1 of rows[i].
+    def grow(self, const int32_t[:] rows, const int32_t[:] starts, const int32_t[:] counts, list free):
+        """Blocks for a step that computes positions starts[i] .. starts[i] + counts[i] - 1 of rows[i], from the end
+        of `free`. What the rows hold from there on is no longer valid.
 
-        Raises IndexError for a row not in use or positions its blocks do not hold, ValueError for a count
-        below 1 or inputs of different lengths. Without `out` the table's own arrays are used (see StepArrays)."""
-        cdef Py_ssize_t n = rows.shape[0], i, tokens = 0, width = 0, need
+        Returns how many blocks `free` lacks; unless 0, nothing was done. Raises KvGap, IndexError for a row not in
+        use, TableFull for a row that would get too long, ValueError as fill() does."""
+        cdef Py_ssize_t n = rows.shape[0], i, need, missing = 0
         if starts.shape[0] != n or counts.shape[0] != n:
             raise ValueError("rows, starts and counts have different lengths")
         for i in range(n):
             self.row_length(rows[i])
             if counts[i] < 1 or starts[i] < 0:
                 raise ValueError(f"start {starts[i]}, count {counts[i]} of row {rows[i]} is no range of positions")
-            need = (<int64_t>starts[i] + counts[i] + self.block_size - 1) // self.block_size
+            if self.valid_c[rows[i]] < starts[i]:
+                raise KvGap(f"row {rows[i]} has {self.valid_c[rows[i]]} valid positions, the step begins at {starts[i]}")
+            need = self.blocks_of(<int64_t>starts[i] + counts[i])
+            if need > self.max_blocks_per_row:
+                raise TableFull(f"row {rows[i]} would have {need} blocks, at most {self.max_blocks_per_row} fit")
+            missing += max(0, need - self.lengths[rows[i]])
+        missing -= len(free)
+        if missing > 0:
+            return missing
+        for i in range(n):
+            need = self.blocks_of(<int64_t>starts[i] + counts[i])
+            while self.lengths[rows[i]] < need:
+                self.entries[rows[i], self.lengths[rows[i]]] = free.pop()
+                self.lengths[rows[i]] += 1
+            self.valid_c[rows[i]] = starts[i]
+        return 0
+
+    def commit(self, const int32_t[:] rows, const int32_t[:] starts, const int32_t[:] counts):
+        """What grow() made room for has been computed and is valid. Returns the indices i of rows that have filled a
+        block with it. Raises IndexError, ValueError as fill() does."""
+        cdef Py_ssize_t n = rows.shape[0], i
+        cdef int64_t end
+        self.check_step(rows, starts, counts)
+        filled = []
+        for i in range(n):
+            end = <int64_t>starts[i] + counts[i]
+            self.valid_c[rows[i]] = <int32_t>end
+            if starts[i] // self.block_size != end // self.block_size:
+                filled.append(i)
+        return filled
+
+    cdef Py_ssize_t blocks_of(self, int64_t tokens) noexcept nogil:
+        return (tokens + self.block_size - 1) // self.block_size
+
+    cdef int check_step(self, const int32_t[:] rows, const int32_t[:] starts, const int32_t[:] counts) except -1:
+        """Rows that are in use, and positions that their blocks hold."""
+        cdef Py_ssize_t n = rows.shape[0], i, need
+        if starts.shape[0] != n or counts.shape[0] != n:
+            raise ValueError("rows, starts and counts have different lengths")
+        for i in range(n):
+            self.row_length(rows[i])
+            if counts[i] < 1 or starts[i] < 0:
+                raise ValueError(f"start {starts[i]}, count {counts[i]} of row {rows[i]} is no range of positions")
+            need = self.blocks_of(<int64_t>starts[i] + counts[i])
             if need > self.lengths[rows[i]]:
                 raise IndexError(f"row {rows[i]} has {self.lengths[rows[i]]} blocks, the step needs {need}")
+        return 0
+
+    def fill(self, const int32_t[:] rows, const int32_t[:] starts, const int32_t[:] counts, StepArrays out=None):
+        """The arrays of a step that computes positions starts[i] .. starts[i] + counts[i] - 1 of rows[i].
+
+        Raises IndexError for a row not in use or positions its blocks do not hold, ValueError for a count
+        below 1 or inputs of different lengths. Without `out` the table's own arrays are used (see StepArrays)."""
+        cdef Py_ssize_t n = rows.shape[0], i, tokens = 0, width = 0
+        self.check_step(rows, starts, counts)
+        for i in range(n):
             tokens += counts[i]
-            width = max(width, need)
+            width = max(width, self.blocks_of(<int64_t>starts[i] + counts[i]))
         if tokens > 2**31 - 1:
             raise ValueError("too many tokens for one step")
         if out is None:
@@ -184,7 +271,7 @@ cdef class BlockTable:
                 if in_block == self.block_size:
                     in_block = 0
             out.cu_q_c[i + 1] = <int32_t>t
-            need = (end + self.block_size - 1) // self.block_size
+            need = self.blocks_of(end)
             if need:
                 table = &out.tables_c[i * width]
                 for j in range(need):

@@ -1,38 +1,9 @@
 """The part of libucp (UCX 1.21) that the transport uses, and the three objects built on it."""
 
 from libc.stddef cimport size_t
-from libc.stdint cimport uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
-
-cdef extern from "sys/socket.h" nogil:
-    cdef struct sockaddr:
-        pass
-    ctypedef unsigned int socklen_t
-    cdef struct sockaddr_storage:
-        unsigned short ss_family
-    int AF_INET
-    int AF_INET6
-
-
-cdef extern from "netinet/in.h" nogil:
-    cdef struct in_addr:
-        pass
-    cdef struct in6_addr:
-        pass
-    cdef struct sockaddr_in:
-        unsigned short sin_family
-        uint16_t sin_port
-        in_addr sin_addr
-    cdef struct sockaddr_in6:
-        unsigned short sin6_family
-        uint16_t sin6_port
-        in6_addr sin6_addr
-    uint16_t htons(uint16_t value)
-    uint16_t ntohs(uint16_t value)
-
-
-cdef extern from "arpa/inet.h" nogil:
-    int inet_pton(int family, const char *text, void *address)
+from .sockaddr cimport sockaddr, sockaddr_storage, socklen_t
 
 
 cdef extern from "ucs/config/global_opts.h" nogil:

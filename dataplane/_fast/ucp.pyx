@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """libucp for one asyncio loop: a worker, its listener and its endpoints, in one thread.
 
-Nothing here waits. The loop watches `Worker.fd`; when it is readable, or after a send that could not be
-finished at once, it calls `Worker.poll`, which makes progress, delivers events to the handler and arms the
+Nothing here waits. The loop watches `Worker.fd`; when it is readable, or soon after the handler's `on_work`
+was called, it calls `Worker.poll`, which makes progress, delivers events to the handler and arms the
 descriptor again. C callbacks only queue events: a handler never runs inside libucp, and an exception never
 crosses C (it is kept and raised by the next `poll`).
 
@@ -20,6 +20,8 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from .sockaddr cimport fill_sockaddr, ntohs, sockaddr, sockaddr_in, sockaddr_storage
 
 
 cdef extern from "Python.h":
@@ -43,13 +45,9 @@ class UcpError(OSError):
     """A libucp call was refused; the message names the call and libucp's reason."""
 
 
-cdef object _error(str what, ucs_status_t status):
-    return UcpError(f"{what}: {ucs_status_string(status).decode()}")
-
-
 cdef int _check(str what, ucs_status_t status) except -1:
     if status != UCS_OK:
-        raise _error(what, status)
+        raise UcpError(f"{what}: {ucs_status_string(status).decode()}")
     return 0
 
 
@@ -62,25 +60,6 @@ cdef double _now() noexcept nogil:
 def set_log_level(str level):
     """Sets what libucp prints (to standard output): `fatal`, `error`, `warn`, `diag`, `info`, ..."""
     _check("log level", ucs_global_opts_set_value(b"LOG_LEVEL", level.encode()))
-
-
-cdef socklen_t _sockaddr(str host, int port, sockaddr_storage *out) except 0:
-    """Fills `out` from a numeric address. Raises ValueError for anything else."""
-    cdef sockaddr_in *v4 = <sockaddr_in *>out
-    cdef sockaddr_in6 *v6 = <sockaddr_in6 *>out
-    if not 0 <= port <= 65535:
-        raise ValueError(f"port out of range: {port}")
-    memset(out, 0, sizeof(sockaddr_storage))
-    name = host.encode()
-    if inet_pton(AF_INET, name, &v4.sin_addr) == 1:
-        v4.sin_family = <unsigned short>AF_INET
-        v4.sin_port = htons(<uint16_t>port)
-        return sizeof(sockaddr_in)
-    if inet_pton(AF_INET6, name, &v6.sin6_addr) == 1:
-        v6.sin6_family = <unsigned short>AF_INET6
-        v6.sin6_port = htons(<uint16_t>port)
-        return sizeof(sockaddr_in6)
-    raise ValueError(f"not a numeric address: {host!r}")
 
 
 cdef void _release(Outgoing *out) noexcept:
@@ -183,7 +162,8 @@ cdef ucs_status_t _on_message(
 cdef class Worker:
     """One libucp context and worker. `handler` has `on_connection(request: int)`,
     `on_message(endpoint, header: bytes, data: memoryview)` and `on_failed(endpoint, reason: str)`,
-    called from `poll` only. Messages of one endpoint are delivered in the order they were sent.
+    called from `poll` only, and `on_work()`, called from everything else that leaves work for `poll`.
+    Messages of one endpoint are delivered in the order they were sent.
 
     Raises UcpError if libucp refuses an option or has no transport.
     """
@@ -237,7 +217,7 @@ cdef class Worker:
         cdef ucp_listener_params_t params
         cdef ucp_listener_attr_t attr
         memset(&params, 0, sizeof(params))
-        params.sockaddr.addrlen = _sockaddr(host, port, &address)
+        params.sockaddr.addrlen = fill_sockaddr(host, port, &address)
         params.sockaddr.addr = <const sockaddr *>&address
         params.field_mask = UCP_LISTENER_PARAM_FIELD_SOCK_ADDR | UCP_LISTENER_PARAM_FIELD_CONN_HANDLER
         params.conn_handler.cb = _on_connection
@@ -254,7 +234,7 @@ cdef class Worker:
         cdef sockaddr_storage address
         cdef ucp_ep_params_t params
         memset(&params, 0, sizeof(params))
-        params.sockaddr.addrlen = _sockaddr(host, port, &address)
+        params.sockaddr.addrlen = fill_sockaddr(host, port, &address)
         params.sockaddr.addr = <const sockaddr *>&address
         params.flags = UCP_EP_PARAMS_FLAGS_CLIENT_SERVER
         params.field_mask = UCP_EP_PARAM_FIELD_SOCK_ADDR | UCP_EP_PARAM_FIELD_FLAGS
@@ -287,6 +267,7 @@ cdef class Worker:
         # libucp holds a bare pointer to the endpoint until its close completes (_on_closed).
         Py_INCREF(endpoint)
         self._endpoints[<uintptr_t>endpoint._ep] = endpoint
+        self._handler.on_work()
         return endpoint
 
     cdef int _arrived(
@@ -337,7 +318,7 @@ cdef class Worker:
                 if status == UCS_OK:
                     return True
                 if status != UCS_ERR_BUSY:
-                    raise _error("ucp_worker_arm", status)
+                    _check("ucp_worker_arm", status)
             if _now() > deadline:
                 return False
 
@@ -397,7 +378,11 @@ cdef class Endpoint:
         if status != UCS_OK:
             # The message may have begun: what followed would be joined wrongly.
             self._fail(ucs_status_string(status).decode())
+            self._owner._handler.on_work()
             return False
+        if self.queued_bytes > 0:
+            # What went out at once needs no progress: a wake-up of the worker costs more than a small message.
+            self._owner._handler.on_work()
         return True
 
     cdef ucs_status_t _hand_over(self, Outgoing *out, size_t header_length) noexcept:
@@ -470,6 +455,7 @@ cdef class Endpoint:
         param.cb.send = _on_closed
         param.user_data = <void *>self
         request = ucp_ep_close_nbx(self._ep, &param)
+        self._owner._handler.on_work()
         if request == NULL or UCS_PTR_IS_ERR(request):
             self._forget()
             Py_DECREF(self)

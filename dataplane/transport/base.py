@@ -77,7 +77,7 @@ class Transport(Protocol):
     stats: TransportStats
 
     async def start(self) -> str:
-        """Listens; returns "host:port" for peers. Raises OSError (port in use, host not ours)."""
+        """Listens; returns the address for peers to `connect` to. Raises OSError (port in use, host not ours)."""
         ...
 
     def connect(self, peer: Member, address: str) -> None:

@@ -3,8 +3,8 @@
     offset  size  field
     0       2     magic "KF"
     2       1     version
-    3       1     reserved, 0
-    4       4     CRC-32 of everything behind the header
+    3       1     1: the message carries its payload's checksum (KvMeta), which its receiver checks; else 0
+    4       4     CRC-32, begun with the byte before, of the message and, unless that byte is 1, of the payload
     8       8     epoch, also readable without decoding the message
     16      4     length of the message, bytes
     20      8     length of the payload, bytes
@@ -19,17 +19,17 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import msgspec
 
 from controlplane.contract.errors import PeerError
 from controlplane.contract.ids import Member
-from dataplane.core.messages import Meta, Ping
+from dataplane.core.messages import KvMeta, Meta, Ping
 
 HEADER = struct.Struct("<2sBBIQIQI")
 MAGIC = b"KF"
-VERSION = 1
+VERSION = 2
+CHECKED = 1
 
 Buffer = bytes | bytearray | memoryview
 Send = Callable[[Member, Meta, Buffer], bool]
@@ -43,8 +43,7 @@ class BadFrame(PeerError):
     """A peer's frame is corrupted, cut short, or of another version."""
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(msgspec.Struct, frozen=True):
     epoch: int
     meta: Meta
     payload: memoryview
@@ -54,28 +53,35 @@ def encode(meta: Meta, payload: Buffer = b"") -> list[Buffer]:
     """The parts of one frame, to be sent in order. The payload is not copied."""
     body = _encode(meta)
     data = memoryview(payload).cast("B")
-    checksum = zlib.crc32(data, zlib.crc32(body))
+    # KV blocks are most of the bytes on a link: they are not read twice.
+    checked = CHECKED if isinstance(meta, KvMeta) else 0
+    checksum = zlib.crc32(body, checked)
+    if not checked:
+        checksum = zlib.crc32(data, checksum)
     epoch = 0 if isinstance(meta, Ping) else meta.fence.epoch
-    header = HEADER.pack(MAGIC, VERSION, 0, checksum, epoch, len(body), len(data), 0)
+    header = HEADER.pack(MAGIC, VERSION, checked, checksum, epoch, len(body), len(data), 0)
     return [header + body, data] if len(data) else [header + body]
 
 
 def decode(data: Buffer) -> Frame:
-    """Parse one frame. Raises BadFrame."""
+    """Parse one frame. The payload of a KvMeta is still to be held against its checksum. Raises BadFrame."""
     view = memoryview(data).cast("B")
     if len(view) < HEADER.size:
         raise BadFrame(f"frame of {len(view)} bytes is shorter than its header")
-    magic, version, _, checksum, epoch, meta_len, payload_len, _ = HEADER.unpack_from(view)
+    magic, version, checked, checksum, epoch, meta_len, payload_len, _ = HEADER.unpack_from(view)
     if magic != MAGIC or version != VERSION:
         raise BadFrame(f"frame has magic {magic!r} version {version}, expected {MAGIC!r} version {VERSION}")
     if HEADER.size + meta_len + payload_len != len(view):
         raise BadFrame(f"frame of {len(view)} bytes announces {HEADER.size + meta_len + payload_len}")
-    if zlib.crc32(view[HEADER.size :]) != checksum:
+    body = view[HEADER.size : HEADER.size + meta_len]
+    if zlib.crc32(body if checked else view[HEADER.size :], checked) != checksum:
         raise BadFrame("frame checksum differs")
     try:
-        meta = _decode(view[HEADER.size : HEADER.size + meta_len])
+        meta = _decode(body)
     except msgspec.MsgspecError as error:
         raise BadFrame(f"frame message: {error}") from error
+    if checked != isinstance(meta, KvMeta):
+        raise BadFrame(f"frame with checks {checked} of a {type(meta).__name__}")
     if not isinstance(meta, Ping) and meta.fence.epoch != epoch:
         raise BadFrame(f"frame header says epoch {epoch}, its message {meta.fence.epoch}")
     return Frame(epoch, meta, view[HEADER.size + meta_len :])

@@ -1,4 +1,4 @@
-"""Mutual authentication of a new link, sans-IO: who sends what is in `ucx.py`.
+"""Mutual authentication of a new link, sans-IO: who sends what is in `links.py`.
 
     acceptor                                initiator
         | --- Challenge(protocol, nonce) -----> |

@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 DEFAULT_OPTIONS: Mapping[str, str] = {
@@ -26,7 +27,22 @@ DEFAULT_OPTIONS: Mapping[str, str] = {
     "TCP_RX_SEG_SIZE": "257k",
 }
 
+# Where RDMA devices are: reliable connections beside TCP, both of which report a dead peer.
+RDMA_OPTIONS: Mapping[str, str] = {"TLS": "rc,tcp", "NET_DEVICES": "all"}
+RDMA_CLASS = Path("/sys/class/infiniband")
+
 SIOCGIFADDR = 0x8915
+
+
+def rdma_devices() -> list[str]:
+    """RDMA devices (InfiniBand, RoCE) with an active port; libucp is faster than sockets on these only."""
+    states = RDMA_CLASS.glob("*/ports/*/state") if RDMA_CLASS.is_dir() else []
+    return sorted({state.parts[-4] for state in states if "ACTIVE" in state.read_text()})
+
+
+def default_options(host: str) -> dict[str, str]:
+    """UCX variables, without their prefix, for a node that listens on `host`."""
+    return {**DEFAULT_OPTIONS, **(RDMA_OPTIONS if rdma_devices() else {"NET_DEVICES": device_of(host)})}
 
 
 @functools.cache

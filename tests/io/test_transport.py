@@ -12,10 +12,10 @@ import pytest
 from controlplane.contract.ids import Member
 from dataplane.transport.hello import Acceptor, HelloError, Initiator, new_nonce
 
-from .transport_nodes import SECRET, cluster, link, run, until
+from .transport_nodes import NETWORKED, SECRET, cluster, link, run, until
 
 
-@pytest.fixture(params=["ucx", "memory"])
+@pytest.fixture(params=[*NETWORKED, "memory"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -108,7 +108,7 @@ def test_link_returns_by_itself(kind: str) -> None:
             await link(a, b)
             await b.transport.close()
             await until(lambda: not a.transport.connected(b.member))
-            again = await make("b", port=int(b.address.rpartition(":")[2]))
+            again = await make("b", port=b.port)
             await until(lambda: a.transport.connected(again.member))
             assert a.ups == [b.member, b.member]
 
@@ -143,7 +143,7 @@ def test_dead_port_is_bounded_and_found_later(kind: str) -> None:
             assert time.monotonic() - started < 0.1
             await asyncio.sleep(0)
             assert not a.transport.connected(b.member)
-            await make("b", port=int(b.address.rpartition(":")[2]))
+            await make("b", port=b.port)
             await until(lambda: a.transport.connected(b.member))
 
     run(work())

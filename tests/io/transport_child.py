@@ -1,7 +1,8 @@
-"""A node's transport in a process of its own, for `test_transport_ucx.py`: prints its address, then obeys.
+"""A node's transport in a process of its own, for `test_transport_processes.py`: prints its address, then obeys.
 
-Arguments: name, incarnation, secret (hex). Lines on stdin: `connect NODE INCARNATION ADDRESS`. A message `echo ...`
-is sent back on our own link to its sender. Lines on stdout: `address A`, `up NODE`, `down NODE REASON`.
+Arguments: kind (of NETWORKED), name, incarnation, secret (hex). Lines on stdin: `connect NODE INCARNATION ADDRESS`.
+A message `echo ...` is sent back on our own link to its sender. Lines on stdout: `address A`, `up NODE`,
+`down NODE REASON`.
 """
 
 from __future__ import annotations
@@ -11,20 +12,22 @@ import sys
 
 from controlplane.contract.ids import Member
 from dataplane.transport.base import TransportConfig
-from dataplane.transport.ucx import UcxTransport
+from dataplane.transport.links import LinkTransport
+from tests.io.transport_nodes import driver
 
 
 def say(*words: str) -> None:
     print(*words, flush=True)
 
 
-async def main(name: str, incarnation: str, secret: str) -> None:
+async def main(kind: str, name: str, incarnation: str, secret: str) -> None:
     def on_message(peer: Member, data: memoryview) -> None:
         if bytes(data[:4]) == b"echo":
             transport.send(peer, [data])
 
-    transport = UcxTransport(
+    transport = LinkTransport(
         TransportConfig(member=Member(name, incarnation), cluster="test", secret=bytes.fromhex(secret)),
+        [driver(kind)],
         on_message=on_message,
         on_link_up=lambda peer: say("up", peer.node),
         on_link_down=lambda peer, reason: say("down", peer.node, reason),

@@ -10,10 +10,19 @@ from typing import Any
 
 from controlplane.contract.ids import Member
 from dataplane.transport.base import Transport, TransportConfig
+from dataplane.transport.driver import Driver, parse_address
+from dataplane.transport.links import LinkTransport
 from dataplane.transport.memory import MemoryNetwork
-from dataplane.transport.ucx import UcxTransport
+from dataplane.transport.sockets import SocketDriver
+from dataplane.transport.ucx import UcxDriver
 
 SECRET = b"a secret of the test cluster"
+NETWORKED = ("ucx", "tcp", "local")
+"""Every way between processes; "local" also listens on TCP."""
+
+
+def driver(kind: str) -> Driver:
+    return UcxDriver() if kind == "ucx" else SocketDriver(("tcp",) if kind == "tcp" else ("local", "tcp"))
 
 
 class Node:
@@ -34,11 +43,17 @@ class Node:
             "on_link_down": lambda peer, why: self.downs.append((peer, why, time.monotonic())),
         }
         self.transport: Transport
-        if kind == "ucx":
-            self.transport = UcxTransport(self.config, **calls)
-        else:
+        if kind == "memory":
             self.transport = hub.add(self.config, **calls)
+        else:
+            self.transport = LinkTransport(self.config, [driver(kind)], **calls)
         self.address = ""
+
+    @property
+    def port(self) -> int:
+        """What a node that comes after this one listens on to be found where this one was."""
+        where = self.address if "=" not in self.address else parse_address(self.address).popitem()[1]
+        return int(where.rpartition(":")[2])
 
     def down(self, direction: str) -> float | None:
         """When the link of this direction went down."""

@@ -1,4 +1,4 @@
-"""UCX between real processes: death, stops, strangers on the ports, descriptors, idle cost."""
+"""Transports between real processes: death, stops, strangers on the ports, descriptors, idle cost."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from controlplane.contract.ids import Member
+from dataplane.transport.driver import Driver, Endpoint, parse_address
 from dataplane.transport.hello import TOKEN_BYTES, Initiator, new_nonce
-from dataplane.transport.libucp import DEFAULT_OPTIONS, binding
+from dataplane.transport.links import HELLO, MESSAGE
 from dataplane.transport.memory import MemoryNetwork
-from dataplane.transport.ucx import HELLO, MESSAGE
 
-from .transport_nodes import SECRET, Node, cluster, link, run, until
+from .transport_nodes import NETWORKED, SECRET, Node, cluster, driver, link, run, until
 
-CHILD = Path(__file__).with_name("transport_child.py")
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(params=NETWORKED)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 class Child:
@@ -50,10 +55,10 @@ class Child:
 
 
 @contextlib.asynccontextmanager
-async def child(name: str, incarnation: str = "1") -> AsyncIterator[Child]:
+async def child(kind: str, name: str, incarnation: str = "1") -> AsyncIterator[Child]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(CHILD), name, incarnation, SECRET.hex(),
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        sys.executable, "-m", "tests.io.transport_child", kind, name, incarnation, SECRET.hex(),
+        cwd=REPOSITORY, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     it = Child(process, Member(name, incarnation))
     try:
@@ -80,9 +85,9 @@ async def echo(a: Node, b: Child, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("activity", ["idle", "sending"])
-def test_killed_peer_is_seen_at_once(activity: str) -> None:
+def test_killed_peer_is_seen_at_once(kind: str, activity: str) -> None:
     async def work() -> None:
-        async with cluster("ucx") as make, child("b") as b:
+        async with cluster(kind) as make, child(kind, "b") as b:
             a = await make("a")
             await link_both(a, b)
             await echo(a, b, bytes(100_000))
@@ -107,9 +112,9 @@ def test_killed_peer_is_seen_at_once(activity: str) -> None:
     run(work())
 
 
-def test_stopped_peer_does_not_hold_up_the_sender() -> None:
+def test_stopped_peer_does_not_hold_up_the_sender(kind: str) -> None:
     async def work() -> None:
-        async with cluster("ucx") as make, child("b") as b:
+        async with cluster(kind) as make, child(kind, "b") as b:
             a = await make("a", queue_bytes_max=8 << 20)
             await link_both(a, b)
             b.signal(signal.SIGSTOP)
@@ -137,29 +142,42 @@ def test_stopped_peer_does_not_hold_up_the_sender() -> None:
     run(work())
 
 
-def listening_ports(pid: int) -> set[int]:
-    """Every TCP port a process of ours listens on: the one it announces and UCX's own data ports."""
+def listening(pid: int) -> list[tuple[int, Any]]:
+    """Every socket that a process of ours listens on: what it announces, UCX's own data ports, Unix sockets."""
     inodes = set()
     for entry in os.scandir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
             inodes.add(os.readlink(entry.path))
-    rows = [row.split() for row in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
-    return {int(r[1].split(":")[1], 16) for r in rows if r[3] == "0A" and f"socket:[{r[9]}]" in inodes}
+    tcp = [row.split() for row in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    unix = [row.split() for row in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]]
+    found: list[tuple[int, Any]] = [
+        (socket.AF_INET, ("127.0.0.1", int(r[1].split(":")[1], 16)))
+        for r in tcp if r[3] == "0A" and f"socket:[{r[9]}]" in inodes
+    ]  # fmt: skip
+    accepts = "00010000"
+    names = [r[7] for r in unix if r[3] == accepts and f"socket:[{r[6]}]" in inodes]
+    return found + [(socket.AF_UNIX, "\0" + name[1:]) for name in names]
 
 
-def test_garbage_on_every_port_changes_nothing() -> None:
+def test_garbage_on_every_port_changes_nothing(kind: str) -> None:
     async def work() -> None:
-        async with cluster("ucx") as make, child("b") as b:
+        async with cluster(kind) as make, child(kind, "b") as b:
             a = await make("a")
             await link_both(a, b)
-            ports = listening_ports(b.process.pid)
-            assert int(b.address.rpartition(":")[2]) in ports
+            ports = listening(b.process.pid)
+            assert {family for family, _ in ports} == {
+                socket.AF_INET,
+                *([socket.AF_UNIX] * (kind == "local")),
+            }
             held = []
             garbage = [b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x00" * 3, b"\x00" * 4096, b"\xff" * 4096]
             garbage += [secrets.token_bytes(length) for length in (1, 8, 16, 64, 2048, 70_000)]
-            for port in ports:
+            garbage += [b"KF\x01\x00" + bytes(4) + b"\xff" * 8, b"KF\x03\x00" + bytes(12)]
+            for family, where in ports:
                 for data in garbage:
-                    connection = socket.create_connection(("127.0.0.1", port), timeout=2)
+                    connection = socket.socket(family)
+                    connection.settimeout(2)
+                    connection.connect(where)
                     held.append(connection)
                     with contextlib.suppress(ConnectionError, TimeoutError):
                         connection.sendall(data)
@@ -167,7 +185,7 @@ def test_garbage_on_every_port_changes_nothing() -> None:
             for connection in held:
                 connection.close()
             await echo(a, b, b"after the garbage")
-            async with child("c") as c:
+            async with child(kind, "c") as c:
                 c.tell("connect", "b", "1", b.address)
                 await c.line("up", "b")
             assert a.downs == []
@@ -177,86 +195,84 @@ def test_garbage_on_every_port_changes_nothing() -> None:
 
 
 class RawClient:
-    """A UCX peer below the transport, to say what the transport never would."""
+    """A peer below the transport, to say what the transport never would."""
 
-    def __init__(self, address: str) -> None:
-        self.worker = binding().Worker(self, {**DEFAULT_OPTIONS, "NET_DEVICES": "lo"})
+    def __init__(self, kind: str, address: str) -> None:
         self.heard: list[bytes] = []
         self.failures = 0
-        self.host, _, self.port = address.rpartition(":")
+        self.driver = driver(kind)
+        self.kind, self.where = kind, parse_address(address)[kind]
 
-    def connect(self) -> Any:
-        endpoint = self.worker.connect(self.host, int(self.port))
+    async def connect(self) -> Endpoint:
+        endpoint = await self.driver.connect(self.kind, self.where)
         endpoint.limit_bytes = 1 << 20
         return endpoint
 
-    def on_connection(self, request: int) -> None:
-        raise AssertionError("it does not listen")
+    def on_connection(self, driver: Driver, request: object) -> None:
+        raise AssertionError("nobody knows where it listens")
 
-    def on_message(self, endpoint: Any, header: bytes, data: memoryview) -> None:
+    def on_message(self, endpoint: Endpoint, header: bytes, data: memoryview) -> None:
         self.heard.append(bytes(data))
 
-    def on_failed(self, endpoint: Any, reason: str) -> None:
+    def on_failed(self, endpoint: Endpoint, reason: str) -> None:
         self.failures += 1
-
-    async def until(self, condition: Callable[[], Any]) -> None:
-        def step() -> Any:
-            self.worker.poll(0)
-            return condition()
-
-        await until(step)
+        endpoint.close()
 
 
-def test_silent_connections_are_bounded_in_number_and_time() -> None:
+@contextlib.asynccontextmanager
+async def raw_client(kind: str, address: str) -> AsyncIterator[RawClient]:
+    raw = RawClient(kind, address)
+    await raw.driver.start(raw, "127.0.0.1", 0)
+    try:
+        yield raw
+    finally:
+        raw.driver.close()
+
+
+def test_silent_connections_are_bounded_in_number_and_time(kind: str) -> None:
     async def work() -> None:
-        async with cluster("ucx") as make:
+        async with cluster(kind) as make:
             b = await make("b", connect_timeout_s=0.4, unauthenticated_max=3)
-            raw = RawClient(b.address)
-            try:
-                held = [raw.connect() for _ in range(5)]
-                await raw.until(lambda: b.transport.stats.auth_failures == 2)  # two too many
-                await raw.until(lambda: raw.failures == 5)  # and the others in time
+            async with raw_client(kind, b.address) as raw:
+                held = [await raw.connect() for _ in range(5)]
+                await until(lambda: b.transport.stats.auth_failures == 2)  # two too many
+                await until(lambda: raw.failures == 5)  # and the others in time
                 assert b.transport.stats.auth_failures == 5
                 assert len(held) == 5
                 a = await make("a")
                 await link(a, b)
-            finally:
-                raw.worker.close()
 
     run(work())
 
 
 @pytest.mark.parametrize("attack", ["message first", "no hello", "long hello", "wrong token", "hello again"])
-def test_unauthenticated_messages_have_no_effect(attack: str) -> None:
+def test_unauthenticated_messages_have_no_effect(kind: str, attack: str) -> None:
     async def work() -> None:
-        async with cluster("ucx") as make:
+        async with cluster(kind) as make:
             b = await make("b")
-            raw = RawClient(b.address)
-            try:
-                endpoint = raw.connect()
-                await raw.until(lambda: raw.heard)
+            async with raw_client(kind, b.address) as raw:
+                endpoint = await raw.connect()
+                await until(lambda: raw.heard)
                 if attack in ("wrong token", "hello again"):
                     hello = Initiator(SECRET, "test", Member("a", "1"), b.member, new_nonce())
                     response = hello.answer(raw.heard[0])
                     endpoint.send(HELLO, [response])
-                    await raw.until(lambda: len(raw.heard) == 2)
+                    await until(lambda: len(raw.heard) == 2)
                     token = hello.confirm(raw.heard[1])
                     endpoint.send(MESSAGE.pack(1, token, 0), [b"accepted"])
-                    await raw.until(lambda: b.messages)
+                    await until(lambda: b.messages)
                     header = HELLO if attack == "hello again" else MESSAGE.pack(1, bytes(TOKEN_BYTES), 1)
                     endpoint.send(header, [response])
-                    await raw.until(lambda: b.downs)
+                    await until(lambda: b.downs)
                 elif attack == "message first":
                     endpoint.send(MESSAGE.pack(1, bytes(TOKEN_BYTES), 0), [b"x"])
                 elif attack == "no hello":
                     endpoint.send(HELLO, [b"\x00" * 100])
                 else:
                     endpoint.send(HELLO, [b"\x00" * 10_000])
-                await raw.until(lambda: raw.failures)
+                await until(lambda: raw.failures)
                 assert [data for _, data in b.messages] in ([], [b"accepted"])
                 assert attack == "long hello" or b.transport.stats.auth_failures == 1
-            finally:
-                raw.worker.close()
 
     run(work())
 
@@ -265,13 +281,13 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_no_descriptor_is_lost_in_200_cycles() -> None:
+def test_no_descriptor_is_lost_in_200_cycles(kind: str) -> None:
     async def work() -> None:
-        async with cluster("ucx") as make:
+        async with cluster(kind) as make:
             a = await make("a", retry_min_s=0.001)
             worst = first = 0
             for cycle in range(200):
-                b = Node("ucx", MemoryNetwork(), "b", str(cycle))
+                b = Node(kind, MemoryNetwork(), "b", str(cycle))
                 b.address = await b.transport.start()
                 await link(a, b)
                 await link(b, a)
@@ -287,9 +303,9 @@ def test_no_descriptor_is_lost_in_200_cycles() -> None:
     run(work())
 
 
-def test_idle_links_cost_nothing() -> None:
+def test_idle_links_cost_nothing(kind: str) -> None:
     async def work() -> None:
-        async with cluster("ucx") as make, child("b") as b:
+        async with cluster(kind) as make, child(kind, "b") as b:
             a = await make("a")
             await link_both(a, b)
             await echo(a, b, bytes(100_000))

@@ -1,0 +1,319 @@
+"""Links between nodes, whatever carries them: dialling, the hello, and what `base.py` promises.
+
+A driver knows one way to move messages and none of this; a transport has one or several (`choose.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import struct
+import time
+from collections.abc import Sequence
+
+import structlog
+
+from controlplane.contract.ids import Member, NodeId
+
+from .base import OnLinkDown, OnLinkUp, OnMessage, Part, TransportConfig, TransportStats
+from .driver import PREFERENCE, Driver, Endpoint, parse_address
+from .hello import HELLO_BYTES_MAX, TOKEN_BYTES, Acceptor, HelloError, Initiator, new_nonce
+
+log = structlog.get_logger(__name__)
+
+FLUSH_S = 0.5
+
+HELLO = b"\x00"
+MESSAGE = struct.Struct(f"<B{TOKEN_BYTES}sQ")  # kind 1, link token, sequence number from 0
+
+
+class Link:
+    """One endpoint and how far it has come: hello, then up, then ended."""
+
+    __slots__ = ("down", "endpoint", "expected", "hello", "opened", "peer", "timer", "token")
+
+    def __init__(self, endpoint: Endpoint, hello: Acceptor | Initiator, peer: Member | None) -> None:
+        self.endpoint = endpoint
+        self.hello = hello
+        self.peer = peer  # an incoming link learns it from the hello
+        self.token: bytes | None = None  # set: the link is up
+        self.expected = 0  # sequence number of the next message
+        self.timer: asyncio.TimerHandle | None = None
+        self.opened = asyncio.Event()  # up, or will never be
+        self.down = asyncio.Event()
+        endpoint.user = self
+        endpoint.limit_bytes = HELLO_BYTES_MAX
+
+    @property
+    def incoming(self) -> bool:
+        return isinstance(self.hello, Acceptor)
+
+
+class _Dial:
+    """The wish for a link to one node, and the task that keeps it fulfilled."""
+
+    __slots__ = ("address", "attempts", "kind", "link", "peer", "task")
+
+    def __init__(self, peer: Member, address: str) -> None:
+        self.peer = peer
+        self.address = address
+        self.attempts = 0  # since it was last open
+        self.kind = ""  # what the last attempt went over
+        self.link: Link | None = None
+        self.task: asyncio.Task[None] | None = None
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """A dial ends only by cancellation: anything else is a fault of ours and must be seen."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("dialling stopped", task=task.get_name(), exc_info=error)
+
+
+class LinkTransport:
+    """The transport over one or several drivers; the first one listens on the configured port."""
+
+    def __init__(
+        self,
+        config: TransportConfig,
+        drivers: Sequence[Driver],
+        *,
+        on_message: OnMessage,
+        on_link_up: OnLinkUp,
+        on_link_down: OnLinkDown,
+    ) -> None:
+        self.stats = TransportStats()
+        self._config = config
+        self._drivers = {kind: driver for driver in drivers for kind in driver.kinds}
+        self._on_message, self._on_link_up, self._on_link_down = on_message, on_link_up, on_link_down
+        self._running = False
+        self._dials: dict[NodeId, _Dial] = {}
+        self._incoming: dict[NodeId, Link] = {}
+        self._pending: set[Link] = set()  # incoming, not yet authenticated
+        self._heard: dict[NodeId, float] = {}
+
+    async def start(self) -> str:
+        if self._running:
+            raise RuntimeError("already started")
+        self._loop = asyncio.get_running_loop()
+        self._running = True
+        offers: dict[str, str] = {}
+        for driver in dict.fromkeys(self._drivers.values()):
+            port = 0 if offers else self._config.port
+            offers |= await driver.start(self, self._config.host, port)
+        return ",".join(f"{kind}={where}" for kind, where in offers.items())
+
+    def connect(self, peer: Member, address: str) -> None:
+        if not self._running:
+            raise RuntimeError("not started")
+        dial = self._dials.get(peer.node)
+        if dial is not None and dial.peer == peer and dial.address == address:
+            return
+        self.disconnect(peer.node)
+        dial = self._dials[peer.node] = _Dial(peer, address)
+        dial.task = self._loop.create_task(self._keep(dial), name=f"link to {peer}")
+        dial.task.add_done_callback(_report)
+
+    def disconnect(self, node: NodeId) -> None:
+        dial = self._dials.pop(node, None)
+        if dial is None:
+            return
+        if dial.task is not None:
+            dial.task.cancel()
+        if dial.link is not None:
+            self._drop(dial.link)
+
+    def connected(self, peer: Member) -> bool:
+        return self._outgoing(peer) is not None
+
+    def carried_by(self, peer: Member) -> str | None:
+        """The kind of our open link to `peer`: "local", "ucx" or "tcp"; None without one."""
+        return self._dials[peer.node].kind if self.connected(peer) else None
+
+    def send(self, peer: Member, parts: Sequence[Part]) -> bool:
+        link = self._outgoing(peer)
+        length = sum([part.nbytes if type(part) is memoryview else len(part) for part in parts])
+        queued = link.endpoint.queued_bytes if link is not None else 0
+        full = queued > 0 and queued + length > self._config.queue_bytes_max
+        if link is None or full or length > self._config.message_bytes_max:
+            self.stats.sends_refused += 1
+            return False
+        if not link.endpoint.send(MESSAGE.pack(1, link.token, link.expected), parts):
+            self.stats.sends_refused += 1
+            return False
+        link.expected += 1
+        self.stats.messages_sent += 1
+        self.stats.bytes_sent += length
+        return True
+
+    def last_heard(self, node: NodeId) -> float | None:
+        return self._heard.get(node)
+
+    def queued_bytes(self, node: NodeId) -> int:
+        dial = self._dials.get(node)
+        return dial.link.endpoint.queued_bytes if dial is not None and dial.link is not None else 0
+
+    async def close(self) -> None:
+        if not self._running:
+            return
+        self._running = False
+        deadline = time.monotonic() + FLUSH_S
+        while any(self.queued_bytes(node) for node in self._dials) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+        for node in list(self._dials):
+            self.disconnect(node)
+        for link in [*self._pending, *self._incoming.values()]:
+            self._drop(link)
+        for driver in dict.fromkeys(self._drivers.values()):
+            driver.close()
+
+    # Opening and ending links.
+
+    async def _keep(self, dial: _Dial) -> None:
+        """Opens the link, waits until it ends, and again."""
+        delay_s = self._config.retry_min_s
+        while True:
+            if await self._open(dial):
+                delay_s, dial.attempts = self._config.retry_min_s, 0
+                assert dial.link is not None
+                await dial.link.down.wait()
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, self._config.retry_max_s)
+
+    def _routes(self, address: str) -> list[tuple[Driver, str, str]]:
+        """The ways that both sides know, best first. Raises ValueError if there is none."""
+        offers = parse_address(address)
+        routes = [(self._drivers[kind], kind, offers[kind]) for kind in PREFERENCE
+                  if kind in offers and kind in self._drivers]  # fmt: skip
+        routes = [route for route in routes if route[0].usable(*route[1:])]
+        if not routes:
+            raise ValueError(f"we speak {sorted(self._drivers)}, the peer offers {sorted(offers)}")
+        return routes
+
+    async def _open(self, dial: _Dial) -> bool:
+        """One attempt to bring the dial's link up, bounded in time."""
+        config = self._config
+        link: Link | None = None
+        try:
+            async with asyncio.timeout(config.connect_timeout_s):
+                routes = self._routes(dial.address)
+                driver, dial.kind, where = routes[dial.attempts % len(routes)]
+                dial.attempts += 1
+                hello = Initiator(config.secret, config.cluster, config.member, dial.peer, new_nonce())
+                link = dial.link = Link(await driver.connect(dial.kind, where), hello, dial.peer)
+                await link.opened.wait()
+        except (OSError, ValueError) as error:  # TimeoutError and UcpError are OSErrors
+            log.debug(
+                "link not opened", peer=str(dial.peer), address=dial.address, error=str(error) or "timed out"
+            )
+        if link is None or link.token is None:
+            if link is not None:
+                self._drop(link)
+            return False
+        return True
+
+    def _outgoing(self, peer: Member) -> Link | None:
+        dial = self._dials.get(peer.node)
+        if dial is None or dial.link is None or dial.peer != peer:
+            return None
+        return dial.link if dial.link.token is not None and dial.link.endpoint.open else None
+
+    def _drop(self, link: Link) -> None:
+        """Ends a link without a callback."""
+        link.endpoint.close()
+        link.endpoint.user = None
+        link.token = None
+        if link.timer is not None:
+            link.timer.cancel()
+        self._pending.discard(link)
+        if link.peer is not None and self._incoming.get(link.peer.node) is link:
+            del self._incoming[link.peer.node]
+        link.opened.set()
+        link.down.set()
+
+    def _end(self, link: Link, reason: str) -> None:
+        """Ends a link that failed or misbehaved, and says so if it was up."""
+        was_up = link.token is not None
+        self._drop(link)
+        if was_up and link.peer is not None:
+            self.stats.links_down += 1
+            self._on_link_down(link.peer, f"{'incoming' if link.incoming else 'outgoing'} link: {reason}")
+
+    def _refuse(self, link: Link, reason: str) -> None:
+        self.stats.auth_failures += 1
+        log.warning("link refused", peer=str(link.peer), incoming=link.incoming, reason=reason)
+        self._end(link, reason)
+
+    # Events of the drivers.
+
+    def on_connection(self, driver: Driver, request: object) -> None:
+        config = self._config
+        if len(self._pending) >= config.unauthenticated_max:
+            self.stats.auth_failures += 1
+            driver.reject(request)
+            return
+        try:
+            endpoint = driver.accept(request)
+        except OSError as error:
+            log.debug("connection not accepted", error=str(error))
+            return
+        acceptor = Acceptor(config.secret, config.cluster, config.member, new_nonce())
+        link = Link(endpoint, acceptor, None)
+        self._pending.add(link)
+        link.timer = self._loop.call_later(config.connect_timeout_s, self._refuse, link, "no hello in time")
+        endpoint.send(HELLO, [acceptor.challenge()])
+
+    def on_message(self, endpoint: Endpoint, header: bytes, data: memoryview) -> None:
+        link = endpoint.user
+        if link is None:
+            return
+        if link.token is not None and len(header) == MESSAGE.size and link.incoming:
+            self._deliver(link, header, data)
+        elif link.token is None and header == HELLO:
+            try:
+                self._hello(link, data)
+            except HelloError as error:
+                self._refuse(link, str(error))
+        else:
+            self._refuse(link, "a message out of place")
+
+    def on_failed(self, endpoint: Endpoint, reason: str) -> None:
+        if endpoint.user is not None:
+            self._end(endpoint.user, reason)
+
+    def _deliver(self, link: Link, header: bytes, data: memoryview) -> None:
+        kind, token, sequence = MESSAGE.unpack(header)
+        assert link.peer is not None
+        assert link.token is not None
+        if kind != 1 or not hmac.compare_digest(token, link.token):
+            self._refuse(link, "wrong token")
+            return
+        if sequence != link.expected:
+            self._end(link, f"message {sequence} instead of {link.expected}")
+            return
+        link.expected += 1
+        self.stats.messages_received += 1
+        self.stats.bytes_received += data.nbytes
+        self._heard[link.peer.node] = time.monotonic()
+        self._on_message(link.peer, data)
+
+    def _hello(self, link: Link, data: memoryview) -> None:
+        match link.hello:
+            case Acceptor() as acceptor:
+                link.peer, token, accept = acceptor.admit(data)
+                link.endpoint.send(HELLO, [accept])
+                self._pending.discard(link)
+                if link.timer is not None:
+                    link.timer.cancel()
+                older = self._incoming.get(link.peer.node)
+                if older is not None:
+                    self._drop(older)
+                self._incoming[link.peer.node] = link
+                link.endpoint.limit_bytes = self._config.message_bytes_max
+                link.token = token
+            case Initiator(answered=False) as initiator:
+                link.endpoint.send(HELLO, [initiator.answer(data)])
+            case Initiator() as initiator:
+                link.token = initiator.confirm(data)
+                link.opened.set()
+                assert link.peer is not None
+                self._on_link_up(link.peer)
