@@ -17,7 +17,7 @@ from dataplane.model.rotary import RotaryTable
 from dataplane.model.split import split_layers
 from dataplane.model.weights import EMBED, HEAD, NORM, load_weights, weights_digest
 from kernels.base import DTYPES, Head, StageSpec
-from kernels.dispatch import build_stage
+from kernels.dispatch import build_stage, device_cache
 
 
 class StageExecutor:
@@ -37,6 +37,7 @@ class StageExecutor:
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         device: str = "cpu",
         threads: int = 1,
+        attention: Literal["exact", "xformers"] = "exact",
     ) -> None:
         self.config: ModelConfig = load_config(model_dir)
         c = self.config
@@ -50,16 +51,15 @@ class StageExecutor:
         self.is_first, self.is_last = stage == 0, stage == num_stages - 1
         self.hidden_size = c.hidden_size
         self.dtype: ModelDtype = c.dtype if dtype == "auto" else dtype
-        self.kv = KVCache(
-            num_blocks, len(self.layers), c.num_kv_heads, block_size, c.head_dim, self.dtype, device
-        )
+        shape = (num_blocks, len(self.layers), c.num_kv_heads, block_size, c.head_dim)
+        self.kv = KVCache(*shape, self.dtype) if device == "cpu" else device_cache(*shape, self.dtype, device)
         kind = DTYPES[self.dtype]
         # Weights are packed into memory of the kernels'; the mapping of the files ends with this constructor, except
         # for the embedding, of which a step reads a few rows.
         weights = load_weights(model_dir, c, self.layers)
         self.weights_digest: str = weights_digest(weights)
         with torch.inference_mode():
-            self._embed = weights[EMBED].to(kind) if self.is_first else None
+            self._embed = weights[EMBED].to(kind).to(device) if self.is_first else None
             head = None
             if self.is_last:
                 output = weights[EMBED if c.tie_embeddings else HEAD]
@@ -67,7 +67,7 @@ class StageExecutor:
             layers = tuple(build_layer(c, i, weights, kind) for i in self.layers)
             rotary = RotaryTable(c.rope, c.head_dim, c.max_positions)
             sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.rms_norm_eps)
-            self._stage = build_stage(StageSpec(*sizes, rotary, layers, head), self.kv, threads)
+            self._stage = build_stage(StageSpec(*sizes, rotary, layers, head), self.kv, threads, attention)
 
     def forward(
         self,
@@ -95,7 +95,7 @@ class StageExecutor:
             picked = np.ascontiguousarray(sample_rows, np.int64)
             if picked.ndim != 1 or (picked.size and not 0 <= picked.min() <= picked.max() < rows):
                 raise IndexError(f"sample_rows must be indices into the {rows} tokens of the step")
-            return self._stage.logits(torch.index_select(residual, 0, torch.from_numpy(picked)))
+            return self._stage.logits(residual.index_select(0, torch.from_numpy(picked).to(residual.device)))
 
     def _load(
         self, tokens: npt.NDArray[np.int64] | None, hidden: Buffer | None, target: torch.Tensor
@@ -107,18 +107,22 @@ class StageExecutor:
             if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
                 raise IndexError(f"a token is outside the vocabulary of {self.config.vocab_size}")
             assert self._embed is not None
-            torch.index_select(self._embed, 0, torch.from_numpy(np.ascontiguousarray(tokens)), out=target)
+            at = torch.from_numpy(np.ascontiguousarray(tokens)).to(target.device)
+            torch.index_select(self._embed, 0, at, out=target)
             return
         size = rows * self.hidden_size * ITEM_BYTES[self.dtype]
         data = memoryview(b"" if hidden is None else hidden)
         if data.nbytes != size or not data.c_contiguous:
             raise ValueError(f"expected {size} bytes of activations, got {data.nbytes}")
         source = np.frombuffer(data.cast("B"), np.uint8).reshape(rows, -1)
-        target.view(torch.uint8).numpy()[:] = source
+        here = target if target.is_cpu else torch.empty_like(target, device="cpu")
+        here.view(torch.uint8).numpy()[:] = source
+        if here is not target:
+            target.copy_(here)
 
 
 def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
-    """A copy that the caller may keep; bfloat16 as uint16."""
+    """A copy on the host that the caller may keep; bfloat16 as uint16."""
     if tensor.dtype is torch.bfloat16:
         tensor = tensor.view(torch.uint16)
-    return tensor.numpy().copy()
+    return tensor.to("cpu", copy=True).numpy()

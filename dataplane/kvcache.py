@@ -31,18 +31,15 @@ class KVCache:
         block_size: int,
         head_dim: int,
         dtype: KvDtype,
-        device: str = "cpu",
     ) -> None:
         if min(num_blocks, layers, kv_heads, block_size, head_dim) < 1:
             raise ValueError("every size of a KV cache must be at least 1")
         if dtype not in get_args(KvDtype):
             raise ValueError(f"dtype {dtype!r} is not one of {get_args(KvDtype)}")
-        if device != "cpu":
-            raise ValueError(f"device {device!r} is not supported, only cpu is")
         self.num_blocks, self.layers, self.kv_heads = num_blocks, layers, kv_heads
         self.block_size, self.head_dim = block_size, head_dim
         self.dtype: KvDtype = dtype
-        self.device = device
+        self.device = "cpu"  # kernels/cuda/cache.py is the one on a GPU
         self.block_bytes = layers * 2 * kv_heads * block_size * head_dim * ITEM_BYTES[dtype]
         self._blocks = huge_zeros(num_blocks * self.block_bytes).reshape(num_blocks, self.block_bytes)
 

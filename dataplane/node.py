@@ -323,4 +323,5 @@ def load_executor(config: ClusterConfig, stage: int) -> StageExecutor:
         dtype=engine.dtype,
         device=engine.device,
         threads=engine.threads,
+        attention=engine.attention,
     )

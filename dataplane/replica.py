@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.reports import TargetReport
+from dataplane._fast.blocktable import Rows
 from dataplane.core.blocks import KvStore
-from dataplane.core.messages import Fence, HeldMeta, KvAckMeta, KvDropMeta, KvMeta, KvQueryMeta, RejoinMeta
+from dataplane.core.messages import (
+    Fence,
+    HeldMeta,
+    KvAckMeta,
+    KvDropMeta,
+    KvMeta,
+    KvQueryMeta,
+    RejoinMeta,
+)
 from dataplane.core.replication import ReplicaSource
 from dataplane.core.stage import Stage
 from dataplane.transport.frames import Send
 
 if TYPE_CHECKING:
     from dataplane.kvcache import KVCache
+    from kernels.cuda.cache import DeviceCache
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +54,13 @@ class _Protected:
 class Replicator:
     """Used by the worker only, between computations: no block changes while it reads one."""
 
-    def __init__(self, store: KvStore, kv: KVCache, send: Send) -> None:
+    def __init__(self, store: KvStore, kv: KVCache | DeviceCache, send: Send) -> None:
         self.stats = ReplicaStats()
         self._store = store
         self._kv = kv
         self._send = send
         self._protected: dict[PipelineId, _Protected] = {}
+        self._stored: dict[tuple[Member, PipelineId, Fence], dict[int, None]] = {}  # requests to acknowledge
 
     def checksum(self, block: int) -> int:
         return zlib.crc32(self._kv.view(block))
@@ -65,20 +77,28 @@ class Replicator:
         state.flush = flush
         state.sources = {
             target: state.sources.get(target)
-            or ReplicaSource(target, self._store.block_size, lambda rid: self._tokens(pipeline, rid))
+            or ReplicaSource(target, self._store.block_size, lambda rid: self._store.tokens((pipeline, rid)))
             for target in targets
         }
-        for rid in self._rids(pipeline):
-            self.wrote(pipeline, rid)
+        self.wrote(pipeline, self._rids(pipeline))
 
     def unprotect(self, pipeline: PipelineId) -> None:
         self._protected.pop(pipeline, None)
 
-    def wrote(self, pipeline: PipelineId, rid: int) -> None:
+    def wrote(self, pipeline: PipelineId, rids: Iterable[int]) -> None:
+        """These requests have KV here that their copies may lack."""
         state = self._protected.get(pipeline)
         if state is not None:
             for source in state.sources.values():
-                source.wrote(rid)
+                source.wrote(rids)
+
+    def advanced(self, pipeline: PipelineId, step: Rows, filled: list[int]) -> None:
+        """A step has run: news only of the requests that have filled a block, unless everything is to be copied."""
+        state = self._protected.get(pipeline)
+        if state is not None and state.flush:
+            self.wrote(pipeline, step.rids.tolist())
+        elif filled:
+            self.wrote(pipeline, filled)
 
     def freed(self, pipeline: PipelineId, rids: tuple[int, ...]) -> None:
         state = self._protected.get(pipeline)
@@ -100,8 +120,7 @@ class Replicator:
         if state is not None and any(before.get(rid) is False for rid in meta.rids):
             for source in state.sources.values():
                 source.restart()  # it may have copies of what was promoted just now: only the rest is sent
-        for rid in meta.rids:
-            self.wrote(pipeline, rid)
+        self.wrote(pipeline, meta.rids)
         return held
 
     def link_changed(self, node: str) -> None:
@@ -112,15 +131,16 @@ class Replicator:
                     source.restart()
 
     def pump(self, now: float) -> None:
-        """Send what may be sent now (monotonic seconds), of every pipeline."""
+        """Send what may be sent now (monotonic seconds): copies of every pipeline, acknowledgements of what came."""
+        self._acknowledge()
         for pipeline, state in self._protected.items():
             for target, source in state.sources.items():
                 if source.must_ask(now):
                     self._send(target, KvQueryMeta(pipeline, state.fence), b"")
                 for copy in source.take(now, state.flush):
-                    kv = self._store.own[(pipeline, copy.rid)]
-                    # Copied: the block may be freed and written again before UCX has sent it.
-                    data = bytes(self._kv.view(self._store.table.blocks(kv.row)[copy.index]))
+                    row = self._store.own[pipeline][copy.rid]
+                    # Copied: the block may be freed and written again before it has been sent.
+                    data = bytes(self._kv.view(self._store.table.block(row, copy.index)))
                     meta = KvMeta(pipeline, state.fence, copy.rid, copy.index, copy.tokens, zlib.crc32(data))
                     if not self._send(target, meta, data):
                         source.restart()
@@ -136,8 +156,7 @@ class Replicator:
         # What waits here to be promoted may still be claimed: its other copies must not go before.
         unknown = [rid for rid in unknown if (meta.pipeline, rid) not in self._store.replicas]
         if meta.whole:
-            for rid in self._rids(meta.pipeline):
-                source.wrote(rid)
+            source.wrote(self._rids(meta.pipeline))
         if unknown:
             self._send(peer, KvDropMeta(meta.pipeline, state.fence, tuple(unknown)), b"")
 
@@ -160,22 +179,28 @@ class Replicator:
         sound = len(payload) == self._kv.block_bytes and zlib.crc32(payload) == meta.checksum
         if not sound:
             self.stats.checksum_failures += 1
-        stored = block is not None and sound
         if block is not None and sound:
             self._kv.write(block, payload)
             self._store.replica_written(key, meta.index, meta.tokens, meta.checksum)
             self.stats.blocks_stored += 1
+            self._stored.setdefault((peer, meta.pipeline, meta.fence), {})[meta.rid] = None
         else:
             self.stats.blocks_refused += 1
-        kv = self._store.replicas.get(key)
-        held = ((meta.rid, kv.tokens if kv is not None else 0),)
-        self._send(peer, KvAckMeta(meta.pipeline, meta.fence, held, refused=not stored), b"")
+            held = ((meta.rid, self._store.replica_tokens(key)),)
+            self._send(peer, KvAckMeta(meta.pipeline, meta.fence, held, refused=True), b"")
+
+    def _acknowledge(self) -> None:
+        """One message for all the blocks that came since the last time."""
+        stored, self._stored = self._stored, {}
+        for (peer, pipeline, fence), rids in stored.items():
+            held = tuple((rid, self._store.replica_tokens((pipeline, rid))) for rid in rids)
+            self._send(peer, KvAckMeta(pipeline, fence, held), b"")
 
     def answer_query(self, peer: Member, meta: KvQueryMeta) -> None:
         held = tuple(
-            (rid, kv.tokens)
-            for (pipeline, rid), kv in self._store.replicas.items()
-            if pipeline == meta.pipeline
+            (key[1], self._store.replica_tokens(key))
+            for key in self._store.replicas
+            if key[0] == meta.pipeline
         )
         self._send(peer, KvAckMeta(meta.pipeline, meta.fence, held, whole=True), b"")
 
@@ -186,13 +211,9 @@ class Replicator:
     # ------------------------------------------------------------------
 
     def _rids(self, pipeline: PipelineId) -> list[int]:
-        return [rid for owner, rid in self._store.own if owner == pipeline]
+        return list(self._store.own[pipeline])
 
     def _here(self, pipeline: PipelineId) -> dict[int, bool]:
         """The requests that this node has KV of, and whether it serves it (else it is a copy)."""
         here = {rid: False for owner, rid in self._store.replicas if owner == pipeline}
-        return here | {rid: True for owner, rid in self._store.own if owner == pipeline}
-
-    def _tokens(self, pipeline: PipelineId, rid: int) -> int:
-        kv = self._store.own.get((pipeline, rid))
-        return kv.tokens if kv is not None else 0
+        return here | dict.fromkeys(self._rids(pipeline), True)

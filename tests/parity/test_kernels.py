@@ -228,5 +228,3 @@ def test_kv_cache_blocks() -> None:
             kv.view(block)
     with pytest.raises(ValueError, match="bytes"):
         kv.write(0, data[1:])
-    with pytest.raises(ValueError, match="device"):
-        KVCache(1, 1, 1, 1, 2, "float32", "cuda")

@@ -1,0 +1,179 @@
+"""All layers of one stage on a GPU, as one call a step."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kernels.base import Layer, Linear, StageSpec, StepArrays
+from kernels.cuda.cache import DeviceCache, device_guard
+from kernels.cuda.graphs import DecodeGraphs
+from kernels.cuda.step import DeviceStep, query_tiles, splits_needed
+from kernels.triton.attention import Partials, attention, attention_tiles, splits_of
+from kernels.triton.jit import power_of_two
+from kernels.triton.linear import linear
+from kernels.triton.rope import rope_write
+from kernels.triton.rows import add_rms_norm, silu_mul
+from kernels.xformers import PagedAttention
+
+GRAPH_ROWS_MAX = 256
+PARTIAL_BYTES = 64 << 20  # room for attention's unmerged splits; longer prefills take several turns
+
+
+class Activations:
+    """What a step computes between its layers: [rows, ...] each."""
+
+    def __init__(self, spec: StageSpec, rows: int, cache: DeviceCache) -> None:
+        def room(width: int) -> torch.Tensor:
+            return cache.planes.new_zeros(rows, width)
+
+        heads, kv_heads = (n * cache.head_dim for n in (spec.heads, cache.kv_heads))
+        self.rows = rows
+        self.residual, self.x, self.normed = room(spec.hidden), room(spec.hidden), room(spec.hidden)
+        self.qkv, self.q, self.attended = room(heads + 2 * kv_heads), room(heads), room(heads)
+        self.gate_up, self.activated = room(2 * spec.intermediate), room(spec.intermediate)
+
+
+class CudaStage:
+    """See kernels.base.StageKernels. Decode steps run as CUDA graphs, all others kernel by kernel.
+
+    attention_by: "triton" keeps equal bits between prefill and decode; "xformers" is a library's attention, which does
+    not (kernels/xformers.py). forward() returns when the work is queued; whoever reads its results waits for it."""
+
+    def __init__(
+        self, spec: StageSpec, kv: DeviceCache, attention_by: Literal["triton", "xformers"] = "triton"
+    ) -> None:
+        self.kv = kv
+        self._spec, self._device = spec, kv.planes.device
+        self._layers = [to_device(layer, self._device) for layer in spec.layers]
+        self._head = None
+        if spec.head is not None:
+            self._head = (spec.head.norm.to(self._device), spec.head.weight.to(self._device))
+        # All positions that the cache can hold, at once: the addresses must stay as they are.
+        spec.rotary.cover(min(spec.rotary.max_positions, kv.num_blocks * kv.block_size))
+        self._cos, self._sin = spec.rotary.cos.to(self._device), spec.rotary.sin.to(self._device)
+        self._scale = kv.head_dim**-0.5
+        sizes = attention_tiles(kv.planes.dtype, kv.head_dim, spec.heads // kv.kv_heads)
+        self._tile_queries = sizes.queries
+        splits_max = splits_of(len(self._cos))
+        split_bytes = spec.heads * (kv.head_dim + 2) * 4
+        queries = max(sizes.queries, PARTIAL_BYTES // (splits_max * split_bytes))
+        self._partials = Partials(queries, splits_max, spec.heads, kv.head_dim, self._device)
+        self._library = PagedAttention(kv.planes) if attention_by == "xformers" else None
+        self._eager = DeviceStep(16, 16, 16, 16, self._partials, self._device)
+        self._make_room(GRAPH_ROWS_MAX)
+
+    def reserve(self, rows: int) -> torch.Tensor:
+        if rows > self._activations.rows:
+            self._make_room(power_of_two(rows))
+        return self._activations.residual[:rows]
+
+    def forward(self, step: StepArrays) -> None:
+        self._check(step)
+        with device_guard(self._device):
+            if self._library is None and self._graphs.takes(step):
+                self._graphs.run(step)
+            else:
+                self._run(self._eager_step(step), step)
+
+    def logits(self, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
+        if self._head is None:
+            raise ValueError("this stage has no head")
+        norm, weight = self._head
+        rows = len(hidden)
+        with device_guard(self._device):
+            out = torch.empty(rows, len(weight), dtype=torch.float32, device=self._device)
+            if rows:
+                normed = torch.empty_like(hidden)
+                add_rms_norm(None, hidden, norm, self._spec.eps, normed, rows)
+                linear(normed, weight, None, out, rows)
+        return out.cpu().numpy()
+
+    def _make_room(self, rows: int) -> None:
+        """New activations; the graphs go, because they use the old ones' addresses."""
+        self._activations = Activations(self._spec, rows, self.kv)
+        self._graphs = DecodeGraphs(
+            self._run, self._activations.residual, GRAPH_ROWS_MAX, self.kv.block_size, self._partials
+        )
+
+    def _check(self, step: StepArrays) -> None:
+        rows, cache = len(step.positions), self.kv
+        if not 0 < rows <= self._activations.rows:
+            raise ValueError(f"the step has {rows} tokens, reserved are {self._activations.rows}")
+        slots = cache.num_blocks * cache.block_size
+        if int(step.slots.min()) < 0 or int(step.slots.max()) >= slots:
+            raise IndexError(f"a slot is outside the cache's {slots}")
+        if int(step.tables.min()) < 0 or int(step.tables.max()) >= cache.num_blocks:
+            raise IndexError(f"a block is outside the cache's {cache.num_blocks}")
+        longest = int(step.context_lens.max())
+        if longest > min(len(self._cos), step.tables.shape[1] * cache.block_size):
+            raise IndexError(f"a context of {longest} tokens has no blocks or no rotary table")
+
+    def _eager_step(self, step: StepArrays) -> DeviceStep:
+        tiles = query_tiles(step.cu_q, self._tile_queries)
+        if not self._eager.fits(step, len(tiles)):
+            need = (len(step.positions), *step.tables.shape, len(tiles))
+            tokens, rows, width, count = (
+                power_of_two(max(n, have)) for n, have in zip(need, self._eager.capacity, strict=True)
+            )
+            self._eager = DeviceStep(tokens, rows, width, count, self._partials, self._device)
+        self._eager.fill(step, tiles)
+        self._eager.plan(splits_needed(step), tiles[:, 1], len(step.positions))
+        return self._eager
+
+    def _run(self, step: DeviceStep, source: StepArrays | None = None) -> None:
+        """The layers over a step on the device; only kernel launches, so that a graph can capture it."""
+        w, rows, eps = self._activations, step.tokens, self._spec.eps
+        mask = None
+        if self._library is not None and source is not None:
+            mask = self._library.mask(source, step.tables)
+        x: torch.Tensor | None = None
+        for index, layer in enumerate(self._layers):
+            keys, values = self.kv.layer(index)
+            add_rms_norm(x, w.residual, layer.attention_norm, eps, w.normed, rows)
+            linear(w.normed, layer.qkv.weight, layer.qkv.bias, w.qkv, rows)
+            rope_write(
+                w.qkv, step.positions, step.slots, self._cos, self._sin, layer.q_norm, layer.k_norm, eps,
+                w.q, keys, values,
+            )  # fmt: skip
+            if not self._attend_by_library(index, layer, mask):
+                attention(
+                    w.q, keys, values, step.positions, step.tables, step.tiles, step.slabs, step.partials,
+                    step.splits, self._scale, layer.window, w.attended,
+                )  # fmt: skip
+            linear(w.attended, layer.o.weight, layer.o.bias, w.x, rows)
+            add_rms_norm(w.x, w.residual, layer.mlp_norm, eps, w.normed, rows)
+            linear(w.normed, layer.gate_up.weight, layer.gate_up.bias, w.gate_up, rows)
+            silu_mul(w.gate_up, w.activated, rows)
+            linear(w.activated, layer.down.weight, layer.down.bias, w.x, rows)
+            x = w.x
+        add_rms_norm(x, w.residual, None, eps, None, rows)
+
+    def _attend_by_library(self, index: int, layer: Layer, mask: Any) -> bool:
+        """Whether a library has computed this layer's attention: if one was chosen and can."""
+        if self._library is None or mask is None or layer.window is not None:
+            return False
+        w, rows = self._activations, int(mask.q_seqinfo.seqstart_py[-1])
+        return self._library.attend(index, w.q[:rows], mask, self._scale, w.attended[:rows])
+
+
+def to_device(layer: Layer, device: torch.device) -> Layer:
+    """The same layer with its tensors on `device`."""
+
+    def matrix(m: Linear) -> Linear:
+        bias = None if m.bias is None else m.bias.to(device)
+        return Linear(m.weight.to(device).contiguous(), bias)
+
+    return replace(
+        layer,
+        attention_norm=layer.attention_norm.to(device),
+        qkv=matrix(layer.qkv),
+        q_norm=None if layer.q_norm is None else layer.q_norm.to(device),
+        k_norm=None if layer.k_norm is None else layer.k_norm.to(device),
+        o=matrix(layer.o),
+        mlp_norm=layer.mlp_norm.to(device),
+        gate_up=matrix(layer.gate_up),
+        down=matrix(layer.down),
+    )

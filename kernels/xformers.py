@@ -1,0 +1,88 @@
+"""Attention through xFormers' paged masks, for those who prefer a library's speed to equal bits. Imports are silent,
+and nothing of xFormers is imported before someone asks for it.
+
+What it can keep of the guarantees (xFormers 0.0.35, read in its sources): one call's result depends on nothing but
+its inputs, but a token's bits depend on its company. Its decode operator (triton_splitk) cuts the keys into a number
+of splits computed from the batch, and takes only equal query counts up to 16 and pages of a multiple of 64; prefills
+go to FlashAttention 2 or 3, if those packages are installed, which sum in another order. So a recovered stream may
+differ in its last bits from the unfailed one, and greedy choices with it where two logits are close. Never the
+default."""
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from kernels.base import StepArrays
+
+
+class XformersMissing(RuntimeError):
+    """xFormers cannot be used here; the message says why."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """xFormers warns at import where it finds no operators of its own; whether one fits is asked later."""
+    logger = logging.getLogger("xformers")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why xFormers cannot be used on `device`, or None."""
+    if device.type != "cuda":
+        return f"xFormers has no operator for {device.type}"
+    if importlib.util.find_spec("xformers") is None:
+        return "xformers is not installed (pip install 'kevlarflow[gpu]')"
+    return None
+
+
+class PagedAttention:
+    """Causal attention over a cache [layers, 2, num_blocks, block_size, kv_heads, head_dim]. Raises XformersMissing.
+
+    Sliding windows are not for it: 0.0.35 has no paged mask for them."""
+
+    def __init__(self, planes: torch.Tensor) -> None:
+        reason = why_not(planes.device)
+        if reason is not None:
+            raise XformersMissing(reason)
+        with _quiet():
+            self._fmha = importlib.import_module("xformers.ops.fmha")
+            self._bias = importlib.import_module("xformers.ops.fmha.attn_bias")
+        layers, _, blocks, self._block_size, kv_heads, head_dim = planes.shape
+        self._pages = planes.view(layers, 2, 1, blocks * self._block_size, kv_heads, 1, head_dim)
+
+    def mask(self, step: StepArrays, tables: torch.Tensor) -> Any:
+        """The mask of one step, for all its layers. tables: int32 [>=B, >=W] on the device."""
+        rows, width = step.tables.shape
+        plain = self._bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+            q_seqlen=(step.cu_q[1:] - step.cu_q[:-1]).tolist(),
+            kv_padding=width * self._block_size,
+            kv_seqlen=step.context_lens.tolist(),
+            device=self._pages.device,
+        )
+        paged = self._bias.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask
+        return plain.make_paged(tables[:rows, :width].contiguous(), self._block_size, paged)
+
+    def attend(self, layer: int, q: torch.Tensor, mask: Any, scale: float, out: torch.Tensor) -> bool:
+        """out = softmax(scale q K) V for q, out [T, heads * head_dim]. False if xFormers has no operator for this
+        step (a chunk of prefill where no FlashAttention is installed, say): nothing is written then."""
+        _, _, _, _, kv_heads, _, head_dim = self._pages.shape
+        group = q.shape[1] // (kv_heads * head_dim)
+        keys, values = (plane.expand(-1, -1, -1, group, -1) for plane in self._pages[layer])
+        query = q.view(1, len(q), kv_heads, group, head_dim)
+        try:
+            result = self._fmha.memory_efficient_attention_forward(
+                query, keys, values, mask, p=0.0, scale=scale
+            )
+        except NotImplementedError:  # how its dispatch says so
+            return False
+        out.copy_(result.reshape(out.shape))
+        return True

@@ -1,0 +1,63 @@
+"""What is optional stays so: everything else imports, silently, without triton, xFormers or a GPU."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import reference
+from kernels.dispatch import device_cache
+from kernels.xformers import PagedAttention, XformersMissing, why_not
+
+IMPORT = """
+import sys
+sys.modules["triton"] = sys.modules["xformers"] = None  # importing them raises ImportError
+import kernels, kernels.xformers, kernels.reference, dataplane.executor, dataplane.main
+"""
+
+
+def test_everything_imports_without_them_and_says_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_xformers_says_why_it_cannot_be_used() -> None:
+    assert why_not(torch.device("cpu")) == "xFormers has no operator for cpu"
+    with pytest.raises(XformersMissing, match="no operator for cpu"):
+        PagedAttention(torch.zeros(1, 2, 4, 16, 2, 32))
+
+
+def test_a_device_that_cannot_be_used_says_why() -> None:
+    sizes = (4, 2, 2, 16, 32, "float32")
+    with pytest.raises(ValueError, match="no kernels for device 'mps'"):
+        device_cache(*sizes, "mps")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="torch sees no CUDA device"):
+            device_cache(*sizes, "cuda")
+
+
+@pytest.mark.parametrize(
+    "work", [[(0, 99, 1), (1, 63, 1)], [(0, 0, 40), (1, 60, 1)]], ids=["decode", "mixed"]
+)
+def test_xformers_attention(gpu, work) -> None:
+    """Where one of its operators takes the step; with the tolerance of bfloat16, for it keeps no bits."""
+    from tests.gpu.steps import Rows, close, make_cache, random
+
+    reason = why_not(gpu)
+    if reason is not None:
+        pytest.skip(reason)
+    cache = make_cache(gpu, "bfloat16", head_dim=64, block_size=64, blocks=8)
+    step = Rows([100, 64], cache).step(*work)
+    tokens = int(step.cu_q[-1])
+    q = random(tokens, 4 * 64, dtype="bfloat16", device=gpu)
+    attention = PagedAttention(cache.planes)
+    mask = attention.mask(step, torch.from_numpy(np.ascontiguousarray(step.tables)).to(gpu))
+    got, want = torch.empty_like(q), torch.empty(tokens, 4, 64, dtype=q.dtype, device=gpu)
+    if not attention.attend(1, q, mask, 0.125, got):
+        pytest.skip("xFormers has no operator for this step here")
+    reference.attend(q.view(want.shape), *cache.layer(1), step, 0.125, None, want)
+    close(got.view(want.shape), want, "bfloat16")

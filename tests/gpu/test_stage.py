@@ -1,0 +1,187 @@
+"""Whole stages: what a step computes, and that its bits do not depend on how the tokens came."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytest.importorskip("triton", reason="triton is not installed (pip install 'kevlarflow[gpu]')")
+
+from dataplane.executor import StageExecutor
+from dataplane.model.config import load_config
+from dataplane.model.layers import build_layer
+from dataplane.model.rotary import RotaryTable
+from dataplane.model.split import split_layers
+from dataplane.model.weights import EMBED, NORM, load_weights, stage_shapes
+from kernels.base import DTYPES, Head, StageSpec
+from kernels.cuda import graphs
+from kernels.cuda.cache import DeviceCache
+from kernels.cuda.stage import CudaStage
+from tests.gpu.steps import Rows
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "vocab_size": 71, "hidden_size": 48, "intermediate_size": 56,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "max_position_embeddings": 512, "attention_bias": True, "use_sliding_window": True, "sliding_window": 19,
+    "max_window_layers": 1, "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights with all that the kernels support: head norms, biases, grouped heads, a window."""
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    generator = torch.Generator().manual_seed(7)
+    shapes = stage_shapes(load_config(path), range(CONFIG["num_hidden_layers"]))
+    weights = {
+        name: torch.randn(*shape, generator=generator) * 0.3 + (len(shape) == 1)
+        for name, shape in shapes.items()
+    }
+    save_file(weights, path / "model.safetensors")
+    return path
+
+
+class Pipeline:
+    """The stages of the model on the device, each with its own cache, and one table of sequences."""
+
+    def __init__(self, model_dir: Path, stages: int, dtype: Any, device: torch.device) -> None:
+        config, kind = load_config(model_dir), DTYPES[dtype]
+        weights = load_weights(model_dir, config, range(config.num_layers))
+        self.embed = weights[EMBED].to(kind).to(device)
+        head = Head(weights[NORM].to(kind), weights[EMBED].to(kind))
+        self.stages: list[CudaStage] = []
+        for number, layers in enumerate(split_layers(config.num_layers, stages)):
+            kv = DeviceCache(24, len(layers), config.num_kv_heads, 16, config.head_dim, dtype, str(device))
+            built = tuple(build_layer(config, i, weights, kind) for i in layers)
+            rotary = RotaryTable(config.rope, config.head_dim, config.max_positions)
+            sizes = (config.hidden_size, config.intermediate_size, config.num_heads, config.rms_norm_eps)
+            spec = StageSpec(*sizes, rotary, built, head if number == stages - 1 else None)
+            self.stages.append(CudaStage(spec, kv))
+        self.rows = Rows([100, 60, 60], kv)
+
+    def step(self, *work: tuple[int, int, list[int]]) -> np.ndarray:
+        """Logits of every token of (sequence, first position, tokens)."""
+        arrays = self.rows.step(*((i, start, len(tokens)) for i, start, tokens in work))
+        tokens = torch.tensor([t for _, _, ts in work for t in ts])
+        hidden = self.embed[tokens.to(self.embed.device)]
+        for stage in self.stages:
+            residual = stage.reserve(len(tokens))
+            residual.copy_(hidden)
+            stage.forward(arrays)
+            hidden = residual.clone()
+        return stage.logits(hidden)
+
+
+def tokens_of(count: int) -> list[int]:
+    return np.random.default_rng(3).integers(0, CONFIG["vocab_size"], count).tolist()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 0.6)])
+def test_logits_are_those_of_the_cpu(device, model_dir, dtype, tolerance) -> None:
+    tokens = tokens_of(30)
+    pipeline = Pipeline(model_dir, 1, dtype, device)
+    got = pipeline.step((0, 0, tokens))
+    cpu = StageExecutor(model_dir, 0, 1, num_blocks=24, dtype=dtype)
+    step = pipeline.rows.step((0, 0, 30))
+    want = cpu.forward(np.array(tokens), None, step, np.arange(30, dtype=np.int32))
+    assert want.std() > 1
+    np.testing.assert_allclose(got, want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.timeout(600)  # the interpreter takes its time on a busy machine
+@pytest.mark.parametrize(("dtype", "stages"), [("float32", 1), ("bfloat16", 2)])
+def test_bits_do_not_depend_on_the_path(device, model_dir, short_splits, dtype, stages) -> None:
+    """A prefill, chunks and decode steps alone and in batches, which on a GPU are graph replays."""
+    tokens, other = tokens_of(40), tokens_of(9)
+    pipeline = Pipeline(model_dir, stages, dtype, device)
+    whole = pipeline.step((1, 0, tokens))
+    assert np.isfinite(whole).all()
+    assert len({row.tobytes() for row in whole}) == len(whole)  # the rows can tell a mistake
+
+    chunked = np.concatenate([pipeline.step((2, at, tokens[at : at + 17])) for at in range(0, 40, 17)])
+    assert np.array_equal(chunked, whole)
+
+    pipeline.step((0, 0, tokens[:20]))
+    for at in (20, 21):  # alone: one row
+        assert np.array_equal(pipeline.step((0, at, tokens[at : at + 1]))[0], whole[at])
+    pipeline.step((1, 0, other))
+    out = pipeline.step(
+        (1, 9, [5]), (0, 22, tokens[22:23]), (2, 22, tokens[22:23])
+    )  # three rows, padded to four
+    assert np.array_equal(out[1], whole[22])
+    assert np.array_equal(out[2], whole[22])
+    mixed = pipeline.step((1, 10, other), (0, 23, tokens[23:24]))  # a chunk of prefill beside a decode
+    assert np.array_equal(mixed[-1], whole[23])
+
+
+def test_a_block_survives_the_wire(device) -> None:
+    """What one cache gives, another one of the same kind takes."""
+    sizes = (6, 3, 2, 16, 24, "bfloat16", str(device))
+    source, target = DeviceCache(*sizes), DeviceCache(*sizes)
+    values = torch.randn(source.planes.shape, generator=torch.Generator().manual_seed(1))
+    source.planes.copy_(values)
+    data = bytes(source.view(4))
+    assert len(data) == source.block_bytes == 3 * 2 * 16 * 2 * 24 * 2
+    target.write(2, data)
+    assert torch.equal(target.planes[:, :, 2], source.planes[:, :, 4])
+    assert not target.planes[:, :, [0, 1, 3, 4, 5]].any()
+    with pytest.raises(IndexError):
+        source.view(6)
+    with pytest.raises(ValueError, match="a block has"):
+        target.write(0, data[:-1])
+
+
+def test_steps_that_do_not_fit_are_refused(device, model_dir) -> None:
+    pipeline = Pipeline(model_dir, 1, "float32", device)
+    stage, step = pipeline.stages[0], pipeline.rows.step((0, 0, 3))
+    step.tables[0, 0] = 24
+    with pytest.raises(IndexError, match="a block is outside the cache"):
+        stage.forward(step)
+    step.slots[0] = 24 * 16
+    with pytest.raises(IndexError, match="a slot is outside the cache"):
+        stage.forward(step)
+    with pytest.raises(ValueError, match="has no head"):
+        Pipeline(model_dir, 2, "float32", device).stages[0].logits(torch.zeros(1, 48, device=device))
+
+
+def test_an_executor_runs_on_the_gpu(gpu, model_dir) -> None:
+    """The data plane's own way to a stage, of two stages, with activations and blocks through host memory."""
+    tokens = tokens_of(20)
+    want = Pipeline(model_dir, 2, "bfloat16", gpu).step((0, 0, tokens))
+    first, last = (
+        StageExecutor(model_dir, s, 2, num_blocks=24, dtype="bfloat16", device="cuda") for s in range(2)
+    )
+    step = Rows([100, 60, 60], first.kv).step((0, 0, 20))
+    hidden = first.forward(np.array(tokens), None, step, np.arange(0, dtype=np.int32))
+    got = last.forward(None, memoryview(hidden).cast("B"), step, np.arange(20, dtype=np.int32))
+    assert np.array_equal(got, want)
+
+
+def test_decode_steps_are_captured_once(device, model_dir, monkeypatch) -> None:
+    """One capture for each power of two of rows; on a GPU, CUDA graphs."""
+    captures: list[int] = []
+    name = "cuda_capture" if device.type == "cuda" else "run_uncaptured"
+    real = getattr(graphs, name)
+    replays: list[int] = []
+
+    def capture(body):
+        number = len(captures)
+        captures.append(number)
+        replay = real(body)
+        return lambda: (replays.append(number), replay())
+
+    monkeypatch.setattr(graphs, name, capture)
+    pipeline = Pipeline(model_dir, 1, "float32", device)
+    pipeline.step((0, 0, [5, 6]), (1, 0, [7]), (2, 0, [8]))  # a prefill
+    assert not captures
+    for at in (2, 3):
+        pipeline.step((0, at, [9]))
+    pipeline.step((0, 4, [9]), (1, 1, [9]), (2, 1, [9]))
+    pipeline.step((0, 5, [9]))
+    assert replays == [0, 0, 1, 0]
+    assert len(captures) == 2
