@@ -1,4 +1,4 @@
-"""The block table in plain Python: what blocktable.pyx must equal. Slow, obvious, used by tests only."""
+"""Block table and rows in plain Python: what blocktable.pyx must equal. Slow, obvious, used by tests only."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +18,17 @@ class OracleArrays:
     cu_q: npt.NDArray[np.int32]
     context_lens: npt.NDArray[np.int32]
     tables: npt.NDArray[np.int32]
+
+
+class OracleRows:
+    """See blocktable.Rows."""
+
+    def __init__(self, data: bytes) -> None:
+        rids, starts, counts, sample = np.frombuffer(data, "<i8").reshape(4, -1)
+        asked = sample != 0
+        self.rids, self.starts, self.counts = rids, starts.astype(np.int32), counts.astype(np.int32)
+        self.sample_rids = rids[asked]
+        self.sample_rows = (np.cumsum(counts)[asked] - 1).astype(np.int32)
 
 
 class OracleBlockTable:

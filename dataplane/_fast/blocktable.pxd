@@ -1,6 +1,10 @@
 from libc.stdint cimport int32_t, int64_t
 
 
+cdef class Rows:
+    cdef readonly object rids, starts, counts, sample_rids, sample_rows
+
+
 cdef class StepArrays:
     cdef readonly object positions, slots, cu_q, context_lens, tables
     cdef readonly Py_ssize_t num_tokens, num_rows

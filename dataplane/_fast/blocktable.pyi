@@ -9,7 +9,22 @@ class TableFull(MemoryError):
 class KvGap(ValueError):
     """A step begins behind the positions that are valid."""
 
-def lookup(held: dict[int, int], keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]: ...
+class Rows:
+    """The rows of a step of B rows, K of which sample. Raises ValueError."""
+
+    def __init__(self, data: bytes) -> None: ...
+    @property
+    def rids(self) -> npt.NDArray[np.int64]: ...  # [B]
+    @property
+    def starts(self) -> npt.NDArray[np.int32]: ...  # [B]
+    @property
+    def counts(self) -> npt.NDArray[np.int32]: ...  # [B]
+    @property
+    def sample_rids(self) -> npt.NDArray[np.int64]: ...  # [K]
+    @property
+    def sample_rows(self) -> npt.NDArray[np.int32]: ...  # [K] index of their last token in the step
+
+def lookup(held: dict[int, int], keys: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int32], int]: ...
 
 class StepArrays:
     """The arrays of one step; the next fill() into the same object overwrites them."""

@@ -3,7 +3,7 @@
 
 All checks are made before anything is written, so a raised error leaves the table as it was."""
 
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t
 
 import numpy as np
 
@@ -16,15 +16,45 @@ class KvGap(ValueError):
     """A step begins behind the positions that are valid."""
 
 
-def lookup(dict held, const int64_t[:] keys):
-    """held[key] of each key as int32, -1 for a key that is not there."""
-    cdef Py_ssize_t i, n = keys.shape[0]
+cdef class Rows:
+    """The rows of a step: counts[i] tokens of request rids[i] from position starts[i] on. Some ask for the token after
+    their last: sample_rids[k] does, and its last one is token sample_rows[k] of the step.
+
+    Made from int64 [4, B], little endian: rid, start, count, whether to sample. Raises ValueError for other bytes."""
+
+    def __init__(self, const uint8_t[::1] data):
+        cdef Py_ssize_t n = data.shape[0] // 32, i, sampling = 0, asked = 0
+        if data.shape[0] != 32 * n:
+            raise ValueError(f"{data.shape[0]} bytes are no rows of a step")
+        cdef const int64_t *columns = <const int64_t *>&data[0] if n else NULL
+        cdef int64_t tokens = 0
+        for i in range(n):
+            sampling += columns[3 * n + i] != 0
+        self.rids, self.starts, self.counts = np.empty(n, np.int64), np.empty(n, np.int32), np.empty(n, np.int32)
+        self.sample_rids, self.sample_rows = np.empty(sampling, np.int64), np.empty(sampling, np.int32)
+        cdef int64_t[::1] rids = self.rids, sample_rids = self.sample_rids
+        cdef int32_t[::1] starts = self.starts, counts = self.counts, sample_rows = self.sample_rows
+        for i in range(n):
+            rids[i] = columns[i]
+            starts[i] = <int32_t>columns[n + i]
+            counts[i] = <int32_t>columns[2 * n + i]
+            tokens += counts[i]
+            if columns[3 * n + i]:
+                sample_rids[asked] = columns[i]
+                sample_rows[asked] = <int32_t>(tokens - 1)
+                asked += 1
+
+
+def lookup(dict held, const int64_t[::1] keys):
+    """held[key] of each key as int32, and how many keys are not there (-1)."""
+    cdef Py_ssize_t i, n = keys.shape[0], unknown = 0
     found = np.empty(n, np.int32)
     cdef int32_t[::1] out = found
     for i in range(n):
         value = held.get(keys[i])
         out[i] = -1 if value is None else <int32_t>value
-    return found
+        unknown += value is None
+    return found, unknown
 
 
 cdef class StepArrays:

@@ -8,13 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataplane._fast._oracle import OracleBlockTable
-from dataplane._fast.blocktable import BlockTable, StepArrays, TableFull
+from dataplane._fast._oracle import OracleBlockTable, OracleRows
+from dataplane._fast.blocktable import BlockTable, KvGap, Rows, StepArrays, TableFull, lookup
+from dataplane.core.messages import pack_rows
 
 ROWS, WIDTH, SIZE = 4, 6, 3
 ARRAYS = ("positions", "slots", "cu_q", "context_lens", "tables")
 
 row = st.integers(-1, ROWS)
+steps = st.lists(st.tuples(row, st.integers(-1, SIZE * WIDTH), st.integers(0, SIZE * WIDTH)), max_size=4)
 operation = st.one_of(
     st.tuples(st.just("new_row")),
     st.tuples(st.just("free_row"), row),
@@ -23,10 +25,12 @@ operation = st.one_of(
     st.tuples(st.just("truncate"), row, st.integers(-1, WIDTH)),
     st.tuples(st.just("blocks"), row),
     st.tuples(st.just("num_blocks"), row),
-    st.tuples(
-        st.just("fill"),
-        st.lists(st.tuples(row, st.integers(-1, SIZE * WIDTH), st.integers(0, SIZE * WIDTH)), max_size=4),
-    ),
+    st.tuples(st.just("block"), row, st.integers(-1, WIDTH)),
+    st.tuples(st.just("valid"), row),
+    st.tuples(st.just("set_valid"), row, st.integers(-1, SIZE * WIDTH)),
+    st.tuples(st.just("fill"), steps),
+    st.tuples(st.just("commit"), steps),
+    st.tuples(st.just("grow"), steps, st.lists(st.integers(0, 2**31 - 1), max_size=2 * WIDTH)),
 )
 
 
@@ -34,9 +38,14 @@ def outcome(table: BlockTable | OracleBlockTable, op: tuple) -> object:
     """What an operation returns, or the type of what it raises."""
     name, *args = op
     try:
-        if name != "fill":
+        if name not in ("fill", "commit", "grow"):
             return getattr(table, name)(*args)
         columns = np.array(args[0], np.int32).reshape(-1, 3).T
+        if name == "grow":
+            free = list(args[1])
+            return table.grow(*columns, free), free
+        if name == "commit":
+            return table.commit(*columns)
         out = table.fill(*columns)
         arrays = [getattr(out, a) for a in ARRAYS]
         return [(a.dtype.name, a.shape, a.tolist()) for a in arrays]
@@ -50,6 +59,67 @@ def test_equals_oracle(operations: list[tuple]) -> None:
     table, oracle = BlockTable(ROWS, WIDTH, SIZE), OracleBlockTable(ROWS, WIDTH, SIZE)
     for op in operations:
         assert outcome(table, op) == outcome(oracle, op), op
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_growing_rows_equal_oracle(data: st.DataObject) -> None:
+    """Steps as a stage has them: several rows at once, each going on where it is valid, until no block is left."""
+    table, oracle = BlockTable(ROWS, WIDTH, SIZE), OracleBlockTable(ROWS, WIDTH, SIZE)
+    mine, theirs = list(range(ROWS * WIDTH - 3)), list(range(ROWS * WIDTH - 3))
+    rows = [table.new_row() for _ in range(ROWS)]
+    assert rows == [oracle.new_row() for _ in range(ROWS)]
+    for _ in range(8):
+        chosen = data.draw(st.lists(st.sampled_from(rows), unique=True, max_size=ROWS))
+        starts = [data.draw(st.integers(0, min(table.valid(r), SIZE * WIDTH - 1))) for r in chosen]
+        counts = [data.draw(st.integers(1, SIZE * WIDTH - start)) for start in starts]
+        step = [np.array(column, np.int32) for column in (chosen, starts, counts)]
+        missing = table.grow(*step, mine)
+        assert missing == oracle.grow(*step, theirs)
+        assert mine == theirs
+        if missing == 0:
+            assert [table.valid(r) for r in chosen] == starts
+            assert table.commit(*step) == oracle.commit(*step)
+        for r in rows:
+            assert (table.blocks(r), table.valid(r)) == (oracle.blocks(r), oracle.valid(r))
+
+
+def test_a_step_behind_what_is_valid_is_a_gap() -> None:
+    table = BlockTable(1, 4, 4)
+    one = [np.array([x], np.int32) for x in (table.new_row(), 0, 5)]
+    assert table.grow(*one, [3, 2, 1]) == 0
+    with pytest.raises(KvGap, match="0 valid positions, the step begins at 5"):
+        table.grow(one[0], one[2], one[2], [0])
+    assert table.commit(*one) == [0]
+    assert table.grow(one[0], one[2], one[2], [0]) == 0
+
+
+@given(
+    st.dictionaries(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**31 - 1)), st.lists(st.integers(0, 9))
+)
+def test_lookup_finds_what_is_there(held: dict[int, int], others: list[int]) -> None:
+    keys = [*held, *others]
+    found, unknown = lookup(held, np.array(keys, np.int64))
+    assert found.dtype == np.int32
+    assert found.tolist() == [held.get(key, -1) for key in keys]
+    assert unknown == sum(key not in held for key in keys)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 2**63 - 1), st.integers(0, 2**20), st.integers(1, 2**12), st.booleans()),
+        max_size=20,
+    )
+)
+def test_rows_equal_oracle(rows: list[tuple[int, int, int, bool]]) -> None:
+    data = pack_rows(rows)
+    got, want = Rows(data), OracleRows(data)
+    for name in ("rids", "starts", "counts", "sample_rids", "sample_rows"):
+        a, b = getattr(got, name), getattr(want, name)
+        assert a.dtype == b.dtype
+        assert a.tolist() == b.tolist(), name
+    with pytest.raises(ValueError, match="no rows of a step"):
+        Rows(data + b"x")
 
 
 @settings(max_examples=200, deadline=None)

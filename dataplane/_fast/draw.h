@@ -1,0 +1,186 @@
+/* From logits to tokens: one row at a time, so that a row's token depends on nothing but the row. */
+#ifndef KF_DRAW_H
+#define KF_DRAW_H
+
+#include <stdlib.h>
+
+#include "weights.h"
+
+#define KF_GREEDY_BELOW 1e-5 /* temperatures under this are greedy, as in vLLM */
+#define KF_LN2 0.6931471805599453
+
+__extension__ typedef unsigned __int128 kf_u128;
+
+/* What a request's next token depends on beside its logits. */
+typedef struct {
+    uint64_t seed;
+    int64_t length;  /* output tokens so far, which is the position of the next draw */
+    int64_t min_tokens, top_k;
+    double temperature, top_p, min_p;
+    float repetition, presence, frequency;
+    int in_use, counts_prompt, counts_output;
+    int64_t num_bias, num_stops;
+    const int32_t *bias_tokens, *stops; /* owned by the caller */
+    const float *bias;
+    int64_t num_seen, seen_room;
+    int32_t *seen, *counts; /* distinct tokens, ascending, and how often each is in the output */
+} kf_row;
+
+/* ---- the token log's part */
+
+/* Notes `token` and adds `count` to its number. Returns -1 if there is no memory, with nothing changed. */
+static int kf_see(kf_row *row, int32_t token, int32_t count)
+{
+    int64_t lo = 0, hi = row->num_seen;
+    while (lo < hi) {
+        const int64_t mid = (lo + hi) / 2;
+        if (row->seen[mid] < token)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    if (lo < row->num_seen && row->seen[lo] == token) {
+        row->counts[lo] += count;
+        return 0;
+    }
+    if (row->num_seen == row->seen_room) {
+        const int64_t room = row->seen_room ? 2 * row->seen_room : 64;
+        int32_t *grown = realloc(row->seen, (size_t)room * sizeof(int32_t));
+        if (grown == NULL)
+            return -1;
+        row->seen = grown;
+        grown = realloc(row->counts, (size_t)room * sizeof(int32_t));
+        if (grown == NULL)
+            return -1;
+        row->counts = grown;
+        row->seen_room = room;
+    }
+    const size_t after = (size_t)(row->num_seen - lo) * sizeof(int32_t);
+    memmove(row->seen + lo + 1, row->seen + lo, after);
+    memmove(row->counts + lo + 1, row->counts + lo, after);
+    row->seen[lo] = token;
+    row->counts[lo] = count;
+    row->num_seen++;
+    return 0;
+}
+
+static void kf_row_clear(kf_row *row)
+{
+    free(row->seen);
+    free(row->counts);
+    memset(row, 0, sizeof *row);
+}
+
+static inline int kf_adjusts(const kf_row *row)
+{
+    return row->num_bias > 0 || row->num_seen > 0 || (row->num_stops > 0 && row->length < row->min_tokens);
+}
+
+/* min_tokens, logit bias, then penalties, in float32. */
+static void kf_adjust(const kf_row *row, float *x)
+{
+    if (row->length < row->min_tokens)
+        for (int64_t i = 0; i < row->num_stops; i++)
+            x[row->stops[i]] = -INFINITY;
+    for (int64_t i = 0; i < row->num_bias; i++)
+        x[row->bias_tokens[i]] += row->bias[i];
+    for (int64_t i = 0; i < row->num_seen; i++) {
+        float v = x[row->seen[i]];
+        if (row->repetition != 1.0f)
+            v = v > 0.0f ? v / row->repetition : v * row->repetition;
+        if (row->counts[i] > 0) {
+            v -= row->frequency * (float)row->counts[i];
+            v -= row->presence;
+        }
+        x[row->seen[i]] = v;
+    }
+}
+
+/* Philox4x64-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11): 53 bits for one position.
+ * Same numbers as numpy.random.Philox(key=seed, counter=position), which counts once before its first block. */
+static uint64_t kf_noise(uint64_t seed, uint64_t position)
+{
+    uint64_t c0 = position + 1, c1 = c0 == 0, c2 = 0, c3 = 0, k0 = seed, k1 = 0;
+    for (int round = 0; round < 10; round++) {
+        const kf_u128 p0 = (kf_u128)0xD2E7470EE14C6C93u * c0, p1 = (kf_u128)0xCA5A826395121157u * c2;
+        c0 = (uint64_t)(p1 >> 64) ^ c1 ^ k0;
+        c1 = (uint64_t)p1;
+        c2 = (uint64_t)(p0 >> 64) ^ c3 ^ k1;
+        c3 = (uint64_t)p0;
+        k0 += 0x9E3779B97F4A7C15u;
+        k1 += 0xBB67AE8584CAA73Bu;
+    }
+    return c0 >> 11;
+}
+
+/* ---- a draw */
+
+/* Inverts the cumulative distribution, in order of token id, of what min-p, top-k and top-p leave. */
+static int64_t kf_draw(const kf_row *row, const float *x, int64_t best, const kf_scratch *s)
+{
+    const int64_t n = s->vocab;
+    const int top_k = row->top_k > 0 && row->top_k < n, top_p = row->top_p < 1.0;
+    int64_t total = kf_weigh(x, n, x[best], KF_LOG2E / row->temperature, ceil(row->min_p * (double)(1LL << KF_ONE)),
+                             s->weights, s->sums);
+    if (total == 0) /* the best is not finite: penalties or masks left nothing to draw from */
+        return best;
+    const kf_u128 noise = kf_noise(row->seed, (uint64_t)row->length);
+    if (!top_k && !top_p) {
+        int64_t pick = (int64_t)(noise * (uint64_t)total >> 53), b = 0;
+        for (; pick >= s->sums[b]; b++)
+            pick -= s->sums[b];
+        for (b *= KF_BLOCK; pick >= s->weights[b]; b++)
+            pick -= s->weights[b];
+        return b;
+    }
+    const int64_t least = top_k ? kf_top_k_floor(s, row->top_k) : kf_top_p_floor(s, row->top_p, total);
+    int64_t count = kf_keep(s->weights, n, least, s->kept);
+    if (top_k)
+        count = kf_top_k(s, count, row->top_k, &total);
+    if (top_p)
+        kf_top_p(s, count, row->top_p, &total);
+    int64_t pick = (int64_t)(noise * (uint64_t)total >> 53), i = 0;
+    for (; pick >= s->weights[s->kept[i]]; i++)
+        pick -= s->weights[s->kept[i]];
+    return s->kept[i];
+}
+
+/* tokens[r] for row r of logits [rows, vocab], -1 if it is not finite. */
+static void kf_sample(const float *logits, int64_t rows, const int32_t *slots, const kf_row *states,
+                      const kf_scratch *s, int64_t *tokens)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        const kf_row *row = states + slots[r];
+        const float *x = logits + r * s->vocab;
+        int finite;
+        int64_t best = kf_best(x, s->vocab, &finite);
+        if (!finite) {
+            tokens[r] = -1;
+            continue;
+        }
+        if (kf_adjusts(row)) {
+            memcpy(s->logits, x, (size_t)s->vocab * sizeof(float));
+            kf_adjust(row, s->logits);
+            x = s->logits;
+            best = kf_best(x, s->vocab, &finite);
+        }
+        tokens[r] = row->temperature < KF_GREEDY_BELOW ? best : kf_draw(row, x, best, s);
+    }
+}
+
+/* log(sum(exp(x))) of finite values, without libm, whose last bit differs between machines. */
+static double kf_log_sum_exp(const float *x, const kf_scratch *s)
+{
+    int finite, exponent;
+    const double best = x[kf_best(x, s->vocab, &finite)];
+    const int64_t total = kf_weigh(x, s->vocab, best, KF_LOG2E, 0.0, s->weights, s->sums);
+    const double m = frexp((double)total, &exponent); /* exact; m in [1/2, 1) */
+    const double z = (m - 0.75) / (m + 0.75);         /* log(m / 0.75) = 2 atanh(z), |z| <= 1/5 */
+    double series = 0.0;
+    for (int k = 27; k > 0; k -= 2)
+        series = series * (z * z) + 1.0 / k;
+    const double log_three_quarters = -0.2876820724517809;
+    return best + (2.0 * z * series + log_three_quarters + (exponent - KF_ONE) * KF_LN2);
+}
+
+#endif

@@ -1,0 +1,175 @@
+# cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""What every running request's next token depends on, and draws for whole batches without the interpreter.
+
+The arithmetic is in draw.h and weights.h. All checks are made before anything is written."""
+
+from libc.stdint cimport int32_t, int64_t
+from libc.stdlib cimport calloc, free
+
+import numpy as np
+
+
+class SlotsFull(MemoryError):
+    """No free slot."""
+
+
+cdef class DrawTable:
+    """Slots of sampling state, one a request; their number is fixed at construction. One thread at a time."""
+
+    def __cinit__(self, Py_ssize_t max_rows, Py_ssize_t vocab_size):
+        if max_rows <= 0 or not 0 < vocab_size <= KF_VOCAB_MAX:
+            raise ValueError(f"no table for {max_rows} rows of {vocab_size} tokens (at most {KF_VOCAB_MAX})")
+        self.rows = <kf_row *>calloc(max_rows, sizeof(kf_row))
+        if self.rows == NULL:
+            raise MemoryError("no memory for the sampling table")
+        self.max_rows = max_rows
+        self.vocab_size = vocab_size
+        self.free = list(range(max_rows - 1, -1, -1))
+        self.held = [None] * max_rows
+        cdef float[::1] logits = np.empty(vocab_size, np.float32)
+        cdef int64_t[::1] weights = np.empty(vocab_size, np.int64)
+        cdef int64_t[::1] sums = np.empty(vocab_size // KF_BLOCK + 1, np.int64)
+        cdef int32_t[::1] kept = np.empty(vocab_size, np.int32), pending = np.empty(vocab_size, np.int32)
+        cdef int64_t[::1] maxima = np.empty(vocab_size // KF_GROUP + 1, np.int64)
+        cdef int64_t[::1] buckets = np.empty(KF_BUCKETS, np.int64)
+        self.buffers = (logits, weights, sums, kept, pending, maxima, buckets)  # keeps them alive
+        self.scratch = kf_scratch(
+            vocab_size, &logits[0], &weights[0], &sums[0], &kept[0], &pending[0], &maxima[0], &buckets[0]
+        )
+
+    def __dealloc__(self):
+        cdef Py_ssize_t i
+        if self.rows != NULL:
+            for i in range(self.max_rows):
+                kf_row_clear(&self.rows[i])
+            free(self.rows)
+
+    cdef kf_row *row(self, Py_ssize_t slot) except NULL:
+        self.check_idle()
+        if slot < 0 or slot >= self.max_rows or not self.rows[slot].in_use:
+            raise IndexError(f"slot {slot} is not in use")
+        return &self.rows[slot]
+
+    cdef int see(self, kf_row *row, const int32_t[:] tokens, int32_t count) except -1:
+        cdef Py_ssize_t i
+        for i in range(tokens.shape[0]):
+            if kf_see(row, tokens[i], count) < 0:
+                raise MemoryError("no memory for a request's token counts")
+        return 0
+
+    cdef int extend(self, kf_row *row, int64_t token) except -1:
+        if row.counts_output and kf_see(row, <int32_t>token, 1) < 0:
+            raise MemoryError("no memory for a request's token counts")
+        row.length += 1
+        return 0
+
+    cdef int check_idle(self) except -1:
+        if self.sampling:
+            raise RuntimeError("another thread is sampling from this table")
+        return 0
+
+    cdef int check(self, const int32_t[:] tokens) except -1:
+        cdef Py_ssize_t i
+        for i in range(tokens.shape[0]):
+            if not 0 <= tokens[i] < self.vocab_size:
+                raise ValueError(f"token id {tokens[i]} is outside the vocabulary of {self.vocab_size}")
+        return 0
+
+    def admit(self, spec, const int32_t[::1] prompt, const int32_t[::1] output):
+        """A slot for a request of this contract.requests.Sampling and token log.
+
+        Raises SlotsFull, ValueError for a token id outside the vocabulary."""
+        cdef const int32_t[::1] bias_tokens = np.array([t for t, _ in spec.logit_bias], np.int32)
+        cdef const float[::1] bias = np.array([b for _, b in spec.logit_bias], np.float32)
+        cdef const int32_t[::1] stops = np.array(spec.stop_token_ids if spec.min_tokens > 0 else (), np.int32)
+        self.check(prompt)
+        self.check(output)
+        self.check(bias_tokens)
+        self.check(stops)
+        self.check_idle()
+        if not self.free:
+            raise SlotsFull(f"all {self.max_rows} slots of the sampling table are in use")
+        cdef Py_ssize_t slot = self.free[len(self.free) - 1]
+        cdef kf_row *row = &self.rows[slot]
+        kf_row_clear(row)
+        row.seed = spec.seed & 0xFFFFFFFFFFFFFFFF
+        row.length = output.shape[0]
+        row.min_tokens = spec.min_tokens
+        row.top_k = spec.top_k
+        row.temperature = spec.temperature
+        row.top_p = spec.top_p
+        row.min_p = spec.min_p
+        row.repetition = spec.repetition_penalty
+        row.presence = spec.presence_penalty
+        row.frequency = spec.frequency_penalty
+        row.counts_prompt = row.repetition != 1.0
+        row.counts_output = row.counts_prompt or row.presence != 0.0 or row.frequency != 0.0
+        row.num_bias = bias.shape[0]
+        row.num_stops = stops.shape[0]
+        if bias.shape[0]:
+            row.bias_tokens = &bias_tokens[0]
+            row.bias = &bias[0]
+        if stops.shape[0]:
+            row.stops = &stops[0]
+        if row.counts_output:
+            seen = np.concatenate([prompt, output]) if row.counts_prompt else np.asarray(output)
+            self.see(row, np.unique(seen), 0)  # ascending: nothing moves
+            self.see(row, output, 1)
+        self.held[slot] = (bias_tokens, bias, stops)  # the row points into them
+        self.free.pop()
+        row.in_use = 1
+        return slot
+
+    def append(self, const int32_t[:] slots, const int64_t[:] tokens):
+        """The output of slots[i] grows by tokens[i]. Raises IndexError, ValueError."""
+        cdef Py_ssize_t i
+        if slots.shape[0] != tokens.shape[0]:
+            raise ValueError(f"{tokens.shape[0]} tokens for {slots.shape[0]} slots")
+        for i in range(slots.shape[0]):
+            self.row(slots[i])
+            if not 0 <= tokens[i] < self.vocab_size:
+                raise ValueError(f"token id {tokens[i]} is outside the vocabulary of {self.vocab_size}")
+        for i in range(slots.shape[0]):
+            self.extend(&self.rows[slots[i]], tokens[i])
+
+    def length(self, Py_ssize_t slot):
+        """How many tokens the output has: the position of the next draw."""
+        return self.row(slot).length
+
+    def release(self, Py_ssize_t slot):
+        """Gives the slot and what it held back."""
+        kf_row_clear(self.row(slot))
+        self.held[slot] = None
+        self.free.append(slot)
+
+    @property
+    def in_use(self):
+        return self.max_rows - len(self.free)
+
+    def sample(self, const float[:, ::1] logits, const int32_t[::1] slots):
+        """Tokens int64 [K] drawn from logits [K, vocab], -1 for a row that is not finite. No state changes.
+
+        Raises IndexError for a slot not in use, ValueError for shapes that do not fit."""
+        cdef Py_ssize_t k = slots.shape[0], i
+        if logits.shape[0] != k or logits.shape[1] != self.vocab_size:
+            raise ValueError(
+                f"logits of shape {logits.shape[0], logits.shape[1]} do not fit {k} slots of a vocabulary "
+                f"of {self.vocab_size}"
+            )
+        for i in range(k):
+            self.row(slots[i])
+        tokens = np.empty(k, np.int64)
+        cdef int64_t[::1] out = tokens
+        if k:
+            self.sampling = True
+            with nogil:
+                kf_sample(&logits[0, 0], k, &slots[0], self.rows, &self.scratch, &out[0])
+            self.sampling = False
+        return tokens
+
+    def log_sum_exp(self, const float[::1] logits):
+        """log(sum(exp(logits))) of one row [vocab] of finite values, with the same bits on every machine."""
+        if logits.shape[0] != self.vocab_size:
+            raise ValueError(f"{logits.shape[0]} logits for a vocabulary of {self.vocab_size}")
+        self.check_idle()
+        return kf_log_sum_exp(&logits[0], &self.scratch)
