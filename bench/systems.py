@@ -1,0 +1,119 @@
+"""What the map compares: nodes of ours in real clusters, and the peers. All answer the same question the same way."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from bench.cluster import running
+from bench.contract import progress
+from bench.frontdoor import FrontDoor
+from bench.peers.client import PEERS, Kind, PeerAbsent, PeerProcess
+from bench.peers.protocol import Answer, Setup, peak_bytes
+from controlplane.contract.config import EngineConfig
+from controlplane.contract.errors import KevlarFlowError
+from controlplane.contract.topology import Mode
+from controlplane.kfadmin.local import LocalCluster
+
+OURS = {"node": 1, "pipeline4": 4}  # stages
+BLOCK_SIZE = 16
+CUDA_PEERS = ("transformers",)
+
+
+class System(Protocol):
+    """One engine with the model loaded."""
+
+    name: str
+    load_s: float  # from the start of its processes until it has answered
+
+    @property
+    def peak_bytes(self) -> int: ...  # most resident memory so far, of all its engine processes
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> Answer: ...
+
+
+class OurSystem:
+    """One pipeline of a cluster that does nothing else."""
+
+    def __init__(self, name: str, cluster: LocalCluster, load_s: float) -> None:
+        self.name, self.cluster, self.load_s = name, cluster, load_s
+        self.generate = FrontDoor(cluster).generate
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(map(peak_bytes, self.cluster.node_pids().values()))
+
+    def idle_cpu_share(self, seconds: float) -> float:
+        """Share of one core that all processes of the cluster use while nothing is asked of it."""
+        pids = list(self.cluster.pids().values())
+        before = sum(map(_cpu_s, pids))
+        time.sleep(seconds)
+        return (sum(map(_cpu_s, pids)) - before) / seconds
+
+
+@contextmanager
+def started(
+    setup: Setup, wanted: Callable[[str], bool], absent: dict[str, str]
+) -> Iterator[dict[str, System]]:
+    """Every system that is wanted and can run, by name; the reasons of the others go into `absent`."""
+    kinds = [k for k in PEERS if wanted(k.name) and (setup.device == "cpu" or k.name in CUDA_PEERS)]
+    systems: dict[str, System] = {}
+    with ExitStack() as stack:
+        for name, stages in OURS.items():
+            if wanted(name) and (setup.device == "cpu" or stages == 1):
+                systems[name] = stack.enter_context(_ours(name, stages, setup))
+        for kind in kinds:
+            try:
+                systems[kind.name] = stack.enter_context(_peer(kind, setup))
+            except PeerAbsent as error:
+                absent[kind.name] = str(error)
+                progress(f"absent: {kind.name}: {error}")
+        yield systems
+
+
+@contextmanager
+def _ours(name: str, stages: int, setup: Setup) -> Iterator[OurSystem]:
+    blocks = setup.batch_max * -(-setup.context_max // BLOCK_SIZE) + 64
+    engine = EngineConfig(
+        block_size=BLOCK_SIZE,
+        pool_blocks=2 * blocks,  # half of a pool is one pipeline's
+        threads=setup.threads if stages == 1 else 1,
+        device="cuda" if setup.device == "cuda" else "cpu",
+    )
+    begun = time.monotonic()
+    try:
+        with running(
+            Mode.NONE, instances=1, stages=stages, engine=engine, model=Path(setup.model), controllers=1
+        ) as cluster:
+            system = OurSystem(name, cluster, 0.0)
+            system.generate([[3] * 16], 2)
+            system.load_s = time.monotonic() - begun
+            yield system
+    except KevlarFlowError as error:
+        raise RuntimeError(f"our own {name} could not be measured: {error}") from error
+
+
+@contextmanager
+def _peer(kind: Kind, setup: Setup) -> Iterator[PeerProcess]:
+    scratch = Path(tempfile.mkdtemp(prefix=f"kf-bench-{kind.name}-"))
+    try:
+        peer = PeerProcess.start(kind, replace(setup, scratch=str(scratch)))
+        try:
+            progress(f"{kind.name}: up after {peer.load_s:.1f} s")
+            yield peer
+        finally:
+            peer.close()
+    finally:
+        shutil.rmtree(scratch)
+
+
+def _cpu_s(pid: int) -> float:
+    """Processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / 100
