@@ -86,7 +86,6 @@ def run(plan: Plan) -> Result:
         plan.name,
         settings={
             "threads": THREADS,
-            "pipeline4_threads_a_node": 1,
             "device": plan.device,
             "load_1m_at_start": round(os.getloadavg()[0], 2),
             "rounds_max": plan.rounds,

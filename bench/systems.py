@@ -83,7 +83,7 @@ def _ours(name: str, stages: int, setup: Setup) -> Iterator[OurSystem]:
     engine = EngineConfig(
         block_size=BLOCK_SIZE,
         pool_blocks=2 * blocks,  # half of a pool is one pipeline's
-        threads=setup.threads if stages == 1 else 1,
+        threads=setup.threads,
         device="cuda" if setup.device == "cuda" else "cpu",
     )
     begun = time.monotonic()

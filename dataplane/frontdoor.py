@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -21,8 +22,9 @@ MESSAGE_BYTES_MAX = 64 << 20
 
 @dataclass(slots=True)
 class _Session:
-    outbox: asyncio.Queue[SchedulerMessage] = field(default_factory=lambda: asyncio.Queue(OUTBOX_MAX))
-    overrun: asyncio.Event = field(default_factory=asyncio.Event)
+    outbox: deque[SchedulerMessage] = field(default_factory=deque)
+    news: asyncio.Event = field(default_factory=asyncio.Event)  # something to send, or the end
+    overrun: bool = False
 
 
 class Frontdoor:
@@ -77,10 +79,11 @@ class Frontdoor:
         state = self._sessions.get(session)
         if state is None:
             return
-        try:
-            state.outbox.put_nowait(message)
-        except asyncio.QueueFull:
-            state.overrun.set()
+        if len(state.outbox) < OUTBOX_MAX:
+            state.outbox.append(message)
+        else:
+            state.overrun = True
+        state.news.set()
 
     async def _serve(
         self, requests: AsyncIterator[GatewayMessage], context: grpc.aio.ServicerContext
@@ -91,24 +94,18 @@ class Frontdoor:
         session, self._next = self._next, self._next + 1
         state = self._sessions[session] = _Session()
         reader = asyncio.create_task(self._read(session, requests))
-        overrun = asyncio.create_task(state.overrun.wait())
-        getter: asyncio.Task[SchedulerMessage] | None = None
+        reader.add_done_callback(lambda _: state.news.set())
         try:
-            while True:
-                getter = asyncio.create_task(state.outbox.get())
-                done, _ = await asyncio.wait({getter, reader, overrun}, return_when=asyncio.FIRST_COMPLETED)
-                if getter not in done:
-                    break
-                yield getter.result()
-            if overrun.done():
-                self.sessions_overrun += 1
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the gateway does not read")
-            if reader.done():
-                reader.result()  # an error of ours ends the stream, and is told in the log
+            while not reader.done():
+                await state.news.wait()
+                state.news.clear()
+                while state.outbox and not state.overrun:
+                    yield state.outbox.popleft()
+                if state.overrun:
+                    self.sessions_overrun += 1
+                    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the gateway does not read")
+            reader.result()  # an error of ours ends the stream, and is told in the log
         finally:
-            if getter is not None:
-                getter.cancel()
-            overrun.cancel()
             reader.cancel()
             del self._sessions[session]
             self._on_lost(session)

@@ -16,12 +16,12 @@ from dataplane.core.batching import Limits
 from dataplane.core.events import (
     Ask,
     Cancelled,
+    CapacityChanged,
     Deliver,
     Effect,
     EpochBegan,
     Event,
     Quiesce,
-    QuotaChanged,
     Recovered,
     Refuse,
     RunStep,
@@ -48,7 +48,7 @@ class Schedulers:
         self,
         me: Member,
         limits: Limits,
-        pool_blocks: int,
+        microbatches: int,
         frontdoor: Frontdoor,
         run_local: Callable[[Message], None],
         send: Send,
@@ -59,21 +59,22 @@ class Schedulers:
         self.recoveries_total = 0
         self._me = me
         self._limits = limits
+        self._microbatches = microbatches  # 0: as many as a pipeline's nodes can compute
         self._frontdoor = frontdoor
         self._run_local = run_local
         self._send = send
         self._news = news
         self._topology: Topology | None = None
         self._unsent: dict[Member, list[RejoinMeta]] = {}  # questions for members whose link is not up yet
-        self._pools: dict[NodeId, int] = {
-            me.node: pool_blocks
-        }  # KV blocks of every node that was ever registered
+        self._records: dict[NodeId, NodeRecord] = {}  # the last one of every node that was ever registered
         self._past = SchedulerStats()  # of schedulers that have moved away
 
     # ------------------------------------------------------------------ inputs
 
     def on_topology(self, topology: Topology, records: dict[str, NodeRecord]) -> None:
         previous, self._topology = self._topology, topology
+        # A registration may be gone for a while (etcd was away); the node is not.
+        self._records.update(records)
         now = time.monotonic()
         for pipeline in topology.pipelines:
             scheduler = self.by_pipeline.get(pipeline.id)
@@ -82,21 +83,21 @@ class Schedulers:
                     self._remember(self.by_pipeline.pop(pipeline.id))
                 continue
             before = previous.pipeline(pipeline.id) if previous is not None else None
-            quota = self._quota(topology, pipeline, records)
+            capacity = self._capacity(topology, pipeline)
             hold = pipeline.move is not None and pipeline.move.phase is MovePhase.QUIESCE
             if scheduler is None:
                 scheduler = Scheduler(
                     pipeline.id, pipeline.epoch, len(pipeline.stages), self._limits, takeover=True, now=now
                 )
                 self.by_pipeline[pipeline.id] = scheduler
-                self._dispatch(scheduler, QuotaChanged(quota))
+                self._dispatch(scheduler, capacity)
                 self._perform(scheduler, scheduler.start(now))
             elif scheduler.fence.epoch < pipeline.epoch:
                 self._forget_unsent(pipeline.id)
                 planned = before is not None and before.move is not None and pipeline.move is None
                 # Before the hold is lifted: nothing may be issued in the epoch that is over.
                 self._dispatch(scheduler, EpochBegan(pipeline.epoch, planned))
-            self._dispatch(scheduler, QuotaChanged(quota))
+            self._dispatch(scheduler, capacity)
             self._dispatch(scheduler, Quiesce(hold))
             self._news()
 
@@ -191,17 +192,22 @@ class Schedulers:
             if not self._unsent[member]:
                 del self._unsent[member]
 
-    def _quota(self, topology: Topology, pipeline: Pipeline, records: dict[str, NodeRecord]) -> int:
-        """The least of what the pipeline's nodes can give it; the least counts, as all hold the same blocks."""
-        # A registration may be gone for a while (etcd was away); the node's pool is not.
-        self._pools.update((node, record.pool_blocks) for node, record in records.items())
+    def _capacity(self, topology: Topology, pipeline: Pipeline) -> CapacityChanged:
+        """Blocks: the least that one of its nodes can give it; the least counts, as all hold the same blocks."""
         quotas = []
+        on_host: dict[
+            str, list[int]
+        ] = {}  # for each node there, how many such nodes the host can run at once
         for member in pipeline.members():
-            blocks = self._pools.get(member.node)
-            if blocks is not None:
+            record = self._records.get(member.node)
+            if record is not None:
                 serves = {p for p, _ in topology.serving(member.node)}
-                quotas.append(quota_blocks(blocks, len(serves)))
-        return min(quotas, default=0)
+                quotas.append(quota_blocks(record.pool_blocks, len(serves)))
+                on_host.setdefault(record.fault_domain.get("host", member.node), []).append(
+                    record.host_parallel
+                )
+        parallel = sum(min(len(limits), *limits) for limits in on_host.values())
+        return CapacityChanged(min(quotas, default=0), self._microbatches or max(1, parallel))
 
     def _remember(self, scheduler: Scheduler) -> None:
         for f in fields(SchedulerStats):

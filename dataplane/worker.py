@@ -19,6 +19,7 @@ from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.topology import MovePhase, Pipeline, Topology
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import (
+    Detail,
     Fence,
     KvAckMeta,
     KvDropMeta,
@@ -27,13 +28,12 @@ from dataplane.core.messages import (
     Meta,
     RejoinMeta,
     ResultMeta,
-    Sample,
     StepFailedMeta,
     StepMeta,
 )
 from dataplane.core.stage import Prepared, Stage
 from dataplane.executor import StageExecutor
-from dataplane.model.sampler import NonFiniteLogits, SampleRow, sample
+from dataplane.model.sampler import Drawn, SamplingTable
 from dataplane.replica import Replicator
 from dataplane.transport.frames import Buffer, Send
 
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 INBOX_MAX = 20_000
 DEFERRED_MAX = 2_000
 PUMP_EVERY = 4  # items handled in a row before copies get their turn
+INLINE_S = 0.02  # a computation that is over by then is not worth a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ class Worker:
         self._inbox: asyncio.Queue[Item] = asyncio.Queue()  # bounded by put()
         self._deferred: list[Message] = []  # of an epoch that this node has not heard of yet
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._last = (1, 1.0)  # tokens of the last step, and the seconds that it took
 
     def put(self, item: Item) -> None:
         """Queue an item. A message over the bound is dropped and counted: its sender repeats it."""
@@ -198,8 +200,7 @@ class Worker:
                 if stage is None or stage.index != duty[0]:
                     if stage is not None:
                         self._leave(pipeline)
-                    stage = Stage(pipeline.id, duty[0], len(pipeline.stages), pipeline.epoch, self._store)
-                    self.stages[pipeline.id] = stage
+                    self.stages[pipeline.id] = self._stage(pipeline, duty[0])
                 elif stage.fence.epoch < pipeline.epoch:
                     stage.enter(Fence(pipeline.epoch))
                 self._protect(pipeline, duty[0])
@@ -208,6 +209,13 @@ class Worker:
                     self._leave(pipeline)
                 if not self._holds(pipeline):
                     self._store.drop_replicas(pipeline.id)
+
+    def _stage(self, pipeline: Pipeline, index: int) -> Stage:
+        stages = len(pipeline.stages)
+        sampling = None
+        if index == stages - 1:
+            sampling = SamplingTable(self._store.table.max_rows, self._executor.config.vocab_size)
+        return Stage(pipeline.id, index, stages, pipeline.epoch, self._store, sampling)
 
     def _protect(self, pipeline: Pipeline, index: int) -> None:
         targets = list(pipeline.stages[index].replicas)
@@ -224,8 +232,8 @@ class Worker:
         stage = self.stages.pop(pipeline.id)
         self.replicator.unprotect(pipeline.id)
         if self._me in pipeline.stages[stage.index].replicas:
-            for key in [k for k in self._store.own if k[0] == pipeline.id]:
-                self._store.demote(key, self.replicator.checksum)
+            for rid in list(self._store.own[pipeline.id]):
+                self._store.demote((pipeline.id, rid), self.replicator.checksum)
         else:
             self._store.release_pipeline(pipeline.id)
 
@@ -254,23 +262,34 @@ class Worker:
             )
             return
         output: Buffer = b""
-        samples: tuple[Sample, ...] = ()
-        poisoned: tuple[int, ...] = ()
+        drawn: Drawn | None = None
         if meta.rows:
-            loop = asyncio.get_running_loop()
-            output, samples, poisoned = await loop.run_in_executor(
-                self._pool, self._compute, stage, prepared, message
-            )
-        stage.commit(meta, samples)
+            output, drawn = await self._computed(stage, prepared, message)
+        filled = stage.commit(prepared, drawn.tokens if drawn is not None else None)
         self.stats.steps += 1
-        self.stats.poisoned += len(poisoned)
         if stage.is_last:
-            result = ResultMeta(meta.pipeline, meta.fence, meta.step, samples, poisoned)
-            self._to_scheduler(meta.pipeline, result)
+            self._to_scheduler(meta.pipeline, self._result(meta, drawn))
         else:
             self._forward(stage, meta, output)
-        for row in meta.rows:
-            self.replicator.wrote(meta.pipeline, row.rid)
+        self.replicator.advanced(meta.pipeline, prepared.rows, filled)
+
+    def _result(self, meta: StepMeta, drawn: Drawn | None) -> ResultMeta:
+        if drawn is None:
+            return ResultMeta(meta.pipeline, meta.fence, meta.step, b"")
+        self.stats.poisoned += len(drawn.poisoned)
+        details = tuple(Detail(row, logprob, drawn.top[row]) for row, logprob in drawn.logprobs.items())
+        return ResultMeta(meta.pipeline, meta.fence, meta.step, drawn.tokens.astype("<i4").tobytes(), details)
+
+    async def _computed(self, stage: Stage, step: Prepared, message: Message) -> tuple[Buffer, Drawn | None]:
+        """On the loop if it is over soon: a thread costs two switches and waits for the interpreter, more than all the
+        rest of a step. What may take long has a thread, for heartbeats must go out."""
+        tokens, took = self._last
+        if took * max(1.0, step.arrays.num_tokens / tokens) < INLINE_S:
+            # First what the loop has ready: the tokens of the step before, or the step itself on its way out.
+            await asyncio.sleep(0)
+            return self._compute(stage, step, message)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, self._compute, stage, step, message)
 
     def _forward(self, stage: Stage, meta: StepMeta, output: Buffer) -> None:
         pipeline = self.topology.pipeline(meta.pipeline) if self.topology is not None else None
@@ -289,47 +308,16 @@ class Worker:
         if scheduler is not None:
             self._send(scheduler, meta, b"")
 
-    def _compute(
-        self, stage: Stage, prepared: Prepared, message: Message
-    ) -> tuple[Buffer, tuple[Sample, ...], tuple[int, ...]]:
-        """Runs in the compute thread: one stage's forward pass, and on the last stage the next tokens."""
+    def _compute(self, stage: Stage, step: Prepared, message: Message) -> tuple[Buffer, Drawn | None]:
+        """One stage's forward pass, and on the last stage the next tokens."""
         started = time.monotonic()
-        arrays = self._store.table.fill(
-            np.array(prepared.rows, np.int32),
-            np.array(prepared.starts, np.int32),
-            np.array(prepared.counts, np.int32),
-        )
         tokens = np.array(message.tokens, np.int64) if stage.index == 0 else None
         hidden = message.payload if stage.index > 0 else None
-        sample_rows = np.array(prepared.sample_rows, np.int32)
-        output = self._executor.forward(tokens, hidden, arrays, sample_rows)
-        samples: tuple[Sample, ...] = ()
-        poisoned: tuple[int, ...] = ()
-        if stage.is_last:
-            samples, poisoned = sample_step(prepared, output)
-        self.stats.compute_s += time.monotonic() - started
-        return (b"" if stage.is_last else output.data), samples, poisoned
-
-
-def sample_step(prepared: Prepared, logits: np.ndarray) -> tuple[tuple[Sample, ...], tuple[int, ...]]:
-    """Next tokens for the rows that sample, and the requests whose logits [K, vocab] are not finite."""
-    rids = [row.rid for row in prepared.meta.rows if row.sample]
-    rows = [
-        SampleRow(
-            log.sampling, np.array(log.prompt, np.int32), np.array(log.output, np.int32), len(log.output)
-        )
-        for log in prepared.logs
-    ]
-    poisoned: tuple[int, ...] = ()
-    if not rows:
-        return (), ()
-    try:
-        drawn = sample(logits, rows)
-    except NonFiniteLogits as error:
-        bad = set(error.rows)
-        poisoned = tuple(rids[i] for i in sorted(bad))
-        keep = [i for i in range(len(rids)) if i not in bad]
-        rids, rows = [rids[i] for i in keep], [rows[i] for i in keep]
-        drawn = sample(logits[keep], rows) if keep else []
-    samples = tuple(Sample(rid, s.token, s.logprob, s.top) for rid, s in zip(rids, drawn, strict=True))
-    return samples, poisoned
+        output = self._executor.forward(tokens, hidden, step.arrays, step.rows.sample_rows)
+        drawn = None
+        if stage.sampling is not None and len(step.slots):
+            drawn = stage.sampling.sample(output.astype(np.float32, copy=False), step.slots)
+        took = time.monotonic() - started
+        self.stats.compute_s += took
+        self._last = (step.arrays.num_tokens, took)
+        return (b"" if stage.is_last else output.data), drawn

@@ -25,6 +25,7 @@ class NodeRecord(msgspec.Struct, frozen=True):
     rank: int = 0
     fault_domain: dict[str, str] = {}  # labels, outermost first: {"site": ..., "rack": ..., "host": ...}
     started_unix_s: float = 0.0
+    host_parallel: int = 1 << 16  # nodes like this one that its host can let compute at the same time
 
 
 class ControllerRecord(msgspec.Struct, frozen=True):

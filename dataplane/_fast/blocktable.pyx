@@ -213,7 +213,8 @@ cdef class BlockTable:
             if counts[i] < 1 or starts[i] < 0:
                 raise ValueError(f"start {starts[i]}, count {counts[i]} of row {rows[i]} is no range of positions")
             if self.valid_c[rows[i]] < starts[i]:
-                raise KvGap(f"row {rows[i]} has {self.valid_c[rows[i]]} valid positions, the step begins at {starts[i]}")
+                valid = self.valid_c[rows[i]]
+                raise KvGap(f"row {rows[i]} has {valid} valid positions, the step begins at {starts[i]}")
             need = self.blocks_of(<int64_t>starts[i] + counts[i])
             if need > self.max_blocks_per_row:
                 raise TableFull(f"row {rows[i]} would have {need} blocks, at most {self.max_blocks_per_row} fit")

@@ -12,6 +12,13 @@ from dataclasses import dataclass
 from controlplane.contract.config import EngineConfig
 from dataplane.core.request import Phase, Request
 
+# A step of so few rows costs what a step of one row costs, the time to read the weights: it is not split.
+ROWS_MIN = 4
+# Tokens of prompts. A chunk this long computes more than it reads, so to halve a longer one costs little.
+CHUNK_MIN = 64
+
+Chunk = tuple[Request, int]  # that many tokens of a request, from `issued` on
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -42,9 +49,9 @@ class Limits:
 
 
 class Batcher:
-    def __init__(self, limits: Limits, num_stages: int) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.num_stages = num_stages
+        self.microbatches = 1  # that the pipeline's stages can compute at the same time
         self.quota_blocks = 0
         self.used_blocks = 0
         self.running: dict[int, Request] = {}  # in order of admission
@@ -83,38 +90,56 @@ class Batcher:
             victims.append(self._preempt_youngest())
         return victims
 
-    def next_rows(self, admit: bool) -> tuple[list[tuple[Request, int]], list[Request]]:
-        """Rows (request, token count) for the next step, and the requests preempted to make room.
+    def next_rows(self, admit: bool, in_flight: int) -> tuple[list[Chunk], list[Request]]:
+        """Rows for the next step, and the requests preempted to make room.
 
-        A microbatch takes at most its share of the running requests, so that all stages have work.
+        Decodes and chunks of prompts share a step. Each microbatch takes its share of both, so that all who can
+        compute have work; there are no more microbatches than their rows are worth.
         """
-        rows: list[tuple[Request, int]] = []
+        decodes: list[Request] = []
+        prompts: list[Request] = []
+        for request in self.running.values():
+            left = request.total - request.issued
+            if left > 0:
+                (decodes if left == 1 else prompts).append(request)
+        new = admit and bool(self._queued)
+        worth = self.microbatches
+        if not prompts and not new:
+            worth = min(worth, -(-len(self.running) // ROWS_MIN))
+        rows: list[Chunk] = []
         preempted: list[Request] = []
-        budget = self.limits.max_batch_tokens
-        share = -(-max(len(self.running), 1) // self.num_stages)
+        if in_flight >= worth:
+            return rows, preempted
         # Decodes first: they are one row each, and somebody reads along.
-        ready = [r for r in self.running.values() if r.issued < r.total]
-        ready.sort(key=lambda r: r.total - r.issued > 1)
-        for request in ready:
-            if budget == 0 or len(rows) >= share:
-                break
-            if request.rid not in self.running:
-                continue  # preempted a moment ago
-            count = min(request.total - request.issued, budget)
-            while not self._reserve(request, request.issued + count):
-                victim = self._preempt_youngest()
-                preempted.append(victim)
-                rows = [row for row in rows if row[0] is not victim]
-                if victim is request:
-                    break
-            else:
-                rows.append((request, count))
-                budget -= count
-        if admit and not preempted:
+        share = -(-(len(self.running) - len(prompts)) // worth)
+        for request in decodes[:share]:
+            self._take(request, 1, rows, preempted)
+        pending = sum(r.total - r.issued for r in prompts) + (
+            sum(r.total for r in self._queued.values()) if new else 0
+        )
+        chunk = max(CHUNK_MIN, -(-pending // (worth - in_flight)))
+        budget = min(self.limits.max_batch_tokens - len(rows), chunk)
+        for request in prompts:
+            budget -= self._take(request, budget, rows, preempted)
+        if new and not preempted:
             self._admit(rows, budget)
         return rows, preempted
 
-    def _admit(self, rows: list[tuple[Request, int]], budget: int) -> None:
+    def _take(self, request: Request, budget: int, rows: list[Chunk], preempted: list[Request]) -> int:
+        """Add up to `budget` tokens of a running request to the rows of a step; returns how many."""
+        count = min(request.total - request.issued, budget)
+        if count <= 0 or request.rid not in self.running:  # preempted a moment ago
+            return 0
+        while not self._reserve(request, request.issued + count):
+            victim = self._preempt_youngest()
+            preempted.append(victim)
+            rows[:] = [row for row in rows if row[0] is not victim]
+            if victim is request:
+                return 0
+        rows.append((request, count))
+        return count
+
+    def _admit(self, rows: list[Chunk], budget: int) -> None:
         while budget > 0 and self._waiting and len(self.running) < self.limits.max_running:
             _, _, rid = self._waiting[0]
             request = self._queued.get(rid)

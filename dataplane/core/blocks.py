@@ -7,32 +7,38 @@ Replicas are evicted, least recently written first, when a serving request needs
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from controlplane.contract.ids import PipelineId
-from dataplane._fast.blocktable import BlockTable
+from dataplane._fast.blocktable import BlockTable, Rows, lookup
 
 Key = tuple[PipelineId, int]  # pipeline, rid
 
 
 @dataclass(slots=True)
-class Kv:
-    """KV of one request on this node: `tokens` positions from 0 are valid in the blocks of `row`."""
+class Replica:
+    """A copy: its row of the block table, and the CRC-32 that came with each block."""
 
     row: int
-    tokens: int = 0
-    checksums: list[int] = field(default_factory=list)  # replicas only: CRC-32 of each block
+    checksums: list[int] = field(default_factory=list)
 
 
 class KvStore:
+    """How many positions of a request are valid, from 0 on, is in the block table with its blocks."""
+
     def __init__(self, num_blocks: int, block_size: int, max_rows: int, max_blocks_per_row: int) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.table = BlockTable(max_rows, max_blocks_per_row, block_size)
-        self.own: dict[Key, Kv] = {}
-        self.replicas: OrderedDict[Key, Kv] = OrderedDict()
+        self.own: defaultdict[PipelineId, dict[int, int]] = defaultdict(
+            dict
+        )  # served: rid -> row of the table
+        self.replicas: OrderedDict[Key, Replica] = OrderedDict()
         self.replicas_evicted = 0
         self.checksum_failures = 0
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -40,28 +46,44 @@ class KvStore:
 
     # ------------------------------------------------------------------ serving
 
-    def grow(self, key: Key, tokens: int) -> bool:
-        """Make room for `tokens` positions of a served request. False when the pool is full of served KV."""
-        kv = self.own.get(key)
-        if kv is None:
+    def begin(self, pipeline: PipelineId, rows: Rows) -> npt.NDArray[np.int32] | None:
+        """Make room for the rows of a step, whose positions are not valid until `table.commit`: nobody may copy or
+        count what is being computed.
+
+        Returns their rows of the block table; None when the pool is full of served KV. Raises KvGap when the
+        KV before a row is not here.
+        """
+        held = self.own[pipeline]
+        table_rows, unknown = lookup(held, rows.rids)
+        for index in np.flatnonzero(table_rows < 0) if unknown else ():  # requests that begin here
             if not self._make_row():
-                return False
-            kv = self.own[key] = Kv(self._new_row())
-        need = -(-tokens // self.block_size) - self.table.num_blocks(kv.row)
-        if need > 0:
-            if not self._make_room(need):
-                return False
-            self.table.extend(kv.row, [self._free.pop() for _ in range(need)])
-        return True
+                return None
+            table_rows[index] = held[int(rows.rids[index])] = self._new_row()
+        missing = self.table.grow(table_rows, rows.starts, rows.counts, self._free)
+        if missing:
+            if not self._make_room(missing):
+                return None
+            self.table.grow(table_rows, rows.starts, rows.counts, self._free)
+        return table_rows
+
+    def serves(self, key: Key) -> bool:
+        return key[1] in self.own[key[0]]
+
+    def tokens(self, key: Key) -> int:
+        """Valid positions of a served request; 0 for one that is not."""
+        row = self.own[key[0]].get(key[1])
+        return self.table.valid(row) if row is not None else 0
 
     def release(self, key: Key) -> None:
-        self._give_back(self.own.pop(key, None))
+        row = self.own[key[0]].pop(key[1], None)
+        if row is not None:
+            self._give_back(row)
 
     def release_pipeline(self, pipeline: PipelineId, keep: Iterable[int] = ()) -> None:
         """Give back everything served for `pipeline` but the requests to keep."""
         kept = set(keep)
-        for key in [k for k in self.own if k[0] == pipeline and k[1] not in kept]:
-            self.release(key)
+        for rid in [rid for rid in self.own[pipeline] if rid not in kept]:
+            self.release((pipeline, rid))
 
     # ------------------------------------------------------------------ replicas
 
@@ -71,33 +93,40 @@ class KvStore:
         None when it makes no sense, would leave a gap or there is no room: served KV is never evicted for a
         copy, nor is another replica, since each of them is somebody's only one.
         """
-        if key in self.own or not 0 <= index < self.table.max_blocks_per_row:
+        if self.serves(key) or not 0 <= index < self.table.max_blocks_per_row:
             return None
         if not 0 < tokens - index * self.block_size <= self.block_size:
             return None
-        kv = self.replicas.get(key)
-        if kv is None:
+        copy = self.replicas.get(key)
+        if copy is None:
             if index != 0 or self._rows_left == 0 or not self._free:
                 return None
-            kv = self.replicas[key] = Kv(self._new_row())
-        count = self.table.num_blocks(kv.row)
-        if index > kv.tokens // self.block_size or index > count:
+            copy = self.replicas[key] = Replica(self._new_row())
+        count = self.table.num_blocks(copy.row)
+        if index > self.table.valid(copy.row) // self.block_size or index > count:
             return None
         if index == count:
             if not self._free:
                 return None
-            self.table.extend(kv.row, [self._free.pop()])
-        return int(self.table.blocks(kv.row)[index])
+            self.table.extend(copy.row, [self._free.pop()])
+        return self.table.block(copy.row, index)
 
     def replica_written(self, key: Key, index: int, tokens: int, checksum: int) -> None:
-        kv = self.replicas[key]
-        del kv.checksums[index:]
-        kv.checksums.append(checksum)
-        kv.tokens = tokens
+        copy = self.replicas[key]
+        del copy.checksums[index:]
+        copy.checksums.append(checksum)
+        self.table.set_valid(copy.row, tokens)
         self.replicas.move_to_end(key)
 
+    def replica_tokens(self, key: Key) -> int:
+        """Valid positions of a copy; 0 without one."""
+        copy = self.replicas.get(key)
+        return self.table.valid(copy.row) if copy is not None else 0
+
     def drop_replica(self, key: Key) -> None:
-        self._give_back(self.replicas.pop(key, None))
+        copy = self.replicas.pop(key, None)
+        if copy is not None:
+            self._give_back(copy.row)
 
     def drop_replicas(self, pipeline: PipelineId) -> None:
         for key in [k for k in self.replicas if k[0] == pipeline]:
@@ -109,29 +138,30 @@ class KvStore:
         Each block is held against the checksum that came with it: from the first that differs on, the
         copy is not used, and those positions are recomputed.
         """
-        kv = self.replicas.pop(key, None)
-        if kv is None:
+        copy = self.replicas.pop(key, None)
+        if copy is None:
             return 0
-        blocks = self.table.blocks(kv.row)
-        for index, expected in enumerate(kv.checksums):
-            if checksum(blocks[index]) != expected:
+        for index, (block, expected) in enumerate(
+            zip(self.table.blocks(copy.row), copy.checksums, strict=False)
+        ):
+            if checksum(block) != expected:
                 self.checksum_failures += 1
-                kv.tokens = min(kv.tokens, index * self.block_size)
+                self.table.set_valid(copy.row, min(self.table.valid(copy.row), index * self.block_size))
                 break
-        kv.checksums.clear()
-        self.own[key] = kv
-        return kv.tokens
+        self.own[key[0]][key[1]] = copy.row
+        return self.table.valid(copy.row)
 
     def demote(self, key: Key, checksum: Callable[[int], int]) -> None:
         """Served KV becomes a replica: the pipeline has moved on to another node, which this one protects."""
-        kv = self.own.pop(key)
-        if kv.tokens == 0 or key in self.replicas:
-            self._give_back(kv)
+        tokens = self.tokens(key)
+        row = self.own[key[0]].pop(key[1], None)
+        if row is None:
             return
-        used = -(-kv.tokens // self.block_size)
-        self._free.extend(self.table.truncate(kv.row, used))
-        kv.checksums = [checksum(block) for block in self.table.blocks(kv.row)]
-        self.replicas[key] = kv
+        if tokens == 0 or key in self.replicas:
+            self._give_back(row)
+            return
+        self._free.extend(self.table.truncate(row, -(-tokens // self.block_size)))
+        self.replicas[key] = Replica(row, [checksum(block) for block in self.table.blocks(row)])
 
     # ------------------------------------------------------------------ counting
 
@@ -141,14 +171,16 @@ class KvStore:
 
     @property
     def blocks_replica(self) -> int:
-        return sum(self.table.num_blocks(kv.row) for kv in self.replicas.values())
+        return sum(self.table.num_blocks(copy.row) for copy in self.replicas.values())
 
     def check(self) -> None:
         """Every block is free or in exactly one row. Raises AssertionError (tests, sampled in production)."""
         seen = list(self._free)
-        for kv in (*self.own.values(), *self.replicas.values()):
-            seen.extend(self.table.blocks(kv.row))
-            assert kv.tokens <= self.table.num_blocks(kv.row) * self.block_size, "tokens without blocks"
+        rows = [row for held in self.own.values() for row in held.values()]
+        for row in (*rows, *(copy.row for copy in self.replicas.values())):
+            seen.extend(self.table.blocks(row))
+            room = self.table.num_blocks(row) * self.block_size
+            assert self.table.valid(row) <= room, "tokens without blocks"
         assert sorted(seen) == list(range(self.num_blocks)), "a block is lost or held twice"
 
     def _make_row(self) -> bool:
@@ -157,20 +189,21 @@ class KvStore:
         return self._rows_left > 0
 
     def _make_room(self, blocks: int) -> bool:
-        while len(self._free) < blocks and self.replicas:
+        """Free that many blocks more."""
+        goal = len(self._free) + blocks
+        while len(self._free) < goal and self.replicas:
             self._evict()
-        return len(self._free) >= blocks
+        return len(self._free) >= goal
 
     def _evict(self) -> None:
-        _, kv = self.replicas.popitem(last=False)
+        _, copy = self.replicas.popitem(last=False)
         self.replicas_evicted += 1
-        self._give_back(kv)
+        self._give_back(copy.row)
 
     def _new_row(self) -> int:
         self._rows_left -= 1
-        return int(self.table.new_row())
+        return self.table.new_row()
 
-    def _give_back(self, kv: Kv | None) -> None:
-        if kv is not None:
-            self._free.extend(self.table.free_row(kv.row))
-            self._rows_left += 1
+    def _give_back(self, row: int) -> None:
+        self._free.extend(self.table.free_row(row))
+        self._rows_left += 1

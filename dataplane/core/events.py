@@ -41,8 +41,11 @@ class Quiesce:
 
 
 @dataclass(frozen=True, slots=True)
-class QuotaChanged:
+class CapacityChanged:
+    """What the pipeline's nodes can take: KV blocks on each of them, and microbatches that can compute at a time."""
+
     blocks: int
+    microbatches: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ Event = (
     | SessionLost
     | EpochBegan
     | Quiesce
-    | QuotaChanged
+    | CapacityChanged
     | Tick
     | ResultMeta
     | StepFailedMeta

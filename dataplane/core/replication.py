@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from controlplane.contract.ids import Member
 
 WINDOW_BLOCKS = 64  # sent and not acknowledged
+COPY_EVERY_S = 0.05  # blocks go in company: to wake a holder for each of them costs more than the copying
 ANSWER_LIMIT_S = 2.0  # without an acknowledgement: ask again what the holder has
 REFUSED_PAUSE_S = 0.5
 
@@ -42,6 +43,7 @@ class ReplicaSource:
         self._tokens_of = tokens_of
         self._asked_at: float | None = None
         self._heard_at = 0.0
+        self._next_at = 0.0  # when the next blocks may go
         self._progress: dict[int, _Progress] = {}
         self._dirty: dict[int, None] = {}  # requests with something to send, oldest first
         self._unacked: set[int] = set()
@@ -62,9 +64,9 @@ class ReplicaSource:
         self._asked_at = None
         self._dropped.clear()
 
-    def wrote(self, rid: int) -> None:
-        """The request has new valid KV here."""
-        self._dirty[rid] = None
+    def wrote(self, rids: Iterable[int]) -> None:
+        """The requests have KV here that the holder may lack."""
+        self._dirty.update(dict.fromkeys(rids))
 
     def freed(self, rids: Iterable[int]) -> None:
         for rid in rids:
@@ -75,8 +77,8 @@ class ReplicaSource:
             self._unacked.discard(rid)
 
     def take(self, now: float, flush: bool) -> list[Copy]:
-        """The next blocks to send, within the window. `flush`: part-filled blocks as well."""
-        if not self.known:
+        """The next blocks to send, within the window. `flush`: at once, and part-filled blocks as well."""
+        if not self.known or not self._dirty or (now < self._next_at and not flush):
             return []
         room = WINDOW_BLOCKS - sum(self._blocks_unacked(rid) for rid in self._unacked)
         copies: list[Copy] = []
@@ -94,6 +96,8 @@ class ReplicaSource:
                 del self._dirty[rid]
             if len(copies) >= room:
                 break
+        else:
+            self._next_at = now + COPY_EVERY_S
         if copies and len(copies) == sum(self._blocks_unacked(rid) for rid in self._unacked):
             self._heard_at = now  # nothing was outstanding: the wait for an answer begins
         return copies

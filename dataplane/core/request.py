@@ -46,21 +46,19 @@ def fault_of(message: Submit, vocab_size: int) -> str | None:
 
 @dataclass(slots=True)
 class Request:
-    """Positions count prompt and output together. computed <= issued <= total.
-
-    `issued` runs ahead of `computed` by what is in flight: several chunks of one prompt may be on their way
-    through the pipeline, since each stage handles steps in order.
+    """Positions count prompt and output together. `issued` of them, <= total, have been given to the stages, which
+    handle steps in order: so several chunks of one prompt may be on their way through the pipeline.
     """
 
     rid: int
-    prompt: tuple[int, ...]
+    ids: list[int]  # the token log: prompt, then output
+    prompt_len: int
     sampling: Sampling
     priority: int
     order: int  # of arrival
     session: int | None  # the gateway stream that listens; None while there is none
-    output: list[Token] = field(default_factory=list)
+    output: list[Token] = field(default_factory=list)  # as it was delivered
     phase: Phase = Phase.WAITING
-    computed: int = 0
     issued: int = 0
     attempt: int = 0  # preemptions and recoveries: results of an older attempt are not for this one
     announced: bool = False  # the last stage knows the token log, in the present fence
@@ -70,30 +68,33 @@ class Request:
     @classmethod
     def from_submit(cls, message: Submit, order: int, session: int) -> Request:
         output = [Token(message.rid, i, token) for i, token in enumerate(message.emitted)]
-        return cls(message.rid, message.prompt, message.sampling, message.priority, order, session, output)
+        return cls(
+            message.rid,
+            [*message.prompt, *message.emitted],
+            len(message.prompt),
+            message.sampling,
+            message.priority,
+            order,
+            session,
+            output,
+        )
 
     @property
     def total(self) -> int:
-        return len(self.prompt) + len(self.output)
-
-    def tokens(self, start: int, count: int) -> list[int]:
-        """The ids at positions [start, start + count)."""
-        split = len(self.prompt)
-        ids = list(self.prompt[start : start + count])
-        first, last = max(start - split, 0), start + count - split
-        if last > 0:
-            ids.extend(item.token for item in self.output[first:last])
-        return ids
+        return len(self.ids)
 
     def admit(self) -> Admit:
-        return Admit(
-            self.rid, self.sampling, pack_tokens(self.prompt), pack_tokens([t.token for t in self.output])
-        )
+        prompt, output = self.ids[: self.prompt_len], self.ids[self.prompt_len :]
+        return Admit(self.rid, self.sampling, pack_tokens(prompt), pack_tokens(output))
 
-    def rewind(self, phase: Phase, computed: int = 0) -> None:
-        """Forget what is in flight and start again from `computed`."""
+    def append(self, token: Token) -> None:
+        self.ids.append(token.token)
+        self.output.append(token)
+
+    def rewind(self, phase: Phase, position: int = 0) -> None:
+        """Forget what is in flight and start again from `position`."""
         self.phase = phase
-        self.computed = self.issued = computed
+        self.issued = position
         self.attempt += 1
         self.announced = False
 
@@ -102,6 +103,6 @@ class Request:
         generated = len(self.output) + 1
         if token in self.sampling.stop_token_ids and generated > self.sampling.min_tokens:
             return FinishReason.STOP
-        if generated >= self.sampling.max_tokens or len(self.prompt) + generated >= context_len:
+        if generated >= self.sampling.max_tokens or self.total + 1 >= context_len:
             return FinishReason.LENGTH
         return None

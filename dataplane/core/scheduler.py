@@ -1,8 +1,8 @@
 """The scheduler of one pipeline: continuous batching, chunked prefill, and resumption after any change.
 
-`step(event, now) -> list[Effect]`. It keeps as many microbatches in flight as the pipeline has stages, and
-the token log of every request. All recovery is one thing, `_resync`: forget what is in flight, ask every stage
-how much KV it holds, resume each request at the minimum, recompute the tail from the log.
+`step(event, now) -> list[Effect]`. It keeps as many microbatches in flight as the pipeline's stages can compute at
+the same time, and the token log of every request. All recovery is one thing, `_resync`: forget what is in flight,
+ask every stage how much KV it holds, resume each request at the minimum, recompute the tail from the log.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataplane.core.batching import Batcher, Limits
 from dataplane.core.events import (
     Ask,
     Cancelled,
+    CapacityChanged,
     Deliver,
     Effect,
     EpochBegan,
     Event,
     Quiesce,
-    QuotaChanged,
     Recovered,
     Refuse,
     RunStep,
@@ -29,18 +29,19 @@ from dataplane.core.events import (
     Tick,
 )
 from dataplane.core.messages import (
+    POISONED,
     Admit,
     Fence,
     HeldMeta,
     RejoinMeta,
     ResultMeta,
     Row,
-    Sample,
     StepFailedMeta,
     StepMeta,
+    pack_rows,
 )
 from dataplane.core.recovery import HeldCollector, RecoveryTiming
-from dataplane.core.request import Phase, Request, fault_of
+from dataplane.core.request import Phase, Request, fault_of, unpack_tokens
 
 # An unanswered step or question is given up after this; doubled each time in a row. Deaths are the controllers'
 # to notice: this is for messages that were lost between the living, and must not be taken for slowness.
@@ -51,7 +52,7 @@ LINK_RETRY_S = 0.05  # pause before the next attempt when a stage could not pass
 
 @dataclass(slots=True)
 class InFlight:
-    rows: tuple[tuple[int, int, int], ...]  # (rid, attempt, position after the row)
+    rows: list[tuple[Request, int, bool]]  # request, which attempt of it, whether it samples
     since: float
 
 
@@ -95,7 +96,7 @@ class Scheduler:
         self.limits = limits
         self.stats = SchedulerStats()
         self.requests: dict[int, Request] = {}
-        self.batcher = Batcher(limits, num_stages)
+        self.batcher = Batcher(limits)
         self.in_flight: dict[int, InFlight] = {}
         self.next_step = 0
         self._last_issued = -1
@@ -114,6 +115,7 @@ class Scheduler:
 
     def step(self, event: Event, now: float) -> list[Effect]:
         effects: list[Effect] = []
+        news: list[Effect] = []  # after the next step: stages wait for it, gateways can
         match event:
             case Submitted(message, session):
                 self._submit(message, session, now, effects)
@@ -127,12 +129,13 @@ class Scheduler:
                 self._resync(Fence(epoch, 0), now, effects)
             case Quiesce(hold):
                 self._holding = hold
-            case QuotaChanged(blocks):
+            case CapacityChanged(blocks, microbatches):
+                self.batcher.microbatches = microbatches
                 self._set_quota(blocks)
             case Tick():
                 self._tick(now, effects)
             case ResultMeta():
-                self._result(event, now, effects)
+                self._result(event, now, effects, news)
             case StepFailedMeta():
                 if event.fence == self.fence and event.step in self.in_flight:
                     self._hold_until = now + LINK_RETRY_S
@@ -143,7 +146,7 @@ class Scheduler:
                 assert_never(event)
         self._ask_joining(now, effects)
         self._issue(now, effects)
-        return effects
+        return effects + news
 
     # ------------------------------------------------------------------ for reports
 
@@ -335,8 +338,8 @@ class Scheduler:
             return
         # While requests are being adopted their blocks are not counted yet: nobody new is let in.
         admit = not any(ask.adopts for ask in self._asks.values())
-        while len(self.in_flight) < self.num_stages:
-            rows, preempted = self.batcher.next_rows(admit)
+        while len(self.in_flight) < self.batcher.microbatches:
+            rows, preempted = self.batcher.next_rows(admit, len(self.in_flight))
             for request in preempted:
                 self._preempted(request)
             if not rows and not self._frees:
@@ -353,56 +356,61 @@ class Scheduler:
         metas: list[Row] = []
         admits: list[Admit] = []
         tokens: list[int] = []
-        flying: list[tuple[int, int, int]] = []
+        flying: list[tuple[Request, int, bool]] = []
         for request, count in rows:
             if not request.announced:
                 admits.append(request.admit())
                 request.announced = True
             start = request.issued
-            request.issued += count
-            metas.append(Row(request.rid, start, count, request.issued == request.total))
-            tokens.extend(request.tokens(start, count))
-            flying.append((request.rid, request.attempt, request.issued))
+            end = request.issued = start + count
+            sample = end == len(request.ids)
+            metas.append((request.rid, start, count, sample))
+            tokens.extend(request.ids[start:end])
+            flying.append((request, request.attempt, sample))
         step, self.next_step = self.next_step, self.next_step + 1
         self._last_issued = step
-        self.in_flight[step] = InFlight(tuple(flying), now)
+        self.in_flight[step] = InFlight(flying, now)
         frees, self._frees = tuple(self._frees), []
-        meta = StepMeta(self.pipeline, self.fence, step, tuple(metas), tuple(admits), frees)
+        meta = StepMeta(self.pipeline, self.fence, step, pack_rows(metas), tuple(admits), frees)
         return RunStep(meta, tuple(tokens))
 
-    def _result(self, meta: ResultMeta, now: float, effects: list[Effect]) -> None:
+    def _result(self, meta: ResultMeta, now: float, effects: list[Effect], news: list[Effect]) -> None:
         flight = self.in_flight.pop(meta.step, None) if meta.fence == self.fence else None
         if flight is None:
             return
         self._stall_limit_s = STALL_LIMIT_S
-        live: set[int] = set()
-        for rid, attempt, position in flight.rows:
-            request = self.requests.get(rid)
-            if request is not None and request.attempt == attempt:
-                request.computed = position
-                live.add(rid)
-        for rid in meta.poisoned:
-            if rid in live:
-                self._quarantine(rid, effects)
+        tokens = unpack_tokens(meta.tokens)
+        sampled = [(request, attempt) for request, attempt, sample in flight.rows if sample]
+        if len(tokens) != len(
+            sampled
+        ):  # a result that does not fit its step is worth no more than a lost one
+            self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
+            return
+        details = {detail.index: (detail.logprob, detail.top) for detail in meta.details}
         by_session: dict[int, list[Token]] = {}
-        for sample in meta.samples:
-            if sample.rid in live and sample.rid in self.requests:
-                request = self.requests[sample.rid]
-                token = self._append(request, sample)
-                if request.session is not None:
-                    by_session.setdefault(request.session, []).append(token)
-                if token.finish is not None:
-                    self._drop(request.rid)
-        effects.extend(Deliver(session, tuple(items)) for session, items in by_session.items())
+        for index, (request, attempt) in enumerate(sampled):
+            if request.attempt != attempt or self.requests.get(request.rid) is not request:
+                continue  # it was preempted or has ended since
+            if tokens[index] == POISONED:
+                self._quarantine(request.rid, news)
+                continue
+            item = self._append(request, tokens[index], *details.get(index, (None, ())))
+            if request.session is not None:
+                by_session.setdefault(request.session, []).append(item)
+            if item.finish is not None:
+                self._drop(request.rid)
+        news.extend(Deliver(session, tuple(items)) for session, items in by_session.items())
         if by_session:
-            self._finish_recovery(now, effects)
+            self._finish_recovery(now, news)
 
-    def _append(self, request: Request, sample: Sample) -> Token:
-        finish = request.finish_of(sample.token, self.limits.context_len)
-        token = Token(request.rid, len(request.output), sample.token, sample.logprob, sample.top, finish)
-        request.output.append(token)
+    def _append(
+        self, request: Request, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]
+    ) -> Token:
+        finish = request.finish_of(token, self.limits.context_len)
+        item = Token(request.rid, len(request.output), token, logprob, top, finish)
+        request.append(item)
         self.stats.tokens_generated += 1
-        return token
+        return item
 
     def _quarantine(self, rid: int, effects: list[Effect]) -> None:
         session = self.requests[rid].session

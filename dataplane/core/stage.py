@@ -3,55 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from controlplane.contract.ids import PipelineId
-from controlplane.contract.requests import Sampling
+from dataplane._fast.blocktable import KvGap, Rows, StepArrays, lookup
 from dataplane.core.blocks import KvStore
-from dataplane.core.messages import Fence, HeldMeta, RejoinMeta, Sample, StepMeta
-from dataplane.core.request import unpack_tokens
+from dataplane.core.messages import POISONED, Admit, Fence, HeldMeta, RejoinMeta, StepMeta
+from dataplane.model.sampler import SamplingTable
 
 
-@dataclass(slots=True)
-class TokenLog:
-    """What the last stage samples by."""
-
-    sampling: Sampling
-    prompt: list[int]
-    output: list[int]
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Prepared:
-    """A step whose blocks are there: block-table rows, first positions and counts, one of each a row."""
+    """A step whose blocks are there. Its arrays hold until the next step is prepared."""
 
     meta: StepMeta
-    rows: list[int]
-    starts: list[int]
-    counts: list[int]
-    sample_rows: list[int] = field(default_factory=list)  # index of the last token of each row that samples
-    logs: list[TokenLog] = field(default_factory=list)  # of those rows; last stage only
+    rows: Rows
+    table_rows: npt.NDArray[np.int32]  # [B] of the block table
+    arrays: StepArrays
+    slots: npt.NDArray[np.int32]  # [K] of the sampling table; last stage only
 
 
 class Stage:
-    def __init__(self, pipeline: PipelineId, index: int, num_stages: int, epoch: int, store: KvStore) -> None:
+    """`sampling`: the table to keep requests' token logs in, for the last stage."""
+
+    def __init__(
+        self,
+        pipeline: PipelineId,
+        index: int,
+        num_stages: int,
+        epoch: int,
+        store: KvStore,
+        sampling: SamplingTable | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.index = index
-        self.num_stages = num_stages
+        self.is_last = index == num_stages - 1
         self.fence = Fence(epoch, 0)
         self.last_step = -1  # executed in this fence
         self.store = store
-        self._logs: dict[int, TokenLog] = {}
-
-    @property
-    def is_last(self) -> bool:
-        return self.index == self.num_stages - 1
+        self.sampling = sampling
+        self._slots: dict[int, int] = {}  # of the sampling table, by request
 
     def enter(self, fence: Fence) -> None:
         """What was in flight before `fence` is void, and so is what was known of requests' logs."""
         self.fence = fence
         self.last_step = -1
-        self._logs.clear()
+        for rid in list(self._slots):
+            self._forget(rid)
 
     def stale(self, fence: Fence) -> bool:
         return fence < self.fence
@@ -62,41 +63,34 @@ class Stage:
             self.enter(meta.fence)
         for rid in meta.frees:
             self.store.release((self.pipeline, rid))
-            self._logs.pop(rid, None)
-        if self.is_last:
-            for admit in meta.admits:
-                self._logs[admit.rid] = TokenLog(
-                    admit.sampling, unpack_tokens(admit.prompt), unpack_tokens(admit.output)
-                )
-        prepared = Prepared(meta, [], [], [])
-        end = 0
-        for row in meta.rows:
-            key = (self.pipeline, row.rid)
-            if not self.store.grow(key, row.start + row.count):
-                return "space"
-            kv = self.store.own[key]
-            if kv.tokens < row.start or (self.is_last and row.sample and row.rid not in self._logs):
-                return "gap"
-            # What is being computed is not valid until `commit`: nobody may copy or count it before.
-            kv.tokens = row.start
-            prepared.rows.append(kv.row)
-            prepared.starts.append(row.start)
-            prepared.counts.append(row.count)
-            end += row.count
-            if row.sample and self.is_last:
-                prepared.sample_rows.append(end - 1)
-                prepared.logs.append(self._logs[row.rid])
-        return prepared
+            self._forget(rid)
+        for admit in meta.admits:
+            self._admit(admit)
+        rows = Rows(meta.rows)
+        try:
+            table_rows = self.store.begin(self.pipeline, rows)
+        except KvGap:
+            return "gap"
+        if table_rows is None:
+            return "space"
+        slots, unknown = lookup(self._slots, rows.sample_rids)
+        if self.is_last and unknown:
+            return "gap"
+        arrays = self.store.table.fill(table_rows, rows.starts, rows.counts)
+        return Prepared(meta, rows, table_rows, arrays, slots)
 
-    def commit(self, meta: StepMeta, samples: tuple[Sample, ...]) -> None:
-        """The step has run: the KV of its rows is valid."""
-        self.last_step = meta.step
-        for row in meta.rows:
-            self.store.own[(self.pipeline, row.rid)].tokens = row.start + row.count
-        for sample in samples:
-            log = self._logs.get(sample.rid)
-            if log is not None:
-                log.output.append(sample.token)
+    def commit(self, step: Prepared, tokens: npt.NDArray[np.int64] | None) -> list[int]:
+        """The step has run: the KV of its rows is valid, and `tokens` [K] were drawn (last stage).
+
+        Returns the requests that have filled a block with it."""
+        self.last_step = step.meta.step
+        if tokens is not None and self.sampling is not None:
+            slots = step.slots
+            if POISONED in tokens:
+                slots, tokens = slots[tokens != POISONED], tokens[tokens != POISONED]
+            self.sampling.append_many(slots, tokens)
+        filled = self.store.table.commit(step.table_rows, step.rows.starts, step.rows.counts)
+        return [int(step.rows.rids[index]) for index in filled]
 
     def rejoin(self, meta: RejoinMeta, checksum: Callable[[int], int]) -> HeldMeta:
         """Enter the message's fence, promote what copies there are, and say what is held of each request."""
@@ -104,14 +98,25 @@ class Stage:
             self.enter(meta.fence)
         for rid in meta.rids:
             key = (self.pipeline, rid)
-            if key not in self.store.own and key in self.store.replicas:
+            if not self.store.serves(key) and key in self.store.replicas:
                 self.store.promote(key, checksum)
         if meta.complete:
             self.store.release_pipeline(self.pipeline, keep=meta.rids)
             self.store.drop_replicas(self.pipeline)
         held = tuple(
-            (rid, self.store.own[(self.pipeline, rid)].tokens)
+            (rid, self.store.tokens((self.pipeline, rid)))
             for rid in meta.rids
-            if (self.pipeline, rid) in self.store.own
+            if self.store.serves((self.pipeline, rid))
         )
         return HeldMeta(self.pipeline, meta.fence, meta.ask, self.index, held)
+
+    def _admit(self, admit: Admit) -> None:
+        if self.sampling is not None:
+            self._forget(admit.rid)
+            prompt, output = (np.frombuffer(data, "<i4") for data in (admit.prompt, admit.output))
+            self._slots[admit.rid] = self.sampling.admit(admit.sampling, prompt, output)
+
+    def _forget(self, rid: int) -> None:
+        slot = self._slots.pop(rid, None)
+        if slot is not None and self.sampling is not None:
+            self.sampling.release(slot)

@@ -19,12 +19,12 @@ from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
 from dataplane.core.events import (
     Ask,
+    CapacityChanged,
     Deliver,
     Effect,
     EpochBegan,
     Event,
     Quiesce,
-    QuotaChanged,
     Recovered,
     Refuse,
     RunStep,
@@ -41,12 +41,12 @@ from dataplane.core.messages import (
     Meta,
     RejoinMeta,
     ResultMeta,
-    Sample,
     StepFailedMeta,
     StepMeta,
 )
 from dataplane.core.scheduler import Scheduler
 from dataplane.core.stage import Prepared, Stage
+from dataplane.model.sampler import SamplingTable
 from dataplane.replica import Replicator
 
 BLOCK = 4
@@ -104,7 +104,9 @@ class Node:
 
     def serve(self, epoch: int, replicas: list[Member]) -> None:
         if self.stage is None:
-            self.stage = Stage(PIPELINE, self.stage_index, self.cluster.stages, epoch, self.store)
+            last = self.stage_index == self.cluster.stages - 1
+            sampling = SamplingTable(self.store.table.max_rows, VOCAB) if last else None
+            self.stage = Stage(PIPELINE, self.stage_index, self.cluster.stages, epoch, self.store, sampling)
         elif self.stage.fence.epoch < epoch:
             self.stage.enter(Fence(epoch))
         self.replicator.protect(PIPELINE, epoch, replicas, flush=False)
@@ -113,8 +115,8 @@ class Node:
         self.stage = None
         self.replicator.unprotect(PIPELINE)
         if demote:
-            for key in list(self.store.own):
-                self.store.demote(key, self.replicator.checksum)
+            for rid in list(self.store.own[PIPELINE]):
+                self.store.demote((PIPELINE, rid), self.replicator.checksum)
         else:
             self.store.release_pipeline(PIPELINE)
 
@@ -153,16 +155,12 @@ class Node:
         # The worst moment to copy: blocks are there, their contents are not.
         self.replicator.pump(self.cluster.now)
         hidden = self.compute(stage, prepared, np.frombuffer(payload, np.uint64))
-        samples = []
+        drawn = (hidden[prepared.rows.sample_rows] % VOCAB).astype(np.int64)
+        filled = stage.commit(prepared, drawn if stage.is_last else None)
+        self.replicator.advanced(PIPELINE, prepared.rows, filled)
         if stage.is_last:
-            rids = [row.rid for row in meta.rows if row.sample]
-            for rid, index in zip(rids, prepared.sample_rows, strict=True):
-                samples.append(Sample(rid, int(hidden[index]) % VOCAB))
-        stage.commit(meta, tuple(samples))
-        for row in meta.rows:
-            self.replicator.wrote(PIPELINE, row.rid)
-        if stage.is_last:
-            self.cluster.to_scheduler(self.me, ResultMeta(PIPELINE, meta.fence, meta.step, tuple(samples)))
+            tokens = drawn.astype("<i4").tobytes()
+            self.cluster.to_scheduler(self.me, ResultMeta(PIPELINE, meta.fence, meta.step, tokens))
         elif not self.send(self.cluster.serving[stage.index + 1], meta, hidden.tobytes()):
             self.cluster.to_scheduler(
                 self.me, StepFailedMeta(PIPELINE, meta.fence, meta.step, stage.index, "link")
@@ -171,7 +169,9 @@ class Node:
     def compute(self, stage: Stage, prepared: Prepared, hidden: np.ndarray) -> np.ndarray:
         out = np.zeros(len(hidden), np.uint64)
         at = 0
-        for row, start, count in zip(prepared.rows, prepared.starts, prepared.counts, strict=True):
+        for row, start, count in zip(
+            prepared.table_rows, prepared.rows.starts, prepared.rows.counts, strict=True
+        ):
             blocks = self.store.table.blocks(row)
             for position in range(start, start + count):
                 self.kv.data[blocks[position // BLOCK], position % BLOCK] = mix(stage.index, int(hidden[at]))
@@ -213,7 +213,7 @@ class Cluster:
 
     def new_scheduler(self, takeover: bool) -> Scheduler:
         scheduler = Scheduler(PIPELINE, self.epoch, self.stages, self.limits, takeover=takeover, now=self.now)
-        self.perform(scheduler.step(QuotaChanged(self.quota), self.now))
+        self.perform(scheduler.step(CapacityChanged(self.quota, self.stages), self.now))
         return scheduler
 
     # ------------------------------------------------------------------ network
@@ -342,6 +342,7 @@ class Cluster:
 
     def run(self, deliveries: int) -> None:
         for _ in range(deliveries):
+            self.now += 0.001
             if not self.deliver_one():
                 self.now += 0.05
                 self.dispatch(Tick())

@@ -6,7 +6,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataplane.core.blocks import KvStore
+from dataplane._fast.blocktable import Rows
+from dataplane.core.blocks import Key, KvStore
+from dataplane.core.messages import pack_rows
+
+
+def grow(store: KvStore, key: Key, tokens: int) -> bool:
+    """Compute positions of a request up to `tokens`. False: there was no room."""
+    pipeline, rid = key
+    start = min(store.tokens(key), tokens - 1)
+    rows = Rows(pack_rows([(rid, start, tokens - start, False)]))
+    table_rows = store.begin(pipeline, rows)
+    if table_rows is None:
+        return False
+    assert store.tokens(key) == start
+    store.table.commit(table_rows, rows.starts, rows.counts)
+    return True
 
 
 def test_replicas_give_way_to_serving_requests() -> None:
@@ -15,7 +30,7 @@ def test_replicas_give_way_to_serving_requests() -> None:
         block = store.replica_block(("p1", 1), index, (index + 1) * 4)
         assert block is not None
         store.replica_written(("p1", 1), index, (index + 1) * 4, checksum=0)
-    assert store.grow(("p0", 7), 6 * 4)
+    assert grow(store, ("p0", 7), 6 * 4)
     assert ("p1", 1) not in store.replicas
     assert store.replicas_evicted == 1
     store.check()
@@ -23,9 +38,9 @@ def test_replicas_give_way_to_serving_requests() -> None:
 
 def test_a_copy_never_evicts_anything() -> None:
     store = KvStore(4, 4, 8, 8)
-    assert store.grow(("p0", 7), 16)
+    assert grow(store, ("p0", 7), 16)
     assert store.replica_block(("p1", 1), 0, 4) is None
-    assert not store.grow(("p0", 8), 1)
+    assert not grow(store, ("p0", 8), 1)
 
 
 def test_a_gap_in_a_copy_is_refused() -> None:
@@ -46,15 +61,15 @@ def test_promotion_moves_the_same_blocks() -> None:
         blocks.append(block)
         store.replica_written(("p1", 1), index, (index + 1) * 4, checksum=index)
     assert store.promote(("p1", 1), lambda block: blocks.index(block)) == 8
-    assert store.table.blocks(store.own[("p1", 1)].row) == blocks
+    assert store.table.blocks(store.own["p1"][1]) == blocks
 
 
 def test_demotion_keeps_only_blocks_with_tokens() -> None:
     store = KvStore(8, 4, 8, 8)
-    store.grow(("p0", 1), 12)
-    store.own[("p0", 1)].tokens = 5
+    grow(store, ("p0", 1), 12)
+    store.table.set_valid(store.own["p0"][1], 5)
     store.demote(("p0", 1), lambda block: block)
-    assert store.replicas[("p0", 1)].tokens == 5
+    assert store.replica_tokens(("p0", 1)) == 5
     assert len(store.replicas[("p0", 1)].checksums) == 2
     assert store.blocks_free == 6
     store.check()
@@ -79,20 +94,18 @@ def test_no_block_is_lost_or_held_twice(operations: list[tuple[str, str, int, in
         key = (pipeline, rid)
         match what:
             case "grow" if key not in store.replicas:
-                if store.grow(key, tokens):
-                    store.own[key].tokens = max(store.own[key].tokens, tokens)
+                grow(store, key, tokens)
             case "copy":
-                kv = store.replicas.get(key)
-                index = kv.tokens // 4 if kv is not None else 0
+                index = store.replica_tokens(key) // 4
                 if index < 10 and store.replica_block(key, index, index * 4 + 4) is not None:
                     store.replica_written(key, index, index * 4 + 4, 1)
             case "release":
                 store.release(key)
             case "drop":
                 store.drop_replica(key)
-            case "promote" if key not in store.own:
+            case "promote" if not store.serves(key):
                 store.promote(key, lambda _: 1)
-            case "demote" if key in store.own:
+            case "demote" if store.serves(key):
                 store.demote(key, lambda _: 1)
             case "sweep":
                 store.release_pipeline(pipeline, keep=(rid,))
@@ -101,7 +114,7 @@ def test_no_block_is_lost_or_held_twice(operations: list[tuple[str, str, int, in
 
 def test_the_check_can_fail() -> None:
     store = KvStore(4, 4, 4, 4)
-    store.grow(("p0", 1), 4)
-    store._free.append(store.table.blocks(store.own[("p0", 1)].row)[0])
+    grow(store, ("p0", 1), 4)
+    store._free.append(store.table.blocks(store.own["p0"][1])[0])
     with pytest.raises(AssertionError, match="held twice"):
         store.check()

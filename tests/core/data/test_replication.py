@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from controlplane.contract.ids import Member
-from dataplane.core.replication import ANSWER_LIMIT_S, REFUSED_PAUSE_S, WINDOW_BLOCKS, Copy, ReplicaSource
+from dataplane.core.replication import (
+    ANSWER_LIMIT_S,
+    COPY_EVERY_S,
+    REFUSED_PAUSE_S,
+    WINDOW_BLOCKS,
+    Copy,
+    ReplicaSource,
+)
 
 HOLDER = Member("n4", "a")
 
@@ -13,13 +20,13 @@ def source(tokens: dict[int, int]) -> ReplicaSource:
     assert made.must_ask(0.0)
     made.acknowledged((), whole=True, refused=False, now=0.0)
     for rid in tokens:
-        made.wrote(rid)
+        made.wrote([rid])
     return made
 
 
 def test_nothing_is_sent_before_the_holder_has_said_what_it_has() -> None:
     made = ReplicaSource(HOLDER, 4, lambda _: 8)
-    made.wrote(1)
+    made.wrote([1])
     assert made.take(0.0, flush=False) == []
     assert made.must_ask(0.0)
     assert not made.must_ask(0.1)
@@ -33,7 +40,7 @@ def test_whole_blocks_only_unless_flushed() -> None:
     made.acknowledged(((1, 4),), whole=False, refused=False, now=0.1)
     assert made.lag_tokens([1], flush=False) == 0
     assert made.lag_tokens([1], flush=True) == 2
-    made.wrote(1)
+    made.wrote([1])
     assert made.take(0.1, flush=True) == [Copy(1, 1, 6)]
     made.acknowledged(((1, 6),), whole=False, refused=False, now=0.2)
     assert made.lag_tokens([1], flush=True) == 0
@@ -45,7 +52,7 @@ def test_a_part_filled_block_is_sent_again_when_it_has_grown() -> None:
     made.take(0.0, flush=True)
     made.acknowledged(((1, 6),), whole=False, refused=False, now=0.1)
     tokens[1] = 8
-    made.wrote(1)
+    made.wrote([1])
     assert made.take(0.2, flush=False) == [Copy(1, 1, 8)]
 
 
@@ -53,8 +60,8 @@ def test_a_holder_that_kept_its_copies_gets_only_what_it_lacks() -> None:
     made = ReplicaSource(HOLDER, 4, {1: 16, 2: 8}.get)  # type: ignore[arg-type]
     made.must_ask(0.0)
     assert made.acknowledged(((1, 12),), whole=True, refused=False, now=0.0) == []
-    made.wrote(1)
-    made.wrote(2)
+    made.wrote([1])
+    made.wrote([2])
     assert made.take(0.0, flush=False) == [Copy(1, 3, 16), Copy(2, 0, 4), Copy(2, 1, 8)]
 
 
@@ -86,3 +93,22 @@ def test_a_silent_holder_is_asked_again_and_nothing_counts_meanwhile() -> None:
     assert made.must_ask(ANSWER_LIMIT_S + 0.1)
     assert not made.known
     assert made.lag_tokens([1], flush=False) == 8
+
+
+def test_blocks_that_fill_one_after_the_other_go_together() -> None:
+    tokens = {1: 4, 2: 3}
+    made = source(tokens)
+    assert made.take(0.0, flush=False) == [Copy(1, 0, 4)]
+    tokens |= {1: 8, 2: 4}
+    made.wrote([1, 2])
+    assert made.take(COPY_EVERY_S / 2, flush=False) == []
+    assert made.take(COPY_EVERY_S, flush=False) == [Copy(1, 1, 8), Copy(2, 0, 4)]
+
+
+def test_a_move_waits_for_no_company() -> None:
+    tokens = {1: 4}
+    made = source(tokens)
+    made.take(0.0, flush=False)
+    tokens[1] = 5
+    made.wrote([1])
+    assert made.take(0.001, flush=True) == [Copy(1, 1, 5)]

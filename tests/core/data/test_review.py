@@ -6,17 +6,28 @@ import asyncio
 
 import grpc
 import pytest
+from msgspec import structs
 
 from controlplane.contract import rpc
 from controlplane.contract.ids import Member
 from controlplane.contract.records import ControllerRecord, NodeRecord
 from controlplane.contract.reports import NodeReport
-from controlplane.contract.requests import RefusalCode, Sampling, Submit
+from controlplane.contract.requests import RefusalCode, Sampling, Submit, Token, Tokens
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topology
 from controlplane.contract.topology import Stage as StageDuty
+from dataplane._fast.blocktable import Rows
 from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
-from dataplane.core.events import Ask, Cancelled, EpochBegan, QuotaChanged, Refuse, RunStep, Submitted, Tick
+from dataplane.core.events import (
+    Ask,
+    Cancelled,
+    CapacityChanged,
+    EpochBegan,
+    Refuse,
+    RunStep,
+    Submitted,
+    Tick,
+)
 from dataplane.core.messages import (
     Fence,
     HeldMeta,
@@ -24,10 +35,10 @@ from dataplane.core.messages import (
     Ping,
     RejoinMeta,
     ResultMeta,
-    Sample,
     StepFailedMeta,
 )
 from dataplane.core.replication import ReplicaSource
+from dataplane.core.request import pack_tokens
 from dataplane.core.scheduler import LINK_RETRY_S, STALL_LIMIT_S, Scheduler
 from dataplane.core.stage import Stage
 from dataplane.frontdoor import Frontdoor
@@ -90,7 +101,7 @@ def test_what_a_sweep_gives_back_is_given_back_by_the_holders_too() -> None:
         cluster.run(20)
     for node in cluster.nodes.values():
         if node.alive:
-            assert not node.store.own
+            assert not any(node.store.own.values())
             assert not node.store.replicas
             assert all(
                 not s._unacked for p in node.replicator._protected.values() for s in p.sources.values()
@@ -107,7 +118,7 @@ def test_a_request_cancelled_while_its_stages_are_asked_leaves_nothing() -> None
     cluster.run(25)
     cluster.links[slow] = question
     cluster.run(100)
-    assert not [m for m in cluster.serving if cluster.nodes[m].store.own]
+    assert not [m for m in cluster.serving if any(cluster.nodes[m].store.own.values())]
 
 
 def test_an_acknowledgement_of_an_earlier_life_counts_for_nothing() -> None:
@@ -115,10 +126,10 @@ def test_an_acknowledgement_of_an_earlier_life_counts_for_nothing() -> None:
     made = ReplicaSource(NEXT, 4, lambda rid: tokens.get(rid, 0))
     made.must_ask(0.0)
     made.acknowledged((), whole=True, refused=False, now=0.0)
-    made.wrote(1)
+    made.wrote([1])
     assert len(made.take(0.0, flush=False)) == 2
     made.freed([1])  # preempted: the holder is told to drop it, and its last acknowledgement is on its way
-    made.wrote(1)  # admitted again, computed again
+    made.wrote([1])  # admitted again, computed again
     made.acknowledged(((1, 8),), whole=False, refused=False, now=0.1)
     assert made.lag_tokens([1], flush=False) == 8
     assert len(made.take(0.2, flush=False)) == 2
@@ -129,7 +140,7 @@ def test_an_answer_that_crossed_an_order_to_drop_counts_for_nothing() -> None:
     made = ReplicaSource(NEXT, 4, lambda rid: tokens.get(rid, 0))
     assert made.must_ask(0.0)
     made.freed([1])
-    made.wrote(1)  # admitted again, computed again
+    made.wrote([1])  # admitted again, computed again
     assert not made.acknowledged(((1, 8), (2, 8)), whole=True, refused=False, now=0.1)
     assert made.lag_tokens([1], flush=False) == 8
     assert made.lag_tokens([2], flush=False) == 0
@@ -167,7 +178,7 @@ def test_a_step_of_a_new_round_may_come_before_its_question() -> None:
     """Within the orphan grace frees go out at once. Stage and scheduler must agree on the last step after it,
     or no move of an idle pipeline ever finds a quiet moment."""
     made = Scheduler("p0", 5, 3, LIMITS, takeover=True, now=0.0)
-    made.step(QuotaChanged(64), 0.0)
+    made.step(CapacityChanged(64, 1), 0.0)
     ask = next(e for e in made.start(0.0) if isinstance(e, Ask)).meta
     for index in range(3):
         made.step(HeldMeta("p0", ask.fence, ask.ask, index, ()), 0.1)
@@ -179,15 +190,16 @@ def test_a_step_of_a_new_round_may_come_before_its_question() -> None:
     assert freeing.fence == ask.fence
     stage = Stage("p0", 2, 3, 5, KvStore(8, 4, 8, 8))
     stage.enter(Fence(5, 0))
-    assert not isinstance(stage.prepare(freeing), str)
-    stage.commit(freeing, ())
+    prepared = stage.prepare(freeing)
+    assert not isinstance(prepared, str)
+    stage.commit(prepared, None)
     stage.rejoin(ask, lambda _: 0)
     assert stage.last_step == freeing.step
 
 
 def test_a_new_epoch_is_asked_again_as_soon_as_any() -> None:
     made = Scheduler("p0", 5, 2, LIMITS, takeover=False, now=0.0)
-    made.step(QuotaChanged(64), 0.0)
+    made.step(CapacityChanged(64, 1), 0.0)
     made.step(submitted(1), 0.0)
     now = 0.0
     for _ in range(4):  # nobody answers: the patience doubles each time
@@ -215,12 +227,12 @@ def test_a_new_epoch_is_asked_again_as_soon_as_any() -> None:
 )
 def test_a_request_that_would_break_a_stage_is_refused_and_others_go_on(event: Submitted) -> None:
     made = Scheduler("p0", 5, 1, LIMITS, takeover=False, now=0.0)
-    made.step(QuotaChanged(64), 0.0)
+    made.step(CapacityChanged(64, 1), 0.0)
     refused = [e for e in made.step(event, 0.0) if isinstance(e, Refuse)]
     assert refused[0].message.code is RefusalCode.INVALID
     step = next(e for e in made.step(submitted(1), 0.0) if isinstance(e, RunStep)).meta
-    assert [row.rid for row in step.rows] == [1]
-    assert made.step(ResultMeta("p0", step.fence, step.step, (Sample(1, 9),)), 0.1)
+    assert Rows(step.rows).rids.tolist() == [1]
+    assert made.step(ResultMeta("p0", step.fence, step.step, pack_tokens([9])), 0.1)
 
 
 # ---------------------------------------------------------------------- the schedulers of a node
@@ -244,12 +256,14 @@ def topology(counter: int, *pipelines: Pipeline) -> Topology:
 class Host:
     """The schedulers of one node; `up` are the members that can be reached."""
 
-    def __init__(self, *up: Member) -> None:
+    def __init__(self, *up: Member, microbatches: int = 0) -> None:
         self.up = set(up)
         self.local: list[Message] = []
         self.sent: list[tuple[Member, Meta]] = []
         frontdoor = Frontdoor("token", lambda *_: None, lambda _: None)
-        self.schedulers = Schedulers(ME, LIMITS, 64, frontdoor, self.local.append, self.send, lambda: None)
+        self.schedulers = Schedulers(
+            ME, LIMITS, microbatches, frontdoor, self.local.append, self.send, lambda: None
+        )
 
     def send(self, peer: Member, meta: Meta, _payload: object) -> bool:
         if peer in self.up:
@@ -276,6 +290,28 @@ def test_registrations_that_are_gone_do_not_shrink_the_pool_to_nothing() -> None
     assert host.schedulers.by_pipeline["p0"].batcher.quota_blocks == 50
     host.schedulers.on_topology(topology(2, pipeline("p0", 1)), {})
     assert host.schedulers.by_pipeline["p0"].batcher.quota_blocks == 50
+
+
+@pytest.mark.parametrize(
+    ("hosts", "parallel", "setting", "expected"),
+    [
+        (("a", "a"), 1, 0, 1),  # two nodes that share one core
+        (("a", "a"), 2, 0, 2),
+        (("a", "a"), 9, 0, 2),
+        (("a", "b"), 1, 0, 2),  # a core each
+        (("a", "b"), 1, 7, 7),  # who sets it gets it
+    ],
+)
+def test_as_many_microbatches_as_the_hosts_can_compute(
+    hosts: tuple[str, str], parallel: int, setting: int, expected: int
+) -> None:
+    host = Host(ME, NEXT, microbatches=setting)
+    records = {
+        member.node: structs.replace(record(member), fault_domain={"host": name}, host_parallel=parallel)
+        for member, name in zip((ME, NEXT), hosts, strict=True)
+    }
+    host.schedulers.on_topology(topology(1, pipeline("p0", 1)), records)
+    assert host.schedulers.by_pipeline["p0"].batcher.microbatches == expected
 
 
 def test_a_planned_switch_issues_nothing_in_the_epoch_that_is_over() -> None:
@@ -361,9 +397,48 @@ def test_a_gateway_that_hangs_up_leaves_no_task_behind() -> None:
             call.cancel()
             async with asyncio.timeout(5):
                 await lost.wait()
-        await asyncio.sleep(0)
         await frontdoor.close()
-        waiting = [t for t in asyncio.all_tasks() if "Queue.get" in repr(t.get_coro())]
-        assert not waiting
+        async with asyncio.timeout(5):
+            while [t for t in asyncio.all_tasks() if "Frontdoor" in repr(t.get_coro())]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    asyncio.run(go())
+
+
+async def _read_all(call: grpc.aio.StreamStreamCall) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+def test_a_gateway_that_does_not_read_is_told_so_and_costs_a_bounded_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dataplane.frontdoor.OUTBOX_MAX", 50)
+
+    async def go() -> None:
+        lost = asyncio.Event()
+        frontdoor = Frontdoor("token", lambda *_: None, lambda _: lost.set())
+        address = await frontdoor.start("127.0.0.1")
+        large = Tokens("p0", 1, tuple(Token(1, i, 7) for i in range(2000)))
+        async with grpc.aio.insecure_channel(address) as channel:
+            serve = channel.stream_stream(
+                rpc.FRONTDOOR_SERVE,
+                request_serializer=rpc.encode,
+                response_deserializer=rpc.decode_scheduler_message,
+            )
+            call = serve(metadata=(("authorization", "Bearer token"),))
+            await call.write(submitted(1).message)
+            async with asyncio.timeout(5):
+                while not frontdoor._sessions:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                (session,) = frontdoor._sessions
+                for _ in range(200):
+                    frontdoor.send(session, large)
+                assert len(frontdoor._sessions[session].outbox) <= 50
+                with pytest.raises(grpc.aio.AioRpcError, match="does not read"):
+                    await _read_all(call)
+                await lost.wait()
+        assert frontdoor.sessions_overrun == 1
+        await frontdoor.close()
 
     asyncio.run(go())

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from controlplane.contract.requests import FinishReason, RefusalCode, Sampling, Submit
+from dataplane._fast.blocktable import Rows
 from dataplane.core.batching import Limits
 from dataplane.core.events import (
     Ask,
     Cancelled,
+    CapacityChanged,
     Deliver,
     Effect,
     EpochBegan,
     Quiesce,
-    QuotaChanged,
     Refuse,
     RunStep,
     SessionLost,
     Submitted,
     Tick,
 )
-from dataplane.core.messages import Fence, HeldMeta, ResultMeta, Sample, StepFailedMeta
+from dataplane.core.messages import POISONED, Detail, Fence, HeldMeta, ResultMeta, Row, StepFailedMeta
+from dataplane.core.request import pack_tokens
 from dataplane.core.scheduler import STALL_LIMIT_S, Scheduler
 
 LIMITS = Limits(
@@ -28,9 +32,9 @@ LIMITS = Limits(
 )
 
 
-def scheduler(stages: int = 2, quota: int = 64, takeover: bool = False) -> Scheduler:
-    made = Scheduler("p0", 5, stages, LIMITS, takeover=takeover, now=0.0)
-    made.step(QuotaChanged(quota), 0.0)
+def scheduler(stages: int = 2, quota: int = 64, microbatches: int = 0, limits: Limits = LIMITS) -> Scheduler:
+    made = Scheduler("p0", 5, stages, limits, takeover=False, now=0.0)
+    made.step(CapacityChanged(quota, microbatches or stages), 0.0)
     return made
 
 
@@ -43,27 +47,124 @@ def steps(effects: list[Effect]) -> list[RunStep]:
     return [e for e in effects if isinstance(e, RunStep)]
 
 
+def rows(*issued: RunStep) -> list[Row]:
+    """(rid, start, count, sample) of every row, in order."""
+    found: list[Row] = []
+    for step in issued:
+        r = Rows(step.meta.rows)
+        sample = [rid in r.sample_rids for rid in r.rids]
+        found += zip(r.rids.tolist(), r.starts.tolist(), r.counts.tolist(), sample, strict=True)
+    return found
+
+
 def result(step: RunStep, token: int = 9) -> ResultMeta:
-    samples = tuple(Sample(row.rid, token) for row in step.meta.rows if row.sample)
-    return ResultMeta("p0", step.meta.fence, step.meta.step, samples)
+    tokens = pack_tokens([token for *_, sample in rows(step) if sample])
+    return ResultMeta("p0", step.meta.fence, step.meta.step, tokens)
 
 
-def test_as_many_microbatches_as_stages() -> None:
-    made = scheduler(stages=3)
+def test_as_many_microbatches_as_can_compute() -> None:
+    made = scheduler(stages=4, microbatches=3)
     issued = [steps(made.step(submit(rid), 0.0)) for rid in range(1, 5)]
     assert [len(s) for s in issued] == [1, 1, 1, 0]
     assert len(made.in_flight) == 3
 
 
+def decoding(requests: int, microbatches: int) -> tuple[Scheduler, list[RunStep]]:
+    """A scheduler whose requests all decode, and the steps in flight."""
+    made = scheduler(4, microbatches=microbatches, limits=replace(LIMITS, max_waiting=99))
+    flying = [
+        step for rid in range(1, requests + 1) for step in steps(made.step(submit(rid, max_tokens=50), 0.0))
+    ]
+    for _ in range(4 * requests):
+        flying += steps(made.step(result(flying.pop(0)), 0.0))
+    return made, flying
+
+
+@pytest.mark.parametrize(
+    ("requests", "microbatches", "sizes"),
+    [(1, 2, [1]), (4, 2, [4]), (5, 2, [2, 3]), (8, 2, [4, 4]), (8, 4, [4, 4]), (7, 1, [7])],
+)
+def test_running_requests_share_the_microbatches_that_they_are_worth(
+    requests: int, microbatches: int, sizes: list[int]
+) -> None:
+    _, flying = decoding(requests, microbatches)
+    assert sorted(len(rows(step)) for step in flying) == sizes
+
+
+def test_who_decodes_does_not_wait_for_a_prompt_that_comes() -> None:
+    """The prompt goes at once, in a microbatch of its own; then all share one again."""
+    made, flying = decoding(2, microbatches=2)
+    assert len(flying) == 1
+    prompt = steps(made.step(submit(9), 0.0))
+    assert [rid for rid, *_ in rows(*prompt)] == [9]
+    assert not steps(made.step(result(flying[0]), 0.1))  # few rows: they wait for their company
+    assert sorted(rid for rid, *_ in rows(*steps(made.step(result(prompt[0]), 0.2)))) == [1, 2, 9]
+
+
+def test_decodes_ride_along_with_the_chunks_of_a_long_prompt() -> None:
+    made, flying = decoding(2, microbatches=2)
+    flying += steps(made.step(submit(9, length=60), 0.0))
+    seen: set[int] = set()
+    for _ in range(3):
+        (step,) = steps(made.step(result(flying.pop(0)), 0.1))
+        flying.append(step)
+        assert len(rows(step)) == 2
+        assert rows(step)[1][0] == 9
+        seen.add(rows(step)[0][0])
+    assert seen == {1, 2}
+
+
+def test_a_prompt_is_split_over_those_who_can_compute() -> None:
+    made = scheduler(
+        4, quota=200, microbatches=2, limits=replace(LIMITS, max_batch_tokens=512, context_len=600)
+    )
+    assert [count for _, _, count, _ in rows(*steps(made.step(submit(1, length=400), 0.0)))] == [200, 200]
+    short = scheduler(
+        4, quota=200, microbatches=2, limits=replace(LIMITS, max_batch_tokens=512, context_len=600)
+    )
+    assert [count for _, _, count, _ in rows(*steps(short.step(submit(1, length=90), 0.0)))] == [64, 26]
+
+
+def test_a_result_that_does_not_fit_its_step_is_a_lost_one() -> None:
+    made = scheduler(stages=1)
+    step = steps(made.step(submit(1), 0.0))[0]
+    wrong = ResultMeta("p0", step.meta.fence, step.meta.step, pack_tokens([9, 9]))
+    ask = next(e for e in made.step(wrong, 0.1) if isinstance(e, Ask)).meta
+    assert ask.fence == Fence(5, 1)
+    assert not made.requests[1].output
+
+
+def test_logprobs_reach_the_row_that_asked() -> None:
+    made = scheduler(stages=1)
+    flying = steps(made.step(submit(1), 0.0))
+    made.step(submit(2), 0.0)
+    both = steps(made.step(result(flying[0]), 0.1))[0]
+    detail = Detail(1, -0.5, ((8, -0.25),))
+    effects = made.step(
+        ResultMeta("p0", both.meta.fence, both.meta.step, pack_tokens([7, 8]), (detail,)), 0.2
+    )
+    tokens = next(e for e in effects if isinstance(e, Deliver)).tokens
+    assert [(t.rid, t.token, t.logprob, t.top) for t in tokens] == [
+        (1, 7, None, ()),
+        (2, 8, -0.5, ((8, -0.25),)),
+    ]
+
+
+def test_the_next_step_goes_out_before_what_the_last_one_yielded() -> None:
+    made = scheduler(stages=1)
+    effects = made.step(result(steps(made.step(submit(1), 0.0))[0]), 0.1)
+    assert [type(e) for e in effects] == [RunStep, Deliver]
+
+
 def test_a_long_prompt_goes_in_chunks_that_overlap() -> None:
     made = scheduler(stages=2)
     sent = steps(made.step(submit(1, length=40), 0.0))
-    assert [(r.start, r.count, r.sample) for s in sent for r in s.meta.rows] == [
+    assert [row[1:] for row in rows(*sent)] == [
         (0, 16, False),
         (16, 16, False),
     ]
     third = steps(made.step(result(sent[0]), 0.1))
-    assert [(r.start, r.count, r.sample) for s in third for r in s.meta.rows] == [(32, 8, True)]
+    assert [row[1:] for row in rows(*third)] == [(32, 8, True)]
     assert sent[0].meta.admits
     assert not third[0].meta.admits
 
@@ -73,7 +174,7 @@ def test_decode_rows_share_a_step_with_a_prompt_chunk() -> None:
     first = steps(made.step(submit(1), 0.0))[0]
     made.step(submit(2, length=30), 0.0)
     both = steps(made.step(result(first), 0.1))[0]
-    assert [(r.rid, r.count) for r in both.meta.rows] == [(1, 1), (2, 15)]
+    assert [(rid, count) for rid, _, count, _ in rows(both)] == [(1, 1), (2, 15)]
 
 
 def test_finish_reasons() -> None:
@@ -151,7 +252,7 @@ def test_a_new_epoch_voids_what_is_in_flight_and_resumes_at_the_minimum() -> Non
     assert ask.complete
     assert not made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 0, ((1, 12),)), 0.3)
     resumed = steps(made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, ((1, 8),)), 0.3))[0]
-    assert [(r.start, r.count, r.sample) for r in resumed.meta.rows] == [(8, 5, True)]
+    assert [row[1:] for row in rows(resumed)] == [(8, 5, True)]
     assert resumed.meta.admits
     assert resumed.meta.fence == Fence(6, 0)
 
@@ -161,7 +262,7 @@ def test_results_of_an_older_fence_change_nothing(fence: Fence) -> None:
     made = scheduler(stages=1)
     step = steps(made.step(submit(1), 0.0))[0]
     made.step(EpochBegan(6, planned=False), 0.1)
-    stale = ResultMeta("p0", fence, step.meta.step, (Sample(1, 9),))
+    stale = ResultMeta("p0", fence, step.meta.step, pack_tokens([9]))
     assert not made.step(stale, 0.2)
     assert not made.requests[1].output
 
@@ -188,7 +289,7 @@ def test_a_poisoned_request_is_quarantined_and_others_go_on() -> None:
     first = steps(made.step(submit(1), 0.0))[0]
     made.step(submit(2), 0.0)
     both = steps(made.step(result(first), 0.1))[0]
-    poisoned = ResultMeta("p0", both.meta.fence, both.meta.step, (Sample(2, 9),), poisoned=(1,))
+    poisoned = ResultMeta("p0", both.meta.fence, both.meta.step, pack_tokens([POISONED, 9]))
     effects = made.step(poisoned, 0.2)
     assert next(e for e in effects if isinstance(e, Refuse)).message.code is RefusalCode.QUARANTINED
     assert list(made.requests) == [2]
@@ -198,7 +299,7 @@ def test_a_poisoned_request_is_quarantined_and_others_go_on() -> None:
 def test_a_request_that_no_longer_fits_is_refused_not_kept_for_ever() -> None:
     made = scheduler(stages=1, quota=8)
     made.step(submit(1, length=20, max_tokens=30), 0.0)
-    made.step(QuotaChanged(4), 0.1)
+    made.step(CapacityChanged(4, 1), 0.1)
     refused = [e for e in made.step(Tick(), 0.2) if isinstance(e, Refuse)]
     assert refused[0].message.code is RefusalCode.INVALID
 

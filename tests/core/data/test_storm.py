@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from controlplane.contract.requests import Submit
-from dataplane.core.events import Cancelled, EpochBegan, Quiesce, QuotaChanged, SessionLost, Submitted
+from dataplane.core.events import Cancelled, CapacityChanged, EpochBegan, Quiesce, SessionLost, Submitted
 from dataplane.core.messages import HeldMeta, RejoinMeta, ResultMeta, StepFailedMeta, StepMeta
 from tests.core.data.pipeline import PIPELINE, Cluster, next_token
 
@@ -64,7 +64,7 @@ class Storm(Cluster):
                 self.dispatch(Cancelled(rid))
             case "quota":
                 self.quota = pick.choice([15, 16, 18, 20])
-                self.dispatch(QuotaChanged(self.quota))
+                self.dispatch(CapacityChanged(self.quota, self.stages))
             case "break":
                 self.break_link()
             case "lose":
@@ -115,8 +115,7 @@ class Storm(Cluster):
                     if busy or not source.known or store.replicas_evicted:
                         continue
                     for rid, progress in source._progress.items():
-                        kv = store.replicas.get((PIPELINE, rid))
-                        assert progress.acked <= (kv.tokens if kv is not None else 0), f"request {rid}"
+                        assert progress.acked <= store.replica_tokens((PIPELINE, rid)), f"request {rid}"
 
     def check_streams(self) -> None:
         for rid, first in self.submitted.items():
@@ -134,7 +133,7 @@ class Storm(Cluster):
         for member in (*self.serving, *self.peers):
             node = self.nodes[member]
             if node.alive:
-                assert not node.store.own
+                assert not any(node.store.own.values())
                 assert not node.store.replicas
                 sources = [s for p in node.replicator._protected.values() for s in p.sources.values()]
                 assert not any(s._progress or s._dirty or s._unacked for s in sources)
@@ -148,7 +147,7 @@ def test_storm(stages: int, seed: int) -> None:
         storm.run(storm.random.randrange(40))
         storm.check_copies()
         storm.strike(storm.random.choice(EVENTS))
-    storm.dispatch(QuotaChanged(20))
+    storm.dispatch(CapacityChanged(20, stages))
     storm.dispatch(Quiesce(False))
     storm.resubmit_all()
     for _ in range(60_000):
