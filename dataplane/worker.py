@@ -285,8 +285,10 @@ class Worker:
         rest of a step. What may take long has a thread, for heartbeats must go out."""
         tokens, took = self._last
         if took * max(1.0, step.arrays.num_tokens / tokens) < INLINE_S:
-            # First what the loop has ready: the tokens of the step before, or the step itself on its way out.
-            await asyncio.sleep(0)
+            if stage.is_last:
+                # First what the loop has ready, the tokens of the step before: other stages have time for that while
+                # the step is with the next one.
+                await asyncio.sleep(0)
             return self._compute(stage, step, message)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, self._compute, stage, step, message)

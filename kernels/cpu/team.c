@@ -4,6 +4,7 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
@@ -13,7 +14,8 @@
 #include <immintrin.h>
 #endif
 
-#define SPINS 2000 /* some 20 to 60 us: longer than the threads drift apart, shorter than a time slice */
+#define SPINS 2000     /* some 20 to 60 us: longer than the threads drift apart, shorter than a time slice */
+#define YIELD_EVERY 64 /* the thread that is waited for may be queued behind this one */
 #define LINE 64
 
 struct kf_team {
@@ -74,6 +76,20 @@ static void relax(void)
 #endif
 }
 
+/* True when the word has changed. */
+static int spin_while(atomic_uint *word, unsigned value)
+{
+    for (int i = 1; i <= SPINS; i++) {
+        if (atomic_load_explicit(word, memory_order_acquire) != value)
+            return 1;
+        if (i % YIELD_EVERY)
+            relax();
+        else
+            sched_yield();
+    }
+    return 0;
+}
+
 static void sleep_while(atomic_uint *word, unsigned value)
 {
     syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
@@ -107,11 +123,8 @@ void kf_barrier(kf_worker *w)
             wake_all(&t->generation);
         return;
     }
-    for (int i = 0; i < SPINS; i++) {
-        if (atomic_load_explicit(&t->generation, memory_order_acquire) != generation)
-            return;
-        relax();
-    }
+    if (spin_while(&t->generation, generation))
+        return;
     atomic_fetch_add(&t->sleepers, 1);
     while (atomic_load(&t->generation) == generation)
         sleep_while(&t->generation, generation);
@@ -125,8 +138,7 @@ static void *thread_main(void *p)
     kf_team *t = s.team;
     flush_denormals();
     for (unsigned seen = 0;;) {
-        for (int i = 0; i < SPINS && atomic_load_explicit(&t->job, memory_order_acquire) == seen; i++)
-            relax();
+        spin_while(&t->job, seen);
         while (atomic_load(&t->job) == seen)
             sleep_while(&t->job, seen);
         seen++;
