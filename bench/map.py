@@ -126,7 +126,9 @@ def _measure_model(plan: Plan, model: str, dtype: Dtype, result: Result, begun: 
                 result.metrics[f"{name}_idle_cpu_share{label}"] = system.idle_cpu_share(IDLE_S)
     result.absent.update({f"{name}{label}": reason for name, reason in absent.items()})
     if dtype == "float32":  # in bfloat16 random weights amplify roundings until engines say different things
-        result.baseline.update({f"{name}_same_first_token{label}": share for name, share in agreement.items()})
+        result.baseline.update(
+            {f"{name}_same_first_token{label}": share for name, share in agreement.items()}
+        )
     for case in plan.cases:
         _record(result, case, rates, label)
     _limits(result, plan.device, dtype, weight_bytes(path), label)

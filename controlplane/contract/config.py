@@ -22,7 +22,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_model_len: int = 0  # prompt and output together; 0: the checkpoint's own limit
     threads: int = 1  # compute threads of a node
     device: Literal["cpu", "cuda"] = "cpu"
-    attention: Literal["exact", "xformers"] = "exact"  # exact: ours, equal bits on every path; xformers: GPUs only
+    attention: Literal["exact", "xformers"] = (
+        "exact"  # exact: ours, equal bits on every path; xformers: GPUs only
+    )
     microbatches: int = 0  # in flight, per pipeline; 0: as many as stages can compute at the same time
 
 
