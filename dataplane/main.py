@@ -22,7 +22,7 @@ from dataplane.node import Node, load_executor
 def run_node(config: ClusterConfig, node: str) -> None:
     """Serve until stopped (SIGTERM, SIGINT) or retired. A name is "n" and a number; its stage follows from it."""
     configure_logging(node)
-    torch.set_num_threads(config.engine.threads)
+    torch.set_num_threads(1)  # it only looks up rows; the kernels have threads of their own
     stage = int(node.removeprefix("n")) % config.stages
     executor = load_executor(config, stage)
     asyncio.run(_serve(config, Member(node, new_incarnation()), stage, executor))

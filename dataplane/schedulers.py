@@ -195,9 +195,8 @@ class Schedulers:
     def _capacity(self, topology: Topology, pipeline: Pipeline) -> CapacityChanged:
         """Blocks: the least that one of its nodes can give it; the least counts, as all hold the same blocks."""
         quotas = []
-        on_host: dict[
-            str, list[int]
-        ] = {}  # for each node there, how many such nodes the host can run at once
+        # By host, for each node there: how many such nodes the host can run at once.
+        on_host: dict[str, list[int]] = {}
         for member in pipeline.members():
             record = self._records.get(member.node)
             if record is not None:

@@ -16,7 +16,7 @@ class NodeRecord(msgspec.Struct, frozen=True):
     group: str
     stage: int  # the stage whose weights it holds
     num_stages: int
-    link_address: str  # "host:port" of the UCX listener
+    link_address: str  # what its transport offers: "kind=where,kind=where"
     rpc_address: str  # "host:port" of the front door (gRPC)
     weights_digest: str  # of the stage's tensors: only equal digests may stand in for each other
     pool_blocks: int
