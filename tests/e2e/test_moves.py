@@ -14,7 +14,8 @@ from controlplane.contract.status import ClusterStatus
 from controlplane.kfadmin.loadgen import Stream, sample_prompts
 from tests.e2e.cluster import Cluster, until, while_streaming
 
-PROMPTS = sample_prompts(12, 256)
+# Long enough to outlast a drain: the engine brings 200 tokens/s and more to each stream.
+PROMPTS = sample_prompts(12, 640)
 
 
 def kfadmin(cluster: Cluster, *arguments: str, limit_s: float = 60.0) -> subprocess.CompletedProcess[str]:
