@@ -112,8 +112,6 @@ class Reporter:
             line.news.clear()
             yield report
             line.said.set()
-            try:
-                async with asyncio.timeout(self._heartbeat_s):
-                    await line.news.wait()
-            except TimeoutError:
-                continue
+            timer = asyncio.get_running_loop().call_later(self._heartbeat_s, line.news.set)
+            await line.news.wait()
+            timer.cancel()

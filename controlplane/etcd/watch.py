@@ -28,7 +28,7 @@ QUEUE_BATCHES_MAX = 1024
 class WatchTiming:
     """Seconds. `silence_s` of no answer to progress requests means: try another endpoint."""
 
-    progress_s: float = 0.5
+    progress_s: float = 1.0
     silence_s: float = 2.0
     connect_s: float = 1.0
     backoff_first_s: float = 0.05

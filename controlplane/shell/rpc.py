@@ -70,11 +70,12 @@ class ReportServer:
         try:
             while (message := await context.read()) is not grpc.aio.EOF:
                 report = await self._parse(message, member, context)
-                member = report.member
+                first, member = member is None, report.member
                 self._newest[member] = me
                 self.reports += 1
                 await self._inbox.put(ReportReceived(report))
-                await context.write(ReportAck(report.seq))
+                if first:
+                    await context.write(ReportAck(report.seq))
         finally:
             # Also when the peer was killed: grpc cancels this task as soon as the connection breaks. A stream
             # that its own member has replaced by a newer one tells nothing.
