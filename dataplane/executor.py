@@ -9,7 +9,7 @@ import torch
 from typing_extensions import Buffer
 
 from dataplane._fast.blocktable import StepArrays
-from dataplane.kvcache import ITEM_BYTES, KVCache
+from dataplane.kvcache import KVCache
 from dataplane.model.config import ModelConfig, ModelDtype, load_config
 from dataplane.model.errors import ModelError
 from dataplane.model.layers import build_layer
@@ -59,7 +59,7 @@ class StageExecutor:
         weights = load_weights(model_dir, c, self.layers)
         self.weights_digest: str = weights_digest(weights)
         with torch.inference_mode():
-            self._embed = weights[EMBED].to(kind).to(device) if self.is_first else None
+            embed = weights[EMBED].to(kind) if self.is_first else None
             head = None
             if self.is_last:
                 output = weights[EMBED if c.tie_embeddings else HEAD]
@@ -67,7 +67,8 @@ class StageExecutor:
             layers = tuple(build_layer(c, i, weights, kind) for i in self.layers)
             rotary = RotaryTable(c.rope, c.head_dim, c.max_positions)
             sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.rms_norm_eps)
-            self._stage = build_stage(StageSpec(*sizes, rotary, layers, head), self.kv, threads, attention)
+            spec = StageSpec(*sizes, rotary, layers, embed, head)
+            self._stage = build_stage(spec, self.kv, threads, attention)
 
     def forward(
         self,
@@ -83,46 +84,7 @@ class StageExecutor:
 
         Raises ValueError or IndexError for inputs that do not fit; the KV cache may then hold part of the step,
         in slots that the step named."""
-        rows = step.num_tokens
-        if rows < 1:
-            raise ValueError("a step needs at least one token")
-        with torch.inference_mode():
-            residual = self._stage.reserve(rows)
-            self._load(tokens, hidden, residual)
-            self._stage.forward(step)
-            if not self.is_last:
-                return _to_numpy(residual)
-            picked = np.ascontiguousarray(sample_rows, np.int64)
-            if picked.ndim != 1 or (picked.size and not 0 <= picked.min() <= picked.max() < rows):
-                raise IndexError(f"sample_rows must be indices into the {rows} tokens of the step")
-            return self._stage.logits(residual.index_select(0, torch.from_numpy(picked).to(residual.device)))
-
-    def _load(
-        self, tokens: npt.NDArray[np.int64] | None, hidden: Buffer | None, target: torch.Tensor
-    ) -> None:
-        rows = len(target)
-        if self.is_first:
-            if tokens is None or tokens.shape != (rows,) or tokens.dtype != np.int64:
-                raise ValueError(f"the first stage needs {rows} tokens as int64")
-            if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
-                raise IndexError(f"a token is outside the vocabulary of {self.config.vocab_size}")
-            assert self._embed is not None
-            at = torch.from_numpy(np.ascontiguousarray(tokens)).to(target.device)
-            torch.index_select(self._embed, 0, at, out=target)
-            return
-        size = rows * self.hidden_size * ITEM_BYTES[self.dtype]
-        data = memoryview(b"" if hidden is None else hidden)
-        if data.nbytes != size or not data.c_contiguous:
-            raise ValueError(f"expected {size} bytes of activations, got {data.nbytes}")
-        source = np.frombuffer(data.cast("B"), np.uint8).reshape(rows, -1)
-        here = target if target.is_cpu else torch.empty_like(target, device="cpu")
-        here.view(torch.uint8).numpy()[:] = source
-        if here is not target:
-            target.copy_(here)
-
-
-def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
-    """A copy on the host that the caller may keep; bfloat16 as uint16."""
-    if tensor.dtype is torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
-    return tensor.to("cpu", copy=True).numpy()
+        source = tokens if self.is_first else hidden
+        if source is None:
+            raise ValueError("a first stage needs tokens, any other one activations")
+        return self._stage.forward(source, step, sample_rows)

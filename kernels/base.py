@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from typing_extensions import Buffer
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -89,7 +90,8 @@ class Rotary(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """The layers of one stage; all tensors have the dtype of the KV cache. head: last stage only."""
+    """The layers of one stage; all tensors have the dtype of the KV cache. embed [vocab, hidden]: first stage only;
+    head: last stage only."""
 
     hidden: int
     intermediate: int
@@ -97,23 +99,20 @@ class StageSpec:
     eps: float
     rotary: Rotary
     layers: tuple[Layer, ...]
+    embed: torch.Tensor | None
     head: Head | None
 
 
 class StageKernels(Protocol):
-    """One stage on one device. A row's numbers have the same bits whatever other rows a step has.
+    """One stage on one device. A row's numbers have the same bits whatever other rows a step has."""
 
-    Not thread-safe. A step that does not fit the cache raises IndexError or ValueError; the KV cache may then hold
-    part of it, in slots that it named."""
+    def forward(
+        self, source: npt.NDArray[np.int64] | Buffer, step: StepArrays, picked: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.generic]:
+        """One step of T tokens. source: tokens int64 [T] where the stage has an embedding, else what the stage before
+        returned. Returns activations [T, hidden] (bfloat16 as uint16), which are the caller's own, or with a head the
+        logits float32 [K, vocab] of the rows `picked` [K], valid until the next call.
 
-    def reserve(self, rows: int) -> torch.Tensor:
-        """Where a step of that many tokens puts its input: [rows, hidden], the same memory until more are reserved."""
-        ...
-
-    def forward(self, step: StepArrays) -> None:
-        """All layers over what reserve() returned, in place."""
-        ...
-
-    def logits(self, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
-        """The head over hidden [K, hidden]: [K, vocab], valid until the next call. Raises ValueError without a head."""
+        Not thread-safe. Raises ValueError or IndexError for a step that does not fit; the KV cache may then hold part
+        of it, in slots that it named."""
         ...

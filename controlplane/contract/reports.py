@@ -74,6 +74,6 @@ class NodeReport(msgspec.Struct, frozen=True):
 
 
 class ReportAck(msgspec.Struct, frozen=True):
-    """Sent for the first report of a stream: the node sees that it is heard. Not for each, which would double the cost."""
+    """Sent for the first report of a stream: the node is heard. To answer each would double what a report costs."""
 
     seq: int

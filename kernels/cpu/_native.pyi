@@ -2,6 +2,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Buffer
 
 STORE: int
 ADD: int
@@ -34,6 +35,10 @@ class Step:
         context_lens: npt.NDArray[np.int32],
         tables: npt.NDArray[np.int32],
     ) -> None: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def context(self) -> int: ...
 
 class Stage:
     def __init__(
@@ -57,11 +62,14 @@ class Stage:
         weights: Sequence[tuple[int, int]],
         window: int,
     ) -> None: ...
+    def set_ends(self, vocab: int, embed: int, norm: int, head: int) -> None: ...
     def set_buffers(
-        self, residual: int, normed: int, qkv: int, q: int, attended: int, activated: int
+        self, residual: int, normed: int, qkv: int, q: int, attended: int, activated: int, picked: int
     ) -> None: ...
     def set_rotary(self, cos: int, sin: int, table_rows: int) -> None: ...
-    def forward(self, step: Step) -> None: ...
+    def forward(
+        self, step: Step, source: npt.NDArray[np.int64] | Buffer, picked: npt.NDArray[np.int32], out: int
+    ) -> None: ...
 
 def attention(
     team: Team,

@@ -7,7 +7,7 @@ from libc.stdlib cimport calloc, free
 
 
 cdef extern from "kernels.h" nogil:
-    int KF_NO_MEMORY, KF_BAD_BLOCK, KF_BAD_CONTEXT, KF_BAD_POSITION
+    int KF_NO_MEMORY, KF_BAD_BLOCK, KF_BAD_CONTEXT, KF_BAD_POSITION, KF_BAD_TOKEN, KF_BAD_ROW
     ctypedef enum kf_epilogue:
         KF_STORE, KF_ADD, KF_SILU_MUL, KF_FLOAT
     ctypedef struct kf_team:
@@ -66,8 +66,11 @@ cdef extern from "kernels.h" nogil:
         int64_t window
     ctypedef struct kf_stage:
         const kf_layer *layers
-        int64_t num_layers, hidden, intermediate, heads
+        int64_t num_layers, hidden, intermediate, heads, vocab
         float eps, scale
+        const void *embed
+        const void *norm
+        const void *head
         const float *cos
         const float *sin
         int64_t table_rows
@@ -77,6 +80,13 @@ cdef extern from "kernels.h" nogil:
         void *q
         void *attended
         void *activated
+        void *picked
+    ctypedef struct kf_io:
+        const int64_t *tokens
+        const void *hidden
+        const int32_t *picked
+        int64_t num_picked
+        void *out
 
     kf_team *kf_team_new(int threads)
     void kf_team_free(kf_team *team)
@@ -85,7 +95,7 @@ cdef extern from "kernels.h" nogil:
     int kf_rope_write(kf_team *team, const kf_rope_args *a, int64_t table_rows)
     void kf_rms_norm(kf_team *team, const kf_norm_args *a, int is_bf16)
     void kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16)
-    int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, const kf_step *step)
+    int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, const kf_step *step, const kf_io *io)
     int kf_set_isa(int isa)
 
 STORE, ADD, SILU_MUL, FLOAT = KF_STORE, KF_ADD, KF_SILU_MUL, KF_FLOAT
@@ -100,6 +110,10 @@ cdef int check(int code) except -1:
         raise IndexError("a block or slot of this step is outside the KV cache")
     if code == KF_BAD_POSITION:
         raise IndexError("a position of this step is outside the rotary table")
+    if code == KF_BAD_TOKEN:
+        raise IndexError("a token of this step is outside the vocabulary")
+    if code == KF_BAD_ROW:
+        raise IndexError("logits are asked of a row that this step does not have")
     raise ValueError("layer, context lengths, cu_q and tables of this step do not fit together")
 
 
@@ -143,6 +157,8 @@ cdef class Step:
 
     cdef kf_step c
     cdef object keep
+    cdef readonly int64_t tokens
+    cdef readonly int64_t context  # of the longest row
 
     def __cinit__(self, const int64_t[::1] positions, const int64_t[::1] slots, const int32_t[::1] cu_q,
                   const int32_t[::1] context_lens, const int32_t[:, ::1] tables):
@@ -152,8 +168,10 @@ cdef class Step:
         if cu_q[0] != 0 or cu_q[rows] != tokens:
             raise ValueError("cu_q must run from 0 to the number of tokens")
         self.keep = (positions, slots, cu_q, context_lens, tables)
-        self.c.tokens = tokens
+        self.c.tokens = self.tokens = tokens
         self.c.rows = rows
+        for i in range(rows):
+            self.context = max(self.context, context_lens[i])
         self.c.width = tables.shape[1]
         self.c.positions = &positions[0] if tokens else NULL
         self.c.slots = &slots[0] if tokens else NULL
@@ -206,24 +224,51 @@ cdef class Stage:
             slots[i].bias = <void *><size_t>bias
         layer.window = window
 
-    def set_buffers(self, size_t residual, size_t normed, size_t qkv, size_t q, size_t attended, size_t activated):
+    def set_ends(self, int64_t vocab, size_t embed, size_t norm, size_t head):
+        """What a first or a last stage has besides layers; 0: it is none."""
+        self.c.vocab = vocab
+        self.c.embed = <void *>embed
+        self.c.norm = <void *>norm
+        self.c.head = <void *>head
+
+    def set_buffers(self, size_t residual, size_t normed, size_t qkv, size_t q, size_t attended, size_t activated,
+                    size_t picked):
         self.c.residual = <void *>residual
         self.c.normed = <void *>normed
         self.c.qkv = <void *>qkv
         self.c.q = <void *>q
         self.c.attended = <void *>attended
         self.c.activated = <void *>activated
+        self.c.picked = <void *>picked
 
     def set_rotary(self, size_t cos, size_t sin, int64_t table_rows):
         self.c.cos = <float *>cos
         self.c.sin = <float *>sin
         self.c.table_rows = table_rows
 
-    def forward(self, Step step):
-        """All layers over residual[:tokens], in place."""
+    def forward(self, Step step, source, const int32_t[::1] picked, size_t out):
+        """A whole step. source: tokens int64 [T] on a first stage, elsewhere activations as bytes; picked int32 [K]: rows
+        to compute logits of, on a last stage."""
+        cdef const int64_t[::1] tokens
+        cdef const unsigned char[::1] hidden
+        cdef kf_io io = kf_io(NULL, NULL, NULL, 0, <void *>out)
+        if self.c.embed != NULL:
+            tokens = source
+            if tokens.shape[0] != step.c.tokens:
+                raise ValueError(f"the first stage needs {step.c.tokens} tokens, not {tokens.shape[0]}")
+            io.tokens = &tokens[0]
+        else:
+            hidden = source
+            size = step.c.tokens * self.c.hidden * (2 if self.kv.c.is_bf16 else 4)
+            if hidden.shape[0] != size:
+                raise ValueError(f"expected {size} bytes of activations, got {hidden.shape[0]}")
+            io.hidden = &hidden[0]
+        if self.c.head != NULL and picked.shape[0]:
+            io.picked = &picked[0]
+            io.num_picked = picked.shape[0]
         cdef int code
         with nogil:
-            code = kf_stage_forward(self.team.c, &self.c, &self.kv.c, &step.c)
+            code = kf_stage_forward(self.team.c, &self.c, &self.kv.c, &step.c, &io)
         check(code)
 
 

@@ -9,7 +9,10 @@
 
 #include "team.h"
 
-enum { KF_OK = 0, KF_NO_MEMORY = -1, KF_BAD_BLOCK = -2, KF_BAD_CONTEXT = -3, KF_BAD_POSITION = -4 };
+enum {
+    KF_OK = 0, KF_NO_MEMORY = -1, KF_BAD_BLOCK = -2, KF_BAD_CONTEXT = -3, KF_BAD_POSITION = -4, KF_BAD_TOKEN = -5,
+    KF_BAD_ROW = -6
+};
 
 #define KF_PANEL 64 /* outputs in one panel of a packed weight */
 
@@ -87,15 +90,27 @@ typedef struct {
     int64_t window;
 } kf_layer;
 
-/* The layers of a stage, and where a step's values go between its operations: all [>= rows, ...]. */
+/* The layers of a stage, and where a step's values go between its operations: all [>= rows, ...]. `embed`
+ * [vocab, hidden] is there on the first stage; `norm` and `head`, packed [vocab, hidden], on the last. */
 typedef struct {
     const kf_layer *layers;
-    int64_t num_layers, hidden, intermediate, heads;
+    int64_t num_layers, hidden, intermediate, heads, vocab;
     float eps, scale;
+    const void *embed, *norm, *head;
     const float *cos, *sin;
     int64_t table_rows;
-    void *residual, *normed, *qkv, *q, *attended, *activated;
+    void *residual, *normed, *qkv, *q, *attended, *activated, *picked;
 } kf_stage;
+
+/* Where a step's values come from, tokens [T] or activations [T, hidden], and where they go: activations [T, hidden]
+ * or, on the last stage, logits [num_picked, vocab] of the rows `picked`. */
+typedef struct {
+    const int64_t *tokens;
+    const void *hidden;
+    const int32_t *picked;
+    int64_t num_picked;
+    void *out;
+} kf_io;
 
 /* Single operations, for tests and for what is not a layer. */
 int kf_attention(kf_team *team, const kf_attention_args *a);
@@ -103,8 +118,8 @@ int kf_rope_write(kf_team *team, const kf_rope_args *a, int64_t table_rows);
 void kf_rms_norm(kf_team *team, const kf_norm_args *a, int is_bf16);
 void kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16);
 
-/* All layers over residual[:tokens], in place: every thread walks through them, with a barrier after each operation. */
-int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, const kf_step *step);
+/* A whole step: every thread walks through all its operations, with a barrier after each. */
+int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, const kf_step *step, const kf_io *io);
 
 /* 0 plain C, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16; at most what the processor has. Returns what is in use. */
 int kf_set_isa(int isa);

@@ -1,8 +1,11 @@
 /* A stage's layers as one computation of a team, and its operations one by one. Everything that indexes memory is
  * checked before any thread begins. */
 #include <stddef.h>
+#include <string.h>
 
 #include "ops.h"
+
+#define COPY_ROWS 8 /* taken at a time by a thread that copies */
 
 static int check_cache(const kf_cache *kv, int64_t layer, const kf_step *step)
 {
@@ -33,6 +36,17 @@ static int check_positions(const kf_cache *kv, const kf_step *step, int64_t tabl
     return KF_OK;
 }
 
+static int check_io(const kf_stage *s, const kf_step *step, const kf_io *io)
+{
+    for (int64_t t = 0; io->tokens && t < step->tokens; t++)
+        if (io->tokens[t] < 0 || io->tokens[t] >= s->vocab)
+            return KF_BAD_TOKEN;
+    for (int64_t i = 0; i < io->num_picked; i++)
+        if (io->picked[i] < 0 || io->picked[i] >= step->tokens)
+            return KF_BAD_ROW;
+    return KF_OK;
+}
+
 static int reserve_scratch(kf_team *team, const kf_cache *kv, const kf_step *step)
 {
     int64_t longest = 0;
@@ -43,14 +57,52 @@ static int reserve_scratch(kf_team *team, const kf_cache *kv, const kf_step *ste
     return kf_team_scratch(team, bytes) ? KF_OK : KF_NO_MEMORY;
 }
 
-/* ------------------------------------------------------------------ all layers */
+/* ------------------------------------------------------------------ a whole step */
 
 typedef struct {
     const kf_stage *stage;
     const kf_cache *kv;
     const kf_step *step;
+    const kf_io *io;
     const kf_ops *ops;
+    size_t row_bytes; /* of [hidden] */
 } forward_args;
+
+static void load(kf_worker *w, const forward_args *f)
+{
+    const size_t size = f->row_bytes;
+    for (int64_t begin, end; kf_next(w, f->step->tokens, COPY_ROWS, &begin, &end);)
+        for (int64_t row = begin; row < end; row++) {
+            const char *from = f->io->tokens ? (const char *)f->stage->embed + (size_t)f->io->tokens[row] * size
+                                             : (const char *)f->io->hidden + (size_t)row * size;
+            memcpy((char *)f->stage->residual + (size_t)row * size, from, size);
+        }
+    kf_barrier(w);
+}
+
+static void store(kf_worker *w, const forward_args *f)
+{
+    const size_t size = f->row_bytes;
+    for (int64_t begin, end; kf_next(w, f->step->tokens, COPY_ROWS, &begin, &end);)
+        memcpy((char *)f->io->out + (size_t)begin * size, (char *)f->stage->residual + (size_t)begin * size,
+               (size_t)(end - begin) * size);
+}
+
+static void logits(kf_worker *w, const forward_args *f)
+{
+    const kf_stage *s = f->stage;
+    const int64_t rows = f->io->num_picked;
+    for (int64_t begin, end; kf_next(w, rows, COPY_ROWS, &begin, &end);)
+        for (int64_t i = begin; i < end; i++)
+            memcpy((char *)s->picked + (size_t)i * f->row_bytes,
+                   (char *)s->residual + (size_t)f->io->picked[i] * f->row_bytes, f->row_bytes);
+    kf_barrier(w);
+    const kf_norm_args norm = {s->picked, s->norm, s->normed, rows, s->hidden, s->eps};
+    f->ops->rms_norm(w, &norm);
+    kf_barrier(w);
+    const kf_linear_args head = {s->normed, s->head, NULL, f->io->out, rows, s->hidden, s->vocab, KF_FLOAT};
+    f->ops->linear(w, &head);
+}
 
 static void run_layer(kf_worker *w, const forward_args *f, int64_t index)
 {
@@ -92,20 +144,28 @@ static void run_layer(kf_worker *w, const forward_args *f, int64_t index)
 static void forward(kf_worker *w, const void *arg)
 {
     const forward_args *f = arg;
+    load(w, f);
     for (int64_t i = 0; i < f->stage->num_layers; i++)
         run_layer(w, f, i);
+    if (f->stage->head == NULL)
+        store(w, f);
+    else if (f->io->num_picked)
+        logits(w, f);
 }
 
-int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, const kf_step *step)
+int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, const kf_step *step, const kf_io *io)
 {
     int bad = check_cache(kv, stage->num_layers - 1, step);
     if (!bad)
         bad = check_positions(kv, step, stage->table_rows);
     if (!bad)
+        bad = check_io(stage, step, io);
+    if (!bad)
         bad = reserve_scratch(team, kv, step);
     if (bad)
         return bad;
-    const forward_args f = {stage, kv, step, kf_ops_for(kv->is_bf16)};
+    const size_t row_bytes = (size_t)stage->hidden * (kv->is_bf16 ? 2 : 4);
+    const forward_args f = {stage, kv, step, io, kf_ops_for(kv->is_bf16), row_bytes};
     kf_team_run(team, forward, &f);
     return KF_OK;
 }

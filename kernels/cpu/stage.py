@@ -1,8 +1,9 @@
-"""A whole stage in one call: the threads walk through all its layers without coming back to Python."""
+"""A whole step in one call: the threads walk through all its operations without coming back to Python."""
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from typing_extensions import Buffer
 
 from kernels.base import DTYPES, Layer, Linear, PagedCache, StageSpec, StepArrays
 from kernels.cpu import _native
@@ -16,20 +17,14 @@ class CpuStage:
     for microseconds only. Its maker must not fork afterwards."""
 
     def __init__(self, spec: StageSpec, kv: PagedCache, threads: int = 1) -> None:
-        self._hidden, self._heads, self._intermediate, self._eps = (
-            spec.hidden,
-            spec.heads,
-            spec.intermediate,
-            spec.eps,
-        )
+        self._hidden, self._heads, self._intermediate = spec.hidden, spec.heads, spec.intermediate
         self._rotary = spec.rotary
         self._kv = kv  # keeps the memory alive
         self._dtype = DTYPES[kv.dtype]
-        self._team = _native.Team(threads)
         self._kept: list[Packed | torch.Tensor | None] = []  # likewise
         arena = Arena()
         self._native = _native.Stage(
-            self._team,
+            _native.Team(threads),
             cache_of(kv),
             len(spec.layers),
             spec.hidden,
@@ -40,62 +35,70 @@ class CpuStage:
         )
         for index, layer in enumerate(spec.layers):
             self._set_layer(index, layer, arena)
-        self._head = None if spec.head is None else pack(Linear(spec.head.weight), arena)
-        self._norm = None if spec.head is None else spec.head.norm.clone()
-        self._logits = np.empty((0, 0 if self._head is None else self._head.n), np.float32)
-        self._rows = 0
-        self.reserve(16)
+        self._vocab = self._set_ends(spec, arena)
+        self._logits = np.empty((0, self._vocab), np.float32)
+        self._rows = self._positions = 0
+        self._make_room(16)
 
-    def reserve(self, rows: int) -> torch.Tensor:
+    def forward(
+        self, source: npt.NDArray[np.int64] | Buffer, step: StepArrays, picked: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.generic]:
+        native = step_of(step)
+        rows = native.tokens
+        if rows < 1:
+            raise ValueError("a step needs at least one token")
         if rows > self._rows:
-            self._rows = max(rows, 2 * self._rows)
-            heads, kv_heads = (n * self._kv.head_dim for n in (self._heads, self._kv.kv_heads))
-            sizes = (self._hidden, self._hidden, heads + 2 * kv_heads, heads, heads, self._intermediate)
-            self._buffers = [torch.empty(self._rows, size, dtype=self._dtype) for size in sizes]
-            self._native.set_buffers(*(buffer.data_ptr() for buffer in self._buffers))
-        return self._buffers[0][:rows]
+            self._make_room(rows)
+        if native.context > self._positions:
+            self._cover(native.context)
+        if not self._vocab:
+            out = np.empty((rows, self._hidden), np.uint16 if self._dtype is torch.bfloat16 else np.float32)
+            self._native.forward(native, source, picked, out.ctypes.data)
+            return out
+        if len(picked) > len(self._logits):
+            self._logits = np.empty((max(len(picked), 2 * len(self._logits)), self._vocab), np.float32)
+        self._native.forward(native, source, picked, self._logits.ctypes.data)
+        return self._logits[: len(picked)]
 
-    def forward(self, step: StepArrays) -> None:
-        rows = len(step.positions)
-        if not 0 < rows <= self._rows:
-            raise ValueError(f"the step has {rows} tokens, reserved are {self._rows}")
-        self._rotary.cover(int(step.positions.max()) + 1)
+    def _make_room(self, rows: int) -> None:
+        self._rows = max(rows, 2 * self._rows)
+        heads, kv_heads = (n * self._kv.head_dim for n in (self._heads, self._kv.kv_heads))
+        hidden = self._hidden
+        sizes = (hidden, hidden, heads + 2 * kv_heads, heads, heads, self._intermediate, hidden)
+        self._buffers = [torch.empty(self._rows, size, dtype=self._dtype) for size in sizes]
+        self._native.set_buffers(*(buffer.data_ptr() for buffer in self._buffers))
+
+    def _cover(self, positions: int) -> None:
+        self._rotary.cover(positions)
         cos, sin = self._rotary.cos, self._rotary.sin
-        self._native.set_rotary(cos.data_ptr(), sin.data_ptr(), cos.shape[0])
-        self._native.forward(step_of(step))
+        self._positions = min(len(cos), self._rotary.max_positions)
+        self._native.set_rotary(cos.data_ptr(), sin.data_ptr(), self._positions)
 
-    def logits(self, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
-        if self._head is None or self._norm is None:
-            raise ValueError("this stage has no head")
-        rows, n = hidden.shape
-        if n != self._hidden or hidden.dtype is not self._dtype or not hidden.is_contiguous():
-            raise ValueError(f"expected contiguous {self._dtype} rows of {self._hidden} values")
-        if rows > len(self._logits):
-            self._logits = np.empty((max(rows, 2 * len(self._logits)), self._head.n), np.float32)
-        normed = torch.empty_like(hidden)
-        is_bf16 = self._dtype is torch.bfloat16
-        _native.rms_norm(
-            self._team,
-            hidden.data_ptr(),
-            self._norm.data_ptr(),
-            normed.data_ptr(),
-            rows,
-            n,
-            self._eps,
-            is_bf16,
+    def _set_ends(self, spec: StageSpec, arena: Arena) -> int:
+        """Embedding and head, where the stage has them. Returns how many logits a row has."""
+        embed = 0
+        if spec.embed is not None:
+            table = self._checked(spec.embed, "the embedding")
+            self._kept.append(table)
+            embed = table.data_ptr()
+        vocab = 0 if spec.embed is None else len(spec.embed)
+        if spec.head is None:
+            self._native.set_ends(vocab, embed, 0, 0)
+            return 0
+        norm, head = (
+            self._checked(spec.head.norm.clone(), "the last norm"),
+            pack(Linear(spec.head.weight), arena),
         )
-        _native.linear(
-            self._team,
-            normed.data_ptr(),
-            *self._head.addresses,
-            self._logits.ctypes.data,
-            rows,
-            n,
-            self._head.n,
-            _native.FLOAT,
-            is_bf16,
-        )
-        return self._logits[:rows]
+        self._kept += [norm, head]
+        if spec.embed is not None and head.n != vocab:
+            raise ValueError(f"the embedding has {vocab} tokens, the head {head.n}")
+        self._native.set_ends(head.n, embed, norm.data_ptr(), head.addresses[0])
+        return head.n
+
+    def _checked(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        if tensor.dtype is not self._dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous {self._dtype}")
+        return tensor
 
     def _set_layer(self, index: int, layer: Layer, arena: Arena) -> None:
         """Packs one layer's weights and tells the kernels where they are."""
@@ -108,8 +111,8 @@ class CpuStage:
             pack(layer.down, arena),
         )
         for tensor in (*vectors, *(w.weight for w in weights), *(w.bias for w in weights)):
-            if tensor is not None and (tensor.dtype is not self._dtype or not tensor.is_contiguous()):
-                raise ValueError(f"a weight of layer {index} is not contiguous {self._dtype}")
+            if tensor is not None:
+                self._checked(tensor, f"a weight of layer {index}")
         heads, kv_heads = (n * self._kv.head_dim for n in (self._heads, self._kv.kv_heads))
         wanted = (
             (heads + 2 * kv_heads, self._hidden),

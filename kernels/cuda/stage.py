@@ -1,11 +1,12 @@
 """All layers of one stage on a GPU, as one call a step."""
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from typing_extensions import Buffer
 
 from kernels.base import Layer, Linear, StageSpec, StepArrays
 from kernels.cuda.cache import DeviceCache, device_guard
@@ -40,7 +41,7 @@ class CudaStage:
     """See kernels.base.StageKernels. Decode steps run as CUDA graphs, all others kernel by kernel.
 
     attention_by: "triton" keeps equal bits between prefill and decode; "xformers" is a library's attention, which does
-    not (kernels/xformers.py). forward() returns when the work is queued; whoever reads its results waits for it."""
+    not (kernels/xformers.py)."""
 
     def __init__(
         self, spec: StageSpec, kv: DeviceCache, attention_by: Literal["triton", "xformers"] = "triton"
@@ -48,6 +49,7 @@ class CudaStage:
         self.kv = kv
         self._spec, self._device = spec, kv.planes.device
         self._layers = [to_device(layer, self._device) for layer in spec.layers]
+        self._embed = None if spec.embed is None else spec.embed.to(self._device)
         self._head = None
         if spec.head is not None:
             self._head = (spec.head.norm.to(self._device), spec.head.weight.to(self._device))
@@ -65,30 +67,50 @@ class CudaStage:
         self._eager = DeviceStep(16, 16, 16, 16, self._partials, self._device)
         self._make_room(GRAPH_ROWS_MAX)
 
-    def reserve(self, rows: int) -> torch.Tensor:
-        if rows > self._activations.rows:
-            self._make_room(power_of_two(rows))
-        return self._activations.residual[:rows]
-
-    def forward(self, step: StepArrays) -> None:
-        self._check(step)
-        with device_guard(self._device):
+    def forward(
+        self, source: npt.NDArray[np.int64] | Buffer, step: StepArrays, picked: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.generic]:
+        with torch.inference_mode(), device_guard(self._device):
+            rows = len(step.positions)
+            if rows > self._activations.rows:
+                self._make_room(power_of_two(rows))
+            self._check(step, picked)
+            residual = self._activations.residual[:rows]
+            self._load(source, residual)
             if self._library is None and self._graphs.takes(step):
                 self._graphs.run(step)
             else:
                 self._run(self._eager_step(step), step)
+            if self._head is None:
+                return to_host(residual)
+            at = torch.from_numpy(picked.astype(np.int64)).to(self._device)
+            return self._logits(residual.index_select(0, at))
 
-    def logits(self, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
-        if self._head is None:
-            raise ValueError("this stage has no head")
+    def _load(self, source: npt.NDArray[np.int64] | Buffer, target: torch.Tensor) -> None:
+        if self._embed is not None:
+            tokens = np.asarray(source)
+            if tokens.shape != (len(target),) or tokens.dtype != np.int64:
+                raise ValueError(f"the first stage needs {len(target)} tokens as int64")
+            if not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self._embed):
+                raise IndexError(f"a token is outside the vocabulary of {len(self._embed)}")
+            torch.index_select(self._embed, 0, torch.from_numpy(tokens).to(self._device), out=target)
+            return
+        data = memoryview(cast("Buffer", source))
+        if data.nbytes != target.nbytes or not data.c_contiguous:
+            raise ValueError(f"expected {target.nbytes} bytes of activations, got {data.nbytes}")
+        here = torch.empty_like(target, device="cpu")
+        here.view(torch.uint8).numpy()[:] = np.frombuffer(data.cast("B"), np.uint8).reshape(len(target), -1)
+        target.copy_(here)
+
+    def _logits(self, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
+        assert self._head is not None
         norm, weight = self._head
         rows = len(hidden)
-        with device_guard(self._device):
-            out = torch.empty(rows, len(weight), dtype=torch.float32, device=self._device)
-            if rows:
-                normed = torch.empty_like(hidden)
-                add_rms_norm(None, hidden, norm, self._spec.eps, normed, rows)
-                linear(normed, weight, None, out, rows)
+        out = torch.empty(rows, len(weight), dtype=torch.float32, device=self._device)
+        if rows:
+            normed = torch.empty_like(hidden)
+            add_rms_norm(None, hidden, norm, self._spec.eps, normed, rows)
+            linear(normed, weight, None, out, rows)
         return out.cpu().numpy()
 
     def _make_room(self, rows: int) -> None:
@@ -98,10 +120,12 @@ class CudaStage:
             self._run, self._activations.residual, GRAPH_ROWS_MAX, self.kv.block_size, self._partials
         )
 
-    def _check(self, step: StepArrays) -> None:
+    def _check(self, step: StepArrays, picked: npt.NDArray[np.int32]) -> None:
         rows, cache = len(step.positions), self.kv
-        if not 0 < rows <= self._activations.rows:
-            raise ValueError(f"the step has {rows} tokens, reserved are {self._activations.rows}")
+        if rows < 1:
+            raise ValueError("a step needs at least one token")
+        if picked.size and not 0 <= picked.min() <= picked.max() < rows:
+            raise IndexError("logits are asked of a row that this step does not have")
         slots = cache.num_blocks * cache.block_size
         if int(step.slots.min()) < 0 or int(step.slots.max()) >= slots:
             raise IndexError(f"a slot is outside the cache's {slots}")
@@ -157,6 +181,13 @@ class CudaStage:
             return False
         w, rows = self._activations, int(mask.q_seqinfo.seqstart_py[-1])
         return self._library.attend(index, w.q[:rows], mask, self._scale, w.attended[:rows])
+
+
+def to_host(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
+    """A copy that the caller may keep; bfloat16 as uint16."""
+    if tensor.dtype is torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    return tensor.to("cpu", copy=True).numpy()
 
 
 def to_device(layer: Layer, device: torch.device) -> Layer:

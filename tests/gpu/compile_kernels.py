@@ -80,7 +80,7 @@ def stage(dtype: Any) -> CudaStage:
     )  # fmt: skip
     rotary = RotaryTable(RopeConfig("default", 10000.0), HEAD_DIM, 4096)
     output = Head(hidden, torch.empty(VOCAB, HIDDEN, dtype=kind))
-    spec = StageSpec(HIDDEN, FFN, HEADS, 1e-6, rotary, layers, output)
+    spec = StageSpec(HIDDEN, FFN, HEADS, 1e-6, rotary, layers, torch.empty(VOCAB, HIDDEN, dtype=kind), output)
     return CudaStage(spec, DeviceCache(256, 2, KV_HEADS, 16, HEAD_DIM, dtype, "cpu"))
 
 
@@ -95,9 +95,7 @@ def main() -> None:
     for phase, starts, counts in [("prefill", [0, 500, 7], [64, 33, 1]), ("decode", [64, 533, 8], [1, 1, 1])]:
         compiler.phase = phase
         step = table.fill(rows, np.array(starts, np.int32), np.array(counts, np.int32))
-        residual = built.reserve(step.num_tokens)
-        built.forward(step)
-        built.logits(residual[: len(counts)].clone())
+        built.forward(np.zeros(step.num_tokens, np.int64), step, np.arange(len(counts), dtype=np.int32))
     compiler.phase = "wire"
     built.kv.write(3, bytes(built.kv.view(2)))
     for kernel in compiler.found.values():

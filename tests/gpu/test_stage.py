@@ -52,7 +52,7 @@ class Pipeline:
     def __init__(self, model_dir: Path, stages: int, dtype: Any, device: torch.device) -> None:
         config, kind = load_config(model_dir), DTYPES[dtype]
         weights = load_weights(model_dir, config, range(config.num_layers))
-        self.embed = weights[EMBED].to(kind).to(device)
+        embed = weights[EMBED].to(kind)
         head = Head(weights[NORM].to(kind), weights[EMBED].to(kind))
         self.stages: list[CudaStage] = []
         for number, layers in enumerate(split_layers(config.num_layers, stages)):
@@ -60,21 +60,19 @@ class Pipeline:
             built = tuple(build_layer(config, i, weights, kind) for i in layers)
             rotary = RotaryTable(config.rope, config.head_dim, config.max_positions)
             sizes = (config.hidden_size, config.intermediate_size, config.num_heads, config.rms_norm_eps)
-            spec = StageSpec(*sizes, rotary, built, head if number == stages - 1 else None)
+            ends = (embed if number == 0 else None, head if number == stages - 1 else None)
+            spec = StageSpec(*sizes, rotary, built, *ends)
             self.stages.append(CudaStage(spec, kv))
         self.rows = Rows([100, 60, 60], kv)
 
     def step(self, *work: tuple[int, int, list[int]]) -> np.ndarray:
         """Logits of every token of (sequence, first position, tokens)."""
         arrays = self.rows.step(*((i, start, len(tokens)) for i, start, tokens in work))
-        tokens = torch.tensor([t for _, _, ts in work for t in ts])
-        hidden = self.embed[tokens.to(self.embed.device)]
+        values = np.array([t for _, _, ts in work for t in ts])
+        every = np.arange(len(values), dtype=np.int32)
         for stage in self.stages:
-            residual = stage.reserve(len(tokens))
-            residual.copy_(hidden)
-            stage.forward(arrays)
-            hidden = residual.clone()
-        return stage.logits(hidden)
+            values = stage.forward(values, arrays, every)
+        return values
 
 
 def tokens_of(count: int) -> list[int]:
@@ -139,14 +137,15 @@ def test_a_block_survives_the_wire(device) -> None:
 def test_steps_that_do_not_fit_are_refused(device, model_dir) -> None:
     pipeline = Pipeline(model_dir, 1, "float32", device)
     stage, step = pipeline.stages[0], pipeline.rows.step((0, 0, 3))
+    tokens, last = np.arange(3), np.array([2], np.int32)
     step.tables[0, 0] = 24
     with pytest.raises(IndexError, match="a block is outside the cache"):
-        stage.forward(step)
+        stage.forward(tokens, step, last)
     step.slots[0] = 24 * 16
     with pytest.raises(IndexError, match="a slot is outside the cache"):
-        stage.forward(step)
-    with pytest.raises(ValueError, match="has no head"):
-        Pipeline(model_dir, 2, "float32", device).stages[0].logits(torch.zeros(1, 48, device=device))
+        stage.forward(tokens, step, last)
+    with pytest.raises(IndexError, match="a row that this step does not have"):
+        stage.forward(tokens, step, last + 1)
 
 
 def test_an_executor_runs_on_the_gpu(gpu, model_dir) -> None:

@@ -167,15 +167,15 @@ def test_bad_inputs_of_a_step(build: Build) -> None:
     step = table.fill(i32(row), i32(0), i32(2))
     none = i32()
     for tokens in (None, np.array([1], np.int64), np.array([1, 2], np.int32)):
-        with pytest.raises(ValueError, match="2 tokens"):
+        with pytest.raises(ValueError, match=r"tokens|dtype"):
             first.forward(tokens, None, step, none)
     for token in (-1, 211):
         with pytest.raises(IndexError, match="vocabulary"):
             first.forward(np.array([1, token]), None, step, none)
     for hidden in (None, b"", b"x" * (2 * 48 * 4 - 1)):
-        with pytest.raises(ValueError, match="bytes of activations"):
+        with pytest.raises(ValueError, match="activations"):
             second.forward(None, hidden, step, none)
-    with pytest.raises(IndexError, match="sample_rows"):
+    with pytest.raises(IndexError, match="a row that this step does not have"):
         second.forward(None, bytes(2 * 48 * 4), step, i32(2))
     with pytest.raises(ValueError, match="beyond"):
         first.forward(np.array([1]), None, table.fill(i32(row), i32(512), i32(1)), none)
