@@ -265,12 +265,12 @@ class Worker:
         drawn: Drawn | None = None
         if meta.rows:
             output, drawn = await self._computed(stage, prepared, message)
-        filled = stage.commit(prepared, drawn.tokens if drawn is not None else None)
-        self.stats.steps += 1
         if stage.is_last:
             self._to_scheduler(meta.pipeline, self._result(meta, drawn))
         else:
-            self._forward(stage, meta, output)
+            self._forward(stage, meta, output)  # first of all: the next stage waits for it
+        filled = stage.commit(prepared, drawn.tokens if drawn is not None else None)
+        self.stats.steps += 1
         self.replicator.advanced(meta.pipeline, prepared.rows, filled)
 
     def _result(self, meta: StepMeta, drawn: Drawn | None) -> ResultMeta:

@@ -1,3 +1,4 @@
+#define _GNU_SOURCE
 #include "team.h"
 
 #include <errno.h>
@@ -8,6 +9,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #if defined(__x86_64__)
@@ -15,6 +17,7 @@
 #endif
 
 #define SPINS 2000     /* some 20 to 60 us: longer than the threads drift apart, shorter than a time slice */
+#define LATE_NS 250000 /* longer than a thread computes between two looks at the others */
 #define YIELD_EVERY 64 /* the thread that is waited for may be queued behind this one */
 #define LINE 64
 
@@ -25,6 +28,7 @@ struct kf_team {
     char *scratch;
     int64_t scratch_bytes; /* of one thread, a multiple of LINE */
     pthread_t *ids;
+    int kept_off; /* the processor that the helpers keep off; -1: none */
     _Alignas(LINE) atomic_uint job;       /* counts runs; odd bit of nothing: a futex */
     atomic_int stop;
     _Alignas(LINE) atomic_uint generation; /* of the barrier: a futex */
@@ -90,9 +94,10 @@ static int spin_while(atomic_uint *word, unsigned value)
     return 0;
 }
 
-static void sleep_while(atomic_uint *word, unsigned value)
+/* Until the word changes, or for `limit` if it is given; may also end for no reason. */
+static void sleep_while(atomic_uint *word, unsigned value, const struct timespec *limit)
 {
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, limit, NULL, 0);
 }
 
 static void wake_all(atomic_uint *word)
@@ -108,6 +113,39 @@ int kf_next(kf_worker *w, int64_t total, int64_t grain, int64_t *begin, int64_t 
     *begin = atomic_fetch_add_explicit(next, grain, memory_order_relaxed);
     *end = *begin + grain < total ? *begin + grain : total;
     return *begin < total;
+}
+
+/* A sleeper is often woken where its waker runs, and waits there for it although another processor is idle. So the
+ * helpers keep off the caller's. */
+static void keep_off_callers_cpu(kf_team *t)
+{
+    const int cpu = sched_getcpu();
+    if (cpu < 0 || cpu == t->kept_off)
+        return;
+    t->kept_off = cpu;
+    cpu_set_t others;
+    if (sched_getaffinity(0, sizeof others, &others)) /* the caller's, which is never changed here */
+        return;
+    CPU_CLR(cpu, &others);
+    if (!CPU_COUNT(&others))
+        return;
+    for (int i = 1; i < t->threads; i++)
+        pthread_setaffinity_np(t->ids[i], sizeof others, &others);
+}
+
+/* The caller has nothing left to do, and a helper has probably lost its processor to somebody else: the caller's is
+ * free for it. With several helpers nobody knows which one is late; then they may go anywhere. */
+static void lend_callers_cpu(kf_team *t)
+{
+    cpu_set_t all, here;
+    const int cpu = sched_getcpu();
+    if (cpu < 0 || sched_getaffinity(0, sizeof all, &all))
+        return;
+    t->kept_off = -1;
+    CPU_ZERO(&here);
+    CPU_SET(cpu, &here);
+    for (int i = 1; i < t->threads; i++)
+        pthread_setaffinity_np(t->ids[i], sizeof all, t->threads == 2 ? &here : &all);
 }
 
 void kf_barrier(kf_worker *w)
@@ -126,8 +164,13 @@ void kf_barrier(kf_worker *w)
     if (spin_while(&t->generation, generation))
         return;
     atomic_fetch_add(&t->sleepers, 1);
+    if (w->index == 0) {
+        sleep_while(&t->generation, generation, &(struct timespec){.tv_nsec = LATE_NS});
+        if (atomic_load(&t->generation) == generation)
+            lend_callers_cpu(t);
+    }
     while (atomic_load(&t->generation) == generation)
-        sleep_while(&t->generation, generation);
+        sleep_while(&t->generation, generation, NULL);
     atomic_fetch_sub(&t->sleepers, 1);
 }
 
@@ -138,9 +181,8 @@ static void *thread_main(void *p)
     kf_team *t = s.team;
     flush_denormals();
     for (unsigned seen = 0;;) {
-        spin_while(&t->job, seen);
         while (atomic_load(&t->job) == seen)
-            sleep_while(&t->job, seen);
+            sleep_while(&t->job, seen, NULL);
         seen++;
         if (atomic_load(&t->stop))
             return NULL;
@@ -159,6 +201,7 @@ void kf_team_run(kf_team *t, void (*fn)(kf_worker *, const void *), const void *
     t->fn = fn;
     t->arg = arg;
     if (t->threads > 1) {
+        keep_off_callers_cpu(t);
         atomic_fetch_add(&t->job, 1);
         wake_all(&t->job);
     }
@@ -172,7 +215,7 @@ kf_team *kf_team_new(int threads)
     kf_team *t = threads < 1 ? NULL : aligned_alloc(LINE, sizeof *t);
     if (!t)
         return NULL;
-    *t = (kf_team){.threads = 1};
+    *t = (kf_team){.threads = 1, .kept_off = -1};
     t->ids = calloc((size_t)threads, sizeof *t->ids);
     for (; t->ids && t->threads < threads; t->threads++) {
         start *s = malloc(sizeof *s);
