@@ -18,7 +18,7 @@ from web.gateway.errors import ApiError
 
 PREFIX = "kf1-"
 NONCE_BYTES = 16
-TAG_BYTES = 14
+OWNER_BYTES, TAG_BYTES = 6, 14
 PAYLOAD = struct.Struct(">16sI8s6s")  # nonce, created, digest, owner; 48 bytes with the tag, 64 characters
 UNKNOWN = "this is no event id or stream of this cluster: send the request anew, without Last-Event-ID"
 
@@ -38,7 +38,7 @@ class Tickets:
         self._key = key.encode()
 
     def issue(self, nonce: bytes, created_unix_s: int, digest: bytes, owner: bytes) -> Ticket:
-        payload = PAYLOAD.pack(nonce, created_unix_s, digest, owner[:6])
+        payload = PAYLOAD.pack(nonce, created_unix_s, digest, self._name(owner))
         sealed = base64.urlsafe_b64encode(payload + self._tag(payload)).decode()
         return Ticket(nonce, created_unix_s, digest, PREFIX + sealed)
 
@@ -53,7 +53,7 @@ class Tickets:
         if not genuine or not text.startswith(PREFIX):
             raise ApiError(404, UNKNOWN)
         nonce, created, digest, issued_to = PAYLOAD.unpack(payload)
-        if issued_to != owner[:6]:
+        if issued_to != self._name(owner):
             raise ApiError(403, "this stream belongs to another API key")
         return Ticket(nonce, created, digest, text)
 
@@ -61,6 +61,10 @@ class Tickets:
         """The nonce that an Idempotency-Key of this API key always has."""
         message = b"key\0" + owner + idempotency_key.encode()
         return hmac.digest(self._key, message, "sha256")[:NONCE_BYTES]
+
+    def _name(self, owner: bytes) -> bytes:
+        """Not a piece of the key's hash: an id is no help in guessing a key."""
+        return hmac.digest(self._key, b"owner\0" + owner, "sha256")[:OWNER_BYTES]
 
     def _tag(self, payload: bytes) -> bytes:
         return hmac.digest(self._key, b"id\0" + payload, "sha256")[:TAG_BYTES]
