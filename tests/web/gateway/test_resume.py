@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from tests.web.gateway.fake_node import reference
@@ -367,3 +368,51 @@ def test_a_stop_ends_plain_answers_after_the_grace() -> None:
                 await one.serving
 
     with_two(body)
+
+
+def test_the_openai_client_reads_over_keep_alives_and_is_told_of_a_stop() -> None:
+    async def body(one: Stack, two: Stack) -> None:
+        stream = await one.openai().completions.create(
+            model=MODEL, prompt="Hello", seed=1, max_tokens=400, stream=True
+        )
+        loop = asyncio.get_running_loop()
+        pieces: list[str] = []
+
+        async def read_all() -> None:
+            async for chunk in stream:
+                pieces.append(chunk.choices[0].text)
+                if len(pieces) == 5:  # now a pause: its keep-alives come after events with ids
+                    hold(one, True)
+                    loop.call_later(0.3, hold, one, False)
+                if len(pieces) == 10:
+                    one.stop()
+
+        with pytest.raises(openai.APIError, match="shutting down"):
+            await read_all()
+        assert len(pieces) >= 10
+
+    def hold(one: Stack, held: bool) -> None:
+        for node in one.nodes:
+            node.held = held
+
+    with_two(body, keep_alive_s=0.05)
+
+
+def test_a_long_prefix_that_is_computed_again_is_not_silent() -> None:
+    async def body(one: Stack, two: Stack) -> None:
+        asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": 60, "stream": True}
+        async with one.http() as first, two.http() as second:
+            events = await read(first, "POST", COMPLETIONS, asked, limit=20)
+            for node in one.nodes:
+                node.known.clear()
+                node.step_s = 0.02
+            headers = {"last-event-id": events[-1][0]}
+            comments = 0
+            async with second.stream("POST", COMPLETIONS, json=asked, headers=headers) as response:
+                async for line in response.aiter_lines():
+                    if line.startswith("id:"):
+                        break
+                    comments += line.startswith(":")
+            assert comments >= 2
+
+    with_two(body, keep_alive_s=0.05)
