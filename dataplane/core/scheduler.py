@@ -195,11 +195,8 @@ class Scheduler:
         self._order += 1
         self.requests[request.rid] = request
         # After a takeover stages may hold KV of a stream that its client takes up from the start.
-        if (
-            message.admitted
-            or message.emitted
-            or (self._sweep_at is not None and message.context is not None)
-        ):
+        left_over = self._sweep_at is not None and message.context is not None
+        if message.admitted or message.emitted or left_over:
             request.phase = Phase.RECOVERING
             self._joining.append(request.rid)
         else:
@@ -207,14 +204,13 @@ class Scheduler:
 
     def _attach(self, known: Request, message: Submit, session: int, effects: list[Effect]) -> None:
         """Somebody reads a request on that is here already: send what that reader has not."""
-        readers = [known.session] if known.session not in (None, session) else []
-        if message.reader < known.reader:
-            readers = [session]
         text = "another connection reads this stream now"
         superseded = Refused(known.rid, self.pipeline, RefusalCode.SUPERSEDED, text)
-        effects.extend(Refuse(reader, superseded) for reader in readers)
         if message.reader < known.reader:
+            effects.append(Refuse(session, superseded))
             return
+        if known.session is not None and known.session != session:
+            effects.append(Refuse(known.session, superseded))
         have = len(message.emitted)
         again = known.lacks_logprobs(have)
         if again:
