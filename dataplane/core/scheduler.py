@@ -228,6 +228,9 @@ class Scheduler:
         missed = tuple(known.output[have:])
         if missed:
             effects.append(Deliver(session, missed))
+        elif known.finished:  # who asks has its end: that cannot be said with tokens
+            text = "this request has ended, and nothing is left of it"
+            effects.append(Refuse(session, Refused(known.rid, self.pipeline, RefusalCode.INVALID, text)))
 
     def _refusal(self, message: Submit) -> tuple[RefusalCode, str] | None:
         total = len(message.prompt) + len(message.emitted)

@@ -123,9 +123,7 @@ async def _resume(
     marks = cursor.marks or [None] * len(asked.plans)
     if len(marks) != len(asked.plans):
         raise ApiError(400, "Last-Event-ID: this is not an event id as it was sent")
-    if any(
-        m is not None and m.tokens > p.sampling.max_tokens for m, p in zip(marks, asked.plans, strict=True)
-    ):
+    if any(_beyond(mark, plan) for mark, plan in zip(marks, asked.plans, strict=True)):
         raise ApiError(400, "Last-Event-ID: this stream has not so many tokens")
     rids = [rid_of(ticket.nonce, index) for index in range(len(marks))]
     wanted = [k for k in range(len(logs), len(rids)) if (mark := marks[k]) is None or not mark.finished]
@@ -143,6 +141,10 @@ async def _resume(
     return _answer(
         service, replace(asked, plans=plans), context, starts, ticket.text, Cursor(marks, cursor.usage)
     )
+
+
+def _beyond(mark: Mark | None, plan: Plan) -> bool:
+    return mark is not None and mark.tokens + (not mark.finished) > plan.sampling.max_tokens
 
 
 def _answer(
