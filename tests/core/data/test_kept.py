@@ -24,7 +24,7 @@ from dataplane.core.kept import Kept
 from dataplane.core.messages import Detail, HeldMeta, ResultMeta
 from dataplane.core.request import Phase, Request
 from dataplane.core.scheduler import Scheduler
-from tests.core.data.test_scheduler import LIMITS, result, scheduler, steps, submit
+from tests.core.data.test_scheduler import LIMITS, result, rows, scheduler, steps, submit
 
 CONTEXT = b"how to write it down"
 LOGPROBS = Sampling(8, seed=1, logprobs=1)
@@ -71,6 +71,9 @@ def test_a_hang_up_frees_everything_but_the_log_and_a_return_goes_on() -> None:
     assert (log.prompt, log.emitted, log.context) == ((0, 1, 2, 3), (0, 1, 2), CONTEXT)
     back = made.step(resumable(session=2, emitted=(0,), admitted=True, reader=1), 0.3)
     assert delivered(back, 2) == [(1, 1), (2, 2)]
+    (step,) = steps(back)
+    assert rows(step) == [(1, 0, 7, True)], "all of it anew, in one prefill"
+    assert [admit.rid for admit in step.meta.admits] == [1]
     assert delivered(run(made, back, 1, 3), 2) == [(3, 3)]
     assert not made.kept
 
