@@ -6,11 +6,21 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from typing import assert_never
 
 from controlplane.contract.ids import Member, NodeId, PipelineId
 from controlplane.contract.records import NodeRecord
 from controlplane.contract.reports import RecoveryReport
-from controlplane.contract.requests import Cancel, GatewayMessage, RefusalCode, Refused, Submit, Tokens
+from controlplane.contract.requests import (
+    Cancel,
+    GatewayMessage,
+    Recall,
+    Recalled,
+    RefusalCode,
+    Refused,
+    Submit,
+    Tokens,
+)
 from controlplane.contract.topology import MovePhase, Pipeline, Topology, quota_blocks
 from dataplane.core.batching import Limits
 from dataplane.core.events import (
@@ -102,17 +112,24 @@ class Schedulers:
             self._news()
 
     def on_gateway(self, session: int, message: GatewayMessage) -> None:
-        scheduler = self.by_pipeline.get(message.pipeline)
         match message:
-            case Submit() if scheduler is None:
-                text = f"{self._me} does not schedule {message.pipeline}"
-                refused = Refused(message.rid, message.pipeline, RefusalCode.NOT_HERE, text)
-                self._frontdoor.send(session, refused)
-            case Submit():
-                assert scheduler is not None
-                self._dispatch(scheduler, Submitted(message, session))
-            case Cancel(rid) if scheduler is not None:
-                self._dispatch(scheduler, Cancelled(rid))
+            case Submit(rid, pipeline):
+                if (scheduler := self.by_pipeline.get(pipeline)) is not None:
+                    self._dispatch(scheduler, Submitted(message, session))
+                else:
+                    text = f"{self._me} does not schedule {pipeline}"
+                    refused = Refused(rid, pipeline, RefusalCode.NOT_HERE, text)
+                    self._frontdoor.send(session, refused)
+            case Cancel(rid, pipeline):
+                if (scheduler := self.by_pipeline.get(pipeline)) is not None:
+                    self._dispatch(scheduler, Cancelled(rid, session))
+            case Recall(rid):
+                logs = [log for s in self.by_pipeline.values() if (log := s.recall(rid)) is not None]
+                # It may have moved from one of them to another: who has more of it had it last.
+                found = max(logs, key=lambda log: len(log.emitted), default=None)
+                self._frontdoor.send(session, Recalled(rid, found))
+            case _:
+                assert_never(message)
 
     def on_session_lost(self, session: int) -> None:
         for scheduler in self.by_pipeline.values():

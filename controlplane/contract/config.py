@@ -40,7 +40,9 @@ class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         15.0  # a pipeline that never served waits this long for its own nodes before it borrows
     )
     unavailable_grace_s: float = 5.0  # the gateway holds streams of a pipeline that is down this long
-    orphan_grace_s: float = 10.0  # requests whose gateway is gone, KV whose scheduler is gone
+    # Requests whose gateway is gone, KV whose scheduler is gone, logs of requests that have ended.
+    orphan_grace_s: float = 10.0
+    stop_grace_s: float = 5.0  # a gateway that is told to stop lets answers in one piece finish for so long
     quiesce_limit_s: float = 2.0  # then a planned switch is called off and tried again later
     restart_backoff_s: float = 0.2  # launcher, doubled up to 10 s while a node keeps dying
     reload_s: float = 0.0  # stop-restart only: extra time that loading a large model would take

@@ -47,14 +47,26 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     emitted: tuple[int, ...] = ()
     priority: int = 0  # lower runs first
     admitted: bool = False  # an earlier scheduler accepted it: it may not be refused for load
+    # Opaque to schedulers, kept with the log for the gateway that may go on with the stream; None: nobody may.
+    context: bytes | None = None
+    # Grows each time a client takes its stream up again: who reads for a lower one is told SUPERSEDED.
+    reader: int = 0
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Nobody reads it (any more): give its KV back. With a context its log is kept for the orphan grace."""
+
     rid: int
     pipeline: PipelineId
 
 
-GatewayMessage = Submit | Cancel
+class Recall(msgspec.Struct, frozen=True, tag="recall"):
+    """Does any scheduler of this member know the request? It says so with Recalled."""
+
+    rid: int
+
+
+GatewayMessage = Submit | Cancel | Recall
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
@@ -79,6 +91,7 @@ class RefusalCode(StrEnum):
     NOT_HERE = "not_here"  # this member does not run that pipeline's scheduler (any more, or yet)
     QUARANTINED = "quarantined"  # the request broke a step (non-finite numbers): it must not be tried again
     INVALID = "invalid"  # can never run here (too long for the pool)
+    SUPERSEDED = "superseded"  # its client reads it through another connection now
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -91,4 +104,22 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     retry_after_s: float = 0.0
 
 
-SchedulerMessage = Tokens | Refused
+class Log(msgspec.Struct, frozen=True):
+    """A request as its scheduler has it. Logprobs are not here: Submit brings them with the tokens."""
+
+    pipeline: PipelineId
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    emitted: tuple[int, ...]
+    context: bytes
+    reader: int
+
+
+class Recalled(msgspec.Struct, frozen=True, tag="recalled"):
+    """The answer to Recall. None: not here, not any more, or not to be resumed."""
+
+    rid: int
+    log: Log | None = None
+
+
+SchedulerMessage = Tokens | Refused | Recalled

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import httpx
@@ -16,10 +17,16 @@ from controlplane.contract.errors import KevlarFlowError
 STREAM_LIMIT_S = 180.0
 # Silence on a stream; the gateway's keep-alive comments come far more often.
 READ_TIMEOUT_S = 30.0
+RESUME_LIMIT_S = 30.0  # without a new token, over as many gateways as answer
+RESUME_PAUSE_S, RESUME_PAUSE_MAX_S = 0.02, 1.0  # doubled from try to try; the first one is at once
 
 
 class StreamFailed(KevlarFlowError):
     """A stream was refused or broke the protocol: it ended without [DONE]."""
+
+
+class Interrupted(StreamFailed):
+    """The gateway is gone or going: another one can go on with the stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,7 @@ class Prompt:
     max_tokens: int = 128
     temperature: float = 0.8
     ignore_eos: bool = True
+    details: bool = False  # logprobs and usage, too
 
 
 @dataclass(slots=True)
@@ -41,6 +49,10 @@ class Stream:
     tokens: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)  # monotonic seconds, one for each token
     text: str = ""
+    logprobs: list[float] = field(default_factory=list)
+    usage: list[dict[str, int]] = field(default_factory=list)
+    last_event_id: str = ""
+    resumes: int = 0  # connections after the first one
     sent: float = 0.0  # monotonic: when the request was made
     ended: float = 0.0  # monotonic; 0 while it runs
     finish_reason: str = ""
@@ -52,8 +64,12 @@ class Stream:
 
     def same_as(self, other: Stream) -> bool:
         """Whether the client got exactly the same answer."""
-        mine = (self.tokens, self.text, self.finish_reason, self.error)
-        return mine == (other.tokens, other.text, other.finish_reason, other.error)
+        return self.answer == other.answer
+
+    @property
+    def answer(self) -> tuple[object, ...]:
+        """All that a client can tell two streams apart by."""
+        return self.tokens, self.text, self.logprobs, self.usage, self.finish_reason, self.error
 
     def next_token_gap_s(self, moment: float) -> float | None:
         """From `moment` to the next token; None if there was none."""
@@ -72,8 +88,13 @@ class Stream:
         return max(pauses, default=None)
 
 
+class _Logprobs(msgspec.Struct):
+    token_logprobs: list[float] = []
+
+
 class _Choice(msgspec.Struct):
     text: str = ""
+    logprobs: _Logprobs | None = None
     token_ids: list[int] | None = None
     finish_reason: str | None = None
 
@@ -84,6 +105,7 @@ class _Error(msgspec.Struct):
 
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
+    usage: dict[str, int] | None = None
     error: _Error | None = None
 
 
@@ -92,11 +114,16 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 @dataclass(frozen=True, slots=True)
 class LoadGenerator:
-    """Opens completion streams at one gateway."""
+    """Opens completion streams at one gateway.
+
+    With `others`, gateways of the same cluster, a stream that is interrupted goes on at the next one in turn, as often
+    as it takes: what was read before is never read again, and nothing is filtered, so a repeated token would show.
+    """
 
     url: str
     api_key: str
     model: str
+    others: tuple[str, ...] = ()
 
     def client(self) -> httpx.AsyncClient:
         """A client with room for many streams; use it as a context manager, in one event loop."""
@@ -129,16 +156,12 @@ class LoadGenerator:
             "stream": True,
             "return_token_ids": True,
         }
+        if prompt.details:
+            body |= {"logprobs": 0, "stream_options": {"include_usage": True}}
         stream.sent = time.monotonic()
         try:
-            async with (
-                asyncio.timeout(STREAM_LIMIT_S),
-                client.stream("POST", "/v1/completions", json=body) as response,
-            ):
-                if response.status_code != 200:
-                    text = (await response.aread())[:300].decode(errors="replace")
-                    raise StreamFailed(f"HTTP {response.status_code}: {text}")
-                await _read_events(response, stream, on_tokens)
+            async with asyncio.timeout(STREAM_LIMIT_S):
+                await self._read(client, body, stream, on_tokens)
         except (httpx.HTTPError, TimeoutError, msgspec.MsgspecError) as error:
             raise StreamFailed(
                 f"after {len(stream.tokens)} tokens: {type(error).__name__}: {error}"
@@ -146,6 +169,37 @@ class LoadGenerator:
         finally:
             stream.ended = time.monotonic()
         return stream
+
+    async def _read(
+        self,
+        client: httpx.AsyncClient,
+        body: dict[str, object],
+        stream: Stream,
+        on_tokens: Callable[[Stream], None] | None,
+    ) -> None:
+        """To its end, over as many gateways as it takes."""
+        # The first answer may be lost before any event id: the key keeps a second try from computing twice.
+        headers = {"idempotency-key": secrets.token_hex(8)} if self.others else {}
+        progress_at, pause_s = time.monotonic(), 0.0
+        for url in itertools.cycle((self.url, *self.others)):
+            had = len(stream.tokens)
+            if stream.last_event_id:
+                headers = {"last-event-id": stream.last_event_id}
+            try:
+                async with client.stream(
+                    "POST", f"{url}/v1/completions", json=body, headers=headers
+                ) as response:
+                    return await _read_events(response, stream, on_tokens)
+            except (httpx.TransportError, Interrupted):
+                now = time.monotonic()
+                if len(stream.tokens) > had:
+                    progress_at, pause_s = now, 0.0
+                if not self.others or now - progress_at > RESUME_LIMIT_S:
+                    raise
+            await asyncio.sleep(pause_s)
+            pause_s = min(max(2 * pause_s, RESUME_PAUSE_S), RESUME_PAUSE_MAX_S)
+            stream.resumes += 1
+        return None
 
     async def streams(
         self,
@@ -171,24 +225,45 @@ class LoadGenerator:
 async def _read_events(
     response: httpx.Response, stream: Stream, on_tokens: Callable[[Stream], None] | None
 ) -> None:
-    async for line in response.aiter_lines():
-        if not line.startswith("data: "):
-            continue  # blank lines between events, keep-alive comments
-        if line == "data: [DONE]":
+    if response.status_code != 200:
+        text = (await response.aread())[:300].decode(errors="replace")
+        kind = Interrupted if response.status_code == 503 else StreamFailed
+        raise kind(f"HTTP {response.status_code}: {text}")
+    async for event in _events(response):
+        if event["data"] == "[DONE]":
             return
+        if event.get("event") == "reconnect":
+            raise Interrupted(f"the gateway is shutting down: {event['data'][:300]}")
         now = time.monotonic()
-        chunk = _decode_chunk(line[6:])
+        chunk = _decode_chunk(event["data"])
+        stream.last_event_id = event.get("id", stream.last_event_id)
         if chunk.error is not None:
             stream.error = chunk.error.message or "error"
+        if chunk.usage is not None:
+            stream.usage.append(chunk.usage)
         for choice in chunk.choices:
             fresh = choice.token_ids or []
             stream.tokens += fresh
             stream.times += [now] * len(fresh)
             stream.text += choice.text
+            stream.logprobs += choice.logprobs.token_logprobs if choice.logprobs else []
             stream.finish_reason = choice.finish_reason or stream.finish_reason
             if on_tokens is not None and fresh:
                 on_tokens(stream)
-    raise StreamFailed(f"the stream ended without [DONE] after {len(stream.tokens)} tokens")
+    raise Interrupted(f"the stream ended without [DONE] after {len(stream.tokens)} tokens")
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, str]]:
+    """Whole events with data: an event counts once its empty line is there, as the standard has it."""
+    fields: dict[str, str] = {}
+    async for line in response.aiter_lines():
+        if line:
+            name, _, value = line.partition(":")
+            fields[name] = value.removeprefix(" ")
+        elif fields:
+            if "data" in fields:
+                yield fields
+            fields = {}
 
 
 OPENINGS = (

@@ -18,6 +18,7 @@ class Submitted:
 @dataclass(frozen=True, slots=True)
 class Cancelled:
     rid: int
+    session: int | None = None  # who says so: only the reader's own word counts; None: anybody's
 
 
 @dataclass(frozen=True, slots=True)

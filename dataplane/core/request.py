@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from controlplane.contract.requests import FinishReason, Sampling, Submit, Token
+from controlplane.contract.ids import PipelineId
+from controlplane.contract.requests import FinishReason, Log, Sampling, Submit, Token
 from dataplane.core.messages import Admit
 
 
@@ -64,6 +65,8 @@ class Request:
     announced: bool = False  # the last stage knows the token log, in the present fence
     blocks: int = 0  # KV blocks reserved on every stage
     orphaned_at: float | None = None
+    context: bytes | None = None  # of the gateway that may resume it; None: nobody may
+    reader: int = 0
 
     @classmethod
     def from_submit(cls, message: Submit, order: int, session: int) -> Request:
@@ -77,11 +80,32 @@ class Request:
             order,
             session,
             output,
+            context=message.context,
+            reader=message.reader,
         )
 
     @property
     def total(self) -> int:
         return len(self.ids)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.output) and self.output[-1].finish is not None
+
+    def lacks_logprobs(self, start: int) -> bool:
+        """Whether output from `start` on came from an earlier scheduler's log, without what the client asked for."""
+        return self.sampling.logprobs is not None and any(t.logprob is None for t in self.output[start:])
+
+    def truncate(self, generated: int) -> None:
+        """Forget the output from there on: it will be computed again, the same."""
+        del self.ids[self.prompt_len + generated :], self.output[generated:]
+
+    def log(self, pipeline: PipelineId) -> Log | None:
+        """For a gateway that resumes it."""
+        if self.context is None:
+            return None
+        prompt, emitted = tuple(self.ids[: self.prompt_len]), tuple(self.ids[self.prompt_len :])
+        return Log(pipeline, prompt, self.sampling, emitted, self.context, self.reader)
 
     def admit(self) -> Admit:
         prompt, output = self.ids[: self.prompt_len], self.ids[self.prompt_len :]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import assert_never
 
-from controlplane.contract.requests import RefusalCode, Refused, Submit, Token
+from controlplane.contract.requests import Log, RefusalCode, Refused, Submit, Token
 from dataplane.core.batching import Batcher, Limits
 from dataplane.core.events import (
     Ask,
@@ -28,6 +28,7 @@ from dataplane.core.events import (
     Submitted,
     Tick,
 )
+from dataplane.core.kept import Kept
 from dataplane.core.messages import (
     POISONED,
     Admit,
@@ -96,6 +97,7 @@ class Scheduler:
         self.limits = limits
         self.stats = SchedulerStats()
         self.requests: dict[int, Request] = {}
+        self.kept = Kept(limits.orphan_grace_s, limits.max_running + limits.max_waiting)
         self.batcher = Batcher(limits)
         self.in_flight: dict[int, InFlight] = {}
         self.next_step = 0
@@ -119,8 +121,10 @@ class Scheduler:
         match event:
             case Submitted(message, session):
                 self._submit(message, session, now, effects)
-            case Cancelled(rid):
-                self._drop(rid)
+            case Cancelled(rid, session):
+                request = self.requests.get(rid)
+                if request is not None and (session is None or request.session in (None, session)):
+                    self._retire(request, now)
             case SessionLost(session):
                 self._lose_session(session, now)
             case EpochBegan(epoch, planned):
@@ -164,6 +168,11 @@ class Scheduler:
         idle = self._holding and not self.in_flight and not self._asks
         return self._last_issued if idle else -2
 
+    def recall(self, rid: int) -> Log | None:
+        """The log of a request that runs here, or did a moment ago."""
+        request = self.requests.get(rid) or self.kept.get(rid)
+        return None if request is None else request.log(self.pipeline)
+
     def stalled_s(self, now: float) -> float:
         oldest = min((f.since for f in self.in_flight.values()), default=now)
         return now - oldest
@@ -171,13 +180,11 @@ class Scheduler:
     # ------------------------------------------------------------------ requests
 
     def _submit(self, message: Submit, session: int, now: float, effects: list[Effect]) -> None:
-        known = self.requests.get(message.rid)
-        if known is not None:
-            known.session, known.orphaned_at = session, None
-            missed = tuple(known.output[len(message.emitted) :])
-            if missed:
-                effects.append(Deliver(session, missed))
+        known = self.requests.get(message.rid) or self.kept.get(message.rid)
+        if known is not None and (known.rid in self.requests or len(message.emitted) <= len(known.output)):
+            self._attach(known, message, session, effects)
             return
+        self.kept.pop(message.rid)  # it went on elsewhere meanwhile
         refusal = self._refusal(message)
         if refusal is not None:
             code, text = refusal
@@ -187,11 +194,43 @@ class Scheduler:
         request = Request.from_submit(message, self._order, session)
         self._order += 1
         self.requests[request.rid] = request
-        if message.admitted or message.emitted:
+        # After a takeover stages may hold KV of a stream that its client takes up from the start.
+        left_over = self._sweep_at is not None and message.context is not None
+        if message.admitted or message.emitted or left_over:
             request.phase = Phase.RECOVERING
             self._joining.append(request.rid)
         else:
             self.batcher.enqueue(request)
+
+    def _attach(self, known: Request, message: Submit, session: int, effects: list[Effect]) -> None:
+        """Somebody reads a request on that is here already: send what that reader has not."""
+        text = "another connection reads this stream now"
+        superseded = Refused(known.rid, self.pipeline, RefusalCode.SUPERSEDED, text)
+        if message.reader < known.reader:
+            effects.append(Refuse(session, superseded))
+            return
+        if known.session is not None and known.session != session:
+            effects.append(Refuse(known.session, superseded))
+        have = len(message.emitted)
+        again = known.lacks_logprobs(have)
+        if again:
+            known.truncate(have)
+            if known.phase is Phase.RUNNING and known.rid in self.requests:
+                self._preempted(known)
+        known.reader = message.reader
+        if known.rid not in self.requests and (again or not known.finished):
+            self.kept.pop(known.rid)
+            self.requests[known.rid] = known
+            known.rewind(Phase.WAITING)
+            self.batcher.enqueue(known)
+        if known.rid in self.requests:
+            known.session, known.orphaned_at = session, None
+        missed = tuple(known.output[have:])
+        if missed:
+            effects.append(Deliver(session, missed))
+        elif known.finished:  # who asks has its end: that cannot be said with tokens
+            text = "this request has ended, and nothing is left of it"
+            effects.append(Refuse(session, Refused(known.rid, self.pipeline, RefusalCode.INVALID, text)))
 
     def _refusal(self, message: Submit) -> tuple[RefusalCode, str] | None:
         total = len(message.prompt) + len(message.emitted)
@@ -218,6 +257,13 @@ class Scheduler:
             self._joining.remove(rid)
         self._frees.append(rid)
 
+    def _retire(self, request: Request, now: float) -> None:
+        """It has finished or nobody reads it: what its client may still come back for is the log."""
+        self._drop(request.rid)
+        request.session = request.orphaned_at = None
+        if request.context is not None:
+            self.kept.put(request, now)
+
     def _lose_session(self, session: int, now: float) -> None:
         for request in self.requests.values():
             if request.session == session:
@@ -236,6 +282,7 @@ class Scheduler:
         self.batcher.enqueue(request)
 
     def _tick(self, now: float, effects: list[Effect]) -> None:
+        self.kept.expire(now)
         grace = self.limits.orphan_grace_s
         for request in list(self.requests.values()):
             if request.orphaned_at is not None and now - request.orphaned_at > grace:
@@ -398,7 +445,7 @@ class Scheduler:
             if request.session is not None:
                 by_session.setdefault(request.session, []).append(item)
             if item.finish is not None:
-                self._drop(request.rid)
+                self._retire(request, now)
         news.extend(Deliver(session, tuple(items)) for session, items in by_session.items())
         if by_session:
             self._finish_recovery(now, news)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
-import uuid
 from typing import Any
 
 import msgspec
@@ -16,19 +14,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from web.gateway.answer import Answer
-from web.gateway.chat import chat, chat_prompt
-from web.gateway.completions import complete
+from web.gateway.begin import Visit, begin, reopen
+from web.gateway.chat import chat_prompt
 from web.gateway.errors import ApiError, shorten
 from web.gateway.generation import count_error
 from web.gateway.guard import BODY_BYTES_MAX, ApiKeys, Guard, too_large
-from web.gateway.openai import (
-    ChatRequest,
-    Common,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    parse,
-)
+from web.gateway.openai import DetokenizeRequest, TokenizeRequest, parse
 from web.gateway.sampling import check_chars, check_tokens
 from web.gateway.service import Service
 
@@ -54,6 +45,8 @@ def _health_routes(app: FastAPI, service: Service) -> None:
 
     def state() -> Response:
         """200 only while a request could be served: a pipeline is up and its scheduler can be reached."""
+        if router.closing:
+            raise ApiError(503, "this gateway is shutting down", retry_after_s=1)
         if router.reachable:
             return _json({"status": "ok", "pipelines": router.reachable})
         raise ApiError(503, "no pipeline is up and reachable", retry_after_s=1)
@@ -107,13 +100,15 @@ def _model_routes(app: FastAPI, service: Service) -> None:
 def _generation_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", response_model=None)
     async def completions(request: Request) -> Answer:
-        body = parse(CompletionRequest, await read_body(request))
-        return await complete(service, body, _request_id(request, body))
+        return await begin(service, "completion", await read_body(request), _visit(request))
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(request: Request) -> Answer:
-        body = parse(ChatRequest, await read_body(request))
-        return await chat(service, body, _request_id(request, body))
+        return await begin(service, "chat", await read_body(request), _visit(request))
+
+    @app.get("/v1/streams/{stream}", response_model=None)
+    async def streams(stream: str, request: Request) -> Answer:
+        return await reopen(service, stream, _visit(request))
 
 
 def _token_routes(app: FastAPI, service: Service) -> None:
@@ -188,9 +183,14 @@ async def read_body(request: Request) -> bytes:
     return b"".join(parts)
 
 
-def _request_id(request: Request, body: Common) -> str:
-    wanted = body.request_id or request.headers.get("x-request-id", "")
-    return wanted if re.fullmatch(r"[\w.:-]{1,128}", wanted, re.ASCII) else uuid.uuid4().hex
+def _visit(request: Request) -> Visit:
+    headers = request.headers
+    return Visit(
+        request.state.owner,
+        headers.get("x-request-id", ""),
+        headers.get("idempotency-key"),
+        headers.get("last-event-id"),
+    )
 
 
 def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -12,7 +12,11 @@ class Gone:
     """The client disconnected."""
 
 
-Item = tuple[int, Deliver] | tuple[int, Fail] | Gone
+class Leaving:
+    """The gateway was told to stop: streams go on at another one."""
+
+
+Item = tuple[int, Deliver] | tuple[int, Fail] | Gone | Leaving
 
 
 class Channel:

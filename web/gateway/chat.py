@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from typing import Any
 
 from controlplane.contract.errors import RequestError
 from web.gateway import shapes
-from web.gateway.answer import Answer
+from web.gateway.asked import Asked
 from web.gateway.choice import Piece
 from web.gateway.errors import ApiError
 from web.gateway.generation import Generation, Plan
-from web.gateway.openai import INT64_MAX, ChatRequest, Message, plain
+from web.gateway.openai import INT64_MAX, ChatRequest, Message, parse, plain
 from web.gateway.sampling import check_chars, check_length, make_sampling, text_rules
 from web.gateway.service import Service
 from web.gateway.stream_format import ChunkWriter
 
 
-async def chat(service: Service, request: ChatRequest, request_id: str) -> Answer:
-    """Check everything, then answer. Raises ApiError."""
+async def prepare_chat(service: Service, body: bytes, seed: int) -> Asked:
+    """Check everything. Raises ApiError."""
+    request = parse(ChatRequest, body)
     service.check_model(request.model)
     model = service.model
     prompt = await chat_prompt(
@@ -33,15 +32,20 @@ async def chat(service: Service, request: ChatRequest, request_id: str) -> Answe
     if max_tokens is None:
         check_length(model, len(prompt), 1)
         max_tokens = min(model.max_model_len - len(prompt), model.max_new_tokens or model.max_model_len)
-    seed = request.seed if request.seed is not None else secrets.randbits(62)
+    seed = request.seed if request.seed is not None else seed
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     plans = [
         Plan(prompt, make_sampling(request, model, len(prompt), max_tokens, (seed + n) & INT64_MAX, logprobs))
         for n in range(request.choices)
     ]
-    generation = Generation(service, plans, text_rules(request), request.priority or 0)
-    form = ChatFormat(service, request, generation, f"chatcmpl-{request_id}")
-    return Answer(service, generation, form, bool(request.stream))
+    return Asked(
+        request,
+        plans,
+        text_rules(request),
+        lambda generation, request_id, created: ChatFormat(
+            service, request, generation, f"chatcmpl-{request_id}", created
+        ),
+    )
 
 
 async def chat_prompt(
@@ -67,31 +71,31 @@ class ChatFormat:
     """OpenAI's chat.completion objects, with vLLM's stop_reason and, when asked for, token ids."""
 
     def __init__(
-        self, service: Service, request: ChatRequest, generation: Generation, answer_id: str
+        self,
+        service: Service,
+        request: ChatRequest,
+        generation: Generation,
+        answer_id: str,
+        created_unix_s: int,
     ) -> None:
-        head = {"id": answer_id, "created": int(time.time()), "model": service.model.name}
+        head = {"id": answer_id, "created": created_unix_s, "model": service.model.name}
         self._head = head | {"object": "chat.completion"}
         self._vocabulary = service.model.vocabulary
         self._request = request
         self._generation = generation
         self._writer = ChunkWriter(head | {"object": "chat.completion.chunk"}, generation, request, 1)
-        self._begun = [False] * len(generation.plans)
 
     def chunk(self, index: int, piece: Piece) -> bytes:
         request = self._request
-        out = b""
-        if not self._begun[index]:
-            self._begun[index] = True
-            out = self._first(index)
         if not (piece.text or piece.finish or request.return_token_ids or request.logprobs):
-            return out  # the rest is held back
+            return b""  # all of it is held back
         delta = {"content": piece.text} if piece.text or piece.finish is None else {}
         choice = shapes.chat_delta(index, delta, piece, self._logprobs(piece))
         if request.return_token_ids:
             choice["token_ids"] = [token.token for token in piece.tokens]
-        return out + self._writer.event(index, choice)
+        return self._writer.event(index, choice)
 
-    def _first(self, index: int) -> bytes:
+    def opening(self, index: int) -> bytes:
         """The role, before the first text."""
         delta = {"role": "assistant", "content": ""}
         choice = shapes.chat_delta(index, delta, Piece(), None)

@@ -19,6 +19,7 @@ class Piece:
     tokens: list[Token] = field(default_factory=list)
     finish: str | None = None  # "stop" or "length"
     stop_reason: str | int | None = None  # the stop string or token id that the client asked for
+    silent: bool = False  # the client has it already: only what follows from it counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,10 @@ class Choice:
         self._rules = rules
         self.tokens = 0  # generated, those of a stop included
         self.finished = False
+
+    def restore_end(self, tokens: int) -> None:
+        """All of it was sent by an earlier gateway."""
+        self.tokens, self.finished = tokens, True
 
     def push(self, tokens: Sequence[Token]) -> Piece:
         """Take in the next tokens. After a finish, the rest of them is not part of the choice."""

@@ -12,8 +12,15 @@ import structlog
 
 from controlplane.contract import rpc
 from controlplane.contract.ids import Member, NodeId
-from controlplane.contract.requests import GatewayMessage, Refused, Tokens
-from web.gateway.events import Event, RefusalReceived, StreamDown, StreamUp, TokensReceived
+from controlplane.contract.requests import GatewayMessage, Recalled, Refused, Tokens
+from web.gateway.events import (
+    Event,
+    RecalledReceived,
+    RefusalReceived,
+    StreamDown,
+    StreamUp,
+    TokensReceived,
+)
 
 log = structlog.get_logger()
 
@@ -165,6 +172,8 @@ class _Link:
                     emit(TokensReceived(member, message))
                 case Refused():
                     emit(RefusalReceived(member, message))
+                case Recalled():
+                    emit(RecalledReceived(member, message))
 
     async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
         while True:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from typing import Any
 
 from web.gateway import shapes
-from web.gateway.answer import Answer
+from web.gateway.asked import Asked
 from web.gateway.choice import Piece
 from web.gateway.errors import ApiError
 from web.gateway.generation import Generation, Plan
-from web.gateway.openai import INT64_MAX, CompletionRequest
+from web.gateway.openai import INT64_MAX, CompletionRequest, parse
 from web.gateway.sampling import check_chars, check_tokens, make_sampling, text_rules
 from web.gateway.service import Service
 from web.gateway.stream_format import ChunkWriter
@@ -19,22 +17,28 @@ from web.gateway.stream_format import ChunkWriter
 MAX_TOKENS = 16  # OpenAI's and vLLM's default
 
 
-async def complete(service: Service, request: CompletionRequest, request_id: str) -> Answer:
-    """Check everything, then answer. Raises ApiError."""
+async def prepare_completion(service: Service, body: bytes, seed: int) -> Asked:
+    """Check everything. Raises ApiError."""
+    request = parse(CompletionRequest, body)
     service.check_model(request.model)
     max_tokens = request.max_tokens or min(MAX_TOKENS, service.model.max_new_tokens or MAX_TOKENS)
     plans: list[Plan] = []
     for prompt in request.prompts:
         ids = await prompt_ids(service, request, prompt)
-        seed = request.seed if request.seed is not None else secrets.randbits(62)
+        seed = request.seed if request.seed is not None else seed
         for n in range(request.choices):
             sampling = make_sampling(
                 request, service.model, len(ids), max_tokens, (seed + n) & INT64_MAX, request.logprobs
             )
             plans.append(Plan(ids, sampling))
-    generation = Generation(service, plans, text_rules(request), request.priority or 0)
-    form = CompletionFormat(service, request, generation, f"cmpl-{request_id}")
-    return Answer(service, generation, form, bool(request.stream))
+    return Asked(
+        request,
+        plans,
+        text_rules(request),
+        lambda generation, request_id, created: CompletionFormat(
+            service, request, generation, f"cmpl-{request_id}", created
+        ),
+    )
 
 
 async def prompt_ids(
@@ -53,12 +57,17 @@ class CompletionFormat:
     """OpenAI's text_completion objects, with vLLM's stop_reason and, when asked for, token ids."""
 
     def __init__(
-        self, service: Service, request: CompletionRequest, generation: Generation, answer_id: str
+        self,
+        service: Service,
+        request: CompletionRequest,
+        generation: Generation,
+        answer_id: str,
+        created_unix_s: int,
     ) -> None:
         self._head = {
             "id": answer_id,
             "object": "text_completion",
-            "created": int(time.time()),
+            "created": created_unix_s,
             "model": service.model.name,
         }
         self._request = request
@@ -74,6 +83,9 @@ class CompletionFormat:
         self._logprobs = None
         if request.logprobs is not None:
             self._logprobs = [shapes.CompletionLogprobs(service.model.vocabulary) for _ in range(count)]
+
+    def opening(self, index: int) -> bytes:
+        return b""
 
     def chunk(self, index: int, piece: Piece) -> bytes:
         ids = self._request.return_token_ids

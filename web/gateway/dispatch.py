@@ -7,19 +7,24 @@ from typing import assert_never
 
 import structlog
 
-from controlplane.contract.ids import Member, new_rid
-from controlplane.contract.requests import Sampling
-from web.gateway.channel import Channel
+from controlplane.contract.ids import Member
+from controlplane.contract.requests import Log
+from web.gateway.channel import Channel, Leaving
 from web.gateway.client import Links
 from web.gateway.events import (
     CancelAsked,
     CloseStream,
+    Closing,
     Deliver,
     Event,
     Fail,
     FailCode,
+    LeaveAsked,
     OpenStream,
+    RecallAsked,
+    RecallDone,
     SendCancel,
+    SendRecall,
     SendSubmit,
     ShutDown,
     SubmitAsked,
@@ -29,7 +34,7 @@ from web.gateway.live import Policy
 from web.gateway.metrics import Metrics
 from web.gateway.router import Router
 
-log = structlog.get_logger()
+logger = structlog.get_logger()
 
 TICK_S = 0.02
 
@@ -42,21 +47,43 @@ class Dispatcher:
         self.links = Links(token, self.feed)
         self._metrics = metrics
         self._sinks: dict[int, tuple[Channel, int]] = {}
+        self._recalls: dict[int, asyncio.Future[tuple[Log | None, bool]]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(
-        self, channel: Channel, index: int, prompt: tuple[int, ...], sampling: Sampling, priority: int
-    ) -> int:
-        """Start a request whose tokens, or failure, arrive on `channel` as choice `index`; its rid."""
-        rid = new_rid()
-        self._sinks[rid] = (channel, index)
-        self.feed(SubmitAsked(rid, prompt, sampling, priority))
-        return rid
+    def submit(self, channel: Channel, index: int, asked: SubmitAsked) -> None:
+        """Start a request whose tokens, or failure, arrive on `channel` as choice `index`.
 
-    def cancel(self, rid: int) -> None:
-        """Nobody waits for it any more: free it everywhere. Idempotent."""
-        if self._sinks.pop(rid, None) is not None:
+        If another channel waits for the same request, its client has come back: that one ends.
+        """
+        if (old := self._sinks.get(asked.rid)) is not None:
+            text = "another connection reads this stream now"
+            old[0].put((old[1], Fail(asked.rid, FailCode.SUPERSEDED, text)))
+        self._sinks[asked.rid] = (channel, index)
+        self.feed(asked)
+
+    def cancel(self, rid: int, channel: Channel) -> None:
+        """`channel` waits for it no more: free it everywhere. Idempotent."""
+        if self._release(rid, channel):
             self.feed(CancelAsked(rid))
+
+    def leave(self, rid: int, channel: Channel) -> None:
+        """`channel` waits for it no more, but its client goes on at another gateway."""
+        if self._release(rid, channel):
+            self.feed(LeaveAsked(rid))
+
+    async def recall(self, rid: int, limit_s: float) -> tuple[Log | None, bool]:
+        """What a scheduler knows of a request, and whether all have answered; takes `limit_s` at most."""
+        waiting = self._recalls.get(rid)
+        if waiting is None:
+            waiting = self._recalls[rid] = asyncio.get_running_loop().create_future()
+            self.feed(RecallAsked(rid, limit_s))
+        return await asyncio.shield(waiting)
+
+    def hand_over(self) -> None:
+        """Take no new requests, and send the clients of all streams to other gateways; the rest may finish."""
+        self.feed(Closing())
+        for channel in {channel for channel, _ in self._sinks.values()}:
+            channel.put(Leaving())
 
     def shut_down(self) -> None:
         """End every live request with an error; new ones fail at once."""
@@ -77,6 +104,10 @@ class Dispatcher:
                     self.links.send(member, submit)
                 case SendCancel(member, cancel):
                     self.links.send(member, cancel)
+                case SendRecall(member, recall):
+                    self.links.send(member, recall)
+                case RecallDone(rid, log, sure):
+                    self._recalls.pop(rid).set_result((log, sure))
                 case Fail():
                     self._fail(effect)
                 case OpenStream(member):
@@ -87,6 +118,13 @@ class Dispatcher:
                     assert_never(effect)
         if self._timer is None and self.router.restless:
             self._timer = loop.call_later(TICK_S, self._tick)
+
+    def _release(self, rid: int, channel: Channel) -> bool:
+        sink = self._sinks.get(rid)
+        if sink is None or sink[0] is not channel:
+            return False
+        del self._sinks[rid]
+        return True
 
     def locate(self, member: Member, address: str) -> None:
         self.links.locate(member, address)
@@ -102,8 +140,11 @@ class Dispatcher:
                 del self._sinks[effect.rid]
 
     def _fail(self, effect: Fail) -> None:
-        if effect.code is not FailCode.OVERLOADED:  # those come in floods, and are counted
-            log.warning("request failed", rid=effect.rid, code=effect.code.value, reason=effect.message)
+        if effect.code not in (
+            FailCode.OVERLOADED,
+            FailCode.SUPERSEDED,
+        ):  # the former come in floods, and are counted
+            logger.warning("request failed", rid=effect.rid, code=effect.code.value, reason=effect.message)
         sink = self._sinks.pop(effect.rid, None)
         if sink is not None:
             channel, index = sink

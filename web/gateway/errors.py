@@ -13,10 +13,14 @@ ECHO_CHARS_MAX = 80  # of a client's own bad input, in messages
 TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     408: "TimeoutError",
+    409: "ConflictError",
+    410: "GoneError",
     413: "RequestTooLargeError",
+    422: "UnprocessableEntityError",
     429: "RateLimitError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
@@ -29,6 +33,7 @@ FAIL_STATUS = {
     FailCode.QUARANTINED: 500,
     FailCode.MISMATCH: 500,
     FailCode.ENGINE: 500,
+    FailCode.SUPERSEDED: 409,
 }
 
 
@@ -56,8 +61,9 @@ class ApiError(Exception):
             headers["retry-after"] = str(max(1, round(self.retry_after_s)))
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        if self.status >= 500 and self.status != 503:
-            headers["x-should-retry"] = "false"  # a poison request must not be sent again by the SDK
+        if (self.status >= 500 and self.status != 503) or self.status == 409:
+            # A poison request must not be sent again by the SDK, and two connections must not take turns.
+            headers["x-should-retry"] = "false"
         return headers
 
     def encode(self) -> bytes:

@@ -5,8 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from controlplane.contract.ids import Member
-from controlplane.contract.requests import Cancel, Refused, Sampling, Submit, Token, Tokens
+from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.requests import (
+    Cancel,
+    Log,
+    Recall,
+    Recalled,
+    Refused,
+    Sampling,
+    Submit,
+    Token,
+    Tokens,
+)
 from controlplane.contract.topology import Topology
 
 
@@ -17,10 +27,17 @@ class TopologySeen:
 
 @dataclass(frozen=True, slots=True)
 class SubmitAsked:
+    """A request of a client. The fields from `context` on are for those that can be resumed, or are (see Submit)."""
+
     rid: int
     prompt: tuple[int, ...]
     sampling: Sampling
     priority: int = 0
+    context: bytes | None = None
+    resumed: bool = False  # admitted once: it may wait, but it is not turned away
+    emitted: tuple[int, ...] = ()  # known already
+    home: PipelineId | None = None  # whose scheduler has it
+    reader: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +45,27 @@ class CancelAsked:
     """The client is gone, or a stop string ended the stream."""
 
     rid: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveAsked:
+    """Its client is told to go on elsewhere: the scheduler keeps it running for the grace."""
+
+    rid: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecallAsked:
+    """Find out who has a request, within `limit_s`."""
+
+    rid: int
+    limit_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RecalledReceived:
+    member: Member
+    recalled: Recalled
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +96,28 @@ class Tick:
 
 
 @dataclass(frozen=True, slots=True)
+class Closing:
+    """The gateway was told to stop: it takes no new requests."""
+
+
+@dataclass(frozen=True, slots=True)
 class ShutDown:
-    """The gateway is about to exit: every stream ends now, with an error that says so."""
+    """The gateway is about to exit: what still runs ends now, with an error that says so."""
 
 
 Event = (
     TopologySeen
     | SubmitAsked
     | CancelAsked
+    | LeaveAsked
+    | RecallAsked
+    | RecalledReceived
     | TokensReceived
     | RefusalReceived
     | StreamUp
     | StreamDown
     | Tick
+    | Closing
     | ShutDown
 )
 
@@ -82,6 +129,7 @@ class FailCode(StrEnum):
     QUARANTINED = "quarantined"  # 500: it broke steps or nodes, and is not tried again
     MISMATCH = "mismatch"  # 500: a repeated position carried another token
     ENGINE = "engine"  # 500: the engine ended it with an error
+    SUPERSEDED = "superseded"  # 409: its client has another connection for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +155,21 @@ class SendCancel:
 
 
 @dataclass(frozen=True, slots=True)
+class SendRecall:
+    member: Member
+    recall: Recall
+
+
+@dataclass(frozen=True, slots=True)
+class RecallDone:
+    """`sure`: every scheduler of the topology was asked and has answered."""
+
+    rid: int
+    log: Log | None
+    sure: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Deliver:
     """The next tokens of a stream. `gap_s` is set on the first ones after a failure or a switch: how long the
     client had to wait for them since its last token; `how` says how the stream got over it.
@@ -126,4 +189,4 @@ class Fail:
     retry_after_s: float = 0.0
 
 
-Effect = OpenStream | CloseStream | SendSubmit | SendCancel | Deliver | Fail
+Effect = OpenStream | CloseStream | SendSubmit | SendCancel | SendRecall | RecallDone | Deliver | Fail

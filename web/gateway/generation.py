@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from controlplane.contract.requests import Sampling
-from web.gateway.channel import Channel, Gone
+from controlplane.contract.requests import Log, Sampling, Token
+from web.gateway.channel import Channel, Gone, Leaving
 from web.gateway.choice import Choice, Piece, TextRules
 from web.gateway.errors import ApiError, of_fail
-from web.gateway.events import Deliver, Fail
+from web.gateway.events import Fail, SubmitAsked
 from web.gateway.service import Service
+
+REPLAY_TOKENS = 256  # detokenized in one go, a few milliseconds
 
 
 class ClientGone(Exception):
@@ -26,31 +28,74 @@ class Plan:
     sampling: Sampling
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where the generation of one choice begins."""
+
+    rid: int
+    context: bytes | None = None  # see Submit
+    resumed: bool = False
+    log: Log | None = None  # as its scheduler has it
+    have: int = 0  # tokens that the client has
+    finished: bool = False  # it has all of them
+
+
 class Generation:
     """Submits every choice, turns what comes back into pieces, and frees everything on `close`."""
 
-    def __init__(self, service: Service, plans: Sequence[Plan], rules: TextRules, priority: int) -> None:
+    def __init__(
+        self,
+        service: Service,
+        plans: Sequence[Plan],
+        rules: TextRules,
+        priority: int,
+        starts: Sequence[Start],
+    ) -> None:
         self.channel = Channel()
         self.plans = plans
+        self.leaving = False  # the gateway was told to stop
         self._service = service
         self._priority = priority
+        self._starts = starts
         self.choices = [Choice(service.model.tokenizer, plan.prompt, rules) for plan in plans]
-        self._rids: list[int] = []
         self._started = time.perf_counter()
-        self._last_at = [0.0] * len(plans)
+        self._last_at = [self._started] * len(plans)
+        for choice, start in zip(self.choices, starts, strict=True):
+            if start.finished:
+                choice.restore_end(start.have)
 
     @property
     def finished(self) -> bool:
         return all(choice.finished for choice in self.choices)
 
+    def known(self) -> Iterator[tuple[int, Piece]]:
+        """What the client has and we know: text and format go on from there. Before `start`."""
+        for index, start in enumerate(self._starts):
+            for first in range(0, len(known := self._known(start)), REPLAY_TOKENS):
+                tokens = [Token(start.rid, first + k, t) for k, t in enumerate(known[first:][:REPLAY_TOKENS])]
+                yield index, self._push_silent(index, tokens)
+
     def start(self) -> None:
         """Hand all choices to the router. Raises ApiError when one is refused at once (after `close`)."""
-        for index, plan in enumerate(self.plans):
-            self._rids.append(
-                self._service.dispatcher.submit(
-                    self.channel, index, plan.prompt, plan.sampling, self._priority
-                )
+        for index, (plan, start) in enumerate(zip(self.plans, self._starts, strict=True)):
+            if self.choices[index].finished:
+                continue
+            asked = SubmitAsked(
+                start.rid,
+                plan.prompt,
+                plan.sampling,
+                self._priority,
+                start.context,
+                resumed=start.resumed,
+                emitted=self._known(start),
+                home=start.log.pipeline if start.log else None,
+                reader=start.log.reader + 1 if start.log else int(start.resumed),
             )
+            self._service.dispatcher.submit(self.channel, index, asked)
+
+    @staticmethod
+    def _known(start: Start) -> tuple[int, ...]:
+        return start.log.emitted[: start.have] if start.log and not start.finished else ()
 
     async def take(self, timeout_s: float) -> list[tuple[int, Piece]]:
         """What has come since; empty when nothing came in time. Raises ApiError and ClientGone."""
@@ -59,22 +104,39 @@ class Generation:
             if isinstance(item, Gone):
                 self._service.metrics.disconnects.inc()
                 raise ClientGone
+            if isinstance(item, Leaving):
+                self.leaving = True
+                continue
             index, effect = item
             if isinstance(effect, Fail):
                 raise of_fail(effect.code, effect.message, effect.retry_after_s)
-            if not self.choices[index].finished:
-                pieces.append((index, self._push(index, effect)))
+            tokens = effect.tokens
+            if (silent := self._starts[index].have - self.choices[index].tokens) > 0:
+                pieces.append((index, self._push_silent(index, tokens[:silent])))
+                tokens = tokens[silent:]
+            if tokens and not self.choices[index].finished:
+                pieces.append((index, self._push(index, tokens)))
         return pieces
 
     def close(self) -> None:
         """Free what is still running: on a disconnect, an error, or a stop string in another choice."""
-        for rid in self._rids:
-            self._service.dispatcher.cancel(rid)
+        for start in self._starts:
+            self._service.dispatcher.cancel(start.rid, self.channel)
 
-    def _push(self, index: int, effect: Deliver) -> Piece:
+    def leave(self) -> None:
+        """What is still running goes on for the client's next gateway."""
+        for start in self._starts:
+            self._service.dispatcher.leave(start.rid, self.channel)
+
+    def _push_silent(self, index: int, tokens: Sequence[Token]) -> Piece:
+        piece = self.choices[index].push(tokens)
+        piece.silent = True
+        return piece
+
+    def _push(self, index: int, tokens: Sequence[Token]) -> Piece:
         choice, metrics = self.choices[index], self._service.metrics
         first = choice.tokens == 0
-        piece = choice.push(effect.tokens)
+        piece = choice.push(tokens)
         now = time.perf_counter()
         if first:
             metrics.ttft.observe(now - self._started)
@@ -86,7 +148,8 @@ class Generation:
         if piece.finish is not None:
             metrics.success.labels(piece.finish).inc()
             metrics.e2e.observe(now - self._started)
-            self._service.dispatcher.cancel(self._rids[index])  # a stop string ends it here, not there
+            # A stop string ends it here, not there.
+            self._service.dispatcher.cancel(self._starts[index].rid, self.channel)
         return piece
 
 

@@ -34,12 +34,12 @@ class ApiKeys:
             raise ConfigError(f"{path} holds no API key: nobody could use the gateway")
         return cls(keys)
 
-    def match(self, authorization: str | None) -> bool:
-        """Whether a header carries one of the keys; the time it takes does not depend on which."""
+    def match(self, authorization: str | None) -> bytes | None:
+        """The hash of the key that a header carries, or None; the time it takes does not depend on which."""
         scheme, _, key = (authorization or "").partition(" ")
         digest = hashlib.sha256(key.strip().encode()).digest()
         matches = [hmac.compare_digest(digest, known) for known in self._hashes]
-        return scheme.lower() == "bearer" and any(matches)
+        return digest if scheme.lower() == "bearer" and any(matches) else None
 
 
 class Guard:
@@ -54,13 +54,15 @@ class Guard:
             return None
         if scope["path"] not in OPEN_PATHS:
             headers = Headers(scope=scope)
-            if not self._keys.match(headers.get("authorization")):
+            owner = self._keys.match(headers.get("authorization"))
+            if owner is None:
                 return await _refuse(
                     send, ApiError(401, "a valid API key is needed: Authorization: Bearer KEY")
                 )
             length = headers.get("content-length", "0")
             if length.isdigit() and int(length) > BODY_BYTES_MAX:
                 return await _refuse(send, too_large())
+            scope.setdefault("state", {})["owner"] = owner
         await self._app(scope, receive, send)
         return None
 

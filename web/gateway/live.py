@@ -41,3 +41,5 @@ class Live:
     how: str = ""  # what befell it since its last token
     deaths: int = 0  # nodes that died while it was in its first step
     full: set[PipelineId] = field(default_factory=set)  # pipelines that refused it for load
+    context: bytes | None = None  # see Submit
+    reader: int = 0

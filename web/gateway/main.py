@@ -28,6 +28,7 @@ from web.gateway.metrics import Metrics
 from web.gateway.model import Model, load_model
 from web.gateway.server import listen, make_server, serve
 from web.gateway.service import Service
+from web.gateway.tickets import Tickets
 from web.gateway.watch import ClusterWatch
 
 log = structlog.get_logger()
@@ -61,7 +62,8 @@ def policy_of(config: ClusterConfig) -> Policy:
 
 async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
     """Serve until told to stop. Raises ConfigError for what the operator has to mend."""
-    token = derive(load_secret(config.secret_file), "grpc")
+    secret = load_secret(config.secret_file)
+    token = derive(secret, "grpc")
     keys = ApiKeys.load(config.api_keys_file)
     model = load_model(config)
     try:
@@ -73,8 +75,9 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
     dispatcher = Dispatcher(policy_of(config), token, metrics)
     async with EtcdClient(config.etcd) as etcd:
         watch = ClusterWatch(etcd, config, dispatcher)
-        service = _service(model, dispatcher, metrics, watch)
-        server = make_server(build_app(service, keys))
+        service = _service(model, dispatcher, metrics, watch, Tickets(derive(secret, "streams")))
+        grace_s = config.timing.stop_grace_s
+        server = make_server(build_app(service, keys), grace_s)
         record = GatewayRecord(id=name, address=address, pid=os.getpid())
         registration = Registration(etcd, Keys(config.cluster).gateways + name, encode(record), LEASE_S)
         background = [
@@ -84,7 +87,7 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
         ]
         gc.freeze()  # what start-up made stays: collections need not look at it again
         log.info("serving", address=address, model=model.name, max_model_len=model.max_model_len)
-        serving = asyncio.create_task(serve(server, sock, dispatcher))
+        serving = asyncio.create_task(serve(server, sock, dispatcher, grace_s))
         try:
             # None of the others ever ends by itself: if one does, it is a defect, and it ends the process.
             done, _ = await asyncio.wait([serving, *background], return_when=asyncio.FIRST_COMPLETED)
@@ -98,7 +101,9 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
             await dispatcher.aclose()
 
 
-def _service(model: Model, dispatcher: Dispatcher, metrics: Metrics, watch: ClusterWatch) -> Service:
+def _service(
+    model: Model, dispatcher: Dispatcher, metrics: Metrics, watch: ClusterWatch, tickets: Tickets
+) -> Service:
     metrics.attach(dispatcher.router, watch.age_s)
     return Service(
         model=model,
@@ -106,6 +111,7 @@ def _service(model: Model, dispatcher: Dispatcher, metrics: Metrics, watch: Clus
         metrics=metrics,
         started_unix_s=int(time.time()),
         etcd_age_s=watch.age_s,
+        tickets=tickets,
     )
 
 

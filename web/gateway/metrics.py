@@ -24,7 +24,7 @@ FENCED = {
     "gap": "gap",
     "mismatch": "mismatch",
 }
-RECOVERED = ("resubmitted", "continued", "moved")
+RECOVERED = ("resubmitted", "continued", "moved", "resumed")
 
 
 class Metrics:
@@ -54,6 +54,8 @@ class Metrics:
         self.rejections = counter(
             "admission_rejections", "Requests refused for load or lack of service", ("reason",)
         )
+        self.resumed = counter("streams_resumed", "Connections that took a request up again", ("how",))
+        self.handed_over = counter("streams_handed_over", "Streams sent to another gateway at a stop")
         self.disconnects = counter("client_disconnects", "Clients that left before the end")
 
     def attach(self, router: Router, etcd_age_s: Callable[[], float]) -> None:

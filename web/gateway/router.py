@@ -16,12 +16,17 @@ from controlplane.contract.topology import Mode, Pipeline, Topology
 from web.gateway.events import (
     CancelAsked,
     CloseStream,
+    Closing,
     Deliver,
     Effect,
     Event,
     Fail,
     FailCode,
+    LeaveAsked,
     OpenStream,
+    RecallAsked,
+    RecallDone,
+    RecalledReceived,
     RefusalReceived,
     SendCancel,
     SendSubmit,
@@ -34,6 +39,7 @@ from web.gateway.events import (
     TopologySeen,
 )
 from web.gateway.live import Live, Policy
+from web.gateway.recall import Recalls
 from web.gateway.tokenlog import TokenLog, Verdict
 
 TOLD_MAX = 4096
@@ -51,7 +57,8 @@ class Router:
         self._again: dict[int, Live] = {}  # those that wait to ask for missing tokens
         self._pipelines: dict[PipelineId, Pipeline] = {}
         self._streams: dict[Member, bool] = {}  # wanted streams: is it up?
-        self._closing = False
+        self._recalls = Recalls()
+        self.closing = False
         self._told: dict[int, None] = {}  # rids whose end was told to a scheduler, newest last, bounded
 
     @property
@@ -61,7 +68,7 @@ class Router:
     @property
     def restless(self) -> bool:
         """Whether ticks are needed now."""
-        return bool(self._held or self._again)
+        return bool(self._held or self._again or self._recalls)
 
     @property
     def pipelines_up(self) -> int:
@@ -82,6 +89,16 @@ class Router:
                 self._on_submit(event, now, out)
             case CancelAsked():
                 self._on_cancel(event, out)
+            case LeaveAsked(rid):
+                if self._forget(rid) is not None:
+                    self._remember_told(rid)  # what still comes of it is not to be cancelled
+            case RecallAsked(rid, limit_s):
+                if len(self._recalls) < self.policy.live_max:
+                    self._recalls.begin(rid, now + limit_s)
+                else:
+                    out.append(RecallDone(rid, None, False))
+            case RecalledReceived(member, recalled):
+                self._recalls.answer(member, recalled)
             case RefusalReceived():
                 self._on_refusal(event.member, event.refusal, now, out)
             case TopologySeen():
@@ -91,8 +108,10 @@ class Router:
                     self._streams[event.member] = True
             case StreamDown():
                 self._on_stream_down(event.member, now)
+            case Closing():
+                self.closing = True
             case ShutDown():
-                self._closing = True
+                self.closing = True
                 for rid in list(self._live):
                     self._fail(rid, FailCode.UNAVAILABLE, "the gateway is shutting down", out, retry_s=1)
             case Tick():
@@ -103,22 +122,32 @@ class Router:
             self._settle(now, out)
         if self._again:
             self._ask_again(now, out)
+        if self._recalls:
+            self._recalls.settle(self._streams, now, out)
         return out
 
     # Events
 
     def _on_submit(self, event: SubmitAsked, now: float, out: list[Effect]) -> None:
-        if self._closing:
+        if self.closing:
             out.append(Fail(event.rid, FailCode.UNAVAILABLE, "the gateway is shutting down", 1))
         elif not self.pipelines_up:
             out.append(Fail(event.rid, FailCode.UNAVAILABLE, "no pipeline is up: try again later", 1))
-        elif len(self._live) >= self.policy.live_max:
+        elif len(self._live) >= self.policy.live_max and event.rid not in self._live:
             text = f"this gateway has {self.policy.live_max} requests in progress: try again later"
             out.append(Fail(event.rid, FailCode.OVERLOADED, text, 1))
         else:
+            self._forget(event.rid)  # taken up again here: the new connection is the one that counts
+            self._told.pop(event.rid, None)
+            log = TokenLog(event.rid, event.prompt, event.sampling, list(event.emitted))
+            how = "resumed" if event.resumed else ""
             live = Live(
-                TokenLog(event.rid, event.prompt, event.sampling), event.priority, now, held_since=now
+                log, event.priority, now, held_since=now, how=how, context=event.context, reader=event.reader
             )
+            home = self._pipelines.get(event.home) if event.home is not None else None
+            if home is not None:
+                live.pipeline = home.id
+                log.rebase(home.epoch)
             self._live[event.rid] = self._held[event.rid] = live
 
     def _on_cancel(self, event: CancelAsked, out: list[Effect]) -> None:
@@ -169,6 +198,7 @@ class Router:
         if member not in self._streams:
             return
         self._streams[member] = False
+        self._recalls.lost(member)
         for live in self._live.values():
             if live.sent_to == member:
                 self._hold(live, now, "resubmitted")
@@ -199,6 +229,8 @@ class Router:
                 self._fail(refusal.rid, FailCode.QUARANTINED, refusal.message, out)
             case RefusalCode.INVALID:
                 self._fail(refusal.rid, FailCode.INVALID, refusal.message, out)
+            case RefusalCode.SUPERSEDED:
+                self._fail(refusal.rid, FailCode.SUPERSEDED, refusal.message, out)
             case _:
                 assert_never(refusal.code)
 
@@ -334,6 +366,8 @@ class Router:
             emitted=() if scratch else tuple(live.log.emitted),
             priority=live.priority,
             admitted=bool(live.log.emitted or live.how),
+            context=live.context,
+            reader=live.reader,
         )
 
     def _send_cancel(self, live: Live, out: list[Effect]) -> None:
@@ -344,7 +378,10 @@ class Router:
     def _tell(self, member: Member, cancel: Cancel, out: list[Effect]) -> None:
         """Once is enough: what is on its way meanwhile is not answered with more of them."""
         out.append(SendCancel(member, cancel))
-        self._told[cancel.rid] = None
+        self._remember_told(cancel.rid)
+
+    def _remember_told(self, rid: int) -> None:
+        self._told[rid] = None
         if len(self._told) > TOLD_MAX:
             del self._told[next(iter(self._told))]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from web.protocol import BoundedProtocol
 
 log = structlog.get_logger()
 
-DRAIN_S = 2.0  # open streams get their error event within this, then connections are cut
+STOP_GRACE_S = 5.0  # answers in one piece may finish for so long
+TELL_S = 2.0  # after that they are told within this, then connections are cut
 
 
 class GatewayServer(uvicorn.Server):
@@ -36,7 +38,7 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-def make_server(app: ASGIApp) -> GatewayServer:
+def make_server(app: ASGIApp, stop_grace_s: float = STOP_GRACE_S) -> GatewayServer:
     config = uvicorn.Config(
         app,
         http=BoundedProtocol,
@@ -47,17 +49,19 @@ def make_server(app: ASGIApp) -> GatewayServer:
         access_log=False,
         server_header=False,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=2,
+        timeout_graceful_shutdown=math.ceil(stop_grace_s + TELL_S),
         backlog=1024,
     )
     return GatewayServer(config)
 
 
-async def serve(server: GatewayServer, sock: socket.socket, dispatcher: Dispatcher) -> None:
-    """Serve until SIGTERM or SIGINT (or `stop`); then end every stream explicitly."""
+async def serve(
+    server: GatewayServer, sock: socket.socket, dispatcher: Dispatcher, stop_grace_s: float = STOP_GRACE_S
+) -> None:
+    """Serve until SIGTERM or SIGINT (or `stop`)."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop, server, dispatcher)
+        loop.add_signal_handler(number, stop, server, dispatcher, stop_grace_s)
     try:
         await server.serve(sockets=[sock])
     finally:
@@ -65,9 +69,10 @@ async def serve(server: GatewayServer, sock: socket.socket, dispatcher: Dispatch
             loop.remove_signal_handler(number)
 
 
-def stop(server: GatewayServer, dispatcher: Dispatcher) -> None:
-    """Tell every stream that this is the end, refuse new ones, and let the server come to its end."""
+def stop(server: GatewayServer, dispatcher: Dispatcher, grace_s: float = STOP_GRACE_S) -> None:
+    """Take nothing new, send streams to other gateways, and end when the other answers are out, or the grace is."""
     if not server.should_exit:
         log.info("shutting down", live=dispatcher.router.live)
-        dispatcher.shut_down()
+        dispatcher.hand_over()
+        asyncio.get_running_loop().call_later(grace_s, dispatcher.shut_down)
     server.should_exit = True

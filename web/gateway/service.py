@@ -10,6 +10,7 @@ from web.gateway.dispatch import Dispatcher
 from web.gateway.errors import ApiError, shorten
 from web.gateway.metrics import Metrics
 from web.gateway.model import Model
+from web.gateway.tickets import Tickets
 
 KEEP_ALIVE_S = 5.0
 
@@ -28,6 +29,7 @@ class Service:
     metrics: Metrics
     started_unix_s: int
     etcd_age_s: Callable[[], float]
+    tickets: Tickets
     keep_alive_s: float = KEEP_ALIVE_S
     version: str = field(default_factory=package_version)
 

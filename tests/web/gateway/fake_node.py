@@ -17,6 +17,9 @@ from controlplane.contract.requests import (
     Cancel,
     FinishReason,
     GatewayMessage,
+    Log,
+    Recall,
+    Recalled,
     RefusalCode,
     Refused,
     SchedulerMessage,
@@ -66,6 +69,7 @@ class FakeNode:
         self.submits: list[Submit] = []
         self.cancels: list[Cancel] = []
         self.running: dict[int, Running] = {}
+        self.known: dict[int, Running] = {}  # all there ever were: it forgets nothing by itself
         self.streams = 0
         self._outboxes: dict[int, asyncio.Queue[SchedulerMessage | None]] = {}
         self._server: grpc.aio.Server | None = None
@@ -117,7 +121,11 @@ class FakeNode:
             match message:
                 case Cancel():
                     self.cancels.append(message)
-                    self.running.pop(message.rid, None)
+                    run = self.running.get(message.rid)
+                    if run is not None and run.session == session:
+                        del self.running[message.rid]
+                case Recall(rid):
+                    self._outboxes[session].put_nowait(Recalled(rid, self._log(rid)))
                 case Submit():
                     self.submits.append(message)
                     code = self.refuse(message)
@@ -127,7 +135,30 @@ class FakeNode:
                         refused = Refused(message.rid, message.pipeline, code, f"refused: {code}", 2.0)
                         self._outboxes[session].put_nowait(refused)
                     else:
-                        self.running[message.rid] = Running(message, session, len(message.emitted))
+                        self._accept(message, session)
+
+    def _accept(self, message: Submit, session: int) -> None:
+        old = self.running.get(message.rid)
+        if old is not None and old.session != session and old.session in self._outboxes:
+            code = RefusalCode.SUPERSEDED
+            self._outboxes[old.session].put_nowait(Refused(message.rid, message.pipeline, code, "superseded"))
+        run = Running(message, session, len(message.emitted))
+        self.running[message.rid] = run
+        if message.context is not None:
+            self.known[message.rid] = run
+
+    def _log(self, rid: int) -> Log | None:
+        run = self.known.get(rid)
+        if run is None:
+            return None
+        submit = run.submit
+        emitted = tuple(self._token(submit, position) for position in range(run.position))
+        assert submit.context is not None
+        return Log(submit.pipeline, submit.prompt, submit.sampling, emitted, submit.context, submit.reader)
+
+    def _token(self, submit: Submit, position: int) -> int:
+        speak = self.speak or (lambda s, p: token_at(s.prompt, s.sampling.seed, p))
+        return speak(submit, position) + self.twist
 
     async def _steps(self) -> None:
         while True:
@@ -167,11 +198,7 @@ class FakeNode:
         submit, position = run.submit, run.position
         sampling = submit.sampling
         run.position += 1
-        if self.speak is not None:
-            token = self.speak(submit, position)
-        else:
-            token = token_at(submit.prompt, sampling.seed, position)
-        token += self.twist
+        token = self._token(submit, position)
         finish = None
         if token in sampling.stop_token_ids and position >= sampling.min_tokens:
             finish = FinishReason.STOP

@@ -27,6 +27,7 @@ from web.gateway.metrics import Metrics
 from web.gateway.model import Model, load_model
 from web.gateway.server import GatewayServer, listen, make_server, stop
 from web.gateway.service import Service
+from web.gateway.tickets import Tickets
 
 KEY = "sk-test"
 MODEL = "kevlar-demo"
@@ -82,8 +83,14 @@ class Stack:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=20)
 
-    def stop(self) -> None:
-        stop(self.server, self.dispatcher)
+    @property
+    def keys_owner(self) -> bytes:
+        owner = ApiKeys([KEY]).match(f"Bearer {KEY}")
+        assert owner is not None
+        return owner
+
+    def stop(self, grace_s: float = 1.0) -> None:
+        stop(self.server, self.dispatcher, grace_s)
 
 
 @contextlib.asynccontextmanager
@@ -92,20 +99,44 @@ async def running(
 ) -> AsyncIterator[Stack]:
     """`nodes` fake nodes, pipelines p0.. on the first two of them, and a gateway that is ready."""
     fakes = [FakeNode(Member(f"n{index}", f"i{index}"), **knobs) for index in range(nodes)]
+    try:
+        for fake in fakes:
+            await fake.start()
+        async with _gateway(fakes, policy, keep_alive_s) as stack:
+            stack.place(**{f"p{index}": index for index in range(min(2, nodes))})
+            await stack.until(lambda: stack.dispatcher.router.reachable == min(2, nodes))
+            yield stack
+    finally:
+        for fake in fakes:
+            await fake.stop()
+
+
+@contextlib.asynccontextmanager
+async def beside(stack: Stack) -> AsyncIterator[Stack]:
+    """A second gateway of the same cluster, which sees the topology that the first one saw last."""
+    async with _gateway(stack.nodes, stack.dispatcher.router.policy, stack.service.keep_alive_s) as other:
+        other.places, other.counter = dict(stack.places), stack.counter
+        topology = stack.dispatcher.router.topology
+        assert topology is not None
+        other.dispatcher.feed(TopologySeen(topology))
+        await other.until(lambda: other.dispatcher.router.reachable == stack.dispatcher.router.reachable)
+        yield other
+
+
+@contextlib.asynccontextmanager
+async def _gateway(fakes: list[FakeNode], policy: Policy | None, keep_alive_s: float) -> AsyncIterator[Stack]:
     metrics = Metrics()
     dispatcher = Dispatcher(policy or Policy(), "t", metrics)
     metrics.attach(dispatcher.router, lambda: 0.0)
-    service = Service(demo_model(), dispatcher, metrics, 1, lambda: 0.0, keep_alive_s)
+    service = Service(demo_model(), dispatcher, metrics, 1, lambda: 0.0, Tickets("s"), keep_alive_s)
     server = make_server(build_app(service, ApiKeys([KEY])))
     sock = listen("127.0.0.1", 0)
     stack = Stack(fakes, dispatcher, service, server, f"http://127.0.0.1:{sock.getsockname()[1]}")
     try:
         for fake in fakes:
-            await fake.start()
             dispatcher.locate(fake.member, fake.address)
         stack.serving = asyncio.create_task(server.serve(sockets=[sock]))
-        stack.place(**{f"p{index}": index for index in range(min(2, nodes))})
-        await stack.until(lambda: dispatcher.router.reachable == min(2, nodes) and server.started)
+        await stack.until(lambda: server.started)
         yield stack
     finally:
         stack.stop()
@@ -113,8 +144,6 @@ async def running(
             async with asyncio.timeout(10):
                 await stack.serving
         await dispatcher.aclose()
-        for fake in fakes:
-            await fake.stop()
 
 
 @dataclass
@@ -126,6 +155,8 @@ class Events:
     errors: list[dict[str, Any]] = field(default_factory=list)
     comments: int = 0
     done: bool = False
+    last_id: str = ""
+    fields: list[str] = field(default_factory=list)  # "event: ..." and "retry: ..."
     headers: dict[str, str] = field(default_factory=dict)
 
     def ids(self, index: int = 0) -> list[int]:
@@ -167,6 +198,10 @@ async def stream(
             assert not events.done, "something after [DONE]"
             if line.startswith(":"):
                 events.comments += 1
+            elif line.startswith("id: "):
+                events.last_id = line.removeprefix("id: ")
+            elif line.startswith(("event: ", "retry: ")):
+                events.fields.append(line)
             elif line == "data: [DONE]":
                 events.done = True
             else:

@@ -287,7 +287,7 @@ def test_disconnect_cancels_everywhere() -> None:
     asyncio.run(run())
 
 
-def test_shutdown_ends_streams_with_an_error_event() -> None:
+def test_a_stop_sends_streams_to_another_gateway() -> None:
     async def run() -> None:
         async with running() as stack:
 
@@ -295,8 +295,11 @@ def test_shutdown_ends_streams_with_an_error_event() -> None:
                 stack.stop()
 
             for events in await run_streams(stack, stop, 1500):
-                assert events.done
+                assert not events.done
+                assert events.fields == ["event: reconnect", "retry: 100"]
                 assert "shutting down" in events.errors[0]["message"]
+            assert sum(len(node.running) for node in stack.nodes) == STREAMS, "they go on meanwhile"
+            assert not any(node.cancels for node in stack.nodes)
             assert stack.serving is not None
             async with asyncio.timeout(3):
                 await stack.serving

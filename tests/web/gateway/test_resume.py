@@ -1,0 +1,419 @@
+"""Streams that are cut and go on elsewhere, requests that are repeated: nothing twice, nothing missing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.web.gateway.fake_node import reference
+from tests.web.gateway.stack import MODEL, Stack, beside, running
+from web.gateway.tickets import Tickets
+
+PROMPT = [400, 401, 402]
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+Event = tuple[str, str]  # id, data
+
+BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "all of it": (
+        COMPLETIONS,
+        {
+            "prompt": PROMPT,
+            "max_tokens": 12,
+            "logprobs": 2,
+            "return_token_ids": True,
+            "stream_options": {"include_usage": True},
+        },
+    ),
+    "echo and a stop string": (
+        COMPLETIONS,
+        {
+            "prompt": "The old house",
+            "max_tokens": 40,
+            "echo": True,
+            "seed": 3,
+            "stop": ["pretty", "aghenst", "lave hasli"],  # two are held back for a while, the last one is met
+        },
+    ),
+    "two prompts, two choices": (
+        COMPLETIONS,
+        {
+            "prompt": [PROMPT, [500, 501]],
+            "n": 2,
+            "max_tokens": 6,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        },
+    ),
+    "chat": (
+        CHAT,
+        {
+            "messages": [{"role": "user", "content": "Hello"}],
+            "n": 2,
+            "max_tokens": 8,
+            "logprobs": True,
+            "top_logprobs": 1,
+            "stream_options": {"include_usage": True},
+        },
+    ),
+}
+
+
+@dataclass
+class Merged:
+    """What a client has in hand, however it was cut into events."""
+
+    ids: set[str] = field(default_factory=set)
+    created: set[int] = field(default_factory=set)
+    text: dict[int, str] = field(default_factory=dict)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[Any]] = field(default_factory=dict)
+    prompts: dict[int, list[Any]] = field(default_factory=dict)
+    roles: dict[int, int] = field(default_factory=dict)
+    finish: dict[int, list[Any]] = field(default_factory=dict)
+    usage: list[Any] = field(default_factory=list)
+    done: int = 0
+
+    def add(self, data: str) -> None:
+        if data == "[DONE]":
+            self.done += 1
+            return
+        chunk = json.loads(data)
+        assert "error" not in chunk, chunk
+        self.ids.add(chunk["id"])
+        self.created.add(chunk["created"])
+        if not chunk["choices"]:
+            self.usage.append(chunk["usage"])
+        for choice in chunk["choices"]:
+            index = choice["index"]
+            delta = choice.get("delta", {})
+            self.text[index] = self.text.get(index, "") + (choice.get("text") or delta.get("content") or "")
+            self.tokens.setdefault(index, []).extend(choice.get("token_ids") or [])
+            self.roles[index] = self.roles.get(index, 0) + ("role" in delta)
+            if choice.get("prompt_token_ids"):
+                self.prompts.setdefault(index, []).append(choice["prompt_token_ids"])
+            if (logprobs := choice["logprobs"]) is not None:
+                lists = logprobs.values() if "tokens" in logprobs else [logprobs["content"]]
+                rows = list(zip(*lists, strict=True))
+                self.logprobs.setdefault(index, []).extend(rows)
+            if choice["finish_reason"] is not None:
+                self.finish.setdefault(index, []).append((choice["finish_reason"], choice["stop_reason"]))
+
+
+def merged(events: list[Event]) -> Merged:
+    made = Merged()
+    for _, data in events:
+        made.add(data)
+    return made
+
+
+async def read(
+    client: httpx.AsyncClient,
+    method: str,
+    path: str,
+    body: dict[str, Any] | None = None,
+    *,
+    last_event_id: str = "",
+    key: str = "",
+    limit: int = 10_000,
+    on_event: Callable[[list[Event]], None] = lambda _: None,
+) -> list[Event]:
+    """Up to `limit` whole events; then the connection is cut."""
+    headers = {"last-event-id": last_event_id} if last_event_id else {}
+    if key:
+        headers["idempotency-key"] = key
+    events: list[Event] = []
+    last_id, data = "", ""
+    async with client.stream(method, path, json=body, headers=headers) as response:
+        assert response.status_code == 200, (await response.aread()).decode()
+        async for line in response.aiter_lines():
+            if line.startswith("id: "):
+                last_id = line[4:]
+            elif line.startswith("data: "):
+                data = line[6:]
+            elif not line and data:
+                events.append((last_id, data))
+                on_event(events)
+                data = ""
+                if len(events) == limit:
+                    break
+    return events
+
+
+def request(kind: str) -> tuple[str, dict[str, Any]]:
+    path, body = BODIES[kind]
+    return path, {"model": MODEL, "stream": True, **body}
+
+
+def with_two(body: Callable[[Stack, Stack], Awaitable[None]], **knobs: Any) -> None:
+    async def run() -> None:
+        async with running(burst=2, **knobs) as one, beside(one) as two, asyncio.timeout(60):
+            await body(one, two)
+
+    asyncio.run(run())
+
+
+def stream_of(event_id: str) -> str:
+    return f"/v1/streams/{event_id.partition('.')[0]}"
+
+
+@pytest.mark.parametrize("way", ["post", "get", "forgotten"])
+@pytest.mark.parametrize("kind", BODIES)
+def test_cut_anywhere_a_stream_goes_on_at_another_gateway(kind: str, way: str) -> None:
+    async def body(one: Stack, two: Stack) -> None:
+        path, asked = request(kind)
+        async with one.http() as first, two.http() as second:
+            cut = 1
+            while True:
+                events = await read(first, "POST", path, asked, limit=cut)
+                if events[-1][1] == "[DONE]":
+                    break
+                last = events[-1][0]
+                if way == "forgotten":
+                    for node in one.nodes:
+                        node.known.clear()
+                        node.running.clear()
+                if way == "get":
+                    rest = await read(second, "GET", stream_of(last), last_event_id=last)
+                else:
+                    rest = await read(second, "POST", path, asked, last_event_id=last)
+                # Whatever the second gateway's cuts are, once more from the start of the same stream.
+                whole = await read(first, "POST", path, asked, last_event_id=last.partition(".")[0])
+                assert merged(events + rest) == merged(whole), f"cut after {cut}"
+                assert all(len(v) == 1 for v in merged(whole).finish.values())
+                assert len(rest) > 0
+                assert rest[-1] == (rest[-1][0], "[DONE]")
+                cut += 1
+            assert cut > 6
+
+    with_two(body)
+
+
+def test_cut_again_and_again() -> None:
+    """Three events at each gateway in turn, to the end."""
+
+    async def body(one: Stack, two: Stack) -> None:
+        path, asked = request("two prompts, two choices")
+        async with one.http() as first, two.http() as second:
+            events = await read(first, "POST", path, asked, limit=3)
+            turn = 0
+            while events[-1][1] != "[DONE]":
+                client = (second, first)[turn % 2]
+                events += await read(client, "POST", path, asked, last_event_id=events[-1][0], limit=3)
+                turn += 1
+            assert turn > 2
+            assert merged(events) == merged(await read(first, "GET", stream_of(events[0][0])))
+
+    with_two(body)
+
+
+def test_a_running_stream_is_taken_over_and_not_computed_again() -> None:
+    """The old connection is still open: it ends with an explicit error, and its end cancels nothing."""
+
+    async def body(one: Stack, two: Stack) -> None:
+        asked = {"model": MODEL, "prompt": PROMPT, "seed": 1, "max_tokens": 300, "stream": True}
+        seen: list[Event] = []
+        async with one.http() as first, two.http() as second, one.http() as third:
+            old = asyncio.create_task(
+                read(first, "POST", COMPLETIONS, asked, on_event=lambda events: seen.__init__(events))  # type: ignore[misc]
+            )
+            await one.until(lambda: len(seen) > 5)
+            rest = await read(second, "POST", COMPLETIONS, asked, last_event_id=seen[3][0], limit=20)
+            events = await old
+            error = json.loads(events[-2][1])["error"]
+            assert (error["code"], error["type"], events[-1][1]) == (409, "ConflictError", "[DONE]")
+            assert not any(s.emitted == () for node in one.nodes for s in node.submits[1:])
+            # The same at one gateway.
+            rest += await read(third, "POST", COMPLETIONS, asked, last_event_id=rest[-1][0])
+            text = merged(seen[:4] + rest).text[0]
+            assert text == one.service.model.decode(reference(tuple(PROMPT), 1, 300))
+
+    with_two(body)
+
+
+def test_ids_of_others_and_nonsense() -> None:
+    async def body(one: Stack, two: Stack) -> None:
+        path, asked = request("all of it")
+        async with one.http() as client:
+            good = (await read(client, "POST", path, asked, limit=4))[-1][0]
+            ticket, _, cursor = good.partition(".")
+            tampered = ticket[:-6] + ("A" if ticket[-6] != "A" else "B") + ticket[-5:]
+            foreign = Tickets("s").issue(bytes(16), 1, bytes(8), b"someone else").text
+            other_cluster = Tickets("other").issue(bytes(16), 1, bytes(8), bytes(32)).text
+
+            async def status(method: str, where: str, last: str, **changes: Any) -> tuple[int, str]:
+                sent = (asked | changes) if method == "POST" else None
+                answer = await client.request(method, where, json=sent, headers={"last-event-id": last})
+                return answer.status_code, answer.json()["error"]["message"]
+
+            for method, where in (("POST", path), ("GET", f"/v1/streams/{ticket}")):
+                assert (await status(method, where, f"{tampered}.{cursor}"))[0] == 404
+                assert (await status(method, where, f"{other_cluster}.{cursor}"))[0] == 404
+                assert (await status(method, where, "nonsense"))[0] == 404
+                assert (await status(method, where, f"{foreign}.{cursor}"))[0] == 403
+                assert (await status(method, where, f"{ticket}.1-2"))[0] == 400
+                assert (await status(method, where, f"{ticket}.13f"))[0] == 400
+                assert (await status(method, where, f"{ticket}.12"))[0] == 400
+                assert (await status(method, where, f"{ticket}.x"))[0] == 400
+            assert (await status("POST", path, good, max_tokens=13))[0] == 422
+            assert (await status("POST", path, good, prompt=[1]))[0] == 422
+            assert (await status("POST", path, good, stream=False, stream_options=None))[0] == 400
+            another = Tickets("s").issue(bytes(16), 1, bytes(8), one.keys_owner)
+            assert (await status("GET", f"/v1/streams/{ticket}", f"{another.text}.1"))[0] == 400
+            assert (await client.get(f"/v1/streams/{another.text}")).status_code == 410
+            for node in one.nodes:
+                node.known.clear()
+            gone, text = await status("GET", f"/v1/streams/{ticket}", good)
+            assert gone == 410
+            assert "POST the same body" in text
+            one.place(p0=None)  # and now a scheduler that does not answer: it may be there
+            await one.nodes[1].stop()
+            assert (await status("GET", f"/v1/streams/{ticket}", good))[0] == 503
+
+    with_two(body)
+
+
+def test_a_repeated_request_is_computed_once() -> None:
+    async def body(one: Stack, two: Stack) -> None:
+        asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": 20, "n": 2}
+        headers = {"idempotency-key": "order-1"}
+        async with one.http() as first, two.http() as second:
+            answer = (await first.post(COMPLETIONS, json=asked, headers=headers)).json()
+            computed = sum(len(node.submits) for node in one.nodes)
+            again = (await second.post(COMPLETIONS, json=asked, headers=headers)).json()
+            assert again == answer
+            assert computed == 2
+            assert sum(len(node.submits) for node in one.nodes) == 4
+            assert all(s.admitted for node in one.nodes for s in node.submits if s.reader), (
+                "attached, not new"
+            )
+            other = await second.post(COMPLETIONS, json=asked | {"max_tokens": 21}, headers=headers)
+            assert other.status_code == 422
+            assert other.json()["error"]["type"] == "UnprocessableEntityError"
+            # Nobody remembers it: it is computed again, and is the same but for its time.
+            for node in one.nodes:
+                node.known.clear()
+            third = (await second.post(COMPLETIONS, json=asked, headers=headers)).json()
+            assert third | {"created": 0} == answer | {"created": 0}
+            for bad in ("", "x" * 256, "caf\u00e9"):
+                refused = await first.post(COMPLETIONS, json=asked, headers={"idempotency-key": bad.encode()})
+                assert refused.status_code == 400
+
+    with_two(body)
+
+
+def test_a_repeated_stream_is_joined_from_its_start() -> None:
+    async def body(one: Stack, two: Stack) -> None:
+        path, asked = request("chat")
+        async with one.http() as first, two.http() as second:
+            events = await read(first, "POST", path, asked, key="k", limit=4)
+            whole = await read(second, "POST", path, asked, key="k")
+            assert merged(whole) == merged(await read(first, "GET", stream_of(events[0][0])))
+            assert merged(events).ids == merged(whole).ids
+
+    with_two(body)
+
+
+def test_a_stop_lets_plain_answers_finish_and_hands_streams_over() -> None:
+    async def body(one: Stack, two: Stack) -> None:
+        asked = {"model": MODEL, "prompt": PROMPT, "seed": 1, "max_tokens": 200}
+        seen: list[Event] = []
+        async with one.http() as first, one.http() as plain, two.http() as second:
+            answer = asyncio.create_task(plain.post(COMPLETIONS, json=asked | {"return_token_ids": True}))
+            stream = asyncio.create_task(
+                read(
+                    first,
+                    "POST",
+                    COMPLETIONS,
+                    asked | {"stream": True},
+                    on_event=lambda events: seen.__init__(events),  # type: ignore[misc]
+                )
+            )
+            await one.until(lambda: len(seen) > 5)
+            one.stop()
+            events = await stream
+            assert json.loads(events.pop()[1])["error"]["code"] == 503
+            rest = await read(
+                second, "POST", COMPLETIONS, asked | {"stream": True}, last_event_id=events[-1][0]
+            )
+            want = reference(tuple(PROMPT), 1, 200)
+            assert merged(events + rest).text[0] == one.service.model.decode(want)
+            assert (await answer).json()["choices"][0]["token_ids"] == want
+            assert not any(node.cancels for node in one.nodes)
+
+    with_two(body)
+
+
+def test_a_stop_ends_plain_answers_after_the_grace() -> None:
+    async def body(one: Stack, two: Stack) -> None:
+        for node in one.nodes:
+            node.held = True
+        async with one.http() as client:
+            asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": 9}
+            plain = asyncio.create_task(client.post(COMPLETIONS, json=asked))
+            stream = asyncio.create_task(client.post(COMPLETIONS, json=asked | {"stream": True}))
+            await one.until(lambda: sum(len(node.running) for node in one.nodes) == 2)
+            one.stop(0.3)
+            for answer in await asyncio.gather(plain, stream):
+                assert (
+                    answer.status_code == 503
+                )  # a stream that has brought nothing is simply asked for again
+                assert answer.headers["retry-after"] == "1"
+            assert one.serving is not None
+            async with asyncio.timeout(3):
+                await one.serving
+
+    with_two(body)
+
+
+def test_the_openai_client_reads_over_keep_alives_and_is_told_of_a_stop() -> None:
+    async def body(one: Stack, two: Stack) -> None:
+        stream = await one.openai().completions.create(
+            model=MODEL, prompt="Hello", seed=1, max_tokens=400, stream=True
+        )
+        loop = asyncio.get_running_loop()
+        pieces: list[str] = []
+
+        async def read_all() -> None:
+            async for chunk in stream:
+                pieces.append(chunk.choices[0].text)
+                if len(pieces) == 5:  # now a pause: its keep-alives come after events with ids
+                    hold(one, True)
+                    loop.call_later(0.3, hold, one, False)
+                if len(pieces) == 10:
+                    one.stop()
+
+        with pytest.raises(openai.APIError, match="shutting down"):
+            await read_all()
+        assert len(pieces) >= 10
+
+    def hold(one: Stack, held: bool) -> None:
+        for node in one.nodes:
+            node.held = held
+
+    with_two(body, keep_alive_s=0.05)
+
+
+def test_a_long_prefix_that_is_computed_again_is_not_silent() -> None:
+    async def body(one: Stack, two: Stack) -> None:
+        asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": 60, "stream": True}
+        async with one.http() as first, two.http() as second:
+            events = await read(first, "POST", COMPLETIONS, asked, limit=20)
+            for node in one.nodes:
+                node.known.clear()
+                node.step_s = 0.02
+            headers = {"last-event-id": events[-1][0]}
+            comments = 0
+            async with second.stream("POST", COMPLETIONS, json=asked, headers=headers) as response:
+                async for line in response.aiter_lines():
+                    if line.startswith("id:"):
+                        break
+                    comments += line.startswith(":")
+            assert comments >= 2
+
+    with_two(body, keep_alive_s=0.05)

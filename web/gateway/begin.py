@@ -1,0 +1,194 @@
+"""From a request to its answer: a new one, a repeated one (Idempotency-Key), or the rest of a stream (Last-Event-ID).
+
+All three are one thing: a nonce gives the requests their ids, schedulers are asked for the logs that they have of them,
+and what they do not have is computed, or computed again, from the body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from controlplane.contract.requests import Log
+from web.gateway.answer import Answer
+from web.gateway.asked import Asked
+from web.gateway.chat import prepare_chat
+from web.gateway.completions import prepare_completion
+from web.gateway.cursor import Cursor, Mark
+from web.gateway.errors import ApiError
+from web.gateway.generation import Generation, Plan, Start
+from web.gateway.service import Service
+from web.gateway.tickets import UNKNOWN, Ticket, new_nonce, rid_of, seed_of
+
+PREPARE: dict[str, Callable[[Service, bytes, int], Awaitable[Asked]]] = {
+    "completion": prepare_completion,
+    "chat": prepare_chat,
+}
+# How long to look for a request while a scheduler cannot be asked, because it died or moves.
+LOOK_REPEATED_S = 0.25  # most keys are new ones; to compute twice costs time, and no correctness
+LOOK_RESUMED_S = 2.5  # to compute it again may take longer than to wait
+LOOK_BODILESS_S = 5.0  # there is no other way
+CONTEXT_BYTES_MAX = 1 << 20  # of all choices together; if it is more, only the first one carries it
+REPEATED_MAX = 255  # characters of an Idempotency-Key
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """Who asks, and what the request's headers say. `owner` is the hash of the API key."""
+
+    owner: bytes
+    request_id: str = ""
+    idempotency_key: str | None = None
+    last_event_id: str | None = None
+
+
+class Context(msgspec.Struct, frozen=True, array_like=True):
+    """What schedulers keep beside the log: all that another gateway needs to go on with the stream."""
+
+    kind: str
+    body: bytes
+    request_id: str
+    created_unix_s: int
+    digest: bytes
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Context).decode
+
+
+async def begin(service: Service, kind: str, body: bytes, visit: Visit) -> Answer:
+    """The answer to a POST. Raises ApiError."""
+    if visit.last_event_id is not None:
+        ticket, cursor = _read(service, visit.last_event_id, visit)
+        asked = await PREPARE[kind](service, body, seed_of(ticket.nonce))
+        if not asked.request.stream:
+            raise ApiError(400, "Last-Event-ID needs stream: true")
+        if asked.digest != ticket.digest:
+            raise ApiError(422, "Last-Event-ID is of a stream with another body: send the very same one")
+        return await _resume(service, asked, _context(kind, body, asked, ticket, visit), ticket, cursor, [])
+    key = visit.idempotency_key
+    if key is not None and not (0 < len(key) <= REPEATED_MAX and key.isascii() and key.isprintable()):
+        raise ApiError(400, f"Idempotency-Key: 1 to {REPEATED_MAX} printable ASCII characters")
+    nonce = new_nonce() if key is None else service.tickets.keyed_nonce(visit.owner, key)
+    asked = await PREPARE[kind](service, body, seed_of(nonce))
+    rids = [rid_of(nonce, index) for index in range(len(asked.plans))]
+    stream = bool(asked.request.stream)
+    digest = asked.digest if stream or key is not None else b""
+    ticket = service.tickets.issue(nonce, int(time.time()), digest, visit.owner)
+    context = _context(kind, body, asked, ticket, visit)
+    if key is None:
+        starts = [Start(rid, blob) for rid, blob in zip(rids, _blobs(context, len(rids)), strict=True)]
+        if not stream:  # its client has no id to come back with: nothing needs to be kept
+            starts = [Start(rid) for rid in rids]
+        return _answer(service, asked, context, starts, ticket.text if stream else "", None)
+    logs, _ = await _recall(service, rids, LOOK_REPEATED_S)
+    if (earlier := _first_context(logs)) is not None:
+        if earlier.digest != digest:
+            raise ApiError(422, "this Idempotency-Key was used with another body")
+        ticket = service.tickets.issue(nonce, earlier.created_unix_s, digest, visit.owner)
+        context = earlier
+        service.metrics.resumed.labels("repeated").inc()
+    starts = _starts(rids, logs, context, [None] * len(rids), resumed=False)
+    return _answer(service, asked, context, starts, ticket.text if stream else "", None)
+
+
+async def reopen(service: Service, stream: str, visit: Visit) -> Answer:
+    """The answer to GET /v1/streams/STREAM: the rest of it, or all of it without Last-Event-ID. Raises ApiError."""
+    ticket, cursor = _read(service, visit.last_event_id or stream, visit)
+    if not stream or not ticket.text.startswith(stream.partition(".")[0]):
+        raise ApiError(400, "Last-Event-ID is of another stream")
+    count = max(1, len(cursor.marks))
+    logs, sure = await _recall(service, [rid_of(ticket.nonce, k) for k in range(count)], LOOK_BODILESS_S)
+    context = _first_context(logs)
+    again = "POST the same body with Last-Event-ID: it is computed again, the same, and goes on from there"
+    if context is None and not sure:
+        raise ApiError(
+            503, f"not every scheduler can be asked for this stream now: try again, or {again}", None, 1
+        )
+    if context is None:
+        raise ApiError(410, f"this stream is no longer kept: {again}")
+    asked = await PREPARE[context.kind](service, context.body, seed_of(ticket.nonce))
+    return await _resume(service, asked, context, ticket, cursor, logs)
+
+
+async def _resume(
+    service: Service, asked: Asked, context: Context, ticket: Ticket, cursor: Cursor, logs: list[Log | None]
+) -> Answer:
+    """`logs`: of the first choices, as far as they have been asked for."""
+    marks = cursor.marks or [None] * len(asked.plans)
+    if len(marks) != len(asked.plans):
+        raise ApiError(400, "Last-Event-ID: this is not an event id as it was sent")
+    if any(_beyond(mark, plan) for mark, plan in zip(marks, asked.plans, strict=True)):
+        raise ApiError(400, "Last-Event-ID: this stream has not so many tokens")
+    rids = [rid_of(ticket.nonce, index) for index in range(len(marks))]
+    wanted = [k for k in range(len(logs), len(rids)) if (mark := marks[k]) is None or not mark.finished]
+    found, _ = await _recall(service, [rids[k] for k in wanted], LOOK_RESUMED_S)
+    by_index = dict(enumerate(logs)) | dict(zip(wanted, found, strict=True))
+    logs = [by_index.get(index) for index in range(len(rids))]
+    context = _first_context(logs) or context
+    # A template may have put another date into the prompt since.
+    plans = [
+        Plan(log.prompt, log.sampling) if log else plan for log, plan in zip(logs, asked.plans, strict=True)
+    ]
+    starts = _starts(rids, logs, context, marks, resumed=True)
+    again = any(start.log is None and not start.finished for start in starts)
+    service.metrics.resumed.labels("regenerated" if again else "attached").inc()
+    return _answer(
+        service, replace(asked, plans=plans), context, starts, ticket.text, Cursor(marks, cursor.usage)
+    )
+
+
+def _beyond(mark: Mark | None, plan: Plan) -> bool:
+    return mark is not None and mark.tokens + (not mark.finished) > plan.sampling.max_tokens
+
+
+def _answer(
+    service: Service, asked: Asked, context: Context, starts: list[Start], ticket: str, cursor: Cursor | None
+) -> Answer:
+    request = asked.request
+    generation = Generation(service, asked.plans, asked.rules, request.priority or 0, starts)
+    form = asked.form(generation, context.request_id, context.created_unix_s)
+    return Answer(service, generation, form, ticket, cursor or Cursor([None] * len(starts)))
+
+
+def _starts(
+    rids: list[int], logs: list[Log | None], context: Context, marks: list[Mark | None], resumed: bool
+) -> list[Start]:
+    blobs = _blobs(context, len(rids))
+    have = [(0, False) if mark is None else (mark.tokens, mark.finished) for mark in marks]
+    return [
+        Start(rid, blob, resumed or log is not None, log, tokens, finished)
+        for rid, blob, log, (tokens, finished) in zip(rids, blobs, logs, have, strict=True)
+    ]
+
+
+async def _recall(service: Service, rids: list[int], limit_s: float) -> tuple[list[Log | None], bool]:
+    found = await asyncio.gather(*(service.dispatcher.recall(rid, limit_s) for rid in rids))
+    return [log for log, _ in found], all(sure for _, sure in found)
+
+
+def _read(service: Service, text: str, visit: Visit) -> tuple[Ticket, Cursor]:
+    sealed, dot, position = text.partition(".")
+    if not sealed.isascii():
+        raise ApiError(404, UNKNOWN)
+    return service.tickets.read(sealed, visit.owner), Cursor.parse(position) if dot else Cursor([])
+
+
+def _context(kind: str, body: bytes, asked: Asked, ticket: Ticket, visit: Visit) -> Context:
+    wanted = asked.request.request_id or visit.request_id
+    request_id = wanted if re.fullmatch(r"[\w.:-]{1,128}", wanted, re.ASCII) else ticket.nonce.hex()
+    return Context(kind, body, request_id, ticket.created_unix_s, ticket.digest)
+
+
+def _first_context(logs: list[Log | None]) -> Context | None:
+    return next((_decode(log.context) for log in logs if log is not None and log.context), None)
+
+
+def _blobs(context: Context, count: int) -> list[bytes]:
+    blob = _encode(context)
+    return [blob if index == 0 or len(blob) * count <= CONTEXT_BYTES_MAX else b"" for index in range(count)]

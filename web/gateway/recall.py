@@ -1,0 +1,60 @@
+"""Who has this request? Every scheduler is asked; the answers, or their absence, decide (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from controlplane.contract.ids import Member
+from controlplane.contract.requests import Log, Recall, Recalled
+from web.gateway.events import Effect, RecallDone, SendRecall
+
+
+@dataclass(slots=True)
+class _Search:
+    until: float
+    asked: set[Member] = field(default_factory=set)
+    answered: set[Member] = field(default_factory=set)
+    best: Log | None = None
+
+
+class Recalls:
+    """Level-triggered: `settle` brings every search to where it should be, whatever happened before."""
+
+    def __init__(self) -> None:
+        self._searches: dict[int, _Search] = {}
+
+    def __len__(self) -> int:
+        return len(self._searches)
+
+    def begin(self, rid: int, until: float) -> None:
+        """Search for `rid` until that moment; a search under way goes on."""
+        self._searches.setdefault(rid, _Search(until))
+
+    def answer(self, member: Member, recalled: Recalled) -> None:
+        search = self._searches.get(recalled.rid)
+        if search is None:
+            return
+        search.answered.add(member)
+        log = recalled.log
+        if log is not None and (search.best is None or len(log.emitted) > len(search.best.emitted)):
+            search.best = log
+
+    def lost(self, member: Member) -> None:
+        """Its stream broke: what it has not answered, it has to be asked again."""
+        for search in self._searches.values():
+            search.asked.discard(member)
+
+    def settle(self, streams: Mapping[Member, bool], now: float, out: list[Effect]) -> None:
+        """`streams`: every member that runs schedulers, and whether it can be asked."""
+        for rid, search in list(self._searches.items()):
+            for member, up in streams.items():
+                if up and member not in search.asked | search.answered:
+                    search.asked.add(member)
+                    out.append(SendRecall(member, Recall(rid)))
+            sure = bool(streams) and streams.keys() <= search.answered
+            # Once it is found, only those who can be asked may have a longer log of it.
+            found = search.best is not None and {m for m, up in streams.items() if up} <= search.answered
+            if sure or found or now >= search.until:
+                del self._searches[rid]
+                out.append(RecallDone(rid, search.best, sure))
