@@ -291,6 +291,13 @@ def test_etcd_and_the_launcher_are_restarted_under_load(home: Cluster) -> None:
     assert changed(before, home.local.pids()) == {*ETCD, "launcher", "n2"}
 
 
+def test_a_gateway_is_restarted_and_serves_again(home: Cluster) -> None:
+    before = home.local.pids()
+    assert kfadmin(home, "restart", "gateways").returncode == 0
+    assert changed(before, home.local.pids()) == {"g1"}
+    asyncio.run(home.expect_equal(asyncio.run(home.generator.streams(PROMPTS[:2]))))
+
+
 def test_check_says_what_would_be_refused_and_changes_nothing(home: Cluster) -> None:
     counter = home.local.status().counter
     assert kfadmin(home, "check", "drain", "n1").returncode == 0
