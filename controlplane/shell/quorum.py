@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
-import httpx
-
 from controlplane.contract.status import Check, ClusterStatus
+from controlplane.etcd.values import MemberStatus
 
-PROBE_S = 1.0
 SILENT_S = 3.0  # etcd says something every second
 
 
-async def quorum(etcd: Sequence[str], status: ClusterStatus) -> list[Check]:
-    """Checks for people. `etcd`: "host:port" of every member. Ends within about `PROBE_S`."""
-    async with httpx.AsyncClient(timeout=PROBE_S, trust_env=False) as client:
-        well = await asyncio.gather(*(_healthy(client, address) for address in etcd))
-    sick = [address for address, fine in zip(etcd, well, strict=True) if not fine]
-    return [_members(len(etcd), sick), _heard(status), _leader(status)]
-
-
-async def _healthy(client: httpx.AsyncClient, address: str) -> bool:
-    """Whether the member answers and knows a leader."""
-    try:
-        return (await client.get(f"http://{address}/health")).status_code == 200
-    except httpx.TransportError:
-        return False
+def quorum(members: Sequence[MemberStatus], status: ClusterStatus) -> list[Check]:
+    """Checks for people. `members`: what each of etcd's said of itself just now."""
+    sick = [m.endpoint for m in members if m.problem or m.errors or not m.leader_id]
+    return [_members(len(members), sick), _heard(status), _leader(status)]
 
 
 def _members(count: int, sick: Sequence[str]) -> Check:

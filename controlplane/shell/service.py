@@ -90,7 +90,7 @@ class Service:
         return self._operations()
 
     async def quorum(self) -> Sequence[Check]:
-        return await quorum(self._config.etcd, self.status())
+        return quorum(await self._client.status(timeout_s=1.0), self.status())
 
     async def submit(self, request: OperationRequest) -> OperationAnswer:
         found = await self._find(request.id)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from controlplane.contract.errors import KevlarFlowError
@@ -311,3 +316,49 @@ def test_check_says_what_would_be_refused_and_changes_nothing(home: Cluster) -> 
     steps = json.loads(plan.stdout)["plan"]
     assert len(steps) == len(NODES) + len(CONTROLLERS) + 1
     assert home.local.status().counter == counter
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+
+
+def test_a_blank_machine_gets_its_weights_from_a_peer(home: Cluster, tmp_path: Path) -> None:
+    """A node with no checkpoint and nothing but the secret takes a dead one's place under load."""
+    asyncio.run(home.references(PROMPTS))
+    shutil.copy(home.local.config.secret_file, tmp_path / "secret")
+    blank = msgspec.structs.replace(home.local.config, run_dir=str(tmp_path), model=str(tmp_path / "nothing"))
+    (tmp_path / "blank.json").write_bytes(msgspec.json.encode(blank))
+    command = [
+        sys.executable,
+        "-m",
+        "dataplane.main",
+        "--config",
+        str(tmp_path / "blank.json"),
+        "--node",
+        "n3",
+    ]
+    processes: list[subprocess.Popen[bytes]] = []
+
+    async def replace() -> None:
+        home.local.hold("n3")
+        home.kill("n3")
+        await home.wait_for(lambda s: s.pipelines[1].stages[1].borrowed, "n1 is borrowed", 5.0)
+        processes.append(start(command, tmp_path / "log"))
+
+        def serves(status: ClusterStatus) -> bool:
+            node = next(n for n in status.nodes if n.node == "n3")
+            return node.pid == processes[0].pid and node.serving == ("p1/1",)
+
+        await home.wait_for(serves, f"the blank n3 serves; {(tmp_path / 'log').read_text()}", 60.0)
+
+    try:
+        streams = asyncio.run(under_load(home, replace))
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait(10)
+    asyncio.run(home.expect_equal(streams))
+    (fetched,) = (tmp_path / "weights").glob("stage1of2-*[!k]")
+    assert not any(path.suffix == ".partial" for path in (tmp_path / "weights").iterdir())
+    assert (fetched / "model.safetensors").stat().st_size > 1_000_000

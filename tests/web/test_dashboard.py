@@ -194,6 +194,7 @@ def test_a_pause_a_cordon_and_how_far_a_restart_is(page: Page, tmp_path: Path) -
         )
         # The topology still names the dead node, since nobody may change it; it serves nothing.
         expect(findings).to_contain_text("p0 is down: nobody serves stage 1.")
+        expect(page.locator(".stage.down")).to_contain_text("home is n1")
         expect(page.locator(".facts")).to_contain_text("paused")
         expect(page.locator(".node", has_text="n2").first).to_contain_text("cordoned")
         expect(page.locator(".node", has_text="n5").locator(".tag.running")).to_have_text("restart")

@@ -41,8 +41,8 @@ export function findings(status) {
   const found = [];
   const add = (level, text) => found.push({ level, text });
   if (!status.available) add("bad", "No pipeline serves: requests wait, then fail.");
+  const dead = deadNodes(status);
   for (const pipeline of status.pipelines) {
-    const dead = new Set(status.nodes.filter((node) => ["red", "absent"].includes(node.state)).map((node) => node.node));
     const empty = pipeline.stages.flatMap((stage, index) => (stage.serving.some((m) => !dead.has(m.node)) ? [] : [index]));
     if (pipeline.state === "down") add("bad", `${pipeline.id} is down: nobody serves stage ${empty.join(", ")}.`);
     if (pipeline.state === "forming") add("warn", `${pipeline.id} is forming: it waits for stage ${empty.join(", ")}.`);
@@ -70,6 +70,10 @@ export function findings(status) {
     add("warn", `etcd has been silent for ${seconds(status.etcd_age_s)}: streams go on, nothing is changed.`);
   if (status.paused) add("bad", "Automation is paused: nothing is repaired or moved until it is resumed.");
   return found.sort((a, b) => ORDER[b.level] - ORDER[a.level]);
+}
+
+export function deadNodes(status) {
+  return new Set(status.nodes.filter((node) => ["red", "absent"].includes(node.state)).map((node) => node.node));
 }
 
 // What an operation that is under way does to one node, or "".

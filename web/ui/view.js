@@ -2,7 +2,7 @@
 
 import { h } from "/ui/vendor/preact.js";
 import htm from "/ui/vendor/htm.js";
-import { clock, details, headline, lagText, seconds, underWay } from "/ui/format.js";
+import { clock, deadNodes, details, headline, lagText, seconds, underWay } from "/ui/format.js";
 
 const html = htm.bind(h);
 
@@ -102,13 +102,13 @@ function Pipeline({ pipeline, status }) {
         ${move && html`<span class="tag moving">stage ${move.stage} to ${move.to.node}: ${move.phase}</span>`}
       </header>
       <ol class="stages">
-        ${pipeline.stages.map((stage, index) => html`<${Stage} key=${index} index=${index} stage=${stage} move=${move} mode=${status.mode} />`)}
+        ${pipeline.stages.map((stage, index) => html`<${Stage} key=${index} index=${index} stage=${stage} move=${move} mode=${status.mode} dead=${deadNodes(status)} />`)}
       </ol>
     </article>`;
 }
 
-function Stage({ index, stage, move, mode }) {
-  const down = stage.serving.length === 0;
+function Stage({ index, stage, move, mode, dead }) {
+  const down = stage.serving.every((member) => dead.has(member.node)); // while paused the dead stay named
   const moving = move && move.stage === index;
   const bare = mode === "replicate" && !down && stage.replicas.length === 0;
   const kind = down ? "down" : stage.borrowed ? "borrowed" : "home";
@@ -137,7 +137,7 @@ function Operations({ operations }) {
           (item) => html`<li key=${item.id}>
             <span class=${`tag ${item.state}`}>${item.state}</span> <b>${item.kind} ${item.node}</b>
             ${item.substitute && ` with ${item.substitute}`} <span>${item.message}</span>
-            ${item.targets.length > 0 && html`<progress max=${item.targets.length} value=${item.turn} />`}
+            ${item.targets.length > 0 && html` <progress max=${item.targets.length} value=${item.turn} />`}
             <span class="quiet"> ${item.id}, ${clock(item.created_unix_s)}</span>
           </li>`,
         )}
