@@ -112,7 +112,7 @@ def should_resign(s: Situation) -> str:
 
 def progress(s: Situation, op: Operation, unix_now: float) -> Operation:
     """The operation as it should stand in etcd now; the same object while nothing changed."""
-    moves = op.kind in {OperationKind.DRAIN, OperationKind.REPLACE, OperationKind.RESTART}
+    moves = op.kind in {OperationKind.DRAIN, OperationKind.REPLACE} or restart.moves(op)
     if moves and s.topology.mode is Mode.STOP_RESTART:
         return _closed(op, OperationState.FAILED, "mode stop-restart moves nothing", unix_now)
     present = next((now for now in s.operations if now.id == op.id), None)

@@ -79,7 +79,7 @@ def _restart(request: OperationRequest, s: Situation) -> Iterator[Check]:
     yield Check("ok", "processes", f"{counts}, one after the other")
     if s.topology.paused:
         yield Check("warn", "paused", "automation is paused: nothing moves until it is resumed")
-    if s.topology.mode is Mode.STOP_RESTART:
+    if s.topology.mode is Mode.STOP_RESTART and ProcessKind.NODE in kinds:
         yield Check("fail", "mode", "mode stop-restart moves nothing")
     if kinds.count(ProcessKind.CONTROLLER) == 1:
         yield Check("warn", "leader", "nobody leads while the only controller restarts")

@@ -49,6 +49,11 @@ def as_replacement(op: Operation) -> Operation:
     return replace(op, kind=OperationKind.REPLACE, node=member.node, incarnation=member.incarnation)
 
 
+def moves(op: Operation) -> bool:
+    """Whether nodes have to be emptied for it."""
+    return any(target.kind is ProcessKind.NODE for target in op.targets)
+
+
 def next_turn(s: Situation, op: Operation) -> Operation:
     """The operation one turn further, if the present one is over."""
     target = present(op)

@@ -208,6 +208,8 @@ class Sim:
         backlog, self._backlog = self._backlog, []
         for event in backlog:
             self.tell(event)
+        if not self.leader:
+            self.elect(self.candidates[0])
 
     # -- delivery -----------------------------------------------------------------------------------------
 
@@ -238,8 +240,10 @@ class Sim:
             case Resign():
                 if name == self.leader:
                     self.candidates.append(self.candidates.pop(0))
-                    self.elect(self.candidates[0])
-                    return None  # elect() has told it
+                    if self.etcd_up:
+                        self.elect(self.candidates[0])
+                        return None  # elect() has told it
+                    self.leader = ""  # nobody can be elected without etcd
                 return events.LostLeadership()
             case Reread(None):
                 return events.TopologySeen(self.topology, self.topology_revision) if self.etcd_up else None
