@@ -20,6 +20,7 @@ import uvicorn
 from controlplane.contract.auth import derive, load_secret
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
+from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.logs import configure_logging
 from controlplane.contract.records import ControllerRecord
@@ -53,7 +54,7 @@ class AdminServer(uvicorn.Server):
 
 
 async def serve(config: ClusterConfig, me: str, admin_socket: socket.socket, stop: asyncio.Event) -> None:
-    """Be one controller until `stop` is set. Raises what any of its tasks raised."""
+    """Be one controller until `stop` is set or it is retired. Raises what any of its tasks raised."""
     secret = load_secret(config.secret_file)
     keys = Keys(config.cluster)
     inbox = Inbox()
@@ -67,11 +68,12 @@ async def serve(config: ClusterConfig, me: str, admin_socket: socket.socket, sto
         rpc_address=await reports.start(config.host),
         admin_address=f"{admin_host}:{admin_port}",
         pid=os.getpid(),
+        incarnation=new_incarnation(),
     )
     presence = Registration(client, keys.controllers + me, encode(record), config.timing.node_lease_s)
     election = Election(client, keys.leader, encode(record), ttl_s=config.timing.leader_lease_s)
     controller = Controller(config, me)
-    registry = Registry(client, keys, config.group, inbox)
+    registry = Registry(client, keys, config.group, inbox, Member(me, record.incarnation))
     performer = Performer(client, keys, config.group, inbox, history)
     runtime = Runtime(controller, inbox, registry, performer, election)
     sources = Sources(inbox, registry, reports, runtime, performer, history, client.counters)
@@ -98,6 +100,7 @@ async def serve(config: ClusterConfig, me: str, admin_socket: socket.socket, sto
         "presence": presence.run(),
         "history": history.run(),
         "admin": admin.serve(sockets=[admin_socket]),
+        "retired": registry.retired.wait(),
         "stop": stop.wait(),
     }
     tasks = [asyncio.create_task(job, name=name) for name, job in jobs.items()]
@@ -108,7 +111,7 @@ async def serve(config: ClusterConfig, me: str, admin_socket: socket.socket, sto
     await _leave(runtime, presence, reports, history, store, client, tasks)
     for task in done:
         task.result()
-        if task.get_name() != "stop":
+        if task.get_name() not in ("stop", "retired"):
             raise KevlarFlowError(f"the task {task.get_name()} ended by itself")
 
 

@@ -30,7 +30,8 @@ class _Session:
 class Frontdoor:
     """Turns gateway streams into (session, message) calls, and back.
 
-    `on_message(session, message)` for each message; `on_lost(session)` once when a stream has ended.
+    `on_message(session, message)` for each message; `on_lost(session)` once when a stream has ended. `others`: handlers
+    of more services on the same port.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class Frontdoor:
         token: str,
         on_message: Callable[[int, GatewayMessage], None],
         on_lost: Callable[[int], None],
+        *others: grpc.GenericRpcHandler,
     ) -> None:
         self.sessions_overrun = 0
         self._token = token
         self._on_message = on_message
         self._on_lost = on_lost
+        self._others = others
         self._sessions: dict[int, _Session] = {}
         self._next = 1
         self._server: grpc.aio.Server | None = None
@@ -64,7 +67,7 @@ class Frontdoor:
             ]
         )
         handler = rpc.stream_handler(rpc.FRONTDOOR, "Serve", self._serve, rpc.decode_gateway_message)
-        server.add_generic_rpc_handlers((handler,))
+        server.add_generic_rpc_handlers((handler, *self._others))
         port = server.add_insecure_port(f"{host}:0")
         await server.start()
         self._server = server

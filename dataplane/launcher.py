@@ -9,6 +9,7 @@ gRPC channels and UCX contexts: `preload` imports and does nothing else.) Deaths
 Files in the run directory:
     nodes/NODE.json   {"pid", "started", "restarts", "start_ticks"}: who runs now. A launcher that was killed and
                       started again adopts the nodes it finds there, and they never notice.
+                      So does one that got SIGHUP: it ends and leaves its nodes running; SIGTERM and SIGINT end them.
     hold/NODE         while this empty file exists the node is not (re)started
     logs/NODE.log     stdout and stderr of the node, appended
 
@@ -107,7 +108,7 @@ class Slot:
 
 
 class Launcher:
-    """Supervises the nodes of one host until SIGTERM or SIGINT. Single-threaded, because it forks."""
+    """Supervises the nodes of one host until SIGTERM, SIGINT or SIGHUP. Single-threaded, because it forks."""
 
     def __init__(self, config: ClusterConfig, config_path: Path, nodes: Sequence[str], target: str) -> None:
         self._config = config
@@ -119,11 +120,12 @@ class Launcher:
         self._selector = selectors.DefaultSelector()
         self._wake, self._wake_write = socket.socketpair()
         self._stopping = False
+        self._leaving = False  # SIGHUP: the nodes run on, and the next launcher adopts them
         self._cold = config.mode is Mode.STOP_RESTART
         self._run_node: RunNode | None = None
 
     def run(self) -> None:
-        """Start or adopt every node and keep them running; returns when all have been stopped."""
+        """Start or adopt every node and keep them running; returns when all have been stopped, or left (SIGHUP)."""
         for folder in ("nodes", "hold", "logs"):
             (self._run_dir / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._only_one():
@@ -137,10 +139,13 @@ class Launcher:
                         "threads run before the first fork: forked nodes may hang", threads=threads
                     )
             self._log.info("launcher is up", nodes=list(self._slots), pid=os.getpid(), cold=self._cold)
-            while not self._stopping:
+            while not (self._stopping or self._leaving):
                 self._start_due()
                 self._wait()
-            self._stop_all()
+            if self._stopping:
+                self._stop_all()
+            else:
+                self._log.info("leaving the nodes to the next launcher")
 
     # ---- waiting
 
@@ -157,13 +162,16 @@ class Launcher:
                 self._wake.recv(64)
 
     def _catch_signals(self) -> None:
-        def stop(_number: int, _frame: FrameType | None) -> None:
-            self._stopping = True
+        def stop(number: int, _frame: FrameType | None) -> None:
+            if number == signal.SIGHUP:
+                self._leaving = True
+            else:
+                self._stopping = True
 
         self._wake.setblocking(False)
         self._wake_write.setblocking(False)
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, stop)
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         self._selector.register(self._wake, selectors.EVENT_READ)
 
@@ -210,7 +218,7 @@ class Launcher:
     def _start_due(self) -> None:
         now = time.monotonic()
         for slot in self._slots.values():
-            if slot.fd >= 0 or slot.due > now or self._stopping:
+            if slot.fd >= 0 or slot.due > now or self._stopping or self._leaving:
                 continue
             if (self._run_dir / "hold" / slot.node).exists():
                 slot.due = now + HOLD_POLL_S
@@ -250,7 +258,7 @@ class Launcher:
         sys.stdout.flush()
         sys.stderr.flush()
         # Held back until the child has its own handlers, so that no signal to it is taken for the launcher's.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
         try:
             pid = os.fork()
             if pid == 0:
@@ -265,7 +273,7 @@ class Launcher:
         try:
             os.setpgid(0, 0)
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             null = os.open(os.devnull, os.O_RDONLY)

@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import msgspec
 import structlog
 import torch
 
@@ -16,6 +17,7 @@ from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.logs import configure_logging
 from dataplane.executor import StageExecutor
+from dataplane.fetch import provision
 from dataplane.node import Node, load_executor
 
 
@@ -24,6 +26,7 @@ def run_node(config: ClusterConfig, node: str) -> None:
     configure_logging(node)
     torch.set_num_threads(1)  # it only looks up rows; the kernels have threads of their own
     stage = int(node.removeprefix("n")) % config.stages
+    config = msgspec.structs.replace(config, model=str(provision(config, node, stage)))
     executor = load_executor(config, stage)
     asyncio.run(_serve(config, Member(node, new_incarnation()), stage, executor))
 

@@ -36,6 +36,7 @@ from dataplane.schedulers import Schedulers
 from dataplane.transport import frames
 from dataplane.transport.base import TransportConfig
 from dataplane.transport.choose import open_transport
+from dataplane.weights_service import WeightsService
 from dataplane.worker import LinkChanged, Message, Worker
 from dataplane.world import World, neighbours
 
@@ -73,6 +74,7 @@ class Node:
             token,
             lambda session, message: self._schedulers.on_gateway(session, message),
             lambda session: self._schedulers.on_session_lost(session),
+            WeightsService(token, Path(config.model), stage, config.stages, executor.weights_digest).handler,
         )
         limits = Limits.from_config(engine, context, config.timing.orphan_grace_s, executor.config.vocab_size)
         self._reporter = Reporter(token, config.timing.heartbeat_s, self._report)

@@ -35,6 +35,7 @@ class ControllerRecord(msgspec.Struct, frozen=True):
     rpc_address: str  # gRPC: node reports
     admin_address: str  # HTTP: admin API and dashboard
     pid: int
+    incarnation: str = ""  # of the process, as a node's member has it
 
 
 class GatewayRecord(msgspec.Struct, frozen=True):
@@ -43,12 +44,31 @@ class GatewayRecord(msgspec.Struct, frozen=True):
     id: str
     address: str  # HTTP "host:port"
     pid: int
+    incarnation: str = ""
 
 
 class OperationKind(StrEnum):
     DRAIN = "drain"
-    UNDRAIN = "undrain"
+    CORDON = "cordon"
+    UNDRAIN = "undrain"  # uncordon is the same: the cordon is lifted, duties come back
     REPLACE = "replace"
+    TRANSFER = "transfer-leader"
+    PAUSE = "pause"
+    RESUME = "resume"
+    RESTART = "restart"
+
+
+# These are about the whole group: `Operation.node` is empty, or (transfer-leader) may be.
+GROUP_WIDE = frozenset({OperationKind.TRANSFER, OperationKind.PAUSE, OperationKind.RESUME})
+
+
+class RestartScope(StrEnum):
+    """What a restart restarts, one process after the other."""
+
+    NODES = "nodes"
+    CONTROLLERS = "controllers"
+    GATEWAYS = "gateways"
+    ALL = "all"
 
 
 class OperationState(StrEnum):
@@ -58,12 +78,25 @@ class OperationState(StrEnum):
     CANCELLED = "cancelled"
 
 
+class ProcessKind(StrEnum):
+    CONTROLLER = "controller"
+    GATEWAY = "gateway"
+    NODE = "node"
+
+
+class Target(msgspec.Struct, frozen=True):
+    """A process that has to make way for a fresh one of the same name."""
+
+    kind: ProcessKind
+    member: Member
+
+
 class Operation(msgspec.Struct, frozen=True):
     """What an operator asked for. It stays in etcd, so that a new leader resumes it; ids make it idempotent."""
 
     id: str
     kind: OperationKind
-    node: NodeId
+    node: NodeId = ""  # transfer-leader: the controller that is to lead; restart: a RestartScope
     substitute: NodeId | None = None  # replace --with
     # replace without --with: the incarnation that has to make way for a fresh one
     incarnation: str | None = None
@@ -72,6 +105,8 @@ class Operation(msgspec.Struct, frozen=True):
     created_unix_s: float = 0.0
     deadline_unix_s: float = 0.0  # 0: none
     finished_unix_s: float = 0.0
+    targets: tuple[Target, ...] = ()  # restart: who ran when it was asked for, in order
+    turn: int = 0  # restart: whose turn it is; len(targets): all have been
 
     @property
     def open(self) -> bool:

@@ -7,7 +7,7 @@ from enum import StrEnum
 import msgspec
 
 from controlplane.contract.ids import Member, NodeId, PipelineId
-from controlplane.contract.records import Operation
+from controlplane.contract.records import Operation, OperationKind
 from controlplane.contract.topology import Mode, Move
 
 
@@ -108,10 +108,15 @@ class OperationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     id: str
     kind: str
-    node: NodeId
+    node: NodeId = ""
     substitute: NodeId | None = None
     dry_run: bool = False
     deadline_s: float = 0.0
+
+    def is_for(self, known: Operation) -> bool:
+        """Whether `known` is what is asked for here. Who is to lead may have been left to the cluster."""
+        node = self.node or (known.node if self.kind == OperationKind.TRANSFER else "")
+        return (known.kind.value, known.node, known.substitute) == (self.kind, node, self.substitute)
 
 
 class OperationAnswer(msgspec.Struct, frozen=True):

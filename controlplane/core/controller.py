@@ -19,18 +19,20 @@ from controlplane.contract.status import ClusterStatus, NodeState, OperationAnsw
 from controlplane.contract.topology import Topology
 from controlplane.core import events, narrate
 from controlplane.core.detector import Detector, Verdict
-from controlplane.core.drain import avoided, progress
 from controlplane.core.edit import initial
 from controlplane.core.events import (
     CoreEvent,
     Effect,
     ForgetOperation,
+    PeersSeen,
     Record,
     Reread,
+    Resign,
     WriteOperation,
     WriteTopology,
 )
 from controlplane.core.membership import Membership, Nodes, named_members
+from controlplane.core.operations import progress, should_resign, survey
 from controlplane.core.plan import plan
 from controlplane.core.policy import Limits, Policy, Situation, Timers
 from controlplane.core.preflight import preflight
@@ -55,7 +57,9 @@ class Controller:
         self._lost: Topology | None = None  # the newest one that was in etcd, if etcd has none now
         self._recovered: dict[PipelineId, int] = {}  # newest epoch whose recovery is on record
         self._last_counter = 0  # of the newest topology ever heard of, in etcd or from a node
+        self._peers = PeersSeen()
         self._leader = False
+        self._resigning = False
         self._now = 0.0
         self._unix_now = 0.0
 
@@ -74,7 +78,7 @@ class Controller:
         effects: list[Effect] = []
         if self._take(event, effects):
             self._observe(effects)
-            if self._leader:
+            if self._leader and not self._resigning:
                 self._decide(effects)
         return effects
 
@@ -102,6 +106,8 @@ class Controller:
                 self._take_record(record, effects)
             case events.NodeGone(node):
                 self._members.gone(node)
+            case PeersSeen():
+                self._peers = event
             case events.ReportStreamBroken(member):
                 self._detector.stream_broken(member, self._now)
             case events.TopologySeen(topology, mod_revision):
@@ -115,7 +121,7 @@ class Controller:
             case events.BecameLeader():
                 self._lead(effects)
             case events.LostLeadership():
-                self._leader = False
+                self._leader = self._resigning = False
                 self._topology.forget_writes()
                 for slot in self._operations.values():
                     slot.forget_writes()
@@ -219,7 +225,11 @@ class Controller:
         if not self._topology.busy:
             self._next_topology(topology, nodes, effects)
         if topology is not None:
-            self._next_operations(self._situation(topology, nodes), effects)
+            situation = self._situation(topology, nodes)
+            self._next_operations(situation, effects)
+            if why := should_resign(situation):
+                self._resigning = True
+                effects.append(Resign(why))
 
     def _next_topology(self, topology: Topology | None, nodes: Nodes, effects: list[Effect]) -> None:
         if topology is None:
@@ -267,11 +277,11 @@ class Controller:
         return self._members.nodes(self._topology.value)
 
     def _policy(self) -> Policy:
-        return Policy(self._config, self._timers, self._known_operations(), self._limits)
+        operations = self._known_operations()
+        return Policy(self._config, self._timers, operations, self._limits, self._peers, self._me)
 
     def _situation(self, topology: Topology, nodes: Nodes) -> Situation:
-        policy = self._policy()
-        return Situation(topology, nodes, policy, self._now, avoided(topology, nodes, policy.operations))
+        return survey(topology, nodes, self._policy(), self._now)
 
     def _died_s(self, topology: Topology) -> dict[Member, float]:
         red = self._detector.red()

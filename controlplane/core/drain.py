@@ -1,9 +1,7 @@
-"""Operators' wishes as desired moves and small edits; an operation's progress is read off the topology alone.
+"""Emptying a node: what drain, cordon, undrain and replace want moved, and what they edit in the topology.
 
-That makes every operation idempotent, resumable by the next leader from etcd, and cancellable: once it is no longer
-open, nobody wants its move any more and plan() calls it off.
-
-drain     avoid the node, move what it serves away, keep it cordoned.
+drain     avoid the node, move what it serves and the copies it holds away, keep it cordoned.
+cordon    no new duty; what it serves stays, and its copies do until there is another place for them.
 undrain   lift the cordon; hand-back does the rest.
 replace   avoid this process of the node, move its duties away, retire it; a fresh process gets them handed back.
           --with X: move its home stages to X, then make X their home and cordon the node. Homes change last, so
@@ -12,31 +10,15 @@ replace   avoid this process of the node, move its duties away, retire it; a fre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
-from msgspec.structs import replace
+from collections.abc import Iterable
 
 from controlplane.contract.ids import NodeId
-from controlplane.contract.records import Operation, OperationKind, OperationState
+from controlplane.contract.records import Operation, OperationKind
 from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
 from controlplane.core.edit import successor, with_stage
 from controlplane.core.membership import Nodes
 from controlplane.core.placement import takers
 from controlplane.core.policy import HAND_BACK, Situation, Want
-
-
-def active(operations: Mapping[str, Operation]) -> list[Operation]:
-    """Open operations, oldest first, one a node: later ones on the same node wait for their turn."""
-    busy: set[NodeId] = set()
-    first: list[Operation] = []
-    for op in sorted(operations.values(), key=lambda o: (o.created_unix_s, o.id)):
-        if not op.open:
-            continue
-        names = {op.node} if op.substitute is None else {op.node, op.substitute}
-        if not names & busy:
-            first.append(op)
-        busy |= names
-    return first
 
 
 def makes_way(op: Operation, nodes: Nodes) -> bool:
@@ -45,18 +27,15 @@ def makes_way(op: Operation, nodes: Nodes) -> bool:
     return view is not None and view.member.incarnation == op.incarnation
 
 
-def avoided(topology: Topology, nodes: Nodes, operations: Mapping[str, Operation]) -> frozenset[NodeId]:
-    """Nodes that get no new duty: cordoned ones, and those that an open operation is emptying."""
-    avoid = set(topology.cordoned)
-    for op in active(operations):
-        emptying = (
-            op.kind is OperationKind.DRAIN
-            or op.substitute is not None
-            or (op.kind is OperationKind.REPLACE and makes_way(op, nodes))
-        )
-        if emptying:
-            avoid.add(op.node)
-    return frozenset(avoid)
+def empties(op: Operation, nodes: Nodes) -> bool:
+    """Whether `op` wants its node to hold nothing."""
+    match op.kind:
+        case OperationKind.DRAIN:
+            return True
+        case OperationKind.REPLACE:
+            return op.substitute is not None or makes_way(op, nodes)
+        case _:
+            return False
 
 
 def wants(s: Situation) -> list[Want]:
@@ -64,8 +43,8 @@ def wants(s: Situation) -> list[Want]:
     if s.topology.mode is Mode.STOP_RESTART:
         return []
     found: dict[tuple[str, int], Want] = {}
-    for op in active(s.policy.operations):
-        for want in _wants_of(s, op):
+    for op in s.operations:
+        for want in wants_of(s, op):
             found.setdefault((want.pipeline, want.stage), want)
     for pipeline in s.topology.pipelines:
         for index, stage in enumerate(pipeline.stages):
@@ -77,8 +56,9 @@ def wants(s: Situation) -> list[Want]:
     return list(found.values())
 
 
-def _wants_of(s: Situation, op: Operation) -> Iterable[Want]:
-    if op.kind is OperationKind.UNDRAIN or op.node not in s.avoid:
+def wants_of(s: Situation, op: Operation) -> Iterable[Want]:
+    """What one operation wants moved."""
+    if op.node not in s.emptying:
         return
     for pipeline in s.topology.pipelines:
         for index, stage in enumerate(pipeline.stages):
@@ -93,57 +73,18 @@ def _wants_of(s: Situation, op: Operation) -> Iterable[Want]:
                 yield Want(pipeline.id, index, able, op.id)
 
 
-def progress(s: Situation, op: Operation, unix_now: float) -> Operation:
-    """The operation as it should stand in etcd now; the same object while nothing changed."""
-    if op.kind is not OperationKind.UNDRAIN and s.topology.mode is Mode.STOP_RESTART:
-        return _closed(op, OperationState.FAILED, "mode stop-restart moves nothing", unix_now)
-    first = op in active(s.policy.operations)
-    if first and is_done(op, s.topology, s.nodes):
-        return _closed(op, OperationState.DONE, _DONE[op.kind].format(node=op.node), unix_now)
-    if op.deadline_unix_s and unix_now >= op.deadline_unix_s:
-        return _closed(op, OperationState.FAILED, f"deadline reached: {op.message or 'not begun'}", unix_now)
-    message = _doing(s, op) if first else f"waits for an older operation on {op.node}"
-    return op if message == op.message else replace(op, message=message)
-
-
-_DONE = {
-    OperationKind.DRAIN: "{node} serves nothing and stays cordoned",
-    OperationKind.UNDRAIN: "{node} takes part again",
-    OperationKind.REPLACE: "{node} is replaced",
-}
-
-
-def _closed(op: Operation, state: OperationState, message: str, unix_now: float) -> Operation:
-    return replace(op, state=state, message=message, finished_unix_s=unix_now)
-
-
-def _doing(s: Situation, op: Operation) -> str:
-    """One line for people; it changes with each phase and not more often."""
-    if s.topology.paused:
-        return "automation is paused"
-    places = {(w.pipeline, w.stage): w for w in _wants_of(s, op)}
-    for p in s.topology.pipelines:
-        if p.move is not None and (p.id, p.move.stage) in places:
-            return f"moving {p.id}/{p.move.stage} to {p.move.to.node}"
-    for (pipeline, stage), want in places.items():
-        return f"{pipeline}/{stage} is next" if want.to else f"nobody is free to take {pipeline}/{stage} over"
-    if op.kind is OperationKind.REPLACE and op.substitute is None:
-        if s.nodes.usable(op.node) is None or makes_way(op, s.nodes):
-            return f"waiting for a fresh process of {op.node}"
-        return f"handing back to {op.node}"
-    return "nearly done"
-
-
 def edit(s: Situation, op: Operation) -> Topology | None:
-    """What an operation changes in the topology itself, beside moves; None: nothing (yet)."""
+    """What an operation on a node changes in the topology itself, beside moves; None: nothing (yet)."""
     t = s.topology
     match op.kind:
-        case OperationKind.DRAIN:
+        case OperationKind.DRAIN | OperationKind.CORDON:
             return successor(t, cordoned=(*t.cordoned, op.node)) if op.node not in t.cordoned else None
         case OperationKind.UNDRAIN:
             return successor(t, cordoned=set(t.cordoned) - {op.node}) if op.node in t.cordoned else None
         case OperationKind.REPLACE:
             return _retire(s, op) if op.substitute is None else _new_home(s, op, op.substitute)
+        case _:
+            return None
 
 
 def _retire(s: Situation, op: Operation) -> Topology | None:
@@ -181,10 +122,13 @@ def holds_copies(topology: Topology, node: NodeId) -> bool:
 
 
 def is_done(op: Operation, topology: Topology, nodes: Nodes) -> bool:
-    """Whether what the operator asked for is so, by the topology and the registrations."""
+    """Whether what the operator asked for a node is so, by the topology and the registrations."""
     match op.kind:
         case OperationKind.DRAIN:
-            return op.node in topology.cordoned and not topology.serving(op.node)
+            bare = not topology.serving(op.node) and not holds_copies(topology, op.node)
+            return op.node in topology.cordoned and bare
+        case OperationKind.CORDON:
+            return op.node in topology.cordoned
         case OperationKind.UNDRAIN:
             return op.node not in topology.cordoned
         case OperationKind.REPLACE if op.substitute is not None:
@@ -197,3 +141,5 @@ def is_done(op: Operation, topology: Topology, nodes: Nodes) -> bool:
             return op.node in topology.cordoned or all(
                 fresh in stage.ranks for _, _, stage in home_stages(topology, op.node)
             )
+        case _:
+            return False

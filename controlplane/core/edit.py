@@ -38,6 +38,7 @@ def successor(
     mode: Mode | None = None,
     cordoned: Iterable[NodeId] | None = None,
     retired: Iterable[Member] | None = None,
+    paused: bool | None = None,
 ) -> Topology:
     """`before` with some pipelines (by id) and lists replaced: counter + 1, new epochs where ranks changed."""
     counter = before.counter + 1
@@ -49,6 +50,7 @@ def successor(
         pipelines=tuple(_stamp(p, changed.get(p.id, p), counter) for p in before.pipelines),
         cordoned=before.cordoned if cordoned is None else tuple(sorted(set(cordoned))),
         retired=before.retired if retired is None else tuple(sorted(set(retired))),
+        paused=before.paused if paused is None else paused,
     )
 
 

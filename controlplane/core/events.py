@@ -38,6 +38,19 @@ class NodeGone:
 
 
 @dataclass(frozen=True, slots=True)
+class PeersSeen:
+    """Who is registered beside the nodes, as etcd has it. Told again, whole, whenever it changes."""
+
+    controllers: tuple[Member, ...] = ()
+    gateways: tuple[Member, ...] = ()
+    candidates: tuple[str, ...] = ()  # controllers in the order in which they would lead, the leader first
+
+    def find(self, name: str) -> Member | None:
+        """The newest process of that name."""
+        return next((m for m in (*self.controllers, *self.gateways) if m.node == name), None)
+
+
+@dataclass(frozen=True, slots=True)
 class ReportReceived:
     report: NodeReport
 
@@ -108,6 +121,7 @@ class Tick:
 CoreEvent = (
     NodeRegistered
     | NodeGone
+    | PeersSeen
     | ReportReceived
     | ReportStreamBroken
     | TopologySeen
@@ -153,10 +167,17 @@ class Reread:
 
 
 @dataclass(frozen=True, slots=True)
+class Resign:
+    """Give leadership away and queue up for it again. Answered by LostLeadership."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """A line of the cluster's history. Losing one is allowed; delaying a write for one is not."""
 
     event: Event
 
 
-Effect = WriteTopology | WriteOperation | ForgetOperation | Reread | Record
+Effect = WriteTopology | WriteOperation | ForgetOperation | Reread | Resign | Record

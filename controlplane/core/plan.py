@@ -14,13 +14,15 @@ from msgspec.structs import replace
 
 from controlplane.contract.ids import Member
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topology
-from controlplane.core.drain import active, avoided, edit, wants
+from controlplane.core.drain import wants
 from controlplane.core.edit import successor
 from controlplane.core.invariants import check
 from controlplane.core.membership import Nodes
+from controlplane.core.operations import operate, pause, resume, survey
 from controlplane.core.policy import Policy, Situation
 from controlplane.core.reconfigure import advance
 from controlplane.core.repair import drop_dead, fill, repair, retarget
+from controlplane.core.restart import peer_is_newest
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,8 @@ class Transition:
 
 def plan(topology: Topology, nodes: Nodes, policy: Policy, now: float) -> Transition | None:
     """The next step, checked against every invariant; None when all is as it should be, or has to wait."""
-    if topology.paused:
-        return None
-    s = Situation(topology, nodes, policy, now, avoided(topology, nodes, policy.operations))
-    for rule in RULES:
+    s = survey(topology, nodes, policy, now)
+    for rule in (resume,) if topology.paused else RULES:
         after = rule(s)
         if after is not None:
             check(s, after)
@@ -77,15 +77,6 @@ def advance_moves(s: Situation) -> Topology | None:
     return None
 
 
-def operate(s: Situation) -> Topology | None:
-    """Cordons, retirements and new homes that operations ask for."""
-    for op in active(s.policy.operations):
-        after = edit(s, op)
-        if after is not None:
-            return after
-    return None
-
-
 def start_move(s: Situation) -> Topology | None:
     """One more planned move: one a pipeline at most, and few in all."""
     if sum(p.move is not None for p in s.topology.pipelines) >= s.policy.limits.moves_max:
@@ -120,10 +111,11 @@ def tidy(s: Situation) -> Topology | None:
 
 def _newest(s: Situation, member: Member) -> bool:
     view = s.nodes.views.get(member.node)
-    return view is None or view.member == member
+    return view.member == member if view is not None else peer_is_newest(s, member)
 
 
 RULES: tuple[Callable[[Situation], Topology | None], ...] = (
+    pause,
     repair,
     adopt_mode,
     drop_dead,

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from controlplane.contract.config import ClusterConfig
-from controlplane.contract.ids import NodeId, PipelineId
+from controlplane.contract.ids import Member, NodeId, PipelineId
 from controlplane.contract.records import Operation
-from controlplane.contract.topology import Move, Topology
+from controlplane.contract.topology import Move, Pipeline, Topology
+from controlplane.core.events import PeersSeen
 from controlplane.core.membership import Nodes
 
 HAND_BACK = "hand-back"
@@ -91,6 +92,8 @@ class Policy:
     timers: Timers  # read only
     operations: Mapping[str, Operation] = field(default_factory=dict)
     limits: Limits = Limits()
+    peers: PeersSeen = field(default_factory=PeersSeen)
+    me: str = ""  # the controller that decides
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,3 +105,13 @@ class Situation:
     policy: Policy
     now: float
     avoid: frozenset[NodeId]  # cordoned, or being emptied by a running operation: they get no new duty
+    emptying: frozenset[NodeId] = frozenset()  # those of `avoid` whose copies have to go as well
+    operations: tuple[Operation, ...] = ()  # whose turn it is; a restart stands as the replacement it is at
+
+    def near(self, pipeline: Pipeline, stage: int, copy: Member) -> bool:
+        """Whether a copy is so close behind that the rest fits into a short pause."""
+        lag = self.nodes.lag(pipeline, stage, copy)
+        room = (
+            self.policy.limits.lag_blocks * self.policy.config.engine.block_size * self.nodes.load(pipeline)
+        )
+        return lag is not None and lag <= room

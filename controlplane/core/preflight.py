@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace as judged
 
 from msgspec.structs import replace
 
 from controlplane.contract.ids import NodeId
-from controlplane.contract.records import Operation, OperationKind
+from controlplane.contract.records import GROUP_WIDE, Operation, OperationKind
 from controlplane.contract.status import Check, OperationAnswer, OperationRequest
 from controlplane.contract.topology import Mode
+from controlplane.core import preflight_group
 from controlplane.core.drain import home_stages
+from controlplane.core.operations import claims
 from controlplane.core.placement import takers
 from controlplane.core.policy import Situation
 
@@ -24,7 +27,7 @@ def preflight(
     """Pure: the caller writes `operation`, if it is accepted and no such id exists yet."""
     known = operations.get(request.id)
     if known is not None:
-        same = (known.kind, known.node, known.substitute) == (request.kind, request.node, request.substitute)
+        same = request.is_for(known)
         said = (
             "was accepted before" if same else f"is the id of another operation ({known.kind} {known.node})"
         )
@@ -34,15 +37,23 @@ def preflight(
         return _refused(f"{request.kind!r} is none of {', '.join(OperationKind)}")
     if s is None:
         return _refused("there is no topology yet")
-    # Judge as if the operation ran: the node is avoided.
-    s = Situation(s.topology, s.nodes, s.policy, s.now, s.avoid | {request.node})
     kind = OperationKind(request.kind)
-    checks = tuple(_checks(request, kind, s, operations))
-    plan = tuple(_plan(request, kind, s))
+    operation = _operation(request, kind, s, unix_now)
+    checks = [
+        Check("fail", "operations", f"{op.kind.value} {op.node}".strip() + f" is under way: {op.id}")
+        for op in operations.values()
+        if op.open and claims(op) & claims(operation)
+    ]
+    if kind in GROUP_WIDE or kind is OperationKind.RESTART:
+        checks += preflight_group.checks(request, kind, s)
+        plan = tuple(preflight_group.plan(request, kind, s))
+    else:
+        # Judge as if the operation ran: the node is avoided.
+        s = judged(s, avoid=s.avoid | {request.node})
+        checks += _checks(request, kind, s)
+        plan = tuple(_plan(request, kind, s))
     accepted = not request.dry_run and all(check.level != "fail" for check in checks)
-    return OperationAnswer(
-        accepted, checks, plan, _operation(request, kind, s, unix_now) if accepted else None
-    )
+    return OperationAnswer(accepted, tuple(checks), plan, operation if accepted else None)
 
 
 def _refused(why: str) -> OperationAnswer:
@@ -59,22 +70,22 @@ def _operation(request: OperationRequest, kind: OperationKind, s: Situation, uni
         deadline_unix_s=unix_now + request.deadline_s if request.deadline_s > 0 else 0.0,
     )
     view = s.nodes.views.get(request.node)
-    if kind is OperationKind.REPLACE and request.substitute is None and view is not None:
-        operation = replace(operation, incarnation=view.member.incarnation)
-    return operation
+    match kind:
+        case OperationKind.REPLACE if request.substitute is None and view is not None:
+            return replace(operation, incarnation=view.member.incarnation)
+        case OperationKind.TRANSFER:
+            return replace(operation, node=preflight_group.heir(request, s))
+        case OperationKind.RESTART:
+            return replace(operation, targets=preflight_group.targets(request, s))
+        case _:
+            return operation
 
 
-def _checks(
-    request: OperationRequest, kind: OperationKind, s: Situation, operations: Mapping[str, Operation]
-) -> Iterator[Check]:
+def _checks(request: OperationRequest, kind: OperationKind, s: Situation) -> Iterator[Check]:
     node = request.node
     if node not in s.nodes.views and not s.topology.serving(node) and not home_stages(s.topology, node):
         yield Check("fail", "node", f"there is no node {node}")
         return
-    names = {node} if request.substitute is None else {node, request.substitute}
-    for op in operations.values():
-        if op.open and names & {op.node, op.substitute}:
-            yield Check("fail", "operations", f"{op.kind} of {op.node} is under way: {op.id}")
     if s.topology.paused:
         yield Check("warn", "paused", "automation is paused: nothing moves until it is resumed")
     if kind is OperationKind.UNDRAIN:
@@ -83,6 +94,11 @@ def _checks(
         cordoned = node in s.topology.cordoned
         message = f"{node} is cordoned" if cordoned else f"{node} is not cordoned: nothing to do"
         yield Check("ok" if cordoned else "warn", "cordon", message)
+        return
+    if kind is OperationKind.CORDON:
+        if node in s.topology.cordoned:
+            yield Check("warn", "cordon", f"{node} is cordoned already: nothing to do")
+        yield from _peers(node, s)
         return
     if s.topology.mode is Mode.STOP_RESTART:
         yield Check("fail", "mode", "mode stop-restart moves nothing")
@@ -180,6 +196,9 @@ def _plan(request: OperationRequest, kind: OperationKind, s: Situation) -> Itera
     if kind is OperationKind.UNDRAIN:
         yield f"uncordon {node}"
         yield from (f"hand {p.id}/{index} back to {node}" for p, index, _ in home_stages(s.topology, node))
+        return
+    if kind is OperationKind.CORDON:
+        yield f"cordon {node}: no new duty; what it serves stays"
         return
     if kind is OperationKind.DRAIN:
         yield f"cordon {node}"

@@ -29,13 +29,7 @@ def caught_up(s: Situation, pipeline: Pipeline, move: Move, seen: Seen) -> bool:
             return False
     if s.topology.mode is Mode.NONE:
         return True  # nothing is copied: the destination recomputes
-    return lag_is_small(s, pipeline, move)
-
-
-def lag_is_small(s: Situation, pipeline: Pipeline, move: Move) -> bool:
-    lag = s.nodes.lag(pipeline, move.stage, move.to)
-    room = s.policy.limits.lag_blocks * s.policy.config.engine.block_size * s.nodes.load(pipeline)
-    return lag is not None and lag <= room
+    return s.near(pipeline, move.stage, move.to)
 
 
 def quiet(s: Situation, pipeline: Pipeline, move: Move, seen: Seen) -> bool:
@@ -68,7 +62,7 @@ def switch(s: Situation, pipeline: Pipeline, move: Move) -> Topology:
     """The destination serves from this epoch on; its copy is where the ring wants it, which is often the old node."""
     stage = pipeline.stages[move.stage]
     kept = tuple(
-        m for m in stage.replicas if m != move.to and m.node not in s.avoid and not s.nodes.is_dead(m)
+        m for m in stage.replicas if m != move.to and m.node not in s.emptying and not s.nodes.is_dead(m)
     )
     moved = replace(with_stage(pipeline, move.stage, ranks=(move.to,), replicas=kept), move=None)
     draft = successor(s.topology, moved)

@@ -131,18 +131,16 @@ def _replicas(s: Situation, layout: Layout, pipeline: Pipeline, index: int) -> t
         return ()
     if not stage.ranks:
         return tuple(live)  # nobody serves; what is left of the KV may be promoted yet
-    kept = [m for m in live if m.node not in s.avoid]
+    kept = [m for m in live if m.node not in s.emptying]
     target = replica_target(s, layout, pipeline, index)
     if target is None:
-        return tuple(kept[:2])
+        return tuple(kept[:2])  # on a cordoned node, too: better than none
     if target in live:
         # The others go once the right one has what they have.
-        lag = s.nodes.lag(pipeline, index, target)
-        room = s.policy.limits.lag_blocks * s.policy.config.engine.block_size * s.nodes.load(pipeline)
-        if lag is not None and lag <= room:
+        if s.near(pipeline, index, target):
             return (target,)
         return (*[m for m in live if m != target][:1], target) if len(live) > 1 else (target,)
     calm = s.now - s.policy.timers.calm_since >= s.policy.limits.settle_s
-    if kept and len(kept) == len(live) and not calm:
-        return tuple(kept[:2])
+    if live and not any(m.node in s.avoid for m in live) and not calm:
+        return tuple(live[:2])
     return (*live[:1], target)

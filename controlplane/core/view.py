@@ -37,7 +37,7 @@ def cluster_status(
         group=config.group,
         model=config.model_name,
         mode=config.mode if topology is None else topology.mode,
-        available=any(p.up for p in pipelines),
+        available=any(_serves(p, nodes) for p in pipelines),
         counter=0 if topology is None else topology.counter,
         paused=topology is not None and topology.paused,
         leader="",
@@ -98,7 +98,7 @@ def _node(
 
 def _pipeline(pipeline: Pipeline, nodes: Nodes) -> PipelineStatus:
     stages = tuple(_stage(pipeline, index, nodes) for index in range(len(pipeline.stages)))
-    if not pipeline.up:
+    if not _serves(pipeline, nodes):
         state = PipelineState.FORMING if pipeline.epoch == 0 else PipelineState.DOWN
     elif pipeline.move is not None:
         state = PipelineState.MOVING
@@ -113,6 +113,11 @@ def _pipeline(pipeline: Pipeline, nodes: Nodes) -> PipelineStatus:
         waiting=nodes.queued(pipeline),
         move=pipeline.move,
     )
+
+
+def _serves(pipeline: Pipeline, nodes: Nodes) -> bool:
+    """Somebody is named for every stage and lives: while automation is paused the dead stay named."""
+    return pipeline.up and not any(nodes.is_dead(member) for member in pipeline.members())
 
 
 def _stage(pipeline: Pipeline, index: int, nodes: Nodes) -> StageStatus:

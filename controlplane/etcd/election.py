@@ -78,6 +78,10 @@ class Leadership:
         """The condition that every write of a leader includes."""
         return Compare.create_revision(self.key, self.create_revision)
 
+    def give_up(self, why: str) -> None:
+        """Stop leading at once; `lost` is set, and whoever waits for it has to `resign`."""
+        self._keeper.declare_lost(why)
+
     async def resign(self) -> None:
         """Stop leading at once, then let others know. Never raises for etcd: the lease ends by itself."""
         await self._keeper.close()

@@ -11,7 +11,7 @@ import msgspec
 from controlplane.contract.errors import KevlarFlowError, PeerError, RequestError, Unavailable
 from controlplane.contract.events import Event
 from controlplane.contract.records import Operation
-from controlplane.contract.status import ClusterStatus, OperationAnswer, OperationRequest
+from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
 
 T = TypeVar("T")
 
@@ -54,6 +54,10 @@ class _Events(msgspec.Struct, frozen=True):
     events: list[msgspec.Raw]
 
 
+class _Checks(msgspec.Struct, frozen=True):
+    checks: tuple[Check, ...]
+
+
 class _Operations(msgspec.Struct, frozen=True):
     operations: list[Operation]
 
@@ -93,6 +97,10 @@ class AdminClient:
 
     def operations(self) -> list[Operation]:
         return self._read("/admin/v1/operations", _Operations).operations
+
+    def quorum(self) -> tuple[Check, ...]:
+        """Whether the cluster can be changed, and would still be after one more loss."""
+        return self._read("/admin/v1/quorum", _Checks).checks
 
     def submit(self, request: OperationRequest) -> OperationAnswer:
         """Sent again to the next controller when one breaks off: the id makes that harmless."""

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from controlplane.contract.errors import KevlarFlowError
-from controlplane.kfadmin import demo, operate, show, up
+from controlplane.kfadmin import check, demo, group, operate, show, up
 from controlplane.kfadmin.exits import exit_of
 from controlplane.kfadmin.output import progress
 
@@ -35,10 +35,13 @@ app = typer.Typer(
 for verb in (
     up.up, up.down,
     show.status, show.nodes, show.topology, show.events,
-    operate.drain, operate.undrain, operate.replace, operate.cancel,
+    operate.drain, operate.undrain, operate.cordon, operate.replace, operate.cancel,
+    group.pause, group.resume, group.transfer_leader, group.restart,
     demo.demo,
 ):  # fmt: skip
     app.command()(verb)
+app.command("uncordon", help="The same as undrain.")(operate.undrain)
+app.add_typer(check.app, name="check")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Verbs that change the cluster: drain, undrain, replace, cancel.
+"""Verbs about one node: drain, cordon, uncordon, undrain, replace; and cancel, for any operation.
 
 Each is declared to the cluster as an operation with an id and then watched. Watching may stop (Ctrl-C,
 --timeout, --detach); the operation goes on, also when the leader that began it dies.
@@ -13,14 +13,13 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.text import Text
 
 from controlplane.contract.errors import PeerError
 from controlplane.contract.records import Operation, OperationKind, OperationState
 from controlplane.contract.status import ClusterStatus, OperationAnswer, OperationRequest
 from controlplane.kfadmin.client import AdminClient, Unreachable
 from controlplane.kfadmin.exits import Exit
-from controlplane.kfadmin.output import BAD, GOOD, WARN, Output, OutputOption, console, print_json, progress
+from controlplane.kfadmin.output import Output, OutputOption, console, print_checks, print_json, progress
 from controlplane.kfadmin.target import AdminOption, RunDirOption, TokenFileOption, connect
 
 POLL_S = 0.2
@@ -49,9 +48,25 @@ def drain(
     operation_id: OperationId = None,
 ) -> None:
     """Move what NODE serves elsewhere, KV included, and give it no new duty. Long generations go on."""
-    request = _request(OperationKind.DRAIN, node, operation_id, dry_run, deadline)
+    request = asked(OperationKind.DRAIN, node, operation_id, dry_run, deadline)
     with connect(run_dir, admin, token_file) as client:
-        _run(client, request, output, detach, timeout)
+        run(client, request, output, detach, timeout)
+
+
+def cordon(
+    node: Node,
+    run_dir: RunDirOption = None,
+    admin: AdminOption = None,
+    token_file: TokenFileOption = None,
+    output: OutputOption = Output.TABLE,
+    dry_run: DryRun = False,
+    timeout: Timeout = 60.0,
+    operation_id: OperationId = None,
+) -> None:
+    """Give NODE no new duty; what it serves stays. `uncordon` takes it back."""
+    request = asked(OperationKind.CORDON, node, operation_id, dry_run)
+    with connect(run_dir, admin, token_file) as client:
+        run(client, request, output, False, timeout)
 
 
 def undrain(
@@ -66,10 +81,10 @@ def undrain(
     deadline: Deadline = 0.0,
     operation_id: OperationId = None,
 ) -> None:
-    """Give NODE its duties back after a drain."""
-    request = _request(OperationKind.UNDRAIN, node, operation_id, dry_run, deadline)
+    """Lift the cordon of NODE (after a drain or a cordon), and give it its duties back."""
+    request = asked(OperationKind.UNDRAIN, node, operation_id, dry_run, deadline)
     with connect(run_dir, admin, token_file) as client:
-        _run(client, request, output, detach, timeout)
+        run(client, request, output, detach, timeout)
 
 
 def replace(
@@ -89,9 +104,9 @@ def replace(
     operation_id: OperationId = None,
 ) -> None:
     """Put another node, or a fresh process of the same one, in NODE's place without losing a token."""
-    request = _request(OperationKind.REPLACE, node, operation_id, dry_run, deadline, substitute)
+    request = asked(OperationKind.REPLACE, node, operation_id, dry_run, deadline, substitute)
     with connect(run_dir, admin, token_file) as client:
-        _run(client, request, output, detach, timeout)
+        run(client, request, output, detach, timeout)
 
 
 def cancel(
@@ -110,21 +125,23 @@ def cancel(
         console().print(_line(answer))
 
 
-def _request(
+def asked(
     kind: OperationKind,
     node: str,
     operation_id: str | None,
     dry_run: bool,
-    deadline_s: float,
+    deadline_s: float = 0.0,
     substitute: str | None = None,
 ) -> OperationRequest:
-    name = operation_id or f"{kind.value}-{node}-{secrets.token_hex(4)}"
+    """A request under the given name, or a fresh one."""
+    name = operation_id or "-".join(filter(None, (kind.value, node, secrets.token_hex(4))))
     return OperationRequest(name, kind.value, node, substitute, dry_run, deadline_s)
 
 
-def _run(
+def run(
     client: AdminClient, request: OperationRequest, output: Output, detach: bool, timeout_s: float
 ) -> None:
+    """Submit, show the pre-flight, watch it to its end; leaves with the exit code that tells how it went."""
     status = client.status()
     answer = client.submit(request)
     refused = any(check.level == "fail" for check in answer.checks) or not (
@@ -189,17 +206,14 @@ def _watch(
 
 def _line(operation: Operation) -> str:
     message = f": {operation.message}" if operation.message else ""
-    return f"{operation.kind.value} {operation.node} {operation.state.value}{message}  ({operation.id})"
+    what = f"{operation.kind.value} {operation.node}".strip()
+    return f"{what} {operation.state.value}{message}  ({operation.id})"
 
 
 def _print_preflight(status: ClusterStatus, answer: OperationAnswer, nothing_changed: bool) -> None:
     out = console()
     out.print(f"PRE-FLIGHT  epoch {status.counter}, leader {status.leader or 'none'}")
-    width = max((len(check.name) for check in answer.checks), default=0)
-    styles = {"ok": GOOD, "warn": WARN, "fail": BAD}
-    for check in answer.checks:
-        level = Text(f"  {check.level:<5}", styles.get(check.level, ""))
-        out.print(level.append(f" {check.name:<{width}}  {check.message}", "default"))
+    print_checks(answer.checks)
     if answer.plan:
         out.print(f"PLAN  {' -> '.join(answer.plan)}")
     if nothing_changed:

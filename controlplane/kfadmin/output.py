@@ -14,7 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from controlplane.contract.records import OperationState
-from controlplane.contract.status import ClusterStatus, NodeState, NodeStatus, PipelineState, StageStatus
+from controlplane.contract.status import (
+    Check,
+    ClusterStatus,
+    NodeState,
+    NodeStatus,
+    PipelineState,
+    StageStatus,
+)
 from controlplane.kfadmin.client import EventRow
 
 PIPE_WIDTH = 200  # columns when stdout is not a terminal: tables are for reading, not for wrapping
@@ -73,8 +80,10 @@ def print_status(status: ClusterStatus) -> None:
     )
     out.print(
         f"epoch counter {status.counter}, leader {status.leader or 'none'}, answered by {status.answered_by}, "
-        f"etcd heard {status.etcd_age_s:.1f} s ago{', automation paused' if status.paused else ''}"
+        f"etcd heard {status.etcd_age_s:.1f} s ago"
     )
+    if status.paused:
+        out.print(Text("automation is PAUSED: nothing is repaired or moved until `kfadmin resume`", BAD))
     out.print()
     pipelines = table("PIPELINE", "STATE", "EPOCH", "RUNNING", "WAITING", "STAGES", "REPLICA LAG")
     for p in status.pipelines:
@@ -91,13 +100,23 @@ def print_status(status: ClusterStatus) -> None:
     for operation in status.operations:
         if operation.open:
             out.print(
-                f"operation {operation.id}: {operation.kind.value} {operation.node}: {operation.message}"
+                f"operation {operation.id}: {operation.kind.value} {operation.node}".rstrip()
+                + f": {operation.message}"
             )
 
 
 def _served_by(stage: StageStatus) -> str:
     nodes = ",".join(member.node for member in stage.serving) or "nobody"
     return f"{nodes} (for {','.join(stage.homes)})" if stage.borrowed else nodes
+
+
+def print_checks(checks: tuple[Check, ...]) -> None:
+    out = console()
+    width = max((len(check.name) for check in checks), default=0)
+    styles = {"ok": GOOD, "warn": WARN, "fail": BAD}
+    for check in checks:
+        level = Text(f"  {check.level:<5}", styles.get(check.level, ""))
+        out.print(level.append(f" {check.name:<{width}}  {check.message}", "default"))
 
 
 def print_nodes(nodes: tuple[NodeStatus, ...]) -> None:

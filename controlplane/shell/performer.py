@@ -24,6 +24,7 @@ from controlplane.core.events import (
     OperationSeen,
     Record,
     Reread,
+    Resign,
     TopologySeen,
     WriteConflict,
     WriteDone,
@@ -86,6 +87,9 @@ class Performer:
                 await self._reread_topology()
             case Reread(str() as operation_id):
                 await self._reread_operation(operation_id)
+            case Resign(why):
+                if self.leadership is not None:  # else it is lost already, and the core will hear of it
+                    self.leadership.give_up(why)
             case Record(event):
                 if event.kind is EventKind.RECOVERED:
                     self._count_failover(event.details)

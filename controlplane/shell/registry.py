@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import TypeVar
 
 import structlog
 
 from controlplane.contract.errors import PeerError
+from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys, decode
 from controlplane.contract.records import ControllerRecord, GatewayRecord, NodeRecord, Operation
 from controlplane.contract.topology import Topology
-from controlplane.core.events import NodeGone, NodeRegistered, OperationGone, OperationSeen, TopologySeen
+from controlplane.core.events import (
+    NodeGone,
+    NodeRegistered,
+    OperationGone,
+    OperationSeen,
+    PeersSeen,
+    TopologySeen,
+)
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.election import leader_of
 from controlplane.etcd.values import KeyValue, WatchBatch, WatchEvent
@@ -31,13 +40,18 @@ _ORDER = ("nodes", "operations", "groups")
 class Registry:
     """What etcd says. Values that cannot be read are logged and counted, and never stop anything."""
 
-    def __init__(self, client: EtcdClient, keys: Keys, group: str, inbox: Inbox) -> None:
+    def __init__(
+        self, client: EtcdClient, keys: Keys, group: str, inbox: Inbox, me: Member | None = None
+    ) -> None:
         self.controllers: dict[str, ControllerRecord] = {}
         self.gateways: dict[str, GatewayRecord] = {}
         self.operations: dict[str, tuple[Operation, int]] = {}  # with their mod_revisions
         self.leader = ""  # the controller that leads, "" while none does
         self.junk_values = 0
         self.synced = asyncio.Event()  # the first snapshot is in the inbox
+        self.retired = asyncio.Event()  # this very process has to make way for a fresh one
+        self._me = me
+        self._peers = PeersSeen()
         self._client = client
         self._keys = keys
         self._group = group
@@ -68,6 +82,9 @@ class Registry:
             else:
                 self._items[event.key] = event.now
             await self._tell(event)
+        if (peers := self._peers_now()) != self._peers:
+            self._peers = peers
+            await self._inbox.put(peers)
         if not self.synced.is_set() and self._keys.topology(self._group) not in self._items:
             await self._inbox.put(TopologySeen(None, 0))
 
@@ -122,6 +139,8 @@ class Registry:
         self._topology = self._parse(event, Topology) or self._topology
         if self._topology is not None:
             await self._inbox.put(TopologySeen(self._topology, event.mod_revision))
+            if self._me in self._topology.retired:
+                self.retired.set()
 
     def _find_leader(self) -> None:
         candidates = {k: v for k, v in self._items.items() if k.startswith(self._keys.leader)}
@@ -131,6 +150,18 @@ class Registry:
         except PeerError as error:
             self._junk(self._keys.leader, str(error))
             self.leader = ""
+
+    def _peers_now(self) -> PeersSeen:
+        standing = [item for key, item in self._items.items() if key.startswith(self._keys.leader)]
+        candidates = []
+        for item in sorted(standing, key=lambda item: item.create_revision):
+            with contextlib.suppress(PeerError):  # told when it was found
+                candidates.append(decode(item.value, ControllerRecord, item.key).id)
+        return PeersSeen(
+            controllers=tuple(Member(r.id, r.incarnation) for _, r in sorted(self.controllers.items())),
+            gateways=tuple(Member(r.id, r.incarnation) for _, r in sorted(self.gateways.items())),
+            candidates=tuple(candidates),
+        )
 
     def _parse(self, event: WatchEvent, kind: type[T]) -> T | None:
         if event.now is None:

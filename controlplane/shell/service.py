@@ -28,6 +28,7 @@ from controlplane.etcd.values import Compare, Delete, KeyValue, Put
 from controlplane.history.store import Audit
 from controlplane.history.writer import HistoryWriter
 from controlplane.shell.metrics import Sources, render
+from controlplane.shell.quorum import quorum
 from controlplane.shell.registry import Registry
 
 CALL_LIMIT_S = 2.0
@@ -87,6 +88,9 @@ class Service:
 
     async def operations(self) -> Sequence[Operation]:
         return self._operations()
+
+    async def quorum(self) -> Sequence[Check]:
+        return quorum(await self._client.status(timeout_s=1.0), self.status())
 
     async def submit(self, request: OperationRequest) -> OperationAnswer:
         found = await self._find(request.id)
@@ -187,7 +191,7 @@ def _operation(request: OperationRequest) -> Operation:
 
 def _again(request: OperationRequest, known: Operation) -> OperationAnswer:
     """The answer to an id that is known: the same operation, or a refusal if it was for something else."""
-    if (known.kind.value, known.node, known.substitute) == (request.kind, request.node, request.substitute):
+    if request.is_for(known):
         return OperationAnswer(accepted=True, checks=(), plan=(), operation=known)
     message = f"operation id {known.id} was used to {known.kind.value} {known.node}; choose another id"
     return OperationAnswer(accepted=False, checks=(Check("fail", "id", message),), plan=())

@@ -47,7 +47,7 @@ def stage_shapes(config: ModelConfig, layers: range) -> dict[str, tuple[int, ...
     return shapes
 
 
-def _files(model_dir: Path, names: list[str]) -> dict[Path, list[str]]:
+def stage_files(model_dir: Path, names: list[str]) -> dict[Path, list[str]]:
     """Which file holds which of the tensors."""
     index = model_dir / INDEX
     if not index.exists():
@@ -73,7 +73,7 @@ def load_weights(model_dir: Path, config: ModelConfig, layers: range) -> dict[st
     """The stage's tensors as stored (mapped, read-only by convention). Raises ModelError."""
     shapes = stage_shapes(config, layers)
     weights: dict[str, torch.Tensor] = {}
-    for path, names in _files(model_dir, list(shapes)).items():
+    for path, names in stage_files(model_dir, list(shapes)).items():
         try:
             with safe_open(path, framework="pt") as file:
                 present = set(file.keys())

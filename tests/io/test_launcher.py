@@ -236,6 +236,22 @@ def test_a_pid_that_now_belongs_to_another_process_is_not_adopted(host: Host) ->
     host.stop()
 
 
+def test_a_launcher_that_hangs_up_leaves_its_nodes_to_the_next_one(host: Host) -> None:
+    host.start(nodes=2)
+    pids = host.wait_serving(1), host.wait_serving(1, "n1")
+    assert host.process is not None
+    host.process.send_signal(signal.SIGHUP)
+    assert host.process.wait(12) == 0
+    assert (host.running(), host.running("n1")) == pids
+    host.start(nodes=2)
+    wait_for(lambda: sum(line["event"] == "adopted" for line in host.log()) == 2, "both are adopted")
+    assert (host.running(), host.running("n1")) == pids
+    os.kill(pids[0], signal.SIGKILL)
+    assert host.wait_serving(2) != pids[0]
+    host.stop()
+    assert not host.running("n1")
+
+
 def test_sigterm_leaves_nothing(host: Host) -> None:
     host.start("stubborn", nodes=2)
     pids = [host.wait_serving(1, "n0"), host.wait_serving(1, "n1")]

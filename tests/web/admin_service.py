@@ -114,9 +114,13 @@ class MemoryService:
         self.history: list[Event] = []
         self.history_away = False
         self.known: dict[str, Operation] = {}
+        self.quorum_checks = [Check("ok", "etcd", "3 of 3 etcd members are healthy, 2 are needed")]
 
     def status(self) -> ClusterStatus:
         return msgspec.structs.replace(self.cluster, operations=tuple(self.known.values()))
+
+    async def quorum(self) -> Sequence[Check]:
+        return self.quorum_checks
 
     def metrics(self) -> bytes:
         return b"kevlarflow_epoch 1\n"

@@ -162,6 +162,20 @@ def test_operations(client: httpx.Client, service: MemoryService) -> None:
     assert client.delete("/admin/v1/operations/nope").status_code == 404
 
 
+@pytest.mark.parametrize("kind", ["pause", "resume", "transfer-leader"])
+def test_operations_about_the_group_name_no_node(
+    client: httpx.Client, service: MemoryService, kind: str
+) -> None:
+    answer = client.post("/admin/v1/operations", json={"id": "op", "kind": kind}, headers=BEARER)
+    assert (answer.status_code, answer.json()["operation"]["kind"]) == (200, kind)
+
+
+def test_the_quorum_is_told(client: httpx.Client, service: MemoryService) -> None:
+    answer = client.get("/admin/v1/quorum", headers=BEARER)
+    assert answer.json()["checks"][0]["level"] == "ok"
+    assert client.get("/admin/v1/quorum").status_code == 401
+
+
 @pytest.mark.parametrize(
     ("body", "word"),
     [
@@ -172,6 +186,8 @@ def test_operations(client: httpx.Client, service: MemoryService) -> None:
         (json.dumps(drain("n1", "../x")).encode(), "id"),
         (json.dumps(drain("n1") | {"force": True}).encode(), "force"),
         (json.dumps({"id": "a", "kind": "drain"}).encode(), "node"),
+        (json.dumps({"id": "a", "kind": "restart"}).encode(), "node"),
+        (json.dumps({"id": "a", "kind": "pause", "node": "n/1"}).encode(), "node"),
         (json.dumps(drain("n1", substitute="a b")).encode(), "substitute"),
     ],
 )

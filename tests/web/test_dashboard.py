@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_play
 
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.ids import Member
-from controlplane.contract.records import Operation, OperationKind
+from controlplane.contract.records import Operation, OperationKind, ProcessKind, Target
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
 from controlplane.contract.topology import Move, MovePhase
 from tests.web.admin_service import TOKEN, MemoryService, healthy, serving
@@ -168,6 +168,44 @@ def test_trouble_at_a_glance(page: Page, tmp_path: Path, scheme: str, width: int
         expect(page).to_have_title("Serving, reduced - KevlarFlow")
         assert_fits(page)
         shoot(page, tmp_path, f"trouble-{scheme}-{width}")
+
+
+def test_a_pause_a_cordon_and_how_far_a_restart_is(page: Page, tmp_path: Path) -> None:
+    service = MemoryService()
+    nodes = healthy().nodes
+    dead = replace(nodes[1], state=NodeState.RED, evidence="its report stream broke")
+    p0, p1 = healthy().pipelines
+    service.cluster = replace(
+        healthy(),
+        paused=True,
+        nodes=(nodes[0], dead, replace(nodes[2], cordoned=True), *nodes[3:]),
+        pipelines=(replace(p0, state=PipelineState.DOWN), p1),
+    )
+    targets = tuple(Target(ProcessKind.NODE, Member(f"n{k}", "aaaa")) for k in range(8))
+    restart = Operation(
+        "op-9", OperationKind.RESTART, "nodes", targets=targets, turn=5, message="6 of 8, n5: moving"
+    )
+    service.known = {restart.id: replace(restart, created_unix_s=time.time())}
+    with serving(service) as url:
+        page.goto(f"{url}/#token={TOKEN}")
+        findings = page.locator(".findings")
+        expect(findings).to_contain_text(
+            "Automation is paused: nothing is repaired or moved until it is resumed."
+        )
+        # The topology still names the dead node, since nobody may change it; it serves nothing.
+        expect(findings).to_contain_text("p0 is down: nobody serves stage 1.")
+        expect(page.locator(".stage.down")).to_contain_text("home is n1")
+        expect(page.locator(".facts")).to_contain_text("paused")
+        expect(page.locator(".node", has_text="n2").first).to_contain_text("cordoned")
+        expect(page.locator(".node", has_text="n5").locator(".tag.running")).to_have_text("restart")
+        expect(page.locator(".node .tag.running")).to_have_count(1)
+        expect(page.locator(".operations progress")).to_have_attribute("value", "5")
+        expect(page.locator(".operations")).to_contain_text("6 of 8, n5: moving")
+        assert_fits(page)
+        shoot(page, tmp_path, "paused")
+        service.known = {}
+        service.cluster = healthy()
+        expect(page.get_by_role("heading", level=1)).to_have_text("All is well")
 
 
 def test_no_leader_and_a_silent_etcd(page: Page) -> None:

@@ -22,8 +22,8 @@ from controlplane.contract.auth import derive, load_secret
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.ids import Member
-from controlplane.contract.records import OperationState
-from controlplane.contract.status import NodeState, PipelineState
+from controlplane.contract.records import OperationKind, OperationState
+from controlplane.contract.status import Check, NodeState, PipelineState
 from controlplane.kfadmin.main import app
 from controlplane.kfadmin.rundir import Endpoints, ProcessFile, RunDir, start_ticks
 from controlplane.kfadmin.up import demo_model, settings_of
@@ -214,6 +214,63 @@ def test_cancel(target: list[str], service: MemoryService) -> None:
     assert result.exit_code == 0
     assert "cancelled" in result.stdout
     assert not service.known["op-5"].open
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "node"),
+    [
+        (("pause",), OperationKind.PAUSE, ""),
+        (("resume",), OperationKind.RESUME, ""),
+        (("transfer-leader",), OperationKind.TRANSFER, ""),
+        (("transfer-leader", "c2"), OperationKind.TRANSFER, "c2"),
+        (("restart", "nodes"), OperationKind.RESTART, "nodes"),
+        (("restart", "all"), OperationKind.RESTART, "all"),
+        (("cordon", "n1"), OperationKind.CORDON, "n1"),
+        (("uncordon", "n1"), OperationKind.UNDRAIN, "n1"),
+    ],
+)
+def test_every_verb_asks_for_its_operation(
+    target: list[str], service: MemoryService, arguments: tuple[str, ...], kind: OperationKind, node: str
+) -> None:
+    assert kfadmin(*arguments, "--dry-run", *target).exit_code == 0
+    assert service.known == {}
+    with ending(service, "op-6", OperationState.DONE, "it is so"):
+        result = kfadmin(*arguments, "--operation-id", "op-6", *target)
+    assert result.exit_code == 0
+    assert (service.known["op-6"].kind, service.known["op-6"].node) == (kind, node)
+    assert f"{kind.value} {node}".strip() + " done: it is so" in result.stdout
+
+
+def test_checks_have_exit_codes_and_change_nothing(target: list[str], service: MemoryService) -> None:
+    fine = kfadmin("check", "drain", "n1", *target)
+    assert fine.exit_code == 0
+    assert "ok    capacity  fine" in fine.stdout
+    assert kfadmin("check", "replace", "n1", "--with", "n9", *target).exit_code == 0
+    assert kfadmin("check", "drain", "n0", *target).exit_code == 3
+    assert kfadmin("check", "quorum", *target).exit_code == 0
+    service.quorum_checks = [Check("fail", "etcd", "1 of 3 etcd members are healthy")]
+    lost = kfadmin("check", "quorum", "-o", "json", *target)
+    assert lost.exit_code == 3
+    assert json.loads(lost.stdout)["checks"][0]["level"] == "fail"
+    assert service.known == {}
+    assert kfadmin("check", "weather", *target).exit_code == 2
+
+
+def test_a_pause_is_the_first_thing_that_status_says(target: list[str], service: MemoryService) -> None:
+    service.cluster = msgspec.structs.replace(service.cluster, paused=True)
+    assert "automation is PAUSED" in kfadmin("status", *target).stdout.splitlines()[2]
+
+
+def test_processes_of_this_machine_are_not_restarted_blindly(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.prepare()
+    run_dir.write("cluster.json", ClusterConfig(str(tmp_path), "model", (f"127.0.0.1:{closed_port()}",)))
+    result = kfadmin("restart", "launcher", "--run-dir", str(tmp_path))
+    assert result.exit_code == 3
+    assert "launcher does not run" in result.stderr
+    result = kfadmin("restart", "etcd", "--run-dir", str(tmp_path))
+    assert result.exit_code == 3
+    assert "0 members" in result.stderr
 
 
 # ---- what can be wrong

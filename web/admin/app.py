@@ -6,6 +6,7 @@
     GET    /metrics                          Prometheus text
     GET    /admin/v1/status                  ClusterStatus
     GET    /admin/v1/events?limit=&after=    {"events": [{"id": ..., and Event's fields}]}, oldest first
+    GET    /admin/v1/quorum                  {"checks": [Check]}
     GET    /admin/v1/operations              {"operations": [Operation]}
     POST   /admin/v1/operations              OperationRequest -> OperationAnswer; 409: refused
     DELETE /admin/v1/operations/{id}         cancel -> Operation
@@ -30,7 +31,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.errors import Unavailable
-from controlplane.contract.records import OperationKind, OperationState
+from controlplane.contract.records import GROUP_WIDE, OperationKind, OperationState
 from controlplane.contract.status import OperationAnswer, OperationRequest
 from web.admin.auth import COOKIE, SESSION_S, Guard, error, session_cookie
 from web.admin.feed import Feed, FeedResponse, event_rows
@@ -142,6 +143,10 @@ def _add_reads(app: FastAPI, service: AdminService) -> None:
     async def status() -> Response:
         return _json(service.status())
 
+    @app.get("/admin/v1/quorum")
+    async def quorum() -> Response:
+        return _json({"checks": await service.quorum()})
+
     @app.get("/admin/v1/events")
     async def events(
         limit: int = Query(100, ge=1, le=EVENTS_MAX), after: int = Query(0, ge=0, lt=2**63)
@@ -165,7 +170,8 @@ def _add_operations(app: FastAPI, service: AdminService) -> None:
         wanted = await _body(request, OperationRequest)
         names = {"id": wanted.id, "node": wanted.node, "substitute": wanted.substitute}
         for field, value in names.items():
-            if value is not None and not NAME.fullmatch(value):
+            empty = value is None or (not value and field == "node" and wanted.kind in GROUP_WIDE)
+            if not empty and not NAME.fullmatch(str(value)):
                 raise HTTPException(400, f"{field}: letters, digits, '.', '_' and '-' only, at most 100")
         if wanted.kind not in {kind.value for kind in OperationKind}:
             raise HTTPException(400, f"kind: one of {', '.join(kind.value for kind in OperationKind)}")

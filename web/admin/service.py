@@ -7,7 +7,7 @@ from typing import Protocol
 
 from controlplane.contract.events import Event
 from controlplane.contract.records import Operation
-from controlplane.contract.status import ClusterStatus, OperationAnswer, OperationRequest
+from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
 
 
 class AdminService(Protocol):
@@ -32,6 +32,9 @@ class AdminService(Protocol):
 
     async def operations(self) -> Sequence[Operation]:
         """Every operation that is known, oldest first."""
+
+    async def quorum(self) -> Sequence[Check]:
+        """Whether the cluster can be changed, and would still be after one more loss. Never Unavailable."""
 
     async def submit(self, request: OperationRequest) -> OperationAnswer:
         """Pre-flight, and unless it is a dry run or refused, begin.

@@ -15,6 +15,7 @@ import structlog
 from controlplane.contract.auth import derive, load_secret
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError
+from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.logs import configure_logging
 from controlplane.contract.records import GatewayRecord
@@ -74,11 +75,12 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
     metrics = Metrics()
     dispatcher = Dispatcher(policy_of(config), token, metrics)
     async with EtcdClient(config.etcd) as etcd:
-        watch = ClusterWatch(etcd, config, dispatcher)
+        me = Member(name, new_incarnation())
+        watch = ClusterWatch(etcd, config, dispatcher, me)
         service = _service(model, dispatcher, metrics, watch, Tickets(derive(secret, "streams")))
         grace_s = config.timing.stop_grace_s
         server = make_server(build_app(service, keys), grace_s)
-        record = GatewayRecord(id=name, address=address, pid=os.getpid())
+        record = GatewayRecord(id=name, address=address, pid=os.getpid(), incarnation=me.incarnation)
         registration = Registration(etcd, Keys(config.cluster).gateways + name, encode(record), LEASE_S)
         background = [
             asyncio.create_task(watch.follow_topology(), name="topology"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 import structlog
@@ -23,7 +24,10 @@ log = structlog.get_logger()
 class ClusterWatch:
     """Two watches: one key for the topology, one prefix for the nodes. Junk is logged and left out."""
 
-    def __init__(self, client: EtcdClient, config: ClusterConfig, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, client: EtcdClient, config: ClusterConfig, dispatcher: Dispatcher, me: Member | None = None
+    ) -> None:
+        self._me = me
         keys = Keys(config.cluster)
         self.junk = 0
         self._topology_key = keys.topology(config.group)
@@ -63,6 +67,10 @@ class ClusterWatch:
         self._dispatcher.feed(TopologySeen(topology))
         members = {member for pipeline in topology.pipelines for member in pipeline.members()}
         self._dispatcher.links.prune(members)
+        if self._me is not None and self._me in topology.retired:
+            log.info("retired", topology=topology.counter)
+            self._me = None
+            signal.raise_signal(signal.SIGTERM)  # the same goodbye, whoever asks for it
 
     def _take_node(self, key: str, value: bytes) -> None:
         record = decode(value, NodeRecord, key)

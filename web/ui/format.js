@@ -41,8 +41,9 @@ export function findings(status) {
   const found = [];
   const add = (level, text) => found.push({ level, text });
   if (!status.available) add("bad", "No pipeline serves: requests wait, then fail.");
+  const dead = deadNodes(status);
   for (const pipeline of status.pipelines) {
-    const empty = pipeline.stages.flatMap((stage, index) => (stage.serving.length ? [] : [index]));
+    const empty = pipeline.stages.flatMap((stage, index) => (stage.serving.some((m) => !dead.has(m.node)) ? [] : [index]));
     if (pipeline.state === "down") add("bad", `${pipeline.id} is down: nobody serves stage ${empty.join(", ")}.`);
     if (pipeline.state === "forming") add("warn", `${pipeline.id} is forming: it waits for stage ${empty.join(", ")}.`);
     pipeline.stages.forEach((stage, index) => {
@@ -67,8 +68,18 @@ export function findings(status) {
   if (!status.leader) add("warn", "No controller leads: streams go on, but nothing is repaired.");
   if (status.etcd_age_s > 3)
     add("warn", `etcd has been silent for ${seconds(status.etcd_age_s)}: streams go on, nothing is changed.`);
-  if (status.paused) add("warn", "Automation is paused.");
+  if (status.paused) add("bad", "Automation is paused: nothing is repaired or moved until it is resumed.");
   return found.sort((a, b) => ORDER[b.level] - ORDER[a.level]);
+}
+
+export function deadNodes(status) {
+  return new Set(status.nodes.filter((node) => ["red", "absent"].includes(node.state)).map((node) => node.node));
+}
+
+// What an operation that is under way does to one node, or "".
+export function underWay(node, operations) {
+  const mine = (item) => (item.kind === "restart" ? item.targets[item.turn]?.member.node : item.node) === node.node;
+  return operations.find((item) => item.state === "running" && mine(item))?.kind || "";
 }
 
 export function headline(status) {

@@ -2,7 +2,7 @@
 
 import { h } from "/ui/vendor/preact.js";
 import htm from "/ui/vendor/htm.js";
-import { clock, details, headline, lagText, seconds } from "/ui/format.js";
+import { clock, deadNodes, details, headline, lagText, seconds, underWay } from "/ui/format.js";
 
 const html = htm.bind(h);
 
@@ -25,7 +25,7 @@ export function Page({ status, events, link, signIn }) {
         <section aria-label="Nodes">
           <h2>Nodes</h2>
           <${Legend} />
-          <div class="nodes">${status.nodes.map((item) => html`<${Node} key=${item.node} node=${item} />`)}</div>
+          <div class="nodes">${status.nodes.map((item) => html`<${Node} key=${item.node} node=${item} doing=${underWay(item, status.operations)} />`)}</div>
         </section>
         <${Events} events=${events} error=${link.historyError} />
       </main>
@@ -72,6 +72,7 @@ function Banner({ status, lost }) {
       <dl class="facts">
         <${Fact} name="Leader" value=${status.leader || "none"} level=${status.leader ? "" : "warn"} />
         <${Fact} name="Controllers" value=${status.controllers.map((c) => html`<${Candidate} item=${c} me=${status.answered_by} />`)} />
+        <${Fact} name="Automation" value=${status.paused ? "paused" : "on"} level=${status.paused ? "warn" : ""} />
         <${Fact} name="Topology" value=${`#${status.counter}`} />
         <${Fact} name="etcd heard" value=${`${seconds(status.etcd_age_s)} ago`} level=${status.etcd_age_s > 3 ? "warn" : ""} />
         <${Fact} name="Gateways" value=${status.gateways.map((g) => g.id).join(" ") || "none"} level=${status.gateways.length ? "" : "warn"} />
@@ -101,13 +102,13 @@ function Pipeline({ pipeline, status }) {
         ${move && html`<span class="tag moving">stage ${move.stage} to ${move.to.node}: ${move.phase}</span>`}
       </header>
       <ol class="stages">
-        ${pipeline.stages.map((stage, index) => html`<${Stage} key=${index} index=${index} stage=${stage} move=${move} mode=${status.mode} />`)}
+        ${pipeline.stages.map((stage, index) => html`<${Stage} key=${index} index=${index} stage=${stage} move=${move} mode=${status.mode} dead=${deadNodes(status)} />`)}
       </ol>
     </article>`;
 }
 
-function Stage({ index, stage, move, mode }) {
-  const down = stage.serving.length === 0;
+function Stage({ index, stage, move, mode, dead }) {
+  const down = stage.serving.every((member) => dead.has(member.node)); // while paused the dead stay named
   const moving = move && move.stage === index;
   const bare = mode === "replicate" && !down && stage.replicas.length === 0;
   const kind = down ? "down" : stage.borrowed ? "borrowed" : "home";
@@ -136,6 +137,7 @@ function Operations({ operations }) {
           (item) => html`<li key=${item.id}>
             <span class=${`tag ${item.state}`}>${item.state}</span> <b>${item.kind} ${item.node}</b>
             ${item.substitute && ` with ${item.substitute}`} <span>${item.message}</span>
+            ${item.targets.length > 0 && html` <progress max=${item.targets.length} value=${item.turn} />`}
             <span class="quiet"> ${item.id}, ${clock(item.created_unix_s)}</span>
           </li>`,
         )}
@@ -147,7 +149,7 @@ function Legend() {
   return html`<p class="legend">KV blocks: <i class="own"></i> own <i class="replica"></i> replicas <i class="free"></i> free</p>`;
 }
 
-function Node({ node }) {
+function Node({ node, doing }) {
   const total = Math.max(node.blocks_total, 1);
   const own = Math.min(node.blocks_used, total);
   const replica = Math.min(node.blocks_replica, total - own);
@@ -160,6 +162,7 @@ function Node({ node }) {
         <h3>${node.node}</h3>
         <span class=${`tag ${node.state}`}>${node.state === "red" ? "dead" : node.state}</span>
         ${node.cordoned && html`<span class="tag cordoned">cordoned</span>`}
+        ${doing && html`<span class="tag running">${doing}</span>`}
         <span class="quiet">stage ${node.stage < 0 ? "?" : node.stage}</span>
       </header>
       ${!gone && html`<div class="bar" role="img" aria-label=${bar} title=${bar}>

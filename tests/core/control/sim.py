@@ -21,7 +21,16 @@ from controlplane.contract.status import OperationAnswer, OperationRequest
 from controlplane.contract.topology import Mode, MovePhase, Topology
 from controlplane.core import events
 from controlplane.core.controller import Controller
-from controlplane.core.events import CoreEvent, Effect, Record, Reread, WriteOperation, WriteTopology
+from controlplane.core.events import (
+    CoreEvent,
+    Effect,
+    PeersSeen,
+    Record,
+    Reread,
+    Resign,
+    WriteOperation,
+    WriteTopology,
+)
 from tests.core.control.world import make_config, make_record
 
 STEP_S = 0.1
@@ -46,6 +55,7 @@ class Node:
 class Sim:
     config: ClusterConfig
     controllers: int = 2
+    gateways: int = 1
     restart_s: float | None = 0.5  # the launcher's; None: dead nodes stay dead
     now: float = 100.0
     leader: str = ""
@@ -64,6 +74,10 @@ class Sim:
     written: list[Topology] = field(default_factory=list)
     nodes: dict[str, Node] = field(default_factory=dict)
     cores: dict[str, Controller] = field(default_factory=dict)
+    peers: dict[str, Member] = field(default_factory=dict)  # controllers and gateways
+    candidates: list[str] = field(default_factory=list)  # the leader first
+    messages: list[str] = field(default_factory=list)  # all that operations ever said
+    led: list[str] = field(default_factory=list)  # who, one after the other
     _dead_since: dict[str, float] = field(default_factory=dict)
     _revision: int = 1
     _numbers: count[int] = field(default_factory=count)
@@ -71,7 +85,12 @@ class Sim:
 
     def __post_init__(self) -> None:
         for k in range(self.controllers):
-            self.cores[f"c{k + 1}"] = Controller(self.config, f"c{k + 1}")
+            name = f"c{k + 1}"
+            self.cores[name] = Controller(self.config, name)
+            self.candidates.append(name)
+        for name in (*self.cores, *(f"g{k + 1}" for k in range(self.gateways))):
+            self.peers[name] = Member(name, f"i{next(self._numbers)}")
+        self.tell(self.peers_seen())
         self.tell(events.TopologySeen(None, 0))
         total = (self.config.instances + self.config.spares) * self.config.stages
         for k in range(total):
@@ -115,26 +134,49 @@ class Sim:
         if self.leader in self.cores:
             self._step(self.leader, events.LostLeadership())
         self.leader = name
+        self.led.append(name)
+        self.candidates.remove(name)
+        self.candidates.insert(0, name)
+        self.watch(self.peers_seen())
         self._step(name, events.BecameLeader())
 
+    def peers_seen(self) -> PeersSeen:
+        found = sorted(self.peers.values())
+        controllers = tuple(m for m in found if m.node in self.cores)
+        gateways = tuple(m for m in found if m.node not in self.cores)
+        return PeersSeen(controllers, gateways, tuple(self.candidates))
+
     def kill_leader(self) -> None:
-        """The process is gone, and a fresh candidate joins; the other one leads."""
+        """The process is gone, and a fresh candidate joins; the next one in line leads."""
         old = self.leader
-        other = next(name for name in self.cores if name != old)
+        self.leader = ""
+        self._restart(old)
+        self.elect(self.candidates[0])
+
+    def _restart(self, name: str) -> None:
+        """A fresh process of a controller or gateway."""
+        self.peers[name] = Member(name, f"i{next(self._numbers)}")
+        if name in self.cores:
+            self.candidates.remove(name)
+            self.candidates.append(name)
+            self._join(name)
+        self.watch(self.peers_seen())
+
+    def _join(self, old: str) -> None:
+        """A fresh controller learns what is in etcd."""
         self.cores[old] = Controller(self.config, old)
+        self._step(old, self.peers_seen())
         for node in self.nodes.values():
             if node.leased:
                 self._step(old, events.NodeRegistered(node.record))
         for operation, revision in self.operations.values():
             self._step(old, events.OperationSeen(operation, revision))
         self._step(old, events.TopologySeen(self.topology, self.topology_revision))
-        self.leader = ""
-        self.elect(other)
 
     def submit(
         self,
         kind: str,
-        node: str,
+        node: str = "",
         *,
         id: str = "op",
         substitute: str | None = None,
@@ -149,6 +191,7 @@ class Sim:
     def put_operation(self, operation: Operation) -> None:
         self._revision += 1
         self.operations[operation.id] = (operation, self._revision)
+        self.messages.append(operation.message)
         self.watch(events.OperationSeen(operation, self._revision))
 
     def cancel(self, id: str) -> None:
@@ -165,6 +208,8 @@ class Sim:
         backlog, self._backlog = self._backlog, []
         for event in backlog:
             self.tell(event)
+        if not self.leader:
+            self.elect(self.candidates[0])
 
     # -- delivery -----------------------------------------------------------------------------------------
 
@@ -192,6 +237,14 @@ class Sim:
             case Record(event):
                 self.history.append(event)
                 return None
+            case Resign():
+                if name == self.leader:
+                    self.candidates.append(self.candidates.pop(0))
+                    if self.etcd_up:
+                        self.elect(self.candidates[0])
+                        return None  # elect() has told it
+                    self.leader = ""  # nobody can be elected without etcd
+                return events.LostLeadership()
             case Reread(None):
                 return events.TopologySeen(self.topology, self.topology_revision) if self.etcd_up else None
             case Reread(str() as id):
@@ -249,7 +302,19 @@ class Sim:
         self.now += STEP_S
         for name, node in list(self.nodes.items()):
             self._live(name, node)
+        self._restart_retired()
         self.tell(events.Tick())
+
+    def _restart_retired(self) -> None:
+        """Controllers and gateways that the topology has retired exit; their supervisors start fresh ones."""
+        for name, member in list(self.peers.items()):
+            if self.etcd_up and self.topology is not None and member in self.topology.retired:
+                if name in self.held:
+                    continue
+                if name == self.leader:
+                    self.kill_leader()
+                else:
+                    self._restart(name)
 
     def _live(self, name: str, node: Node) -> None:
         silent_since = self._dead_since.get(name, node.stopped_at)
@@ -358,9 +423,11 @@ def formed(
     spares: int = 0,
     mode: Mode = Mode.REPLICATE,
     controllers: int = 2,
+    gateways: int = 1,
     restart_s: float | None = 0.5,
 ) -> Sim:
     """A group in which everybody serves at home."""
-    sim = Sim(make_config(instances, stages, spares, mode), controllers=controllers, restart_s=restart_s)
+    config = make_config(instances, stages, spares, mode)
+    sim = Sim(config, controllers=controllers, gateways=gateways, restart_s=restart_s)
     sim.run_until(sim.home, limit_s=15)
     return sim

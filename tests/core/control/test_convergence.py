@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
-from itertools import product
+from itertools import combinations, product
 
 import pytest
+from msgspec.structs import replace
 
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.records import Operation, OperationKind, OperationState, ProcessKind, Target
 from controlplane.contract.topology import Mode
-from tests.core.control.world import World, make_config
+from controlplane.core.policy import Timers
+from tests.core.control.world import LIMITS, World, make_config
 
 SHAPES = [(2, 2), (2, 4), (3, 3)]
 
@@ -95,3 +99,95 @@ def test_the_other_modes_converge_too(mode: Mode) -> None:
         world.settle()
         assert world.all_home(), (mode, dead, world.serving())
         assert world.topology.retired == ()
+
+
+# ---- operations: whatever was interrupted goes on, or goes back
+
+
+def wishes(world: World) -> list[Operation]:
+    """One operation of each kind that a topology can show the progress of."""
+    n1 = world.member("n1").incarnation
+    nodes = tuple(Target(ProcessKind.NODE, world.member(f"n{k}")) for k in range(4))
+    return [
+        Operation("op", OperationKind.DRAIN, "n1"),
+        Operation("op", OperationKind.CORDON, "n1"),
+        Operation("op", OperationKind.REPLACE, "n1", incarnation=n1),
+        Operation("op", OperationKind.REPLACE, "n1", substitute="n5"),
+        Operation("op", OperationKind.RESTART, "nodes", targets=nodes),
+        Operation("op", OperationKind.PAUSE),
+    ]
+
+
+def operated(wish: Operation, config: ClusterConfig) -> list[World]:
+    """Worlds after every step of an operation's life."""
+    world = World(config)
+    world.settle()
+    world.operations["op"] = wish
+    found = [copy.deepcopy(world)]
+    for _ in range(400):
+        before = (world.topology, world.operations["op"])
+        if world.step() is None and (world.topology, world.operations["op"]) == before and not revive(world):
+            world.now += 16.0
+            if not world.operations["op"].open:
+                return found
+        found.append(copy.deepcopy(world))
+    raise AssertionError(f"no end: {world.operations}, {world.history[-20:]}")
+
+
+def revive(world: World) -> bool:
+    """Retired processes exit, and their launcher starts fresh ones."""
+    gone = [m.node for m in world.topology.retired if m == world.member(m.node) and m.node in world.alive]
+    for node in gone:
+        world.start(node)
+    return bool(gone)
+
+
+def settle(world: World) -> None:
+    world.settle()
+    while revive(world):
+        world.settle()
+
+
+@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_every_prefix_of_an_operation_converges(which: int, cancelled: bool) -> None:
+    config = make_config(2, 2, spares=1)
+    base = World(config)
+    base.settle()
+    wish = wishes(base)[which]
+    deaths = [frozenset(dead) for k in range(3) for dead in combinations(["n0", "n1", "n3", "n5"], k)]
+    prefixes_ = operated(wish, config)
+    assert len(prefixes_) >= 2
+    for number, start in enumerate(prefixes_):
+        dead = deaths[number % len(deaths)]
+        for some in {frozenset(), dead, deaths[(7 * number + 3) % len(deaths)]}:
+            world = copy.deepcopy(start)
+            world.timers = Timers(LIMITS)  # a new leader knows only what is written
+            world.timers.note(world.topology, world.now)
+            world.kill(*some)
+            if cancelled and world.operations["op"].open:
+                world.operations["op"] = replace(world.operations["op"], state=OperationState.CANCELLED)
+            settle(world)
+            for node in sorted(some):
+                world.start(node)
+            settle(world)
+            assert not world.operations["op"].open, (some, world.operations, world.serving())
+            whole(world, (number, some, cancelled))
+
+
+def whole(world: World, case: object) -> None:
+    """After the cordons are lifted and automation is on again, everything serves at home."""
+    if world.topology.paused:
+        world.operations["on"] = Operation("on", OperationKind.RESUME, created_unix_s=5.0)
+        settle(world)
+    for node in world.topology.cordoned:
+        world.operations[node] = Operation(node, OperationKind.UNDRAIN, node, created_unix_s=9.0)
+    settle(world)
+    assert all(not op.open for op in world.operations.values()), (case, world.operations)
+    assert world.topology.cordoned == ()
+    assert world.topology.retired == ()
+    for pipeline in world.topology.pipelines:
+        assert pipeline.move is None, case
+        for stage in pipeline.stages:
+            assert stage.ranks == tuple(world.member(home) for home in stage.homes), (case, world.serving())
+            assert len(stage.replicas) == 1, (case, world.copies())

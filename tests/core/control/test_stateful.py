@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from controlplane.contract.records import OperationKind
 from controlplane.core import events
 from tests.core.control.sim import Sim
 from tests.core.control.world import make_config
@@ -82,10 +83,20 @@ class Cluster(RuleBasedStateMachine):
         self.sim.quiet, self.sim.lag = quiet, lag
 
     @precondition(lambda self: self.sim.etcd_up)
-    @rule(kind=st.sampled_from(["drain", "undrain", "replace"]), node=NODES)
+    @rule(kind=st.sampled_from(["drain", "undrain", "replace", "cordon"]), node=NODES)
     def operate(self, kind: str, node: str) -> None:
         self.operations += 1
         self.sim.submit(kind, node, id=f"op{self.operations}")
+
+    @precondition(lambda self: self.sim.etcd_up)
+    @rule(
+        wish=st.sampled_from(
+            [("pause", ""), ("resume", ""), ("transfer-leader", ""), ("restart", "nodes"), ("restart", "all")]
+        )
+    )
+    def operate_the_group(self, wish: tuple[str, str]) -> None:
+        self.operations += 1
+        self.sim.submit(*wish, id=f"op{self.operations}")
 
     @precondition(lambda self: self.sim.etcd_up and any(op.open for op, _ in self.sim.operations.values()))
     @rule()
@@ -116,6 +127,13 @@ class Cluster(RuleBasedStateMachine):
         if not sim.etcd_up:
             sim.etcd_back()
         sim.run(5)
+        if sim.topology is not None and sim.topology.paused:
+            for id, (op, _) in list(sim.operations.items()):
+                if op.open and op.kind is OperationKind.PAUSE:
+                    sim.cancel(id)
+            sim.submit("resume", id="last-resume")  # one that is under way already is as good
+            sim.run(5)
+            assert not sim.topology.paused
         for id, (op, _) in list(sim.operations.items()):
             if op.open:
                 sim.cancel(id)

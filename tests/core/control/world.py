@@ -11,9 +11,9 @@ from controlplane.contract.records import NodeRecord, Operation
 from controlplane.contract.reports import NodeReport, PipelineReport, TargetReport
 from controlplane.contract.status import NodeState
 from controlplane.contract.topology import Mode, MovePhase, Topology
-from controlplane.core.drain import avoided, progress
 from controlplane.core.edit import initial
 from controlplane.core.membership import Nodes, NodeView
+from controlplane.core.operations import progress, survey
 from controlplane.core.plan import Transition, plan
 from controlplane.core.policy import Limits, Policy, Situation, Timers
 
@@ -138,9 +138,7 @@ class World:
         return Policy(self.config, self.timers, self.operations, LIMITS)
 
     def situation(self) -> Situation:
-        nodes = self.nodes()
-        avoid = avoided(self.topology, nodes, self.operations)
-        return Situation(self.topology, nodes, self.policy(), self.now, avoid)
+        return survey(self.topology, self.nodes(), self.policy(), self.now)
 
     def next(self) -> Transition | None:
         return plan(self.topology, self.nodes(), self.policy(), self.now)

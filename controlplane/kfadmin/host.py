@@ -1,0 +1,94 @@
+"""Restarting the processes of this machine that the cluster does not see: the launcher and etcd's members.
+
+`kfadmin up` starts each again as soon as it has ended; elsewhere the machine's own supervisor does so.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import httpx
+
+from controlplane.contract.errors import KevlarFlowError
+from controlplane.kfadmin.client import Refused
+from controlplane.kfadmin.output import progress
+from controlplane.kfadmin.rundir import ProcessFile, RunDir
+
+POLL_S = 0.05
+RESTART_LIMIT_S = 30.0
+PROBE_S = 1.0
+ETCD_MEMBERS_MIN = 3  # fewer lose their quorum with one
+
+
+def restart_launcher(run_dir: RunDir, dry_run: bool) -> None:
+    """A fresh launcher adopts the nodes that run; they do not notice. Raises Refused, KevlarFlowError."""
+    old = _running(run_dir, "launcher")
+    if dry_run:
+        progress(f"restart the launcher (pid {old.pid}); its nodes run on")
+        return
+    os.kill(old.pid, signal.SIGHUP)  # SIGTERM would end the nodes as well
+    fresh = _wait_fresh(run_dir, "launcher", old)
+    print(f"launcher restarted: pid {old.pid} -> {fresh.pid}")
+
+
+def restart_etcd(run_dir: RunDir, dry_run: bool) -> None:
+    """One member after the other; each has to be healthy before the next goes. Raises Refused, KevlarFlowError."""
+    members = {
+        name: address
+        for number, address in enumerate(run_dir.config().etcd)
+        if (name := f"etcd{number}") in run_dir.processes("pids")
+    }
+    if len(members) < ETCD_MEMBERS_MIN:
+        raise Refused(
+            f"etcd has {len(members)} members here: restarting one of fewer than {ETCD_MEMBERS_MIN} stops "
+            "reconfiguration meanwhile (`kfadmin up --etcd-members 3`)"
+        )
+    sick = [name for name, address in members.items() if not etcd_healthy(address)]
+    if sick:
+        raise Refused(f"not healthy: {', '.join(sick)}; mend that first")
+    for name, address in members.items():
+        old = _running(run_dir, name)
+        if dry_run:
+            progress(f"restart {name} (pid {old.pid}), wait until it is healthy")
+            continue
+        os.kill(old.pid, signal.SIGTERM)
+        fresh = _wait_fresh(run_dir, name, old)
+        _wait(lambda at=address: etcd_healthy(at), f"{name} is healthy again")  # type: ignore[misc]
+        print(f"{name} restarted: pid {old.pid} -> {fresh.pid}")
+
+
+def etcd_healthy(address: str) -> bool:
+    """Whether the member at "host:port" answers and knows a leader."""
+    try:
+        answer = httpx.get(f"http://{address}/health", timeout=PROBE_S, trust_env=False)
+    except httpx.TransportError:
+        return False
+    return answer.status_code == 200
+
+
+def _running(run_dir: RunDir, name: str) -> ProcessFile:
+    file = run_dir.processes("pids").get(name)
+    if file is None or not file.alive:
+        raise Refused(f"{name} does not run in {run_dir.path}")
+    return file
+
+
+def _wait_fresh(run_dir: RunDir, name: str, old: ProcessFile) -> ProcessFile:
+    def fresh() -> ProcessFile | None:
+        file = run_dir.processes("pids").get(name)
+        changed = file is not None and (file.pid, file.start_ticks) != (old.pid, old.start_ticks)
+        return file if changed and file is not None and file.alive else None
+
+    _wait(fresh, f"a fresh {name} runs")
+    return _running(run_dir, name)
+
+
+def _wait(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + RESTART_LIMIT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise KevlarFlowError(f"waited {RESTART_LIMIT_S:g} s until {what}; the rest was left as it is")
+        time.sleep(POLL_S)

@@ -1,0 +1,364 @@
+"""Operations under load: whatever an operator does, streams bring exactly the tokens of an undisturbed run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from controlplane.contract.errors import KevlarFlowError
+from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
+from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
+from tests.e2e.cluster import Cluster, until
+from tests.e2e.test_moves import kfadmin, serves_nothing
+
+PROMPTS = sample_prompts(8, 200)
+NODES = [f"n{k}" for k in range(4)]
+CONTROLLERS = ["c1", "c2", "c3"]
+ETCD = ["etcd0", "etcd1", "etcd2"]
+PAUSE_MAX_S = 3.0  # without a leader
+ENDLESS_TOKENS = 1900  # what fits into the demo model's context
+
+
+@pytest.fixture(scope="module")
+def cluster(etcd_binary: None) -> Iterator[Cluster]:
+    """Two instances of two stages, three controllers, three etcd members."""
+    with Cluster(instances=2, stages=2, controllers=3, etcd_members=3) as running:
+        yield running
+
+
+@pytest.fixture
+def home(cluster: Cluster) -> Iterator[Cluster]:
+    """The module's cluster with every node at home, before and after the test."""
+    asyncio.run(cluster.wait_all_home())
+    yield cluster
+    for name in (*NODES, *CONTROLLERS, *ETCD, "g1", "launcher"):
+        cluster.local.release(name)
+    asyncio.run(cluster.wait_for(lambda s: s.leader, "somebody leads", 30.0))
+    if cluster.local.status().paused:
+        assert kfadmin(cluster, "resume").returncode == 0
+    asyncio.run(cluster.wait_all_home(60.0))
+
+
+async def under_load(cluster: Cluster, act: Callable[[], Awaitable[None]]) -> list[Stream]:
+    """Run `act` beside streams that never cease: each half of the prompts is asked for again when it has ended."""
+    ended: list[Stream] = []
+    stop = asyncio.Event()
+
+    async def load(prompts: list[Prompt]) -> None:
+        while not stop.is_set():
+            ended.extend(await cluster.generator.streams(prompts))
+
+    async def acting() -> None:
+        await until(lambda: ended, "streams flow")
+        try:
+            await act()
+        finally:
+            stop.set()
+
+    half = len(PROMPTS) // 2
+    async with asyncio.TaskGroup() as group:
+        group.create_task(load(PROMPTS[:half]))
+        group.create_task(load(PROMPTS[half:]))
+        group.create_task(acting())
+    return ended
+
+
+async def command(cluster: Cluster, *arguments: str, limit_s: float = 60.0) -> None:
+    done = await asyncio.to_thread(kfadmin, cluster, *arguments, limit_s=limit_s)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class LeaderWatch:
+    """How long nobody led, as the admin API tells it."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self.gap_s_max = 0.0
+        self.leaders: list[str] = []
+
+    async def run(self) -> None:
+        led_at = time.monotonic()
+        while True:
+            with contextlib.suppress(KevlarFlowError):  # nobody answers just now: nobody is known to lead
+                if leader := (await self._cluster.status()).leader:
+                    led_at = time.monotonic()
+                    if self.leaders[-1:] != [leader]:
+                        self.leaders.append(leader)
+            self.gap_s_max = max(self.gap_s_max, time.monotonic() - led_at)
+            await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def leaders(cluster: Cluster) -> AsyncIterator[LeaderWatch]:
+    watch = LeaderWatch(cluster)
+    task = asyncio.create_task(watch.run())
+    try:
+        yield watch
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
+    return {name for name in before if after.get(name) != before[name]}
+
+
+def test_rolling_restart_of_every_node_and_controller_under_load(home: Cluster) -> None:
+    asyncio.run(home.references(PROMPTS))
+    before = home.local.pids()
+
+    async def restart() -> None:
+        async with leaders(home) as watch:
+            await command(home, "restart", "controllers", "--timeout", "60")
+            await command(home, "restart", "nodes", "--timeout", "110", limit_s=120.0)
+        assert watch.gap_s_max <= PAUSE_MAX_S, watch.gap_s_max
+
+    streams = asyncio.run(under_load(home, restart))
+    asyncio.run(home.expect_equal(streams))
+    asyncio.run(home.wait_all_home())
+    assert changed(before, home.local.pids()) == {*NODES, *CONTROLLERS}
+    assert recomputed_nothing(home)
+
+
+def recomputed_nothing(cluster: Cluster) -> bool:
+    """Every planned switch carried all of the KV over."""
+    rows = json.loads(kfadmin(cluster, "events", "-o", "json", "--limit", "1000").stdout)
+    switches = [row["event"] for row in rows if row["event"]["kind"] == "recovered"]
+    planned = [event for event in switches if event["details"]["planned"]]
+    return bool(planned) and all(event["details"]["tokens_recomputed"] == 0 for event in planned)
+
+
+def test_leadership_is_transferred_and_no_stream_notices(home: Cluster) -> None:
+    asyncio.run(home.references(PROMPTS))
+    epochs = {p.id: p.epoch for p in home.local.status().pipelines}
+
+    async def transfer() -> None:
+        async with leaders(home) as watch:
+            for _ in range(3):
+                leader = (await home.status()).leader
+                heir = next(name for name in reversed(CONTROLLERS) if name != leader)
+                await command(home, "transfer-leader", heir)
+                await home.wait_for(lambda s, heir=heir: s.leader == heir, f"{heir} leads", 5.0)
+        assert watch.gap_s_max <= PAUSE_MAX_S, watch.gap_s_max
+        assert len(watch.leaders) >= 4
+
+    streams = asyncio.run(under_load(home, transfer))
+    asyncio.run(home.expect_equal(streams))
+    assert {p.id: p.epoch for p in home.local.status().pipelines} == epochs  # nothing was switched
+
+
+def test_while_paused_a_dead_node_is_not_repaired_and_resume_repairs_it(home: Cluster) -> None:
+    pids = home.local.node_pids()
+    assert kfadmin(home, "pause").returncode == 0
+    counter = home.local.status().counter
+    home.local.hold("n1")
+    home.kill("n1")
+
+    def seen(status: ClusterStatus) -> bool:
+        return any(n.node == "n1" and n.state is NodeState.RED for n in status.nodes)
+
+    status = asyncio.run(home.wait_for(seen, "n1 is found dead"))
+    assert kfadmin(home, "transfer-leader").returncode == 0  # a new leader is paused, too
+    status = asyncio.run(home.wait_for(seen, "the new leader finds it dead"))
+    assert status.paused
+    assert status.counter == counter
+    assert status.pipelines[0].state is PipelineState.DOWN
+    assert status.pipelines[1].state is PipelineState.UP
+    assert status.pipelines[0].stages[1].serving[0].node == "n1"  # nobody has taken its place
+    words = kfadmin(home, "status").stdout
+    assert "automation is PAUSED" in words
+    waiting = kfadmin(home, "drain", "n0", "--detach", "--operation-id", "waits")
+    assert "automation is paused" in waiting.stdout
+    assert home.local.status().counter == counter
+    assert kfadmin(home, "cancel", "waits").returncode == 0
+    assert kfadmin(home, "resume").returncode == 0
+    asyncio.run(home.wait_for(lambda s: s.pipelines[0].stages[1].borrowed, "n3 is borrowed", 5.0))
+    home.local.release("n1")
+    asyncio.run(home.wait_all_home())
+    assert changed(pids, home.local.node_pids()) == {"n1"}
+
+
+def test_a_cordoned_node_gets_nothing_new_and_keeps_what_it_serves(home: Cluster) -> None:
+    asyncio.run(home.references(PROMPTS))
+
+    async def cordon() -> None:
+        await command(home, "cordon", "n1")
+        before = await home.status()
+        home.local.hold("n3")
+        home.kill("n3")  # n1 would have to be borrowed
+
+        def down(status: ClusterStatus) -> bool:
+            return status.pipelines[1].state is PipelineState.DOWN
+
+        await home.wait_for(down, "nobody is borrowed")
+        status = await home.status()
+        assert status.pipelines[0].epoch == before.pipelines[0].epoch
+        assert [n.serving for n in status.nodes if n.node == "n1"] == [("p0/1",)]
+        assert [n.cordoned for n in status.nodes if n.node == "n1"] == [True]
+        await command(home, "uncordon", "n1")
+        await home.wait_for(lambda s: s.pipelines[1].state is PipelineState.DEGRADED, "n1 is borrowed", 5.0)
+        home.local.release("n3")
+
+    streams = asyncio.run(under_load(home, cordon))
+    asyncio.run(home.expect_equal(streams))
+
+
+def test_a_drain_does_not_wait_for_generations_that_take_for_ever(home: Cluster) -> None:
+    """Streams as long as the model allows; the drain is over in seconds, and they go on with the same tokens."""
+    prompts = sample_prompts(6, ENDLESS_TOKENS)
+    wanted = asyncio.run(first_tokens(home, prompts, 600))
+
+    async def drain(streams: list[Stream]) -> None:
+        await until(lambda: all(len(s.tokens) >= 100 for s in streams), "tokens flow")
+        began, held = time.monotonic(), [len(s.tokens) for s in streams]
+        await command(home, "drain", "n0")
+        took_s = time.monotonic() - began
+        left = min(ENDLESS_TOKENS - len(s.tokens) for s in streams)
+        assert took_s < 15.0
+        assert left > 300, f"{left} tokens were left: {took_s} s, {held}"
+        assert serves_nothing(await home.status(), "n0")
+
+    try:
+        got = asyncio.run(first_tokens(home, prompts, 600, drain))
+    finally:
+        assert kfadmin(home, "undrain", "n0").returncode == 0
+    for mine, other in zip(got, wanted, strict=True):
+        assert mine.tokens[:600] == other.tokens[:600]
+
+
+async def first_tokens(
+    cluster: Cluster,
+    prompts: list[Prompt],
+    count: int,
+    act: Callable[[list[Stream]], Awaitable[None]] | None = None,
+) -> list[Stream]:
+    """The first `count` tokens of each stream at least; then the clients hang up."""
+    streams = [Stream(prompt) for prompt in prompts]
+    task = asyncio.create_task(cluster.generator.streams(prompts, streams))
+    try:
+        if act is not None:
+            await act(streams)
+        await until(lambda: all(len(s.tokens) >= count for s in streams), f"{count} tokens each", 60.0)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    return streams
+
+
+def test_all_of_etcd_is_away_for_twenty_seconds(home: Cluster) -> None:
+    """No request fails, nothing is restarted; `check quorum` tells; then an operation works again."""
+    asyncio.run(home.references(PROMPTS))
+    before = home.local.pids()
+
+    async def outage() -> None:
+        for name in ETCD:
+            home.local.hold(name)
+            home.kill(name)
+        back = time.monotonic() + 20.0
+        while time.monotonic() < back:
+            await home.expect_equal(await home.generator.streams(PROMPTS[:2]))
+        told = await asyncio.to_thread(kfadmin, home, "check", "quorum")
+        assert told.returncode == 3, told.stdout
+        assert "0 of 3 etcd members" in told.stdout
+        for name in ETCD:
+            home.local.release(name)
+        await home.wait_for(lambda s: s.leader and s.etcd_age_s < 3.0, "etcd is back", 30.0)
+
+    streams = asyncio.run(under_load(home, outage))
+    asyncio.run(home.expect_equal(streams))
+    assert changed(before, home.local.pids()) == set(ETCD)
+    assert kfadmin(home, "check", "quorum").returncode == 0
+    assert kfadmin(home, "replace", "n3").returncode == 0
+    assert changed(before, home.local.pids()) == {*ETCD, "n3"}
+
+
+def test_etcd_and_the_launcher_are_restarted_under_load(home: Cluster) -> None:
+    asyncio.run(home.references(PROMPTS))
+    before = home.local.pids()
+
+    async def restart() -> None:
+        await command(home, "restart", "etcd")
+        await command(home, "restart", "launcher")
+        await command(home, "replace", "n2")
+
+    streams = asyncio.run(under_load(home, restart))
+    asyncio.run(home.expect_equal(streams))
+    assert changed(before, home.local.pids()) == {*ETCD, "launcher", "n2"}
+
+
+def test_a_gateway_is_restarted_and_serves_again(home: Cluster) -> None:
+    before = home.local.pids()
+    assert kfadmin(home, "restart", "gateways").returncode == 0
+    assert changed(before, home.local.pids()) == {"g1"}
+    asyncio.run(home.expect_equal(asyncio.run(home.generator.streams(PROMPTS[:2]))))
+
+
+def test_check_says_what_would_be_refused_and_changes_nothing(home: Cluster) -> None:
+    counter = home.local.status().counter
+    assert kfadmin(home, "check", "drain", "n1").returncode == 0
+    assert kfadmin(home, "check", "replace", "n1").returncode == 0
+    assert kfadmin(home, "check", "quorum").returncode == 0
+    refused = kfadmin(home, "check", "replace", "n1", "--with", "n2")
+    assert refused.returncode == 3
+    assert "fail" in refused.stdout
+    plan = kfadmin(home, "restart", "all", "--dry-run", "-o", "json")
+    assert plan.returncode == 0
+    steps = json.loads(plan.stdout)["plan"]
+    assert len(steps) == len(NODES) + len(CONTROLLERS) + 1
+    assert home.local.status().counter == counter
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+
+
+def test_a_blank_machine_gets_its_weights_from_a_peer(home: Cluster, tmp_path: Path) -> None:
+    """A node with no checkpoint and nothing but the secret takes a dead one's place under load."""
+    asyncio.run(home.references(PROMPTS))
+    shutil.copy(home.local.config.secret_file, tmp_path / "secret")
+    blank = msgspec.structs.replace(home.local.config, run_dir=str(tmp_path), model=str(tmp_path / "nothing"))
+    (tmp_path / "blank.json").write_bytes(msgspec.json.encode(blank))
+    command = [
+        sys.executable,
+        "-m",
+        "dataplane.main",
+        "--config",
+        str(tmp_path / "blank.json"),
+        "--node",
+        "n3",
+    ]
+    processes: list[subprocess.Popen[bytes]] = []
+
+    async def replace() -> None:
+        home.local.hold("n3")
+        home.kill("n3")
+        await home.wait_for(lambda s: s.pipelines[1].stages[1].borrowed, "n1 is borrowed", 5.0)
+        processes.append(start(command, tmp_path / "log"))
+
+        def serves(status: ClusterStatus) -> bool:
+            node = next(n for n in status.nodes if n.node == "n3")
+            return node.pid == processes[0].pid and node.serving == ("p1/1",)
+
+        await home.wait_for(serves, f"the blank n3 serves; {(tmp_path / 'log').read_text()}", 60.0)
+
+    try:
+        streams = asyncio.run(under_load(home, replace))
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait(10)
+    asyncio.run(home.expect_equal(streams))
+    (fetched,) = (tmp_path / "weights").glob("stage1of2-*[!k]")
+    assert not any(path.suffix == ".partial" for path in (tmp_path / "weights").iterdir())
+    assert (fetched / "model.safetensors").stat().st_size > 1_000_000

@@ -1,0 +1,259 @@
+"""A blank node's weights over a real connection: complete, verified, gone on from, and refused in words."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import struct
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from controlplane.contract import auth
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.errors import ConfigError, Unavailable
+from controlplane.contract.ids import Member
+from controlplane.contract.records import NodeRecord
+from controlplane.kfadmin.up import demo_model
+from dataplane import fetch, weights_service
+from dataplane.frontdoor import Frontdoor
+from dataplane.model.bundle import Bundle, holds_stage, open_bundle
+from dataplane.model.config import load_config
+from dataplane.model.split import split_layers
+from dataplane.model.weights import INDEX, SINGLE, load_weights, stage_shapes, weights_digest
+from dataplane.weights_service import Ask, Chunk, Manifest, WeightsService, checksum
+
+STAGE, STAGES = 1, 4
+CHUNK = 100_000  # small, so that there are many
+
+Answer = Callable[[Bundle, Ask], Manifest | Chunk]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_service, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(fetch, "CHUNK_BYTES", CHUNK)
+
+
+def digest_of(model_dir: Path, stage: int = STAGE) -> str:
+    config = load_config(model_dir)
+    layers = split_layers(config.num_layers, STAGES)[stage]
+    return weights_digest(load_weights(model_dir, config, layers))
+
+
+def settings(tmp_path: Path) -> ClusterConfig:
+    secret = tmp_path / "secret"
+    if not secret.exists():
+        auth.create_secret(secret)
+    return ClusterConfig(str(tmp_path), str(tmp_path / "nothing"), (), stages=STAGES)
+
+
+@contextlib.asynccontextmanager
+async def peer(
+    config: ClusterConfig,
+    *,
+    digest: str = "",
+    token: str = "",
+    wrap: Callable[[Answer], Answer] = lambda answer: answer,
+    model_dir: Path | None = None,
+) -> AsyncIterator[NodeRecord]:
+    """A node that serves the demo model's weights; `wrap` changes what it answers."""
+    token = token or auth.derive(auth.load_secret(config.secret_file), "grpc")
+    digest = digest or digest_of(demo_model())
+    service = WeightsService(token, model_dir or demo_model(), STAGE, STAGES, digest)
+    service._answer = wrap(service._answer)  # type: ignore[method-assign]
+    door = Frontdoor(token, lambda *_: None, lambda *_: None, service.handler)
+    address = await door.start("127.0.0.1")
+    try:
+        yield record_of(address, digest)
+    finally:
+        await door.close()
+
+
+def record_of(address: str, digest: str, name: str = "n5") -> NodeRecord:
+    return NodeRecord(Member(name, "a"), "default", STAGE, STAGES, "", address, digest, 1, 16, 1)
+
+
+def fetched(config: ClusterConfig, **more: Any) -> Path:
+    target = Path(config.run_dir) / "weights" / "stage1of4-x"
+    target.parent.mkdir(exist_ok=True)
+
+    async def run() -> None:
+        async with peer(config, **more) as record:
+            await fetch._fetch(config, [record], target)
+
+    asyncio.run(run())
+    return target
+
+
+def test_what_was_fetched_is_the_stage_and_nothing_else(tmp_path: Path) -> None:
+    target = fetched(settings(tmp_path))
+    assert digest_of(target) == digest_of(demo_model())
+    assert holds_stage(target, STAGE, STAGES)
+    config = load_config(demo_model())
+    names = set(stage_shapes(config, split_layers(config.num_layers, STAGES)[STAGE]))
+    assert set(load_file(target / SINGLE)) == names
+    assert (target / SINGLE).stat().st_size < (demo_model() / SINGLE).stat().st_size / 3
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (target / name).read_bytes() == (demo_model() / name).read_bytes()
+    # It can be given on: a second blank node may ask the first.
+    again = open_bundle(target, STAGE, STAGES)
+    assert again.read(SINGLE, 0, 1 << 30) == open_bundle(demo_model(), STAGE, STAGES).read(SINGLE, 0, 1 << 30)
+
+
+def test_equal_tensors_are_equal_bytes_whatever_files_they_come_from(tmp_path: Path) -> None:
+    tensors = load_file(demo_model() / SINGLE)
+    where = {name: f"part-{number % 3}.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in set(where.values()):
+        save_file({name: tensors[name] for name in tensors if where[name] == file}, tmp_path / file)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": where}))
+    (tmp_path / "config.json").write_bytes((demo_model() / "config.json").read_bytes())
+    for stage in range(STAGES):
+        assert holds_stage(tmp_path, stage, STAGES)
+        one, many = open_bundle(demo_model(), stage, STAGES), open_bundle(tmp_path, stage, STAGES)
+        assert one.read(SINGLE, 0, 1 << 30) == many.read(SINGLE, 0, 1 << 30)
+    (tmp_path / "part-0.safetensors").unlink()
+    assert not holds_stage(tmp_path, STAGE, STAGES)
+    assert not holds_stage(tmp_path / "nothing", STAGE, STAGES)
+
+
+def test_pieces_join_at_every_offset() -> None:
+    bundle = open_bundle(demo_model(), STAGE, STAGES)
+    whole = bundle.read(SINGLE, 0, 1 << 30)
+    assert len(whole) == bundle.size(SINGLE)
+    (header,) = struct.unpack("<Q", whole[:8])
+    for at in (
+        0,
+        1,
+        7,
+        8,
+        header + 7,
+        header + 8,
+        header + 9,
+        999_999,
+        len(whole) - 1,
+        len(whole),
+        len(whole) + 5,
+    ):
+        assert bundle.read(SINGLE, at, 70_001) == whole[at : at + 70_001]
+
+
+def test_an_interrupted_fetch_goes_on_where_it_was(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    asked: list[int] = []
+
+    def breaks_off(answer: Answer) -> Answer:
+        def wrapped(bundle: Bundle, ask: Ask) -> Manifest | Chunk:
+            if ask.name == SINGLE and ask.offset >= 10 * CHUNK:
+                raise OSError("the disk is gone")
+            return answer(bundle, ask)
+
+        return wrapped
+
+    def counts(answer: Answer) -> Answer:
+        def wrapped(bundle: Bundle, ask: Ask) -> Manifest | Chunk:
+            if ask.name == SINGLE:
+                asked.append(ask.offset)
+            return answer(bundle, ask)
+
+        return wrapped
+
+    with pytest.raises(Unavailable, match=r"the disk is gone.*is kept"):
+        fetched(config, wrap=breaks_off)
+    partial = tmp_path / "weights" / "stage1of4-x.partial"
+    assert (partial / SINGLE).stat().st_size >= 5 * CHUNK
+    target = fetched(config, wrap=counts)
+    assert asked[0] >= 5 * CHUNK
+    assert digest_of(target) == digest_of(demo_model())
+    assert not partial.exists()
+
+
+def flipped(answer: Answer) -> Answer:
+    """One bit of one chunk changes on the way."""
+
+    def wrapped(bundle: Bundle, ask: Ask) -> Manifest | Chunk:
+        said = answer(bundle, ask)
+        if isinstance(said, Chunk) and ask.offset == 3 * CHUNK:
+            return Chunk(said.name, said.offset, bytes([said.data[0] ^ 1]) + said.data[1:], said.checksum)
+        return said
+
+    return wrapped
+
+
+def changed(answer: Answer) -> Answer:
+    """The peer's disk has something else than what it loaded: the checksum is right, the weights are not."""
+
+    def wrapped(bundle: Bundle, ask: Ask) -> Manifest | Chunk:
+        said = flipped(answer)(bundle, ask)
+        return (
+            Chunk(said.name, said.offset, said.data, checksum(said.data)) if isinstance(said, Chunk) else said
+        )
+
+    return wrapped
+
+
+def lies(answer: Answer) -> Answer:
+    def wrapped(bundle: Bundle, ask: Ask) -> Manifest | Chunk:
+        said = answer(bundle, ask)
+        if isinstance(said, Manifest):
+            return Manifest(said.stage, said.num_stages, said.weights_digest, {**said.sizes, "../../evil": 4})
+        return said
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("wrap", "word"), [(flipped, "not what was sent"), (changed, "digest"), (lies, "manifest names")]
+)
+def test_what_is_not_right_never_counts(tmp_path: Path, wrap: Callable[[Answer], Answer], word: str) -> None:
+    config = settings(tmp_path)
+    with pytest.raises(Unavailable, match=word):
+        fetched(config, wrap=wrap)
+    assert not (tmp_path / "weights" / "stage1of4-x").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"secret", "weights"}
+    assert digest_of(fetched(config)) == digest_of(demo_model())  # and an honest peer mends it
+
+
+def test_the_next_peer_is_asked(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    target = tmp_path / "weights" / "stage1of4-x"
+    target.parent.mkdir()
+
+    async def run() -> None:
+        async with peer(config, wrap=flipped) as bad, peer(config) as good:
+            gone = record_of("127.0.0.1:1", good.weights_digest, "n9")
+            await fetch._fetch(config, [gone, bad, good], target)
+
+    asyncio.run(run())
+    assert digest_of(target) == digest_of(demo_model())
+
+
+def test_a_stranger_gets_nothing_and_a_third_one_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tmp_path)
+    with pytest.raises(Unavailable, match="token is missing or wrong"):
+        fetched(config, token="another cluster's")
+    monkeypatch.setattr(weights_service, "FETCHES_MAX", 0)
+    with pytest.raises(Unavailable, match="gives weights to others already"):
+        fetched(config)
+
+
+def test_a_full_disk_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(tmp_path)
+    monkeypatch.setattr(fetch, "ROOM_BYTES", 1 << 60)  # more than any disk has
+    with pytest.raises(ConfigError, match=r"no room for the weights .* MiB are free. Free some"):
+        fetched(config)
+    monkeypatch.undo()
+
+
+def test_nothing_here_and_nobody_to_ask(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    with pytest.raises(ConfigError, match="copy the checkpoint there, or start a node that has it first"):
+        fetch._kept(config, tmp_path / "weights", STAGE)
+    kept = fetched(config)
+    assert fetch._kept(config, tmp_path / "weights", STAGE) == kept
