@@ -33,14 +33,14 @@ class Request:
     seed: int
 
 
-def workload(rate: float, seconds: float, seed: int = 1) -> list[Request]:
-    """Poisson arrivals over `seconds` (emulated). The same arguments give the same requests."""
+def workload(rate: float, seconds: float, seed: int = 1, limit: int = 1 << 30) -> list[Request]:
+    """Poisson arrivals over `seconds` (emulated), at most `limit`. The same arguments give the same requests."""
     random = np.random.default_rng(seed)
     requests: list[Request] = []
     at_s = 0.0
     while True:
         at_s += float(random.exponential(1.0 / rate))
-        if at_s >= seconds:
+        if at_s >= seconds or len(requests) == limit:
             return requests
         prompt = _length(random, PROMPT_MEAN, PROMPT_SIGMA, PROMPT_MAX)
         output = _length(random, OUTPUT_MEAN, OUTPUT_SIGMA, OUTPUT_MAX)

@@ -37,6 +37,7 @@ LOGIT_OTHERS = -1e4  # finite, and its probability is 0
 ODD = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _SHIFTS = tuple(np.uint64(n) for n in (30, 27, 31))
+_RANKS = np.arange(0, 16 * CANDIDATES, 16, dtype=np.uint64)[:, None]
 _TOKEN, _POSITION = np.uint64(0xD6E8FEB86659FD93), np.uint64(0xA0761D6478BD642F)
 
 
@@ -65,14 +66,29 @@ def out_hashes(hashes: Hashes, seen: Hashes) -> Hashes:
     return mix(hashes ^ seen * ODD)
 
 
-def logits(hashes: Hashes, vocab_size: int) -> npt.NDArray[np.float32]:
-    """[K, vocab_size] for the last stage's hashes [K]: a few candidates, the likeliest first."""
-    rows = np.arange(len(hashes))
-    values = np.full((len(hashes), vocab_size), LOGIT_OTHERS, np.float32)
-    for rank in reversed(range(CANDIDATES)):  # where two are the same token the likelier one stays
-        token = (hashes >> np.uint64(16 * rank)) % np.uint64(vocab_size)
-        values[rows, token.astype(np.intp)] = -LOGIT_GAP * rank
-    return values
+class Logits:
+    """The logits of a batch, in one buffer from which only what was set last has to be cleared."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._values = np.empty((0, vocab_size), np.float32)
+        self._set = (np.empty(0, np.intp), np.empty((CANDIDATES, 0), np.intp))
+
+    def of(self, hashes: Hashes) -> npt.NDArray[np.float32]:
+        """[K, vocab_size] for the last stage's hashes [K]: a few candidates, the likeliest first.
+
+        Valid until the next call."""
+        count = len(hashes)
+        if count > len(self._values):
+            self._values = np.full((2 * count, self._vocab_size), LOGIT_OTHERS, np.float32)
+        else:
+            self._values[self._set] = LOGIT_OTHERS
+        rows = np.arange(count)
+        tokens = ((hashes >> _RANKS) % np.uint64(self._vocab_size)).astype(np.intp)
+        for rank in reversed(range(CANDIDATES)):  # where two are the same token the likelier one stays
+            self._values[rows, tokens[rank]] = -LOGIT_GAP * rank
+        self._set = (rows, tokens)
+        return self._values[:count]
 
 
 class OracleExecutor:
@@ -105,6 +121,7 @@ class OracleExecutor:
         self._time_scale = time_scale
         self._blocks: Hashes = self.kv.array.reshape(num_blocks, -1).view(np.uint64)
         self._slots = self._blocks.reshape(-1)
+        self._logits = Logits(self.config.vocab_size)
         self._weights = position_weights(block_size).reshape(1, block_size)
 
     def forward(
@@ -121,12 +138,13 @@ class OracleExecutor:
             raise ValueError("a step needs at least one token")
         hashes = self._load(tokens, hidden, step)
         self._slots[step.slots] = kv_hashes(hashes, self._stage)
-        out: npt.NDArray[np.generic] = out_hashes(hashes, self._seen(step))
+        out = out_hashes(hashes, self._seen(step))
+        result: npt.NDArray[np.generic] = out
         if self.is_last:
-            out = logits(out[sample_rows].astype(np.uint64), self.config.vocab_size)
+            result = self._logits.of(out[sample_rows])
         emulated_s = self._profile.step_s(rows, int(step.context_lens.sum())) / self._time_scale
         self.rest_s = max(0.0, emulated_s - (time.monotonic() - started))
-        return out
+        return result
 
     def _load(self, tokens: npt.NDArray[np.int64] | None, hidden: Buffer | None, step: StepArrays) -> Hashes:
         rows = step.num_tokens
@@ -144,25 +162,24 @@ class OracleExecutor:
     def _seen(self, step: StepArrays) -> Hashes:
         """The weighted sum over the context of each of T tokens, as it stands in the blocks now."""
         block_size = self.kv.block_size
-        blocks_of = -(-step.context_lens // block_size)
+        context = step.context_lens
+        blocks_of = (context + (block_size - 1)) // block_size
         width = step.tables.shape[1]
-        held = np.arange(width) < blocks_of[:, None]
-        blocks = step.tables[held]
-        index = np.broadcast_to(np.arange(width), held.shape)[held]
-        if width * block_size > self._weights.size:
+        if width > len(self._weights):
             self._weights = position_weights(2 * width * block_size).reshape(-1, block_size)
-        terms = self._blocks[blocks] * self._weights[index]
-        ends = np.cumsum(blocks_of)
+        row, index = np.nonzero(np.arange(width) < blocks_of[:, None])
+        terms = self._blocks[step.tables[row, index]]
+        terms *= self._weights[index]
+        ends = blocks_of.cumsum()
         # What lies behind a context, in its last block, is somebody's past.
-        used = step.context_lens - (blocks_of - 1) * block_size
+        used = context - (blocks_of - 1) * block_size
         terms[ends - 1] *= np.arange(block_size) < used[:, None]
         first = ends - blocks_of
-        counts = np.diff(step.cu_q)
-        if int(counts.max()) == 1:
-            return np.add.reduceat(terms.sum(axis=1, dtype=np.uint64), first)
+        if step.num_tokens == step.num_rows:
+            return np.add.reduceat(terms.sum(axis=1), first)
         seen = np.empty(step.num_tokens, np.uint64)
-        for row, count in enumerate(counts.tolist()):
-            sums = np.cumsum(terms[first[row] : ends[row]], dtype=np.uint64)
-            end = int(step.context_lens[row])
-            seen[step.cu_q[row] : step.cu_q[row + 1]] = sums[end - count : end]
+        for r in range(step.num_rows):
+            begin, end = step.cu_q[r : r + 2]
+            sums = terms[first[r] : ends[r]].cumsum()[: context[r]]
+            seen[begin:end] = sums[len(sums) - (end - begin) :]
         return seen

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from .base import Part
 
 PREFERENCE = ("emulated", "local", "ucx", "tcp")
-"""UCX before TCP: where both are offered, UCX has a faster device (see `choose.py`). Emulated links are offered alone."""
+"""UCX before TCP: where both are offered, UCX has a faster device (see `choose.py`). Emulated is offered alone."""
 
 
 class Endpoint(Protocol):

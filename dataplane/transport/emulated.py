@@ -45,6 +45,8 @@ class _Held:
     parts: Sequence[Part]
     length: int  # real
     left: float  # emulated bytes that the interface has yet to send
+    due: float = 0.0  # loop time at which it arrives
+    due: float = 0.0  # loop time at which it has arrived
 
 
 class EmulatedEndpoint:
@@ -91,22 +93,23 @@ class EmulatedEndpoint:
     def depart(self, held: _Held, at: float) -> None:
         """The interface has sent it, at loop time `at`."""
         assert self.latency_s is not None
+        held.due = at + self.latency_s
         self.flying.append(held)
-        due = at + self.latency_s
-        if due <= self._loop.time() and len(self.flying) == 1:
+        if len(self.flying) == 1:
             self._arrive()
-        else:
-            self._loop.call_at(due, self._arrive)
 
     def _arrive(self) -> None:
-        if not self.flying:
-            return  # closed meanwhile
-        held = self.flying.popleft()  # timers that are due at once may fire in any order: messages do not
-        self._held_bytes -= held.length
-        if self.open:
-            self.below.send(
-                held.header, held.parts
-            )  # into the void if the peer has died: it shows as a failure
+        """Hand over what is due by now; one timer waits for the next."""
+        now = self._loop.time()
+        while self.flying and self.flying[0].due <= now:
+            held = self.flying.popleft()
+            self._held_bytes -= held.length
+            if self.open:
+                self.below.send(
+                    held.header, held.parts
+                )  # into the void if the peer has died: that is told apart
+        if self.flying:
+            self._loop.call_at(self.flying[0].due, self._arrive)
 
     def close(self) -> None:
         self.open = False
