@@ -19,25 +19,24 @@ from controlplane.contract.topology import Mode
 from controlplane.kfadmin.local import LocalCluster
 
 TPOT_S = 0.163
-PAIRS, PAIRS_QUICK = 20, 4
-OVERHEAD_TOKENS = 24
-RECOVERY_TOKENS = 40
-KILL_AFTER_S = 2.5  # all are past their prompts by then
+OVERHEAD_SCALE = 3.0
+OVERHEAD_WINDOW_S, OVERHEAD_WINDOW_QUICK_S = 600.0, 60.0  # emulated seconds of arrivals
+# Recovery, at time scale 1: streams arrive evenly for some seconds, as gently as in operation, and all of them live
+# until a good while after the kill.
+RAMP_S = 12.0
+KILL_AT_S = 15.0
+ALIVE_UNTIL_S = 19.0
 WINDOW_S = 5.0  # a pause that ends later than this after a kill is not its doing
 
 
 def measure_steady(scene: Scene, rate: float, quick: bool, result: Result) -> None:
-    """Fills in `overhead_*` and `recovery_*`, with as many streams as `rate` keeps running."""
+    """Fills in `overhead_*` and `recovery_*`, at the load that `rate` makes."""
+    _overhead(scene, rate, OVERHEAD_WINDOW_QUICK_S if quick else OVERHEAD_WINDOW_S, result)
     streams = round(min(MAX_RUNNING * scene.instances, rate * OUTPUT_MEAN * TPOT_S))
-    result.settings["steady_streams"] = streams
-    with ExitStack() as stack:
-        on, off = (
-            stack.enter_context(scene_cluster(scene, mode, 1.0)) for mode in (Mode.REPLICATE, Mode.NONE)
-        )
-        _overhead({"on": on, "off": off}, streams, PAIRS_QUICK if quick else PAIRS, result)
-        # The scene's own victims, and then those that have the schedulers: a loss that the paper leaves out.
-        rounds = [scene.victims, *(_of_stage(scene, k) for k in ((0,) if quick else (0, 1, 3)))]
-        _recovery(on, rounds, streams, result)
+    # The scene's own victims, then those that have the schedulers (which the paper leaves out), then others.
+    rounds = [scene.victims, *(_of_stage(scene, k) for k in (() if quick else (0, 1, 3)))]
+    with scene_cluster(scene, Mode.REPLICATE, 1.0) as cluster:
+        _recovery(cluster, rounds, streams, result)
 
 
 def _of_stage(scene: Scene, stage: int) -> tuple[str, ...]:
@@ -45,10 +44,13 @@ def _of_stage(scene: Scene, stage: int) -> tuple[str, ...]:
     return tuple(f"n{int(victim[1:]) // STAGES * STAGES + stage}" for victim in scene.victims)
 
 
-def _requests(streams: int, tokens: int, seed: int) -> list[Request]:
-    """Prompts of the usual lengths, all at once, with outputs of one length."""
+def _streams(count: int, seed: int) -> list[Request]:
+    """Arrivals over RAMP_S; each output is as long as it takes to be there when the kill has been got over."""
+    drawn = workload(1.0, 1e9, seed, limit=count)
+    starts = [RAMP_S * number / count for number in range(count)]
     return [
-        replace(request, at_s=0.0, max_tokens=tokens) for request in workload(1.0, 1e9, seed, limit=streams)
+        replace(request, at_s=at_s, max_tokens=round((ALIVE_UNTIL_S - at_s) / TPOT_S))
+        for request, at_s in zip(drawn, starts, strict=True)
     ]
 
 
@@ -56,36 +58,38 @@ def _client(cluster: LocalCluster) -> Client:
     return Client(cluster.gateway_url, cluster.api_key, cluster.config.model_name)
 
 
-def _overhead(clusters: dict[str, LocalCluster], streams: int, pairs: int, result: Result) -> None:
-    """Latency with copies against latency without: the same batch on both, alternating."""
-    means: dict[str, list[float]] = {"on": [], "off": []}
-    tails: dict[str, list[float]] = {"on": [], "off": []}
-    for pair in range(-1, pairs):  # the first one warms up
-        requests = _requests(streams, OVERHEAD_TOKENS, 1000 + pair)
-        for name in ("on", "off") if pair % 2 else ("off", "on"):
-            outcomes = asyncio.run(drive(_client(clusters[name]), requests, 1.0, time.monotonic() + 0.1))
+def _overhead(scene: Scene, rate: float, window_s: float, result: Result) -> None:
+    """Latency with copies against latency without: the same requests on two clusters, at the same time."""
+    requests = workload(rate, window_s, seed=7)
+    scale = OVERHEAD_SCALE
+    with ExitStack() as stack:
+        on, off = (
+            stack.enter_context(scene_cluster(scene, mode, scale)) for mode in (Mode.REPLICATE, Mode.NONE)
+        )
+
+        async def both() -> list[list[Outcome]]:
+            started = time.monotonic() + 0.5
+            return await asyncio.gather(*(drive(_client(c), requests, scale, started) for c in (on, off)))
+
+        latencies = []
+        for outcomes in asyncio.run(both()):
             if failed := [o.error for o in outcomes if o.error]:
                 raise RuntimeError(f"{len(failed)} requests failed while nothing did: {failed[0]}")
-            if pair >= 0:
-                means[name].append(statistics.fmean(o.latency_s for o in outcomes))
-                tails[name].append(percentile([o.latency_s for o in outcomes], 0.99))
-        if pair >= 0:
-            progress(
-                f"  pair {pair + 1}/{pairs}: replicated {means['on'][-1]:.3f} s, not {means['off'][-1]:.3f} s"
-            )
-    for measure, values in (("mean", means), ("p99", tails)):
-        for name in ("on", "off"):
-            result.measure(f"overhead_latency_{measure}_{name}_s", values[name])
-        # Pair by pair, since the two of a pair met the machine in the same mood.
-        shares = [on / off - 1.0 for on, off in zip(values["on"], values["off"], strict=True)]
-        result.measure(f"overhead_{measure}", shares)
+            latencies.append([o.latency_s * scale for o in outcomes])
+    with_copies, without = latencies
+    for name, values in (("on", with_copies), ("off", without)):
+        result.metrics[f"overhead_latency_mean_{name}_s"] = statistics.fmean(values)
+        result.metrics[f"overhead_latency_p99_{name}_s"] = percentile(values, 0.99)
+    result.metrics["overhead_mean"] = statistics.fmean(with_copies) / statistics.fmean(without) - 1.0
+    result.metrics["overhead_p99"] = percentile(with_copies, 0.99) / percentile(without, 0.99) - 1.0
+    progress(f"  replication adds {result.metrics['overhead_mean']:.2%} to the mean latency")
 
 
 def _recovery(cluster: LocalCluster, rounds: list[tuple[str, ...]], streams: int, result: Result) -> None:
     pauses: list[float] = []
     counts = {"lost": 0, "duplicated": 0, "different": 0, "failed": 0}
     for number, victims in enumerate(rounds):
-        requests = _requests(streams, RECOVERY_TOKENS, 2000 + number)
+        requests = _streams(streams, 2000 + number)
         outcomes, killed, killed_unix = asyncio.run(_kill(cluster, requests, victims))
         hit = _interrupted(cluster, killed_unix)
         slowest = sorted((_pause_s(outcome, killed) for outcome in outcomes), reverse=True)[:hit]
@@ -111,7 +115,7 @@ async def _kill(
     cluster: LocalCluster, requests: list[Request], victims: tuple[str, ...]
 ) -> tuple[list[Outcome], float, float]:
     load = asyncio.create_task(drive(_client(cluster), requests, 1.0, time.monotonic() + 0.1))
-    await asyncio.sleep(KILL_AFTER_S)
+    await asyncio.sleep(KILL_AT_S)
     killed, killed_unix = time.monotonic(), time.time()
     for victim in victims:
         cluster.kill(victim)
@@ -137,13 +141,14 @@ def _interrupted(cluster: LocalCluster, since_unix: float) -> int:
     while True:
         with cluster.admin() as admin:
             rows = [row.event for row in admin.events(limit=100) if row.event.unix_s >= since_unix]
-        hit = sum(
-            int(event.details.get("requests", 0))
+        # The newest come first: what stays is the first recovery of each pipeline, not the hand-back after it.
+        hit = {
+            event.subject: int(event.details.get("requests", 0))
             for event in rows
             if event.kind is EventKind.RECOVERED and not event.details.get("planned")
-        )
+        }
         if hit:
-            return hit
+            return sum(hit.values())
         if time.monotonic() > deadline:
             raise RuntimeError("no recovery was reported")
         time.sleep(0.1)

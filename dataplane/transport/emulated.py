@@ -46,7 +46,6 @@ class _Held:
     length: int  # real
     left: float  # emulated bytes that the interface has yet to send
     due: float = 0.0  # loop time at which it arrives
-    due: float = 0.0  # loop time at which it has arrived
 
 
 class EmulatedEndpoint:
