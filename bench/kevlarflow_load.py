@@ -90,7 +90,8 @@ _decode_event = msgspec.json.Decoder(_Event).decode
 class _Reader(asyncio.Protocol):
     """One connection, one request."""
 
-    def __init__(self, message: bytes) -> None:
+    def __init__(self, client: Client, message: bytes) -> None:
+        self._client = client
         self._message = message
         self.pieces: list[tuple[float, bytes]] = []
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -101,6 +102,7 @@ class _Reader(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.pieces.append((time.monotonic(), data))
+        self._client.pieces += 1
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.ended.done():
@@ -116,6 +118,7 @@ class Client:
         assert parts.port is not None
         self._host, self._port = parts.hostname, parts.port
         self._model = model
+        self.pieces = 0  # that have come, over all requests
         self._head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {api_key}\r\n"
             "Content-Type: application/json\r\nConnection: close\r\nContent-Length: "
@@ -133,7 +136,9 @@ class Client:
         loop = asyncio.get_running_loop()
         reader: _Reader | None = None
         try:
-            transport, reader = await loop.create_connection(lambda: _Reader(message), self._host, self._port)
+            transport, reader = await loop.create_connection(
+                lambda: _Reader(self, message), self._host, self._port
+            )
             try:
                 async with asyncio.timeout(STREAM_LIMIT_S):
                     await reader.ended

@@ -52,7 +52,8 @@ SCENES = {
 def scene_cluster(scene: Scene, mode: Mode, time_scale: float) -> Iterator[LocalCluster]:
     engine = EngineConfig(
         executor="oracle",
-        pool_blocks=16_384,
+        pool_blocks=8192,
+        block_size=32,
         max_batch_tokens=2048,
         max_running=MAX_RUNNING,
         max_waiting=20_000,  # the baseline's queues must not overflow: the published ones did not

@@ -11,7 +11,7 @@ from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError
 from dataplane.transport.base import Part
 from dataplane.transport.driver import Driver
-from dataplane.transport.emulated import EmulatedDriver, Network
+from dataplane.transport.emulated import EmulatedDriver, Network, Weigh
 from dataplane.transport.frames import CHECKED, HEADER
 
 
@@ -58,17 +58,18 @@ def profile_of(config: ClusterConfig) -> DeviceProfile:
     return PROFILES[name]
 
 
-def message_bytes(profile: DeviceProfile, real_bytes_per_token: int) -> Callable[[Sequence[Part]], int]:
-    """How long a message would be on the wire, if its payload had the profile's sizes and not the oracle's."""
+def message_bytes(profile: DeviceProfile, real_bytes_per_token: int) -> Weigh:
+    """How long a message would be on the wire with payloads of the profile's sizes, not the oracle's. KV is bulk."""
     kv_factor = profile.kv_bytes_per_token / real_bytes_per_token
     activation_factor = profile.activation_bytes_per_token / real_bytes_per_token
 
-    def weigh(parts: Sequence[Part]) -> int:
+    def weigh(parts: Sequence[Part]) -> tuple[int, bool]:
         head = parts[0]
-        if len(parts) < 2 or len(head) < HEADER.size:
-            return len(head)
+        if len(parts) < 2:
+            return len(head), False
         _, _, checked, _, _, _, payload, _ = HEADER.unpack_from(head)
-        return len(head) + int(payload * (kv_factor if checked == CHECKED else activation_factor))
+        kv = checked == CHECKED
+        return len(head) + int(payload * (kv_factor if kv else activation_factor)), kv
 
     return weigh
 

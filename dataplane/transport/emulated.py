@@ -18,7 +18,12 @@ from .base import Part
 from .driver import PREFERENCE, Driver, Endpoint, Events
 
 KIND = "emulated"
+Weigh = Callable[[Sequence[Part]], tuple[int, bool]]
+"""How many bytes a message stands for, and whether it is bulk: nobody waits for it."""
 SMALL_BYTES = 2048  # interleaves with whatever is being sent, as packets do
+# Bulk messages that wait behind another one arrive together, when the last of them is through: later than they would,
+# but to wake two processes for each of them would cost more than all the rest of the emulation.
+TRAIN_MAX = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +44,10 @@ class Network:
 
 @dataclass(slots=True)
 class _Held:
-    """A message that is not yet with the driver below."""
+    """What is not yet with the driver below: a message, or a train of bulk messages."""
 
-    header: bytes
-    parts: Sequence[Part]
+    messages: list[tuple[bytes, Sequence[Part]]]
+    bulk: bool
     length: int  # real
     left: float  # emulated bytes that the interface has yet to send
     due: float = 0.0  # loop time at which it arrives
@@ -51,9 +56,7 @@ class _Held:
 class EmulatedEndpoint:
     """`latency_s` is None for an endpoint that was accepted: it carries no more than the hello, at once."""
 
-    def __init__(
-        self, below: Endpoint, interface: Interface, latency_s: float | None, weigh: Callable[..., int]
-    ) -> None:
+    def __init__(self, below: Endpoint, interface: Interface, latency_s: float | None, weigh: Weigh) -> None:
         self.below = below
         below.user = self
         self.user: Any = None
@@ -84,7 +87,8 @@ class EmulatedEndpoint:
         if self.latency_s is None:
             return self.below.send(header, parts)
         length = sum(part.nbytes if isinstance(part, memoryview) else len(part) for part in parts)
-        held = _Held(header, parts, length, float(self._weigh(parts)))
+        emulated, bulk = self._weigh(parts)
+        held = _Held([(header, parts)], bulk, length, float(emulated))
         self._held_bytes += length
         self._interface.send(self, held)
         return True
@@ -103,10 +107,8 @@ class EmulatedEndpoint:
         while self.flying and self.flying[0].due <= now:
             held = self.flying.popleft()
             self._held_bytes -= held.length
-            if self.open:
-                self.below.send(
-                    held.header, held.parts
-                )  # into the void if the peer has died: that is told apart
+            for header, parts in held.messages if self.open else ():
+                self.below.send(header, parts)  # into the void if the peer has died: that is told apart
         if self.flying:
             self._loop.call_at(self.flying[0].due, self._arrive)
 
@@ -136,6 +138,12 @@ class Interface:
             endpoint.depart(held, now)
             return
         self._advance(now)
+        last = endpoint.sending[-1] if len(endpoint.sending) > 1 else None
+        if last is not None and last.bulk and held.bulk and len(last.messages) < TRAIN_MAX:
+            last.messages += held.messages
+            last.length += held.length
+            last.left += held.left
+            return
         endpoint.sending.append(held)
         if len(endpoint.sending) == 1:
             self._busy.append(endpoint)
@@ -181,11 +189,9 @@ class Interface:
 
 
 class EmulatedDriver:
-    """`weigh` says how many bytes a message's parts stand for."""
-
     kinds = (KIND,)
 
-    def __init__(self, below: Driver, network: Network, weigh: Callable[[Sequence[Part]], int]) -> None:
+    def __init__(self, below: Driver, network: Network, weigh: Weigh) -> None:
         self._below = below
         self._network = network
         self._weigh = weigh
