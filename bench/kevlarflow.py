@@ -49,11 +49,13 @@ from controlplane.contract.topology import Mode
 from controlplane.kfadmin.local import LocalCluster
 
 OPTIONS = ("scene", "rate", "figures", "time_scale")
-# Requests per second that two processors carry at time scale 1, both systems at once; measured, and rounded down.
-CARRIED = 9.0
-TIME_SCALE_MAX = 5.0
+# Two processors at time scale 1: a token takes about 0.2 ms of them in both systems together with all that serves it,
+# a node of either 1.5 % when idle. A scale that fills them by two thirds leaves what is measured its own time.
+CPU_SHARE, CPU_S_PER_TOKEN, CPU_SHARE_PER_NODE = 1.35, 2.2e-4, 0.015
+TIME_SCALE_MAX = 4.0
+SERVED_PER_INSTANCE = 1.4  # requests per second: see MAX_RUNNING
 WINDOW_S = RELOAD_S  # emulated seconds of arrivals: as long as the baseline's instance is away
-WINDOW_QUICK_S = {1: 600.0, 2: 240.0, 3: 150.0}
+WINDOW_QUICK_S = {1: 450.0, 2: 120.0, 3: 60.0}
 MEASURES = ("ttft_mean", "ttft_p99", "latency_mean", "latency_p99")
 
 
@@ -70,7 +72,7 @@ def run(
     result = Result("kevlarflow", settings=_settings(chosen, rates, window_s, quick))
     measure_steady(chosen, rates[0], quick, result)
     for each in rates:
-        scale = time_scale or max(1.0, min(TIME_SCALE_MAX, CARRIED / each))
+        scale = time_scale or _carried(chosen, each)
         ours, theirs = asyncio.run(_side_by_side(chosen, each, window_s, scale))
         _fill(result, each, scale, ours, theirs)
         note_run(result, scene, each, figures)
@@ -78,6 +80,14 @@ def run(
     if figures is not None:
         draw(figures, result)
     return result
+
+
+def _carried(scene: Scene, rate: float) -> float:
+    """The time scale that this machine bears while both systems run."""
+    healthy = scene.instances - len(scene.victims)
+    served = sum(min(rate, SERVED_PER_INSTANCE * instances) for instances in (scene.instances, healthy))
+    share = CPU_SHARE - 2 * scene.nodes * CPU_SHARE_PER_NODE
+    return max(1.0, min(TIME_SCALE_MAX, round(share / (served * OUTPUT_MEAN * CPU_S_PER_TOKEN), 1)))
 
 
 def _settings(scene: Scene, rates: Sequence[float], window_s: float, quick: bool) -> dict[str, object]:

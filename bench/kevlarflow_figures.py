@@ -45,7 +45,7 @@ def draw_all(
 
 def _save(figure: Figure, path: Path) -> Iterator[Path]:
     for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=150, bbox_inches="tight")
+        figure.savefig(path.with_suffix(suffix), dpi=150)
         yield path.with_suffix(suffix)
 
 
@@ -55,7 +55,7 @@ def _scenes(records: Sequence[Record]) -> list[int]:
 
 def _over_rate(records: Sequence[Record], paper: Table, name: str, title: str) -> Figure:
     scenes = _scenes(records)
-    figure = Figure(figsize=(5 * len(scenes), 7.5))
+    figure = Figure(figsize=(5 * len(scenes), 7.5), layout="constrained")
     axes = figure.subplots(2, len(scenes), squeeze=False)
     for column, scene in enumerate(scenes):
         mine = [record for record in records if record.scene == scene]
@@ -91,7 +91,7 @@ def _published(ax: Axes, paper: Table, scene: int, measure: str) -> None:
 
 
 def _recovery(records: Sequence[Record], paper_s: Mapping[int, float]) -> Figure:
-    figure = Figure(figsize=(6.5, 4.5))
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     ax = figure.subplots()
     for scene in _scenes(records):
         mine = [record for record in records if record.scene == scene]
@@ -111,7 +111,7 @@ def _recovery(records: Sequence[Record], paper_s: Mapping[int, float]) -> Figure
 
 
 def _overhead(records: Sequence[Record], paper: Mapping[int, tuple[float, float]]) -> Figure:
-    figure = Figure(figsize=(1.5 + 1.6 * len(records), 4.5))
+    figure = Figure(figsize=(1.5 + 1.6 * len(records), 4.5), layout="constrained")
     ax = figure.subplots()
     places = range(len(records))
     bars = (

@@ -20,6 +20,7 @@ from controlplane.kfadmin.local import LocalCluster
 
 TPOT_S = 0.163
 OVERHEAD_SCALE = 3.0
+OVERHEAD_TOKENS_MAX = 200  # the last streams would otherwise run for two minutes without company
 OVERHEAD_WINDOW_S, OVERHEAD_WINDOW_QUICK_S = 600.0, 60.0  # emulated seconds of arrivals
 # Recovery, at time scale 1: streams arrive evenly for some seconds, as gently as in operation, and all of them live
 # until a good while after the kill.
@@ -60,7 +61,10 @@ def _client(cluster: LocalCluster) -> Client:
 
 def _overhead(scene: Scene, rate: float, window_s: float, result: Result) -> None:
     """Latency with copies against latency without: the same requests on two clusters, at the same time."""
-    requests = workload(rate, window_s, seed=7)
+    requests = [
+        replace(request, max_tokens=min(request.max_tokens, OVERHEAD_TOKENS_MAX))
+        for request in workload(rate, window_s, seed=7)
+    ]
     scale = OVERHEAD_SCALE
     with ExitStack() as stack:
         on, off = (
