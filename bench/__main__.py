@@ -13,12 +13,16 @@ from bench.contract import finish
 BENCHES = {
     "recovery": "kill each stage under load: gap to the next token, phases, exactness; against stop-restart",
     "overhead": "latency with replication against latency without",
+    "kevlarflow": "the paper's evaluation: nodes fail under load, emulated A10s; Table 1 and figures; --scene, --rate",
     "decode": "tokens/s of one node and of a 4-stage pipeline, against the engines that install beside us",
     "profile": "where a decode step of one node goes: kernels, threads, Python",
     "prefill": "prompt tokens/s of the same systems",
     "transport": "links over each transport: latency, bandwidth, CPU, idle cost; against ucx_perftest and sockets",
     "blocktable": "filling the arrays of a decode step of 256 sequences, against plain Python",
 }
+
+
+OPTIONS = ("device", "only", "scene", "rate", "time_scale", "figures")  # that not every bench takes
 
 
 def main() -> None:
@@ -36,12 +40,16 @@ def main() -> None:
     parser.add_argument(
         "--only", metavar="A,B", help="decode and prefill: these systems, and not all of them"
     )
+    parser.add_argument("--scene", type=int, choices=(1, 2, 3), help="kevlarflow: which failure (default: 1)")
+    parser.add_argument("--rate", type=float, help="kevlarflow: requests per second (default: several)")
+    parser.add_argument("--time-scale", type=float, help="kevlarflow: how much faster emulated time runs")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="kevlarflow: draw into this folder")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped then, too
     module = importlib.import_module(f"bench.{arguments.name}")
-    options = {name: getattr(arguments, name) for name in ("device", "only") if getattr(arguments, name)}
-    if unknown := [f"--{name}" for name in options if name not in getattr(module, "OPTIONS", ())]:
-        parser.error(f"{arguments.name} does not take {', '.join(unknown)}")
+    options = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name)}
+    if unknown := [name for name in options if name not in getattr(module, "OPTIONS", ())]:
+        parser.error(f"{arguments.name} does not take --{', --'.join(unknown).replace('_', '-')}")
     if "only" in options:
         options["only"] = frozenset(options["only"].split(","))
     result = module.run(quick=arguments.quick, **options)

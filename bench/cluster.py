@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench.contract import progress
-from controlplane.contract.config import ClusterConfig, EngineConfig, TimingConfig
+from controlplane.contract.config import ClusterConfig, EmulationConfig, EngineConfig, TimingConfig
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
 from controlplane.contract.topology import Mode
@@ -35,6 +35,7 @@ def running(
     timing: TimingConfig | None = None,
     model: Path | None = None,
     controllers: int = 2,
+    emulation: EmulationConfig | None = None,
 ) -> Iterator[LocalCluster]:
     """A cluster on a checkpoint directory; on the demo model if none is named."""
     with tempfile.TemporaryDirectory(prefix="kf-bench-") as run_dir:
@@ -49,6 +50,7 @@ def running(
             admin_port=0,
             engine=engine or EngineConfig(),
             timing=timing or TimingConfig(),
+            emulation=emulation or EmulationConfig(),
         )
         cluster = LocalCluster(config, controllers=controllers)
         started = time.monotonic()

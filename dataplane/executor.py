@@ -26,6 +26,8 @@ class StageExecutor:
     Not thread-safe: one thread at a time calls forward(). Raises ModelError for a checkpoint that cannot be
     served, ValueError for a stage that does not exist or a device that is not supported."""
 
+    rest_s = 0.0  # see dataplane/oracle.py
+
     def __init__(
         self,
         model_dir: Path,

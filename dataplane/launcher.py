@@ -80,12 +80,13 @@ def start_ticks(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def preload(target: str) -> RunNode:
+def preload(target: str, torch: bool = True) -> RunNode:
     """Import what a node runs, so that forks need not. Must start no thread and compute nothing."""
     # numpy's OpenBLAS would start its threads at import; matrix products are torch's here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    if target == TARGET:
+    if target == TARGET and torch:
         importlib.import_module("torch").set_num_threads(1)
+        importlib.import_module("dataplane.executor")
     module, _, name = target.partition(":")
     function: RunNode = getattr(importlib.import_module(module), name)
     gc.collect()
@@ -133,7 +134,7 @@ class Launcher:
             for slot in self._slots.values():
                 self._adopt(slot)
             if not self._cold:
-                self._run_node = preload(self._target)
+                self._run_node = preload(self._target, torch=self._config.engine.executor == "torch")
                 if (threads := len(os.listdir("/proc/self/task"))) > 1:
                     self._log.warning(
                         "threads run before the first fork: forked nodes may hang", threads=threads

@@ -7,31 +7,38 @@ import asyncio
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
-import torch
 
-from controlplane.contract.config import ClusterConfig, load_config
+from controlplane.contract.config import ClusterConfig, EmulationConfig, load_config
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.logs import configure_logging
-from dataplane.executor import StageExecutor
+from dataplane.devices import precise_loop
 from dataplane.fetch import provision
 from dataplane.node import Node, load_executor
+
+if TYPE_CHECKING:
+    from dataplane.executor import StageExecutor
+    from dataplane.oracle import OracleExecutor
 
 
 def run_node(config: ClusterConfig, node: str) -> None:
     """Serve until stopped (SIGTERM, SIGINT) or retired. A name is "n" and a number; its stage follows from it."""
     configure_logging(node)
-    torch.set_num_threads(1)  # it only looks up rows; the kernels have threads of their own
     stage = int(node.removeprefix("n")) % config.stages
     config = msgspec.structs.replace(config, model=str(provision(config, node, stage)))
     executor = load_executor(config, stage)
-    asyncio.run(_serve(config, Member(node, new_incarnation()), stage, executor))
+    emulated = config.emulation != EmulationConfig()
+    with asyncio.Runner(loop_factory=precise_loop if emulated else None) as runner:
+        runner.run(_serve(config, Member(node, new_incarnation()), stage, executor))
 
 
-async def _serve(config: ClusterConfig, me: Member, stage: int, executor: StageExecutor) -> None:
+async def _serve(
+    config: ClusterConfig, me: Member, stage: int, executor: StageExecutor | OracleExecutor
+) -> None:
     node = Node(config, me, stage, executor)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

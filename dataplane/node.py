@@ -16,7 +16,7 @@ import time
 from collections.abc import Coroutine
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from controlplane.contract import auth, keys
 from controlplane.contract.config import ClusterConfig
@@ -29,8 +29,9 @@ from controlplane.etcd.register import Registration
 from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import HeldMeta, Meta, Ping, ResultMeta, StepFailedMeta
-from dataplane.executor import StageExecutor
+from dataplane.devices import emulate_network, profile_of
 from dataplane.frontdoor import Frontdoor
+from dataplane.oracle import HASH_BYTES, OracleExecutor
 from dataplane.reporter import Reporter
 from dataplane.schedulers import Schedulers
 from dataplane.transport import frames
@@ -39,6 +40,9 @@ from dataplane.transport.choose import open_transport
 from dataplane.weights_service import WeightsService
 from dataplane.worker import LinkChanged, Message, Worker
 from dataplane.world import World, neighbours
+
+if TYPE_CHECKING:
+    from dataplane.executor import StageExecutor
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +53,9 @@ ROWS_PER_PIPELINE = 4  # block-table rows: served and copied requests of two pip
 
 
 class Node:
-    def __init__(self, config: ClusterConfig, me: Member, stage: int, executor: StageExecutor) -> None:
+    def __init__(
+        self, config: ClusterConfig, me: Member, stage: int, executor: StageExecutor | OracleExecutor
+    ) -> None:
         self._config = config
         self._me = me
         self._stage = stage
@@ -93,6 +99,7 @@ class Node:
             on_message=self._on_message,
             on_link_up=self._on_link_up,
             on_link_down=self._on_link_down,
+            emulate=emulate_network(config, me.node, HASH_BYTES),
         )
         self._world = World(Keys(config.cluster), config.group)
         self._neighbours: dict[Member, float] = {}  # since when
@@ -313,9 +320,25 @@ class Node:
         return counters
 
 
-def load_executor(config: ClusterConfig, stage: int) -> StageExecutor:
+def load_executor(config: ClusterConfig, stage: int) -> StageExecutor | OracleExecutor:
     """The weights of one stage, mapped, and an empty KV pool. Raises ModelError or ConfigError."""
     engine = config.engine
+    if engine.executor == "oracle":
+        return OracleExecutor(
+            Path(config.model),
+            stage,
+            config.stages,
+            num_blocks=engine.pool_blocks,
+            block_size=engine.block_size,
+            profile=profile_of(config),
+            time_scale=config.emulation.time_scale,
+        )
+    # Not before it is known to be needed: torch is large, and the oracle does without.
+    import torch
+
+    from dataplane.executor import StageExecutor
+
+    torch.set_num_threads(1)  # it only looks up rows; the kernels have threads of their own
     return StageExecutor(
         Path(config.model),
         stage,

@@ -12,6 +12,7 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,10 +33,13 @@ from dataplane.core.messages import (
     StepMeta,
 )
 from dataplane.core.stage import Prepared, Stage
-from dataplane.executor import StageExecutor
 from dataplane.model.sampler import Drawn, SamplingTable
 from dataplane.replica import Replicator
 from dataplane.transport.frames import Buffer, Send
+
+if TYPE_CHECKING:
+    from dataplane.executor import StageExecutor
+    from dataplane.oracle import OracleExecutor
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +84,9 @@ class WorkerStats:
 
 
 class Worker:
-    def __init__(self, me: Member, executor: StageExecutor, store: KvStore, send: Send) -> None:
+    def __init__(
+        self, me: Member, executor: StageExecutor | OracleExecutor, store: KvStore, send: Send
+    ) -> None:
         self.stats = WorkerStats()
         self.stages: dict[PipelineId, Stage] = {}
         self.replicator = Replicator(store, executor.kv, send)
@@ -265,6 +271,8 @@ class Worker:
         drawn: Drawn | None = None
         if meta.rows:
             output, drawn = await self._computed(stage, prepared, message)
+            if self._executor.rest_s > 0:
+                await asyncio.sleep(self._executor.rest_s)  # an emulated device is at work yet
         if stage.is_last:
             self._to_scheduler(meta.pipeline, self._result(meta, drawn))
         else:

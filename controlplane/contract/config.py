@@ -13,6 +13,7 @@ from controlplane.contract.topology import Mode
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    executor: Literal["torch", "oracle"] = "torch"  # oracle: hashes in place of a model, timed by `emulation`
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: what the checkpoint says
     block_size: int = 16  # tokens in a KV block
     pool_blocks: int = 2048  # KV blocks on a node: own, borrowed and replicas together
@@ -48,6 +49,28 @@ class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reload_s: float = 0.0  # stop-restart only: extra time that loading a large model would take
 
 
+class EmulationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Hardware that this host does not have, for benches. Figures are the hardware's own; all of it then runs
+    `time_scale` times faster."""
+
+    time_scale: float = 1.0
+    profile: str = "instant"  # of the device, with executor oracle: dataplane/devices.py
+    link_bytes_per_s: float = 0.0  # of a node's network interface; 0: not limited
+    sites: tuple[int, ...] = ()  # where n0, n1 ... are; empty: all in one place
+    latency_s: tuple[tuple[float, ...], ...] = ()  # one way, from site to site
+
+    def __post_init__(self) -> None:
+        if self.time_scale <= 0:
+            raise ValueError("time_scale must be positive")
+        count = len(self.latency_s)
+        if any(len(row) != count for row in self.latency_s) or any(not 0 <= s < count for s in self.sites):
+            raise ValueError("latency_s must be a square table that has every site")
+
+    @property
+    def network(self) -> bool:
+        return self.link_bytes_per_s > 0 or bool(self.latency_s)
+
+
 class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run_dir: str  # logs, secret, sockets, database; everything that `kfadmin up` writes
     model: str  # a Hugging Face checkpoint directory
@@ -66,6 +89,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     transport: Literal["auto", "ucx", "sockets"] = "auto"  # what links between nodes travel on
     engine: EngineConfig = EngineConfig()
     timing: TimingConfig = TimingConfig()
+    emulation: EmulationConfig = EmulationConfig()
 
     @property
     def model_name(self) -> str:

@@ -8,6 +8,7 @@ joins in where it finds a device that is faster than TCP. The choice is made for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, assert_never
 
 from .base import OnLinkDown, OnLinkUp, OnMessage, TransportConfig
@@ -40,8 +41,12 @@ def open_transport(
     on_message: OnMessage,
     on_link_up: OnLinkUp,
     on_link_down: OnLinkDown,
+    emulate: Callable[[Driver], Driver] | None = None,
 ) -> LinkTransport:
-    """A transport that is not started yet; see `base.Transport`."""
+    """A transport that is not started yet; see `base.Transport`. `emulate`: what to wrap its first driver in."""
+    choice = drivers(kind)
+    if emulate is not None:
+        choice = [emulate(choice[0])]
     return LinkTransport(
-        config, drivers(kind), on_message=on_message, on_link_up=on_link_up, on_link_down=on_link_down
+        config, choice, on_message=on_message, on_link_up=on_link_up, on_link_down=on_link_down
     )

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from .base import Part
 
-PREFERENCE = ("local", "ucx", "tcp")
-"""UCX before TCP: where both are offered, UCX has a faster device (see `choose.py`)."""
+PREFERENCE = ("emulated", "local", "ucx", "tcp")
+"""UCX before TCP: where both are offered, UCX has a faster device (see `choose.py`). Emulated is offered alone."""
 
 
 class Endpoint(Protocol):

@@ -1,0 +1,158 @@
+"""What is measured in real time, at time scale 1: the cost of replication while nothing fails, and recovery."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import statistics
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+
+from bench.cluster import wait_settled
+from bench.contract import Result, percentile, progress
+from bench.kevlarflow_check import compare
+from bench.kevlarflow_load import OUTPUT_MEAN, VOCABULARY, Client, Outcome, Request, drive, workload
+from bench.kevlarflow_setup import MAX_RUNNING, STAGES, Scene, scene_cluster
+from controlplane.contract.events import EventKind
+from controlplane.contract.topology import Mode
+from controlplane.kfadmin.local import LocalCluster
+
+TPOT_S = 0.163
+OVERHEAD_SCALE = 3.0
+OVERHEAD_TOKENS_MAX = 200  # the last streams would otherwise run for two minutes without company
+OVERHEAD_WINDOW_S, OVERHEAD_WINDOW_QUICK_S = 600.0, 60.0  # emulated seconds of arrivals
+# Recovery, at time scale 1: streams arrive evenly for some seconds, as gently as in operation, and all of them live
+# until a good while after the kill.
+RAMP_S = 12.0
+KILL_AT_S = 15.0
+ALIVE_UNTIL_S = 19.0
+WINDOW_S = 5.0  # a pause that ends later than this after a kill is not its doing
+
+
+def measure_steady(scene: Scene, rate: float, quick: bool, result: Result) -> None:
+    """Fills in `overhead_*` and `recovery_*`, at the load that `rate` makes."""
+    _overhead(scene, rate, OVERHEAD_WINDOW_QUICK_S if quick else OVERHEAD_WINDOW_S, result)
+    streams = round(min(MAX_RUNNING * scene.instances, rate * OUTPUT_MEAN * TPOT_S))
+    # The scene's own victims, then those that have the schedulers (which the paper leaves out), then others.
+    rounds = [scene.victims, *(_of_stage(scene, k) for k in (() if quick else (0, 1, 3)))]
+    with scene_cluster(scene, Mode.REPLICATE, 1.0) as cluster:
+        _recovery(cluster, rounds, streams, result)
+
+
+def _of_stage(scene: Scene, stage: int) -> tuple[str, ...]:
+    """Other victims, in the same instances."""
+    return tuple(f"n{int(victim[1:]) // STAGES * STAGES + stage}" for victim in scene.victims)
+
+
+def _streams(count: int, seed: int) -> list[Request]:
+    """Arrivals over RAMP_S; each output is as long as it takes to be there when the kill has been got over."""
+    drawn = workload(1.0, 1e9, seed, limit=count)
+    starts = [RAMP_S * number / count for number in range(count)]
+    return [
+        replace(request, at_s=at_s, max_tokens=round((ALIVE_UNTIL_S - at_s) / TPOT_S))
+        for request, at_s in zip(drawn, starts, strict=True)
+    ]
+
+
+def _client(cluster: LocalCluster) -> Client:
+    return Client(cluster.gateway_url, cluster.api_key, cluster.config.model_name)
+
+
+def _overhead(scene: Scene, rate: float, window_s: float, result: Result) -> None:
+    """Latency with copies against latency without: the same requests on two clusters, at the same time."""
+    requests = [
+        replace(request, max_tokens=min(request.max_tokens, OVERHEAD_TOKENS_MAX))
+        for request in workload(rate, window_s, seed=7)
+    ]
+    scale = OVERHEAD_SCALE
+    with ExitStack() as stack:
+        on, off = (
+            stack.enter_context(scene_cluster(scene, mode, scale)) for mode in (Mode.REPLICATE, Mode.NONE)
+        )
+
+        async def both() -> list[list[Outcome]]:
+            started = time.monotonic() + 0.5
+            return await asyncio.gather(*(drive(_client(c), requests, scale, started) for c in (on, off)))
+
+        latencies = []
+        for outcomes in asyncio.run(both()):
+            if failed := [o.error for o in outcomes if o.error]:
+                raise RuntimeError(f"{len(failed)} requests failed while nothing did: {failed[0]}")
+            latencies.append([o.latency_s * scale for o in outcomes])
+    with_copies, without = latencies
+    for name, values in (("on", with_copies), ("off", without)):
+        result.metrics[f"overhead_latency_mean_{name}_s"] = statistics.fmean(values)
+        result.metrics[f"overhead_latency_p99_{name}_s"] = percentile(values, 0.99)
+    result.metrics["overhead_mean"] = statistics.fmean(with_copies) / statistics.fmean(without) - 1.0
+    result.metrics["overhead_p99"] = percentile(with_copies, 0.99) / percentile(without, 0.99) - 1.0
+    progress(f"  replication adds {result.metrics['overhead_mean']:.2%} to the mean latency")
+
+
+def _recovery(cluster: LocalCluster, rounds: list[tuple[str, ...]], streams: int, result: Result) -> None:
+    pauses: list[float] = []
+    counts = {"lost": 0, "duplicated": 0, "different": 0, "failed": 0}
+    for number, victims in enumerate(rounds):
+        requests = _streams(streams, 2000 + number)
+        outcomes, killed, killed_unix = asyncio.run(_kill(cluster, requests, victims))
+        hit = _interrupted(cluster, killed_unix)
+        slowest = sorted((_pause_s(outcome, killed) for outcome in outcomes), reverse=True)[:hit]
+        pauses += slowest
+        progress(f"  killed {', '.join(victims)}: {hit} streams interrupted, slowest {slowest[0]:.3f} s")
+        comparison = compare(outcomes, STAGES, VOCABULARY.stop)
+        for name in counts:
+            counts[name] += getattr(comparison, name)
+        wait_settled(cluster)
+    result.metrics |= {
+        "recovery_kills": sum(map(len, rounds)),
+        "recovery_streams": len(pauses),
+        "recovery_p50_s": percentile(pauses, 0.5),
+        "recovery_p99_s": percentile(pauses, 0.99),
+        "recovery_tokens_lost": counts["lost"],
+        "recovery_tokens_duplicated": counts["duplicated"],
+        "recovery_tokens_different": counts["different"],
+        "recovery_requests_failed": counts["failed"],
+    }
+
+
+async def _kill(
+    cluster: LocalCluster, requests: list[Request], victims: tuple[str, ...]
+) -> tuple[list[Outcome], float, float]:
+    load = asyncio.create_task(drive(_client(cluster), requests, 1.0, time.monotonic() + 0.1))
+    await asyncio.sleep(KILL_AT_S)
+    killed, killed_unix = time.monotonic(), time.time()
+    for victim in victims:
+        cluster.kill(victim)
+    return await load, killed, killed_unix
+
+
+def _pause_s(outcome: Outcome, moment: float) -> float:
+    """The longest wait for a token after the kill; of what is earlier only the part after it counts."""
+    times = outcome.times
+    return max(
+        (
+            later - max(moment, earlier)
+            for earlier, later in itertools.pairwise(times)
+            if moment < later <= moment + WINDOW_S
+        ),
+        default=WINDOW_S,  # none came at all: the worst that can be said within the window
+    )
+
+
+def _interrupted(cluster: LocalCluster, since_unix: float) -> int:
+    """Streams of the pipelines that were hit, as their schedulers tell."""
+    deadline = time.monotonic() + 5.0
+    while True:
+        with cluster.admin() as admin:
+            rows = [row.event for row in admin.events(limit=100) if row.event.unix_s >= since_unix]
+        # The newest come first: what stays is the first recovery of each pipeline, not the hand-back after it.
+        hit = {
+            event.subject: int(event.details.get("requests", 0))
+            for event in rows
+            if event.kind is EventKind.RECOVERED and not event.details.get("planned")
+        }
+        if hit:
+            return sum(hit.values())
+        if time.monotonic() > deadline:
+            raise RuntimeError("no recovery was reported")
+        time.sleep(0.1)

@@ -1,0 +1,97 @@
+"""Devices and networks that the executor `oracle` is timed like, where they are not at hand."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.errors import ConfigError
+from dataplane.transport.base import Part
+from dataplane.transport.driver import Driver
+from dataplane.transport.emulated import EmulatedDriver, Network, Weigh
+from dataplane.transport.frames import CHECKED, HEADER
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """How long one stage takes for a step, and how large what it reads and writes is."""
+
+    fixed_s: float
+    per_token_s: float
+    per_context_token_s: float  # for each position that attention reads
+    kv_bytes_per_token: int
+    activation_bytes_per_token: int
+
+    def step_s(self, tokens: int, context: int) -> float:
+        """`context`: positions that attention reads, over all sequences of the step."""
+        return self.fixed_s + tokens * self.per_token_s + context * self.per_context_token_s
+
+
+# Llama-3.1-8B has 32 layers, 8 KV heads of 128, 4096 hidden; a quarter of it has about 2e9 parameters.
+# - A token costs 2 FLOP a parameter. An A10 offers 125 dense bf16 TFLOP/s on paper and is held to 150 W: about 70 are
+#   what large products reach (our assumption).
+# - A token has 8 layers x 2 (K and V) x 8 heads x 128 x 2 bytes = 32 KiB of KV, read at 600 GB/s.
+# - The fixed part is not derived. It makes a step of 32 decodes about 40 ms, because the published time per token over
+#   four such stages is 163 ms; reading 4 GB of weights would be 7 ms, the rest is the published engine's own.
+A10_LLAMA_8B_QUARTER = DeviceProfile(
+    fixed_s=0.037,
+    per_token_s=2 * 2e9 / 70e12,
+    per_context_token_s=32_768 / 600e9,
+    kv_bytes_per_token=32_768,
+    activation_bytes_per_token=4096 * 2,
+)
+
+PROFILES = {
+    "a10-llama-8b-quarter": A10_LLAMA_8B_QUARTER,
+    "instant": DeviceProfile(0.0, 0.0, 0.0, 8, 8),
+}
+
+
+def profile_of(config: ClusterConfig) -> DeviceProfile:
+    """Raises ConfigError for a name that is not one of PROFILES."""
+    name = config.emulation.profile
+    if name not in PROFILES:
+        raise ConfigError(f"emulation.profile: {name!r} is not one of {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def message_bytes(profile: DeviceProfile, real_bytes_per_token: int) -> Weigh:
+    """How long a message would be on the wire with payloads of the profile's sizes, not the oracle's. KV is bulk."""
+    kv_factor = profile.kv_bytes_per_token / real_bytes_per_token
+    activation_factor = profile.activation_bytes_per_token / real_bytes_per_token
+
+    def weigh(parts: Sequence[Part]) -> tuple[int, bool]:
+        head = parts[0]
+        if len(parts) < 2:
+            return len(head), False
+        _, _, checked, _, _, _, payload, _ = HEADER.unpack_from(head)
+        kv = checked == CHECKED
+        return len(head) + int(payload * (kv_factor if kv else activation_factor)), kv
+
+    return weigh
+
+
+def emulate_network(
+    config: ClusterConfig, node: str, real_bytes_per_token: int
+) -> Callable[[Driver], Driver] | None:
+    """What to wrap a transport's driver in so that its links are those of the settings; None: as they are."""
+    emulation = config.emulation
+    if not emulation.network:
+        return None
+    number = int(node.removeprefix("n"))
+    network = Network(
+        site=emulation.sites[number % len(emulation.sites)] if emulation.sites else 0,
+        latency_s=tuple(tuple(s / emulation.time_scale for s in row) for row in emulation.latency_s),
+        bytes_per_s=emulation.link_bytes_per_s * emulation.time_scale,
+    )
+    weigh = message_bytes(profile_of(config), real_bytes_per_token)
+    return lambda driver: EmulatedDriver(driver, network, weigh)
+
+
+def precise_loop() -> asyncio.AbstractEventLoop:
+    """An event loop whose timers are not rounded up to the next millisecond, as epoll's are: emulated times are of that
+    size. It bears fewer than 1024 descriptors, which a node is far from."""
+    return asyncio.SelectorEventLoop(selectors.SelectSelector())
