@@ -417,3 +417,27 @@ def test_a_long_prefix_that_is_computed_again_is_not_silent() -> None:
             assert comments >= 2
 
     with_two(body, keep_alive_s=0.05)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_two_connections_at_a_time_with_one_key(other: bool) -> None:
+    """The newer one gets the answer, the older one is told so and not to try again; also at the same gateway."""
+
+    async def body(one: Stack, two: Stack) -> None:
+        for node in one.nodes:
+            node.held = True
+        asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": 9}
+        key = {"idempotency-key": "k"}
+        async with one.http() as first, (two if other else one).http() as second:
+            older = asyncio.create_task(first.post(COMPLETIONS, json=asked, headers=key))
+            await one.until(lambda: sum(len(node.submits) for node in one.nodes) == 1)
+            newer = asyncio.create_task(second.post(COMPLETIONS, json=asked, headers=key))
+            refused = await older
+            assert refused.status_code == 409
+            assert refused.headers["x-should-retry"] == "false"
+            for node in one.nodes:
+                node.held = False
+            assert (await newer).json()["usage"]["completion_tokens"] == 9
+            assert len({s.rid for node in one.nodes for s in node.submits}) == 1
+
+    with_two(body)
