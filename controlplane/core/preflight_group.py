@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from controlplane.contract.records import OperationKind, ProcessKind, RestartScope, Target
 from controlplane.contract.status import Check, OperationRequest
-from controlplane.contract.topology import Mode
+from controlplane.contract.topology import Mode, Pipeline
 from controlplane.core import restart
 from controlplane.core.placement import takers
 from controlplane.core.policy import Situation
@@ -89,18 +89,32 @@ def _restart(request: OperationRequest, s: Situation) -> Iterator[Check]:
 
 
 def _stages(s: Situation, nodes: list[str]) -> Iterator[Check]:
-    """Whether each node could be emptied, were it alone avoided."""
-    stuck = []
+    """Whether each node could be emptied, were it alone avoided. Who is only suspected may be well by then."""
+    stuck, later = [], []
     for node in nodes:
         alone = replace(s, avoid=s.avoid | {node})
         for name, index in s.topology.serving(node):
             pipeline = s.topology.pipeline(name)
-            if pipeline is not None and not takers(alone, pipeline, index, keep_kv=False):
-                stuck.append(f"{node} ({name}/{index})")
+            if pipeline is None or takers(alone, pipeline, index, keep_kv=False):
+                continue
+            (later if _could_serve(alone, pipeline, index) else stuck).append(f"{node} ({name}/{index})")
     if stuck:
         yield Check("fail", "stages", f"nobody else can serve what these do: {', '.join(stuck)}")
+    elif later:
+        yield Check(
+            "warn", "stages", f"nobody could take over just now, and they would wait: {', '.join(later)}"
+        )
     elif nodes:
         yield Check("ok", "stages", "each node's duties can be taken over while it restarts")
+
+
+def _could_serve(s: Situation, pipeline: Pipeline, stage: int) -> bool:
+    inside = {member.node for member in pipeline.members()}
+    return any(
+        view.registered and view.record.stage == stage and not s.nodes.is_dead(view.member)
+        for node, view in s.nodes.views.items()
+        if node not in inside and node not in s.avoid
+    )
 
 
 def plan(request: OperationRequest, kind: OperationKind, s: Situation) -> Iterator[str]:
