@@ -66,7 +66,11 @@ def scene_cluster(scene: Scene, mode: Mode, time_scale: float) -> Iterator[Local
         sites=tuple(number // STAGES for number in range(scene.nodes)),
         latency_s=SITE_LATENCY_S,
     )
-    timing = TimingConfig(reload_s=RELOAD_S / time_scale)
+    # A node that is only starved by this machine must not be taken for dead: the baseline would lose an instance more.
+    # The killed one is found by its broken links and report stream, at once and whatever these are.
+    timing = TimingConfig(
+        reload_s=RELOAD_S / time_scale, suspect_after_s=2.0, dead_after_s=5.0, unavailable_grace_s=60.0
+    )
     with running(
         mode,
         instances=scene.instances,
