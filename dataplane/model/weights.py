@@ -1,19 +1,27 @@
-"""Weights of one stage from safetensors files: only its own tensors are mapped, nothing is unpickled."""
+"""Weights of one stage from safetensors files: only its own tensors are mapped, nothing is unpickled.
+
+torch is imported by what loads tensors, not by what only names them: a node of the oracle executor has none."""
+
+from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from dataplane.model.config import ModelConfig, read_json
 from dataplane.model.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 EMBED = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
 
 
 def stage_shapes(config: ModelConfig, layers: range) -> dict[str, tuple[int, ...]]:
@@ -87,13 +95,15 @@ def load_weights(model_dir: Path, config: ModelConfig, layers: range) -> dict[st
             tensor = weights[name]
             if tuple(tensor.shape) != shapes[name]:
                 raise ModelError(path, name, f"expected shape {shapes[name]}, found {tuple(tensor.shape)}")
-            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            if str(tensor.dtype) not in DTYPES:
                 raise ModelError(path, name, f"{tensor.dtype} is not supported")
     return weights
 
 
 def weights_digest(weights: dict[str, torch.Tensor]) -> str:
     """blake2b over names, types, shapes and bytes: equal exactly if two nodes serve the same stage weights."""
+    import torch
+
     digest = hashlib.blake2b(digest_size=32)
     for name in sorted(weights):
         tensor = weights[name].contiguous()

@@ -177,6 +177,6 @@ def test_full_is_a_memory_error() -> None:
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys; import dataplane._fast._oracle, dataplane.kvcache, dataplane.model.oracle, \
+    code = "import sys; import dataplane._fast._oracle, dataplane.kvcache, dataplane.oracle, \
 dataplane.model.sampler; sys.exit('torch' in sys.modules)"
     assert run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
