@@ -183,7 +183,7 @@ class Node:
             self._worker.put(topology)
             self._schedulers.on_topology(topology, self._world.nodes)
             now = time.monotonic()
-            self._neighbours = {m: self._neighbours.get(m, now) for m in neighbours(topology, self._me)}
+            self._neighbours = {m: self._neighbours.get(m, now) for m in sorted(neighbours(topology, self._me))}
 
     def _open_links(self) -> None:
         """A link to every node of the group, ahead of need: any of them may become a neighbour."""
@@ -193,7 +193,7 @@ class Node:
         known = {record.member for record in self._world.nodes.values()}
         # A node that lost its registration but serves with us is alive: etcd was away.
         gone = {m for m in self._linked if m not in known and m not in self._neighbours}
-        for member in gone:
+        for member in sorted(gone):
             if member.node not in self._world.nodes:
                 self._transport.disconnect(member.node)
             self._sent_at.pop(member, None)

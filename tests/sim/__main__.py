@@ -28,7 +28,7 @@ def main() -> int:
         os.execve(sys.executable, [sys.executable, "-m", "tests.sim", *sys.argv[1:]],
                   os.environ | {"PYTHONHASHSEED": "0"})  # fmt: skip
     options = _parser().parse_args()
-    gc.freeze()  # what importing made is not looked at again after every seed
+    _tidy()
     match options.command:
         case "run":
             return _run(options)
@@ -36,6 +36,12 @@ def main() -> int:
             return _shrink(options)
         case _:
             return _soak(options)
+
+
+def _tidy() -> None:
+    """Collect garbage after each seed only, and never look again at what importing has made."""
+    gc.freeze()
+    gc.disable()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _play(schedule: Schedule, without: str | None, log: bool = False) -> Outcome:
     outcome = run(schedule, print if log else None, SAFEGUARDS[without] if without else contextlib.nullcontext)
-    gc.collect(0)
+    gc.collect()
     return outcome
 
 
@@ -123,7 +129,7 @@ def _outcomes(options: argparse.Namespace, jobs: int) -> Iterator[Outcome]:
             for seed in range(first, first + count):
                 yield _play(generate(seed), without)
         return
-    with ProcessPoolExecutor(jobs, initializer=gc.freeze) as pool:
+    with ProcessPoolExecutor(jobs, initializer=_tidy) as pool:
         for future in as_completed([pool.submit(_chunk, *chunk) for chunk in chunks]):
             yield from future.result()
 

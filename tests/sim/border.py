@@ -27,7 +27,7 @@ from tests.sim.loop import World, virtual_time
 from tests.sim.network import Network
 from tests.sim.rpc import SimChannel, SimServer
 
-TICK_S = 0.1  # of nodes and controllers, in place of 0.05: half the work
+TICK_S = 0.15  # of nodes and controllers, in place of 0.05: a third of the work
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ class Outcome:
     topologies: int = 0
     events: int = 0
     virtual_s: float = 0.0
+    digest: int = 0  # of the moments at which anything happened: equal for equal runs
 
 
 def run(
@@ -43,6 +44,7 @@ def run(
     without: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Outcome:
     """Play a schedule. `without` switches a safeguard of production code off meanwhile."""
+    parts.run_dir()  # made before: it draws a secret
     world = World(schedule.seed)
     world.log = log
     net = Network(world)
@@ -104,7 +106,7 @@ class Cluster:
         outcome.faults.update({f"write {how}": n for how, n in self.etcd.fated.items()})
         outcome.requests = Counter(stream.ended or "open" for stream in self.streams.values())
         outcome.topologies, outcome.events = self.checks.written, world.events
-        outcome.virtual_s, outcome.failure = world.now, world.failure
+        outcome.virtual_s, outcome.failure, outcome.digest = world.now, world.failure, world.digest
 
     def _settle(self) -> None:
         """The faults stop. Safety is behind us; now liveness."""
@@ -243,6 +245,11 @@ class Cluster:
             yield member.process
 
     def _named(self, name: str) -> Process:
+        """A process by its name; "leader" is the controller that leads by its own account, or the first one."""
+        if name == "leader":
+            names = [n for n in self.processes if n[0] == "c"]
+            led = (n for n in names if (p := self.processes[n].part) is not None and p.runtime.is_leader)
+            name = next(led, names[0])
         return next(p for p in self._all() if p.name == name)
 
     # ------------------------------------------------------------------ healing
@@ -361,6 +368,15 @@ class Cluster:
     def one_way(self, a: str, b: str, seconds: float) -> None:
         self._cut([(a, b)], seconds)
 
+    def deaf(self, name: str, seconds: float) -> None:
+        """Nothing of what etcd says reaches a process; what it says arrives."""
+        name = self._named(name).name
+        self._cut([(member.process.name, name) for member in self.etcd.members], seconds)
+
+    def mute(self, name: str, seconds: float) -> None:
+        """Nothing that nodes say reaches a gateway."""
+        self._cut([(node, name) for node in self.schedule.shape.nodes], seconds)
+
     def flap(self, a: str, b: str, times: int, seconds: float) -> None:
         for turn in range(times):
             self.world.post(2 * turn * seconds, self.fate, self._cut, [(a, b), (b, a)], seconds)
@@ -389,15 +405,15 @@ class Cluster:
         self.net.tamper.setdefault((a, b), []).append(how)
 
     def corrupt(self, name: str, pick: int, bit: int) -> None:
-        """A bit of a copy turns, in the memory of its holder."""
-        process = self.processes[name]
-        if not process.alive or process.part is None:
-            return
-        store = parts.store_of(process.part)
-        blocks = [b for copy in store.replicas.values() for b in store.table.blocks(copy.row)]
-        if blocks:
-            parts.corrupt(process.part, blocks[pick % len(blocks)], bit)
-            self.outcome.faults["bit of a copy"] += 1
+        """A bit of a copy turns, in the memory of its holder: of this node, or of the next that holds any."""
+        nodes = sorted(self.nodes(), key=lambda pair: (pair[0] < name, pair[0]))
+        for _, node in nodes:
+            store = parts.store_of(node)
+            blocks = [b for copy in store.replicas.values() for b in store.table.blocks(copy.row)]
+            if blocks:
+                parts.corrupt(node, blocks[pick % len(blocks)], bit)
+                self.outcome.faults["bit of a copy"] += 1
+                return
 
     def wall_jump(self, seconds: float) -> None:
         self.world.wall_jump_s += seconds
@@ -421,7 +437,7 @@ class Cluster:
 
     def expire(self, name: str) -> None:
         """Its leases are taken for expired, all at once; of a leader also that of its leadership."""
-        owner = self.processes[name]
+        owner = self._named(name)
         for lease in [lease for lease in self.etcd.store.leases.values() if lease.owner is owner]:
             self.etcd.expire(lease.id)
 

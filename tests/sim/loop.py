@@ -225,6 +225,7 @@ class World:
         self.current: Process | None = None
         self.failure = ""
         self.events = 0
+        self.digest = 0
         self.after: Callable[[Process], None] | None = None  # called after each turn of a process
         self.log: Callable[[str], None] | None = None
         self.processes: list[Process] = []  # all that ever were
@@ -266,6 +267,7 @@ class World:
                 continue
             self.now = when
             self.events += 1
+            self.digest = hash((self.digest, when))
             process.run(call, args)
             if after is not None:
                 after(process)

@@ -54,7 +54,7 @@ MODEL = "sim"
 # Automation that hurries: a virtual second costs real milliseconds.
 LIMITS = Limits(settle_s=0.5, copy_limit_s=4.0, bar_s=2.0, backoff_s=0.2, backoff_max_s=1.0)
 TIMING = TimingConfig(
-    heartbeat_s=0.2,
+    heartbeat_s=0.25,
     node_lease_s=3,
     leader_lease_s=2,
     suspect_after_s=0.6,

@@ -36,7 +36,7 @@ def template(number: int) -> Template:
     return Template(
         prompt,
         Sampling(
-            max_tokens=chance.choice((1, 6, 14, 24, 32, 40)),
+            max_tokens=chance.choice((1, 2, 4, 8, 16, 28)),
             seed=chance.getrandbits(32),
             # The oracle's logits have one peak: at this temperature others win as well.
             temperature=chance.choice((3.0, 4.0)) if hot else 0.0,
@@ -47,6 +47,9 @@ def template(number: int) -> Template:
             min_tokens=chance.choice((0, 0, 4)),
         ),
     )
+
+
+LONG = tuple(n for n in range(TEMPLATES) if template(n).sampling.max_tokens >= 16)
 
 
 @functools.cache

@@ -78,9 +78,11 @@ def no_checksums() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_position_check() -> Iterator[None]:
-    """The gateway takes every token for the next one."""
+    """The gateway takes every token of the newest epoch for the next one."""
 
     def next_one(log: TokenLog, token: Any, epoch: int) -> Verdict:
+        if epoch < log.fence:
+            return Verdict.STALE
         log.emitted.append(token.token)
         log.finish = token.finish
         return Verdict.NEXT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from tests.sim.requests import TEMPLATES
+from tests.sim.requests import LONG, TEMPLATES
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,29 +51,29 @@ class Schedule:
 def generate(seed: int) -> Schedule:
     chance = random.Random(f"schedule {seed}")
     shape = Shape(
-        instances=chance.choice((2, 2, 2, 3)),
-        stages=chance.choice((1, 2, 2, 2, 3)),
+        instances=chance.choice((2, 2, 2, 2, 3)),
+        stages=chance.choice((1, 2, 2, 2, 2, 3)),
         spares=1 if chance.random() < 0.1 else 0,
-        controllers=chance.choice((1, 2, 2, 2)),
+        controllers=chance.choice((1, 2, 2)),
         gateways=chance.choice((1, 2)),
         pool_blocks=chance.choice((40, 64, 128)),
         microbatches=chance.choice((1, 2, 3)),
     )
     mild = chance.random() < 0.25
-    window_s = chance.uniform(1.0, 3.0)
+    window_s = chance.uniform(0.6, 2.0)
     steps = _requests(chance, shape, window_s)
     faults = [_mild(chance, shape, window_s)] if mild else []
     for _ in range(0 if mild else chance.randrange(1, 7)):
-        fault = _fault(chance, shape, chance.uniform(0.0, window_s))
-        faults.append(fault)
+        at = chance.uniform(0.0, window_s)
+        faults += _chain(chance, shape, at) if chance.random() < 0.25 else [_fault(chance, shape, at)]
         if chance.random() < 0.5:  # a second one lands inside recovery
-            faults.append(_fault(chance, shape, fault.at + chance.uniform(0.0, 0.4)))
+            faults.append(_fault(chance, shape, at + chance.uniform(0.0, 0.4)))
     return Schedule(seed, shape, tuple(sorted((*steps, *faults), key=lambda step: step.at)), mild)
 
 
 def _requests(chance: random.Random, shape: Shape, window_s: float) -> list[Step]:
     steps: list[Step] = []
-    for number in range(chance.randrange(3, 10)):
+    for number in range(chance.randrange(2, 7)):
         at = chance.uniform(0.0, window_s)
         steps.append(
             Step(at, "submit", (number, chance.randrange(1, shape.gateways + 1), chance.randrange(TEMPLATES)))
@@ -104,6 +104,33 @@ def _mild(chance: random.Random, shape: Shape, window_s: float) -> Step:
     )
 
 
+def _chain(chance: random.Random, shape: Shape, at: float) -> list[Step]:
+    """Faults that do harm only together, and would hardly ever meet by chance."""
+    node, soon = chance.choice(shape.nodes), at + chance.uniform(0.01, 0.3)
+    asked = ("submit", (100, chance.randrange(1, shape.gateways + 1), chance.choice(LONG)))
+    which = chance.randrange(3)
+    if which == 0:
+        # A leader that does not hear how it is voted out, and then sees a reason to write.
+        return [
+            Step(at, "deaf", ("leader", chance.uniform(1.0, 2.0))),
+            Step(soon, "expire", ("leader",)),
+            Step(soon + chance.uniform(0.1, 0.8), "kill", (node, 0.4)),
+        ]
+    if which == 1:
+        # Tokens wait on their way to the gateway while an epoch ends.
+        return [
+            Step(at, *asked),
+            Step(soon + 0.1, "mute", (f"g{asked[1][1]}", chance.uniform(0.3, 1.2))),
+            Step(soon + 0.1 + chance.uniform(0.0, 0.2), "kill", (chance.choice(shape.nodes), 0.4)),
+        ]
+    # A copy goes bad, and is needed a moment later.
+    return [
+        Step(at, *asked),
+        Step(soon + 0.2, "corrupt", (node, chance.randrange(1 << 16), chance.randrange(BLOCK_BITS))),
+        Step(soon + 0.2 + chance.uniform(0.0, 0.1), "kill", (chance.choice(shape.nodes), 0.4)),
+    ]
+
+
 def _fault(chance: random.Random, shape: Shape, at: float) -> Step:
     nodes = shape.nodes
     controllers = [f"c{k + 1}" for k in range(shape.controllers)]
@@ -111,7 +138,7 @@ def _fault(chance: random.Random, shape: Shape, at: float) -> Step:
     members = ["e0", "e1", "e2"]
     node, other = chance.choice(nodes), chance.choice(nodes)
     everybody = [*nodes, *controllers, *gateways, *members]
-    short, long = chance.uniform(0.02, 0.5), chance.uniform(0.5, 3.0)
+    short, long = chance.uniform(0.02, 0.5), chance.uniform(0.5, 2.0)
     span = chance.choice((short, long))
     what = chance.choice(
         "kill kill kill kill_process pause pause pause_process isolate isolate cut one_way one_way flap "
