@@ -1,4 +1,4 @@
-"""python -m tests.sim run SEED | shrink SEED | soak COUNT: see README of this folder's modules, and --help."""
+"""python -m tests.sim run SEED | shrink SEED | soak COUNT: a whole cluster in virtual time (--help)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures import as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from tests.sim.cluster import Outcome, run
 from tests.sim.safeguards import SAFEGUARDS
@@ -45,7 +44,9 @@ def _tidy() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tests.sim", description="A whole cluster in virtual time.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.sim", description="A whole cluster in virtual time."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="one seed, with all that happens in it")
     one.add_argument("seed", type=int)
@@ -64,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _play(schedule: Schedule, without: str | None, log: bool = False) -> Outcome:
-    outcome = run(schedule, print if log else None, SAFEGUARDS[without] if without else contextlib.nullcontext)
+    outcome = run(
+        schedule, print if log else None, SAFEGUARDS[without] if without else contextlib.nullcontext
+    )
     gc.collect()
     return outcome
 
@@ -146,15 +149,21 @@ def _soak(options: argparse.Namespace) -> int:
         virtual_s += outcome.virtual_s
         if outcome.failure:
             failed.append(outcome.seed)
-            print(f"seed {outcome.seed}: {outcome.failure}\n  {_again(outcome.seed, options.without)}", flush=True)
+            print(
+                f"seed {outcome.seed}: {outcome.failure}\n  {_again(outcome.seed, options.without)}",
+                flush=True,
+            )
             if options.stop:
                 break
         if time.perf_counter() - last > PROGRESS_S:
             last = time.perf_counter()
             print(f"{done} of {options.count} seeds, {len(failed)} failed", file=sys.stderr, flush=True)
     took = time.perf_counter() - started
-    print(f"soak: {done} seeds from {options.first}, {len(failed)} failed, {done / took:.1f} seeds/s in {jobs} processes, "
-          f"{virtual_s / 3600:.1f} virtual hours; faults: {_listed(faults)}; requests: {_listed(requests)}")  # fmt: skip
+    print(
+        f"soak: {done} seeds from {options.first}, {len(failed)} failed, {done / took:.1f} seeds/s in {jobs} "
+        f"processes, {virtual_s / 3600:.1f} virtual hours; faults: {_listed(faults)}; "
+        f"requests: {_listed(requests)}"
+    )
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""The invariants of the design (section 6) that can be seen from outside of the processes, looked at after every turn."""
+"""The invariants of the design (section 6) that show from outside of the processes, looked at after every turn."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ class Checks:
         for old in before.pipelines:
             new = after.pipeline(old.id)
             if new is not None and new.epoch < old.epoch:
-                self._world.fail(f"topology {after.counter}: epoch of {old.id} from {old.epoch} to {new.epoch}")
+                self._world.fail(
+                    f"topology {after.counter}: epoch of {old.id} from {old.epoch} to {new.epoch}"
+                )
 
     def _one_leader(self, after: Topology) -> None:
         """Who writes is who leads by etcd's own order of things, in this very revision."""

@@ -18,10 +18,12 @@ from tests.sim.etcd import SimEtcd
 from tests.sim.loop import Process, World
 from tests.sim.network import Network
 from tests.sim.requests import Stream, template
-from tests.sim.schedule import Schedule, Step
+from tests.sim.schedule import Schedule
 
 FORM_LIMIT_S = 15.0
-SETTLE_LIMIT_S = 45.0  # virtual; ends and leases, silences and steadiness, orphans and hand-backs one after another
+SETTLE_LIMIT_S = (
+    45.0  # virtual; ends and leases, silences and steadiness, orphans and hand-backs one after another
+)
 LOOK_S = 0.25
 OPERATOR_S = 1.0  # between two looks of the operator who wants everything as on the first day
 
@@ -307,9 +309,7 @@ class Cluster:
     def _submit(self, number: int, gateway: int, template_number: int) -> Stream:
         process = self.processes[f"g{gateway}"]
         asked = template(template_number)
-        stream = Stream(
-            self.world, template_number, self.schedule.shape.stages, process.name, self.world.now
-        )
+        stream = Stream(self.world, template_number, self.schedule.shape.stages, process.name, self.world.now)
         self.streams[number] = stream
         if not process.alive or process.paused or process.part is None:
             stream.close("gateway lost")
@@ -459,5 +459,3 @@ class Cluster:
         service = self._service()
         if service is not None and self.operations:
             self._ask(service[0], service[1].cancel(f"op-{self.operations}"))
-
-

@@ -11,10 +11,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
+from grpc import StatusCode as Status
 
 from controlplane.etcd.proto import rpc_pb2
-from tests.sim.etcd_store import Lease, Refused, Status, Store
+from tests.sim.etcd_store import Lease, Refused, Store
 from tests.sim.loop import Process, World
 from tests.sim.network import End, Network
 
@@ -285,7 +285,9 @@ class SimEtcd:
         header = self.store.header()
         header.member_id = index + 1
         leader = self._leader + 1 if self.majority() else 0
-        return rpc_pb2.StatusResponse(header=header, version="3.5.sim", leader=leader, dbSize=1, dbSizeInUse=1)
+        return rpc_pb2.StatusResponse(
+            header=header, version="3.5.sim", leader=leader, dbSize=1, dbSizeInUse=1
+        )
 
     # Watches.
 
@@ -326,7 +328,7 @@ class SimEtcd:
     def _reply(self, end: End, call: int, message: Any) -> None:
         end.send(("message", call, message))
 
-    def _end(self, member: Member, end: End, call: int, code: grpc.StatusCode, details: str) -> None:
+    def _end(self, member: Member, end: End, call: int, code: Status, details: str) -> None:
         member.calls.pop((end, call), None)
         member.watches = [w for w in member.watches if (w.end, w.call) != (end, call)]
         end.send(("end", call, (code, details)))

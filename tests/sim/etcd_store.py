@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
+from grpc import StatusCode as Status
 
 from controlplane.etcd.proto import kv_pb2, rpc_pb2
 
-Status = grpc.StatusCode
 VALUE_BYTES_MAX = 1_500_000
 
 

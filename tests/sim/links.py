@@ -102,7 +102,7 @@ def open_transport(
     on_link_down: OnLinkDown,
 ) -> LinkTransport:
     """What dataplane/transport/choose.open_transport gives, over the simulated network."""
-    driver: Driver = SimDriver(net, process)  # type: ignore[assignment]
+    driver: Driver = SimDriver(net, process)
     return LinkTransport(
         config, [driver], on_message=on_message, on_link_up=on_link_up, on_link_down=on_link_down
     )

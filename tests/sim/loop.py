@@ -39,7 +39,7 @@ class Process:
         self.alive = True
         self.paused = False
         self.monotonic_s = world.random.uniform(10.0, 1e5)  # its machine has been up for so long
-        self.loop = SimLoop(world, self)
+        self.loop = SimLoop(world, self)  # type: ignore[abstract]
         self.ends: dict[Any, None] = {}  # of connections, see network.py
         self.exited: Callable[[], None] | None = None  # called when the main coroutine has returned
         self.part: Any = None  # the production object that the process is about
@@ -99,9 +99,11 @@ class Process:
         for task in list(self.loop.tasks):
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             coroutine = task.get_coro()
-            for _ in range(20):  # a coroutine may await in its `finally`, which close() takes for disobedience
+            for _ in range(
+                20
+            ):  # a coroutine may await in its `finally`, which close() takes for disobedience
                 try:
-                    coroutine.close()  # type: ignore[union-attr]
+                    coroutine.close()
                     break
                 except (RuntimeError, ValueError):
                     continue
@@ -175,7 +177,7 @@ class SimLoop(asyncio.AbstractEventLoop):
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self)
 
-    def create_task(self, coro: Any, *, name: str | None = None, context: Any = None) -> asyncio.Task[Any]:  # type: ignore[override]
+    def create_task(self, coro: Any, *, name: str | None = None, context: Any = None) -> asyncio.Task[Any]:
         task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, name=name or "task", context=context)
         self.tasks[task] = None
         task.add_done_callback(self._forget)
@@ -184,7 +186,9 @@ class SimLoop(asyncio.AbstractEventLoop):
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self.tasks.pop(task, None)
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
         """Done at the end of a random while, which is the worst moment: all may have changed since the call."""
         future = self.create_future()
 

@@ -126,9 +126,13 @@ class Network:
             return end
         there = End(self, target, patience_s)
         end.other, there.other = there, end
-        self.world.push(there.arrive_at(self.world.now + self._delay()), target, self._accepted, (there, accept))
+        self.world.push(
+            there.arrive_at(self.world.now + self._delay()), target, self._accepted, (there, accept)
+        )
         # The kernel of a stopped process still completes the handshake.
-        self.world.push(end.arrive_at(self.world.now + 2 * self._delay()), process, self._opened, (end, opened))
+        self.world.push(
+            end.arrive_at(self.world.now + 2 * self._delay()), process, self._opened, (end, opened)
+        )
         return end
 
     def _accepted(self, end: End, accept: Callable[[End], None]) -> None:
@@ -200,9 +204,9 @@ class Network:
         """Connections whose other end is gone answer with a reset once packets pass again."""
         for process in self.world.processes:
             for end in list(process.ends):
-                if process.alive and end.up and end.other.gone and end.other is not end:
-                    if not self.blocked(end.other.process.name, process.name):
-                        self.world.post(self._delay() + 0.2, process, self._end, end, "connection reset")
+                gone = process.alive and end.up and end.other.gone and end.other is not end
+                if gone and not self.blocked(end.other.process.name, process.name):
+                    self.world.post(self._delay() + 0.2, process, self._end, end, "connection reset")
 
     def reset(self, a: str, b: str) -> None:
         """Every connection between two processes breaks; what is on its way may arrive before."""

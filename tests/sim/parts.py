@@ -190,9 +190,7 @@ async def controller_main(process: Process, config: ClusterConfig) -> None:
     runtime = Runtime(controller, inbox, registry, performer, election)
     service = Service(config, me, Parts(controller, registry, client, history, cast(Any, None)))
     process.part = ControllerPart(controller, runtime, service)
-    await asyncio.gather(
-        runtime.run(), performer.run(), registry.run(), runtime.campaign(), presence.run()
-    )
+    await asyncio.gather(runtime.run(), performer.run(), registry.run(), runtime.campaign(), presence.run())
 
 
 # ---------------------------------------------------------------------------------- a gateway

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc
+from grpc import ChannelConnectivity as State
+from grpc import StatusCode as Status
 
 from tests.sim.loop import Process
 from tests.sim.network import End, Network
 
-Status = grpc.StatusCode
-State = grpc.ChannelConnectivity
 PATIENCE_S = (1.5, 4.0)  # pings without an answer, until a connection is given up
 ATTEMPT_S = 0.5
 BACKOFF_S = 0.05

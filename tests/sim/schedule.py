@@ -48,12 +48,44 @@ class Schedule:
         return Schedule(self.seed, self.shape, steps, self.mild)
 
 
+# How often each kind of fault is drawn, besides those of chains.
+WEIGHTS = {
+    "kill": 3,
+    "kill_process": 1,
+    "gone": 2,
+    "leave": 1,
+    "pause": 2,
+    "pause_process": 1,
+    "isolate": 2,
+    "cut": 1,
+    "one_way": 2,
+    "flap": 1,
+    "reset": 2,
+    "slow": 1,
+    "tamper": 2,
+    "corrupt": 3,
+    "etcd_down": 1,
+    "etcd_kill": 1,
+    "etcd_pause": 1,
+    "fate_of_write": 3,
+    "expire": 2,
+    "compact": 1,
+    "wall_jump": 1,
+    "operate": 3,
+    "cancel_operation": 1,
+}
+
+# Instances and stages. Small ones find most, and more of them can be tried.
+SIZES = ((2, 1), (2, 2), (2, 2), (2, 2), (2, 2), (2, 3), (3, 1), (3, 2))
+
+
 def generate(seed: int) -> Schedule:
     chance = random.Random(f"schedule {seed}")
+    instances, stages = chance.choice(SIZES)
     shape = Shape(
-        instances=chance.choice((2, 2, 2, 2, 3)),
-        stages=chance.choice((1, 2, 2, 2, 2, 3)),
-        spares=1 if chance.random() < 0.1 else 0,
+        instances=instances,
+        stages=stages,
+        spares=1 if instances * stages <= 4 and chance.random() < 0.15 else 0,
         controllers=chance.choice((1, 2, 2)),
         gateways=chance.choice((1, 2)),
         pool_blocks=chance.choice((40, 64, 128)),
@@ -140,11 +172,7 @@ def _fault(chance: random.Random, shape: Shape, at: float) -> Step:
     everybody = [*nodes, *controllers, *gateways, *members]
     short, long = chance.uniform(0.02, 0.5), chance.uniform(0.5, 2.0)
     span = chance.choice((short, long))
-    what = chance.choice(
-        "kill kill kill kill_process pause pause pause_process isolate isolate cut one_way one_way flap "
-        "etcd_down etcd_kill etcd_pause fate_of_write fate_of_write fate_of_write expire expire compact wall_jump slow reset reset tamper "
-        "tamper corrupt corrupt corrupt operate operate operate cancel_operation leave gone gone".split()
-    )
+    (what,) = chance.choices(list(WEIGHTS), list(WEIGHTS.values()))
     match what:
         case "kill":
             return Step(at, "kill", (node, chance.choice((0.2, 0.2, 0.6, 1.5))))
