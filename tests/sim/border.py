@@ -28,6 +28,7 @@ from tests.sim.network import Network
 from tests.sim.rpc import SimChannel, SimServer
 
 TICK_S = 0.15  # of nodes and controllers, in place of 0.05: a third of the work
+PING_S = 0.4  # on links that are otherwise silent, in place of 0.2
 
 
 @contextlib.contextmanager
@@ -62,6 +63,7 @@ def simulated(world: World, net: Network) -> Iterator[None]:
             (web.gateway.dispatch, "new_rid", new_rid),
             (dataplane.node, "open_transport", transport),
             (dataplane.node, "TICK_S", TICK_S),
+            (dataplane.node, "PING_S", PING_S),
             (controlplane.shell.runtime, "TICK_S", TICK_S),
             (dataplane.kvcache, "huge_zeros", lambda size: np.zeros(size, np.uint8)),
         ):

@@ -377,6 +377,11 @@ class Cluster:
         """Nothing that nodes say reaches a gateway."""
         self._cut([(node, name) for node in self.schedule.shape.nodes], seconds)
 
+    def hush(self, seconds: float) -> None:
+        """Nothing passes between nodes."""
+        nodes = self.schedule.shape.nodes
+        self._cut([(a, b) for a in nodes for b in nodes if a != b], seconds)
+
     def flap(self, a: str, b: str, times: int, seconds: float) -> None:
         for turn in range(times):
             self.world.post(2 * turn * seconds, self.fate, self._cut, [(a, b), (b, a)], seconds)

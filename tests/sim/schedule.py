@@ -140,7 +140,7 @@ def _chain(chance: random.Random, shape: Shape, at: float) -> list[Step]:
     """Faults that do harm only together, and would hardly ever meet by chance."""
     node, soon = chance.choice(shape.nodes), at + chance.uniform(0.01, 0.3)
     asked = ("submit", (100, chance.randrange(1, shape.gateways + 1), chance.choice(LONG)))
-    which = chance.randrange(3)
+    which = chance.randrange(4)
     if which == 0:
         # A leader that does not hear how it is voted out, and then sees a reason to write.
         return [
@@ -154,6 +154,13 @@ def _chain(chance: random.Random, shape: Shape, at: float) -> list[Step]:
             Step(at, *asked),
             Step(soon + 0.1, "mute", (f"g{asked[1][1]}", chance.uniform(0.3, 1.2))),
             Step(soon + 0.1 + chance.uniform(0.0, 0.2), "kill", (chance.choice(shape.nodes), 0.4)),
+        ]
+    if which == 2:
+        # Steps and copies wait on their way between nodes while an epoch ends.
+        return [
+            Step(at, *asked),
+            Step(soon + 0.1, "hush", (chance.uniform(0.2, 0.8),)),
+            Step(soon + 0.1 + chance.uniform(0.0, 0.1), "kill", (chance.choice(shape.nodes), 0.4)),
         ]
     # A copy goes bad, and is needed a moment later.
     return [

@@ -7,11 +7,12 @@ import pytest
 from tests.sim.soaking import simulator
 
 SEEDS = 2000
-PIECE = 100
+PIECE = 250
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("first", range(0, SEEDS, PIECE))
 def test_seeds(first: int) -> None:
-    ended = simulator("soak", str(PIECE), "--first", str(first))
+    ended = simulator("soak", str(PIECE), "--first", str(first), limit_s=590.0)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert f"soak: {PIECE} seeds from {first}, 0 failed" in ended.stdout
