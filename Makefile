@@ -2,6 +2,7 @@
 #
 #   make up        a whole cluster on this machine, on the demo model; Ctrl-C stops it (UP="..." adds options)
 #   make test      the whole test suite (TESTS="..." picks some)
+#   make soak      100,000 seeds of the simulator (SEEDS=..., FIRST=... change that)
 #   make check     ruff, mypy, import-linter, cython-lint
 #   make install   .venv with everything: tests, our own benches, development
 #   make bench-peers  the engines that benches compare us with (large, and llama.cpp is compiled: minutes)
@@ -21,7 +22,10 @@ SOURCES := pyproject.toml setup.py $(wildcard dataplane/_fast/*.pyx dataplane/_f
            $(filter-out kernels/cpu/_native.c,$(wildcard kernels/cpu/*.pyx kernels/cpu/*.c kernels/cpu/*.h))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: install up test check proto test-gpu bench-peers clean
+SEEDS ?= 100000
+FIRST ?= 0
+
+.PHONY: install up test soak check proto test-gpu bench-peers clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +39,9 @@ test: install
 	if [ $$status -eq 0 ]; then echo "make test: passed in $$took s"; \
 	else echo "make test: FAILED (pytest exit code $$status) after $$took s"; fi; \
 	exit $$status
+
+soak: install
+	@$(BIN)/python -m tests.sim soak $(SEEDS) --first $(FIRST)
 
 check: install
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ from dataplane.core.blocks import KvStore
 from dataplane.core.messages import HeldMeta, Meta, Ping, ResultMeta, StepFailedMeta
 from dataplane.devices import emulate_network, profile_of
 from dataplane.frontdoor import Frontdoor
+from dataplane.model.config import load_config
 from dataplane.oracle import HASH_BYTES, OracleExecutor
 from dataplane.reporter import Reporter
 from dataplane.schedulers import Schedulers
@@ -192,7 +193,9 @@ class Node:
             self._worker.put(topology)
             self._schedulers.on_topology(topology, self._world.nodes)
             now = time.monotonic()
-            self._neighbours = {m: self._neighbours.get(m, now) for m in neighbours(topology, self._me)}
+            self._neighbours = {
+                m: self._neighbours.get(m, now) for m in sorted(neighbours(topology, self._me))
+            }
 
     def _open_links(self) -> None:
         """A link to every node of the group, ahead of need: any of them may become a neighbour."""
@@ -202,7 +205,7 @@ class Node:
         known = {record.member for record in self._world.nodes.values()}
         # A node that lost its registration but serves with us is alive: etcd was away.
         gone = {m for m in self._linked if m not in known and m not in self._neighbours}
-        for member in gone:
+        for member in sorted(gone):
             if member.node not in self._world.nodes:
                 self._transport.disconnect(member.node)
             self._sent_at.pop(member, None)
@@ -325,7 +328,7 @@ def load_executor(config: ClusterConfig, stage: int) -> StageExecutor | OracleEx
     engine = config.engine
     if engine.executor == "oracle":
         return OracleExecutor(
-            Path(config.model),
+            load_config(Path(config.model)),
             stage,
             config.stages,
             num_blocks=engine.pool_blocks,

@@ -16,7 +16,6 @@ at the first one):
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ import numpy.typing as npt
 from dataplane._fast.blocktable import StepArrays
 from dataplane.devices import DeviceProfile
 from dataplane.kvcache import KVCache
-from dataplane.model.config import ModelConfig, load_config
+from dataplane.model.config import ModelConfig
 from dataplane.transport.frames import Buffer
 
 Hashes = npt.NDArray[np.uint64]
@@ -94,12 +93,12 @@ class Logits:
 class OracleExecutor:
     """One stage. The interface is `executor.StageExecutor`'s; beside it `rest_s`, which that one leaves at 0.
 
-    Not thread-safe. Raises ModelError for a config.json that cannot be read, ValueError for a stage that does not
-    exist. `time_scale`: the device is faster than its profile by that factor."""
+    Not thread-safe. Raises ValueError for a stage that does not exist. `time_scale`: the device is faster than its
+    profile by that factor."""
 
     def __init__(
         self,
-        model_dir: Path,
+        config: ModelConfig,
         stage: int,
         num_stages: int,
         *,
@@ -108,7 +107,7 @@ class OracleExecutor:
         profile: DeviceProfile,
         time_scale: float = 1.0,
     ) -> None:
-        self.config: ModelConfig = load_config(model_dir)
+        self.config = config
         if not 0 <= stage < num_stages:
             raise ValueError(f"stage {stage} is not one of {num_stages}")
         self.is_first, self.is_last = stage == 0, stage == num_stages - 1

@@ -12,6 +12,7 @@ from controlplane.contract.requests import Sampling
 from dataplane._fast.blocktable import BlockTable
 from dataplane.demo import model_dir
 from dataplane.devices import A10_LLAMA_8B_QUARTER, PROFILES
+from dataplane.model.config import load_config
 from dataplane.model.sampler import SamplingTable
 from dataplane.oracle import CANDIDATES, OracleExecutor
 
@@ -25,7 +26,12 @@ class Pipeline:
     def __init__(self, seed: int = 0) -> None:
         self.stages = [
             OracleExecutor(
-                model_dir(), s, STAGES, num_blocks=64, block_size=BLOCK, profile=PROFILES["instant"]
+                load_config(model_dir()),
+                s,
+                STAGES,
+                num_blocks=64,
+                block_size=BLOCK,
+                profile=PROFILES["instant"],
             )
             for s in range(STAGES)
         ]
@@ -132,7 +138,13 @@ def test_the_seed_chooses_among_the_candidates() -> None:
 def test_a_step_keeps_its_device_busy_as_long_as_the_profile_says() -> None:
     scale = 1e-3  # a thousand times slower, so that this process's own time is nothing
     executor = OracleExecutor(
-        model_dir(), 0, 2, num_blocks=8, block_size=BLOCK, profile=A10_LLAMA_8B_QUARTER, time_scale=scale
+        load_config(model_dir()),
+        0,
+        2,
+        num_blocks=8,
+        block_size=BLOCK,
+        profile=A10_LLAMA_8B_QUARTER,
+        time_scale=scale,
     )
     table = BlockTable(1, 8, BLOCK)
     table.extend(table.new_row(), [3, 1, 2])
@@ -159,4 +171,4 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="activations"):
         second.forward(None, b"1234567", arrays, none)
     with pytest.raises(ValueError, match="stage 2"):
-        OracleExecutor(model_dir(), 2, 2, num_blocks=1, profile=PROFILES["instant"])
+        OracleExecutor(load_config(model_dir()), 2, 2, num_blocks=1, profile=PROFILES["instant"])

@@ -1,0 +1,81 @@
+"""Where production code meets the outside, and what stands there in the simulator: time, gRPC, links, secrets.
+
+Everything inside is the real thing. This list is all that has to follow when production code changes what it asks of
+the outside; how its objects are put together is in parts.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import grpc
+import numpy as np
+import structlog
+
+import controlplane.shell.runtime
+import dataplane.kvcache
+import dataplane.node
+from tests.sim.links import open_transport
+from tests.sim.loop import World, virtual_time
+from tests.sim.network import Network
+from tests.sim.rpc import SimChannel, SimServer
+
+TICK_S = 0.15  # of nodes and controllers, in place of 0.05: a third of the work
+PING_S = 0.4  # on links that are otherwise silent, in place of 0.2
+
+
+@contextlib.contextmanager
+def simulated(world: World, net: Network) -> Iterator[None]:
+    """Production code that runs within sees the simulated world."""
+
+    def current() -> Any:
+        assert world.current is not None, "production code runs outside of every process"
+        return world.current
+
+    def channel(address: str, options: Any = None) -> SimChannel:
+        return SimChannel(net, current(), address)
+
+    def server(**_: Any) -> SimServer:
+        return SimServer(net, current())
+
+    def transport(kind: str, config: Any, emulate: None = None, **callbacks: Any) -> Any:
+        return open_transport(net, current(), config, **callbacks)
+
+    def token_bytes(size: int | None = None) -> bytes:
+        return world.random.randbytes(size or 32)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_silence())
+        for target, name, value in (
+            (grpc.aio, "insecure_channel", channel),
+            (grpc.aio, "server", server),
+            (secrets, "token_bytes", token_bytes),
+            (dataplane.node, "open_transport", transport),
+            (dataplane.node, "TICK_S", TICK_S),
+            (dataplane.node, "PING_S", PING_S),
+            (controlplane.shell.runtime, "TICK_S", TICK_S),
+            (dataplane.kvcache, "huge_zeros", lambda size: np.zeros(size, np.uint8)),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        stack.enter_context(virtual_time(world))
+        yield
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Production code has much to say about faults; World.note says what matters here."""
+    logging.disable(logging.CRITICAL)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of coroutines that a kill leaves behind
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        structlog.reset_defaults()

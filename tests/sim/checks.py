@@ -1,0 +1,173 @@
+"""The invariants of the design (section 6) that show from outside of the processes, looked at after every turn."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.keys import Keys, decode
+from controlplane.contract.records import ControllerRecord
+from controlplane.contract.topology import Topology
+from controlplane.core import invariants
+from controlplane.core.policy import Situation
+from controlplane.etcd.election import leader_of
+from controlplane.etcd.wire import key_value
+from dataplane.core.messages import KvAckMeta, KvMeta
+from dataplane.core.stage import Stage
+from dataplane.node import Node
+from dataplane.replica import Replicator
+from tests.sim import parts
+from tests.sim.etcd import SimEtcd
+from tests.sim.loop import Process, World
+
+# Those that need nothing but the two topologies; the others are checked by plan() itself at each of its steps.
+STATELESS = (
+    invariants.counter_grows_by_one,
+    invariants.pipelines_stay,
+    invariants.epoch_follows_ranks,
+    invariants.no_node_twice_in_a_pipeline,
+    invariants.copies_are_elsewhere,
+)
+
+
+class Checks:
+    def __init__(self, world: World, etcd: SimEtcd, keys: Keys, group: str) -> None:
+        self.topology: Topology | None = None  # as etcd has it
+        self.written = 0
+        self._world = world
+        self._etcd = etcd
+        self._keys = keys
+        self._topology_key = keys.topology(group).encode()
+        self._tell = etcd.store.changed
+        self._revision = 0
+        self._fences: dict[tuple[Process, PipelineId], Any] = {}
+        # What the holder of a copy has said last, by source process, pipeline, holder and request.
+        self._said: dict[tuple[Process, PipelineId, Member], dict[int, int]] = {}
+        self._heard: set[Process] = set()  # news of copies since the last look
+        etcd.store.changed = self._committed
+        world.after = self._after
+
+    # What etcd accepts.
+
+    def _committed(self) -> None:
+        kv = self._etcd.store.kvs.get(self._topology_key)
+        if kv is not None and kv.mod_revision > self._revision:
+            self._revision = kv.mod_revision
+            self._new_topology(decode(kv.value, Topology, "topology"))
+        self._tell()
+
+    def _new_topology(self, after: Topology) -> None:
+        before, self.topology = self.topology, after
+        self.written += 1
+        self._one_leader(after)
+        self._world.note(f"topology {after.counter} by {self._etcd.writer}: {picture(after)}")
+        if before is None:
+            return
+        situation = Situation(before, None, None, 0.0, frozenset())  # type: ignore[arg-type]
+        for check in STATELESS:
+            for problem in check(situation, after):
+                self._world.fail(f"topology {after.counter}: {check.__name__}: {problem}")
+        for old in before.pipelines:
+            new = after.pipeline(old.id)
+            if new is not None and new.epoch < old.epoch:
+                self._world.fail(
+                    f"topology {after.counter}: epoch of {old.id} from {old.epoch} to {new.epoch}"
+                )
+
+    def _one_leader(self, after: Topology) -> None:
+        """Who writes is who leads by etcd's own order of things, in this very revision."""
+        prefix = self._keys.leader.encode()
+        store = self._etcd.store
+        items = {kv.key.decode(): key_value(kv) for k, kv in store.kvs.items() if k.startswith(prefix)}
+        leader, writer = leader_of(items), self._etcd.writer
+        name = decode(leader.identity, ControllerRecord, leader.key).id if leader is not None else "nobody"
+        lease = store.leases.get(items[leader.key].lease) if leader is not None else None
+        if writer is None or lease is None or lease.owner is not writer:
+            self._world.fail(f"topology {after.counter} was written by {writer}, but {name} leads")
+
+    # What nodes do.
+
+    def _after(self, process: Process) -> None:
+        node = process.part
+        if type(node) is not Node or not process.alive:
+            return
+        for pipeline, stage in parts.stages_of(node).items():
+            before = self._fences.get((process, pipeline))
+            if before != stage.fence:
+                if before is not None and stage.fence < before:
+                    self._world.fail(f"{process} went back from {before} to {stage.fence} in {pipeline}")
+                self._fences[process, pipeline] = stage.fence
+        if process in self._heard:
+            self._heard.discard(process)
+            self._watermarks(process, node)
+
+    def _watermarks(self, process: Process, node: Node) -> None:
+        for pipeline, source in parts.sources_of(node):
+            said = self._said.get((process, pipeline, source.target), {})
+            for rid, tokens in parts.acknowledged_of(source).items():
+                if tokens > said.get(rid, 0):
+                    self._world.fail(
+                        f"{process} counts {tokens} tokens of {rid} on {source.target} as safe, "
+                        f"which has acknowledged {said.get(rid, 0)}"
+                    )
+
+    @contextlib.contextmanager
+    def probes(self) -> Iterator[None]:
+        """Look into what nodes do at the moment they do it."""
+        commit, store_copy, acknowledged = Stage.commit, Replicator.store_copy, Replicator.acknowledged
+        pump = Replicator.pump
+
+        def process() -> Process:
+            assert self._world.current is not None
+            return self._world.current
+
+        def fenced(what: str, pipeline: PipelineId, epoch: int) -> None:
+            node = process().part
+            if isinstance(node, Node) and epoch < parts.epoch_known(node, pipeline):
+                known = parts.epoch_known(node, pipeline)
+                self._world.fail(f"{process()} {what} of epoch {epoch} of {pipeline}, knowing {known}")
+
+        def commit_probe(stage: Stage, step: Any, tokens: Any) -> list[int]:
+            fenced(f"ran step {step.meta.step}", stage.pipeline, step.meta.fence.epoch)
+            if step.meta.fence < stage.fence:
+                self._world.fail(f"{process()} ran a step of {step.meta.fence} in {stage.fence}")
+            return commit(stage, step, tokens)
+
+        def store_probe(me: Replicator, peer: Member, meta: KvMeta, payload: memoryview) -> None:
+            fenced("stored a copy", meta.pipeline, meta.fence.epoch)
+            store_copy(me, peer, meta, payload)
+
+        def acknowledged_probe(me: Replicator, peer: Member, meta: KvAckMeta, now: float) -> None:
+            at = process(), meta.pipeline, peer
+            self._heard.add(at[0])
+            said = {} if meta.whole else self._said.get(at, {})
+            self._said[at] = said | dict(meta.held)
+            acknowledged(me, peer, meta, now)
+
+        def pump_probe(me: Replicator, now: float) -> None:
+            self._heard.add(process())
+            pump(me, now)
+
+        with (
+            mock.patch.object(Stage, "commit", commit_probe),
+            mock.patch.object(Replicator, "store_copy", store_probe),
+            mock.patch.object(Replicator, "acknowledged", acknowledged_probe),
+            mock.patch.object(Replicator, "pump", pump_probe),
+        ):
+            yield
+
+
+def picture(topology: Topology) -> str:
+    """A topology on one line, for people who look for a defect."""
+    found = []
+    for p in topology.pipelines:
+        stages = " ".join(
+            f"{','.join(map(str, s.ranks)) or '-'}>{','.join(map(str, s.replicas)) or '-'}" for s in p.stages
+        )
+        move = f" {p.move.phase.value} {p.move.stage} to {p.move.to}" if p.move is not None else ""
+        found.append(f"{p.id}#{p.epoch}[{stages}{move}]")
+    tail = f" cordoned {','.join(topology.cordoned)}" if topology.cordoned else ""
+    return " ".join(found) + tail

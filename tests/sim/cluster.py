@@ -1,0 +1,466 @@
+"""One run: a cluster forms, a schedule happens to it, the faults stop, and full service has to return."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from controlplane.contract.errors import Unavailable
+from controlplane.contract.keys import Keys
+from controlplane.contract.status import OperationRequest
+from tests.sim import parts
+from tests.sim.border import simulated
+from tests.sim.checks import Checks, picture
+from tests.sim.etcd import SimEtcd
+from tests.sim.loop import Process, World
+from tests.sim.network import Network
+from tests.sim.requests import Stream, template
+from tests.sim.schedule import Schedule
+
+FORM_LIMIT_S = 15.0
+SETTLE_LIMIT_S = (
+    45.0  # virtual; ends and leases, silences and steadiness, orphans and hand-backs one after another
+)
+LOOK_S = 0.25
+OPERATOR_S = 1.0  # between two looks of the operator who wants everything as on the first day
+
+
+@dataclass
+class Outcome:
+    seed: int
+    failure: str = ""  # the first violation; empty: none
+    faults: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)  # by how they ended
+    topologies: int = 0
+    events: int = 0
+    virtual_s: float = 0.0
+    digest: int = 0  # of the moments at which anything happened: equal for equal runs
+
+
+def run(
+    schedule: Schedule,
+    log: Callable[[str], None] | None = None,
+    without: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Outcome:
+    """Play a schedule. `without` switches a safeguard of production code off meanwhile."""
+    parts.run_dir()  # made before: it draws a secret
+    world = World(schedule.seed)
+    world.log = log
+    net = Network(world)
+    with without(), simulated(world, net):
+        cluster = Cluster(world, net, schedule)
+        with cluster.checks.probes():
+            cluster.play()
+        return cluster.outcome
+
+
+class Cluster:
+    def __init__(self, world: World, net: Network, schedule: Schedule) -> None:
+        shape = schedule.shape
+        self.world, self.net, self.schedule = world, net, schedule
+        self.outcome = Outcome(schedule.seed)
+        self.etcd = SimEtcd(world, net)
+        self.config = parts.make_config(
+            self.etcd.endpoints,
+            shape.instances,
+            shape.stages,
+            shape.spares,
+            shape.pool_blocks,
+            shape.microbatches,
+        )
+        self.checks = Checks(world, self.etcd, Keys(self.config.cluster), self.config.group)
+        self.processes: dict[str, Process] = {}
+        self.streams: dict[int, Stream] = {}
+        self.cuts: list[list[tuple[str, str]]] = []
+        self.incarnations = 0
+        self.operations = 0
+        self.healing = False
+        # What befalls the cluster is done by somebody who has no process of his own in it.
+        self.fate = world.process("fate")
+        for name in self.names():
+            self.start(name)
+
+    def names(self) -> list[str]:
+        shape = self.schedule.shape
+        controllers = [f"c{k + 1}" for k in range(shape.controllers)]
+        return [*controllers, *shape.nodes, *(f"g{k + 1}" for k in range(shape.gateways))]
+
+    # ------------------------------------------------------------------ phases
+
+    def play(self) -> None:
+        world = self.world
+        self._wait(FORM_LIMIT_S, "the cluster has not formed", self._at_home)
+        begun = world.now
+        for step in self.schedule.steps:
+            world.run_until(begun + step.at)
+            if world.failure:
+                break
+            world.note(f"step {step.what} {step.args}")
+            getattr(self, step.what)(*step.args)
+            if step.what not in ("submit", "cancel"):
+                self.outcome.faults[step.what] += 1
+        self._settle()
+        outcome = self.outcome
+        outcome.faults.update({f"frame {how}": n for how, n in self.net.tampered.items()})
+        outcome.faults.update({f"write {how}": n for how, n in self.etcd.fated.items()})
+        outcome.requests = Counter(stream.ended or "open" for stream in self.streams.values())
+        outcome.topologies, outcome.events = self.checks.written, world.events
+        outcome.virtual_s, outcome.failure, outcome.digest = world.now, world.failure, world.digest
+
+    def _settle(self) -> None:
+        """The faults stop. Safety is behind us; now liveness."""
+        world = self.world
+        world.run_until(world.now + 0.3)
+        self.healing = True
+        world.note("the faults stop")
+        self._heal()
+        if self.schedule.mild:
+            self._wait(SETTLE_LIMIT_S, "requests have not ended", self._all_ended)
+            for stream in self.streams.values():
+                if not stream.well and not world.failure:
+                    world.fail(f"request {stream.rid} ended with {stream.ended!r} through one fault")
+        self._wait(SETTLE_LIMIT_S, "full service has not returned", self._at_home, self._operator)
+        probes = [self._submit(-1 - k, k % self.schedule.shape.gateways + 1, 10 + k) for k in range(2)]
+        self._wait(SETTLE_LIMIT_S, "requests have not ended", self._all_ended)
+        for stream in probes:
+            if not stream.well:
+                world.fail(f"request {stream.rid} ended with {stream.ended!r} although all is well")
+        self._wait(SETTLE_LIMIT_S, "something is left behind", lambda: not self._left_behind())
+
+    def _wait(
+        self, limit_s: float, what: str, condition: Callable[[], Any], every: Callable[[], None] | None = None
+    ) -> None:
+        world = self.world
+        deadline, next_look = world.now + limit_s, world.now
+        while not world.failure and not condition():
+            if world.now >= deadline:
+                world.fail(f"{what} within {limit_s:g} s: {self._situation()}")
+                return
+            if every is not None and world.now >= next_look:
+                next_look = world.now + OPERATOR_S
+                every()
+            world.run_until(world.now + LOOK_S)
+
+    def _situation(self) -> str:
+        topology = self.checks.topology
+        open_ = [s.rid for s in self.streams.values() if not s.ended]
+        shown = picture(topology) if topology is not None else "no topology"
+        return f"{shown}; open requests {open_}; left: {self._left_behind()}"
+
+    # ------------------------------------------------------------------ looking
+
+    def nodes(self) -> Iterator[tuple[str, Any]]:
+        for name, process in self.processes.items():
+            if name[0] == "n" and process.alive and process.part is not None:
+                yield name, process.part
+
+    def _at_home(self) -> bool:
+        """Every stage is served by the living process of its home, is copied, and nothing moves."""
+        topology = self.checks.topology
+        if topology is None or topology.cordoned or topology.retired:
+            return False
+        for pipeline in topology.pipelines:
+            if not pipeline.up or pipeline.move is not None:
+                return False
+            for stage in pipeline.stages:
+                leader = stage.leader
+                if leader is None or leader.node not in stage.homes or not self._lives(leader):
+                    return False
+                if not stage.replicas or not all(self._lives(m) for m in stage.replicas):
+                    return False
+        return all(self._reachable(name) for name in self.names() if name[0] == "g")
+
+    def _lives(self, member: Any) -> bool:
+        process = self.processes[member.node]
+        return process.alive and process.incarnation == member.incarnation
+
+    def _reachable(self, gateway: str) -> bool:
+        part = self.processes[gateway].part
+        return part is not None and part.reachable == self.schedule.shape.instances
+
+    def _all_ended(self) -> bool:
+        return all(stream.ended for stream in self.streams.values())
+
+    def _left_behind(self) -> list[str]:
+        """Blocks, requests, questions and slots that nobody will ask for again."""
+        found = []
+        for name, node in self.nodes():
+            store = parts.store_of(node)
+            store.check()
+            for pipeline, rids in store.own.items():
+                found += [f"{name} serves {rid:x} of {pipeline}" for rid in rids]
+            found += [f"{name} has a copy of {rid:x} of {pipeline}" for pipeline, rid in store.replicas]
+            if store.table.rows_in_use or store.blocks_free != store.num_blocks:
+                found.append(f"{name} has {store.table.rows_in_use} rows, {store.blocks_free} free blocks")
+            for pipeline, scheduler in parts.schedulers_of(node).items():
+                if scheduler.requests or scheduler.batcher.used_blocks or scheduler.in_flight:
+                    found.append(f"{name} schedules {list(scheduler.requests)} of {pipeline}")
+            for pipeline, stage in parts.stages_of(node).items():
+                if stage.sampling is not None and stage.sampling.slots_in_use:
+                    found.append(f"{name} samples {stage.sampling.slots_in_use} of {pipeline}")
+            for pipeline, source in parts.sources_of(node):
+                if parts.acknowledged_of(source):
+                    found.append(f"{name} counts {parts.acknowledged_of(source)} of {pipeline}")
+        for name in self.names():
+            part = self.processes[name].part
+            if name[0] == "g" and part is not None and part.live:
+                found.append(f"{name} has {part.live} live requests")
+        return found
+
+    # ------------------------------------------------------------------ processes
+
+    def start(self, name: str) -> None:
+        """The launcher's doing: a fresh process of that name, unless there is one."""
+        if name in self.processes and self.processes[name].alive:
+            return
+        self.incarnations += 1
+        process = self.world.process(name, f"{self.incarnations:x}")
+        self.processes[name] = process
+        process.exited = lambda: self.world.post(0.0, self.fate, self._exited, process)
+        if name[0] == "n":
+            process.spawn(parts.node_main(process, self.config, int(name[1:]) % self.config.stages), True)
+        elif name[0] == "c":
+            process.spawn(parts.controller_main(process, self.config), True)
+        else:
+            process.spawn(parts.gateway_main(process, self.config), True)
+
+    def _exited(self, process: Process) -> None:
+        """Its main coroutine has returned: retired, or asked to stop."""
+        if process.alive:
+            self._end(process)
+            self.world.post(0.2, self.fate, self.start, process.name)
+
+    def _end(self, process: Process) -> None:
+        self.world.note(f"{process} ends")
+        process.alive = False
+        self.net.died(process)
+        for stream in self.streams.values():
+            if stream.gateway == process.name and not stream.ended:
+                stream.close("gateway lost")
+
+    def _all(self) -> Iterable[Process]:
+        yield from self.processes.values()
+        for member in self.etcd.members:
+            yield member.process
+
+    def _named(self, name: str) -> Process:
+        """A process by its name; "leader" is the controller that leads by its own account, or the first one."""
+        if name == "leader":
+            names = [n for n in self.processes if n[0] == "c"]
+            led = (n for n in names if (p := self.processes[n].part) is not None and p.runtime.is_leader)
+            name = next(led, names[0])
+        return next(p for p in self._all() if p.name == name)
+
+    # ------------------------------------------------------------------ healing
+
+    def _heal(self) -> None:
+        for pairs in self.cuts:
+            self.net.heal(pairs)
+        self.cuts.clear()
+        self.net.delay_s = 0.0
+        self.net.tamper.clear()
+        self.etcd.fates.clear()
+        for member in self.etcd.members:
+            self.etcd.start(member)
+        for process in list(self._all()):
+            if process.paused:
+                process.resume()
+        for name in self.names():
+            self.start(name)
+        self.net.broken_at_heal()
+
+    def _operator(self) -> None:
+        """Ends what is still under way, and lifts cordons."""
+        topology = self.checks.topology
+        service = self._service()
+        if topology is None or service is None:
+            return
+        process, at = service
+        for operation in at._operations():
+            if operation.open and operation.kind != "undrain":
+                self._ask(process, at.cancel(operation.id))
+        for node in topology.cordoned:
+            self.operations += 1
+            request = OperationRequest(f"last-{self.operations}", "undrain", node)
+            self._ask(process, at.submit(request))
+
+    def _service(self) -> tuple[Process, Any] | None:
+        """A controller that is there to be asked."""
+        for name, process in sorted(self.processes.items()):
+            if name[0] == "c" and process.alive and not process.paused and process.part is not None:
+                return process, process.part.service
+        return None
+
+    def _ask(self, process: Process, question: Any) -> None:
+        async def asked() -> None:
+            with contextlib.suppress(Unavailable):
+                await question
+
+        process.spawn(asked())
+
+    # ------------------------------------------------------------------ steps: clients
+
+    def submit(self, number: int, gateway: int, template_number: int) -> None:
+        self._submit(number, gateway, template_number)
+
+    def _submit(self, number: int, gateway: int, template_number: int) -> Stream:
+        process = self.processes[f"g{gateway}"]
+        asked = template(template_number)
+        stream = Stream(self.world, template_number, self.schedule.shape.stages, process.name, self.world.now)
+        self.streams[number] = stream
+        if not process.alive or process.paused or process.part is None:
+            stream.close("gateway lost")
+            return stream
+
+        def call() -> None:
+            stream.rid = process.part.submit(stream, asked.prompt, asked.sampling)
+
+        self.world.post(0.0, process, call)
+        return stream
+
+    def cancel(self, number: int) -> None:
+        stream = self.streams.get(number)
+        if stream is None or stream.ended:
+            return
+        process = self.processes[stream.gateway]
+
+        def call() -> None:
+            if not stream.ended:
+                stream.close("cancelled")
+                process.part.cancel(stream.rid, stream)
+
+        self.world.post(0.0, process, call)
+
+    # ------------------------------------------------------------------ steps: faults
+
+    def kill(self, name: str, restart_s: float) -> None:
+        process = self.processes[name]
+        if process.alive:
+            self._end(process)
+            self.world.post(restart_s, self.fate, self.start, name)
+
+    def leave(self, name: str) -> None:
+        """SIGTERM of a node."""
+        process = self.processes[name]
+        if process.alive and process.part is not None:
+            self.world.post(0.0, process, process.part.stop)
+
+    def pause(self, name: str, seconds: float) -> None:
+        process = self._named(name)
+        if process.alive and not process.paused:
+            process.paused = True
+            self.world.post(seconds, self.fate, self._resume, process)
+
+    def _resume(self, process: Process) -> None:
+        if process.paused:
+            process.resume()
+
+    def isolate(self, name: str, seconds: float) -> None:
+        others = [p.name for p in self._all() if p.name != name]
+        self._cut([(name, o) for o in others] + [(o, name) for o in others], seconds)
+
+    def cut(self, a: str, b: str, seconds: float) -> None:
+        self._cut([(a, b), (b, a)], seconds)
+
+    def one_way(self, a: str, b: str, seconds: float) -> None:
+        self._cut([(a, b)], seconds)
+
+    def deaf(self, name: str, seconds: float) -> None:
+        """Nothing of what etcd says reaches a process; what it says arrives."""
+        name = self._named(name).name
+        self._cut([(member.process.name, name) for member in self.etcd.members], seconds)
+
+    def mute(self, name: str, seconds: float) -> None:
+        """Nothing that nodes say reaches a gateway."""
+        self._cut([(node, name) for node in self.schedule.shape.nodes], seconds)
+
+    def hush(self, seconds: float) -> None:
+        """Nothing passes between nodes."""
+        nodes = self.schedule.shape.nodes
+        self._cut([(a, b) for a in nodes for b in nodes if a != b], seconds)
+
+    def flap(self, a: str, b: str, times: int, seconds: float) -> None:
+        for turn in range(times):
+            self.world.post(2 * turn * seconds, self.fate, self._cut, [(a, b), (b, a)], seconds)
+
+    def _cut(self, pairs: list[tuple[str, str]], seconds: float) -> None:
+        if self.healing:
+            return
+        self.cuts.append(pairs)
+        self.net.cut(pairs)
+        self.world.post(seconds, self.fate, self._mend, pairs)
+
+    def _mend(self, pairs: list[tuple[str, str]]) -> None:
+        if any(each is pairs for each in self.cuts):
+            self.cuts = [each for each in self.cuts if each is not pairs]
+            self.net.heal(pairs)
+            self.net.broken_at_heal()
+
+    def reset(self, a: str, b: str) -> None:
+        self.net.reset(a, b)
+
+    def slow(self, delay_s: float, seconds: float) -> None:
+        self.net.delay_s = delay_s
+        self.world.post(seconds, self.fate, setattr, self.net, "delay_s", 0.0)
+
+    def tamper(self, a: str, b: str, how: str) -> None:
+        self.net.tamper.setdefault((a, b), []).append(how)
+
+    def corrupt(self, name: str, pick: int, bit: int) -> None:
+        """A bit of a copy turns, in the memory of its holder: of this node, or of the next that holds any."""
+        nodes = sorted(self.nodes(), key=lambda pair: (pair[0] < name, pair[0]))
+        for _, node in nodes:
+            store = parts.store_of(node)
+            blocks = [b for copy in store.replicas.values() for b in store.table.blocks(copy.row)]
+            if blocks:
+                parts.corrupt(node, blocks[pick % len(blocks)], bit)
+                self.outcome.faults["bit of a copy"] += 1
+                return
+
+    def wall_jump(self, seconds: float) -> None:
+        self.world.wall_jump_s += seconds
+
+    # ------------------------------------------------------------------ steps: etcd
+
+    def etcd_kill(self, index: int, seconds: float) -> None:
+        member = self.etcd.members[index]
+        self.etcd.kill(member)
+        self.world.post(seconds, self.fate, self.etcd.start, member)
+
+    def etcd_down(self, count: int, seconds: float) -> None:
+        for index in range(count):
+            self.etcd_kill(index, seconds)
+
+    def etcd_pause(self, index: int, seconds: float) -> None:
+        self.pause(f"e{index}", seconds)
+
+    def fate_of_write(self, how: str) -> None:
+        self.etcd.fates.append(how)
+
+    def expire(self, name: str) -> None:
+        """Its leases are taken for expired, all at once; of a leader also that of its leadership."""
+        owner = self._named(name)
+        for lease in [lease for lease in self.etcd.store.leases.values() if lease.owner is owner]:
+            self.etcd.expire(lease.id)
+
+    def compact(self) -> None:
+        store = self.etcd.store
+        if store.revision > store.compacted:
+            store.compact(store.revision)
+
+    # ------------------------------------------------------------------ steps: operations
+
+    def operate(self, kind: str, node: str, substitute: str) -> None:
+        service = self._service()
+        if service is not None:
+            self.operations += 1
+            request = OperationRequest(f"op-{self.operations}", kind, node, substitute or None)
+            self._ask(service[0], service[1].submit(request))
+
+    def cancel_operation(self) -> None:
+        service = self._service()
+        if service is not None and self.operations:
+            self._ask(service[0], service[1].cancel(f"op-{self.operations}"))

@@ -1,0 +1,253 @@
+"""How the production objects of a process are put together, and the few of their attributes that checks look at.
+
+This mirrors dataplane/main.py, controlplane/main.py and web/gateway/main.py without the parts that decide nothing
+(HTTP, the database). With border.py it is all that has to follow when production code changes shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import functools
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from controlplane.contract.auth import create_secret, derive, load_secret
+from controlplane.contract.config import ClusterConfig, EngineConfig, TimingConfig
+from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.keys import Keys, encode
+from controlplane.contract.records import ControllerRecord, GatewayRecord
+from controlplane.contract.requests import Sampling
+from controlplane.core.controller import Controller
+from controlplane.core.policy import Limits
+from controlplane.etcd.client import EtcdClient
+from controlplane.etcd.election import Election
+from controlplane.etcd.register import Registration
+from controlplane.shell.inbox import Inbox
+from controlplane.shell.performer import Performer
+from controlplane.shell.registry import Registry
+from controlplane.shell.rpc import ReportServer
+from controlplane.shell.runtime import Runtime
+from controlplane.shell.service import Parts, Service
+from dataplane.core.blocks import KvStore
+from dataplane.core.replication import ReplicaSource
+from dataplane.core.scheduler import Scheduler
+from dataplane.core.stage import Stage
+from dataplane.devices import PROFILES
+from dataplane.model.config import ModelConfig, RopeConfig
+from dataplane.node import Node
+from dataplane.oracle import OracleExecutor
+from tests.sim.loop import Process
+from web.gateway.dispatch import Dispatcher
+from web.gateway.events import SubmitAsked
+from web.gateway.live import Policy
+from web.gateway.main import policy_of
+from web.gateway.metrics import Metrics
+from web.gateway.tickets import new_nonce, rid_of
+from web.gateway.watch import ClusterWatch
+
+BLOCK = 4
+VOCAB = 512
+CONTEXT = 64
+MODEL = "sim"
+
+# Automation that hurries: a virtual second costs real milliseconds.
+LIMITS = Limits(settle_s=0.5, copy_limit_s=4.0, bar_s=2.0, backoff_s=0.2, backoff_max_s=1.0)
+TIMING = TimingConfig(
+    heartbeat_s=0.25,
+    node_lease_s=3,
+    leader_lease_s=2,
+    suspect_after_s=0.6,
+    dead_after_s=1.2,
+    form_grace_s=2.0,
+    unavailable_grace_s=5.0,
+    orphan_grace_s=2.0,
+    quiesce_limit_s=1.0,
+)
+
+
+@functools.cache
+def run_dir() -> str:
+    """A folder with a cluster's secret, for as long as this process lives."""
+    folder = tempfile.mkdtemp(prefix="kf-sim-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    create_secret(Path(folder) / "secret")
+    return folder
+
+
+def make_config(
+    etcd: tuple[str, ...], instances: int, stages: int, spares: int, pool_blocks: int, microbatches: int
+) -> ClusterConfig:
+    return ClusterConfig(
+        run_dir=run_dir(),
+        model=MODEL,
+        etcd=etcd,
+        instances=instances,
+        stages=stages,
+        spares=spares,
+        engine=EngineConfig(
+            block_size=BLOCK,
+            pool_blocks=pool_blocks,
+            max_batch_tokens=16,
+            max_running=6,
+            max_waiting=12,
+            max_model_len=CONTEXT,
+            microbatches=microbatches,
+        ),
+        timing=TIMING,
+    )
+
+
+def make_executor(stage: int, stages: int, pool_blocks: int) -> OracleExecutor:
+    model = ModelConfig(
+        family="oracle",
+        vocab_size=VOCAB,
+        hidden_size=1,
+        intermediate_size=1,
+        num_layers=stages,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=1,
+        max_positions=CONTEXT,
+        rms_norm_eps=1e-6,
+        rope=RopeConfig("default", 10_000.0),
+        tie_embeddings=False,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        windows=(None,) * stages,
+        dtype="float32",
+        eos_token_ids=(),
+    )
+    instant = PROFILES["instant"]
+    return OracleExecutor(model, stage, stages, num_blocks=pool_blocks, block_size=BLOCK, profile=instant)
+
+
+# ---------------------------------------------------------------------------------- a node
+
+
+async def node_main(process: Process, config: ClusterConfig, stage: int) -> None:
+    executor = make_executor(stage, config.stages, config.engine.pool_blocks)
+    me = Member(process.name, process.incarnation)
+    node = process.part = Node(config, me, stage, cast(Any, executor))
+    await node.run()
+
+
+def stages_of(node: Node) -> dict[PipelineId, Stage]:
+    return node._worker.stages
+
+
+def epoch_known(node: Node, pipeline: PipelineId) -> int:
+    """The newest epoch of a pipeline that the node has acted on."""
+    topology = node._worker.topology
+    found = topology.pipeline(pipeline) if topology is not None else None
+    return -1 if found is None else found.epoch
+
+
+def store_of(node: Node) -> KvStore:
+    return node._store
+
+
+def corrupt(node: Node, block: int, bit: int) -> None:
+    """Flip one bit of a block in memory."""
+    node._executor.kv.view(block)[bit // 8] ^= 1 << bit % 8
+
+
+def schedulers_of(node: Node) -> dict[PipelineId, Scheduler]:
+    return node._schedulers.by_pipeline
+
+
+def sources_of(node: Node) -> Iterator[tuple[PipelineId, ReplicaSource]]:
+    for pipeline, state in node._worker.replicator._protected.items():
+        for source in state.sources.values():
+            yield pipeline, source
+
+
+def acknowledged_of(source: ReplicaSource) -> dict[int, int]:
+    """What a source counts as held by its target, by request."""
+    return {rid: progress.acked for rid, progress in source._progress.items()}
+
+
+# ---------------------------------------------------------------------------------- a controller
+
+
+class NoHistory:
+    """Stands for the database, which no decision waits for."""
+
+    def put(self, record: object) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class ControllerPart:
+    controller: Controller
+    runtime: Runtime
+    service: Service
+
+
+async def controller_main(process: Process, config: ClusterConfig) -> None:
+    me = process.name
+    secret = load_secret(config.secret_file)
+    keys = Keys(config.cluster)
+    inbox = Inbox()
+    client = EtcdClient(config.etcd)
+    history = cast(Any, NoHistory())
+    reports = ReportServer(derive(secret, "grpc"), inbox)
+    record = ControllerRecord(me, await reports.start(config.host), "", 1)
+    presence = Registration(client, keys.controllers + me, encode(record), config.timing.node_lease_s)
+    election = Election(client, keys.leader, encode(record), ttl_s=config.timing.leader_lease_s)
+    controller = Controller(config, me, LIMITS)
+    registry = Registry(client, keys, config.group, inbox)
+    performer = Performer(client, keys, config.group, inbox, history)
+    runtime = Runtime(controller, inbox, registry, performer, election)
+    service = Service(config, me, Parts(controller, registry, client, history, cast(Any, None)))
+    process.part = ControllerPart(controller, runtime, service)
+    await asyncio.gather(runtime.run(), performer.run(), registry.run(), runtime.campaign(), presence.run())
+
+
+# ---------------------------------------------------------------------------------- a gateway
+
+
+@functools.cache
+def metrics() -> Metrics:
+    """Shared by all gateways of all runs: nothing reads them."""
+    return Metrics()
+
+
+@dataclass(slots=True)
+class GatewayPart:
+    dispatcher: Dispatcher
+
+    def submit(self, sink: Any, prompt: tuple[int, ...], sampling: Sampling) -> int:
+        rid = rid_of(new_nonce(), 0)
+        self.dispatcher.submit(sink, 0, SubmitAsked(rid, prompt, sampling, 0))
+        return rid
+
+    def cancel(self, rid: int, sink: Any) -> None:
+        self.dispatcher.cancel(rid, sink)
+
+    @property
+    def live(self) -> int:
+        return self.dispatcher.router.live
+
+    @property
+    def reachable(self) -> int:
+        return self.dispatcher.router.reachable
+
+
+async def gateway_main(process: Process, config: ClusterConfig) -> None:
+    policy: Policy = policy_of(config)
+    dispatcher = Dispatcher(policy, derive(load_secret(config.secret_file), "grpc"), metrics())
+    client = EtcdClient(config.etcd)
+    watch = ClusterWatch(client, config, dispatcher)
+    record = GatewayRecord(process.name, process.name, 1)
+    registration = Registration(
+        client, Keys(config.cluster).gateways + process.name, encode(record), config.timing.node_lease_s
+    )
+    process.part = GatewayPart(dispatcher)
+    await asyncio.gather(watch.follow_topology(), watch.follow_nodes(), registration.run())

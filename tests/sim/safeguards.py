@@ -1,0 +1,100 @@
+"""Switches that take one safeguard of production code away, to see whether the simulator notices.
+
+They patch from outside: production code has no flag that could be left on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import dataplane.replica
+from controlplane.contract.topology import Pipeline
+from controlplane.etcd.election import Leadership
+from controlplane.etcd.values import Compare
+from dataplane.core.messages import Fence, KvMeta, KvQueryMeta, RejoinMeta, StepMeta
+from dataplane.core.replication import Copy, ReplicaSource
+from dataplane.core.stage import Stage
+from dataplane.worker import Message, Worker
+from web.gateway.tokenlog import TokenLog, Verdict
+
+
+@contextlib.contextmanager
+def no_epoch_check() -> Iterator[None]:
+    """Workers do what messages of older epochs and rounds say."""
+    admissible = Worker._admissible
+
+    def anything(worker: Worker, message: Message) -> bool:
+        meta: Any = message.meta
+        pipeline: Pipeline | None = worker.topology.pipeline(meta.pipeline) if worker.topology else None
+        if pipeline is None or meta.fence.epoch >= pipeline.epoch:
+            return admissible(worker, message)
+        if isinstance(meta, StepMeta | RejoinMeta):
+            return meta.pipeline in worker.stages
+        return not isinstance(meta, KvMeta | KvQueryMeta) or worker._holds(pipeline)
+
+    def never(stage: Stage, fence: Fence) -> bool:
+        return False
+
+    with mock.patch.object(Worker, "_admissible", anything), mock.patch.object(Stage, "stale", never):
+        yield
+
+
+@contextlib.contextmanager
+def no_leadership_guard() -> Iterator[None]:
+    """A leader's writes no longer say "if I still lead"."""
+
+    def always(leadership: Leadership) -> Compare:
+        return Compare.absent("/never/written")
+
+    with mock.patch.object(Leadership, "guard", always):
+        yield
+
+
+@contextlib.contextmanager
+def no_watermark_rule() -> Iterator[None]:
+    """A copy counts as held when it has been sent."""
+    take = ReplicaSource.take
+
+    def sent_is_held(source: ReplicaSource, now: float, flush: bool) -> list[Copy]:
+        copies = take(source, now, flush)
+        for copy in copies:
+            source._progress[copy.rid].acked = copy.tokens
+        return copies
+
+    with mock.patch.object(ReplicaSource, "take", sent_is_held):
+        yield
+
+
+@contextlib.contextmanager
+def no_checksums() -> Iterator[None]:
+    """Copies are taken for sound, whatever their checksums say."""
+    with mock.patch.object(dataplane.replica, "zlib", SimpleNamespace(crc32=lambda _: 0)):
+        yield
+
+
+@contextlib.contextmanager
+def no_position_check() -> Iterator[None]:
+    """The gateway takes every token of the newest epoch for the next one."""
+
+    def next_one(log: TokenLog, token: Any, epoch: int) -> Verdict:
+        if epoch < log.fence:
+            return Verdict.STALE
+        log.emitted.append(token.token)
+        log.finish = token.finish
+        return Verdict.NEXT
+
+    with mock.patch.object(TokenLog, "accept", next_one):
+        yield
+
+
+SAFEGUARDS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "epoch": no_epoch_check,
+    "guard": no_leadership_guard,
+    "watermark": no_watermark_rule,
+    "checksum": no_checksums,
+    "position": no_position_check,
+}

@@ -1,0 +1,229 @@
+"""What happens in a run: made from the seed before it begins, so that it can be cut down, step by step."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from tests.sim.requests import LONG, TEMPLATES
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing that happens `at` seconds after the cluster has formed. `what` names a method of Cluster."""
+
+    at: float
+    what: str
+    args: tuple[str | float | int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.at:7.3f} s  {self.what} {' '.join(map(str, self.args))}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    instances: int
+    stages: int
+    spares: int
+    controllers: int
+    gateways: int
+    pool_blocks: int
+    microbatches: int
+
+    @property
+    def nodes(self) -> list[str]:
+        return [f"n{k}" for k in range((self.instances + self.spares) * self.stages)]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    seed: int
+    shape: Shape
+    steps: tuple[Step, ...]
+    mild: bool  # one fault that has to be masked: no request may fail
+
+    def only(self, kept: list[int]) -> Schedule:
+        """The same run with some of its steps."""
+        steps = tuple(self.steps[index] for index in kept)
+        return Schedule(self.seed, self.shape, steps, self.mild)
+
+
+# How often each kind of fault is drawn, besides those of chains.
+WEIGHTS = {
+    "kill": 3,
+    "kill_process": 1,
+    "gone": 2,
+    "leave": 1,
+    "pause": 2,
+    "pause_process": 1,
+    "isolate": 2,
+    "cut": 1,
+    "one_way": 2,
+    "flap": 1,
+    "reset": 2,
+    "slow": 1,
+    "tamper": 2,
+    "corrupt": 3,
+    "etcd_down": 1,
+    "etcd_kill": 1,
+    "etcd_pause": 1,
+    "fate_of_write": 3,
+    "expire": 2,
+    "compact": 1,
+    "wall_jump": 1,
+    "operate": 3,
+    "cancel_operation": 1,
+}
+
+# Instances and stages. Small ones find most, and more of them can be tried.
+SIZES = ((2, 1), (2, 2), (2, 2), (2, 2), (2, 2), (2, 3), (3, 1), (3, 2))
+
+
+def generate(seed: int) -> Schedule:
+    chance = random.Random(f"schedule {seed}")
+    instances, stages = chance.choice(SIZES)
+    shape = Shape(
+        instances=instances,
+        stages=stages,
+        spares=1 if instances * stages <= 4 and chance.random() < 0.15 else 0,
+        controllers=chance.choice((1, 2, 2)),
+        gateways=chance.choice((1, 2)),
+        pool_blocks=chance.choice((40, 64, 128)),
+        microbatches=chance.choice((1, 2, 3)),
+    )
+    mild = chance.random() < 0.25
+    window_s = chance.uniform(0.6, 2.0)
+    steps = _requests(chance, shape, window_s)
+    faults = [_mild(chance, shape, window_s)] if mild else []
+    for _ in range(0 if mild else chance.randrange(1, 7)):
+        at = chance.uniform(0.0, window_s)
+        faults += _chain(chance, shape, at) if chance.random() < 0.25 else [_fault(chance, shape, at)]
+        if chance.random() < 0.5:  # a second one lands inside recovery
+            faults.append(_fault(chance, shape, at + chance.uniform(0.0, 0.4)))
+    return Schedule(seed, shape, tuple(sorted((*steps, *faults), key=lambda step: step.at)), mild)
+
+
+def _requests(chance: random.Random, shape: Shape, window_s: float) -> list[Step]:
+    steps: list[Step] = []
+    for number in range(chance.randrange(2, 7)):
+        at = chance.uniform(0.0, window_s)
+        steps.append(
+            Step(at, "submit", (number, chance.randrange(1, shape.gateways + 1), chance.randrange(TEMPLATES)))
+        )
+        if chance.random() < 0.15:
+            steps.append(Step(at + chance.uniform(0.0, 0.5), "cancel", (number,)))
+    return steps
+
+
+def _mild(chance: random.Random, shape: Shape, window_s: float) -> Step:
+    """Anything that the design promises to mask while every stage has a peer and etcd, a controller and links work."""
+    at = chance.uniform(0.0, window_s)
+    node = chance.choice(shape.nodes)
+    return chance.choice(
+        (
+            Step(at, "kill", (node, chance.choice((0.2, 0.5, 2.0)))),
+            Step(at, "kill", (node, 0.2)),
+            Step(at, "leave", (node,)),
+            Step(at, "kill", ("c1", 0.5)),
+            Step(at, "etcd_down", (3, chance.uniform(0.5, 3.0))),
+            Step(at, "etcd_kill", (chance.randrange(3), 1.0)),
+            Step(at, "pause", (node, chance.uniform(0.05, 0.4))),
+            Step(at, "wall_jump", (chance.choice((-3600.0, 3600.0)),)),
+            Step(at, "operate", ("drain", node, "")),
+            Step(at, "operate", ("replace", node, "")),
+            Step(at, "reset", (node, chance.choice(shape.nodes))),
+        )
+    )
+
+
+def _chain(chance: random.Random, shape: Shape, at: float) -> list[Step]:
+    """Faults that do harm only together, and would hardly ever meet by chance."""
+    node, soon = chance.choice(shape.nodes), at + chance.uniform(0.01, 0.3)
+    asked = ("submit", (100, chance.randrange(1, shape.gateways + 1), chance.choice(LONG)))
+    which = chance.randrange(4)
+    if which == 0:
+        # A leader that does not hear how it is voted out, and then sees a reason to write.
+        return [
+            Step(at, "deaf", ("leader", chance.uniform(1.0, 2.0))),
+            Step(soon, "expire", ("leader",)),
+            Step(soon + chance.uniform(0.1, 0.8), "kill", (node, 0.4)),
+        ]
+    if which == 1:
+        # Tokens wait on their way to the gateway while an epoch ends.
+        return [
+            Step(at, *asked),
+            Step(soon + 0.1, "mute", (f"g{asked[1][1]}", chance.uniform(0.3, 1.2))),
+            Step(soon + 0.1 + chance.uniform(0.0, 0.2), "kill", (chance.choice(shape.nodes), 0.4)),
+        ]
+    if which == 2:
+        # Steps and copies wait on their way between nodes while an epoch ends.
+        return [
+            Step(at, *asked),
+            Step(soon + 0.1, "hush", (chance.uniform(0.2, 0.8),)),
+            Step(soon + 0.1 + chance.uniform(0.0, 0.1), "kill", (chance.choice(shape.nodes), 0.4)),
+        ]
+    # A copy goes bad, and is needed a moment later.
+    return [
+        Step(at, *asked),
+        Step(soon + 0.2, "corrupt", (node, chance.randrange(1 << 16), chance.randrange(BLOCK_BITS))),
+        Step(soon + 0.2 + chance.uniform(0.0, 0.1), "kill", (chance.choice(shape.nodes), 0.4)),
+    ]
+
+
+def _fault(chance: random.Random, shape: Shape, at: float) -> Step:
+    nodes = shape.nodes
+    controllers = [f"c{k + 1}" for k in range(shape.controllers)]
+    gateways = [f"g{k + 1}" for k in range(shape.gateways)]
+    members = ["e0", "e1", "e2"]
+    node, other = chance.choice(nodes), chance.choice(nodes)
+    everybody = [*nodes, *controllers, *gateways, *members]
+    short, long = chance.uniform(0.02, 0.5), chance.uniform(0.5, 2.0)
+    span = chance.choice((short, long))
+    (what,) = chance.choices(list(WEIGHTS), list(WEIGHTS.values()))
+    match what:
+        case "kill":
+            return Step(at, "kill", (node, chance.choice((0.2, 0.2, 0.6, 1.5))))
+        case "gone":  # with its machine: a blank one comes much later
+            return Step(at, "kill", (node, 4.0))
+        case "kill_process":
+            return Step(at, "kill", (chance.choice([*controllers, *gateways]), chance.choice((0.2, 1.0))))
+        case "pause":
+            return Step(at, "pause", (node, span))
+        case "pause_process":
+            return Step(at, "pause", (chance.choice([*controllers, *gateways]), span))
+        case "isolate":
+            return Step(at, "isolate", (chance.choice(everybody), span))
+        case "cut" | "one_way":
+            return Step(at, what, (chance.choice(everybody), chance.choice(everybody), span))
+        case "flap":
+            return Step(at, what, (node, chance.choice(everybody), chance.randrange(2, 6), short))
+        case "etcd_down":
+            return Step(at, what, (chance.choice((2, 3)), span))
+        case "etcd_kill" | "etcd_pause":
+            return Step(at, what, (chance.randrange(3), span))
+        case "fate_of_write":
+            return Step(at, what, (chance.choice(("lost", "landed", "late")),))
+        case "expire":
+            return Step(at, what, (chance.choice([*nodes, *controllers, *controllers, *gateways]),))
+        case "wall_jump":
+            return Step(at, what, (chance.choice((-3600.0, -5.0, 5.0, 3600.0)),))
+        case "slow":
+            return Step(at, what, (chance.choice((0.02, 0.1)), span))
+        case "tamper":
+            return Step(at, what, (node, other, chance.choice(("duplicate", "reorder", "drop", "corrupt"))))
+        case "corrupt":
+            return Step(at, what, (node, chance.randrange(1 << 16), chance.randrange(BLOCK_BITS)))
+        case "operate":
+            kind = chance.choice(("drain", "drain", "undrain", "replace"))
+            spare = nodes[-shape.stages :] if shape.spares else []
+            substitute = chance.choice(["", *spare]) if kind == "replace" else ""
+            return Step(at, what, (kind, node, substitute))
+        case "reset":
+            return Step(at, what, (node, chance.choice(everybody)))
+        case "leave":
+            return Step(at, what, (node,))
+        case _:  # compact, cancel_operation
+            return Step(at, what)
+
+
+BLOCK_BITS = 4 * 64  # of a KV block of the oracle: one word for each of four positions

@@ -1,0 +1,32 @@
+"""The proof that the simulator can see: without any one of the safeguards it finds a violation, and soon."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.sim.safeguards import SAFEGUARDS
+from tests.sim.soaking import simulator
+
+SEEDS_MAX = 1000
+
+# By which invariant each absence is noticed.
+NOTICED = {
+    "epoch": r"of epoch \d+ of p\d, knowing \d+|ran a step of Fence|token \d+ at position",
+    "guard": r"topology \d+ was written by c\d@\w+, but (c\d|nobody) leads",
+    "watermark": r"counts \d+ tokens of \d+ on \S+ as safe, which has acknowledged \d+",
+    "checksum": r"token \d+ at position \d+ instead of \d+",
+    "position": r"position \d+ in the place of \d+|position \d+ after its end",
+}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("safeguard", sorted(SAFEGUARDS))
+def test_without_a_safeguard_a_violation_is_found(safeguard: str) -> None:
+    ended = simulator("soak", str(SEEDS_MAX), "--stop", "--jobs", "1", "--without", safeguard, limit_s=500.0)
+    found = re.search(r"^seed (\d+): at (.*)$", ended.stdout, re.MULTILINE)
+    assert found is not None, ended.stdout + ended.stderr
+    assert re.search(NOTICED[safeguard], found[2]), found[2]
+    # The same seed with the safeguard is clean: it is the absence that was noticed.
+    assert simulator("run", found[1], "--quiet").returncode == 0
