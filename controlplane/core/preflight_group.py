@@ -90,7 +90,8 @@ def _restart(request: OperationRequest, s: Situation) -> Iterator[Check]:
 
 def _stages(s: Situation, nodes: list[str]) -> Iterator[Check]:
     """Whether each node could be emptied, were it alone avoided. Who is only suspected may be well by then."""
-    stuck, later = [], []
+    stuck: list[str] = []
+    later: list[str] = []
     for node in nodes:
         alone = replace(s, avoid=s.avoid | {node})
         for name, index in s.topology.serving(node):
