@@ -155,12 +155,12 @@ def run(
             print_json(answer)
         raise typer.Exit(Exit.REFUSED if refused else Exit.DONE)
     operation = answer.operation
-    progress(f"operation {operation.id}")
-    if not detach:
-        try:
+    try:  # from the first word on: who reads it may press Ctrl-C at once
+        progress(f"operation {operation.id}")
+        if not detach:
             operation = _watch(client, operation, time.monotonic() + timeout_s, progress)
-        except KeyboardInterrupt:
-            progress("stopped watching")
+    except KeyboardInterrupt:
+        progress("stopped watching")
     if output is Output.JSON:
         print_json(msgspec.structs.replace(answer, operation=operation))
     else:
