@@ -56,6 +56,7 @@ TIME_SCALE_MAX = 4.0
 SERVED_PER_INSTANCE = 1.4  # requests per second: see MAX_RUNNING
 WINDOW_S = RELOAD_S  # emulated seconds of arrivals: as long as the baseline's instance is away
 WINDOW_QUICK_S = {1: 450.0, 2: 120.0, 3: 60.0}
+NOTE = "detection, control plane, gateway, Python: real, not scaled; at time_scale N they weigh N-fold"
 MEASURES = ("ttft_mean", "ttft_p99", "latency_mean", "latency_p99")
 
 
@@ -70,6 +71,7 @@ def run(
     rates = (rate,) if rate else (chosen.rates[1],) if quick else chosen.rates
     window_s = WINDOW_QUICK_S[scene] if quick else WINDOW_S
     result = Result("kevlarflow", settings=_settings(chosen, rates, window_s, quick))
+    progress(f"{chosen.title}. {NOTE}")
     measure_steady(chosen, rates[0], quick, result)
     for each in rates:
         scale = time_scale or _carried(chosen, each)
@@ -102,7 +104,7 @@ def _settings(scene: Scene, rates: Sequence[float], window_s: float, quick: bool
         "max_running": MAX_RUNNING,
         "prompt_tokens": f"log-normal, mean {PROMPT_MEAN:g}, sigma {PROMPT_SIGMA:g}, at most {PROMPT_MAX}",
         "output_tokens": f"log-normal, mean {OUTPUT_MEAN:g}, sigma {OUTPUT_SIGMA:g}, at most {OUTPUT_MAX}",
-        "note": "detection, control plane, gateway, Python: real, not scaled; at time_scale N they weigh N-fold",
+        "note": NOTE,
         "quick": quick,
     }
 

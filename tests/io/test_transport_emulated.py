@@ -17,7 +17,7 @@ from .transport_nodes import SECRET, until
 
 LATENCY = ((0.0, 0.05, 0.02), (0.05, 0.0, 0.03), (0.02, 0.03, 0.0))
 RATE = 10e6  # bytes a second
-LATE_S = 0.1  # this machine is busy with other things; early must not happen at all
+LATE_S = 0.5  # what a busy machine may take; the tests' point is that nothing ever comes early
 
 
 class Site:
@@ -80,12 +80,13 @@ def test_an_interface_sends_at_its_rate_and_shares_it_between_peers() -> None:
         a.transport.send(b.member, [big])
         a.transport.send(b.member, [b"behind it" * 500])
         a.transport.send(c.member, [big])
+        alone_s = time.monotonic() - sent  # that the first one may have had the interface to itself
         assert a.transport.queued_bytes("n1") == 1_000_000 + 4500
         await until(lambda: len(b.heard) == 2 and bool(c.heard))
         # Both have half the rate while both send.
         for peer, latency in ((b, 0.05), (c, 0.02)):
             took = peer.heard[0][0] - sent
-            assert 0.2 + latency <= took < 0.2 + latency + LATE_S
+            assert 0.2 + latency - alone_s <= took < 0.2 + latency + LATE_S
         assert [data[:6] for _, _, data in b.heard] == [bytes(6), b"behind"]
         for site in (a, b, c):
             await site.transport.close()
@@ -101,9 +102,8 @@ def test_small_messages_pass_a_large_one_for_another_peer_but_never_one_for_thei
         a.transport.send(b.member, [bytes(3_000_000)])
         a.transport.send(b.member, [b"after"])
         a.transport.send(c.member, [b"quick"])
-        await until(lambda: bool(c.heard))
-        assert c.heard[0][0] - sent < 0.02 + LATE_S
-        await until(lambda: len(b.heard) == 2)
+        await until(lambda: len(b.heard) == 2 and bool(c.heard))
+        assert c.heard[0][0] < b.heard[0][0]
         assert [len(data) for _, _, data in b.heard] == [3_000_000, 5]
         assert b.heard[1][0] - sent >= 0.35
         for site in (a, b, c):
@@ -136,11 +136,12 @@ def test_order_and_content_hold_for_many_messages_of_all_sizes() -> None:
         a, b = Site(0), Site(1)
         await joined(a, b)
         messages = [bytes([n % 256]) * (1 + (n * 7919) % 9000) for n in range(300)]
+        sent = time.monotonic()
         for message in messages:
             assert a.transport.send(b.member, [message])
         await until(lambda: len(b.heard) == len(messages))
         assert [data for _, _, data in b.heard] == messages
-        assert b.heard[-1][0] - b.heard[0][0] >= 0.9 * sum(map(len, messages[1:])) / RATE
+        assert b.heard[-1][0] - sent >= sum(map(len, messages[1:])) / RATE + 0.05  # the first one is small
         for site in (a, b):
             await site.transport.close()
 
