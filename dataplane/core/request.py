@@ -64,6 +64,7 @@ class Request:
     announced: bool = False  # the last stage knows the token log, in the present fence
     blocks: int = 0  # KV blocks reserved on every stage
     orphaned_at: float | None = None
+    arrived: float = 0.0  # monotonic seconds
 
     @classmethod
     def from_submit(cls, message: Submit, order: int, session: int) -> Request:

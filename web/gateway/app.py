@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import uuid
 from typing import Any
 
@@ -54,9 +55,11 @@ def _health_routes(app: FastAPI, service: Service) -> None:
 
     def state() -> Response:
         """200 only while a request could be served: a pipeline is up and its scheduler can be reached."""
-        if router.reachable:
-            return _json({"status": "ok", "pipelines": router.reachable})
-        raise ApiError(503, "no pipeline is up and reachable", retry_after_s=1)
+        reasons = router.troubles(time.monotonic())
+        if not router.reachable:
+            raise ApiError(503, f"no pipeline is up and reachable: {'; '.join(reasons)}", retry_after_s=1)
+        status = "degraded" if reasons else "ok"
+        return _json({"status": status, "pipelines": router.reachable, "reasons": reasons})
 
     @app.get("/livez")
     async def livez() -> Response:
