@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from controlplane.contract.ids import NodeId
 from controlplane.contract.records import Operation, OperationKind, OperationState
 from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
+from controlplane.core.demote import relief
 from controlplane.core.edit import successor, with_stage
 from controlplane.core.membership import Nodes
 from controlplane.core.placement import takers
@@ -46,8 +47,8 @@ def makes_way(op: Operation, nodes: Nodes) -> bool:
 
 
 def avoided(topology: Topology, nodes: Nodes, operations: Mapping[str, Operation]) -> frozenset[NodeId]:
-    """Nodes that get no new duty: cordoned ones, and those that an open operation is emptying."""
-    avoid = set(topology.cordoned)
+    """Nodes that get no new duty: cordoned ones, those on probation, and those that an open operation is emptying."""
+    avoid = set(topology.cordoned) | nodes.demoted
     for op in active(operations):
         emptying = (
             op.kind is OperationKind.DRAIN
@@ -67,6 +68,8 @@ def wants(s: Situation) -> list[Want]:
     for op in active(s.policy.operations):
         for want in _wants_of(s, op):
             found.setdefault((want.pipeline, want.stage), want)
+    for want in relief(s):
+        found.setdefault((want.pipeline, want.stage), want)
     for pipeline in s.topology.pipelines:
         for index, stage in enumerate(pipeline.stages):
             if stage.leader is None or len(stage.homes) != 1 or stage.leader.node in stage.homes:

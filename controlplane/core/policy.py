@@ -12,6 +12,7 @@ from controlplane.contract.topology import Move, Topology
 from controlplane.core.membership import Nodes
 
 HAND_BACK = "hand-back"
+PROBATION = "probation"
 
 
 @dataclass(frozen=True, slots=True)
