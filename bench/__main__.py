@@ -16,6 +16,7 @@ BENCHES = {
     "decode": "tokens/s of one node and of a 4-stage pipeline, against the engines that install beside us",
     "profile": "where a decode step of one node goes: kernels, threads, Python",
     "prefill": "prompt tokens/s of the same systems",
+    "falsealarms": "full load and no fault: how often a node is suspected or taken for dead, per hour",
     "transport": "links over each transport: latency, bandwidth, CPU, idle cost; against ucx_perftest and sockets",
     "blocktable": "filling the arrays of a decode step of 256 sequences, against plain Python",
 }
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("name", choices=BENCHES, metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="within five minutes on two cores")
     parser.add_argument("--json", type=Path, help="write the JSON object into this file, too")
+    parser.add_argument("--minutes", type=float, help="falsealarms: how long (default: 60)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="decode and prefill: where (default: cpu)")
     parser.add_argument(
         "--only", metavar="A,B", help="decode and prefill: these systems, and not all of them"
@@ -39,7 +41,9 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped then, too
     module = importlib.import_module(f"bench.{arguments.name}")
-    options = {name: getattr(arguments, name) for name in ("device", "only") if getattr(arguments, name)}
+    options = {
+        name: getattr(arguments, name) for name in ("device", "only", "minutes") if getattr(arguments, name)
+    }
     if unknown := [f"--{name}" for name in options if name not in getattr(module, "OPTIONS", ())]:
         parser.error(f"{arguments.name} does not take {', '.join(unknown)}")
     if "only" in options:
