@@ -17,12 +17,21 @@ BENCHES = {
     "decode": "tokens/s of one node and of a 4-stage pipeline, against the engines that install beside us",
     "profile": "where a decode step of one node goes: kernels, threads, Python",
     "prefill": "prompt tokens/s of the same systems",
+    "falsealarms": "full load and no fault: how often a node is suspected or taken for dead, per hour",
     "transport": "links over each transport: latency, bandwidth, CPU, idle cost; against ucx_perftest and sockets",
     "blocktable": "filling the arrays of a decode step of 256 sequences, against plain Python",
 }
 
 
-OPTIONS = ("device", "only", "scene", "rate", "time_scale", "figures")  # that not every bench takes
+OPTIONS = (
+    "device",
+    "only",
+    "minutes",
+    "scene",
+    "rate",
+    "time_scale",
+    "figures",
+)  # that not every bench takes
 
 
 def main() -> None:
@@ -36,6 +45,7 @@ def main() -> None:
     parser.add_argument("name", choices=BENCHES, metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="within five minutes on two cores")
     parser.add_argument("--json", type=Path, help="write the JSON object into this file, too")
+    parser.add_argument("--minutes", type=float, help="falsealarms: how long (default: 60)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="decode and prefill: where (default: cpu)")
     parser.add_argument(
         "--only", metavar="A,B", help="decode and prefill: these systems, and not all of them"

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
+LATE_S = 0.025  # a tick that comes later than that: the loop computes for less (worker.INLINE_S)
 PING_S = 0.2  # a link that had nothing to carry for this long carries a ping
 GOODBYE_LIMIT_S = 0.3  # for the report that says that this node leaves
 ROWS_PER_PIPELINE = 4  # block-table rows: served and copied requests of two pipelines and their overlap
@@ -108,6 +109,7 @@ class Node:
         self._linked: set[Member] = set()  # whom we keep links to
         self._sent_at: dict[Member, float] = {}
         self._bad_frames = 0
+        self._ticks = self._ticks_late = 0
         self._leaving = False
         self._stop = asyncio.Event()
 
@@ -253,7 +255,10 @@ class Node:
 
     async def _tick(self) -> None:
         while True:
+            due = time.monotonic() + TICK_S
             await asyncio.sleep(TICK_S)
+            self._ticks += 1
+            self._ticks_late += time.monotonic() - due > LATE_S
             self._schedulers.tick()
             self._worker.wake()
             now = time.monotonic()
@@ -272,7 +277,7 @@ class Node:
             if member not in self._down:
                 heard = self._transport.last_heard(member.node)
                 links.append(LinkReport(member, True, now - max(heard or since, since)))
-        store = self._store
+        store, busy = self._store, self._worker.busy
         report = NodeReport(
             member=self._me,
             seq=seq,
@@ -284,6 +289,12 @@ class Node:
             blocks_used=store.num_blocks - store.blocks_free - store.blocks_replica,
             blocks_replica=store.blocks_replica,
             blocks_total=store.num_blocks,
+            busy_s=now - busy[0] if busy is not None else 0.0,
+            usual_s=self._worker.pace.usual_s(busy[1]) if busy is not None else 0.0,
+            poisoned=self._worker.stats.poisoned,
+            times=self._worker.pace.report(),
+            ticks=self._ticks,
+            ticks_late=self._ticks_late,
             topology_counter=self._worker.topology.counter if self._worker.topology else 0,
             leaving=self._leaving,
             counters=self._counters(),
@@ -304,6 +315,7 @@ class Node:
                     waiting=scheduler.waiting if scheduler else 0,
                     quiesced_step=scheduler.quiesced_step if scheduler else -2,
                     stalled_s=scheduler.stalled_s(now) if scheduler else 0.0,
+                    round_s=scheduler.round_s if scheduler else 0.0,
                     targets=self._worker.replicator.targets(pipeline_id),
                 )
             )

@@ -212,6 +212,7 @@ class Schedulers:
     def _capacity(self, topology: Topology, pipeline: Pipeline) -> CapacityChanged:
         """Blocks: the least that one of its nodes can give it; the least counts, as all hold the same blocks."""
         quotas = []
+        shared = 1
         # By host, for each node there: how many such nodes the host can run at once.
         on_host: dict[str, list[int]] = {}
         for member in pipeline.members():
@@ -219,11 +220,12 @@ class Schedulers:
             if record is not None:
                 serves = {p for p, _ in topology.serving(member.node)}
                 quotas.append(quota_blocks(record.pool_blocks, len(serves)))
+                shared = max(shared, len(serves))
                 on_host.setdefault(record.fault_domain.get("host", member.node), []).append(
                     record.host_parallel
                 )
         parallel = sum(min(len(limits), *limits) for limits in on_host.values())
-        return CapacityChanged(min(quotas, default=0), self._microbatches or max(1, parallel))
+        return CapacityChanged(min(quotas, default=0), self._microbatches or max(1, parallel), shared)
 
     def _remember(self, scheduler: Scheduler) -> None:
         for f in fields(SchedulerStats):

@@ -19,6 +19,7 @@ import numpy as np
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.topology import MovePhase, Pipeline, Topology
 from dataplane.core.blocks import KvStore
+from dataplane.core.finite import nonfinite_rows
 from dataplane.core.messages import (
     Detail,
     Fence,
@@ -32,6 +33,7 @@ from dataplane.core.messages import (
     StepFailedMeta,
     StepMeta,
 )
+from dataplane.core.pace import Pace
 from dataplane.core.stage import Prepared, Stage
 from dataplane.model.sampler import Drawn, SamplingTable
 from dataplane.replica import Replicator
@@ -78,7 +80,7 @@ class WorkerStats:
 
     steps: int = 0
     dropped_full: int = 0
-    poisoned: int = 0
+    poisoned: int = 0  # requests whose numbers became non-finite here
     compute_s: float = 0.0
     fenced: dict[str, int] = field(default_factory=dict)
 
@@ -101,6 +103,8 @@ class Worker:
         self._inbox: asyncio.Queue[Item] = asyncio.Queue()  # bounded by put()
         self._deferred: list[Message] = []  # of an epoch that this node has not heard of yet
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self.pace = Pace()
+        self.busy: tuple[float, int] | None = None  # since when a step computes, and its tokens
         self._last = (1, 1.0)  # tokens of the last step, and the seconds that it took
 
     def put(self, item: Item) -> None:
@@ -270,9 +274,19 @@ class Worker:
         output: Buffer = b""
         drawn: Drawn | None = None
         if meta.rows:
+            self.busy = (time.monotonic(), prepared.arrays.num_tokens)
             output, drawn = await self._computed(stage, prepared, message)
             if self._executor.rest_s > 0:
                 await asyncio.sleep(self._executor.rest_s)  # an emulated device is at work yet
+            self.busy = None
+            if rids := self._poisoned(prepared, output, drawn):
+                self._to_scheduler(
+                    meta.pipeline,
+                    StepFailedMeta(
+                        meta.pipeline, meta.fence, meta.step, stage.index, "numbers", self._me.node, rids
+                    ),
+                )
+                return
         if stage.is_last:
             self._to_scheduler(meta.pipeline, self._result(meta, drawn))
         else:
@@ -284,7 +298,6 @@ class Worker:
     def _result(self, meta: StepMeta, drawn: Drawn | None) -> ResultMeta:
         if drawn is None:
             return ResultMeta(meta.pipeline, meta.fence, meta.step, b"")
-        self.stats.poisoned += len(drawn.poisoned)
         details = tuple(Detail(row, logprob, drawn.top[row]) for row, logprob in drawn.logprobs.items())
         return ResultMeta(meta.pipeline, meta.fence, meta.step, drawn.tokens.astype("<i4").tobytes(), details)
 
@@ -300,6 +313,18 @@ class Worker:
             return self._compute(stage, step, message)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, self._compute, stage, step, message)
+
+    def _poisoned(self, step: Prepared, output: Buffer, drawn: Drawn | None) -> tuple[int, ...]:
+        """Requests whose numbers are not finite after this stage. What came was: who sees otherwise sends nothing on.
+
+        Their step is not committed, so no KV of it is ever valid or copied."""
+        rids: tuple[int, ...] = ()
+        if drawn is not None and drawn.poisoned:
+            rids = tuple(step.rows.sample_rids[list(drawn.poisoned)].tolist())
+        elif output and len(bad := nonfinite_rows(np.asarray(output))):
+            rids = tuple(dict.fromkeys(np.repeat(step.rows.rids, step.rows.counts)[bad].tolist()))
+        self.stats.poisoned += len(rids)
+        return rids
 
     def _forward(self, stage: Stage, meta: StepMeta, output: Buffer) -> None:
         pipeline = self.topology.pipeline(meta.pipeline) if self.topology is not None else None
@@ -330,4 +355,5 @@ class Worker:
         took = time.monotonic() - started
         self.stats.compute_s += took
         self._last = (step.arrays.num_tokens, took)
+        self.pace.ran(step.arrays.num_tokens, int(step.arrays.context_lens.sum()), took)
         return (b"" if stage.is_last else output.data), drawn

@@ -35,7 +35,7 @@ class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     heartbeat_s: float = 0.1
     node_lease_s: int = 5
     leader_lease_s: int = 2
-    suspect_after_s: float = 0.6  # silence that makes a node yellow, unless phi says so earlier
+    suspect_after_s: float = 0.6  # silence that makes a node yellow, if phi finds it unusual
     dead_after_s: float = 1.2  # silence on heartbeats and on links that makes it red
     form_grace_s: float = (
         15.0  # a pipeline that never served waits this long for its own nodes before it borrows

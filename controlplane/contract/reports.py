@@ -25,6 +25,14 @@ class TargetReport(msgspec.Struct, frozen=True):
     lag_tokens: int  # written here, not acknowledged there (whole blocks, unless the pipeline is quiescing)
 
 
+class StepTimes(msgspec.Struct, frozen=True, array_like=True):
+    """Computations of one size since the process started: nodes of one stage are compared size by size."""
+
+    size: int  # a class of sizes that take about equally long; only to be compared for equality
+    steps: int
+    busy_us: int  # by the clock, not by the processor: what slows a node down counts
+
+
 class PipelineReport(msgspec.Struct, frozen=True):
     """One pipeline as one of its stages sees it."""
 
@@ -40,6 +48,7 @@ class PipelineReport(msgspec.Struct, frozen=True):
         -2
     )  # scheduler only: last step issued once none is in flight and none will start; -2: not quiesced
     stalled_s: float = 0.0  # scheduler only: age of the oldest step in flight
+    round_s: float = 0.0  # scheduler only: the longest that one of the last steps took
     targets: tuple[TargetReport, ...] = ()
 
 
@@ -68,6 +77,12 @@ class NodeReport(msgspec.Struct, frozen=True):
     blocks_used: int = 0  # of requests that are served here
     blocks_replica: int = 0  # of copies
     blocks_total: int = 0
+    busy_s: float = 0.0  # age of the computation under way; 0: none
+    usual_s: float = 0.0  # how long one of its size usually takes here; 0: unknown
+    poisoned: int = 0  # requests whose numbers were finite when they came and not when they left
+    times: tuple[StepTimes, ...] = ()
+    ticks: int = 0  # of a timer since start ...
+    ticks_late: int = 0  # ... and those that came late: a process that does not get to run
     topology_counter: int = 0  # the newest topology this node has acted on
     leaving: bool = False  # the process is about to exit on purpose
     counters: dict[str, int] = {}  # monotonic; exported by the controllers as Prometheus counters

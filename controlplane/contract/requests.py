@@ -6,7 +6,7 @@ from enum import StrEnum
 
 import msgspec
 
-from controlplane.contract.ids import PipelineId
+from controlplane.contract.ids import NodeId, PipelineId
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -89,7 +89,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
 class RefusalCode(StrEnum):
     OVERLOADED = "overloaded"  # try another pipeline or later
     NOT_HERE = "not_here"  # this member does not run that pipeline's scheduler (any more, or yet)
-    QUARANTINED = "quarantined"  # the request broke a step (non-finite numbers): it must not be tried again
+    POISONED = "poisoned"  # its numbers became non-finite on `node`: that node's fault, or its own
     INVALID = "invalid"  # can never run here (too long for the pool)
     SUPERSEDED = "superseded"  # its client reads it through another connection now
 
@@ -102,6 +102,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     code: RefusalCode
     message: str
     retry_after_s: float = 0.0
+    node: NodeId = ""  # POISONED: where
 
 
 class Log(msgspec.Struct, frozen=True):

@@ -31,6 +31,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     pid: int = 0
     silent_s: float = 0.0
     progress: int = 0
+    slowness: float = 0.0  # against its peers; from 1 on it is slow
     blocks_used: int = 0
     blocks_replica: int = 0
     blocks_total: int = 0
@@ -48,7 +49,7 @@ class StageStatus(msgspec.Struct, frozen=True):
 
 class PipelineState(StrEnum):
     UP = "up"
-    DEGRADED = "degraded"  # serves with a borrowed node
+    DEGRADED = "degraded"  # serves with a borrowed or a suspected node
     MOVING = "moving"  # a planned move is under way
     DOWN = "down"
     FORMING = "forming"  # never served yet
@@ -82,7 +83,7 @@ class ClusterStatus(msgspec.Struct, frozen=True):
     group: str
     model: str
     mode: Mode
-    available: bool  # at least one pipeline serves
+    available: bool  # at least one pipeline serves, and none of its nodes is dead
     counter: int  # of the newest topology
     paused: bool
     leader: str  # "" while there is none

@@ -10,16 +10,18 @@ Every candidate for leader feeds one, so that a new leader decides at once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from controlplane.contract.config import TimingConfig
 from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.reports import LinkReport, NodeReport
 from controlplane.contract.status import NodeState
-from controlplane.core.evidence import Evidence, judge
+from controlplane.core.conduct import Conduct
+from controlplane.core.evidence import Evidence, fault, judge
 from controlplane.core.phi import Arrivals
 
-PAUSE_S = 0.3  # a longer gap between two events was a pause of this process: ticks come every 50 ms
+GAP_S = 0.1  # ticks come every 50 ms: in a longer gap between two events this process did not get to run
+PAUSE_S = 0.3  # ... and here it was away
 STEADY_S = 2.0  # a member that was red has to be heard this long without a gap
 FORGET_S = 60.0  # a process that is neither registered nor in the topology is remembered this long
 
@@ -51,6 +53,8 @@ class _Watched:
     steady_since: float | None = None
     changed_at: float = 0.0
     links: tuple[LinkReport, ...] = ()
+    faulty: bool = False  # answers, and has to be restarted
+    demoted: bool = False  # nothing but a probation speaks against it
 
     def silent_s(self, now: float) -> float:
         return max(now - max(self.since, self.heard or 0.0), 0.0)
@@ -68,19 +72,28 @@ class _Links:
 @dataclass(slots=True)
 class Detector:
     timing: TimingConfig
+    conduct: Conduct = field(init=False)
     _watched: dict[Member, _Watched] = field(default_factory=dict)
     _leased: dict[NodeId, Member] = field(default_factory=dict)
     _newest: dict[NodeId, Member] = field(default_factory=dict)  # the last one registered, leased or not
     _last_event: float | None = None
 
+    def __post_init__(self) -> None:
+        self.conduct = Conduct(self.timing)
+
     def advance(self, now: float) -> None:
-        """Call before each event. After a pause of this process everybody gets a fresh window of silence:
-        what they said meanwhile waits in the inbox."""
-        if self._last_event is not None and now - self._last_event > PAUSE_S:
-            for watched in self._watched.values():
+        """Call before each event. While this process does not run, nobody is silent: what they say waits in the
+        inbox. After a long pause everybody gets a fresh window."""
+        gap_s = 0.0 if self._last_event is None else now - self._last_event
+        self._last_event = now
+        if gap_s <= GAP_S:
+            return
+        for watched in self._watched.values():
+            if gap_s > PAUSE_S:
                 watched.since = now
                 watched.arrivals.restart()
-        self._last_event = now
+            else:
+                watched.since = max(watched.since, watched.heard or 0.0) + gap_s - GAP_S
 
     def registered(self, member: Member, now: float) -> None:
         """What etcd says last is true for every controller alike, even if two processes fight for a name."""
@@ -113,6 +126,7 @@ class Detector:
         watched.heard = now
         watched.leaving = watched.leaving or report.leaving
         watched.links = report.links
+        self.conduct.reported(report, now)
 
     def stream_broken(self, member: Member, now: float) -> None:
         self._watch(member, now).broken = True
@@ -123,14 +137,19 @@ class Detector:
         deaf = all(w.heard is None or now - w.heard >= fresh_s for w in self._watched.values())
         links = self._neighbours(now)
         verdicts: list[Verdict] = []
+        self.conduct.compare(now, [m for m, w in self._watched.items() if w.state is not NodeState.GREEN])
         for member in sorted(self._watched):
             watched = self._watched[member]
             stalled_s = stalled.get(member, 0.0)
             evidence = self._evidence(member, watched, links.get(member, _Links()), stalled_s, deaf, now)
             state, why = judge(evidence, self.timing)
+            if state is NodeState.RED and fault(evidence, self.timing) == why:
+                watched.faulty = True
+                self.conduct.put_on_probation(member.node, why, now)
+            watched.demoted = False
             if watched.state is NodeState.RED and state is not NodeState.RED:
-                steady = now - (watched.steady_since if watched.steady_since is not None else now)
-                if state is not NodeState.GREEN or steady < STEADY_S:
+                steady_s = (watched.heard or now) - (watched.steady_since or now)
+                if state is not NodeState.GREEN or steady_s < STEADY_S:
                     continue  # once red, only a steady process is believed again, and then as a blank one
             if state is not watched.state:
                 left = watched.leaving and not watched.superseded
@@ -138,6 +157,8 @@ class Detector:
                 verdicts.append(Verdict(member, watched.state, state, why, silent_s, left, watched.known))
                 watched.changed_at, watched.known = now, True
             watched.state, watched.evidence = state, why
+            if state is NodeState.YELLOW and evidence.probation:
+                watched.demoted = judge(replace(evidence, probation=""), self.timing)[0] is NodeState.GREEN
         return verdicts
 
     def state(self, member: Member) -> NodeState:
@@ -160,6 +181,14 @@ class Detector:
     def red(self) -> frozenset[Member]:
         return frozenset(m for m, w in self._watched.items() if w.state is NodeState.RED)
 
+    def faulty(self) -> frozenset[Member]:
+        """Red ones that answer: their processes have to make way for fresh ones."""
+        return frozenset(m for m, w in self._watched.items() if w.faulty and w.state is NodeState.RED)
+
+    def demoted(self) -> frozenset[Member]:
+        """Yellow for nothing but their probation: for new duties the last choice, but a choice."""
+        return frozenset(m for m, w in self._watched.items() if w.demoted)
+
     def forget(self, keep: frozenset[Member], now: float) -> list[Member]:
         """Drop processes that are long gone; returns them."""
         gone = [
@@ -169,6 +198,7 @@ class Detector:
         ]
         for member in gone:
             del self._watched[member]
+            self.conduct.forget(member)
         return gone
 
     def _watch(self, member: Member, now: float) -> _Watched:
@@ -202,6 +232,7 @@ class Detector:
         self, member: Member, watched: _Watched, links: _Links, stalled_s: float, deaf: bool, now: float
     ) -> Evidence:
         silent_s = watched.silent_s(now)
+        symptoms = self.conduct.symptoms(member, now)
         return Evidence(
             silent_s=silent_s,
             phi=watched.arrivals.phi(silent_s) if watched.heard is not None else 0.0,
@@ -215,4 +246,8 @@ class Detector:
             deaf=deaf,
             superseded=watched.superseded,
             leaving=watched.leaving,
+            stuck_s=symptoms.stuck_s,
+            poisoned=symptoms.poisoned,
+            peers_poisoned=symptoms.peers_poisoned,
+            probation=symptoms.probation,
         )

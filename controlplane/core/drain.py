@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from controlplane.contract.ids import NodeId
 from controlplane.contract.records import Operation, OperationKind
 from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
+from controlplane.core.demote import relief
 from controlplane.core.edit import successor, with_stage
 from controlplane.core.membership import Nodes
 from controlplane.core.placement import takers
@@ -46,6 +47,8 @@ def wants(s: Situation) -> list[Want]:
     for op in s.operations:
         for want in wants_of(s, op):
             found.setdefault((want.pipeline, want.stage), want)
+    for want in relief(s):
+        found.setdefault((want.pipeline, want.stage), want)
     for pipeline in s.topology.pipelines:
         for index, stage in enumerate(pipeline.stages):
             if stage.leader is None or len(stage.homes) != 1 or stage.leader.node in stage.homes:

@@ -10,6 +10,7 @@ from controlplane.contract.status import NodeState
 PHI_SUSPECT = 8.0
 PHI_DEAD = 12.0
 STUCK_S = 30.0  # a step that does not end although its stage answers: far above any first-call compilation
+POISONED_MIN = 2  # a single request may be to blame itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +28,33 @@ class Evidence:
     stalled_s: float = 0.0  # a pipeline's oldest step waits for it
     superseded: bool = False  # a newer process of the same node has registered
     leaving: bool = False  # it said that it is about to exit
+    stuck_s: float = 0.0  # by its own word its computation takes that long, far longer than usual
+    poisoned: int = 0  # requests whose numbers were finite when they came and not when they left, of late
+    peers_poisoned: bool = False  # its peers had such requests, too: then it is the requests
+    probation: str = ""  # why it is not trusted for a while
     deaf: bool = False  # this controller hears nobody at all
 
 
 def judge(e: Evidence, timing: TimingConfig) -> tuple[NodeState, str]:
     """The rules, first match wins."""
     red, yellow = NodeState.RED, NodeState.YELLOW
-    silent = e.silent_s >= timing.suspect_after_s
+    unusual = e.phi >= PHI_SUSPECT or not e.heard_ever or e.silent_s >= timing.dead_after_s
+    silent = e.silent_s >= timing.suspect_after_s and unusual
     if e.superseded:
         return red, "a newer process of this node registered"
     if e.leaving:
         return red, "left"
     if e.broken and e.link_down:
         return red, f"report stream broken and link down ({e.link_down})"
-    if e.heard_ever and not e.broken and not silent and e.phi < PHI_SUSPECT:
-        if e.stalled_s >= STUCK_S:
-            return red, f"answers, but its step has not ended for {e.stalled_s:.0f} s"
-        if e.stalled_s >= timing.dead_after_s:
-            return yellow, f"its step has not ended for {e.stalled_s:.1f} s"
+    if e.heard_ever and not e.broken and not silent:
+        if why := fault(e, timing):
+            return red, why
+        if e.stalled_s >= timing.dead_after_s or e.stuck_s:
+            return yellow, f"its step has not ended for {max(e.stalled_s, e.stuck_s):.1f} s"
+        if e.poisoned and not e.peers_poisoned:
+            return yellow, "the numbers of a request ceased to be finite here"
+        if e.probation:
+            return yellow, f"on probation: {e.probation}"
         return NodeState.GREEN, ""  # a lease that is gone says nothing: etcd was away
     if e.neighbour_hears:
         return yellow, "not heard here, but its neighbours hear it"
@@ -65,6 +75,17 @@ def judge(e: Evidence, timing: TimingConfig) -> tuple[NodeState, str]:
     if not e.heard_ever:
         return yellow, "registered, not heard yet"
     return yellow, "report stream broken" if e.broken else f"silent for {e.silent_s:.1f} s"
+
+
+def fault(e: Evidence, timing: TimingConfig) -> str:
+    """What is wrong with a process that answers: why it has to be restarted, or nothing."""
+    if e.stuck_s and e.stalled_s >= timing.dead_after_s:  # its own word, and a scheduler's
+        return f"answers, but its computation has not ended for {e.stuck_s:.1f} s"
+    if e.stalled_s >= STUCK_S:
+        return f"answers, but its step has not ended for {e.stalled_s:.0f} s"
+    if e.poisoned >= POISONED_MIN and not e.peers_poisoned:
+        return f"the numbers of {e.poisoned} requests ceased to be finite here, and nowhere else"
+    return ""
 
 
 def _first(e: Evidence, timing: TimingConfig) -> float:

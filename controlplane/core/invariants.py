@@ -69,7 +69,7 @@ def new_duty_only_for_the_able(s: Situation, after: Topology) -> Iterator[str]:
         for member, stage in _duties(new) - _duties(old):
             if s.nodes.usable(member.node) != member:
                 yield f"{new.id}/{stage}: {member} is not usable"
-            elif member.node in s.avoid or member in after.retired:
+            elif member in after.retired or (member.node in s.avoid and member.node not in s.nodes.demoted):
                 yield f"{new.id}/{stage}: {member} is cordoned or retired"
             elif s.nodes.views[member.node].record.stage != stage:
                 yield f"{new.id}/{stage}: {member} holds another stage's weights"

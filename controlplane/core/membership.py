@@ -14,6 +14,8 @@ from controlplane.contract.status import NodeState
 from controlplane.contract.topology import Pipeline, Topology
 from controlplane.core.detector import Detector
 
+PATIENCE = 3.0  # times as long as the longest step of late: only then does a step stall
+
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
@@ -24,6 +26,7 @@ class NodeView:
     registered: bool
     usable: bool  # may be given a new duty, as far as the process itself goes (cordons are not looked at)
     why_not: str = ""
+    demoted: bool = False  # usable when nobody else is
 
     @property
     def member(self) -> Member:
@@ -37,6 +40,11 @@ class Nodes:
     views: Mapping[NodeId, NodeView]
     dead: frozenset[Member] = frozenset()
     reports: Mapping[Member, NodeReport] = field(default_factory=dict)
+    faulty: frozenset[Member] = frozenset()  # dead ones that still run and have to be restarted
+
+    @property
+    def demoted(self) -> frozenset[NodeId]:
+        return frozenset(node for node, view in self.views.items() if view.demoted)
 
     def usable(self, node: NodeId) -> Member | None:
         """The node's newest process, if it may be given a duty."""
@@ -83,7 +91,11 @@ class Nodes:
         for pipeline in topology.pipelines:
             scheduler = pipeline.scheduler
             first = self.report(scheduler, pipeline.id, 0)
-            if scheduler is None or first is None or first.epoch != pipeline.epoch or first.stalled_s <= 0.0:
+            if scheduler is None or first is None or first.epoch != pipeline.epoch:
+                continue
+            if (
+                first.stalled_s <= PATIENCE * first.round_s
+            ):  # under load, or with long prompts, steps take long
                 continue
             blamed, done = scheduler, first.last_step
             for index, stage in enumerate(pipeline.stages[1:], start=1):
@@ -137,10 +149,15 @@ class Membership:
 
     def nodes(self, topology: Topology | None) -> Nodes:
         digests = self._digests(topology)
-        views = {node: self._view(node, record, digests) for node, record in sorted(self._records.items())}
-        return Nodes(views, self.detector.red(), self.reports)
+        demoted = self.detector.demoted()
+        views = {
+            node: self._view(node, record, digests, demoted) for node, record in sorted(self._records.items())
+        }
+        return Nodes(views, self.detector.red(), self.reports, self.detector.faulty())
 
-    def _view(self, node: NodeId, record: NodeRecord, digests: Mapping[int, str]) -> NodeView:
+    def _view(
+        self, node: NodeId, record: NodeRecord, digests: Mapping[int, str], demoted: frozenset[Member]
+    ) -> NodeView:
         state = self.detector.state(record.member)
         registered = node in self._registered
         why_not = ""
@@ -154,9 +171,9 @@ class Membership:
             why_not = f"its weights are not those that serve stage {record.stage}"
         elif not registered:
             why_not = "not registered"
-        elif state is not NodeState.GREEN:
+        elif state is not NodeState.GREEN and record.member not in demoted:
             why_not = self.detector.evidence(record.member)
-        return NodeView(record, state, registered, not why_not, why_not)
+        return NodeView(record, state, registered, not why_not, why_not, record.member in demoted)
 
     def _digests(self, topology: Topology | None) -> dict[int, str]:
         """For each stage the weights that count: what serves now, else what most nodes hold."""

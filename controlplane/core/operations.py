@@ -32,12 +32,11 @@ LEADER, AUTOMATION = (
 
 
 def survey(topology: Topology, nodes: Nodes, policy: Policy, now: float) -> Situation:
-    """The situation: who is to be avoided follows from the cordons and from the operations under way."""
+    """The situation: who is to be avoided follows from the cordons, the demotions and the operations under way."""
     operations = tuple(active(policy.operations))
     emptying = frozenset(op.node for op in operations if empties(op, nodes))
-    return Situation(
-        topology, nodes, policy, now, emptying | set(topology.cordoned), emptying, operations=operations
-    )
+    avoid = emptying | set(topology.cordoned) | nodes.demoted
+    return Situation(topology, nodes, policy, now, avoid, emptying, operations=operations)
 
 
 def claims(op: Operation) -> frozenset[str]:

@@ -4,6 +4,8 @@ Copies follow a ring over the instances (KevlarFlow): the node that serves (p_i,
 (p_i+1, s). The rule is strict: only a node that serves its own home stage and nothing else is in the ring, so failed
 nodes, donors and borrowed places leave it and their predecessors are pointed to other peers.
 
+Nodes on probation (conduct.py) come last for everything: they leave the ring, and serve when nobody else is there.
+
 Where the strict rule finds nobody, any healthy peer with the stage's weights takes the copy (a donor, a spare, a node
 that came back and is still blank): with two instances a single failure would otherwise leave both unprotected. It
 costs such a node nothing that it needs: replicas are evicted first. A copy is never on the serving node itself, and
@@ -69,13 +71,13 @@ def takers(s: Situation, pipeline: Pipeline, stage: int, *, keep_kv: bool) -> li
     homes = pipeline.stages[stage].homes
     holders = _holders(s, pipeline, stage)
 
-    def key(member: Member) -> tuple[int, int, int, bool, NodeId]:
+    def key(member: Member) -> tuple[bool, int, int, int, bool, NodeId]:
         lag = holders.get(member)
         light = lag is not None and counts[member.node] <= 1
         home = member.node in homes
         tier = (0 if light else 1 if home else 2) if keep_kv else (0 if home else 1 if light else 2)
         behind = lag if light and lag is not None else 0
-        return tier, behind, counts[member.node], lag is None, member.node
+        return s.nodes.views[member.node].demoted, tier, behind, counts[member.node], lag is None, member.node
 
     able = [
         view.member
@@ -95,11 +97,11 @@ def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int)
     inside = {m.node for m in pipeline.members() if not s.nodes.is_dead(m)}
     here = s.nodes.views.get(source.node)
 
-    def key(view: NodeView) -> tuple[bool, int, int, int, NodeId]:
+    def key(view: NodeView) -> tuple[bool, bool, int, int, int, NodeId]:
         node = view.member.node
         strict = node in ring
         distance = (order[node] - start) % count if node in order else count
-        return not strict, _shared(here, view), 0 if strict else counts[node], distance, node
+        return view.demoted, not strict, _shared(here, view), 0 if strict else counts[node], distance, node
 
     current = pipeline.stages[stage].replicas
     able = [
@@ -128,7 +130,11 @@ def _holders(s: Situation, pipeline: Pipeline, stage: int) -> dict[Member, int]:
 
 
 def _free(s: Situation, view: NodeView) -> bool:
-    return view.member.node not in s.avoid and view.member not in s.topology.retired
+    """Whether it may get a duty at all. On probation a node is avoided, but one that serves or copies beats none."""
+    node = view.member.node
+    if view.member in s.topology.retired or node in s.topology.cordoned:
+        return False
+    return node not in s.avoid or view.demoted
 
 
 def _shared(here: NodeView | None, there: NodeView) -> int:

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from controlplane.contract.ids import Member
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topology
+from controlplane.core.demote import restart_faulty
 from controlplane.core.drain import wants
 from controlplane.core.edit import successor
 from controlplane.core.invariants import check
@@ -120,6 +121,7 @@ RULES: tuple[Callable[[Situation], Topology | None], ...] = (
     adopt_mode,
     drop_dead,
     fill,
+    restart_faulty,
     call_off_unwanted,
     advance_moves,
     operate,

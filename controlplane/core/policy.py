@@ -13,6 +13,7 @@ from controlplane.core.events import PeersSeen
 from controlplane.core.membership import Nodes
 
 HAND_BACK = "hand-back"
+PROBATION = "probation"
 
 
 @dataclass(frozen=True, slots=True)

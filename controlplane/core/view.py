@@ -79,7 +79,7 @@ def _node(
         node=node,
         state=view.state,
         incarnation=record.member.incarnation,
-        evidence=view.why_not or members.detector.evidence(view.member),
+        evidence=members.detector.evidence(view.member) or view.why_not,
         stage=record.stage,
         serving=serving,
         cordoned=cordoned,
@@ -87,6 +87,7 @@ def _node(
         rpc_address=record.rpc_address,
         pid=record.pid,
         silent_s=round(members.detector.silent_s(view.member, now), 3),
+        slowness=round(members.detector.conduct.slowness(view.member), 2),
         progress=0 if report is None else report.progress,
         blocks_used=0 if report is None else report.blocks_used,
         blocks_replica=0 if report is None else report.blocks_replica,
@@ -98,12 +99,15 @@ def _node(
 
 def _pipeline(pipeline: Pipeline, nodes: Nodes) -> PipelineStatus:
     stages = tuple(_stage(pipeline, index, nodes) for index in range(len(pipeline.stages)))
+    views = [nodes.views.get(m.node) for m in pipeline.members()]
     if not _serves(pipeline, nodes):
         state = PipelineState.FORMING if pipeline.epoch == 0 else PipelineState.DOWN
     elif pipeline.move is not None:
         state = PipelineState.MOVING
+    elif any(s.borrowed for s in stages) or any(v is None or v.state is not NodeState.GREEN for v in views):
+        state = PipelineState.DEGRADED
     else:
-        state = PipelineState.DEGRADED if any(s.borrowed for s in stages) else PipelineState.UP
+        state = PipelineState.UP
     return PipelineStatus(
         id=pipeline.id,
         state=state,

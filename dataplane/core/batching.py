@@ -52,11 +52,17 @@ class Batcher:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.microbatches = 1  # that the pipeline's stages can compute at the same time
+        self.shared = 1  # pipelines among which the busiest of its nodes divides its time
         self.quota_blocks = 0
         self.used_blocks = 0
         self.running: dict[int, Request] = {}  # in order of admission
         self._waiting: list[tuple[int, int, int]] = []  # heap of (priority, order, rid)
         self._queued: dict[int, Request] = {}
+
+    @property
+    def max_waiting(self) -> int:
+        """Requests that may queue: as long in time as when nobody else's work is done on its nodes."""
+        return max(1, self.limits.max_waiting // self.shared)
 
     def enqueue(self, request: Request) -> None:
         self._release(request)

@@ -47,6 +47,7 @@ class CapacityChanged:
 
     blocks: int
     microbatches: int
+    shared: int = 1  # pipelines that its busiest node serves: so many share that node's time
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from controlplane.contract.ids import PipelineId
+from controlplane.contract.ids import NodeId, PipelineId
 from controlplane.contract.requests import Sampling
 
 
@@ -54,9 +54,6 @@ class StepMeta(msgspec.Struct, frozen=True, array_like=True, tag=1):
             raise ValueError(f"{len(self.rows)} bytes are no rows of a step")
 
 
-POISONED = -1  # in the place of a token: the row's logits were not finite
-
-
 class Detail(msgspec.Struct, frozen=True, array_like=True):
     """What a request that asked for logprobs gets with its token; `index` counts the rows that sampled."""
 
@@ -71,7 +68,7 @@ class ResultMeta(msgspec.Struct, frozen=True, array_like=True, tag=2):
     pipeline: PipelineId
     fence: Fence
     step: int
-    tokens: bytes  # int32, little endian, of the rows that sampled, in their order; or POISONED
+    tokens: bytes  # int32, little endian, of the rows that sampled, in their order
     details: tuple[Detail, ...] = ()
 
 
@@ -82,7 +79,9 @@ class StepFailedMeta(msgspec.Struct, frozen=True, array_like=True, tag=3):
     fence: Fence
     step: int
     stage: int
-    reason: str  # "link", "space"
+    reason: str  # "link", "space", "gap", "numbers"
+    node: NodeId = ""  # "numbers": where they ceased to be finite ...
+    rids: tuple[int, ...] = ()  # ... and whose they are
 
 
 class RejoinMeta(msgspec.Struct, frozen=True, array_like=True, tag=4):

@@ -67,6 +67,7 @@ class Request:
     orphaned_at: float | None = None
     context: bytes | None = None  # of the gateway that may resume it; None: nobody may
     reader: int = 0
+    arrived: float = 0.0  # monotonic seconds
 
     @classmethod
     def from_submit(cls, message: Submit, order: int, session: int) -> Request:

@@ -7,9 +7,11 @@ ask every stage how much KV it holds, resume each request at the minimum, recomp
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import assert_never
 
+from controlplane.contract.ids import NodeId
 from controlplane.contract.requests import Log, RefusalCode, Refused, Submit, Token
 from dataplane.core.batching import Batcher, Limits
 from dataplane.core.events import (
@@ -30,7 +32,6 @@ from dataplane.core.events import (
 )
 from dataplane.core.kept import Kept
 from dataplane.core.messages import (
-    POISONED,
     Admit,
     Fence,
     HeldMeta,
@@ -48,6 +49,8 @@ from dataplane.core.request import Phase, Request, fault_of, unpack_tokens
 # to notice: this is for messages that were lost between the living, and must not be taken for slowness.
 STALL_LIMIT_S = 3.0
 STALL_LIMIT_MAX_S = 60.0
+RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 1.0, 60.0  # told to whom the queue has no room for
+ROUNDS_KEPT = 64  # steps whose times tell what is usual
 LINK_RETRY_S = 0.05  # pause before the next attempt when a stage could not pass a step on
 
 
@@ -79,7 +82,7 @@ class SchedulerStats:
     tokens_generated: int = 0
     preemptions: int = 0
     resyncs: int = 0
-    quarantined: int = 0
+    poisoned: int = 0
     orphans_dropped: int = 0
 
 
@@ -102,6 +105,7 @@ class Scheduler:
         self.in_flight: dict[int, InFlight] = {}
         self.next_step = 0
         self._last_issued = -1
+        self._rounds: deque[float] = deque(maxlen=ROUNDS_KEPT)
         self._order = 0
         self._asks: dict[int, HeldCollector] = {}
         self._next_ask = 0
@@ -133,8 +137,8 @@ class Scheduler:
                 self._resync(Fence(epoch, 0), now, effects)
             case Quiesce(hold):
                 self._holding = hold
-            case CapacityChanged(blocks, microbatches):
-                self.batcher.microbatches = microbatches
+            case CapacityChanged(blocks, microbatches, shared):
+                self.batcher.microbatches, self.batcher.shared = microbatches, shared
                 self._set_quota(blocks)
             case Tick():
                 self._tick(now, effects)
@@ -142,7 +146,10 @@ class Scheduler:
                 self._result(event, now, effects, news)
             case StepFailedMeta():
                 if event.fence == self.fence and event.step in self.in_flight:
-                    self._hold_until = now + LINK_RETRY_S
+                    for rid in event.rids:
+                        self._poisoned(rid, event.node, effects)
+                    if not event.rids:
+                        self._hold_until = now + LINK_RETRY_S
                     self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
             case HeldMeta():
                 self._held(event, now)
@@ -173,6 +180,11 @@ class Scheduler:
         request = self.requests.get(rid) or self.kept.get(rid)
         return None if request is None else request.log(self.pipeline)
 
+    @property
+    def round_s(self) -> float:
+        """The longest that one of the last steps took, from stage 0 to its result."""
+        return max(self._rounds, default=0.0)
+
     def stalled_s(self, now: float) -> float:
         oldest = min((f.since for f in self.in_flight.values()), default=now)
         return now - oldest
@@ -188,10 +200,11 @@ class Scheduler:
         refusal = self._refusal(message)
         if refusal is not None:
             code, text = refusal
-            retry = 1.0 if code is RefusalCode.OVERLOADED else 0.0
+            retry = self._queue_s(now) if code is RefusalCode.OVERLOADED else 0.0
             effects.append(Refuse(session, Refused(message.rid, self.pipeline, code, text, retry)))
             return
         request = Request.from_submit(message, self._order, session)
+        request.arrived = now
         self._order += 1
         self.requests[request.rid] = request
         # After a takeover stages may hold KV of a stream that its client takes up from the start.
@@ -243,9 +256,14 @@ class Scheduler:
             return RefusalCode.INVALID, fault
         if self.limits.blocks_for(total + 1) > self.batcher.quota_blocks:
             return RefusalCode.INVALID, f"{total} tokens do not fit the KV pool of this pipeline"
-        if not message.admitted and self.waiting >= self.limits.max_waiting:
+        if not message.admitted and self.waiting >= self.batcher.max_waiting:
             return RefusalCode.OVERLOADED, f"{self.waiting} requests are waiting"
         return None
+
+    def _queue_s(self, now: float) -> float:
+        """How long a new request would wait: about as long as the oldest in the queue has, within reason."""
+        arrived = min((r.arrived for r in self.requests.values() if r.phase is Phase.WAITING), default=now)
+        return min(max(RETRY_AFTER_MIN_S, now - arrived), RETRY_AFTER_MAX_S)
 
     def _drop(self, rid: int) -> None:
         """The request ends here: its KV is given back on every stage with the next step."""
@@ -426,6 +444,7 @@ class Scheduler:
         if flight is None:
             return
         self._stall_limit_s = STALL_LIMIT_S
+        self._rounds.append(now - flight.since)
         tokens = unpack_tokens(meta.tokens)
         sampled = [(request, attempt) for request, attempt, sample in flight.rows if sample]
         if len(tokens) != len(
@@ -438,9 +457,6 @@ class Scheduler:
         for index, (request, attempt) in enumerate(sampled):
             if request.attempt != attempt or self.requests.get(request.rid) is not request:
                 continue  # it was preempted or has ended since
-            if tokens[index] == POISONED:
-                self._quarantine(request.rid, news)
-                continue
             item = self._append(request, tokens[index], *details.get(index, (None, ())))
             if request.session is not None:
                 by_session.setdefault(request.session, []).append(item)
@@ -459,13 +475,17 @@ class Scheduler:
         self.stats.tokens_generated += 1
         return item
 
-    def _quarantine(self, rid: int, effects: list[Effect]) -> None:
-        session = self.requests[rid].session
-        self.stats.quarantined += 1
+    def _poisoned(self, rid: int, node: NodeId, effects: list[Effect]) -> None:
+        """Back to its gateway, which tries it where `node` does not serve: nothing else tells whose fault it is."""
+        request = self.requests.get(rid)
+        if request is None:
+            return
+        self.stats.poisoned += 1
         self._drop(rid)
-        if session is not None:
-            text = "the model's output for this request was not finite; it is not tried again"
-            effects.append(Refuse(session, Refused(rid, self.pipeline, RefusalCode.QUARANTINED, text)))
+        if request.session is not None:
+            text = f"the model's numbers for this request were not finite on {node}"
+            refused = Refused(rid, self.pipeline, RefusalCode.POISONED, text, node=node)
+            effects.append(Refuse(request.session, refused))
 
     def _finish_recovery(self, now: float, effects: list[Effect]) -> None:
         recovery = self._recovery

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from controlplane.contract.ids import PipelineId
 from dataplane._fast.blocktable import KvGap, Rows, StepArrays, lookup
 from dataplane.core.blocks import KvStore
-from dataplane.core.messages import POISONED, Admit, Fence, HeldMeta, RejoinMeta, StepMeta
+from dataplane.core.messages import Admit, Fence, HeldMeta, RejoinMeta, StepMeta
 from dataplane.model.sampler import SamplingTable
 
 
@@ -85,10 +85,7 @@ class Stage:
         Returns the requests that have filled a block with it."""
         self.last_step = step.meta.step
         if tokens is not None and self.sampling is not None:
-            slots = step.slots
-            if POISONED in tokens:
-                slots, tokens = slots[tokens != POISONED], tokens[tokens != POISONED]
-            self.sampling.append_many(slots, tokens)
+            self.sampling.append_many(step.slots, tokens)
         filled = self.store.table.commit(step.table_rows, step.rows.starts, step.rows.counts)
         return [int(step.rows.rids[index]) for index in filled]
 

@@ -25,6 +25,7 @@ from tests.e2e.test_moves import kfadmin, serves_nothing
 PROMPTS = sample_prompts(8, 200)
 NODES = [f"n{k}" for k in range(4)]
 CONTROLLERS = ["c1", "c2", "c3"]
+GATEWAYS = ["g1", "g2"]
 ETCD = ["etcd0", "etcd1", "etcd2"]
 PAUSE_MAX_S = 3.0  # without a leader
 ENDLESS_TOKENS = 1900  # what fits into the demo model's context
@@ -32,8 +33,8 @@ ENDLESS_TOKENS = 1900  # what fits into the demo model's context
 
 @pytest.fixture(scope="module")
 def cluster(etcd_binary: None) -> Iterator[Cluster]:
-    """Two instances of two stages, three controllers, three etcd members."""
-    with Cluster(instances=2, stages=2, controllers=3, etcd_members=3) as running:
+    """Two instances of two stages, three controllers, three etcd members, two gateways."""
+    with Cluster(instances=2, stages=2, controllers=3, etcd_members=3, gateways=2) as running:
         yield running
 
 
@@ -42,7 +43,7 @@ def home(cluster: Cluster) -> Iterator[Cluster]:
     """The module's cluster with every node at home, before and after the test."""
     asyncio.run(cluster.wait_all_home())
     yield cluster
-    for name in (*NODES, *CONTROLLERS, *ETCD, "g1", "launcher"):
+    for name in (*NODES, *CONTROLLERS, *ETCD, *GATEWAYS, "launcher"):
         cluster.local.release(name)
     asyncio.run(cluster.wait_for(lambda s: s.leader, "somebody leads", 30.0))
     if cluster.local.status().paused:
@@ -57,7 +58,7 @@ async def under_load(cluster: Cluster, act: Callable[[], Awaitable[None]]) -> li
 
     async def load(prompts: list[Prompt]) -> None:
         while not stop.is_set():
-            ended.extend(await cluster.generator.streams(prompts))
+            ended.extend(await cluster.resuming.streams(prompts))
 
     async def acting() -> None:
         await until(lambda: ended, "streams flow")
@@ -108,28 +109,29 @@ def changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
     return {name for name in before if after.get(name) != before[name]}
 
 
-def test_rolling_restart_of_every_node_and_controller_under_load(home: Cluster) -> None:
+def test_rolling_restart_of_everything_under_load(home: Cluster) -> None:
     asyncio.run(home.references(PROMPTS))
     before, since = home.local.pids(), datetime.now(UTC)
 
     async def restart() -> None:
-        await command(home, "restart", "controllers", "--timeout", "80", limit_s=90.0)
-        await command(home, "restart", "nodes", "--timeout", "80", limit_s=90.0)
+        await command(home, "restart", "all", "--timeout", "160", limit_s=170.0)
 
     streams = asyncio.run(under_load(home, restart))
     asyncio.run(home.expect_equal(streams))
     asyncio.run(home.wait_all_home())
-    assert changed(before, home.local.pids()) == {*NODES, *CONTROLLERS}
-    assert recomputed_nothing(home)
+    assert changed(before, home.local.pids()) == {*NODES, *CONTROLLERS, *GATEWAYS}
+    assert recomputed(home) == []
     expect_a_leader_throughout(home, since, 1)
 
 
-def recomputed_nothing(cluster: Cluster) -> bool:
-    """Every planned switch carried all of the KV over."""
+def recomputed(cluster: Cluster) -> list[tuple[str, int]]:
+    """The planned switches that did not carry all of the KV over: when, and how many tokens were missing."""
     rows = json.loads(kfadmin(cluster, "events", "-o", "json", "--limit", "1000").stdout)
     switches = [row["event"] for row in rows if row["event"]["kind"] == "recovered"]
     planned = [event for event in switches if event["details"]["planned"]]
-    return bool(planned) and all(event["details"]["tokens_recomputed"] == 0 for event in planned)
+    assert planned
+    missing = [(event["message"], event["details"]["tokens_recomputed"]) for event in planned]
+    return [(text, tokens) for text, tokens in missing if tokens > 0]
 
 
 def test_leadership_is_transferred_and_no_stream_notices(home: Cluster) -> None:
@@ -288,13 +290,6 @@ def test_etcd_and_the_launcher_are_restarted_under_load(home: Cluster) -> None:
     assert changed(before, home.local.pids()) == {*ETCD, "launcher", "n2"}
 
 
-def test_a_gateway_is_restarted_and_serves_again(home: Cluster) -> None:
-    before = home.local.pids()
-    assert kfadmin(home, "restart", "gateways").returncode == 0
-    assert changed(before, home.local.pids()) == {"g1"}
-    asyncio.run(home.expect_equal(asyncio.run(home.generator.streams(PROMPTS[:2]))))
-
-
 def test_check_says_what_would_be_refused_and_changes_nothing(home: Cluster) -> None:
     counter = home.local.status().counter
     assert kfadmin(home, "check", "drain", "n1").returncode == 0
@@ -306,7 +301,7 @@ def test_check_says_what_would_be_refused_and_changes_nothing(home: Cluster) -> 
     plan = kfadmin(home, "restart", "all", "--dry-run", "-o", "json")
     assert plan.returncode == 0
     steps = json.loads(plan.stdout)["plan"]
-    assert len(steps) == len(NODES) + len(CONTROLLERS) + 1
+    assert len(steps) == len(NODES) + len(CONTROLLERS) + len(GATEWAYS)
     assert home.local.status().counter == counter
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import msgspec
@@ -47,9 +48,11 @@ def _health_routes(app: FastAPI, service: Service) -> None:
         """200 only while a request could be served: a pipeline is up and its scheduler can be reached."""
         if router.closing:
             raise ApiError(503, "this gateway is shutting down", retry_after_s=1)
-        if router.reachable:
-            return _json({"status": "ok", "pipelines": router.reachable})
-        raise ApiError(503, "no pipeline is up and reachable", retry_after_s=1)
+        reasons = router.troubles(time.monotonic())
+        if not router.reachable:
+            raise ApiError(503, f"no pipeline is up and reachable: {'; '.join(reasons)}", retry_after_s=1)
+        status = "degraded" if reasons else "ok"
+        return _json({"status": status, "pipelines": router.reachable, "reasons": reasons})
 
     @app.get("/livez")
     async def livez() -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.ids import Member, NodeId, PipelineId
 from web.gateway.tokenlog import TokenLog
 
 
@@ -21,6 +21,7 @@ class Policy:
     # Deaths are charged to every request in its first step then. Two faults in quick succession must not
     # fail innocent ones, so it takes one more than the two that a poison request would need.
     deaths_max: int = 3
+    poisoned_max: int = 2  # nodes on which its numbers were not finite: here the blame is exact
 
 
 @dataclass(slots=True)
@@ -40,6 +41,7 @@ class Live:
     asked_at: float = -1e9
     how: str = ""  # what befell it since its last token
     deaths: int = 0  # nodes that died while it was in its first step
+    poisoned: set[NodeId] = field(default_factory=set)  # nodes on which its numbers were not finite
     full: set[PipelineId] = field(default_factory=set)  # pipelines that refused it for load
     context: bytes | None = None  # see Submit
     reader: int = 0

@@ -38,6 +38,7 @@ from web.gateway.events import (
     TokensReceived,
     TopologySeen,
 )
+from web.gateway.health import troubles
 from web.gateway.live import Live, Policy
 from web.gateway.recall import Recalls
 from web.gateway.tokenlog import TokenLog, Verdict
@@ -78,6 +79,12 @@ class Router:
     def reachable(self) -> int:
         """Pipelines that are up and whose scheduler this gateway has a stream to."""
         return sum(self._reachable(p) for p in self._pipelines.values())
+
+    def troubles(self, now: float) -> list[str]:
+        """What is wrong with the service, in words; empty while every pipeline is as it should be."""
+        if self.topology is None:
+            return ["the topology has not been read from etcd yet"]
+        return list(troubles(self._pipelines.values(), self._reachable, self._live.values(), now))
 
     def step(self, event: Event, now: float) -> list[Effect]:
         """Take in one event at `now` (seconds, monotonic); the effects are to be performed in order."""
@@ -224,9 +231,13 @@ class Router:
                 if all(p.id in live.full for p in self._pipelines.values() if p.up):
                     retry_s = max(1.0, refusal.retry_after_s)
                     self._fail(refusal.rid, FailCode.OVERLOADED, refusal.message, out, retry_s)
-            case RefusalCode.QUARANTINED:
-                self.counts["quarantined"] += 1
-                self._fail(refusal.rid, FailCode.QUARANTINED, refusal.message, out)
+            case RefusalCode.POISONED:
+                live.poisoned.add(refusal.node)
+                if len(live.poisoned) >= self.policy.poisoned_max:
+                    self.counts["quarantined"] += 1
+                    self._fail(refusal.rid, FailCode.QUARANTINED, refusal.message, out)
+                else:
+                    self._hold(live, now, "resubmitted")
             case RefusalCode.INVALID:
                 self._fail(refusal.rid, FailCode.INVALID, refusal.message, out)
             case RefusalCode.SUPERSEDED:
@@ -328,13 +339,17 @@ class Router:
     def _target(self, live: Live, held_s: float) -> Pipeline | None:
         """The pipeline that `live` should be sent to now; None: wait."""
         home = self._pipelines.get(live.pipeline) if live.pipeline is not None else None
-        if home is not None:
+        if home is not None and self._fit(live, home):
             if self._reachable(home):
                 return home
             patience_s = self.policy.unreachable_s if home.up else self.policy.move_after_s
             if held_s < patience_s and (home.up or not self._from_scratch):
                 return None
-        reachable = [p for p in self._pipelines.values() if p.id not in live.full and self._reachable(p)]
+        reachable = [
+            p
+            for p in self._pipelines.values()
+            if p.id not in live.full and self._fit(live, p) and self._reachable(p)
+        ]
         if not reachable:
             return None
         load: Counter[str] = Counter()
@@ -395,6 +410,10 @@ class Router:
         self._held.pop(rid, None)
         self._again.pop(rid, None)
         return self._live.pop(rid, None)
+
+    def _fit(self, live: Live, pipeline: Pipeline) -> bool:
+        """Whether none of its nodes has spoilt this request's numbers before."""
+        return not live.poisoned or live.poisoned.isdisjoint(m.node for m in pipeline.members())
 
     def _reachable(self, pipeline: Pipeline) -> bool:
         member = pipeline.scheduler

@@ -45,6 +45,11 @@ class Node:
     leased: bool = True
     seq: int = 0
     born: float = 0.0
+    ticks: int = 0
+    ticks_late: int = 0
+    throttled: bool = False  # does not get to run most of the time
+    hung_at: float | None = None  # its computation does not end
+    poisoned: int = 0
 
     @property
     def member(self) -> Member:
@@ -129,6 +134,9 @@ class Sim:
             if node.alive and not node.leased:
                 node.leased = True
                 self.watch(events.NodeRegistered(node.record))
+
+    def hang(self, name: str) -> None:
+        self.nodes[name].hung_at = self.now
 
     def elect(self, name: str) -> None:
         if self.leader in self.cores:
@@ -337,6 +345,8 @@ class Sim:
         if not node.alive or node.stopped_at is not None:
             return
         node.seq += 1
+        node.ticks += 2
+        node.ticks_late += node.throttled
         links = []
         for peer in self.nodes.values():
             if peer is not node:
@@ -354,6 +364,11 @@ class Sim:
             blocks_total=100,
             topology_counter=self.topology.counter if self.topology else 0,
             leaving=leaving,
+            busy_s=0.0 if node.hung_at is None else self.now - node.hung_at,
+            usual_s=0.0 if node.hung_at is None else 0.01,
+            poisoned=node.poisoned,
+            ticks=node.ticks,
+            ticks_late=node.ticks_late,
         )
         for controller in self.cores:
             if (controller, node.member.node) not in self.deaf:
@@ -363,6 +378,9 @@ class Sim:
         found = []
         for pipeline in self.topology.pipelines if self.topology else ():
             move = pipeline.move
+            hung = {
+                i: n.hung_at for n in self.nodes.values() for i in pipeline.stages_of(n.member) if n.hung_at
+            }
             for index in pipeline.stages_of(member):
                 targets = list(pipeline.stages[index].replicas)
                 if move is not None and move.stage == index and move.to not in targets:
@@ -373,7 +391,8 @@ class Sim:
                         pipeline.id,
                         pipeline.epoch,
                         index,
-                        last_step=5,
+                        last_step=4 if any(index >= i for i in hung) else 5,
+                        stalled_s=self.now - min(hung.values()) if hung and index == 0 else 0.0,
                         running=2 if index == 0 else 0,
                         quiesced_step=5 if index == 0 and quiescing else -2,
                         targets=tuple(TargetReport(t, self.lag) for t in targets),

@@ -22,8 +22,16 @@ CASES = [
     ("flowing, one link down: not its death", Evidence(0.1, link_down="reset"), GREEN),
     ("flowing, its step does not end", Evidence(0.1, stalled_s=2.0), YELLOW),
     ("flowing, its step never ends", Evidence(0.1, stalled_s=31.0), RED),
+    ("its computation takes too long, by its own word", Evidence(0.1, stuck_s=2.0), YELLOW),
+    ("and its scheduler waits for it", Evidence(0.1, stuck_s=2.0, stalled_s=1.3), RED),
+    ("the numbers of one request", Evidence(0.1, poisoned=1), YELLOW),
+    ("the numbers of several", Evidence(0.1, poisoned=2), RED),
+    ("the numbers of several, elsewhere too", Evidence(0.1, poisoned=2, peers_poisoned=True), GREEN),
+    ("on probation", Evidence(0.1, probation="slow"), YELLOW),
+    ("silent and on probation", Evidence(1.3, phi=50, link_silent_s=1.3, probation="slow"), RED),
     ("silence", Evidence(0.7, phi=20), YELLOW),
-    ("phi is faster than the limit", Evidence(0.4, phi=9), YELLOW),
+    ("surprising, but not for long", Evidence(0.4, phi=9), GREEN),
+    ("long, but it often is", Evidence(0.7, phi=3), GREEN),
     ("broken stream alone", Evidence(0.05, broken=True), YELLOW),
     ("broken stream and broken link", Evidence(0.05, broken=True, link_down="reset"), RED),
     ("broken stream, lease gone", Evidence(0.2, broken=True, lease=False), RED),
@@ -68,6 +76,7 @@ class Bench:
         self.detector = Detector(TIMING)
         self.now = 50.0
         self.silent: set[Member] = set()
+        self.poisoned = 0  # requests, at A
         self.links: dict[Member, tuple[LinkReport, ...]] = {}
         for member in (A, B, C):
             self.detector.registered(member, self.now)
@@ -84,7 +93,9 @@ class Bench:
             self.detector.evaluate(self.now, {})
 
     def report(self, member: Member, leaving: bool = False) -> None:
-        report = NodeReport(member, 1, 0.0, 1, links=self.links.get(member, ()), leaving=leaving)
+        poisoned = self.poisoned if member == A else 0
+        links = self.links.get(member, ())
+        report = NodeReport(member, 1, 0.0, 1, links=links, leaving=leaving, poisoned=poisoned)
         self.detector.reported(report, self.now)
 
     def state(self, member: Member) -> NodeState:
@@ -242,3 +253,27 @@ def test_forgotten_when_long_gone_and_not_named() -> None:
     assert bench.detector.forget(frozenset({B}), bench.now) == [A]
     assert bench.detector.state(A) is NodeState.ABSENT
     assert bench.detector.state(C) is GREEN
+
+
+def test_silence_does_not_count_while_this_process_does_not_get_to_run() -> None:
+    bench = Bench()
+    for _ in range(8):  # starved: 50 of every 250 ms
+        bench.now += 0.25
+        bench.detector.advance(bench.now)
+        bench.detector.evaluate(bench.now, {})
+    assert bench.detector.silent_s(A, bench.now) == pytest.approx(0.8)
+    bench.run(0.5)
+    assert bench.state(A) is GREEN
+
+
+def test_a_red_member_that_recovers_on_probation_is_not_used_before_it_is_green() -> None:
+    bench = Bench()
+    bench.poisoned = 2
+    bench.run(0.3)
+    assert bench.state(A) is RED
+    assert bench.detector.faulty() == {A}
+    bench.run(12.0)  # its wrong numbers are forgotten, and it is on probation still
+    assert bench.state(A) is RED
+    assert bench.detector.demoted() == frozenset()
+    bench.run(12.0)
+    assert bench.state(A) is GREEN

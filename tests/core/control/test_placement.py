@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from controlplane.contract.topology import Mode
 from controlplane.core.edit import initial, successor, with_stage
 from controlplane.core.plan import plan
@@ -171,3 +173,40 @@ def test_the_first_topology_names_homes_and_nobody_else() -> None:
     world = World(make_config(2, 2))
     world.kill(*world.all_nodes)
     assert plan(topology, world.nodes(), world.policy(), world.now) is None
+
+
+def test_nodes_on_probation_give_their_work_away_and_leave_the_ring() -> None:
+    world = formed(4)
+    world.demoted = {"n1"}
+    world.settle()
+    assert places(world)[1] == "n2"  # the holder of its copy
+    assert "n1" not in copies(world)
+    world.demoted = set()
+    world.settle()
+    assert world.all_home()
+
+
+def test_a_node_on_probation_is_the_last_choice_but_a_choice() -> None:
+    world = formed(2)
+    world.demoted = {"n1"}
+    world.settle()
+    assert places(world) == ["n0", "n0"]
+    assert copies(world) == ["n1", "n1"]  # nobody else is left to copy to
+    world.kill("n0")
+    world.settle()
+    assert places(world) == ["n1", "n1"]
+
+
+def test_a_cordoned_node_on_probation_gets_nothing() -> None:
+    world = formed(2)
+    world.demoted = {"n1"}
+    world.topology = replace(world.topology, cordoned=("n1",))
+    world.settle()
+    assert (places(world), copies(world)) == (["n0", "n0"], ["", ""])
+
+
+def test_everybody_on_probation_stays_where_he_is() -> None:
+    world = formed(2)
+    world.demoted = {"n0", "n1"}
+    world.settle()
+    assert world.all_home()

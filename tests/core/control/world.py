@@ -67,6 +67,7 @@ class World:
     records: dict[str, NodeRecord] = field(default_factory=dict)
     alive: set[str] = field(default_factory=set)
     yellow: set[str] = field(default_factory=set)
+    demoted: set[str] = field(default_factory=set)  # on probation
     operations: dict[str, Operation] = field(default_factory=dict)
     running: int = 1
     lag: int = 0  # of every copy
@@ -107,7 +108,9 @@ class World:
             state = (
                 NodeState.RED if not alive else NodeState.YELLOW if node in self.yellow else NodeState.GREEN
             )
-            views[node] = NodeView(record, state, alive, state is NodeState.GREEN, "" if alive else "dead")
+            why_not = "" if alive else "dead"
+            demoted = node in self.demoted
+            views[node] = NodeView(record, state, alive, state is NodeState.GREEN, why_not, demoted)
         dead = frozenset(r.member for n, r in self.records.items() if n not in self.alive)
         return Nodes(views, dead, self.reports())
 

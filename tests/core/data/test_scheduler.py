@@ -23,7 +23,7 @@ from dataplane.core.events import (
     Submitted,
     Tick,
 )
-from dataplane.core.messages import POISONED, Detail, Fence, HeldMeta, ResultMeta, Row, StepFailedMeta
+from dataplane.core.messages import Detail, Fence, HeldMeta, ResultMeta, Row, StepFailedMeta
 from dataplane.core.request import pack_tokens
 from dataplane.core.scheduler import STALL_LIMIT_S, Scheduler
 
@@ -284,16 +284,30 @@ def test_a_step_that_failed_on_its_way_is_repeated_after_a_pause() -> None:
     assert steps(made.step(Tick(), 0.2))
 
 
-def test_a_poisoned_request_is_quarantined_and_others_go_on() -> None:
+def test_a_poisoned_request_goes_back_to_its_gateway_and_others_go_on() -> None:
     made = scheduler(stages=1)
     first = steps(made.step(submit(1), 0.0))[0]
     made.step(submit(2), 0.0)
     both = steps(made.step(result(first), 0.1))[0]
-    poisoned = ResultMeta("p0", both.meta.fence, both.meta.step, pack_tokens([POISONED, 9]))
+    poisoned = StepFailedMeta("p0", both.meta.fence, both.meta.step, 0, "numbers", "n3", (1,))
     effects = made.step(poisoned, 0.2)
-    assert next(e for e in effects if isinstance(e, Refuse)).message.code is RefusalCode.QUARANTINED
+    refused = next(e for e in effects if isinstance(e, Refuse)).message
+    assert (refused.rid, refused.code, refused.node) == (1, RefusalCode.POISONED, "n3")
     assert list(made.requests) == [2]
-    assert made.stats.quarantined == 1
+    assert made.stats.poisoned == 1
+    ask = next(e for e in effects if isinstance(e, Ask)).meta
+    assert ask.rids == (2,)
+    assert ask.complete, "what the stages hold of the other is given back"
+    again = steps(made.step(HeldMeta("p0", ask.fence, ask.ask, 0, ((2, 0),)), 0.2))
+    assert [row[0] for row in rows(*again)] == [2]
+
+
+def test_the_time_of_the_slowest_step_of_late_is_known() -> None:
+    made = scheduler(stages=1)
+    step = steps(made.step(submit(1), 0.0))[0]
+    step = steps(made.step(result(step), 0.5))[0]
+    made.step(result(step), 0.7)
+    assert made.round_s == 0.5
 
 
 def test_a_request_that_no_longer_fits_is_refused_not_kept_for_ever() -> None:
@@ -314,3 +328,16 @@ def test_quiescing_an_idle_pipeline_after_a_switch() -> None:
     made.step(HeldMeta("p0", ask.fence, ask.ask, 0, ()), 0.4)
     made.step(Quiesce(True), 0.5)
     assert made.quiesced_step == -1
+
+
+def test_a_pipeline_that_shares_a_node_refuses_earlier_and_says_when_to_come_back() -> None:
+    made = scheduler(stages=1, quota=2, limits=replace(LIMITS, max_waiting=4))
+    made.step(submit(1, max_tokens=30), 0.0)
+    made.step(CapacityChanged(2, 1, shared=2), 0.0)  # its node was borrowed
+    taken = [not [e for e in made.step(submit(rid), 1.0 + rid) if isinstance(e, Refuse)] for rid in (2, 3)]
+    assert taken == [True, True]
+    (refused,) = [e.message for e in made.step(submit(4), 20.0) if isinstance(e, Refuse)]
+    assert refused.code is RefusalCode.OVERLOADED
+    assert refused.retry_after_s == 17.0  # the first in the queue has waited so long
+    made.step(CapacityChanged(2, 1), 20.0)
+    assert not [e for e in made.step(submit(5), 20.0) if isinstance(e, Refuse)]

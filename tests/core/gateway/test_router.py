@@ -92,6 +92,10 @@ class Bench:
     def refuse(self, member: Member, name: str, code: RefusalCode, rid: int = 1) -> list[Effect]:
         return self.do(RefusalReceived(member, Refused(rid, name, code, "no", 3.0)))
 
+    def poison(self, member: Member, name: str, node: str, rid: int = 1) -> list[Effect]:
+        refused = Refused(rid, name, RefusalCode.POISONED, "no", node=node)
+        return self.do(RefusalReceived(member, refused))
+
 
 def right(rid: int, position: int, add: int = 0) -> Token:
     finish = FinishReason.LENGTH if position == LENGTH - 1 else None
@@ -261,17 +265,54 @@ def test_overload_only_refuses_what_was_not_admitted() -> None:
     assert sent(bench.do(Tick(), 3.5)) != []
 
 
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [(RefusalCode.QUARANTINED, FailCode.QUARANTINED), (RefusalCode.INVALID, FailCode.INVALID)],
-)
-def test_final_refusals(code: RefusalCode, expected: FailCode) -> None:
+def test_final_refusals() -> None:
     bench = Bench()
     bench.two_up()
     bench.submit()
-    assert bench.refuse(B, "p1", code) == []  # not where it runs
-    (fail,) = only(bench.refuse(A, "p0", code), Fail)
-    assert fail.code is expected
+    assert bench.refuse(B, "p1", RefusalCode.INVALID) == []  # not where it runs
+    (fail,) = only(bench.refuse(A, "p0", RefusalCode.INVALID), Fail)
+    assert fail.code is FailCode.INVALID
+
+
+def test_numbers_that_are_not_finite_are_tried_once_more_elsewhere() -> None:
+    bench = Bench()
+    bench.two_up()
+    bench.submit()
+    bench.tokens(A, "p0", 1, 0)
+    ((member, submit),) = sent(bench.poison(A, "p0", "a"))
+    assert (member, submit.emitted, submit.admitted) == (B, (1000,), True)
+    (fail,) = only(bench.poison(B, "p1", "b"), Fail)  # on another node, too: it is the request
+    assert fail.code is FailCode.QUARANTINED
+    assert bench.router.counts["quarantined"] == 1
+
+
+def test_a_poisoned_request_waits_until_the_node_is_replaced() -> None:
+    bench = Bench()
+    bench.topology(pipeline("p0", A, 1))
+    bench.do(StreamUp(A))
+    bench.submit()
+    assert sent(bench.poison(A, "p0", TAIL.node)) == []
+    assert sent(bench.do(Tick(), 1.0)) == []
+    healed = Pipeline("p0", 2, (Stage(("h",), (A,)), Stage(("t",), (C,))))
+    assert [member for member, _ in sent(bench.topology(healed))] == [A]
+    assert not bench.failed
+
+
+def test_health_in_words() -> None:
+    bench = Bench()
+    assert bench.router.troubles(bench.now)
+    healthy = Pipeline("p0", 1, (Stage(("a",), (A,)), Stage(("t",), (TAIL,))))
+    bench.topology(healthy)
+    assert bench.router.troubles(bench.now) == ["p0: its scheduler on a@1 cannot be reached"]
+    bench.do(StreamUp(A))
+    assert bench.router.troubles(bench.now) == []
+    bench.submit()
+    assert bench.router.troubles(bench.now + 1.0) == []
+    assert bench.router.troubles(bench.now + 3.0) == ["p0 has brought no token for 3.0 s"]
+    bench.topology(Pipeline("p0", 2, (Stage(("a",), (A,)), Stage(("t",), (C,)))))
+    assert bench.router.troubles(bench.now) == ["p0: stage 1 is served by c for t"]
+    bench.topology(Pipeline("p0", 3, (Stage(("a",), (A,)), Stage(("t",)))))
+    assert bench.router.troubles(bench.now) == ["p0 is down: nobody serves stage 1"]
 
 
 def test_bounded() -> None:

@@ -1,0 +1,124 @@
+"""What members' own figures say of their health: hung, slow, or wrong numbers. The rules that weigh it: evidence.py.
+
+A member that was found at fault is on probation for a while, under its node's name, so that a fresh process of a
+broken machine does not bring the trouble back at once; each relapse doubles the time. On probation it gets no new
+duty as long as anybody else is there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from controlplane.contract.config import TimingConfig
+from controlplane.contract.ids import Member, NodeId
+from controlplane.contract.reports import NodeReport
+from controlplane.core.pace import EVERY_S, Paces, Slowness
+
+SLOW_NO_MORE = 0.5  # degree of slowness, on probation
+SLOW_FOR_S = 0.8  # more time slow than not
+STUCK = 20.0  # times as long as such a computation usually takes
+POISON_WINDOW_S = 10.0
+PROBATION_S = 10.0  # doubled by each relapse ...
+PROBATION_MAX_S = 600.0
+RELAPSE_S = 600.0  # ... within so long after it ended
+
+
+@dataclass(slots=True)
+class _Figures:
+    stage: int = -1
+    busy_s: float = 0.0
+    usual_s: float = 0.0
+    poisoned: int = 0
+    poisonings: deque[tuple[float, int]] = field(default_factory=deque)  # when, how many requests
+    slowness: Slowness = field(default_factory=Slowness)
+    slow_s: float = 0.0  # grows while it is slow and shrinks while it is not
+
+
+@dataclass(slots=True)
+class _Probation:
+    until: float
+    length_s: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Symptoms:
+    stuck_s: float = 0.0  # its computation takes far longer than usual
+    poisoned: int = 0  # requests whose numbers it spoilt lately
+    peers_poisoned: bool = False  # and so did peers: it is the requests
+    probation: str = ""  # why
+
+
+class Conduct:
+    def __init__(self, timing: TimingConfig) -> None:
+        self._timing = timing
+        self._paces = Paces()
+        self._figures: dict[Member, _Figures] = {}
+        self._probation: dict[NodeId, _Probation] = {}
+        self._compared = 0.0
+
+    def reported(self, report: NodeReport, now: float) -> None:
+        figures = self._figures.setdefault(report.member, _Figures())
+        if report.pipelines:
+            figures.stage = report.pipelines[0].stage
+        figures.busy_s, figures.usual_s = report.busy_s, report.usual_s
+        if report.poisoned > figures.poisoned:
+            figures.poisonings.append((now, report.poisoned - figures.poisoned))
+            figures.poisoned = report.poisoned
+        self._paces.reported(report, now)
+
+    def forget(self, member: Member) -> None:
+        self._figures.pop(member, None)
+        self._paces.forget(member)
+
+    def compare(self, now: float, doubtful: Iterable[Member]) -> None:
+        """Once for each evaluation, before `symptoms`."""
+        found = self._paces.compare(now, doubtful)
+        passed_s, self._compared = min(now - self._compared, EVERY_S), now
+        for member, figures in self._figures.items():
+            figures.slowness = found.get(member, Slowness())
+            while figures.poisonings and now - figures.poisonings[0][0] > POISON_WINDOW_S:
+                figures.poisonings.popleft()
+            on_probation = self.probation(member.node, now) is not None
+            slow = figures.slowness.degree >= (SLOW_NO_MORE if on_probation else 1.0)
+            figures.slow_s = min(max(figures.slow_s + (passed_s if slow else -passed_s), 0.0), SLOW_FOR_S)
+            if figures.slow_s >= SLOW_FOR_S:
+                self.put_on_probation(member.node, str(figures.slowness), now)
+
+    def symptoms(self, member: Member, now: float) -> Symptoms:
+        figures = self._figures.get(member)
+        on = self.probation(member.node, now)
+        probation = "" if on is None else on.why
+        if figures is None:
+            return Symptoms(probation=probation)
+        limit_s = max(1.5 * self._timing.dead_after_s, STUCK * figures.usual_s)
+        return Symptoms(
+            stuck_s=figures.busy_s if figures.usual_s and figures.busy_s >= limit_s else 0.0,
+            poisoned=sum(count for _, count in figures.poisonings),
+            peers_poisoned=any(
+                f.poisonings for m, f in self._figures.items() if m != member and f.stage == figures.stage
+            ),
+            probation=probation,
+        )
+
+    def slowness(self, member: Member) -> float:
+        """Its degree: 1 and above is slow."""
+        figures = self._figures.get(member)
+        return 0.0 if figures is None else figures.slowness.degree
+
+    def probation(self, node: NodeId, now: float) -> _Probation | None:
+        found = self._probation.get(node)
+        return found if found is not None and now < found.until else None
+
+    def put_on_probation(self, node: NodeId, why: str, now: float) -> None:
+        """It begins, or goes on: only one that comes after the last was over counts as a relapse."""
+        last = self._probation.get(node)
+        if last is None or now - last.until >= RELAPSE_S:
+            self._probation[node] = _Probation(now + PROBATION_S, PROBATION_S, why)
+        elif now < last.until:
+            last.until, last.why = now + last.length_s, why
+        else:
+            length_s = min(2 * last.length_s, PROBATION_MAX_S)
+            self._probation[node] = _Probation(now + length_s, length_s, why)

@@ -1,0 +1,179 @@
+"""How slow each member is, compared with its peers of the same stage, with its own past, and with everybody.
+
+Two things show it. Computations take longer: only steps of one size are compared, by the clock. And timers come late:
+who does not get to run (a throttled or overcommitted processor) finishes a short step in the slice that it woke up
+for, and what it sleeps through is seen nowhere else. What slows all machines down alike (they may share a host) is
+nobody's fault.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from controlplane.contract.ids import Member
+from controlplane.contract.reports import NodeReport
+
+WINDOW_S = 0.5  # what "now" means: who once lost its core for a moment is soon cleared
+EVERY_S = 0.2  # between two comparisons
+MARKS_MAX = 256
+TICKS_MIN = 4  # fewer in a window say nothing
+PAST_S = 60.0  # what is older was another time ...
+FRESH_S = 5.0  # ... and at peers it is another time sooner
+# Added to both sides of a comparison: a few steps that lost their core weigh little, a node that is busy with being
+# slow weighs much.
+CALM_S = 0.05
+LEARN = 0.05  # share of a window in what the past is taken to be
+LEARN_BELOW = 2.0  # a window this much slower than usual is not what is usual
+
+SLOW = 4.0  # times as long for the same steps ...
+SLOW_BESIDE = 10.0  # ... and more on a machine on which all timers come late: there times say less
+LATE = 0.35  # share of ticks ...
+LATE_BESIDE = 3.0  # ... and times the others', who
+LATE_FREE = 0.05  # are granted a few
+
+Totals = dict[int, tuple[int, float]]  # size -> steps, seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Slowness:
+    slower: float = 0.0  # times, for the same computations; 0: unknown, or it does not compute
+    late: float = 0.0  # share of its ticks
+    others_late: float = 0.0
+
+    @property
+    def degree(self) -> float:
+        """1 and above is slow."""
+        late = self.late / max(LATE, LATE_BESIDE * (self.others_late + LATE_FREE))
+        return max(self.slower / (SLOW * (1.0 + SLOW_BESIDE * self.others_late)), late)
+
+    def __str__(self) -> str:
+        late = f"its timers come late {self.late:.0%} of the time, others' {self.others_late:.0%}"
+        return f"{self.slower:.1f} times slower than its peers, {late}" if self.slower >= SLOW else late
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    at: float
+    ticks: int
+    ticks_late: int
+    totals: Totals
+
+
+@dataclass(slots=True)
+class _Runner:
+    stage: int = -1
+    # A report each, oldest first.
+    marks: deque[_Mark] = field(default_factory=lambda: deque(maxlen=MARKS_MAX))
+    late: float = 0.0  # share of its ticks of late
+    step: tuple[float, float] = (0.0, 0.0)  # age of the one under way, and how long such a step usually takes
+    window: Totals = field(default_factory=dict)  # what ran lately
+    # Of each size: what a step usually takes, and when that was learnt.
+    past: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    def look(self, now: float) -> None:
+        while len(self.marks) > 1 and self.marks[1].at <= now - WINDOW_S:
+            self.marks.popleft()
+        first, last = self.marks[0], self.marks[-1]
+        if last.at <= now - WINDOW_S:
+            first, self.step = last, (0.0, 0.0)  # it is silent: that is not for us to judge
+        ticks = last.ticks - first.ticks
+        self.late = (last.ticks_late - first.ticks_late) / ticks if ticks >= TICKS_MIN else 0.0
+        self.window = {}
+        for size, (steps, busy_s) in last.totals.items():
+            before, before_s = first.totals.get(size, (0, 0.0))
+            if steps > before:
+                self.window[size] = (steps - before, busy_s - before_s)
+        self.past = {size: known for size, known in self.past.items() if now - known[1] < PAST_S}
+
+    def usual(self) -> dict[int, float]:
+        return {size: took_s for size, (took_s, _) in self.past.items()}
+
+    def learn(self, now: float) -> None:
+        for size, (steps, busy_s) in self.window.items():
+            took_s = busy_s / steps
+            usual_s = self.past[size][0] if size in self.past else took_s
+            self.past[size] = (usual_s + LEARN * (took_s - usual_s), now)
+
+    def mean_s(self, size: int, now: float) -> float | None:
+        """What a step of this size takes here now, or took a moment ago."""
+        if size in self.window:
+            steps, busy_s = self.window[size]
+            return busy_s / steps
+        took_s, at = self.past.get(size, (0.0, -FRESH_S))
+        return took_s if now - at < FRESH_S else None
+
+    def times_slower(self, usual: dict[int, float]) -> float | None:
+        """What ran lately against what is usual; None: too little of it is known."""
+        known = [
+            (steps, busy_s, usual[size]) for size, (steps, busy_s) in self.window.items() if size in usual
+        ]
+        steps = sum(k[0] for k in known)
+        if not steps or 2 * steps < sum(steps for steps, _ in self.window.values()):
+            return None
+        return (CALM_S + sum(k[1] for k in known)) / (CALM_S + sum(k[0] * k[2] for k in known))
+
+
+class Paces:
+    def __init__(self) -> None:
+        self._runners: dict[Member, _Runner] = {}
+        self._found: dict[Member, Slowness] = {}
+        self._next_at = 0.0
+
+    def reported(self, report: NodeReport, now: float) -> None:
+        runner = self._runners.setdefault(report.member, _Runner())
+        if report.pipelines:
+            runner.stage = report.pipelines[0].stage
+        runner.step = (report.busy_s, report.usual_s)
+        totals = {t.size: (t.steps, t.busy_us / 1e6) for t in report.times}
+        runner.marks.append(_Mark(now, report.ticks, report.ticks_late, totals))
+
+    def forget(self, member: Member) -> None:
+        self._runners.pop(member, None)
+        self._found.pop(member, None)
+
+    def compare(self, now: float, doubtful: Iterable[Member]) -> Mapping[Member, Slowness]:
+        """Everybody who was heard of late. `doubtful` members are no measure for others."""
+        if now >= self._next_at:
+            self._next_at = now + EVERY_S
+            for runner in self._runners.values():
+                runner.look(now)
+            apart = set(doubtful)
+            own = {m: r.times_slower(r.usual()) for m, r in self._runners.items()}
+            self._found = {m: self._slowness(m, own, apart, now) for m in self._runners}
+            for member, runner in self._runners.items():
+                if (own[member] or 0.0) < LEARN_BELOW:
+                    runner.learn(now)
+        return self._found
+
+    def _slowness(
+        self, member: Member, own: Mapping[Member, float | None], apart: set[Member], now: float
+    ) -> Slowness:
+        runner = self._runners[member]
+        others = {m: r for m, r in self._runners.items() if m != member and m not in apart}
+        peers = [r for r in others.values() if r.stage == runner.stage]
+        # Peers do the same things in the loop: those of stage 0 schedule and talk to gateways.
+        late = max(
+            (statistics.median(r.late for r in rs) for rs in (others.values(), peers) if rs), default=0.0
+        )
+        slower = runner.times_slower(_usual(runner, peers, now))
+        past = own[member]
+        if slower is None and past is not None:
+            # Nobody to compare with: its own past, unless times are bad for all.
+            now_bad = [bad for m in others if (bad := own[m]) is not None]
+            slower = past / max(1.0, statistics.median(now_bad or [1.0]))
+        age_s, usual_s = runner.step
+        unfinished = (CALM_S + age_s) / (CALM_S + usual_s) if usual_s else 0.0
+        return Slowness(max(slower or 0.0, unfinished), runner.late, late)
+
+
+def _usual(runner: _Runner, peers: list[_Runner], now: float) -> dict[int, float]:
+    """What each size takes at the peers at the same time: the median of them."""
+    usual: dict[int, float] = {}
+    for size in runner.window:
+        means = [mean_s for peer in peers if (mean_s := peer.mean_s(size, now)) is not None]
+        if means:
+            usual[size] = statistics.median(means)
+    return usual

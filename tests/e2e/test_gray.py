@@ -1,0 +1,171 @@
+"""Nodes that are not dead: stopped, hung, ten times slower, wrong. Found within 2 s, and no stream notices."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from controlplane.contract.events import Event, EventKind
+from controlplane.contract.status import ClusterStatus, NodeState, NodeStatus, PipelineStatus
+from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
+from controlplane.kfadmin.up import demo_model
+from tests.e2e.cluster import Cluster, until, while_streaming
+from tests.e2e.faults import frozen_thread, overwrite, thread_times, throttled
+
+VICTIM, PEER = "n1", "n5"
+FOUND_S = 2.0
+FOUND = (EventKind.SUSPECTED, EventKind.DIED)
+DECODE = sample_prompts(12, 400)
+PREFILL = sample_prompts(12, 100, words=300)
+
+
+def node(status: ClusterStatus, name: str) -> NodeStatus:
+    return next(n for n in status.nodes if n.node == name)
+
+
+def pipeline(status: ClusterStatus, name: str = "p0") -> PipelineStatus:
+    return next(p for p in status.pipelines if p.id == name)
+
+
+def borrowed(status: ClusterStatus) -> bool:
+    return pipeline(status).stages[1].serving[0].node == PEER
+
+
+def health(cluster: Cluster) -> tuple[int, str]:
+    answer = httpx.get(f"{cluster.local.gateway_url}/health", timeout=5.0, trust_env=False)
+    return answer.status_code, answer.text
+
+
+async def found(cluster: Cluster, since_unix_s: float) -> str:
+    """The victim is found out in time, and its peer serves for it; what the history says of it since."""
+    status = await cluster.wait_for(borrowed, "its peer serves for it")
+    assert node(status, VICTIM).state is not NodeState.GREEN, "it is trusted again at once"
+    code, text = await asyncio.to_thread(health, cluster)
+    assert code == 200
+    assert f"stage 1 is served by {PEER} for {VICTIM}" in text
+    assert '"degraded"' in text
+
+    def told() -> list[Event]:
+        with cluster.local.admin() as admin:
+            events = [row.event for row in admin.events(limit=100)]
+        return [e for e in events if e.subject == VICTIM and e.unix_s >= since_unix_s and e.kind in FOUND]
+
+    events = await asyncio.to_thread(told)
+    took_s = min(event.unix_s for event in events) - since_unix_s
+    assert took_s <= FOUND_S, f"found after {took_s:.2f} s: {events[0].message}"
+    return "; ".join(event.message for event in events)
+
+
+async def flowing(streams: list[Stream], tokens: int) -> None:
+    await until(lambda: sum(len(s.tokens) for s in streams) >= tokens, "tokens flow")
+
+
+def test_a_stopped_node(home: Cluster) -> None:
+    asyncio.run(home.references(DECODE))
+
+    async def stop(streams: list[Stream]) -> None:
+        await flowing(streams, 120)
+        since = time.time()
+        home.kill(VICTIM, signal.SIGSTOP)
+        try:
+            assert "silent" in await found(home, since)
+        finally:
+            home.kill(VICTIM, signal.SIGCONT)
+
+    streams = asyncio.run(while_streaming(home, DECODE, stop))
+    asyncio.run(home.expect_equal(streams))
+
+
+def test_a_node_ten_times_slower(home: Cluster) -> None:
+    """It is demoted, not killed: a planned move, so that nothing is computed again, and a way back."""
+    asyncio.run(home.references(DECODE))
+    pids = home.local.node_pids()
+
+    async def slow(streams: list[Stream]) -> None:
+        await flowing(streams, 120)
+        since = time.time()
+        with throttled(home.node_pid(VICTIM), 0.1):
+            said = await found(home, since)
+            assert "on probation" in said
+            assert "died" not in said
+
+    streams = asyncio.run(while_streaming(home, DECODE, slow))
+    asyncio.run(home.expect_equal(streams))
+    asyncio.run(home.wait_all_home(60.0))
+    assert home.local.node_pids() == pids
+
+
+def test_a_hung_node(home: Cluster) -> None:
+    """Its loop answers, its computation never ends. It gets a fresh process."""
+    asyncio.run(home.references(PREFILL))
+    pid = home.node_pid(VICTIM)
+    # Long computations have a thread. Short ones run on the loop, which hangs with them, and silence is seen.
+    others = {tid: ticks for tid, ticks in thread_times(pid).items() if tid != pid and ticks > 0}
+    computes = max(others, key=lambda tid: others[tid])
+
+    async def hang(streams: list[Stream]) -> None:
+        with frozen_thread(pid, computes):
+            await until(lambda: all(s.sent for s in streams), "all are sent")
+            said = await found(home, time.time())
+            assert "its computation has not ended" in said
+        await home.wait_for(lambda s: node(s, VICTIM).pid not in (0, pid), "a fresh process is there")
+
+    streams = asyncio.run(while_streaming(home, PREFILL, hang))
+    asyncio.run(home.expect_equal(streams))
+    asyncio.run(home.wait_all_home(60.0))
+
+
+def test_a_node_with_corrupted_weights(home: Cluster) -> None:
+    """Numbers that are no numbers: its requests are computed elsewhere, and it starts afresh with sound weights."""
+    asyncio.run(home.references(DECODE))
+    pid = home.node_pid(VICTIM)
+    with safe_open(Path(demo_model(), "model.safetensors"), "np") as tensors:
+        layers = {int(name.split(".")[2]) for name in tensors.keys() if ".layers." in name}  # noqa: SIM118
+        first_of_stage_1 = (len(layers) + 3) // 4
+        weight = tensors.get_tensor(f"model.layers.{first_of_stage_1}.post_attention_layernorm.weight")
+
+    async def corrupt(streams: list[Stream]) -> None:
+        await flowing(streams, 120)
+        nans = np.full_like(weight, np.nan)
+        since = await asyncio.to_thread(overwrite, pid, weight.tobytes(), nans.tobytes())
+        said = await found(home, since)
+        assert "ceased to be finite here" in said
+        await home.wait_for(lambda s: node(s, VICTIM).pid not in (0, pid), "a fresh process is there")
+
+    streams = asyncio.run(while_streaming(home, DECODE, corrupt))
+    asyncio.run(home.expect_equal(streams))
+    asyncio.run(home.wait_all_home(60.0))
+
+
+@pytest.mark.parametrize("victims", [("n1", "n6"), ("n1", "n2"), ("n0", "n3")])
+def test_two_failures_at_once_keep_serving(home: Cluster, victims: tuple[str, str]) -> None:
+    """In two instances, or two stages of one, and for long: nobody comes back before everything is checked."""
+    asyncio.run(home.references(DECODE))
+    for name in victims:
+        home.local.hold(name)
+
+    async def kill(streams: list[Stream]) -> None:
+        await flowing(streams, 120)
+        for name in victims:
+            home.kill(name)
+        await home.wait_for(
+            lambda s: s.available and all(not node(s, name).serving for name in victims), "peers serve"
+        )
+
+    streams = asyncio.run(while_streaming(home, DECODE, kill))
+    asyncio.run(home.expect_equal(streams))
+    fresh: list[Prompt] = sample_prompts(6, 60, first_seed=900)
+    degraded = asyncio.run(home.generator.streams(fresh))
+    assert '"degraded"' in health(home)[1]
+    for name in victims:
+        home.local.release(name)
+    asyncio.run(home.wait_all_home(60.0))
+    asyncio.run(home.expect_equal(degraded))
+    assert '"ok"' in health(home)[1]
