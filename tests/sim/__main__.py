@@ -19,6 +19,7 @@ from tests.sim.shrink import shrink
 
 CHUNK = 20  # seeds that a worker takes at a time
 PROGRESS_S = 5.0
+NONE = "none"  # of the steps: forming and what follows a storm are enough
 
 
 def main() -> int:
@@ -76,13 +77,14 @@ def _again(seed: int, without: str | None, command: str = "run", only: list[int]
     text = f"python -m tests.sim {command} {seed}"
     if without:
         text += f" --without {without}"
-    return text if only is None else f"{text} --only {','.join(map(str, only))}"
+    return text if only is None else f"{text} --only {','.join(map(str, only)) or NONE}"
 
 
 def _run(options: argparse.Namespace) -> int:
     schedule = generate(options.seed)
     if options.only:
-        schedule = schedule.only([int(number) for number in options.only.split(",")])
+        kept = [] if options.only == NONE else options.only.split(",")
+        schedule = schedule.only([int(number) for number in kept])
     if not options.quiet:
         _show(schedule, list(range(len(schedule.steps))))
     outcome = _play(schedule, options.without, log=not options.quiet)

@@ -39,9 +39,9 @@ def test_shrinking_leaves_what_is_needed() -> None:
 
 
 def test_a_failing_seed_can_be_made_small_and_played_again() -> None:
-    without = ("--without", "watermark")
-    found = simulator("soak", "50", "--stop", "--jobs", "1", *without)
-    seed = re.search(r"python -m tests.sim run (\d+) --without watermark", found.stdout)
+    without = ("--without", "checksum")
+    found = simulator("soak", "200", "--stop", "--jobs", "1", *without)
+    seed = re.search(r"python -m tests.sim run (\d+) --without checksum", found.stdout)
     assert seed is not None, found.stdout
     small = simulator("shrink", seed[1], *without)
     again = re.search(r"^python -m tests.sim (run .*)$", small.stdout, re.MULTILINE)
@@ -50,7 +50,8 @@ def test_a_failing_seed_can_be_made_small_and_played_again() -> None:
     assert 1 <= len(kept) <= STEPS_MAX, small.stdout
     played = simulator(*again[1].split())
     assert played.returncode == 1
-    assert "as safe" in played.stdout
+    assert " corrupt " in small.stdout
+    assert re.search(r"token \d+ at position \d+ instead of \d+", played.stdout)
 
 
 def test_every_kind_of_fault_happens() -> None:
