@@ -39,7 +39,9 @@ def judge(e: Evidence, timing: TimingConfig) -> tuple[NodeState, str]:
     """The rules, first match wins."""
     red, yellow = NodeState.RED, NodeState.YELLOW
     unusual = e.phi >= PHI_SUSPECT or not e.heard_ever or e.silent_s >= timing.dead_after_s
-    silent = e.silent_s >= timing.suspect_after_s and unusual
+    # Reports may be late on their way: who was just heard on links gets until `dead_after_s`.
+    heard = e.neighbour_hears and e.link_silent_s < timing.suspect_after_s
+    silent = unusual and e.silent_s >= (timing.dead_after_s if heard else timing.suspect_after_s)
     if e.superseded:
         return red, "a newer process of this node registered"
     if e.leaving:
