@@ -15,6 +15,7 @@ from dataplane._fast.blocktable import BlockTable
 from dataplane.core.messages import Fence, KvMeta, StepMeta
 from dataplane.demo import model_dir
 from dataplane.devices import A10_LLAMA_8B_QUARTER, PROFILES, message_bytes
+from dataplane.model.config import load_config
 from dataplane.model.sampler import SamplingTable
 from dataplane.oracle import OracleExecutor
 from dataplane.transport import frames
@@ -30,7 +31,9 @@ REQUESTS = [
 def served(request: Request) -> list[int]:
     """The tokens as nodes compute them: through blocks, the prompt in two chunks."""
     stages = [
-        OracleExecutor(model_dir(), s, STAGES, num_blocks=32, block_size=4, profile=PROFILES["instant"])
+        OracleExecutor(
+            load_config(model_dir()), s, STAGES, num_blocks=32, block_size=4, profile=PROFILES["instant"]
+        )
         for s in range(STAGES)
     ]
     table = BlockTable(1, 32, 4)
