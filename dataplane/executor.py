@@ -72,6 +72,11 @@ class StageExecutor:
             spec = StageSpec(*sizes, rotary, layers, embed, head)
             self._stage = build_stage(spec, self.kv, threads, attention)
 
+    @property
+    def suspect(self) -> bool:
+        """Whether the activations that forward() returned last may have a number that is not finite."""
+        return self._stage.suspect
+
     def forward(
         self,
         tokens: npt.NDArray[np.int64] | None,

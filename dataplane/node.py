@@ -221,7 +221,8 @@ class Node:
             self._dispatch(peer, meta, payload)
             return True
         self._sent_at[peer] = time.monotonic()
-        return self._transport.send(peer, frames.encode(meta, payload))
+        in_memory = self._transport.carried_by(peer) == "local"
+        return self._transport.send(peer, frames.encode(meta, payload, in_memory=in_memory))
 
     def _on_message(self, peer: Member, data: memoryview) -> None:
         try:

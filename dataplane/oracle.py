@@ -92,6 +92,7 @@ class Logits:
 
 class OracleExecutor:
     """One stage. The interface is `executor.StageExecutor`'s; beside it `rest_s`, which that one leaves at 0.
+    Nothing is ever suspect: hashes are no numbers.
 
     Not thread-safe. Raises ValueError for a stage that does not exist. `time_scale`: the device is faster than its
     profile by that factor."""
@@ -114,6 +115,7 @@ class OracleExecutor:
         self.kv = KVCache(num_blocks, 1, 1, block_size, 1, "float32")
         assert self.kv.block_bytes == HASH_BYTES * block_size
         self.weights_digest = f"oracle-{stage}-of-{num_stages}"
+        self.suspect = False
         self.rest_s = 0.0  # the device is busy for that long yet, when forward() has returned
         self._stage = stage
         self._profile = profile

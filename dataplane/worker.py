@@ -294,6 +294,8 @@ class Worker:
         filled = stage.commit(prepared, drawn.tokens if drawn is not None else None)
         self.stats.steps += 1
         self.replicator.advanced(meta.pipeline, prepared.rows, filled)
+        if meta.rows:
+            self.pace.ran(prepared.arrays.num_tokens, int(prepared.arrays.context_lens.sum()), self._last[1])
 
     def _result(self, meta: StepMeta, drawn: Drawn | None) -> ResultMeta:
         if drawn is None:
@@ -321,7 +323,7 @@ class Worker:
         rids: tuple[int, ...] = ()
         if drawn is not None and drawn.poisoned:
             rids = tuple(step.rows.sample_rids[list(drawn.poisoned)].tolist())
-        elif output and len(bad := nonfinite_rows(np.asarray(output))):
+        elif output and self._executor.suspect and len(bad := nonfinite_rows(np.asarray(output))):
             rids = tuple(dict.fromkeys(np.repeat(step.rows.rids, step.rows.counts)[bad].tolist()))
         self.stats.poisoned += len(rids)
         return rids
@@ -355,5 +357,4 @@ class Worker:
         took = time.monotonic() - started
         self.stats.compute_s += took
         self._last = (step.arrays.num_tokens, took)
-        self.pace.ran(step.arrays.num_tokens, int(step.arrays.context_lens.sum()), took)
         return (b"" if stage.is_last else output.data), drawn

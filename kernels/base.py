@@ -104,7 +104,11 @@ class StageSpec:
 
 
 class StageKernels(Protocol):
-    """One stage on one device. A row's numbers have the same bits whatever other rows a step has."""
+    """One stage on one device. A row's numbers have the same bits whatever other rows a step has.
+
+    suspect: the activations that forward() returned last may have a number that is not finite (False: none has)."""
+
+    suspect: bool
 
     def forward(
         self, source: npt.NDArray[np.int64] | Buffer, step: StepArrays, picked: npt.NDArray[np.int32]

@@ -11,8 +11,6 @@ _EXPONENTS = {2: (np.uint16, 0x7F80), 4: (np.uint32, 0x7F800000)}
 
 def nonfinite_rows(activations: npt.NDArray[np.generic]) -> npt.NDArray[np.intp]:
     """The rows of `activations` [T, hidden] (bfloat16 as uint16, or float32) with a number that is not finite."""
-    if activations.dtype == np.uint64:  # hashes of the oracle executor
-        return np.empty(0, np.intp)
     kind, ones = _EXPONENTS[activations.dtype.itemsize]
     exponents = activations.view(kind) & kind(ones)
     if activations.size == 0 or int(exponents.max()) != ones:

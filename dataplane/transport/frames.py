@@ -3,8 +3,9 @@
     offset  size  field
     0       2     magic "KF"
     2       1     version
-    3       1     1: the message carries its payload's checksum (KvMeta), which its receiver checks; else 0
-    4       4     CRC-32, begun with the byte before, of the message and, unless that byte is 1, of the payload
+    3       1     0: the checksum covers the payload; 1: the message carries its payload's own (KvMeta), which its
+                  receiver checks; 2: the payload never leaves the memory of this host
+    4       4     CRC-32, begun with the byte before, of the message and, if that byte is 0, of the payload
     8       8     epoch, also readable without decoding the message
     16      4     length of the message, bytes
     20      8     length of the payload, bytes
@@ -29,7 +30,7 @@ from dataplane.core.messages import KvMeta, Meta, Ping
 HEADER = struct.Struct("<2sBBIQIQI")
 MAGIC = b"KF"
 VERSION = 2
-CHECKED = 1
+COVERED, CHECKED, IN_MEMORY = range(3)
 
 Buffer = bytes | bytearray | memoryview
 Send = Callable[[Member, Meta, Buffer], bool]
@@ -49,14 +50,15 @@ class Frame(msgspec.Struct, frozen=True):
     payload: memoryview
 
 
-def encode(meta: Meta, payload: Buffer = b"") -> list[Buffer]:
-    """The parts of one frame, to be sent in order. The payload is not copied."""
+def encode(meta: Meta, payload: Buffer = b"", *, in_memory: bool = False) -> list[Buffer]:
+    """The parts of one frame, to be sent in order. The payload is not copied. in_memory: it travels through memory
+    that both ends share, where a checksum would find nothing that it would not itself be exposed to."""
     body = _encode(meta)
     data = memoryview(payload).cast("B")
     # KV blocks are most of the bytes on a link: they are not read twice.
-    checked = CHECKED if isinstance(meta, KvMeta) else 0
+    checked = CHECKED if isinstance(meta, KvMeta) else IN_MEMORY if in_memory else COVERED
     checksum = zlib.crc32(body, checked)
-    if not checked:
+    if checked == COVERED:
         checksum = zlib.crc32(data, checksum)
     epoch = 0 if isinstance(meta, Ping) else meta.fence.epoch
     header = HEADER.pack(MAGIC, VERSION, checked, checksum, epoch, len(body), len(data), 0)
@@ -80,7 +82,7 @@ def decode(data: Buffer) -> Frame:
         meta = _decode(body)
     except msgspec.MsgspecError as error:
         raise BadFrame(f"frame message: {error}") from error
-    if checked != isinstance(meta, KvMeta):
+    if checked > IN_MEMORY or (checked == CHECKED) != isinstance(meta, KvMeta):
         raise BadFrame(f"frame with checks {checked} of a {type(meta).__name__}")
     if not isinstance(meta, Ping) and meta.fence.epoch != epoch:
         raise BadFrame(f"frame header says epoch {epoch}, its message {meta.fence.epoch}")

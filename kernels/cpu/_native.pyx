@@ -87,6 +87,7 @@ cdef extern from "kernels.h" nogil:
         const int32_t *picked
         int64_t num_picked
         void *out
+        int *nonfinite
 
     kf_team *kf_team_new(int threads)
     void kf_team_free(kf_team *team)
@@ -248,10 +249,11 @@ cdef class Stage:
 
     def forward(self, Step step, source, const int32_t[::1] picked, size_t out):
         """A whole step. source: tokens int64 [T] on a first stage, elsewhere activations as bytes; picked int32 [K]: rows
-        to compute logits of, on a last stage."""
+        to compute logits of, on a last stage. Returns whether any of the activations is not finite."""
         cdef const int64_t[::1] tokens
         cdef const unsigned char[::1] hidden
-        cdef kf_io io = kf_io(NULL, NULL, NULL, 0, <void *>out)
+        cdef int nonfinite = 0
+        cdef kf_io io = kf_io(NULL, NULL, NULL, 0, <void *>out, &nonfinite)
         if self.c.embed != NULL:
             tokens = source
             if tokens.shape[0] != step.c.tokens:
@@ -270,6 +272,7 @@ cdef class Stage:
         with nogil:
             code = kf_stage_forward(self.team.c, &self.c, &self.kv.c, &step.c, &io)
         check(code)
+        return nonfinite != 0
 
 
 def attention(Team team, Cache kv, int64_t layer, Step step, size_t q, size_t out, int64_t heads, float scale,

@@ -103,13 +103,15 @@ typedef struct {
 } kf_stage;
 
 /* Where a step's values come from, tokens [T] or activations [T, hidden], and where they go: activations [T, hidden]
- * or, on the last stage, logits [num_picked, vocab] of the rows `picked`. */
+ * or, on the last stage, logits [num_picked, vocab] of the rows `picked`. `nonfinite` is set if any of the activations is
+ * not finite; of logits it is not. */
 typedef struct {
     const int64_t *tokens;
     const void *hidden;
     const int32_t *picked;
     int64_t num_picked;
     void *out;
+    int *nonfinite;
 } kf_io;
 
 /* Single operations, for tests and for what is not a layer. */

@@ -80,12 +80,25 @@ static void load(kf_worker *w, const forward_args *f)
     kf_barrier(w);
 }
 
+/* Whether a value's exponent is all ones: an infinity, or no number at all. */
+static int any_nonfinite(const void *values, int64_t n, int is_bf16)
+{
+    int found = 0;
+    for (int64_t i = 0; i < n; i++)
+        found |= is_bf16 ? (((const uint16_t *)values)[i] & 0x7F80) == 0x7F80
+                         : (((const uint32_t *)values)[i] & 0x7F800000) == 0x7F800000;
+    return found;
+}
+
 static void store(kf_worker *w, const forward_args *f)
 {
     const size_t size = f->row_bytes;
-    for (int64_t begin, end; kf_next(w, f->step->tokens, COPY_ROWS, &begin, &end);)
-        memcpy((char *)f->io->out + (size_t)begin * size, (char *)f->stage->residual + (size_t)begin * size,
-               (size_t)(end - begin) * size);
+    for (int64_t begin, end; kf_next(w, f->step->tokens, COPY_ROWS, &begin, &end);) {
+        const char *rows = (char *)f->stage->residual + (size_t)begin * size;
+        memcpy((char *)f->io->out + (size_t)begin * size, rows, (size_t)(end - begin) * size);
+        if (any_nonfinite(rows, (end - begin) * f->stage->hidden, f->kv->is_bf16))
+            __atomic_store_n(f->io->nonfinite, 1, __ATOMIC_RELAXED);
+    }
 }
 
 static void logits(kf_worker *w, const forward_args *f)

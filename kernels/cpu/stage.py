@@ -21,6 +21,7 @@ class CpuStage:
         self._rotary = spec.rotary
         self._kv = kv  # keeps the memory alive
         self._dtype = DTYPES[kv.dtype]
+        self.suspect = False
         self._kept: list[Packed | torch.Tensor | None] = []  # likewise
         arena = Arena()
         self._native = _native.Stage(
@@ -53,7 +54,7 @@ class CpuStage:
             self._cover(native.context)
         if not self._vocab:
             out = np.empty((rows, self._hidden), np.uint16 if self._dtype is torch.bfloat16 else np.float32)
-            self._native.forward(native, source, picked, out.ctypes.data)
+            self.suspect = self._native.forward(native, source, picked, out.ctypes.data)
             return out
         if len(picked) > len(self._logits):
             self._logits = np.empty((max(len(picked), 2 * len(self._logits)), self._vocab), np.float32)

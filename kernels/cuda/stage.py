@@ -47,6 +47,7 @@ class CudaStage:
         self, spec: StageSpec, kv: DeviceCache, attention_by: Literal["triton", "xformers"] = "triton"
     ) -> None:
         self.kv = kv
+        self.suspect = True  # nobody has looked at them here
         self._spec, self._device = spec, kv.planes.device
         self._layers = [to_device(layer, self._device) for layer in spec.layers]
         self._embed = None if spec.embed is None else spec.embed.to(self._device)

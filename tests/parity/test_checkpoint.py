@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dataplane._fast.blocktable import BlockTable
+from dataplane.core.finite import nonfinite_rows
 from dataplane.executor import StageExecutor
 from dataplane.model.config import load_config
 from dataplane.model.errors import ModelError
@@ -156,6 +157,23 @@ def test_split(layers: int) -> None:
     for bad in (0, -1, layers + 1):
         with pytest.raises(ValueError, match="cannot be split"):
             split_layers(layers, bad)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_that_are_not_finite_are_suspect(build: Build, dtype: Any) -> None:
+    """One such number among the activations of the stage before is seen in what this one hands on."""
+    chain = Chain(build("llama"), 3, dtype)
+    middle, table, row = chain.stages[1], chain.tables[1], chain.new()
+    table.extend(row, range(4))
+    step = table.fill(i32(row), i32(0), i32(20))
+    bits, nan = (np.uint16, 0x7FC0) if dtype == "bfloat16" else (np.uint32, 0x7FC00000)
+    hidden = np.zeros((20, middle.hidden_size), bits)
+    middle.forward(None, hidden.data.cast("B"), step, i32())
+    assert not middle.suspect
+    hidden[17, 5] = nan
+    out = middle.forward(None, hidden.data.cast("B"), step, i32())
+    assert middle.suspect
+    assert 17 in nonfinite_rows(out)
 
 
 def test_bad_inputs_of_a_step(build: Build) -> None:

@@ -32,6 +32,19 @@ def test_round_trip(meta: StepMeta, payload: bytes) -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
+def test_what_stays_in_memory_is_read_once_and_its_header_is_still_checked(at: int, flip: int) -> None:
+    payload = b"activations" * 9
+    data = bytearray(join(encode(STEP, payload, in_memory=True)))
+    assert bytes(decode(data).payload) == payload
+    at %= len(data) - len(payload)
+    if at in (28, 29, 30, 31):
+        return  # reserved
+    data[at] ^= flip
+    with pytest.raises(BadFrame):
+        decode(data)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 255))
 def test_any_flipped_byte_is_noticed(at: int, flip: int) -> None:
     data = bytearray(join(encode(STEP, b"activations" * 9)))
     at %= len(data)
