@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.reports import TargetReport
 from dataplane._fast.blocktable import Rows
-from dataplane.core.blocks import KvStore
+from dataplane.core.blocks import Key, KvStore
 from dataplane.core.messages import (
+    Block,
     Fence,
     HeldMeta,
     KvAckMeta,
@@ -21,7 +22,7 @@ from dataplane.core.messages import (
     KvQueryMeta,
     RejoinMeta,
 )
-from dataplane.core.replication import ReplicaSource
+from dataplane.core.replication import Copy, ReplicaSource
 from dataplane.core.stage import Stage
 from dataplane.transport.frames import Send
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from kernels.cuda.cache import DeviceCache
 
 log = logging.getLogger(__name__)
+
+# Of copies in one message: it costs both ends more than a block does, yet steps must not wait behind it for long.
+COMPANY_BYTES = 256 << 10
 
 
 @dataclass(slots=True)
@@ -133,19 +137,29 @@ class Replicator:
     def pump(self, now: float) -> None:
         """Send what may be sent now (monotonic seconds): copies of every pipeline, acknowledgements of what came."""
         self._acknowledge()
+        company = max(1, COMPANY_BYTES // self._kv.block_bytes)
         for pipeline, state in self._protected.items():
             for target, source in state.sources.items():
                 if source.must_ask(now):
                     self._send(target, KvQueryMeta(pipeline, state.fence), b"")
-                for copy in source.take(now, state.flush):
-                    row = self._store.own[pipeline][copy.rid]
-                    # Copied: the block may be freed and written again before it has been sent.
-                    data = bytes(self._kv.view(self._store.table.block(row, copy.index)))
-                    meta = KvMeta(pipeline, state.fence, copy.rid, copy.index, copy.tokens, zlib.crc32(data))
-                    if not self._send(target, meta, data):
+                copies = source.take(now, state.flush)
+                for first in range(0, len(copies), company):
+                    blocks, data = self._read(pipeline, copies[first : first + company])
+                    if not self._send(target, KvMeta(pipeline, state.fence, blocks), data):
                         source.restart()
                         break
-                    self.stats.blocks_sent += 1
+                    self.stats.blocks_sent += len(blocks)
+
+    def _read(self, pipeline: PipelineId, copies: list[Copy]) -> tuple[tuple[Block, ...], bytearray]:
+        """Copied out: a block may be freed and written again before it has been sent."""
+        own, table, size = self._store.own[pipeline], self._store.table, self._kv.block_bytes
+        data = bytearray(len(copies) * size)
+        blocks = []
+        for number, copy in enumerate(copies):
+            part = memoryview(data)[number * size : (number + 1) * size]
+            part[:] = self._kv.view(table.block(own[copy.rid], copy.index))
+            blocks.append(Block(copy.rid, copy.index, copy.tokens, zlib.crc32(part)))
+        return tuple(blocks), data
 
     def acknowledged(self, peer: Member, meta: KvAckMeta, now: float) -> None:
         state = self._protected.get(meta.pipeline)
@@ -173,21 +187,31 @@ class Replicator:
 
     # ------------------------------------------------------------------ the holding side
 
-    def store_copy(self, peer: Member, meta: KvMeta, payload: memoryview) -> None:
-        key = (meta.pipeline, meta.rid)
-        block = self._store.replica_block(key, meta.index, meta.tokens)
-        sound = len(payload) == self._kv.block_bytes and zlib.crc32(payload) == meta.checksum
+    def store_copies(self, peer: Member, meta: KvMeta, payload: memoryview) -> None:
+        size = self._kv.block_bytes
+        refused: dict[int, None] = {}
+        for number, copy in enumerate(meta.blocks):
+            data = payload[number * size : (number + 1) * size]
+            if self._store_copy((meta.pipeline, copy.rid), copy, data):
+                self._stored.setdefault((peer, meta.pipeline, meta.fence), {})[copy.rid] = None
+            else:
+                refused[copy.rid] = None
+        if refused:
+            held = tuple((rid, self._store.replica_tokens((meta.pipeline, rid))) for rid in refused)
+            self._send(peer, KvAckMeta(meta.pipeline, meta.fence, held, refused=True), b"")
+
+    def _store_copy(self, key: Key, copy: Block, data: memoryview) -> bool:
+        block = self._store.replica_block(key, copy.index, copy.tokens)
+        sound = len(data) == self._kv.block_bytes and zlib.crc32(data) == copy.checksum
         if not sound:
             self.stats.checksum_failures += 1
-        if block is not None and sound:
-            self._kv.write(block, payload)
-            self._store.replica_written(key, meta.index, meta.tokens, meta.checksum)
-            self.stats.blocks_stored += 1
-            self._stored.setdefault((peer, meta.pipeline, meta.fence), {})[meta.rid] = None
-        else:
+        if block is None or not sound:
             self.stats.blocks_refused += 1
-            held = ((meta.rid, self._store.replica_tokens(key)),)
-            self._send(peer, KvAckMeta(meta.pipeline, meta.fence, held, refused=True), b"")
+            return False
+        self._kv.write(block, data)
+        self._store.replica_written(key, copy.index, copy.tokens, copy.checksum)
+        self.stats.blocks_stored += 1
+        return True
 
     def _acknowledge(self) -> None:
         """One message for all the blocks that came since the last time."""

@@ -157,7 +157,7 @@ class Worker:
             case RejoinMeta():
                 self._rejoin(meta)
             case KvMeta():
-                self.replicator.store_copy(peer, meta, memoryview(message.payload))
+                self.replicator.store_copies(peer, meta, memoryview(message.payload))
             case KvAckMeta():
                 self.replicator.acknowledged(peer, meta, time.monotonic())
             case KvQueryMeta():

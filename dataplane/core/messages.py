@@ -106,15 +106,19 @@ class HeldMeta(msgspec.Struct, frozen=True, array_like=True, tag=5):
     held: tuple[tuple[int, int], ...]  # (rid, tokens)
 
 
-class KvMeta(msgspec.Struct, frozen=True, array_like=True, tag=6):
-    """One KV block of one request for the peer that keeps a copy; the payload is the block's bytes."""
-
-    pipeline: PipelineId
-    fence: Fence
+class Block(msgspec.Struct, frozen=True, array_like=True):
     rid: int
     index: int  # block number within the request
     tokens: int  # valid tokens in the request once this block is stored
-    checksum: int  # CRC-32 of the payload
+    checksum: int  # CRC-32 of its bytes
+
+
+class KvMeta(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """KV blocks for the peer that keeps copies of them; the payload is their bytes, one after the other."""
+
+    pipeline: PipelineId
+    fence: Fence
+    blocks: tuple[Block, ...]
 
 
 class KvAckMeta(msgspec.Struct, frozen=True, array_like=True, tag=7):
@@ -124,7 +128,7 @@ class KvAckMeta(msgspec.Struct, frozen=True, array_like=True, tag=7):
     fence: Fence
     held: tuple[tuple[int, int], ...]  # (rid, tokens stored without a gap)
     whole: bool = False
-    refused: bool = False  # the block was not stored (no room, a gap): go on from the watermark, later
+    refused: bool = False  # blocks of these were not stored (no room, a gap): go on from the watermark, later
 
 
 class KvQueryMeta(msgspec.Struct, frozen=True, array_like=True, tag=8):

@@ -117,7 +117,7 @@ class Checks:
     @contextlib.contextmanager
     def probes(self) -> Iterator[None]:
         """Look into what nodes do at the moment they do it."""
-        commit, store_copy, acknowledged = Stage.commit, Replicator.store_copy, Replicator.acknowledged
+        commit, store_copies, acknowledged = Stage.commit, Replicator.store_copies, Replicator.acknowledged
         pump = Replicator.pump
 
         def process() -> Process:
@@ -138,7 +138,7 @@ class Checks:
 
         def store_probe(me: Replicator, peer: Member, meta: KvMeta, payload: memoryview) -> None:
             fenced("stored a copy", meta.pipeline, meta.fence.epoch)
-            store_copy(me, peer, meta, payload)
+            store_copies(me, peer, meta, payload)
 
         def acknowledged_probe(me: Replicator, peer: Member, meta: KvAckMeta, now: float) -> None:
             at = process(), meta.pipeline, peer
@@ -153,7 +153,7 @@ class Checks:
 
         with (
             mock.patch.object(Stage, "commit", commit_probe),
-            mock.patch.object(Replicator, "store_copy", store_probe),
+            mock.patch.object(Replicator, "store_copies", store_probe),
             mock.patch.object(Replicator, "acknowledged", acknowledged_probe),
             mock.patch.object(Replicator, "pump", pump_probe),
         ):

@@ -132,7 +132,7 @@ class Node:
                 if self.stage is not None and not self.stage.stale(meta.fence):
                     self.send(peer, self.replicator.rejoin(self.stage, meta), b"")
             case KvMeta():
-                self.replicator.store_copy(peer, meta, memoryview(payload))
+                self.replicator.store_copies(peer, meta, memoryview(payload))
             case KvAckMeta():
                 self.replicator.acknowledged(peer, meta, self.cluster.now)
             case KvQueryMeta():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlplane.contract.requests import Sampling
-from dataplane.core.messages import Admit, Fence, KvMeta, Ping, StepMeta, pack_rows
+from dataplane.core.messages import Admit, Block, Fence, KvMeta, Ping, StepMeta, pack_rows
 from dataplane.core.request import pack_tokens, unpack_tokens
 from dataplane.transport.frames import BadFrame, decode, encode, join
 
@@ -23,7 +23,7 @@ STEP = StepMeta(
 )
 
 
-@pytest.mark.parametrize("meta", [STEP, Ping(), KvMeta("p1", Fence(1), 2, 0, 16, 123)])
+@pytest.mark.parametrize("meta", [STEP, Ping(), KvMeta("p1", Fence(1), (Block(2, 0, 16, 123),))])
 @pytest.mark.parametrize("payload", [b"", b"x" * 1000])
 def test_round_trip(meta: StepMeta, payload: bytes) -> None:
     frame = decode(join(encode(meta, payload)))
@@ -58,7 +58,7 @@ def test_any_flipped_byte_is_noticed(at: int, flip: int) -> None:
 @given(st.integers(0, 10_000), st.integers(1, 255))
 def test_a_block_that_carries_its_own_checksum_is_not_read_for_another(at: int, flip: int) -> None:
     block = bytes(range(256)) * 4
-    data = bytearray(join(encode(KvMeta("p1", Fence(1), 2, 0, 16, zlib.crc32(block)), block)))
+    data = bytearray(join(encode(KvMeta("p1", Fence(1), (Block(2, 0, 16, zlib.crc32(block)),)), block)))
     at %= len(data)
     if at in (28, 29, 30, 31):
         return  # reserved
@@ -69,7 +69,7 @@ def test_a_block_that_carries_its_own_checksum_is_not_read_for_another(at: int, 
     else:
         frame = decode(data)
         assert isinstance(frame.meta, KvMeta)
-        assert zlib.crc32(frame.payload) != frame.meta.checksum
+        assert zlib.crc32(frame.payload) != frame.meta.blocks[0].checksum
 
 
 @given(st.binary(max_size=200))

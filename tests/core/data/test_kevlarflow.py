@@ -12,7 +12,7 @@ from bench.kevlarflow_check import compare, expected_tokens
 from bench.kevlarflow_load import OUTPUT_MEAN, PROMPT_MEAN, Outcome, Request, _read, workload
 from controlplane.contract.requests import Sampling
 from dataplane._fast.blocktable import BlockTable
-from dataplane.core.messages import Fence, KvMeta, StepMeta
+from dataplane.core.messages import Block, Fence, KvMeta, StepMeta
 from dataplane.demo import model_dir
 from dataplane.devices import A10_LLAMA_8B_QUARTER, PROFILES, message_bytes
 from dataplane.model.config import load_config
@@ -119,7 +119,7 @@ def test_an_answer_that_comes_in_pieces_is_read_with_its_times() -> None:
 def test_messages_weigh_what_the_profile_says() -> None:
     weigh = message_bytes(A10_LLAMA_8B_QUARTER, 8)
     step = frames.encode(StepMeta("p", Fence(1), 1, b""), bytes(8 * 10))
-    copy = frames.encode(KvMeta("p", Fence(1), 1, 0, 16, 0), bytes(8 * 16))
+    copy = frames.encode(KvMeta("p", Fence(1), (Block(1, 0, 16, 0),)), bytes(8 * 16))
     assert weigh(step) == (len(step[0]) + 10 * 8192, False)
     assert weigh(copy) == (len(copy[0]) + 16 * 32_768, True)
     assert weigh([b"hello"]) == (5, False)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
+
+import numpy as np
+
 from controlplane.contract.ids import Member
+from dataplane.core.blocks import KvStore
+from dataplane.core.messages import Block, Fence, KvAckMeta, KvMeta, Meta
 from dataplane.core.replication import (
     ANSWER_LIMIT_S,
     COPY_EVERY_S,
@@ -11,6 +17,9 @@ from dataplane.core.replication import (
     Copy,
     ReplicaSource,
 )
+from dataplane.kvcache import KVCache
+from dataplane.replica import Replicator
+from dataplane.transport.frames import Buffer
 
 HOLDER = Member("n4", "a")
 
@@ -112,3 +121,36 @@ def test_a_move_waits_for_no_company() -> None:
     tokens[1] = 5
     made.wrote([1])
     assert made.take(0.001, flush=True) == [Copy(1, 1, 5)]
+
+
+def test_what_is_unsound_in_a_message_is_refused_and_the_rest_of_it_is_kept() -> None:
+    """Of a spoilt block nothing is stored, nor of what follows it in the same request: that would leave a gap."""
+    sent: list[tuple[Member, Meta]] = []
+
+    def send(member: Member, meta: Meta, _payload: Buffer) -> bool:
+        sent.append((member, meta))
+        return True
+
+    kv = KVCache(8, 1, 1, 4, 1, "float32")
+    holder = Replicator(KvStore(8, 4, 4, 8), kv, send)
+    data = bytearray(np.random.default_rng(1).bytes(4 * kv.block_bytes))
+    wanted = [(1, 0), (2, 0), (2, 1), (1, 1)]  # (request, index)
+    blocks = tuple(
+        Block(rid, index, 4 * (index + 1), zlib.crc32(data[k * kv.block_bytes : (k + 1) * kv.block_bytes]))
+        for k, (rid, index) in enumerate(wanted)
+    )
+    data[kv.block_bytes] ^= 1  # of (2, 0)
+    message = KvMeta("p0", Fence(1), blocks)
+    holder.store_copies(HOLDER, message, memoryview(data))
+    holder.pump(0.0)
+    assert sent == [
+        (HOLDER, KvAckMeta("p0", Fence(1), ((2, 0),), refused=True)),
+        (HOLDER, KvAckMeta("p0", Fence(1), ((1, 8),))),
+    ]
+    assert (holder.stats.checksum_failures, holder.stats.blocks_refused, holder.stats.blocks_stored) == (
+        1,
+        2,
+        2,
+    )
+    holder.store_copies(HOLDER, message, memoryview(data)[:-1])  # cut short: the last block is not sound
+    assert holder.stats.checksum_failures == 3
