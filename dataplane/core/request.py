@@ -61,6 +61,7 @@ class Request:
     output: list[Token] = field(default_factory=list)  # as it was delivered
     phase: Phase = Phase.WAITING
     issued: int = 0
+    computed: int = 0  # positions that had run before a recovery, as far as is known here
     attempt: int = 0  # preemptions and recoveries: results of an older attempt are not for this one
     announced: bool = False  # the last stage knows the token log, in the present fence
     blocks: int = 0  # KV blocks reserved on every stage
@@ -81,6 +82,7 @@ class Request:
             order,
             session,
             output,
+            computed=len(message.prompt) + len(output) - 1 if output else 0,
             context=message.context,
             reader=message.reader,
         )

@@ -336,6 +336,8 @@ class Scheduler:
         for request in self.requests.values():
             if request.phase is not Phase.WAITING:
                 self.batcher.remove(request)
+                if request.phase is Phase.RUNNING:
+                    request.computed = min(request.issued, request.total - 1)
                 request.rewind(Phase.RECOVERING)
         # While gateways may still bring requests of an earlier scheduler, what nobody claims yet must stay.
         complete = self._sweep_at is None
@@ -382,7 +384,7 @@ class Scheduler:
             if request.phase is not Phase.RECOVERING:
                 continue
             position = collector.resume_at(rid, request.total)
-            recomputed = request.total - 1 - position
+            recomputed = max(0, request.computed - position)
             self.stats.requests_recovered += 1
             self.stats.tokens_recomputed += recomputed
             if self._recovery is not None:
