@@ -83,10 +83,13 @@ class ReplicaSource:
         room = WINDOW_BLOCKS - sum(self._blocks_unacked(rid) for rid in self._unacked)
         copies: list[Copy] = []
         for rid in list(self._dirty):
+            goal = self._goal(rid, flush)
+            if goal == 0:  # nothing of it is here, or no longer: it must leave no trace
+                del self._dirty[rid]
+                continue
             progress = self._progress.setdefault(rid, _Progress())
             if now < progress.paused_until:
                 continue
-            goal = self._goal(rid, flush)
             while progress.sent < goal and len(copies) < room:
                 index = progress.sent // self.block_size
                 progress.sent = min((index + 1) * self.block_size, goal)

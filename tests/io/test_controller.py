@@ -195,7 +195,7 @@ class Cluster:
         """Who leads, by what a living controller answers."""
         for name, process in self.controllers.items():
             if process.poll() is None and name in await self.records():
-                with contextlib.suppress(httpx.HTTPError):
+                with contextlib.suppress(httpx.HTTPError, KeyError):  # its registration may lapse just now
                     leader = (await self.status(name))["leader"]
                     if leader and self.controllers[leader].poll() is None:
                         return leader

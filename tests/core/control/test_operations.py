@@ -484,7 +484,7 @@ def test_a_restart_is_refused_where_nobody_could_take_over() -> None:
     assert levels(formed(2, 2), "restart", "nodes")["stages"] == "ok"
     assert levels(formed(2, 2), "restart", "everything") == {"scope": "fail"}
     hushed = formed(2, 2)
-    hushed.deaf = {("c1", "n2")}
+    hushed.stop("n2")
     hushed.run(0.8)  # n2 is suspected, which may pass
     assert levels(hushed, "restart", "nodes")["stages"] == "warn"
     baseline = formed(2, 2, mode=Mode.STOP_RESTART)
