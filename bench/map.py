@@ -11,6 +11,7 @@ Names of metrics: those of model S, bfloat16, context 256 stand alone; others sa
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
@@ -58,7 +59,7 @@ class Case:
     @property
     def repeats(self) -> int:
         """Times a round: a prefill is over in a fraction of a second, and a single one says little."""
-        return 3 if self.kind == "prefill" else 1
+        return 7 if self.kind == "prefill" else 1
 
     def rate(self, answer: Answer) -> float:
         """Tokens per second."""
@@ -154,6 +155,7 @@ def _rounds(
     firsts: dict[str, list[bool]] = {}
     alive = list(systems)
     longest_s = 0.0
+    turns = itertools.count()
     for number in range(plan.rounds):
         if plan.quick and number and time.monotonic() - begun + longest_s > QUICK_LIMIT_S:
             break
@@ -161,8 +163,9 @@ def _rounds(
         for case in (each for each in plan.cases for _ in range(each.repeats)):
             prompts = [[numbers.randrange(3, vocab) for _ in range(case.context)] for _ in range(case.batch)]
             reference: list[int] | None = None
-            # Another one begins each round: who comes first finds a cooler machine.
-            for name in alive[number % len(alive) :] + alive[: number % len(alive)]:
+            # Another one begins each time: who comes first finds a cooler machine.
+            first = next(turns) % len(alive)
+            for name in alive[first:] + alive[:first]:
                 try:
                     answer = systems[name].generate(prompts, case.tokens)
                 except PeerAbsent as error:
