@@ -248,8 +248,8 @@ cdef class Stage:
         self.c.table_rows = table_rows
 
     def forward(self, Step step, source, const int32_t[::1] picked, size_t out):
-        """A whole step. source: tokens int64 [T] on a first stage, elsewhere activations as bytes; picked int32 [K]: the
-        rows to compute logits of, on a last stage. Returns whether any of the activations is not finite."""
+        """A whole step. source: tokens int64 [T] on a first stage, elsewhere activations as bytes; picked int32 [K]:
+        the rows to compute logits of, on a last stage. Returns whether any of the activations is not finite."""
         cdef const int64_t[::1] tokens
         cdef const unsigned char[::1] hidden
         cdef int nonfinite = 0
