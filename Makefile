@@ -2,7 +2,9 @@
 #
 #   make up        a whole cluster on this machine, on the demo model; Ctrl-C stops it (UP="..." adds options)
 #   make test      the whole test suite (TESTS="..." picks some)
-#   make soak      100,000 seeds of the simulator (SEEDS=..., FIRST=... change that)
+#   make soak      100,000 seeds of the simulator (SEEDS=..., FIRST=... change that; JSON=FILE keeps the result, and goes
+#                  on with one of the same code)
+#   make matrix    every fault on real processes in network namespaces, and docs/fault-matrix.md from it (20 minutes, root)
 #   make check     ruff, mypy, import-linter, cython-lint
 #   make install   .venv with everything: tests, our own benches, development
 #   make bench-peers  the engines that benches compare us with (large, and llama.cpp is compiled: minutes)
@@ -22,10 +24,14 @@ SOURCES := pyproject.toml setup.py $(wildcard dataplane/_fast/*.pyx dataplane/_f
            $(filter-out kernels/cpu/_native.c,$(wildcard kernels/cpu/*.pyx kernels/cpu/*.c kernels/cpu/*.h))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
+# Compiled once, not by each of the hundreds of processes that the tests start: where PYTHONDONTWRITEBYTECODE is set, that
+# was a quarter of a controller's start.
+PACKAGES := controlplane dataplane kernels migrations web
+
 SEEDS ?= 100000
 FIRST ?= 0
 
-.PHONY: install up test soak check proto test-gpu bench-peers clean
+.PHONY: install up test soak matrix check proto test-gpu bench-peers clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +40,7 @@ up: $(VENV)/.runtime
 
 test: install
 	@started=$$(date +%s); \
+	$(BIN)/python -m compileall -q $(PACKAGES) tests; \
 	$(BIN)/python -m pytest $(TESTS); status=$$?; \
 	took=$$(( $$(date +%s) - started )); \
 	if [ $$status -eq 0 ]; then echo "make test: passed in $$took s"; \
@@ -41,7 +48,10 @@ test: install
 	exit $$status
 
 soak: install
-	@$(BIN)/python -m tests.sim soak $(SEEDS) --first $(FIRST)
+	@$(BIN)/python -m tests.sim soak $(SEEDS) --first $(FIRST) $(if $(JSON),--json $(JSON))
+
+matrix: install
+	@$(BIN)/python -m tests.matrix
 
 check: install
 	$(BIN)/ruff check .

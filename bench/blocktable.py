@@ -19,7 +19,7 @@ from dataplane._fast.blocktable import BlockTable
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import Admit, Fence, StepMeta, pack_rows
 from dataplane.core.request import pack_tokens
-from dataplane.core.stage import Stage
+from dataplane.core.stage import Stage, join
 from dataplane.model.sampler import SamplingTable
 
 SEQUENCES = 256
@@ -91,6 +91,7 @@ def _stage_step(lengths: npt.NDArray[np.int32]) -> Callable[[], object]:
         prepared = stage.prepare(decode)
         if isinstance(prepared, str):
             raise AssertionError(prepared)
+        join([prepared], store.table)
         stage.commit(prepared, tokens)
 
     return step

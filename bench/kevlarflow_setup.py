@@ -14,9 +14,14 @@ from controlplane.kfadmin.local import LocalCluster
 STAGES = 4
 RELOAD_S = 600.0  # emulated: an instance that lost a node is back after this, and so is a replaced node
 FAIL_AT_S = 30.0  # emulated, after the first arrival
-# Requests in batches, per instance. In the published Table 1 mean TTFT grows with the request rate as a queue's does
-# in front of 1.4 requests per second and instance; at 390 tokens of 163 ms that is 90 requests at a time.
-MAX_RUNNING = 90
+# Requests in batches, per instance. In the published Table 1, KevlarFlow's p99 TTFT in scene 1, whose two instances
+# serve all the time, grows from 401 s at 5 requests per second to 1,004 s at 8: by 201 s for each one more. With
+# arrivals over 600 s that is the queue in front of 2.98 requests per second, 1.49 for each instance; at 390 tokens
+# of 163 ms that is 95 requests at a time.
+MAX_RUNNING = 95
+GRACE_S = (
+    10.0  # emulated: a fresh scheduler asks its stages what they hold of each request that comes within it
+)
 # One-way seconds between four sites of the United States: Chicago, New York, Dallas, San Jose. An instance is in one
 # site, its peers in others, so that copies and borrowed nodes are always behind a wide-area link.
 SITE_LATENCY_S = (
@@ -52,12 +57,13 @@ SCENES = {
 def scene_cluster(scene: Scene, mode: Mode, time_scale: float) -> Iterator[LocalCluster]:
     engine = EngineConfig(
         executor="oracle",
-        pool_blocks=8192,
-        block_size=32,
-        max_batch_tokens=2048,
+        pool_blocks=16384,
+        block_size=16,
+        max_batch_tokens=288,  # the longest prompt goes in as many chunks as microbatches are free beside decodes
         max_running=MAX_RUNNING,
         max_waiting=20_000,  # the baseline's queues must not overflow: the published ones did not
-        microbatches=2,
+        microbatches=STAGES,
+        microbatch_rows=MAX_RUNNING,  # the profile's fixed part is that of 650 rows: they are not split
     )
     emulation = EmulationConfig(
         time_scale=time_scale,
@@ -69,7 +75,11 @@ def scene_cluster(scene: Scene, mode: Mode, time_scale: float) -> Iterator[Local
     # A node that is only starved by this machine must not be taken for dead: the baseline would lose an instance more.
     # The killed one is found by its broken links and report stream, at once and whatever these are.
     timing = TimingConfig(
-        reload_s=RELOAD_S / time_scale, suspect_after_s=2.0, dead_after_s=5.0, unavailable_grace_s=60.0
+        reload_s=RELOAD_S / time_scale,
+        orphan_grace_s=GRACE_S / time_scale,
+        suspect_after_s=2.0,
+        dead_after_s=5.0,
+        unavailable_grace_s=60.0,
     )
     with running(
         mode,

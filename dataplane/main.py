@@ -18,6 +18,7 @@ from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.logs import configure_logging
 from dataplane.devices import precise_loop
 from dataplane.fetch import provision
+from dataplane.moment import MOMENT
 from dataplane.node import Node, load_executor
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def run_node(config: ClusterConfig, node: str) -> None:
     config = msgspec.structs.replace(config, model=str(provision(config, node, stage)))
     executor = load_executor(config, stage)
     emulated = config.emulation != EmulationConfig()
+    MOMENT.time_scale = config.emulation.time_scale
     with asyncio.Runner(loop_factory=precise_loop if emulated else None) as runner:
         runner.run(_serve(config, Member(node, new_incarnation()), stage, executor))
 

@@ -13,8 +13,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine
-from dataclasses import asdict
+from collections.abc import Coroutine, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +29,22 @@ from controlplane.etcd.register import Registration
 from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import HeldMeta, Meta, Ping, ResultMeta, StepFailedMeta
+from dataplane.core.pace import Timeliness
 from dataplane.devices import emulate_network, profile_of
 from dataplane.frontdoor import Frontdoor
+from dataplane.inbox import LinkChanged, Message
 from dataplane.model.config import load_config
+from dataplane.moment import MOMENT
 from dataplane.oracle import HASH_BYTES, OracleExecutor
+from dataplane.replica import ReplicaStats
 from dataplane.reporter import Reporter
 from dataplane.schedulers import Schedulers
 from dataplane.transport import frames
-from dataplane.transport.base import TransportConfig
+from dataplane.transport.base import TransportConfig, TransportStats
 from dataplane.transport.choose import open_transport
+from dataplane.transport.lane import Lane
 from dataplane.weights_service import WeightsService
-from dataplane.worker import LinkChanged, Message, Worker
+from dataplane.worker import Worker
 from dataplane.world import World, neighbours
 
 if TYPE_CHECKING:
@@ -48,7 +53,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
-LATE_S = 0.025  # a tick that comes later than that: the loop computes for less (worker.INLINE_S)
 PING_S = 0.2  # a link that had nothing to carry for this long carries a ping
 GOODBYE_LIMIT_S = 0.3  # for the report that says that this node leaves
 ROWS_PER_PIPELINE = 4  # block-table rows: served and copied requests of two pipelines and their overlap
@@ -76,7 +80,7 @@ class Node:
             -(-context // engine.block_size),
         )
         self._store = store
-        self._worker = Worker(me, executor, store, self._send)
+        self._worker = Worker(me, executor, store, self._send, self._send_later)
         token = auth.derive(secret, "grpc")
         self._frontdoor = Frontdoor(
             token,
@@ -103,13 +107,14 @@ class Node:
             on_link_down=self._on_link_down,
             emulate=emulate_network(config, me.node, HASH_BYTES),
         )
+        self._lane = Lane(self._transport, self._send)
         self._world = World(Keys(config.cluster), config.group)
         self._neighbours: dict[Member, float] = {}  # since when
         self._down: dict[Member, str] = {}  # links that broke, and why
         self._linked: set[Member] = set()  # whom we keep links to
         self._sent_at: dict[Member, float] = {}
         self._bad_frames = 0
-        self._ticks = self._ticks_late = 0
+        self._timeliness = Timeliness()
         self._leaving = False
         self._stop = asyncio.Event()
 
@@ -149,6 +154,7 @@ class Node:
             await registration.withdraw(timeout_s=0.5)
             await self._reporter.close()
             await self._frontdoor.close()
+            self._lane.close()
             await self._transport.close()
             await client.close()
             self._worker.close()
@@ -224,6 +230,9 @@ class Node:
         in_memory = self._transport.carried_by(peer) == "local"
         return self._transport.send(peer, frames.encode(meta, payload, in_memory=in_memory))
 
+    def _send_later(self, peer: Member, meta: Meta, payload: frames.Buffer) -> bool:
+        return self._lane.send(peer, meta, payload)
+
     def _on_message(self, peer: Member, data: memoryview) -> None:
         try:
             frame = frames.decode(data)
@@ -242,7 +251,7 @@ class Node:
             case ResultMeta() | StepFailedMeta() | HeldMeta():
                 self._schedulers.on_message(meta)
             case _:
-                self._worker.put(Message(peer, meta, payload))
+                self._worker.put(Message(peer, meta, payload, came=MOMENT.now()))
 
     def _on_link_up(self, peer: Member) -> None:
         self._down.pop(peer, None)
@@ -256,10 +265,9 @@ class Node:
 
     async def _tick(self) -> None:
         while True:
-            due = time.monotonic() + TICK_S
+            began, computed_s = time.monotonic(), time.thread_time()
             await asyncio.sleep(TICK_S)
-            self._ticks += 1
-            self._ticks_late += time.monotonic() - due > LATE_S
+            self._timeliness.rang(TICK_S, time.monotonic() - began, time.thread_time() - computed_s)
             self._schedulers.tick()
             self._worker.wake()
             now = time.monotonic()
@@ -278,7 +286,7 @@ class Node:
             if member not in self._down:
                 heard = self._transport.last_heard(member.node)
                 links.append(LinkReport(member, True, now - max(heard or since, since)))
-        store, busy = self._store, self._worker.busy
+        store, pace, busy = self._store, self._worker.compute.pace, self._worker.compute.busy
         report = NodeReport(
             member=self._me,
             seq=seq,
@@ -291,11 +299,11 @@ class Node:
             blocks_replica=store.blocks_replica,
             blocks_total=store.num_blocks,
             busy_s=now - busy[0] if busy is not None else 0.0,
-            usual_s=self._worker.pace.usual_s(busy[1]) if busy is not None else 0.0,
+            usual_s=pace.usual_s(busy[1]) if busy is not None else 0.0,
             poisoned=self._worker.stats.poisoned,
-            times=self._worker.pace.report(),
-            ticks=self._ticks,
-            ticks_late=self._ticks_late,
+            times=pace.report(),
+            timed_s=self._timeliness.timed_s,
+            overdue_s=self._timeliness.overdue_s,
             topology_counter=self._worker.topology.counter if self._worker.topology else 0,
             leaving=self._leaving,
             counters=self._counters(),
@@ -316,7 +324,7 @@ class Node:
                     waiting=scheduler.waiting if scheduler else 0,
                     quiesced_step=scheduler.quiesced_step if scheduler else -2,
                     stalled_s=scheduler.stalled_s(now) if scheduler else 0.0,
-                    round_s=scheduler.round_s if scheduler else 0.0,
+                    round_s=scheduler.steps.round_s if scheduler else 0.0,
                     targets=self._worker.replicator.targets(pipeline_id),
                 )
             )
@@ -325,15 +333,21 @@ class Node:
     def _counters(self) -> dict[str, int]:
         stats = self._worker.stats
         counters = {f"scheduler_{k}": v for k, v in self._schedulers.counters().items()}
-        counters |= {f"replica_{k}": v for k, v in asdict(self._worker.replicator.stats).items()}
-        counters |= {f"link_{k}": v for k, v in asdict(self._transport.stats).items()}
+        counters |= {f"replica_{k}": v for k, v in _counts(self._worker.replicator.stats)}
+        counters |= {f"link_{k}": v for k, v in _counts(self._transport.stats)}
         counters |= {f"fenced_{kind}": count for kind, count in stats.fenced.items()}
         counters["replicas_evicted"] = self._store.replicas_evicted
         counters["checksum_failures"] = self._store.checksum_failures
         counters["bad_frames"] = self._bad_frames
         counters["inbox_dropped"] = stats.dropped_full
-        counters["compute_ms"] = int(stats.compute_s * 1000)
+        counters["steps_merged"] = stats.merged
+        counters["compute_ms"] = int(self._worker.compute.total_s * 1000)
         return counters
+
+
+def _counts(stats: ReplicaStats | TransportStats) -> Iterator[tuple[str, int]]:
+    """Names and values of a flat dataclass of counters. `asdict` copies each value deeply, for every report."""
+    return ((field.name, getattr(stats, field.name)) for field in fields(stats))
 
 
 def load_executor(config: ClusterConfig, stage: int) -> StageExecutor | OracleExecutor:

@@ -15,12 +15,11 @@ at the first one):
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import numpy.typing as npt
 
 from dataplane._fast.blocktable import StepArrays
+from dataplane._fast.hashing import stage_hashes
 from dataplane.devices import DeviceProfile
 from dataplane.kvcache import KVCache
 from dataplane.model.config import ModelConfig
@@ -91,7 +90,7 @@ class Logits:
 
 
 class OracleExecutor:
-    """One stage. The interface is `executor.StageExecutor`'s; beside it `rest_s`, which that one leaves at 0.
+    """One stage. The interface is `executor.StageExecutor`'s; beside it `step_s`, which that one leaves at 0.
     Nothing is ever suspect: hashes are no numbers.
 
     Not thread-safe. Raises ValueError for a stage that does not exist. `time_scale`: the device is faster than its
@@ -114,16 +113,17 @@ class OracleExecutor:
         self.is_first, self.is_last = stage == 0, stage == num_stages - 1
         self.kv = KVCache(num_blocks, 1, 1, block_size, 1, "float32")
         assert self.kv.block_bytes == HASH_BYTES * block_size
+        self.block_wire_bytes = profile.kv_bytes_per_token * block_size
         self.weights_digest = f"oracle-{stage}-of-{num_stages}"
+        self.light_tokens = profile.light_tokens
         self.suspect = False
-        self.rest_s = 0.0  # the device is busy for that long yet, when forward() has returned
+        self.step_s = 0.0  # how long the device is busy with what forward() got last
         self._stage = stage
         self._profile = profile
         self._time_scale = time_scale
         self._blocks: Hashes = self.kv.array.reshape(num_blocks, -1).view(np.uint64)
-        self._slots = self._blocks.reshape(-1)
         self._logits = Logits(self.config.vocab_size)
-        self._weights = position_weights(block_size).reshape(1, block_size)
+        self._weights = position_weights(block_size)
 
     def forward(
         self,
@@ -133,18 +133,18 @@ class OracleExecutor:
         sample_rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.generic]:
         """See `StageExecutor.forward`; activations are hashes uint64 [T]."""
-        started = time.monotonic()
         rows = step.num_tokens
         if rows < 1:
             raise ValueError("a step needs at least one token")
         hashes = self._load(tokens, hidden, step)
-        self._slots[step.slots] = kv_hashes(hashes, self._stage)
-        out = out_hashes(hashes, self._seen(step))
+        positions = step.tables.shape[1] * self.kv.block_size
+        if positions > len(self._weights):
+            self._weights = position_weights(2 * positions)
+        out = stage_hashes(hashes, self._blocks, step, self._stage, self._weights)
         result: npt.NDArray[np.generic] = out
         if self.is_last:
             result = self._logits.of(out[sample_rows])
-        emulated_s = self._profile.step_s(rows, int(step.context_lens.sum())) / self._time_scale
-        self.rest_s = max(0.0, emulated_s - (time.monotonic() - started))
+        self.step_s = self._profile.step_s(rows, int(step.context_lens.sum())) / self._time_scale
         return result
 
     def _load(self, tokens: npt.NDArray[np.int64] | None, hidden: Buffer | None, step: StepArrays) -> Hashes:
@@ -159,28 +159,3 @@ class OracleExecutor:
         if data.nbytes != rows * HASH_BYTES:
             raise ValueError(f"expected {rows * HASH_BYTES} bytes of activations, got {data.nbytes}")
         return np.frombuffer(data.cast("B"), np.uint64)
-
-    def _seen(self, step: StepArrays) -> Hashes:
-        """The weighted sum over the context of each of T tokens, as it stands in the blocks now."""
-        block_size = self.kv.block_size
-        context = step.context_lens
-        blocks_of = (context + (block_size - 1)) // block_size
-        width = step.tables.shape[1]
-        if width > len(self._weights):
-            self._weights = position_weights(2 * width * block_size).reshape(-1, block_size)
-        row, index = np.nonzero(np.arange(width) < blocks_of[:, None])
-        terms = self._blocks[step.tables[row, index]]
-        terms *= self._weights[index]
-        ends = blocks_of.cumsum()
-        # What lies behind a context, in its last block, is somebody's past.
-        used = context - (blocks_of - 1) * block_size
-        terms[ends - 1] *= np.arange(block_size) < used[:, None]
-        first = ends - blocks_of
-        if step.num_tokens == step.num_rows:
-            return np.add.reduceat(terms.sum(axis=1), first)
-        seen = np.empty(step.num_tokens, np.uint64)
-        for r in range(step.num_rows):
-            begin, end = step.cu_q[r : r + 2]
-            sums = terms[first[r] : ends[r]].cumsum()[: context[r]]
-            seen[begin:end] = sums[len(sums) - (end - begin) :]
-        return seen

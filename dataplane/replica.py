@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Of copies in one message: it costs both ends more than a block does, yet steps must not wait behind it for long.
-COMPANY_BYTES = 256 << 10
+COMPANY_BYTES = 1 << 19
 
 
 @dataclass(slots=True)
@@ -58,13 +58,25 @@ class _Protected:
 class Replicator:
     """Used by the worker only, between computations: no block changes while it reads one."""
 
-    def __init__(self, store: KvStore, kv: KVCache | DeviceCache, send: Send) -> None:
+    def __init__(
+        self,
+        store: KvStore,
+        kv: KVCache | DeviceCache,
+        send: Send,
+        send_later: Send | None = None,
+        block_wire_bytes: int = 0,
+    ) -> None:
+        """`send` is for what others wait for: acknowledgements and answers. Copies, and what must not overtake them, go
+        with `send_later` if it is given. `block_wire_bytes`: what a block counts for on the way, if that is more than
+        it has (emulated devices)."""
         self.stats = ReplicaStats()
         self._store = store
         self._kv = kv
-        self._send = send
+        self._send, self._send_later = send, send_later or send
+        self._company = max(1, COMPANY_BYTES // (block_wire_bytes or kv.block_bytes))  # blocks of one message
         self._protected: dict[PipelineId, _Protected] = {}
-        self._stored: dict[tuple[Member, PipelineId, Fence], dict[int, None]] = {}  # requests to acknowledge
+        self._news: dict[tuple[Member, PipelineId, Fence], dict[int, None]] = {}  # requests to acknowledge
+        self._sources: dict[PipelineId, tuple[Member, Fence]] = {}  # who relies on our copies of a pipeline
 
     def checksum(self, block: int) -> int:
         return zlib.crc32(self._kv.view(block))
@@ -108,10 +120,13 @@ class Replicator:
         state = self._protected.get(pipeline)
         if state is None or not rids:
             return
-        for target, source in state.sources.items():
-            source.freed(rids)
-            if not self._send(target, KvDropMeta(pipeline, state.fence, rids), b""):
-                source.restart()  # what it holds of them comes to light with its next answer
+        for source in state.sources.values():
+            self._drop(pipeline, state.fence, source, rids)
+
+    def _drop(self, pipeline: PipelineId, fence: Fence, source: ReplicaSource, rids: tuple[int, ...]) -> None:
+        source.freed(rids)
+        if not self._send_later(source.target, KvDropMeta(pipeline, fence, rids), b""):
+            source.restart()  # what it holds of them comes to light with its next answer
 
     def rejoin(self, stage: Stage, meta: RejoinMeta) -> HeldMeta:
         """A stage answers its scheduler; the holders learn what came of it."""
@@ -137,15 +152,15 @@ class Replicator:
     def pump(self, now: float) -> None:
         """Send what may be sent now (monotonic seconds): copies of every pipeline, acknowledgements of what came."""
         self._acknowledge()
-        company = max(1, COMPANY_BYTES // self._kv.block_bytes)
+        self._tell_evicted()
         for pipeline, state in self._protected.items():
             for target, source in state.sources.items():
                 if source.must_ask(now):
-                    self._send(target, KvQueryMeta(pipeline, state.fence), b"")
+                    self._send_later(target, KvQueryMeta(pipeline, state.fence), b"")
                 copies = source.take(now, state.flush)
-                for first in range(0, len(copies), company):
-                    blocks, data = self._read(pipeline, copies[first : first + company])
-                    if not self._send(target, KvMeta(pipeline, state.fence, blocks), data):
+                for first in range(0, len(copies), self._company):
+                    blocks, data = self._read(pipeline, copies[first : first + self._company])
+                    if not self._send_later(target, KvMeta(pipeline, state.fence, blocks), data):
                         source.restart()
                         break
                     self.stats.blocks_sent += len(blocks)
@@ -172,7 +187,7 @@ class Replicator:
         if meta.whole:
             source.wrote(self._rids(meta.pipeline))
         if unknown:
-            self._send(peer, KvDropMeta(meta.pipeline, state.fence, tuple(unknown)), b"")
+            self._drop(meta.pipeline, state.fence, source, tuple(unknown))
 
     def targets(self, pipeline: PipelineId) -> tuple[TargetReport, ...]:
         """How far behind each copy is."""
@@ -180,20 +195,22 @@ class Replicator:
         if state is None:
             return ()
         rids = self._rids(pipeline)
-        return tuple(
-            TargetReport(target, source.lag_tokens(rids, state.flush) if source.known else 1 << 30)
-            for target, source in state.sources.items()
-        )
+        reports = []
+        for target, source in state.sources.items():
+            lag = source.lag_tokens(rids, state.flush) if source.known else 1 << 30
+            reports.append(TargetReport(target, lag, source.behind_s(lag)))
+        return tuple(reports)
 
     # ------------------------------------------------------------------ the holding side
 
     def store_copies(self, peer: Member, meta: KvMeta, payload: memoryview) -> None:
+        self._sources[meta.pipeline] = (peer, meta.fence)
         size = self._kv.block_bytes
         refused: dict[int, None] = {}
         for number, copy in enumerate(meta.blocks):
             data = payload[number * size : (number + 1) * size]
             if self._store_copy((meta.pipeline, copy.rid), copy, data):
-                self._stored.setdefault((peer, meta.pipeline, meta.fence), {})[copy.rid] = None
+                self._news.setdefault((peer, meta.pipeline, meta.fence), {})[copy.rid] = None
             else:
                 refused[copy.rid] = None
         if refused:
@@ -214,13 +231,25 @@ class Replicator:
         return True
 
     def _acknowledge(self) -> None:
-        """One message for all the blocks that came since the last time."""
-        stored, self._stored = self._stored, {}
-        for (peer, pipeline, fence), rids in stored.items():
+        """One message for all that was stored or dropped since the last time."""
+        news, self._news = self._news, {}
+        for (peer, pipeline, fence), rids in news.items():
             held = tuple((rid, self._store.replica_tokens((pipeline, rid))) for rid in rids)
             self._send(peer, KvAckMeta(pipeline, fence, held), b"")
 
+    def _tell_evicted(self) -> None:
+        """A source must not count on copies that made room for served KV. It sends them again after a pause."""
+        evicted, self._store.evicted = self._store.evicted, []
+        gone: dict[PipelineId, list[tuple[int, int]]] = {}
+        for pipeline, rid in evicted:
+            gone.setdefault(pipeline, []).append((rid, 0))
+        for pipeline, held in gone.items():
+            if pipeline in self._sources:
+                peer, fence = self._sources[pipeline]
+                self._send(peer, KvAckMeta(pipeline, fence, tuple(held), refused=True), b"")
+
     def answer_query(self, peer: Member, meta: KvQueryMeta) -> None:
+        self._sources[meta.pipeline] = (peer, meta.fence)  # it counts on what we say here
         held = tuple(
             (key[1], self._store.replica_tokens(key))
             for key in self._store.replicas
@@ -228,9 +257,11 @@ class Replicator:
         )
         self._send(peer, KvAckMeta(meta.pipeline, meta.fence, held, whole=True), b"")
 
-    def drop_copies(self, meta: KvDropMeta) -> None:
+    def drop_copies(self, peer: Member, meta: KvDropMeta) -> None:
+        news = self._news.setdefault((peer, meta.pipeline, meta.fence), {})
         for rid in meta.rids:
             self._store.drop_replica((meta.pipeline, rid))
+            news[rid] = None
 
     # ------------------------------------------------------------------
 

@@ -42,8 +42,9 @@ from dataplane.core.events import (
 from dataplane.core.messages import HeldMeta, RejoinMeta, ResultMeta, StepFailedMeta
 from dataplane.core.scheduler import Scheduler, SchedulerStats
 from dataplane.frontdoor import Frontdoor
+from dataplane.inbox import Message
+from dataplane.moment import MOMENT
 from dataplane.transport.frames import Send
-from dataplane.worker import Message
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class Schedulers:
             if pipeline.scheduler != self._me:
                 if scheduler is not None:
                     self._remember(self.by_pipeline.pop(pipeline.id))
+                    self._perform(scheduler, scheduler.close())
                 continue
             before = previous.pipeline(pipeline.id) if previous is not None else None
             capacity = self._capacity(topology, pipeline)
@@ -165,7 +167,7 @@ class Schedulers:
         for effect in effects:
             match effect:
                 case RunStep(meta, tokens):
-                    self._run_local(Message(self._me, meta, b"", tokens))
+                    self._run_local(Message(self._me, meta, b"", tokens, MOMENT.now()))
                 case Ask(meta):
                     self._ask(scheduler.pipeline, meta)
                 case Deliver(session, tokens):

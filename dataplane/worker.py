@@ -2,7 +2,8 @@
 
 Steps, copies, questions and topology changes go through one inbox and are handled in order, a computation
 being awaited before the next item is taken. So no block is freed, promoted or overwritten under a running
-computation, and the order of a link is the order of effects.
+computation, and the order of a link is, for each pipeline, the order of effects. A step takes along those of other
+pipelines that wait behind it, where one pass over the weights for all is cheaper (`inbox.company`).
 """
 
 from __future__ import annotations
@@ -10,16 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, assert_never
 
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.topology import MovePhase, Pipeline, Topology
+from dataplane.compute import Compute, Computed, Work
 from dataplane.core.blocks import KvStore
-from dataplane.core.finite import nonfinite_rows
 from dataplane.core.messages import (
     Detail,
     Fence,
@@ -32,10 +30,12 @@ from dataplane.core.messages import (
     ResultMeta,
     StepFailedMeta,
     StepMeta,
+    step_tokens,
 )
-from dataplane.core.pace import Pace
-from dataplane.core.stage import Prepared, Stage
+from dataplane.core.stage import Stage
+from dataplane.inbox import Inbox, Item, LinkChanged, Message, Wake
 from dataplane.model.sampler import Drawn, SamplingTable
+from dataplane.moment import MOMENT
 from dataplane.replica import Replicator
 from dataplane.transport.frames import Buffer, Send
 
@@ -45,33 +45,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-INBOX_MAX = 20_000
 DEFERRED_MAX = 2_000
 PUMP_EVERY = 4  # items handled in a row before copies get their turn
-INLINE_S = 0.02  # a computation that is over by then is not worth a thread
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One message from a link, or from this node to itself."""
-
-    peer: Member
-    meta: Meta
-    payload: Buffer = b""
-    tokens: tuple[int, ...] = ()  # stage 0 only
-
-
-@dataclass(frozen=True, slots=True)
-class LinkChanged:
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class Wake:
-    """Nothing but a turn for copies that wait for time to pass."""
-
-
-Item = Message | Topology | LinkChanged | Wake
+# Tuples, since `isinstance(meta, A | B)` makes a new union each time.
+OF_THE_STAGE = (StepMeta, RejoinMeta)
+OF_THE_HOLDER = (KvMeta, KvQueryMeta)
+FENCED = (StepMeta, RejoinMeta, KvMeta, KvAckMeta, KvQueryMeta, KvDropMeta)
 
 
 @dataclass(slots=True)
@@ -79,19 +58,25 @@ class WorkerStats:
     """Monotonic counts; `fenced` by kind of message."""
 
     steps: int = 0
+    merged: int = 0  # of these, the ones that another pipeline's step took along
     dropped_full: int = 0
     poisoned: int = 0  # requests whose numbers became non-finite here
-    compute_s: float = 0.0
     fenced: dict[str, int] = field(default_factory=dict)
 
 
 class Worker:
     def __init__(
-        self, me: Member, executor: StageExecutor | OracleExecutor, store: KvStore, send: Send
+        self,
+        me: Member,
+        executor: StageExecutor | OracleExecutor,
+        store: KvStore,
+        send: Send,
+        send_later: Send | None = None,
     ) -> None:
+        """`send_later`: for copies of KV, behind all else; as everything else if it is not given."""
         self.stats = WorkerStats()
         self.stages: dict[PipelineId, Stage] = {}
-        self.replicator = Replicator(store, executor.kv, send)
+        self.replicator = Replicator(store, executor.kv, send, send_later, executor.block_wire_bytes)
         self.topology: Topology | None = None  # the newest one applied
         self._newest: Topology | None = (
             None  # the newest one known: what is older than it need not be computed
@@ -100,38 +85,33 @@ class Worker:
         self._executor = executor
         self._store = store
         self._send = send
-        self._inbox: asyncio.Queue[Item] = asyncio.Queue()  # bounded by put()
+        self.compute = Compute(executor)
+        self._inbox = Inbox()
         self._deferred: list[Message] = []  # of an epoch that this node has not heard of yet
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="compute")
-        self.pace = Pace()
-        self.busy: tuple[float, int] | None = None  # since when a step computes, and its tokens
-        self._last = (1, 1.0)  # tokens of the last step, and the seconds that it took
 
     def put(self, item: Item) -> None:
         """Queue an item. A message over the bound is dropped and counted: its sender repeats it."""
         if isinstance(item, Topology):
             self._newest = item
-        elif self._inbox.qsize() >= INBOX_MAX:
+        if not self._inbox.put(item):
             self.stats.dropped_full += 1
-            return
-        self._inbox.put_nowait(item)
 
     async def run(self) -> None:
         handled = 0
         while True:
             await self._handle(await self._inbox.get())
             handled += 1
-            if self._inbox.empty() or handled % PUMP_EVERY == 0:
+            if not self._inbox or handled % PUMP_EVERY == 0:
                 self.replicator.pump(time.monotonic())
 
     def wake(self) -> None:
         """Called every tick. Copies wait for their turn like everything else: a block must not be read
         while a computation writes it."""
-        if self._inbox.empty():
+        if not self._inbox:
             self.put(Wake())
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.compute.close()
 
     # ------------------------------------------------------------------ dispatch
 
@@ -139,9 +119,8 @@ class Worker:
         match item:
             case Topology():
                 self._apply(item)
-                deferred, self._deferred = self._deferred, []
-                for message in deferred:
-                    await self._handle(message)
+                self._inbox.put_back(self._deferred)
+                self._deferred = []
             case LinkChanged(node):
                 self.replicator.link_changed(node)
             case Wake():
@@ -149,6 +128,8 @@ class Worker:
             case Message(peer, meta):
                 if self._admissible(item):
                     await self._handle_message(peer, meta, item)
+            case _:
+                assert_never(item)
 
     async def _handle_message(self, peer: Member, meta: Meta, message: Message) -> None:
         match meta:
@@ -163,14 +144,14 @@ class Worker:
             case KvQueryMeta():
                 self.replicator.answer_query(peer, meta)
             case KvDropMeta():
-                self.replicator.drop_copies(meta)
+                self.replicator.drop_copies(peer, meta)
             case _:
                 raise TypeError(f"{type(meta).__name__} is not the worker's")
 
     def _admissible(self, message: Message) -> bool:
         """Fencing: old epochs are dropped and counted, coming ones wait for the topology to arrive."""
         meta = message.meta
-        assert isinstance(meta, StepMeta | RejoinMeta | KvMeta | KvAckMeta | KvQueryMeta | KvDropMeta)
+        assert isinstance(meta, FENCED)
         pipeline = self.topology.pipeline(meta.pipeline) if self.topology is not None else None
         epoch = pipeline.epoch if pipeline is not None else -1
         if meta.fence.epoch > epoch:
@@ -183,12 +164,12 @@ class Worker:
         if meta.fence.epoch < max(epoch, newest.epoch if newest is not None else epoch):
             self._count_fenced(meta)
             return False
-        if isinstance(meta, StepMeta | RejoinMeta):
+        if isinstance(meta, OF_THE_STAGE):
             stage = self.stages.get(meta.pipeline)
             if stage is None or stage.stale(meta.fence):
                 self._count_fenced(meta)
                 return False
-        if isinstance(meta, KvMeta | KvQueryMeta) and not self._holds(pipeline):
+        if isinstance(meta, OF_THE_HOLDER) and not self._holds(pipeline):
             self._count_fenced(meta)
             return False
         return True
@@ -262,71 +243,63 @@ class Worker:
         self._to_scheduler(meta.pipeline, self.replicator.rejoin(stage, meta))
 
     async def _step(self, meta: StepMeta, message: Message) -> None:
+        messages = [message]
+        if meta.rows:
+            if (self._alone(meta) or len(self.stages) > 1) and self.compute.inline(step_tokens(meta)):
+                # First what the loop has ready: the tokens of the step before, as a first stage has time for them
+                # while the step is with the next one; and steps that have come and may join this one.
+                await asyncio.sleep(0)
+            others = self._inbox.take_company(meta, self._executor.light_tokens)
+            messages += filter(self._admissible, others)
+        works = [work for message in messages if (work := self._prepared(message)) is not None]
+        computed = [Computed()] * len(works)
+        if works and meta.rows:
+            computed = await self.compute.run(works)
+            self.stats.merged += len(works) - 1
+        for work, outcome in zip(works, computed, strict=True):
+            self._finish(work, outcome)
+        self.compute.account()
+        MOMENT.end()
+
+    def _alone(self, meta: StepMeta) -> bool:
+        """Whether the whole pipeline is this stage."""
+        stage = self.stages[meta.pipeline]
+        return stage.is_last and stage.index == 0
+
+    def _prepared(self, message: Message) -> Work | None:
+        """A step with its blocks; None: its scheduler has been told why it cannot run."""
+        meta = message.meta
+        assert isinstance(meta, StepMeta)
         stage = self.stages[meta.pipeline]
         prepared = stage.prepare(meta)
         self.replicator.freed(meta.pipeline, meta.frees)
         if isinstance(prepared, str):
             log.warning("step %d of %s: %s", meta.step, meta.pipeline, prepared)
-            self._to_scheduler(
-                meta.pipeline, StepFailedMeta(meta.pipeline, meta.fence, meta.step, stage.index, prepared)
-            )
+            self._fail(stage, meta, prepared)
+            return None
+        return Work(stage, prepared, message)
+
+    def _finish(self, work: Work, computed: Computed) -> None:
+        stage, meta = work.stage, work.step.meta
+        if computed.poisoned:
+            # The step is not committed, so no KV of it is ever valid or copied.
+            self.stats.poisoned += len(computed.poisoned)
+            self._fail(stage, meta, "numbers", self._me.node, computed.poisoned)
             return
-        output: Buffer = b""
-        drawn: Drawn | None = None
-        if meta.rows:
-            self.busy = (time.monotonic(), prepared.arrays.num_tokens)
-            output, drawn = await self._computed(stage, prepared, message)
-            if self._executor.rest_s > 0:
-                await asyncio.sleep(self._executor.rest_s)  # an emulated device is at work yet
-            self.busy = None
-            if rids := self._poisoned(prepared, output, drawn):
-                self._to_scheduler(
-                    meta.pipeline,
-                    StepFailedMeta(
-                        meta.pipeline, meta.fence, meta.step, stage.index, "numbers", self._me.node, rids
-                    ),
-                )
-                return
+        drawn = computed.drawn
         if stage.is_last:
             self._to_scheduler(meta.pipeline, self._result(meta, drawn))
         else:
-            self._forward(stage, meta, output)  # first of all: the next stage waits for it
-        filled = stage.commit(prepared, drawn.tokens if drawn is not None else None)
+            self._forward(stage, meta, computed.output)  # first of all: the next stage waits for it
+        filled = stage.commit(work.step, drawn.tokens if drawn is not None else None)
         self.stats.steps += 1
-        self.replicator.advanced(meta.pipeline, prepared.rows, filled)
-        if meta.rows:
-            self.pace.ran(prepared.arrays.num_tokens, int(prepared.arrays.context_lens.sum()), self._last[1])
+        self.replicator.advanced(meta.pipeline, work.step.rows, filled)
 
     def _result(self, meta: StepMeta, drawn: Drawn | None) -> ResultMeta:
         if drawn is None:
             return ResultMeta(meta.pipeline, meta.fence, meta.step, b"")
         details = tuple(Detail(row, logprob, drawn.top[row]) for row, logprob in drawn.logprobs.items())
         return ResultMeta(meta.pipeline, meta.fence, meta.step, drawn.tokens.astype("<i4").tobytes(), details)
-
-    async def _computed(self, stage: Stage, step: Prepared, message: Message) -> tuple[Buffer, Drawn | None]:
-        """On the loop if it is over soon: a thread costs two switches and waits for the interpreter, more than all the
-        rest of a step. What may take long has a thread, for heartbeats must go out."""
-        tokens, took = self._last
-        if took * max(1.0, step.arrays.num_tokens / tokens) < INLINE_S:
-            if stage.is_last:
-                # First what the loop has ready, the tokens of the step before: other stages have time for that while
-                # the step is with the next one.
-                await asyncio.sleep(0)
-            return self._compute(stage, step, message)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self._compute, stage, step, message)
-
-    def _poisoned(self, step: Prepared, output: Buffer, drawn: Drawn | None) -> tuple[int, ...]:
-        """Requests whose numbers are not finite after this stage. What came was: who sees otherwise sends nothing on.
-
-        Their step is not committed, so no KV of it is ever valid or copied."""
-        rids: tuple[int, ...] = ()
-        if drawn is not None and drawn.poisoned:
-            rids = tuple(step.rows.sample_rids[list(drawn.poisoned)].tolist())
-        elif output and self._executor.suspect and len(bad := nonfinite_rows(np.asarray(output))):
-            rids = tuple(dict.fromkeys(np.repeat(step.rows.rids, step.rows.counts)[bad].tolist()))
-        self.stats.poisoned += len(rids)
-        return rids
 
     def _forward(self, stage: Stage, meta: StepMeta, output: Buffer) -> None:
         pipeline = self.topology.pipeline(meta.pipeline) if self.topology is not None else None
@@ -336,25 +309,16 @@ class Worker:
         if successor == self._me:
             raise RuntimeError("two stages of one pipeline on one node")
         if not self._send(successor, meta, output):
-            failed = StepFailedMeta(meta.pipeline, meta.fence, meta.step, stage.index, "link")
-            self._to_scheduler(meta.pipeline, failed)
+            self._fail(stage, meta, "link")
+
+    def _fail(
+        self, stage: Stage, meta: StepMeta, reason: str, node: str = "", rids: tuple[int, ...] = ()
+    ) -> None:
+        failed = StepFailedMeta(meta.pipeline, meta.fence, meta.step, stage.index, reason, node, rids)
+        self._to_scheduler(meta.pipeline, failed)
 
     def _to_scheduler(self, pipeline_id: PipelineId, meta: Meta) -> None:
         pipeline = self.topology.pipeline(pipeline_id) if self.topology is not None else None
         scheduler = pipeline.scheduler if pipeline is not None else None
         if scheduler is not None:
             self._send(scheduler, meta, b"")
-
-    def _compute(self, stage: Stage, step: Prepared, message: Message) -> tuple[Buffer, Drawn | None]:
-        """One stage's forward pass, and on the last stage the next tokens."""
-        started = time.monotonic()
-        tokens = np.array(message.tokens, np.int64) if stage.index == 0 else None
-        hidden = message.payload if stage.index > 0 else None
-        output = self._executor.forward(tokens, hidden, step.arrays, step.rows.sample_rows)
-        drawn = None
-        if stage.sampling is not None and len(step.slots):
-            drawn = stage.sampling.sample(output.astype(np.float32, copy=False), step.slots)
-        took = time.monotonic() - started
-        self.stats.compute_s += took
-        self._last = (step.arrays.num_tokens, took)
-        return (b"" if stage.is_last else output.data), drawn

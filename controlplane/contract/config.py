@@ -27,6 +27,13 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "exact"  # exact: ours, equal bits on every path; xformers: GPUs only
     )
     microbatches: int = 0  # in flight, per pipeline; 0: as many as stages can compute at the same time
+    # Decodes that cost a stage hardly more than one does: so many share a microbatch. 0: 4 on a CPU, 64 on a GPU.
+    microbatch_rows: int = 0
+
+    @property
+    def rows_min(self) -> int:
+        """Rows that are not split over two microbatches."""
+        return self.microbatch_rows or (64 if self.device == "cuda" else 4)
 
 
 class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

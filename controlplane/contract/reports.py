@@ -23,6 +23,9 @@ class TargetReport(msgspec.Struct, frozen=True):
 
     target: Member
     lag_tokens: int  # written here, not acknowledged there (whole blocks, unless the pipeline is quiescing)
+    behind_s: float = (
+        0.0  # as long as that takes at the rate of the last half second; also when it cannot be told
+    )
 
 
 class StepTimes(msgspec.Struct, frozen=True, array_like=True):
@@ -81,8 +84,8 @@ class NodeReport(msgspec.Struct, frozen=True):
     usual_s: float = 0.0  # how long one of its size usually takes here; 0: unknown
     poisoned: int = 0  # requests whose numbers were finite when they came and not when they left
     times: tuple[StepTimes, ...] = ()
-    ticks: int = 0  # of a timer since start ...
-    ticks_late: int = 0  # ... and those that came late: a process that does not get to run
+    timed_s: float = 0.0  # how long a timer has run since start, again and again ...
+    overdue_s: float = 0.0  # ... and of that was overdue, its loop not computing: it does not get to run
     topology_counter: int = 0  # the newest topology this node has acted on
     leaving: bool = False  # the process is about to exit on purpose
     counters: dict[str, int] = {}  # monotonic; exported by the controllers as Prometheus counters

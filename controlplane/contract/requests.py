@@ -89,6 +89,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
 class RefusalCode(StrEnum):
     OVERLOADED = "overloaded"  # try another pipeline or later
     NOT_HERE = "not_here"  # this member does not run that pipeline's scheduler (any more, or yet)
+    DROPPED = "dropped"  # it ran here, but this member's scheduler of that pipeline is no more
     POISONED = "poisoned"  # its numbers became non-finite on `node`: that node's fault, or its own
     INVALID = "invalid"  # can never run here (too long for the pool)
     SUPERSEDED = "superseded"  # its client reads it through another connection now

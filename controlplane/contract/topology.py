@@ -87,7 +87,10 @@ class Topology(msgspec.Struct, frozen=True):
     paused: bool = False  # automation is off: nothing is planned until it is resumed
 
     def pipeline(self, pipeline_id: PipelineId) -> Pipeline | None:
-        return next((p for p in self.pipelines if p.id == pipeline_id), None)
+        for pipeline in self.pipelines:  # several times a step, and a generator is slower
+            if pipeline.id == pipeline_id:
+                return pipeline
+        return None
 
     def serving(self, node: NodeId) -> list[tuple[PipelineId, int]]:
         """Every (pipeline, stage) that any incarnation of `node` serves."""

@@ -17,7 +17,8 @@ from controlplane.contract.reports import NodeReport
 from controlplane.core.pace import EVERY_S, Paces, Slowness
 
 SLOW_NO_MORE = 0.5  # degree of slowness, on probation
-SLOW_FOR_S = 0.8  # more time slow than not
+SLOW_FOR_S = 0.8  # more time slow than not ...
+SLOW_SURELY = 2.0  # ... of which what is this many times over the limit counts so many times
 STUCK = 20.0  # times as long as such a computation usually takes
 POISON_WINDOW_S = 10.0
 PROBATION_S = 10.0  # doubled by each relapse ...
@@ -82,8 +83,10 @@ class Conduct:
             while figures.poisonings and now - figures.poisonings[0][0] > POISON_WINDOW_S:
                 figures.poisonings.popleft()
             on_probation = self.probation(member.node, now) is not None
-            slow = figures.slowness.degree >= (SLOW_NO_MORE if on_probation else 1.0)
-            figures.slow_s = min(max(figures.slow_s + (passed_s if slow else -passed_s), 0.0), SLOW_FOR_S)
+            degree = figures.slowness.degree
+            slow = degree >= (SLOW_NO_MORE if on_probation else 1.0)
+            weighs_s = passed_s * min(max(degree, 1.0), SLOW_SURELY) if slow else -passed_s
+            figures.slow_s = min(max(figures.slow_s + weighs_s, 0.0), SLOW_FOR_S)
             if figures.slow_s >= SLOW_FOR_S:
                 self.put_on_probation(member.node, str(figures.slowness), now)
 

@@ -210,7 +210,8 @@ class Controller:
 
     def _observe(self, effects: list[Effect]) -> None:
         topology = self._topology.value
-        stalled = {} if topology is None else self._nodes().stalled(topology)
+        # Reports say who stalls: the views of nodes, which take longer to make, are for decisions.
+        stalled = {} if topology is None else Nodes({}, reports=self._members.reports).stalled(topology)
         for verdict in self._detector.evaluate(self._now, stalled):
             if (
                 verdict.known or verdict.after is not NodeState.GREEN

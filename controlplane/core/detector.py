@@ -17,7 +17,7 @@ from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.reports import LinkReport, NodeReport
 from controlplane.contract.status import NodeState
 from controlplane.core.conduct import Conduct
-from controlplane.core.evidence import Evidence, fault, judge
+from controlplane.core.evidence import Evidence, fault, judge, severed
 from controlplane.core.phi import Arrivals
 
 GAP_S = 0.1  # ticks come every 50 ms: in a longer gap between two events this process did not get to run
@@ -67,6 +67,7 @@ class _Links:
     down: str = ""
     silent_s: float = 0.0
     heard: bool = False
+    cut_off: str = ""
 
 
 @dataclass(slots=True)
@@ -143,8 +144,9 @@ class Detector:
             stalled_s = stalled.get(member, 0.0)
             evidence = self._evidence(member, watched, links.get(member, _Links()), stalled_s, deaf, now)
             state, why = judge(evidence, self.timing)
-            if state is NodeState.RED and fault(evidence, self.timing) == why:
-                watched.faulty = True
+            defect, cut = fault(evidence, self.timing), severed(evidence, self.timing)
+            if state is NodeState.RED and why in (defect, cut):
+                watched.faulty = watched.faulty or why == defect  # behind a cut its process is sound
                 self.conduct.put_on_probation(member.node, why, now)
             watched.demoted = False
             if watched.state is NodeState.RED and state is not NodeState.RED:
@@ -208,24 +210,33 @@ class Detector:
             watched = self._watched[member] = _Watched(since=now, arrivals=arrivals)
         return watched
 
+    def _speaks(self, member: Member, now: float) -> bool:
+        """Whether it is alive and was heard lately."""
+        watched = self._watched[member]
+        if watched.state is NodeState.RED or watched.heard is None or watched.broken:
+            return False
+        return now - watched.heard < self.timing.suspect_after_s
+
     def _neighbours(self, now: float) -> dict[Member, _Links]:
         """What members that are alive and were heard lately say of their neighbours."""
         said: dict[Member, _Links] = {}
         for reporter, watched in self._watched.items():
-            if watched.state is NodeState.RED or watched.heard is None or watched.broken:
-                continue
-            age_s = now - watched.heard
-            if age_s >= self.timing.suspect_after_s:
+            if watched.heard is None or not self._speaks(reporter, now):
                 continue
             for link in watched.links:
                 if link.peer == reporter or link.peer not in self._watched:
                     continue
                 about = said.setdefault(link.peer, _Links())
+                silent_s = link.silent_s + now - watched.heard
                 if not link.up:
                     about.down = about.down or link.reason or f"says {reporter.node}"
                 elif link.silent_s > 0.0:  # 0: it is not expected to speak, which is no sign of life
-                    about.silent_s = max(about.silent_s, link.silent_s + age_s)
-                    about.heard |= link.silent_s + age_s < self.timing.dead_after_s
+                    about.silent_s = max(about.silent_s, silent_s)
+                    about.heard |= silent_s < self.timing.dead_after_s
+                if (not link.up or silent_s >= self.timing.dead_after_s) and self._speaks(link.peer, now):
+                    # Which of the two is deaf, or mute, cannot be told: either may be the one to go.
+                    about.cut_off = reporter.node
+                    said.setdefault(reporter, _Links()).cut_off = link.peer.node
         return said
 
     def _evidence(
@@ -242,6 +253,7 @@ class Detector:
             link_down=links.down,
             link_silent_s=links.silent_s,
             neighbour_hears=links.heard,
+            cut_off=links.cut_off,
             stalled_s=stalled_s,
             deaf=deaf,
             superseded=watched.superseded,

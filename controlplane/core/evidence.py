@@ -25,6 +25,7 @@ class Evidence:
     link_down: str = ""  # why a living neighbour says that its link to it is down
     link_silent_s: float = 0.0  # longest silence that a living neighbour expected to be filled
     neighbour_hears: bool = False  # a living neighbour heard it within dead_after_s
+    cut_off: str = ""  # both are heard here, and yet nothing passes between it and this neighbour
     stalled_s: float = 0.0  # a pipeline's oldest step waits for it
     superseded: bool = False  # a newer process of the same node has registered
     leaving: bool = False  # it said that it is about to exit
@@ -49,7 +50,7 @@ def judge(e: Evidence, timing: TimingConfig) -> tuple[NodeState, str]:
     if e.broken and e.link_down:
         return red, f"report stream broken and link down ({e.link_down})"
     if e.heard_ever and not e.broken and not silent:
-        if why := fault(e, timing):
+        if why := fault(e, timing) or severed(e, timing):
             return red, why
         if e.stalled_s >= timing.dead_after_s or e.stuck_s:
             return yellow, f"its step has not ended for {max(e.stalled_s, e.stuck_s):.1f} s"
@@ -87,6 +88,13 @@ def fault(e: Evidence, timing: TimingConfig) -> str:
         return f"answers, but its step has not ended for {e.stalled_s:.0f} s"
     if e.poisoned >= POISONED_MIN and not e.peers_poisoned:
         return f"the numbers of {e.poisoned} requests ceased to be finite here, and nowhere else"
+    return ""
+
+
+def severed(e: Evidence, timing: TimingConfig) -> str:
+    """Why a sound process cannot serve where it does: a link that its pipeline needs is broken. Or nothing."""
+    if e.cut_off and e.stalled_s >= timing.dead_after_s:
+        return f"heard here, but nothing passes between it and {e.cut_off}, and its pipeline waits for it"
     return ""
 
 

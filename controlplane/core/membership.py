@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import Member, NodeId, PipelineId
 from controlplane.contract.records import NodeRecord
-from controlplane.contract.reports import NodeReport, PipelineReport
+from controlplane.contract.reports import NodeReport, PipelineReport, TargetReport
 from controlplane.contract.status import NodeState
 from controlplane.contract.topology import Pipeline, Topology
 from controlplane.core.detector import Detector
@@ -68,12 +68,17 @@ class Nodes:
         report = self.reports.get(member) if member is not None else None
         return -1 if report is None else report.topology_counter
 
-    def lag(self, pipeline: Pipeline, stage: int, target: Member) -> int | None:
-        """Tokens that `target` is behind the stage's serving member, by the last report; None: unknown."""
+    def target(self, pipeline: Pipeline, stage: int, target: Member) -> TargetReport | None:
+        """How far `target` is behind the stage's serving member, by the last report; None: unknown."""
         report = self.report(pipeline.stages[stage].leader, pipeline.id, stage)
         if report is None or report.epoch != pipeline.epoch:
             return None
-        return next((t.lag_tokens for t in report.targets if t.target == target), None)
+        return next((t for t in report.targets if t.target == target), None)
+
+    def lag(self, pipeline: Pipeline, stage: int, target: Member) -> int | None:
+        """The same in tokens."""
+        found = self.target(pipeline, stage, target)
+        return None if found is None else found.lag_tokens
 
     def load(self, pipeline: Pipeline) -> int:
         """Requests running, by the scheduler's last report; also a dead scheduler's."""

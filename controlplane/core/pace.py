@@ -1,9 +1,10 @@
 """How slow each member is, compared with its peers of the same stage, with its own past, and with everybody.
 
-Two things show it. Computations take longer: only steps of one size are compared, by the clock. And timers come late:
-who does not get to run (a throttled or overcommitted processor) finishes a short step in the slice that it woke up
-for, and what it sleeps through is seen nowhere else. What slows all machines down alike (they may share a host) is
-nobody's fault.
+Two things show it. Computations take longer: only steps of one size are compared, by the clock. And timers are
+overdue: who does not get to run (a throttled or overcommitted processor) finishes a short step in the slice that it
+woke up for, and what it sleeps through is seen nowhere else. How long they are overdue counts, not how often: on a
+machine that is merely busy many timers come a little late. What slows all machines down alike (they may share a host)
+is nobody's fault.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from controlplane.contract.reports import NodeReport
 WINDOW_S = 0.5  # what "now" means: who once lost its core for a moment is soon cleared
 EVERY_S = 0.2  # between two comparisons
 MARKS_MAX = 256
-TICKS_MIN = 4  # fewer in a window say nothing
+TIMED_MIN_S = 0.2  # less in a window says nothing
 PAST_S = 60.0  # what is older was another time ...
 FRESH_S = 5.0  # ... and at peers it is another time sooner
 # Added to both sides of a comparison: a few steps that lost their core weigh little, a node that is busy with being
@@ -29,10 +30,8 @@ LEARN = 0.05  # share of a window in what the past is taken to be
 LEARN_BELOW = 2.0  # a window this much slower than usual is not what is usual
 
 SLOW = 4.0  # times as long for the same steps ...
-SLOW_BESIDE = 10.0  # ... and more on a machine on which all timers come late: there times say less
-LATE = 0.35  # share of ticks ...
-LATE_BESIDE = 3.0  # ... and times the others', who
-LATE_FREE = 0.05  # are granted a few
+SLOW_BESIDE = 20.0  # ... and more on a machine on which all timers are late: there times say less
+LATE = 0.35  # share of time in which a timer is overdue, beyond the others'
 
 Totals = dict[int, tuple[int, float]]  # size -> steps, seconds
 
@@ -40,25 +39,25 @@ Totals = dict[int, tuple[int, float]]  # size -> steps, seconds
 @dataclass(frozen=True, slots=True)
 class Slowness:
     slower: float = 0.0  # times, for the same computations; 0: unknown, or it does not compute
-    late: float = 0.0  # share of its ticks
+    late: float = 0.0  # share of the time in which its timer was overdue
     others_late: float = 0.0
 
     @property
     def degree(self) -> float:
         """1 and above is slow."""
-        late = self.late / max(LATE, LATE_BESIDE * (self.others_late + LATE_FREE))
+        late = self.late / (LATE + self.others_late)
         return max(self.slower / (SLOW * (1.0 + SLOW_BESIDE * self.others_late)), late)
 
     def __str__(self) -> str:
-        late = f"its timers come late {self.late:.0%} of the time, others' {self.others_late:.0%}"
+        late = f"its timers are overdue {self.late:.0%} of the time, others' {self.others_late:.0%}"
         return f"{self.slower:.1f} times slower than its peers, {late}" if self.slower >= SLOW else late
 
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
     at: float
-    ticks: int
-    ticks_late: int
+    timed_s: float
+    overdue_s: float
     totals: Totals
 
 
@@ -67,7 +66,7 @@ class _Runner:
     stage: int = -1
     # A report each, oldest first.
     marks: deque[_Mark] = field(default_factory=lambda: deque(maxlen=MARKS_MAX))
-    late: float = 0.0  # share of its ticks of late
+    late: float = 0.0  # share of the window in which its timer was overdue
     step: tuple[float, float] = (0.0, 0.0)  # age of the one under way, and how long such a step usually takes
     window: Totals = field(default_factory=dict)  # what ran lately
     # Of each size: what a step usually takes, and when that was learnt.
@@ -79,8 +78,8 @@ class _Runner:
         first, last = self.marks[0], self.marks[-1]
         if last.at <= now - WINDOW_S:
             first, self.step = last, (0.0, 0.0)  # it is silent: that is not for us to judge
-        ticks = last.ticks - first.ticks
-        self.late = (last.ticks_late - first.ticks_late) / ticks if ticks >= TICKS_MIN else 0.0
+        timed_s = last.timed_s - first.timed_s
+        self.late = (last.overdue_s - first.overdue_s) / timed_s if timed_s >= TIMED_MIN_S else 0.0
         self.window = {}
         for size, (steps, busy_s) in last.totals.items():
             before, before_s = first.totals.get(size, (0, 0.0))
@@ -128,7 +127,7 @@ class Paces:
             runner.stage = report.pipelines[0].stage
         runner.step = (report.busy_s, report.usual_s)
         totals = {t.size: (t.steps, t.busy_us / 1e6) for t in report.times}
-        runner.marks.append(_Mark(now, report.ticks, report.ticks_late, totals))
+        runner.marks.append(_Mark(now, report.timed_s, report.overdue_s, totals))
 
     def forget(self, member: Member) -> None:
         self._runners.pop(member, None)

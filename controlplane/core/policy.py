@@ -26,7 +26,9 @@ class Limits:
     bar_s: float = 30.0  # ... and not tried again for so long
     backoff_s: float = 1.0  # pause before the second attempt to quiesce, doubled each time
     backoff_max_s: float = 30.0
-    lag_blocks: int = 2  # blocks a running request that a copy may be behind when the switch begins
+    # How far behind a copy may be when the switch begins: blocks a running request, and seconds of copying.
+    lag_blocks: int = 2
+    behind_s: float = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +113,9 @@ class Situation:
 
     def near(self, pipeline: Pipeline, stage: int, copy: Member) -> bool:
         """Whether a copy is so close behind that the rest fits into a short pause."""
-        lag = self.nodes.lag(pipeline, stage, copy)
-        room = (
-            self.policy.limits.lag_blocks * self.policy.config.engine.block_size * self.nodes.load(pipeline)
-        )
-        return lag is not None and lag <= room
+        limits = self.policy.limits
+        target = self.nodes.target(pipeline, stage, copy)
+        if target is None or target.behind_s > limits.behind_s:
+            return False
+        room = limits.lag_blocks * self.policy.config.engine.block_size * self.nodes.load(pipeline)
+        return target.lag_tokens <= room

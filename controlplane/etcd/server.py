@@ -1,4 +1,4 @@
-"""Find an etcd binary and build its command line: for `kfadmin up` and for tests, on loopback only."""
+"""Find an etcd binary and build its command line: for `kfadmin up` and for tests, on loopback if not told otherwise."""
 
 from __future__ import annotations
 
@@ -87,6 +87,7 @@ def etcd_command(
     peer_port: int,
     *,
     members: Mapping[str, int] | None = None,
+    hosts: Mapping[str, str] | None = None,
     token: str = "kevlarflow",
     version: tuple[int, int, int] | None = None,
     heartbeat_ms: int = 100,
@@ -95,13 +96,15 @@ def etcd_command(
     """The command line of one member.
 
     `members`: peer port by name of every member of the cluster, this one included (default: only this one).
+    `hosts`: address by name of members that are not on loopback; etcd neither encrypts nor asks who calls there.
     `version`: saves asking the binary. With the default election time a lease lives at least 2 s.
     """
     peers = {name: peer_port} if members is None else dict(members)
     if peers.get(name) != peer_port:
         raise ValueError(f"members {peers} does not have {name} at peer port {peer_port}")
-    client, peer = f"http://{HOST}:{client_port}", f"http://{HOST}:{peer_port}"
-    initial = ",".join(f"{member}=http://{HOST}:{port}" for member, port in peers.items())
+    where = {member: (hosts or {}).get(member, HOST) for member in peers}
+    client, peer = f"http://{where[name]}:{client_port}", f"http://{where[name]}:{peer_port}"
+    initial = ",".join(f"{member}=http://{where[member]}:{port}" for member, port in peers.items())
     return [
         str(binary),
         f"--name={name}",

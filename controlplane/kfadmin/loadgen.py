@@ -124,11 +124,12 @@ class LoadGenerator:
     api_key: str
     model: str
     others: tuple[str, ...] = ()
+    read_timeout_s: float = READ_TIMEOUT_S  # a gateway that is silent for so long is as good as gone
 
     def client(self) -> httpx.AsyncClient:
         """A client with room for many streams; use it as a context manager, in one event loop."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=5.0)
+        timeout = httpx.Timeout(self.read_timeout_s, connect=5.0)
         headers = {"authorization": f"Bearer {self.api_key}"}
         return httpx.AsyncClient(
             base_url=self.url, headers=headers, limits=limits, timeout=timeout, trust_env=False

@@ -99,7 +99,8 @@ class LocalCluster:
             direct = {name: "127.0.0.1,localhost,::1" for name in ("no_proxy", "NO_PROXY")}
             self._supervisor = Supervisor(self.run_dir, restart=self._supervise, env=direct)
             self._start_etcd()
-            self._start_rest()
+            self._start_rest()  # at once: what the others import takes longer than etcd does, and they wait for it
+            self._wait_etcd(time.monotonic() + ETCD_LIMIT_S)
             self._wait_ready(time.monotonic() + self._start_limit_s)
         except BaseException:  # Ctrl-C as well: leave nothing behind
             self.stop()
@@ -149,10 +150,6 @@ class LocalCluster:
                 binary, name, data, self._ports[name], members[name], members=members, version=version
             )
             self._children.start(name, command)
-        deadline = time.monotonic() + ETCD_LIMIT_S
-        for name in names:
-            url = f"http://127.0.0.1:{self._ports[name]}/health"
-            self._wait_answer(url, deadline, name)
 
     def _start_rest(self) -> None:
         self._progress("starting controllers, gateway and nodes")
@@ -170,6 +167,11 @@ class LocalCluster:
             )
 
     # ---- waiting until it is ready
+
+    def _wait_etcd(self, deadline: float) -> None:
+        for number in range(self._etcd_members):
+            name = f"etcd{number}"
+            self._wait_answer(f"http://127.0.0.1:{self._ports[name]}/health", deadline, name)
 
     def _wait_ready(self, deadline: float) -> None:
         first = self._controllers[0]

@@ -82,6 +82,9 @@ cdef enum:
     RING_BYTES = 1 << 20
     # The receiver copies one chunk out while the sender copies the next one in.
     CHUNK_BYTES = 256 << 10
+    # Less is not given back at once: a credit wakes the peer, which has something better to do. What is kept back
+    # must leave room for a chunk, or the peer would wait for it for ever.
+    CREDIT_MIN = 256 << 10
 
 
 cdef struct Record:

@@ -124,7 +124,7 @@ cdef class Outbox:
             out = self._first
             if self._control_sent == self._control_length:
                 self._control_sent = self._control_length = 0
-                if self.credit_due > 0 and (out == NULL or out.by_ring or out.head_sent == 0):
+                if self.credit_due >= CREDIT_MIN and (out == NULL or out.by_ring or out.head_sent == 0):
                     self._append(CREDIT, self.credit_due)
                     self.credit_due = 0
                 elif out == NULL:

@@ -17,7 +17,7 @@ from libc.string cimport memcpy, memmove, memset, strerror
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from .outbox cimport (
-    CHUNK, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CREDIT, F_GET_SEALS, F_SEAL_SHRINK, HEADER_MAX, MAGIC,
+    CHUNK, CMSG_DATA, CMSG_FIRSTHDR, CMSG_LEN, CREDIT, CREDIT_MIN, F_GET_SEALS, F_SEAL_SHRINK, HEADER_MAX, MAGIC,
     MAP_FAILED, MAP_SHARED, MESSAGE, MSG_CMSG_CLOEXEC, MSG_DONTWAIT, PROT_READ, RING, RING_BYTES, RINGED,
     RINGED_MIN, SCM_RIGHTS, SOL_SOCKET, Outbox, Record, close_fd, cmsghdr, fcntl, fstat, iovec, mmap, msghdr,
     munmap, recvmsg, struct_stat)
@@ -111,7 +111,7 @@ cdef class Stream:
         cdef size_t wanted = 0
         while True:
             self._parse()
-            if self._outbox.credit_due > 0:
+            if self._outbox.credit_due >= CREDIT_MIN:
                 self._flush()
             if not self.open:
                 return 0

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from controlplane.contract.config import EngineConfig
 from dataplane.core.request import Phase, Request
 
-# A step of so few rows costs what a step of one row costs, the time to read the weights: it is not split.
-ROWS_MIN = 4
-# Tokens of prompts. A chunk this long computes more than it reads, so to halve a longer one costs little.
-CHUNK_MIN = 64
+# Tokens of a prompt, for each row that a step takes before rows cost time: a chunk this long computes more than it
+# reads, so to halve a longer one costs little.
+CHUNK_ROWS = 16
 
 Chunk = tuple[Request, int]  # that many tokens of a request, from `issued` on
 
@@ -29,6 +28,7 @@ class Limits:
     context_len: int  # tokens, prompt and output
     orphan_grace_s: float
     vocab_size: int = 1 << 31  # token ids are below it
+    rows_min: int = 4  # a step of so few rows costs what a step of one row costs: it is not split
 
     @classmethod
     def from_config(
@@ -42,10 +42,17 @@ class Limits:
             context_len,
             orphan_grace_s,
             vocab_size,
+            engine.rows_min,
         )
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
+
+
+def _even(tokens: int, most: int) -> int:
+    """Tokens of a chunk, at most `most`, so that all chunks are of one size: the last one, however short, follows the
+    others through the stages at their pace, so what they have more than it is waited for."""
+    return most if tokens <= most else -(-tokens // -(-tokens // most))
 
 
 class Batcher:
@@ -63,6 +70,10 @@ class Batcher:
     def max_waiting(self) -> int:
         """Requests that may queue: as long in time as when nobody else's work is done on its nodes."""
         return max(1, self.limits.max_waiting // self.shared)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queued)
 
     def enqueue(self, request: Request) -> None:
         self._release(request)
@@ -99,8 +110,9 @@ class Batcher:
     def next_rows(self, admit: bool, in_flight: int) -> tuple[list[Chunk], list[Request]]:
         """Rows for the next step, and the requests preempted to make room.
 
-        Decodes and chunks of prompts share a step. Each microbatch takes its share of both, so that all who can
-        compute have work; there are no more microbatches than their rows are worth.
+        Decodes and chunks of prompts share a step. Decodes are spread over no more microbatches than their rows are
+        worth: few wait for the others to come back, and go on with them. Neither a prompt nor most of the decodes wait
+        for anybody while one more microbatch can compute.
         """
         decodes: list[Request] = []
         prompts: list[Request] = []
@@ -109,12 +121,12 @@ class Batcher:
             if left > 0:
                 (decodes if left == 1 else prompts).append(request)
         new = admit and bool(self._queued)
-        worth = self.microbatches
-        if not prompts and not new:
-            worth = min(worth, -(-len(self.running) // ROWS_MIN))
+        worth = min(self.microbatches, max(1, -(-len(self.running) // self.limits.rows_min)))
+        at_once = bool(prompts) or new or 2 * len(decodes) > len(self.running)
+        most = self.microbatches if at_once else worth
         rows: list[Chunk] = []
         preempted: list[Request] = []
-        if in_flight >= worth:
+        if in_flight >= most:
             return rows, preempted
         # Decodes first: they are one row each, and somebody reads along.
         share = -(-(len(self.running) - len(prompts)) // worth)
@@ -123,8 +135,8 @@ class Batcher:
         pending = sum(r.total - r.issued for r in prompts) + (
             sum(r.total for r in self._queued.values()) if new else 0
         )
-        chunk = max(CHUNK_MIN, -(-pending // (worth - in_flight)))
-        budget = min(self.limits.max_batch_tokens - len(rows), chunk)
+        chunk = max(CHUNK_ROWS * self.limits.rows_min, -(-pending // (most - in_flight)))
+        budget = _even(pending, min(self.limits.max_batch_tokens - len(rows), chunk))
         for request in prompts:
             budget -= self._take(request, budget, rows, preempted)
         if new and not preempted:

@@ -40,6 +40,7 @@ class KvStore:
         )  # served: rid -> row of the table
         self.replicas: OrderedDict[Key, Replica] = OrderedDict()
         self.replicas_evicted = 0
+        self.evicted: list[Key] = []  # whose sources do not know yet: for the replicator to take
         self.checksum_failures = 0
         self._free = list(range(num_blocks - 1, -1, -1))
         self._rows_left = max_rows
@@ -196,8 +197,9 @@ class KvStore:
         return len(self._free) >= goal
 
     def _evict(self) -> None:
-        _, copy = self.replicas.popitem(last=False)
+        key, copy = self.replicas.popitem(last=False)
         self.replicas_evicted += 1
+        self.evicted.append(key)
         self._give_back(copy.row)
 
     def _new_row(self) -> int:

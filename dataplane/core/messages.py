@@ -30,6 +30,11 @@ def pack_rows(rows: Sequence[Row]) -> bytes:
     return np.array(rows, "<i8").reshape(-1, len(ROW_FIELDS)).T.tobytes()
 
 
+def step_tokens(meta: StepMeta) -> int:
+    """How many tokens a step computes."""
+    return int(np.frombuffer(meta.rows, "<i8").reshape(len(ROW_FIELDS), -1)[ROW_FIELDS.index("count")].sum())
+
+
 class Admit(msgspec.Struct, frozen=True, array_like=True):
     """What the last stage needs to sample: sent before a request's first row after every change of fence."""
 
@@ -139,6 +144,8 @@ class KvQueryMeta(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
 
 class KvDropMeta(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    """The holder is to drop its copies of these; it acknowledges that nothing is left of them."""
+
     pipeline: PipelineId
     fence: Fence
     rids: tuple[int, ...]

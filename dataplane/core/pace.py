@@ -1,10 +1,26 @@
-"""How long the steps of a node take, by their size: what controllers compare between nodes."""
+"""What controllers compare between nodes: how long steps take, by their size, and how long timers are overdue."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from controlplane.contract.reports import StepTimes
+
+PAUSE_MAX_S = 0.25  # one long pause is silence, which is judged for itself: it counts for no more than this
+
+
+@dataclass(slots=True)
+class Timeliness:
+    """Totals since start of a timer that is set again and again."""
+
+    timed_s: float = 0.0
+    overdue_s: float = 0.0  # of that, past its time and its loop not computing: it did not get to run
+
+    def rang(self, set_for_s: float, took_s: float, computed_s: float) -> None:
+        """`took_s`: by the clock; `computed_s`: processor time of the loop's thread meanwhile. What the loop itself
+        does is no sign of a processor that it does not get."""
+        self.timed_s += took_s
+        self.overdue_s += min(max(took_s - set_for_s - computed_s, 0.0), PAUSE_MAX_S)
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Where a pipeline resumes: for each request, the least that any of its stages still holds."""
+"""Where a pipeline resumes: for each request, the least that any of its stages still holds. And how long it took."""
 
 from __future__ import annotations
 
@@ -43,3 +43,45 @@ class RecoveryTiming:
     requests: int
     tokens_recomputed: int
     planned: bool
+
+
+@dataclass(slots=True)
+class Recovery:
+    """The one under way: what has been reached of it, and when."""
+
+    epoch: int
+    planned: bool
+    seen: float
+    connected: float = 0.0
+    restored: float = 0.0
+    requests: int = 0
+    tokens_recomputed: int = 0
+
+    def answered(self, now: float) -> None:
+        """Every stage has said what it holds."""
+        self.connected = self.connected or now
+
+    def resumed(self, recomputed: int) -> None:
+        self.requests += 1
+        self.tokens_recomputed += recomputed
+
+    def issued(self, now: float) -> bool:
+        """Rows go to the stages. False: nobody was interrupted, so there is nothing to tell."""
+        if self.connected and not self.restored:
+            self.restored = now
+        return not self.restored or self.requests > 0
+
+    def delivered(self, now: float) -> RecoveryTiming | None:
+        """Tokens go to their readers; None: not yet the first after the recovery."""
+        if not self.restored:
+            return None
+        return RecoveryTiming(
+            self.epoch,
+            self.seen,
+            self.connected,
+            self.restored,
+            now,
+            self.requests,
+            self.tokens_recomputed,
+            self.planned,
+        )

@@ -6,6 +6,7 @@ pipeline is quiesced for a move the part-filled ones are copied too, so that not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ WINDOW_BLOCKS = 64  # sent and not acknowledged
 COPY_EVERY_S = 0.05  # blocks go in company: to wake a holder for each of them costs more than the copying
 ANSWER_LIMIT_S = 2.0  # without an acknowledgement: ask again what the holder has
 REFUSED_PAUSE_S = 0.5
+RATE_OVER_S = 0.5  # acknowledged tokens are counted for so long to tell how fast copying goes
+BEHIND_MAX_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +50,20 @@ class ReplicaSource:
         self._progress: dict[int, _Progress] = {}
         self._dirty: dict[int, None] = {}  # requests with something to send, oldest first
         self._unacked: set[int] = set()
+        self._counted = 0  # tokens acknowledged since `_counted_since`
+        self._counted_since = -math.inf
+        self._rate = 0.0  # tokens/s
         self._dropped: set[int] = set()  # freed while a question was open: the answer may still name them
+        # Freed, and not yet gone there for all we know: since when, oldest first.
+        self._leaving: dict[int, float] = {}
+        self._now = 0.0  # of the last `must_ask`, which comes with every turn
 
     def must_ask(self, now: float) -> bool:
-        """Whether to send a query now: at first, and again when the holder has been silent too long."""
-        if self.known and self._unacked and now - self._heard_at > ANSWER_LIMIT_S:
+        """Whether to send a query now: at first, and again when the holder owes an answer for too long."""
+        self._now = now
+        silent = bool(self._unacked) and now - self._heard_at > ANSWER_LIMIT_S
+        left = next(iter(self._leaving.values()), now)
+        if self.known and (silent or now - left > ANSWER_LIMIT_S):
             self.known = False
         if self.known or (self._asked_at is not None and now - self._asked_at < ANSWER_LIMIT_S):
             return False
@@ -63,13 +75,17 @@ class ReplicaSource:
         self.known = False
         self._asked_at = None
         self._dropped.clear()
+        self._leaving.clear()  # the answer names what is left
 
     def wrote(self, rids: Iterable[int]) -> None:
         """The requests have KV here that the holder may lack."""
         self._dirty.update(dict.fromkeys(rids))
 
     def freed(self, rids: Iterable[int]) -> None:
+        """The holder is being told to drop them. That may be lost like all else: it says when they are gone."""
         for rid in rids:
+            self._leaving.pop(rid, None)
+            self._leaving[rid] = self._now
             if not self.known and self._asked_at is not None:
                 self._dropped.add(rid)
             self._progress.pop(rid, None)
@@ -94,6 +110,7 @@ class ReplicaSource:
                 index = progress.sent // self.block_size
                 progress.sent = min((index + 1) * self.block_size, goal)
                 copies.append(Copy(rid, index, progress.sent))
+                self._leaving.pop(rid, None)  # it is back, and takes the place of what was there
                 self._unacked.add(rid)
             if progress.sent >= goal and not flush:
                 del self._dirty[rid]
@@ -108,24 +125,30 @@ class ReplicaSource:
     def acknowledged(
         self, held: Iterable[tuple[int, int]], whole: bool, refused: bool, now: float
     ) -> list[int]:
-        """Take the holder's watermarks. Returns requests that it holds and that are not served here."""
+        """Take the holder's watermarks. Returns requests that it holds and that are not served here: to be `freed`."""
         self._heard_at = now
         unknown: list[int] = []
         if whole:
             held = [item for item in held if item[0] not in self._dropped]
+            self._leaving = {rid: since for rid, since in self._leaving.items() if rid in self._dropped}
             self._dropped.clear()
             self.known = True
             self._progress.clear()
             self._unacked.clear()
         for rid, tokens in held:
             valid = self._tokens_of(rid)
+            if tokens == 0:
+                self._leaving.pop(rid, None)
             if valid == 0:
-                unknown.append(rid)
+                if tokens > 0 and rid not in self._leaving:
+                    unknown.append(rid)
                 continue
             progress = self._progress.setdefault(rid, _Progress())
             if not whole and tokens > progress.sent:
                 continue  # of an earlier life of the request, whose copies the holder has been told to drop
-            progress.acked = min(tokens, valid)
+            acked, progress.acked = progress.acked, min(tokens, valid)
+            if not whole:
+                self._counted += max(0, progress.acked - acked)
             if whole or refused:
                 progress.sent = progress.acked
                 self._dirty[rid] = None
@@ -133,6 +156,9 @@ class ReplicaSource:
                 progress.paused_until = now + REFUSED_PAUSE_S
             if progress.acked >= progress.sent:
                 self._unacked.discard(rid)
+        if now - self._counted_since >= RATE_OVER_S:
+            self._rate = self._counted / (now - self._counted_since)
+            self._counted, self._counted_since = 0, now
         return unknown
 
     def lag_tokens(self, rids: Iterable[int], flush: bool) -> int:
@@ -142,6 +168,12 @@ class ReplicaSource:
             progress = self._progress.get(rid)
             lag += max(0, self._goal(rid, flush) - (progress.acked if progress else 0))
         return lag
+
+    def behind_s(self, lag_tokens: int) -> float:
+        """Seconds that copying so much takes at the rate seen last, which is the link's once it is busy."""
+        if lag_tokens == 0:
+            return 0.0
+        return min(lag_tokens / self._rate, BEHIND_MAX_S) if self._rate > 0 else BEHIND_MAX_S
 
     def _goal(self, rid: int, flush: bool) -> int:
         tokens = self._tokens_of(rid)

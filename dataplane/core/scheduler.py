@@ -7,12 +7,12 @@ ask every stage how much KV it holds, resume each request at the minimum, recomp
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import assert_never
 
 from controlplane.contract.ids import NodeId
 from controlplane.contract.requests import Log, RefusalCode, Refused, Submit, Token
+from dataplane.core.admission import refusal
 from dataplane.core.batching import Batcher, Limits
 from dataplane.core.events import (
     Ask,
@@ -25,52 +25,28 @@ from dataplane.core.events import (
     Quiesce,
     Recovered,
     Refuse,
-    RunStep,
     SessionLost,
     Submitted,
     Tick,
 )
 from dataplane.core.kept import Kept
 from dataplane.core.messages import (
-    Admit,
     Fence,
     HeldMeta,
     RejoinMeta,
     ResultMeta,
-    Row,
     StepFailedMeta,
-    StepMeta,
-    pack_rows,
 )
-from dataplane.core.recovery import HeldCollector, RecoveryTiming
-from dataplane.core.request import Phase, Request, fault_of, unpack_tokens
+from dataplane.core.recovery import HeldCollector, Recovery
+from dataplane.core.request import Phase, Request, unpack_tokens
+from dataplane.core.steps import Steps
 
 # An unanswered step or question is given up after this; doubled each time in a row. Deaths are the controllers'
 # to notice: this is for messages that were lost between the living, and must not be taken for slowness.
 STALL_LIMIT_S = 3.0
 STALL_LIMIT_MAX_S = 60.0
 RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 1.0, 60.0  # told to whom the queue has no room for
-ROUNDS_KEPT = 64  # steps whose times tell what is usual
 LINK_RETRY_S = 0.05  # pause before the next attempt when a stage could not pass a step on
-
-
-@dataclass(slots=True)
-class InFlight:
-    rows: list[tuple[Request, int, bool]]  # request, which attempt of it, whether it samples
-    since: float
-
-
-@dataclass(slots=True)
-class _Recovery:
-    """Times of the recovery under way."""
-
-    epoch: int
-    planned: bool
-    seen: float
-    connected: float = 0.0
-    restored: float = 0.0
-    requests: int = 0
-    tokens_recomputed: int = 0
 
 
 @dataclass(slots=True)
@@ -102,10 +78,7 @@ class Scheduler:
         self.requests: dict[int, Request] = {}
         self.kept = Kept(limits.orphan_grace_s, limits.max_running + limits.max_waiting)
         self.batcher = Batcher(limits)
-        self.in_flight: dict[int, InFlight] = {}
-        self.next_step = 0
-        self._last_issued = -1
-        self._rounds: deque[float] = deque(maxlen=ROUNDS_KEPT)
+        self.steps = Steps(pipeline)
         self._order = 0
         self._asks: dict[int, HeldCollector] = {}
         self._next_ask = 0
@@ -114,7 +87,7 @@ class Scheduler:
         self._holding = False
         self._hold_until = 0.0
         self._stall_limit_s = STALL_LIMIT_S
-        self._recovery: _Recovery | None = _Recovery(epoch, False, now) if takeover else None
+        self._recovery: Recovery | None = Recovery(epoch, False, now) if takeover else None
         self._sweep_at: float | None = now + limits.orphan_grace_s if takeover else None
 
     # ------------------------------------------------------------------ events
@@ -132,7 +105,7 @@ class Scheduler:
             case SessionLost(session):
                 self._lose_session(session, now)
             case EpochBegan(epoch, planned):
-                self._recovery = _Recovery(epoch, planned, now)
+                self._recovery = Recovery(epoch, planned, now)
                 self._stall_limit_s = STALL_LIMIT_S
                 self._resync(Fence(epoch, 0), now, effects)
             case Quiesce(hold):
@@ -145,7 +118,7 @@ class Scheduler:
             case ResultMeta():
                 self._result(event, now, effects, news)
             case StepFailedMeta():
-                if event.fence == self.fence and event.step in self.in_flight:
+                if event.fence == self.fence and event.step in self.steps.in_flight:
                     for rid in event.rids:
                         self._poisoned(rid, event.node, effects)
                     if not event.rids:
@@ -172,22 +145,16 @@ class Scheduler:
     @property
     def quiesced_step(self) -> int:
         """Last step issued in this fence (-1: none) once none is in flight and none will start; else -2."""
-        idle = self._holding and not self.in_flight and not self._asks
-        return self._last_issued if idle else -2
+        idle = self._holding and not self.steps and not self._asks
+        return self.steps.last_issued if idle else -2
 
     def recall(self, rid: int) -> Log | None:
         """The log of a request that runs here, or did a moment ago."""
         request = self.requests.get(rid) or self.kept.get(rid)
         return None if request is None else request.log(self.pipeline)
 
-    @property
-    def round_s(self) -> float:
-        """The longest that one of the last steps took, from stage 0 to its result."""
-        return max(self._rounds, default=0.0)
-
     def stalled_s(self, now: float) -> float:
-        oldest = min((f.since for f in self.in_flight.values()), default=now)
-        return now - oldest
+        return now - self.steps.oldest(now)
 
     # ------------------------------------------------------------------ requests
 
@@ -197,9 +164,9 @@ class Scheduler:
             self._attach(known, message, session, effects)
             return
         self.kept.pop(message.rid)  # it went on elsewhere meanwhile
-        refusal = self._refusal(message)
-        if refusal is not None:
-            code, text = refusal
+        refused = refusal(message, self.batcher)
+        if refused is not None:
+            code, text = refused
             retry = self._queue_s(now) if code is RefusalCode.OVERLOADED else 0.0
             effects.append(Refuse(session, Refused(message.rid, self.pipeline, code, text, retry)))
             return
@@ -244,21 +211,6 @@ class Scheduler:
         elif known.finished:  # who asks has its end: that cannot be said with tokens
             text = "this request has ended, and nothing is left of it"
             effects.append(Refuse(session, Refused(known.rid, self.pipeline, RefusalCode.INVALID, text)))
-
-    def _refusal(self, message: Submit) -> tuple[RefusalCode, str] | None:
-        total = len(message.prompt) + len(message.emitted)
-        if not message.prompt or total >= self.limits.context_len:
-            return RefusalCode.INVALID, (
-                f"{total} tokens do not fit the context of {self.limits.context_len} with room for one more"
-            )
-        fault = fault_of(message, self.limits.vocab_size)
-        if fault is not None:
-            return RefusalCode.INVALID, fault
-        if self.limits.blocks_for(total + 1) > self.batcher.quota_blocks:
-            return RefusalCode.INVALID, f"{total} tokens do not fit the KV pool of this pipeline"
-        if not message.admitted and self.waiting >= self.batcher.max_waiting:
-            return RefusalCode.OVERLOADED, f"{self.waiting} requests are waiting"
-        return None
 
     def _queue_s(self, now: float) -> float:
         """How long a new request would wait: about as long as the oldest in the queue has, within reason."""
@@ -315,8 +267,8 @@ class Scheduler:
         if self._sweep_at is not None and now >= self._sweep_at:
             self._sweep_at = None
             self._ask(tuple(self._alive()), True, False, now, effects)
-        waits = [f.since for f in self.in_flight.values()] + [a.since for a in self._asks.values()]
-        if waits and now - min(waits) > self._stall_limit_s:
+        since = min([self.steps.oldest(now), *(ask.since for ask in self._asks.values())])
+        if now - since > self._stall_limit_s:
             self._stall_limit_s = min(2 * self._stall_limit_s, STALL_LIMIT_MAX_S)
             self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
 
@@ -329,8 +281,7 @@ class Scheduler:
         """Everything in flight is void; ask the stages what they hold."""
         self.stats.resyncs += 1
         self.fence = fence
-        self._last_issued = -1
-        self.in_flight.clear()
+        self.steps.void()
         self._asks.clear()
         self._joining.clear()
         for request in self.requests.values():
@@ -350,6 +301,19 @@ class Scheduler:
         effects: list[Effect] = []
         self._ask((), False, True, now, effects)
         return effects
+
+    def close(self) -> list[Effect]:
+        """The last effects of a scheduler that is no more: who reads a request learns that it is not here.
+
+        Silence would do if gateways knew just as much. But one that is ahead has submitted requests for when this
+        member schedules the pipeline again, and one that missed a topology thinks that it always did.
+        """
+        text = f"the scheduler of {self.pipeline} that had this request is no more"
+        return [
+            Refuse(r.session, Refused(r.rid, self.pipeline, RefusalCode.DROPPED, text))
+            for r in self.requests.values()
+            if r.session is not None
+        ]
 
     def _ask(
         self, rids: tuple[int, ...], complete: bool, adopts: bool, now: float, effects: list[Effect]
@@ -372,8 +336,8 @@ class Scheduler:
         del self._asks[meta.ask]
         if not collector.adopts:
             return
-        if self._recovery is not None and not self._recovery.connected:
-            self._recovery.connected = now
+        if self._recovery is not None:
+            self._recovery.answered(now)
         for rid in collector.rids:
             request = self.requests.get(rid)
             if request is None:
@@ -388,8 +352,7 @@ class Scheduler:
             self.stats.requests_recovered += 1
             self.stats.tokens_recomputed += recomputed
             if self._recovery is not None:
-                self._recovery.requests += 1
-                self._recovery.tokens_recomputed += recomputed
+                self._recovery.resumed(recomputed)
             if position > 0 and self.batcher.adopt(request):
                 request.rewind(Phase.RUNNING, position)
             else:
@@ -405,53 +368,26 @@ class Scheduler:
             return
         # While requests are being adopted their blocks are not counted yet: nobody new is let in.
         admit = not any(ask.adopts for ask in self._asks.values())
-        while len(self.in_flight) < self.batcher.microbatches:
-            rows, preempted = self.batcher.next_rows(admit, len(self.in_flight))
+        while len(self.steps) < self.batcher.microbatches:
+            rows, preempted = self.batcher.next_rows(admit, len(self.steps))
             for request in preempted:
                 self._preempted(request)
             if not rows and not self._frees:
                 return
-            effects.append(self._build(rows, now))
-
-    def _build(self, rows: list[tuple[Request, int]], now: float) -> RunStep:
-        """Turn (request, count) rows into a step and mark them issued."""
-        recovery = self._recovery
-        if rows and recovery is not None and recovery.connected and not recovery.restored:
-            recovery.restored = now
-            if recovery.requests == 0:
-                self._recovery = None  # nobody was interrupted: there is nothing to tell
-        metas: list[Row] = []
-        admits: list[Admit] = []
-        tokens: list[int] = []
-        flying: list[tuple[Request, int, bool]] = []
-        for request, count in rows:
-            if not request.announced:
-                admits.append(request.admit())
-                request.announced = True
-            start = request.issued
-            end = request.issued = start + count
-            sample = end == len(request.ids)
-            metas.append((request.rid, start, count, sample))
-            tokens.extend(request.ids[start:end])
-            flying.append((request, request.attempt, sample))
-        step, self.next_step = self.next_step, self.next_step + 1
-        self._last_issued = step
-        self.in_flight[step] = InFlight(flying, now)
-        frees, self._frees = tuple(self._frees), []
-        meta = StepMeta(self.pipeline, self.fence, step, pack_rows(metas), tuple(admits), frees)
-        return RunStep(meta, tuple(tokens))
+            if rows and self._recovery is not None and not self._recovery.issued(now):
+                self._recovery = None
+            frees, self._frees = self._frees, []
+            effects.append(self.steps.launch(self.fence, rows, frees, now))
 
     def _result(self, meta: ResultMeta, now: float, effects: list[Effect], news: list[Effect]) -> None:
-        flight = self.in_flight.pop(meta.step, None) if meta.fence == self.fence else None
+        flight = self.steps.land(meta.step, now) if meta.fence == self.fence else None
         if flight is None:
             return
         self._stall_limit_s = STALL_LIMIT_S
-        self._rounds.append(now - flight.since)
         tokens = unpack_tokens(meta.tokens)
-        sampled = [(request, attempt) for request, attempt, sample in flight.rows if sample]
-        if len(tokens) != len(
-            sampled
-        ):  # a result that does not fit its step is worth no more than a lost one
+        sampled = flight.sampled
+        # A result that does not fit its step is worth no more than a lost one.
+        if len(tokens) != len(sampled):
             self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
             return
         details = {detail.index: (detail.logprob, detail.top) for detail in meta.details}
@@ -465,8 +401,11 @@ class Scheduler:
             if item.finish is not None:
                 self._retire(request, now)
         news.extend(Deliver(session, tuple(items)) for session, items in by_session.items())
-        if by_session:
-            self._finish_recovery(now, news)
+        if by_session and self._recovery is not None:
+            timing = self._recovery.delivered(now)
+            if timing is not None:
+                self._recovery = None
+                news.append(Recovered(timing))
 
     def _append(
         self, request: Request, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]
@@ -488,20 +427,3 @@ class Scheduler:
             text = f"the model's numbers for this request were not finite on {node}"
             refused = Refused(rid, self.pipeline, RefusalCode.POISONED, text, node=node)
             effects.append(Refuse(request.session, refused))
-
-    def _finish_recovery(self, now: float, effects: list[Effect]) -> None:
-        recovery = self._recovery
-        if recovery is None or not recovery.restored:
-            return
-        self._recovery = None
-        timing = RecoveryTiming(
-            recovery.epoch,
-            recovery.seen,
-            recovery.connected,
-            recovery.restored,
-            now,
-            recovery.requests,
-            recovery.tokens_recomputed,
-            recovery.planned,
-        )
-        effects.append(Recovered(timing))

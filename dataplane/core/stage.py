@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from controlplane.contract.ids import PipelineId
-from dataplane._fast.blocktable import KvGap, Rows, StepArrays, lookup
+from dataplane._fast.blocktable import BlockTable, KvGap, Rows, StepArrays, lookup
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import Admit, Fence, HeldMeta, RejoinMeta, StepMeta
 from dataplane.model.sampler import SamplingTable
@@ -17,13 +17,52 @@ from dataplane.model.sampler import SamplingTable
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A step whose blocks are there. Its arrays hold until the next step is prepared."""
+    """A step whose blocks are there."""
 
     meta: StepMeta
     rows: Rows
     table_rows: npt.NDArray[np.int32]  # [B] of the block table
-    arrays: StepArrays
     slots: npt.NDArray[np.int32]  # [K] of the sampling table; last stage only
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which of a batch's T tokens, and of the K that sample, are one step's."""
+
+    tokens: slice
+    samples: slice
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Steps of several pipelines as one. Its arrays hold until the next batch is joined."""
+
+    arrays: StepArrays
+    sample_rows: npt.NDArray[np.int32]  # [K] indices into the batch's tokens
+    parts: tuple[Part, ...]  # by step
+
+
+def join(steps: Sequence[Prepared], table: BlockTable) -> Batch:
+    """The rows of all steps behind one another. The steps are of different pipelines, one stage index, one table."""
+    rows = [step.rows for step in steps]
+    if len(rows) == 1:  # nearly always, and nothing is to be copied
+        arrays = table.fill(steps[0].table_rows, rows[0].starts, rows[0].counts)
+        part = Part(slice(0, arrays.num_tokens), slice(0, len(rows[0].sample_rows)))
+        return Batch(arrays, rows[0].sample_rows, (part,))
+    arrays = table.fill(
+        np.concatenate([step.table_rows for step in steps]),
+        np.concatenate([some.starts for some in rows]),
+        np.concatenate([some.counts for some in rows]),
+    )
+    parts: list[Part] = []
+    sample_rows = []
+    tokens = samples = 0
+    for some in rows:
+        count = int(some.counts.sum())
+        sample_rows.append(some.sample_rows + np.int32(tokens))
+        parts.append(Part(slice(tokens, tokens + count), slice(samples, samples + len(some.sample_rows))))
+        tokens, samples = parts[-1].tokens.stop, parts[-1].samples.stop
+    return Batch(arrays, np.concatenate(sample_rows), tuple(parts))
 
 
 class Stage:
@@ -76,8 +115,7 @@ class Stage:
         slots, unknown = lookup(self._slots, rows.sample_rids)
         if self.is_last and unknown:
             return "gap"
-        arrays = self.store.table.fill(table_rows, rows.starts, rows.counts)
-        return Prepared(meta, rows, table_rows, arrays, slots)
+        return Prepared(meta, rows, table_rows, slots)
 
     def commit(self, step: Prepared, tokens: npt.NDArray[np.int64] | None) -> list[int]:
         """The step has run: the KV of its rows is valid, and `tokens` [K] were drawn (last stage).

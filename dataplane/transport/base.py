@@ -107,6 +107,11 @@ class Transport(Protocol):
         """Payload bytes given to `send` and not yet handed to the network; 0 without a link."""
         ...
 
+    @property
+    def queued_total(self) -> int:
+        """`queued_bytes` over all nodes: 0 when nothing waits to leave this one."""
+        ...
+
     async def close(self) -> None:
         """Ends everything, after at most half a second to send what is queued. Idempotent."""
         ...

@@ -9,21 +9,22 @@ dies takes what is "on the wire" with it. A broken connection, too, is heard of 
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dataplane.moment import MOMENT
+
 from .base import Part
 from .driver import PREFERENCE, Driver, Endpoint, Events
 
 KIND = "emulated"
-Weigh = Callable[[Sequence[Part]], tuple[int, bool]]
-"""How many bytes a message stands for, and whether it is bulk: nobody waits for it."""
+DUE = struct.Struct("<d")
+Weigh = Callable[[Sequence[Part]], int]
+"""How many bytes a message stands for."""
 SMALL_BYTES = 2048  # interleaves with whatever is being sent, as packets do
-# Bulk messages that wait behind another one arrive together, when the last of them is through: later than they would,
-# but to wake two processes for each of them would cost more than all the rest of the emulation.
-TRAIN_MAX = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +45,20 @@ class Network:
 
 @dataclass(slots=True)
 class _Held:
-    """What is not yet with the driver below: a message, or a train of bulk messages."""
+    """A message that is not yet with the driver below."""
 
-    messages: list[tuple[bytes, Sequence[Part]]]
-    bulk: bool
+    header: bytes
+    parts: Sequence[Part]
     length: int  # real
     left: float  # emulated bytes that the interface has yet to send
+    early_s: float = 0.0  # by how much it was sent earlier than we came to it
     due: float = 0.0  # loop time at which it arrives
 
 
 class EmulatedEndpoint:
-    """`latency_s` is None for an endpoint that was accepted: it carries no more than the hello, at once."""
+    """`latency_s` is None for an endpoint that was accepted: it carries no more than the hello, at once.
+
+    A message's header is followed by the time at which it was due: processes of a host have one clock."""
 
     def __init__(self, below: Endpoint, interface: Interface, latency_s: float | None, weigh: Weigh) -> None:
         self.below = below
@@ -67,7 +71,7 @@ class EmulatedEndpoint:
         self._interface = interface
         self._weigh = weigh
         self._loop = asyncio.get_running_loop()
-        self._held_bytes = 0
+        self._sending_bytes = 0
 
     @property
     def limit_bytes(self) -> int:
@@ -79,24 +83,23 @@ class EmulatedEndpoint:
 
     @property
     def queued_bytes(self) -> int:
-        return self._held_bytes + self.below.queued_bytes
+        return self._sending_bytes + self.below.queued_bytes
 
     def send(self, header: bytes, parts: Sequence[Part]) -> bool:
         if not self.open:
             return False
         if self.latency_s is None:
-            return self.below.send(header, parts)
+            return self.below.send(header + DUE.pack(self._loop.time()), parts)
         length = sum(part.nbytes if isinstance(part, memoryview) else len(part) for part in parts)
-        emulated, bulk = self._weigh(parts)
-        held = _Held([(header, parts)], bulk, length, float(emulated))
-        self._held_bytes += length
-        self._interface.send(self, held)
+        self._sending_bytes += length
+        self._interface.send(self, _Held(header, parts, length, float(self._weigh(parts))))
         return True
 
     def depart(self, held: _Held, at: float) -> None:
         """The interface has sent it, at loop time `at`."""
         assert self.latency_s is not None
-        held.due = at + self.latency_s
+        self._sending_bytes -= held.length
+        held.due = at - held.early_s + self.latency_s
         self.flying.append(held)
         if len(self.flying) == 1:
             self._arrive()
@@ -106,9 +109,8 @@ class EmulatedEndpoint:
         now = self._loop.time()
         while self.flying and self.flying[0].due <= now:
             held = self.flying.popleft()
-            self._held_bytes -= held.length
-            for header, parts in held.messages if self.open else ():
-                self.below.send(header, parts)  # into the void if the peer has died: that is told apart
+            if self.open:  # into the void if the peer has died: that is told apart
+                self.below.send(held.header + DUE.pack(held.due), held.parts)
         if self.flying:
             self._loop.call_at(self.flying[0].due, self._arrive)
 
@@ -119,7 +121,7 @@ class EmulatedEndpoint:
         self._interface.forget(self)
         self.sending.clear()
         self.flying.clear()
-        self._held_bytes = 0
+        self._sending_bytes = 0
 
 
 class Interface:
@@ -134,16 +136,14 @@ class Interface:
     def send(self, endpoint: EmulatedEndpoint, held: _Held) -> None:
         loop = asyncio.get_running_loop()
         now = loop.time()
+        held.early_s = now - MOMENT.now()
         if not self._rate or (held.left < SMALL_BYTES and not endpoint.sending):
             endpoint.depart(held, now)
             return
+        through_s = min(held.early_s, held.left / self._rate)
+        held.left -= through_s * self._rate
+        held.early_s -= through_s
         self._advance(now)
-        last = endpoint.sending[-1] if len(endpoint.sending) > 1 else None
-        if last is not None and last.bulk and held.bulk and len(last.messages) < TRAIN_MAX:
-            last.messages += held.messages
-            last.length += held.length
-            last.left += held.left
-            return
         endpoint.sending.append(held)
         if len(endpoint.sending) == 1:
             self._busy.append(endpoint)
@@ -231,7 +231,11 @@ class EmulatedDriver:
 
     def on_message(self, endpoint: Endpoint, header: bytes, data: memoryview) -> None:
         if endpoint.user is not None:
-            self._events.on_message(endpoint.user, header, data)
+            MOMENT.begin(*DUE.unpack(header[-DUE.size :]))
+            try:
+                self._events.on_message(endpoint.user, header[: -DUE.size], data)
+            finally:
+                MOMENT.end()
 
     def on_failed(self, endpoint: Endpoint, reason: str) -> None:
         mine: EmulatedEndpoint | None = endpoint.user

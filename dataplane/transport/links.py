@@ -152,12 +152,16 @@ class LinkTransport:
         dial = self._dials.get(node)
         return dial.link.endpoint.queued_bytes if dial is not None and dial.link is not None else 0
 
+    @property
+    def queued_total(self) -> int:
+        return sum(d.link.endpoint.queued_bytes for d in self._dials.values() if d.link is not None)
+
     async def close(self) -> None:
         if not self._running:
             return
         self._running = False
         deadline = time.monotonic() + FLUSH_S
-        while any(self.queued_bytes(node) for node in self._dials) and time.monotonic() < deadline:  # noqa: ASYNC110
+        while self.queued_total and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.002)
         for node in list(self._dials):
             self.disconnect(node)

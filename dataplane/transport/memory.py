@@ -164,6 +164,10 @@ class MemoryTransport:
     def last_heard(self, node: NodeId) -> float | None:
         return self._heard.get(node)
 
+    @property
+    def queued_total(self) -> int:
+        return sum(d.link.queued_bytes for d in self._dials.values() if d.link is not None)
+
     def queued_bytes(self, node: NodeId) -> int:
         dial = self._dials.get(node)
         return dial.link.queued_bytes if dial is not None and dial.link is not None else 0

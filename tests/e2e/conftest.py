@@ -1,15 +1,68 @@
-"""One cluster a test module: starting one takes seconds. Tests leave it whole (see `home`)."""
+"""One cluster for all modules that bring none of their own: starting one takes seconds. Tests leave it whole."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
 from controlplane.etcd.server import EtcdBinaryError, find_etcd_binary
 from tests.e2e.cluster import Cluster
+
+
+class Held:
+    """The shared cluster, from its first test to its last one: idle processes would be in the others' way."""
+
+    def __init__(self) -> None:
+        self._running: Cluster | None = None
+
+    def cluster(self) -> Cluster:
+        if self._running is None:
+            running = Cluster()
+            running.__enter__()
+            self._running = running
+        return self._running
+
+    def clear(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.__exit__(None, None, None)
+
+
+held = Held()
+
+
+def shares(item: pytest.Item | None) -> bool:
+    """Whether it runs on the shared cluster. A module's own fixture takes precedence over ours."""
+    if not isinstance(item, pytest.Function) or "cluster" not in item.fixturenames:
+        return False
+    return item.path.parent.name == "e2e" and not hasattr(item.module, "cluster")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that share the cluster one after another, at the place of the first of them."""
+    places = [place for place, item in enumerate(items) if shares(item)]
+    if places:
+        together = [items[place] for place in places]
+        before = items[: places[0]]
+        items[:] = before + together + [item for item in items[places[0] :] if not shares(item)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
+    try:
+        return (yield)
+    finally:
+        if shares(item) and not shares(nextitem):
+            held.clear()
+
+
+def pytest_sessionfinish() -> None:
+    held.clear()  # the session may have been cut short
 
 
 @pytest.fixture(scope="session")
@@ -21,18 +74,21 @@ def etcd_binary() -> None:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module")
-def cluster(etcd_binary: None) -> Iterator[Cluster]:
+@pytest.fixture
+def cluster(etcd_binary: None) -> Cluster:
     """Two instances of four stages, two controllers, one gateway, the demo model, mode replicate."""
-    with Cluster() as running:
-        yield running
+    return held.cluster()
 
 
 @pytest.fixture
 def home(cluster: Cluster) -> Iterator[Cluster]:
-    """The module's cluster with every node at home, before and after the test."""
-    asyncio.run(cluster.wait_all_home())
-    yield cluster
-    for name in [f"n{number}" for number in range(8)] + ["c1", "c2", "g1", "etcd0", "launcher"]:
-        cluster.local.release(name)
-    asyncio.run(cluster.wait_all_home(60.0))
+    """The shared cluster with every node at home, before and after the test."""
+    try:
+        asyncio.run(cluster.wait_all_home())
+        yield cluster
+        for name in [f"n{number}" for number in range(8)] + ["c1", "c2", "g1", "etcd0", "launcher"]:
+            cluster.local.release(name)
+        asyncio.run(cluster.wait_all_home(60.0))
+    except BaseException:
+        held.clear()  # what one test broke is nothing for the next one
+        raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -24,6 +25,13 @@ FOUND_S = 2.0
 FOUND = (EventKind.SUSPECTED, EventKind.DIED)
 DECODE = sample_prompts(12, 400)
 PREFILL = sample_prompts(12, 100, words=300)
+
+
+@pytest.fixture(scope="module")
+def cluster(etcd_binary: None) -> Iterator[Cluster]:
+    """Not the shared one, whose nodes are to have no past: each relapse makes a probation longer."""
+    with Cluster() as running:
+        yield running
 
 
 def node(status: ClusterStatus, name: str) -> NodeStatus:

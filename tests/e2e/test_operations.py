@@ -27,6 +27,7 @@ NODES = [f"n{k}" for k in range(4)]
 CONTROLLERS = ["c1", "c2", "c3"]
 GATEWAYS = ["g1", "g2"]
 ETCD = ["etcd0", "etcd1", "etcd2"]
+ETCD_AWAY_S = 300.0  # what operators are promised; leases, registrations and watches all run out in it
 PAUSE_MAX_S = 3.0  # without a leader
 ENDLESS_TOKENS = 1900  # what fits into the demo model's context
 
@@ -249,7 +250,8 @@ async def first_tokens(
     return streams
 
 
-def test_all_of_etcd_is_away_for_twenty_seconds(home: Cluster) -> None:
+@pytest.mark.timeout(600)
+def test_all_of_etcd_is_away_for_five_minutes(home: Cluster) -> None:
     """No request fails, nothing is restarted; `check quorum` tells; then an operation works again."""
     asyncio.run(home.references(PROMPTS))
     before = home.local.pids()
@@ -258,7 +260,7 @@ def test_all_of_etcd_is_away_for_twenty_seconds(home: Cluster) -> None:
         for name in ETCD:
             home.local.hold(name)
             home.kill(name)
-        back = time.monotonic() + 20.0
+        back = time.monotonic() + ETCD_AWAY_S
         while time.monotonic() < back:
             await home.expect_equal(await home.generator.streams(PROMPTS[:2]))
         told = await asyncio.to_thread(kfadmin, home, "check", "quorum")

@@ -9,6 +9,7 @@ import fcntl
 import mmap
 import os
 import resource
+import select
 import signal
 import socket
 import struct
@@ -25,6 +26,7 @@ from .transport_nodes import cluster, link, run, until
 MAGIC = 0x464B
 MESSAGE, RINGED, CHUNK, CREDIT, RING = 1, 2, 3, 4, 5
 RING_BYTES = 1 << 20
+CREDIT_MIN = 256 << 10
 LIMIT = 1 << 24
 
 
@@ -93,7 +95,7 @@ def send_with(connection: socket.socket, data: bytes, *fds: int) -> None:
     connection.sendmsg([data], rights)
 
 
-def test_the_ring_carries_chunks_and_gives_credit() -> None:
+def test_the_ring_carries_chunks_and_gives_credit_when_it_is_worth_a_wake_up() -> None:
     async def work() -> None:
         async with receiver() as (connection, it):
             with memory() as fd, mmap.mmap(fd, RING_BYTES) as ring:
@@ -102,10 +104,17 @@ def test_the_ring_carries_chunks_and_gives_credit() -> None:
                 connection.sendall(record(CHUNK, 4) + record(CHUNK, 2))
                 await until(lambda: it.messages)
                 assert it.messages == [b"abcdef"]
-                ring[:6] = b"xxxxxx"  # given back: what was received is not in it any more
+                ring[:6] = b"xxxxxx"  # copied: what was received is not in it any more
                 assert it.messages == [b"abcdef"]
+                rest = CREDIT_MIN - 6
+                connection.sendall(record(RINGED, rest) + record(CHUNK, rest - 1))
+                await until(lambda: not select.select([it.stream.fd], [], [], 0)[0])
+                with pytest.raises(BlockingIOError):
+                    connection.recv(100, socket.MSG_DONTWAIT)
+                connection.sendall(record(CHUNK, 1))
+                await until(lambda: len(it.messages) == 2)
                 connection.settimeout(2)
-                assert connection.recv(100) == record(CREDIT, 6)
+                assert connection.recv(100) == record(CREDIT, CREDIT_MIN)
 
     run(work())
 
@@ -137,6 +146,24 @@ def test_a_lie_about_the_ring_ends_the_stream(lie: bytes, reason: str) -> None:
                 assert reason in it.failed_because
                 assert it.messages == []
                 assert it.stream.fd == -1
+
+    run(work())
+
+
+@pytest.mark.parametrize("first", [CREDIT_MIN - 1, CREDIT_MIN // 2 + 1, 40_000])
+def test_credit_that_is_kept_back_stops_nobody(first: int) -> None:
+    """All that was sent is taken out and some of its room not given back: what comes next still gets through."""
+
+    async def work() -> None:
+        async with cluster("local") as make:
+            a, b = await make("a"), await make("b")
+            await link(a, b)
+            data = os.urandom(3 * RING_BYTES)
+            for count, size in enumerate([first] * 9 + [len(data)], 1):
+                assert a.transport.send(b.member, [memoryview(data)[:size]])
+                await until(lambda count=count: len(b.messages) == count)
+                assert b.messages[-1][1] == data[:size]
+            await until(lambda: a.transport.queued_bytes("b") == 0)
 
     run(work())
 

@@ -11,12 +11,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 
+from tests.sim.border import silence
 from tests.sim.cluster import Outcome, run
+from tests.sim.record import Record, code_digest, resume
 from tests.sim.safeguards import SAFEGUARDS
 from tests.sim.schedule import Schedule, generate
 from tests.sim.shrink import shrink
 
+FOREVER = contextlib.ExitStack()
+COLLECT_EVERY = 10  # seeds; the process is 10 MB larger than with one
 CHUNK = 20  # seeds that a worker takes at a time
 PROGRESS_S = 5.0
 NONE = "none"  # of the steps: forming and what follows a storm are enough
@@ -28,7 +33,7 @@ def main() -> int:
         os.execve(sys.executable, [sys.executable, "-m", "tests.sim", *sys.argv[1:]],
                   os.environ | {"PYTHONHASHSEED": "0"})  # fmt: skip
     options = _parser().parse_args()
-    _tidy()
+    _prepare()
     match options.command:
         case "run":
             return _run(options)
@@ -38,8 +43,10 @@ def main() -> int:
             return _soak(options)
 
 
-def _tidy() -> None:
-    """Collect garbage after each seed only, and never look again at what importing has made."""
+def _prepare() -> None:
+    """For as long as this process lives: nothing is logged, garbage is collected between seeds only, and what
+    importing has made is never looked at again."""
+    FOREVER.enter_context(silence())
     gc.freeze()
     gc.disable()
 
@@ -60,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")
     many.add_argument("--jobs", type=int, default=0, help="processes (default: one for each core)")
     many.add_argument("--stop", action="store_true", help="stop at the first violation")
+    many.add_argument("--json", type=Path, metavar="FILE",
+                      help="keep the result there as it grows; one of the same code is gone on with")  # fmt: skip
     for command in (one, less, many):
         command.add_argument("--without", choices=sorted(SAFEGUARDS), help="switch a safeguard off")
     return parser
@@ -69,7 +78,8 @@ def _play(schedule: Schedule, without: str | None, log: bool = False) -> Outcome
     outcome = run(
         schedule, print if log else None, SAFEGUARDS[without] if without else contextlib.nullcontext
     )
-    gc.collect()
+    if schedule.seed % COLLECT_EVERY == 0:
+        gc.collect()
     return outcome
 
 
@@ -124,49 +134,62 @@ def _chunk(first: int, count: int, without: str | None) -> list[Outcome]:
     return [_play(generate(seed), without) for seed in range(first, first + count)]
 
 
-def _outcomes(options: argparse.Namespace, jobs: int) -> Iterator[Outcome]:
-    chunks = [
-        (first, min(CHUNK, options.first + options.count - first), options.without)
-        for first in range(options.first, options.first + options.count, CHUNK)
-    ]
+def _chunks(record: Record, jobs: int) -> Iterator[list[Outcome]]:
+    """Outcomes of what `record` lacks, as they come."""
     if jobs == 1:
-        for first, count, without in chunks:
-            for seed in range(first, first + count):
-                yield _play(generate(seed), without)
+        for first, _ in record.missing(1):
+            yield _chunk(first, 1, record.without)
         return
-    with ProcessPoolExecutor(jobs, initializer=_tidy) as pool:
-        for future in as_completed([pool.submit(_chunk, *chunk) for chunk in chunks]):
-            yield from future.result()
+    with ProcessPoolExecutor(jobs, initializer=_prepare) as pool:
+        missing = record.missing(CHUNK)
+        for future in as_completed([pool.submit(_chunk, *piece, record.without) for piece in missing]):
+            yield future.result()
 
 
 def _soak(options: argparse.Namespace) -> int:
     jobs = options.jobs or len(os.sched_getaffinity(0))
+    fresh = Record(code_digest(), options.first, options.count, options.without)
+    try:
+        record = resume(options.json, fresh)
+    except ValueError as error:
+        sys.exit(f"soak: {error}")
+    before, before_s = record.count, record.seconds
+    if before:
+        print(f"soak: {before} seeds of this code are in {options.json}: going on", file=sys.stderr)
     started = last = time.perf_counter()
-    done, failed, faults, requests = 0, [], Counter[str](), Counter[str]()
-    virtual_s = 0.0
-    for outcome in _outcomes(options, jobs):
-        done += 1
-        faults += outcome.faults
-        requests += outcome.requests
-        virtual_s += outcome.virtual_s
-        if outcome.failure:
-            failed.append(outcome.seed)
+    for outcomes in _chunks(record, jobs):
+        record.add(outcomes)
+        now = time.perf_counter()
+        record.seconds = before_s + now - started
+        failed = [outcome for outcome in outcomes if outcome.failure]
+        for outcome in failed:
             print(
                 f"seed {outcome.seed}: {outcome.failure}\n  {_again(outcome.seed, options.without)}",
                 flush=True,
             )
-            if options.stop:
-                break
-        if time.perf_counter() - last > PROGRESS_S:
-            last = time.perf_counter()
-            print(f"{done} of {options.count} seeds, {len(failed)} failed", file=sys.stderr, flush=True)
-    took = time.perf_counter() - started
+        if failed and options.stop:
+            break
+        if now - last > PROGRESS_S:
+            last = now
+            _progress(record, before, now - started)
+            if options.json is not None:
+                record.save(options.json)
     print(
-        f"soak: {done} seeds from {options.first}, {len(failed)} failed, {done / took:.1f} seeds/s in {jobs} "
-        f"processes, {virtual_s / 3600:.1f} virtual hours; faults: {_listed(faults)}; "
-        f"requests: {_listed(requests)}"
+        f"soak: {record.count} seeds from {options.first}, {len(record.failed)} failed, {record.seconds:.0f} s in "
+        f"{jobs} processes, {record.virtual_s / 3600:.1f} virtual hours; faults: {_listed(record.faults)}; "
+        f"requests: {_listed(record.requests)}"
     )
-    return 1 if failed else 0
+    print(record.line())
+    if options.json is not None:
+        record.save(options.json)
+    return 1 if record.failed else 0
+
+
+def _progress(record: Record, before: int, took_s: float) -> None:
+    rate = (record.count - before) / took_s
+    left_s = max(0, record.wanted - record.count) / rate
+    print(f"{record.count} of {record.wanted} seeds, {len(record.failed)} failed, {rate:.1f} seeds/s, "
+          f"{left_s / 60:.0f} min left", file=sys.stderr, flush=True)  # fmt: skip
 
 
 def _listed(counts: Counter[str]) -> str:

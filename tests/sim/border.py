@@ -7,24 +7,26 @@ the outside; how its objects are put together is in parts.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import secrets
 import warnings
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import grpc
+import msgspec
 import numpy as np
 import structlog
 
 import controlplane.shell.runtime
 import dataplane.kvcache
 import dataplane.node
+from controlplane.contract import auth, keys
 from tests.sim.links import open_transport
-from tests.sim.loop import World, virtual_time
 from tests.sim.network import Network
 from tests.sim.rpc import SimChannel, SimServer
+from tests.sim.world import World, replaced, virtual_time
 
 TICK_S = 0.15  # of nodes and controllers, in place of 0.05: a third of the work
 PING_S = 0.4  # on links that are otherwise silent, in place of 0.2
@@ -50,25 +52,44 @@ def simulated(world: World, net: Network) -> Iterator[None]:
     def token_bytes(size: int | None = None) -> bytes:
         return world.random.randbytes(size or 32)
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_silence())
-        for target, name, value in (
-            (grpc.aio, "insecure_channel", channel),
-            (grpc.aio, "server", server),
-            (secrets, "token_bytes", token_bytes),
-            (dataplane.node, "open_transport", transport),
-            (dataplane.node, "TICK_S", TICK_S),
-            (dataplane.node, "PING_S", PING_S),
-            (controlplane.shell.runtime, "TICK_S", TICK_S),
-            (dataplane.kvcache, "huge_zeros", lambda size: np.zeros(size, np.uint8)),
-        ):
-            stack.enter_context(mock.patch.object(target, name, value))
-        stack.enter_context(virtual_time(world))
+    replacements = (
+        (grpc.aio, "insecure_channel", channel),
+        (grpc.aio, "server", server),
+        (secrets, "token_bytes", token_bytes),
+        (auth, "load_secret", _load_secret),
+        (keys, "msgspec", _Msgspec()),
+        (dataplane.node, "open_transport", transport),
+        (dataplane.node, "TICK_S", TICK_S),
+        (dataplane.node, "PING_S", PING_S),
+        (controlplane.shell.runtime, "TICK_S", TICK_S),
+        (dataplane.kvcache, "huge_zeros", lambda size: np.zeros(size, np.uint8)),
+    )
+    with replaced(replacements), virtual_time(world):
         yield
 
 
+_load_secret = functools.cache(auth.load_secret)
+
+
+class _Msgspec:
+    """What controlplane/contract/keys.py takes from msgspec. All processes of a run read the same values of etcd, and
+    nobody changes what came of them, so each is parsed once; values that cannot be parsed raise each time."""
+
+    MsgspecError = msgspec.MsgspecError
+
+    def __init__(self) -> None:
+        self.json = self
+        self._decoded: dict[tuple[bytes, Any], Any] = {}
+
+    def decode(self, value: bytes, type: Any) -> Any:
+        found = self._decoded.get((value, type))
+        if found is None:
+            found = self._decoded[value, type] = msgspec.json.decode(value, type=type)
+        return found
+
+
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Production code has much to say about faults; World.note says what matters here."""
     logging.disable(logging.CRITICAL)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.keys import Keys, decode
@@ -21,7 +20,7 @@ from dataplane.node import Node
 from dataplane.replica import Replicator
 from tests.sim import parts
 from tests.sim.etcd import SimEtcd
-from tests.sim.loop import Process, World
+from tests.sim.world import Process, World, replaced
 
 # Those that need nothing but the two topologies; the others are checked by plan() itself at each of its steps.
 STATELESS = (
@@ -43,7 +42,7 @@ class Checks:
         self._topology_key = keys.topology(group).encode()
         self._tell = etcd.store.changed
         self._revision = 0
-        self._fences: dict[tuple[Process, PipelineId], Any] = {}
+        self._fences: dict[Process, dict[PipelineId, Any]] = {}
         # What the holder of a copy has said last, by source process, pipeline, holder and request.
         self._said: dict[tuple[Process, PipelineId, Member], dict[int, int]] = {}
         self._heard: set[Process] = set()  # news of copies since the last look
@@ -94,12 +93,15 @@ class Checks:
         node = process.part
         if type(node) is not Node or not process.alive:
             return
+        known = self._fences.get(process)
+        if known is None:
+            known = self._fences[process] = {}
         for pipeline, stage in parts.stages_of(node).items():
-            before = self._fences.get((process, pipeline))
-            if before != stage.fence:
+            before = known.get(pipeline)
+            if before is not stage.fence:  # fences are immutable
                 if before is not None and stage.fence < before:
                     self._world.fail(f"{process} went back from {before} to {stage.fence} in {pipeline}")
-                self._fences[process, pipeline] = stage.fence
+                known[pipeline] = stage.fence
         if process in self._heard:
             self._heard.discard(process)
             self._watermarks(process, node)
@@ -151,12 +153,13 @@ class Checks:
             self._heard.add(process())
             pump(me, now)
 
-        with (
-            mock.patch.object(Stage, "commit", commit_probe),
-            mock.patch.object(Replicator, "store_copies", store_probe),
-            mock.patch.object(Replicator, "acknowledged", acknowledged_probe),
-            mock.patch.object(Replicator, "pump", pump_probe),
-        ):
+        probes = (
+            (Stage, "commit", commit_probe),
+            (Replicator, "store_copies", store_probe),
+            (Replicator, "acknowledged", acknowledged_probe),
+            (Replicator, "pump", pump_probe),
+        )
+        with replaced(probes):
             yield
 
 

@@ -15,10 +15,10 @@ from tests.sim import parts
 from tests.sim.border import simulated
 from tests.sim.checks import Checks, picture
 from tests.sim.etcd import SimEtcd
-from tests.sim.loop import Process, World
 from tests.sim.network import Network
 from tests.sim.requests import Stream, template
 from tests.sim.schedule import Schedule
+from tests.sim.world import Process, World
 
 FORM_LIMIT_S = 15.0
 SETTLE_LIMIT_S = (
@@ -196,7 +196,7 @@ class Cluster:
             if store.table.rows_in_use or store.blocks_free != store.num_blocks:
                 found.append(f"{name} has {store.table.rows_in_use} rows, {store.blocks_free} free blocks")
             for pipeline, scheduler in parts.schedulers_of(node).items():
-                if scheduler.requests or scheduler.batcher.used_blocks or scheduler.in_flight:
+                if scheduler.requests or scheduler.batcher.used_blocks or scheduler.steps:
                     found.append(f"{name} schedules {list(scheduler.requests)} of {pipeline}")
             for pipeline, stage in parts.stages_of(node).items():
                 if stage.sampling is not None and stage.sampling.slots_in_use:

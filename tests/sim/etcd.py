@@ -15,8 +15,8 @@ from grpc import StatusCode as Status
 
 from controlplane.etcd.proto import rpc_pb2
 from tests.sim.etcd_store import Lease, Refused, Store
-from tests.sim.loop import Process, World
 from tests.sim.network import End, Network
+from tests.sim.world import Process, World
 
 ELECTION_S = (0.2, 0.6)
 NO_LEADER_S = 0.6  # after this a member without a majority says so
@@ -76,6 +76,7 @@ class SimEtcd:
             member = Member(world.process(f"e{number}"), net.address())
             self.members.append(member)
             self.start(member)
+        self._everybody = set(range(size))
         self._clock = world.process("etcd-clock")
         world.post(LEASE_CHECK_S, self._clock, self._check)
 
@@ -108,6 +109,8 @@ class SimEtcd:
 
     def majority(self) -> set[int]:
         """The members that can agree now: those that see most others, the leader among them."""
+        if self._net.whole and all(m.process.alive and not m.process.paused for m in self.members):
+            return self._everybody if self._world.now >= self._electing_until else set()
         ups = [i for i, m in enumerate(self.members) if m.process.alive and not m.process.paused]
         for i in [self._leader, *ups]:
             group = {j for j in ups if i in ups and self._see(i, j)}
@@ -308,16 +311,17 @@ class SimEtcd:
         store = self.store
         if watch.seen >= store.revision:
             return
-        header = store.header()
         if watch.seen < store.compacted:
             member.watches.remove(watch)
-            gone = rpc_pb2.WatchResponse(header=header, canceled=True, compact_revision=store.compacted)
+            gone = rpc_pb2.WatchResponse(
+                header=store.header(), canceled=True, compact_revision=store.compacted
+            )
             self._reply(watch.end, watch.call, gone)
             return
         events = store.since(watch.seen + 1, watch.key, watch.range_end)
         watch.seen = store.revision
         if events:
-            self._reply(watch.end, watch.call, rpc_pb2.WatchResponse(header=header, events=events))
+            self._reply(watch.end, watch.call, rpc_pb2.WatchResponse(header=store.header(), events=events))
 
     def _changed(self) -> None:
         """Members that are with the majority tell their watchers; the others when they are back: _reconsider."""

@@ -8,8 +8,8 @@ from typing import Any
 from dataplane.transport.base import OnLinkDown, OnLinkUp, OnMessage, TransportConfig
 from dataplane.transport.driver import Driver
 from dataplane.transport.links import LinkTransport
-from tests.sim.loop import Process
 from tests.sim.network import End, Network
+from tests.sim.world import Process
 
 # A link that nobody answers on: sometimes TCP gives up soon, mostly it is patient for minutes.
 PATIENCES_S = (1e9, 1e9, 1.0, 3.0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tests.sim.loop import Process, World
+from tests.sim.world import Process, World
 
 DELAY_S = (0.001, 0.012)
 DIAL_LIMIT_S = 0.5
@@ -48,7 +48,8 @@ class End:
 
     def arrive_at(self, when: float) -> float:
         """The moment at which the next item arrives: not before the last one."""
-        self._last = max(self._last, when)
+        if when > self._last:
+            self._last = when
         return self._last
 
 
@@ -67,6 +68,11 @@ class Network:
         self._next_port = 1000
 
     # Who can reach whom.
+
+    @property
+    def whole(self) -> bool:
+        """Nothing is cut."""
+        return not self._cut
 
     def blocked(self, a: str, b: str) -> bool:
         return (a, b) in self._cut
@@ -149,8 +155,7 @@ class Network:
             target.stalled.append(item)
             return
         when = target.arrive_at(self.world.now + self._delay())
-        fate = self.tamper.get((a, b))
-        if fate and item[0] == "frame":
+        if self.tamper and item[0] == "frame" and (fate := self.tamper.get((a, b))):
             self._tamper(fate.pop(0), when, target, item)
         else:
             self.world.push(when, target.process, self._arrive, (target, item))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from controlplane.contract.auth import create_secret, derive, load_secret
+from controlplane.contract import auth
 from controlplane.contract.config import ClusterConfig, EngineConfig, TimingConfig
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.keys import Keys, encode
@@ -37,11 +37,11 @@ from dataplane.core.blocks import KvStore
 from dataplane.core.replication import ReplicaSource
 from dataplane.core.scheduler import Scheduler
 from dataplane.core.stage import Stage
-from dataplane.devices import PROFILES
+from dataplane.devices import DeviceProfile
 from dataplane.model.config import ModelConfig, RopeConfig
 from dataplane.node import Node
 from dataplane.oracle import OracleExecutor
-from tests.sim.loop import Process
+from tests.sim.world import Process
 from web.gateway.dispatch import Dispatcher
 from web.gateway.events import SubmitAsked
 from web.gateway.live import Policy
@@ -55,6 +55,8 @@ VOCAB = 512
 CONTEXT = 64
 MODEL = "sim"
 
+# A pass takes so long that steps of several pipelines wait for a borrowed node and are merged.
+DEVICE = DeviceProfile(0.005, 0.0001, 0.0, 8, 8)
 # Automation that hurries: a virtual second costs real milliseconds.
 LIMITS = Limits(settle_s=0.5, copy_limit_s=4.0, bar_s=2.0, backoff_s=0.2, backoff_max_s=1.0)
 TIMING = TimingConfig(
@@ -75,7 +77,7 @@ def run_dir() -> str:
     """A folder with a cluster's secret, for as long as this process lives."""
     folder = tempfile.mkdtemp(prefix="kf-sim-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    create_secret(Path(folder) / "secret")
+    auth.create_secret(Path(folder) / "secret")
     return folder
 
 
@@ -124,8 +126,7 @@ def make_executor(stage: int, stages: int, pool_blocks: int) -> OracleExecutor:
         dtype="float32",
         eos_token_ids=(),
     )
-    instant = PROFILES["instant"]
-    return OracleExecutor(model, stage, stages, num_blocks=pool_blocks, block_size=BLOCK, profile=instant)
+    return OracleExecutor(model, stage, stages, num_blocks=pool_blocks, block_size=BLOCK, profile=DEVICE)
 
 
 # ---------------------------------------------------------------------------------- a node
@@ -192,12 +193,12 @@ class ControllerPart:
 
 async def controller_main(process: Process, config: ClusterConfig) -> None:
     me = process.name
-    secret = load_secret(config.secret_file)
+    secret = auth.load_secret(config.secret_file)
     keys = Keys(config.cluster)
     inbox = Inbox()
     client = EtcdClient(config.etcd)
     history = cast(Any, NoHistory())
-    reports = ReportServer(derive(secret, "grpc"), inbox)
+    reports = ReportServer(auth.derive(secret, "grpc"), inbox)
     record = ControllerRecord(me, await reports.start(config.host), "", 1)
     presence = Registration(client, keys.controllers + me, encode(record), config.timing.node_lease_s)
     election = Election(client, keys.leader, encode(record), ttl_s=config.timing.leader_lease_s)
@@ -242,7 +243,7 @@ class GatewayPart:
 
 async def gateway_main(process: Process, config: ClusterConfig) -> None:
     policy: Policy = policy_of(config)
-    dispatcher = Dispatcher(policy, derive(load_secret(config.secret_file), "grpc"), metrics())
+    dispatcher = Dispatcher(policy, auth.derive(auth.load_secret(config.secret_file), "grpc"), metrics())
     client = EtcdClient(config.etcd)
     watch = ClusterWatch(client, config, dispatcher)
     record = GatewayRecord(process.name, process.name, 1)

@@ -12,8 +12,8 @@ import numpy as np
 from controlplane.contract.requests import FinishReason, Sampling
 from dataplane._fast.blocktable import BlockTable
 from dataplane.model.sampler import SamplingTable
-from tests.sim.loop import World
 from tests.sim.parts import BLOCK, CONTEXT, VOCAB, make_executor
+from tests.sim.world import World
 from web.gateway.events import Deliver, Fail, FailCode
 
 TEMPLATES = 40

@@ -17,8 +17,8 @@ import grpc
 from grpc import ChannelConnectivity as State
 from grpc import StatusCode as Status
 
-from tests.sim.loop import Process
 from tests.sim.network import End, Network
+from tests.sim.world import Process
 
 PATIENCE_S = (1.5, 4.0)  # pings without an answer, until a connection is given up
 ATTEMPT_S = 0.5

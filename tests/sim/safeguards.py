@@ -18,7 +18,8 @@ from controlplane.etcd.values import Compare
 from dataplane.core.messages import Fence, KvMeta, KvQueryMeta, RejoinMeta, StepMeta
 from dataplane.core.replication import Copy, ReplicaSource
 from dataplane.core.stage import Stage
-from dataplane.worker import Message, Worker
+from dataplane.inbox import Message
+from dataplane.worker import Worker
 from web.gateway.tokenlog import TokenLog, Verdict
 
 

@@ -17,10 +17,10 @@ from controlplane.etcd.register import Registration
 from controlplane.etcd.values import Compare, Delete, Deleted, Get, Put, PutDone, Snapshot, WatchBatch, fold
 from controlplane.etcd.watch import Watch, WatchTiming
 from tests.io.etcd_server import EtcdMember, etcd_cluster
-from tests.sim.border import simulated
+from tests.sim.border import silence, simulated
 from tests.sim.etcd import SimEtcd
-from tests.sim.loop import World
 from tests.sim.network import Network
+from tests.sim.world import World
 
 LIMIT_S = 10.0
 FAST_WATCH = WatchTiming(progress_s=0.3, silence_s=1.0)
@@ -86,7 +86,7 @@ def run_simulated(size: int, scenario: Scenario) -> None:
         await scenario(Simulated(etcd))
         ended.append(True)
 
-    with simulated(world, net):
+    with silence(), simulated(world, net):
         etcd = SimEtcd(world, net, size)
         world.process("client").spawn(main())
         while not ended and not world.failure and world.now < 120.0:
@@ -143,6 +143,15 @@ async def eventually(condition: Callable[[], bool], what: str) -> None:
 
 def changed(batch: WatchBatch) -> list[tuple[str, bytes | None]]:
     return [(event.key, event.now.value if event.now else None) for event in batch.events]
+
+
+async def put_until_known(client: EtcdClient, key: str, value: bytes) -> int:
+    """A member has died or come back: what was sent to the last leader has no answer, and the same is put again."""
+    unknown_max = 3
+    for _ in range(unknown_max):
+        with contextlib.suppress(EtcdUnknown):
+            return await client.put(key, value, timeout_s=LIMIT_S)
+    raise AssertionError(f"{unknown_max} puts of {key} in a row had no answer")
 
 
 def test_revisions_count_changes_of_the_store(one: Run) -> None:
@@ -372,7 +381,7 @@ def test_a_compacted_history_gives_a_new_snapshot(three: Run) -> None:
             watch = far.watch_prefix("w/")
             items = fold({}, await next_batch(watch))
             etcd.kill(0)
-            await client.put("w/a", b"1", timeout_s=LIMIT_S)
+            await put_until_known(client, "w/a", b"1")
             await client.delete("w/gone")
             await client.compact(await client.put("w/a", b"2"))
             etcd.start(0)
@@ -404,7 +413,7 @@ def test_a_lost_majority_stops_writes_and_ends_no_lease(three: Run) -> None:
             await asyncio.sleep(2.0)
             for index in (1, 2):
                 etcd.start(index)
-            await client.put("k", b"", timeout_s=LIMIT_S)
+            await put_until_known(client, "k", b"")
             kv = await client.get("leased/k", timeout_s=LIMIT_S)
             assert kv is not None
             assert kv.version == 1 + (registration.times_registered - 1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
+from tests.sim.record import Record
 from tests.sim.schedule import generate
 from tests.sim.shrink import shrink
 from tests.sim.soaking import simulator
@@ -62,3 +65,45 @@ def test_every_kind_of_fault_happens() -> None:
         *("reset", "slow", "tamper", "corrupt", "wall_jump", "etcd_kill", "etcd_down", "etcd_pause"),
         *("fate_of_write", "expire", "compact", "operate", "cancel_operation"),
     }
+
+
+def test_a_soak_writes_its_result(tmp_path: Path) -> None:
+    result = tmp_path / "soak.json"
+    ended = simulator("soak", "3", "--first", "40", "--jobs", "1", "--json", str(result))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert result.read_text() == ended.stdout.splitlines()[-1] + "\n"
+    found = json.loads(result.read_text())
+    assert (found["count"], found["first_seed"], found["failures"]) == (3, 40, 0)
+    assert found["seconds"] > 0
+    assert found["seeds_per_s"] > 0
+
+
+def test_a_soak_goes_on_where_one_of_the_same_code_ended(tmp_path: Path) -> None:
+    result = tmp_path / "soak.json"
+    first = simulator("soak", "2", "--first", "40", "--jobs", "1", "--json", str(result))
+    assert first.returncode == 0, first.stdout + first.stderr
+    half = json.loads(result.read_text())
+    more = simulator("soak", "4", "--first", "40", "--jobs", "1", "--json", str(result))
+    assert more.returncode == 0, more.stdout + more.stderr
+    whole = json.loads(result.read_text())
+    assert (whole["count"], whole["pieces"]) == (4, [[40, 44]])
+    assert sum(whole["requests"].values()) > sum(half["requests"].values())
+    assert simulator("soak", "4", "--first", "40", "--jobs", "1", "--json", str(result)).returncode == 0
+    assert json.loads(result.read_text())["requests"] == whole["requests"], "nothing was left to run"
+
+    result.write_text(json.dumps({**whole, "code": "another", "failed_seeds": [41]}))
+    ended = simulator("soak", "1", "--first", "40", "--jobs", "1", "--json", str(result))
+    assert ended.returncode == 0, "what other code did is not counted"
+    assert json.loads(result.read_text())["count"] == 1
+    result.write_text("[]")
+    assert "name another file" in simulator("soak", "1", "--json", str(result)).stderr
+
+
+def test_what_a_record_lacks() -> None:
+    record = Record("c", 0, 100, None, [(20, 40), (60, 70)])
+    assert record.missing(20) == [(0, 20), (40, 20), (70, 20), (90, 10)]
+    assert Record("c", 0, 40, None, [(0, 40)]).missing(20) == []
+    assert Record("c", 0, 30, None, [(0, 10), (25, 60)]).missing(20) == [(10, 15)], (
+        "more has run than is asked for"
+    )
+    assert Record("c", 0, 30, None, [(0, 10), (40, 60)]).missing(20) == [(10, 20)]

@@ -197,7 +197,14 @@ def test_detached(target: list[str], service: MemoryService) -> None:
 
 def test_ctrl_c_stops_watching_and_not_the_operation(target: list[str], service: MemoryService) -> None:
     command = [sys.executable, "-m", "controlplane.kfadmin.main", "drain", "n1", "--operation-id", "op-4"]
-    process = subprocess.Popen([*command, *target], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A background job of a shell ignores SIGINT, and so would the child.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [*command, *target], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, ours)
     assert process.stderr is not None
     assert process.stderr.readline() == "operation op-4\n"
     process.send_signal(signal.SIGINT)

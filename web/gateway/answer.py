@@ -8,7 +8,6 @@ of stream for success, so there is none. Only a gateway that was told to stop en
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -17,17 +16,16 @@ from starlette.types import Message, Receive, Scope, Send
 
 from web.gateway.channel import Gone
 from web.gateway.choice import Piece
-from web.gateway.cursor import Cursor, Mark
+from web.gateway.connection import wire_of
+from web.gateway.cursor import Cursor
 from web.gateway.errors import ApiError
 from web.gateway.generation import ClientGone, Generation, count_error
 from web.gateway.service import Service
+from web.gateway.stream import SEND_S, EventStream, Format
 
 log = structlog.get_logger()
 
-SEND_S = 60.0  # a client that takes nothing for so long is gone
 DONE = b"data: [DONE]\n\n"
-# No empty line after it: the openai client takes one for an event once it has seen an id.
-KEEP_ALIVE = b": keep-alive\n"
 RETRY_MS = 100  # a pause for EventSource; other gateways are ready, so there is no reason to wait longer
 STOPPING = "this gateway is shutting down"
 EVENT_HEADERS = [
@@ -35,22 +33,6 @@ EVENT_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-
-
-class Format(Protocol):
-    """How one of the two APIs writes a generation down."""
-
-    def opening(self, index: int) -> bytes:
-        """The event before the first one of choice `index`, if there is one."""
-
-    def chunk(self, index: int, piece: Piece) -> bytes:
-        """The event for a piece of choice `index`; empty when there is nothing to show yet."""
-
-    def last(self) -> bytes:
-        """Events between the last piece and [DONE] (usage, when asked for)."""
-
-    def body(self, pieces: list[Piece]) -> dict[str, Any]:
-        """The whole answer; `pieces` has one entry for each choice."""
 
 
 class Answer(Response):
@@ -66,32 +48,40 @@ class Answer(Response):
         self.background = None
         self._service = service
         self._generation = generation
-        self._format = form
+        self._form = form
         self._ticket = ticket
         self._cursor = cursor
-        self._taken = [0] * len(generation.plans)  # tokens of each choice, up to the last piece
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(self._watch(receive))
+        stream = EventStream(
+            self._generation,
+            self._form,
+            self._ticket,
+            self._cursor,
+            wire_of(scope),
+            self._service.keep_alive_s,
+        )
         try:
-            await self._run(send)
+            await self._run(stream, send)
         except ClientGone:
             return  # counted where it was noticed; `finally` frees everything
         except (TimeoutError, OSError) as error:
             log.warning("client took nothing", error=repr(error))
         finally:
+            stream.close()
             self._generation.close()
             watcher.cancel()
 
-    async def _run(self, send: Send) -> None:
+    async def _run(self, stream: EventStream, send: Send) -> None:
         """Answer; what goes wrong is told to the client. Raises ClientGone, TimeoutError and OSError."""
         try:
             for index, piece in self._generation.known():
-                self._events(index, piece)
+                stream.events(index, piece)
                 await asyncio.sleep(0)  # other streams go on meanwhile
             self._generation.start()
-            await (self._send_stream(send) if self._ticket else self._send_body(send))
+            await (self._send_stream(stream, send) if self._ticket else self._send_body(send))
         except ApiError as error:
             await self._send_error(send, error)
         except (ClientGone, TimeoutError, OSError):
@@ -106,44 +96,18 @@ class Answer(Response):
             pass
         self._generation.channel.put(Gone())
 
-    async def _send_stream(self, send: Send) -> None:
-        generation, time = self._generation, asyncio.get_running_loop().time
-        said = time()
-        while not generation.finished:
+    async def _send_stream(self, stream: EventStream, send: Send) -> None:
+        generation = self._generation
+        while True:
             # Nothing is sent before there is something to say, so that a refusal can still be a 429 or a 503.
-            pieces = await generation.take(self._service.keep_alive_s)
-            out = b"".join([self._events(index, piece) for index, piece in pieces])
-            if generation.leaving and not generation.finished:
-                return await self._hand_over(send, out)
-            if not out and (not pieces or time() - said >= self._service.keep_alive_s):
-                out = KEEP_ALIVE
-            if out:
-                await self._write(send, out)
-                said = time()
-        last = b"" if self._cursor.usage else self._format.last()
-        self._cursor.usage = True
-        await self._write(send, (self._id() + last if last else b"") + DONE, more=False)
-        return None
+            out = await stream.turn(self._begun)
+            if generation.finished:
+                return await self._write(send, out + stream.last() + DONE, more=False)
+            if generation.leaving:
+                return await self._hand_over(stream, send, out)
+            await self._write(send, out)
 
-    def _events(self, index: int, piece: Piece) -> bytes:
-        """The events of a piece with their ids; none when the client has them already."""
-        self._taken[index] += len(piece.tokens)
-        data = self._format.chunk(index, piece)
-        if piece.silent:
-            return b""
-        marks, out = self._cursor.marks, b""
-        if marks[index] is None and (opening := self._format.opening(index)):
-            marks[index] = Mark(0)
-            out = self._id() + opening
-        if data:
-            marks[index] = Mark(self._taken[index], piece.finish is not None)
-            out += self._id() + data
-        return out
-
-    def _id(self) -> bytes:
-        return f"id: {self._ticket}.{self._cursor}\n".encode()
-
-    async def _hand_over(self, send: Send, out: bytes) -> None:
+    async def _hand_over(self, stream: EventStream, send: Send, out: bytes) -> None:
         """Send the client to another gateway. Raises ApiError when it has nothing yet: then it just asks again."""
         if not (self._begun or out):
             raise ApiError(503, STOPPING, retry_after_s=1)
@@ -151,19 +115,32 @@ class Answer(Response):
         self._service.metrics.handed_over.inc()
         error = ApiError(503, f"{STOPPING}: send the request again, with Last-Event-ID, to any other")
         event = b"event: reconnect\nretry: %d\ndata: %s\n\n" % (RETRY_MS, error.encode())
-        await self._write(send, out + self._id() + event, more=False)
+        await self._write(send, out + stream.id() + event, more=False)
 
     async def _send_body(self, send: Send) -> None:
         generation = self._generation
         pieces = [Piece() for _ in generation.plans]
-        while not generation.finished:
-            for index, piece in await generation.take(self._service.keep_alive_s):
-                whole = pieces[index]
-                whole.text += piece.text
-                whole.tokens += piece.tokens
-                whole.finish, whole.stop_reason = piece.finish, piece.stop_reason
-        body = msgspec.json.encode(self._format.body(pieces))
-        await self._send_json(send, 200, body, {})
+        ended = asyncio.get_running_loop().create_future()
+
+        def collect() -> None:
+            if ended.done():
+                return
+            try:
+                for index, piece in generation.take():
+                    whole = pieces[index]
+                    whole.text += piece.text
+                    whole.tokens += piece.tokens
+                    whole.finish, whole.stop_reason = piece.finish, piece.stop_reason
+            except Exception as error:  # the task tells the client
+                ended.set_exception(error)
+            else:
+                if generation.finished:
+                    ended.set_result(None)
+
+        generation.channel.attach(collect)
+        collect()
+        await ended
+        await self._send_json(send, 200, msgspec.json.encode(self._form.body(pieces)), {})
 
     async def _write(self, send: Send, data: bytes, more: bool = True) -> None:
         if not self._begun:

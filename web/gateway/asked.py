@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from web.gateway.answer import Format
 from web.gateway.choice import TextRules
 from web.gateway.generation import Generation, Plan
 from web.gateway.openai import Common
+from web.gateway.stream import Format
 
 _encode = msgspec.msgpack.Encoder().encode
 NOT_IN_DIGEST = {"prompt", "messages", "request_id", "priority"}  # prompts count as tokens

@@ -89,11 +89,16 @@ class ChatFormat:
         request = self._request
         if not (piece.text or piece.finish or request.return_token_ids or request.logprobs):
             return b""  # all of it is held back
+        if piece.finish is None and not request.logprobs:
+            return self._writer.plain_event(index, piece, lambda: self._delta(index, Piece()))
+        return self._writer.event(index, self._delta(index, piece))
+
+    def _delta(self, index: int, piece: Piece) -> dict[str, Any]:
         delta = {"content": piece.text} if piece.text or piece.finish is None else {}
         choice = shapes.chat_delta(index, delta, piece, self._logprobs(piece))
-        if request.return_token_ids:
+        if self._request.return_token_ids:
             choice["token_ids"] = [token.token for token in piece.tokens]
-        return self._writer.event(index, choice)
+        return choice
 
     def opening(self, index: int) -> bytes:
         """The role, before the first text."""

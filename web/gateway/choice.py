@@ -57,6 +57,9 @@ class Choice:
         return piece
 
     def _push(self, token: Token, piece: Piece) -> None:
+        if token.finish is None and not self._rules.stops:
+            piece.text += self._detok.push(token.token)
+            return
         stopped = token.finish is FinishReason.STOP
         # The text of a stop token is shown only on request, like that of a stop string.
         text = "" if stopped and not self._rules.include_stop else self._detok.push(token.token)

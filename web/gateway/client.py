@@ -34,8 +34,9 @@ STEADY_S = 1.0  # a stream that lived this long was a good one: the back-off sta
 OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    # A path that falls silent is noticed in 3 s: requests then go to another pipeline, if there is one.
+    ("grpc.keepalive_time_ms", 1_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
     ("grpc.http2.max_pings_without_data", 0),
     # Each try has its own connection: the back-off is ours, and not gRPC's as well.
     ("grpc.use_local_subchannel_pool", 1),
@@ -126,6 +127,10 @@ class _Link:
                 self._outbox.clear()
                 if was_up and self._links._links.get(self._member) is self:
                     self._links._emit(StreamDown(self._member))
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                # The call broke in the moment in which we were cancelled, and a TaskGroup tells of the former alone.
+                raise asyncio.CancelledError
             if was_up or error != last_error:  # once per cause
                 log.warning("scheduler stream down", member=str(self._member), error=error, was_up=was_up)
             last_error = error

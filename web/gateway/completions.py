@@ -89,13 +89,13 @@ class CompletionFormat:
 
     def chunk(self, index: int, piece: Piece) -> bytes:
         ids = self._request.return_token_ids
+        if self._begun[index] and piece.finish is None and not self._logprobs and (piece.text or ids):
+            return self._writer.plain_event(index, piece, lambda: self._later(index, Piece()))
         if not self._begun[index]:
             piece.text = self._echo[index] + piece.text
         if not (piece.text or piece.finish or ids or self._logprobs):
             return b""  # all of it is held back
-        choice = self._choice(index, piece)
-        if ids and self._begun[index]:
-            choice["prompt_token_ids"] = None  # sent with the first chunk
+        choice = self._later(index, piece) if self._begun[index] else self._choice(index, piece)
         self._begun[index] = True
         return self._writer.event(index, choice)
 
@@ -107,6 +107,13 @@ class CompletionFormat:
             piece.text = self._echo[index] + piece.text
         choices = [self._choice(index, piece) for index, piece in enumerate(pieces)]
         return self._head | {"choices": choices, "usage": self._writer.usage()}
+
+    def _later(self, index: int, piece: Piece) -> dict[str, Any]:
+        """In any but the first chunk: that one has the ids of the prompt."""
+        choice = self._choice(index, piece)
+        if self._request.return_token_ids:
+            choice["prompt_token_ids"] = None
+        return choice
 
     def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
         logprobs = self._logprobs[index].take(piece.tokens) if self._logprobs else None

@@ -6,13 +6,15 @@ often the stream was moved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"
 CONTEXT_TOKENS = 5  # of the prompt: decoders strip a leading space, or not, by what stands before
 SPLIT_TOKENS_MAX = 4  # a character of UTF-8 has at most four bytes, so it spans at most four tokens
+TOKENS_CACHED = 1 << 16
 WINDOW_TOKENS_MAX = 64  # only streams of invalid bytes get here
 
 
@@ -40,7 +42,11 @@ class Detokenizer:
             if out or len(self._window) > WINDOW_TOKENS_MAX:
                 # The next window starts with the tokens of this piece: they are the context of the next one.
                 self._window = self._window[self._base :]
-                self._base, self._sent = len(self._window), len(self._text())
+                self._base = len(self._window)
+                if self._base == 1:
+                    self._sent = _chars_alone(self._decode, token, self._skip)
+                else:
+                    self._sent = len(self._text())
             return out
         pending = len(self._window) - self._base
         if pending <= SPLIT_TOKENS_MAX:
@@ -62,6 +68,12 @@ class Detokenizer:
     def _text(self) -> str:
         text: str = self._decode(self._window, skip_special_tokens=self._skip)
         return text
+
+
+@lru_cache(TOKENS_CACHED)
+def _chars_alone(decode: Callable[..., str], token: int, skip_special_tokens: bool) -> int:
+    """Length of the text of one token: most windows begin with one."""
+    return len(decode([token], skip_special_tokens=skip_special_tokens))
 
 
 class StopFinder:

@@ -9,7 +9,7 @@ import structlog
 
 from controlplane.contract.ids import Member
 from controlplane.contract.requests import Log
-from web.gateway.channel import Channel, Leaving
+from web.gateway.channel import Channel, Leaving, Readers
 from web.gateway.client import Links
 from web.gateway.events import (
     CancelAsked,
@@ -45,6 +45,7 @@ class Dispatcher:
     def __init__(self, policy: Policy, token: str, metrics: Metrics) -> None:
         self.router = Router(policy)
         self.links = Links(token, self.feed)
+        self.readers = Readers()
         self._metrics = metrics
         self._sinks: dict[int, tuple[Channel, int]] = {}
         self._recalls: dict[int, asyncio.Future[tuple[Log | None, bool]]] = {}

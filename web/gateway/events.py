@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+import msgspec
+
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.requests import (
     Cancel,
@@ -68,8 +70,7 @@ class RecalledReceived:
     recalled: Recalled
 
 
-@dataclass(frozen=True, slots=True)
-class TokensReceived:
+class TokensReceived(msgspec.Struct, frozen=True):  # like Deliver: made far more often than the others
     member: Member  # whose stream they came on
     tokens: Tokens
 
@@ -169,8 +170,7 @@ class RecallDone:
     sure: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(msgspec.Struct, frozen=True):
     """The next tokens of a stream. `gap_s` is set on the first ones after a failure or a switch: how long the
     client had to wait for them since its last token; `how` says how the stream got over it.
     """

@@ -13,6 +13,7 @@ class Policy:
     """Seconds, unless the name says otherwise."""
 
     live_max: int = 1536  # requests; more are refused
+    places: int = 256  # requests that a pipeline runs at a time; more wait there
     grace_s: float = 5.0  # a stream with no scheduler is held this long
     retry_s: float = 0.02  # after NOT_HERE: topology reaches nodes and gateways at different moments
     move_after_s: float = 0.5  # its pipeline is down and another one is up
@@ -40,6 +41,7 @@ class Live:
     again_at: float | None = None  # tokens are missing: submit again then
     asked_at: float = -1e9
     how: str = ""  # what befell it since its last token
+    torn: bool = False  # from the scheduler that had it; the topology has yet to say whether a node died
     deaths: int = 0  # nodes that died while it was in its first step
     poisoned: set[NodeId] = field(default_factory=set)  # nodes on which its numbers were not finite
     full: set[PipelineId] = field(default_factory=set)  # pipelines that refused it for load

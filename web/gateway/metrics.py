@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from web.gateway.router import Router
 
@@ -27,6 +31,27 @@ FENCED = {
 RECOVERED = ("resubmitted", "continued", "moved", "resumed")
 
 
+class Tokens(Collector):
+    """What is counted for each token: with plain numbers, since a prometheus_client metric takes a lock each time."""
+
+    def __init__(self) -> None:
+        self.given = 0
+        self._counts = [0] * (len(LATENCIES_S) + 1)  # of waits, by bucket; the last one is without bound
+        self._waited_s = 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Between two tokens of a stream."""
+        self._counts[bisect_left(LATENCIES_S, seconds)] += 1
+        self._waited_s += seconds
+
+    def collect(self) -> Iterable[Metric]:
+        name = PREFIX + "inter_token_latency_seconds"
+        bounds = map(floatToGoString, (*LATENCIES_S, math.inf))
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(name, "Between two tokens of a stream", buckets, self._waited_s)
+        yield CounterMetricFamily(PREFIX + "generation_tokens", "Tokens given to clients", self.given)
+
+
 class Metrics:
     """One registry per gateway, so that several can live in one process (tests)."""
 
@@ -42,13 +67,11 @@ class Metrics:
             return Counter(PREFIX + name, text, labels, registry=self.registry)
 
         self.ttft = histogram("time_to_first_token_seconds", "Request to first token", LATENCIES_S)
-        self.itl = histogram("inter_token_latency_seconds", "Between two tokens of a stream", LATENCIES_S)
         self.e2e = histogram("e2e_request_latency_seconds", "Request to its last token", LATENCIES_S)
         self.failover_gap = histogram(
             "failover_gap_seconds", "Longest wait of a stream around a failure or a switch", GAPS_S, ("how",)
         )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of admitted requests")
-        self.generation_tokens = counter("generation_tokens", "Tokens given to clients")
         self.success = counter("request_success", "Choices that ended well", ("finished_reason",))
         self.errors = counter("request_errors", "Requests that ended with an error", ("status",))
         self.rejections = counter(
@@ -57,6 +80,8 @@ class Metrics:
         self.resumed = counter("streams_resumed", "Connections that took a request up again", ("how",))
         self.handed_over = counter("streams_handed_over", "Streams sent to another gateway at a stop")
         self.disconnects = counter("client_disconnects", "Clients that left before the end")
+        self.tokens = Tokens()
+        self.registry.register(self.tokens)
 
     def attach(self, router: Router, etcd_age_s: Callable[[], float]) -> None:
         """Export what the router counts by itself."""

@@ -13,6 +13,7 @@ from typing import assert_never
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.requests import Cancel, FinishReason, RefusalCode, Refused, Submit, Token
 from controlplane.contract.topology import Mode, Pipeline, Topology
+from web.gateway.balance import least_loaded
 from web.gateway.events import (
     CancelAsked,
     CloseStream,
@@ -184,7 +185,8 @@ class Router:
             return None
         lost = set(old.members()) - set(new.members() if new else ())
         planned = old.move is not None and new is not None and old.move.to in set(new.members())
-        if live.sent_to is not None and lost and not planned and not live.log.emitted:
+        had, live.torn = live.sent_to is not None or live.torn, False
+        if had and lost and not planned and not live.log.emitted:
             live.deaths += 1
             if live.deaths >= self.policy.deaths_max:
                 self.counts["quarantined"] += 1
@@ -194,6 +196,8 @@ class Router:
         if new is not None:
             live.log.raise_fence(new.epoch)
         if live.sent_to is None:
+            if new is not None and new.scheduler != old.scheduler:
+                live.retry_at = 0.0  # the one that sent it away has no say any more
             return None
         if new is None or new.scheduler != live.sent_to:
             self._hold(live, now, "resubmitted")
@@ -209,6 +213,7 @@ class Router:
         for live in self._live.values():
             if live.sent_to == member:
                 self._hold(live, now, "resubmitted")
+                live.torn = True
 
     def _on_refusal(self, member: Member, refusal: Refused, now: float, out: list[Effect]) -> None:
         live = self._live.get(refusal.rid)
@@ -220,6 +225,11 @@ class Router:
                 self.counts["not_here"] += 1
                 self._hold(live, now, live.how)
                 live.retry_at = now + self.policy.retry_s
+            case RefusalCode.DROPPED:
+                self.counts["dropped"] += 1
+                self._hold(live, now, "resubmitted")
+                live.torn = True
+                live.retry_at = now + self.policy.retry_s  # the topology may be on its way to us
             case RefusalCode.OVERLOADED if live.log.emitted or live.how:
                 # It was admitted once: it may wait, but it is not turned away.
                 self._hold(live, now, live.how)
@@ -352,11 +362,8 @@ class Router:
         ]
         if not reachable:
             return None
-        load: Counter[str] = Counter()
-        for other in self._live.values():
-            if other.pipeline is not None and other is not live:
-                load[other.pipeline] += other.log.outstanding
-        return min(reachable, key=lambda p: (load[p.id], p.id))
+        others = (other for other in self._live.values() if other is not live)
+        return least_loaded(reachable, others, self.policy.places)
 
     def _send(self, live: Live, pipeline: Pipeline, now: float, out: list[Effect]) -> None:
         member = pipeline.scheduler
@@ -368,6 +375,7 @@ class Router:
         if live.pipeline != pipeline.id:
             live.log.rebase(pipeline.epoch)
         live.pipeline, live.sent_to, live.last_member, live.sent_at = pipeline.id, member, member, now
+        live.torn = False
         out.append(SendSubmit(member, self._submit(live, scratch)))
         del self._held[live.log.rid]
 

@@ -13,8 +13,8 @@ import structlog
 import uvicorn
 from starlette.types import ASGIApp
 
+from web.gateway.connection import StreamProtocol
 from web.gateway.dispatch import Dispatcher
-from web.protocol import BoundedProtocol
 
 log = structlog.get_logger()
 
@@ -41,7 +41,7 @@ def listen(host: str, port: int) -> socket.socket:
 def make_server(app: ASGIApp, stop_grace_s: float = STOP_GRACE_S) -> GatewayServer:
     config = uvicorn.Config(
         app,
-        http=BoundedProtocol,
+        http=StreamProtocol,
         loop="asyncio",
         ws="none",
         lifespan="off",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from web.gateway import shapes
+from web.gateway.choice import Piece
 from web.gateway.generation import Generation
 from web.gateway.openai import Common
 
@@ -21,16 +24,26 @@ class ChunkWriter:
         self._prefix = b"data: " + _encode(head)[:-1] + b',"choices":['
         self._generation = generation
         self._per_prompt = len(generation.plans) // prompts
+        self._plain: list[list[bytes] | None] = [None] * len(generation.plans)
         self._include = request.include_usage
+        self._tail = b'],"usage":null}\n\n' if self._include else b"]}\n\n"
         self._continuous = request.continuous_usage
 
     def event(self, index: int, choice: dict[str, Any]) -> bytes:
-        tail = b"]"
-        if self._continuous:
-            tail += b',"usage":' + _encode(self._usage_of(index))
-        elif self._include:
-            tail += b',"usage":null'
-        return self._prefix + _encode(choice) + tail + b"}\n\n"
+        return self._prefix + _encode(choice) + self._tail_of(index)
+
+    def plain_event(self, index: int, piece: Piece, like: Callable[[], dict[str, Any]]) -> bytes:
+        """As `event`, for a choice of which nothing but text and token ids differs from one event to the next.
+
+        `like`: such a choice with an empty text, and an empty list of token ids if there is to be one.
+        """
+        holes = self._plain[index]
+        if holes is None:
+            holes = self._plain[index] = re.split(rb'""|\[\]', _encode(like()))
+        out = self._prefix + holes[0] + _encode(piece.text) + holes[1]
+        if len(holes) > 2:
+            out += _encode([token.token for token in piece.tokens]) + holes[2]
+        return out + self._tail_of(index)
 
     def usage_event(self) -> bytes:
         if not self._include:
@@ -42,6 +55,11 @@ class ChunkWriter:
         plans = self._generation.plans
         prompt = sum(len(plans[i].prompt) for i in range(0, len(plans), self._per_prompt))
         return shapes.usage(prompt, sum(choice.tokens for choice in self._generation.choices))
+
+    def _tail_of(self, index: int) -> bytes:
+        if self._continuous:
+            return b'],"usage":%b}\n\n' % _encode(self._usage_of(index))
+        return self._tail
 
     def _usage_of(self, index: int) -> dict[str, int]:
         generation = self._generation

@@ -45,8 +45,8 @@ class Node:
     leased: bool = True
     seq: int = 0
     born: float = 0.0
-    ticks: int = 0
-    ticks_late: int = 0
+    timed_s: float = 0.0
+    overdue_s: float = 0.0
     throttled: bool = False  # does not get to run most of the time
     hung_at: float | None = None  # its computation does not end
     poisoned: int = 0
@@ -345,8 +345,8 @@ class Sim:
         if not node.alive or node.stopped_at is not None:
             return
         node.seq += 1
-        node.ticks += 2
-        node.ticks_late += node.throttled
+        node.timed_s += 0.1
+        node.overdue_s += 0.05 * node.throttled
         links = []
         for peer in self.nodes.values():
             if peer is not node:
@@ -367,8 +367,8 @@ class Sim:
             busy_s=0.0 if node.hung_at is None else self.now - node.hung_at,
             usual_s=0.0 if node.hung_at is None else 0.01,
             poisoned=node.poisoned,
-            ticks=node.ticks,
-            ticks_late=node.ticks_late,
+            timed_s=node.timed_s,
+            overdue_s=node.overdue_s,
         )
         for controller in self.cores:
             if (controller, node.member.node) not in self.deaf:

@@ -22,6 +22,8 @@ CASES = [
     ("flowing, one link down: not its death", Evidence(0.1, link_down="reset"), GREEN),
     ("flowing, its step does not end", Evidence(0.1, stalled_s=2.0), YELLOW),
     ("flowing, its step never ends", Evidence(0.1, stalled_s=31.0), RED),
+    ("flowing, cut off from a neighbour that it does not need", Evidence(0.1, cut_off="n0"), GREEN),
+    ("flowing, cut off from its pipeline", Evidence(0.1, cut_off="n0", stalled_s=1.3), RED),
     ("its computation takes too long, by its own word", Evidence(0.1, stuck_s=2.0), YELLOW),
     ("and its scheduler waits for it", Evidence(0.1, stuck_s=2.0, stalled_s=1.3), RED),
     ("the numbers of one request", Evidence(0.1, poisoned=1), YELLOW),
@@ -113,6 +115,34 @@ def test_two_kinds_of_evidence_make_red_at_once_and_one_does_not() -> None:
     bench.links[B] = (LinkReport(A, False, 0.0, "reset"),)
     bench.report(B)
     assert bench.state(A) is RED
+
+
+@pytest.mark.parametrize("silence", [LinkReport(A, False, 0.0, "timed out"), LinkReport(A, True, 1.5)])
+@pytest.mark.parametrize("blamed", [A, B])
+def test_a_link_broken_between_two_that_are_heard_costs_the_one_that_is_waited_for(
+    silence: LinkReport, blamed: Member
+) -> None:
+    bench = Bench()
+    bench.links[B] = (silence,)
+    bench.run(0.2)
+    assert [bench.state(m) for m in (A, B, C)] == [GREEN] * 3
+    bench.detector.evaluate(bench.now, {blamed: 1.3})
+    assert [m for m in (A, B, C) if bench.detector.state(m) is RED] == [blamed]
+    assert not bench.detector.faulty(), "its process is sound"
+    bench.links.clear()
+    bench.run(9)
+    assert bench.state(blamed) is RED, "on probation"
+    bench.run(2)
+    assert bench.state(blamed) is GREEN
+
+
+def test_a_link_to_one_that_is_silent_itself_is_no_broken_path() -> None:
+    bench = Bench()
+    bench.links[B] = (LinkReport(A, True, 1.5),)
+    bench.silent.add(A)
+    bench.run(0.7)
+    bench.detector.evaluate(bench.now, {B: 1.3})
+    assert bench.detector.state(B) is YELLOW
 
 
 def test_the_dead_give_no_evidence() -> None:
@@ -267,6 +297,17 @@ def test_silence_does_not_count_while_this_process_does_not_get_to_run() -> None
     assert bench.detector.silent_s(A, bench.now) == pytest.approx(0.8)
     bench.run(0.5)
     assert bench.state(A) is GREEN
+
+
+def test_a_defect_behind_a_broken_link_is_a_defect() -> None:
+    bench = Bench()
+    bench.links[B] = (LinkReport(A, False, 0.0, "timed out"),)
+    bench.run(0.2)
+    bench.poisoned = 2
+    bench.report(A)
+    bench.detector.evaluate(bench.now, {A: 1.3})
+    assert bench.detector.state(A) is RED
+    assert bench.detector.faulty() == {A}
 
 
 def test_a_red_member_that_recovers_on_probation_is_not_used_before_it_is_green() -> None:

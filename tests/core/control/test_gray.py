@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import pytest
 from msgspec.structs import replace
 
+from controlplane.contract.config import TimingConfig
 from controlplane.contract.events import EventKind
 from controlplane.contract.ids import Member
 from controlplane.contract.reports import NodeReport, PipelineReport, StepTimes
 from controlplane.contract.status import NodeState, PipelineState
-from controlplane.core.conduct import PROBATION_S
+from controlplane.core.conduct import PROBATION_S, Conduct
 from controlplane.core.pace import Paces, Slowness
+from dataplane.core.pace import Timeliness
 from tests.core.control.sim import Sim, formed
 
 DECODE, PREFILL, OTHER = 1, 2, 3
@@ -228,10 +230,80 @@ def test_on_an_overloaded_machine_times_say_less() -> None:
 
 @pytest.mark.parametrize(
     ("late", "others", "slow"),
-    [(0.0, 0.0, False), (0.34, 0.0, False), (0.5, 0.02, True), (0.5, 0.3, False), (0.9, 0.2, True)],
+    [(0.0, 0.0, False), (0.34, 0.0, False), (0.5, 0.02, True), (0.5, 0.3, False), (0.7, 0.2, True)],
 )
 def test_late_timers(late: float, others: float, slow: bool) -> None:
     assert (Slowness(0.0, late, others).degree >= 1) is slow
+
+
+# Lateness of 50 ms timers and processor time of the loop between them, in ms, on two cores that were full. A busy
+# node among seven others and five foreign processes; one that was stopped for 90 of each 100 ms.
+BUSY = [
+    (38, 10),
+    (14, 9),
+    (47, 15),
+    (7, 8),
+    (27, 11),
+    (46, 19),
+    (19, 13),
+    (7, 8),
+    (28, 9),
+    (13, 7),
+    (86, 21),
+    (20, 12),
+]
+STOPPED = [
+    (155, 8),
+    (164, 8),
+    (154, 5),
+    (158, 6),
+    (164, 10),
+    (352, 12),
+    (165, 10),
+    (159, 11),
+    (52, 5),
+    (50, 2),
+    (162, 10),
+]
+
+
+def suspected_after_s(rings: list[tuple[int, int]], limit_s: float = 8.0) -> float | None:
+    """When a node with such timers, again and again, is put on probation beside an idle one; None: not at all."""
+    conduct, now, next_at = Conduct(TimingConfig()), 0.0, {"a": 0.0, "b": 0.0}
+    timers = {name: Timeliness() for name in next_at}
+    endless = cycle(rings)
+    while now < limit_s:
+        now += 0.05
+        for name, timer in timers.items():
+            if next_at[name] <= now:
+                late_ms, computed_ms = next(endless) if name == "a" else (1, 1)
+                took_s = 0.05 + late_ms / 1000
+                timer.rang(0.05, took_s, computed_ms / 1000)
+                next_at[name] += took_s
+                report = NodeReport(
+                    Member(name, "1"), 1, 0.0, 1, timed_s=timer.timed_s, overdue_s=timer.overdue_s
+                )
+                conduct.reported(report, now)
+        conduct.compare(now, ())
+        if conduct.probation("a", now):
+            return now
+    return None
+
+
+def test_a_busy_node_on_a_full_machine_is_not_slow() -> None:
+    """Half of its timers are 25 ms late or more, and an idle peer's never are."""
+    assert suspected_after_s(BUSY) is None
+
+
+def test_a_stopped_node_is_found_though_few_of_its_timers_ring() -> None:
+    found_s = suspected_after_s(STOPPED)
+    assert found_s is not None
+    assert found_s <= 2.0
+
+
+@pytest.mark.parametrize("pause_ms", [300, 600, 3000])
+def test_a_single_pause_does_not_make_a_node_slow(pause_ms: int) -> None:
+    assert suspected_after_s([*[(1, 1)] * 10, (pause_ms, 0), *[(1, 1)] * 200]) is None
 
 
 # ---- the truth
@@ -256,4 +328,4 @@ def test_a_pipeline_with_a_suspected_node_says_so() -> None:
     assert status.pipelines[0].state is PipelineState.DEGRADED
     node = next(n for n in status.nodes if n.node == "n2")
     assert node.slowness > 1
-    assert "on probation: its timers come late 50% of the time, others' 0%" in node.evidence
+    assert "on probation: its timers are overdue 50% of the time, others' 0%" in node.evidence

@@ -138,7 +138,7 @@ class Node:
             case KvQueryMeta():
                 self.replicator.answer_query(peer, meta)
             case KvDropMeta():
-                self.replicator.drop_copies(meta)
+                self.replicator.drop_copies(peer, meta)
             case _:
                 raise TypeError(meta)
         self.replicator.pump(self.cluster.now)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
+import pytest
 
 from controlplane.contract.ids import Member
+from dataplane._fast.blocktable import Rows
 from dataplane.core.blocks import KvStore
-from dataplane.core.messages import Block, Fence, KvAckMeta, KvMeta, Meta
+from dataplane.core.messages import Block, Fence, KvAckMeta, KvDropMeta, KvMeta, KvQueryMeta, Meta, pack_rows
 from dataplane.core.replication import (
     ANSWER_LIMIT_S,
     COPY_EVERY_S,
@@ -55,6 +57,19 @@ def test_whole_blocks_only_unless_flushed() -> None:
     assert made.lag_tokens([1], flush=True) == 0
 
 
+def test_how_long_the_rest_takes_is_told_from_what_was_acknowledged() -> None:
+    tokens = {1: 400}
+    made = source(tokens)
+    made.take(0.0, flush=False)
+    assert made.behind_s(made.lag_tokens([1], flush=False)) > 60.0  # nothing has been seen yet
+    made.acknowledged(((1, 40),), whole=False, refused=False, now=0.2)
+    made.acknowledged(((1, 120),), whole=False, refused=False, now=0.6)
+    assert made.behind_s(280) == pytest.approx(280 / (120 / 0.6))
+    assert made.behind_s(0) == 0.0
+    made.acknowledged(((1, 130),), whole=False, refused=False, now=1.6)  # slower now
+    assert made.behind_s(270) == pytest.approx(27.0)
+
+
 def test_a_part_filled_block_is_sent_again_when_it_has_grown() -> None:
     tokens = {1: 6}
     made = source(tokens)
@@ -78,6 +93,54 @@ def test_copies_of_requests_that_are_gone_are_given_back() -> None:
     made = ReplicaSource(HOLDER, 4, lambda rid: 8 if rid == 1 else 0)
     made.must_ask(0.0)
     assert made.acknowledged(((1, 4), (2, 8)), whole=True, refused=False, now=0.0) == [2]
+
+
+def test_an_order_to_drop_that_was_lost_is_given_again() -> None:
+    tokens = {1: 8, 2: 8}
+    made = source(tokens)
+    made.take(0.0, flush=False)
+    made.acknowledged(((1, 8), (2, 8)), whole=False, refused=False, now=0.1)
+    assert not made.must_ask(50.0)
+    del tokens[1]
+    made.freed([1])
+    assert (
+        made.acknowledged(((1, 8),), whole=False, refused=False, now=50.1) == []
+    )  # was on its way, as the order is
+    assert not made.must_ask(50.0 + ANSWER_LIMIT_S)
+    assert made.must_ask(50.1 + ANSWER_LIMIT_S), "whatever else it acknowledges"
+    assert made.acknowledged(((1, 8), (2, 8)), whole=True, refused=False, now=52.2) == [1]
+    made.freed([1])
+    made.acknowledged(((1, 0),), whole=False, refused=False, now=52.3)
+    assert not made.must_ask(99.0)
+
+
+def test_a_request_that_is_back_needs_no_order_to_drop() -> None:
+    made = source({1: 8})
+    made.take(0.0, flush=False)
+    made.freed([1])  # preempted
+    made.wrote([1])
+    assert len(made.take(0.2, flush=False)) == 2
+    made.acknowledged(((1, 8),), whole=False, refused=False, now=0.3)
+    assert not made.must_ask(99.0)
+
+
+def test_a_holder_says_that_copies_are_gone() -> None:
+    sent: list[Meta] = []
+
+    def send(_member: Member, meta: Meta, _payload: Buffer) -> bool:
+        sent.append(meta)
+        return True
+
+    kv = KVCache(3, 1, 1, 4, 1, "float32")
+    store = KvStore(3, 4, 4, 8)
+    holder = Replicator(store, kv, send)
+    data = bytes(kv.block_bytes)
+    copy = KvMeta("p0", Fence(1), (Block(1, 0, 4, zlib.crc32(data)),))
+    holder.store_copies(HOLDER, copy, memoryview(data))
+    holder.drop_copies(HOLDER, KvDropMeta("p0", Fence(1), (1, 2)))
+    holder.pump(0.0)
+    assert sent == [KvAckMeta("p0", Fence(1), ((1, 0), (2, 0)))]
+    assert not store.replicas
 
 
 def test_a_refused_block_is_tried_again_after_a_pause() -> None:
@@ -121,6 +184,44 @@ def test_a_move_waits_for_no_company() -> None:
     tokens[1] = 5
     made.wrote([1])
     assert made.take(0.001, flush=True) == [Copy(1, 1, 5)]
+
+
+def test_a_source_hears_of_copies_that_made_room() -> None:
+    sent: list[tuple[Member, Meta]] = []
+
+    def send(member: Member, meta: Meta, _payload: Buffer) -> bool:
+        sent.append((member, meta))
+        return True
+
+    kv = KVCache(3, 1, 1, 4, 1, "float32")
+    store = KvStore(3, 4, 4, 8)
+    holder = Replicator(store, kv, send)
+    data = bytes(kv.block_bytes)
+    blocks = tuple(Block(rid, 0, 4, zlib.crc32(data)) for rid in (1, 2))
+    holder.store_copies(HOLDER, KvMeta("p0", Fence(1), blocks), memoryview(data * 2))
+    holder.pump(0.0)
+    sent.clear()
+    assert store.begin("p1", Rows(pack_rows([(7, 0, 8, True)]))) is not None  # two blocks: one copy has to go
+    holder.pump(0.1)
+    assert sent == [(HOLDER, KvAckMeta("p0", Fence(1), ((1, 0),), refused=True))]
+    holder.pump(0.2)
+    assert len(sent) == 1  # told once
+
+    # Who has only asked relies on what is here as well: a node that took over, of its predecessor's KV.
+    successor = Member("n9", "b")
+    holder.answer_query(successor, KvQueryMeta("p0", Fence(2)))
+    sent.clear()
+    assert store.begin("p1", Rows(pack_rows([(8, 0, 4, True)]))) is not None
+    holder.pump(0.3)
+    assert sent == [(successor, KvAckMeta("p0", Fence(2), ((2, 0),), refused=True))]
+
+    told = source({1: 8})
+    told.take(0.0, flush=False)
+    told.acknowledged(((1, 8),), whole=False, refused=False, now=0.0)
+    told.acknowledged(((1, 0),), whole=False, refused=True, now=0.1)
+    assert told.lag_tokens([1], flush=False) == 8
+    assert told.take(0.2, flush=False) == []  # there is no room yet
+    assert [copy.index for copy in told.take(0.1 + REFUSED_PAUSE_S, flush=False)] == [0, 1]
 
 
 def test_what_is_unsound_in_a_message_is_refused_and_the_rest_of_it_is_kept() -> None:

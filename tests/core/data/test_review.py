@@ -12,7 +12,15 @@ from controlplane.contract import rpc
 from controlplane.contract.ids import Member
 from controlplane.contract.records import ControllerRecord, NodeRecord
 from controlplane.contract.reports import NodeReport
-from controlplane.contract.requests import RefusalCode, Sampling, Submit, Token, Tokens
+from controlplane.contract.requests import (
+    RefusalCode,
+    Refused,
+    Sampling,
+    SchedulerMessage,
+    Submit,
+    Token,
+    Tokens,
+)
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topology
 from controlplane.contract.topology import Stage as StageDuty
 from dataplane._fast.blocktable import Rows
@@ -260,7 +268,9 @@ class Host:
         self.up = set(up)
         self.local: list[Message] = []
         self.sent: list[tuple[Member, Meta]] = []
+        self.told: list[tuple[int, SchedulerMessage]] = []
         frontdoor = Frontdoor("token", lambda *_: None, lambda _: None)
+        frontdoor.send = lambda *message: self.told.append(message)  # type: ignore[method-assign]
         self.schedulers = Schedulers(
             ME, LIMITS, microbatches, frontdoor, self.local.append, self.send, lambda: None
         )
@@ -312,6 +322,19 @@ def test_as_many_microbatches_as_the_hosts_can_compute(
     }
     host.schedulers.on_topology(topology(1, pipeline("p0", 1)), records)
     assert host.schedulers.by_pipeline["p0"].batcher.microbatches == expected
+
+
+def test_requests_of_a_scheduler_that_ends_and_begins_again_are_not_waited_for_in_vain() -> None:
+    """The gateway is ahead: what it submits for epoch 3 reaches the scheduler of epoch 1, which 2 puts an end to."""
+    host = Host(ME, NEXT)
+    host.schedulers.on_topology(topology(1, pipeline("p0", 1)), RECORDS)
+    host.schedulers.on_gateway(7, submitted(1).message)
+    down = Pipeline("p0", 2, (StageDuty(("n0",), (ME,)), StageDuty(("n1",))))
+    host.schedulers.on_topology(topology(2, down), RECORDS)
+    host.schedulers.on_topology(topology(3, pipeline("p0", 3)), RECORDS)
+    assert not host.schedulers.by_pipeline["p0"].requests
+    told = [(s, m.rid, m.pipeline, m.code) for s, m in host.told if isinstance(m, Refused)]
+    assert told == [(7, 1, "p0", RefusalCode.DROPPED)]
 
 
 def test_a_planned_switch_issues_nothing_in_the_epoch_that_is_over() -> None:

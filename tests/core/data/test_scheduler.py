@@ -66,7 +66,7 @@ def test_as_many_microbatches_as_can_compute() -> None:
     made = scheduler(stages=4, microbatches=3)
     issued = [steps(made.step(submit(rid), 0.0)) for rid in range(1, 5)]
     assert [len(s) for s in issued] == [1, 1, 1, 0]
-    assert len(made.in_flight) == 3
+    assert len(made.steps) == 3
 
 
 def decoding(requests: int, microbatches: int) -> tuple[Scheduler, list[RunStep]]:
@@ -97,21 +97,48 @@ def test_who_decodes_does_not_wait_for_a_prompt_that_comes() -> None:
     assert len(flying) == 1
     prompt = steps(made.step(submit(9), 0.0))
     assert [rid for rid, *_ in rows(*prompt)] == [9]
-    assert not steps(made.step(result(flying[0]), 0.1))  # few rows: they wait for their company
-    assert sorted(rid for rid, *_ in rows(*steps(made.step(result(prompt[0]), 0.2)))) == [1, 2, 9]
+    flying = steps(made.step(result(flying[0]), 0.1))  # nor do the others wait for it
+    assert [rid for rid, *_ in rows(*flying)] == [1, 2]
+    assert not steps(made.step(result(prompt[0]), 0.2))  # one of three: it waits for its company
+    assert sorted(rid for rid, *_ in rows(*steps(made.step(result(flying[0]), 0.3)))) == [1, 2, 9]
 
 
 def test_decodes_ride_along_with_the_chunks_of_a_long_prompt() -> None:
+    """Together, since they are few: every second chunk has both, and each of them a token a round."""
     made, flying = decoding(2, microbatches=2)
     flying += steps(made.step(submit(9, length=60), 0.0))
-    seen: set[int] = set()
+    company, chunks = [], []
     for _ in range(3):
         (step,) = steps(made.step(result(flying.pop(0)), 0.1))
         flying.append(step)
-        assert len(rows(step)) == 2
-        assert rows(step)[1][0] == 9
-        seen.add(rows(step)[0][0])
-    assert seen == {1, 2}
+        *decodes, (rid, _, count, _) = rows(step)
+        assert rid == 9
+        chunks.append(count)
+        company.append([rid for rid, *_ in decodes])
+    assert company == [[1, 2], [], [1, 2]]
+    assert chunks == [12, 11, 11], "45 tokens are left, and 14 or 16 rows: of one size, as far as that goes"
+
+
+@pytest.mark.parametrize(("length", "sizes"), [(16, [16]), (17, [9, 8]), (40, [14, 13, 13])])
+def test_chunks_of_a_prompt_are_of_one_size(length: int, sizes: list[int]) -> None:
+    made = scheduler(4)
+    issued = steps(made.step(submit(1, length=length), 0.0))
+    assert [count for *_, count, _ in rows(*issued)] == sizes
+
+
+@pytest.mark.parametrize(("rows_min", "sizes"), [(4, [6, 6, 6, 6]), (24, [24]), (12, [12, 12])])
+def test_rows_that_cost_nothing_are_not_split(rows_min: int, sizes: list[int]) -> None:
+    """A device that reads for as long as it computes 24 rows gets 24 together; a prompt does not wait for them."""
+    limits = replace(
+        LIMITS, max_running=99, max_waiting=99, max_batch_tokens=600, context_len=600, rows_min=rows_min
+    )
+    made = scheduler(4, quota=500, microbatches=4, limits=limits)
+    flying = [step for rid in range(1, 25) for step in steps(made.step(submit(rid, max_tokens=400), 0.0))]
+    for _ in range(60):
+        flying += steps(made.step(result(flying.pop(0)), 0.0))
+    assert [len(rows(step)) for step in flying] == sizes
+    if len(sizes) < 4:
+        assert [rid for rid, *_ in rows(*steps(made.step(submit(99, length=100), 0.0)))] == [99]
 
 
 def test_a_prompt_is_split_over_those_who_can_compute() -> None:
@@ -122,7 +149,7 @@ def test_a_prompt_is_split_over_those_who_can_compute() -> None:
     short = scheduler(
         4, quota=200, microbatches=2, limits=replace(LIMITS, max_batch_tokens=512, context_len=600)
     )
-    assert [count for _, _, count, _ in rows(*steps(short.step(submit(1, length=90), 0.0)))] == [64, 26]
+    assert [count for _, _, count, _ in rows(*steps(short.step(submit(1, length=90), 0.0)))] == [45, 45]
 
 
 def test_a_result_that_does_not_fit_its_step_is_a_lost_one() -> None:
@@ -160,11 +187,11 @@ def test_a_long_prompt_goes_in_chunks_that_overlap() -> None:
     made = scheduler(stages=2)
     sent = steps(made.step(submit(1, length=40), 0.0))
     assert [row[1:] for row in rows(*sent)] == [
-        (0, 16, False),
-        (16, 16, False),
+        (0, 14, False),
+        (14, 13, False),
     ]
     third = steps(made.step(result(sent[0]), 0.1))
-    assert [row[1:] for row in rows(*third)] == [(32, 8, True)]
+    assert [row[1:] for row in rows(*third)] == [(27, 13, True)]
     assert sent[0].meta.admits
     assert not third[0].meta.admits
 
@@ -302,12 +329,22 @@ def test_a_poisoned_request_goes_back_to_its_gateway_and_others_go_on() -> None:
     assert [row[0] for row in rows(*again)] == [2]
 
 
+def test_a_scheduler_that_is_no_more_leaves_nobody_waiting() -> None:
+    made = scheduler(stages=1)
+    made.step(submit(1), 0.0)
+    made.step(Submitted(submit(2).message, session=2), 0.0)
+    made.step(Submitted(submit(3).message, session=3), 0.0)
+    made.step(SessionLost(3), 0.0)
+    told = [(e.session, e.message.rid, e.message.code) for e in made.close() if isinstance(e, Refuse)]
+    assert told == [(1, 1, RefusalCode.DROPPED), (2, 2, RefusalCode.DROPPED)]
+
+
 def test_the_time_of_the_slowest_step_of_late_is_known() -> None:
     made = scheduler(stages=1)
     step = steps(made.step(submit(1), 0.0))[0]
     step = steps(made.step(result(step), 0.5))[0]
     made.step(result(step), 0.7)
-    assert made.round_s == 0.5
+    assert made.steps.round_s == 0.5
 
 
 def test_a_request_that_no_longer_fits_is_refused_not_kept_for_ever() -> None:

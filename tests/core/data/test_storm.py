@@ -106,13 +106,13 @@ class Storm(Cluster):
                 del queue[at]
 
     def check_copies(self) -> None:
-        """What a source counts as acknowledged is there, unless the holder needed the room."""
+        """What a source counts as acknowledged is there: a holder that needs the room says so."""
         for member in self.serving:
             for protected in self.nodes[member].replicator._protected.values():
                 for target, source in protected.sources.items():
                     busy = self.links.get((member, target)) or self.links.get((target, member))
                     store = self.nodes[target].store
-                    if busy or not source.known or store.replicas_evicted:
+                    if busy or not source.known or store.evicted:
                         continue
                     for rid, progress in source._progress.items():
                         assert progress.acked <= store.replica_tokens((PIPELINE, rid)), f"request {rid}"

@@ -80,8 +80,10 @@ class Bench:
         self.do(StreamUp(A))
         self.do(StreamUp(B))
 
-    def submit(self, rid: int = 1, max_tokens: int = LENGTH) -> list[Effect]:
-        return self.do(SubmitAsked(rid, PROMPT, Sampling(max_tokens, seed=0)))
+    def submit(
+        self, rid: int = 1, max_tokens: int = LENGTH, prompt: tuple[int, ...] = PROMPT
+    ) -> list[Effect]:
+        return self.do(SubmitAsked(rid, prompt, Sampling(max_tokens, seed=0)))
 
     def tokens(
         self, member: Member, name: str, epoch: int, *positions: int, rid: int = 1, add: int = 0
@@ -110,12 +112,36 @@ def sent(effects: list[Effect]) -> list[tuple[Member, Submit]]:
     return [(effect.member, effect.submit) for effect in only(effects, SendSubmit)]
 
 
-def test_least_outstanding_tokens() -> None:
+def test_the_fewest_prompt_tokens_that_wait() -> None:
     bench = Bench()
     bench.two_up()
-    places = [sent(bench.submit(rid, size))[0][0] for rid, size in ((1, 100), (2, 10), (3, 10), (4, 200))]
-    assert places == [A, B, B, B]
-    assert sent(bench.submit(5, 10))[0][0] == A
+    sizes = (100, 10, 10, 200, 10)
+    places = [sent(bench.submit(rid, prompt=(7,) * size))[0][0] for rid, size in enumerate(sizes)]
+    assert places == [A, B, B, B, A]
+
+
+def test_the_fewest_streams_once_all_have_begun() -> None:
+    bench = Bench()
+    bench.two_up()
+    for rid in range(1, 6):
+        ((member, submit),) = sent(bench.submit(rid, 10))
+        bench.tokens(member, submit.pipeline, 1, 0, rid=rid)
+    on_a = [live.log.rid for live in bench.router._live.values() if live.pipeline == "p0"]
+    assert len(on_a) == 3, "they alternate"
+    bench.do(CancelAsked(on_a[0]))
+    bench.do(CancelAsked(on_a[1]))
+    assert [sent(bench.submit(rid, 10))[0][0] for rid in (6, 7)] == [A, B], "one each: the first prompt waits"
+
+
+def test_a_free_place_before_a_short_wait_for_prompts() -> None:
+    bench = Bench(Policy(places=1))
+    bench.two_up()
+    ((first, submit),) = sent(bench.submit(1, prompt=(7,) * 10))
+    bench.tokens(first, submit.pipeline, 1, 0, rid=1)  # it runs, and no prompt waits there
+    assert sent(bench.submit(2, prompt=(7,) * 500))[0][0] == B
+    bench.do(CancelAsked(1))
+    assert sent(bench.submit(3, prompt=(7,) * 10))[0][0] == A, "that place is free again"
+    assert sent(bench.submit(4, prompt=(7,) * 10))[0][0] == A, "nowhere: the fewest prompt tokens wait there"
 
 
 def test_streams_follow_the_topology() -> None:
@@ -249,6 +275,29 @@ def test_not_here() -> None:
     assert bench.now - 100.0 < 1.1
 
 
+def test_a_dropped_request_is_submitted_again_as_one_that_was_admitted() -> None:
+    """The node hears late that the pipeline was down for a moment: it drops what was submitted for afterwards."""
+    bench = Bench()
+    bench.topology(pipeline("p0", A, 1))
+    bench.do(StreamUp(A))
+    bench.submit()
+    bench.topology(Pipeline("p0", 2, (Stage(("h",), (A,)), Stage(("t",)))))
+    assert len(sent(bench.topology(pipeline("p0", A, 3)))) == 1
+    assert sent(bench.refuse(A, "p0", RefusalCode.DROPPED)) == []
+    ((member, submit),) = sent(bench.do(Tick(), 0.02))
+    assert (member, submit.admitted) == (A, True)
+
+
+def test_a_dropped_request_follows_the_topology_that_comes_late() -> None:
+    bench = Bench()
+    bench.two_up()
+    bench.submit()
+    bench.tokens(A, "p0", 1, 0)
+    assert sent(bench.refuse(A, "p0", RefusalCode.DROPPED)) == []
+    ((member, submit),) = sent(bench.topology(pipeline("p0", B, 2), pipeline("p1", B, 1)))
+    assert (member, submit.pipeline, len(submit.emitted)) == (B, "p0", 1)
+
+
 def test_overload_only_refuses_what_was_not_admitted() -> None:
     bench = Bench()
     bench.two_up()
@@ -341,6 +390,28 @@ def test_poison_is_quarantined_and_planned_moves_do_not_count() -> None:
         bench.topology(pipeline("p0", heads[n], 3 + n))
     assert bench.failed[1].code is FailCode.QUARANTINED
     assert bench.router.counts["quarantined"] == 1
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_deaths_count_although_the_stream_breaks_before_the_topology_says_so(dropped: bool) -> None:
+    """As it is with every scheduler that dies: its connections do so at once."""
+    bench = Bench()
+    heads = [Member(f"x{n}", "1") for n in range(4)]
+    bench.topology(pipeline("p0", heads[0], 1))
+    bench.do(StreamUp(heads[0]))
+    bench.submit()
+    bench.do(StreamDown(heads[0]))
+    bench.do(StreamUp(heads[0]))  # nobody died
+    for n in range(3):
+        assert not bench.failed, n
+        if dropped:
+            bench.refuse(heads[n], "p0", RefusalCode.DROPPED)
+        else:
+            bench.do(StreamDown(heads[n]))
+        bench.topology(Pipeline("p0", 3 * n + 2, (Stage(("h",)), Stage(("t",), (TAIL,)))))
+        bench.topology(pipeline("p0", heads[n + 1], 3 * n + 3))
+        bench.do(StreamUp(heads[n + 1]))
+    assert bench.failed[1].code is FailCode.QUARANTINED
 
 
 def test_cancel_and_strangers() -> None:
@@ -456,7 +527,8 @@ class World:
                 self.cancelled.add(rid)
                 bench.do(CancelAsked(rid))
             case ("refuse", int(n), int(p), int(rid)):
-                bench.refuse(HEADS[n], f"p{p}", RefusalCode.NOT_HERE, rid)
+                code = RefusalCode.DROPPED if rid == 3 else RefusalCode.NOT_HERE
+                bench.refuse(HEADS[n], f"p{p}", code, rid)
                 self.cursor.pop((HEADS[n], f"p{p}", rid), None)
             case ("replay", int(n), int(p), int(position)):
                 for rid in (1, 2, 3):

@@ -1,0 +1,143 @@
+"""One forward pass for steps of one or several pipelines, and what each of them gets of it.
+
+A node that serves the same stage of several pipelines reads its weights once for all of them. A row's numbers do not
+depend on the rows beside it, so nobody can tell from them who was in the pass."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from dataplane._fast.blocktable import StepArrays
+from dataplane.core.finite import nonfinite_rows
+from dataplane.core.pace import Pace
+from dataplane.core.stage import Batch, Part, Prepared, Stage, join
+from dataplane.devices import EmulatedDevice
+from dataplane.inbox import Message
+from dataplane.model.sampler import Drawn
+from dataplane.transport.frames import Buffer
+
+if TYPE_CHECKING:
+    from dataplane.executor import StageExecutor
+    from dataplane.oracle import OracleExecutor
+
+INLINE_S = 0.02  # a computation that is over by then is not worth a thread
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A pipeline's step, with the blocks and the inputs that it needs."""
+
+    stage: Stage
+    step: Prepared
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a pass brought for one step."""
+
+    output: Buffer = b""  # activations; of the last stage none
+    drawn: Drawn | None = None  # on the last stage, if a row sampled
+    poisoned: tuple[int, ...] = ()  # requests whose numbers are not finite after this stage
+
+
+class Compute:
+    """The device of a node, one pass at a time."""
+
+    def __init__(self, executor: StageExecutor | OracleExecutor) -> None:
+        self.pace = Pace()
+        self.total_s = 0.0
+        self.busy: tuple[float, int] | None = None  # since when a pass computes, and its tokens
+        self._executor = executor
+        self._device = EmulatedDevice()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._last = (1, 1.0)  # tokens of the last pass, and the seconds that it took
+        self._ran: StepArrays | None = None  # what it computed, until `account`
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def inline(self, tokens: int) -> bool:
+        """Whether a pass runs on the loop, as it is over soon: a thread costs two switches and waits for the
+        interpreter, more than all the rest of a step. What may take long has a thread, for heartbeats must go out."""
+        tokens_last, took = self._last
+        return took * max(1.0, tokens / tokens_last) < INLINE_S
+
+    async def run(self, works: Sequence[Work]) -> list[Computed]:
+        """One pass for steps of one stage index that have rows, of different pipelines; a result for each. The caller
+        sends what came of it and then calls `account`."""
+        batch = join([work.step for work in works], works[0].stage.store.table)
+        tokens = batch.arrays.num_tokens
+        self.busy = (time.monotonic(), tokens)
+        if self.inline(tokens):
+            computed = self._pass(works, batch)
+        else:
+            loop = asyncio.get_running_loop()
+            computed = await loop.run_in_executor(self._pool, self._pass, works, batch)
+        if self._executor.step_s > 0:
+            came = max(work.message.came for work in works)
+            await self._device.run(came, self.busy[0], self._executor.step_s)
+        self.busy = None
+        self._ran = batch.arrays
+        return computed
+
+    def account(self) -> None:
+        """Counts the last pass, if it is not counted yet. Not in `run`: the next stage waits for what it returns."""
+        if self._ran is not None:
+            self.pace.ran(self._ran.num_tokens, int(self._ran.context_lens.sum()), self._last[1])
+            self._ran = None
+
+    def _pass(self, works: Sequence[Work], batch: Batch) -> list[Computed]:
+        started = time.monotonic()
+        tokens, hidden = inputs(works, batch)
+        output = self._executor.forward(tokens, hidden, batch.arrays, batch.sample_rows)
+        computed = [self._share(work, part, output) for work, part in zip(works, batch.parts, strict=True)]
+        took = time.monotonic() - started
+        self.total_s += took
+        self._last = (batch.arrays.num_tokens, took)
+        return computed
+
+    def _share(self, work: Work, part: Part, output: npt.NDArray[np.generic]) -> Computed:
+        """One step's part of what a pass brought; on the last stage its next tokens.
+
+        Poisoned is what is not finite here. What came was: who sees otherwise sends nothing on."""
+        rows = work.step.rows
+        if work.stage.sampling is not None:
+            if not len(work.step.slots):
+                return Computed()
+            logits = output[part.samples].astype(np.float32, copy=False)
+            drawn = work.stage.sampling.sample(logits, work.step.slots)
+            return Computed(b"", drawn, tuple(rows.sample_rids[list(drawn.poisoned)].tolist()))
+        activations = output[part.tokens]
+        poisoned: tuple[int, ...] = ()
+        if self._executor.suspect and len(bad := nonfinite_rows(activations)):
+            poisoned = tuple(dict.fromkeys(np.repeat(rows.rids, rows.counts)[bad].tolist()))
+        return Computed(activations.data, None, poisoned)
+
+
+def inputs(works: Sequence[Work], batch: Batch) -> tuple[npt.NDArray[np.int64] | None, Buffer | None]:
+    """Tokens for a first stage, else activations, of all steps behind one another.
+
+    Raises ValueError if one has not as many as it has tokens: the next one's would be taken for its own."""
+    counts = [part.tokens.stop - part.tokens.start for part in batch.parts]
+    if works[0].stage.index == 0:
+        tokens = [work.message.tokens for work in works]
+        if [len(some) for some in tokens] != counts:
+            raise ValueError(f"steps of {counts} tokens came with {[len(some) for some in tokens]}")
+        return np.array(tuple(chain.from_iterable(tokens)), np.int64), None
+    payloads = [work.message.payload for work in works]
+    if len(payloads) == 1:
+        return None, payloads[0]
+    sizes = [memoryview(payload).nbytes for payload in payloads]
+    if any(size * counts[0] != sizes[0] * count for size, count in zip(sizes, counts, strict=True)):
+        raise ValueError(f"steps of {counts} tokens came with activations of {sizes} bytes")
+    return None, b"".join(payloads)

@@ -1,0 +1,279 @@
+"""Plays one cell: load, fault, end of the fault, and what every stream and every process has to look like then."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import assert_never
+
+import httpx
+
+from controlplane.contract.errors import KevlarFlowError
+from controlplane.contract.records import OperationKind, OperationState
+from controlplane.contract.status import ClusterStatus, OperationRequest
+from controlplane.kfadmin.host import etcd_healthy
+from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
+from tests.e2e.cluster import all_home, summary
+from tests.matrix.cells import Cell, Cut, Direction, DiskFull, Fault, Kill, Phase, Slow, Stop
+from tests.matrix.hosts import CLIENT, CONTROLLERS, ETCD, ETCD_PORT, GATEWAYS, NODES, SERVERS, HostCluster
+from tests.matrix.namespaces import Way
+from tests.matrix.streams import Load, Result, judge
+
+DECODE = sample_prompts(16, 160)
+PREFILL = sample_prompts(16, 24, first_seed=100, words=300)
+FRESH = sample_prompts(4, 40, first_seed=200)
+FLAP_CUT_S, FLAP_HEAL_S = 0.3, 0.7
+HOME_LIMIT_S = 60.0  # who could not be reached by its pipeline is on probation for 10 s, again for 20 s
+BEGIN_LIMIT_S = 20.0
+PAUSE_MAX_S = 5.0  # of a stream, beyond the length of the fault
+ETCD_AGE_MAX_S = 3.0
+POLL_S = 0.05
+GROUPS = {
+    "nodes": NODES, "controllers": CONTROLLERS, "gateways": GATEWAYS, "etcd": ETCD, "client": (CLIENT,), "all": SERVERS,
+}  # fmt: skip
+
+
+class Player:
+    """Plays cells on one cluster, one after the other; every one leaves it whole or has `problems`."""
+
+    def __init__(self, cluster: HostCluster) -> None:
+        self._cluster = cluster
+        self._references: dict[Prompt, Stream] = {}
+
+    def play(self, cell: Cell) -> Result:
+        with self._cluster.network.inside(CLIENT):
+            return asyncio.run(self._play(cell))
+
+    async def _play(self, cell: Cell) -> Result:
+        result = Result(cell.name)
+        prompts = PREFILL if cell.phase is Phase.PREFILLING else DECODE
+        await self._home(HOME_LIMIT_S)
+        await self._refer([*prompts, *FRESH])
+        pids = {name: self._cluster.pid(name) for name in SERVERS}
+        load = Load(self._cluster.generator, () if cell.phase is Phase.IDLE else prompts)
+        spared: set[str] = set()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(load.run())
+                try:
+                    await load.flows(cell.phase)
+                    spared |= await self._begin(cell.phase)
+                    began = time.monotonic()
+                    whom = await asyncio.to_thread(self._resolve, cell.fault.whom)
+                    await self._fault(cell.fault, whom)
+                    ended = time.monotonic()
+                    if isinstance(cell.fault, Kill):
+                        spared |= set(whom)
+                    await self._end(cell.phase)
+                    await self._home(HOME_LIMIT_S)
+                    result.home_s = time.monotonic() - ended
+                finally:
+                    load.over.set()
+            fresh = await self._cluster.generator.streams(FRESH)
+        except* (AssertionError, KevlarFlowError, TimeoutError) as errors:
+            result.problems += [f"{type(e).__name__}: {e}" for e in errors.exceptions]
+            fresh = []
+        result.problems += load.failures
+        whole = [s for s in load.streams if s.finish_reason or s.error]  # who was given up is told of above
+        judge(result, [*whole, *fresh], self._references)
+        if load.streams and not result.problems:
+            pauses = [s.longest_pause_s(max(began, s.sent), 1e9) for s in load.streams if s.ended > began]
+            result.longest_pause_s = longest_s = max((p for p in pauses if p is not None), default=0.0)
+            limit_s = PAUSE_MAX_S + (0.0 if isinstance(cell.fault, Kill) else cell.fault.hold_s)
+            if longest_s > limit_s:
+                result.problems.append(f"a stream stood still for {longest_s:.1f} s, more than {limit_s:g} s")
+        for name, pid in pids.items():
+            with contextlib.suppress(ProcessLookupError):
+                if name not in spared and self._cluster.pid(name) != pid:
+                    result.problems.append(f"{name} was restarted, which nobody asked for")
+        return result
+
+    # ---- what the streams brought
+
+    async def _refer(self, prompts: Sequence[Prompt]) -> None:
+        if missing := [prompt for prompt in prompts if prompt not in self._references]:
+            for stream in await self._cluster.generator.streams(missing):
+                assert not stream.error, stream.error
+                self._references[stream.prompt] = stream
+
+    # ---- phases
+
+    async def _begin(self, phase: Phase) -> set[str]:
+        """Bring the cluster into the phase; who may be restarted by it."""
+        match phase:
+            case Phase.IDLE | Phase.PREFILLING | Phase.DECODING:
+                return set()
+            case Phase.DRAINING | Phase.REPLACING:
+                kind = OperationKind.DRAIN if phase is Phase.DRAINING else OperationKind.REPLACE
+                await self._operate(
+                    kind
+                )  # the fault hits it from its first moment on: a move takes half a second
+                return {"n1"} if phase is Phase.REPLACING else set()
+            case Phase.RECOVERING:
+                counter = (await self._status()).counter
+                self._cluster.signal("n1", signal.SIGKILL)
+                await self._wait(lambda s: s.counter > counter, "the death is answered", BEGIN_LIMIT_S)
+                return {"n1"}
+            case _:
+                assert_never(phase)
+
+    async def _end(self, phase: Phase) -> None:
+        if phase in (Phase.DRAINING, Phase.REPLACING):
+            await self._wait(
+                lambda s: all(not op.open for op in s.operations), "the operation has ended", HOME_LIMIT_S
+            )
+            newest = max((await self._status()).operations, key=lambda op: op.created_unix_s)
+            assert newest.state is OperationState.DONE, f"{newest.kind}: {newest.state}: {newest.message}"
+        if phase is Phase.DRAINING:
+            await self._operate(OperationKind.UNDRAIN)
+
+    async def _operate(self, kind: OperationKind) -> None:
+        request = OperationRequest(id=f"matrix-{secrets.token_hex(4)}", kind=kind.value, node="n1")
+
+        def submit() -> bool:
+            with self._cluster.admin() as admin:
+                return admin.submit(request).accepted
+
+        assert await asyncio.to_thread(submit), f"{kind} was refused"
+
+    # ---- faults
+
+    def _resolve(self, whom: str) -> tuple[str, ...]:
+        if whom in GROUPS:
+            return GROUPS[whom]
+        if whom in ("leader", "candidate"):
+            leader = self._cluster.status().leader
+            assert leader, "nobody leads"
+            return tuple(name for name in CONTROLLERS if (name == leader) == (whom == "leader"))
+        if whom in ("etcd leader", "etcd follower"):
+            leader = self._etcd_leader()
+            return tuple(name for name in ETCD if (name == leader) == (whom == "etcd leader"))[:1]
+        return (whom,)
+
+    def _etcd_leader(self) -> str:
+        """Raises AssertionError if no member says that it leads."""
+        deadline = time.monotonic() + BEGIN_LIMIT_S
+        while time.monotonic() < deadline:
+            for name in ETCD:
+                url = f"http://{self._cluster.network.address(name)}:{ETCD_PORT}/v3/maintenance/status"
+                with contextlib.suppress(httpx.TransportError):  # another one may answer
+                    said = httpx.post(url, json={}, timeout=1.0, trust_env=False).json()
+                    if said.get("leader") == said["header"]["member_id"]:
+                        return name
+            time.sleep(POLL_S)
+        raise AssertionError("no etcd member leads")
+
+    async def _fault(self, fault: Fault, whom: Sequence[str]) -> None:
+        """The fault from its beginning to its end; whatever happens, it is over afterwards."""
+        cluster, network = self._cluster, self._cluster.network
+        network.touched()
+        match fault:
+            case Cut():
+                try:
+                    await self._cut(
+                        fault, ways(whom, GROUPS.get(fault.others, (fault.others,)), fault.direction)
+                    )
+                finally:
+                    network.cut([])
+                assert network.touched() > 0, "not a packet was dropped"
+            case Slow():
+                both = ways(whom, GROUPS.get(fault.others, (fault.others,)), Direction.BOTH)
+                try:
+                    network.hold(both, delay_s=fault.delay_s, loss=fault.loss)
+                    await asyncio.sleep(fault.hold_s)  # the length of the fault
+                finally:
+                    network.hold([])
+                assert network.touched() > 0, "not a packet was held"
+            case Kill():
+                for name in whom:
+                    cluster.signal(name, signal.SIGKILL)
+            case Stop():
+                pids = [cluster.pid(name) for name in whom]
+                try:
+                    for name in whom:
+                        cluster.signal(name, signal.SIGSTOP)
+                    await asyncio.sleep(fault.hold_s)  # the length of the fault
+                finally:
+                    for name in whom:
+                        cluster.signal(name, signal.SIGCONT)
+                assert pids == [cluster.pid(name) for name in whom]
+            case DiskFull():
+                try:
+                    for name in whom:
+                        await asyncio.to_thread(cluster.fill_disk, name)
+                    await asyncio.sleep(fault.hold_s)  # the length of the fault
+                finally:
+                    for name in whom:
+                        cluster.free_disk(name)
+            case _:
+                assert_never(fault)
+
+    async def _cut(self, fault: Cut, lost: Sequence[Way]) -> None:
+        network, deadline = self._cluster.network, time.monotonic() + fault.hold_s
+        if not fault.flaps:
+            network.cut(lost)
+            await asyncio.sleep(fault.hold_s)  # the length of the fault
+            return
+        while time.monotonic() < deadline:
+            network.cut(lost)
+            await asyncio.sleep(FLAP_CUT_S)
+            network.cut([])
+            await asyncio.sleep(FLAP_HEAL_S)
+
+    # ---- seeing and waiting
+
+    async def _status(self) -> ClusterStatus:
+        return await asyncio.to_thread(self._cluster.status)
+
+    async def _home(self, limit_s: float) -> None:
+        await self._wait(self._whole, "every process is back and every node serves at home", limit_s)
+
+    def _whole(self, status: ClusterStatus) -> bool:
+        """Somebody leads, and what the cluster knows is what runs: right after a kill the dead still look well."""
+        known = {node.node: node.pid for node in status.nodes}
+        known |= {c.id: c.pid for c in status.controllers} | {g.id: g.pid for g in status.gateways}
+        try:
+            running = {name: self._cluster.pid(name) for name in (*NODES, *CONTROLLERS, *GATEWAYS)}
+        except ProcessLookupError:
+            return False
+        etcd = [f"{self._cluster.network.address(name)}:{ETCD_PORT}" for name in ETCD]
+        whole = (
+            known == running
+            and bool(status.leader)
+            and status.etcd_age_s < ETCD_AGE_MAX_S
+            and all_home(status)
+        )
+        return whole and all(map(etcd_healthy, etcd))
+
+    async def _wait(self, condition: Callable[[ClusterStatus], object], what: str, limit_s: float) -> None:
+        deadline, last = time.monotonic() + limit_s, "nothing"
+        while time.monotonic() < deadline:
+            try:
+                status = await self._status()
+            except KevlarFlowError as error:
+                last = str(error)
+            else:
+                if await asyncio.to_thread(condition, status):
+                    return
+                last = summary(status)
+            await asyncio.sleep(POLL_S)
+        raise AssertionError(f"not within {limit_s} s: {what}; last seen: {last}")
+
+
+def ways(whom: Sequence[str], others: Sequence[str], direction: Direction) -> list[Way]:
+    """From whom to whom no packet, or every packet late; nobody is cut from itself."""
+    sent = [(a, b) for a in whom for b in others if a != b]
+    match direction:
+        case Direction.FROM:
+            chosen = sent
+        case Direction.TO:
+            chosen = [(b, a) for a, b in sent]
+        case Direction.BOTH:
+            chosen = sent + [(b, a) for a, b in sent]
+        case _:
+            assert_never(direction)
+    return list(dict.fromkeys(chosen))

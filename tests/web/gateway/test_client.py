@@ -1,0 +1,60 @@
+"""Links to schedulers, without a gateway around them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from controlplane.contract.ids import Member
+from web.gateway.client import Links, _Link
+from web.gateway.events import Event
+
+NODE = Member("n0", "i0")
+
+
+def test_a_link_ends_although_its_call_breaks_in_the_moment_in_which_it_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A TaskGroup whose task is cancelled and whose child fails raises the child's error and nothing else: the link
+    went on for ever, and whoever waited for its end did as well."""
+    tries = 0
+    tried = asyncio.Event()
+
+    async def once(link: _Link, address: str) -> None:
+        nonlocal tries
+        tries += 1
+        tried.set()
+
+        async def breaks() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                raise ConnectionError("the call is over")
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(breaks())
+            await asyncio.Event().wait()
+
+    async def run() -> None:
+        events: list[Event] = []
+        links = Links("token", events.append)
+        monkeypatch.setattr(_Link, "_once", once)
+        links.locate(NODE, "127.0.0.1:1")
+        for close in (lambda: links.close(NODE), lambda: None):
+            tried.clear()
+            links.open(NODE)
+            task = links._links[NODE].task
+            async with asyncio.timeout(10):
+                await tried.wait()
+                close()
+                await asyncio.wait([task, asyncio.create_task(links.aclose())], timeout=2.0)
+            ended = task.cancelled()
+            while not task.done():  # do not hang where it does not end
+                await asyncio.sleep(0.05)
+                task.cancel()
+            assert ended
+        assert tries == 2
+        assert not events
+
+    asyncio.run(run())
