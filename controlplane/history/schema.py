@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib.resources
+import sqlite3
+import time
 
 import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import Connection, event, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -17,6 +22,8 @@ from controlplane.contract.errors import ConfigError
 log = structlog.get_logger()
 
 BUSY_TIMEOUT_S = 5
+BUSY_AGAIN_S = 0.02
+LOG_AHEAD = "PRAGMA journal_mode=WAL"
 # Any constant: PostgreSQL's advisory locks are named by numbers.
 UPGRADE_LOCK = 0x6B65766C
 
@@ -35,8 +42,27 @@ async def upgrade(engine: AsyncEngine) -> None:
 
     Raises ConfigError when the database belongs to a newer release, and SQLAlchemy's errors when it is away.
     """
+    if engine.dialect.name == "sqlite":
+        await asyncio.to_thread(_log_ahead, engine.url.database or "")
     async with engine.begin() as connection:
         await connection.run_sync(_upgrade)
+
+
+def _log_ahead(path: str) -> None:
+    """Give the file a write-ahead log, which stays: readers then never wait for the writer, nor it for them.
+
+    The change wants the file for itself, and SQLite refuses it at once, whatever its busy timeout says.
+    """
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as connection:
+                connection.execute(LOG_AHEAD)
+            return
+        except sqlite3.Error as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+                raise OperationalError(LOG_AHEAD, None, error) from error
+        time.sleep(BUSY_AGAIN_S)
 
 
 def _upgrade(connection: Connection) -> None:
@@ -59,7 +85,6 @@ def _prepare_sqlite(connection: object, _entry: ConnectionPoolEntry) -> None:
     connection.isolation_level = None  # type: ignore[attr-defined]
     cursor = connection.cursor()  # type: ignore[attr-defined]
     cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000}")
-    cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=NORMAL")
     cursor.close()
 

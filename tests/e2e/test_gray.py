@@ -14,13 +14,14 @@ import pytest
 from safetensors import safe_open
 
 from controlplane.contract.events import Event, EventKind
-from controlplane.contract.status import ClusterStatus, NodeState, NodeStatus, PipelineStatus
+from controlplane.contract.status import ClusterStatus, NodeState, NodeStatus
 from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
 from controlplane.kfadmin.up import demo_model
 from tests.e2e.cluster import Cluster, until, while_streaming
 from tests.e2e.faults import frozen_thread, overwrite, thread_times, throttled
 
-VICTIM, PEER = "n1", "n5"
+# Each fault has a node of its own: a relapse makes a probation longer, and the tests wait for its end.
+STOPPED, SLOW, HUNG, CORRUPTED = "n1", "n2", "n5", "n6"
 FOUND_S = 2.0
 FOUND = (EventKind.SUSPECTED, EventKind.DIED)
 DECODE = sample_prompts(12, 400)
@@ -38,12 +39,15 @@ def node(status: ClusterStatus, name: str) -> NodeStatus:
     return next(n for n in status.nodes if n.node == name)
 
 
-def pipeline(status: ClusterStatus, name: str = "p0") -> PipelineStatus:
-    return next(p for p in status.pipelines if p.id == name)
+def peer(name: str) -> str:
+    """The node of the same stage in the other one of two instances of four."""
+    return f"n{(int(name[1:]) + 4) % 8}"
 
 
-def borrowed(status: ClusterStatus) -> bool:
-    return pipeline(status).stages[1].serving[0].node == PEER
+def borrowed(status: ClusterStatus, victim: str) -> bool:
+    instance, stage = divmod(int(victim[1:]), 4)
+    pipeline = next(p for p in status.pipelines if p.id == f"p{instance}")
+    return pipeline.stages[stage].serving[0].node == peer(victim)
 
 
 def health(cluster: Cluster) -> tuple[int, str]:
@@ -51,19 +55,19 @@ def health(cluster: Cluster) -> tuple[int, str]:
     return answer.status_code, answer.text
 
 
-async def found(cluster: Cluster, since_unix_s: float) -> str:
+async def found(cluster: Cluster, victim: str, since_unix_s: float) -> str:
     """The victim is found out in time, and its peer serves for it; what the history says of it since."""
-    status = await cluster.wait_for(borrowed, "its peer serves for it")
-    assert node(status, VICTIM).state is not NodeState.GREEN, "it is trusted again at once"
+    status = await cluster.wait_for(lambda s: borrowed(s, victim), "its peer serves for it")
+    assert node(status, victim).state is not NodeState.GREEN, "it is trusted again at once"
     code, text = await asyncio.to_thread(health, cluster)
     assert code == 200
-    assert f"stage 1 is served by {PEER} for {VICTIM}" in text
+    assert f"stage {int(victim[1:]) % 4} is served by {peer(victim)} for {victim}" in text
     assert '"degraded"' in text
 
     def told() -> list[Event]:
         with cluster.local.admin() as admin:
             events = [row.event for row in admin.events(limit=100)]
-        return [e for e in events if e.subject == VICTIM and e.unix_s >= since_unix_s and e.kind in FOUND]
+        return [e for e in events if e.subject == victim and e.unix_s >= since_unix_s and e.kind in FOUND]
 
     events = await asyncio.to_thread(told)
     took_s = min(event.unix_s for event in events) - since_unix_s
@@ -81,11 +85,11 @@ def test_a_stopped_node(home: Cluster) -> None:
     async def stop(streams: list[Stream]) -> None:
         await flowing(streams, 120)
         since = time.time()
-        home.kill(VICTIM, signal.SIGSTOP)
+        home.kill(STOPPED, signal.SIGSTOP)
         try:
-            assert "silent" in await found(home, since)
+            assert "silent" in await found(home, STOPPED, since)
         finally:
-            home.kill(VICTIM, signal.SIGCONT)
+            home.kill(STOPPED, signal.SIGCONT)
 
     streams = asyncio.run(while_streaming(home, DECODE, stop))
     asyncio.run(home.expect_equal(streams))
@@ -99,8 +103,8 @@ def test_a_node_ten_times_slower(home: Cluster) -> None:
     async def slow(streams: list[Stream]) -> None:
         await flowing(streams, 120)
         since = time.time()
-        with throttled(home.node_pid(VICTIM), 0.1):
-            said = await found(home, since)
+        with throttled(home.node_pid(SLOW), 0.1):
+            said = await found(home, SLOW, since)
             assert "on probation" in said
             assert "died" not in said
 
@@ -113,7 +117,7 @@ def test_a_node_ten_times_slower(home: Cluster) -> None:
 def test_a_hung_node(home: Cluster) -> None:
     """Its loop answers, its computation never ends. It gets a fresh process."""
     asyncio.run(home.references(PREFILL))
-    pid = home.node_pid(VICTIM)
+    pid = home.node_pid(HUNG)
     # Long computations have a thread. Short ones run on the loop, which hangs with them, and silence is seen.
     others = {tid: ticks for tid, ticks in thread_times(pid).items() if tid != pid and ticks > 0}
     computes = max(others, key=lambda tid: others[tid])
@@ -121,9 +125,9 @@ def test_a_hung_node(home: Cluster) -> None:
     async def hang(streams: list[Stream]) -> None:
         with frozen_thread(pid, computes):
             await until(lambda: all(s.sent for s in streams), "all are sent")
-            said = await found(home, time.time())
+            said = await found(home, HUNG, time.time())
             assert "its computation has not ended" in said
-        await home.wait_for(lambda s: node(s, VICTIM).pid not in (0, pid), "a fresh process is there")
+        await home.wait_for(lambda s: node(s, HUNG).pid not in (0, pid), "a fresh process is there")
 
     streams = asyncio.run(while_streaming(home, PREFILL, hang))
     asyncio.run(home.expect_equal(streams))
@@ -133,19 +137,19 @@ def test_a_hung_node(home: Cluster) -> None:
 def test_a_node_with_corrupted_weights(home: Cluster) -> None:
     """Numbers that are no numbers: its requests are computed elsewhere, and it starts afresh with sound weights."""
     asyncio.run(home.references(DECODE))
-    pid = home.node_pid(VICTIM)
+    pid = home.node_pid(CORRUPTED)
     with safe_open(Path(demo_model(), "model.safetensors"), "np") as tensors:
         layers = {int(name.split(".")[2]) for name in tensors.keys() if ".layers." in name}  # noqa: SIM118
-        first_of_stage_1 = (len(layers) + 3) // 4
-        weight = tensors.get_tensor(f"model.layers.{first_of_stage_1}.post_attention_layernorm.weight")
+        first_of_stage_2 = 2 * ((len(layers) + 3) // 4)
+        weight = tensors.get_tensor(f"model.layers.{first_of_stage_2}.post_attention_layernorm.weight")
 
     async def corrupt(streams: list[Stream]) -> None:
         await flowing(streams, 120)
         nans = np.full_like(weight, np.nan)
         since = await asyncio.to_thread(overwrite, pid, weight.tobytes(), nans.tobytes())
-        said = await found(home, since)
+        said = await found(home, CORRUPTED, since)
         assert "ceased to be finite here" in said
-        await home.wait_for(lambda s: node(s, VICTIM).pid not in (0, pid), "a fresh process is there")
+        await home.wait_for(lambda s: node(s, CORRUPTED).pid not in (0, pid), "a fresh process is there")
 
     streams = asyncio.run(while_streaming(home, DECODE, corrupt))
     asyncio.run(home.expect_equal(streams))
