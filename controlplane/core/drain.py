@@ -17,6 +17,7 @@ from controlplane.contract.records import Operation, OperationKind
 from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
 from controlplane.core.demote import relief
 from controlplane.core.edit import successor, with_stage
+from controlplane.core.gather import gather
 from controlplane.core.membership import Nodes
 from controlplane.core.placement import takers
 from controlplane.core.policy import HAND_BACK, Situation, Want
@@ -40,7 +41,7 @@ def empties(op: Operation, nodes: Nodes) -> bool:
 
 
 def wants(s: Situation) -> list[Want]:
-    """Every (pipeline, stage) that should be served by somebody else than now; operations before hand-backs."""
+    """Every (pipeline, stage) that should be served by somebody else than now; what is first wins."""
     if s.topology.mode is Mode.STOP_RESTART:
         return []
     found: dict[tuple[str, int], Want] = {}
@@ -56,6 +57,8 @@ def wants(s: Situation) -> list[Want]:
             home = stage.homes[0]
             if s.nodes.usable(home) is not None and home not in s.avoid:
                 found.setdefault((pipeline.id, index), Want(pipeline.id, index, (home,), HAND_BACK))
+    for want in gather(s):
+        found.setdefault((want.pipeline, want.stage), want)
     return list(found.values())
 
 

@@ -14,6 +14,7 @@ from controlplane.core.membership import Nodes
 
 HAND_BACK = "hand-back"
 PROBATION = "probation"
+GATHER = "gather"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,9 @@ class Limits:
     """Bounds of automation. Seconds; tests shorten them."""
 
     moves_max: int = 2  # at once over the whole group: copies compete with serving for the links
+    gather_s: float = (
+        5.0  # borrowed stages stay where they are until nobody has moved for so long (gather.py)
+    )
     settle_s: float = 3.0  # a copy that is only in the wrong place waits until nobody has moved for so long
     copy_limit_s: float = 60.0  # then the move is called off ...
     bar_s: float = 30.0  # ... and not tried again for so long
@@ -38,7 +42,7 @@ class Want:
     pipeline: PipelineId
     stage: int
     to: tuple[NodeId, ...]
-    reason: str  # HAND_BACK or an operation's id
+    reason: str  # HAND_BACK, PROBATION, GATHER or an operation's id
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,8 +72,11 @@ def test_a_spare_takes_copies_only_when_the_ring_is_empty() -> None:
     world = formed(2, spares=1)
     assert copies(world) == ["n1", "n0"]
     world.kill("n0")
-    world.settle()
-    assert copies(world) == ["n2", "n2"]
+    while world.step() is not None:
+        pass
+    assert (places(world), copies(world)) == (["n1", "n1"], ["n2", "n2"])
+    world.settle()  # the spare has the copy; serving from there slows nobody
+    assert (places(world), copies(world)) == (["n2", "n1"], ["n1", "n2"])
 
 
 def test_a_suspected_target_keeps_its_copies_and_gets_no_new_ones() -> None:
