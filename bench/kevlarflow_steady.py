@@ -36,15 +36,17 @@ def measure_steady(scene: Scene, rate: float, quick: bool, result: Result) -> No
     """Fills in `overhead_*` and `recovery_*`, at the load that `rate` makes."""
     _overhead(scene, rate, OVERHEAD_WINDOW_QUICK_S if quick else OVERHEAD_WINDOW_S, result)
     streams = round(min(MAX_RUNNING * scene.instances, rate * OUTPUT_MEAN * TPOT_S))
-    # The scene's own victims, then those that have the schedulers (which the paper leaves out), then others.
-    rounds = [scene.victims, *(_of_stage(scene, k) for k in (() if quick else (0, 1, 3)))]
+    # The scene's own victims, then the same at other stages: with a scheduler, too, which the paper leaves out.
+    rounds = [_stages_on(scene, k) for k in range(1 if quick else STAGES)]
     with scene_cluster(scene, Mode.REPLICATE, 1.0) as cluster:
         _recovery(cluster, rounds, streams, result)
 
 
-def _of_stage(scene: Scene, stage: int) -> tuple[str, ...]:
-    """Other victims, in the same instances."""
-    return tuple(f"n{int(victim[1:]) // STAGES * STAGES + stage}" for victim in scene.victims)
+def _stages_on(scene: Scene, further: int) -> tuple[str, ...]:
+    """Other victims in the same instances. Two of them are of different stages as in the scene: none holds the copy of
+    another, whose requests would have to be computed again."""
+    places = [divmod(int(victim[1:]), STAGES) for victim in scene.victims]
+    return tuple(f"n{instance * STAGES + (stage + further) % STAGES}" for instance, stage in places)
 
 
 def _streams(count: int, seed: int) -> list[Request]:
