@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from controlplane.contract.config import EngineConfig
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.status import ClusterStatus, NodeState, NodeStatus
 from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
@@ -25,13 +26,13 @@ STOPPED, SLOW, HUNG, CORRUPTED = "n1", "n2", "n5", "n6"
 FOUND_S = 2.0
 FOUND = (EventKind.SUSPECTED, EventKind.DIED)
 DECODE = sample_prompts(12, 400)
-PREFILL = sample_prompts(12, 100, words=300)
+PREFILL = sample_prompts(12, 100, words=600)  # with the steps below, long computations on any machine
 
 
 @pytest.fixture(scope="module")
 def cluster(etcd_binary: None) -> Iterator[Cluster]:
     """Not the shared one, whose nodes are to have no past: each relapse makes a probation longer."""
-    with Cluster() as running:
+    with Cluster(engine=EngineConfig(pool_blocks=2048, max_batch_tokens=2048)) as running:
         yield running
 
 
@@ -116,11 +117,13 @@ def test_a_node_ten_times_slower(home: Cluster) -> None:
 
 def test_a_hung_node(home: Cluster) -> None:
     """Its loop answers, its computation never ends. It gets a fresh process."""
-    asyncio.run(home.references(PREFILL))
     pid = home.node_pid(HUNG)
+    before = thread_times(pid)
+    asyncio.run(home.references(PREFILL))
     # Long computations have a thread. Short ones run on the loop, which hangs with them, and silence is seen.
-    others = {tid: ticks for tid, ticks in thread_times(pid).items() if tid != pid and ticks > 0}
-    computes = max(others, key=lambda tid: others[tid])
+    ticks = {tid: spent - before.get(tid, 0) for tid, spent in thread_times(pid).items() if tid != pid}
+    computes = max(ticks, key=lambda tid: ticks[tid])
+    assert ticks[computes] >= 2, f"no thread of {HUNG} computes for long: {ticks}"
 
     async def hang(streams: list[Stream]) -> None:
         with frozen_thread(pid, computes):
