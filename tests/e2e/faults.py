@@ -68,14 +68,12 @@ def frozen_thread(pid: int, tid: int) -> Iterator[None]:
             tracer.submit(thaw).result()
 
 
-def thread_times(pid: int) -> dict[int, int]:
-    """Processor ticks that each thread of a process has used; of Python's own threads only."""
+def thread_times(pid: int) -> dict[int, float]:
+    """Processor seconds that each thread of a process has used; of Python's own threads only."""
     times = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
-        if not (task / "comm").read_text().startswith("python"):
-            continue
-        fields = (task / "stat").read_text().rpartition(")")[2].split()
-        times[int(task.name)] = int(fields[11]) + int(fields[12])
+        if (task / "comm").read_text().startswith("python"):
+            times[int(task.name)] = int((task / "schedstat").read_text().split()[0]) / 1e9
     return times
 
 
