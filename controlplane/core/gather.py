@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from controlplane.contract.ids import NodeId
-from controlplane.contract.topology import Pipeline, Topology
+from controlplane.contract.topology import Mode, Pipeline, Topology
 from controlplane.core.placement import served_counts, takers
 from controlplane.core.policy import GATHER, Situation, Want
 
@@ -25,7 +25,10 @@ class _Place:
 
 
 def gather(s: Situation) -> Iterator[Want]:
-    """One want at most: two such moves at once could each undo what the other is for."""
+    """One want at most: two such moves at once could each undo what the other is for. None where nothing is copied:
+    whoever runs would be computed again."""
+    if s.topology.mode is not Mode.REPLICATE:
+        return
     if s.now - s.policy.timers.calm_since < s.policy.limits.gather_s:
         return
     begun = [p for p in s.topology.pipelines if p.move is not None and p.move.reason == GATHER]

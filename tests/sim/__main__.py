@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -134,7 +134,7 @@ def _chunk(first: int, count: int, without: str | None) -> list[Outcome]:
     return [_play(generate(seed), without) for seed in range(first, first + count)]
 
 
-def _chunks(record: Record, jobs: int) -> Iterator[list[Outcome]]:
+def _chunks(record: Record, jobs: int) -> Generator[list[Outcome]]:
     """Outcomes of what `record` lacks, as they come."""
     if jobs == 1:
         for first, _ in record.missing(1):
@@ -142,8 +142,11 @@ def _chunks(record: Record, jobs: int) -> Iterator[list[Outcome]]:
         return
     with ProcessPoolExecutor(jobs, initializer=_prepare) as pool:
         missing = record.missing(CHUNK)
-        for future in as_completed([pool.submit(_chunk, *piece, record.without) for piece in missing]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(_chunk, *piece, record.without) for piece in missing]):
+                yield future.result()
+        finally:  # stopped or interrupted: nobody waits for what has not begun
+            pool.shutdown(cancel_futures=True)
 
 
 def _soak(options: argparse.Namespace) -> int:
@@ -157,7 +160,8 @@ def _soak(options: argparse.Namespace) -> int:
     if before:
         print(f"soak: {before} seeds of this code are in {options.json}: going on", file=sys.stderr)
     started = last = time.perf_counter()
-    for outcomes in _chunks(record, jobs):
+    chunks = _chunks(record, jobs)
+    for outcomes in chunks:
         record.add(outcomes)
         now = time.perf_counter()
         record.seconds = before_s + now - started
@@ -168,6 +172,7 @@ def _soak(options: argparse.Namespace) -> int:
                 flush=True,
             )
         if failed and options.stop:
+            chunks.close()
             break
         if now - last > PROGRESS_S:
             last = now

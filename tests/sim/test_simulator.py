@@ -67,6 +67,13 @@ def test_every_kind_of_fault_happens() -> None:
     }
 
 
+def test_a_soak_of_several_processes_stops_at_the_first_violation() -> None:
+    """And does not play what it had handed out already, which takes hours."""
+    ended = simulator("soak", "100000", "--stop", "--jobs", "2", "--without", "checksum")
+    assert ended.returncode == 1
+    assert re.search(r"^soak: \d+ seeds from 0, [1-9]\d* failed", ended.stdout, re.MULTILINE), ended.stdout
+
+
 def test_a_soak_writes_its_result(tmp_path: Path) -> None:
     result = tmp_path / "soak.json"
     ended = simulator("soak", "3", "--first", "40", "--jobs", "1", "--json", str(result))
