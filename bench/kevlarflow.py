@@ -45,15 +45,15 @@ from bench.kevlarflow_setup import (
     Scene,
     scene_cluster,
 )
-from bench.kevlarflow_steady import measure_steady
+from bench.kevlarflow_steady import CPU_SHARE_PER_NODE, measure_steady
 from controlplane.contract.topology import Mode
 from controlplane.kfadmin.local import LocalCluster
 
 OPTIONS = ("scene", "rate", "figures", "time_scale")
-# Two processors at time scale 1: a token takes about 0.5 ms of them with all that serves it (EPYC, Zen 3), a node 1.7 %
-# when idle. A scale that fills them by little more than half leaves gateway and client, whose delays count, their time.
-# Below 1 time runs slower: sixteen nodes at 7 requests per second filled two processors at 1.1, and were not measured.
-CPU_SHARE, CPU_S_PER_TOKEN, CPU_SHARE_PER_NODE = 1.1, 5e-4, 0.017
+# Of two processors: a scale that fills them by little more than half leaves gateway and client, whose delays count,
+# their time. Below 1 time runs slower: where a token takes 0.5 ms of them (EPYC, Zen 3), sixteen nodes at 7 requests
+# per second fill two at 1.1.
+CPU_SHARE = 1.1
 TIME_SCALE_MIN, TIME_SCALE_MAX = 0.5, 6.0
 # Ours has no queue to hide what is real, and waits for a processor that its emulated machines would not share: p99
 # TTFT of scene 1 at 2 requests/s was 0.56 s at time scale 2.5 and, in the first 240 s, 0.39 s at 1.25.
@@ -77,12 +77,12 @@ def run(
     window_s = WINDOW_QUICK_S[scene] if quick else WINDOW_S
     result = Result("kevlarflow", settings=_settings(chosen, rates, window_s, quick))
     progress(f"{chosen.title}. {NOTE}")
-    measure_steady(chosen, rates[0], quick, result)
+    cpu_s_per_token = measure_steady(chosen, rates[0], quick, result)
     for each in rates:
         requests = workload(each, window_s)
         runs = []
         for mode in (Mode.REPLICATE, Mode.STOP_RESTART):
-            scale = time_scale or _carried(chosen, each, mode)
+            scale = time_scale or _carried(chosen, each, mode, cpu_s_per_token)
             runs.append((scale, asyncio.run(_load(chosen, each, mode, requests, scale))))
         _fill(result, each, *runs)
         note_run(result, scene, each, figures)
@@ -92,13 +92,13 @@ def run(
     return result
 
 
-def _carried(scene: Scene, rate: float, mode: Mode) -> float:
-    """The time scale that this machine bears: the baseline serves less, so its time may run faster."""
+def _carried(scene: Scene, rate: float, mode: Mode, cpu_s_per_token: float) -> float:
+    """The time scale that these processors bear: the baseline serves less, so its time may run faster."""
     lost = len(scene.victims) if mode is Mode.STOP_RESTART else 0
     served = min(rate, SERVED_PER_INSTANCE * (scene.instances - lost))
     share = CPU_SHARE - scene.nodes * CPU_SHARE_PER_NODE
     most = TIME_SCALE_MAX if mode is Mode.STOP_RESTART else TIME_SCALE_OURS_MAX
-    carried = round(share / (served * OUTPUT_MEAN * CPU_S_PER_TOKEN), 2)
+    carried = round(share / (served * OUTPUT_MEAN * cpu_s_per_token), 2)
     if carried < TIME_SCALE_MIN:
         progress(
             f"  two processors like these carry time scale {carried:g}: their own queues will be measured, too"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import statistics
 import time
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from controlplane.contract.topology import Mode
 from controlplane.kfadmin.local import LocalCluster
 
 TPOT_S = 0.163
+CPU_SHARE_PER_NODE = 0.017  # of one processor, at time scale 1, when idle
 # Both clusters together leave the processors half of their time: where they filled them, what else ran was measured.
 OVERHEAD_SCALE = {2: 1.5, 4: 0.5}  # by instances
 OVERHEAD_RATE_MAX = 1.0  # requests per second and instance
@@ -32,9 +34,11 @@ ALIVE_UNTIL_S = 19.0
 WINDOW_S = 5.0  # a pause that ends later than this after a kill is not its doing
 
 
-def measure_steady(scene: Scene, rate: float, quick: bool, result: Result) -> None:
-    """Fills in `overhead_*` and `recovery_*`, at the load that `rate` makes."""
-    _overhead(scene, rate, OVERHEAD_WINDOW_QUICK_S if quick else OVERHEAD_WINDOW_S, result)
+def measure_steady(scene: Scene, rate: float, quick: bool, result: Result) -> float:
+    """Fills in `overhead_*` and `recovery_*`, at the load that `rate` makes. Returns the processor seconds that a token
+    takes on this machine, with all that serves it, beyond what nodes take when idle."""
+    window_s = OVERHEAD_WINDOW_QUICK_S if quick else OVERHEAD_WINDOW_S
+    cpu_s_per_token = _overhead(scene, rate, window_s, result)
     streams = round(min(MAX_RUNNING * scene.instances, rate * OUTPUT_MEAN * TPOT_S))
     # The scene's own victims, then the same at other stages: with a scheduler, too, which the paper leaves out.
     rounds = [_stages_on(scene, k) for k in range(1 if quick else STAGES)]
@@ -44,6 +48,7 @@ def measure_steady(scene: Scene, rate: float, quick: bool, result: Result) -> No
             # A node and the holder of its copy at once, which the scene has not: requests are computed again.
             together = [tuple(f"n{int(victim[1:]) // STAGES * STAGES}" for victim in scene.victims)]
             _recovery(cluster, together, streams, result, "recovery_without_copy")
+    return cpu_s_per_token
 
 
 def _stages_on(scene: Scene, further: int) -> tuple[str, ...]:
@@ -67,13 +72,15 @@ def _client(cluster: LocalCluster) -> Client:
     return Client(cluster.gateway_url, cluster.api_key, cluster.config.model_name)
 
 
-def _overhead(scene: Scene, rate: float, window_s: float, result: Result) -> None:
-    """Latency with copies against latency without: the same requests on two clusters, at the same time."""
+def _overhead(scene: Scene, rate: float, window_s: float, result: Result) -> float:
+    """Latency with copies against latency without: the same requests on two clusters, at the same time. Returns the
+    processor seconds of a token."""
     requests = [
         replace(request, max_tokens=min(request.max_tokens, OVERHEAD_TOKENS_MAX))
         for request in workload(min(rate, OVERHEAD_RATE_MAX * scene.instances), window_s, seed=7)
     ]
     scale = OVERHEAD_SCALE[scene.instances]
+    began_s, began_cpu_s = time.monotonic(), _cpu_s()
     with ExitStack() as stack:
         on, off = (
             stack.enter_context(scene_cluster(scene, mode, scale)) for mode in (Mode.REPLICATE, Mode.NONE)
@@ -83,8 +90,10 @@ def _overhead(scene: Scene, rate: float, window_s: float, result: Result) -> Non
             started = time.monotonic() + 0.5
             return await asyncio.gather(*(drive(_client(c), requests, scale, started) for c in (on, off)))
 
+        tokens = 0
         latencies = []
         for outcomes in asyncio.run(both()):
+            tokens += sum(len(o.tokens) for o in outcomes)
             if failed := [o.error for o in outcomes if o.error]:
                 raise RuntimeError(f"{len(failed)} requests failed while nothing did: {failed[0]}")
             latencies.append([o.latency_s * scale for o in outcomes])
@@ -95,6 +104,16 @@ def _overhead(scene: Scene, rate: float, window_s: float, result: Result) -> Non
     result.metrics["overhead_mean"] = statistics.fmean(with_copies) / statistics.fmean(without) - 1.0
     result.metrics["overhead_p99"] = percentile(with_copies, 0.99) / percentile(without, 0.99) - 1.0
     progress(f"  replication adds {result.metrics['overhead_mean']:.2%} to the mean latency")
+    idle_s = 2 * scene.nodes * CPU_SHARE_PER_NODE * (time.monotonic() - began_s)
+    cpu_s_per_token = (_cpu_s() - began_cpu_s - idle_s) / tokens
+    result.metrics["cpu_s_per_token"] = cpu_s_per_token
+    return cpu_s_per_token
+
+
+def _cpu_s() -> float:
+    """Processor seconds of this process and of those that it has started and that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _recovery(

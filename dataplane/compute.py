@@ -72,9 +72,9 @@ class Compute:
         tokens_last, took = self._last
         return took * max(1.0, tokens / tokens_last) < INLINE_S
 
-    async def run(self, works: Sequence[Work]) -> list[Computed]:
+    async def run(self, works: Sequence[Work], not_before: float = 0.0) -> list[Computed]:
         """One pass for steps of one stage index that have rows, of different pipelines; a result for each. The caller
-        sends what came of it and then calls `account`."""
+        sends what came of it and then calls `account`. `not_before`: an emulated device stood idle until then."""
         batch = join([work.step for work in works], works[0].stage.store.table)
         tokens = batch.arrays.num_tokens
         self.busy = (time.monotonic(), tokens)
@@ -84,7 +84,7 @@ class Compute:
             loop = asyncio.get_running_loop()
             computed = await loop.run_in_executor(self._pool, self._pass, works, batch)
         if self._executor.step_s > 0:
-            came = max(work.message.came for work in works)
+            came = max(not_before, *(work.message.came for work in works))
             await self._device.run(came, self.busy[0], self._executor.step_s)
         self.busy = None
         self._ran = batch.arrays

@@ -16,7 +16,7 @@ from dataplane.transport.driver import Driver
 from dataplane.transport.emulated import EmulatedDriver, Network, Weigh
 from dataplane.transport.frames import CHECKED, HEADER
 
-LIGHT_TOKENS_MAX = 512
+LIGHT_TOKENS_MAX = 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import assert_never
 
-from controlplane.contract.ids import Member
+from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.topology import Topology
 from dataplane.core.messages import Meta, Ping, StepMeta, step_tokens
 from dataplane.transport.frames import Buffer
@@ -74,6 +74,14 @@ class Inbox:
                 self._reader = None
         return self._items.popleft()
 
+    async def more(self, seconds: float) -> None:
+        """For the reader: returns when one more item has come, or after so long."""
+        self._reader = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait([self._reader], timeout=seconds)
+        finally:
+            self._reader = None
+
     def _tell(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
@@ -87,6 +95,30 @@ class Inbox:
             del self._items[place]
             taken.append(message)
         return taken[::-1]
+
+    def take_other(self, pipeline: PipelineId, kinds: tuple[type, ...]) -> Message | None:
+        """The first message of another pipeline, if it is of these kinds; what it overtakes is as in `company`."""
+        for place, item in enumerate(islice(self._items, LOOK_MAX)):
+            if isinstance(item, Topology | LinkChanged):
+                return None
+            if (
+                isinstance(item, Message)
+                and not isinstance(item.meta, Ping)
+                and item.meta.pipeline != pipeline
+            ):
+                if not isinstance(item.meta, kinds):
+                    return None
+                del self._items[place]
+                return item
+        return None
+
+    def waits_only(self, pipeline: PipelineId) -> bool:
+        """Whether nothing waits but what comes behind this pipeline's step, which is about to run."""
+        return all(
+            isinstance(item, Wake)
+            or (isinstance(item, Message) and (isinstance(item.meta, Ping) or item.meta.pipeline == pipeline))
+            for item in self._items
+        )
 
 
 def company(waiting: Iterable[Item], first: StepMeta, tokens_max: int) -> list[tuple[int, Message]]:

@@ -32,6 +32,7 @@ from dataplane.core.messages import (
     StepMeta,
     step_tokens,
 )
+from dataplane.core.rhythm import Rhythm
 from dataplane.core.stage import Stage
 from dataplane.inbox import Inbox, Item, LinkChanged, Message, Wake
 from dataplane.model.sampler import Drawn, SamplingTable
@@ -50,6 +51,7 @@ PUMP_EVERY = 4  # items handled in a row before copies get their turn
 # Tuples, since `isinstance(meta, A | B)` makes a new union each time.
 OF_THE_STAGE = (StepMeta, RejoinMeta)
 OF_THE_HOLDER = (KvMeta, KvQueryMeta)
+OF_COPIES = (KvMeta, KvAckMeta, KvDropMeta)
 FENCED = (StepMeta, RejoinMeta, KvMeta, KvAckMeta, KvQueryMeta, KvDropMeta)
 
 
@@ -87,6 +89,7 @@ class Worker:
         self._send = send
         self.compute = Compute(executor)
         self._inbox = Inbox()
+        self._rhythm = Rhythm()
         self._deferred: list[Message] = []  # of an epoch that this node has not heard of yet
 
     def put(self, item: Item) -> None:
@@ -244,22 +247,47 @@ class Worker:
 
     async def _step(self, meta: StepMeta, message: Message) -> None:
         messages = [message]
+        waited = False
         if meta.rows:
+            self._rhythm.came(meta.pipeline)
             if (self._alone(meta) or len(self.stages) > 1) and self.compute.inline(step_tokens(meta)):
                 # First what the loop has ready: the tokens of the step before, as a first stage has time for them
                 # while the step is with the next one; and steps that have come and may join this one.
                 await asyncio.sleep(0)
-            others = self._inbox.take_company(meta, self._executor.light_tokens)
+            others, waited = await self._company(meta)
+            for other in others:
+                assert isinstance(other.meta, StepMeta)
+                self._rhythm.came(other.meta.pipeline)
             messages += filter(self._admissible, others)
         works = [work for message in messages if (work := self._prepared(message)) is not None]
         computed = [Computed()] * len(works)
         if works and meta.rows:
-            computed = await self.compute.run(works)
+            began = time.monotonic()
+            computed = await self.compute.run(works, began if waited else 0.0)
+            self._rhythm.ran(len(works), time.monotonic() - began)
             self.stats.merged += len(works) - 1
         for work, outcome in zip(works, computed, strict=True):
             self._finish(work, outcome)
         self.compute.account()
         MOMENT.end()
+
+    async def _company(self, meta: StepMeta) -> tuple[list[Message], bool]:
+        """Steps that run along with this one, which waits for them where `rhythm` says so; whether it did in vain.
+
+        Meanwhile copies are taken in, which other pipelines' steps come behind; all else ends the wait."""
+        others = self._inbox.take_company(meta, self._executor.light_tokens)
+        patience_s = 0.0 if others else self._rhythm.patience_s(meta.pipeline)
+        deadline = time.monotonic() + patience_s
+        while not others and (left_s := deadline - time.monotonic()) > 0:
+            copy = self._inbox.take_other(meta.pipeline, OF_COPIES)
+            if copy is not None:
+                await self._handle(copy)
+            elif self._inbox.waits_only(meta.pipeline):
+                await self._inbox.more(left_s)
+            else:
+                break
+            others = self._inbox.take_company(meta, self._executor.light_tokens)
+        return others, patience_s > 0 and not others
 
     def _alone(self, meta: StepMeta) -> bool:
         """Whether the whole pipeline is this stage."""

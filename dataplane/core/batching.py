@@ -121,7 +121,12 @@ class Batcher:
             if left > 0:
                 (decodes if left == 1 else prompts).append(request)
         new = admit and bool(self._queued)
+        # More wait than there are places. They wait for decodes to end, so what counts is how much the stages get done,
+        # and that is the most when all of them always have a step, and steps are alike.
+        short = len(self._queued) > self.limits.max_running - len(self.running)
         worth = min(self.microbatches, max(1, -(-len(self.running) // self.limits.rows_min)))
+        if short:
+            worth = self.microbatches
         at_once = bool(prompts) or new or 2 * len(decodes) > len(self.running)
         most = self.microbatches if at_once else worth
         rows: list[Chunk] = []
@@ -136,12 +141,23 @@ class Batcher:
             sum(r.total for r in self._queued.values()) if new else 0
         )
         chunk = max(CHUNK_ROWS * self.limits.rows_min, -(-pending // (most - in_flight)))
+        if rows and short:
+            chunk = self._spread(prompts)
         budget = _even(pending, min(self.limits.max_batch_tokens - len(rows), chunk))
         for request in prompts:
             budget -= self._take(request, budget, rows, preempted)
         if new and not preempted:
             self._admit(rows, budget)
         return rows, preempted
+
+    def _spread(self, prompts: list[Request]) -> int:
+        """Tokens of prompts for a step where each prompt goes with the decodes of all microbatches in turn, not with
+        those of one, which the others would wait for."""
+        tokens = sum(r.total for r in prompts)
+        if len(self.running) < self.limits.max_running:
+            head = self._queued.get(self._waiting[0][2])
+            tokens += head.total if head is not None else 0
+        return max(1, -(-tokens // self.microbatches))
 
     def _take(self, request: Request, budget: int, rows: list[Chunk], preempted: list[Request]) -> int:
         """Add up to `budget` tokens of a running request to the rows of a step; returns how many."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 
 from controlplane.contract.ids import Member
 from dataplane.core.messages import Fence, KvDropMeta, KvMeta, RejoinMeta, ResultMeta, StepFailedMeta
-from dataplane.devices import A10_LLAMA_8B_QUARTER, PROFILES
+from dataplane.core.rhythm import PATIENCE, STEPS, Rhythm
+from dataplane.devices import A10_LLAMA_8B_QUARTER, LIGHT_TOKENS_MAX, PROFILES
 from dataplane.inbox import INBOX_MAX, LOOK_MAX, Inbox, Item, LinkChanged, Message, Wake, company
-from tests.core.data.line import Line, oracles, step, topology
+from tests.core.data.line import LIMIT_S, Line, oracles, step, topology
 
 N1 = Member("n1", "a")
 P = step("p", 0, [(1, 0, [5])])
@@ -88,6 +90,24 @@ def test_an_inbox_keeps_its_order() -> None:
         assert await inbox.get() == R
 
     asyncio.run(take())
+
+
+def test_copies_of_others_pass_a_step_that_waits() -> None:
+    copies = (KvMeta, KvDropMeta)
+    own, copy = other(KvMeta("p", Fence(1), ())), other(KvMeta("q", Fence(1), ()))
+    for items, taken, left_is_behind in (
+        ([Wake(), own, copy, Q], copy, False),
+        ([own, Q, copy], None, False),  # not past a step of its pipeline
+        ([topology("pq", 2), copy], None, False),
+        ([own, P, Wake()], None, True),
+        ([rejoin("q")], None, False),
+    ):
+        inbox = Inbox()
+        for item in items:
+            inbox.put(item)
+        assert inbox.waits_only("p") is left_is_behind
+        assert inbox.take_other("p", copies) is taken
+        assert len(inbox) == len(items) - (taken is not None)
 
 
 def test_an_inbox_is_bounded_but_for_topologies() -> None:
@@ -230,12 +250,92 @@ def test_a_device_takes_the_fixed_part_of_a_merged_step_once() -> None:
 def test_light_steps() -> None:
     light = A10_LLAMA_8B_QUARTER.light_tokens
     none, one = A10_LLAMA_8B_QUARTER.step_s(0, 0), A10_LLAMA_8B_QUARTER.step_s(light, 0)
-    assert light == 512
-    assert one < 2 * none
+    assert light == 560
+    assert one <= 2 * none
     short = dataclasses.replace(A10_LLAMA_8B_QUARTER, fixed_s=0.001)
     assert (
         short.step_s(short.light_tokens, 0)
         <= 2 * short.step_s(0, 0)
         < short.step_s(short.light_tokens + 1, 0)
     )
-    assert PROFILES["instant"].light_tokens == 512
+    assert PROFILES["instant"].light_tokens == LIGHT_TOKENS_MAX
+
+
+# ---------------------------------------------------------------------- who waits for company
+
+
+def busy(worker: Any, alone_s: float) -> None:
+    """It has served p and q in turn, faster than one by one."""
+    worker._rhythm = Rhythm()
+    worker._rhythm.ran(1, alone_s)
+    for _ in range(STEPS // 2):
+        worker._rhythm.came("p")
+        worker._rhythm.came("q")
+
+
+async def late(line: Line, items: list[Item], wait_s: float, answers: int = 2) -> float:
+    """P at once and these items later; how long it took until the answers were there."""
+    began = time.monotonic()
+    asyncio.get_running_loop().call_later(wait_s, lambda: [line.workers[0].put(item) for item in items])
+    await line.run([P], answers)
+    return time.monotonic() - began
+
+
+def test_a_step_waits_for_another_pipelines_step_and_runs_with_it() -> None:
+    copy = other(KvDropMeta("q", Fence(1), (9,)))
+    line = Line(oracles(1), "pq")
+    busy(line.workers[0], alone_s=5.0)
+    try:
+        assert asyncio.run(late(line, [copy, Q], 0.05)) < 2.0
+    finally:
+        line.close()
+    assert line.merged == [1]
+    assert sorted(answer.pipeline for answer in line.answers) == ["p", "q"]
+
+
+def test_it_does_not_wait_for_ever_nor_for_what_is_urgent() -> None:
+    line = Line(oracles(1), "pq")
+    busy(line.workers[0], alone_s=0.1)
+    try:
+        assert asyncio.run(late(line, [Q], 0.4)) > 0.4
+    finally:
+        line.close()
+    assert line.merged == [0]
+
+    line = Line(oracles(1), "pq")
+    busy(line.workers[0], alone_s=LIMIT_S)
+    urgent = topology("pq", 1, epoch=2)
+    try:
+        assert asyncio.run(late(line, [urgent], 0.05, answers=1)) < LIMIT_S / 2
+    finally:
+        line.close()
+    assert line.merged == [0]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def rhythm(every_s: float, pipelines: str = "pq", alone_s: float = 1.0, shared_s: float = 0.0) -> float:
+    """How long p waits, where steps come in turn, one every so many seconds."""
+    clock = Clock()
+    made = Rhythm(clock)
+    made.ran(1, alone_s)
+    if shared_s:
+        made.ran(2, shared_s)
+    for number in range(STEPS):
+        assert made.patience_s("p") == 0.0, "too few steps to judge by"
+        clock.now += every_s
+        made.came(pipelines[number % len(pipelines)])
+    return made.patience_s("p")
+
+
+def test_who_waits() -> None:
+    assert rhythm(every_s=0.6) == PATIENCE
+    assert rhythm(every_s=0.6, shared_s=1.1) == PATIENCE
+    assert rhythm(every_s=1.2) == 0.0, "the node keeps up"
+    assert rhythm(every_s=0.6, pipelines="p") == 0.0, "nobody else comes"
+    assert rhythm(every_s=0.6, shared_s=1.8) == 0.0, "it saves too little"

@@ -126,6 +126,29 @@ def test_chunks_of_a_prompt_are_of_one_size(length: int, sizes: list[int]) -> No
     assert [count for *_, count, _ in rows(*issued)] == sizes
 
 
+def test_while_more_wait_than_have_places_all_steps_are_alike() -> None:
+    """Rows are split although they need not be, and a prompt goes with the decodes of all microbatches."""
+    limits = replace(
+        LIMITS, max_batch_tokens=600, context_len=600, max_running=8, max_waiting=99, rows_min=24
+    )
+    made = scheduler(4, quota=500, microbatches=4, limits=limits)
+    flying = [s for rid in range(1, 9) for s in steps(made.step(submit(rid, max_tokens=rid + 5), 0.0))]
+    for rid in (9, 10):
+        flying += steps(made.step(submit(rid, length=40, max_tokens=50), 0.0))
+    prompt: list[tuple[int, int]] = []  # decodes beside it, and its tokens
+    for _ in range(40):
+        issued = steps(made.step(result(flying.pop(0)), 0.1))
+        flying += issued
+        prompt += [
+            (len(rows(step)) - 1, count)
+            for step in issued
+            for rid, _, count, _ in rows(step)
+            if rid == 9 and count > 1
+        ]
+    assert [count for _, count in prompt] == [10, 10, 10, 10]
+    assert all(1 <= decodes <= 3 for decodes, _ in prompt)
+
+
 @pytest.mark.parametrize(("rows_min", "sizes"), [(4, [6, 6, 6, 6]), (24, [24]), (12, [12, 12])])
 def test_rows_that_cost_nothing_are_not_split(rows_min: int, sizes: list[int]) -> None:
     """A device that reads for as long as it computes 24 rows gets 24 together; a prompt does not wait for them."""

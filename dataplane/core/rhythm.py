@@ -1,0 +1,54 @@
+"""When a step waits for one of another pipeline, so that one pass over the weights serves both.
+
+A node that serves two pipelines may get more steps than it can compute one by one. Who finds the other pipeline's step
+waiting takes it along anyhow (`inbox.company`), but two pipelines keep the distance in which they happen to come: as
+likely as not the other one's step is there half a pass too late. A step that waits for it leaves together with it, both
+come back together, and after a few passes hardly anybody waits any more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from controlplane.contract.ids import PipelineId
+
+STEPS = 16  # that are looked back at: the microbatches of two pipelines, twice over
+PATIENCE = (
+    1.5  # passes that a step waits at most: where steps are that many, the next ones come sooner than that
+)
+WORTH = 1.5  # a pass for two that takes longer than so many for one saves too little to wait for
+WEIGHT = 0.2  # of the newest pass in the averages
+
+
+class Rhythm:
+    """What a node's steps have been like lately. Seconds of one clock."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._came: deque[tuple[PipelineId, float]] = deque(maxlen=STEPS)
+        self._alone_s = 0.0  # how long a pass takes with one step
+        self._shared_s = 0.0  # with several; 0: there was none
+
+    def came(self, pipeline: PipelineId) -> None:
+        """A step that has something to compute has its turn."""
+        self._came.append((pipeline, self._clock()))
+
+    def ran(self, steps: int, took_s: float) -> None:
+        """A pass for so many steps is done."""
+        if steps == 1:
+            self._alone_s += (took_s - self._alone_s) * (WEIGHT if self._alone_s else 1.0)
+        else:
+            self._shared_s += (took_s - self._shared_s) * (WEIGHT if self._shared_s else 1.0)
+
+    def patience_s(self, pipeline: PipelineId) -> float:
+        """How long a step of this pipeline, which has just come and found nobody, waits for another one's: not at all
+        where the node keeps up without that, where nobody else comes, and where one pass for both saves little."""
+        if len(self._came) < STEPS or all(other == pipeline for other, _ in self._came):
+            return 0.0
+        since_s = self._clock() - self._came[0][1]
+        keeps_up = STEPS * self._alone_s < since_s
+        if keeps_up or self._shared_s > WORTH * self._alone_s:
+            return 0.0
+        return PATIENCE * self._alone_s
