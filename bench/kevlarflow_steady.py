@@ -22,7 +22,7 @@ from controlplane.kfadmin.local import LocalCluster
 TPOT_S = 0.163
 CPU_SHARE_PER_NODE = 0.017  # of one processor, at time scale 1, when idle
 # Both clusters together leave the processors half of their time: where they filled them, what else ran was measured.
-OVERHEAD_SCALE = {2: 1.5, 4: 0.5}  # by instances
+OVERHEAD_SCALE = {2: 1.5, 4: 0.75}  # by instances
 OVERHEAD_RATE_MAX = 1.0  # requests per second and instance
 OVERHEAD_TOKENS_MAX = 200  # the last streams would otherwise run for two minutes without company
 OVERHEAD_WINDOW_S, OVERHEAD_WINDOW_QUICK_S = 240.0, 45.0  # emulated seconds of arrivals

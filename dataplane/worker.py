@@ -249,7 +249,7 @@ class Worker:
         messages = [message]
         waited = False
         if meta.rows:
-            self._rhythm.came(meta.pipeline)
+            self._rhythm.came(meta.pipeline, time.monotonic())
             if (self._alone(meta) or len(self.stages) > 1) and self.compute.inline(step_tokens(meta)):
                 # First what the loop has ready: the tokens of the step before, as a first stage has time for them
                 # while the step is with the next one; and steps that have come and may join this one.
@@ -257,7 +257,7 @@ class Worker:
             others, waited = await self._company(meta)
             for other in others:
                 assert isinstance(other.meta, StepMeta)
-                self._rhythm.came(other.meta.pipeline)
+                self._rhythm.came(other.meta.pipeline, time.monotonic())
             messages += filter(self._admissible, others)
         works = [work for message in messages if (work := self._prepared(message)) is not None]
         computed = [Computed()] * len(works)
@@ -276,8 +276,9 @@ class Worker:
 
         Meanwhile copies are taken in, which other pipelines' steps come behind; all else ends the wait."""
         others = self._inbox.take_company(meta, self._executor.light_tokens)
-        patience_s = 0.0 if others else self._rhythm.patience_s(meta.pipeline)
-        deadline = time.monotonic() + patience_s
+        now = time.monotonic()
+        patience_s = 0.0 if others else self._rhythm.patience_s(meta.pipeline, now)
+        deadline = now + patience_s
         while not others and (left_s := deadline - time.monotonic()) > 0:
             copy = self._inbox.take_other(meta.pipeline, OF_COPIES)
             if copy is not None:

@@ -8,9 +8,7 @@ come back together, and after a few passes hardly anybody waits any more.
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable
 
 from controlplane.contract.ids import PipelineId
 
@@ -23,17 +21,16 @@ WEIGHT = 0.2  # of the newest pass in the averages
 
 
 class Rhythm:
-    """What a node's steps have been like lately. Seconds of one clock."""
+    """What a node's steps have been like lately. `now`: seconds of one clock."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._came: deque[tuple[PipelineId, float]] = deque(maxlen=STEPS)
         self._alone_s = 0.0  # how long a pass takes with one step
         self._shared_s = 0.0  # with several; 0: there was none
 
-    def came(self, pipeline: PipelineId) -> None:
+    def came(self, pipeline: PipelineId, now: float) -> None:
         """A step that has something to compute has its turn."""
-        self._came.append((pipeline, self._clock()))
+        self._came.append((pipeline, now))
 
     def ran(self, steps: int, took_s: float) -> None:
         """A pass for so many steps is done."""
@@ -42,13 +39,12 @@ class Rhythm:
         else:
             self._shared_s += (took_s - self._shared_s) * (WEIGHT if self._shared_s else 1.0)
 
-    def patience_s(self, pipeline: PipelineId) -> float:
+    def patience_s(self, pipeline: PipelineId, now: float) -> float:
         """How long a step of this pipeline, which has just come and found nobody, waits for another one's: not at all
         where the node keeps up without that, where nobody else comes, and where one pass for both saves little."""
         if len(self._came) < STEPS or all(other == pipeline for other, _ in self._came):
             return 0.0
-        since_s = self._clock() - self._came[0][1]
-        keeps_up = STEPS * self._alone_s < since_s
+        keeps_up = STEPS * self._alone_s < now - self._came[0][1]
         if keeps_up or self._shared_s > WORTH * self._alone_s:
             return 0.0
         return PATIENCE * self._alone_s

@@ -35,6 +35,7 @@ from controlplane.shell.runtime import Runtime
 from controlplane.shell.service import Parts, Service
 from dataplane.core.blocks import KvStore
 from dataplane.core.replication import ReplicaSource
+from dataplane.core.rhythm import Rhythm
 from dataplane.core.scheduler import Scheduler
 from dataplane.core.stage import Stage
 from dataplane.devices import DeviceProfile
@@ -57,6 +58,7 @@ MODEL = "sim"
 
 # A pass takes so long that steps of several pipelines wait for a borrowed node and are merged.
 DEVICE = DeviceProfile(0.005, 0.0001, 0.0, 8, 8)
+PATIENT_S = 0.03  # longer than most steps take to come
 # Automation that hurries: a virtual second costs real milliseconds.
 LIMITS = Limits(settle_s=0.5, copy_limit_s=4.0, bar_s=2.0, backoff_s=0.2, backoff_max_s=1.0)
 TIMING = TimingConfig(
@@ -132,10 +134,23 @@ def make_executor(stage: int, stages: int, pool_blocks: int) -> OracleExecutor:
 # ---------------------------------------------------------------------------------- a node
 
 
+class Patient(Rhythm):
+    """Runs are too short for a rhythm, so with more than one microbatch every step of a shared node waits."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__()
+        self._node = node
+
+    def patience_s(self, pipeline: PipelineId, now: float) -> float:
+        return PATIENT_S if len(stages_of(self._node)) > 1 else 0.0
+
+
 async def node_main(process: Process, config: ClusterConfig, stage: int) -> None:
     executor = make_executor(stage, config.stages, config.engine.pool_blocks)
     me = Member(process.name, process.incarnation)
     node = process.part = Node(config, me, stage, cast(Any, executor))
+    if config.engine.microbatches > 1:
+        node._worker._rhythm = Patient(node)
     await node.run()
 
 
