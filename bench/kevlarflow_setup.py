@@ -60,7 +60,7 @@ def scene_cluster(scene: Scene, mode: Mode, time_scale: float) -> Iterator[Local
         pool_blocks=16384,
         block_size=16,
         # The longest prompt goes in as many chunks as microbatches are free beside decodes; two chunks are one pass of
-        # a shared node (`light_tokens` of the profile is 560).
+        # a shared node (`light_tokens` of the profile is 750).
         max_batch_tokens=280,
         max_running=MAX_RUNNING,
         max_waiting=20_000,  # the baseline's queues must not overflow: the published ones did not

@@ -9,6 +9,7 @@ import statistics
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 from bench.cluster import wait_settled
 from bench.contract import Result, percentile, progress
@@ -80,7 +81,6 @@ def _overhead(scene: Scene, rate: float, window_s: float, result: Result) -> flo
         for request in workload(min(rate, OVERHEAD_RATE_MAX * scene.instances), window_s, seed=7)
     ]
     scale = OVERHEAD_SCALE[scene.instances]
-    began_s, began_cpu_s = time.monotonic(), _cpu_s()
     with ExitStack() as stack:
         on, off = (
             stack.enter_context(scene_cluster(scene, mode, scale)) for mode in (Mode.REPLICATE, Mode.NONE)
@@ -92,11 +92,14 @@ def _overhead(scene: Scene, rate: float, window_s: float, result: Result) -> flo
 
         tokens = 0
         latencies = []
+        began_s, began_cpu_s = time.monotonic(), _cpu_s()
         for outcomes in asyncio.run(both()):
             tokens += sum(len(o.tokens) for o in outcomes)
             if failed := [o.error for o in outcomes if o.error]:
                 raise RuntimeError(f"{len(failed)} requests failed while nothing did: {failed[0]}")
             latencies.append([o.latency_s * scale for o in outcomes])
+        idle_s = 2 * scene.nodes * CPU_SHARE_PER_NODE * (time.monotonic() - began_s)
+        cpu_s_per_token = (_cpu_s() - began_cpu_s - idle_s) / tokens
     with_copies, without = latencies
     for name, values in (("on", with_copies), ("off", without)):
         result.metrics[f"overhead_latency_mean_{name}_s"] = statistics.fmean(values)
@@ -104,16 +107,14 @@ def _overhead(scene: Scene, rate: float, window_s: float, result: Result) -> flo
     result.metrics["overhead_mean"] = statistics.fmean(with_copies) / statistics.fmean(without) - 1.0
     result.metrics["overhead_p99"] = percentile(with_copies, 0.99) / percentile(without, 0.99) - 1.0
     progress(f"  replication adds {result.metrics['overhead_mean']:.2%} to the mean latency")
-    idle_s = 2 * scene.nodes * CPU_SHARE_PER_NODE * (time.monotonic() - began_s)
-    cpu_s_per_token = (_cpu_s() - began_cpu_s - idle_s) / tokens
     result.metrics["cpu_s_per_token"] = cpu_s_per_token
     return cpu_s_per_token
 
 
 def _cpu_s() -> float:
-    """Processor seconds of this process and of those that it has started and that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    """Seconds that this machine's processors have been busy."""
+    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split(maxsplit=8)[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def _recovery(

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFERRED_MAX = 2_000
+PROMPT_SHARE = (
+    4  # a step of more tokens than this part of what is light has a prompt, whose first token is waited for
+)
 PUMP_EVERY = 4  # items handled in a row before copies get their turn
 # Tuples, since `isinstance(meta, A | B)` makes a new union each time.
 OF_THE_STAGE = (StepMeta, RejoinMeta)
@@ -277,7 +280,9 @@ class Worker:
         Meanwhile copies are taken in, which other pipelines' steps come behind; all else ends the wait."""
         others = self._inbox.take_company(meta, self._executor.light_tokens)
         now = time.monotonic()
-        patience_s = 0.0 if others else self._rhythm.patience_s(meta.pipeline, now)
+        patience_s = 0.0
+        if not others and PROMPT_SHARE * step_tokens(meta) <= self._executor.light_tokens:
+            patience_s = self._rhythm.patience_s(meta.pipeline, now)
         deadline = now + patience_s
         while not others and (left_s := deadline - time.monotonic()) > 0:
             copy = self._inbox.take_other(meta.pipeline, OF_COPIES)

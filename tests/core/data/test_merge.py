@@ -250,7 +250,7 @@ def test_a_device_takes_the_fixed_part_of_a_merged_step_once() -> None:
 def test_light_steps() -> None:
     light = A10_LLAMA_8B_QUARTER.light_tokens
     none, one = A10_LLAMA_8B_QUARTER.step_s(0, 0), A10_LLAMA_8B_QUARTER.step_s(light, 0)
-    assert light == 560
+    assert light == 750
     assert one <= 2 * none
     short = dataclasses.replace(A10_LLAMA_8B_QUARTER, fixed_s=0.001)
     assert (
