@@ -47,9 +47,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFERRED_MAX = 2_000
-PROMPT_SHARE = (
-    4  # a step of more tokens than this part of what is light has a prompt, whose first token is waited for
-)
+# A step of more than this part of `light_tokens` has a prompt in it, whose first token somebody waits for.
+PROMPT_SHARE = 4
 PUMP_EVERY = 4  # items handled in a row before copies get their turn
 # Tuples, since `isinstance(meta, A | B)` makes a new union each time.
 OF_THE_STAGE = (StepMeta, RejoinMeta)
