@@ -65,7 +65,7 @@ def scene_cluster(scene: Scene, mode: Mode, time_scale: float) -> Iterator[Local
         max_running=MAX_RUNNING,
         max_waiting=20_000,  # the baseline's queues must not overflow: the published ones did not
         microbatches=STAGES,
-        microbatch_rows=MAX_RUNNING,  # the profile's fixed part is that of 650 rows: they are not split
+        microbatch_rows=MAX_RUNNING,  # the profile's fixed part is that of 750 rows: not split while there are places
     )
     emulation = EmulationConfig(
         time_scale=time_scale,

@@ -65,7 +65,8 @@ class EmulatedDevice:
 # - A token has 8 layers x 2 (K and V) x 8 heads x 128 x 2 bytes = 32 KiB of KV, read at 600 GB/s.
 # Two things are not derived but such that an undisturbed pipeline of four is like the published one: the fixed part (a
 # token takes 163 ms, and a step with its share of 95 requests 38; reading 4 GB of weights would be 7, the rest is the
-# published engine's own), and that 85 TFLOP/s are reached (a first token takes 0.20 s in the mean and 0.33 s at p99).
+# published engine's own), and that 85 TFLOP/s are reached (by calculation a first token takes 0.21 s in the mean and
+# 0.33 s at p99; published are 0.20 and 0.33).
 A10_LLAMA_8B_QUARTER = DeviceProfile(
     fixed_s=0.0353,
     per_token_s=2 * 2e9 / 85e12,

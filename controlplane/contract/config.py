@@ -27,7 +27,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "exact"  # exact: ours, equal bits on every path; xformers: GPUs only
     )
     microbatches: int = 0  # in flight, per pipeline; 0: as many as stages can compute at the same time
-    # Decodes that cost a stage hardly more than one does: so many share a microbatch. 0: 4 on a CPU, 64 on a GPU.
+    # Decodes that cost a stage hardly more than one does: so many share a microbatch while there are places for all.
+    # 0: 4 on a CPU, 64 on a GPU.
     microbatch_rows: int = 0
 
     @property

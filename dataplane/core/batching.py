@@ -28,7 +28,7 @@ class Limits:
     context_len: int  # tokens, prompt and output
     orphan_grace_s: float
     vocab_size: int = 1 << 31  # token ids are below it
-    rows_min: int = 4  # a step of so few rows costs what a step of one row costs: it is not split
+    rows_min: int = 4  # so few rows cost what one costs: while all have places they are not split
 
     @classmethod
     def from_config(
