@@ -266,7 +266,11 @@ class Worker:
         if works and meta.rows:
             began = time.monotonic()
             computed = await self.compute.run(works, began if waited else 0.0)
-            self._rhythm.ran(len(works), time.monotonic() - began)
+            now = time.monotonic()
+            self._rhythm.ran(len(works), now - began)
+            for work in works:
+                if work.step.unfinished:
+                    self._rhythm.goes_on(work.step.meta.pipeline, step_tokens(work.step.meta), now)
             self.stats.merged += len(works) - 1
         for work, outcome in zip(works, computed, strict=True):
             self._finish(work, outcome)
@@ -281,7 +285,10 @@ class Worker:
         now = time.monotonic()
         patience_s = 0.0
         if not others and PROMPT_SHARE * step_tokens(meta) <= self._executor.light_tokens:
-            patience_s = self._rhythm.patience_s(meta.pipeline, now)
+            room = self._executor.light_tokens - step_tokens(meta)
+            patience_s = max(
+                self._rhythm.patience_s(meta.pipeline, now), self._rhythm.chunk_s(meta.pipeline, room, now)
+            )
         deadline = now + patience_s
         while not others and (left_s := deadline - time.monotonic()) > 0:
             copy = self._inbox.take_other(meta.pipeline, OF_COPIES)

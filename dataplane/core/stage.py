@@ -24,6 +24,11 @@ class Prepared:
     table_rows: npt.NDArray[np.int32]  # [B] of the block table
     slots: npt.NDArray[np.int32]  # [K] of the sampling table; last stage only
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether a prompt goes on in the next step."""
+        return len(self.rows.sample_rids) < len(self.rows.rids)
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

@@ -363,7 +363,7 @@ class Router:
         if not reachable:
             return None
         others = (other for other in self._live.values() if other is not live)
-        return least_loaded(reachable, others, self.policy.places)
+        return least_loaded(reachable, others, self.policy.places, len(live.log.prompt))
 
     def _send(self, live: Live, pipeline: Pipeline, now: float, out: list[Effect]) -> None:
         member = pipeline.scheduler

@@ -38,12 +38,14 @@ def step(
     rows: Sequence[tuple[int, int, Sequence[int]]],
     epoch: int = 1,
     frees: tuple[int, ...] = (),
+    samples: bool = True,
 ) -> Item:
-    """A step as its scheduler sends it: (rid, start, tokens) a row, all of which sample; who begins is admitted."""
+    """A step as its scheduler sends it: (rid, start, tokens) a row, and all of them sample or none; who begins is
+    admitted."""
     admits = tuple(
         Admit(rid, Sampling(100, seed=rid, logprobs=8), b"", b"") for rid, start, _ in rows if start == 0
     )
-    packed = pack_rows([(rid, start, len(tokens), True) for rid, start, tokens in rows])
+    packed = pack_rows([(rid, start, len(tokens), samples) for rid, start, tokens in rows])
     meta = StepMeta(pipeline, Fence(epoch), number, packed, admits, frees)
     return Message(Member("n0", "a"), meta, b"", tuple(token for _, _, tokens in rows for token in tokens))
 

@@ -12,7 +12,7 @@ import pytest
 
 from controlplane.contract.ids import Member
 from dataplane.core.messages import Fence, KvDropMeta, KvMeta, RejoinMeta, ResultMeta, StepFailedMeta
-from dataplane.core.rhythm import PATIENCE, STEPS, Rhythm
+from dataplane.core.rhythm import CLOSE, PATIENCE, STEPS, Rhythm
 from dataplane.devices import A10_LLAMA_8B_QUARTER, LIGHT_TOKENS_MAX, PROFILES
 from dataplane.inbox import INBOX_MAX, LOOK_MAX, Inbox, Item, LinkChanged, Message, Wake, company
 from tests.core.data.line import LIMIT_S, Line, oracles, step, topology
@@ -330,3 +330,36 @@ def test_who_waits() -> None:
     assert rhythm(every_s=1.2) == 0.0, "the node keeps up"
     assert rhythm(every_s=0.6, pipelines="p") == 0.0, "nobody else comes"
     assert rhythm(every_s=0.6, shared_s=1.8) == 0.0, "it saves too little"
+
+
+def test_a_step_waits_for_the_next_chunk_of_anothers_prompt() -> None:
+    made = Rhythm()
+    made.ran(1, 1.0)
+    assert made.chunk_s("p", 8, 0.0) == 0.0, "no prompt goes on"
+    made.goes_on("q", 8, 5.0)
+    assert made.chunk_s("p", 8, 5.1) == pytest.approx(CLOSE - 0.1)
+    assert made.chunk_s("p", 7, 5.1) == 0.0, "together they are too many tokens for one pass"
+    assert made.chunk_s("q", 8, 5.1) == 0.0, "it is its own"
+    assert made.chunk_s("p", 8, 5.0 + CLOSE) == 0.0, "it should have been here"
+
+
+def test_no_step_stands_between_two_chunks_of_a_prompt() -> None:
+    """p's step comes when q's first chunk has been computed, and the second one comes after it."""
+    line = Line(oracles(1), "pq")
+    worker = line.workers[0]
+    worker._rhythm.ran(1, 8.0)
+    first, second = step("q", 0, [(2, 0, [6, 7])], samples=False), step("q", 1, [(2, 2, [8])])
+
+    async def chunks() -> float:
+        began = time.monotonic()
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.02, worker.put, P)
+        loop.call_later(0.06, worker.put, second)
+        await line.run([first], 3)
+        return time.monotonic() - began
+
+    try:
+        assert asyncio.run(chunks()) < 2.0
+    finally:
+        line.close()
+    assert line.merged == [1]

@@ -144,6 +144,23 @@ def test_a_free_place_before_a_short_wait_for_prompts() -> None:
     assert sent(bench.submit(4, prompt=(7,) * 10))[0][0] == A, "nowhere: the fewest prompt tokens wait there"
 
 
+def test_a_long_prompt_goes_where_no_stage_is_borrowed() -> None:
+    bench = Bench()
+    tail = Stage((TAIL.node,), (TAIL,))
+    lent = Pipeline("p0", 1, (Stage((A.node,), (A,)), Stage(("gone",), (TAIL,))))
+    bench.topology(lent, Pipeline("p1", 1, (Stage((B.node,), (B,)), tail)))
+    bench.do(StreamUp(A))
+    bench.do(StreamUp(B))
+    went = []
+    for rid, size in enumerate((10, 10, 10, 20, 100, 100, 10)):
+        ((member, submit),) = sent(bench.submit(rid, prompt=(7,) * size))
+        went.append(member)
+        bench.tokens(member, submit.pipeline, 1, 0, rid=rid)
+    assert went == [A, B, A, B, B, B, A]
+    assert sent(bench.submit(8, prompt=(7,) * 300))[0][0] == B
+    assert sent(bench.submit(9, prompt=(7,) * 300))[0][0] == A, "a prompt waits there"
+
+
 def test_streams_follow_the_topology() -> None:
     bench = Bench()
     assert only(bench.topology(pipeline("p0", A, 1)), OpenStream) == [OpenStream(A)]
