@@ -6,7 +6,7 @@ import pytest
 
 from controlplane.contract.ids import Member
 from controlplane.contract.requests import Log, Recalled, RefusalCode, Sampling
-from tests.core.gateway.test_router import LENGTH, PROMPT, A, B, Bench, C, only, pipeline, right, sent
+from tests.core.gateway.routing import LENGTH, PROMPT, A, B, Bench, C, only, pipeline, right, sent
 from web.gateway.cursor import Cursor, Mark
 from web.gateway.errors import ApiError
 from web.gateway.events import (

@@ -1,0 +1,66 @@
+"""Which pipeline a new request goes to."""
+
+from __future__ import annotations
+
+from controlplane.contract.topology import Pipeline, Stage
+from tests.core.gateway.routing import (
+    TAIL,
+    A,
+    B,
+    Bench,
+    sent,
+)
+from web.gateway.events import (
+    CancelAsked,
+    StreamUp,
+)
+from web.gateway.live import Policy
+
+
+def test_the_fewest_prompt_tokens_that_wait() -> None:
+    bench = Bench()
+    bench.two_up()
+    sizes = (100, 10, 10, 200, 10)
+    places = [sent(bench.submit(rid, prompt=(7,) * size))[0][0] for rid, size in enumerate(sizes)]
+    assert places == [A, B, B, B, A]
+
+
+def test_the_fewest_streams_once_all_have_begun() -> None:
+    bench = Bench()
+    bench.two_up()
+    for rid in range(1, 6):
+        ((member, submit),) = sent(bench.submit(rid, 10))
+        bench.tokens(member, submit.pipeline, 1, 0, rid=rid)
+    on_a = [live.log.rid for live in bench.router._live.values() if live.pipeline == "p0"]
+    assert len(on_a) == 3, "they alternate"
+    bench.do(CancelAsked(on_a[0]))
+    bench.do(CancelAsked(on_a[1]))
+    assert [sent(bench.submit(rid, 10))[0][0] for rid in (6, 7)] == [A, B], "one each: the first prompt waits"
+
+
+def test_a_free_place_before_a_short_wait_for_prompts() -> None:
+    bench = Bench(Policy(places=1))
+    bench.two_up()
+    ((first, submit),) = sent(bench.submit(1, prompt=(7,) * 10))
+    bench.tokens(first, submit.pipeline, 1, 0, rid=1)  # it runs, and no prompt waits there
+    assert sent(bench.submit(2, prompt=(7,) * 500))[0][0] == B
+    bench.do(CancelAsked(1))
+    assert sent(bench.submit(3, prompt=(7,) * 10))[0][0] == A, "that place is free again"
+    assert sent(bench.submit(4, prompt=(7,) * 10))[0][0] == A, "nowhere: the fewest prompt tokens wait there"
+
+
+def test_a_long_prompt_goes_where_no_stage_is_borrowed() -> None:
+    bench = Bench()
+    tail = Stage((TAIL.node,), (TAIL,))
+    lent = Pipeline("p0", 1, (Stage((A.node,), (A,)), Stage(("gone",), (TAIL,))))
+    bench.topology(lent, Pipeline("p1", 1, (Stage((B.node,), (B,)), tail)))
+    bench.do(StreamUp(A))
+    bench.do(StreamUp(B))
+    went = []
+    for rid, size in enumerate((10, 10, 10, 20, 100, 100, 10)):
+        ((member, submit),) = sent(bench.submit(rid, prompt=(7,) * size))
+        went.append(member)
+        bench.tokens(member, submit.pipeline, 1, 0, rid=rid)
+    assert went == [A, B, A, B, B, B, A]
+    assert sent(bench.submit(8, prompt=(7,) * 300))[0][0] == B
+    assert sent(bench.submit(9, prompt=(7,) * 300))[0][0] == A, "a prompt waits there"
