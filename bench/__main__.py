@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="falsealarms: how long (default: 60)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="decode and prefill: where (default: cpu)")
     parser.add_argument(
-        "--only", metavar="A,B", help="decode and prefill: these systems, and not all of them"
+        "--only",
+        metavar="A,B",
+        help="decode and prefill: these systems; kevlarflow: latency or recovery (default: all)",
     )
     parser.add_argument("--scene", type=int, choices=(1, 2, 3), help="kevlarflow: which failure (default: 1)")
     parser.add_argument("--rate", type=float, help="kevlarflow: requests per second (default: several)")

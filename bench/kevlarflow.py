@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,11 +46,12 @@ from bench.kevlarflow_setup import (
     Scene,
     scene_cluster,
 )
-from bench.kevlarflow_steady import CPU_SHARE_PER_NODE, measure_steady
+from bench.kevlarflow_steady import CPU_SHARE_PER_NODE, measure_overhead, measure_recovery
 from controlplane.contract.topology import Mode
 from controlplane.kfadmin.local import LocalCluster
 
-OPTIONS = ("scene", "rate", "figures", "time_scale")
+OPTIONS = ("scene", "rate", "figures", "time_scale", "only")
+PARTS = ("latency", "recovery")  # latencies with and without failures; how long who is interrupted waits
 # Of two processors: a scale that fills them by little more than half leaves gateway and client, whose delays count,
 # their time. Below 1 time runs slower: where a token takes 0.5 ms of them (EPYC, Zen 3), sixteen nodes at 7 requests
 # per second fill two at 1.1.
@@ -71,22 +73,31 @@ def run(
     rate: float | None = None,
     figures: Path | None = None,
     time_scale: float | None = None,
+    only: frozenset[str] = frozenset(PARTS),
 ) -> Result:
+    if strange := only.difference(PARTS):
+        sys.exit(f"--only: {', '.join(sorted(strange))} is not one of {', '.join(PARTS)}")
     chosen = SCENES[scene]
     rates = (rate,) if rate else (chosen.rates[1],) if quick else chosen.rates
     window_s = WINDOW_QUICK_S[scene] if quick else WINDOW_S
     result = Result("kevlarflow", settings=_settings(chosen, rates, window_s, quick))
     progress(f"{chosen.title}. {NOTE}")
-    cpu_s_per_token = measure_steady(chosen, rates[0], quick, result)
     for each in rates:
-        requests = workload(each, window_s)
-        runs = []
-        for mode in (Mode.REPLICATE, Mode.STOP_RESTART):
-            scale = time_scale or _carried(chosen, each, mode, cpu_s_per_token)
-            runs.append((scale, asyncio.run(_load(chosen, each, mode, requests, scale))))
-        _fill(result, each, *runs)
-        note_run(result, scene, each, figures)
-    compare_with_paper(result, scene, rates)
+        if "latency" in only:
+            cpu_s_per_token = measure_overhead(chosen, each, quick, result)
+        if "recovery" in only:
+            measure_recovery(chosen, each, quick, result)
+        if "latency" in only:
+            requests = workload(each, window_s)
+            runs = []
+            for mode in (Mode.REPLICATE, Mode.STOP_RESTART):
+                scale = time_scale or _carried(chosen, each, mode, cpu_s_per_token)
+                runs.append((scale, asyncio.run(_load(chosen, each, mode, requests, scale))))
+            _fill(result, each, *runs)
+        if figures is not None:
+            note_run(result, scene, each, figures)
+    if "latency" in only:
+        compare_with_paper(result, scene, rates)
     if figures is not None:
         draw(figures, result)
     return result

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
+from typing import TypeVar
 
 import matplotlib
 
@@ -16,9 +18,11 @@ matplotlib.use("Agg")  # files only: no display is needed, and none is asked for
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.kevlarflow_paper import COLUMNS, Record, Table
+from bench.kevlarflow_paper import COLUMNS, Latency, Record, Recovery, Table
 
 OURS, BASELINE, PAPER = "#1f6feb", "#d1242f", "#8b949e"
+Place = tuple[int, float]  # scene, requests per second
+Measured = TypeVar("Measured")
 TITLES = {
     1: "Scene 1: 8 nodes, one fails",
     2: "Scene 2: 16 nodes, one fails",
@@ -34,13 +38,15 @@ def draw_all(
     paper_overhead: Mapping[int, tuple[float, float]],
 ) -> Iterator[Path]:
     """Draws into `folder`, and yields each file."""
-    if not records:
-        return
-    for number, name, what in ((5, "latency", "Latency"), (6, "ttft", "Time to first token")):
-        figure = _over_rate(records, paper, name, f"Figure {number}: {what} over the request rate")
-        yield from _save(figure, folder / f"figure{number}_{name}")
-    yield from _save(_recovery(records, paper_recovery_s), folder / "figure8_recovery")
-    yield from _save(_overhead(records, paper_overhead), folder / "figure9_overhead")
+    latencies = {(r.scene, r.rate): r.latency for r in records if r.latency is not None}
+    recoveries = {(r.scene, r.rate): r.recovery for r in records if r.recovery is not None}
+    if latencies:
+        for number, name, what in ((5, "latency", "Latency"), (6, "ttft", "Time to first token")):
+            figure = _over_rate(latencies, paper, name, f"Figure {number}: {what} over the request rate")
+            yield from _save(figure, folder / f"figure{number}_{name}")
+        yield from _save(_overhead(latencies, paper_overhead), folder / "figure9_overhead")
+    if recoveries:
+        yield from _save(_recovery(recoveries, paper_recovery_s), folder / "figure8_recovery")
 
 
 def _save(figure: Figure, path: Path) -> Iterator[Path]:
@@ -49,29 +55,28 @@ def _save(figure: Figure, path: Path) -> Iterator[Path]:
         yield path.with_suffix(suffix)
 
 
-def _scenes(records: Sequence[Record]) -> list[int]:
-    return sorted({record.scene for record in records})
+def _by_scene(measured: Mapping[Place, Measured]) -> dict[int, tuple[list[float], list[Measured]]]:
+    """Rates and what was measured at them."""
+    scenes: dict[int, tuple[list[float], list[Measured]]] = {}
+    for (scene, rate), values in sorted(measured.items(), key=itemgetter(0)):
+        rates, found = scenes.setdefault(scene, ([], []))
+        rates.append(rate)
+        found.append(values)
+    return scenes
 
 
-def _over_rate(records: Sequence[Record], paper: Table, name: str, title: str) -> Figure:
-    scenes = _scenes(records)
+def _over_rate(latencies: Mapping[Place, Latency], paper: Table, name: str, title: str) -> Figure:
+    scenes = _by_scene(latencies)
     figure = Figure(figsize=(5 * len(scenes), 7.5), layout="constrained")
     axes = figure.subplots(2, len(scenes), squeeze=False)
-    for column, scene in enumerate(scenes):
-        mine = [record for record in records if record.scene == scene]
+    for column, (scene, (rates, found)) in enumerate(scenes.items()):
         for row, statistic in enumerate(("mean", "p99")):
             measure = f"{name}_{statistic}"
             ax = axes[row][column]
             _published(ax, paper, scene, measure)
-            rates = [record.rate for record in mine]
-            ax.plot(
-                rates,
-                [r.baseline[measure] for r in mine],
-                "o-",
-                color=BASELINE,
-                label="stop-restart, measured",
-            )
-            ax.plot(rates, [r.ours[measure] for r in mine], "o-", color=OURS, label="KevlarFlow, measured")
+            theirs, ours = [at.baseline[measure] for at in found], [at.ours[measure] for at in found]
+            ax.plot(rates, theirs, "o-", color=BASELINE, label="stop-restart, measured")
+            ax.plot(rates, ours, "o-", color=OURS, label="KevlarFlow, measured")
             ax.set_yscale("log")
             ax.set_xlabel("requests per second")
             ax.set_ylabel(f"{statistic}, seconds (emulated)")
@@ -90,17 +95,14 @@ def _published(ax: Axes, paper: Table, scene: int, measure: str) -> None:
             ax.plot(rates, values, style, color=PAPER, label=label)
 
 
-def _recovery(records: Sequence[Record], paper_s: Mapping[int, float]) -> Figure:
+def _recovery(recoveries: Mapping[Place, Recovery], paper_s: Mapping[int, float]) -> Figure:
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     ax = figure.subplots()
-    for scene in _scenes(records):
-        mine = [record for record in records if record.scene == scene]
-        rates = [record.rate for record in mine]
-        (line,) = ax.plot(rates, [r.recovery_p99_s for r in mine], "o-", label=f"scene {scene}, measured p99")
-        ax.plot(
-            rates, [r.recovery_p50_s for r in mine], "o:", color=line.get_color(), label=f"scene {scene}, p50"
-        )
-        ax.axhline(paper_s[scene], ls="--", color=line.get_color(), alpha=0.5, label=f"scene {scene}, paper")
+    for scene, (rates, found) in _by_scene(recoveries).items():
+        (line,) = ax.plot(rates, [at.p99_s for at in found], "o-", label=f"scene {scene}, measured p99")
+        colour = line.get_color()
+        ax.plot(rates, [at.p50_s for at in found], "o:", color=colour, label=f"scene {scene}, p50")
+        ax.axhline(paper_s[scene], ls="--", color=colour, alpha=0.5, label=f"scene {scene}, paper")
     ax.set_yscale("log")
     ax.set_xlabel("requests per second")
     ax.set_ylabel("seconds from the kill to the next token")
@@ -110,20 +112,21 @@ def _recovery(records: Sequence[Record], paper_s: Mapping[int, float]) -> Figure
     return figure
 
 
-def _overhead(records: Sequence[Record], paper: Mapping[int, tuple[float, float]]) -> Figure:
-    figure = Figure(figsize=(1.5 + 1.6 * len(records), 4.5), layout="constrained")
+def _overhead(latencies: Mapping[Place, Latency], paper: Mapping[int, tuple[float, float]]) -> Figure:
+    figure = Figure(figsize=(1.5 + 1.6 * len(latencies), 4.5), layout="constrained")
     ax = figure.subplots()
-    places = range(len(records))
+    at = sorted(latencies)
+    places = range(len(at))
     bars = (
-        (-0.3, [100 * r.overhead_mean for r in records], OURS, 1.0, "mean, measured"),
-        (-0.1, [100 * r.overhead_p99 for r in records], OURS, 0.5, "p99, measured"),
-        (0.1, [100 * paper[r.scene][0] for r in records], PAPER, 1.0, "mean, paper"),
-        (0.3, [100 * paper[r.scene][1] for r in records], PAPER, 0.5, "p99, paper"),
+        (-0.3, [100 * latencies[p].overhead_mean for p in at], OURS, 1.0, "mean, measured"),
+        (-0.1, [100 * latencies[p].overhead_p99 for p in at], OURS, 0.5, "p99, measured"),
+        (0.1, [100 * paper[scene][0] for scene, _ in at], PAPER, 1.0, "mean, paper"),
+        (0.3, [100 * paper[scene][1] for scene, _ in at], PAPER, 0.5, "p99, paper"),
     )
     for shift, values, colour, alpha, label in bars:
         ax.bar([p + shift for p in places], values, width=0.2, color=colour, alpha=alpha, label=label)
     ax.axhline(0.0, color="black", lw=0.8)
-    ax.set_xticks(list(places), [f"scene {r.scene}\n{r.rate:g} req/s" for r in records])
+    ax.set_xticks(list(places), [f"scene {scene}\n{rate:g} req/s" for scene, rate in at])
     ax.set_ylabel("latency added, percent")
     ax.set_title("Figure 9: what replication costs while nothing fails")
     ax.legend(fontsize=8)

@@ -29,17 +29,29 @@ PAPER_OVERHEAD = {1: (0.023, 0.028), 2: (0.040, 0.036), 3: (0.040, 0.036)}
 Table = dict[tuple[int, float], dict[str, float]]
 
 
+class Latency(msgspec.Struct):
+    """Seconds by COLUMNS, and what replication adds while nothing fails (0.01: one percent)."""
+
+    ours: dict[str, float]
+    baseline: dict[str, float]
+    overhead_mean: float
+    overhead_p99: float
+
+
+class Recovery(msgspec.Struct):
+    """Seconds from a kill to the next token."""
+
+    p50_s: float
+    p99_s: float
+
+
 class Record(msgspec.Struct):
-    """One (scene, rate), for the figures."""
+    """One (scene, rate), for the figures. None: not measured."""
 
     scene: int
     rate: float
-    ours: dict[str, float]
-    baseline: dict[str, float]
-    recovery_p50_s: float
-    recovery_p99_s: float
-    overhead_mean: float
-    overhead_p99: float
+    latency: Latency | None = None
+    recovery: Recovery | None = None
 
 
 def paper_table() -> Table:
@@ -84,23 +96,24 @@ def compare_with_paper(result: Result, scene: int, rates: Sequence[float]) -> No
         print("  " + "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
 
 
-def note_run(result: Result, scene: int, rate: float, figures: Path | None) -> None:
-    """Keep what the figures need of one rate."""
-    if figures is None:
-        return
+def note_run(result: Result, scene: int, rate: float, figures: Path) -> None:
+    """Keep what the figures need of one rate, with what earlier runs measured of it."""
     key = f"rate{rate:g}"
-    record = Record(
-        scene=scene,
-        rate=rate,
-        ours={m: float(result.metrics[f"{key}_{m}_s"]) for m in COLUMNS},
-        baseline={m: float(result.baseline[f"{key}_{m}_s"]) for m in COLUMNS},
-        recovery_p50_s=float(result.metrics["recovery_p50_s"]),
-        recovery_p99_s=float(result.metrics["recovery_p99_s"]),
-        overhead_mean=float(result.metrics["overhead_mean"]),
-        overhead_p99=float(result.metrics["overhead_p99"]),
-    )
+    path = figures / f"scene{scene}-{key}.json"
+    record = msgspec.json.decode(path.read_bytes(), type=Record) if path.exists() else Record(scene, rate)
+    metrics = result.metrics
+    if f"{key}_ttft_mean_s" in metrics:
+        record.latency = Latency(
+            ours={m: float(metrics[f"{key}_{m}_s"]) for m in COLUMNS},
+            baseline={m: float(result.baseline[f"{key}_{m}_s"]) for m in COLUMNS},
+            overhead_mean=float(metrics[f"{key}_overhead_mean"]),
+            overhead_p99=float(metrics[f"{key}_overhead_p99"]),
+        )
+    if f"{key}_recovery_p99_s" in metrics:
+        p50_s, p99_s = (float(metrics[f"{key}_recovery_{name}_s"]) for name in ("p50", "p99"))
+        record.recovery = Recovery(p50_s, p99_s)
     figures.mkdir(parents=True, exist_ok=True)
-    (figures / f"scene{scene}-{key}.json").write_bytes(msgspec.json.encode(record))
+    path.write_bytes(msgspec.json.encode(record))
 
 
 def records(figures: Path) -> list[Record]:

@@ -35,21 +35,18 @@ ALIVE_UNTIL_S = 19.0
 WINDOW_S = 5.0  # a pause that ends later than this after a kill is not its doing
 
 
-def measure_steady(scene: Scene, rate: float, quick: bool, result: Result) -> float:
-    """Fills in `overhead_*` and `recovery_*`, at the load that `rate` makes. Returns the processor seconds that a token
-    takes on this machine, with all that serves it, beyond what nodes take when idle."""
-    window_s = OVERHEAD_WINDOW_QUICK_S if quick else OVERHEAD_WINDOW_S
-    cpu_s_per_token = _overhead(scene, rate, window_s, result)
+def measure_recovery(scene: Scene, rate: float, quick: bool, result: Result) -> None:
+    """Fills in `rateN_recovery_*`: with as many streams as `rate` keeps open."""
+    key = f"rate{rate:g}_recovery"
     streams = round(min(MAX_RUNNING * scene.instances, rate * OUTPUT_MEAN * TPOT_S))
     # The scene's own victims, then the same at other stages: with a scheduler, too, which the paper leaves out.
     rounds = [_stages_on(scene, k) for k in range(1 if quick else STAGES)]
     with scene_cluster(scene, Mode.REPLICATE, 1.0) as cluster:
-        _recovery(cluster, rounds, streams, result, "recovery")
+        _recovery(cluster, rounds, streams, result, key)
         if len(scene.victims) > 1 and not quick:
             # A node and the holder of its copy at once, which the scene has not: requests are computed again.
             together = [tuple(f"n{int(victim[1:]) // STAGES * STAGES}" for victim in scene.victims)]
-            _recovery(cluster, together, streams, result, "recovery_without_copy")
-    return cpu_s_per_token
+            _recovery(cluster, together, streams, result, f"{key}_without_copy")
 
 
 def _stages_on(scene: Scene, further: int) -> tuple[str, ...]:
@@ -73,9 +70,12 @@ def _client(cluster: LocalCluster) -> Client:
     return Client(cluster.gateway_url, cluster.api_key, cluster.config.model_name)
 
 
-def _overhead(scene: Scene, rate: float, window_s: float, result: Result) -> float:
-    """Latency with copies against latency without: the same requests on two clusters, at the same time. Returns the
-    processor seconds of a token."""
+def measure_overhead(scene: Scene, rate: float, quick: bool, result: Result) -> float:
+    """Fills in `rateN_overhead_*`: latency with copies against latency without, of the same requests on two clusters at
+    the same time. Returns the processor seconds that a token takes on this machine, with all that serves it, beyond
+    what nodes take when idle."""
+    key = f"rate{rate:g}_overhead"
+    window_s = OVERHEAD_WINDOW_QUICK_S if quick else OVERHEAD_WINDOW_S
     requests = [
         replace(request, max_tokens=min(request.max_tokens, OVERHEAD_TOKENS_MAX))
         for request in workload(min(rate, OVERHEAD_RATE_MAX * scene.instances), window_s, seed=7)
@@ -102,11 +102,11 @@ def _overhead(scene: Scene, rate: float, window_s: float, result: Result) -> flo
         cpu_s_per_token = (_cpu_s() - began_cpu_s - idle_s) / tokens
     with_copies, without = latencies
     for name, values in (("on", with_copies), ("off", without)):
-        result.metrics[f"overhead_latency_mean_{name}_s"] = statistics.fmean(values)
-        result.metrics[f"overhead_latency_p99_{name}_s"] = percentile(values, 0.99)
-    result.metrics["overhead_mean"] = statistics.fmean(with_copies) / statistics.fmean(without) - 1.0
-    result.metrics["overhead_p99"] = percentile(with_copies, 0.99) / percentile(without, 0.99) - 1.0
-    progress(f"  replication adds {result.metrics['overhead_mean']:.2%} to the mean latency")
+        result.metrics[f"{key}_latency_mean_{name}_s"] = statistics.fmean(values)
+        result.metrics[f"{key}_latency_p99_{name}_s"] = percentile(values, 0.99)
+    mean = result.metrics[f"{key}_mean"] = statistics.fmean(with_copies) / statistics.fmean(without) - 1.0
+    result.metrics[f"{key}_p99"] = percentile(with_copies, 0.99) / percentile(without, 0.99) - 1.0
+    progress(f"  replication adds {mean:.2%} to the mean latency")
     result.metrics["cpu_s_per_token"] = cpu_s_per_token
     return cpu_s_per_token
 
