@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 from controlplane.contract.topology import Pipeline, Stage
-from tests.core.gateway.routing import (
-    TAIL,
-    A,
-    B,
-    Bench,
-    sent,
-)
-from web.gateway.events import (
-    CancelAsked,
-    StreamUp,
-)
+from tests.core.gateway.routing import TAIL, A, B, Bench, sent
+from web.gateway.events import CancelAsked, StreamUp
 from web.gateway.live import Policy
 
 

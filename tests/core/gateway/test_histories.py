@@ -10,24 +10,8 @@ from hypothesis import strategies as st
 from controlplane.contract.ids import Member
 from controlplane.contract.requests import RefusalCode
 from controlplane.contract.topology import Mode
-from tests.core.gateway.routing import (
-    LENGTH,
-    A,
-    B,
-    Bench,
-    C,
-    pipeline,
-    right,
-)
-from web.gateway.events import (
-    CancelAsked,
-    Fail,
-    SendCancel,
-    SendSubmit,
-    StreamDown,
-    StreamUp,
-    Tick,
-)
+from tests.core.gateway.routing import LENGTH, A, B, Bench, C, pipeline, right
+from web.gateway.events import CancelAsked, Fail, SendCancel, SendSubmit, StreamDown, StreamUp, Tick
 from web.gateway.live import Policy
 
 HEADS = (A, B, C)

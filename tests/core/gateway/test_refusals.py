@@ -7,23 +7,8 @@ import pytest
 from controlplane.contract.ids import Member
 from controlplane.contract.requests import RefusalCode
 from controlplane.contract.topology import Move, MovePhase, Pipeline, Stage
-from tests.core.gateway.routing import (
-    TAIL,
-    A,
-    B,
-    Bench,
-    C,
-    only,
-    pipeline,
-    sent,
-)
-from web.gateway.events import (
-    Fail,
-    FailCode,
-    StreamDown,
-    StreamUp,
-    Tick,
-)
+from tests.core.gateway.routing import TAIL, A, B, Bench, C, only, pipeline, sent
+from web.gateway.events import Fail, FailCode, StreamDown, StreamUp, Tick
 from web.gateway.live import Policy
 
 

@@ -6,18 +6,7 @@ import pytest
 
 from controlplane.contract.requests import FinishReason, Token, Tokens
 from controlplane.contract.topology import Mode, Pipeline, Stage
-from tests.core.gateway.routing import (
-    TAIL,
-    A,
-    B,
-    Bench,
-    C,
-    only,
-    pipeline,
-    right,
-    sent,
-    topology,
-)
+from tests.core.gateway.routing import TAIL, A, B, Bench, C, only, pipeline, right, sent, topology
 from web.gateway.events import (
     CancelAsked,
     CloseStream,

@@ -1,0 +1,123 @@
+"""The schedulers of a node while the topology changes."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec import structs
+
+from controlplane.contract.ids import Member
+from controlplane.contract.records import NodeRecord
+from controlplane.contract.requests import RefusalCode, Refused, SchedulerMessage
+from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topology
+from controlplane.contract.topology import Stage as StageDuty
+from dataplane.core.messages import Fence, HeldMeta, Meta, RejoinMeta
+from dataplane.frontdoor import Frontdoor
+from dataplane.schedulers import Schedulers
+from dataplane.worker import Message
+from tests.core.data.parts import LIMITS, ME, NEXT, submitted
+
+
+def record(member: Member) -> NodeRecord:
+    return NodeRecord(member, "g", 0, 2, "", "", "", 100, 4, 1)
+
+
+RECORDS = {m.node: record(m) for m in (ME, NEXT)}
+
+
+def pipeline(name: str, epoch: int, move: Move | None = None, last: Member = NEXT) -> Pipeline:
+    return Pipeline(name, epoch, (StageDuty(("n0",), (ME,)), StageDuty(("n1",), (last,))), move)
+
+
+def topology(counter: int, *pipelines: Pipeline) -> Topology:
+    return Topology("g", counter, Mode.REPLICATE, pipelines)
+
+
+class Host:
+    """The schedulers of one node; `up` are the members that can be reached."""
+
+    def __init__(self, *up: Member, microbatches: int = 0) -> None:
+        self.up = set(up)
+        self.local: list[Message] = []
+        self.sent: list[tuple[Member, Meta]] = []
+        self.told: list[tuple[int, SchedulerMessage]] = []
+        frontdoor = Frontdoor("token", lambda *_: None, lambda _: None)
+        frontdoor.send = lambda *message: self.told.append(message)  # type: ignore[method-assign]
+        self.schedulers = Schedulers(
+            ME, LIMITS, microbatches, frontdoor, self.local.append, self.send, lambda: None
+        )
+
+    def send(self, peer: Member, meta: Meta, _payload: object) -> bool:
+        if peer in self.up:
+            self.sent.append((peer, meta))
+        return peer in self.up
+
+
+def test_questions_of_one_pipeline_outlive_a_new_epoch_of_another() -> None:
+    host = Host(ME)
+    host.schedulers.on_topology(topology(1, pipeline("p0", 1), pipeline("p1", 1)), RECORDS)
+    host.schedulers.on_topology(topology(2, pipeline("p0", 2), pipeline("p1", 1)), RECORDS)
+    host.up.add(NEXT)
+    host.schedulers.on_link_up(NEXT)
+    asked = [(m.pipeline, m.fence) for to, m in host.sent if to == NEXT and isinstance(m, RejoinMeta)]
+    assert ("p1", Fence(1)) in asked
+    assert ("p0", Fence(2)) in asked
+    assert ("p0", Fence(1)) not in asked
+
+
+def test_registrations_that_are_gone_do_not_shrink_the_pool_to_nothing() -> None:
+    """etcd was away, every lease ran out, and the topology changes before the nodes are back in it."""
+    host = Host(ME, NEXT)
+    host.schedulers.on_topology(topology(1, pipeline("p0", 1)), RECORDS)
+    assert host.schedulers.by_pipeline["p0"].batcher.quota_blocks == 50
+    host.schedulers.on_topology(topology(2, pipeline("p0", 1)), {})
+    assert host.schedulers.by_pipeline["p0"].batcher.quota_blocks == 50
+
+
+@pytest.mark.parametrize(
+    ("hosts", "parallel", "setting", "expected"),
+    [
+        (("a", "a"), 1, 0, 1),  # two nodes that share one core
+        (("a", "a"), 2, 0, 2),
+        (("a", "a"), 9, 0, 2),
+        (("a", "b"), 1, 0, 2),  # a core each
+        (("a", "b"), 1, 7, 7),  # who sets it gets it
+    ],
+)
+def test_as_many_microbatches_as_the_hosts_can_compute(
+    hosts: tuple[str, str], parallel: int, setting: int, expected: int
+) -> None:
+    host = Host(ME, NEXT, microbatches=setting)
+    records = {
+        member.node: structs.replace(record(member), fault_domain={"host": name}, host_parallel=parallel)
+        for member, name in zip((ME, NEXT), hosts, strict=True)
+    }
+    host.schedulers.on_topology(topology(1, pipeline("p0", 1)), records)
+    assert host.schedulers.by_pipeline["p0"].batcher.microbatches == expected
+
+
+def test_requests_of_a_scheduler_that_ends_and_begins_again_are_not_waited_for_in_vain() -> None:
+    """The gateway is ahead: what it submits for epoch 3 reaches the scheduler of epoch 1, which 2 puts an end to."""
+    host = Host(ME, NEXT)
+    host.schedulers.on_topology(topology(1, pipeline("p0", 1)), RECORDS)
+    host.schedulers.on_gateway(7, submitted(1).message)
+    down = Pipeline("p0", 2, (StageDuty(("n0",), (ME,)), StageDuty(("n1",))))
+    host.schedulers.on_topology(topology(2, down), RECORDS)
+    host.schedulers.on_topology(topology(3, pipeline("p0", 3)), RECORDS)
+    assert not host.schedulers.by_pipeline["p0"].requests
+    told = [(s, m.rid, m.pipeline, m.code) for s, m in host.told if isinstance(m, Refused)]
+    assert told == [(7, 1, "p0", RefusalCode.DROPPED)]
+
+
+def test_a_planned_switch_issues_nothing_in_the_epoch_that_is_over() -> None:
+    host = Host(ME, NEXT)
+    other = Member("n3", "a")
+    host.schedulers.on_topology(topology(1, pipeline("p0", 1)), RECORDS)
+    scheduler = host.schedulers.by_pipeline["p0"]
+    host.schedulers.on_message(HeldMeta("p0", Fence(1), 0, 0, ()))
+    host.schedulers.on_message(HeldMeta("p0", Fence(1), 0, 1, ()))
+    move = Move(1, other, MovePhase.QUIESCE, "hand-back")
+    host.schedulers.on_topology(topology(2, pipeline("p0", 1, move)), RECORDS)
+    host.schedulers.on_gateway(1, submitted(1).message)
+    assert scheduler.quiesced_step == -1
+    host.schedulers.on_topology(topology(3, pipeline("p0", 3, None, other)), RECORDS)
+    assert not host.local
