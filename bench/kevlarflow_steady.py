@@ -107,7 +107,7 @@ def measure_overhead(scene: Scene, rate: float, quick: bool, result: Result) -> 
     mean = result.metrics[f"{key}_mean"] = statistics.fmean(with_copies) / statistics.fmean(without) - 1.0
     result.metrics[f"{key}_p99"] = percentile(with_copies, 0.99) / percentile(without, 0.99) - 1.0
     progress(f"  replication adds {mean:.2%} to the mean latency")
-    result.metrics["cpu_s_per_token"] = cpu_s_per_token
+    result.metrics[f"rate{rate:g}_cpu_s_per_token"] = cpu_s_per_token
     return cpu_s_per_token
 
 
