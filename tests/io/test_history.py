@@ -171,7 +171,8 @@ def test_a_failed_upgrade_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_the_writer_survives_a_database_that_comes_late(tmp_path: Path) -> None:
     async def main() -> None:
         folder = tmp_path / "later"  # SQLite cannot open a file in a folder that is missing
-        writer = HistoryWriter(HistoryStore(url(folder / "h.db"), "c", "c1"), queue_len_max=5)
+        store = HistoryStore(url(folder / "h.db"), "c", "c1")
+        writer = HistoryWriter(store, queue_len_max=5)
         for number in range(8):
             writer.put(event(number))
         task = asyncio.create_task(writer.run())
@@ -185,6 +186,7 @@ def test_the_writer_survives_a_database_that_comes_late(tmp_path: Path) -> None:
         assert [item.subject for _, item in await writer.tail(10, 0)] == ["n3", "n4", "n5", "n6", "n7"]
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        await store.close()
 
     asyncio.run(main())
 
@@ -192,7 +194,8 @@ def test_the_writer_survives_a_database_that_comes_late(tmp_path: Path) -> None:
 def test_putting_never_waits_for_the_database(tmp_path: Path) -> None:
     async def main() -> None:
         path = tmp_path / "h.db"
-        writer = HistoryWriter(HistoryStore(url(path), "c", "c1"))
+        store = HistoryStore(url(path), "c", "c1")
+        writer = HistoryWriter(store)
         task = asyncio.create_task(writer.run())
         await until(lambda: writer.healthy)
         blocker = sqlite3.connect(path, isolation_level=None)
@@ -208,5 +211,6 @@ def test_putting_never_waits_for_the_database(tmp_path: Path) -> None:
         await until(lambda: writer.written == 100)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        await store.close()
 
     asyncio.run(main())
