@@ -28,6 +28,7 @@ from controlplane.core.events import (
     Record,
     Reread,
     Resign,
+    Write,
     WriteOperation,
     WriteTopology,
 )
@@ -125,15 +126,10 @@ class Controller:
                 self._topology.forget_writes()
                 for slot in self._operations.values():
                     slot.forget_writes()
-            case events.WriteDone(mod_revision, operation_id):
-                self._written(mod_revision, operation_id, effects)
-            case events.WriteConflict(operation_id) | events.WriteUnknown(operation_id):
-                if self._leader:
-                    failed = (
-                        self._topology.failed if operation_id is None else self._slot(operation_id).failed
-                    )
-                    failed(self._now)
-                    effects.append(Reread(operation_id))
+            case events.WriteDone(write, mod_revision):
+                self._written(write, mod_revision, effects)
+            case events.WriteConflict(write) | events.WriteUnknown(write):
+                self._not_written(write, effects)
             case events.Tick():
                 self._members.forget(self._topology.value, self._now)
             case _:
@@ -182,17 +178,26 @@ class Controller:
                 verdict = Verdict(member, NodeState.GREEN, NodeState.RED, why, silent_s)
                 self._record(narrate.of_verdict(verdict, self._unix_now), effects)
 
-    def _written(self, mod_revision: int, operation_id: str | None, effects: list[Effect]) -> None:
-        if operation_id is None:
-            before = self._topology.value
-            written = self._topology.done(mod_revision)
-            if written is not None:
-                self._adopt(before, written, effects)
-            return
-        operation = self._slot(operation_id).pending
-        self._slot(operation_id).done(mod_revision)
-        if operation is not None and not operation.open:
-            self._record(narrate.of_operation(operation, self._unix_now), effects)
+    def _written(self, write: Write, mod_revision: int, effects: list[Effect]) -> None:
+        match write:
+            case WriteTopology(topology):
+                before = self._topology.value
+                if self._topology.done(topology, mod_revision):
+                    self._adopt(before, topology, effects)
+            case WriteOperation(operation):
+                slot = self._slot(operation.id)
+                if slot.pending is operation and not operation.open:
+                    self._record(narrate.of_operation(operation, self._unix_now), effects)
+                slot.done(operation, mod_revision)
+
+    def _not_written(self, write: Write, effects: list[Effect]) -> None:
+        match write:
+            case WriteTopology(topology):
+                if self._topology.failed(topology, self._now):
+                    effects.append(Reread())
+            case WriteOperation(operation):
+                if self._slot(operation.id).failed(operation, self._now):
+                    effects.append(Reread(operation.id))
 
     def _adopt(self, before: Topology | None, after: Topology | None, effects: list[Effect]) -> None:
         if after is None:

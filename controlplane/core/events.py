@@ -6,7 +6,8 @@ The shell feeds events one by one and performs the returned effects in the order
 - Before `BecameLeader` it has delivered a snapshot: every node record, every operation and the topology
   (`TopologySeen(None, 0)` where there is none). A leader that knows less would undo what it cannot see.
 - Each `WriteTopology` and `WriteOperation` is answered by exactly one of WriteDone, WriteConflict (the compare
-  failed; nothing was written) and WriteUnknown (timed out: it may or may not take effect, even later).
+  failed; nothing was written) and WriteUnknown (timed out: it may or may not take effect, even later). The answer
+  names its write: one from before a leadership was lost and won again may be answered, and even done, after it.
 - `Reread` is answered by a fresh TopologySeen or OperationSeen/OperationGone, or by nothing if etcd is away: the
   core asks again.
 - `Tick` comes every 50 ms or so: a longer gap is taken for a pause of this very process.
@@ -93,24 +94,24 @@ class LostLeadership:
 
 @dataclass(frozen=True, slots=True)
 class WriteDone:
-    """The write took effect at `mod_revision`. `operation`: whose write it was; None: the topology's."""
+    """The write took effect at `mod_revision`."""
 
+    write: Write
     mod_revision: int
-    operation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class WriteConflict:
     """Nothing was written: the value had changed, or the leadership is lost."""
 
-    operation: str | None = None
+    write: Write
 
 
 @dataclass(frozen=True, slots=True)
 class WriteUnknown:
     """No answer in time: the write may have taken effect, or may yet."""
 
-    operation: str | None = None
+    write: Write
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,9 @@ class WriteOperation:
     expected_mod_revision: int
 
 
+Write = WriteTopology | WriteOperation
+
+
 @dataclass(frozen=True, slots=True)
 class ForgetOperation:
     """Delete operations/<id>: it is over, and newer ones are remembered. Losing this effect is harmless."""
@@ -180,4 +184,4 @@ class Record:
     event: Event
 
 
-Effect = WriteTopology | WriteOperation | ForgetOperation | Reread | Resign | Record
+Effect = Write | ForgetOperation | Reread | Resign | Record

@@ -35,17 +35,26 @@ class Slot(Generic[T]):
         self.mod_revision = 0 if value is None else mod_revision
         return True
 
-    def done(self, mod_revision: int) -> T | None:
-        """The pending write took effect; the value if it is news (a watch may have been faster)."""
-        value, self.pending = self.pending, None
-        if value is None or mod_revision <= self.mod_revision:
-            return None
-        self.value, self.mod_revision = value, mod_revision
-        return value
+    def done(self, value: T, mod_revision: int) -> bool:
+        """The write of `value` took effect; whether it is news.
 
-    def failed(self, now: float) -> None:
+        It is none when a watch was faster, nor when the write was forgotten: then the watch tells, in its time.
+        """
+        if self.pending is not value:
+            return False
+        self.pending = None
+        if mod_revision <= self.mod_revision:
+            return False
+        self.value, self.mod_revision = value, mod_revision
+        return True
+
+    def failed(self, value: T, now: float) -> bool:
+        """The write of `value` took no effect, or nobody knows; whether a read is wanted now."""
+        if self.pending is not value:
+            return False
         self.pending = None
         self.asked_at = now
+        return True
 
     def ask_again(self, now: float) -> bool:
         """Whether it is time to repeat the read."""
@@ -55,6 +64,6 @@ class Slot(Generic[T]):
         return True
 
     def forget_writes(self) -> None:
-        """Leadership is lost: no answer is waited for."""
+        """Leadership is lost: no answer is waited for, and one that comes all the same is not taken for another's."""
         self.pending = None
         self.asked_at = None

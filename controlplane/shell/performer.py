@@ -26,6 +26,7 @@ from controlplane.core.events import (
     Reread,
     Resign,
     TopologySeen,
+    Write,
     WriteConflict,
     WriteDone,
     WriteOperation,
@@ -74,12 +75,11 @@ class Performer:
 
     async def _perform(self, effect: Effect) -> None:
         match effect:
-            case WriteTopology(topology, expected):
-                key = self._keys.topology(self._group)
-                await self._write(key, encode(topology), expected, None)
-            case WriteOperation(operation, expected):
+            case WriteTopology(topology):
+                await self._write(effect, self._keys.topology(self._group), encode(topology))
+            case WriteOperation(operation):
                 key = self._keys.operation(operation.id)
-                if await self._write(key, encode(operation), expected, operation.id) and not operation.open:
+                if await self._write(effect, key, encode(operation)) and not operation.open:
                     self._history.put(Audit(operation.state.value, operation, time.time()))
             case ForgetOperation(operation_id):
                 await self._forget(self._keys.operation(operation_id))
@@ -99,29 +99,29 @@ class Performer:
             case _:
                 assert_never(effect)
 
-    async def _write(self, key: str, value: bytes, expected: int, operation: str | None) -> bool:
+    async def _write(self, write: Write, key: str, value: bytes) -> bool:
         """One guarded compare-and-swap, answered by exactly one event; whether it was done."""
         leadership = self.leadership
         if leadership is None or not leadership.valid():
-            self._answer("conflict", WriteConflict(operation))
+            self._answer("conflict", WriteConflict(write))
             return False
-        compares = [leadership.guard(), Compare.mod_revision(key, expected)]
+        compares = [leadership.guard(), Compare.mod_revision(key, write.expected_mod_revision)]
         try:
             result = await self._client.txn(compares, [Put(key, value)], timeout_s=CALL_LIMIT_S)
         except EtcdUnknown as error:
             log.warning("a write's outcome is unknown", key=key, error=str(error))
-            self._answer("unknown", WriteUnknown(operation))
+            self._answer("unknown", WriteUnknown(write))
             return False
         except EtcdError as error:
             level = log.warning if isinstance(error, EtcdUnavailable) else log.error
             level("etcd did not take a write", key=key, error=str(error))
             await asyncio.sleep(FAILURE_PAUSE_S)
-            self._answer("conflict", WriteConflict(operation))
+            self._answer("conflict", WriteConflict(write))
             return False
         if result.succeeded:
-            self._answer("done", WriteDone(result.revision, operation))
+            self._answer("done", WriteDone(write, result.revision))
         else:
-            self._answer("conflict", WriteConflict(operation))
+            self._answer("conflict", WriteConflict(write))
         return result.succeeded
 
     async def _forget(self, key: str) -> None:

@@ -297,12 +297,12 @@ def test_a_write_after_the_leadership_is_gone_changes_nothing(tmp_path: Path) ->
             topology = Topology("default", 1, Mode.REPLICATE, ())
             write = WriteTopology(topology, 0)
             await performer.put(write)  # nobody leads
-            assert await inbox.get(2) == WriteConflict()
+            assert await inbox.get(2) == WriteConflict(write)
             leadership = performer.leadership = await Election(client, keys.leader, b"{}").campaign()
             # Deleted behind its back: the write may well be sent before its own watch tells it so.
             await client.txn([], [Delete(leadership.key)])
             await performer.put(write)
-            assert await inbox.get(2) == WriteConflict()
+            assert await inbox.get(2) == WriteConflict(write)
             assert await client.get(keys.topology("default")) is None
             await leadership.resign()
             performer.leadership = await Election(client, keys.leader, b"{}").campaign()
@@ -310,7 +310,7 @@ def test_a_write_after_the_leadership_is_gone_changes_nothing(tmp_path: Path) ->
             answer = await inbox.get(2)
             assert isinstance(answer, WriteDone)
             await performer.put(write)  # the compare-and-swap: the key is no longer absent
-            assert await inbox.get(2) == WriteConflict()
+            assert await inbox.get(2) == WriteConflict(write)
             await performer.put(WriteTopology(topology, answer.mod_revision))
             assert isinstance(await inbox.get(2), WriteDone)
             etcd.pause()

@@ -260,24 +260,25 @@ class Sim:
                     return None
                 known = self.operations.get(id)
                 return events.OperationSeen(*known) if known else events.OperationGone(id)
-            case WriteTopology(topology, expected):
-                return self._write_topology(name, topology, expected)
+            case WriteTopology():
+                return self._write_topology(name, effect)
             case WriteOperation(operation, expected):
                 known = self.operations.get(operation.id)
                 if not self.etcd_up:
-                    return events.WriteUnknown(operation.id)
+                    return events.WriteUnknown(effect)
                 if known is None or known[1] != expected or name != self.leader:
-                    return events.WriteConflict(operation.id)
+                    return events.WriteConflict(effect)
                 self.put_operation(operation)
-                return events.WriteDone(self._revision, operation.id)
+                return events.WriteDone(effect, self._revision)
         raise AssertionError(effect)
 
-    def _write_topology(self, name: str, topology: Topology, expected: int) -> CoreEvent:
+    def _write_topology(self, name: str, write: WriteTopology) -> CoreEvent:
+        topology, expected = write.topology, write.expected_mod_revision
         outcome = self.outcomes.popleft() if self.outcomes else "done"
         if not self.etcd_up or outcome == "lost":
-            return events.WriteUnknown()
+            return events.WriteUnknown(write)
         if name != self.leader or expected != self.topology_revision or outcome == "conflict":
-            return events.WriteConflict()
+            return events.WriteConflict(write)
         assert self.topology is None or topology.counter > self.topology.counter
         for old in self.topology.pipelines if self.topology else ():
             new = topology.pipeline(old.id)
@@ -289,7 +290,7 @@ class Sim:
         for other in self.cores:
             if other != name:
                 self._step(other, events.TopologySeen(topology, self._revision))
-        return events.WriteUnknown() if outcome == "landed" else events.WriteDone(self._revision)
+        return events.WriteUnknown(write) if outcome == "landed" else events.WriteDone(write, self._revision)
 
     # -- time ---------------------------------------------------------------------------------------------
 

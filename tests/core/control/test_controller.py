@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 from msgspec.structs import replace
 
@@ -174,13 +177,41 @@ def test_one_write_at_a_time_and_none_before_the_reread() -> None:
     first = [e for e in core.step(events.BecameLeader(), 0.0, 0.0) if isinstance(e, WriteTopology)]
     assert [w.expected_mod_revision for w in first] == [0]
     assert not core.step(events.Tick(), 0.05, 0.0)
-    assert core.step(events.WriteUnknown(), 0.1, 0.0) == [Reread()]
+    assert core.step(events.WriteUnknown(first[0]), 0.1, 0.0) == [Reread()]
     assert not core.step(events.Tick(), 0.15, 0.0)
     later = [e for t in range(3, 60) for e in core.step(events.Tick(), t * 0.05, 0.0)]
     assert later == [Reread()]  # etcd is away: asked again, with patience
     effects = core.step(events.TopologySeen(first[0].topology, 7), 3.0, 0.0)
     assert not [e for e in effects if isinstance(e, WriteTopology)]  # it had taken effect
     assert core.topology == first[0].topology
+
+
+@pytest.mark.parametrize(
+    "answer", [events.WriteConflict, events.WriteUnknown, partial(events.WriteDone, mod_revision=8)]
+)
+def test_an_answer_from_an_earlier_term_is_not_taken_for_the_newer_writes(
+    answer: Callable[[events.Write], events.CoreEvent],
+) -> None:
+    """Leadership is lost and won again while a write waits for etcd; meanwhile there is another plan."""
+    config = make_config(1, 1)
+    core = Controller(config, "c1")
+    core.step(events.TopologySeen(None, 0), 0.0, 0.0)
+    old = write_of(core.step(events.BecameLeader(), 0.0, 0.0))
+    core.step(events.LostLeadership(), 0.1, 0.0)
+    seen = replace(old.topology, counter=3, mode=Mode.NONE)
+    core.step(events.TopologySeen(seen, 7), 0.1, 0.0)
+    new = write_of(core.step(events.BecameLeader(), 0.2, 0.0))
+    assert new.topology.mode is config.mode
+    assert core.step(answer(old), 0.3, 0.0) == []
+    assert core.topology == seen
+    assert core.step(events.Tick(), 0.35, 0.0) == []  # `new` is still waited for
+    core.step(events.WriteDone(new, 9), 0.4, 0.0)
+    assert core.topology == new.topology
+
+
+def write_of(effects: list[events.Effect]) -> WriteTopology:
+    (write,) = (effect for effect in effects if isinstance(effect, WriteTopology))
+    return write
 
 
 def test_a_candidate_writes_and_records_nothing() -> None:
