@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.cluster import wait_settled
@@ -28,15 +28,16 @@ OVERHEAD_RATE_MAX = 1.0  # requests per second and instance
 OVERHEAD_TOKENS_MAX = 200  # the last streams would otherwise run for two minutes without company
 OVERHEAD_WINDOW_S, OVERHEAD_WINDOW_QUICK_S = 240.0, 45.0  # emulated seconds of arrivals
 # Recovery, at time scale 1: streams arrive evenly for some seconds, as gently as in operation, and all of them live
-# until a good while after the kill.
+# until a good while after the kill: the node that comes back has its stage again then, at low load.
 RAMP_S = 12.0
 KILL_AT_S = 15.0
-ALIVE_UNTIL_S = 19.0
+ALIVE_UNTIL_S = 27.0
 WINDOW_S = 5.0  # a pause that ends later than this after a kill is not its doing
 
 
 def measure_recovery(scene: Scene, rate: float, quick: bool, result: Result) -> None:
-    """Fills in `rateN_recovery_*`: with as many streams as `rate` keeps open."""
+    """Fills in `rateN_recovery_*`, and `rateN_hand_back_*` for the pause when a node that has come back takes its stage
+    again: with as many streams as `rate` keeps open."""
     key = f"rate{rate:g}_recovery"
     streams = round(min(MAX_RUNNING * scene.instances, rate * OUTPUT_MEAN * TPOT_S))
     # The scene's own victims, then the same at other stages: with a scheduler, too, which the paper leaves out.
@@ -121,16 +122,25 @@ def _recovery(
     cluster: LocalCluster, rounds: list[tuple[str, ...]], streams: int, result: Result, key: str
 ) -> None:
     pauses: list[float] = []
+    later: list[float] = []
     counts = {"lost": 0, "duplicated": 0, "different": 0, "failed": 0}
     for number, victims in enumerate(rounds):
         requests = _streams(streams, 2000 + number)
         outcomes, killed, killed_unix = asyncio.run(_kill(cluster, requests, victims))
-        hit = _interrupted(cluster, killed_unix)
+        told = _told(cluster, killed_unix)
+        recovered = killed + told.recovered_unix - killed_unix
         # Who waited for a place in a batch when the node died was not interrupted.
         begun = [o for o in outcomes if (o.times and o.times[0] <= killed < o.times[-1]) or o.error]
-        slowest = sorted((_pause_s(outcome, killed) for outcome in begun), reverse=True)[:hit]
+        found = [_pauses_s(outcome, killed, recovered) for outcome in begun]
+        slowest = sorted((first for first, _ in found), reverse=True)[: told.streams]
         pauses += slowest
-        progress(f"  killed {', '.join(victims)}: {hit} streams interrupted, slowest {slowest[0]:.3f} s")
+        line = (
+            f"  killed {', '.join(victims)}: {told.streams} streams interrupted, slowest {slowest[0]:.3f} s"
+        )
+        if told.handed_back:
+            later += (slowest := sorted((second for _, second in found), reverse=True)[: told.streams])
+            line += f"; handed back, slowest {slowest[0]:.3f} s"
+        progress(line)
         comparison = compare(outcomes, STAGES, VOCABULARY.stop)
         for name in counts:
             counts[name] += getattr(comparison, name)
@@ -145,6 +155,10 @@ def _recovery(
         f"{key}_tokens_different": counts["different"],
         f"{key}_requests_failed": counts["failed"],
     }
+    if later:
+        hand_back = key.replace("recovery", "hand_back")
+        result.metrics[f"{hand_back}_p50_s"] = percentile(later, 0.5)
+        result.metrics[f"{hand_back}_p99_s"] = percentile(later, 0.99)
 
 
 async def _kill(
@@ -158,33 +172,44 @@ async def _kill(
     return await load, killed, killed_unix
 
 
-def _pause_s(outcome: Outcome, moment: float) -> float:
-    """The longest wait for a token after the kill; of what is earlier only the part after it counts."""
-    times = outcome.times
-    return max(
-        (
-            later - max(moment, earlier)
-            for earlier, later in itertools.pairwise(times)
-            if moment < later <= moment + WINDOW_S
-        ),
-        default=WINDOW_S,  # none came at all: the worst that can be said within the window
-    )
+def _pauses_s(outcome: Outcome, killed: float, recovered: float) -> tuple[float, float]:
+    """The longest wait for a token that began before every pipeline served again, and the longest one after that.
+
+    Of what began before the kill only the part after it counts.
+    """
+    first, second = [], []
+    for earlier, later in itertools.pairwise(outcome.times):
+        if earlier >= recovered:
+            second.append(later - earlier)
+        elif killed < later <= killed + WINDOW_S:
+            first.append(later - max(killed, earlier))
+    # No token at all in time: the worst that can be said within the window.
+    return max(first, default=WINDOW_S), max(second, default=0.0)
 
 
-def _interrupted(cluster: LocalCluster, since_unix: float) -> int:
-    """Streams of the pipelines that were hit, as their schedulers tell."""
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What the schedulers of the pipelines that were hit have reported since a kill."""
+
+    streams: int
+    recovered_unix: float  # when the last one served again
+    handed_back: bool
+
+
+def _told(cluster: LocalCluster, since_unix: float) -> _Told:
     deadline = time.monotonic() + 5.0
     while True:
         with cluster.admin() as admin:
             rows = [row.event for row in admin.events(limit=100) if row.event.unix_s >= since_unix]
-        # The newest come first: what stays is the first recovery of each pipeline, not the hand-back after it.
-        hit = {
-            event.subject: int(event.details.get("requests", 0))
-            for event in rows
-            if event.kind is EventKind.RECOVERED and not event.details.get("planned")
-        }
+        recoveries = [event for event in rows if event.kind is EventKind.RECOVERED]
+        # The newest come first: what stays is the first recovery of each pipeline.
+        hit = {event.subject: event for event in recoveries if not event.details.get("planned")}
         if hit:
-            return sum(hit.values())
+            return _Told(
+                sum(int(event.details.get("requests", 0)) for event in hit.values()),
+                max(event.unix_s for event in hit.values()),
+                any(event.details.get("planned") for event in recoveries),
+            )
         if time.monotonic() > deadline:
             raise RuntimeError("no recovery was reported")
         time.sleep(0.1)
