@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import statistics
 import time
@@ -128,7 +129,8 @@ def _recovery(
         requests = _streams(streams, 2000 + number)
         outcomes, killed, killed_unix = asyncio.run(_kill(cluster, requests, victims))
         told = _told(cluster, killed_unix)
-        recovered = killed + told.recovered_unix - killed_unix
+        # Where nothing was handed back while streams lived, every pause is the kill's doing.
+        recovered = killed + told.recovered_unix - killed_unix if told.handed_back else math.inf
         # Who waited for a place in a batch when the node died was not interrupted.
         begun = [o for o in outcomes if (o.times and o.times[0] <= killed < o.times[-1]) or o.error]
         found = [_pauses_s(outcome, killed, recovered) for outcome in begun]
@@ -173,7 +175,8 @@ async def _kill(
 
 
 def _pauses_s(outcome: Outcome, killed: float, recovered: float) -> tuple[float, float]:
-    """The longest wait for a token that began before every pipeline served again, and the longest one after that.
+    """The longest wait for a token that began before `recovered`, when every pipeline served again, and the longest
+    one after that.
 
     Of what began before the kill only the part after it counts.
     """
