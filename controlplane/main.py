@@ -62,7 +62,7 @@ async def serve(config: ClusterConfig, me: str, admin_socket: socket.socket, sto
     client = EtcdClient(config.etcd)
     store = HistoryStore(config.database, config.cluster, me)
     history = HistoryWriter(store)
-    reports = ReportServer(derive(secret, "grpc"), inbox)
+    reports = ReportServer(derive(secret, "grpc"), inbox, config.timing.heartbeat_s)
     admin_host, admin_port = admin_socket.getsockname()[:2]
     record = ControllerRecord(
         id=me,

@@ -7,12 +7,12 @@ anything that is not in etcd, apart from timers: whoever leads next goes on from
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from controlplane.contract.ids import Member
+from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topology
 from controlplane.core.demote import restart_faulty
 from controlplane.core.drain import wants
@@ -32,10 +32,16 @@ class Transition:
     rule: str  # which rule made it
 
 
-def plan(topology: Topology, nodes: Nodes, policy: Policy, now: float) -> Transition | None:
-    """The next step, checked against every invariant; None when all is as it should be, or has to wait."""
-    s = survey(topology, nodes, policy, now)
-    for rule in (resume,) if topology.paused else RULES:
+def plan(
+    topology: Topology, nodes: Nodes, policy: Policy, now: float, only: Collection[PipelineId] | None = None
+) -> Transition | None:
+    """The next step, checked against every invariant; None when all is as it should be, or has to wait.
+
+    `only`: nothing has happened but reports of these pipelines.
+    """
+    s = survey(topology, nodes, policy, now, only)
+    rules = RULES if only is None else REPORTED
+    for rule in (resume,) if topology.paused else rules:
         after = rule(s)
         if after is not None:
             check(s, after)
@@ -71,7 +77,7 @@ def call_off_unwanted(s: Situation) -> Topology | None:
 
 
 def advance_moves(s: Situation) -> Topology | None:
-    for pipeline in s.topology.pipelines:
+    for pipeline in s.pipelines:
         after = advance(s, pipeline)
         if after is not None:
             return after
@@ -129,3 +135,4 @@ RULES: tuple[Callable[[Situation], Topology | None], ...] = (
     retarget,
     tidy,
 )
+REPORTED = (advance_moves, retarget)  # what depends on how far copies are

@@ -58,7 +58,7 @@ def drop_dead(s: Situation) -> Topology | None:
 def retarget(s: Situation) -> Topology | None:
     """The first pipeline with a copy in the wrong place: add the right one; drop the other when it caught up."""
     layout = Layout(s.topology)
-    for pipeline in s.topology.pipelines:
+    for pipeline in s.pipelines:
         changed = pipeline
         for index, stage in enumerate(pipeline.stages):
             replicas = _replicas(s, layout, pipeline, index) if stage.ranks else stage.replicas

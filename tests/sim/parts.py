@@ -213,7 +213,7 @@ async def controller_main(process: Process, config: ClusterConfig) -> None:
     inbox = Inbox()
     client = EtcdClient(config.etcd)
     history = cast(Any, NoHistory())
-    reports = ReportServer(auth.derive(secret, "grpc"), inbox)
+    reports = ReportServer(auth.derive(secret, "grpc"), inbox, config.timing.heartbeat_s)
     record = ControllerRecord(me, await reports.start(config.host), "", 1)
     presence = Registration(client, keys.controllers + me, encode(record), config.timing.node_lease_s)
     election = Election(client, keys.leader, encode(record), ttl_s=config.timing.leader_lease_s)
