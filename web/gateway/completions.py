@@ -7,6 +7,7 @@ from typing import Any
 from web.gateway import shapes
 from web.gateway.asked import Asked
 from web.gateway.choice import Piece
+from web.gateway.detok import text_of
 from web.gateway.errors import ApiError
 from web.gateway.generation import Generation, Plan
 from web.gateway.openai import INT64_MAX, CompletionRequest, parse
@@ -34,7 +35,7 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Asked:
     return Asked(
         request,
         plans,
-        text_rules(request),
+        text_rules(request, request.logprobs is not None),
         lambda generation, request_id, created: CompletionFormat(
             service, request, generation, f"cmpl-{request_id}", created
         ),
@@ -79,22 +80,26 @@ class CompletionFormat:
         if request.echo:
             for index in range(count):
                 prompt = request.prompts[index // request.choices]
-                self._echo[index] = prompt if isinstance(prompt, str) else service.model.decode(prompt)
-        self._logprobs = None
-        if request.logprobs is not None:
-            self._logprobs = [shapes.CompletionLogprobs(service.model.vocabulary) for _ in range(count)]
+                self._echo[index] = prompt if isinstance(prompt, str) else self._said(service, prompt)
+        self._vocabulary = service.model.vocabulary
+
+    def _said(self, service: Service, prompt: list[int]) -> str:
+        """The text of a prompt, up to a character that the answer goes on with."""
+        return text_of(service.model.tokenizer, prompt, self._request.skip_special_tokens is not False)[0]
 
     def opening(self, index: int) -> bytes:
         return b""
 
     def chunk(self, index: int, piece: Piece) -> bytes:
-        ids = self._request.return_token_ids
-        if self._begun[index] and piece.finish is None and not self._logprobs and (piece.text or ids):
+        if not (piece.tokens or piece.finish):
+            return b""  # all of it is held back
+        ids, logprobs = self._request.return_token_ids, self._request.logprobs is not None
+        if self._begun[index] and piece.finish is None and not logprobs and (piece.text or ids):
             return self._writer.plain_event(index, piece, lambda: self._later(index, Piece()))
         if not self._begun[index]:
             piece.text = self._echo[index] + piece.text
-        if not (piece.text or piece.finish or ids or self._logprobs):
-            return b""  # all of it is held back
+        if not (piece.text or piece.finish or ids or logprobs):
+            return b""
         choice = self._later(index, piece) if self._begun[index] else self._choice(index, piece)
         self._begun[index] = True
         return self._writer.event(index, choice)
@@ -116,7 +121,9 @@ class CompletionFormat:
         return choice
 
     def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        logprobs = self._logprobs[index].take(piece.tokens) if self._logprobs else None
+        logprobs = None
+        if self._request.logprobs is not None:
+            logprobs = shapes.completion_logprobs(self._vocabulary, piece, len(self._echo[index]))
         choice = shapes.completion_choice(index, piece, logprobs)
         if self._request.return_token_ids:
             choice["token_ids"] = [token.token for token in piece.tokens]
