@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
@@ -79,7 +80,8 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
     async with EtcdClient(config.etcd) as etcd:
         me = Member(name, new_incarnation())
         watch = ClusterWatch(etcd, config, dispatcher, me)
-        service = _service(model, dispatcher, metrics, watch, Tickets(derive(secret, "streams")))
+        tickets = Tickets(derive(secret, "streams"))
+        service = _service(model, dispatcher, metrics, watch, etcd.health.troubles, tickets)
         grace_s = config.timing.stop_grace_s
         server = make_server(build_app(service, keys), grace_s)
         record = GatewayRecord(
@@ -95,6 +97,7 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
             asyncio.create_task(watch.follow_topology(), name="topology"),
             asyncio.create_task(watch.follow_nodes(), name="nodes"),
             asyncio.create_task(registration.run(), name="registration"),
+            asyncio.create_task(etcd.follow_health(), name="health"),
         ]
         gc.freeze()  # what start-up made stays: collections need not look at it again
         log.info("serving", address=address, model=model.name, max_model_len=model.max_model_len)
@@ -113,7 +116,12 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
 
 
 def _service(
-    model: Model, dispatcher: Dispatcher, metrics: Metrics, watch: ClusterWatch, tickets: Tickets
+    model: Model,
+    dispatcher: Dispatcher,
+    metrics: Metrics,
+    watch: ClusterWatch,
+    troubles: Callable[[], Sequence[str]],
+    tickets: Tickets,
 ) -> Service:
     metrics.attach(dispatcher.router, watch.age_s)
     return Service(
@@ -122,6 +130,7 @@ def _service(
         metrics=metrics,
         started_unix_s=int(time.time()),
         etcd_age_s=watch.age_s,
+        troubles=troubles,
         tickets=tickets,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
@@ -30,6 +30,7 @@ class Service:
     started_unix_s: int
     etcd_age_s: Callable[[], float]
     tickets: Tickets
+    troubles: Callable[[], Sequence[str]] = tuple  # what is wrong with etcd, beyond being away
     keep_alive_s: float = KEEP_ALIVE_S
     version: str = field(default_factory=package_version)
 
