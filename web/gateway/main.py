@@ -19,6 +19,7 @@ from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.logs import configure_logging
 from controlplane.contract.records import GatewayRecord
+from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.register import Registration
 from web.gateway.app import build_app
@@ -81,7 +82,14 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
         service = _service(model, dispatcher, metrics, watch, Tickets(derive(secret, "streams")))
         grace_s = config.timing.stop_grace_s
         server = make_server(build_app(service, keys), grace_s)
-        record = GatewayRecord(id=name, address=address, pid=os.getpid(), incarnation=me.incarnation)
+        record = GatewayRecord(
+            id=name,
+            address=address,
+            pid=os.getpid(),
+            incarnation=me.incarnation,
+            version=code_version(),
+            settings=settings_digest(config),
+        )
         registration = Registration(etcd, Keys(config.cluster).gateways + name, encode(record), LEASE_S)
         background = [
             asyncio.create_task(watch.follow_topology(), name="topology"),
