@@ -8,13 +8,12 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
 
 from controlplane.contract.auth import derive, load_secret
-from controlplane.contract.config import ClusterConfig, load_config
+from controlplane.contract.config import ClusterConfig, GatewayConfig, load_config
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, encode
@@ -27,6 +26,7 @@ from web.gateway.app import build_app
 from web.gateway.dispatch import Dispatcher
 from web.gateway.guard import ApiKeys
 from web.gateway.live import Policy
+from web.gateway.memory import Memory
 from web.gateway.metrics import Metrics
 from web.gateway.model import Model, load_model
 from web.gateway.server import listen, make_server, serve
@@ -81,7 +81,7 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
         me = Member(name, new_incarnation())
         watch = ClusterWatch(etcd, config, dispatcher, me)
         tickets = Tickets(derive(secret, "streams"))
-        service = _service(model, dispatcher, metrics, watch, etcd.health.troubles, tickets)
+        service = _service(config.gateway, model, dispatcher, metrics, watch, tickets)
         grace_s = config.timing.stop_grace_s
         server = make_server(build_app(service, keys), grace_s)
         record = GatewayRecord(
@@ -116,11 +116,11 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
 
 
 def _service(
+    limits: GatewayConfig,
     model: Model,
     dispatcher: Dispatcher,
     metrics: Metrics,
     watch: ClusterWatch,
-    troubles: Callable[[], Sequence[str]],
     tickets: Tickets,
 ) -> Service:
     metrics.attach(dispatcher.router, watch.age_s)
@@ -130,8 +130,10 @@ def _service(
         metrics=metrics,
         started_unix_s=int(time.time()),
         etcd_age_s=watch.age_s,
-        troubles=troubles,
+        troubles=watch.troubles,
         tickets=tickets,
+        memory=Memory(limits.memory_bytes, limits.client_share),
+        priority_floor=limits.priority_floor,
     )
 
 
