@@ -31,11 +31,11 @@ class Service:
     started_unix_s: int
     etcd_age_s: Callable[[], float]
     tickets: Tickets
-    troubles: Callable[[], Sequence[str]] = tuple  # what is wrong with etcd, beyond being away
     keep_alive_s: float = KEEP_ALIVE_S
     memory: Memory = field(default_factory=Memory)
     priority_floor: int = 0  # the most urgent priority that clients may ask for; lower numbers run first
     version: str = field(default_factory=package_version)
+    troubles: Callable[[], Sequence[str]] = tuple  # what is wrong with etcd, beyond being away
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404. A request without a model means the one there is."""
