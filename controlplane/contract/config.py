@@ -35,6 +35,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_batch_tokens: Annotated[int, Range(1, 1 << 16)] = 512
     max_running: Annotated[int, Range(1, 8192)] = 256  # requests in batches, per pipeline
     max_waiting: Annotated[int, Range(1, 1 << 20)] = 512  # queued requests, per pipeline; more are refused
+    # That requests keep beside their KV (prompts, options), per pipeline; more are refused.
+    request_bytes: Annotated[int, Range(1 << 20, 1 << 50)] = 1 << 30
     # Prompt and output together; 0: the checkpoint's own limit. A pipeline's share of the pool bounds it, too.
     max_model_len: Annotated[int, Range(0, 1 << 24)] = 0
     threads: Annotated[int, Range(1, 1024)] = 1  # compute threads of a node
@@ -89,6 +91,17 @@ class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         check_bounds(self, "timing.")
 
 
+class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    # That the requests of all clients keep in a gateway, their bodies included; more are refused.
+    memory_bytes: Annotated[int, Range(64 << 20, 1 << 50)] = 2 << 30
+    client_share: Annotated[float, Range(0.1, 1)] = 0.5  # of it that one API key may have
+    # The most urgent priority that clients may ask for. Lower ones run first, and preempt.
+    priority_floor: Annotated[int, Range(-(1 << 31), (1 << 31) - 1)] = 0
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "gateway.")
+
+
 class EmulationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Hardware that this host does not have, for benches. Figures are the hardware's own; all of it then runs
     `time_scale` times faster."""
@@ -130,6 +143,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     transport: Literal["auto", "ucx", "sockets"] = "auto"  # what links between nodes travel on
     engine: EngineConfig = EngineConfig()
     timing: TimingConfig = TimingConfig()
+    gateway: GatewayConfig = GatewayConfig()
     emulation: EmulationConfig = EmulationConfig()
 
     def __post_init__(self) -> None:

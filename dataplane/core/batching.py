@@ -30,6 +30,7 @@ class Limits:
     orphan_grace_s: float
     vocab_size: int = 1 << 31  # token ids are below it
     rows_min: int = 4  # so few rows cost what one costs: while all have places they are not split
+    request_bytes: int = 1 << 30  # that requests keep beside their KV; more are refused
     step_target_s: float = 0.0  # what a step may take while somebody reads along; 0: as StepSpeed finds
 
     @classmethod
@@ -45,6 +46,7 @@ class Limits:
             orphan_grace_s,
             vocab_size,
             engine.rows_min,
+            engine.request_bytes,
             engine.step_target_s,
         )
 
