@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from msgspec.structs import replace
+
 from web.gateway import shapes
-from web.gateway.asked import Asked
+from web.gateway.asked import Asked, digest_of
 from web.gateway.choice import Piece
 from web.gateway.detok import text_of
 from web.gateway.errors import ApiError
@@ -22,16 +24,36 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Asked:
     """Check everything. Raises ApiError."""
     request = parse(CompletionRequest, body)
     service.check_model(request.model)
+    service.check_priority(request.priority)
     max_tokens = request.max_tokens or min(MAX_TOKENS, service.model.max_new_tokens or MAX_TOKENS)
     plans: list[Plan] = []
     for prompt in request.prompts:
         ids = await prompt_ids(service, request, prompt)
         seed = request.seed if request.seed is not None else seed
+        sampling = make_sampling(request, service.model, len(ids), max_tokens, seed, request.logprobs)
         for n in range(request.choices):
-            sampling = make_sampling(
-                request, service.model, len(ids), max_tokens, (seed + n) & INT64_MAX, request.logprobs
-            )
-            plans.append(Plan(ids, sampling))
+            plans.append(Plan(ids, replace(sampling, seed=(seed + n) & INT64_MAX)))
+    return _asked(service, slim(service, request), plans, digest_of(request, plans))
+
+
+def slim(service: Service, request: CompletionRequest) -> CompletionRequest:
+    """The request without what its plans say. Of the prompts there is only their text, if it is to be echoed."""
+    texts = [""] * len(request.prompts)
+    if request.echo:
+        skip = request.skip_special_tokens is not False
+        # Up to a character that the answer goes on with.
+        texts = [
+            p if isinstance(p, str) else text_of(service.model.tokenizer, p, skip)[0] for p in request.prompts
+        ]
+    return request.model_copy(update={"prompt": texts, "logit_bias": None})
+
+
+def kept_completion(service: Service, options: bytes) -> Asked:
+    """What `Asked.options` was made of, with no plans: the logs have them."""
+    return _asked(service, slim(service, parse(CompletionRequest, options)), [], b"")
+
+
+def _asked(service: Service, request: CompletionRequest, plans: list[Plan], digest: bytes) -> Asked:
     return Asked(
         request,
         plans,
@@ -39,6 +61,8 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Asked:
         lambda generation, request_id, created: CompletionFormat(
             service, request, generation, f"cmpl-{request_id}", created
         ),
+        digest,
+        prompts=len(request.prompts),
     )
 
 
@@ -76,16 +100,8 @@ class CompletionFormat:
         self._writer = ChunkWriter(self._head, generation, request, len(request.prompts))
         count = len(generation.plans)
         self._begun = [False] * count
-        self._echo = [""] * count
-        if request.echo:
-            for index in range(count):
-                prompt = request.prompts[index // request.choices]
-                self._echo[index] = prompt if isinstance(prompt, str) else self._said(service, prompt)
+        self._echo = [str(request.prompts[index // request.choices]) for index in range(count)]
         self._vocabulary = service.model.vocabulary
-
-    def _said(self, service: Service, prompt: list[int]) -> str:
-        """The text of a prompt, up to a character that the answer goes on with."""
-        return text_of(service.model.tokenizer, prompt, self._request.skip_special_tokens is not False)[0]
 
     def opening(self, index: int) -> bytes:
         return b""
