@@ -17,7 +17,6 @@ from typing import Any
 
 import grpc
 
-
 from controlplane.contract import rpc
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import Member, new_incarnation

@@ -54,6 +54,7 @@ class Symptoms:
 
 class Conduct:
     def __init__(self, timing: TimingConfig) -> None:
+        self.told: set[Member] = set()
         self._timing = timing
         self._paces = Paces()
         self._figures: dict[Member, _Figures] = {}
@@ -81,8 +82,8 @@ class Conduct:
         self._slow.discard(member)
         self._paces.forget(member)
 
-    def compare(self, now: float, doubtful: Iterable[Member]) -> set[Member]:
-        """Once for each evaluation, before `symptoms`; of whom something is to be said."""
+    def compare(self, now: float, doubtful: Iterable[Member]) -> None:
+        """Once for each evaluation, before `symptoms`; `told` then has of whom something is to be said."""
         self._paces.compare(now, doubtful)
         self._slow.update(self._paces.told)
         passed_s, self._compared = min(now - self._compared, EVERY_S), now
@@ -92,7 +93,7 @@ class Conduct:
                 poisonings.popleft()
             if not poisonings:
                 self._poisoned.discard(member)
-        told = self._poisoned | self._slow
+        self.told = self._poisoned | self._slow
         for member in list(self._slow):
             figures = self._figures[member]
             figures.slowness = self._paces.found(member)
@@ -104,7 +105,6 @@ class Conduct:
                 self.put_on_probation(member.node, str(figures.slowness), now)
             elif not slow and figures.slow_s == 0.0:
                 self._slow.discard(member)
-        return told
 
     def _stuck_s(self, figures: _Figures) -> float:
         limit_s = max(1.5 * self._timing.dead_after_s, STUCK * figures.usual_s)

@@ -258,7 +258,8 @@ class Controller:
     # -- deciding -----------------------------------------------------------------------------------------
 
     def _observe(self, effects: list[Effect]) -> None:
-        for verdict in self._detector.evaluate(self._now, self._members.stalled(self._topology.value)):
+        stalled = self._members.stalled(self._topology.value, self._now)
+        for verdict in self._detector.evaluate(self._now, stalled):
             if (
                 verdict.known or verdict.after is not NodeState.GREEN
             ):  # first heard is "joined", told elsewhere

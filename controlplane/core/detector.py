@@ -1,8 +1,8 @@
 """Who is alive: evidence of several kinds for each process, weighed by the table of rules in evidence.py.
 
 Silence alone is slow and often wrong on a loaded machine; a killed process is seen by its peers at once. So two
-independent kinds of evidence make a member red at once, one kind alone only after a confirmation, and whoever is
-still heard by anybody is not dead (the path to this controller is broken, not the member).
+independent kinds of evidence make a member red at once, one kind alone never does while the member is registered, and
+whoever is still heard by anybody is not dead (the path to this controller is broken, not the member).
 
 Every candidate for leader feeds one, so that a new leader decides at once.
 
@@ -22,7 +22,7 @@ from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.reports import LinkReport, NodeReport
 from controlplane.contract.status import NodeState
 from controlplane.core.conduct import Conduct
-from controlplane.core.evidence import Evidence, fault, judge, plain, severed
+from controlplane.core.evidence import Evidence, fault, judge, may_live, plain, severed
 from controlplane.core.phi import Arrivals
 
 GAP_S = 0.1  # ticks come every 50 ms: in a longer gap between two events this process did not get to run
@@ -49,7 +49,8 @@ class _Watched:
     since: float  # silence is counted from here at the earliest
     arrivals: Arrivals
     heard: float | None = None
-    broken: bool = False
+    broken_at: float | None = None  # its report stream ended then, and nothing came since
+    abrupt: bool = False  # ... in the middle of talking
     leaving: bool = False
     superseded: bool = False
     known: bool = False
@@ -59,7 +60,18 @@ class _Watched:
     changed_at: float = 0.0
     links: tuple[LinkReport, ...] = ()
     faulty: bool = False  # answers, and has to be restarted
+    may_live: bool = False  # red, but not beyond doubt
+    returning: bool = False  # red without reason: heard again, not yet for long
     demoted: bool = False  # nothing but a probation speaks against it
+
+    @property
+    def broken(self) -> bool:
+        return self.broken_at is not None
+
+    @property
+    def public(self) -> tuple[object, ...]:
+        """What others ask for: a change of it is told."""
+        return self.state, self.evidence, self.demoted, self.faulty, self.may_live, self.returning
 
     def silent_s(self, now: float) -> float:
         return max(now - max(self.since, self.heard or 0.0), 0.0)
@@ -72,7 +84,9 @@ class _Links:
     down: str = ""
     silent_s: float = 0.0
     heard: bool = False
-    cut_off: str = ""
+    heard_at: float = 0.0  # by whoever heard it last, on the clock of this controller
+    lost_by: str = ""  # a neighbour whose link is down, or has been silent for too long
+    cut_off: str = ""  # the same, and both are heard here
 
 
 @dataclass(slots=True)
@@ -89,6 +103,8 @@ class Detector:
     _unusual: set[Member] = field(default_factory=set)  # ... and at each
     _silences: list[tuple[float, Member]] = field(default_factory=list)  # heap: one entry each, never late
     _red: frozenset[Member] = frozenset()
+    _dead: frozenset[Member] = frozenset()
+    _unsure: frozenset[Member] = frozenset()
     _faulty: frozenset[Member] = frozenset()
     _demoted: frozenset[Member] = frozenset()
     _changed: set[Member] = field(default_factory=set)
@@ -156,7 +172,7 @@ class Detector:
         gap_s = watched.silent_s(now)
         if watched.broken:
             watched.arrivals.restart()
-            watched.broken = False
+            watched.broken_at, watched.abrupt = None, False
             watched.steady_since = None
         if watched.steady_since is None or gap_s >= self.timing.suspect_after_s:
             watched.steady_since = now
@@ -167,15 +183,18 @@ class Detector:
         return watched
 
     def stream_broken(self, member: Member, now: float) -> None:
-        self._watch(member, now).broken = True
+        watched = self._watch(member, now)
+        watched.abrupt = watched.heard is not None and watched.silent_s(now) < self.timing.suspect_after_s
+        watched.broken_at = now
         self._news.add(member)
 
     def evaluate(self, now: float, stalled: Mapping[Member, float]) -> list[Verdict]:
         """Judge who may have changed; what changed, in a fixed order. `stalled`: who holds a pipeline up, seconds."""
-        fresh_s = self.timing.suspect_after_s
-        deaf = self._last_heard is None or now - self._last_heard >= fresh_s
+        self._news.update(self._silent(now))
+        deaf = self.deaf(now)
+        self.conduct.compare(now, self._doubtful())
         news, self._news = self._news, set()
-        news.update(self._unusual, stalled, self._silent(now), self.conduct.compare(now, self._doubtful()))
+        news.update(self._unusual, stalled, self.conduct.told)
         verdicts: list[Verdict] = []
         for member in sorted(news):
             watched = self._watched.get(member)
@@ -192,7 +211,10 @@ class Detector:
         evidence = self._evidence(member, watched, self._neighbours(member, now), stalled_s, deaf, now)
         state, why = judge(evidence, self.timing)
         defect, cut = fault(evidence, self.timing), severed(evidence, self.timing)
-        before = (watched.state, watched.evidence, watched.demoted, watched.faulty)
+        before = watched.public
+        if state is NodeState.RED:
+            watched.may_live = may_live(evidence, self.timing)
+        watched.returning = watched.state is NodeState.RED and state is not NodeState.RED
         if state is NodeState.RED and why in (defect, cut):
             watched.faulty = watched.faulty or why == defect  # behind a cut its process is sound
             self.conduct.put_on_probation(member.node, why, now)
@@ -200,8 +222,7 @@ class Detector:
         verdict = None
         steady_s = (watched.heard or now) - (watched.steady_since or now)
         # Once red, only a steady process is believed again, and then as a blank one.
-        believed = watched.state is not NodeState.RED or state is NodeState.RED
-        if believed or (state is NodeState.GREEN and steady_s >= STEADY_S):
+        if not watched.returning or (state is NodeState.GREEN and steady_s >= STEADY_S):
             if state is not watched.state:
                 left = watched.leaving and not watched.superseded
                 silent_s = evidence.silent_s
@@ -211,23 +232,30 @@ class Detector:
             if state is NodeState.YELLOW and evidence.probation:
                 watched.demoted = judge(replace(evidence, probation=""), self.timing)[0] is NodeState.GREEN
         self._keep(member, watched, evidence)
-        if before != (watched.state, watched.evidence, watched.demoted, watched.faulty):
+        if before != watched.public:
             self._changed.add(member)
         return verdict
 
     def _keep(self, member: Member, watched: _Watched, evidence: Evidence) -> None:
         """Which sets the member is in from now on."""
         red = watched.state is NodeState.RED
-        # A red one is judged when it is heard again.
-        if (red and evidence.silent_s > 0.0) or (
-            watched.state is NodeState.GREEN and plain(evidence, self.timing)
-        ):
+        green = watched.state is NodeState.GREEN
+        # A red one is judged when there is news of it, and now and then (`_silent`).
+        if (red and not watched.returning) or (green and plain(evidence, self.timing)):
             self._unusual.discard(member)
         else:
             self._unusual.add(member)
+        self._place(member, watched)
+
+    def _place(self, member: Member, watched: _Watched | None) -> None:
+        red = watched is not None and watched.state is NodeState.RED
+        may_live = red and watched is not None and watched.may_live
+        dead = red and not (may_live and watched is not None and watched.returning)
         self._red = _with(self._red, member, red)
-        self._faulty = _with(self._faulty, member, red and watched.faulty)
-        self._demoted = _with(self._demoted, member, watched.demoted)
+        self._dead = _with(self._dead, member, dead)
+        self._unsure = _with(self._unsure, member, dead and may_live)
+        self._faulty = _with(self._faulty, member, red and watched is not None and watched.faulty)
+        self._demoted = _with(self._demoted, member, watched is not None and watched.demoted)
 
     def _silent(self, now: float) -> list[Member]:
         """Whose silence has lasted as long as makes a member suspect. The heap's entries are where that could first
@@ -240,10 +268,10 @@ class Detector:
             if watched is None:
                 heapq.heappop(self._silences)
                 continue
-            silent_s = watched.silent_s(now)
-            if silent_s >= limit_s and watched.state is not NodeState.RED:
+            left_s = limit_s - watched.silent_s(now)
+            if left_s <= 0.0:
                 found.append(member)
-            heapq.heapreplace(self._silences, (now + max(limit_s - silent_s, limit_s / 4), member))
+            heapq.heapreplace(self._silences, (now + (left_s if left_s > 0.0 else limit_s), member))
         return found
 
     def _doubtful(self) -> Iterable[Member]:
@@ -270,6 +298,34 @@ class Detector:
     def red(self) -> frozenset[Member]:
         return self._red
 
+    def dead(self) -> frozenset[Member]:
+        """Red ones, but for those that may have been alive all the time and are heard again."""
+        return self._dead
+
+    def unsure(self) -> frozenset[Member]:
+        """Dead ones that may be alive all the same."""
+        return self._unsure
+
+    def speaks(self, member: Member, now: float) -> bool:
+        """Whether it was heard lately."""
+        watched = self._watched.get(member)
+        if watched is None or watched.heard is None or watched.broken:
+            return False
+        return now - watched.heard < self.timing.suspect_after_s
+
+    def hears(self, now: float) -> int:
+        """How many of those that are registered are heard. Who is not is under suspicion, or is about to be judged."""
+        suspects = self._unusual | self._news | self._red
+        mute = sum(self._leased.get(m.node) == m and not self.speaks(m, now) for m in suspects)
+        return len(self._leased) - mute
+
+    def deaf(self, now: float) -> bool:
+        """Whether the fault may be here: few of those that are registered are heard, or nobody at all."""
+        hears = self.hears(now)
+        if 2 * hears < len(self._leased):
+            return True
+        return hears == 0 and not any(self.speaks(member, now) for member in self._watched)
+
     def faulty(self) -> frozenset[Member]:
         """Red ones that answer: their processes have to make way for fresh ones."""
         return self._faulty
@@ -294,9 +350,7 @@ class Detector:
             self._reindex(member, self._watched[member].links, ())
             del self._watched[member]
             self._unusual.discard(member)
-            self._red = _with(self._red, member, False)
-            self._faulty = _with(self._faulty, member, False)
-            self._demoted = _with(self._demoted, member, False)
+            self._place(member, None)
             self.conduct.forget(member)
         return gone
 
@@ -321,35 +375,35 @@ class Detector:
         for link in after:
             self._about.setdefault(link.peer, set()).add(reporter)
 
-    def _speaks(self, member: Member, now: float) -> bool:
-        """Whether it is alive and was heard lately."""
-        watched = self._watched[member]
-        if watched.state is NodeState.RED or watched.heard is None or watched.broken:
-            return False
-        return now - watched.heard < self.timing.suspect_after_s
+    def _witness(self, member: Member, now: float) -> bool:
+        """Whether it is alive and was heard lately: what it said longer ago speaks neither for nor against anybody."""
+        watched = self._watched.get(member)
+        return watched is not None and watched.state is not NodeState.RED and self.speaks(member, now)
 
     def _neighbours(self, member: Member, now: float) -> _Links:
         """What members that are alive and were heard lately say of one of their neighbours."""
         about = _Links()
-        speaks = self._speaks(member, now)
-        if speaks:
+        witness = self._witness(member, now)
+        if witness:
             self._own_links(member, now, about)
         for reporter in sorted(self._about.get(member, ())):
-            watched = self._watched.get(reporter)
-            if watched is None or watched.heard is None or reporter == member:
+            if reporter == member or not self._witness(reporter, now):
                 continue
-            if not self._speaks(reporter, now):
-                continue
+            watched = self._watched[reporter]
             for link in watched.links:
                 if link.peer != member:
                     continue
-                silent_s = link.silent_s + now - watched.heard
+                silent_s = link.silent_s + now - (watched.heard or now)
                 if not link.up:
                     about.down = about.down or link.reason or f"says {reporter.node}"
                 elif link.silent_s > 0.0:  # 0: it is not expected to speak, which is no sign of life
                     about.silent_s = max(about.silent_s, silent_s)
                     about.heard |= silent_s < self.timing.dead_after_s
-                if speaks and (not link.up or silent_s >= self.timing.dead_after_s):
+                    about.heard_at = max(about.heard_at, now - silent_s)
+                if link.up and silent_s < self.timing.dead_after_s:
+                    continue
+                about.lost_by = reporter.node
+                if witness:
                     # Which of the two is deaf, or mute, cannot be told: either may be the one to go.
                     about.cut_off = reporter.node
         return about
@@ -360,7 +414,7 @@ class Detector:
         for link in watched.links:
             silent_s = link.silent_s + now - (watched.heard or now)
             bad = not link.up or silent_s >= self.timing.dead_after_s
-            if bad and link.peer != member and link.peer in self._watched and self._speaks(link.peer, now):
+            if bad and link.peer != member and self._witness(link.peer, now):
                 about.cut_off = link.peer.node
 
     def _evidence(
@@ -368,16 +422,19 @@ class Detector:
     ) -> Evidence:
         silent_s = watched.silent_s(now)
         symptoms = self.conduct.symptoms(member, now)
+        # What a neighbour heard in the moments before the stream broke says nothing of the time after.
+        since = watched.broken_at is not None and links.heard_at > watched.broken_at + self.timing.heartbeat_s
         return Evidence(
             silent_s=silent_s,
             phi=watched.arrivals.phi(silent_s) if watched.heard is not None else 0.0,
             heard_ever=watched.heard is not None,
             lease=self._leased.get(member.node) == member,
             broken=watched.broken,
+            abrupt=watched.abrupt and not since,
             link_down=links.down,
             link_silent_s=links.silent_s,
             neighbour_hears=links.heard,
-            cut_off=links.cut_off,
+            cut_off=links.cut_off or (links.lost_by if links.heard else ""),
             stalled_s=stalled_s,
             deaf=deaf,
             superseded=watched.superseded,

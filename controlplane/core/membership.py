@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -42,6 +42,7 @@ class Nodes:
     dead: frozenset[Member] = frozenset()
     reports: Mapping[Member, NodeReport] = field(default_factory=dict)
     faulty: frozenset[Member] = frozenset()  # dead ones that still run and have to be restarted
+    unsure: frozenset[Member] = frozenset()  # dead ones that may be alive all the same
 
     @cached_property
     def demoted(self) -> frozenset[NodeId]:
@@ -64,6 +65,10 @@ class Nodes:
         """Dead by evidence, or outlived by a newer process of the same node."""
         view = self.views.get(member.node)
         return member in self.dead or (view is not None and view.member != member)
+
+    def is_gone(self, member: Member) -> bool:
+        """Dead beyond doubt: a place that nobody can take is not kept for it."""
+        return self.is_dead(member) and (member not in self.unsure or member not in self.dead)
 
     def report(self, member: Member | None, pipeline: PipelineId, stage: int) -> PipelineReport | None:
         """What a member last said of a stage; also what a dead one said last."""
@@ -98,26 +103,38 @@ class Nodes:
         report = self.report(pipeline.stages[0].leader, pipeline.id, 0)
         return 0 if report is None else report.waiting
 
-    def stalled(self, topology: Topology, only: Collection[PipelineId] | None = None) -> dict[Member, float]:
+    def stalled(
+        self,
+        topology: Topology,
+        speaks: Callable[[Member], bool] = lambda _: True,
+        only: Collection[PipelineId] | None = None,
+    ) -> dict[Member, float]:
         """Who holds a pipeline up, and for how long: the first stage that lacks a step which its predecessor has
-        executed. Where all have the same steps it is the first one, whose scheduler issued the oldest in flight."""
+        executed. Where all have the same steps it is the first one, whose scheduler issued the oldest in flight.
+
+        What a member has done since its last report is not known. So the scheduler has to be heard, and of the one
+        that is blamed and its predecessor at least one; else nobody is blamed."""
         guilty: dict[Member, float] = {}
         for pipeline in topology.pipelines:
             if only is not None and pipeline.id not in only:
                 continue
             scheduler = pipeline.scheduler
             first = self.report(scheduler, pipeline.id, 0)
-            if scheduler is None or first is None or first.epoch != pipeline.epoch or not _stalls(first):
+            if scheduler is None or first is None or first.epoch != pipeline.epoch:
                 continue
-            blamed, done = scheduler, first.last_step
+            if not _stalls(first) or not speaks(scheduler):
+                continue
+            blamed, before = scheduler, scheduler
             for index, stage in enumerate(pipeline.stages[1:], start=1):
-                report = self.report(stage.leader, pipeline.id, index)
-                if report is None or stage.leader is None:
+                if stage.leader is None:
                     continue
-                if report.epoch != pipeline.epoch or report.last_step < done:
+                report = self.report(stage.leader, pipeline.id, index)
+                if report is None or report.epoch != pipeline.epoch or report.last_step < first.last_step:
                     blamed = stage.leader
                     break
-            guilty[blamed] = max(guilty.get(blamed, 0.0), first.stalled_s)
+                before = stage.leader
+            if speaks(blamed) or speaks(before):
+                guilty[blamed] = max(guilty.get(blamed, 0.0), first.stalled_s)
         return guilty
 
 
@@ -148,9 +165,10 @@ class Membership:
     _version: int = 0
 
     @property
-    def version(self) -> tuple[int, frozenset[Member], frozenset[Member]]:
+    def version(self) -> object:
         """Changes with all that a plan may look at, apart from reports."""
-        return self._version, self.detector.red(), self.detector.faulty()
+        detector = self.detector
+        return self._version, detector.dead(), detector.faulty(), detector.unsure()
 
     def register(self, record: NodeRecord, now: float) -> bool:
         """True if this is a process that was not known."""
@@ -195,12 +213,13 @@ class Membership:
                 del self._records[member.node]
                 self._renew(member.node)
 
-    def stalled(self, topology: Topology | None) -> dict[Member, float]:
+    def stalled(self, topology: Topology | None, now: float) -> dict[Member, float]:
         """See Nodes.stalled."""
         if topology is None or not self._stalling:
             return {}
         said = {p.pipeline for m in self._stalling for p in self.reports[m].pipelines}
-        return Nodes({}, reports=self.reports).stalled(topology, said)
+        reported = Nodes({}, reports=self.reports)
+        return reported.stalled(topology, lambda member: self.detector.speaks(member, now), said)
 
     def nodes(self, topology: Topology | None) -> Nodes:
         self._recount(topology)
@@ -210,7 +229,10 @@ class Membership:
             for node in self._stale:
                 self._look(node)
             self._stale = set()
-            self._nodes = Nodes(self._views, self.detector.red(), self.reports, self.detector.faulty())
+            detector = self.detector
+            self._nodes = Nodes(
+                self._views, detector.dead(), self.reports, detector.faulty(), detector.unsure()
+            )
             self._nodes.__dict__["by_stage"] = self._stages
         return self._nodes
 

@@ -11,6 +11,10 @@ from controlplane.contract.ids import PipelineId
 from controlplane.contract.requests import FinishReason, Log, Sampling, Submit, Token
 from dataplane.core.messages import Admit
 
+TOKEN_BYTES = 40  # an int and its place in a list
+BIAS_BYTES = 150  # of one logit_bias entry
+REQUEST_BYTES = 2048  # all else
+
 
 class Phase(Enum):
     WAITING = "waiting"  # queued; holds no KV that counts
@@ -45,6 +49,16 @@ def fault_of(message: Submit, vocab_size: int) -> str | None:
     return None
 
 
+def bytes_of(prompt_len: int, sampling: Sampling, context: bytes | None) -> int:
+    """About what a scheduler keeps of a request, its output aside: that is bounded by the KV pool."""
+    return (
+        REQUEST_BYTES
+        + TOKEN_BYTES * prompt_len
+        + BIAS_BYTES * len(sampling.logit_bias)
+        + (0 if context is None else len(context))
+    )
+
+
 @dataclass(slots=True)
 class Request:
     """Positions count prompt and output together. `issued` of them, <= total, have been given to the stages, which
@@ -65,6 +79,7 @@ class Request:
     attempt: int = 0  # preemptions and recoveries: results of an older attempt are not for this one
     announced: bool = False  # the last stage knows the token log, in the present fence
     blocks: int = 0  # KV blocks reserved on every stage
+    turn: int = 0  # of the batcher, when it last had rows
     orphaned_at: float | None = None
     context: bytes | None = None  # of the gateway that may resume it; None: nobody may
     reader: int = 0
@@ -86,6 +101,10 @@ class Request:
             context=message.context,
             reader=message.reader,
         )
+
+    @property
+    def bytes_kept(self) -> int:
+        return bytes_of(self.prompt_len, self.sampling, self.context)
 
     @property
     def total(self) -> int:

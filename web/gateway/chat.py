@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
+
+from msgspec.structs import replace
 
 from controlplane.contract.errors import RequestError
 from web.gateway import shapes
-from web.gateway.asked import Asked
+from web.gateway.asked import Asked, digest_of
 from web.gateway.choice import Piece
 from web.gateway.errors import ApiError
 from web.gateway.generation import Generation, Plan
+from web.gateway.model import INLINE_CHARS_MAX
 from web.gateway.openai import INT64_MAX, ChatRequest, Message, parse, plain
 from web.gateway.sampling import check_chars, check_length, make_sampling, text_rules
 from web.gateway.service import Service
 from web.gateway.stream_format import ChunkWriter
+
+INLINE_MESSAGES_MAX = 64  # longer conversations are rendered in a thread
 
 
 async def prepare_chat(service: Service, body: bytes, seed: int) -> Asked:
     """Check everything. Raises ApiError."""
     request = parse(ChatRequest, body)
     service.check_model(request.model)
+    service.check_priority(request.priority)
     model = service.model
     prompt = await chat_prompt(
         service,
@@ -34,17 +41,31 @@ async def prepare_chat(service: Service, body: bytes, seed: int) -> Asked:
         max_tokens = min(model.max_model_len - len(prompt), model.max_new_tokens or model.max_model_len)
     seed = request.seed if request.seed is not None else seed
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    plans = [
-        Plan(prompt, make_sampling(request, model, len(prompt), max_tokens, (seed + n) & INT64_MAX, logprobs))
-        for n in range(request.choices)
-    ]
+    sampling = make_sampling(request, model, len(prompt), max_tokens, seed, logprobs)
+    plans = [Plan(prompt, replace(sampling, seed=(seed + n) & INT64_MAX)) for n in range(request.choices)]
+    return _asked(service, slim(request), plans, digest_of(request, plans))
+
+
+def slim(request: ChatRequest) -> ChatRequest:
+    """The request without what its plans say."""
+    nothing = [Message(role="user", content="")]
+    return request.model_copy(update={"messages": nothing, "chat_template_kwargs": None, "logit_bias": None})
+
+
+def kept_chat(service: Service, options: bytes) -> Asked:
+    """What `Asked.options` was made of, with no plans: the logs have them."""
+    return _asked(service, slim(parse(ChatRequest, options)), [], b"")
+
+
+def _asked(service: Service, request: ChatRequest, plans: list[Plan], digest: bytes) -> Asked:
     return Asked(
         request,
         plans,
-        text_rules(request),
+        text_rules(request, bool(request.logprobs)),
         lambda generation, request_id, created: ChatFormat(
             service, request, generation, f"chatcmpl-{request_id}", created
         ),
+        digest,
     )
 
 
@@ -57,11 +78,17 @@ async def chat_prompt(
 ) -> tuple[int, ...]:
     """Token ids of a conversation. Raises ApiError."""
     model = service.model
-    if model.template is None:
-        raise ApiError(400, "this model has no chat template: use /v1/completions", "messages")
-    check_chars(model, "".join(message.text for message in messages), "messages")
+    template = model.template
+    if template is None:
+        raise ApiError(400, f"{model.no_template}: use /v1/completions", "messages")
+    chars = sum(len(message.text) for message in messages)
+    check_chars(model, chars, "messages")
     try:
-        text = model.template.render(plain(messages), add_generation_prompt, extra)
+        given = plain(messages, template.goes_through_parts, template.takes_strings)
+        if extra or len(messages) > INLINE_MESSAGES_MAX or chars > INLINE_CHARS_MAX:
+            text = await asyncio.to_thread(template.render, given, add_generation_prompt, extra)
+        else:
+            text = template.render(given, add_generation_prompt)
     except RequestError as error:
         raise ApiError(400, str(error), "messages") from error
     return tuple(await model.encode(text, add_special_tokens))
@@ -87,7 +114,9 @@ class ChatFormat:
 
     def chunk(self, index: int, piece: Piece) -> bytes:
         request = self._request
-        if not (piece.text or piece.finish or request.return_token_ids or request.logprobs):
+        if not (
+            piece.text or piece.finish or (piece.tokens and (request.return_token_ids or request.logprobs))
+        ):
             return b""  # all of it is held back
         if piece.finish is None and not request.logprobs:
             return self._writer.plain_event(index, piece, lambda: self._delta(index, Piece()))
@@ -126,4 +155,4 @@ class ChatFormat:
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         if not self._request.logprobs:
             return None
-        return shapes.chat_logprobs(self._vocabulary, piece.tokens, self._request.top_logprobs or 0)
+        return shapes.chat_logprobs(self._vocabulary, piece, self._request.top_logprobs or 0)

@@ -20,7 +20,7 @@ class _Search:
 
 
 class Recalls:
-    """Level-triggered: when there is news for a search it is brought to where it should be, whatever happened before."""
+    """Level-triggered: news brings a search to where it should be, whatever happened before."""
 
     def __init__(self) -> None:
         self._searches: dict[int, _Search] = {}
