@@ -45,7 +45,7 @@ def hold(store: KvStore, pipeline: str, rid: int, blocks: int) -> None:
     rows = rows_of((rid, 0, blocks * BLOCK, False))
     table_rows = store.begin(pipeline, rows)
     assert table_rows is not None
-    store.table.commit(table_rows, rows.starts, rows.counts)
+    store.commit(table_rows, rows)
 
 
 def copy(store: KvStore, pipeline: str, rid: int, blocks: int) -> None:
@@ -100,7 +100,7 @@ class Pipeline:
                     )
                     self.tell(failed)
             case Ask(meta):
-                self.tell(self.stage.rejoin(meta, lambda _block: 0))
+                self.tell(self.stage.rejoin(meta))
             case Refuse(_, message):
                 self.refused[message.rid] = message
             case Deliver(_, tokens):
