@@ -44,6 +44,7 @@ class ReplicaStats:
     blocks_stored: int = 0
     blocks_refused: int = 0
     checksum_failures: int = 0
+    queries_refused: int = 0  # of sources whose numerics are others
 
 
 @dataclass(slots=True)
@@ -70,6 +71,7 @@ class Replicator:
         with `send_later` if it is given. `block_wire_bytes`: what a block counts for on the way, if that is more than
         it has (emulated devices)."""
         self.stats = ReplicaStats()
+        self.numerics = ""  # of this node's KV: who has others is no holder of it (dataplane/numerics.py)
         self._store = store
         self._kv = kv
         self._send, self._send_later = send, send_later or send
@@ -111,6 +113,11 @@ class Replicator:
     def advanced(self, pipeline: PipelineId, step: Rows, filled: list[int]) -> None:
         """A step has run: news only of the requests that have filled a block, unless everything is to be copied."""
         state = self._protected.get(pipeline)
+        if state is not None and filled:
+            starts = dict(zip(step.rids.tolist(), step.starts.tolist(), strict=True))
+            for source in state.sources.values():
+                for rid in filled:
+                    source.rewrote(rid, starts[rid])
         if state is not None and state.flush:
             self.wrote(pipeline, step.rids.tolist())
         elif filled:
@@ -156,7 +163,7 @@ class Replicator:
         for pipeline, state in self._protected.items():
             for target, source in state.sources.items():
                 if source.must_ask(now):
-                    self._send_later(target, KvQueryMeta(pipeline, state.fence), b"")
+                    self._send_later(target, KvQueryMeta(pipeline, state.fence, self.numerics), b"")
                 copies = source.take(now, state.flush)
                 for first in range(0, len(copies), self._company):
                     blocks, data = self._read(pipeline, copies[first : first + self._company])
@@ -249,6 +256,10 @@ class Replicator:
                 self._send(peer, KvAckMeta(pipeline, fence, tuple(held), refused=True), b"")
 
     def answer_query(self, peer: Member, meta: KvQueryMeta) -> None:
+        """A source sends copies only after this answer: one whose numerics are others gets none."""
+        if meta.numerics != self.numerics:
+            self.stats.queries_refused += 1
+            return
         self._sources[meta.pipeline] = (peer, meta.fence)  # it counts on what we say here
         held = tuple(
             (key[1], self._store.replica_tokens(key))

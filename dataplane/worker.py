@@ -81,6 +81,7 @@ class Worker:
         self.stats = WorkerStats()
         self.stages: dict[PipelineId, Stage] = {}
         self.replicator = Replicator(store, executor.kv, send, send_later, executor.block_wire_bytes)
+        self.replicator.numerics = executor.numerics
         self.topology: Topology | None = None  # the newest one applied
         self._newest: Topology | None = (
             None  # the newest one known: what is older than it need not be computed

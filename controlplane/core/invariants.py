@@ -97,7 +97,13 @@ def increase_before_decrease(s: Situation, after: Topology) -> Iterator[str]:
     for old, new in _pairs(s, after):
         for index, (before, now) in enumerate(zip(old.stages, new.stages, strict=True)):
             promoted = {m.node for m in now.ranks}
-            had = [m for m in before.replicas if not s.nodes.is_dead(m) and m.node not in promoted]
+            had = [
+                m
+                for m in before.replicas
+                if not s.nodes.is_dead(m)
+                and m.node not in promoted
+                and all(s.nodes.exchange(rank, m) for rank in now.ranks)
+            ]
             if any(m.node not in s.avoid for m in had) and before.ranks and not now.replicas:
                 yield f"{new.id}/{index}: its last copy is dropped"
 

@@ -9,7 +9,7 @@ Nodes on probation (conduct.py) come last for everything: they leave the ring, a
 Where the strict rule finds nobody, any healthy peer with the stage's weights takes the copy (a donor, a spare, a node
 that came back and is still blank): with two instances a single failure would otherwise leave both unprotected. It
 costs such a node nothing that it needs: replicas are evicted first. A copy is never on the serving node itself, and
-another fault domain goes before the ring's order.
+another fault domain goes before the ring's order. Nodes of other numerics may serve the stage, but hold no copy.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int)
         if view.record.stage == stage
         and node not in inside
         and _free(s, view)
+        and s.nodes.exchange(source, view.member)
         # A target under suspicion keeps its duty and gets no new one.
         and (view.usable or (view.member in current and view.registered and not s.nodes.is_dead(view.member)))
     ]

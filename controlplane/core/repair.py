@@ -126,7 +126,11 @@ def _replicas(s: Situation, layout: Layout, pipeline: Pipeline, index: int) -> t
     """Copies of one stage after the next small step: at most the old one and the right one."""
     stage = pipeline.stages[index]
     serving = {m.node for m in pipeline.members()}
-    live = [m for m in stage.replicas if not s.nodes.is_dead(m) and m.node not in serving]
+    live = [
+        m
+        for m in stage.replicas
+        if not s.nodes.is_dead(m) and m.node not in serving and s.nodes.exchange(stage.leader, m)
+    ]
     if layout.topology.mode is not Mode.REPLICATE:
         return ()
     if not stage.ranks:

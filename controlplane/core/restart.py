@@ -85,7 +85,8 @@ def _protected(s: Situation, stage: int) -> bool:
         place, move = pipeline.stages[stage], pipeline.move
         if not place.ranks or (move is not None and move.stage == stage):
             return False
-        if s.topology.mode is not Mode.REPLICATE or not takers(s, pipeline, stage, keep_kv=False):
+        able = takers(s, pipeline, stage, keep_kv=False)
+        if s.topology.mode is not Mode.REPLICATE or not any(s.nodes.exchange(place.leader, m) for m in able):
             continue
         live = [m for m in place.replicas if not s.nodes.is_dead(m)]
         if not any(s.near(pipeline, stage, copy) for copy in live):
