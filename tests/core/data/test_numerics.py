@@ -12,7 +12,7 @@ from dataplane.core.activations import in_precision
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import KvMeta, KvQueryMeta, pack_rows
 from dataplane.core.replication import ANSWER_LIMIT_S, COPY_EVERY_S, Copy, ReplicaSource
-from tests.core.data.pipeline import Cluster
+from tests.core.data.pipeline import Cluster, done
 
 HOLDER = Member("n4", "a")
 
@@ -110,12 +110,16 @@ def test_a_rewound_request_has_new_copies(start: int) -> None:
     cluster.run(20)
     key = ("p0", 0)
     row = server.store.table.blocks(server.store.own["p0"][0])
-    server.kv.data[row] ^= np.uint64(0x55)  # as if a stage of other numerics had come before this one
     tokens = server.store.tokens(key)
-    server.replicator.advanced("p0", Rows(pack_rows([(0, start, tokens - start, False)])), [0])
+    step = Rows(pack_rows([(0, start, tokens - start, False)]))
+    table_rows = server.store.begin("p0", step)
+    assert table_rows is not None
+    server.kv.data[row[start // 4 :]] ^= np.uint64(0x55)  # a stage before this one has other numerics now
+    server.store.commit(table_rows, step)
+    server.replicator.advanced("p0", step, [0])
     for _ in range(50):
         cluster.now += COPY_EVERY_S
-        server.replicator.pump(cluster.now)
+        done(server.replicator.pump(cluster.now))
         while cluster.links.get((server.me, peer.me)):
             meta, payload = cluster.links[server.me, peer.me].popleft()
             peer.handle(server.me, meta, payload)
