@@ -87,6 +87,7 @@ class StepFailedMeta(msgspec.Struct, frozen=True, array_like=True, tag=3):
     reason: str  # "link", "space", "gap", "numbers"
     node: NodeId = ""  # "numbers": where they ceased to be finite ...
     rids: tuple[int, ...] = ()  # ... and whose they are
+    missing: int = 0  # "space": blocks that the step needed and that could not be made free
 
 
 class RejoinMeta(msgspec.Struct, frozen=True, array_like=True, tag=4):
@@ -134,6 +135,7 @@ class KvAckMeta(msgspec.Struct, frozen=True, array_like=True, tag=7):
     held: tuple[tuple[int, int], ...]  # (rid, tokens stored without a gap)
     whole: bool = False
     refused: bool = False  # blocks of these were not stored (no room, a gap): go on from the watermark, later
+    room: bool = False  # there is room again for what was refused
 
 
 class KvQueryMeta(msgspec.Struct, frozen=True, array_like=True, tag=8):
