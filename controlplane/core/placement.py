@@ -45,14 +45,17 @@ class Layout:
         """Which pipeline, by its place in the topology, each node is home to."""
         if stage not in self._homes:
             self._homes[stage] = {
-                node: i for i, p in enumerate(self.topology.pipelines) for node in p.stages[stage].homes
+                node: i
+                for i, p in enumerate(self.topology.pipelines)
+                for at in p.stages[stage : stage + 1]  # none, where a topology is not what it should be
+                for node in at.homes
             }
         return self._homes[stage]
 
     def ring(self, stage: int) -> set[NodeId]:
         """Nodes that serve this stage at home and nothing else."""
         if stage not in self._rings:
-            places = [p.stages[stage] for p in self.topology.pipelines]
+            places = [at for p in self.topology.pipelines for at in p.stages[stage : stage + 1]]
             self._rings[stage] = {
                 m.node for at in places for m in at.ranks if m.node in at.homes and self.counts[m.node] == 1
             }

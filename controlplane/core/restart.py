@@ -37,7 +37,7 @@ def targets(s: Situation, scope: RestartScope) -> tuple[Target, ...]:
 
 def present(op: Operation) -> Target | None:
     """Whose turn it is."""
-    return op.targets[op.turn] if op.turn < len(op.targets) else None
+    return op.targets[op.turn] if 0 <= op.turn < len(op.targets) else None
 
 
 def as_replacement(op: Operation) -> Operation:
