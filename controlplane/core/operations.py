@@ -12,11 +12,11 @@ pause, resume                     automation off (moves under way are called off
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from msgspec.structs import replace
 
-from controlplane.contract.ids import NodeId, PipelineId
+from controlplane.contract.ids import NodeId
 from controlplane.contract.records import Operation, OperationKind, OperationState
 from controlplane.contract.topology import Mode, Topology
 from controlplane.core import drain, restart
@@ -31,18 +31,12 @@ LEADER, AUTOMATION = (
 )  # what operations claim beside processes; no process has such a name
 
 
-def survey(
-    topology: Topology,
-    nodes: Nodes,
-    policy: Policy,
-    now: float,
-    only: Collection[PipelineId] | None = None,
-) -> Situation:
+def survey(topology: Topology, nodes: Nodes, policy: Policy, now: float) -> Situation:
     """The situation: who is to be avoided follows from the cordons, the demotions and the operations under way."""
     operations = tuple(active(policy.operations))
     emptying = frozenset(op.node for op in operations if empties(op, nodes))
     avoid = emptying | set(topology.cordoned) | nodes.demoted
-    return Situation(topology, nodes, policy, now, avoid, emptying, operations=operations, only=only)
+    return Situation(topology, nodes, policy, now, avoid, emptying, operations=operations)
 
 
 def claims(op: Operation) -> frozenset[str]:
