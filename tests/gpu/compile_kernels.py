@@ -81,7 +81,7 @@ def stage(dtype: Any) -> CudaStage:
     rotary = RotaryTable(RopeConfig("default", 10000.0), HEAD_DIM, 4096)
     output = Head(hidden, torch.empty(VOCAB, HIDDEN, dtype=kind))
     spec = StageSpec(HIDDEN, FFN, HEADS, 1e-6, rotary, layers, torch.empty(VOCAB, HIDDEN, dtype=kind), output)
-    return CudaStage(spec, DeviceCache(256, 2, KV_HEADS, 16, HEAD_DIM, dtype, "cpu"))
+    return CudaStage(spec, DeviceCache(256, 2, KV_HEADS, 16, HEAD_DIM, dtype, "cpu"), 128)
 
 
 def main() -> None:
