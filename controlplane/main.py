@@ -101,6 +101,7 @@ async def serve(config: ClusterConfig, me: str, admin_socket: socket.socket, sto
         "registry": registry.run(),
         "campaign": runtime.campaign(),
         "presence": presence.run(),
+        "health": client.follow_health(),
         "history": history.run(),
         "admin": admin.serve(sockets=[admin_socket]),
         "retired": registry.retired.wait(),

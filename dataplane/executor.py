@@ -17,6 +17,8 @@ from dataplane.model.rotary import RotaryTable
 from dataplane.model.split import split_layers
 from dataplane.model.weights import EMBED, HEAD, NORM, load_weights, weights_digest
 from kernels.base import DTYPES, Head, StageKernels, StageSpec
+from kernels.cpu._native import Team
+from kernels.cpu.stage import CpuStage
 from kernels.dispatch import CacheShape, build_cpu_stage, build_cuda_stage
 
 if TYPE_CHECKING:
@@ -101,15 +103,15 @@ class StageExecutor:
                     spec,
                     shape,
                     device,
-                    rows_max=max(
-                        rows_max, self.light_tokens
-                    ),  # steps of several pipelines join up to so many
+                    rows_max=max(rows_max, self.light_tokens),  # to so many, steps of several pipelines join
                     num_blocks=num_blocks,
                     memory_share=memory_share,
                     attention=attention,
                 )
                 self.kv = built.kv
         self.block_wire_bytes = self.kv.block_bytes
+        # Threads of this host that are idle between two calls of forward(): sampling has them then.
+        self.team = self._stage.team if isinstance(self._stage, CpuStage) else Team(threads)
 
     def warm_up(self) -> None:
         """Does whatever a first step would have to wait for: to be called before anybody is served."""

@@ -210,7 +210,8 @@ class Worker:
         stages = len(pipeline.stages)
         sampling = None
         if index == stages - 1:
-            sampling = SamplingTable(self._store.table.max_rows, self._executor.config.vocab_size)
+            rows, executor = self._store.table.max_rows, self._executor
+            sampling = SamplingTable(rows, executor.config.vocab_size, executor.team)
         return Stage(pipeline.id, index, stages, pipeline.epoch, self._store, sampling)
 
     def _protect(self, pipeline: Pipeline, index: int) -> None:

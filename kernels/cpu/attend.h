@@ -246,7 +246,7 @@ static TARGET void FN(attention)(kf_worker *worker, const kf_attention_args *a)
     const int64_t hd = kv->head_dim, plane = kv->kv_heads * kv->block_size * hd;
     kf_tile tile = {.block_size = kv->block_size, .head_dim = hd, .block_stride = kv->layers * 2 * plane,
                     .plane_bytes = plane * (int64_t)sizeof(T), .out_pad = (hd + 15) / 16 * 16};
-    float *scratch = kf_worker_scratch(worker);
+    float *scratch = worker->scratch;
     int64_t total = 0;
     for (int64_t b = 0; b < step->rows; b++)
         total += query_blocks(step, b) * kv->kv_heads;

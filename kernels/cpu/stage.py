@@ -24,8 +24,9 @@ class CpuStage:
         self.suspect = False
         self._kept: list[Packed | torch.Tensor | None] = []  # likewise
         arena = Arena()
+        self.team = _native.Team(threads)  # others may use it between two calls of forward()
         self._native = _native.Stage(
-            _native.Team(threads),
+            self.team,
             cache_of(kv),
             len(spec.layers),
             spec.hidden,

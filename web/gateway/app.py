@@ -52,6 +52,7 @@ def _health_routes(app: FastAPI, service: Service) -> None:
         reasons = router.troubles(time.monotonic())
         if not router.reachable:
             raise ApiError(503, f"no pipeline is up and reachable: {'; '.join(reasons)}", retry_after_s=1)
+        reasons += service.troubles()  # requests are served, but nothing would be repaired
         status = "degraded" if reasons else "ok"
         return _json({"status": status, "pipelines": router.reachable, "reasons": reasons})
 

@@ -57,7 +57,7 @@ def _asked(service: Service, request: ChatRequest, plans: list[Plan], digest: by
     return Asked(
         request,
         plans,
-        text_rules(request),
+        text_rules(request, bool(request.logprobs)),
         lambda generation, request_id, created: ChatFormat(
             service, request, generation, f"chatcmpl-{request_id}", created
         ),
@@ -104,7 +104,9 @@ class ChatFormat:
 
     def chunk(self, index: int, piece: Piece) -> bytes:
         request = self._request
-        if not (piece.text or piece.finish or request.return_token_ids or request.logprobs):
+        if not (
+            piece.text or piece.finish or (piece.tokens and (request.return_token_ids or request.logprobs))
+        ):
             return b""  # all of it is held back
         if piece.finish is None and not request.logprobs:
             return self._writer.plain_event(index, piece, lambda: self._delta(index, Piece()))
@@ -143,4 +145,4 @@ class ChatFormat:
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         if not self._request.logprobs:
             return None
-        return shapes.chat_logprobs(self._vocabulary, piece.tokens, self._request.top_logprobs or 0)
+        return shapes.chat_logprobs(self._vocabulary, piece, self._request.top_logprobs or 0)

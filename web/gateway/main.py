@@ -97,6 +97,7 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
             asyncio.create_task(watch.follow_topology(), name="topology"),
             asyncio.create_task(watch.follow_nodes(), name="nodes"),
             asyncio.create_task(registration.run(), name="registration"),
+            asyncio.create_task(etcd.follow_health(), name="health"),
         ]
         gc.freeze()  # what start-up made stays: collections need not look at it again
         log.info("serving", address=address, model=model.name, max_model_len=model.max_model_len)
@@ -129,6 +130,7 @@ def _service(
         metrics=metrics,
         started_unix_s=int(time.time()),
         etcd_age_s=watch.age_s,
+        troubles=watch.troubles,
         tickets=tickets,
         memory=Memory(limits.memory_bytes, limits.client_share),
         priority_floor=limits.priority_floor,

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError
+from web.gateway.detok import text_of
 from web.gateway.template import ChatTemplate
-from web.gateway.vocabulary import Vocabulary
+from web.gateway.vocabulary import Vocabulary, vocabulary_of
 
 INLINE_CHARS_MAX = 4096  # longer texts are tokenized in a thread, so that they do not stall other streams
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -50,8 +51,9 @@ class Model:
         return ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-        return text
+        """The text of `ids`, in the words that a stream of them would have."""
+        text, pending = text_of(self.tokenizer, ids, skip_special_tokens)
+        return text + pending.decode(errors="replace")
 
 
 def load_model(config: ClusterConfig) -> Model:
@@ -73,7 +75,7 @@ def load_model(config: ClusterConfig) -> Model:
             f"{folder / 'config.json'} has no max_position_embeddings: set engine.max_model_len"
         )
     max_model_len = min(limit, config.engine.max_model_len or limit)
-    vocabulary = Vocabulary(tokenizer)
+    vocabulary = vocabulary_of(tokenizer)
     eos = generation.get("eos_token_id", settings.get("eos_token_id"))
     return Model(
         name=config.model_name,

@@ -43,8 +43,10 @@ def make_sampling(
     )
 
 
-def text_rules(request: Common) -> TextRules:
+def text_rules(request: Common, spans: bool) -> TextRules:
+    """`spans`: log probabilities are asked for, which name the text of each token."""
     return TextRules(
+        spans=spans,
         stops=request.stops,
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,

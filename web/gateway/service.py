@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
@@ -35,6 +35,7 @@ class Service:
     memory: Memory = field(default_factory=Memory)
     priority_floor: int = 0  # the most urgent priority that clients may ask for; lower numbers run first
     version: str = field(default_factory=package_version)
+    troubles: Callable[[], Sequence[str]] = tuple  # what is wrong with etcd, beyond being away
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404. A request without a model means the one there is."""
