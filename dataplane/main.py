@@ -17,6 +17,7 @@ from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.logs import configure_logging
 from controlplane.contract.version import settings_digest
+from dataplane.accelerators import CPU, Place, assign, count_devices
 from dataplane.devices import precise_loop
 from dataplane.fetch import provision
 from dataplane.moment import MOMENT
@@ -27,38 +28,59 @@ if TYPE_CHECKING:
     from dataplane.oracle import OracleExecutor
 
 
-def run_node(config: ClusterConfig, node: str) -> None:
-    """Serve until stopped (SIGTERM, SIGINT) or retired. A name is "n" and a number; its stage follows from it."""
+def run_node(config: ClusterConfig, node: str, place: Place = CPU) -> None:
+    """Serve until stopped (SIGTERM, SIGINT) or retired. A name is "n" and a number; its stage follows from it.
+
+    `place`: where it computes, as its launcher says."""
     configure_logging(node)
     stage = int(node.removeprefix("n")) % config.stages
     settings = settings_digest(config)  # of what the operator wrote: equal on every host
     config = msgspec.structs.replace(config, model=str(provision(config, node, stage)))
-    executor = load_executor(config, stage)
+    executor = load_executor(config, stage, place)
+    executor.warm_up()
     emulated = config.emulation != EmulationConfig()
     MOMENT.time_scale = config.emulation.time_scale
     with asyncio.Runner(loop_factory=precise_loop if emulated else None) as runner:
-        runner.run(_serve(config, Member(node, new_incarnation()), stage, executor, settings))
+        runner.run(_serve(config, Member(node, new_incarnation()), stage, executor, settings, place))
 
 
 async def _serve(
-    config: ClusterConfig, me: Member, stage: int, executor: StageExecutor | OracleExecutor, settings: str
+    config: ClusterConfig,
+    me: Member,
+    stage: int,
+    executor: StageExecutor | OracleExecutor,
+    settings: str,
+    place: Place,
 ) -> None:
-    node = Node(config, me, stage, executor, settings)
+    node = Node(config, me, stage, executor, settings, place)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.stop)
     await node.run()
 
 
+def _place(config: ClusterConfig, arguments: argparse.Namespace) -> Place:
+    """Raises ConfigError."""
+    if config.engine.device == "cpu":
+        return CPU
+    place = assign([arguments.node], count_devices())[arguments.node]
+    return Place(arguments.device or place.device, arguments.device_share, place.devices)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="kf-node", description="One stage of a model on one device.")
     parser.add_argument("--config", type=Path, required=True, help="the cluster's settings (TOML or JSON)")
     parser.add_argument("--node", required=True, help="name of this node: n0, n1, ...")
+    parser.add_argument(
+        "--device", help="cuda:0, cuda:1 ... (default: the first, where the settings say cuda)"
+    )
+    parser.add_argument("--device-share", type=float, default=1.0, help="of the device (default: all of it)")
     arguments = parser.parse_args()
     if not arguments.node.removeprefix("n").isdigit():
         parser.error(f"--node {arguments.node}: a node's name is n and a number")
     try:
-        run_node(load_config(arguments.config), arguments.node)
+        config = load_config(arguments.config)
+        run_node(config, arguments.node, _place(config, arguments))
     except KevlarFlowError as error:
         structlog.get_logger().error(str(error))
         sys.exit(1)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlplane.contract import auth, keys
-from controlplane.contract.config import ClusterConfig
+from controlplane.contract.config import CPU_POOL_BLOCKS, ClusterConfig
 from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import NodeRecord
@@ -27,6 +27,7 @@ from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.register import Registration
+from dataplane.accelerators import CPU, Place
 from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import HeldMeta, Meta, Ping, ResultMeta, StepFailedMeta
@@ -67,8 +68,10 @@ class Node:
         stage: int,
         executor: StageExecutor | OracleExecutor,
         settings: str = "",
+        place: Place = CPU,
     ) -> None:
         """`settings`: digest of the settings as they were read, where `config` is not (its model may be elsewhere)."""
+        self._place = place
         self._settings = settings or settings_digest(config)
         self._config = config
         self._me = me
@@ -79,10 +82,10 @@ class Node:
         context = min(
             engine.max_model_len or executor.config.max_positions,
             executor.config.max_positions,
-            engine.block_size * (engine.pool_blocks // 2),
+            engine.block_size * (executor.kv.num_blocks // 2),
         )
         store = KvStore(
-            engine.pool_blocks,
+            executor.kv.num_blocks,
             engine.block_size,
             ROWS_PER_PIPELINE * engine.max_running,
             -(-context // engine.block_size),
@@ -181,12 +184,13 @@ class Node:
             link_address=link_address,
             rpc_address=rpc_address,
             weights_digest=self._executor.weights_digest,
-            pool_blocks=config.engine.pool_blocks,
+            pool_blocks=self._executor.kv.num_blocks,
             block_size=config.engine.block_size,
             pid=os.getpid(),
             fault_domain={"host": os.uname().nodename, "node": self._me.node},
             started_unix_s=time.time(),
-            host_parallel=max(1, len(os.sched_getaffinity(0)) // config.engine.threads),
+            host_parallel=self._place.devices
+            or max(1, len(os.sched_getaffinity(0)) // config.engine.threads),
             version=code_version(),
             settings=self._settings,
         )
@@ -360,7 +364,7 @@ def _counts(stats: ReplicaStats | TransportStats) -> Iterator[tuple[str, int]]:
     return ((field.name, getattr(stats, field.name)) for field in fields(stats))
 
 
-def load_executor(config: ClusterConfig, stage: int) -> StageExecutor | OracleExecutor:
+def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> StageExecutor | OracleExecutor:
     """The weights of one stage, mapped, and an empty KV pool. Raises ModelError or ConfigError."""
     engine = config.engine
     if engine.executor == "oracle":
@@ -368,7 +372,7 @@ def load_executor(config: ClusterConfig, stage: int) -> StageExecutor | OracleEx
             load_config(Path(config.model)),
             stage,
             config.stages,
-            num_blocks=engine.pool_blocks,
+            num_blocks=engine.pool_blocks or CPU_POOL_BLOCKS,
             block_size=engine.block_size,
             profile=profile_of(config),
             time_scale=config.emulation.time_scale,
@@ -383,10 +387,12 @@ def load_executor(config: ClusterConfig, stage: int) -> StageExecutor | OracleEx
         Path(config.model),
         stage,
         config.stages,
-        num_blocks=engine.pool_blocks,
+        num_blocks=engine.pool_blocks or (CPU_POOL_BLOCKS if place.device == "cpu" else 0),
+        rows_max=engine.max_batch_tokens,
+        memory_share=engine.memory_utilization * place.share,
         block_size=engine.block_size,
         dtype=engine.dtype,
-        device=engine.device,
+        device=place.device,
         threads=engine.threads,
         attention=engine.attention,
     )

@@ -126,6 +126,9 @@ class OracleExecutor:
         self._logits = Logits(self.config.vocab_size)
         self._weights = position_weights(block_size)
 
+    def warm_up(self) -> None:
+        """A hash is as fast the first time."""
+
     def forward(
         self,
         tokens: npt.NDArray[np.int64] | None,
