@@ -27,6 +27,12 @@ extensions = [
         ],
         extra_compile_args=FAST,
     ),
+    Extension(
+        "dataplane._fast.checksum",
+        ["dataplane/_fast/checksum.pyx"],
+        depends=["dataplane/_fast/crc32.h"],
+        extra_compile_args=FAST,
+    ),
     Extension("dataplane._fast.hashing", ["dataplane/_fast/hashing.pyx"], extra_compile_args=FAST),
     Extension("dataplane._fast.outbox", ["dataplane/_fast/outbox.pyx"], extra_compile_args=["-O2"]),
     Extension("dataplane._fast.stream", ["dataplane/_fast/stream.pyx"], extra_compile_args=["-O2"]),
