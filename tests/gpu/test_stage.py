@@ -123,23 +123,6 @@ def test_bits_do_not_depend_on_the_path(device, model_dir, short_splits, dtype, 
     assert np.array_equal(mixed[-1], whole[23])
 
 
-def test_a_block_survives_the_wire(device) -> None:
-    """What one cache gives, another one of the same kind takes."""
-    sizes = (6, 3, 2, 16, 24, "bfloat16", str(device))
-    source, target = DeviceCache(*sizes), DeviceCache(*sizes)
-    values = torch.randn(source.planes.shape, generator=torch.Generator().manual_seed(1))
-    source.planes.copy_(values)
-    data = bytes(source.view(4))
-    assert len(data) == source.block_bytes == 3 * 2 * 16 * 2 * 24 * 2
-    target.write(2, data)
-    assert torch.equal(target.planes[:, :, 2], source.planes[:, :, 4])
-    assert not target.planes[:, :, [0, 1, 3, 4, 5]].any()
-    with pytest.raises(IndexError):
-        source.view(6)
-    with pytest.raises(ValueError, match="a block has"):
-        target.write(0, data[:-1])
-
-
 def test_steps_that_do_not_fit_are_refused(device, model_dir) -> None:
     pipeline = Pipeline(model_dir, 1, "float32", device)
     stage, step = pipeline.stages[0], pipeline.rows.step((0, 0, 3))
