@@ -216,7 +216,8 @@ class Controller:
     def _observe(self, effects: list[Effect]) -> None:
         topology = self._topology.value
         # Reports say who stalls: the views of nodes, which take longer to make, are for decisions.
-        stalled = {} if topology is None else Nodes({}, reports=self._members.reports).stalled(topology)
+        reported = Nodes({}, reports=self._members.reports)
+        stalled = {} if topology is None else reported.stalled(topology, self._speaks)
         for verdict in self._detector.evaluate(self._now, stalled):
             if (
                 verdict.known or verdict.after is not NodeState.GREEN
@@ -288,6 +289,9 @@ class Controller:
 
     def _situation(self, topology: Topology, nodes: Nodes) -> Situation:
         return survey(topology, nodes, self._policy(), self._now)
+
+    def _speaks(self, member: Member) -> bool:
+        return self._detector.speaks(member, self._now)
 
     def _died_s(self, topology: Topology) -> dict[Member, float]:
         red = self._detector.red()
