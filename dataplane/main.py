@@ -17,6 +17,8 @@ from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.logs import configure_logging
 from controlplane.contract.version import settings_digest
+from controlplane.etcd.errors import NameTaken
+from controlplane.etcd.register import TAKE_OVER
 from dataplane.accelerators import CPU, Place, assign, count_devices
 from dataplane.devices import precise_loop
 from dataplane.fetch import provision
@@ -28,10 +30,12 @@ if TYPE_CHECKING:
     from dataplane.oracle import OracleExecutor
 
 
-def run_node(config: ClusterConfig, node: str, place: Place = CPU) -> None:
+def run_node(config: ClusterConfig, node: str, take_over: str = "", place: Place = CPU) -> None:
     """Serve until stopped (SIGTERM, SIGINT) or retired. A name is "n" and a number; its stage follows from it.
 
-    `place`: where it computes, as its launcher says."""
+    `take_over`: the incarnation that has to give its name up to this process. `place`: where it computes, as its launcher
+    says. Raises NameTaken if another process has the name.
+    """
     configure_logging(node)
     stage = int(node.removeprefix("n")) % config.stages
     settings = settings_digest(config)  # of what the operator wrote: equal on every host
@@ -41,7 +45,9 @@ def run_node(config: ClusterConfig, node: str, place: Place = CPU) -> None:
     emulated = config.emulation != EmulationConfig()
     MOMENT.time_scale = config.emulation.time_scale
     with asyncio.Runner(loop_factory=precise_loop if emulated else None) as runner:
-        runner.run(_serve(config, Member(node, new_incarnation()), stage, executor, settings, place))
+        runner.run(
+            _serve(config, Member(node, new_incarnation()), stage, executor, settings, take_over, place)
+        )
 
 
 async def _serve(
@@ -50,9 +56,10 @@ async def _serve(
     stage: int,
     executor: StageExecutor | OracleExecutor,
     settings: str,
+    take_over: str,
     place: Place,
 ) -> None:
-    node = Node(config, me, stage, executor, settings, place)
+    node = Node(config, me, stage, executor, settings, (take_over,), place)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.stop)
@@ -71,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="kf-node", description="One stage of a model on one device.")
     parser.add_argument("--config", type=Path, required=True, help="the cluster's settings (TOML or JSON)")
     parser.add_argument("--node", required=True, help="name of this node: n0, n1, ...")
+    parser.add_argument("--take-over", metavar="INCARNATION", default="", help=TAKE_OVER)
     parser.add_argument(
         "--device", help="cuda:0, cuda:1 ... (default: the first, where the settings say cuda)"
     )
@@ -80,8 +88,8 @@ def main() -> None:
         parser.error(f"--node {arguments.node}: a node's name is n and a number")
     try:
         config = load_config(arguments.config)
-        run_node(config, arguments.node, _place(config, arguments))
-    except KevlarFlowError as error:
+        run_node(config, arguments.node, arguments.take_over, _place(config, arguments))
+    except (KevlarFlowError, NameTaken) as error:
         structlog.get_logger().error(str(error))
         sys.exit(1)
 
