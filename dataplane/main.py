@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 def run_node(config: ClusterConfig, node: str, take_over: str = "", place: Place = CPU) -> None:
     """Serve until stopped (SIGTERM, SIGINT) or retired. A name is "n" and a number; its stage follows from it.
 
-    `take_over`: the incarnation that has to give its name up to this process. `place`: where it computes, as its launcher
-    says. Raises NameTaken if another process has the name.
+    `take_over`: the incarnation that has to give its name up to this process. `place`: where it computes, as its
+    launcher says. Raises NameTaken if another process has the name.
     """
     configure_logging(node)
     stage = int(node.removeprefix("n")) % config.stages

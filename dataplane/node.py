@@ -190,6 +190,7 @@ class Node:
             started_unix_s=time.time(),
             host_parallel=self._place.devices
             or max(1, len(os.sched_getaffinity(0)) // config.engine.threads),
+            numerics=self._executor.numerics,
             version=code_version(),
             settings=self._settings,
             process=process.identity(),
