@@ -183,6 +183,7 @@ class Node:
             started_unix_s=time.time(),
             host_parallel=max(1, len(os.sched_getaffinity(0)) // config.engine.threads),
             context_len=self._context_len,
+            numerics=self._executor.numerics,
             version=code_version(),
             settings=self._settings,
             process=process.identity(),

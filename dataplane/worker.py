@@ -89,6 +89,7 @@ class Worker:
         self.replicator = Replicator(
             store, executor.kv, self._thread, send, send_later, executor.block_wire_bytes
         )
+        self.replicator.numerics = executor.numerics
         self.topology: Topology | None = None  # the newest one applied
         self._newest: Topology | None = (
             None  # the newest one known: what is older than it need not be computed
