@@ -82,11 +82,8 @@ class Node:
         self._executor = executor
         secret = auth.load_secret(config.secret_file)
         engine = config.engine
-        context = min(
-            engine.max_model_len or executor.config.max_positions,
-            executor.config.max_positions,
-            engine.block_size * (executor.kv.num_blocks // 2),
-        )
+        context = engine.context_len(executor.config.max_positions, executor.kv.num_blocks)
+        self._context_len = context
         store = KvStore(
             executor.kv.num_blocks,
             engine.block_size,
@@ -190,6 +187,7 @@ class Node:
             started_unix_s=time.time(),
             host_parallel=self._place.devices
             or max(1, len(os.sched_getaffinity(0)) // config.engine.threads),
+            context_len=self._context_len,
             numerics=self._executor.numerics,
             version=code_version(),
             settings=self._settings,

@@ -12,7 +12,7 @@ import msgspec
 
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.ranges import Range, SettingsError, Text, check_bounds
-from controlplane.contract.topology import Mode
+from controlplane.contract.topology import Mode, quota_blocks
 
 ETCD_LEASE_MIN_S = 2  # what etcd makes of a shorter one
 POOL_BLOCKS_MIN = 4
@@ -65,6 +65,14 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def rows_min(self) -> int:
         """Rows that are not split over two microbatches."""
         return self.microbatch_rows or (64 if self.device == "cuda" else 4)
+
+    def context_len(self, positions_max: int, pool_blocks: int = 0) -> int:
+        """The context that is served, in tokens, prompt and output together: what the model, whose limit is
+        `positions_max`, `max_model_len` and the KV pool allow, of which a pipeline has half (a node that is borrowed
+        serves two). `pool_blocks`: of the node, 0 if only the settings say: a GPU's pool may not be known to them."""
+        asked = min(positions_max, self.max_model_len or positions_max)
+        blocks = pool_blocks or self.pool_blocks or (CPU_POOL_BLOCKS if self.device == "cpu" else 0)
+        return min(asked, self.block_size * quota_blocks(blocks, 2)) if blocks else asked
 
 
 class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
