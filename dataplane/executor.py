@@ -84,6 +84,10 @@ class StageExecutor:
         """Whether the activations that forward() returned last may have a number that is not finite."""
         return self._stage.suspect
 
+    def beats(self) -> int | None:
+        """See kernels.base.StageKernels."""
+        return self._stage.beats()
+
     def forward(
         self,
         tokens: npt.NDArray[np.int64] | None,

@@ -268,6 +268,7 @@ class Node:
             began, computed_s = time.monotonic(), time.thread_time()
             await asyncio.sleep(TICK_S)
             self._timeliness.rang(TICK_S, time.monotonic() - began, time.thread_time() - computed_s)
+            self._worker.compute.look(time.monotonic())
             self._schedulers.tick()
             self._worker.wake()
             now = time.monotonic()
@@ -300,6 +301,7 @@ class Node:
             blocks_total=store.num_blocks,
             busy_s=now - busy[0] if busy is not None else 0.0,
             usual_s=pace.usual_s(busy[1]) if busy is not None else 0.0,
+            still_s=self._worker.compute.still_s,
             poisoned=self._worker.stats.poisoned,
             times=pace.report(),
             timed_s=self._timeliness.timed_s,

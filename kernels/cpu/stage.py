@@ -24,8 +24,9 @@ class CpuStage:
         self.suspect = False
         self._kept: list[Packed | torch.Tensor | None] = []  # likewise
         arena = Arena()
+        self._team = _native.Team(threads)
         self._native = _native.Stage(
-            _native.Team(threads),
+            self._team,
             cache_of(kv),
             len(spec.layers),
             spec.hidden,
@@ -60,6 +61,9 @@ class CpuStage:
             self._logits = np.empty((max(len(picked), 2 * len(self._logits)), self._vocab), np.float32)
         self._native.forward(native, source, picked, self._logits.ctypes.data)
         return self._logits[: len(picked)]
+
+    def beats(self) -> int:
+        return self._team.beats()
 
     def _make_room(self, rows: int) -> None:
         self._rows = max(rows, 2 * self._rows)

@@ -68,6 +68,9 @@ class CudaStage:
         self._eager = DeviceStep(16, 16, 16, 16, self._partials, self._device)
         self._make_room(GRAPH_ROWS_MAX)
 
+    def beats(self) -> None:
+        return None  # the device says nothing until a step has ended
+
     def forward(
         self, source: npt.NDArray[np.int64] | Buffer, step: StepArrays, picked: npt.NDArray[np.int32]
     ) -> npt.NDArray[np.generic]:

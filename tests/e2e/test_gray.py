@@ -16,11 +16,12 @@ from safetensors import safe_open
 
 from controlplane.contract.config import EngineConfig
 from controlplane.contract.events import Event, EventKind
+from controlplane.contract.process import HUNG_EXIT_S
 from controlplane.contract.status import ClusterStatus, NodeState, NodeStatus
 from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
 from controlplane.kfadmin.up import demo_model
 from tests.e2e.cluster import Cluster, until, while_streaming
-from tests.e2e.faults import frozen_thread, overwrite, thread_times, throttled
+from tests.e2e.faults import frozen_thread, overwrite, thread_times, threads_named, throttled
 
 # Each fault has a node of its own: a relapse makes a probation longer, and the tests wait for its end.
 STOPPED, SLOW, HUNG, CORRUPTED = "n1", "n2", "n5", "n6"
@@ -140,6 +141,44 @@ def test_a_hung_node(home: Cluster) -> None:
     streams = asyncio.run(while_streaming(home, UNSEEN, hang))
     asyncio.run(home.expect_equal(streams))
     asyncio.run(home.wait_all_home(60.0))
+
+
+def test_a_node_hung_in_its_first_step_and_one_whose_loop_hangs(etcd_binary: None) -> None:
+    """Nothing is known yet of how long its steps take, and of a team's threads only one stands still. Its process ends.
+    Then the loop of another one hangs: it says nothing any more, and its process ends as well."""
+    with Cluster(engine=EngineConfig(threads=2), instances=2, stages=2) as cluster:
+        first, second = cluster.node_pid("n1"), cluster.node_pid("n2")
+        (helper,) = threads_named(first, "kf-compute")
+
+        async def hang(streams: list[Stream]) -> None:
+            with frozen_thread(first, helper):
+                await until(lambda: all(s.sent for s in streams), "all are sent")
+                since = time.time()
+                status = await cluster.wait_for(lambda s: node(s, "n1").state is NodeState.RED, "it is red")
+                assert time.time() - since <= FOUND_S + 0.5, (
+                    "statuses come every 20 ms, on a machine that computes"
+                )
+                assert "its computation has not ended" in node(status, "n1").evidence
+                await cluster.wait_for(
+                    lambda s: node(s, "n1").pid not in (0, first), "a fresh process is there"
+                )
+
+        streams = asyncio.run(while_streaming(cluster, DECODE, hang))
+        asyncio.run(cluster.expect_equal(streams))
+        asyncio.run(cluster.wait_all_home(60.0))
+
+        async def hang_loop(streams: list[Stream]) -> None:
+            await flowing(streams, 120)
+            with frozen_thread(second, second):
+                await cluster.wait_for(lambda s: node(s, "n2").state is NodeState.RED, "it is red")
+                await cluster.wait_for(
+                    lambda s: node(s, "n2").pid not in (0, second),
+                    "a fresh process is there",
+                    HUNG_EXIT_S + 20.0,
+                )
+
+        streams = asyncio.run(while_streaming(cluster, DECODE, hang_loop))
+        asyncio.run(cluster.expect_equal(streams))
 
 
 def test_a_node_with_corrupted_weights(home: Cluster) -> None:
