@@ -24,6 +24,7 @@ from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.logs import configure_logging
 from controlplane.contract.records import ControllerRecord
+from controlplane.contract.version import code_version, settings_digest
 from controlplane.core.controller import Controller
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.election import Election
@@ -69,6 +70,8 @@ async def serve(config: ClusterConfig, me: str, admin_socket: socket.socket, sto
         admin_address=f"{admin_host}:{admin_port}",
         pid=os.getpid(),
         incarnation=new_incarnation(),
+        version=code_version(),
+        settings=settings_digest(config),
     )
     presence = Registration(client, keys.controllers + me, encode(record), config.timing.node_lease_s)
     election = Election(client, keys.leader, encode(record), ttl_s=config.timing.leader_lease_s)
@@ -98,6 +101,7 @@ async def serve(config: ClusterConfig, me: str, admin_socket: socket.socket, sto
         "registry": registry.run(),
         "campaign": runtime.campaign(),
         "presence": presence.run(),
+        "health": client.follow_health(),
         "history": history.run(),
         "admin": admin.serve(sockets=[admin_socket]),
         "retired": registry.retired.wait(),

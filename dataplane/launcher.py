@@ -45,6 +45,7 @@ from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
 from controlplane.contract.logs import configure_logging
 from controlplane.contract.topology import Mode
+from controlplane.contract.version import code_version
 
 TARGET = "dataplane.main:run_node"
 BACKOFF_MAX_S = 10.0
@@ -84,6 +85,7 @@ def preload(target: str, torch: bool = True) -> RunNode:
     """Import what a node runs, so that forks need not. Must start no thread and compute nothing."""
     # numpy's OpenBLAS would start its threads at import; matrix products are torch's here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    code_version()  # while the files are the ones that are imported here: forks register what they run
     if target == TARGET and torch:
         importlib.import_module("torch").set_num_threads(1)
         importlib.import_module("dataplane.executor")

@@ -16,6 +16,7 @@ from controlplane.contract.config import ClusterConfig, EmulationConfig, load_co
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.logs import configure_logging
+from controlplane.contract.version import settings_digest
 from dataplane.devices import precise_loop
 from dataplane.fetch import provision
 from dataplane.moment import MOMENT
@@ -30,18 +31,19 @@ def run_node(config: ClusterConfig, node: str) -> None:
     """Serve until stopped (SIGTERM, SIGINT) or retired. A name is "n" and a number; its stage follows from it."""
     configure_logging(node)
     stage = int(node.removeprefix("n")) % config.stages
+    settings = settings_digest(config)  # of what the operator wrote: equal on every host
     config = msgspec.structs.replace(config, model=str(provision(config, node, stage)))
     executor = load_executor(config, stage)
     emulated = config.emulation != EmulationConfig()
     MOMENT.time_scale = config.emulation.time_scale
     with asyncio.Runner(loop_factory=precise_loop if emulated else None) as runner:
-        runner.run(_serve(config, Member(node, new_incarnation()), stage, executor))
+        runner.run(_serve(config, Member(node, new_incarnation()), stage, executor, settings))
 
 
 async def _serve(
-    config: ClusterConfig, me: Member, stage: int, executor: StageExecutor | OracleExecutor
+    config: ClusterConfig, me: Member, stage: int, executor: StageExecutor | OracleExecutor, settings: str
 ) -> None:
-    node = Node(config, me, stage, executor)
+    node = Node(config, me, stage, executor, settings)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.stop)

@@ -24,6 +24,7 @@ from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import NodeRecord
 from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport
+from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.register import Registration
 from dataplane.core.batching import Limits
@@ -60,8 +61,15 @@ ROWS_PER_PIPELINE = 4  # block-table rows: served and copied requests of two pip
 
 class Node:
     def __init__(
-        self, config: ClusterConfig, me: Member, stage: int, executor: StageExecutor | OracleExecutor
+        self,
+        config: ClusterConfig,
+        me: Member,
+        stage: int,
+        executor: StageExecutor | OracleExecutor,
+        settings: str = "",
     ) -> None:
+        """`settings`: digest of the settings as they were read, where `config` is not (its model may be elsewhere)."""
+        self._settings = settings or settings_digest(config)
         self._config = config
         self._me = me
         self._stage = stage
@@ -179,6 +187,8 @@ class Node:
             fault_domain={"host": os.uname().nodename, "node": self._me.node},
             started_unix_s=time.time(),
             host_parallel=max(1, len(os.sched_getaffinity(0)) // config.engine.threads),
+            version=code_version(),
+            settings=self._settings,
         )
 
     # ------------------------------------------------------------------ etcd

@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
+import ipaddress
 import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from controlplane.contract.errors import ConfigError
+from controlplane.contract.ranges import Range, SettingsError, Text, check_bounds
 from controlplane.contract.topology import Mode
+
+ETCD_LEASE_MIN_S = 2  # what etcd makes of a shorter one
+SLOTS_MAX = (1 << 31) - 1  # positions of a KV pool: kernels number them in 32 bits
+# Parts of keys in etcd, of file names and of metric labels.
+NAME = Text(
+    r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "1 to 63 letters, digits, '.', '_' and '-', a letter or digit first"
+)
+PATH = Text(r"[^\x00]{1,4096}", "a path")
+HOST = Text(r"[A-Za-z0-9:.%_\[\]-]{1,253}", "a host name or an IP address, without a port")
+ENDPOINT = Text(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", "host:port")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     executor: Literal["torch", "oracle"] = "torch"  # oracle: hashes in place of a model, timed by `emulation`
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: what the checkpoint says
-    block_size: int = 16  # tokens in a KV block
-    pool_blocks: int = 2048  # KV blocks on a node: own, borrowed and replicas together
-    max_batch_tokens: int = 512  # rows of one step, prefill chunks and decodes together
-    max_running: int = 256  # requests in batches, per pipeline
-    max_waiting: int = 512  # queued requests, per pipeline; more are refused
-    max_model_len: int = 0  # prompt and output together; 0: the checkpoint's own limit
-    threads: int = 1  # compute threads of a node
+    block_size: Annotated[int, Range(1, 1024)] = 16  # tokens in a KV block
+    # KV blocks on a node: own, borrowed and replicas together.
+    pool_blocks: Annotated[int, Range(4, 1 << 26)] = 2048
+    # Rows of one step, prefill chunks and decodes together.
+    max_batch_tokens: Annotated[int, Range(1, 1 << 16)] = 512
+    max_running: Annotated[int, Range(1, 8192)] = 256  # requests in batches, per pipeline
+    max_waiting: Annotated[int, Range(1, 1 << 20)] = 512  # queued requests, per pipeline; more are refused
+    # That requests keep beside their KV (prompts, options), per pipeline; more are refused.
+    request_bytes: Annotated[int, Range(1 << 20, 1 << 50)] = 1 << 30
+    # Prompt and output together; 0: the checkpoint's own limit. A pipeline's share of the pool bounds it, too.
+    max_model_len: Annotated[int, Range(0, 1 << 24)] = 0
+    threads: Annotated[int, Range(1, 1024)] = 1  # compute threads of a node
     device: Literal["cpu", "cuda"] = "cpu"
     attention: Literal["exact", "xformers"] = (
         "exact"  # exact: ours, equal bits on every path; xformers: GPUs only
     )
-    microbatches: int = 0  # in flight, per pipeline; 0: as many as stages can compute at the same time
+    # In flight, per pipeline; 0: as many as stages can compute at the same time.
+    microbatches: Annotated[int, Range(0, 256)] = 0
     # Decodes that cost a stage hardly more than one does: so many share a microbatch while there are places for all.
     # 0: 4 on a CPU, 64 on a GPU.
-    microbatch_rows: int = 0
+    microbatch_rows: Annotated[int, Range(0, 1 << 16)] = 0
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "engine.")
 
     @property
     def rows_min(self) -> int:
@@ -40,39 +62,56 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds."""
 
-    heartbeat_s: float = 0.1
-    node_lease_s: int = 5
-    leader_lease_s: int = 2
-    suspect_after_s: float = 0.6  # silence that makes a node yellow, if phi finds it unusual
-    dead_after_s: float = 1.2  # silence on heartbeats and on links that makes it red
-    form_grace_s: float = (
-        15.0  # a pipeline that never served waits this long for its own nodes before it borrows
-    )
-    unavailable_grace_s: float = 5.0  # the gateway holds streams of a pipeline that is down this long
+    heartbeat_s: Annotated[float, Range(0.01, 60)] = 0.1
+    node_lease_s: Annotated[int, Range(ETCD_LEASE_MIN_S, 3600)] = 5
+    leader_lease_s: Annotated[int, Range(ETCD_LEASE_MIN_S, 3600)] = 2
+    # Silence that makes a node yellow, if phi finds it unusual.
+    suspect_after_s: Annotated[float, Range(0.02, 600)] = 0.6
+    # Silence on heartbeats and on links that makes it red.
+    dead_after_s: Annotated[float, Range(0.05, 3600)] = 1.2
+    # A pipeline that never served waits this long for its own nodes before it borrows.
+    form_grace_s: Annotated[float, Range(0, 86400)] = 15.0
+    # The gateway holds streams of a pipeline that is down this long.
+    unavailable_grace_s: Annotated[float, Range(0, 86400)] = 5.0
     # Requests whose gateway is gone, KV whose scheduler is gone, logs of requests that have ended.
-    orphan_grace_s: float = 10.0
-    stop_grace_s: float = 5.0  # a gateway that is told to stop lets answers in one piece finish for so long
-    quiesce_limit_s: float = 2.0  # then a planned switch is called off and tried again later
-    restart_backoff_s: float = 0.2  # launcher, doubled up to 10 s while a node keeps dying
-    reload_s: float = 0.0  # stop-restart only: extra time that loading a large model would take
+    orphan_grace_s: Annotated[float, Range(0.1, 86400)] = 10.0
+    # A gateway that is told to stop lets answers in one piece finish for so long.
+    stop_grace_s: Annotated[float, Range(0, 3600)] = 5.0
+    # Then a planned switch is called off and tried again later.
+    quiesce_limit_s: Annotated[float, Range(0.05, 3600)] = 2.0
+    # Launcher, doubled up to 10 s while a node keeps dying.
+    restart_backoff_s: Annotated[float, Range(0.01, 10)] = 0.2
+    # stop-restart only: extra time that loading a large model would take.
+    reload_s: Annotated[float, Range(0, 86400)] = 0.0
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "timing.")
+
+
+class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    # That the requests of all clients keep in a gateway, their bodies included; more are refused.
+    memory_bytes: Annotated[int, Range(64 << 20, 1 << 50)] = 2 << 30
+    client_share: Annotated[float, Range(0.1, 1)] = 0.5  # of it that one API key may have
+    # The most urgent priority that clients may ask for. Lower ones run first, and preempt.
+    priority_floor: Annotated[int, Range(-(1 << 31), (1 << 31) - 1)] = 0
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "gateway.")
 
 
 class EmulationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Hardware that this host does not have, for benches. Figures are the hardware's own; all of it then runs
     `time_scale` times faster."""
 
-    time_scale: float = 1.0
-    profile: str = "instant"  # of the device, with executor oracle: dataplane/devices.py
-    link_bytes_per_s: float = 0.0  # of a node's network interface; 0: not limited
-    sites: tuple[int, ...] = ()  # where n0, n1 ... are; empty: all in one place
+    time_scale: Annotated[float, Range(1e-3, 1e6)] = 1.0
+    profile: Annotated[str, NAME] = "instant"  # of the device, with executor oracle: dataplane/devices.py
+    # Of a node's network interface; 0: not limited.
+    link_bytes_per_s: Annotated[float, Range(0, 1e15)] = 0.0
+    sites: tuple[Annotated[int, Range(0, 4095)], ...] = ()  # where n0, n1 ... are; empty: all in one place
     latency_s: tuple[tuple[float, ...], ...] = ()  # one way, from site to site
 
     def __post_init__(self) -> None:
-        if self.time_scale <= 0:
-            raise ValueError("time_scale must be positive")
-        count = len(self.latency_s)
-        if any(len(row) != count for row in self.latency_s) or any(not 0 <= s < count for s in self.sites):
-            raise ValueError("latency_s must be a square table that has every site")
+        check_bounds(self, "emulation.")
 
     @property
     def network(self) -> bool:
@@ -80,24 +119,35 @@ class EmulationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    run_dir: str  # logs, secret, sockets, database; everything that `kfadmin up` writes
-    model: str  # a Hugging Face checkpoint directory
-    etcd: tuple[str, ...]  # "host:port"
-    cluster: str = "kevlarflow"
-    group: str = "default"
-    served_model_name: str = ""  # "": the directory's name
-    instances: int = 2
-    stages: int = 4
-    spares: int = 0  # blank nodes for each stage, home to no pipeline
+    run_dir: Annotated[str, PATH]  # logs, secret, sockets, database; everything that `kfadmin up` writes
+    model: Annotated[str, PATH]  # a Hugging Face checkpoint directory
+    etcd: tuple[Annotated[str, ENDPOINT], ...]
+    cluster: Annotated[str, NAME] = "kevlarflow"
+    group: Annotated[str, NAME] = "default"
+    served_model_name: Annotated[str, Text(r"[^\x00-\x1f\x7f]{0,256}", "up to 256 characters of text")] = (
+        ""  # "": the directory's name
+    )
+    instances: Annotated[int, Range(1, 4096)] = 2
+    stages: Annotated[int, Range(1, 1024)] = 4
+    spares: Annotated[int, Range(0, 4096)] = 0  # blank nodes for each stage, home to no pipeline
     mode: Mode = Mode.REPLICATE
-    host: str = "127.0.0.1"  # where every port of ours is bound
-    gateway_port: int = 8000  # 0: any free one
-    admin_port: int = 8100  # the first controller's; 0: any free one
-    database_url: str = ""  # "": SQLite in run_dir
+    host: Annotated[str, HOST] = "127.0.0.1"  # where every port of ours is bound, and what is registered
+    gateway_port: Annotated[int, Range(0, 65535)] = 8000  # 0: any free one
+    admin_port: Annotated[int, Range(0, 65535)] = 8100  # the first controller's; 0: any free one
+    database_url: Annotated[str, Text(r"|[a-z0-9+]+://.*", "empty, or DIALECT+DRIVER://...")] = (
+        ""  # "": SQLite in run_dir
+    )
     transport: Literal["auto", "ucx", "sockets"] = "auto"  # what links between nodes travel on
     engine: EngineConfig = EngineConfig()
     timing: TimingConfig = TimingConfig()
+    gateway: GatewayConfig = GatewayConfig()
     emulation: EmulationConfig = EmulationConfig()
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        fault = conflict(self)
+        if fault is not None:
+            raise SettingsError(fault)
 
     @property
     def model_name(self) -> str:
@@ -121,16 +171,77 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"n{instance * self.stages + stage}"
 
 
-def load_config(path: Path) -> ClusterConfig:
-    """Read settings. Raises ConfigError naming the file and the field."""
+def conflict(config: ClusterConfig) -> str | None:
+    """Two settings that do not fit together, each being allowed alone; None if all do. Names both and their values."""
+    return next(_conflicts(config), None)
+
+
+def _conflicts(config: ClusterConfig) -> Iterator[str]:
+    engine, timing, emulation = config.engine, config.timing, config.emulation
+    # ---- sizes
+    decodes_max = engine.max_batch_tokens * engine.microbatches
+    if engine.microbatches and engine.max_running > decodes_max:
+        yield (
+            f"engine.max_running = {engine.max_running} is more than engine.max_batch_tokens ="
+            f" {engine.max_batch_tokens} times engine.microbatches = {engine.microbatches}:"
+            " not every running request would have a row in a round of steps"
+        )
+    if engine.pool_blocks * engine.block_size > SLOTS_MAX:
+        yield (
+            f"engine.pool_blocks = {engine.pool_blocks} times engine.block_size = {engine.block_size} is"
+            f" more than {SLOTS_MAX:,} positions"
+        )
+    if engine.max_model_len == 1:
+        yield "engine.max_model_len = 1 has no room for a prompt and a token: allowed are 0 and 2 or more"
+    if engine.attention == "xformers" and engine.device != "cuda":
+        yield f"engine.attention = 'xformers' needs engine.device = 'cuda', not {engine.device!r}"
+    # ---- times
+    if not timing.heartbeat_s < timing.suspect_after_s < timing.dead_after_s:
+        yield (
+            f"timing.heartbeat_s = {timing.heartbeat_s}, timing.suspect_after_s = {timing.suspect_after_s} and"
+            f" timing.dead_after_s = {timing.dead_after_s} must grow in this order"
+        )
+    # ---- addresses
+    if is_unspecified(config.host):
+        yield f"host = {config.host!r} is bound well but cannot be registered: nobody can connect to it"
+    if config.gateway_port and config.gateway_port == config.admin_port:
+        yield f"gateway_port = {config.gateway_port} and admin_port = {config.admin_port} must differ"
+    for endpoint in config.etcd:
+        if not 0 < int(endpoint.rpartition(":")[2]) < 65536:
+            yield f"etcd = {endpoint!r}: ports are 1 to 65,535"
+    # ---- emulated networks
+    count = len(emulation.latency_s)
+    if any(len(row) != count for row in emulation.latency_s):
+        yield f"emulation.latency_s = {emulation.latency_s} must be a square table"
+    bound = Range(0, 60)
+    if any(bound.fault(cell) for row in emulation.latency_s for cell in row):
+        yield f"emulation.latency_s = {emulation.latency_s}: {bound.fault(-1)}"
+    if any(site >= count for site in emulation.sites):
+        yield f"emulation.sites = {emulation.sites} names a site that emulation.latency_s has no row for ({count})"
+
+
+def is_unspecified(host: str) -> bool:
+    """Whether this is every address of a host, such as 0.0.0.0: to bind, not to connect to."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        return False  # a name
+
+
+def load_config(
+    path: Path, defaults: Mapping[str, object] | None = None, given: Mapping[str, object] | None = None
+) -> ClusterConfig:
+    """Read settings. `defaults`: of what the file may leave out; `given`: what counts whatever it says.
+
+    Raises ConfigError naming the file, the field and its value.
+    """
     try:
         raw = path.read_bytes()
         data = tomllib.loads(raw.decode()) if path.suffix == ".toml" else msgspec.json.decode(raw)
-        config = msgspec.convert(data, ClusterConfig)
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: the settings must be one object with a field for each")
+        return msgspec.convert({**(defaults or {}), **data, **(given or {})}, ClusterConfig)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (msgspec.MsgspecError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    if config.instances < 1 or config.stages < 1:
-        raise ConfigError(f"{path}: instances and stages must be at least 1")
-    return config

@@ -26,6 +26,10 @@ class NodeRecord(msgspec.Struct, frozen=True):
     fault_domain: dict[str, str] = {}  # labels, outermost first: {"site": ..., "rack": ..., "host": ...}
     started_unix_s: float = 0.0
     host_parallel: int = 1 << 16  # nodes like this one that its host can let compute at the same time
+    numerics: str = ""  # digest of what decides the bits: only equal ones exchange KV
+    context_len: int = 0  # tokens of one request, prompt and output together, that it serves; 0: not told
+    version: str = ""  # of the installed code: `version.code_version`
+    settings: str = ""  # `version.settings_digest` of what the process runs with
 
 
 class ControllerRecord(msgspec.Struct, frozen=True):
@@ -36,6 +40,8 @@ class ControllerRecord(msgspec.Struct, frozen=True):
     admin_address: str  # HTTP: admin API and dashboard
     pid: int
     incarnation: str = ""  # of the process, as a node's member has it
+    version: str = ""  # as a node's
+    settings: str = ""
 
 
 class GatewayRecord(msgspec.Struct, frozen=True):
@@ -45,6 +51,8 @@ class GatewayRecord(msgspec.Struct, frozen=True):
     address: str  # HTTP "host:port"
     pid: int
     incarnation: str = ""
+    version: str = ""  # as a node's
+    settings: str = ""
 
 
 class OperationKind(StrEnum):

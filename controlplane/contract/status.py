@@ -94,6 +94,9 @@ class ClusterStatus(msgspec.Struct, frozen=True):
     controllers: tuple[ControllerStatus, ...]
     gateways: tuple[GatewayStatus, ...]
     operations: tuple[Operation, ...]
+    troubles: tuple[
+        str, ...
+    ] = ()  # why the cluster cannot be changed, or not wholly, and what to do about it
 
 
 class Check(msgspec.Struct, frozen=True):

@@ -17,6 +17,7 @@ import grpc
 from controlplane.etcd import wire
 from controlplane.etcd.endpoints import Endpoint, Endpoints, EtcdTls, Method
 from controlplane.etcd.errors import EtcdLeaseGone, describe
+from controlplane.etcd.health import Health
 from controlplane.etcd.lease import LeaseKeeper
 from controlplane.etcd.proto import rpc_pb2
 from controlplane.etcd.values import (
@@ -53,6 +54,7 @@ class EtcdClient:
     ) -> None:
         self.counters = EtcdCounters()
         self._endpoints = Endpoints(endpoints, tls, self.counters)
+        self.health: Health = self._endpoints.health
         self._timeout_s = timeout_s
         self._watch_timing = watch_timing or WatchTiming()
         self._users: WeakSet[Watch | LeaseKeeper] = WeakSet()
@@ -161,6 +163,10 @@ class EtcdClient:
         """What each endpoint says of itself, in the order given; never raises for one that is away."""
         members = self._endpoints.members
         return tuple(await asyncio.gather(*(_member_status(member, timeout_s) for member in members)))
+
+    async def follow_health(self) -> None:
+        """Until cancelled: keep `health` informed of the members' alarms."""
+        await self.health.follow(self.status)
 
     async def _range(
         self, what: str, request: rpc_pb2.RangeRequest, timeout_s: float | None

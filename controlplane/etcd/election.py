@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from controlplane.backoff import Backoff
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.errors import EtcdError, EtcdLeaseGone, EtcdUnavailable, EtcdUnknown
 from controlplane.etcd.lease import LeaseKeeper
@@ -126,32 +126,47 @@ class Leadership:
 
 
 class Election:
-    """One candidate. `identity` is shown to everyone by `observe` and on the operators' pages."""
+    """One candidate. `identity` is shown to everyone by `observe` and on the operators' pages.
+
+    `guards` gives conditions under which alone it may stand: that its name is its own.
+    """
 
     def __init__(
-        self, client: EtcdClient, prefix: str, identity: bytes, *, ttl_s: int = LEADER_TTL_S
+        self,
+        client: EtcdClient,
+        prefix: str,
+        identity: bytes,
+        *,
+        ttl_s: int = LEADER_TTL_S,
+        guards: Callable[[], Sequence[Compare]] = tuple,
     ) -> None:
+        self._guards = guards
         self.prefix = prefix
         self.identity = identity
+        self.last_error = ""  # why the last candidacy failed, while none has won since
         self.campaigns = 0  # times a candidacy was begun: grows when etcd was away for longer than the TTL
         self._client = client
         self._ttl_s = ttl_s
 
     async def campaign(self) -> Leadership:
         """Wait, for as long as it takes, until this candidate leads. Cancelling withdraws the candidacy."""
-        delay_s = BACKOFF_FIRST_S
+        backoff = Backoff(BACKOFF_FIRST_S, BACKOFF_MAX_S)
         while True:
             self.campaigns += 1
             try:
-                keeper = await self._client.lease_keeper(self._ttl_s)
-            except EtcdUnavailable as error:
-                log.warning("no lease to campaign with: %s; trying again", error)
+                leadership = await self._stand(await self._client.lease_keeper(self._ttl_s))
+            except EtcdError as error:  # away, or it refuses (no space, no rights): an operator can mend that
+                self._note(error)
             else:
-                leadership = await self._stand(keeper)
                 if leadership is not None:
+                    self.last_error = ""
                     return leadership
-            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
-            delay_s = min(2 * delay_s, BACKOFF_MAX_S)
+            await backoff.pause()
+
+    def _note(self, error: EtcdError) -> None:
+        if str(error) != self.last_error:  # once per cause: an outage must not fill the log
+            log.warning("cannot stand for election: %s; trying again", error)
+        self.last_error = str(error)
 
     async def observe(self) -> AsyncIterator[Leader | None]:
         """The leader now, then each change; None while there is no candidate."""
@@ -183,24 +198,28 @@ class Election:
                 await (leadership or Leadership(self._client, keeper, key, 0)).resign()
 
     async def _create(self, keeper: LeaseKeeper, key: str) -> int | None:
-        """Create our key; its create-revision, or None if the lease ended first.
+        """Create our key; its create-revision, or None if the lease ended first or a guard does not hold.
 
         The key carries the lease's id, so it can only be ours, and creating it again after an unknown
         outcome finds it.
         """
         put = Put(key, self.identity, lease=keeper.lease_id)
+        backoff = Backoff(BACKOFF_FIRST_S, BACKOFF_MAX_S)
         while keeper.valid():
             try:
-                result = await self._client.txn([Compare.absent(key)], [put], [Get(key)], timeout_s=1.0)
+                compares = [Compare.absent(key), *self._guards()]
+                result = await self._client.txn(compares, [put], [Get(key)], timeout_s=1.0)
             except EtcdLeaseGone:
                 return None
             except (EtcdUnknown, EtcdUnavailable) as error:
                 log.info("candidate key not known to be written: %s; trying again", error)
-                await asyncio.sleep(BACKOFF_FIRST_S)
+                await backoff.pause()
                 continue
             if result.succeeded:
                 return result.revision
             (found,) = result.results
             if isinstance(found, Snapshot) and key in found.items:
                 return found.items[key].create_revision
+            log.info("not a candidate yet: its own name is not registered")
+            return None
         return None

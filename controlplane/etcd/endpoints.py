@@ -16,7 +16,18 @@ from typing import Any
 
 import grpc
 
-from controlplane.etcd.errors import EtcdUnavailable, EtcdUnknown, Outcome, describe, outcome_of, refusal
+from controlplane.backoff import Backoff
+from controlplane.etcd.errors import (
+    EtcdCompacted,
+    EtcdLeaseGone,
+    EtcdUnavailable,
+    EtcdUnknown,
+    Outcome,
+    describe,
+    outcome_of,
+    refusal,
+)
+from controlplane.etcd.health import Health
 from controlplane.etcd.proto import rpc_pb2_grpc
 from controlplane.etcd.values import EtcdCounters
 
@@ -120,6 +131,7 @@ class Endpoints:
             raise ValueError("an etcd client needs at least one endpoint")
         self.members = [Endpoint(parse_address(text, tls is not None), tls) for text in endpoints]
         self.counters = counters
+        self.health = Health()
         self._preferred = 0
         self._closed = False
 
@@ -158,7 +170,7 @@ class Endpoints:
         deadline = time.monotonic() + timeout_s
         # A stopped member must not use up a read's whole time while others could answer.
         attempt_s = timeout_s / len(self.members) if repeatable else timeout_s
-        delay_s = BACKOFF_FIRST_S
+        backoff = Backoff(BACKOFF_FIRST_S, BACKOFF_MAX_S)
         why = "not tried"
         while True:
             for endpoint in self.in_order():
@@ -188,17 +200,21 @@ class Endpoints:
                     self._judge(what, endpoint, Outcome.UNKNOWN, error, repeatable)
                 else:
                     self.succeeded(endpoint)
+                    if not repeatable:
+                        self.health.accepted()
                     return reply
             self.counters.retries += 1
-            await asyncio.sleep(max(0.0, min(delay_s, deadline - time.monotonic())))
-            delay_s = min(2 * delay_s, BACKOFF_MAX_S)
+            await backoff.pause(deadline - time.monotonic())
 
     def _judge(
         self, what: str, endpoint: Endpoint, outcome: Outcome, error: BaseException, repeatable: bool
     ) -> None:
         """Return if the call may be tried again; raise what the error means otherwise."""
         if outcome is Outcome.REFUSED and isinstance(error, grpc.aio.AioRpcError):
-            raise refusal(what, error) from error
+            refused = refusal(what, error)
+            if not isinstance(refused, EtcdCompacted | EtcdLeaseGone):  # those are answers
+                self.health.refused(str(refused))
+            raise refused from error
         why = describe(error) if isinstance(error, grpc.aio.AioRpcError) else CLOSED
         self.failed(endpoint, why)
         if outcome is Outcome.UNKNOWN and not repeatable:

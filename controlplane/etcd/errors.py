@@ -39,7 +39,12 @@ class Outcome(enum.Enum):
 
 
 # Refused before the request entered raft, so repeating is safe whatever it was.
-_NOT_APPLIED_TEXTS = ("etcdserver: no leader", "etcdserver: too many requests", "etcdserver: not capable")
+_NOT_APPLIED_TEXTS = (
+    "etcdserver: no leader",
+    "etcdserver: too many requests",
+    "etcdserver: not capable",
+    "etcdserver: rpc not supported for learner",  # a member that is not a voter yet
+)
 
 _AMBIGUOUS = frozenset(
     {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from controlplane.backoff import Backoff
 from controlplane.etcd import wire
 from controlplane.etcd.endpoints import HAS_LEADER, Endpoint, Endpoints
 from controlplane.etcd.errors import EtcdCompacted, EtcdError, EtcdUnavailable, describe
@@ -100,7 +100,7 @@ class Watch(AsyncIterator[WatchBatch]):
         self._filled.set()
 
     async def _run(self) -> None:
-        delay_s = self._timing.backoff_first_s
+        backoff = Backoff(self._timing.backoff_first_s, self._timing.backoff_max_s)
         while True:
             heard_before = self._heard_at
             try:
@@ -115,9 +115,8 @@ class Watch(AsyncIterator[WatchBatch]):
             self.reconnects += 1
             self._endpoints.counters.watch_reconnects += 1
             if self._heard_at != heard_before:
-                delay_s = self._timing.backoff_first_s
-            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
-            delay_s = min(2 * delay_s, self._timing.backoff_max_s)
+                backoff.succeeded()
+            await backoff.pause()
 
     def _note(self, error: EtcdError) -> None:
         if str(error) != self.last_error:  # once per cause: an outage must not fill the log

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
-import msgspec
 import typer
 
 from controlplane.contract.config import ClusterConfig, load_config
@@ -84,10 +83,10 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def settings_of(file: Path | None, given: dict[str, Any]) -> ClusterConfig:
-    """The settings of a file, or the defaults, with what was given on the command line on top."""
+    """The defaults, those of a file on top, and what was given on the command line on top of that."""
+    defaults: dict[str, Any] = {"model": str(demo_model()), "run_dir": str(default_run_dir()), "etcd": ()}
     if file is not None:
-        return msgspec.structs.replace(load_config(file), **given)
-    defaults = {"model": str(demo_model()), "run_dir": str(default_run_dir()), "etcd": ()}
+        return load_config(file, defaults, given)
     return ClusterConfig(**{**defaults, **given})
 
 

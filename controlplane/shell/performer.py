@@ -12,6 +12,7 @@ from typing import assert_never
 
 import structlog
 
+from controlplane.backoff import Backoff
 from controlplane.contract.errors import PeerError
 from controlplane.contract.events import EventKind
 from controlplane.contract.keys import Keys, decode, encode
@@ -35,7 +36,7 @@ from controlplane.core.events import (
 )
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.election import Leadership
-from controlplane.etcd.errors import EtcdError, EtcdUnavailable, EtcdUnknown
+from controlplane.etcd.errors import EtcdError, EtcdUnknown
 from controlplane.etcd.values import Compare, Delete, Put
 from controlplane.history.store import Audit
 from controlplane.history.writer import HistoryWriter
@@ -45,8 +46,9 @@ log = structlog.get_logger()
 
 QUEUE_LEN_MAX = 1024
 CALL_LIMIT_S = 1.0
-# Paces the core while etcd refuses or is away: each of its attempts takes at least this long.
+# Paces the core while etcd refuses or is away: each of its attempts takes at least so long.
 FAILURE_PAUSE_S = 0.2
+FAILURE_PAUSE_S_MAX = 1.0
 
 
 class Performer:
@@ -63,6 +65,8 @@ class Performer:
         self._group = group
         self._inbox = inbox
         self._history = history
+        self._backoff = Backoff(FAILURE_PAUSE_S, FAILURE_PAUSE_S_MAX)
+        self._last_error = ""
         self._queue: asyncio.Queue[Effect] = asyncio.Queue(QUEUE_LEN_MAX)
 
     async def put(self, effect: Effect) -> None:
@@ -109,15 +113,15 @@ class Performer:
         try:
             result = await self._client.txn(compares, [Put(key, value)], timeout_s=CALL_LIMIT_S)
         except EtcdUnknown as error:
-            log.warning("a write's outcome is unknown", key=key, error=str(error))
+            self._note("a write's outcome is unknown", key, error)
             self._answer("unknown", WriteUnknown(write))
             return False
         except EtcdError as error:
-            level = log.warning if isinstance(error, EtcdUnavailable) else log.error
-            level("etcd did not take a write", key=key, error=str(error))
-            await asyncio.sleep(FAILURE_PAUSE_S)
+            self._note("etcd did not take a write", key, error)
+            await self._backoff.pause()
             self._answer("conflict", WriteConflict(write))
             return False
+        self._recovered()
         if result.succeeded:
             self._answer("done", WriteDone(write, result.revision))
         else:
@@ -132,6 +136,15 @@ class Performer:
         except EtcdError as error:
             log.warning("an old operation stays in etcd", key=key, error=str(error))
 
+    def _note(self, what: str, key: str, error: Exception) -> None:
+        if str(error) != self._last_error:  # once per cause: the core tries again until it is mended
+            log.warning(what, key=key, error=str(error))
+        self._last_error = str(error)
+
+    def _recovered(self) -> None:
+        self._backoff.succeeded()
+        self._last_error = ""
+
     def _answer(self, outcome: str, event: WriteDone | WriteConflict | WriteUnknown) -> None:
         self.writes[outcome] += 1
         self._inbox.put_own(event)
@@ -142,8 +155,8 @@ class Performer:
             found = await self._client.get(key, timeout_s=CALL_LIMIT_S)
             topology = decode(found.value, Topology, key) if found else None
         except (EtcdError, PeerError) as error:
-            log.warning("the topology cannot be read", error=str(error))
-            await asyncio.sleep(FAILURE_PAUSE_S)
+            self._note("the topology cannot be read", key, error)
+            await self._backoff.pause()
             return
         self._inbox.put_own(TopologySeen(topology, found.mod_revision if found else 0))
 
@@ -153,8 +166,8 @@ class Performer:
             found = await self._client.get(key, timeout_s=CALL_LIMIT_S)
             operation = decode(found.value, Operation, key) if found else None
         except (EtcdError, PeerError) as error:
-            log.warning("an operation cannot be read", operation=operation_id, error=str(error))
-            await asyncio.sleep(FAILURE_PAUSE_S)
+            self._note("an operation cannot be read", key, error)
+            await self._backoff.pause()
             return
         if found is None or operation is None:
             self._inbox.put_own(OperationGone(operation_id))

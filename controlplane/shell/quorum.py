@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from controlplane.contract.status import Check, ClusterStatus
+from controlplane.etcd.health import alarms_of
 from controlplane.etcd.values import MemberStatus
 
 SILENT_S = 3.0  # etcd says something every second
@@ -13,7 +14,11 @@ SILENT_S = 3.0  # etcd says something every second
 def quorum(members: Sequence[MemberStatus], status: ClusterStatus) -> list[Check]:
     """Checks for people. `members`: what each of etcd's said of itself just now."""
     sick = [m.endpoint for m in members if m.problem or m.errors or not m.leader_id]
-    return [_members(len(members), sick), _heard(status), _leader(status)]
+    alarms = alarms_of(members)
+    # What this controller saw etcd refuse says more than an alarm: rights, limits, a disk that fails.
+    troubles = [Check("fail", "refused", text) for text in (*alarms, *status.troubles)]
+    unique = {check.message: check for check in troubles}
+    return [_members(len(members), sick), *unique.values(), _heard(status), _leader(status)]
 
 
 def _members(count: int, sick: Sequence[str]) -> Check:

@@ -78,7 +78,11 @@ class Service:
             ),
             gateways=tuple(GatewayStatus(item.id, item.address, item.pid) for item in gateways),
             operations=tuple(self._operations()),
+            troubles=tuple(self.troubles()),
         )
+
+    def troubles(self) -> Sequence[str]:
+        return self._client.health.troubles()
 
     def metrics(self) -> bytes:
         return render(self.status(), self._me, self._sources)

@@ -29,6 +29,7 @@ class Limits:
     orphan_grace_s: float
     vocab_size: int = 1 << 31  # token ids are below it
     rows_min: int = 4  # so few rows cost what one costs: while all have places they are not split
+    request_bytes: int = 1 << 30  # that requests keep beside their KV; more are refused
 
     @classmethod
     def from_config(
@@ -43,6 +44,7 @@ class Limits:
             orphan_grace_s,
             vocab_size,
             engine.rows_min,
+            engine.request_bytes,
         )
 
     def blocks_for(self, tokens: int) -> int:

@@ -11,6 +11,10 @@ from controlplane.contract.ids import PipelineId
 from controlplane.contract.requests import FinishReason, Log, Sampling, Submit, Token
 from dataplane.core.messages import Admit
 
+TOKEN_BYTES = 40  # an int and its place in a list
+BIAS_BYTES = 150  # of one logit_bias entry
+REQUEST_BYTES = 2048  # all else
+
 
 class Phase(Enum):
     WAITING = "waiting"  # queued; holds no KV that counts
@@ -43,6 +47,16 @@ def fault_of(message: Submit, vocab_size: int) -> str | None:
     if not 0.0 <= sampling.min_p <= 1.0:
         return f"min_p {sampling.min_p} is not in [0, 1]"
     return None
+
+
+def bytes_of(prompt_len: int, sampling: Sampling, context: bytes | None) -> int:
+    """About what a scheduler keeps of a request, its output aside: that is bounded by the KV pool."""
+    return (
+        REQUEST_BYTES
+        + TOKEN_BYTES * prompt_len
+        + BIAS_BYTES * len(sampling.logit_bias)
+        + (0 if context is None else len(context))
+    )
 
 
 @dataclass(slots=True)
@@ -86,6 +100,10 @@ class Request:
             context=message.context,
             reader=message.reader,
         )
+
+    @property
+    def bytes_kept(self) -> int:
+        return bytes_of(self.prompt_len, self.sampling, self.context)
 
     @property
     def total(self) -> int:

@@ -76,6 +76,7 @@ class Scheduler:
         self.limits = limits
         self.stats = SchedulerStats()
         self.requests: dict[int, Request] = {}
+        self.bytes_kept = 0  # of `requests`
         self.kept = Kept(limits.orphan_grace_s, limits.max_running + limits.max_waiting)
         self.batcher = Batcher(limits)
         self.steps = Steps(pipeline)
@@ -164,7 +165,7 @@ class Scheduler:
             self._attach(known, message, session, effects)
             return
         self.kept.pop(message.rid)  # it went on elsewhere meanwhile
-        refused = refusal(message, self.batcher)
+        refused = refusal(message, self.batcher, self.bytes_kept)
         if refused is not None:
             code, text = refused
             retry = self._queue_s(now) if code is RefusalCode.OVERLOADED else 0.0
@@ -173,7 +174,7 @@ class Scheduler:
         request = Request.from_submit(message, self._order, session)
         request.arrived = now
         self._order += 1
-        self.requests[request.rid] = request
+        self._add(request)
         # After a takeover stages may hold KV of a stream that its client takes up from the start.
         left_over = self._sweep_at is not None and message.context is not None
         if message.admitted or message.emitted or left_over:
@@ -200,7 +201,7 @@ class Scheduler:
         known.reader = message.reader
         if known.rid not in self.requests and (again or not known.finished):
             self.kept.pop(known.rid)
-            self.requests[known.rid] = known
+            self._add(known)
             known.rewind(Phase.WAITING)
             self.batcher.enqueue(known)
         if known.rid in self.requests:
@@ -217,11 +218,16 @@ class Scheduler:
         arrived = min((r.arrived for r in self.requests.values() if r.phase is Phase.WAITING), default=now)
         return min(max(RETRY_AFTER_MIN_S, now - arrived), RETRY_AFTER_MAX_S)
 
+    def _add(self, request: Request) -> None:
+        self.requests[request.rid] = request
+        self.bytes_kept += request.bytes_kept
+
     def _drop(self, rid: int) -> None:
         """The request ends here: its KV is given back on every stage with the next step."""
         request = self.requests.pop(rid, None)
         if request is None:
             return
+        self.bytes_kept -= request.bytes_kept
         self.batcher.remove(request)
         if rid in self._joining:
             self._joining.remove(rid)

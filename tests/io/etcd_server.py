@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,9 +86,14 @@ class EtcdMember:
 
 @contextlib.contextmanager
 def etcd_cluster(
-    folder: Path, count: int = 1, *, heartbeat_ms: int = 100, election_ms: int = 1000
+    folder: Path,
+    count: int = 1,
+    *,
+    heartbeat_ms: int = 100,
+    election_ms: int = 1000,
+    flags: Sequence[str] = (),
 ) -> Iterator[list[EtcdMember]]:
-    """`count` healthy members; killed at the end."""
+    """`count` healthy members; killed at the end. `flags`: more of etcd's own."""
     folder.mkdir(parents=True, exist_ok=True)
     binary = find_etcd_binary(os.environ)
     version = etcd_version(binary)
@@ -109,7 +114,7 @@ def etcd_cluster(
             heartbeat_ms=heartbeat_ms,
             election_ms=election_ms,
         )
-        members.append(EtcdMember(name, port, command, folder / f"{name}.log"))
+        members.append(EtcdMember(name, port, [*command, *flags], folder / f"{name}.log"))
     try:
         for member in members:
             member.start()
@@ -122,9 +127,9 @@ def etcd_cluster(
 
 
 @contextlib.contextmanager
-def etcd_member(folder: Path) -> Iterator[EtcdMember]:
+def etcd_member(folder: Path, flags: Sequence[str] = ()) -> Iterator[EtcdMember]:
     """A cluster of one; its short election time only makes it start faster."""
-    with etcd_cluster(folder, heartbeat_ms=30, election_ms=300) as (member,):
+    with etcd_cluster(folder, heartbeat_ms=30, election_ms=300, flags=flags) as (member,):
         yield member
 
 

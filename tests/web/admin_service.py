@@ -116,6 +116,9 @@ class MemoryService:
         self.known: dict[str, Operation] = {}
         self.quorum_checks = [Check("ok", "etcd", "3 of 3 etcd members are healthy, 2 are needed")]
 
+    def troubles(self) -> Sequence[str]:
+        return self.cluster.troubles
+
     def status(self) -> ClusterStatus:
         return msgspec.structs.replace(self.cluster, operations=tuple(self.known.values()))
 

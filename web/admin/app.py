@@ -88,8 +88,8 @@ def _add_health(app: FastAPI, service: AdminService) -> None:
 
     @app.get("/readyz")
     async def readyz() -> PlainTextResponse:
-        if service.ready:
-            return PlainTextResponse("ok\n")
+        if service.ready:  # also with troubles: it serves, and says what is wrong
+            return PlainTextResponse("".join(f"{line}\n" for line in ("ok", *service.troubles())))
         return PlainTextResponse("the cluster's state has not been read from etcd yet\n", 503)
 
     @app.get("/metrics")

@@ -21,6 +21,9 @@ class AdminService(Protocol):
     def ready(self) -> bool:
         """Whether the controller has read the cluster's state at least once."""
 
+    def troubles(self) -> Sequence[str]:
+        """Why the cluster cannot be changed, or not wholly, and what to do; empty: all is well."""
+
     def status(self) -> ClusterStatus:
         """The cluster as this controller sees it now; never waits."""
 

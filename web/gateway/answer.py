@@ -20,6 +20,7 @@ from web.gateway.connection import wire_of
 from web.gateway.cursor import Cursor
 from web.gateway.errors import ApiError
 from web.gateway.generation import ClientGone, Generation, count_error
+from web.gateway.memory import Hold
 from web.gateway.service import Service
 from web.gateway.stream import SEND_S, EventStream, Format
 
@@ -38,11 +39,18 @@ EVENT_HEADERS = [
 class Answer(Response):
     """Runs `generation` while it is sent; frees it whatever happens.
 
-    `ticket`: of the stream; empty for an answer in one piece. `cursor`: what the client has of it.
+    `ticket`: of the stream; empty for an answer in one piece. `cursor`: what the client has of it. `hold`: the memory
+    that it keeps until it is over.
     """
 
     def __init__(
-        self, service: Service, generation: Generation, form: Format, ticket: str, cursor: Cursor
+        self,
+        service: Service,
+        generation: Generation,
+        form: Format,
+        ticket: str,
+        cursor: Cursor,
+        hold: Hold,
     ) -> None:
         self.status_code = 200  # Starlette's own fields are not used beyond this one
         self.background = None
@@ -51,6 +59,7 @@ class Answer(Response):
         self._form = form
         self._ticket = ticket
         self._cursor = cursor
+        self._hold = hold
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,6 +81,7 @@ class Answer(Response):
         finally:
             stream.close()
             self._generation.close()
+            self._hold.release()
             watcher.cancel()
 
     async def _run(self, stream: EventStream, send: Send) -> None:

@@ -20,6 +20,7 @@ from web.gateway.chat import chat_prompt
 from web.gateway.errors import ApiError, shorten
 from web.gateway.generation import count_error
 from web.gateway.guard import BODY_BYTES_MAX, ApiKeys, Guard, too_large
+from web.gateway.memory import Hold
 from web.gateway.openai import DetokenizeRequest, TokenizeRequest, parse
 from web.gateway.sampling import check_chars, check_tokens
 from web.gateway.service import Service
@@ -51,6 +52,7 @@ def _health_routes(app: FastAPI, service: Service) -> None:
         reasons = router.troubles(time.monotonic())
         if not router.reachable:
             raise ApiError(503, f"no pipeline is up and reachable: {'; '.join(reasons)}", retry_after_s=1)
+        reasons += service.troubles()  # requests are served, but nothing would be repaired
         status = "degraded" if reasons else "ok"
         return _json({"status": status, "pipelines": router.reachable, "reasons": reasons})
 
@@ -103,15 +105,17 @@ def _model_routes(app: FastAPI, service: Service) -> None:
 def _generation_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", response_model=None)
     async def completions(request: Request) -> Answer:
-        return await begin(service, "completion", await read_body(request), _visit(request))
+        hold = service.memory.hold(request.state.owner)
+        return await begin(service, "completion", await read_body(request, hold), _visit(request), hold)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(request: Request) -> Answer:
-        return await begin(service, "chat", await read_body(request), _visit(request))
+        hold = service.memory.hold(request.state.owner)
+        return await begin(service, "chat", await read_body(request, hold), _visit(request), hold)
 
     @app.get("/v1/streams/{stream}", response_model=None)
     async def streams(stream: str, request: Request) -> Answer:
-        return await reopen(service, stream, _visit(request))
+        return await reopen(service, stream, _visit(request), service.memory.hold(request.state.owner))
 
 
 def _token_routes(app: FastAPI, service: Service) -> None:
@@ -119,7 +123,8 @@ def _token_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        body = parse(TokenizeRequest, await read_body(request))
+        hold = service.memory.hold(request.state.owner)
+        body = parse(TokenizeRequest, await read_body(request, hold))
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "either prompt or messages is required", "prompt")
@@ -139,7 +144,8 @@ def _token_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        body = parse(DetokenizeRequest, await read_body(request))
+        hold = service.memory.hold(request.state.owner)
+        body = parse(DetokenizeRequest, await read_body(request, hold))
         service.check_model(body.model)
         if len(body.tokens) > DETOKENIZE_MAX:
             raise ApiError(400, f"at most {DETOKENIZE_MAX} tokens at once", "tokens")
@@ -169,8 +175,8 @@ def _error_handlers(app: FastAPI, service: Service) -> None:
         return _json(wrapped.body, 500, wrapped.headers)
 
 
-async def read_body(request: Request) -> bytes:
-    """The body, refused as soon as it exceeds its bound (a client may not name a length)."""
+async def read_body(request: Request, hold: Hold) -> bytes:
+    """The body, refused as soon as it exceeds its bound (a client may not name a length) or its client's memory."""
     parts, size = [], 0
     try:
         async with asyncio.timeout(BODY_S):
@@ -178,6 +184,7 @@ async def read_body(request: Request) -> bytes:
                 size += len(part)
                 if size > BODY_BYTES_MAX:
                     raise too_large()
+                hold.grow(len(part))
                 parts.append(part)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_S:g} s") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -19,16 +19,29 @@ NOT_IN_DIGEST = {"prompt", "messages", "request_id", "priority"}  # prompts coun
 
 @dataclass(frozen=True, slots=True)
 class Asked:
+    """`request` without what the plans say already: prompts as tokens, the sampling."""
+
     request: Common
     plans: list[Plan]
     rules: TextRules
     form: Callable[
         [Generation, str, int], Format
     ]  # of a generation, the answer's id and its time (unix seconds)
+    digest: bytes = b""  # see `digest_of`
+    prompts: int = 1
 
     @property
-    def digest(self) -> bytes:
-        """Equal for equal answers: of the prompts' tokens, the sampling with its seeds, and what shapes the text."""
-        options = self.request.model_dump_json(exclude=NOT_IN_DIGEST, exclude_none=True)
-        parts = (type(self.request).__name__, options, self.plans)
-        return hashlib.sha256(_encode(parts)).digest()[:8]
+    def count(self) -> int:
+        """Choices of all prompts."""
+        return self.prompts * self.request.choices
+
+    @property
+    def options(self) -> bytes:
+        """All that a gateway needs beside the logs to go on with the answer; what `KEPT` reads."""
+        return self.request.model_dump_json(exclude_unset=True, exclude_none=True).encode()
+
+
+def digest_of(request: Common, plans: Sequence[Plan]) -> bytes:
+    """Equal for equal answers: of the prompts' tokens, the sampling with its seeds, and what shapes the text."""
+    options = request.model_dump_json(exclude=NOT_IN_DIGEST, exclude_none=True)
+    return hashlib.sha256(_encode((type(request).__name__, options, plans))).digest()[:8]

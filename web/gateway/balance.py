@@ -1,9 +1,9 @@
-"""Which pipeline a new request goes to."""
+"""Which pipeline a new request goes to (pure)."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from controlplane.contract.ids import PipelineId
 from controlplane.contract.topology import Pipeline
@@ -12,40 +12,74 @@ from web.gateway.live import Live
 LONG = 2  # times the mean length of prompts
 
 
-def least_loaded(
-    pipelines: Sequence[Pipeline], others: Iterable[Live], places: int, prompt_tokens: int
-) -> Pipeline:
-    """For a prompt of so many tokens: of `pipelines` (at least one), one with a free place; of these the one with the
-    fewest prompt tokens to compute, as far as this gateway knows; among equals with the fewest streams, then the fewest
-    tokens that these may still bring. Among equals a long prompt goes where the fewest stages are borrowed: it has the
-    latest first token as it is, and a borrowed node is far away and has two pipelines to serve.
+@dataclass(slots=True)
+class Load:
+    """What one pipeline has to do."""
 
-    A pipeline runs `places` streams at a time: beyond them a new one waits for another to end, which takes longer than
-    any prompt. Prompts that wait are what it waits for where there is room. By outstanding tokens, which clients
-    overstate anyway, one pipeline queued while the other had room."""
-    prompts: Counter[PipelineId] = Counter()
-    streams: Counter[PipelineId] = Counter()
-    outstanding: Counter[PipelineId] = Counter()
-    tokens = count = 0
-    for other in others:
-        tokens += len(other.log.prompt)
-        count += 1
-        if other.pipeline is None:
-            continue
-        streams[other.pipeline] += 1
-        outstanding[other.pipeline] += other.log.outstanding
-        if not other.log.emitted:
-            prompts[other.pipeline] += len(other.log.prompt)
+    streams: int = 0
+    prompt_tokens: int = 0  # of streams that have no token yet
+    outstanding: int = 0  # tokens that its streams may still bring
 
-    long = prompt_tokens * count > LONG * tokens
 
-    def load(pipeline: Pipeline) -> tuple[int, int, int, int, int, PipelineId]:
-        name = pipeline.id
-        queued = max(0, streams[name] + 1 - places)
-        detours = borrowed(pipeline) if long else 0
-        return queued, prompts[name], detours, streams[name], outstanding[name], name
+class Loads:
+    """What all pipelines have to do, as far as this gateway knows: kept as requests come, move, go on and end, so that
+    to place one costs the same however many there are."""
 
-    return min(pipelines, key=load)
+    def __init__(self) -> None:
+        self._loads: dict[PipelineId, Load] = {}
+        self._counted: dict[int, tuple[PipelineId | None, int, int]] = {}  # by request: what it added
+        self._prompt_tokens = 0  # of all requests
+
+    def count(self, live: Live) -> None:
+        """Account for `live` as it is now."""
+        log = live.log
+        now = live.pipeline, 0 if log.emitted else len(log.prompt), log.outstanding
+        before = self._counted.get(log.rid)
+        if before is None:
+            self._prompt_tokens += len(log.prompt)
+        elif now == before:
+            return
+        else:
+            self._add(before, -1)
+        self._counted[log.rid] = now
+        self._add(now, 1)
+
+    def drop(self, live: Live) -> None:
+        """`live` is no more, or is about to be placed."""
+        before = self._counted.pop(live.log.rid, None)
+        if before is not None:
+            self._prompt_tokens -= len(live.log.prompt)
+            self._add(before, -1)
+
+    def least(self, pipelines: Sequence[Pipeline], places: int, prompt_tokens: int) -> Pipeline:
+        """For a prompt of so many tokens: of `pipelines` (at least one), one with a free place; of these the one with
+        the fewest prompt tokens to compute; among equals with the fewest streams, then the fewest tokens that these may
+        still bring. Among equals a long prompt goes where the fewest stages are borrowed: it has the latest first token
+        as it is, and a borrowed node is far away and has two pipelines to serve.
+
+        A pipeline runs `places` streams at a time: beyond them a new one waits for another to end, which takes longer
+        than any prompt. Prompts that wait are what it waits for where there is room. By outstanding tokens, which
+        clients overstate anyway, one pipeline queued while the other had room."""
+        long = prompt_tokens * len(self._counted) > LONG * self._prompt_tokens
+
+        def rank(pipeline: Pipeline) -> tuple[int, int, int, int, int, PipelineId]:
+            load = self._loads.get(pipeline.id) or Load()
+            queued = max(0, load.streams + 1 - places)
+            detours = borrowed(pipeline) if long else 0
+            return queued, load.prompt_tokens, detours, load.streams, load.outstanding, pipeline.id
+
+        return min(pipelines, key=rank)
+
+    def _add(self, counted: tuple[PipelineId | None, int, int], sign: int) -> None:
+        pipeline, prompt_tokens, outstanding = counted
+        if pipeline is None:
+            return
+        load = self._loads.setdefault(pipeline, Load())
+        load.streams += sign
+        load.prompt_tokens += sign * prompt_tokens
+        load.outstanding += sign * outstanding
+        if load.streams == 0:  # pipelines come and go, and leave nothing behind
+            del self._loads[pipeline]
 
 
 def borrowed(pipeline: Pipeline) -> int:

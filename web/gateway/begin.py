@@ -17,11 +17,13 @@ import msgspec
 from controlplane.contract.requests import Log
 from web.gateway.answer import Answer
 from web.gateway.asked import Asked
-from web.gateway.chat import prepare_chat
-from web.gateway.completions import prepare_completion
+from web.gateway.chat import kept_chat, prepare_chat
+from web.gateway.completions import kept_completion, prepare_completion
 from web.gateway.cursor import Cursor, Mark
 from web.gateway.errors import ApiError
 from web.gateway.generation import Generation, Plan, Start
+from web.gateway.memory import Hold, kept_bytes
+from web.gateway.openai import INT64_MAX
 from web.gateway.service import Service
 from web.gateway.tickets import UNKNOWN, Ticket, new_nonce, rid_of, seed_of
 
@@ -29,12 +31,14 @@ PREPARE: dict[str, Callable[[Service, bytes, int], Awaitable[Asked]]] = {
     "completion": prepare_completion,
     "chat": prepare_chat,
 }
+KEPT: dict[str, Callable[[Service, bytes], Asked]] = {"completion": kept_completion, "chat": kept_chat}
 # How long to look for a request while a scheduler cannot be asked, because it died or moves.
 LOOK_REPEATED_S = 0.25  # most keys are new ones; to compute twice costs time, and no correctness
 LOOK_RESUMED_S = 2.5  # to compute it again may take longer than to wait
 LOOK_BODILESS_S = 5.0  # there is no other way
 CONTEXT_BYTES_MAX = 1 << 20  # of all choices together; if it is more, only the first one carries it
 REPEATED_MAX = 255  # characters of an Idempotency-Key
+AGAIN = "POST the same body with Last-Event-ID: it is computed again, the same, and goes on from there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +52,13 @@ class Visit:
 
 
 class Context(msgspec.Struct, frozen=True, array_like=True):
-    """What schedulers keep beside the log: all that another gateway needs to go on with the stream."""
+    """What schedulers keep beside the log: all that another gateway needs to go on with the stream.
+
+    `options`: what shapes the answer (`Asked.options`). Of the body nothing else is kept: the log has the rest.
+    """
 
     kind: str
-    body: bytes
+    options: bytes
     request_id: str
     created_unix_s: int
     digest: bytes
@@ -61,8 +68,8 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Context).decode
 
 
-async def begin(service: Service, kind: str, body: bytes, visit: Visit) -> Answer:
-    """The answer to a POST. Raises ApiError."""
+async def begin(service: Service, kind: str, body: bytes, visit: Visit, hold: Hold) -> Answer:
+    """The answer to a POST. `hold`: of the body's bytes; the answer holds what it keeps of them. Raises ApiError."""
     if visit.last_event_id is not None:
         ticket, cursor = _read(service, visit.last_event_id, visit)
         asked = await PREPARE[kind](service, body, seed_of(ticket.nonce))
@@ -70,7 +77,7 @@ async def begin(service: Service, kind: str, body: bytes, visit: Visit) -> Answe
             raise ApiError(400, "Last-Event-ID needs stream: true")
         if asked.digest != ticket.digest:
             raise ApiError(422, "Last-Event-ID is of a stream with another body: send the very same one")
-        return await _resume(service, asked, _context(kind, body, asked, ticket, visit), ticket, cursor, [])
+        return await _resume(service, asked, _context(kind, asked, ticket, visit), ticket, cursor, [], hold)
     key = visit.idempotency_key
     if key is not None and not (0 < len(key) <= REPEATED_MAX and key.isascii() and key.isprintable()):
         raise ApiError(400, f"Idempotency-Key: 1 to {REPEATED_MAX} printable ASCII characters")
@@ -80,12 +87,12 @@ async def begin(service: Service, kind: str, body: bytes, visit: Visit) -> Answe
     stream = bool(asked.request.stream)
     digest = asked.digest if stream or key is not None else b""
     ticket = service.tickets.issue(nonce, int(time.time()), digest, visit.owner)
-    context = _context(kind, body, asked, ticket, visit)
+    context = _context(kind, asked, ticket, visit)
     if key is None:
         starts = [Start(rid, blob) for rid, blob in zip(rids, _blobs(context, len(rids)), strict=True)]
         if not stream:  # its client has no id to come back with: nothing needs to be kept
             starts = [Start(rid) for rid in rids]
-        return _answer(service, asked, context, starts, ticket.text if stream else "", None)
+        return _answer(service, asked, context, starts, ticket.text if stream else "", None, hold)
     logs, _ = await _recall(service, rids, LOOK_REPEATED_S)
     if (earlier := _first_context(logs)) is not None:
         if earlier.digest != digest:
@@ -94,10 +101,10 @@ async def begin(service: Service, kind: str, body: bytes, visit: Visit) -> Answe
         context = earlier
         service.metrics.resumed.labels("repeated").inc()
     starts = _starts(rids, logs, context, [None] * len(rids), resumed=False)
-    return _answer(service, asked, context, starts, ticket.text if stream else "", None)
+    return _answer(service, asked, context, starts, ticket.text if stream else "", None, hold)
 
 
-async def reopen(service: Service, stream: str, visit: Visit) -> Answer:
+async def reopen(service: Service, stream: str, visit: Visit, hold: Hold) -> Answer:
     """The answer to GET /v1/streams/STREAM: the rest of it, or all of it without Last-Event-ID. Raises ApiError."""
     ticket, cursor = _read(service, visit.last_event_id or stream, visit)
     if not stream or not ticket.text.startswith(stream.partition(".")[0]):
@@ -105,42 +112,65 @@ async def reopen(service: Service, stream: str, visit: Visit) -> Answer:
     count = max(1, len(cursor.marks))
     logs, sure = await _recall(service, [rid_of(ticket.nonce, k) for k in range(count)], LOOK_BODILESS_S)
     context = _first_context(logs)
-    again = "POST the same body with Last-Event-ID: it is computed again, the same, and goes on from there"
     if context is None and not sure:
         raise ApiError(
-            503, f"not every scheduler can be asked for this stream now: try again, or {again}", None, 1
+            503, f"not every scheduler can be asked for this stream now: try again, or {AGAIN}", None, 1
         )
     if context is None:
-        raise ApiError(410, f"this stream is no longer kept: {again}")
-    asked = await PREPARE[context.kind](service, context.body, seed_of(ticket.nonce))
-    return await _resume(service, asked, context, ticket, cursor, logs)
+        raise ApiError(410, f"this stream is no longer kept: {AGAIN}")
+    asked = KEPT[context.kind](service, context.options)
+    return await _resume(service, asked, context, ticket, cursor, logs, hold)
 
 
 async def _resume(
-    service: Service, asked: Asked, context: Context, ticket: Ticket, cursor: Cursor, logs: list[Log | None]
+    service: Service,
+    asked: Asked,
+    context: Context,
+    ticket: Ticket,
+    cursor: Cursor,
+    logs: list[Log | None],
+    hold: Hold,
 ) -> Answer:
     """`logs`: of the first choices, as far as they have been asked for."""
-    marks = cursor.marks or [None] * len(asked.plans)
-    if len(marks) != len(asked.plans):
+    marks = cursor.marks or [None] * asked.count
+    if len(marks) != asked.count:
         raise ApiError(400, "Last-Event-ID: this is not an event id as it was sent")
-    if any(_beyond(mark, plan) for mark, plan in zip(marks, asked.plans, strict=True)):
-        raise ApiError(400, "Last-Event-ID: this stream has not so many tokens")
     rids = [rid_of(ticket.nonce, index) for index in range(len(marks))]
     wanted = [k for k in range(len(logs), len(rids)) if (mark := marks[k]) is None or not mark.finished]
     found, _ = await _recall(service, [rids[k] for k in wanted], LOOK_RESUMED_S)
     by_index = dict(enumerate(logs)) | dict(zip(wanted, found, strict=True))
     logs = [by_index.get(index) for index in range(len(rids))]
     context = _first_context(logs) or context
-    # A template may have put another date into the prompt since.
-    plans = [
-        Plan(log.prompt, log.sampling) if log else plan for log, plan in zip(logs, asked.plans, strict=True)
-    ]
+    plans = _plans(asked, logs)
+    if any(_beyond(mark, plan) for mark, plan in zip(marks, plans, strict=True)):
+        raise ApiError(400, "Last-Event-ID: this stream has not so many tokens")
     starts = _starts(rids, logs, context, marks, resumed=True)
     again = any(start.log is None and not start.finished for start in starts)
     service.metrics.resumed.labels("regenerated" if again else "attached").inc()
     return _answer(
-        service, replace(asked, plans=plans), context, starts, ticket.text, Cursor(marks, cursor.usage)
+        service, replace(asked, plans=plans), context, starts, ticket.text, Cursor(marks, cursor.usage), hold
     )
+
+
+def _plans(asked: Asked, logs: list[Log | None]) -> list[Plan]:
+    """The logs' own, as a template may have put another date into the prompt since; else the body's. Choices of one
+    prompt differ by their seeds alone. Raises ApiError when neither a body nor a log says what a prompt was."""
+    plans: list[Plan] = []
+    for first in range(0, len(logs), asked.request.choices):
+        group = range(first, first + asked.request.choices)
+        known = next(((k, log) for k in group if (log := logs[k]) is not None), None)
+        if known is not None:
+            at, log = known
+            seed = log.sampling.seed - at
+            plans += [
+                Plan(log.prompt, msgspec.structs.replace(log.sampling, seed=(seed + k) & INT64_MAX))
+                for k in group
+            ]
+        elif asked.plans:
+            plans += asked.plans[first : group.stop]
+        else:
+            raise ApiError(410, f"a part of this stream is no longer kept: {AGAIN}")
+    return plans
 
 
 def _beyond(mark: Mark | None, plan: Plan) -> bool:
@@ -148,12 +178,19 @@ def _beyond(mark: Mark | None, plan: Plan) -> bool:
 
 
 def _answer(
-    service: Service, asked: Asked, context: Context, starts: list[Start], ticket: str, cursor: Cursor | None
+    service: Service,
+    asked: Asked,
+    context: Context,
+    starts: list[Start],
+    ticket: str,
+    cursor: Cursor | None,
+    hold: Hold,
 ) -> Answer:
+    hold.become(kept_bytes(asked.plans, [start.context for start in starts if start.context]))
     request = asked.request
     generation = Generation(service, asked.plans, asked.rules, request.priority or 0, starts)
     form = asked.form(generation, context.request_id, context.created_unix_s)
-    return Answer(service, generation, form, ticket, cursor or Cursor([None] * len(starts)))
+    return Answer(service, generation, form, ticket, cursor or Cursor([None] * len(starts)), hold)
 
 
 def _starts(
@@ -179,10 +216,10 @@ def _read(service: Service, text: str, visit: Visit) -> tuple[Ticket, Cursor]:
     return service.tickets.read(sealed, visit.owner), Cursor.parse(position) if dot else Cursor([])
 
 
-def _context(kind: str, body: bytes, asked: Asked, ticket: Ticket, visit: Visit) -> Context:
+def _context(kind: str, asked: Asked, ticket: Ticket, visit: Visit) -> Context:
     wanted = asked.request.request_id or visit.request_id
     request_id = wanted if re.fullmatch(r"[\w.:-]{1,128}", wanted, re.ASCII) else ticket.nonce.hex()
-    return Context(kind, body, request_id, ticket.created_unix_s, ticket.digest)
+    return Context(kind, asked.options, request_id, ticket.created_unix_s, ticket.digest)
 
 
 def _first_context(logs: list[Log | None]) -> Context | None:

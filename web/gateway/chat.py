@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from msgspec.structs import replace
+
 from controlplane.contract.errors import RequestError
 from web.gateway import shapes
-from web.gateway.asked import Asked
+from web.gateway.asked import Asked, digest_of
 from web.gateway.choice import Piece
 from web.gateway.errors import ApiError
 from web.gateway.generation import Generation, Plan
@@ -20,6 +22,7 @@ async def prepare_chat(service: Service, body: bytes, seed: int) -> Asked:
     """Check everything. Raises ApiError."""
     request = parse(ChatRequest, body)
     service.check_model(request.model)
+    service.check_priority(request.priority)
     model = service.model
     prompt = await chat_prompt(
         service,
@@ -34,10 +37,23 @@ async def prepare_chat(service: Service, body: bytes, seed: int) -> Asked:
         max_tokens = min(model.max_model_len - len(prompt), model.max_new_tokens or model.max_model_len)
     seed = request.seed if request.seed is not None else seed
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    plans = [
-        Plan(prompt, make_sampling(request, model, len(prompt), max_tokens, (seed + n) & INT64_MAX, logprobs))
-        for n in range(request.choices)
-    ]
+    sampling = make_sampling(request, model, len(prompt), max_tokens, seed, logprobs)
+    plans = [Plan(prompt, replace(sampling, seed=(seed + n) & INT64_MAX)) for n in range(request.choices)]
+    return _asked(service, slim(request), plans, digest_of(request, plans))
+
+
+def slim(request: ChatRequest) -> ChatRequest:
+    """The request without what its plans say."""
+    nothing = [Message(role="user", content="")]
+    return request.model_copy(update={"messages": nothing, "chat_template_kwargs": None, "logit_bias": None})
+
+
+def kept_chat(service: Service, options: bytes) -> Asked:
+    """What `Asked.options` was made of, with no plans: the logs have them."""
+    return _asked(service, slim(parse(ChatRequest, options)), [], b"")
+
+
+def _asked(service: Service, request: ChatRequest, plans: list[Plan], digest: bytes) -> Asked:
     return Asked(
         request,
         plans,
@@ -45,6 +61,7 @@ async def prepare_chat(service: Service, body: bytes, seed: int) -> Asked:
         lambda generation, request_id, created: ChatFormat(
             service, request, generation, f"chatcmpl-{request_id}", created
         ),
+        digest,
     )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from msgspec.structs import replace
+
 from web.gateway import shapes
-from web.gateway.asked import Asked
+from web.gateway.asked import Asked, digest_of
 from web.gateway.choice import Piece
 from web.gateway.errors import ApiError
 from web.gateway.generation import Generation, Plan
@@ -21,16 +23,32 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Asked:
     """Check everything. Raises ApiError."""
     request = parse(CompletionRequest, body)
     service.check_model(request.model)
+    service.check_priority(request.priority)
     max_tokens = request.max_tokens or min(MAX_TOKENS, service.model.max_new_tokens or MAX_TOKENS)
     plans: list[Plan] = []
     for prompt in request.prompts:
         ids = await prompt_ids(service, request, prompt)
         seed = request.seed if request.seed is not None else seed
+        sampling = make_sampling(request, service.model, len(ids), max_tokens, seed, request.logprobs)
         for n in range(request.choices):
-            sampling = make_sampling(
-                request, service.model, len(ids), max_tokens, (seed + n) & INT64_MAX, request.logprobs
-            )
-            plans.append(Plan(ids, sampling))
+            plans.append(Plan(ids, replace(sampling, seed=(seed + n) & INT64_MAX)))
+    return _asked(service, slim(service, request), plans, digest_of(request, plans))
+
+
+def slim(service: Service, request: CompletionRequest) -> CompletionRequest:
+    """The request without what its plans say. Of the prompts there is only their text, if it is to be echoed."""
+    texts = [""] * len(request.prompts)
+    if request.echo:
+        texts = [p if isinstance(p, str) else service.model.decode(p) for p in request.prompts]
+    return request.model_copy(update={"prompt": texts, "logit_bias": None})
+
+
+def kept_completion(service: Service, options: bytes) -> Asked:
+    """What `Asked.options` was made of, with no plans: the logs have them."""
+    return _asked(service, slim(service, parse(CompletionRequest, options)), [], b"")
+
+
+def _asked(service: Service, request: CompletionRequest, plans: list[Plan], digest: bytes) -> Asked:
     return Asked(
         request,
         plans,
@@ -38,6 +56,8 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Asked:
         lambda generation, request_id, created: CompletionFormat(
             service, request, generation, f"cmpl-{request_id}", created
         ),
+        digest,
+        prompts=len(request.prompts),
     )
 
 
@@ -75,11 +95,7 @@ class CompletionFormat:
         self._writer = ChunkWriter(self._head, generation, request, len(request.prompts))
         count = len(generation.plans)
         self._begun = [False] * count
-        self._echo = [""] * count
-        if request.echo:
-            for index in range(count):
-                prompt = request.prompts[index // request.choices]
-                self._echo[index] = prompt if isinstance(prompt, str) else service.model.decode(prompt)
+        self._echo = [str(request.prompts[index // request.choices]) for index in range(count)]
         self._logprobs = None
         if request.logprobs is not None:
             self._logprobs = [shapes.CompletionLogprobs(service.model.vocabulary) for _ in range(count)]

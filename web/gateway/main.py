@@ -13,18 +13,20 @@ from pathlib import Path
 import structlog
 
 from controlplane.contract.auth import derive, load_secret
-from controlplane.contract.config import ClusterConfig, load_config
+from controlplane.contract.config import ClusterConfig, GatewayConfig, load_config
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.logs import configure_logging
 from controlplane.contract.records import GatewayRecord
+from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.register import Registration
 from web.gateway.app import build_app
 from web.gateway.dispatch import Dispatcher
 from web.gateway.guard import ApiKeys
 from web.gateway.live import Policy
+from web.gateway.memory import Memory
 from web.gateway.metrics import Metrics
 from web.gateway.model import Model, load_model
 from web.gateway.server import listen, make_server, serve
@@ -78,15 +80,24 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
     async with EtcdClient(config.etcd) as etcd:
         me = Member(name, new_incarnation())
         watch = ClusterWatch(etcd, config, dispatcher, me)
-        service = _service(model, dispatcher, metrics, watch, Tickets(derive(secret, "streams")))
+        tickets = Tickets(derive(secret, "streams"))
+        service = _service(config.gateway, model, dispatcher, metrics, watch, tickets)
         grace_s = config.timing.stop_grace_s
         server = make_server(build_app(service, keys), grace_s)
-        record = GatewayRecord(id=name, address=address, pid=os.getpid(), incarnation=me.incarnation)
+        record = GatewayRecord(
+            id=name,
+            address=address,
+            pid=os.getpid(),
+            incarnation=me.incarnation,
+            version=code_version(),
+            settings=settings_digest(config),
+        )
         registration = Registration(etcd, Keys(config.cluster).gateways + name, encode(record), LEASE_S)
         background = [
             asyncio.create_task(watch.follow_topology(), name="topology"),
             asyncio.create_task(watch.follow_nodes(), name="nodes"),
             asyncio.create_task(registration.run(), name="registration"),
+            asyncio.create_task(etcd.follow_health(), name="health"),
         ]
         gc.freeze()  # what start-up made stays: collections need not look at it again
         log.info("serving", address=address, model=model.name, max_model_len=model.max_model_len)
@@ -105,7 +116,12 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
 
 
 def _service(
-    model: Model, dispatcher: Dispatcher, metrics: Metrics, watch: ClusterWatch, tickets: Tickets
+    limits: GatewayConfig,
+    model: Model,
+    dispatcher: Dispatcher,
+    metrics: Metrics,
+    watch: ClusterWatch,
+    tickets: Tickets,
 ) -> Service:
     metrics.attach(dispatcher.router, watch.age_s)
     return Service(
@@ -114,7 +130,10 @@ def _service(
         metrics=metrics,
         started_unix_s=int(time.time()),
         etcd_age_s=watch.age_s,
+        troubles=watch.troubles,
         tickets=tickets,
+        memory=Memory(limits.memory_bytes, limits.client_share),
+        priority_floor=limits.priority_floor,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,22 +20,30 @@ class _Search:
 
 
 class Recalls:
-    """Level-triggered: `settle` brings every search to where it should be, whatever happened before."""
+    """Level-triggered: news brings a search to where it should be, whatever happened before."""
 
     def __init__(self) -> None:
         self._searches: dict[int, _Search] = {}
+        self._news: dict[int, None] = {}  # searches to look at, in order
+        self._ends: list[
+            tuple[float, int]
+        ] = []  # heap: when a search is over; void if there is no such search
 
     def __len__(self) -> int:
         return len(self._searches)
 
     def begin(self, rid: int, until: float) -> None:
         """Search for `rid` until that moment; a search under way goes on."""
-        self._searches.setdefault(rid, _Search(until))
+        if rid not in self._searches:
+            self._searches[rid] = _Search(until)
+            self._news[rid] = None
+            heapq.heappush(self._ends, (until, rid))
 
     def answer(self, member: Member, recalled: Recalled) -> None:
         search = self._searches.get(recalled.rid)
         if search is None:
             return
+        self._news[recalled.rid] = None
         search.answered.add(member)
         log = recalled.log
         if log is not None and (search.best is None or len(log.emitted) > len(search.best.emitted)):
@@ -44,17 +53,31 @@ class Recalls:
         """Its stream broke: what it has not answered, it has to be asked again."""
         for search in self._searches.values():
             search.asked.discard(member)
+        self.wake()
+
+    def wake(self) -> None:
+        """Who can be asked has changed."""
+        self._news = dict.fromkeys(self._searches)
 
     def settle(self, streams: Mapping[Member, bool], now: float, out: list[Effect]) -> None:
         """`streams`: every member that runs schedulers, and whether it can be asked."""
-        for rid, search in list(self._searches.items()):
-            for member, up in streams.items():
-                if up and member not in search.asked | search.answered:
+        while self._ends and self._ends[0][0] <= now:
+            self._news[heapq.heappop(self._ends)[1]] = None
+        if not self._news:
+            return
+        reachable = {member for member, up in streams.items() if up}
+        news, self._news = self._news, {}
+        for rid in news:
+            search = self._searches.get(rid)
+            if search is None:
+                continue
+            for member in streams:
+                if member in reachable and member not in search.asked and member not in search.answered:
                     search.asked.add(member)
                     out.append(SendRecall(member, Recall(rid)))
             sure = bool(streams) and streams.keys() <= search.answered
             # Once it is found, only those who can be asked may have a longer log of it.
-            found = search.best is not None and {m for m, up in streams.items() if up} <= search.answered
+            found = search.best is not None and reachable <= search.answered
             if sure or found or now >= search.until:
                 del self._searches[rid]
                 out.append(RecallDone(rid, search.best, sure))

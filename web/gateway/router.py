@@ -1,8 +1,8 @@
 """Which scheduler runs which request, and what to do when that changes: `step(event, now) -> effects` (pure).
 
-The router holds every live token log. It reacts to the state of the world and not to single events: after
-each event, every request that is with no scheduler is brought to where it should be (`_settle`), held, or
-failed. Nothing is sent that would not be right to send twice: a Submit carries the whole log.
+The router holds every live token log. It reacts to the state of the world and not to single events: a request that is
+with no scheduler is brought to where it should be (`_settle`), held, or failed, when its time has come or the world has
+changed. Nothing is sent that would not be right to send twice: a Submit carries the whole log.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import assert_never
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.requests import Cancel, FinishReason, RefusalCode, Refused, Submit, Token
 from controlplane.contract.topology import Mode, Pipeline, Topology
-from web.gateway.balance import least_loaded
+from web.gateway.balance import Loads
 from web.gateway.events import (
     CancelAsked,
     CloseStream,
@@ -40,11 +40,13 @@ from web.gateway.events import (
     TopologySeen,
 )
 from web.gateway.health import troubles
+from web.gateway.held import Held
 from web.gateway.live import Live, Policy
 from web.gateway.recall import Recalls
 from web.gateway.tokenlog import TokenLog, Verdict
 
 TOLD_MAX = 4096
+ROUNDING_S = 1e-6  # so that a span of time is over when it is looked at
 
 
 class Router:
@@ -55,7 +57,8 @@ class Router:
         self.topology: Topology | None = None
         self.counts: Counter[str] = Counter()  # monotonic, by kind: exported as metrics
         self._live: dict[int, Live] = {}
-        self._held: dict[int, Live] = {}  # those of _live that are with no scheduler
+        self._held = Held()  # those of _live that are with no scheduler
+        self._loads = Loads()
         self._again: dict[int, Live] = {}  # those that wait to ask for missing tokens
         self._pipelines: dict[PipelineId, Pipeline] = {}
         self._streams: dict[Member, bool] = {}  # wanted streams: is it up?
@@ -114,6 +117,7 @@ class Router:
             case StreamUp():
                 if event.member in self._streams:
                     self._streams[event.member] = True
+                    self._wake()
             case StreamDown():
                 self._on_stream_down(event.member, now)
             case Closing():
@@ -156,7 +160,9 @@ class Router:
             if home is not None:
                 live.pipeline = home.id
                 log.rebase(home.epoch)
-            self._live[event.rid] = self._held[event.rid] = live
+            self._live[event.rid] = live
+            self._loads.count(live)
+            self._held.put(live)
 
     def _on_cancel(self, event: CancelAsked, out: list[Effect]) -> None:
         live = self._forget(event.rid)
@@ -167,6 +173,7 @@ class Router:
         if self.topology is not None and topology.counter < self.topology.counter:
             return  # an old value, read again after a reconnect
         self.topology = topology
+        self._wake()
         old, self._pipelines = self._pipelines, {p.id: p for p in topology.pipelines}
         hosts = {p.stages[0].leader for p in topology.pipelines} - {None}
         for member in sorted(m for m in hosts if m is not None and m not in self._streams):
@@ -209,6 +216,7 @@ class Router:
         if member not in self._streams:
             return
         self._streams[member] = False
+        self._wake()
         self._recalls.lost(member)
         for live in self._live.values():
             if live.sent_to == member:
@@ -238,6 +246,7 @@ class Router:
                 live.full.add(refusal.pipeline)
                 self._hold(live, now, "")
                 live.pipeline = live.last_member = None
+                self._loads.count(live)
                 if all(p.id in live.full for p in self._pipelines.values() if p.up):
                     retry_s = max(1.0, refusal.retry_after_s)
                     self._fail(refusal.rid, FailCode.OVERLOADED, refusal.message, out, retry_s)
@@ -303,10 +312,16 @@ class Router:
         out.append(Deliver(live.log.rid, tuple(tokens), gap_s, live.how))
         live.last_token_at, live.how, live.again_at, live.held_since = now, "", None, None
         live.full.clear()
+        self._loads.count(live)
         if live.log.finish is not None:
             self._forget(live.log.rid)
 
     # Where requests are
+
+    def _wake(self) -> None:
+        """The world has changed: whoever waits for it is looked at once this event has been taken in."""
+        self._held.wake()
+        self._recalls.wake()
 
     def _hold(self, live: Live, now: float, how: str) -> None:
         """It is with no scheduler (any more)."""
@@ -317,7 +332,7 @@ class Router:
             live.sent_to = None
         live.retry_at, live.again_at, live.how = 0.0, None, how
         self._again.pop(live.log.rid, None)
-        self._held[live.log.rid] = live
+        self._held.put(live)
 
     def _miss(self, live: Live) -> None:
         """Tokens of a stream went missing: have them sent again, not more often than `again_s`."""
@@ -336,15 +351,25 @@ class Router:
                 del self._again[rid]
 
     def _settle(self, now: float, out: list[Effect]) -> None:
-        """Bring each held request to where it should be, or fail it when its grace is over."""
-        for rid, live in list(self._held.items()):
+        """Bring held requests to where they should be, or fail them when their grace is over."""
+        for live in self._held.due(now):
             held_s = now - (now if live.held_since is None else live.held_since)
             target = self._target(live, held_s) if now >= live.retry_at else None
             if target is not None:
                 self._send(live, target, now, out)
             elif held_s >= self.policy.grace_s:
                 text = f"no pipeline could run this request for {self.policy.grace_s:g} s"
-                self._fail(rid, FailCode.UNAVAILABLE, text, out, retry_s=1)
+                self._fail(live.log.rid, FailCode.UNAVAILABLE, text, out, retry_s=1)
+            else:
+                self._held.look(live, self._next_look(live, now))
+
+    def _next_look(self, live: Live, now: float) -> float:
+        """When time alone may change where a held request goes."""
+        since = now if live.held_since is None else live.held_since
+        policy = self.policy
+        spans = (policy.move_after_s, policy.unreachable_s, policy.grace_s)
+        moments = [live.retry_at, *(since + span + ROUNDING_S for span in spans)]
+        return min((moment for moment in moments if moment > now), default=now + policy.retry_s)
 
     def _target(self, live: Live, held_s: float) -> Pipeline | None:
         """The pipeline that `live` should be sent to now; None: wait."""
@@ -362,8 +387,10 @@ class Router:
         ]
         if not reachable:
             return None
-        others = (other for other in self._live.values() if other is not live)
-        return least_loaded(reachable, others, self.policy.places, len(live.log.prompt))
+        self._loads.drop(live)
+        chosen = self._loads.least(reachable, self.policy.places, len(live.log.prompt))
+        self._loads.count(live)
+        return chosen
 
     def _send(self, live: Live, pipeline: Pipeline, now: float, out: list[Effect]) -> None:
         member = pipeline.scheduler
@@ -377,7 +404,8 @@ class Router:
         live.pipeline, live.sent_to, live.last_member, live.sent_at = pipeline.id, member, member, now
         live.torn = False
         out.append(SendSubmit(member, self._submit(live, scratch)))
-        del self._held[live.log.rid]
+        self._held.pop(live.log.rid)
+        self._loads.count(live)
 
     def _submit(self, live: Live, scratch: bool) -> Submit:
         assert live.pipeline is not None
@@ -415,9 +443,12 @@ class Router:
         out.append(Fail(rid, code, message, retry_s))
 
     def _forget(self, rid: int) -> Live | None:
-        self._held.pop(rid, None)
+        self._held.pop(rid)
         self._again.pop(rid, None)
-        return self._live.pop(rid, None)
+        live = self._live.pop(rid, None)
+        if live is not None:
+            self._loads.drop(live)
+        return live
 
     def _fit(self, live: Live, pipeline: Pipeline) -> bool:
         """Whether none of its nodes has spoilt this request's numbers before."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 from web.gateway.dispatch import Dispatcher
 from web.gateway.errors import ApiError, shorten
+from web.gateway.memory import Memory
 from web.gateway.metrics import Metrics
 from web.gateway.model import Model
 from web.gateway.tickets import Tickets
@@ -31,9 +32,20 @@ class Service:
     etcd_age_s: Callable[[], float]
     tickets: Tickets
     keep_alive_s: float = KEEP_ALIVE_S
+    memory: Memory = field(default_factory=Memory)
+    priority_floor: int = 0  # the most urgent priority that clients may ask for; lower numbers run first
     version: str = field(default_factory=package_version)
+    troubles: Callable[[], Sequence[str]] = tuple  # what is wrong with etcd, beyond being away
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404. A request without a model means the one there is."""
         if name is not None and name != self.model.name:
             raise ApiError(404, f"the model {shorten(name)} does not exist", "model")
+
+    def check_priority(self, priority: int | None) -> None:
+        """Raises ApiError 400: priorities decide who is preempted, so the operator says how far they go."""
+        if priority is not None and priority < self.priority_floor:
+            text = (
+                f"priority must be {self.priority_floor} or more (lower runs first; gateway.priority_floor)"
+            )
+            raise ApiError(400, text, "priority")

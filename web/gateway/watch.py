@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -28,6 +28,7 @@ class ClusterWatch:
         self, client: EtcdClient, config: ClusterConfig, dispatcher: Dispatcher, me: Member | None = None
     ) -> None:
         self._me = me
+        self._client = client
         keys = Keys(config.cluster)
         self.junk = 0
         self._topology_key = keys.topology(config.group)
@@ -38,6 +39,10 @@ class ClusterWatch:
     def age_s(self) -> float:
         """Seconds since etcd was last heard: how old the topology may be."""
         return self._topology.age_s()
+
+    def troubles(self) -> Sequence[str]:
+        """Why nothing would be repaired, beyond etcd being away."""
+        return self._client.health.troubles()
 
     async def follow_topology(self) -> None:
         """Until cancelled."""

@@ -401,3 +401,22 @@ def test_a_pipeline_that_shares_a_node_refuses_earlier_and_says_when_to_come_bac
     assert refused.retry_after_s == 17.0  # the first in the queue has waited so long
     made.step(CapacityChanged(2, 1), 20.0)
     assert not [e for e in made.step(submit(5), 20.0) if isinstance(e, Refuse)]
+
+
+def test_what_requests_keep_is_bounded_in_bytes() -> None:
+    limits = replace(LIMITS, max_waiting=1000, request_bytes=20_000)
+    made = scheduler(quota=4, limits=limits)
+    context = b"x" * 4000
+    taken = []
+    for rid in range(1, 10):
+        effects = made.step(submit(rid, context=context), 0.0)
+        taken.append(not any(isinstance(effect, Refuse) for effect in effects))
+    assert taken == [True] * 3 + [False] * 6, "each keeps a little over 6,000 bytes"
+    assert made.bytes_kept == sum(r.bytes_kept for r in made.requests.values()) <= limits.request_bytes
+    (refused,) = (e for e in made.step(submit(10, context=context), 0.0) if isinstance(e, Refuse))
+    assert refused.message.code is RefusalCode.OVERLOADED
+    admitted = made.step(submit(11, context=context, admitted=True), 0.0)
+    assert not any(isinstance(effect, Refuse) for effect in admitted), "it was taken once"
+    for rid in list(made.requests):
+        made.step(Cancelled(rid, 1), 0.0)
+    assert made.bytes_kept == 0

@@ -1,0 +1,178 @@
+"""Settings that cannot be are refused, wherever they come from, with the field, its value and what is allowed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import msgspec
+import pytest
+
+from controlplane.contract.config import (
+    ClusterConfig,
+    EmulationConfig,
+    EngineConfig,
+    TimingConfig,
+    load_config,
+)
+from controlplane.contract.errors import ConfigError
+from controlplane.kfadmin.up import demo_model, settings_of
+
+SECTIONS = {"engine": EngineConfig, "timing": TimingConfig, "emulation": EmulationConfig}
+BASE: dict[str, Any] = {"run_dir": "r", "model": "m", "etcd": ["127.0.0.1:2379"]}
+
+
+def of_file(folder: Path, **settings: Any) -> ClusterConfig:
+    path = folder / "cluster.json"
+    path.write_text(json.dumps(BASE | settings))
+    return load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("engine", "pool_blocks", -5),
+        ("engine", "block_size", 0),
+        ("engine", "max_batch_tokens", 0),
+        ("engine", "max_running", 0),
+        ("engine", "max_waiting", -1),
+        ("engine", "max_model_len", -1),
+        ("engine", "threads", 0),
+        ("engine", "microbatches", -1),
+        ("engine", "microbatch_rows", -4),
+        ("timing", "heartbeat_s", 0),
+        ("timing", "heartbeat_s", -1.0),
+        ("timing", "leader_lease_s", 0),
+        ("timing", "leader_lease_s", 1),
+        ("timing", "node_lease_s", 1),
+        ("timing", "orphan_grace_s", 0.0),
+        ("timing", "restart_backoff_s", 0.0),
+        ("timing", "unavailable_grace_s", -0.1),
+        ("timing", "quiesce_limit_s", 0),
+        ("emulation", "time_scale", 0.0),
+        ("emulation", "link_bytes_per_s", -1.0),
+        ("emulation", "sites", [-1]),
+        ("", "gateway_port", 700000),
+        ("", "gateway_port", -1),
+        ("", "admin_port", 65536),
+        ("", "instances", 0),
+        ("", "stages", 0),
+        ("", "spares", -1),
+        ("", "cluster", "a/b"),
+        ("", "cluster", ""),
+        ("", "cluster", "two words"),
+        ("", "group", "../up"),
+        ("", "served_model_name", "new\nline"),
+        ("", "run_dir", ""),
+        ("", "model", ""),
+        ("", "host", "http://here"),
+        ("", "host", ""),
+        ("", "etcd", ["nowhere"]),
+        ("", "etcd", ["127.0.0.1:2379", "http://127.0.0.1:2379"]),
+        ("", "etcd", ["127.0.0.1:0"]),
+        ("", "database_url", "history.db"),
+    ],
+)
+def test_out_of_range(tmp_path: Path, section: str, field: str, value: Any) -> None:
+    given = {section: {field: value}} if section else {field: value}
+    with pytest.raises(ConfigError) as caught:
+        of_file(tmp_path, **given)
+    text = str(caught.value)
+    culprit = value[-1] if isinstance(value, list) else value
+    assert str(tmp_path / "cluster.json") in text
+    assert f"{section}.{field}".lstrip(".") + " = " in text
+    assert repr(culprit) in text
+    # The same without a file: benches and tests make settings directly, `replace` makes them from others.
+    value = tuple(value) if isinstance(value, list) else value
+    settings = SECTIONS[section]() if section else ClusterConfig("r", "m", ())
+    with pytest.raises(ConfigError, match=field):
+        msgspec.structs.replace(settings, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        (
+            {"engine": {"max_running": 64, "max_batch_tokens": 32, "microbatches": 1}},
+            ("max_running = 64", "max_batch_tokens = 32", "microbatches = 1"),
+        ),
+        (
+            {"engine": {"pool_blocks": 1 << 26, "block_size": 64}},
+            ("pool_blocks = 67108864", "block_size = 64"),
+        ),
+        ({"engine": {"attention": "xformers"}}, ("attention = 'xformers'", "device", "'cpu'")),
+        (
+            {"timing": {"suspect_after_s": 1.3}},
+            ("suspect_after_s = 1.3", "dead_after_s = 1.2"),
+        ),
+        ({"timing": {"heartbeat_s": 0.6}}, ("heartbeat_s = 0.6", "suspect_after_s = 0.6")),
+        ({"gateway_port": 8100}, ("gateway_port = 8100", "admin_port")),
+        ({"host": "0.0.0.0"}, ("host = '0.0.0.0'",)),
+        ({"host": "::"}, ("host = '::'",)),
+        ({"emulation": {"sites": [0, 1]}}, ("sites = (0, 1)", "latency_s")),
+        ({"emulation": {"latency_s": [[0.0, 0.1]]}}, ("latency_s", "square")),
+        ({"emulation": {"latency_s": [[-0.1]]}}, ("latency_s",)),
+    ],
+)
+def test_pairs_that_do_not_fit(tmp_path: Path, settings: dict[str, Any], names: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        of_file(tmp_path, **settings)
+    for name in names:
+        assert name in str(caught.value)
+
+
+def test_what_fits(tmp_path: Path) -> None:
+    """Edges that are allowed, the issue's own settings among them."""
+    engine = {"max_running": 32, "max_batch_tokens": 32, "microbatches": 1, "max_model_len": 2}
+    config = of_file(tmp_path, engine=engine, etcd=["[::1]:2379", "etcd-0.etcd:2379"], host="::1")
+    assert config.engine.max_running == 32
+    assert of_file(tmp_path, gateway_port=0, admin_port=0, host="node-1.example") is not None
+    assert ClusterConfig("r", "m", ()).engine == EngineConfig()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_floats_are_numbers(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "cluster.toml"
+    for name, section in SECTIONS.items():
+        for field, hint in get_type_hints(section).items():
+            if hint is not float:
+                continue
+            file.write_text(f"[{name}]\n{field} = {value}\n")
+            with pytest.raises(ConfigError, match=f"{name}.{field} = {value}"):
+                settings_of(file, {})
+            with pytest.raises(ConfigError, match=field):
+                section(**{field: float(value)})
+    with pytest.raises(ConfigError, match="latency_s"):
+        ClusterConfig("r", "m", (), emulation=EmulationConfig(latency_s=((math.nan,),)))
+
+
+@pytest.mark.parametrize("section", [ClusterConfig, *SECTIONS.values()])
+def test_every_setting_has_a_bound(section: type[msgspec.Struct]) -> None:
+    """A setting that is added without one fails here, not on somebody's nodes."""
+    for name, hint in get_type_hints(section, include_extras=True).items():
+        item = get_args(hint)[0] if get_origin(hint) is tuple else hint
+        assert item not in (int, float, str), f"{section.__name__}.{name}"
+
+
+def test_a_file_of_one_section(tmp_path: Path) -> None:
+    """README: `kfadmin up --config FILE`; model, run directory and etcd come from the command."""
+    file = tmp_path / "cluster.toml"
+    file.write_text("[engine]\nthreads = 2\n")
+    config = settings_of(file, {"run_dir": str(tmp_path), "instances": 3})
+    assert (config.engine.threads, config.instances, config.run_dir) == (2, 3, str(tmp_path))
+    assert (config.model, config.etcd) == (str(demo_model()), ())
+    with pytest.raises(ConfigError, match="instances = 0"):
+        settings_of(file, {"instances": 0})
+    file.write_text('stages = 1\netcd = ["here:1"]\n')
+    config = settings_of(file, {"stages": 2})
+    assert (config.stages, config.etcd) == (2, ("here:1",))
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null"])
+def test_a_file_of_something_else(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "cluster.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="one object"):
+        load_config(file)

@@ -1,0 +1,110 @@
+"""The bytes that clients' requests keep in this process: bounded in sum, and for each client (pure).
+
+A request counts from the first byte of its body until its answer is over: first as what has been read, then as what is
+kept to go on with it. What it brings, a token at a time, is bounded by the KV pools of the nodes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from web.gateway.errors import ApiError
+
+if TYPE_CHECKING:
+    from web.gateway.generation import Plan
+
+CHOICE_BYTES = 8 << 10  # a request's objects in router, channel, detokenizer
+TOKEN_BYTES = 40  # an int and its place in a tuple
+BIAS_BYTES = 150  # of one logit_bias entry
+TOTAL_MAX = 2 << 30
+SHARE = 0.5
+RETRY_S = 1.0
+
+
+class Memory:
+    """Who holds how much. A client is known by the hash of its API key."""
+
+    def __init__(self, total_max: int = TOTAL_MAX, share: float = SHARE) -> None:
+        self.total_max = total_max
+        self.client_max = max(1, int(total_max * share))
+        self.total = 0
+        self.refused = 0
+        self._of: Counter[bytes] = Counter()
+
+    def of(self, owner: bytes) -> int:
+        return self._of[owner]
+
+    def hold(self, owner: bytes) -> Hold:
+        return Hold(self, owner)
+
+    def take(self, owner: bytes, size: int, has: int = 0) -> None:
+        """`has`: what the same request has already. Raises ApiError: 413 if that is too much even alone, 429 while the
+        client has too much, 503 while all have."""
+        if has + size > self.client_max:
+            self.refused += 1
+            raise ApiError(
+                413, f"this request would keep {has + size} bytes, and a client may keep {self.client_max}"
+            )
+        if self._of[owner] + size > self.client_max:
+            self.refused += 1
+            text = f"the requests of this API key keep {self._of[owner]} of {self.client_max} bytes: try again later"
+            raise ApiError(429, text, retry_after_s=RETRY_S)
+        if self.total + size > self.total_max:
+            self.refused += 1
+            raise ApiError(
+                503, "this gateway's memory for requests is full: try again later", retry_after_s=RETRY_S
+            )
+        self._of[owner] += size
+        self.total += size
+
+    def give(self, owner: bytes, size: int) -> None:
+        self.total -= size
+        self._of[owner] -= size
+        if not self._of[owner]:
+            del self._of[owner]
+
+
+class Hold:
+    """What one request holds. Given back by `release`, at the latest with the object itself."""
+
+    __slots__ = ("_memory", "_owner", "size")
+
+    def __init__(self, memory: Memory, owner: bytes) -> None:
+        self._memory = memory
+        self._owner = owner
+        self.size = 0
+
+    def grow(self, size: int) -> None:
+        """Hold `size` bytes more. Raises ApiError, and then holds what it held."""
+        self._memory.take(self._owner, size, self.size)
+        self.size += size
+
+    def become(self, size: int) -> None:
+        """Hold `size` bytes in place of what it held. Raises ApiError, and then holds what it held."""
+        if size > self.size:
+            self.grow(size - self.size)
+        else:
+            self._memory.give(self._owner, self.size - size)
+            self.size = size
+
+    def release(self) -> None:
+        self._memory.give(self._owner, self.size)
+        self.size = 0
+
+    def __del__(self) -> None:
+        self.release()
+
+
+def kept_bytes(plans: Sequence[Plan], blobs: Iterable[bytes]) -> int:
+    """About what a request keeps until its answer is over. Choices of one prompt share it, and their logit_bias."""
+    prompts = {id(plan.prompt): len(plan.prompt) for plan in plans}
+    biases = {id(plan.sampling.logit_bias): len(plan.sampling.logit_bias) for plan in plans}
+    contexts = {id(blob): len(blob) for blob in blobs}
+    return (
+        CHOICE_BYTES * len(plans)
+        + TOKEN_BYTES * sum(prompts.values())
+        + BIAS_BYTES * sum(biases.values())
+        + sum(contexts.values())
+    )
