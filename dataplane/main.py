@@ -7,7 +7,7 @@ import asyncio
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 import structlog
@@ -16,6 +16,7 @@ from controlplane.contract.config import ClusterConfig, EmulationConfig, load_co
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.logs import configure_logging
+from controlplane.contract.process import begin, run_to_exit
 from controlplane.contract.version import settings_digest
 from dataplane.devices import precise_loop
 from dataplane.fetch import provision
@@ -27,17 +28,23 @@ if TYPE_CHECKING:
     from dataplane.oracle import OracleExecutor
 
 
-def run_node(config: ClusterConfig, node: str) -> None:
-    """Serve until stopped (SIGTERM, SIGINT) or retired. A name is "n" and a number; its stage follows from it."""
+def run_node(config: ClusterConfig, node: str) -> NoReturn:
+    """Serve until stopped (SIGTERM, SIGINT) or retired, and end the process. A name is "n" and a number; its stage
+    follows from it. Raises ModelError or ConfigError before it serves."""
     configure_logging(node)
+    begin()
     stage = int(node.removeprefix("n")) % config.stages
     settings = settings_digest(config)  # of what the operator wrote: equal on every host
     config = msgspec.structs.replace(config, model=str(provision(config, node, stage)))
     executor = load_executor(config, stage)
     emulated = config.emulation != EmulationConfig()
     MOMENT.time_scale = config.emulation.time_scale
-    with asyncio.Runner(loop_factory=precise_loop if emulated else None) as runner:
-        runner.run(_serve(config, Member(node, new_incarnation()), stage, executor, settings))
+    member = Member(node, new_incarnation())
+    run_to_exit(
+        node,
+        lambda: _serve(config, member, stage, executor, settings),
+        precise_loop if emulated else None,
+    )
 
 
 async def _serve(

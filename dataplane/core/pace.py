@@ -39,9 +39,9 @@ class Progress:
 class Standstill:
     """For how long a computation has not advanced, however long it takes: a hung one is told from a slow one.
 
-    In the kernels only pieces of work count, since a loop without end also uses the processor. Outside (sampling, copies)
-    there is nothing else to go by, so processor time counts there, for `SPENT_MAX_S`. Time in which nobody looked does not
-    count: then this process did not run, and the computation did not either."""
+    In the kernels only pieces of work count, since a loop without end also uses the processor. Outside (sampling,
+    copies) there is nothing else to go by, so processor time counts there, for `SPENT_MAX_S`. Time in which nobody
+    looked does not count: then this process did not run, and the computation did not either."""
 
     still_s: float = 0.0
     _was: Progress | None = None

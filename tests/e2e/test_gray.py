@@ -16,7 +16,6 @@ from safetensors import safe_open
 
 from controlplane.contract.config import EngineConfig
 from controlplane.contract.events import Event, EventKind
-from controlplane.contract.process import HUNG_EXIT_S
 from controlplane.contract.status import ClusterStatus, NodeState, NodeStatus
 from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
 from controlplane.kfadmin.up import demo_model
@@ -71,14 +70,20 @@ async def found(cluster: Cluster, victim: str, since_unix_s: float) -> str:
     assert f"stage {int(victim[1:]) % 4} is served by {peer(victim)} for {victim}" in text
     assert '"degraded"' in text
 
-    def told() -> list[Event]:
+    return await told(cluster, victim, since_unix_s)
+
+
+async def told(cluster: Cluster, victim: str, since_unix_s: float, limit_s: float = FOUND_S) -> str:
+    """What the history says of the victim since then; its first word came in time."""
+
+    def look() -> list[Event]:
         with cluster.local.admin() as admin:
             events = [row.event for row in admin.events(limit=100)]
         return [e for e in events if e.subject == victim and e.unix_s >= since_unix_s and e.kind in FOUND]
 
-    events = await asyncio.to_thread(told)
+    events = await asyncio.to_thread(look)
     took_s = min(event.unix_s for event in events) - since_unix_s
-    assert took_s <= FOUND_S, f"found after {took_s:.2f} s: {events[0].message}"
+    assert took_s <= limit_s, f"found after {took_s:.2f} s: {events[0].message}"
     return "; ".join(event.message for event in events)
 
 
@@ -143,41 +148,24 @@ def test_a_hung_node(home: Cluster) -> None:
     asyncio.run(home.wait_all_home(60.0))
 
 
-def test_a_node_hung_in_its_first_step_and_one_whose_loop_hangs(etcd_binary: None) -> None:
-    """Nothing is known yet of how long its steps take, and of a team's threads only one stands still. Its process ends.
-    Then the loop of another one hangs: it says nothing any more, and its process ends as well."""
+def test_a_node_hung_in_its_first_step(etcd_binary: None) -> None:
+    """Nothing is known yet of how long its steps take, and of a team's threads only one stands still. Its process ends
+    although a thread of it waits for ever."""
     with Cluster(engine=EngineConfig(threads=2), instances=2, stages=2) as cluster:
-        first, second = cluster.node_pid("n1"), cluster.node_pid("n2")
-        (helper,) = threads_named(first, "kf-compute")
+        pid = cluster.node_pid("n1")
+        (helper,) = threads_named(pid, "kf-compute")
 
         async def hang(streams: list[Stream]) -> None:
-            with frozen_thread(first, helper):
+            with frozen_thread(pid, helper):
                 await until(lambda: all(s.sent for s in streams), "all are sent")
                 since = time.time()
-                status = await cluster.wait_for(lambda s: node(s, "n1").state is NodeState.RED, "it is red")
-                assert time.time() - since <= FOUND_S + 0.5, (
-                    "statuses come every 20 ms, on a machine that computes"
-                )
-                assert "its computation has not ended" in node(status, "n1").evidence
-                await cluster.wait_for(
-                    lambda s: node(s, "n1").pid not in (0, first), "a fresh process is there"
-                )
+                await cluster.wait_for(lambda s: node(s, "n1").state is NodeState.RED, "it is red")
+                # When the first prompt reaches its stage is the machine's business.
+                assert "its computation has not ended" in await told(cluster, "n1", since, FOUND_S + 1.0)
+            # A process whose thread is traced cannot be gone before.
+            await cluster.wait_for(lambda s: node(s, "n1").pid not in (0, pid), "a fresh process is there")
 
         streams = asyncio.run(while_streaming(cluster, DECODE, hang))
-        asyncio.run(cluster.expect_equal(streams))
-        asyncio.run(cluster.wait_all_home(60.0))
-
-        async def hang_loop(streams: list[Stream]) -> None:
-            await flowing(streams, 120)
-            with frozen_thread(second, second):
-                await cluster.wait_for(lambda s: node(s, "n2").state is NodeState.RED, "it is red")
-                await cluster.wait_for(
-                    lambda s: node(s, "n2").pid not in (0, second),
-                    "a fresh process is there",
-                    HUNG_EXIT_S + 20.0,
-                )
-
-        streams = asyncio.run(while_streaming(cluster, DECODE, hang_loop))
         asyncio.run(cluster.expect_equal(streams))
 
 

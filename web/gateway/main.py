@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import gc
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from controlplane.contract.errors import ConfigError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.logs import configure_logging
+from controlplane.contract.process import begin, run_to_exit
 from controlplane.contract.records import GatewayRecord
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
@@ -37,6 +37,7 @@ from web.gateway.watch import ClusterWatch
 log = structlog.get_logger()
 
 LEASE_S = 5
+LEAVE_LIMIT_S = 2.0  # for what is left to do once every client has been told
 
 
 def main() -> None:
@@ -46,12 +47,13 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="0: any free one (default: gateway_port of the settings)")
     arguments = parser.parse_args()
     configure_logging(arguments.id)
-    try:
-        config = load_config(arguments.config)
-        port = config.gateway_port if arguments.port is None else arguments.port
-        asyncio.run(run_gateway(config, arguments.id, port))
-    except ConfigError as error:
-        sys.exit(f"kf-gateway: {error}")
+    begin()
+    run_to_exit("kf-gateway", lambda: _run(arguments))
+
+
+async def _run(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config)
+    await run_gateway(config, arguments.id, config.gateway_port if arguments.port is None else arguments.port)
 
 
 def policy_of(config: ClusterConfig) -> Policy:
@@ -110,9 +112,13 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
         finally:
             for task in (*background, serving):
                 task.cancel()
-            await asyncio.gather(*background, serving, return_exceptions=True)
-            await registration.withdraw()
-            await dispatcher.aclose()
+            try:
+                async with asyncio.timeout(LEAVE_LIMIT_S):
+                    await asyncio.gather(*background, serving, return_exceptions=True)
+                    await registration.withdraw()
+                    await dispatcher.aclose()
+            except TimeoutError:
+                log.warning("not everything was closed in time; the lease will expire")
 
 
 def _service(

@@ -116,7 +116,9 @@ def test_a_slow_step_that_advances_is_no_hung_one(usual_s: float) -> None:
     sim.hang("n1", usual_s=usual_s, advances=True)
     sim.run(40.0)
     assert EventKind.DIED not in sim.kinds()
-    assert (state(sim, "n1") is NodeState.GREEN) == (usual_s == 0.0), "who is slower than usual is on probation"
+    assert (state(sim, "n1") is NodeState.GREEN) == (usual_s == 0.0), (
+        "who is slower than usual is on probation"
+    )
     sim.hang("n1", usual_s=usual_s, advances=False)
     assert sim.run_until(lambda: sim.serving("p0")[1] == "n5") <= 2.0
 
