@@ -21,7 +21,7 @@ BENCH_VLLM := .venv-bench-vllm
 
 # What an installation is made of: when one of these is newer, it is made again.
 SOURCES := pyproject.toml setup.py $(wildcard dataplane/_fast/*.pyx dataplane/_fast/*.pxd dataplane/_fast/*.h) \
-           $(filter-out kernels/cpu/_native.c,$(wildcard kernels/cpu/*.pyx kernels/cpu/*.c kernels/cpu/*.h))
+           $(filter-out kernels/cpu/_native.c,$(wildcard kernels/cpu/*.pyx kernels/cpu/*.pxd kernels/cpu/*.c kernels/cpu/*.h))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 # Compiled once, not by each of the hundreds of processes that the tests start: where PYTHONDONTWRITEBYTECODE is set, that

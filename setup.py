@@ -19,7 +19,18 @@ extensions = [
     Extension(
         "dataplane._fast.sampling",
         ["dataplane/_fast/sampling.pyx"],
-        depends=["dataplane/_fast/draw.h", "dataplane/_fast/weights.h"],
+        include_dirs=["kernels/cpu"],
+        depends=[
+            *(f"dataplane/_fast/{name}.h" for name in ("draw", "passes", "weights")),
+            "kernels/cpu/denormals.h",
+            "kernels/cpu/team.h",
+        ],
+        extra_compile_args=FAST,
+    ),
+    Extension(
+        "dataplane._fast.checksum",
+        ["dataplane/_fast/checksum.pyx"],
+        depends=["dataplane/_fast/crc32.h"],
         extra_compile_args=FAST,
     ),
     Extension("dataplane._fast.hashing", ["dataplane/_fast/hashing.pyx"], extra_compile_args=FAST),

@@ -17,6 +17,8 @@ from dataplane.model.rotary import RotaryTable
 from dataplane.model.split import split_layers
 from dataplane.model.weights import EMBED, HEAD, NORM, load_weights, weights_digest
 from kernels.base import DTYPES, Head, StageSpec
+from kernels.cpu._native import Team
+from kernels.cpu.stage import CpuStage
 from kernels.dispatch import build_stage, device_cache
 
 # By device: a step of up to so many tokens takes mostly the time of reading the weights. Measured on half of model S in
@@ -78,6 +80,8 @@ class StageExecutor:
             sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.rms_norm_eps)
             spec = StageSpec(*sizes, rotary, layers, embed, head)
             self._stage = build_stage(spec, self.kv, threads, attention)
+        # Threads of this host that are idle between two calls of forward(): sampling has them then.
+        self.team = self._stage.team if isinstance(self._stage, CpuStage) else Team(threads)
 
     @property
     def suspect(self) -> bool:

@@ -55,6 +55,11 @@ class KVCache:
         shape = (self.num_blocks, self.layers, 2, self.kv_heads, self.block_size * self.head_dim)
         return self._blocks.view(item).reshape(shape)
 
+    @property
+    def pool(self) -> npt.NDArray[np.uint8]:
+        """[num_blocks, block_bytes]; shares the memory."""
+        return self._blocks
+
     def view(self, block: int) -> memoryview:
         """The bytes of a block: writable, no copy. Raises IndexError."""
         if not 0 <= block < self.num_blocks:

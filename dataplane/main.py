@@ -18,6 +18,8 @@ from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.logs import configure_logging
 from controlplane.contract.process import begin, run_to_exit
 from controlplane.contract.version import settings_digest
+from controlplane.etcd.errors import NameTaken
+from controlplane.etcd.register import TAKE_OVER
 from dataplane.devices import precise_loop
 from dataplane.fetch import provision
 from dataplane.moment import MOMENT
@@ -28,9 +30,12 @@ if TYPE_CHECKING:
     from dataplane.oracle import OracleExecutor
 
 
-def run_node(config: ClusterConfig, node: str) -> NoReturn:
+def run_node(config: ClusterConfig, node: str, take_over: str = "") -> NoReturn:
     """Serve until stopped (SIGTERM, SIGINT) or retired, and end the process. A name is "n" and a number; its stage
-    follows from it. Raises ModelError or ConfigError before it serves."""
+    follows from it. Raises ModelError or ConfigError before it serves.
+
+    `take_over`: the incarnation that has to give its name up to this process.
+    """
     configure_logging(node)
     begin()
     stage = int(node.removeprefix("n")) % config.stages
@@ -42,15 +47,21 @@ def run_node(config: ClusterConfig, node: str) -> NoReturn:
     member = Member(node, new_incarnation())
     run_to_exit(
         node,
-        lambda: _serve(config, member, stage, executor, settings),
+        lambda: _serve(config, member, stage, executor, settings, take_over),
         precise_loop if emulated else None,
+        expected=NameTaken,
     )
 
 
 async def _serve(
-    config: ClusterConfig, me: Member, stage: int, executor: StageExecutor | OracleExecutor, settings: str
+    config: ClusterConfig,
+    me: Member,
+    stage: int,
+    executor: StageExecutor | OracleExecutor,
+    settings: str,
+    take_over: str,
 ) -> None:
-    node = Node(config, me, stage, executor, settings)
+    node = Node(config, me, stage, executor, settings, (take_over,))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.stop)
@@ -61,12 +72,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="kf-node", description="One stage of a model on one device.")
     parser.add_argument("--config", type=Path, required=True, help="the cluster's settings (TOML or JSON)")
     parser.add_argument("--node", required=True, help="name of this node: n0, n1, ...")
+    parser.add_argument("--take-over", metavar="INCARNATION", default="", help=TAKE_OVER)
     arguments = parser.parse_args()
     if not arguments.node.removeprefix("n").isdigit():
         parser.error(f"--node {arguments.node}: a node's name is n and a number")
     try:
-        run_node(load_config(arguments.config), arguments.node)
-    except KevlarFlowError as error:
+        run_node(load_config(arguments.config), arguments.node, arguments.take_over)
+    except (KevlarFlowError, NameTaken) as error:
         structlog.get_logger().error(str(error))
         sys.exit(1)
 

@@ -117,6 +117,7 @@ class OracleExecutor:
         self.weights_digest = f"oracle-{stage}-of-{num_stages}"
         self.light_tokens = profile.light_tokens
         self.suspect = False
+        self.team = None  # see dataplane/executor.py
         self.step_s = 0.0  # how long the device is busy with what forward() got last
         self._stage = stage
         self._profile = profile

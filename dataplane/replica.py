@@ -1,10 +1,11 @@
-"""Both ends of KV copies on one node: reading and sending blocks, and storing those of others."""
+"""Both ends of KV copies on one node: reading and sending blocks, and storing those of others.
+
+What is decided here is decided on the event loop; what reads or writes blocks runs in the KV thread (kvwork.py)."""
 
 from __future__ import annotations
 
 import logging
-import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from dataplane.core.messages import (
 )
 from dataplane.core.replication import Copy, ReplicaSource
 from dataplane.core.stage import Stage
+from dataplane.kvwork import KvBytes, RunInThread
 from dataplane.transport.frames import Send
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 
 # Of copies in one message: it costs both ends more than a block does, yet steps must not wait behind it for long.
 COMPANY_BYTES = 1 << 19
+# A holder that had to refuse copies says that it has room once so much of its pool has become free since.
+ROOM_PART = 16
 
 
 @dataclass(slots=True)
@@ -43,6 +47,7 @@ class ReplicaStats:
     blocks_sent: int = 0
     blocks_stored: int = 0
     blocks_refused: int = 0
+    copies_refused: int = 0  # of ours, by a holder
     checksum_failures: int = 0
 
 
@@ -55,13 +60,18 @@ class _Protected:
     flush: bool = False  # quiesced: part-filled blocks too
 
 
+def never() -> bool:
+    return False
+
+
 class Replicator:
-    """Used by the worker only, between computations: no block changes while it reads one."""
+    """Used by the worker only, between computations and one call at a time: no block changes while one is read."""
 
     def __init__(
         self,
         store: KvStore,
         kv: KVCache | DeviceCache,
+        thread: RunInThread,
         send: Send,
         send_later: Send | None = None,
         block_wire_bytes: int = 0,
@@ -71,15 +81,16 @@ class Replicator:
         it has (emulated devices)."""
         self.stats = ReplicaStats()
         self._store = store
-        self._kv = kv
+        self._bytes = KvBytes(kv)
+        self._thread = thread
         self._send, self._send_later = send, send_later or send
         self._company = max(1, COMPANY_BYTES // (block_wire_bytes or kv.block_bytes))  # blocks of one message
         self._protected: dict[PipelineId, _Protected] = {}
         self._news: dict[tuple[Member, PipelineId, Fence], dict[int, None]] = {}  # requests to acknowledge
         self._sources: dict[PipelineId, tuple[Member, Fence]] = {}  # who relies on our copies of a pipeline
-
-    def checksum(self, block: int) -> int:
-        return zlib.crc32(self._kv.view(block))
+        self._turn = 0  # which source goes first
+        # Whose copies had to be refused, and how many blocks were free then.
+        self._refused: dict[tuple[Member, PipelineId, Fence], int] = {}
 
     # ------------------------------------------------------------------ the serving side
 
@@ -92,11 +103,18 @@ class Replicator:
                 source.restart()
         state.flush = flush
         state.sources = {
-            target: state.sources.get(target)
-            or ReplicaSource(target, self._store.block_size, lambda rid: self._store.tokens((pipeline, rid)))
-            for target in targets
+            target: state.sources.get(target) or self._source(pipeline, target) for target in targets
         }
         self.wrote(pipeline, self._rids(pipeline))
+
+    def _source(self, pipeline: PipelineId, target: Member) -> ReplicaSource:
+        return ReplicaSource(
+            target,
+            self._store.block_size,
+            lambda rid: self._store.tokens((pipeline, rid)),
+            lambda rid: self._store.verified_tokens((pipeline, rid)),
+            self._bytes.block_bytes,
+        )
 
     def unprotect(self, pipeline: PipelineId) -> None:
         self._protected.pop(pipeline, None)
@@ -132,7 +150,7 @@ class Replicator:
         """A stage answers its scheduler; the holders learn what came of it."""
         pipeline = stage.pipeline
         before = self._here(pipeline)
-        held = stage.rejoin(meta, self.checksum)
+        held = stage.rejoin(meta)
         gone = before.keys() - self._here(pipeline).keys()
         self.freed(pipeline, tuple(gone))
         state = self._protected.get(pipeline)
@@ -149,39 +167,70 @@ class Replicator:
                 if target.node == node:
                     source.restart()
 
-    def pump(self, now: float) -> None:
-        """Send what may be sent now (monotonic seconds): copies of every pipeline, acknowledgements of what came."""
+    async def pump(self, now: float, others_wait: Callable[[], bool] = never) -> None:
+        """Send what is to be sent: all of it, or one piece of it if others wait for this node."""
         self._acknowledge()
         self._tell_evicted()
-        for pipeline, state in self._protected.items():
-            for target, source in state.sources.items():
-                if source.must_ask(now):
-                    self._send_later(target, KvQueryMeta(pipeline, state.fence), b"")
-                copies = source.take(now, state.flush)
-                for first in range(0, len(copies), self._company):
-                    blocks, data = self._read(pipeline, copies[first : first + self._company])
-                    if not self._send_later(target, KvMeta(pipeline, state.fence, blocks), data):
-                        source.restart()
-                        break
-                    self.stats.blocks_sent += len(blocks)
+        self._tell_room()
+        lines = [(p, s, source) for p, s in self._protected.items() for source in s.sources.values()]
+        for pipeline, state, source in lines:
+            if source.must_ask(now):
+                self._send_later(source.target, KvQueryMeta(pipeline, state.fence), b"")
+        for _ in range(len(lines)):
+            self._turn = (self._turn + 1) % len(lines)
+            pipeline, state, source = lines[self._turn]
+            while copies := source.take(now, state.flush, self._bytes.piece_blocks):
+                sent = await self._send_copies(pipeline, state, source, copies)
+                if others_wait():
+                    return
+                if not sent:
+                    break
 
-    def _read(self, pipeline: PipelineId, copies: list[Copy]) -> tuple[tuple[Block, ...], bytearray]:
-        """Copied out: a block may be freed and written again before it has been sent."""
-        own, table, size = self._store.own[pipeline], self._store.table, self._kv.block_bytes
-        data = bytearray(len(copies) * size)
+    async def _send_copies(
+        self, pipeline: PipelineId, state: _Protected, source: ReplicaSource, copies: list[Copy]
+    ) -> bool:
+        """Copied out: a block may be freed and written again before it has been sent. False: nothing more now."""
+        fence, own, table, size = (
+            state.fence,
+            self._store.own[pipeline],
+            self._store.table,
+            self._bytes.block_bytes,
+        )
+        rows = [own[copy.rid] for copy in copies]
+        data, sums = await self._thread(
+            self._bytes.gather, [table.block(row, copy.index) for row, copy in zip(rows, copies, strict=True)]
+        )
+        if state.fence != fence or state.sources.get(source.target) is not source:
+            return False
         blocks = []
-        for number, copy in enumerate(copies):
-            part = memoryview(data)[number * size : (number + 1) * size]
-            part[:] = self._kv.view(table.block(own[copy.rid], copy.index))
-            blocks.append(Block(copy.rid, copy.index, copy.tokens, zlib.crc32(part)))
-        return tuple(blocks), data
+        for copy, row, checksum in zip(copies, rows, sums.tolist(), strict=True):
+            if not self._store.checksums.copied(row, copy.index, copy.tokens, checksum):
+                log.error(
+                    "block %d of request %x of %s has changed in memory", copy.index, copy.rid, pipeline
+                )
+                source.restart()  # from what the holder says it goes on, as far as our own is valid
+                return False
+            blocks.append(Block(copy.rid, copy.index, copy.tokens, checksum))
+        parts = memoryview(data)
+        for first in range(0, len(blocks), self._company):
+            some = tuple(blocks[first : first + self._company])
+            part = parts[first * size : (first + len(some)) * size]
+            if not self._send_later(source.target, KvMeta(pipeline, fence, some), part):
+                source.restart()
+                return False
+            self.stats.blocks_sent += len(some)
+        return True
 
     def acknowledged(self, peer: Member, meta: KvAckMeta, now: float) -> None:
         state = self._protected.get(meta.pipeline)
         source = state.sources.get(peer) if state is not None and meta.fence == state.fence else None
         if state is None or source is None:
             return
+        if meta.room:
+            source.room()
         unknown = source.acknowledged(meta.held, meta.whole, meta.refused, now)
+        if meta.refused:
+            self.stats.copies_refused += len(meta.held)
         # What waits here to be promoted may still be claimed: its other copies must not go before.
         unknown = [rid for rid in unknown if (meta.pipeline, rid) not in self._store.replicas]
         if meta.whole:
@@ -203,32 +252,58 @@ class Replicator:
 
     # ------------------------------------------------------------------ the holding side
 
-    def store_copies(self, peer: Member, meta: KvMeta, payload: memoryview) -> None:
+    async def store_copies(self, peer: Member, meta: KvMeta, payload: memoryview) -> None:
         self._sources[meta.pipeline] = (peer, meta.fence)
-        size = self._kv.block_bytes
+        sums = await self._thread(self._bytes.sums_of, payload)
         refused: dict[int, None] = {}
-        for number, copy in enumerate(meta.blocks):
-            data = payload[number * size : (number + 1) * size]
-            if self._store_copy((meta.pipeline, copy.rid), copy, data):
-                self._news.setdefault((peer, meta.pipeline, meta.fence), {})[copy.rid] = None
-            else:
+        blocks: list[int] = []
+        places: list[int] = []
+        for place, copy in enumerate(meta.blocks):
+            sound = place < len(sums) and sums[place] == copy.checksum
+            block = self._block_for((meta.pipeline, copy.rid), copy, sound)
+            if block is None:
                 refused[copy.rid] = None
+            else:
+                blocks.append(block)
+                places.append(place)
+        if blocks:
+            # They count already, so that the next block of the same request finds its place. Nobody looks before this
+            # returns, and nothing is acknowledged before the next turn.
+            await self._thread(self._bytes.scatter, blocks, payload, places)
+        for place in places:
+            self._news.setdefault((peer, meta.pipeline, meta.fence), {})[meta.blocks[place].rid] = None
         if refused:
-            held = tuple((rid, self._store.replica_tokens((meta.pipeline, rid))) for rid in refused)
-            self._send(peer, KvAckMeta(meta.pipeline, meta.fence, held, refused=True), b"")
+            self._refuse(peer, meta, list(refused))
 
-    def _store_copy(self, key: Key, copy: Block, data: memoryview) -> bool:
+    def _block_for(self, key: Key, copy: Block, sound: bool) -> int | None:
+        """The block that a copy belongs into, which counts as written from here on; None: it is refused."""
         block = self._store.replica_block(key, copy.index, copy.tokens)
-        sound = len(data) == self._kv.block_bytes and zlib.crc32(data) == copy.checksum
         if not sound:
             self.stats.checksum_failures += 1
         if block is None or not sound:
             self.stats.blocks_refused += 1
-            return False
-        self._kv.write(block, data)
+            return None
         self._store.replica_written(key, copy.index, copy.tokens, copy.checksum)
         self.stats.blocks_stored += 1
-        return True
+        return block
+
+    def _refuse(self, peer: Member, meta: KvMeta, rids: list[int]) -> None:
+        held = tuple((rid, self._store.replica_tokens((meta.pipeline, rid))) for rid in rids)
+        self._refused.setdefault((peer, meta.pipeline, meta.fence), self._store.blocks_free)
+        self._send(peer, KvAckMeta(meta.pipeline, meta.fence, held, refused=True), b"")
+
+    def _tell_room(self) -> None:
+        """Whose copies were refused tries them again when there is room for them, not before."""
+        free, part = self._store.blocks_free, -(-self._store.num_blocks // ROOM_PART)
+        for line, free_then in list(self._refused.items()):
+            peer, pipeline, fence = line
+            if self._sources.get(pipeline) != (peer, fence):
+                del self._refused[line]
+            elif free < free_then:
+                self._refused[line] = free
+            elif free >= free_then + part:
+                del self._refused[line]
+                self._send(peer, KvAckMeta(pipeline, fence, (), room=True), b"")
 
     def _acknowledge(self) -> None:
         """One message for all that was stored or dropped since the last time."""
@@ -246,6 +321,7 @@ class Replicator:
         for pipeline, held in gone.items():
             if pipeline in self._sources:
                 peer, fence = self._sources[pipeline]
+                self._refused.setdefault((peer, pipeline, fence), self._store.blocks_free)
                 self._send(peer, KvAckMeta(pipeline, fence, tuple(held), refused=True), b"")
 
     def answer_query(self, peer: Member, meta: KvQueryMeta) -> None:

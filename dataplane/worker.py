@@ -1,8 +1,9 @@
 """Everything on a node that touches KV, one thing at a time.
 
-Steps, copies, questions and topology changes go through one inbox and are handled in order, a computation
-being awaited before the next item is taken. So no block is freed, promoted or overwritten under a running
-computation, and the order of a link is, for each pipeline, the order of effects. A step takes along those of other
+Steps, copies, questions and topology changes go through one inbox and are handled in order, a computation, or a piece
+of work on KV in its thread, being awaited before the next item is taken. So no block is freed, promoted or overwritten
+while one is computed, copied or checked; the event loop itself touches none and is free for heartbeats meanwhile. The
+order of a link is, for each pipeline, the order of effects. A step takes along those of other
 pipelines that wait behind it, where one pass over the weights for all is cheaper (`inbox.company`).
 """
 
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING, assert_never
 
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.topology import MovePhase, Pipeline, Topology
+from dataplane._fast.blocktable import Rows
 from dataplane.compute import Compute, Computed, Work
 from dataplane.core.blocks import KvStore
+from dataplane.core.checksums import Check
 from dataplane.core.messages import (
     Detail,
     Fence,
@@ -35,6 +38,7 @@ from dataplane.core.messages import (
 from dataplane.core.rhythm import Rhythm
 from dataplane.core.stage import Stage
 from dataplane.inbox import Inbox, Item, LinkChanged, Message, Wake
+from dataplane.kvwork import KvBytes, KvThread
 from dataplane.model.sampler import Drawn, SamplingTable
 from dataplane.moment import MOMENT
 from dataplane.replica import Replicator
@@ -80,7 +84,11 @@ class Worker:
         """`send_later`: for copies of KV, behind all else; as everything else if it is not given."""
         self.stats = WorkerStats()
         self.stages: dict[PipelineId, Stage] = {}
-        self.replicator = Replicator(store, executor.kv, send, send_later, executor.block_wire_bytes)
+        self._thread = KvThread()
+        self._bytes = KvBytes(executor.kv)
+        self.replicator = Replicator(
+            store, executor.kv, self._thread, send, send_later, executor.block_wire_bytes
+        )
         self.topology: Topology | None = None  # the newest one applied
         self._newest: Topology | None = (
             None  # the newest one known: what is older than it need not be computed
@@ -104,10 +112,12 @@ class Worker:
     async def run(self) -> None:
         handled = 0
         while True:
+            while self._store.checksums.unverified and not self._inbox:
+                await self._look_at(self._store.checksums.next(self._bytes.piece_blocks))
             await self._handle(await self._inbox.get())
             handled += 1
             if not self._inbox or handled % PUMP_EVERY == 0:
-                self.replicator.pump(time.monotonic())
+                await self.replicator.pump(time.monotonic(), lambda: len(self._inbox) > 0)
 
     def wake(self) -> None:
         """Called every tick. Copies wait for their turn like everything else: a block must not be read
@@ -117,6 +127,7 @@ class Worker:
 
     def close(self) -> None:
         self.compute.close()
+        self._thread.close()
 
     # ------------------------------------------------------------------ dispatch
 
@@ -143,7 +154,7 @@ class Worker:
             case RejoinMeta():
                 self._rejoin(meta)
             case KvMeta():
-                self.replicator.store_copies(peer, meta, memoryview(message.payload))
+                await self.replicator.store_copies(peer, meta, memoryview(message.payload))
             case KvAckMeta():
                 self.replicator.acknowledged(peer, meta, time.monotonic())
             case KvQueryMeta():
@@ -210,7 +221,8 @@ class Worker:
         stages = len(pipeline.stages)
         sampling = None
         if index == stages - 1:
-            sampling = SamplingTable(self._store.table.max_rows, self._executor.config.vocab_size)
+            rows, executor = self._store.table.max_rows, self._executor
+            sampling = SamplingTable(rows, executor.config.vocab_size, executor.team)
         return Stage(pipeline.id, index, stages, pipeline.epoch, self._store, sampling)
 
     def _protect(self, pipeline: Pipeline, index: int) -> None:
@@ -229,7 +241,7 @@ class Worker:
         self.replicator.unprotect(pipeline.id)
         if self._me in pipeline.stages[stage.index].replicas:
             for rid in list(self._store.own[pipeline.id]):
-                self._store.demote((pipeline.id, rid), self.replicator.checksum)
+                self._store.demote((pipeline.id, rid))
         else:
             self._store.release_pipeline(pipeline.id)
 
@@ -261,11 +273,16 @@ class Worker:
                 assert isinstance(other.meta, StepMeta)
                 self._rhythm.came(other.meta.pipeline, time.monotonic())
             messages += filter(self._admissible, others)
+        if self._store.checksums.unverified:
+            await self._look_at([check for message in messages for check in self._straddled(message)])
         works = [work for message in messages if (work := self._prepared(message)) is not None]
         computed = [Computed()] * len(works)
+        damaged: set[int] = set()
         if works and meta.rows:
             began = time.monotonic()
+            looking = self._look_at_used(works)
             computed = await self.compute.run(works, began if waited else 0.0)
+            damaged = await looking if looking is not None else damaged
             now = time.monotonic()
             self._rhythm.ran(len(works), now - began)
             for work in works:
@@ -273,7 +290,11 @@ class Worker:
                     self._rhythm.goes_on(work.step.meta.pipeline, step_tokens(work.step.meta), now)
             self.stats.merged += len(works) - 1
         for work, outcome in zip(works, computed, strict=True):
-            self._finish(work, outcome)
+            if damaged and not damaged.isdisjoint(work.step.table_rows.tolist()):
+                # Nothing of it leaves this node. The scheduler asks what is held here and computes the rest again.
+                self._fail(work.stage, work.step.meta, "gap")
+            else:
+                self._finish(work, outcome)
         self.compute.account()
         MOMENT.end()
 
@@ -300,6 +321,31 @@ class Worker:
                 break
             others = self._inbox.take_company(meta, self._executor.light_tokens)
         return others, patience_s > 0 and not others
+
+    # ------------------------------------------------------------------ what was promoted unread
+
+    def _straddled(self, message: Message) -> list[Check]:
+        assert isinstance(message.meta, StepMeta)
+        return self._store.straddled(message.meta.pipeline, Rows(message.meta.rows))
+
+    def _look_at_used(self, works: list[Work]) -> asyncio.Task[set[int]] | None:
+        """Read what these steps use and nobody has read since it was promoted, on another core while they compute."""
+        if not self._store.checksums.unverified:
+            return None
+        checks = [c for work in works for c in self._store.checksums.below(work.step.table_rows.tolist())]
+        return asyncio.create_task(self._look_at(checks)) if checks else None
+
+    async def _look_at(self, checks: list[Check]) -> set[int]:
+        """Rows of the block table of which a block is not as it came: its positions are no longer valid."""
+        if not checks:
+            return set()
+        sums = await self._thread(self._bytes.sums, [check.block for check in checks])
+        damaged = self._store.checksums.looked_at(checks, sums)
+        if damaged:
+            log.error("%d of %d blocks of copies had changed in memory", len(damaged), len(checks))
+        return damaged
+
+    # ------------------------------------------------------------------
 
     def _alone(self, meta: StepMeta) -> bool:
         """Whether the whole pipeline is this stage."""

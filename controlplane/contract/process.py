@@ -38,9 +38,10 @@ def run_to_exit(
     name: str,
     serve: Callable[[], Coroutine[Any, Any, None]],
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    expected: type[Exception] = KevlarFlowError,
 ) -> NoReturn:
     """Run an event loop until `serve` has ended, and end the process `name` with it: 0, 1 after an error, 2 if it is
-    the operator's to mend.
+    the operator's to mend. Errors of ours, and `expected` ones, are told in words.
 
     Not by returning: the interpreter and asyncio would wait for every thread, and one that computes for ever, or waits
     for a database that is gone, would keep the process. Nor does a loop that hangs keep it: then a thread of C, which
@@ -48,7 +49,7 @@ def run_to_exit(
 
     async def main() -> NoReturn:
         awake = asyncio.create_task(_stay_awake())
-        end(await _code_of(name, serve()))
+        end(await _code_of(name, serve(), (KevlarFlowError, expected)))
         await awake  # never reached; keeps the task
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
@@ -68,10 +69,10 @@ def end(code: int) -> NoReturn:
     os._exit(code)
 
 
-async def _code_of(name: str, serving: Coroutine[Any, Any, None]) -> int:
+async def _code_of(name: str, serving: Coroutine[Any, Any, None], told: tuple[type[Exception], ...]) -> int:
     try:
         await serving
-    except KevlarFlowError as error:
+    except told as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except Exception:

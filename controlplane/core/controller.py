@@ -117,6 +117,8 @@ class Controller:
                     self._adopt(before, topology, effects)
             case events.OperationSeen(operation, mod_revision):
                 self._slot(operation.id).seen(operation, mod_revision)
+            case events.OperationUnknown(operation_id):
+                self._slot(operation_id).unreadable()
             case events.OperationGone(operation_id):
                 self._operations.pop(operation_id, None)
             case events.BecameLeader():
@@ -216,7 +218,8 @@ class Controller:
     def _observe(self, effects: list[Effect]) -> None:
         topology = self._topology.value
         # Reports say who stalls: the views of nodes, which take longer to make, are for decisions.
-        stalled = {} if topology is None else Nodes({}, reports=self._members.reports).stalled(topology)
+        reported = Nodes({}, reports=self._members.reports)
+        stalled = {} if topology is None else reported.stalled(topology, self._speaks)
         for verdict in self._detector.evaluate(self._now, stalled):
             if (
                 verdict.known or verdict.after is not NodeState.GREEN
@@ -260,7 +263,8 @@ class Controller:
             if after != slot.value:
                 slot.pending = after
                 effects.append(WriteOperation(after, slot.mod_revision))
-        over = [op for op in self._known_operations().values() if not op.open]
+        known = self._known_operations().values()
+        over = [op for op in known if not op.open and not self._operations[op.id].unknown]
         over.sort(key=lambda op: op.finished_unix_s)
         for op in over[:-FINISHED_KEPT]:
             del self._operations[op.id]
@@ -284,10 +288,14 @@ class Controller:
 
     def _policy(self) -> Policy:
         operations = self._known_operations()
-        return Policy(self._config, self._timers, operations, self._limits, self._peers, self._me)
+        unknown = frozenset(key for key, slot in self._operations.items() if slot.unknown)
+        return Policy(self._config, self._timers, operations, self._limits, self._peers, self._me, unknown)
 
     def _situation(self, topology: Topology, nodes: Nodes) -> Situation:
         return survey(topology, nodes, self._policy(), self._now)
+
+    def _speaks(self, member: Member) -> bool:
+        return self._detector.speaks(member, self._now)
 
     def _died_s(self, topology: Topology) -> dict[Member, float]:
         red = self._detector.red()

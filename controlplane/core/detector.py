@@ -1,8 +1,8 @@
 """Who is alive: evidence of several kinds for each process, weighed by the table of rules in evidence.py.
 
 Silence alone is slow and often wrong on a loaded machine; a killed process is seen by its peers at once. So two
-independent kinds of evidence make a member red at once, one kind alone only after a confirmation, and whoever is
-still heard by anybody is not dead (the path to this controller is broken, not the member).
+independent kinds of evidence make a member red at once, one kind alone never does while the member is registered, and
+whoever is still heard by anybody is not dead (the path to this controller is broken, not the member).
 
 Every candidate for leader feeds one, so that a new leader decides at once.
 """
@@ -17,7 +17,7 @@ from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.reports import LinkReport, NodeReport
 from controlplane.contract.status import NodeState
 from controlplane.core.conduct import Conduct
-from controlplane.core.evidence import Evidence, fault, judge, severed
+from controlplane.core.evidence import Evidence, fault, judge, may_live, severed
 from controlplane.core.phi import Arrivals
 
 GAP_S = 0.1  # ticks come every 50 ms: in a longer gap between two events this process did not get to run
@@ -47,7 +47,8 @@ class _Watched:
     since: float  # silence is counted from here at the earliest
     arrivals: Arrivals
     heard: float | None = None
-    broken: bool = False
+    broken_at: float | None = None  # its report stream ended then, and nothing came since
+    abrupt: bool = False  # ... in the middle of talking
     leaving: bool = False
     superseded: bool = False
     known: bool = False
@@ -58,7 +59,13 @@ class _Watched:
     links: tuple[LinkReport, ...] = ()
     faulty: bool = False  # answers, and has to be restarted
     excused_s: float = 0.0  # of the time for which a pipeline waits for it: until when it was seen to compute
+    may_live: bool = False  # red, but not beyond doubt
+    returning: bool = False  # red without reason: heard again, not yet for long
     demoted: bool = False  # nothing but a probation speaks against it
+
+    @property
+    def broken(self) -> bool:
+        return self.broken_at is not None
 
     def silent_s(self, now: float) -> float:
         return max(now - max(self.since, self.heard or 0.0), 0.0)
@@ -71,7 +78,9 @@ class _Links:
     down: str = ""
     silent_s: float = 0.0
     heard: bool = False
-    cut_off: str = ""
+    heard_at: float = 0.0  # by whoever heard it last, on the clock of this controller
+    lost_by: str = ""  # a neighbour whose link is down, or has been silent for too long
+    cut_off: str = ""  # the same, and both are heard here
 
 
 @dataclass(slots=True)
@@ -123,7 +132,7 @@ class Detector:
         gap_s = watched.silent_s(now)
         if watched.broken:
             watched.arrivals.restart()
-            watched.broken = False
+            watched.broken_at, watched.abrupt = None, False
             watched.steady_since = None
         if watched.steady_since is None or gap_s >= self.timing.suspect_after_s:
             watched.steady_since = now
@@ -134,12 +143,13 @@ class Detector:
         self.conduct.reported(report, now)
 
     def stream_broken(self, member: Member, now: float) -> None:
-        self._watch(member, now).broken = True
+        watched = self._watch(member, now)
+        watched.abrupt = watched.heard is not None and watched.silent_s(now) < self.timing.suspect_after_s
+        watched.broken_at = now
 
     def evaluate(self, now: float, stalled: Mapping[Member, float]) -> list[Verdict]:
         """Judge everybody anew; what changed, in a fixed order. `stalled`: who holds a pipeline up, seconds."""
-        fresh_s = self.timing.suspect_after_s
-        deaf = all(w.heard is None or now - w.heard >= fresh_s for w in self._watched.values())
+        deaf = self.deaf(now)
         links = self._neighbours(now)
         verdicts: list[Verdict] = []
         self.conduct.compare(now, [m for m, w in self._watched.items() if w.state is not NodeState.GREEN])
@@ -149,6 +159,9 @@ class Detector:
             evidence = self._evidence(member, watched, links.get(member, _Links()), stalled_s, deaf, now)
             state, why = judge(evidence, self.timing)
             defect, cut = fault(evidence, self.timing), severed(evidence, self.timing)
+            if state is NodeState.RED:
+                watched.may_live = may_live(evidence, self.timing)
+            watched.returning = watched.state is NodeState.RED and state is not NodeState.RED
             if state is NodeState.RED and why in (defect, cut):
                 watched.faulty = watched.faulty or why == defect  # behind a cut its process is sound
                 self.conduct.put_on_probation(member.node, why, now)
@@ -187,6 +200,33 @@ class Detector:
     def red(self) -> frozenset[Member]:
         return frozenset(m for m, w in self._watched.items() if w.state is NodeState.RED)
 
+    def dead(self) -> frozenset[Member]:
+        """Red ones, but for those that may have been alive all the time and are heard again."""
+        return frozenset(
+            m for m in self.red() if not (self._watched[m].may_live and self._watched[m].returning)
+        )
+
+    def unsure(self) -> frozenset[Member]:
+        """Dead ones that may be alive all the same."""
+        return frozenset(m for m in self.dead() if self._watched[m].may_live)
+
+    def speaks(self, member: Member, now: float) -> bool:
+        """Whether it was heard lately."""
+        watched = self._watched.get(member)
+        if watched is None or watched.heard is None or watched.broken:
+            return False
+        return now - watched.heard < self.timing.suspect_after_s
+
+    def hears(self, now: float) -> int:
+        """How many of those that are registered are heard."""
+        return sum(self.speaks(member, now) for member in self._leased.values())
+
+    def deaf(self, now: float) -> bool:
+        """Whether the fault may be here: few of those that are registered are heard, or nobody at all."""
+        if 2 * self.hears(now) < len(self._leased):
+            return True
+        return not any(self.speaks(member, now) for member in self._watched)
+
     def faulty(self) -> frozenset[Member]:
         """Red ones that answer: their processes have to make way for fresh ones."""
         return frozenset(m for m, w in self._watched.items() if w.faulty and w.state is NodeState.RED)
@@ -214,18 +254,15 @@ class Detector:
             watched = self._watched[member] = _Watched(since=now, arrivals=arrivals)
         return watched
 
-    def _speaks(self, member: Member, now: float) -> bool:
-        """Whether it is alive and was heard lately."""
-        watched = self._watched[member]
-        if watched.state is NodeState.RED or watched.heard is None or watched.broken:
-            return False
-        return now - watched.heard < self.timing.suspect_after_s
+    def _witness(self, member: Member, now: float) -> bool:
+        """Whether it is alive and was heard lately: what it said longer ago speaks neither for nor against anybody."""
+        return self._watched[member].state is not NodeState.RED and self.speaks(member, now)
 
     def _neighbours(self, now: float) -> dict[Member, _Links]:
         """What members that are alive and were heard lately say of their neighbours."""
         said: dict[Member, _Links] = {}
         for reporter, watched in self._watched.items():
-            if watched.heard is None or not self._speaks(reporter, now):
+            if watched.heard is None or not self._witness(reporter, now):
                 continue
             for link in watched.links:
                 if link.peer == reporter or link.peer not in self._watched:
@@ -237,7 +274,11 @@ class Detector:
                 elif link.silent_s > 0.0:  # 0: it is not expected to speak, which is no sign of life
                     about.silent_s = max(about.silent_s, silent_s)
                     about.heard |= silent_s < self.timing.dead_after_s
-                if (not link.up or silent_s >= self.timing.dead_after_s) and self._speaks(link.peer, now):
+                    about.heard_at = max(about.heard_at, now - silent_s)
+                if link.up and silent_s < self.timing.dead_after_s:
+                    continue
+                about.lost_by = reporter.node
+                if self._witness(link.peer, now):
                     # Which of the two is deaf, or mute, cannot be told: either may be the one to go.
                     about.cut_off = reporter.node
                     said.setdefault(reporter, _Links()).cut_off = link.peer.node
@@ -251,16 +292,19 @@ class Detector:
         if symptoms.advances and silent_s < self.timing.suspect_after_s:
             watched.excused_s = min(stalled_s, EXCUSED_MAX_S)
         watched.excused_s = min(watched.excused_s, stalled_s)
+        # What a neighbour heard in the moments before the stream broke says nothing of the time after.
+        since = watched.broken_at is not None and links.heard_at > watched.broken_at + self.timing.heartbeat_s
         return Evidence(
             silent_s=silent_s,
             phi=watched.arrivals.phi(silent_s) if watched.heard is not None else 0.0,
             heard_ever=watched.heard is not None,
             lease=self._leased.get(member.node) == member,
             broken=watched.broken,
+            abrupt=watched.abrupt and not since,
             link_down=links.down,
             link_silent_s=links.silent_s,
             neighbour_hears=links.heard,
-            cut_off=links.cut_off,
+            cut_off=links.cut_off or (links.lost_by if links.heard else ""),
             stalled_s=stalled_s - watched.excused_s,
             deaf=deaf,
             superseded=watched.superseded,

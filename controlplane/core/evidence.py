@@ -1,4 +1,10 @@
-"""The detector's rules: what each kind of evidence, and each pair of kinds, is worth."""
+"""The detector's rules: what each kind of evidence, and each pair of kinds, is worth.
+
+Kinds are independent if no single broken path explains both. Silence on reports and the end of their stream are one
+kind: both come of the path to this controller. What neighbours say of their links is another, the registration (a lease
+in etcd, renewed by the process itself) a third, a step that does not end a fourth. A lease that stands and a neighbour
+that hears are evidence of life: against them one kind is never enough.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +28,9 @@ class Evidence:
     heard_ever: bool = True
     lease: bool = True  # its registration stands in etcd
     broken: bool = False  # its report stream ended and no other report came
+    # ... in the middle of talking, as with a process that ends: a cut is silent for a while before. And no neighbour
+    # has heard it since.
+    abrupt: bool = False
     link_down: str = ""  # why a living neighbour says that its link to it is down
     link_silent_s: float = 0.0  # longest silence that a living neighbour expected to be filled
     neighbour_hears: bool = False  # a living neighbour heard it within dead_after_s
@@ -36,7 +45,7 @@ class Evidence:
     poisoned: int = 0  # requests whose numbers were finite when they came and not when they left, of late
     peers_poisoned: bool = False  # its peers had such requests, too: then it is the requests
     probation: str = ""  # why it is not trusted for a while
-    deaf: bool = False  # this controller hears nobody at all
+    deaf: bool = False  # this controller hears fewer than half of those that are registered, or nobody
 
 
 def judge(e: Evidence, timing: TimingConfig) -> tuple[NodeState, str]:
@@ -50,7 +59,8 @@ def judge(e: Evidence, timing: TimingConfig) -> tuple[NodeState, str]:
         return red, "a newer process of this node registered"
     if e.leaving:
         return red, "left"
-    if e.broken and e.link_down:
+    # Who hears few others may share the broken path with the few that it does hear.
+    if e.broken and e.link_down and (e.abrupt or not (e.neighbour_hears or e.deaf)):
         return red, f"report stream broken and link down ({e.link_down})"
     if e.heard_ever and not e.broken and not silent:
         if why := fault(e, timing) or severed(e, timing):
@@ -63,24 +73,37 @@ def judge(e: Evidence, timing: TimingConfig) -> tuple[NodeState, str]:
             return yellow, f"on probation: {e.probation}"
         return NodeState.GREEN, ""  # a lease that is gone says nothing: etcd was away
     if e.neighbour_hears:
+        if not e.deaf and (why := severed(e, timing)):
+            return red, why
         return yellow, "not heard here, but its neighbours hear it"
-    if e.link_down and silent:
-        return red, f"silent for {e.silent_s:.1f} s and link down ({e.link_down})"
     # Dead processes never said anything to a controller that just started: it waits a little longer.
     if not e.lease and (e.broken or e.silent_s >= _first(e, timing)):
         return red, f"registration gone and silent for {e.silent_s:.1f} s"
     if e.deaf:
-        return yellow, "this controller hears nobody"
+        return yellow, "this controller hears too few to tell"
+    if e.link_down and silent:
+        return red, f"silent for {e.silent_s:.1f} s and link down ({e.link_down})"
     if e.heard_ever and _long_silent(e, timing.dead_after_s):
-        if e.broken:
-            return red, f"report stream broken, silent for {e.silent_s:.1f} s"
-        if e.link_silent_s >= timing.dead_after_s or e.stalled_s >= timing.dead_after_s:
+        if e.link_silent_s >= timing.dead_after_s:
             return red, f"silent for {e.silent_s:.1f} s, on links too"
-        if e.silent_s >= 2 * timing.dead_after_s:
-            return red, f"silent for {e.silent_s:.1f} s"
+        if e.stalled_s >= timing.dead_after_s:
+            return red, f"silent for {e.silent_s:.1f} s, and its pipeline waits for it"
     if not e.heard_ever:
         return yellow, "registered, not heard yet"
+    # One kind alone: a process that is gone loses its registration soon.
     return yellow, "report stream broken" if e.broken else f"silent for {e.silent_s:.1f} s"
+
+
+def may_live(e: Evidence, timing: TimingConfig) -> bool:
+    """Whether one that is red may serve all the same, or go on in a moment: where nobody can take its place, it stays.
+
+    Not who was outlived, has left, has closed its connections, or is alive and does not work. One that is stopped or
+    cut off may, as long as it is registered; and longer, if no neighbour misses it: then it may be serving.
+    """
+    if e.superseded or e.leaving or (e.broken and e.link_down) or fault(e, timing) or severed(e, timing):
+        return False
+    missed = e.link_down or e.link_silent_s >= timing.dead_after_s
+    return e.lease or not missed
 
 
 def fault(e: Evidence, timing: TimingConfig) -> str:
@@ -99,7 +122,7 @@ def fault(e: Evidence, timing: TimingConfig) -> str:
 def severed(e: Evidence, timing: TimingConfig) -> str:
     """Why a sound process cannot serve where it does: a link that its pipeline needs is broken. Or nothing."""
     if e.cut_off and e.stalled_s >= timing.dead_after_s:
-        return f"heard here, but nothing passes between it and {e.cut_off}, and its pipeline waits for it"
+        return f"nothing passes between it and {e.cut_off}, though it is heard, and its pipeline waits for it"
     return ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from controlplane.contract.config import ClusterConfig
@@ -41,6 +41,7 @@ class Nodes:
     dead: frozenset[Member] = frozenset()
     reports: Mapping[Member, NodeReport] = field(default_factory=dict)
     faulty: frozenset[Member] = frozenset()  # dead ones that still run and have to be restarted
+    unsure: frozenset[Member] = frozenset()  # dead ones that may be alive all the same
 
     @property
     def demoted(self) -> frozenset[NodeId]:
@@ -55,6 +56,10 @@ class Nodes:
         """Dead by evidence, or outlived by a newer process of the same node."""
         view = self.views.get(member.node)
         return member in self.dead or (view is not None and view.member != member)
+
+    def is_gone(self, member: Member) -> bool:
+        """Dead beyond doubt: a place that nobody can take is not kept for it."""
+        return self.is_dead(member) and (member not in self.unsure or member not in self.dead)
 
     def report(self, member: Member | None, pipeline: PipelineId, stage: int) -> PipelineReport | None:
         """What a member last said of a stage; also what a dead one said last."""
@@ -89,28 +94,35 @@ class Nodes:
         report = self.report(pipeline.stages[0].leader, pipeline.id, 0)
         return 0 if report is None else report.waiting
 
-    def stalled(self, topology: Topology) -> dict[Member, float]:
+    def stalled(
+        self, topology: Topology, speaks: Callable[[Member], bool] = lambda _: True
+    ) -> dict[Member, float]:
         """Who holds a pipeline up, and for how long: the first stage that lacks a step which its predecessor has
-        executed. Where all have the same steps it is the first one, whose scheduler issued the oldest in flight."""
+        executed. Where all have the same steps it is the first one, whose scheduler issued the oldest in flight.
+
+        What a member has done since its last report is not known. So the scheduler has to be heard, and of the one
+        that is blamed and its predecessor at least one; else nobody is blamed."""
         guilty: dict[Member, float] = {}
         for pipeline in topology.pipelines:
             scheduler = pipeline.scheduler
             first = self.report(scheduler, pipeline.id, 0)
-            if scheduler is None or first is None or first.epoch != pipeline.epoch:
+            if scheduler is None or first is None or first.epoch != pipeline.epoch or not speaks(scheduler):
                 continue
             if (
                 first.stalled_s <= PATIENCE * first.round_s
             ):  # under load, or with long prompts, steps take long
                 continue
-            blamed, done = scheduler, first.last_step
+            blamed, before = scheduler, scheduler
             for index, stage in enumerate(pipeline.stages[1:], start=1):
-                report = self.report(stage.leader, pipeline.id, index)
-                if report is None or stage.leader is None:
+                if stage.leader is None:
                     continue
-                if report.epoch != pipeline.epoch or report.last_step < done:
+                report = self.report(stage.leader, pipeline.id, index)
+                if report is None or report.epoch != pipeline.epoch or report.last_step < first.last_step:
                     blamed = stage.leader
                     break
-            guilty[blamed] = max(guilty.get(blamed, 0.0), first.stalled_s)
+                before = stage.leader
+            if speaks(blamed) or speaks(before):
+                guilty[blamed] = max(guilty.get(blamed, 0.0), first.stalled_s)
         return guilty
 
 
@@ -158,7 +170,8 @@ class Membership:
         views = {
             node: self._view(node, record, digests, demoted) for node, record in sorted(self._records.items())
         }
-        return Nodes(views, self.detector.red(), self.reports, self.detector.faulty())
+        detector = self.detector
+        return Nodes(views, detector.dead(), self.reports, detector.faulty(), detector.unsure())
 
     def _view(
         self, node: NodeId, record: NodeRecord, digests: Mapping[int, str], demoted: frozenset[Member]

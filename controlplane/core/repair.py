@@ -12,20 +12,24 @@ from controlplane.core.policy import Situation
 
 
 def repair(s: Situation) -> Topology | None:
-    """The first pipeline with a dead member: a peer takes over, or what died is emptied. Its move is called off."""
+    """The first pipeline with a dead member: a peer takes over, or what died is emptied. Its move is called off.
+
+    Who may be alive stays where nobody can take its place: to be taken for dead costs nobody anything then."""
     for pipeline in s.topology.pipelines:
         dead = [i for i, st in enumerate(pipeline.stages) if any(s.nodes.is_dead(m) for m in st.ranks)]
-        if not dead:
-            continue
+        gone = [i for i in dead if any(s.nodes.is_gone(m) for m in pipeline.stages[i].ranks)]
         if s.topology.mode is Mode.STOP_RESTART:
-            return _stop(s, pipeline)
-        # Whatever is left of a pipeline that is down keeps its KV, and waits.
-        mended = _staffed(s, pipeline, dead)
-        if mended is None:
-            mended = pipeline
-            for index in dead:
-                mended = with_stage(mended, index, ranks=())
-        return _with_targets(s, replace(mended, move=None), dead)
+            if gone:
+                return _stop(s, pipeline)
+            continue
+        if mended := _staffed(s, pipeline, dead) if dead else None:
+            return _with_targets(s, replace(mended, move=None), dead)
+        if gone:
+            # Whatever is left of a pipeline that is down keeps its KV, and waits.
+            mended = _staffed(s, pipeline, gone)
+            for index in gone if mended is None else ():
+                pipeline = with_stage(pipeline, index, ranks=())
+            return _with_targets(s, replace(mended or pipeline, move=None), gone)
     return None
 
 
@@ -47,12 +51,21 @@ def drop_dead(s: Situation) -> Topology | None:
     """Copies on dead members are no copies; moves to dead or avoided members lead nowhere."""
     for pipeline in s.topology.pipelines:
         move = pipeline.move
-        lost = [i for i, st in enumerate(pipeline.stages) if any(s.nodes.is_dead(m) for m in st.replicas)]
+        lost = [i for i in range(len(pipeline.stages)) if _has_lost_copies(s, pipeline, i)]
         if move is not None and (s.nodes.is_dead(move.to) or move.to.node in s.avoid or not pipeline.up):
             return _with_targets(s, replace(pipeline, move=None), lost)
         if lost:
             return _with_targets(s, pipeline, lost)
     return None
+
+
+def _has_lost_copies(s: Situation, pipeline: Pipeline, index: int) -> bool:
+    replicas = pipeline.stages[index].replicas
+    if not any(s.nodes.is_dead(m) for m in replicas):
+        return False
+    return (
+        any(map(s.nodes.is_gone, replicas)) or _replicas(s, Layout(s.topology), pipeline, index) != replicas
+    )
 
 
 def retarget(s: Situation) -> Topology | None:
@@ -126,15 +139,16 @@ def _replicas(s: Situation, layout: Layout, pipeline: Pipeline, index: int) -> t
     """Copies of one stage after the next small step: at most the old one and the right one."""
     stage = pipeline.stages[index]
     serving = {m.node for m in pipeline.members()}
-    live = [m for m in stage.replicas if not s.nodes.is_dead(m) and m.node not in serving]
+    held = [m for m in stage.replicas if not s.nodes.is_gone(m) and m.node not in serving]
+    live = [m for m in held if not s.nodes.is_dead(m)]
     if layout.topology.mode is not Mode.REPLICATE:
         return ()
     if not stage.ranks:
-        return tuple(live)  # nobody serves; what is left of the KV may be promoted yet
-    kept = [m for m in live if m.node not in s.emptying]
+        return tuple(held)  # nobody serves; what is left of the KV may be promoted yet
+    kept = [m for m in live or held if m.node not in s.emptying]
     target = replica_target(s, layout, pipeline, index)
     if target is None:
-        return tuple(kept[:2])  # on a cordoned node, too: better than none
+        return tuple(kept[:2])  # on a cordoned node, or one that may be alive, too: better than none
     if target in live:
         # The others go once the right one has what they have.
         if s.near(pipeline, index, target):

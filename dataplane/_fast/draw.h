@@ -2,8 +2,11 @@
 #ifndef KF_DRAW_H
 #define KF_DRAW_H
 
+#include <stdatomic.h>
 #include <stdlib.h>
 
+#include "denormals.h"
+#include "team.h"
 #include "weights.h"
 
 #define KF_GREEDY_BELOW 1e-5 /* temperatures under this are greedy, as in vLLM */
@@ -19,6 +22,7 @@ typedef struct {
     double temperature, top_p, min_p;
     float repetition, presence, frequency;
     int in_use, counts_prompt, counts_output;
+    int64_t logprobs; /* how many of the largest it wants to see; -1: no log probabilities */
     int64_t num_bias, num_stops;
     const int32_t *bias_tokens, *stops; /* owned by the caller */
     const float *bias;
@@ -115,65 +119,56 @@ static uint64_t kf_noise(uint64_t seed, uint64_t position)
 
 /* ---- a draw */
 
-/* Inverts the cumulative distribution, in order of token id, of what min-p, top-k and top-p leave. */
-static int64_t kf_draw(const kf_row *row, const float *x, int64_t best, const kf_scratch *s)
+/* The token at place `pick` of the weights of one block, in order of token id. */
+static int64_t kf_in_block(const int64_t *weights, int64_t pick)
+{
+    int64_t i = 0;
+    for (; pick >= weights[i]; i++)
+        pick -= weights[i];
+    return i;
+}
+
+/* Inverts the cumulative distribution, in order of token id, of what min-p, top-k and top-p leave. `all`: the weight of
+ * all tokens together, min-p's among them. */
+static int64_t kf_draw(const kf_row *row, const float *x, int64_t best, const kf_scratch *s, int64_t *all)
 {
     const int64_t n = s->vocab;
     const int top_k = row->top_k > 0 && row->top_k < n, top_p = row->top_p < 1.0;
-    int64_t total = kf_weigh(x, n, x[best], KF_LOG2E / row->temperature, ceil(row->min_p * (double)(1LL << KF_ONE)),
-                             s->weights, s->sums);
+    const double scale = KF_LOG2E / row->temperature, floor = ceil(row->min_p * (double)(1LL << KF_ONE));
+    const int whole = !top_k && !top_p && floor <= 0.0; /* any token may be drawn */
+    int64_t total = whole ? s->passes->sum(x, n, x[best], scale, s->sums)
+                          : s->passes->weigh(x, n, x[best], scale, floor, s->weights, s->sums);
+    *all = total;
     if (total == 0) /* the best is not finite: penalties or masks left nothing to draw from */
         return best;
     const kf_u128 noise = kf_noise(row->seed, (uint64_t)row->length);
+    int64_t pick = (int64_t)(noise * (uint64_t)total >> 53), i = 0;
     if (!top_k && !top_p) {
-        int64_t pick = (int64_t)(noise * (uint64_t)total >> 53), b = 0;
-        for (; pick >= s->sums[b]; b++)
-            pick -= s->sums[b];
-        for (b *= KF_BLOCK; pick >= s->weights[b]; b++)
-            pick -= s->weights[b];
-        return b;
+        for (; pick >= s->sums[i]; i++)
+            pick -= s->sums[i];
+        i *= KF_BLOCK;
+        int64_t sum;
+        if (whole)
+            s->passes->weigh(x + i, i + KF_BLOCK < n ? KF_BLOCK : n - i, x[best], scale, 0.0, s->weights + i, &sum);
+        return i + kf_in_block(s->weights + i, pick);
     }
     const int64_t least = top_k ? kf_top_k_floor(s, row->top_k) : kf_top_p_floor(s, row->top_p, total);
-    int64_t count = kf_keep(s->weights, n, least, s->kept);
+    int64_t count = s->passes->keep(s->weights, n, least, s->kept);
     if (top_k)
         count = kf_top_k(s, count, row->top_k, &total);
     if (top_p)
         kf_top_p(s, count, row->top_p, &total);
-    int64_t pick = (int64_t)(noise * (uint64_t)total >> 53), i = 0;
+    pick = (int64_t)(noise * (uint64_t)total >> 53);
     for (; pick >= s->weights[s->kept[i]]; i++)
         pick -= s->weights[s->kept[i]];
     return s->kept[i];
 }
 
-/* tokens[r] for row r of logits [rows, vocab], -1 if it is not finite. */
-static void kf_sample(const float *logits, int64_t rows, const int32_t *slots, const kf_row *states,
-                      const kf_scratch *s, int64_t *tokens)
+/* log(sum(exp(x))) of values whose weights at temperature 1 are `total`, without libm, whose last bit differs between
+ * machines. */
+static double kf_log_sum(double best, int64_t total)
 {
-    for (int64_t r = 0; r < rows; r++) {
-        const kf_row *row = states + slots[r];
-        const float *x = logits + r * s->vocab;
-        int finite;
-        int64_t best = kf_best(x, s->vocab, &finite);
-        if (!finite) {
-            tokens[r] = -1;
-            continue;
-        }
-        if (kf_adjusts(row)) {
-            memcpy(s->logits, x, (size_t)s->vocab * sizeof(float));
-            kf_adjust(row, s->logits);
-            x = s->logits;
-            best = kf_best(x, s->vocab, &finite);
-        }
-        tokens[r] = row->temperature < KF_GREEDY_BELOW ? best : kf_draw(row, x, best, s);
-    }
-}
-
-/* log(sum(exp(x))) of finite values, without libm, whose last bit differs between machines. */
-static double kf_log_sum_exp(const float *x, const kf_scratch *s)
-{
-    int finite, exponent;
-    const double best = x[kf_best(x, s->vocab, &finite)];
-    const int64_t total = kf_weigh(x, s->vocab, best, KF_LOG2E, 0.0, s->weights, s->sums);
+    int exponent;
     const double m = frexp((double)total, &exponent); /* exact; m in [1/2, 1) */
     const double z = (m - 0.75) / (m + 0.75);         /* log(m / 0.75) = 2 atanh(z), |z| <= 1/5 */
     double series = 0.0;
@@ -181,6 +176,70 @@ static double kf_log_sum_exp(const float *x, const kf_scratch *s)
         series = series * (z * z) + 1.0 / k;
     const double log_three_quarters = -0.2876820724517809;
     return best + (2.0 * z * series + log_three_quarters + (exponent - KF_ONE) * KF_LN2);
+}
+
+static double kf_log_sum_exp(const float *x, const kf_scratch *s)
+{
+    int finite;
+    const double best = x[s->passes->best(x, s->vocab, &finite, s->tops)];
+    return kf_log_sum(best, s->passes->sum(x, s->vocab, best, KF_LOG2E, s->sums));
+}
+
+/* ---- a batch */
+
+/* Row r of logits [rows, vocab] is that of states[slots[r]]. tokens[r] is -1 if it is not finite. Else norms[r] is the log
+ * of the sum of its exponentials if it has `tops`, and the wanted largest are at top + r * top_stride. */
+typedef struct {
+    const float *logits;
+    int64_t rows, vocab, top_stride;
+    const int32_t *slots;
+    const kf_row *states;
+    int isa;
+    int64_t *tokens;
+    double *norms;
+    kf_top *top;
+    atomic_llong next; /* row that nobody has taken */
+} kf_batch;
+
+static void kf_sample_row(const kf_batch *batch, int64_t r, const kf_scratch *s)
+{
+    const kf_row *row = batch->states + batch->slots[r];
+    const float *x = batch->logits + r * s->vocab;
+    int finite;
+    int64_t best = s->passes->best(x, s->vocab, &finite, s->tops), all = 0;
+    if (!finite) {
+        batch->tokens[r] = -1;
+        return;
+    }
+    const int greedy = row->temperature < KF_GREEDY_BELOW, adjusts = kf_adjusts(row);
+    /* A plain draw weighs the tokens as their probabilities do. */
+    const int shared = !greedy && !adjusts && row->temperature == 1.0 && row->min_p <= 0.0;
+    const double raw_best = x[best];
+    if (row->logprobs > 0)
+        kf_largest(s, x, row->logprobs, batch->top + r * batch->top_stride);
+    if (row->logprobs >= 0 && !shared)
+        batch->norms[r] = kf_log_sum(raw_best, s->passes->sum(x, s->vocab, raw_best, KF_LOG2E, s->sums));
+    if (adjusts) {
+        memcpy(s->logits, x, (size_t)s->vocab * sizeof(float));
+        kf_adjust(row, s->logits);
+        x = s->logits;
+        best = s->passes->best(x, s->vocab, &finite, s->tops);
+    }
+    batch->tokens[r] = greedy ? best : kf_draw(row, x, best, s, &all);
+    if (row->logprobs >= 0 && shared)
+        batch->norms[r] = kf_log_sum(raw_best, all);
+}
+
+/* Every thread of a team: rows, one after the other. Expects scratch of kf_scratch_place() bytes. */
+static void kf_sample_rows(kf_worker *w, const void *arg)
+{
+    kf_batch *batch = (kf_batch *)arg;
+    kf_scratch s = {.passes = kf_passes_for(batch->isa)};
+    kf_scratch_place(&s, batch->vocab, w->scratch);
+    const uint64_t old = kf_denormals(0); /* the numbers here are IEEE's: a team's are not */
+    for (int64_t r; (r = atomic_fetch_add(&batch->next, 1)) < batch->rows;)
+        kf_sample_row(batch, r, &s);
+    kf_denormals_restore(old);
 }
 
 #endif

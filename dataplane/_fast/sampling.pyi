@@ -2,12 +2,15 @@ import numpy as np
 import numpy.typing as npt
 
 from controlplane.contract.requests import Sampling
+from kernels.cpu._native import Team
+
+TOP: np.dtype[np.void]
 
 class SlotsFull(MemoryError):
     """No free slot."""
 
 class DrawTable:
-    def __init__(self, max_rows: int, vocab_size: int) -> None: ...
+    def __init__(self, max_rows: int, vocab_size: int, team: Team | None = None) -> None: ...
     @property
     def max_rows(self) -> int: ...
     @property
@@ -20,5 +23,5 @@ class DrawTable:
     def release(self, slot: int) -> None: ...
     def sample(
         self, logits: npt.NDArray[np.float32], slots: npt.NDArray[np.int32]
-    ) -> npt.NDArray[np.int64]: ...
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.void]]: ...
     def log_sum_exp(self, logits: npt.NDArray[np.float32]) -> float: ...

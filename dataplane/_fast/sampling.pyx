@@ -1,12 +1,20 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """What every running request's next token depends on, and draws for whole batches without the interpreter.
 
-The arithmetic is in draw.h and weights.h. All checks are made before anything is written."""
+The arithmetic is in draw.h, weights.h and passes.h. All checks are made before anything is written."""
 
 from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport calloc, free
 
+from kernels.cpu._native cimport isa_in_use
+
 import numpy as np
+
+# Logits that are weighed before another thread has woken up, about.
+cdef Py_ssize_t ALONE = 1 << 17
+
+# kf_top of weights.h: one of a row's largest logits.
+TOP = np.dtype([("token", np.int32), ("logit", np.float32)])
 
 
 class SlotsFull(MemoryError):
@@ -16,26 +24,18 @@ class SlotsFull(MemoryError):
 cdef class DrawTable:
     """Slots of sampling state, one a request; their number is fixed at construction. One thread at a time."""
 
-    def __cinit__(self, Py_ssize_t max_rows, Py_ssize_t vocab_size):
+    def __cinit__(self, Py_ssize_t max_rows, Py_ssize_t vocab_size, Team team=None):
+        """`team`: threads that rows are shared among, which nobody else may use meanwhile; none: the caller's own."""
         if max_rows <= 0 or not 0 < vocab_size <= KF_VOCAB_MAX:
             raise ValueError(f"no table for {max_rows} rows of {vocab_size} tokens (at most {KF_VOCAB_MAX})")
         self.rows = <kf_row *>calloc(max_rows, sizeof(kf_row))
         if self.rows == NULL:
             raise MemoryError("no memory for the sampling table")
+        self.team = Team(1) if team is None else team
         self.max_rows = max_rows
         self.vocab_size = vocab_size
         self.free = list(range(max_rows - 1, -1, -1))
         self.held = [None] * max_rows
-        cdef float[::1] logits = np.empty(vocab_size, np.float32)
-        cdef int64_t[::1] weights = np.empty(vocab_size, np.int64)
-        cdef int64_t[::1] sums = np.empty(vocab_size // KF_BLOCK + 1, np.int64)
-        cdef int32_t[::1] kept = np.empty(vocab_size, np.int32), pending = np.empty(vocab_size, np.int32)
-        cdef int64_t[::1] maxima = np.empty(vocab_size // KF_GROUP + 1, np.int64)
-        cdef int64_t[::1] buckets = np.empty(KF_BUCKETS, np.int64)
-        self.buffers = (logits, weights, sums, kept, pending, maxima, buckets)  # keeps them alive
-        self.scratch = kf_scratch(
-            vocab_size, &logits[0], &weights[0], &sums[0], &kept[0], &pending[0], &maxima[0], &buckets[0]
-        )
 
     def __dealloc__(self):
         cdef Py_ssize_t i
@@ -102,6 +102,7 @@ cdef class DrawTable:
         row.repetition = spec.repetition_penalty
         row.presence = spec.presence_penalty
         row.frequency = spec.frequency_penalty
+        row.logprobs = -1 if spec.logprobs is None else min(spec.logprobs, self.vocab_size)
         row.counts_prompt = row.repetition != 1.0
         row.counts_output = row.counts_prompt or row.presence != 0.0 or row.frequency != 0.0
         row.num_bias = bias.shape[0]
@@ -146,8 +147,15 @@ cdef class DrawTable:
     def in_use(self):
         return self.max_rows - len(self.free)
 
+    cdef void *room(self) except NULL:
+        """What a thread needs for a row, of each; the caller's is returned."""
+        cdef kf_scratch s
+        return self.team.room(kf_scratch_place(&s, self.vocab_size, NULL))
+
     def sample(self, const float[:, ::1] logits, const int32_t[::1] slots):
-        """Tokens int64 [K] drawn from logits [K, vocab], -1 for a row that is not finite. No state changes.
+        """Tokens int64 [K] drawn from logits [K, vocab], -1 for a row that is not finite; and, for those that asked for
+        log probabilities, the logarithms of the sums of exponentials float64 [K] and the largest logits TOP [K, most].
+        No state changes.
 
         Raises IndexError for a slot not in use, ValueError for shapes that do not fit."""
         cdef Py_ssize_t k = slots.shape[0], i
@@ -156,20 +164,37 @@ cdef class DrawTable:
                 f"logits of shape {logits.shape[0], logits.shape[1]} do not fit {k} slots of a vocabulary "
                 f"of {self.vocab_size}"
             )
+        cdef int64_t most = 0
         for i in range(k):
-            self.row(slots[i])
-        tokens = np.empty(k, np.int64)
-        cdef int64_t[::1] out = tokens
+            most = max(most, self.row(slots[i]).logprobs)
+        tokens, norms, top = np.empty(k, np.int64), np.empty(k), np.empty((k, most), TOP)
+        cdef int64_t[::1] drawn = tokens
+        cdef double[::1] sums = norms
+        cdef size_t largest = top.ctypes.data
+        cdef kf_batch batch
+        cdef kf_worker alone
+        cdef Team team = self.team
         if k:
+            alone.scratch = self.room()
+            batch.next = 0
+            batch.logits, batch.rows, batch.vocab, batch.top_stride = &logits[0, 0], k, self.vocab_size, most
+            batch.slots, batch.states, batch.isa = &slots[0], self.rows, isa_in_use()
+            batch.tokens, batch.norms, batch.top = &drawn[0], &sums[0], <kf_top *>largest
             self.sampling = True
             with nogil:
-                kf_sample(&logits[0, 0], k, &slots[0], self.rows, &self.scratch, &out[0])
+                if k * self.vocab_size <= ALONE:
+                    kf_sample_rows(&alone, &batch)
+                else:
+                    team.run(kf_sample_rows, &batch)
             self.sampling = False
-        return tokens
+        return tokens, norms, top
 
     def log_sum_exp(self, const float[::1] logits):
         """log(sum(exp(logits))) of one row [vocab] of finite values, with the same bits on every machine."""
         if logits.shape[0] != self.vocab_size:
             raise ValueError(f"{logits.shape[0]} logits for a vocabulary of {self.vocab_size}")
         self.check_idle()
-        return kf_log_sum_exp(&logits[0], &self.scratch)
+        cdef kf_scratch s
+        s.passes = kf_passes_for(isa_in_use())
+        kf_scratch_place(&s, self.vocab_size, <char *>self.room())
+        return kf_log_sum_exp(&logits[0], &s)

@@ -3,38 +3,85 @@
  * A token's weight is an integer, exp((logit - best) / temperature) in units of 2^-44: sums of weights are exact,
  * so no order of summation, no vector width and no way of selecting can change a result. What is left of floating
  * point is one fixed chain of IEEE operations an element (no fused multiply-add, no libm), which every machine
- * rounds alike; the loops may then be compiled for whatever vectors the processor has. */
+ * rounds alike; passes.h may then be compiled for whatever vectors the processor has. */
 #ifndef KF_WEIGHTS_H
 #define KF_WEIGHTS_H
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
 
 #define KF_ONE 44                    /* the best token weighs 2^44 */
 #define KF_VOCAB_MAX ((1 << 19) - 1) /* so that the sum of all weights stays below 2^63 */
 #define KF_BLOCK 1024                /* tokens of each partial sum; a draw looks into one block only */
 #define KF_GROUP 16                  /* tokens of each partial maximum */
+#define KF_CHAINS 8                  /* vectors of tokens that are weighed side by side */
 #define KF_BUCKETS 2048
 #define KF_LOG2E 1.4426950408889634
 
-/* Compiled for several instruction sets, chosen when the module is loaded. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__)
-#define KF_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define KF_CLONES
-#endif
+/* Adding these to a smaller number leaves its nearest integer in the low bits. */
+#define KF_ROUND 0x1.8p52
+#define KF_UNIT 0x1p52
 
+/* 2^(f + 44) by Taylor, highest power first: |f| <= 1/2, the first term left out is below 2^-47 of it. */
+#define KF_TERMS 12
+static const double kf_taylor[KF_TERMS] = {
+    4.4455382718708116e-10 * 0x1p44, 7.054911620801123e-09 * 0x1p44,  1.01780860092397e-07 * 0x1p44,
+    1.321548679014431e-06 * 0x1p44,  1.5252733804059841e-05 * 0x1p44, 1.540353039338161e-04 * 0x1p44,
+    1.3333558146428443e-03 * 0x1p44, 9.618129107628477e-03 * 0x1p44,  5.550410866482158e-02 * 0x1p44,
+    2.4022650695910072e-01 * 0x1p44, 6.931471805599453e-01 * 0x1p44,  0x1p44,
+};
+
+/* The passes for one instruction set: see passes.h. */
 typedef struct {
-    int64_t vocab;
-    float *logits;     /* [vocab] of a row after penalties */
-    int64_t *weights;  /* [vocab] */
-    int64_t *sums;     /* [vocab / KF_BLOCK + 1] weight of each block */
-    int32_t *kept;     /* [vocab] tokens that may be drawn, ascending */
-    int32_t *list;     /* [vocab] what kf_select still looks at */
-    int64_t *maxima;   /* [vocab / KF_GROUP + 1] */
-    int64_t *buckets;  /* [KF_BUCKETS] */
+    int64_t (*best)(const float *x, int64_t n, int *finite, int32_t *tops);
+    int64_t (*weigh)(const float *x, int64_t n, double best, double scale, double floor, int64_t *w, int64_t *sums);
+    int64_t (*sum)(const float *x, int64_t n, double best, double scale, int64_t *sums);
+    int64_t (*maxima)(const int64_t *w, int64_t n, int64_t *maxima);
+    int64_t (*keep)(const int64_t *w, int64_t n, int64_t least, int32_t *kept);
+} kf_passes;
+
+/* What one thread needs for one row. */
+typedef struct {
+    const kf_passes *passes;
+    int64_t vocab, blocks, groups;
+    int64_t *weights; /* [vocab] */
+    int64_t *sums;    /* [blocks] weight of each block */
+    int64_t *maxima;  /* [groups] */
+    int64_t *buckets; /* [KF_BUCKETS] */
+    float *logits;    /* [vocab] of a row after penalties */
+    int32_t *kept;    /* [vocab] tokens that may be drawn, ascending */
+    int32_t *list;    /* [vocab] what kf_select still looks at */
+    int32_t *tops;    /* [blocks] the largest logit of each block, as kf_order has it */
 } kf_scratch;
+
+/* `s` with its arrays in `memory`, or in none to find out how many bytes they are. */
+static int64_t kf_scratch_place(kf_scratch *s, int64_t vocab, char *memory)
+{
+    int64_t used = 0;
+    s->vocab = vocab;
+    s->blocks = (vocab + KF_BLOCK - 1) / KF_BLOCK;
+    s->groups = (vocab + KF_GROUP - 1) / KF_GROUP;
+#define PLACE(field, count) \
+    if (memory != NULL) \
+        s->field = (void *)(memory + used); \
+    used += ((count) * (int64_t)sizeof *s->field + 63) / 64 * 64;
+    PLACE(weights, vocab)
+    PLACE(sums, s->blocks)
+    PLACE(maxima, s->groups)
+    PLACE(buckets, KF_BUCKETS)
+    PLACE(logits, vocab)
+    PLACE(kept, vocab)
+    PLACE(list, vocab)
+    PLACE(tops, s->blocks)
+#undef PLACE
+    return used;
+}
 
 static inline int64_t kf_bits(double x)
 {
@@ -42,15 +89,6 @@ static inline int64_t kf_bits(double x)
     memcpy(&i, &x, 8);
     return i;
 }
-
-static inline double kf_double(int64_t i)
-{
-    double x;
-    memcpy(&x, &i, 8);
-    return x;
-}
-
-/* ---- passes over a row */
 
 /* Floats as integers of the same order; -0 becomes 0 first, which it equals. */
 static inline int32_t kf_order(float x)
@@ -61,104 +99,57 @@ static inline int32_t kf_order(float x)
     return i ^ ((i >> 31) & 0x7fffffff);
 }
 
-/* The first of the largest values (as numpy.argmax), and whether all are finite. */
-KF_CLONES static int64_t kf_best(const float *x, int64_t n, int *finite)
-{
-    int32_t best = INT32_MIN, largest = 0;
-    int64_t from = 0;
-    for (int64_t b = 0; b < n; b += KF_BLOCK) {
-        const int64_t end = b + KF_BLOCK < n ? b + KF_BLOCK : n;
-        int32_t top = INT32_MIN;
-        for (int64_t i = b; i < end; i++) {
-            int32_t magnitude;
-            memcpy(&magnitude, x + i, 4);
-            magnitude &= 0x7fffffff;
-            const int32_t order = kf_order(x[i]);
-            largest = magnitude > largest ? magnitude : largest;
-            top = order > top ? order : top;
-        }
-        if (top > best) {
-            best = top;
-            from = b;
-        }
-    }
-    *finite = largest < 0x7f800000;
-    while (kf_order(x[from]) != best)
-        from++;
-    return from;
-}
+/* ---- passes over a row, compiled for several instruction sets */
 
-/* Weights of all tokens, 0 for those below `floor`; returns their sum. `scale` is log2(e) / temperature. */
-KF_CLONES static int64_t kf_weigh(const float *x, int64_t n, double best, double scale, double floor, int64_t *w,
-                                  int64_t *sums)
-{
-    /* Adding these to a smaller number leaves its nearest integer in the low bits. */
-    const double round = 0x1.8p52, unit = 0x1p52, least = unit + floor;
-    int64_t total = 0;
-    for (int64_t b = 0; b < n; b += KF_BLOCK) {
-        const int64_t end = b + KF_BLOCK < n ? b + KF_BLOCK : n;
-        int64_t sum = 0;
-        for (int64_t i = b; i < end; i++) {
-            double y = ((double)x[i] - best) * scale;
-            y = y > -64.0 ? y : -64.0; /* these weigh nothing; takes NaN (-inf times 0) as well */
-            const double whole = y + round, f = y - (whole - round);
-            /* 2^f by Taylor: |f| <= 1/2, the first term left out is below 2^-47 */
-            double p = 4.4455382718708116e-10;
-            p = p * f + 7.054911620801123e-09;
-            p = p * f + 1.01780860092397e-07;
-            p = p * f + 1.321548679014431e-06;
-            p = p * f + 1.5252733804059841e-05;
-            p = p * f + 1.540353039338161e-04;
-            p = p * f + 1.3333558146428443e-03;
-            p = p * f + 9.618129107628477e-03;
-            p = p * f + 5.550410866482158e-02;
-            p = p * f + 2.4022650695910072e-01;
-            p = p * f + 6.931471805599453e-01;
-            p = p * f + 1.0;
-            const uint64_t exponent = ((uint64_t)kf_bits(whole) + KF_ONE) << 52;
-            const double weight = kf_double((int64_t)((uint64_t)kf_bits(p) + exponent)) + unit;
-            w[i] = weight >= least ? kf_bits(weight) - 0x4330000000000000 : 0;
-            sum += w[i];
-        }
-        sums[b / KF_BLOCK] = sum;
-        total += sum;
-    }
-    return total;
-}
+#if defined(__x86_64__) && defined(__GNUC__)
+#define KF_X86 1
+#define NAME(x) x##_plain
+#define TARGET
+#define KF_VECTOR 16
+#define LOAD(p) _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(p))))
+#define MAX(a, b) _mm_max_pd(a, _mm_set1_pd(b))
+#define AT_LEAST(a, b) ((VI)_mm_cmpge_pd(a, _mm_set1_pd(b)))
+#define KEEP(v) __asm__("" : "+x"(v))
+#include "passes.h"
+#define NAME(x) x##_avx2
+#define TARGET __attribute__((target("avx2")))
+#define KF_VECTOR 32
+#define LOAD(p) _mm256_cvtps_pd(_mm_loadu_ps(p))
+#define MAX(a, b) _mm256_max_pd(a, _mm256_set1_pd(b))
+#define AT_LEAST(a, b) ((VI)_mm256_cmp_pd(a, _mm256_set1_pd(b), _CMP_GE_OQ))
+#define KEEP(v) __asm__("" : "+x"(v))
+#include "passes.h"
+#define NAME(x) x##_avx512
+#define TARGET __attribute__((target("avx512f")))
+#define KF_VECTOR 64
+#define LOAD(p) _mm512_cvtps_pd(_mm256_loadu_ps(p))
+#define MAX(a, b) _mm512_max_pd(a, _mm512_set1_pd(b))
+#define AT_LEAST(a, b) \
+    ((VI)_mm512_maskz_set1_epi64(_mm512_cmp_pd_mask(a, _mm512_set1_pd(b), _CMP_GE_OQ), -1))
+#define KEEP(v) __asm__("" : "+v"(v))
+#include "passes.h"
+#else
+#define NAME(x) x##_plain
+#define TARGET
+#define KF_VECTOR 16
+#define LOAD(p) ((VD){(p)[0], (p)[1]})
+#define MAX(a, b) ((VD){(a)[0] > (b) ? (a)[0] : (b), (a)[1] > (b) ? (a)[1] : (b)})
+#define AT_LEAST(a, b) ((VI)((a) >= (b)))
+#define KEEP(v)
+#include "passes.h"
+#endif
 
-/* The heaviest weight of each KF_GROUP tokens. Returns how many groups there are. */
-KF_CLONES static int64_t kf_maxima(const int64_t *w, int64_t n, int64_t *maxima)
+/* `isa` as kf_set_isa of kernels/cpu has it: 0 C, 1 AVX2, 2 and more AVX-512. */
+static const kf_passes *kf_passes_for(int isa)
 {
-    int64_t groups = 0;
-    for (int64_t i = 0; i < n; i += KF_GROUP) {
-        const int64_t end = i + KF_GROUP < n ? i + KF_GROUP : n;
-        int64_t top = 0;
-        for (int64_t j = i; j < end; j++)
-            top = w[j] > top ? w[j] : top;
-        maxima[groups++] = top;
-    }
-    return groups;
-}
-
-/* The tokens that weigh at least `least` (> 0), ascending; most groups have none. */
-KF_CLONES static int64_t kf_keep(const int64_t *w, int64_t n, int64_t least, int32_t *kept)
-{
-    int64_t count = 0, i = 0;
-    for (; i + KF_GROUP <= n; i += KF_GROUP) {
-        int64_t any = 0;
-        for (int j = 0; j < KF_GROUP; j++)
-            any |= least - 1 - w[i + j];
-        if (any < 0)
-            for (int j = 0; j < KF_GROUP; j++) {
-                kept[count] = (int32_t)(i + j);
-                count += w[i + j] >= least;
-            }
-    }
-    for (; i < n; i++) {
-        kept[count] = (int32_t)i;
-        count += w[i] >= least;
-    }
-    return count;
+#ifdef KF_X86
+    if (isa >= 2)
+        return &kf_passes_avx512;
+    if (isa == 1)
+        return &kf_passes_avx2;
+#endif
+    (void)isa;
+    return &kf_passes_plain;
 }
 
 /* ---- selection */
@@ -209,7 +200,7 @@ static kf_cut kf_select(const int64_t *w, int32_t *list, int64_t count, int64_t 
 /* A weight that the top_k heaviest tokens reach: the top_k-th of the groups' heaviest does, if there are so many. */
 static int64_t kf_top_k_floor(const kf_scratch *s, int64_t top_k)
 {
-    const int64_t groups = kf_maxima(s->weights, s->vocab, s->maxima);
+    const int64_t groups = s->passes->maxima(s->weights, s->vocab, s->maxima);
     if (top_k > groups / 2)
         return 1;
     for (int64_t g = 0; g < groups; g++)
@@ -260,6 +251,56 @@ static int64_t kf_top_p(const kf_scratch *s, int64_t count, double top_p, int64_
     const int64_t target = wanted < 1.0 ? 1 : wanted < (double)*total ? (int64_t)wanted : *total;
     memcpy(s->list, s->kept, (size_t)count * sizeof(int32_t));
     return kf_apply(s, count, kf_select(s->weights, s->list, count, target, 1, s->buckets), total);
+}
+
+/* ---- the largest logits */
+
+typedef struct {
+    int32_t token;
+    float logit;
+} kf_top;
+
+static int kf_before(const void *a, const void *b)
+{
+    const kf_top *p = a, *q = b;
+    if (p->logit != q->logit)
+        return p->logit > q->logit ? -1 : 1;
+    return p->token < q->token ? -1 : 1;
+}
+
+/* The `count` largest of the finite x[vocab], largest first, equal ones by token: to top[0 .. count). Expects tops, and
+ * 1 <= count <= vocab. Few are sought in the blocks that have one of them, many as the heaviest are. */
+static void kf_largest(const kf_scratch *s, const float *x, int64_t count, kf_top *top)
+{
+    int64_t found = 0;
+    if (count <= s->blocks) {
+        for (int64_t b = 0; b < s->blocks; b++) {
+            s->list[b] = (int32_t)b;
+            s->sums[b] = (int64_t)s->tops[b] - INT32_MIN + 1;
+        }
+        /* So many blocks have one that is as large: the count-th largest is no smaller. */
+        const int64_t least = kf_select(s->sums, s->list, s->blocks, count, 0, s->buckets).weight + INT32_MIN - 1;
+        for (int64_t b = 0; b < s->blocks; b++) {
+            const int64_t end = (b + 1) * KF_BLOCK < s->vocab ? (b + 1) * KF_BLOCK : s->vocab;
+            for (int64_t i = b * KF_BLOCK; s->tops[b] >= least && i < end; i++) {
+                s->kept[found] = (int32_t)i;
+                found += kf_order(x[i]) >= least;
+            }
+        }
+    } else {
+        for (; found < s->vocab; found++)
+            s->kept[found] = (int32_t)found;
+    }
+    int64_t total;
+    for (int64_t i = 0; i < found; i++)
+        s->weights[s->kept[i]] = (int64_t)kf_order(x[s->kept[i]]) - INT32_MIN + 1;
+    memcpy(s->list, s->kept, (size_t)found * sizeof(int32_t));
+    kf_cut cut = kf_select(s->weights, s->list, found, count, 0, s->buckets);
+    cut.rest *= cut.weight; /* of so many tokens of this weight */
+    found = kf_apply(s, found, cut, &total);
+    for (int64_t i = 0; i < found; i++)
+        top[i] = (kf_top){s->kept[i], x[s->kept[i]]};
+    qsort(top, (size_t)found, sizeof *top, kf_before);
 }
 
 #endif

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from controlplane.contract.config import EngineConfig
 from dataplane.core.request import Phase, Request
+from dataplane.core.speed import CHUNK_MIN, StepSpeed
 
 # Tokens of a prompt, for each row that a step takes before rows cost time: a chunk this long computes more than it
 # reads, so to halve a longer one costs little.
@@ -30,6 +31,7 @@ class Limits:
     vocab_size: int = 1 << 31  # token ids are below it
     rows_min: int = 4  # so few rows cost what one costs: while all have places they are not split
     request_bytes: int = 1 << 30  # that requests keep beside their KV; more are refused
+    step_target_s: float = 0.0  # what a step may take while somebody reads along; 0: as StepSpeed finds
 
     @classmethod
     def from_config(
@@ -45,6 +47,7 @@ class Limits:
             vocab_size,
             engine.rows_min,
             engine.request_bytes,
+            engine.step_target_s,
         )
 
     def blocks_for(self, tokens: int) -> int:
@@ -54,6 +57,8 @@ class Limits:
 def _even(tokens: int, most: int) -> int:
     """Tokens of a chunk, at most `most`, so that all chunks are of one size: the last one, however short, follows the
     others through the stages at their pace, so what they have more than it is waited for."""
+    if most <= 0:
+        return 0
     return most if tokens <= most else -(-tokens // -(-tokens // most))
 
 
@@ -67,6 +72,9 @@ class Batcher:
         self.running: dict[int, Request] = {}  # in order of admission
         self._waiting: list[tuple[int, int, int]] = []  # heap of (priority, order, rid)
         self._queued: dict[int, Request] = {}
+        self.speed = StepSpeed(limits.step_target_s)
+        self._turn = 0  # steps whose rows were chosen
+        self._prompts_turn = False  # where a step has one row, decodes and prompts take turns
 
     @property
     def max_waiting(self) -> int:
@@ -110,7 +118,7 @@ class Batcher:
         return victims
 
     def next_rows(self, admit: bool, in_flight: int) -> tuple[list[Chunk], list[Request]]:
-        """Rows for the next step, and the requests preempted to make room.
+        """Rows for the next step, and the requests preempted to make room. Never more than `max_batch_tokens` rows.
 
         Decodes and chunks of prompts share a step. Decodes are spread over no more microbatches than their rows are
         worth: few wait for the others to come back, and go on with them. Neither a prompt nor most of the decodes wait
@@ -126,17 +134,22 @@ class Batcher:
         # More wait than there are places. They wait for decodes to end, so what counts is how much the stages get done,
         # and that is the most when all of them always have a step, and steps are alike.
         short = len(self._queued) > self.limits.max_running - len(self.running)
-        worth = min(self.microbatches, max(1, -(-len(self.running) // self.limits.rows_min)))
-        if short:
-            worth = self.microbatches
+        decodes_max = self._decodes_max(bool(prompts) or (new and self._admissible() is not None))
+        decoding = len(self.running) - len(prompts)  # also those whose last token is on its way
+        useful = max(1, -(-len(self.running) // self.limits.rows_min), -(-decoding // max(1, decodes_max)))
+        worth = self.microbatches if short else min(self.microbatches, useful)
         at_once = bool(prompts) or new or 2 * len(decodes) > len(self.running)
         most = self.microbatches if at_once else worth
         rows: list[Chunk] = []
         preempted: list[Request] = []
         if in_flight >= most:
             return rows, preempted
+        self._turn += 1
         # Decodes first: they are one row each, and somebody reads along.
-        share = -(-(len(self.running) - len(prompts)) // worth)
+        share = -(-decoding // worth)
+        if share > decodes_max:  # not all have a row in each round: who waits longest is next
+            decodes.sort(key=lambda r: r.turn)
+            share = decodes_max
         for request in decodes[:share]:
             self._take(request, 1, rows, preempted)
         pending = sum(r.total - r.issued for r in prompts) + (
@@ -145,12 +158,45 @@ class Batcher:
         chunk = max(CHUNK_ROWS * self.limits.rows_min, -(-pending // (most - in_flight)))
         if rows and short:
             chunk = self._spread(prompts)
-        budget = _even(pending, min(self.limits.max_batch_tokens - len(rows), chunk))
+        room = min(self.limits.max_batch_tokens - len(rows), chunk)
+        budget = _even(pending, self._paced(room, len(rows), in_flight))
+        # Who has been reading already goes before who waits for a first token: after a recovery that is all who were
+        # interrupted, those with the least to recompute first.
+        prompts.sort(key=lambda r: (0, r.total - r.issued) if r.output else (1, 0))
         for request in prompts:
             budget -= self._take(request, budget, rows, preempted)
         if new and not preempted:
             self._admit(rows, budget)
         return rows, preempted
+
+    def _decodes_max(self, beside_prompts: bool) -> int:
+        """Rows of a step for decodes; a quarter of it is for prompts, if there are any, however many decode."""
+        rows = self.limits.max_batch_tokens
+        if not beside_prompts:
+            return rows
+        if rows == 1:
+            self._prompts_turn = not self._prompts_turn
+            return 0 if self._prompts_turn else 1
+        return rows - max(1, rows // 4)
+
+    def _paced(self, room: int, decodes: int, in_flight: int) -> int:
+        """How many tokens of prompts a step with so many decodes may have, out of `room`: while somebody reads along,
+        what keeps the step short."""
+        if room <= 0 or not any(request.output for request in self.running.values()):
+            return room
+        tokens = self.speed.chunk_tokens(decodes, room)
+        return tokens if decodes or in_flight else max(tokens, min(room, CHUNK_MIN))
+
+    def _admissible(self) -> Request | None:
+        """Who waits and is next, if there is a place and there are blocks for the whole prompt and one more token: a
+        prompt is not begun to be preempted half-way."""
+        while self._waiting and self._waiting[0][2] not in self._queued:
+            heapq.heappop(self._waiting)
+        if not self._waiting or len(self.running) >= self.limits.max_running:
+            return None
+        request = self._queued[self._waiting[0][2]]
+        need = self.limits.blocks_for(request.total + 1) - request.blocks
+        return request if self.used_blocks + need <= self.quota_blocks else None
 
     def _spread(self, prompts: list[Request]) -> int:
         """Tokens of prompts for a step where each prompt goes with the decodes of all microbatches in turn, not with
@@ -172,24 +218,19 @@ class Batcher:
             rows[:] = [row for row in rows if row[0] is not victim]
             if victim is request:
                 return 0
+        request.turn = self._turn
         rows.append((request, count))
         return count
 
     def _admit(self, rows: list[Chunk], budget: int) -> None:
-        while budget > 0 and self._waiting and len(self.running) < self.limits.max_running:
-            _, _, rid = self._waiting[0]
-            request = self._queued.get(rid)
-            if request is None:
-                heapq.heappop(self._waiting)
-                continue
-            # Room for the whole prompt and one more token: a prompt is not begun to be preempted half-way.
-            if not self._reserve(request, request.total + 1):
-                return
+        while budget > 0 and (request := self._admissible()) is not None:
+            self._reserve(request, request.total + 1)
             heapq.heappop(self._waiting)
-            del self._queued[rid]
+            del self._queued[request.rid]
             request.phase = Phase.RUNNING
-            self.running[rid] = request
+            self.running[request.rid] = request
             count = min(request.total, budget)
+            request.turn = self._turn
             rows.append((request, count))
             budget -= count
 

@@ -1,14 +1,14 @@
 """Which KV block belongs to whom on one node: own, borrowed and replica blocks share one pool and one layout.
 
 Serving a request of a lent-out pipeline and serving an own one are the same thing here; the key names the
-pipeline. Promoting a replica moves its block-table row from one dictionary to the other and copies nothing.
+pipeline. Promoting a replica moves its block-table row from one dictionary to the other; no byte is read or copied.
 Replicas are evicted, least recently written first, when a serving request needs room.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from controlplane.contract.ids import PipelineId
 from dataplane._fast.blocktable import BlockTable, Rows, lookup
+from dataplane.core.checksums import Check, Checksums
 
 Key = tuple[PipelineId, int]  # pipeline, rid
 
@@ -41,14 +42,14 @@ class KvStore:
         self.replicas: OrderedDict[Key, Replica] = OrderedDict()
         self.replicas_evicted = 0
         self.evicted: list[Key] = []  # whose sources do not know yet: for the replicator to take
-        self.checksum_failures = 0
+        self.checksums = Checksums(self.table)
         self._free = list(range(num_blocks - 1, -1, -1))
         self._rows_left = max_rows
 
     # ------------------------------------------------------------------ serving
 
     def begin(self, pipeline: PipelineId, rows: Rows) -> npt.NDArray[np.int32] | None:
-        """Make room for the rows of a step, whose positions are not valid until `table.commit`: nobody may copy or
+        """Make room for the rows of a step, whose positions are not valid until `commit`: nobody may copy or
         count what is being computed.
 
         Returns their rows of the block table; None when the pool is full of served KV. Raises KvGap when the
@@ -65,7 +66,14 @@ class KvStore:
             if not self._make_room(missing):
                 return None
             self.table.grow(table_rows, rows.starts, rows.counts, self._free)
+        self.checksums.written(table_rows, rows.starts, rows.counts)
         return table_rows
+
+    def commit(self, table_rows: npt.NDArray[np.int32], rows: Rows) -> list[int]:
+        """The step has run, its positions are valid. Returns the indices of rows that have filled a block with it."""
+        # Again: who has copied a part-filled block since `begin` has read what is no longer there.
+        self.checksums.written(table_rows, rows.starts, rows.counts)
+        return self.table.commit(table_rows, rows.starts, rows.counts)
 
     def serves(self, key: Key) -> bool:
         return key[1] in self.own[key[0]]
@@ -133,38 +141,54 @@ class KvStore:
         for key in [k for k in self.replicas if k[0] == pipeline]:
             self.drop_replica(key)
 
-    def promote(self, key: Key, checksum: Callable[[int], int]) -> int:
-        """A replica becomes served KV; returns how many tokens of it are sound.
-
-        Each block is held against the checksum that came with it: from the first that differs on, the
-        copy is not used, and those positions are recomputed.
-        """
+    def promote(self, key: Key) -> int:
+        """A replica becomes served KV, unread (see `checksums`); returns how many tokens it has."""
         copy = self.replicas.pop(key, None)
         if copy is None:
             return 0
-        for index, (block, expected) in enumerate(
-            zip(self.table.blocks(copy.row), copy.checksums, strict=False)
-        ):
-            if checksum(block) != expected:
-                self.checksum_failures += 1
-                self.table.set_valid(copy.row, min(self.table.valid(copy.row), index * self.block_size))
-                break
         self.own[key[0]][key[1]] = copy.row
+        self.checksums.promoted(copy.row, copy.checksums)
         return self.table.valid(copy.row)
 
-    def demote(self, key: Key, checksum: Callable[[int], int]) -> None:
-        """Served KV becomes a replica: the pipeline has moved on to another node, which this one protects."""
-        tokens = self.tokens(key)
+    def demote(self, key: Key) -> None:
+        """Served KV becomes a replica: the pipeline has moved on to another node, which this one protects.
+
+        Nothing is read: what has no checksum is given back. It was never copied out, so that the other node does not
+        count on it."""
         row = self.own[key[0]].pop(key[1], None)
         if row is None:
             return
+        checksums, covered = self.checksums.of(row)
+        tokens = min(self.table.valid(row), covered)
         if tokens == 0 or key in self.replicas:
             self._give_back(row)
             return
-        self._free.extend(self.table.truncate(row, -(-tokens // self.block_size)))
-        self.replicas[key] = Replica(row, [checksum(block) for block in self.table.blocks(row)])
+        blocks = -(-tokens // self.block_size)
+        self._free.extend(self.table.truncate(row, blocks))
+        self.table.set_valid(row, tokens)
+        self.checksums.forget(row)
+        self.replicas[key] = Replica(row, checksums[:blocks])
+
+    # ------------------------------------------------------------------ checking
+
+    def straddled(self, pipeline: PipelineId, rows: Rows) -> list[Check]:
+        """What has to be looked at before `begin` for these rows."""
+        if not self.checksums.unverified:
+            return []
+        table_rows, _ = lookup(self.own[pipeline], rows.rids)
+        return self.checksums.straddled(table_rows.tolist(), rows.starts.tolist())
+
+    def verified_tokens(self, key: Key) -> int:
+        """Valid positions of a served request that may be copied to others: nobody hands on what may be damaged."""
+        row = self.own[key[0]].get(key[1])
+        return self.checksums.verified(row, self.table.valid(row)) if row is not None else 0
 
     # ------------------------------------------------------------------ counting
+
+    @property
+    def checksum_failures(self) -> int:
+        """Blocks here that were found to have changed."""
+        return self.checksums.failures
 
     @property
     def blocks_free(self) -> int:
@@ -182,6 +206,7 @@ class KvStore:
             seen.extend(self.table.blocks(row))
             room = self.table.num_blocks(row) * self.block_size
             assert self.table.valid(row) <= room, "tokens without blocks"
+        assert self.checksums.unverified.keys() <= set(rows), "a row that is not served waits to be looked at"
         assert sorted(seen) == list(range(self.num_blocks)), "a block is lost or held twice"
 
     def _make_row(self) -> bool:
@@ -207,5 +232,6 @@ class KvStore:
         return self.table.new_row()
 
     def _give_back(self, row: int) -> None:
+        self.checksums.forget(row)
         self._free.extend(self.table.free_row(row))
         self._rows_left += 1

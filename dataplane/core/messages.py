@@ -134,6 +134,7 @@ class KvAckMeta(msgspec.Struct, frozen=True, array_like=True, tag=7):
     held: tuple[tuple[int, int], ...]  # (rid, tokens stored without a gap)
     whole: bool = False
     refused: bool = False  # blocks of these were not stored (no room, a gap): go on from the watermark, later
+    room: bool = False  # there is room again for what was refused
 
 
 class KvQueryMeta(msgspec.Struct, frozen=True, array_like=True, tag=8):

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from controlplane.contract.ids import Member
 
-WINDOW_BLOCKS = 64  # sent and not acknowledged
+WINDOW_BLOCKS = 64  # sent and not acknowledged ...
+WINDOW_BYTES = 64 << 20  # ... and no more bytes than that, but two blocks in any case
 COPY_EVERY_S = 0.05  # blocks go in company: to wake a holder for each of them costs more than the copying
 ANSWER_LIMIT_S = 2.0  # without an acknowledgement: ask again what the holder has
-REFUSED_PAUSE_S = 0.5
+REFUSED_PAUSE_S = 0.5  # after a refusal, doubled with each further one: a holder says when it has room again
+REFUSED_PAUSE_MAX_S = 60.0
 RATE_OVER_S = 0.5  # acknowledged tokens are counted for so long to tell how fast copying goes
 BEHIND_MAX_S = 3600.0
 
@@ -34,16 +36,35 @@ class _Progress:
     sent: int = 0
     acked: int = 0
     paused_until: float = 0.0
+    refusals: int = 0  # in a row
+
+    def refused(self, now: float) -> None:
+        pause_s = REFUSED_PAUSE_S * 2.0 ** min(self.refusals, 30)
+        self.paused_until = now + min(pause_s, REFUSED_PAUSE_MAX_S)
+        self.refusals += 1
 
 
 class ReplicaSource:
-    """One (pipeline, holder) pair, as the serving node sees it. `tokens_of(rid)` is what KV is valid here."""
+    """One (pipeline, holder) pair, as the serving node sees it. `tokens_of(rid)` is what KV is valid here, and
+    `ready_of(rid)` what of it may be sent by now: the same, if it is not given."""
 
-    def __init__(self, target: Member, block_size: int, tokens_of: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        target: Member,
+        block_size: int,
+        tokens_of: Callable[[int], int],
+        ready_of: Callable[[int], int] | None = None,
+        block_bytes: int = 0,
+    ) -> None:
         self.target = target
         self.block_size = block_size
         self.known = False  # the holder has said what it has
+        self.refusals = 0  # ever
+        self._window = (
+            max(2, min(WINDOW_BLOCKS, WINDOW_BYTES // block_bytes)) if block_bytes else WINDOW_BLOCKS
+        )
         self._tokens_of = tokens_of
+        self._ready_of = ready_of or tokens_of
         self._asked_at: float | None = None
         self._heard_at = 0.0
         self._next_at = 0.0  # when the next blocks may go
@@ -92,11 +113,13 @@ class ReplicaSource:
             self._dirty.pop(rid, None)
             self._unacked.discard(rid)
 
-    def take(self, now: float, flush: bool) -> list[Copy]:
-        """The next blocks to send, within the window. `flush`: at once, and part-filled blocks as well."""
+    def take(self, now: float, flush: bool, limit: int | None = None) -> list[Copy]:
+        """The next blocks to send, within the window and no more than `limit`. `flush`: at once, and part-filled blocks
+        as well."""
         if not self.known or not self._dirty or (now < self._next_at and not flush):
             return []
-        room = WINDOW_BLOCKS - sum(self._blocks_unacked(rid) for rid in self._unacked)
+        room = self._window - sum(self._blocks_unacked(rid) for rid in self._unacked)
+        room = room if limit is None else min(room, limit)
         copies: list[Copy] = []
         for rid in list(self._dirty):
             goal = self._goal(rid, flush)
@@ -106,9 +129,12 @@ class ReplicaSource:
             progress = self._progress.setdefault(rid, _Progress())
             if now < progress.paused_until:
                 continue
-            while progress.sent < goal and len(copies) < room:
+            ready = min(goal, self._ready_of(rid))
+            while progress.sent < ready and len(copies) < room:
+                if progress.refusals > 1 and rid in self._unacked:
+                    break  # refused time and again: one block tells whether there is room now
                 index = progress.sent // self.block_size
-                progress.sent = min((index + 1) * self.block_size, goal)
+                progress.sent = min((index + 1) * self.block_size, ready)
                 copies.append(Copy(rid, index, progress.sent))
                 self._leaving.pop(rid, None)  # it is back, and takes the place of what was there
                 self._unacked.add(rid)
@@ -149,17 +175,26 @@ class ReplicaSource:
             acked, progress.acked = progress.acked, min(tokens, valid)
             if not whole:
                 self._counted += max(0, progress.acked - acked)
+            if progress.acked > acked:
+                progress.refusals = 0
             if whole or refused:
                 progress.sent = progress.acked
                 self._dirty[rid] = None
             if refused:
-                progress.paused_until = now + REFUSED_PAUSE_S
+                self.refusals += 1
+                progress.refused(now)
             if progress.acked >= progress.sent:
                 self._unacked.discard(rid)
         if now - self._counted_since >= RATE_OVER_S:
             self._rate = self._counted / (now - self._counted_since)
             self._counted, self._counted_since = 0, now
         return unknown
+
+    def room(self) -> None:
+        """The holder, which had refused something, has room again: nothing waits any longer."""
+        for progress in self._progress.values():
+            progress.paused_until, progress.refusals = 0.0, 0
+        self._next_at = 0.0
 
     def lag_tokens(self, rids: Iterable[int], flush: bool) -> int:
         """Tokens that are valid here (in whole blocks, unless `flush`) and not acknowledged there."""

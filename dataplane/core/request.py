@@ -79,6 +79,7 @@ class Request:
     attempt: int = 0  # preemptions and recoveries: results of an older attempt are not for this one
     announced: bool = False  # the last stage knows the token log, in the present fence
     blocks: int = 0  # KV blocks reserved on every stage
+    turn: int = 0  # of the batcher, when it last had rows
     orphaned_at: float | None = None
     context: bytes | None = None  # of the gateway that may resume it; None: nobody may
     reader: int = 0

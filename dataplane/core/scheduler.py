@@ -390,6 +390,9 @@ class Scheduler:
         if flight is None:
             return
         self._stall_limit_s = STALL_LIMIT_S
+        self.batcher.speed.ran(
+            flight.decodes, flight.prompt_tokens, now - flight.since, beside_chunk=flight.beside_chunk
+        )
         tokens = unpack_tokens(meta.tokens)
         sampled = flight.sampled
         # A result that does not fit its step is worth no more than a lost one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,17 +129,17 @@ class Stage:
         self.last_step = step.meta.step
         if tokens is not None and self.sampling is not None:
             self.sampling.append_many(step.slots, tokens)
-        filled = self.store.table.commit(step.table_rows, step.rows.starts, step.rows.counts)
+        filled = self.store.commit(step.table_rows, step.rows)
         return [int(step.rows.rids[index]) for index in filled]
 
-    def rejoin(self, meta: RejoinMeta, checksum: Callable[[int], int]) -> HeldMeta:
+    def rejoin(self, meta: RejoinMeta) -> HeldMeta:
         """Enter the message's fence, promote what copies there are, and say what is held of each request."""
         if meta.fence > self.fence:
             self.enter(meta.fence)
         for rid in meta.rids:
             key = (self.pipeline, rid)
             if not self.store.serves(key) and key in self.store.replicas:
-                self.store.promote(key, checksum)
+                self.store.promote(key)
         if meta.complete:
             self.store.release_pipeline(self.pipeline, keep=meta.rids)
             self.store.drop_replicas(self.pipeline)

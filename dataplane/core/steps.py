@@ -19,6 +19,9 @@ ROUNDS_KEPT = 64  # steps whose times tell what is usual
 class InFlight:
     rows: list[tuple[Request, int, bool]]  # request, which attempt of it, whether it samples
     since: float
+    decodes: int  # rows that are one token after the last
+    prompt_tokens: int  # all others
+    beside_chunk: bool = False  # another step in flight meanwhile had tokens of prompts
 
     @property
     def sampled(self) -> list[tuple[Request, int]]:
@@ -42,6 +45,7 @@ class Steps:
         admits: list[Admit] = []
         tokens: list[int] = []
         flying: list[tuple[Request, int, bool]] = []
+        decodes = 0
         for request, count in rows:
             if not request.announced:
                 admits.append(request.admit())
@@ -49,12 +53,17 @@ class Steps:
             start = request.issued
             end = request.issued = start + count
             sample = end == len(request.ids)
+            decodes += count == 1 and sample and bool(request.output)
             metas.append((request.rid, start, count, sample))
             tokens.extend(request.ids[start:end])
             flying.append((request, request.attempt, sample))
         step, self._next = self._next, self._next + 1
         self.last_issued = step
-        self.in_flight[step] = InFlight(flying, now)
+        flight = InFlight(flying, now, decodes, len(tokens) - decodes)
+        for other in self.in_flight.values():
+            other.beside_chunk |= flight.prompt_tokens > 0
+            flight.beside_chunk |= other.prompt_tokens > 0
+        self.in_flight[step] = flight
         meta = StepMeta(self._pipeline, fence, step, pack_rows(metas), tuple(admits), tuple(frees))
         return RunStep(meta, tuple(tokens))
 

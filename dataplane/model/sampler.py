@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from controlplane.contract.requests import Sampling
 from dataplane._fast.sampling import DrawTable
+from kernels.cpu._native import Team
 
 Floats = npt.NDArray[np.float32]
 TokenIds = Sequence[int] | npt.NDArray[np.int32]
@@ -31,8 +32,9 @@ class SamplingTable:
     """Sampling state of every running request in one of max_rows slots; the memory of a slot is bounded by the
     distinct tokens of a request that uses penalties. Not for several threads at once."""
 
-    def __init__(self, max_rows: int, vocab_size: int) -> None:
-        self._table = DrawTable(max_rows, vocab_size)
+    def __init__(self, max_rows: int, vocab_size: int, team: Team | None = None) -> None:
+        """`team`: threads that rows are shared among, idle while sample() runs; none: the caller's only."""
+        self._table = DrawTable(max_rows, vocab_size, team)
         self._asked: dict[int, int] = {}  # slot -> how many of the best tokens it wants to see
 
     @property
@@ -65,24 +67,14 @@ class SamplingTable:
         """Draws one token a row from logits [K, vocab] for the requests in slots [K]; neither is changed, and no
         state is: `append_many` moves on. Raises IndexError for a slot not in use, ValueError for wrong shapes."""
         values = np.ascontiguousarray(logits, np.float32)
-        tokens = self._table.sample(values, slots)
+        tokens, norms, largest = self._table.sample(values, slots)
         drawn = Drawn(tokens, tuple(np.flatnonzero(tokens < 0).tolist()), {}, {})
-        if self._asked:
-            for row, slot in enumerate(slots.tolist()):
-                if slot in self._asked and tokens[row] >= 0:
-                    norm = self._table.log_sum_exp(values[row])
-                    best = _best(values[row], self._asked[slot])
-                    drawn.logprobs[row] = float(values[row, tokens[row]]) - norm
-                    drawn.top[row] = tuple((int(t), float(values[row, t]) - norm) for t in best)
+        if not self._asked:
+            return drawn
+        for row, slot in enumerate(slots.tolist()):
+            if slot in self._asked and tokens[row] >= 0:
+                norm, best = norms[row], largest[row, : self._asked[slot]]
+                drawn.logprobs[row] = float(values[row, tokens[row]] - norm)
+                logprobs = best["logit"] - norm  # float64
+                drawn.top[row] = tuple(zip(best["token"].tolist(), logprobs.tolist(), strict=True))
         return drawn
-
-
-def _best(values: Floats, count: int) -> npt.NDArray[np.intp]:
-    """Indices of the `count` largest values, largest first, equal ones by index."""
-    if count == 0:
-        return np.empty(0, np.intp)
-    if count >= values.size:
-        return np.argsort(-values, kind="stable")
-    bound = np.partition(values, values.size - count)[values.size - count]
-    candidates = np.flatnonzero(values >= bound)
-    return candidates[np.argsort(-values[candidates], kind="stable")][:count]

@@ -18,13 +18,13 @@ counted by the receiver: a step or copy that is lost is repeated, a wrong one ne
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Callable, Sequence
 
 import msgspec
 
 from controlplane.contract.errors import PeerError
 from controlplane.contract.ids import Member
+from dataplane._fast.checksum import crc32
 from dataplane.core.messages import KvMeta, Meta, Ping
 
 HEADER = struct.Struct("<2sBBIQIQI")
@@ -57,9 +57,9 @@ def encode(meta: Meta, payload: Buffer = b"", *, in_memory: bool = False) -> lis
     data = memoryview(payload).cast("B")
     # KV blocks are most of the bytes on a link: they are not read twice.
     checked = CHECKED if isinstance(meta, KvMeta) else IN_MEMORY if in_memory else COVERED
-    checksum = zlib.crc32(body, checked)
+    checksum = crc32(body, checked)
     if checked == COVERED:
-        checksum = zlib.crc32(data, checksum)
+        checksum = crc32(data, checksum)
     epoch = 0 if isinstance(meta, Ping) else meta.fence.epoch
     header = HEADER.pack(MAGIC, VERSION, checked, checksum, epoch, len(body), len(data), 0)
     return [header + body, data] if len(data) else [header + body]
@@ -76,7 +76,7 @@ def decode(data: Buffer) -> Frame:
     if HEADER.size + meta_len + payload_len != len(view):
         raise BadFrame(f"frame of {len(view)} bytes announces {HEADER.size + meta_len + payload_len}")
     body = view[HEADER.size : HEADER.size + meta_len]
-    if zlib.crc32(body if checked else view[HEADER.size :], checked) != checksum:
+    if crc32(body if checked else view[HEADER.size :], checked) != checksum:
         raise BadFrame("frame checksum differs")
     try:
         meta = _decode(body)

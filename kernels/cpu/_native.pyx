@@ -10,8 +10,6 @@ cdef extern from "kernels.h" nogil:
     int KF_NO_MEMORY, KF_BAD_BLOCK, KF_BAD_CONTEXT, KF_BAD_POSITION, KF_BAD_TOKEN, KF_BAD_ROW
     ctypedef enum kf_epilogue:
         KF_STORE, KF_ADD, KF_SILU_MUL, KF_FLOAT
-    ctypedef struct kf_team:
-        pass
     ctypedef struct kf_cache:
         void *base
         int64_t num_blocks, layers, kv_heads, block_size, head_dim
@@ -89,9 +87,6 @@ cdef extern from "kernels.h" nogil:
         void *out
         int *nonfinite
 
-    kf_team *kf_team_new(int threads)
-    void kf_team_free(kf_team *team)
-    int kf_team_threads(const kf_team *team)
     int kf_attention(kf_team *team, const kf_attention_args *a)
     int kf_rope_write(kf_team *team, const kf_rope_args *a, int64_t table_rows)
     void kf_rms_norm(kf_team *team, const kf_norm_args *a, int is_bf16)
@@ -99,6 +94,7 @@ cdef extern from "kernels.h" nogil:
     int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, const kf_step *step, const kf_io *io)
     int kf_set_isa(int isa)
     int64_t kf_team_beats(const kf_team *team)
+    int kf_isa()
 
 STORE, ADD, SILU_MUL, FLOAT = KF_STORE, KF_ADD, KF_SILU_MUL, KF_FLOAT
 
@@ -122,8 +118,6 @@ cdef int check(int code) except -1:
 cdef class Team:
     """Threads that share one computation, the caller among them. Not usable in a forked child of its maker."""
 
-    cdef kf_team *c
-
     def __cinit__(self, int threads):
         self.c = kf_team_new(threads)
         if self.c == NULL:
@@ -140,6 +134,17 @@ cdef class Team:
     def beats(self):
         """Pieces of work done so far; -1 while no computation is under way. From any thread."""
         return kf_team_beats(self.c)
+
+    cdef void *room(self, int64_t bytes) except NULL:
+        """Scratch space of so many bytes for each thread, until somebody asks for more; the caller's is returned."""
+        cdef void *scratch = kf_team_scratch(self.c, bytes)
+        if scratch == NULL:
+            raise MemoryError(f"no memory for {bytes} bytes of scratch space a thread")
+        return scratch
+
+    cdef void run(self, void (*fn)(kf_worker *, const void *) noexcept nogil, const void *arg) noexcept nogil:
+        """On every thread, the caller among them. One run at a time."""
+        kf_team_run(self.c, fn, arg)
 
 
 cdef class Cache:
@@ -319,6 +324,10 @@ def linear(Team team, size_t x, size_t w, size_t bias, size_t out, int64_t rows,
                                            <kf_epilogue>epilogue)
     with nogil:
         kf_linear(team.c, &a, is_bf16)
+
+
+cdef int isa_in_use() noexcept nogil:
+    return kf_isa()
 
 
 def set_isa(int isa):

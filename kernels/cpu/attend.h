@@ -216,7 +216,7 @@ static TARGET void FN(attend_tile)(kf_tile *tile, const T *k, const T *v, const 
 static TARGET void FN(attend_head)(const kf_attention_args *a, kf_tile *tile, int64_t head, int64_t begin, int64_t from,
                                    int64_t to, int64_t first, kf_worker *worker)
 {
-    float *scratch = kf_worker_scratch(worker);
+    float *scratch = worker->scratch;
     const kf_cache *kv = a->kv;
     const int64_t hd = kv->head_dim, bs = kv->block_size, plane = kv->kv_heads * bs * hd;
     const int64_t group = a->heads / kv->kv_heads, stride = a->heads * hd;

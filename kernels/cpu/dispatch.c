@@ -81,9 +81,11 @@ int kf_set_isa(int isa)
     return isa_in_use = isa < 0 || isa > best ? best : isa;
 }
 
+int kf_isa(void) { return isa_in_use < 0 ? kf_set_isa(-1) : isa_in_use; }
+
 const kf_ops *kf_ops_for(int is_bf16)
 {
-    switch (isa_in_use < 0 ? kf_set_isa(-1) : isa_in_use) {
+    switch (kf_isa()) {
 #ifdef KF_X86
     case 3: return is_bf16 ? &ops_bf16_avx512bf16 : &ops_f32_avx512;
     case 2: return is_bf16 ? &ops_bf16_avx512 : &ops_f32_avx512;

@@ -125,4 +125,5 @@ int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, c
 
 /* 0 plain C, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16; at most what the processor has. Returns what is in use. */
 int kf_set_isa(int isa);
+int kf_isa(void);
 #endif

@@ -24,9 +24,9 @@ class CpuStage:
         self.suspect = False
         self._kept: list[Packed | torch.Tensor | None] = []  # likewise
         arena = Arena()
-        self._team = _native.Team(threads)
+        self.team = _native.Team(threads)  # others may use it between two calls of forward()
         self._native = _native.Stage(
-            self._team,
+            self.team,
             cache_of(kv),
             len(spec.layers),
             spec.hidden,
@@ -63,7 +63,7 @@ class CpuStage:
         return self._logits[: len(picked)]
 
     def beats(self) -> int:
-        return self._team.beats()
+        return self.team.beats()
 
     def _make_room(self, rows: int) -> None:
         self._rows = max(rows, 2 * self._rows)

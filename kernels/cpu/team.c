@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "team.h"
 
+#include "denormals.h"
+
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
@@ -50,34 +52,6 @@ typedef struct {
     kf_team *team;
     int index;
 } start;
-
-/* Denormals are zero, as the dot product instructions have it: so every instruction set computes the same. */
-static uint64_t flush_denormals(void)
-{
-#if defined(__x86_64__)
-    unsigned old = _mm_getcsr();
-    _mm_setcsr(old | 0x8040);
-    return old;
-#elif defined(__aarch64__)
-    uint64_t old;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(old));
-    __asm__ volatile("msr fpcr, %0" : : "r"(old | (1u << 24)));
-    return old;
-#else
-    return 0;
-#endif
-}
-
-static void restore_denormals(uint64_t old)
-{
-#if defined(__x86_64__)
-    _mm_setcsr((unsigned)old);
-#elif defined(__aarch64__)
-    __asm__ volatile("msr fpcr, %0" : : "r"(old));
-#else
-    (void)old;
-#endif
-}
 
 static void relax(void)
 {
@@ -199,20 +173,25 @@ void kf_barrier(kf_worker *w)
     atomic_fetch_sub(&t->sleepers, 1);
 }
 
+static void *scratch_of(const kf_team *t, int index)
+{
+    return t->scratch ? t->scratch + index * t->scratch_bytes : NULL;
+}
+
 static void *thread_main(void *p)
 {
     start s = *(start *)p;
     free(p);
     kf_team *t = s.team;
     pthread_setname_np(pthread_self(), "kf-compute"); /* for whoever looks for it in `top -H` */
-    flush_denormals();
+    kf_denormals(1); /* as the dot product instructions have it: so every instruction set computes the same */
     for (unsigned seen = 0;;) {
         while (atomic_load(&t->job) == seen)
             sleep_while(&t->job, seen, NULL);
         seen++;
         if (atomic_load(&t->stop))
             return NULL;
-        kf_worker w = {t, s.index, 0};
+        kf_worker w = {t, s.index, 0, scratch_of(t, s.index)};
         t->fn(&w, t->arg);
         kf_barrier(&w);
     }
@@ -220,8 +199,8 @@ static void *thread_main(void *p)
 
 void kf_team_run(kf_team *t, void (*fn)(kf_worker *, const void *), const void *arg)
 {
-    const uint64_t old = flush_denormals();
-    kf_worker w = {t, 0, 0};
+    const uint64_t old = kf_denormals(1);
+    kf_worker w = {t, 0, 0, scratch_of(t, 0)};
     for (int i = 0; i < 4; i++)
         atomic_store_explicit(&t->taken[i].next, 0, memory_order_relaxed);
     t->fn = fn;
@@ -235,7 +214,7 @@ void kf_team_run(kf_team *t, void (*fn)(kf_worker *, const void *), const void *
     fn(&w, arg);
     kf_barrier(&w);
     atomic_store(&t->running, 0);
-    restore_denormals(old);
+    kf_denormals_restore(old);
 }
 
 kf_team *kf_team_new(int threads)
@@ -293,4 +272,3 @@ void *kf_team_scratch(kf_team *t, int64_t bytes)
     return t->scratch;
 }
 
-void *kf_worker_scratch(kf_worker *w) { return w->team->scratch + w->index * w->team->scratch_bytes; }

@@ -13,6 +13,7 @@ typedef struct {
     kf_team *team;
     int index;     /* of this thread, 0 is the caller */
     uint32_t phase; /* operations passed */
+    void *scratch;  /* of this thread: see kf_team_scratch */
 } kf_worker;
 
 /* NULL when there is no memory or no more threads are to be had. Not to be used across fork(). */
@@ -20,9 +21,9 @@ kf_team *kf_team_new(int threads);
 void kf_team_free(kf_team *team);
 int kf_team_threads(const kf_team *team);
 
-/* Scratch space of `bytes` for each thread, kept and grown; NULL when there is no memory. Not within a run. */
+/* Scratch space of `bytes` for each thread, kept and grown; NULL when there is no memory. Not within a run. Returns the
+ * caller's, which has the workers' of the next run behind it. */
 void *kf_team_scratch(kf_team *team, int64_t bytes);
-void *kf_worker_scratch(kf_worker *w);
 
 void kf_team_run(kf_team *team, void (*fn)(kf_worker *, const void *), const void *arg);
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from controlplane.contract.requests import Sampling
 from dataplane._fast.sampling import DrawTable, SlotsFull
 from dataplane.model.sampler import SamplingTable
+from kernels.cpu import _native
 from tests.parity.sampler_oracle import Row, Sampled, draw, integer_weights, oracle, uniform
 
 VOCAB = 97
@@ -99,7 +100,7 @@ def test_a_row_does_not_depend_on_the_batch(rows: list[Row], seed: int, rng: ran
         assert_equal(together[i], oracle(values[i], r), r)
 
 
-@pytest.mark.parametrize(("vocab", "batches"), [(VOCAB, 12), (4096, 8), (32000, 4)])
+@pytest.mark.parametrize(("vocab", "batches"), [(VOCAB, 12), (4096, 8), (32000, 4), (128256, 2)])
 def test_equals_the_oracle(vocab: int, batches: int) -> None:
     """All parameters mixed; flat, ordinary and peaked logits, half of them with many equal values."""
     for batch in range(batches):
@@ -112,6 +113,57 @@ def test_equals_the_oracle(vocab: int, batches: int) -> None:
         rows = [random_row(rng, vocab) for _ in range(count)]
         for got, raw, r in zip(sample(values, rows), values, rows, strict=True):
             assert_equal(got, oracle(raw, r), r)
+
+
+LLAMA3 = 128256
+
+
+def sampled(values: np.ndarray, rows: list[Row], isa: int, threads: int) -> list[Sampled]:
+    """With another instruction set, and rows shared among threads."""
+    table = SamplingTable(len(rows), values.shape[1], _native.Team(threads))
+    try:
+        _native.set_isa(isa)
+        return draw(table, values, [table.admit(r.spec, r.prompt, r.output) for r in rows])
+    finally:
+        _native.set_isa(-1)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 15, 16, 17, 1024, 1025, 5000, LLAMA3])
+def test_any_instruction_set_and_number_of_threads(vocab: int) -> None:
+    """The same bits: tokens, and log probabilities to the last one. Denormals are not zero here."""
+    rng = np.random.default_rng(vocab)
+    values = (rng.standard_normal((12, vocab)) * 3).astype(np.float32)
+    values[1] = np.round(values[1])  # many equal
+    values[2] *= np.float32(1e-39)
+    rows = [random_row(rng, vocab) if vocab > 64 else row(seed=i, logprobs=i % 3) for i in range(12)]
+    rows[0] = row(seed=1, logprobs=5)
+    rows[1] = row(seed=2, logprobs=20, top_p=0.9)
+    rows[2] = row(temperature=0.0, logprobs=2)
+    rows[3] = row(seed=3, logprobs=300, top_p=0.95, top_k=1000)
+    want = sampled(values, rows, 0, 1)
+    assert want[2].token == int(values[2].argmax()), "a denormal was taken for zero"
+    assert want[1].top == oracle_top(values[1], want[1])
+    for isa in (0, 1, 2, 3):
+        for threads in (1, 3):
+            assert sampled(values, rows, isa, threads) == want, (isa, threads)
+
+
+def oracle_top(values: np.ndarray, got: Sampled) -> tuple[tuple[int, float], ...]:
+    """The order of the largest, equal ones by token, with the values that `got` names."""
+    order = np.argsort(-values, kind="stable")[: len(got.top)].tolist()
+    return tuple(zip(order, [p for _, p in got.top], strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 300, 5000, 9999])
+@pytest.mark.parametrize("kinds", [1, 3, 40, 0])
+def test_the_most_likely_are_in_order(count: int, kinds: int) -> None:
+    """However many are asked for, over five blocks, with few or no different values."""
+    values = logits(count, 1, 5000)
+    if kinds:
+        values = np.random.default_rng(kinds).integers(0, kinds, (1, 5000)).astype(np.float32) - kinds / 2
+    got = sample(values, [row(seed=1, logprobs=count)])[0]
+    assert_equal(got, oracle(values[0], row(seed=1, logprobs=count)), row(seed=1, logprobs=count))
+    assert len(got.top) == min(count, 5000)
 
 
 def random_row(rng: np.random.Generator, vocab: int) -> Row:
@@ -136,7 +188,7 @@ def random_row(rng: np.random.Generator, vocab: int) -> Row:
     )
 
 
-@pytest.mark.parametrize("vocab", [1, 15, VOCAB, 4096, 32000])
+@pytest.mark.parametrize("vocab", [1, 15, VOCAB, 4096, 32000, 128256])
 def test_arithmetic_is_the_same_on_every_machine(vocab: int) -> None:
     """Bits, not closeness: whatever vectors the compiler chose, the weights are those of plain IEEE operations."""
     table = DrawTable(1, vocab)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from controlplane.contract.ids import Member, PipelineId
@@ -138,9 +138,9 @@ class Checks:
                 self._world.fail(f"{process()} ran a step of {step.meta.fence} in {stage.fence}")
             return commit(stage, step, tokens)
 
-        def store_probe(me: Replicator, peer: Member, meta: KvMeta, payload: memoryview) -> None:
+        async def store_probe(me: Replicator, peer: Member, meta: KvMeta, payload: memoryview) -> None:
             fenced("stored a copy", meta.pipeline, meta.fence.epoch)
-            store_copies(me, peer, meta, payload)
+            await store_copies(me, peer, meta, payload)
 
         def acknowledged_probe(me: Replicator, peer: Member, meta: KvAckMeta, now: float) -> None:
             at = process(), meta.pipeline, peer
@@ -149,9 +149,9 @@ class Checks:
             self._said[at] = said | dict(meta.held)
             acknowledged(me, peer, meta, now)
 
-        def pump_probe(me: Replicator, now: float) -> None:
+        async def pump_probe(me: Replicator, now: float, others_wait: Callable[[], bool]) -> None:
             self._heard.add(process())
-            pump(me, now)
+            await pump(me, now, others_wait)
 
         probes = (
             (Stage, "commit", commit_probe),

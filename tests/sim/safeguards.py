@@ -6,12 +6,12 @@ They patch from outside: production code has no flag that could be left on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
-import dataplane.replica
+import numpy as np
+
 from controlplane.contract.topology import Pipeline
 from controlplane.etcd.election import Leadership
 from controlplane.etcd.values import Compare
@@ -19,6 +19,7 @@ from dataplane.core.messages import Fence, KvMeta, KvQueryMeta, RejoinMeta, Step
 from dataplane.core.replication import Copy, ReplicaSource
 from dataplane.core.stage import Stage
 from dataplane.inbox import Message
+from dataplane.kvwork import KvBytes, Sums
 from dataplane.worker import Worker
 from web.gateway.tokenlog import TokenLog, Verdict
 
@@ -73,7 +74,22 @@ def no_watermark_rule() -> Iterator[None]:
 @contextlib.contextmanager
 def no_checksums() -> Iterator[None]:
     """Copies are taken for sound, whatever their checksums say."""
-    with mock.patch.object(dataplane.replica, "zlib", SimpleNamespace(crc32=lambda _: 0)):
+    gather = KvBytes.gather
+
+    def gathered(kv: KvBytes, blocks: Sequence[int]) -> tuple[bytearray, Sums]:
+        return gather(kv, blocks)[0], np.zeros(len(blocks), np.uint32)
+
+    def of_blocks(kv: KvBytes, blocks: Sequence[int]) -> Sums:
+        return np.zeros(len(blocks), np.uint32)
+
+    def of_message(kv: KvBytes, payload: memoryview) -> Sums:
+        return np.zeros(len(payload) // kv.block_bytes, np.uint32)
+
+    with (
+        mock.patch.object(KvBytes, "gather", gathered),
+        mock.patch.object(KvBytes, "sums", of_blocks),
+        mock.patch.object(KvBytes, "sums_of", of_message),
+    ):
         yield
 
 

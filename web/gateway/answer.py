@@ -140,6 +140,7 @@ class Answer(Response):
                     whole = pieces[index]
                     whole.text += piece.text
                     whole.tokens += piece.tokens
+                    whole.spans += piece.spans
                     whole.finish, whole.stop_reason = piece.finish, piece.stop_reason
             except Exception as error:  # the task tells the client
                 ended.set_exception(error)

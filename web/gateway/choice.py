@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from controlplane.contract.requests import FinishReason, Token
 from web.gateway.detok import Detokenizer, StopFinder
+from web.gateway.spans import Span, Spans
 
 
 @dataclass(slots=True)
@@ -17,6 +18,7 @@ class Piece:
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)  # of each token, if the rules ask for them
     finish: str | None = None  # "stop" or "length"
     stop_reason: str | int | None = None  # the stop string or token id that the client asked for
     silent: bool = False  # the client has it already: only what follows from it counts
@@ -31,6 +33,9 @@ class TextRules:
     skip_special_tokens: bool = True
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()  # those that the client named
+    # Each token is told with the part of the text that is its own (log probabilities): text and tokens then leave
+    # together, when both are certain.
+    spans: bool = False
 
 
 class Choice:
@@ -38,6 +43,7 @@ class Choice:
         self._detok = Detokenizer(tokenizer, prompt, rules.skip_special_tokens)
         self._stop = StopFinder(rules.stops, rules.include_stop)
         self._rules = rules
+        self._spans = Spans(self._detok) if rules.spans else None
         self.tokens = 0  # generated, those of a stop included
         self.finished = False
 
@@ -52,17 +58,30 @@ class Choice:
             if self.finished:
                 break
             self.tokens += 1
-            piece.tokens.append(token)
+            if self._spans is None:
+                piece.tokens.append(token)
             self._push(token, piece)
+        if self._spans is not None:
+            piece.text, piece.tokens, piece.spans = self._spans.release(piece.text, self.finished)
+        return piece
+
+    def restore(self, tokens: Sequence[Token]) -> Piece:
+        """As `push`, for tokens of which the client has all that it will get."""
+        piece = self.push(tokens)
+        if self._spans is not None:
+            self._spans.forget()
+            self._stop.forget()
+            piece.tokens, piece.spans = list(tokens), [Span()] * len(tokens)
+        piece.silent = True
         return piece
 
     def _push(self, token: Token, piece: Piece) -> None:
         if token.finish is None and not self._rules.stops:
-            piece.text += self._detok.push(token.token)
+            piece.text += self._text(token)
             return
         stopped = token.finish is FinishReason.STOP
         # The text of a stop token is shown only on request, like that of a stop string.
-        text = "" if stopped and not self._rules.include_stop else self._detok.push(token.token)
+        text = self._text(token, hidden=stopped and not self._rules.include_stop)
         if token.finish is not None:
             text += self._detok.finish()
         if self.tokens <= self._rules.min_tokens:
@@ -79,3 +98,8 @@ class Choice:
             if stopped and token.token in self._rules.stop_token_ids:
                 piece.stop_reason = token.token
         self.finished = piece.finish is not None
+
+    def _text(self, token: Token, hidden: bool = False) -> str:
+        if self._spans is not None:
+            return self._spans.push(token, hidden)
+        return "" if hidden else self._detok.push(token.token)

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from web.gateway import shapes
 from web.gateway.asked import Asked, digest_of
 from web.gateway.choice import Piece
+from web.gateway.detok import text_of
 from web.gateway.errors import ApiError
 from web.gateway.generation import Generation, Plan
 from web.gateway.openai import INT64_MAX, CompletionRequest, parse
@@ -39,7 +40,11 @@ def slim(service: Service, request: CompletionRequest) -> CompletionRequest:
     """The request without what its plans say. Of the prompts there is only their text, if it is to be echoed."""
     texts = [""] * len(request.prompts)
     if request.echo:
-        texts = [p if isinstance(p, str) else service.model.decode(p) for p in request.prompts]
+        skip = request.skip_special_tokens is not False
+        # Up to a character that the answer goes on with.
+        texts = [
+            p if isinstance(p, str) else text_of(service.model.tokenizer, p, skip)[0] for p in request.prompts
+        ]
     return request.model_copy(update={"prompt": texts, "logit_bias": None})
 
 
@@ -52,7 +57,7 @@ def _asked(service: Service, request: CompletionRequest, plans: list[Plan], dige
     return Asked(
         request,
         plans,
-        text_rules(request),
+        text_rules(request, request.logprobs is not None),
         lambda generation, request_id, created: CompletionFormat(
             service, request, generation, f"cmpl-{request_id}", created
         ),
@@ -69,7 +74,7 @@ async def prompt_ids(
         if not prompt:
             raise ApiError(400, "a prompt has no tokens", "prompt")
         return check_tokens(service.model, prompt, "prompt")
-    check_chars(service.model, prompt, "prompt")
+    check_chars(service.model, len(prompt), "prompt")
     return tuple(await service.model.encode(prompt, request.add_special_tokens is not False))
 
 
@@ -96,21 +101,21 @@ class CompletionFormat:
         count = len(generation.plans)
         self._begun = [False] * count
         self._echo = [str(request.prompts[index // request.choices]) for index in range(count)]
-        self._logprobs = None
-        if request.logprobs is not None:
-            self._logprobs = [shapes.CompletionLogprobs(service.model.vocabulary) for _ in range(count)]
+        self._vocabulary = service.model.vocabulary
 
     def opening(self, index: int) -> bytes:
         return b""
 
     def chunk(self, index: int, piece: Piece) -> bytes:
-        ids = self._request.return_token_ids
-        if self._begun[index] and piece.finish is None and not self._logprobs and (piece.text or ids):
+        if not (piece.tokens or piece.finish):
+            return b""  # all of it is held back
+        ids, logprobs = self._request.return_token_ids, self._request.logprobs is not None
+        if self._begun[index] and piece.finish is None and not logprobs and (piece.text or ids):
             return self._writer.plain_event(index, piece, lambda: self._later(index, Piece()))
         if not self._begun[index]:
             piece.text = self._echo[index] + piece.text
-        if not (piece.text or piece.finish or ids or self._logprobs):
-            return b""  # all of it is held back
+        if not (piece.text or piece.finish or ids or logprobs):
+            return b""
         choice = self._later(index, piece) if self._begun[index] else self._choice(index, piece)
         self._begun[index] = True
         return self._writer.event(index, choice)
@@ -132,7 +137,9 @@ class CompletionFormat:
         return choice
 
     def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        logprobs = self._logprobs[index].take(piece.tokens) if self._logprobs else None
+        logprobs = None
+        if self._request.logprobs is not None:
+            logprobs = shapes.completion_logprobs(self._vocabulary, piece, len(self._echo[index]))
         choice = shapes.completion_choice(index, piece, logprobs)
         if self._request.return_token_ids:
             choice["token_ids"] = [token.token for token in piece.tokens]

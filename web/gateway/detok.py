@@ -6,74 +6,108 @@ often the stream was moved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from codecs import utf_8_decode
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from web.gateway.vocabulary import Kind, Vocabulary, vocabulary_of
 
 REPLACEMENT = "\ufffd"
-CONTEXT_TOKENS = 5  # of the prompt: decoders strip a leading space, or not, by what stands before
-SPLIT_TOKENS_MAX = 4  # a character of UTF-8 has at most four bytes, so it spans at most four tokens
-TOKENS_CACHED = 1 << 16
-WINDOW_TOKENS_MAX = 64  # only streams of invalid bytes get here
+CHAR_BYTES_MAX = 4
+CONTEXT_TOKENS = 64  # of the prompt, for what only the library can decode: some words
 
 
 class Detokenizer:
-    """Incremental decoding of one stream with a window of recent tokens.
+    """Incremental decoding of one stream: the text of prompt and output, without what the prompt says by itself.
 
     `push` returns only text that later tokens cannot change: a character whose bytes are split over tokens
-    is held back until it is whole, so U+FFFD is never seen for one that is merely incomplete. Bytes that can
-    never become a character do appear as U+FFFD, as they do when the whole output is decoded at once.
+    is held back until it is whole (also one that the prompt began), so U+FFFD is never seen for one that is
+    merely incomplete, and one that is incomplete at the end is left out. Bytes that can never become a character
+    do appear as U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool = True) -> None:
-        self._decode = tokenizer.decode
+        self._vocabulary = vocabulary = vocabulary_of(tokenizer)
+        self._table = vocabulary.table(skip_special_tokens)
         self._skip = skip_special_tokens
-        self._window = list(prompt[-CONTEXT_TOKENS:])
-        self._base = len(self._window)  # tokens of the window whose text is out
-        self._sent = len(self._text())  # characters of the window's text that are out
+        self._library: DecodeStream | None = None
+        if vocabulary.kind is Kind.OTHER:
+            self._library = DecodeStream(
+                _context(tokenizer, prompt, skip_special_tokens), skip_special_tokens
+            )
+        # No token has come yet that counts, not even in the prompt.
+        self.opening = vocabulary.beginning(prompt, skip_special_tokens) == len(prompt)
+        self._plain = self._library is None and not self.opening
+        self.pending = b""  # of a character that is not whole yet; a valid beginning of one
+        if self._library is None:
+            self.pending = _unfinished(vocabulary, prompt, skip_special_tokens)
 
     def push(self, token: int) -> str:
         """The text that `token` completes, often one word, sometimes none."""
-        self._window.append(token)
-        text = self._text()
-        if not text.endswith(REPLACEMENT):
-            out = text[self._sent :]
-            if out or len(self._window) > WINDOW_TOKENS_MAX:
-                # The next window starts with the tokens of this piece: they are the context of the next one.
-                self._window = self._window[self._base :]
-                self._base = len(self._window)
-                if self._base == 1:
-                    self._sent = _chars_alone(self._decode, token, self._skip)
-                else:
-                    self._sent = len(self._text())
-            return out
-        pending = len(self._window) - self._base
-        if pending <= SPLIT_TOKENS_MAX:
-            return ""
-        # Only the last replacement character can still turn into something else.
-        out = text[self._sent : -1]
-        self._sent = max(self._sent, len(text) - 1)
-        if len(self._window) > WINDOW_TOKENS_MAX:
-            self._window = self._window[-SPLIT_TOKENS_MAX:]
-            self._base = 0
-            self._sent = max(0, len(self._text()) - 1)
-        return out
+        if self._plain:
+            raw, text = self._table[token]
+            if text is not None and not self.pending:
+                return text
+            return self._feed(raw)
+        return self.step(token)[0]
+
+    def step(self, token: int) -> tuple[str, bytes]:
+        """As `push`, and the bytes that `token` itself adds."""
+        if self._library is not None:
+            text = self._library.step(self._vocabulary.tokenizer, token) or ""
+            return text, text.encode()
+        raw = self._table[token][0]
+        if self.opening and self._vocabulary.beginning((token,), self._skip) == 0:
+            raw = self._vocabulary.raw(token, first=True)
+            self.opening, self._plain = False, True
+        return self._feed(raw), raw
 
     def finish(self) -> str:
-        """What is left at the end, without an incomplete last character."""
-        text = self._text()
-        return text[self._sent :].removesuffix(REPLACEMENT)
+        """What is left at the end: nothing, since an incomplete last character is left out."""
+        self.pending = b""
+        return ""
 
-    def _text(self) -> str:
-        text: str = self._decode(self._window, skip_special_tokens=self._skip)
+    def _feed(self, raw: bytes) -> str:
+        text, self.pending = whole_characters(self.pending + raw)
         return text
 
 
-@lru_cache(TOKENS_CACHED)
-def _chars_alone(decode: Callable[..., str], token: int, skip_special_tokens: bool) -> int:
-    """Length of the text of one token: most windows begin with one."""
-    return len(decode([token], skip_special_tokens=skip_special_tokens))
+def whole_characters(data: bytes) -> tuple[str, bytes]:
+    """The text of `data`, and the bytes at its end that are the beginning of a character."""
+    text, used = utf_8_decode(data, "replace", False)
+    rest = data[used:]
+    # Python waits for a third byte of a surrogate, which no third byte makes valid.
+    if rest[:1] == b"\xed" and rest[1:2] >= b"\xa0":
+        return text + rest.decode(errors="replace"), b""
+    return text, rest
+
+
+def text_of(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool) -> tuple[str, bytes]:
+    """The text of `ids`, and the bytes at its end that are only the beginning of a character."""
+    detok = Detokenizer(tokenizer, (), skip_special_tokens)
+    return "".join(map(detok.push, ids)), detok.pending
+
+
+def _unfinished(vocabulary: Vocabulary, prompt: Sequence[int], skip_special_tokens: bool) -> bytes:
+    """The beginning of a character with which the prompt ends."""
+    table, tail = vocabulary.table(skip_special_tokens), b""
+    for token in reversed(prompt):
+        tail = table[token][0] + tail
+        if len(tail) >= CHAR_BYTES_MAX:
+            break
+    return whole_characters(tail)[1]
+
+
+def _context(tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> list[int]:
+    """The end of the prompt. The library would take an U+FFFD at its end for a character that is still to come."""
+    context = list(prompt[-CONTEXT_TOKENS:])
+    while context and tokenizer.decode(context, skip_special_tokens=skip_special_tokens).endswith(
+        REPLACEMENT
+    ):
+        context.pop()
+    return context
 
 
 class StopFinder:
@@ -105,6 +139,10 @@ class StopFinder:
         """Let a piece pass without looking at it (before min_tokens)."""
         out, self._held = self._held + piece, ""
         return out
+
+    def forget(self) -> None:
+        """What was held back has been shown."""
+        self._held = ""
 
     def finish(self) -> str:
         """The stream ended otherwise: what was held back was no stop string."""

@@ -132,9 +132,7 @@ class Generation:
             self._service.dispatcher.leave(start.rid, self.channel)
 
     def _push_silent(self, index: int, tokens: Sequence[Token]) -> Piece:
-        piece = self.choices[index].push(tokens)
-        piece.silent = True
-        return piece
+        return self.choices[index].restore(tokens)
 
     def _push(self, index: int, tokens: Sequence[Token]) -> Piece:
         choice, metrics = self.choices[index], self._service.metrics

@@ -43,8 +43,10 @@ def make_sampling(
     )
 
 
-def text_rules(request: Common) -> TextRules:
+def text_rules(request: Common, spans: bool) -> TextRules:
+    """`spans`: log probabilities are asked for, which name the text of each token."""
     return TextRules(
+        spans=spans,
         stops=request.stops,
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,
@@ -69,11 +71,11 @@ def check_length(model: Model, prompt_len: int, max_tokens: int) -> None:
         raise ApiError(400, text, "max_tokens")
 
 
-def check_chars(model: Model, text: str, param: str) -> None:
+def check_chars(model: Model, chars: int, param: str) -> None:
     """Refuse a text that cannot fit before spending time on tokenizing it."""
-    if len(text) > model.chars_max:
+    if chars > model.chars_max:
         message = (
-            f"the maximum context length is {model.max_model_len} tokens, which a prompt of {len(text)}"
+            f"the maximum context length is {model.max_model_len} tokens, which a prompt of {chars}"
             " characters exceeds"
         )
         raise ApiError(400, message, param)

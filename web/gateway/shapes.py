@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from controlplane.contract.requests import Token
 from web.gateway.choice import Piece
+from web.gateway.spans import Span
 from web.gateway.vocabulary import Vocabulary
 
 LOGPROB_MIN = -9999.0  # JSON has no infinity
@@ -46,48 +48,54 @@ def chat_choice(index: int, piece: Piece, logprobs: dict[str, Any] | None) -> di
     }
 
 
-class CompletionLogprobs:
-    """The four parallel lists of the completions API; `text_offset` goes on over the chunks of a stream."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
-        self._offset = 0
-
-    def take(self, tokens: list[Token]) -> dict[str, Any]:
-        texts = [self._vocabulary.text(token.token) for token in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
-        return {
-            "text_offset": offsets,
-            "token_logprobs": [_finite(token.logprob) for token in tokens],
-            "tokens": texts,
-            "top_logprobs": [
-                {self._vocabulary.text(i): _finite(p) for i, p in _with_chosen(token)} for token in tokens
-            ],
-        }
+def completion_logprobs(vocabulary: Vocabulary, piece: Piece, offset: int) -> dict[str, Any]:
+    """The four parallel lists of the completions API. `offset`: characters before the output (echo)."""
+    named = [_names(vocabulary, token, span) for token, span in _spanned(piece)]
+    return {
+        "text_offset": [offset + span.offset for span in piece.spans],
+        "token_logprobs": [_finite(token.logprob) for token in piece.tokens],
+        "tokens": [names[token.token] for token, names in zip(piece.tokens, named, strict=True)],
+        "top_logprobs": [
+            {names[i]: _finite(p) for i, p in _with_chosen(token)}
+            for token, names in zip(piece.tokens, named, strict=True)
+        ],
+    }
 
 
-def chat_logprobs(vocabulary: Vocabulary, tokens: list[Token], top: int) -> dict[str, Any]:
-    def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        return {
-            "token": vocabulary.text(token),
-            "logprob": _finite(logprob),
-            "bytes": list(vocabulary.raw(token)),
-        }
+def chat_logprobs(vocabulary: Vocabulary, piece: Piece, top: int) -> dict[str, Any]:
+    """`bytes` of the tokens, joined, are the answer's."""
 
-    content = [
-        entry(token.token, token.logprob) | {"top_logprobs": [entry(i, p) for i, p in token.top[:top]]}
-        for token in tokens
-    ]
+    def entry(name: str, logprob: float | None, raw: bytes) -> dict[str, Any]:
+        return {"token": name, "logprob": _finite(logprob), "bytes": list(raw)}
+
+    content = []
+    for token, span in _spanned(piece):
+        names = _names(vocabulary, token, span)
+        others = [entry(names[i], p, vocabulary.raw(i, span.first)) for i, p in token.top[:top]]
+        chosen = entry(names[token.token], token.logprob, span.raw)
+        content.append(chosen | {"top_logprobs": others})
     return {"content": content}
 
 
+def _spanned(piece: Piece) -> Iterator[tuple[Token, Span]]:
+    return zip(piece.tokens, piece.spans, strict=True)
+
+
+def _names(vocabulary: Vocabulary, token: Token, span: Span) -> dict[int, str]:
+    """How the chosen token and the most likely ones are called: each otherwise, as clients look them up by name."""
+    by_name: dict[str, int] = {}
+    for i in dict.fromkeys((token.token, *(i for i, _ in token.top))):
+        name = vocabulary.text(i, span.first)
+        by_name[name if name not in by_name else f"token_id:{i}"] = i
+    return {i: name for name, i in by_name.items()}
+
+
 def _with_chosen(token: Token) -> list[tuple[int, float]]:
-    """The most likely tokens, and the chosen one if it is not among them."""
-    top = list(token.top)
-    if token.logprob is not None and all(i != token.token for i, _ in top):
+    """The most likely tokens, and the chosen one if it is not among them: with the value that it has elsewhere."""
+    if token.logprob is None:
+        return list(token.top)
+    top = [(i, token.logprob if i == token.token else p) for i, p in token.top]
+    if all(i != token.token for i, _ in top):
         top.append((token.token, token.logprob))
     return top
 

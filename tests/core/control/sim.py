@@ -6,7 +6,7 @@ Only what the core cannot see through is modelled: etcd is a dictionary with rev
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -31,10 +31,12 @@ from controlplane.core.events import (
     WriteOperation,
     WriteTopology,
 )
+from dataplane.world import neighbours
 from tests.core.control.world import make_config, make_record
 
 STEP_S = 0.1
 UNIX = 1_000_000.0
+LINK_LIMIT_S = 3.0  # a link over which nothing passes is given up then
 
 
 @dataclass
@@ -74,6 +76,8 @@ class Sim:
         default_factory=deque
     )  # of the next topology writes: done, conflict, lost, landed
     deaf: set[tuple[str, str]] = field(default_factory=set)  # (controller, node): reports do not get through
+    # Links over which nothing passes, in no direction, and since when. Both ends take them for broken after a while.
+    parted: dict[frozenset[str], float] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)  # nodes that their launcher does not restart
     quiet: bool = True  # pipelines can be quiesced
     lag: int = 0
@@ -136,6 +140,16 @@ class Sim:
             if node.alive and not node.leased:
                 node.leased = True
                 self.watch(events.NodeRegistered(node.record))
+
+    def cut_reports(self, controller: str, *names: str) -> None:
+        """What these nodes say does not reach a controller any more; their streams end after a while, or now."""
+        for name in names:
+            self.deaf.add((controller, name))
+            self._step(controller, events.ReportStreamBroken(self.nodes[name].member))
+
+    def part(self, some: Iterable[str], others: Iterable[str]) -> None:
+        """No link passes anything between two sets of nodes."""
+        self.parted.update({frozenset((a, b)): self.now for a in some for b in others if a != b})
 
     def hang(self, name: str, usual_s: float = 0.01, advances: bool | None = None) -> None:
         """A computation that does not end. advances: whether it gets on nevertheless; None: it does not say."""
@@ -352,11 +366,19 @@ class Sim:
         node.seq += 1
         node.timed_s += 0.1
         node.overdue_s += 0.05 * node.throttled
+        # As a node does: of links that are down it reports all, of the others those on which something is expected.
+        expected = neighbours(self.topology, node.member) if self.topology is not None else ()
         links = []
         for peer in self.nodes.values():
-            if peer is not node:
-                silent_s = 0.01 if peer.stopped_at is None else self.now - peer.stopped_at
-                links.append(LinkReport(peer.member, peer.alive, silent_s, "" if peer.alive else "reset"))
+            since = self.parted.get(frozenset((node.record.member.node, peer.record.member.node)))
+            silent_s = 0.01 if peer.stopped_at is None else self.now - peer.stopped_at
+            if not peer.alive:
+                links.append(LinkReport(peer.member, False, 0.0, "reset"))
+            elif since is not None and self.now - since >= LINK_LIMIT_S:
+                links.append(LinkReport(peer.member, False, 0.0, "timed out"))
+            elif peer.member in expected:
+                since_s = 0.0 if since is None else self.now - since
+                links.append(LinkReport(peer.member, True, max(silent_s, since_s)))
         report = NodeReport(
             node.member,
             node.seq,
@@ -395,13 +417,13 @@ class Sim:
                 targets = list(pipeline.stages[index].replicas)
                 if move is not None and move.stage == index and move.to not in targets:
                     targets.append(move.to)
-                quiescing = move is not None and move.phase is MovePhase.QUIESCE and self.quiet
+                quiescing = move is not None and move.phase is MovePhase.QUIESCE and self.quiet and not hung
                 found.append(
                     PipelineReport(
                         pipeline.id,
                         pipeline.epoch,
                         index,
-                        last_step=4 if any(index >= i for i in hung) else 5,
+                        last_step=6 if hung and index < min(hung) else 5,
                         stalled_s=self.now - min(hung.values()) if hung and index == 0 else 0.0,
                         running=2 if index == 0 else 0,
                         quiesced_step=5 if index == 0 and quiescing else -2,

@@ -40,14 +40,31 @@ CASES = [
     ("broken stream alone", Evidence(0.05, broken=True), YELLOW),
     ("broken stream and broken link", Evidence(0.05, broken=True, link_down="reset"), RED),
     ("broken stream, lease gone", Evidence(0.2, broken=True, lease=False), RED),
-    ("broken stream, silent for long", Evidence(1.3, phi=50, broken=True), RED),
+    ("broken stream, silent for long: one kind", Evidence(4.9, phi=99, broken=True), YELLOW),
+    ("broken stream, silent on links", Evidence(1.3, phi=50, broken=True, link_silent_s=1.3), RED),
+    ("broken stream and its step stalls", Evidence(1.3, phi=50, broken=True, stalled_s=1.3), RED),
+    (
+        "cut here and at one neighbour, others hear it",
+        Evidence(3.0, phi=99, broken=True, link_down="timed out", neighbour_hears=True),
+        YELLOW,
+    ),
+    (
+        "killed, and a neighbour had just heard it",
+        Evidence(0.05, broken=True, abrupt=True, link_down="reset", neighbour_hears=True),
+        RED,
+    ),
+    (
+        "cut here and from its pipeline, which waits",
+        Evidence(3.0, phi=99, link_down="timed out", neighbour_hears=True, cut_off="n0", stalled_s=1.3),
+        RED,
+    ),
     ("broken stream, neighbours hear it", Evidence(9.0, phi=99, broken=True, neighbour_hears=True), YELLOW),
     ("silent, link down", Evidence(0.7, phi=20, link_down="reset"), RED),
     ("silent, links silent, not long enough", Evidence(1.0, phi=50, link_silent_s=1.0), YELLOW),
     ("silent and links silent", Evidence(1.3, phi=50, link_silent_s=1.3), RED),
     ("silent and its step stalls", Evidence(1.3, phi=50, stalled_s=1.3), RED),
     ("silent, nobody expects anything of it", Evidence(1.3, phi=50), YELLOW),
-    ("silent twice as long", Evidence(2.5, phi=50), RED),
+    ("silent far longer: one kind", Evidence(4.9, phi=99), YELLOW),
     ("silent, but it often is", Evidence(1.3, phi=3, link_silent_s=1.3), YELLOW),
     ("silent beyond every rhythm", Evidence(3.7, phi=3, link_silent_s=3.7), RED),
     (
@@ -57,6 +74,18 @@ CASES = [
     ),
     ("silent and lease gone", Evidence(0.7, phi=20, lease=False), RED),
     ("everybody is silent", Evidence(9.0, phi=99, link_silent_s=9, deaf=True), YELLOW),
+    (
+        "most are silent, and the few that are heard miss it, too",
+        Evidence(3.0, phi=99, broken=True, link_down="timed out", link_silent_s=3, deaf=True),
+        YELLOW,
+    ),
+    ("most are silent, its pipeline waits", Evidence(3.0, phi=99, stalled_s=2, deaf=True), YELLOW),
+    (
+        "most are dead: connections that break while they are used are not cut",
+        Evidence(0.05, broken=True, abrupt=True, link_down="reset", deaf=True),
+        RED,
+    ),
+    ("most are silent, this one is heard", Evidence(0.1, deaf=True), GREEN),
     ("everybody is silent, lease gone", Evidence(9.0, phi=99, lease=False, deaf=True), RED),
     ("never heard", Evidence(5.0, heard_ever=False), YELLOW),
     ("never heard, lease gone, just now", Evidence(0.7, heard_ever=False, lease=False), YELLOW),
@@ -160,9 +189,11 @@ def test_the_dead_give_no_evidence() -> None:
 def test_a_member_that_woke_up_is_not_yet_a_witness() -> None:
     bench = Bench()
     bench.silent.add(B)
+    bench.links[C] = (LinkReport(B, True, 4.0),)
     bench.run(4)
     assert bench.state(B) is RED
     bench.silent.clear()
+    bench.links.clear()
     bench.links[B] = (LinkReport(A, False, 0.0, "timed out"),)
     bench.run(0.3)
     bench.detector.stream_broken(A, bench.now)
@@ -187,16 +218,20 @@ def test_a_link_on_which_nothing_is_expected_is_no_sign_of_life() -> None:
     bench = Bench()
     bench.silent.add(A)
     bench.links[B] = (LinkReport(A, True, 0.0),)
-    bench.run(2.6)
+    bench.run(4.9)
+    assert bench.state(A) is YELLOW, "nor of death"
+    bench.detector.lease_gone("a")
     assert bench.state(A) is RED
 
 
 def test_red_turns_green_only_after_two_steady_seconds() -> None:
     bench = Bench()
     bench.silent.add(A)
+    bench.links[B] = (LinkReport(A, True, 4.0),)
     bench.run(4)
     assert bench.state(A) is RED
     bench.silent.clear()
+    bench.links.clear()
     bench.run(1.5)
     bench.silent.add(A)
     bench.run(0.8)  # a gap: it starts again
@@ -321,3 +356,49 @@ def test_a_red_member_that_recovers_on_probation_is_not_used_before_it_is_green(
     assert bench.detector.demoted() == frozenset()
     bench.run(12.0)
     assert bench.state(A) is GREEN
+
+
+def test_who_stopped_speaking_is_no_witness_of_others_deaths() -> None:
+    bench = Bench()
+    bench.links[B] = (LinkReport(A, True, 0.5),)
+    bench.run(0.2)
+    bench.silent.update({A, B})  # one path to both breaks: what B said last is old news
+    bench.run(4.8)
+    assert [bench.state(m) for m in (A, B, C)] == [YELLOW, YELLOW, GREEN]
+
+
+@pytest.mark.parametrize("heard_s", [0.05, 1.0])
+def test_a_neighbour_that_hears_it_after_its_stream_broke_speaks_against_death(heard_s: float) -> None:
+    bench = Bench()
+    bench.links[C] = (LinkReport(A, True, 0.02),)
+    bench.silent.add(A)
+    bench.detector.stream_broken(A, bench.now)
+    bench.run(heard_s)
+    bench.links[B] = (LinkReport(A, False, 0.0, "reset"),)
+    bench.report(B)
+    assert bench.state(A) is (RED if heard_s < 0.1 else YELLOW)
+
+
+def test_red_that_may_be_alive() -> None:
+    """Stopped, or cut off: as long as it is registered. Cut off from here alone: longer than that."""
+    stopped = Bench()
+    stopped.silent.add(A)
+    stopped.links[B] = (LinkReport(A, True, 4.0),)
+    stopped.run(2.0)
+    assert stopped.detector.unsure() == stopped.detector.red() == {A}
+    stopped.detector.lease_gone("a")
+    stopped.run(0.1)
+    assert (stopped.detector.unsure(), stopped.detector.red()) == (frozenset(), {A})
+
+    cut = Bench()
+    cut.silent.add(A)
+    cut.detector.lease_gone("a")
+    cut.run(4.0)
+    assert cut.detector.unsure() == cut.detector.red() == {A}
+
+    killed = Bench()
+    killed.detector.stream_broken(A, killed.now)
+    killed.links[B] = (LinkReport(A, False, 0.0, "reset"),)
+    killed.report(B)
+    assert killed.state(A) is RED
+    assert not killed.detector.unsure()

@@ -9,14 +9,18 @@ from __future__ import annotations
 import random
 import zlib
 from collections import deque
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 
 from controlplane.contract.ids import Member
 from controlplane.contract.requests import Sampling, Submit
+from dataplane._fast.blocktable import Rows
 from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
+from dataplane.core.checksums import Check
 from dataplane.core.events import (
     Ask,
     CapacityChanged,
@@ -52,6 +56,23 @@ from dataplane.replica import Replicator
 BLOCK = 4
 PIPELINE = "p0"
 VOCAB = 50_000
+
+T = TypeVar("T")
+
+
+async def here(call: Callable[..., T], /, *arguments: object) -> T:
+    """In the place of the KV thread: done at once."""
+    return call(*arguments)
+
+
+def done(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine returns that waits for nothing."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    raise AssertionError("it waits for something")
 
 
 def mix(*values: int) -> int:
@@ -97,7 +118,7 @@ class Node:
     def __post_init__(self) -> None:
         self.store = KvStore(self.blocks, BLOCK, 64, 64)
         self.kv = IntKv(self.blocks)
-        self.replicator = Replicator(self.store, self.kv, self.send)  # type: ignore[arg-type]
+        self.replicator = Replicator(self.store, self.kv, here, self.send)  # type: ignore[arg-type]
 
     def send(self, peer: Member, meta: Meta, payload: bytes) -> bool:
         return self.cluster.send(self.me, peer, meta, bytes(payload))
@@ -116,7 +137,7 @@ class Node:
         self.replicator.unprotect(PIPELINE)
         if demote:
             for rid in list(self.store.own[PIPELINE]):
-                self.store.demote((PIPELINE, rid), self.replicator.checksum)
+                self.store.demote((PIPELINE, rid))
         else:
             self.store.release_pipeline(PIPELINE)
 
@@ -132,7 +153,7 @@ class Node:
                 if self.stage is not None and not self.stage.stale(meta.fence):
                     self.send(peer, self.replicator.rejoin(self.stage, meta), b"")
             case KvMeta():
-                self.replicator.store_copies(peer, meta, memoryview(payload))
+                done(self.replicator.store_copies(peer, meta, memoryview(payload)))
             case KvAckMeta():
                 self.replicator.acknowledged(peer, meta, self.cluster.now)
             case KvQueryMeta():
@@ -141,10 +162,11 @@ class Node:
                 self.replicator.drop_copies(peer, meta)
             case _:
                 raise TypeError(meta)
-        self.replicator.pump(self.cluster.now)
+        done(self.replicator.pump(self.cluster.now))
         self.store.check()
 
     def run(self, stage: Stage, meta: StepMeta, payload: bytes) -> None:
+        self.look_at(self.store.straddled(PIPELINE, Rows(meta.rows)))
         prepared = stage.prepare(meta)
         self.replicator.freed(PIPELINE, meta.frees)
         if isinstance(prepared, str):
@@ -153,8 +175,12 @@ class Node:
             )
             return
         # The worst moment to copy: blocks are there, their contents are not.
-        self.replicator.pump(self.cluster.now)
+        done(self.replicator.pump(self.cluster.now))
         hidden = self.compute(stage, prepared, np.frombuffer(payload, np.uint64))
+        if self.look_at(self.store.checksums.below(prepared.table_rows.tolist())):
+            failed = StepFailedMeta(PIPELINE, meta.fence, meta.step, stage.index, "gap")
+            self.cluster.to_scheduler(self.me, failed)
+            return
         drawn = (hidden[prepared.rows.sample_rows] % VOCAB).astype(np.int64)
         filled = stage.commit(prepared, drawn if stage.is_last else None)
         self.replicator.advanced(PIPELINE, prepared.rows, filled)
@@ -165,6 +191,10 @@ class Node:
             self.cluster.to_scheduler(
                 self.me, StepFailedMeta(PIPELINE, meta.fence, meta.step, stage.index, "link")
             )
+
+    def look_at(self, checks: list[Check]) -> set[int]:
+        sums = done(here(self.replicator._bytes.sums, [check.block for check in checks]))
+        return self.store.checksums.looked_at(checks, sums)
 
     def compute(self, stage: Stage, prepared: Prepared, hidden: np.ndarray) -> np.ndarray:
         out = np.zeros(len(hidden), np.uint64)
@@ -348,7 +378,7 @@ class Cluster:
                 self.dispatch(Tick())
                 for node in self.nodes.values():
                     if node.alive:
-                        node.replicator.pump(self.now)
+                        done(node.replicator.pump(self.now))
 
     def run_to_end(self, limit: int = 200_000) -> None:
         for _ in range(limit):

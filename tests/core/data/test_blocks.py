@@ -60,7 +60,7 @@ def test_promotion_moves_the_same_blocks() -> None:
         assert block is not None
         blocks.append(block)
         store.replica_written(("p1", 1), index, (index + 1) * 4, checksum=index)
-    assert store.promote(("p1", 1), lambda block: blocks.index(block)) == 8
+    assert store.promote(("p1", 1)) == 8
     assert store.table.blocks(store.own["p1"][1]) == blocks
 
 
@@ -68,7 +68,9 @@ def test_demotion_keeps_only_blocks_with_tokens() -> None:
     store = KvStore(8, 4, 8, 8)
     grow(store, ("p0", 1), 12)
     store.table.set_valid(store.own["p0"][1], 5)
-    store.demote(("p0", 1), lambda block: block)
+    for index in range(3):
+        assert store.checksums.copied(store.own["p0"][1], index, 4 * index + 4, index)
+    store.demote(("p0", 1))
     assert store.replica_tokens(("p0", 1)) == 5
     assert len(store.replicas[("p0", 1)].checksums) == 2
     assert store.blocks_free == 6
@@ -104,9 +106,9 @@ def test_no_block_is_lost_or_held_twice(operations: list[tuple[str, str, int, in
             case "drop":
                 store.drop_replica(key)
             case "promote" if not store.serves(key):
-                store.promote(key, lambda _: 1)
+                store.promote(key)
             case "demote" if store.serves(key):
-                store.demote(key, lambda _: 1)
+                store.demote(key)
             case "sweep":
                 store.release_pipeline(pipeline, keep=(rid,))
         store.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 
 import numpy as np
@@ -14,14 +15,17 @@ from dataplane.core.messages import Block, Fence, KvAckMeta, KvDropMeta, KvMeta,
 from dataplane.core.replication import (
     ANSWER_LIMIT_S,
     COPY_EVERY_S,
+    REFUSED_PAUSE_MAX_S,
     REFUSED_PAUSE_S,
     WINDOW_BLOCKS,
+    WINDOW_BYTES,
     Copy,
     ReplicaSource,
 )
 from dataplane.kvcache import KVCache
 from dataplane.replica import Replicator
 from dataplane.transport.frames import Buffer
+from tests.core.data.pipeline import done, here
 
 HOLDER = Member("n4", "a")
 
@@ -133,12 +137,12 @@ def test_a_holder_says_that_copies_are_gone() -> None:
 
     kv = KVCache(3, 1, 1, 4, 1, "float32")
     store = KvStore(3, 4, 4, 8)
-    holder = Replicator(store, kv, send)
+    holder = Replicator(store, kv, here, send)
     data = bytes(kv.block_bytes)
     copy = KvMeta("p0", Fence(1), (Block(1, 0, 4, zlib.crc32(data)),))
-    holder.store_copies(HOLDER, copy, memoryview(data))
+    done(holder.store_copies(HOLDER, copy, memoryview(data)))
     holder.drop_copies(HOLDER, KvDropMeta("p0", Fence(1), (1, 2)))
-    holder.pump(0.0)
+    done(holder.pump(0.0))
     assert sent == [KvAckMeta("p0", Fence(1), ((1, 0), (2, 0)))]
     assert not store.replicas
 
@@ -149,6 +153,107 @@ def test_a_refused_block_is_tried_again_after_a_pause() -> None:
     made.acknowledged(((1, 0),), whole=False, refused=True, now=0.1)
     assert made.take(0.2, flush=False) == []
     assert made.take(0.1 + REFUSED_PAUSE_S, flush=False)[0] == Copy(1, 0, 4)
+
+
+def test_a_holder_that_refuses_is_asked_ever_less_often() -> None:
+    """A pool that stays full costs a few messages a minute, not two a second for each request."""
+    made = source({1: 8})
+    tries = []
+    now = 0.0
+    while now < 600.0:
+        if copies := made.take(now, flush=False):
+            tries.append((now, len(copies)))
+            made.acknowledged(((1, 0),), whole=False, refused=True, now=now)
+        now += 0.05
+    pauses = [later - earlier for (earlier, _), (later, _) in itertools.pairwise(tries)]
+    assert len(tries) <= 20
+    assert pauses[0] == pytest.approx(REFUSED_PAUSE_S, abs=0.06)
+    assert pauses[-1] == pytest.approx(REFUSED_PAUSE_MAX_S, abs=0.06)
+    assert [count for _, count in tries[2:]] == [1] * (len(tries) - 2)  # one block tells
+    assert made.refusals == len(tries)
+    made.room()
+    assert made.take(now, flush=False) == [Copy(1, 0, 4), Copy(1, 1, 8)]
+    made.acknowledged(((1, 8),), whole=False, refused=False, now=now)
+    made.acknowledged(((1, 0),), whole=False, refused=True, now=now)
+    assert made.take(now + REFUSED_PAUSE_S, flush=False), "what was stored since ends the count"
+
+
+def test_a_holder_says_when_it_has_room_again() -> None:
+    """The change for which its source waits: not a timer's, and not before there is any."""
+    sent: list[tuple[Member, Meta]] = []
+
+    def send(member: Member, meta: Meta, _payload: Buffer) -> bool:
+        sent.append((member, meta))
+        return True
+
+    kv = KVCache(4, 1, 1, 4, 1, "float32")
+    store = KvStore(4, 4, 4, 8)
+    holder = Replicator(store, kv, here, send)
+    assert store.begin("p1", Rows(pack_rows([(7, 0, 12, True)]))) is not None
+    assert store.begin("p1", Rows(pack_rows([(8, 0, 4, True)]))) is not None
+    data = bytes(kv.block_bytes)
+    copy = KvMeta("p0", Fence(1), (Block(1, 0, 4, zlib.crc32(data)),))
+    done(holder.store_copies(HOLDER, copy, memoryview(data)))
+    assert sent == [(HOLDER, KvAckMeta("p0", Fence(1), ((1, 0),), refused=True))]
+    done(holder.pump(0.1))
+    assert len(sent) == 1
+    store.release(("p1", 8))
+    done(holder.pump(0.2))
+    assert sent[1:] == [(HOLDER, KvAckMeta("p0", Fence(1), (), room=True))]
+    done(holder.pump(0.3))
+    assert len(sent) == 2  # told once
+
+    # Who does not rely on us any more need not know.
+    done(holder.store_copies(HOLDER, KvMeta("p0", Fence(1), (Block(9, 3, 16, 0),)), memoryview(data)))
+    holder.answer_query(Member("n9", "b"), KvQueryMeta("p0", Fence(2)))
+    sent.clear()
+    store.release(("p1", 7))
+    done(holder.pump(0.4))
+    assert not sent
+
+
+def test_the_source_counts_refusals_and_takes_up_again_at_a_word() -> None:
+    sent: list[Meta] = []
+
+    def send(_member: Member, meta: Meta, _payload: Buffer) -> bool:
+        sent.append(meta)
+        return True
+
+    kv = KVCache(4, 1, 1, 4, 1, "float32")
+    store = KvStore(4, 4, 4, 8)
+    serving = Replicator(store, kv, here, send)
+    rows = Rows(pack_rows([(1, 0, 8, True)]))
+    table_rows = store.begin("p0", rows)
+    assert table_rows is not None
+    store.commit(table_rows, rows)
+    serving.protect("p0", 1, [HOLDER], flush=False)
+    serving.acknowledged(HOLDER, KvAckMeta("p0", Fence(1), (), whole=True), 0.0)
+    done(serving.pump(0.0))
+    serving.acknowledged(HOLDER, KvAckMeta("p0", Fence(1), ((1, 0),), refused=True), 0.1)
+    assert serving.stats.copies_refused == 1
+    sent.clear()
+    done(serving.pump(0.2))
+    assert not sent
+    serving.acknowledged(HOLDER, KvAckMeta("p0", Fence(1), (), room=True), 0.2)
+    done(serving.pump(0.25))
+    (message,) = sent
+    assert isinstance(message, KvMeta)
+    assert [block.index for block in message.blocks] == [0, 1]
+
+
+def test_what_is_under_way_is_bounded_in_bytes_too() -> None:
+    """Blocks of a model with many heads have megabytes: 64 of them would be a quarter of a gigabyte in memory."""
+    made = ReplicaSource(HOLDER, 4, lambda _: 4 * 100, block_bytes=8 << 20)
+    made.must_ask(0.0)
+    made.acknowledged((), whole=True, refused=False, now=0.0)
+    made.wrote([1])
+    assert len(made.take(0.0, flush=False, limit=3)) == 3
+    assert len(made.take(0.0, flush=False)) == WINDOW_BYTES // (8 << 20) - 3
+    huge = ReplicaSource(HOLDER, 4, lambda _: 4 * 100, block_bytes=1 << 30)
+    huge.must_ask(0.0)
+    huge.acknowledged((), whole=True, refused=False, now=0.0)
+    huge.wrote([1])
+    assert len(huge.take(0.0, flush=False)) == 2
 
 
 def test_the_window_bounds_what_is_under_way() -> None:
@@ -195,16 +300,16 @@ def test_a_source_hears_of_copies_that_made_room() -> None:
 
     kv = KVCache(3, 1, 1, 4, 1, "float32")
     store = KvStore(3, 4, 4, 8)
-    holder = Replicator(store, kv, send)
+    holder = Replicator(store, kv, here, send)
     data = bytes(kv.block_bytes)
     blocks = tuple(Block(rid, 0, 4, zlib.crc32(data)) for rid in (1, 2))
-    holder.store_copies(HOLDER, KvMeta("p0", Fence(1), blocks), memoryview(data * 2))
-    holder.pump(0.0)
+    done(holder.store_copies(HOLDER, KvMeta("p0", Fence(1), blocks), memoryview(data * 2)))
+    done(holder.pump(0.0))
     sent.clear()
     assert store.begin("p1", Rows(pack_rows([(7, 0, 8, True)]))) is not None  # two blocks: one copy has to go
-    holder.pump(0.1)
+    done(holder.pump(0.1))
     assert sent == [(HOLDER, KvAckMeta("p0", Fence(1), ((1, 0),), refused=True))]
-    holder.pump(0.2)
+    done(holder.pump(0.2))
     assert len(sent) == 1  # told once
 
     # Who has only asked relies on what is here as well: a node that took over, of its predecessor's KV.
@@ -212,7 +317,7 @@ def test_a_source_hears_of_copies_that_made_room() -> None:
     holder.answer_query(successor, KvQueryMeta("p0", Fence(2)))
     sent.clear()
     assert store.begin("p1", Rows(pack_rows([(8, 0, 4, True)]))) is not None
-    holder.pump(0.3)
+    done(holder.pump(0.3))
     assert sent == [(successor, KvAckMeta("p0", Fence(2), ((2, 0),), refused=True))]
 
     told = source({1: 8})
@@ -233,7 +338,7 @@ def test_what_is_unsound_in_a_message_is_refused_and_the_rest_of_it_is_kept() ->
         return True
 
     kv = KVCache(8, 1, 1, 4, 1, "float32")
-    holder = Replicator(KvStore(8, 4, 4, 8), kv, send)
+    holder = Replicator(KvStore(8, 4, 4, 8), kv, here, send)
     data = bytearray(np.random.default_rng(1).bytes(4 * kv.block_bytes))
     wanted = [(1, 0), (2, 0), (2, 1), (1, 1)]  # (request, index)
     blocks = tuple(
@@ -242,8 +347,8 @@ def test_what_is_unsound_in_a_message_is_refused_and_the_rest_of_it_is_kept() ->
     )
     data[kv.block_bytes] ^= 1  # of (2, 0)
     message = KvMeta("p0", Fence(1), blocks)
-    holder.store_copies(HOLDER, message, memoryview(data))
-    holder.pump(0.0)
+    done(holder.store_copies(HOLDER, message, memoryview(data)))
+    done(holder.pump(0.0))
     assert sent == [
         (HOLDER, KvAckMeta("p0", Fence(1), ((2, 0),), refused=True)),
         (HOLDER, KvAckMeta("p0", Fence(1), ((1, 8),))),
@@ -253,5 +358,7 @@ def test_what_is_unsound_in_a_message_is_refused_and_the_rest_of_it_is_kept() ->
         2,
         2,
     )
-    holder.store_copies(HOLDER, message, memoryview(data)[:-1])  # cut short: the last block is not sound
+    done(
+        holder.store_copies(HOLDER, message, memoryview(data)[:-1])
+    )  # cut short: the last block is not sound
     assert holder.stats.checksum_failures == 3

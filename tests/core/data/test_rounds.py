@@ -43,7 +43,7 @@ def test_a_step_of_a_new_round_may_come_before_its_question() -> None:
     prepared = stage.prepare(freeing)
     assert not isinstance(prepared, str)
     stage.commit(prepared, None)
-    stage.rejoin(ask, lambda _: 0)
+    stage.rejoin(ask)
     assert stage.last_step == freeing.step
 
 

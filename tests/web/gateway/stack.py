@@ -95,14 +95,18 @@ class Stack:
 
 @contextlib.asynccontextmanager
 async def running(
-    nodes: int = 2, policy: Policy | None = None, keep_alive_s: float = 5.0, **knobs: Any
+    nodes: int = 2,
+    policy: Policy | None = None,
+    keep_alive_s: float = 5.0,
+    model: Model | None = None,
+    **knobs: Any,
 ) -> AsyncIterator[Stack]:
     """`nodes` fake nodes, pipelines p0.. on the first two of them, and a gateway that is ready."""
     fakes = [FakeNode(Member(f"n{index}", f"i{index}"), **knobs) for index in range(nodes)]
     try:
         for fake in fakes:
             await fake.start()
-        async with _gateway(fakes, policy, keep_alive_s) as stack:
+        async with _gateway(fakes, policy, keep_alive_s, model) as stack:
             stack.place(**{f"p{index}": index for index in range(min(2, nodes))})
             await stack.until(lambda: stack.dispatcher.router.reachable == min(2, nodes))
             yield stack
@@ -114,7 +118,9 @@ async def running(
 @contextlib.asynccontextmanager
 async def beside(stack: Stack) -> AsyncIterator[Stack]:
     """A second gateway of the same cluster, which sees the topology that the first one saw last."""
-    async with _gateway(stack.nodes, stack.dispatcher.router.policy, stack.service.keep_alive_s) as other:
+    async with _gateway(
+        stack.nodes, stack.dispatcher.router.policy, stack.service.keep_alive_s, stack.service.model
+    ) as other:
         other.places, other.counter = dict(stack.places), stack.counter
         topology = stack.dispatcher.router.topology
         assert topology is not None
@@ -124,11 +130,13 @@ async def beside(stack: Stack) -> AsyncIterator[Stack]:
 
 
 @contextlib.asynccontextmanager
-async def _gateway(fakes: list[FakeNode], policy: Policy | None, keep_alive_s: float) -> AsyncIterator[Stack]:
+async def _gateway(
+    fakes: list[FakeNode], policy: Policy | None, keep_alive_s: float, model: Model | None
+) -> AsyncIterator[Stack]:
     metrics = Metrics()
     dispatcher = Dispatcher(policy or Policy(), "t", metrics)
     metrics.attach(dispatcher.router, lambda: 0.0)
-    service = Service(demo_model(), dispatcher, metrics, 1, lambda: 0.0, Tickets("s"), keep_alive_s)
+    service = Service(model or demo_model(), dispatcher, metrics, 1, lambda: 0.0, Tickets("s"), keep_alive_s)
     server = make_server(build_app(service, ApiKeys([KEY])))
     sock = listen("127.0.0.1", 0)
     stack = Stack(fakes, dispatcher, service, server, f"http://127.0.0.1:{sock.getsockname()[1]}")

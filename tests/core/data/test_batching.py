@@ -1,0 +1,251 @@
+"""Which rows steps have, whatever the settings: never too many, and everybody gets on."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controlplane.contract.requests import Sampling, Token
+from dataplane.core.batching import Batcher, Limits
+from dataplane.core.request import Phase, Request
+from dataplane.core.speed import CHUNK_MIN, CHUNK_START, STEP_MULTIPLE, StepSpeed
+
+LIMITS = Limits(
+    block_size=4,
+    max_batch_tokens=32,
+    max_running=32,
+    max_waiting=1 << 20,
+    context_len=4096,
+    orphan_grace_s=1.0,
+)
+
+
+def request(rid: int, prompt: int, tokens: int) -> Request:
+    return Request(rid, [3] * prompt, prompt, Sampling(tokens, seed=1), 0, rid, 1)
+
+
+class Line:
+    """A batcher with its steps in flight, which come back in order; a step takes `fixed + token * rows` seconds."""
+
+    def __init__(self, limits: Limits, microbatches: int, quota: int, fixed: float, token: float) -> None:
+        self.batcher = Batcher(limits)
+        self.batcher.microbatches, self.batcher.quota_blocks = microbatches, quota
+        self.flying: deque[tuple[list[tuple[Request, int, int]], float, int, int]] = deque()
+        self.fixed, self.token = fixed, token
+        self.sizes: list[int] = []
+        self.prompt_tokens: list[int] = []
+        self.waited: dict[
+            int, int
+        ] = {}  # steps since a request that decodes could have had a row and had none
+        self.waited_max = 0
+        self.done: list[int] = []
+
+    def issue(self) -> bool:
+        rows, preempted = self.batcher.next_rows(True, len(self.flying))
+        for victim in preempted:
+            victim.rewind(Phase.WAITING)
+            self.batcher.enqueue(victim)
+        if not rows:
+            return False
+        chosen = []
+        decodes = 0
+        for request, count in rows:
+            assert count > 0
+            request.issued += count
+            assert request.issued <= request.total
+            decodes += count == 1 and request.issued == request.total and bool(request.output)
+            chosen.append((request, request.attempt, request.issued))
+        self.sizes.append(sum(count for _, count in rows))
+        self.prompt_tokens.append(self.sizes[-1] - decodes)
+        had = {request.rid for request, _ in rows}
+        for request in self.batcher.running.values():
+            ready = request.rid not in had and request.output and request.total == request.issued + 1
+            self.waited[request.rid] = self.waited.get(request.rid, 0) + 1 if ready else 0
+            self.waited_max = max(self.waited_max, self.waited[request.rid])
+        self.flying.append(
+            (chosen, self.fixed + self.token * self.sizes[-1], decodes, self.prompt_tokens[-1])
+        )
+        return True
+
+    def land(self) -> None:
+        chosen, took_s, decodes, prompt_tokens = self.flying.popleft()
+        self.batcher.speed.ran(
+            decodes, prompt_tokens, took_s, beside_chunk=any(flight[3] for flight in self.flying)
+        )
+        for request, attempt, issued in chosen:
+            if request.attempt != attempt or issued < request.total:
+                continue
+            request.append(Token(request.rid, len(request.output), 5))
+            if len(request.output) == request.sampling.max_tokens:
+                self.batcher.remove(request)
+                self.done.append(request.rid)
+
+    def run(self, steps_max: int) -> None:
+        for _ in range(steps_max):
+            while len(self.flying) < self.batcher.microbatches and self.issue():
+                pass
+            if not self.flying:
+                return
+            self.land()
+        raise AssertionError(
+            f"after {steps_max} steps {self.batcher.waiting} wait, {len(self.batcher.running)} run"
+        )
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12)), min_size=1, max_size=40),
+    max_batch_tokens=st.integers(1, 40),
+    max_running=st.integers(1, 40),
+    microbatches=st.integers(1, 5),
+    quota=st.integers(18, 300),
+    rows_min=st.integers(1, 64),
+    token=st.sampled_from([0.0, 0.001, 1.0]),
+    fixed=st.sampled_from([0.0, 0.01]),
+)
+def test_every_request_ends_and_no_step_is_too_large(
+    sizes: list[tuple[int, int]],
+    max_batch_tokens: int,
+    max_running: int,
+    microbatches: int,
+    quota: int,
+    rows_min: int,
+    token: float,
+    fixed: float,
+) -> None:
+    limits = replace(LIMITS, max_batch_tokens=max_batch_tokens, max_running=max_running, rows_min=rows_min)
+    line = Line(limits, microbatches, quota, fixed, token)
+    for rid, (prompt, tokens) in enumerate(sizes):
+        line.batcher.enqueue(request(rid, prompt, tokens))
+    work = sum(prompt + tokens for prompt, tokens in sizes)
+    line.run(steps_max=20 * work + 1000)
+    assert sorted(line.done) == list(range(len(sizes)))
+    assert max(line.sizes) <= max_batch_tokens
+    assert line.batcher.used_blocks == 0
+    assert line.batcher.waiting == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 400), min_size=1, max_size=60),
+    max_batch_tokens=st.integers(1, 48),
+    max_running=st.integers(1, 44),
+    microbatches=st.integers(1, 4),
+    rows_min=st.integers(1, 64),
+)
+def test_who_decodes_has_its_turn(
+    sizes: list[int], max_batch_tokens: int, max_running: int, microbatches: int, rows_min: int
+) -> None:
+    """A row in every round of steps, or in as many rounds as it takes for all to have one; prompts change nothing."""
+    limits = replace(LIMITS, max_batch_tokens=max_batch_tokens, max_running=max_running, rows_min=rows_min)
+    line = Line(limits, microbatches, 1 << 20, 0.01, 0.0001)
+    for rid, prompt in enumerate(sizes):
+        line.batcher.enqueue(request(rid, prompt, 20))
+    line.run(steps_max=100_000)
+    decodes_max = max(1, max_batch_tokens - max(1, max_batch_tokens // 4))
+    turns = 2 if max_batch_tokens == 1 else 1
+    steps = turns * -(-min(max_running, len(sizes)) // decodes_max)
+    assert line.waited_max <= steps + microbatches
+
+
+def test_more_decodes_than_rows() -> None:
+    """They exceeded the budget silently, and one more waiting request ended the node: ZeroDivisionError."""
+    line = Line(replace(LIMITS, max_waiting=200), 1, 1 << 20, 0.01, 0.0001)
+    for rid in range(140):
+        line.batcher.enqueue(request(rid, 1, 5))
+    line.run(steps_max=200)
+    assert max(line.sizes) == 32
+    assert len(line.done) == 140
+
+
+def speed(decodes: int, decode_s: float, token_s: float, **settings: float) -> StepSpeed:
+    made = StepSpeed(**settings)
+    made.ran(decodes, 0, decode_s, beside_chunk=False)
+    made.ran(decodes, 64, decode_s + 64 * token_s, beside_chunk=False)
+    return made
+
+
+def test_chunks_keep_a_step_to_a_multiple_of_a_decode_step() -> None:
+    assert speed(12, 0.16, 0.002).chunk_tokens(12, 512) == pytest.approx((STEP_MULTIPLE - 1) * 80, abs=1)
+    assert speed(12, 0.16, 0.002, target_s=0.26).chunk_tokens(12, 512) == pytest.approx(50, abs=1)
+    # A device that computes a whole chunk in the time that it reads the weights is not slowed down.
+    assert speed(12, 0.16, 0.0001).chunk_tokens(12, 512) == 512
+    assert speed(12, 0.16, 0.0).chunk_tokens(12, 512) == 512
+    # What is asked for cannot be kept: prompts get on all the same.
+    assert speed(12, 0.16, 0.002, target_s=0.01).chunk_tokens(12, 512) == CHUNK_MIN
+    assert speed(12, 0.16, 0.002, target_s=0.01).chunk_tokens(12, 7) == 7
+    assert StepSpeed().chunk_tokens(12, 512) == CHUNK_START
+
+
+def test_more_rows_take_longer() -> None:
+    """One row was measured, 30 decode now: they take what their tokens take, and a chunk may take as long again."""
+    assert speed(1, 0.02, 0.002).chunk_tokens(31, 512) == pytest.approx(40, abs=1)
+
+
+def test_single_late_steps_change_nothing() -> None:
+    made = speed(12, 0.16, 0.002)
+    for _ in range(8):
+        made.ran(12, 0, 0.16, beside_chunk=False)
+        made.ran(12, 80, 0.32, beside_chunk=False)
+    made.ran(12, 0, 3.0, beside_chunk=False)
+    made.ran(12, 80, 9.0, beside_chunk=False)
+    made.ran(12, 0, 9.0, beside_chunk=True)  # it waited behind a chunk: that says nothing of decoding
+    assert made.chunk_tokens(12, 512) == pytest.approx(80, abs=1)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_readers_do_not_wait_for_others_prompts(microbatches: int) -> None:
+    """Twelve streams and prompts of 300 tokens, on nodes where a chunk of 512 tokens takes six decode steps."""
+    limits = replace(LIMITS, max_batch_tokens=512, max_running=64)
+    line = Line(limits, microbatches, 1 << 20, 0.136, 0.002)
+    for rid in range(12):
+        line.batcher.enqueue(request(rid, 8, 400))
+    for _ in range(200):
+        while len(line.flying) < microbatches and line.issue():
+            pass
+        line.land()
+    line.prompt_tokens.clear()
+    for rid in range(20):
+        line.batcher.enqueue(request(100 + rid, 300, 100))
+    while not all(line.batcher.running.get(100 + rid) is None for rid in range(20)) or line.batcher.waiting:
+        while len(line.flying) < microbatches and line.issue():
+            pass
+        line.land()
+    first = line.prompt_tokens[0]
+    # 32 rows take 0.2 s in the end, and so may a chunk.
+    assert max(line.prompt_tokens) * 0.002 <= (STEP_MULTIPLE - 1) * (0.136 + 0.002 * 32) * 1.01
+    assert first > 4 * CHUNK_MIN
+
+
+def test_a_lone_prompt_goes_whole() -> None:
+    line = Line(replace(LIMITS, max_batch_tokens=512), 1, 1 << 20, 0.1, 0.002)
+    line.batcher.speed = speed(1, 0.1, 0.002)
+    line.batcher.enqueue(request(1, 500, 3))
+    line.run(100)
+    assert line.prompt_tokens[0] == 500
+
+
+def test_decoding_is_measured_again_though_prompts_never_end() -> None:
+    """Chunks in all steps: nothing would tell that decodes have become slower, and chunks would shrink for it."""
+    line = Line(replace(LIMITS, max_batch_tokens=512, max_running=40), 2, 1 << 20, 0.01, 0.001)
+    line.batcher.enqueue(request(0, 8, 4000))
+    for rid in range(1, 2000):
+        line.batcher.enqueue(request(rid, 100, 1))
+
+    def some(steps: int) -> list[int]:
+        line.prompt_tokens.clear()
+        for _ in range(steps):
+            while len(line.flying) < 2 and line.issue():
+                pass
+            line.land()
+        return sorted(line.prompt_tokens)
+
+    before = some(200)
+    line.fixed = 0.1
+    some(400)
+    after = some(100)
+    assert 5 * before[100] < after[50]
