@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -123,7 +123,7 @@ class Compute:
     def _pass(self, works: Sequence[Work], batch: Batch) -> list[Computed]:
         started = time.monotonic()
         self._thread = threading.get_ident()
-        tokens, hidden = inputs(works, batch)
+        tokens, hidden = inputs(works, batch, self._executor.adopt)
         output = self._executor.forward(tokens, hidden, batch.arrays, batch.sample_rows)
         computed = [self._share(work, part, output) for work, part in zip(works, batch.parts, strict=True)]
         took = time.monotonic() - started
@@ -149,8 +149,11 @@ class Compute:
         return Computed(activations.data, None, poisoned)
 
 
-def inputs(works: Sequence[Work], batch: Batch) -> tuple[npt.NDArray[np.int64] | None, Buffer | None]:
-    """Tokens for a first stage, else activations, of all steps behind one another.
+def inputs(
+    works: Sequence[Work], batch: Batch, adopt: Callable[[Buffer, int], Buffer]
+) -> tuple[npt.NDArray[np.int64] | None, Buffer | None]:
+    """Tokens for a first stage, else activations, of all steps behind one another. Those of a stage with another
+    precision are `adopt`ed.
 
     Raises ValueError if one has not as many as it has tokens: the next one's would be taken for its own."""
     counts = [part.tokens.stop - part.tokens.start for part in batch.parts]
@@ -159,7 +162,7 @@ def inputs(works: Sequence[Work], batch: Batch) -> tuple[npt.NDArray[np.int64] |
         if [len(some) for some in tokens] != counts:
             raise ValueError(f"steps of {counts} tokens came with {[len(some) for some in tokens]}")
         return np.array(tuple(chain.from_iterable(tokens)), np.int64), None
-    payloads = [work.message.payload for work in works]
+    payloads = [adopt(work.message.payload, count) for work, count in zip(works, counts, strict=True)]
     if len(payloads) == 1:
         return None, payloads[0]
     sizes = [memoryview(payload).nbytes for payload in payloads]

@@ -9,6 +9,7 @@ import torch
 from typing_extensions import Buffer
 
 from dataplane._fast.blocktable import StepArrays
+from dataplane.core import activations
 from dataplane.kvcache import KVCache
 from dataplane.model.config import ModelConfig, ModelDtype, load_config
 from dataplane.model.errors import ModelError
@@ -16,6 +17,7 @@ from dataplane.model.layers import build_layer
 from dataplane.model.rotary import RotaryTable
 from dataplane.model.split import split_layers
 from dataplane.model.weights import EMBED, HEAD, NORM, load_weights, weights_digest
+from dataplane.numerics import device_kind, numerics_of
 from kernels.base import DTYPES, Head, StageSpec
 from kernels.cpu._native import Team
 from kernels.cpu.stage import CpuStage
@@ -64,6 +66,14 @@ class StageExecutor:
         shape = (num_blocks, len(self.layers), c.num_kv_heads, block_size, c.head_dim)
         self.kv = KVCache(*shape, self.dtype) if device == "cpu" else device_cache(*shape, self.dtype, device)
         self.block_wire_bytes = self.kv.block_bytes
+        self.numerics: str = numerics_of(
+            c,
+            self.layers,
+            dtype=self.dtype,
+            device=device_kind(device),
+            attention=attention,
+            block_size=block_size,
+        )
         kind = DTYPES[self.dtype]
         # Weights are packed into memory of the kernels'; the mapping of the files ends with this constructor, except
         # for the embedding, of which a step reads a few rows.
@@ -91,6 +101,10 @@ class StageExecutor:
     def beats(self) -> int | None:
         """See kernels.base.StageKernels."""
         return self._stage.beats()
+
+    def adopt(self, hidden: activations.Buffer, tokens: int) -> activations.Buffer:
+        """What the stage before sent for so many tokens, in this stage's precision. Raises ValueError."""
+        return activations.in_precision(hidden, tokens * self.hidden_size, self.dtype)
 
     def forward(
         self,

@@ -91,6 +91,7 @@ def preload(target: str, torch: bool = True) -> RunNode:
     if target == TARGET and torch:
         importlib.import_module("torch").set_num_threads(1)
         importlib.import_module("dataplane.executor")
+        importlib.import_module("dataplane.numerics").kernel_sources()  # as well while the files are those
     module, _, name = target.partition(":")
     function: RunNode = getattr(importlib.import_module(module), name)
     gc.collect()

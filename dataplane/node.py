@@ -196,6 +196,7 @@ class Node:
             fault_domain={"host": os.uname().nodename, "node": self._me.node},
             started_unix_s=time.time(),
             host_parallel=max(1, len(os.sched_getaffinity(0)) // config.engine.threads),
+            numerics=self._executor.numerics,
             version=code_version(),
             settings=self._settings,
             process=process.identity(),

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from dataplane._fast.blocktable import StepArrays
 from dataplane._fast.hashing import stage_hashes
+from dataplane.core import activations
 from dataplane.devices import DeviceProfile
 from dataplane.kvcache import KVCache
 from dataplane.model.config import ModelConfig
@@ -115,6 +116,7 @@ class OracleExecutor:
         assert self.kv.block_bytes == HASH_BYTES * block_size
         self.block_wire_bytes = profile.kv_bytes_per_token * block_size
         self.weights_digest = f"oracle-{stage}-of-{num_stages}"
+        self.numerics = f"oracle-{block_size}"
         self.light_tokens = profile.light_tokens
         self.suspect = False
         self.team = None  # see dataplane/executor.py
@@ -125,6 +127,10 @@ class OracleExecutor:
         self._blocks: Hashes = self.kv.array.reshape(num_blocks, -1).view(np.uint64)
         self._logits = Logits(self.config.vocab_size)
         self._weights = position_weights(block_size)
+
+    def adopt(self, hidden: activations.Buffer, tokens: int) -> activations.Buffer:
+        """See `StageExecutor.adopt`: hashes have one form."""
+        return hidden
 
     def forward(
         self,

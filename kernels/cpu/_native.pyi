@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
 
+SOURCES: str
 STORE: int
 ADD: int
 SILU_MUL: int

@@ -96,6 +96,10 @@ cdef extern from "kernels.h" nogil:
     int64_t kf_team_beats(const kf_team *team)
     int kf_isa()
 
+cdef extern from *:
+    const char *KF_SOURCES
+
+SOURCES = KF_SOURCES.decode()  # digest of what this was built from: see setup.py
 STORE, ADD, SILU_MUL, FLOAT = KF_STORE, KF_ADD, KF_SILU_MUL, KF_FLOAT
 
 
