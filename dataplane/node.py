@@ -80,11 +80,7 @@ class Node:
         self._executor = executor
         secret = auth.load_secret(config.secret_file)
         engine = config.engine
-        context = min(
-            engine.max_model_len or executor.config.max_positions,
-            executor.config.max_positions,
-            engine.block_size * (engine.pool_blocks // 2),
-        )
+        context = self._context_len = engine.context_len(executor.config.max_positions)
         store = KvStore(
             engine.pool_blocks,
             engine.block_size,
@@ -196,6 +192,7 @@ class Node:
             fault_domain={"host": os.uname().nodename, "node": self._me.node},
             started_unix_s=time.time(),
             host_parallel=max(1, len(os.sched_getaffinity(0)) // config.engine.threads),
+            context_len=self._context_len,
             numerics=self._executor.numerics,
             version=code_version(),
             settings=self._settings,

@@ -12,7 +12,7 @@ import msgspec
 
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.ranges import Range, SettingsError, Text, check_bounds
-from controlplane.contract.topology import Mode
+from controlplane.contract.topology import Mode, quota_blocks
 
 ETCD_LEASE_MIN_S = 2  # what etcd makes of a shorter one
 SLOTS_MAX = (1 << 31) - 1  # positions of a KV pool: kernels number them in 32 bits
@@ -60,6 +60,13 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def rows_min(self) -> int:
         """Rows that are not split over two microbatches."""
         return self.microbatch_rows or (64 if self.device == "cuda" else 4)
+
+    def context_len(self, positions_max: int) -> int:
+        """The context that is served, in tokens, prompt and output together: what the model, whose limit is
+        `positions_max`, `max_model_len` and the KV pool allow, of which a pipeline has half (a node that is borrowed
+        serves two)."""
+        pool = self.block_size * quota_blocks(self.pool_blocks, 2)
+        return min(positions_max, self.max_model_len or positions_max, pool)
 
 
 class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -100,7 +100,7 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
         )
         key = Keys(config.cluster).gateway(name)
         registration = Registration(etcd, key, encode(record), LEASE_S, supersedes=(take_over,))
-        watch = ClusterWatch(etcd, config, dispatcher, me, registration)
+        watch = ClusterWatch(etcd, config, dispatcher, me, registration, model.context)
         tickets = Tickets(derive(secret, "streams"))
         service = _service(config.gateway, model, dispatcher, metrics, watch, tickets)
         grace_s = config.timing.stop_grace_s
