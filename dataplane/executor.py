@@ -132,6 +132,10 @@ class StageExecutor:
         """Whether the activations that forward() returned last may have a number that is not finite."""
         return self._stage.suspect
 
+    def beats(self) -> int | None:
+        """See kernels.base.StageKernels."""
+        return self._stage.beats()
+
     def adopt(self, hidden: activations.Buffer, tokens: int) -> activations.Buffer:
         """What the stage before sent for so many tokens, in this stage's precision. Raises ValueError."""
         return activations.in_precision(hidden, tokens * self.hidden_size, self.dtype)

@@ -7,7 +7,7 @@ import asyncio
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 import structlog
@@ -16,6 +16,7 @@ from controlplane.contract.config import ClusterConfig, EmulationConfig, load_co
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.logs import configure_logging
+from controlplane.contract.process import begin, run_to_exit
 from controlplane.contract.version import settings_digest
 from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import TAKE_OVER
@@ -30,13 +31,22 @@ if TYPE_CHECKING:
     from dataplane.oracle import OracleExecutor
 
 
+<<<<<<< HEAD
 def run_node(config: ClusterConfig, node: str, take_over: str = "", place: Place = CPU) -> None:
     """Serve until stopped (SIGTERM, SIGINT) or retired. A name is "n" and a number; its stage follows from it.
 
     `take_over`: the incarnation that has to give its name up to this process. `place`: where it computes, as its
     launcher says. Raises NameTaken if another process has the name.
+=======
+def run_node(config: ClusterConfig, node: str, take_over: str = "") -> NoReturn:
+    """Serve until stopped (SIGTERM, SIGINT) or retired, and end the process. A name is "n" and a number; its stage
+    follows from it. Raises ModelError or ConfigError before it serves.
+
+    `take_over`: the incarnation that has to give its name up to this process.
+>>>>>>> main
     """
     configure_logging(node)
+    begin()
     stage = int(node.removeprefix("n")) % config.stages
     settings = settings_digest(config)  # of what the operator wrote: equal on every host
     config = msgspec.structs.replace(config, model=str(provision(config, node, stage)))
@@ -44,10 +54,20 @@ def run_node(config: ClusterConfig, node: str, take_over: str = "", place: Place
     executor.warm_up()
     emulated = config.emulation != EmulationConfig()
     MOMENT.time_scale = config.emulation.time_scale
+<<<<<<< HEAD
     with asyncio.Runner(loop_factory=precise_loop if emulated else None) as runner:
         runner.run(
             _serve(config, Member(node, new_incarnation()), stage, executor, settings, take_over, place)
         )
+=======
+    member = Member(node, new_incarnation())
+    run_to_exit(
+        node,
+        lambda: _serve(config, member, stage, executor, settings, take_over),
+        precise_loop if emulated else None,
+        expected=NameTaken,
+    )
+>>>>>>> main
 
 
 async def _serve(

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Collection, Coroutine, Iterator
+from collections.abc import Collection, Coroutine, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.05
 PING_S = 0.2  # a link that had nothing to carry for this long carries a ping
 GOODBYE_LIMIT_S = 0.3  # for the report that says that this node leaves
+LEAVE_LIMIT_S = 2.0  # for everything that it does before it ends
 ROWS_PER_PIPELINE = 4  # block-table rows: served and copied requests of two pipelines and their overlap
 
 
@@ -154,17 +155,26 @@ class Node:
                 task.result()
         finally:
             self._leaving = True
-            await self._reporter.flush(GOODBYE_LIMIT_S)
-            for task in (stop, *tasks):
-                task.cancel()
-            await asyncio.gather(stop, *tasks, return_exceptions=True)
-            await registration.withdraw(timeout_s=0.5)
-            await self._reporter.close()
-            await self._frontdoor.close()
-            self._lane.close()
-            await self._transport.close()
-            await client.close()
-            self._worker.close()
+            try:
+                async with asyncio.timeout(LEAVE_LIMIT_S):
+                    await self._leave(registration, client, [stop, *tasks])
+            except TimeoutError:
+                log.warning("not everything was closed in time; peers see it when the process ends")
+
+    async def _leave(
+        self, registration: Registration, client: EtcdClient, tasks: Sequence[asyncio.Task[Any]]
+    ) -> None:
+        await self._reporter.flush(GOODBYE_LIMIT_S)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await registration.withdraw(timeout_s=0.5)
+        await self._reporter.close()
+        await self._frontdoor.close()
+        self._lane.close()
+        await self._transport.close()
+        await client.close()
+        self._worker.close()
 
     def stop(self) -> None:
         """Leave on purpose: reported, deregistered, then gone."""
@@ -285,6 +295,7 @@ class Node:
             began, computed_s = time.monotonic(), time.thread_time()
             await asyncio.sleep(TICK_S)
             self._timeliness.rang(TICK_S, time.monotonic() - began, time.thread_time() - computed_s)
+            self._worker.compute.look(time.monotonic())
             self._schedulers.tick()
             self._worker.wake()
             now = time.monotonic()
@@ -317,6 +328,7 @@ class Node:
             blocks_total=store.num_blocks,
             busy_s=now - busy[0] if busy is not None else 0.0,
             usual_s=pace.usual_s(busy[1]) if busy is not None else 0.0,
+            still_s=self._worker.compute.still_s,
             poisoned=self._worker.stats.poisoned,
             times=pace.report(),
             timed_s=self._timeliness.timed_s,

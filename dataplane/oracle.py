@@ -157,6 +157,9 @@ class OracleExecutor:
         self.step_s = self._profile.step_s(rows, int(step.context_lens.sum())) / self._time_scale
         return result
 
+    def beats(self) -> int:
+        return -1  # over before anybody could look
+
     def _load(self, tokens: npt.NDArray[np.int64] | None, hidden: Buffer | None, step: StepArrays) -> Hashes:
         rows = step.num_tokens
         if self.is_first:

@@ -124,3 +124,8 @@ class StageKernels(Protocol):
         Not thread-safe. Raises ValueError or IndexError for a step that does not fit; the KV cache may then hold part
         of it, in slots that it named."""
         ...
+
+    def beats(self) -> int | None:
+        """Grows while a computation advances, however slowly; -1 while none is under way. From any thread. None: this
+        device cannot tell."""
+        ...

@@ -105,6 +105,9 @@ class CudaStage:
             if self._head is not None:
                 self._logits(residual)
 
+    def beats(self) -> None:
+        return None  # the device says nothing until a step has ended
+
     def forward(
         self, source: npt.NDArray[np.int64] | Buffer, step: StepArrays, picked: npt.NDArray[np.int32]
     ) -> npt.NDArray[np.generic]:
