@@ -31,6 +31,7 @@ class _Figures:
     stage: int = -1
     busy_s: float = 0.0
     usual_s: float = 0.0
+    still_s: float | None = None
     poisoned: int = 0
     poisonings: deque[tuple[float, int]] = field(default_factory=deque)  # when, how many requests
     slowness: Slowness = field(default_factory=Slowness)
@@ -46,7 +47,11 @@ class _Probation:
 
 @dataclass(frozen=True, slots=True)
 class Symptoms:
-    stuck_s: float = 0.0  # its computation takes far longer than usual
+    stuck_s: float = (
+        0.0  # its computation takes far longer than usual, on a device that does not say whether it advances
+    )
+    still_s: float = 0.0  # its computation has not advanced for so long
+    advances: bool = False  # it computes, and was seen to advance
     poisoned: int = 0  # requests whose numbers it spoilt lately
     peers_poisoned: bool = False  # and so did peers: it is the requests
     probation: str = ""  # why
@@ -68,13 +73,13 @@ class Conduct:
         figures = self._figures.setdefault(report.member, _Figures())
         if report.pipelines:
             figures.stage = report.pipelines[0].stage
-        figures.busy_s, figures.usual_s = report.busy_s, report.usual_s
+        figures.busy_s, figures.usual_s, figures.still_s = report.busy_s, report.usual_s, report.still_s
         if report.poisoned > figures.poisoned:
             figures.poisonings.append((now, report.poisoned - figures.poisoned))
             figures.poisoned = report.poisoned
             self._poisoned.add(report.member)
         self._paces.reported(report, now)
-        return report.member in self._poisoned or self._stuck_s(figures) > 0.0
+        return report.member in self._poisoned or self._stuck_s(figures) > 0.0 or self._still_s(figures) > 0.0
 
     def forget(self, member: Member) -> None:
         self._figures.pop(member, None)
@@ -108,7 +113,12 @@ class Conduct:
 
     def _stuck_s(self, figures: _Figures) -> float:
         limit_s = max(1.5 * self._timing.dead_after_s, STUCK * figures.usual_s)
-        return figures.busy_s if figures.usual_s and figures.busy_s >= limit_s else 0.0
+        stuck = figures.still_s is None and figures.usual_s > 0.0 and figures.busy_s >= limit_s
+        return figures.busy_s if stuck else 0.0
+
+    def _still_s(self, figures: _Figures) -> float:
+        still_s = figures.still_s or 0.0
+        return still_s if still_s >= self._timing.dead_after_s else 0.0
 
     def symptoms(self, member: Member, now: float) -> Symptoms:
         figures = self._figures.get(member)
@@ -116,8 +126,11 @@ class Conduct:
         probation = "" if on is None else on.why
         if figures is None:
             return Symptoms(probation=probation)
+        still_s = self._still_s(figures)
         return Symptoms(
             stuck_s=self._stuck_s(figures),
+            still_s=still_s,
+            advances=figures.busy_s > 0.0 and figures.still_s is not None and not still_s,
             poisoned=sum(count for _, count in figures.poisonings),
             peers_poisoned=any(
                 m != member and self._figures[m].stage == figures.stage for m in self._poisoned
