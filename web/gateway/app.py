@@ -131,7 +131,11 @@ def _token_routes(app: FastAPI, service: Service) -> None:
         if body.messages is not None:
             ids = list(
                 await chat_prompt(
-                    service, body.messages, body.add_generation_prompt, bool(body.add_special_tokens)
+                    service,
+                    body.messages,
+                    body.add_generation_prompt,
+                    bool(body.add_special_tokens),
+                    body.chat_template_kwargs,
                 )
             )
         else:
