@@ -1,4 +1,4 @@
-"""Every parameter that clients know: what cannot change the answer is ignored, the rest is obeyed or refused by name."""
+"""Every parameter that clients know: ignored if it cannot change the answer, else obeyed or refused by name."""
 
 from __future__ import annotations
 
