@@ -10,13 +10,16 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from web.http1 import Http1Protocol
 
 HEAD_BYTES_MAX = 64 * 1024  # request line and headers; also trailers, and what stands between chunks
+TOO_LONG = f"the head of a request exceeds {HEAD_BYTES_MAX} bytes"
 HEAD_S = 20.0  # from the first byte of a connection, or of what follows an answer, to the end of a head
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class BoundedProtocol(Http1Protocol):
     """One connection. A head that is too long is answered with 431, one that is too slow with 408; both are its end."""
 
     _unheard = 0  # bytes since the parser last had something whole: a head, a piece of a body, an end
@@ -38,7 +41,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._unheard > HEAD_BYTES_MAX:
-            self._refuse(431, f"the head of a request exceeds {HEAD_BYTES_MAX} bytes")
+            self.refuse(431, TOO_LONG)
         elif self.cycle is None or self.cycle.response_complete:
             # uvicorn's own timer, for idle connections, ended with these bytes, and would not start again.
             self._await_head()
@@ -46,7 +49,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._unheard = 0
         self._stop_timer()
-        super().on_headers_complete()
+        # One that came in a single read has not been counted.
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > HEAD_BYTES_MAX:
+            return self.refuse(431, TOO_LONG)
+        return super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._unheard = 0
@@ -55,10 +62,6 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._unheard = 0
         super().on_message_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        """Called by uvicorn for what is not HTTP."""
-        self._refuse(400, msg)
 
     def _await_head(self) -> None:
         if self._head_timer is None:
@@ -74,15 +77,15 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self.cycle is None and self._unheard:
-            self._refuse(408, f"the head of the request did not arrive within {HEAD_S:g} s")
+            self.refuse(408, f"the head of the request did not arrive within {HEAD_S:g} s")
         else:
             self.transport.close()  # nothing was asked, or it has been answered
 
-    def _refuse(self, status: int, message: str) -> None:
+    def refuse(self, status: int, message: str) -> None:
         """Answer and close; on a connection with an answer under way, only close."""
         self._stop_timer()
         if self.cycle is None or self.cycle.response_complete:
-            kind = "TimeoutError" if status == 408 else "BadRequestError"
+            kind = {408: "TimeoutError", 501: "NotImplementedError"}.get(status, "BadRequestError")
             error = {"message": message, "type": kind, "param": None, "code": status}
             body = msgspec.json.encode({"error": error})
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(
