@@ -15,7 +15,7 @@ another fault domain goes before the ring's order. Nodes of other numerics may s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.topology import Mode, Pipeline, Topology
@@ -97,8 +97,41 @@ def takers(
     copy has to be computed again. Nobody serves more than two pipelines while another way is left, because half of a
     pool is the quota of one pipeline (contract.topology.quota_blocks). `layout`: what has been decided so far.
     """
-    counts = served_counts(s.topology) if layout is None else layout.counts
-    inside = {m.node for m in pipeline.members() if not s.nodes.is_dead(m)}
+    rank = _rank(s, served_counts(s.topology) if layout is None else layout.counts, pipeline, stage, keep_kv)
+    return sorted(
+        (m for m in map(_member, s.nodes.by_stage.get(stage, {}).values()) if able(s, pipeline, m)), key=rank
+    )
+
+
+def first_takers(
+    s: Situation, layout: Layout, pipeline: Pipeline, stage: int, *, keep_kv: bool
+) -> Iterator[Member]:
+    """As `takers`, one after the other: the first is nearly always a holder or a home, and nobody else is ranked."""
+    rank = _rank(s, layout.counts, pipeline, stage, keep_kv)
+    views = s.nodes.by_stage.get(stage, {})
+    nodes = {m.node for m in _holders(s, pipeline, stage)} | set(pipeline.stages[stage].homes)
+    near = [views[node].member for node in nodes & views.keys() if able(s, pipeline, views[node].member)]
+    first = sorted((m for m in near if rank(m) < (False, 2)), key=rank)
+    yield from first
+    yield from (m for m in takers(s, pipeline, stage, keep_kv=keep_kv, layout=layout) if m not in first)
+
+
+def able(s: Situation, pipeline: Pipeline, member: Member) -> bool:
+    """Whether a node's newest process may serve a stage of the pipeline whose weights it holds."""
+    view = s.nodes.views[member.node]
+    if not view.usable or not _free(s, view):
+        return False
+    return not any(m.node == member.node and not s.nodes.is_dead(m) for m in pipeline.members())
+
+
+def _member(view: NodeView) -> Member:
+    return view.member
+
+
+def _rank(
+    s: Situation, counts: Counter[NodeId], pipeline: Pipeline, stage: int, keep_kv: bool
+) -> Callable[[Member], tuple[object, ...]]:
+    """The order of takers: not on probation, tier, how far behind, how many stages it serves, whether it has a copy."""
     homes = pipeline.stages[stage].homes
     holders = _holders(s, pipeline, stage)
 
@@ -110,12 +143,7 @@ def takers(
         behind = lag if light and lag is not None else 0
         return s.nodes.views[member.node].demoted, tier, behind, counts[member.node], lag is None, member.node
 
-    able = [
-        view.member
-        for node, view in s.nodes.by_stage.get(stage, {}).items()
-        if view.usable and node not in inside and _free(s, view)
-    ]
-    return sorted(able, key=key)
+    return key
 
 
 def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int) -> Member | None:
@@ -136,7 +164,7 @@ def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int)
 
     current = pipeline.stages[stage].replicas
 
-    def able(view: NodeView) -> bool:
+    def fit(view: NodeView) -> bool:
         if view.member.node in inside or not _free(s, view) or not s.nodes.exchange(source, view.member):
             return False
         # A target under suspicion keeps its duty and gets no new one.
@@ -148,11 +176,11 @@ def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int)
     strict: list[NodeView] = []
     for node in layout.around(pipeline, stage):
         view = views.get(node)
-        if view is not None and not view.demoted and able(view):
+        if view is not None and not view.demoted and fit(view):
             strict.append(view)
             if not _shared(here, view):
                 break
-    found = strict or [view for view in views.values() if able(view)]
+    found = strict or [view for view in views.values() if fit(view)]
     return min(found, key=key).member if found else None
 
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from controlplane.contract.ids import Member
 from controlplane.contract.topology import Mode, Move, Pipeline, Topology
 from controlplane.core.edit import successor, with_stage
-from controlplane.core.placement import Layout, replica_target, takers
+from controlplane.core.placement import Layout, first_takers, replica_target
 from controlplane.core.policy import Situation
 
 
@@ -155,7 +155,7 @@ def _staffed(s: Situation, draft: _Draft, pipeline: Pipeline, stages: list[int])
         stage = pipeline.stages[index]
         old: list[Member | None] = [None if s.nodes.is_dead(m) else m for m in stage.ranks]
         old = old or [None] * len(stage.homes)
-        able = iter(takers(s, pipeline, index, keep_kv=keep_kv, layout=draft.layout))
+        able = first_takers(s, draft.layout, pipeline, index, keep_kv=keep_kv)
         ranks = [m if m is not None else next(able, None) for m in old]
         staffed = with_stage(staffed, index, ranks=tuple(m for m in ranks if m is not None))
         if None in ranks:
