@@ -60,6 +60,13 @@ class ReportReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class HeartbeatsReceived:
+    """These were heard; what they last reported still holds."""
+
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ReportStreamBroken:
     """The stream of a member's reports to this controller ended, however it ended."""
 
@@ -134,6 +141,7 @@ CoreEvent = (
     | NodeGone
     | PeersSeen
     | ReportReceived
+    | HeartbeatsReceived
     | ReportStreamBroken
     | TopologySeen
     | OperationSeen
