@@ -12,7 +12,11 @@ from unittest import mock
 
 import numpy as np
 
+import controlplane.core.detector
+from controlplane.contract.config import TimingConfig
+from controlplane.contract.status import NodeState
 from controlplane.contract.topology import Pipeline
+from controlplane.core.evidence import Evidence, judge
 from controlplane.etcd.election import Leadership
 from controlplane.etcd.values import Compare
 from dataplane.core.messages import Fence, KvMeta, KvQueryMeta, RejoinMeta, StepMeta
@@ -108,10 +112,25 @@ def no_position_check() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def no_second_kind() -> Iterator[None]:
+    """Who is not heard for long enough is dead, whatever else is known."""
+
+    def hasty(e: Evidence, timing: TimingConfig) -> tuple[NodeState, str]:
+        state, why = judge(e, timing)
+        if state is NodeState.YELLOW and not e.neighbour_hears and e.silent_s >= timing.dead_after_s:
+            return NodeState.RED, f"silent for {e.silent_s:.1f} s"
+        return state, why
+
+    with mock.patch.object(controlplane.core.detector, "judge", hasty):
+        yield
+
+
 SAFEGUARDS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "epoch": no_epoch_check,
     "guard": no_leadership_guard,
     "watermark": no_watermark_rule,
     "checksum": no_checksums,
     "position": no_position_check,
+    "kinds": no_second_kind,
 }
