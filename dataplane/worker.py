@@ -38,7 +38,7 @@ from dataplane.core.messages import (
 from dataplane.core.rhythm import Rhythm
 from dataplane.core.stage import Stage
 from dataplane.inbox import Inbox, Item, LinkChanged, Message, Wake
-from dataplane.kvwork import KvBytes, KvThread
+from dataplane.kvwork import KvThread, blocks_as_bytes
 from dataplane.model.sampler import Drawn, SamplingTable
 from dataplane.moment import MOMENT
 from dataplane.replica import Replicator
@@ -85,10 +85,11 @@ class Worker:
         self.stats = WorkerStats()
         self.stages: dict[PipelineId, Stage] = {}
         self._thread = KvThread()
-        self._bytes = KvBytes(executor.kv)
+        self._bytes = blocks_as_bytes(executor.kv)
         self.replicator = Replicator(
             store, executor.kv, self._thread, send, send_later, executor.block_wire_bytes
         )
+        self.replicator.numerics = executor.numerics
         self.topology: Topology | None = None  # the newest one applied
         self._newest: Topology | None = (
             None  # the newest one known: what is older than it need not be computed
@@ -200,6 +201,7 @@ class Worker:
         if self.topology is not None and topology.counter <= self.topology.counter:
             return
         self.topology = topology
+        self._store.idle = frozenset(pipeline.id for pipeline in topology.pipelines if not pipeline.up)
         for pipeline in topology.pipelines:
             duty = pipeline.stages_of(self._me)
             stage = self.stages.get(pipeline.id)
@@ -361,7 +363,7 @@ class Worker:
         self.replicator.freed(meta.pipeline, meta.frees)
         if isinstance(prepared, str):
             log.warning("step %d of %s: %s", meta.step, meta.pipeline, prepared)
-            self._fail(stage, meta, prepared)
+            self._fail(stage, meta, prepared, missing=self._store.missing if prepared == "space" else 0)
             return None
         return Work(stage, prepared, message)
 
@@ -398,9 +400,17 @@ class Worker:
             self._fail(stage, meta, "link")
 
     def _fail(
-        self, stage: Stage, meta: StepMeta, reason: str, node: str = "", rids: tuple[int, ...] = ()
+        self,
+        stage: Stage,
+        meta: StepMeta,
+        reason: str,
+        node: str = "",
+        rids: tuple[int, ...] = (),
+        missing: int = 0,
     ) -> None:
-        failed = StepFailedMeta(meta.pipeline, meta.fence, meta.step, stage.index, reason, node, rids)
+        failed = StepFailedMeta(
+            meta.pipeline, meta.fence, meta.step, stage.index, reason, node, rids, missing
+        )
         self._to_scheduler(meta.pipeline, failed)
 
     def _to_scheduler(self, pipeline_id: PipelineId, meta: Meta) -> None:

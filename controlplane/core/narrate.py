@@ -30,13 +30,21 @@ def of_verdict(verdict: Verdict, unix_now: float) -> Event:
     return Event(kind, verdict.member.node, f"{verdict.member.node} {text}", unix_now, details=details)
 
 
+def of_blemish(text: str, unix_now: float) -> Event:
+    """`text`: "rule or invariant: where, and what"."""
+    _, _, problem = text.partition(": ")
+    where = problem.split(":")[0].split("/")[0]
+    return Event(EventKind.BLEMISH, where, text, unix_now)
+
+
 def of_topology(
     before: Topology, after: Topology, died_s: Mapping[Member, float], unix_now: float
 ) -> Iterator[Event]:
     """What a written topology changed. `died_s`: how long ago each dead member was found dead."""
+    known = {p.id: p for p in before.pipelines}
     for new in after.pipelines:
-        old = before.pipeline(new.id)
-        if old is None:
+        old = known.get(new.id)
+        if old is None or old is new:
             continue
         if old.epoch != new.epoch:
             yield from _epoch(old, new, died_s, unix_now)
@@ -76,7 +84,7 @@ def _move(old: Pipeline, new: Pipeline, unix_now: float) -> Iterator[Event]:
     if was is None:
         text = f"moving {place}"
     elif now is None:
-        moved = new.stages[move.stage].ranks == (move.to,)
+        moved = any(at.ranks == (move.to,) for at in new.stages[move.stage : move.stage + 1])
         text = f"moved {place}" if moved else f"called off: {place}"
     elif now.phase is MovePhase.QUIESCE:
         text = f"quiescing to move {place}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from controlplane.contract.config import ClusterConfig
@@ -81,6 +82,16 @@ class Timers:
             self._note_move(pipeline.id, pipeline.move, topology.counter, now)
         self.barred = {key: until for key, until in self.barred.items() if until > now}
 
+    def next_deadline(self, config: ClusterConfig, now: float) -> float:
+        """When something may be due because of time alone; infinity: nothing will."""
+        limits, timing = self.limits, config.timing
+        times = [self.calm_since + limits.gather_s, self.calm_since + limits.settle_s, *self.barred.values()]
+        times += [since + timing.form_grace_s for since in self.unformed.values()]
+        for seen in self.moves.values():
+            pause_s = min(limits.backoff_s * 2 ** max(seen.move.attempt - 1, 0), limits.backoff_max_s)
+            times += [seen.since + s for s in (limits.copy_limit_s, timing.quiesce_limit_s, pause_s)]
+        return min((at for at in times if at > now), default=math.inf)
+
     def _note_move(self, pipeline: PipelineId, move: Move | None, counter: int, now: float) -> None:
         seen = self.moves.get(pipeline)
         if seen is not None and seen.move == move:
@@ -115,6 +126,13 @@ class Situation:
     avoid: frozenset[NodeId]  # cordoned, or being emptied by a running operation: they get no new duty
     emptying: frozenset[NodeId] = frozenset()  # those of `avoid` whose copies have to go as well
     operations: tuple[Operation, ...] = ()  # whose turn it is; a restart stands as the replacement it is at
+    only: Collection[PipelineId] | None = None  # the pipelines to look at; None: all
+
+    @property
+    def pipelines(self) -> Sequence[Pipeline]:
+        """Those to look at."""
+        every = self.topology.pipelines
+        return every if self.only is None else [p for p in every if p.id in self.only]
 
     def near(self, pipeline: Pipeline, stage: int, copy: Member) -> bool:
         """Whether a copy is so close behind that the rest fits into a short pause."""
