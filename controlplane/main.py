@@ -17,6 +17,7 @@ from typing import NoReturn
 import structlog
 import uvicorn
 
+from controlplane import process
 from controlplane.contract.auth import derive, load_secret
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
@@ -28,7 +29,8 @@ from controlplane.contract.version import code_version, settings_digest
 from controlplane.core.controller import Controller
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.election import Election
-from controlplane.etcd.register import Registration
+from controlplane.etcd.errors import NameTaken
+from controlplane.etcd.register import TAKE_OVER, Registration
 from controlplane.history.store import HistoryStore
 from controlplane.history.writer import HistoryWriter
 from controlplane.shell.inbox import Inbox
@@ -54,8 +56,13 @@ class AdminServer(uvicorn.Server):
         yield
 
 
-async def serve(config: ClusterConfig, me: str, admin_socket: socket.socket, stop: asyncio.Event) -> None:
-    """Be one controller until `stop` is set or it is retired. Raises what any of its tasks raised."""
+async def serve(
+    config: ClusterConfig, me: str, admin_socket: socket.socket, stop: asyncio.Event, take_over: str = ""
+) -> None:
+    """Be one controller until `stop` is set or it is retired. Raises what any of its tasks raised.
+
+    `take_over`: the incarnation that has to give its name up to this process, if it has it.
+    """
     secret = load_secret(config.secret_file)
     keys = Keys(config.cluster)
     inbox = Inbox()
@@ -72,12 +79,17 @@ async def serve(config: ClusterConfig, me: str, admin_socket: socket.socket, sto
         incarnation=new_incarnation(),
         version=code_version(),
         settings=settings_digest(config),
+        process=process.identity(),
     )
-    presence = Registration(client, keys.controllers + me, encode(record), config.timing.node_lease_s)
-    election = Election(client, keys.leader, encode(record), ttl_s=config.timing.leader_lease_s)
+    timing = config.timing
+    presence = Registration(
+        client, keys.controller(me), encode(record), timing.node_lease_s, supersedes=(take_over,)
+    )
+    lease_s = timing.leader_lease_s
+    election = Election(client, keys.leader, encode(record), ttl_s=lease_s, guards=presence.guard)
     controller = Controller(config, me)
-    registry = Registry(client, keys, config.group, inbox, Member(me, record.incarnation))
-    performer = Performer(client, keys, config.group, inbox, history)
+    registry = Registry(client, keys, config.group, inbox, Member(me, record.incarnation), presence)
+    performer = Performer(client, keys, config.group, inbox, history, registry.view)
     runtime = Runtime(controller, inbox, registry, performer, election)
     sources = Sources(inbox, registry, reports, runtime, performer, history, client.counters)
     service = Service(config, me, Parts(controller, registry, client, history, sources))
@@ -166,8 +178,8 @@ async def _run(options: argparse.Namespace) -> int:
     try:
         config = load_config(options.config)
         admin_socket = bind(config.host, options.admin_port, config.admin_port)
-        await serve(config, options.id, admin_socket, stop)
-    except KevlarFlowError as error:
+        await serve(config, options.id, admin_socket, stop, options.take_over)
+    except (KevlarFlowError, NameTaken) as error:
         print(f"kf-controller: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except Exception:
@@ -190,6 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="kf-controller", description="A KevlarFlow controller.")
     parser.add_argument("--config", type=Path, required=True, help="the cluster's settings (TOML or JSON)")
     parser.add_argument("--id", required=True, help="this controller's name, unique in the cluster")
+    parser.add_argument("--take-over", metavar="INCARNATION", default="", help=TAKE_OVER)
     parser.add_argument("--admin-port", type=int, help="port of the admin API; 0: any free one")
     options = parser.parse_args()
     configure_logging(options.id)

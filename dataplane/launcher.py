@@ -46,6 +46,7 @@ from controlplane.contract.errors import ConfigError, KevlarFlowError
 from controlplane.contract.logs import configure_logging
 from controlplane.contract.topology import Mode
 from controlplane.contract.version import code_version
+from controlplane.etcd.errors import NameTaken
 
 TARGET = "dataplane.main:run_node"
 BACKOFF_MAX_S = 10.0
@@ -296,6 +297,8 @@ class Launcher:
             status = 0
         except SystemExit as exit_:
             status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+        except (KevlarFlowError, NameTaken) as error:  # said in words: nothing of ours is broken
+            structlog.get_logger().error(str(error), node=node)
         except BaseException:  # the process ends here: the log is the only place left to tell why
             traceback.print_exc()
         finally:

@@ -17,6 +17,8 @@ from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.logs import configure_logging
 from controlplane.contract.version import settings_digest
+from controlplane.etcd.errors import NameTaken
+from controlplane.etcd.register import TAKE_OVER
 from dataplane.devices import precise_loop
 from dataplane.fetch import provision
 from dataplane.moment import MOMENT
@@ -27,8 +29,11 @@ if TYPE_CHECKING:
     from dataplane.oracle import OracleExecutor
 
 
-def run_node(config: ClusterConfig, node: str) -> None:
-    """Serve until stopped (SIGTERM, SIGINT) or retired. A name is "n" and a number; its stage follows from it."""
+def run_node(config: ClusterConfig, node: str, take_over: str = "") -> None:
+    """Serve until stopped (SIGTERM, SIGINT) or retired. A name is "n" and a number; its stage follows from it.
+
+    `take_over`: the incarnation that has to give its name up to this process. Raises NameTaken if another has it.
+    """
     configure_logging(node)
     stage = int(node.removeprefix("n")) % config.stages
     settings = settings_digest(config)  # of what the operator wrote: equal on every host
@@ -37,13 +42,18 @@ def run_node(config: ClusterConfig, node: str) -> None:
     emulated = config.emulation != EmulationConfig()
     MOMENT.time_scale = config.emulation.time_scale
     with asyncio.Runner(loop_factory=precise_loop if emulated else None) as runner:
-        runner.run(_serve(config, Member(node, new_incarnation()), stage, executor, settings))
+        runner.run(_serve(config, Member(node, new_incarnation()), stage, executor, settings, take_over))
 
 
 async def _serve(
-    config: ClusterConfig, me: Member, stage: int, executor: StageExecutor | OracleExecutor, settings: str
+    config: ClusterConfig,
+    me: Member,
+    stage: int,
+    executor: StageExecutor | OracleExecutor,
+    settings: str,
+    take_over: str,
 ) -> None:
-    node = Node(config, me, stage, executor, settings)
+    node = Node(config, me, stage, executor, settings, (take_over,))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.stop)
@@ -54,12 +64,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="kf-node", description="One stage of a model on one device.")
     parser.add_argument("--config", type=Path, required=True, help="the cluster's settings (TOML or JSON)")
     parser.add_argument("--node", required=True, help="name of this node: n0, n1, ...")
+    parser.add_argument("--take-over", metavar="INCARNATION", default="", help=TAKE_OVER)
     arguments = parser.parse_args()
     if not arguments.node.removeprefix("n").isdigit():
         parser.error(f"--node {arguments.node}: a node's name is n and a number")
     try:
-        run_node(load_config(arguments.config), arguments.node)
-    except KevlarFlowError as error:
+        run_node(load_config(arguments.config), arguments.node, arguments.take_over)
+    except (KevlarFlowError, NameTaken) as error:
         structlog.get_logger().error(str(error))
         sys.exit(1)
 

@@ -13,11 +13,12 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Collection, Coroutine, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from controlplane import process
 from controlplane.contract import auth, keys
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import Member
@@ -67,9 +68,11 @@ class Node:
         stage: int,
         executor: StageExecutor | OracleExecutor,
         settings: str = "",
+        supersedes: Collection[str] = (),
     ) -> None:
         """`settings`: digest of the settings as they were read, where `config` is not (its model may be elsewhere)."""
         self._settings = settings or settings_digest(config)
+        self._supersedes = supersedes
         self._config = config
         self._me = me
         self._stage = stage
@@ -134,15 +137,11 @@ class Node:
         rpc_address = await self._frontdoor.start(self._config.host)
         client = EtcdClient(self._config.etcd)
         record = self._record(link_address, rpc_address)
-        registration = Registration(
-            client,
-            self._world.names.node(self._me.node),
-            keys.encode(record),
-            self._config.timing.node_lease_s,
-        )
+        name, lease_s = self._world.names.node(self._me.node), self._config.timing.node_lease_s
+        registration = Registration(client, name, keys.encode(record), lease_s, supersedes=self._supersedes)
         background: list[Coroutine[Any, Any, None]] = [
             registration.run(),
-            self._watch(client),
+            self._watch(client, registration),
             self._worker.run(),
             self._tick(),
         ]
@@ -189,21 +188,26 @@ class Node:
             host_parallel=max(1, len(os.sched_getaffinity(0)) // config.engine.threads),
             version=code_version(),
             settings=self._settings,
+            process=process.identity(),
         )
 
     # ------------------------------------------------------------------ etcd
 
-    async def _watch(self, client: EtcdClient) -> None:
+    async def _watch(self, client: EtcdClient, registration: Registration) -> None:
+        # A process whose name is somebody else's must not speak in it: not to controllers, not on links.
+        await registration.held.wait()
         async for batch in client.watch_prefix(self._world.names.root):
-            before, nodes = self._world.topology, self._world.nodes
-            self._world.apply(batch)
-            self._reporter.set_controllers(self._world.controllers)
-            if self._world.nodes != nodes:
+            before = self._world.topology
+            folders = {change.folder for change in self._world.apply(batch)}
+            registration.saw(self._world.view.item(registration.key), batch.revision)
+            if "controllers" in folders:
+                self._reporter.set_controllers(self._world.controllers)
+            if "nodes" in folders:
                 self._open_links()
             topology = self._world.topology
             if topology is None or topology is before:
                 continue
-            if self._me in topology.retired:
+            if self._world.view.retired(self._me):
                 log.info("retired by topology %d", topology.counter)
                 self.stop()
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import fields
 from typing import assert_never
@@ -49,6 +50,8 @@ from dataplane.transport.frames import Send
 log = logging.getLogger(__name__)
 
 RECOVERIES_KEPT = 64
+# So often in so many seconds a scheduler that raised is replaced by a fresh one; then the node ends with its error.
+CRASHES_MAX, CRASHES_WITHIN_S = 3, 60.0
 UNSENT_MAX = 8  # questions kept for a member until its link is up; the scheduler asks anew anyway
 
 
@@ -79,6 +82,8 @@ class Schedulers:
         self._unsent: dict[Member, list[RejoinMeta]] = {}  # questions for members whose link is not up yet
         self._records: dict[NodeId, NodeRecord] = {}  # the last one of every node that was ever registered
         self._past = SchedulerStats()  # of schedulers that have moved away
+        self._crashes: deque[float] = deque(maxlen=CRASHES_MAX)  # when schedulers raised
+        self.crashes_total = 0
 
     # ------------------------------------------------------------------ inputs
 
@@ -102,14 +107,14 @@ class Schedulers:
                     pipeline.id, pipeline.epoch, len(pipeline.stages), self._limits, takeover=True, now=now
                 )
                 self.by_pipeline[pipeline.id] = scheduler
-                self._dispatch(scheduler, capacity)
+                scheduler = self._dispatch(scheduler, capacity)
                 self._perform(scheduler, scheduler.start(now))
             elif scheduler.fence.epoch < pipeline.epoch:
                 self._forget_unsent(pipeline.id)
                 planned = before is not None and before.move is not None and pipeline.move is None
                 # Before the hold is lifted: nothing may be issued in the epoch that is over.
-                self._dispatch(scheduler, EpochBegan(pipeline.epoch, planned))
-            self._dispatch(scheduler, capacity)
+                scheduler = self._dispatch(scheduler, EpochBegan(pipeline.epoch, planned))
+            scheduler = self._dispatch(scheduler, capacity)
             self._dispatch(scheduler, Quiesce(hold))
             self._news()
 
@@ -134,7 +139,7 @@ class Schedulers:
                 assert_never(message)
 
     def on_session_lost(self, session: int) -> None:
-        for scheduler in self.by_pipeline.values():
+        for scheduler in list(self.by_pipeline.values()):
             self._dispatch(scheduler, SessionLost(session))
 
     def on_message(self, meta: ResultMeta | StepFailedMeta | HeldMeta) -> None:
@@ -153,15 +158,51 @@ class Schedulers:
     def counters(self) -> dict[str, int]:
         """Totals over present and past schedulers, by name."""
         stats = [self._past, *(s.stats for s in self.by_pipeline.values())]
-        return {f.name: sum(getattr(s, f.name) for s in stats) for f in fields(SchedulerStats)}
+        totals = {f.name: sum(getattr(s, f.name) for s in stats) for f in fields(SchedulerStats)}
+        return totals | {"crashes": self.crashes_total}
 
     # ------------------------------------------------------------------ effects
 
-    def _dispatch(self, scheduler: Scheduler, event: Event) -> None:
+    def _dispatch(self, scheduler: Scheduler, event: Event) -> Scheduler:
+        """Returns the pipeline's scheduler: another one if this one raised."""
         quiesced = scheduler.quiesced_step
-        self._perform(scheduler, scheduler.step(event, time.monotonic()))
+        now = time.monotonic()
+        try:
+            effects = scheduler.step(event, now)
+        except Exception as error:
+            log.exception("the scheduler of %s raised at %s", scheduler.pipeline, type(event).__name__)
+            return self._replace(scheduler, event, error, now)
+        self._perform(scheduler, effects)
         if scheduler.quiesced_step != quiesced:
             self._news()
+        return scheduler
+
+    def _replace(self, broken: Scheduler, event: Event, error: Exception, now: float) -> Scheduler:
+        """An error of ours at one request must not end node after node, nor may a state be used that it left half-way.
+
+        What a scheduler knows is a cache of what gateways and stages know: a fresh one takes over, in the next round,
+        stages keep their KV, gateways submit again. If a request had come, that one goes back as poisoned: it is
+        tried on another node and then quarantined. Raises again when this happens too often.
+        """
+        self.crashes_total += 1
+        if len(self._crashes) == CRASHES_MAX and now - self._crashes[0] < CRASHES_WITHIN_S:
+            raise error
+        self._crashes.append(now)
+        if isinstance(event, Submitted):
+            rid, session = event.message.rid, event.session
+            broken.requests.pop(rid, None)
+            text = f"{self._me} failed to schedule this request"
+            refused = Refused(rid, broken.pipeline, RefusalCode.POISONED, text, node=self._me.node)
+            self._frontdoor.send(session, refused)
+        self._remember(broken)
+        self._perform(broken, broken.close())
+        fresh = broken.successor(now)
+        self.by_pipeline[fresh.pipeline] = fresh
+        pipeline = self._topology.pipeline(fresh.pipeline) if self._topology is not None else None
+        if self._topology is not None and pipeline is not None:
+            self._dispatch(fresh, self._capacity(self._topology, pipeline))
+        self._perform(fresh, fresh.start(now))
+        return fresh
 
     def _perform(self, scheduler: Scheduler, effects: list[Effect]) -> None:
         for effect in effects:

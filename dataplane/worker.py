@@ -201,6 +201,7 @@ class Worker:
         if self.topology is not None and topology.counter <= self.topology.counter:
             return
         self.topology = topology
+        self._store.idle = frozenset(pipeline.id for pipeline in topology.pipelines if not pipeline.up)
         for pipeline in topology.pipelines:
             duty = pipeline.stages_of(self._me)
             stage = self.stages.get(pipeline.id)
@@ -365,7 +366,7 @@ class Worker:
         self.replicator.freed(meta.pipeline, meta.frees)
         if isinstance(prepared, str):
             log.warning("step %d of %s: %s", meta.step, meta.pipeline, prepared)
-            self._fail(stage, meta, prepared)
+            self._fail(stage, meta, prepared, missing=self._store.missing if prepared == "space" else 0)
             return None
         return Work(stage, prepared, message)
 
@@ -402,9 +403,17 @@ class Worker:
             self._fail(stage, meta, "link")
 
     def _fail(
-        self, stage: Stage, meta: StepMeta, reason: str, node: str = "", rids: tuple[int, ...] = ()
+        self,
+        stage: Stage,
+        meta: StepMeta,
+        reason: str,
+        node: str = "",
+        rids: tuple[int, ...] = (),
+        missing: int = 0,
     ) -> None:
-        failed = StepFailedMeta(meta.pipeline, meta.fence, meta.step, stage.index, reason, node, rids)
+        failed = StepFailedMeta(
+            meta.pipeline, meta.fence, meta.step, stage.index, reason, node, rids, missing
+        )
         self._to_scheduler(meta.pipeline, failed)
 
     def _to_scheduler(self, pipeline_id: PipelineId, meta: Meta) -> None:

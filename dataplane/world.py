@@ -1,61 +1,43 @@
-"""What a node knows of its cluster: etcd's keys, parsed once into immutable values."""
+"""What a node knows of its cluster: the keyspace's view, and the newest topology that it has reason to believe."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
-from typing import TypeVar
 
-from controlplane.contract import keys
-from controlplane.contract.errors import PeerError
 from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import ControllerRecord, NodeRecord
 from controlplane.contract.topology import Topology
-from controlplane.etcd.values import KeyValue, WatchBatch, fold
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
+from controlplane.etcd.values import WatchBatch
+from controlplane.keyspace.view import Change, View
 
 
 @dataclass(slots=True)
 class World:
-    """Folds watch batches. A value that does not parse is logged, counted, and taken for absent."""
-
     names: Keys
     group: str
-    nodes: dict[str, NodeRecord] = field(default_factory=dict)
-    controllers: dict[str, ControllerRecord] = field(default_factory=dict)
     topology: Topology | None = None
-    junk: int = 0
-    _items: dict[str, KeyValue] = field(default_factory=dict)
+    view: View = field(init=False)
 
-    def apply(self, batch: WatchBatch) -> None:
-        self._items = fold(self._items, batch)
-        self.nodes = {
-            record.member.node: record
-            for record in self._under(self.names.nodes, NodeRecord)
-            if record.group == self.group
-        }
-        self.controllers = {r.id: r for r in self._under(self.names.controllers, ControllerRecord)}
-        item = self._items.get(self.names.topology(self.group))
-        topology = self._parse(item, Topology) if item is not None else None
+    def __post_init__(self) -> None:
+        self.view = View(self.names, self.group)
+
+    @property
+    def nodes(self) -> dict[str, NodeRecord]:
+        return self.view.nodes
+
+    @property
+    def controllers(self) -> dict[str, ControllerRecord]:
+        return self.view.controllers
+
+    def apply(self, batch: WatchBatch) -> list[Change]:
+        """Take a batch in; what it changed."""
+        changes = self.view.apply(batch)
+        topology = self.view.topology
         # A topology that goes back in time (etcd restored from a backup) is not believed.
         if topology is not None and (self.topology is None or topology.counter > self.topology.counter):
             self.topology = topology
-
-    def _under(self, prefix: str, kind: type[T]) -> list[T]:
-        parsed = (self._parse(item, kind) for key, item in self._items.items() if key.startswith(prefix))
-        return [value for value in parsed if value is not None]
-
-    def _parse(self, item: KeyValue, kind: type[T]) -> T | None:
-        try:
-            return keys.decode(item.value, kind, item.key)
-        except PeerError as error:
-            self.junk += 1
-            log.warning("%s", error)
-            return None
+        return changes
 
 
 def neighbours(topology: Topology, me: Member) -> set[Member]:

@@ -19,6 +19,10 @@ class PeerError(KevlarFlowError):
     """A peer's: it broke the protocol, or is gone."""
 
 
+class NewerSchema(PeerError):
+    """A peer's: newer code has written this, and what would be lost by rewriting it cannot be known."""
+
+
 class StaleEpoch(PeerError):
     """A peer's: it speaks of an epoch that is over."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from typing import ClassVar
 
 import msgspec
 
@@ -15,6 +16,8 @@ class Member(msgspec.Struct, frozen=True, order=True):
 
     node: NodeId
     incarnation: str
+
+    identity: ClassVar[tuple[str, ...]] = ("node", "incarnation")  # see schema.py
 
     def __str__(self) -> str:
         return f"{self.node}@{self.incarnation}"

@@ -7,11 +7,12 @@ from typing import TypeVar
 
 import msgspec
 
+from controlplane.contract import schema
 from controlplane.contract.errors import PeerError
 
 T = TypeVar("T")
 
-encode = msgspec.json.encode
+encode = schema.encode
 
 
 def decode(value: bytes, kind: type[T], key: str) -> T:
@@ -57,6 +58,12 @@ class Keys:
 
     def node(self, node: str) -> str:
         return f"{self.nodes}{node}"
+
+    def controller(self, controller: str) -> str:
+        return f"{self.controllers}{controller}"
+
+    def gateway(self, gateway: str) -> str:
+        return f"{self.gateways}{gateway}"
 
     def operation(self, operation_id: str) -> str:
         return f"{self.operations}{operation_id}"

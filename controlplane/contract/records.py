@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import ClassVar
 
 import msgspec
 
@@ -30,6 +31,7 @@ class NodeRecord(msgspec.Struct, frozen=True):
     context_len: int = 0  # tokens of one request, prompt and output together, that it serves; 0: not told
     version: str = ""  # of the installed code: `version.code_version`
     settings: str = ""  # `version.settings_digest` of what the process runs with
+    process: str = ""  # `controlplane.process.identity`: whose record this is, and whether it has died
 
 
 class ControllerRecord(msgspec.Struct, frozen=True):
@@ -42,6 +44,7 @@ class ControllerRecord(msgspec.Struct, frozen=True):
     incarnation: str = ""  # of the process, as a node's member has it
     version: str = ""  # as a node's
     settings: str = ""
+    process: str = ""
 
 
 class GatewayRecord(msgspec.Struct, frozen=True):
@@ -53,6 +56,7 @@ class GatewayRecord(msgspec.Struct, frozen=True):
     incarnation: str = ""
     version: str = ""  # as a node's
     settings: str = ""
+    process: str = ""
 
 
 class OperationKind(StrEnum):
@@ -98,6 +102,8 @@ class Target(msgspec.Struct, frozen=True):
     kind: ProcessKind
     member: Member
 
+    identity: ClassVar[tuple[str, ...]] = ("kind", "member")
+
 
 class Operation(msgspec.Struct, frozen=True):
     """What an operator asked for. It stays in etcd, so that a new leader resumes it; ids make it idempotent."""
@@ -115,6 +121,8 @@ class Operation(msgspec.Struct, frozen=True):
     finished_unix_s: float = 0.0
     targets: tuple[Target, ...] = ()  # restart: who ran when it was asked for, in order
     turn: int = 0  # restart: whose turn it is; len(targets): all have been
+
+    identity: ClassVar[tuple[str, ...]] = ("id",)
 
     @property
     def open(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
+from typing import ClassVar
 
 import msgspec
 
@@ -36,9 +37,14 @@ class Move(msgspec.Struct, frozen=True):
     reason: str  # "hand-back", or the id of the operation that asked for it
     attempt: int = 0  # quiesce attempts that had to be called off
 
+    identity: ClassVar[tuple[str, ...]] = ("stage", "to")
+
 
 class Stage(msgspec.Struct, frozen=True):
-    """One stage of a pipeline. `ranks` has one member for each tensor-parallel rank; empty: nobody serves."""
+    """One stage of a pipeline, known by its place.
+
+    `ranks` has one member for each tensor-parallel rank; empty: nobody serves.
+    """
 
     homes: tuple[NodeId, ...]  # the nodes that serve when all is well, one a rank
     ranks: tuple[Member, ...] = ()
@@ -57,6 +63,8 @@ class Pipeline(msgspec.Struct, frozen=True):
     epoch: int
     stages: tuple[Stage, ...]
     move: Move | None = None
+
+    identity: ClassVar[tuple[str, ...]] = ("id",)
 
     @property
     def up(self) -> bool:
@@ -85,6 +93,8 @@ class Topology(msgspec.Struct, frozen=True):
     cordoned: tuple[NodeId, ...] = ()  # get no new duty: not donors, not replica targets, not handed back to
     retired: tuple[Member, ...] = ()  # must exit; their launcher starts a fresh incarnation
     paused: bool = False  # automation is off: nothing is planned until it is resumed
+
+    identity: ClassVar[tuple[str, ...]] = ("group",)
 
     def pipeline(self, pipeline_id: PipelineId) -> Pipeline | None:
         for pipeline in self.pipelines:  # several times a step, and a generator is slower

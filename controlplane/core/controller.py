@@ -117,6 +117,8 @@ class Controller:
                     self._adopt(before, topology, effects)
             case events.OperationSeen(operation, mod_revision):
                 self._slot(operation.id).seen(operation, mod_revision)
+            case events.OperationUnknown(operation_id):
+                self._slot(operation_id).unreadable()
             case events.OperationGone(operation_id):
                 self._operations.pop(operation_id, None)
             case events.BecameLeader():
@@ -261,7 +263,8 @@ class Controller:
             if after != slot.value:
                 slot.pending = after
                 effects.append(WriteOperation(after, slot.mod_revision))
-        over = [op for op in self._known_operations().values() if not op.open]
+        known = self._known_operations().values()
+        over = [op for op in known if not op.open and not self._operations[op.id].unknown]
         over.sort(key=lambda op: op.finished_unix_s)
         for op in over[:-FINISHED_KEPT]:
             del self._operations[op.id]
@@ -285,7 +288,8 @@ class Controller:
 
     def _policy(self) -> Policy:
         operations = self._known_operations()
-        return Policy(self._config, self._timers, operations, self._limits, self._peers, self._me)
+        unknown = frozenset(key for key, slot in self._operations.items() if slot.unknown)
+        return Policy(self._config, self._timers, operations, self._limits, self._peers, self._me, unknown)
 
     def _situation(self, topology: Topology, nodes: Nodes) -> Situation:
         return survey(topology, nodes, self._policy(), self._now)

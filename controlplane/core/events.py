@@ -8,8 +8,8 @@ The shell feeds events one by one and performs the returned effects in the order
 - Each `WriteTopology` and `WriteOperation` is answered by exactly one of WriteDone, WriteConflict (the compare
   failed; nothing was written) and WriteUnknown (timed out: it may or may not take effect, even later). The answer
   names its write: one from before a leadership was lost and won again may be answered, and even done, after it.
-- `Reread` is answered by a fresh TopologySeen or OperationSeen/OperationGone, or by nothing if etcd is away: the
-  core asks again.
+- `Reread` is answered by a fresh TopologySeen or OperationSeen/OperationGone/OperationUnknown, or by nothing if etcd is
+  away: the core asks again.
 - `Tick` comes every 50 ms or so: a longer gap is taken for a pause of this very process.
 """
 
@@ -83,6 +83,13 @@ class OperationGone:
 
 
 @dataclass(frozen=True, slots=True)
+class OperationUnknown:
+    """The operation is there, and this code cannot read it: it is neither over nor to be overwritten."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class BecameLeader:
     pass
 
@@ -128,6 +135,7 @@ CoreEvent = (
     | TopologySeen
     | OperationSeen
     | OperationGone
+    | OperationUnknown
     | BecameLeader
     | LostLeadership
     | WriteDone

@@ -101,6 +101,7 @@ class Policy:
     limits: Limits = Limits()
     peers: PeersSeen = field(default_factory=PeersSeen)
     me: str = ""  # the controller that decides
+    unknown: frozenset[str] = frozenset()  # operations that are there and cannot be read
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,13 @@ class Slot(Generic[T]):
     mod_revision: int = 0
     pending: T | None = None
     asked_at: float | None = None  # a read is wanted since then
+    unknown: bool = (
+        False  # what is there cannot be read: `value` is the last good one, and nothing is written
+    )
 
     @property
     def busy(self) -> bool:
-        return self.pending is not None or self.asked_at is not None
+        return self.pending is not None or self.asked_at is not None or self.unknown
 
     def seen(self, value: T | None, mod_revision: int) -> bool:
         """A watch or a read brought this. False: it is older than what is known.
@@ -31,9 +34,15 @@ class Slot(Generic[T]):
         if self.asked_at is None and value is not None and mod_revision <= self.mod_revision:
             return False
         self.asked_at = None
+        self.unknown = False
         self.value = value
         self.mod_revision = 0 if value is None else mod_revision
         return True
+
+    def unreadable(self) -> None:
+        """A watch or a read brought something that cannot be read."""
+        self.asked_at = None
+        self.unknown = True
 
     def done(self, value: T, mod_revision: int) -> bool:
         """The write of `value` took effect; whether it is news.

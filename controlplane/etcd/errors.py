@@ -30,6 +30,10 @@ class EtcdLeaseGone(EtcdError):
     """The lease has expired or was revoked, and the keys attached to it are deleted."""
 
 
+class NameTaken(Exception):
+    """The operator's: another process has this one's name in the cluster."""
+
+
 class Outcome(enum.Enum):
     """What an error of one attempt says about the request."""
 

@@ -23,6 +23,7 @@ from controlplane.core.events import (
     ForgetOperation,
     OperationGone,
     OperationSeen,
+    OperationUnknown,
     Record,
     Reread,
     Resign,
@@ -40,6 +41,7 @@ from controlplane.etcd.errors import EtcdError, EtcdUnknown
 from controlplane.etcd.values import Compare, Delete, Put
 from controlplane.history.store import Audit
 from controlplane.history.writer import HistoryWriter
+from controlplane.keyspace.view import View
 from controlplane.shell.inbox import Inbox
 
 log = structlog.get_logger()
@@ -55,7 +57,13 @@ class Performer:
     """`leadership` is set by whoever campaigns; every write carries its guard."""
 
     def __init__(
-        self, client: EtcdClient, keys: Keys, group: str, inbox: Inbox, history: HistoryWriter
+        self,
+        client: EtcdClient,
+        keys: Keys,
+        group: str,
+        inbox: Inbox,
+        history: HistoryWriter,
+        view: View | None = None,
     ) -> None:
         self.leadership: Leadership | None = None
         self.writes = {"done": 0, "conflict": 0, "unknown": 0}
@@ -65,6 +73,10 @@ class Performer:
         self._group = group
         self._inbox = inbox
         self._history = history
+        self._view = view or View(keys, group)
+        self._written: dict[
+            str, tuple[int, bytes]
+        ] = {}  # what was last written here, which no watch may show yet
         self._backoff = Backoff(FAILURE_PAUSE_S, FAILURE_PAUSE_S_MAX)
         self._last_error = ""
         self._queue: asyncio.Queue[Effect] = asyncio.Queue(QUEUE_LEN_MAX)
@@ -80,10 +92,10 @@ class Performer:
     async def _perform(self, effect: Effect) -> None:
         match effect:
             case WriteTopology(topology):
-                await self._write(effect, self._keys.topology(self._group), encode(topology))
+                await self._write(effect, self._keys.topology(self._group), topology)
             case WriteOperation(operation):
                 key = self._keys.operation(operation.id)
-                if await self._write(effect, key, encode(operation)) and not operation.open:
+                if await self._write(effect, key, operation) and not operation.open:
                     self._history.put(Audit(operation.state.value, operation, time.time()))
             case ForgetOperation(operation_id):
                 await self._forget(self._keys.operation(operation_id))
@@ -103,7 +115,7 @@ class Performer:
             case _:
                 assert_never(effect)
 
-    async def _write(self, write: Write, key: str, value: bytes) -> bool:
+    async def _write(self, write: Write, key: str, value: Topology | Operation) -> bool:
         """One guarded compare-and-swap, answered by exactly one event; whether it was done."""
         leadership = self.leadership
         if leadership is None or not leadership.valid():
@@ -111,26 +123,41 @@ class Performer:
             return False
         compares = [leadership.guard(), Compare.mod_revision(key, write.expected_mod_revision)]
         try:
-            result = await self._client.txn(compares, [Put(key, value)], timeout_s=CALL_LIMIT_S)
+            encoded = encode(value, await self._before(key, write.expected_mod_revision))
+            result = await self._client.txn(compares, [Put(key, encoded)], timeout_s=CALL_LIMIT_S)
         except EtcdUnknown as error:
             self._note("a write's outcome is unknown", key, error)
             self._answer("unknown", WriteUnknown(write))
             return False
-        except EtcdError as error:
-            self._note("etcd did not take a write", key, error)
+        except (EtcdError, PeerError) as error:
+            self._note("a write was not taken", key, error)
             await self._backoff.pause()
             self._answer("conflict", WriteConflict(write))
             return False
         self._recovered()
         if result.succeeded:
+            self._written[key] = (result.revision, encoded)
             self._answer("done", WriteDone(write, result.revision))
         else:
             self._answer("conflict", WriteConflict(write))
         return result.succeeded
 
+    async def _before(self, key: str, mod_revision: int) -> bytes | None:
+        """What a write replaces: fields that only newer code knows are kept. None: nothing, or no longer that."""
+        written_at, written = self._written.get(key, (0, b""))
+        if written and mod_revision in (written_at, 0):  # 0: it was deleted by hand, and is written again
+            return written
+        item = self._view.item(key)
+        if item is None or item.mod_revision != mod_revision:
+            item = await self._client.get(key, timeout_s=CALL_LIMIT_S) if mod_revision else None
+        return item.value if item is not None and item.mod_revision == mod_revision else None
+
     async def _forget(self, key: str) -> None:
         if self.leadership is None or not self.leadership.valid():
             return
+        if key in self._view.unreadable or key in self._view.newer:
+            return  # not what the core takes it for
+        self._written.pop(key, None)
         try:
             await self._client.txn([self.leadership.guard()], [Delete(key)], timeout_s=CALL_LIMIT_S)
         except EtcdError as error:
@@ -165,7 +192,11 @@ class Performer:
         try:
             found = await self._client.get(key, timeout_s=CALL_LIMIT_S)
             operation = decode(found.value, Operation, key) if found else None
-        except (EtcdError, PeerError) as error:
+        except PeerError as error:
+            self._note("an operation cannot be read", key, error)
+            self._inbox.put_own(OperationUnknown(operation_id))
+            return
+        except EtcdError as error:
             self._note("an operation cannot be read", key, error)
             await self._backoff.pause()
             return

@@ -11,14 +11,24 @@ from controlplane.etcd.values import MemberStatus
 SILENT_S = 3.0  # etcd says something every second
 
 
-def quorum(members: Sequence[MemberStatus], status: ClusterStatus) -> list[Check]:
-    """Checks for people. `members`: what each of etcd's said of itself just now."""
+def quorum(
+    members: Sequence[MemberStatus],
+    status: ClusterStatus,
+    refused: Sequence[str] = (),
+    unread: Sequence[str] = (),
+) -> list[Check]:
+    """Checks for people. `members`: what each of etcd's said of itself just now; `refused`: what etcd refuses, and
+    `unread`: what there is in it that this code cannot read or must not rewrite, in words."""
     sick = [m.endpoint for m in members if m.problem or m.errors or not m.leader_id]
-    alarms = alarms_of(members)
     # What this controller saw etcd refuse says more than an alarm: rights, limits, a disk that fails.
-    troubles = [Check("fail", "refused", text) for text in (*alarms, *status.troubles)]
-    unique = {check.message: check for check in troubles}
-    return [_members(len(members), sick), *unique.values(), _heard(status), _leader(status)]
+    refusals = dict.fromkeys((*alarms_of(members), *refused))
+    return [
+        _members(len(members), sick),
+        *(Check("fail", "refused", text) for text in refusals),
+        *(Check("warn", "values", text) for text in unread),
+        _heard(status),
+        _leader(status),
+    ]
 
 
 def _members(count: int, sick: Sequence[str]) -> Check:

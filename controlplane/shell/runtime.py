@@ -6,7 +6,10 @@ inbox -> Controller.step(event, now, unix_now) -> Performer -> etcd, history
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 import structlog
 
@@ -20,6 +23,8 @@ from controlplane.shell.registry import Registry
 log = structlog.get_logger()
 
 TICK_S = 0.05
+
+T = TypeVar("T")
 
 
 class Runtime:
@@ -61,20 +66,39 @@ class Runtime:
                 await self._step(event)
 
     async def campaign(self) -> None:
-        """Until cancelled: stand for election, lead, stand again."""
+        """Until cancelled: stand for election, lead, stand again; not while something forbids it (`obstacle`)."""
         # The core must know the cluster before it leads: see controlplane/core/events.py.
         await self._registry.synced.wait()
         while True:
-            leadership = await self._election.campaign()
+            await self._registry.free.wait()
+            leadership = await self._unless_blocked(self._election.campaign())
+            if leadership is None:
+                continue
             self.terms += 1
             self._performer.leadership = leadership
             log.info("leading", key=leadership.key)
             self._inbox.put_own(BecameLeader())
-            await leadership.lost.wait()
+            await self._unless_blocked(leadership.lost.wait())
+            if not leadership.lost.is_set():
+                leadership.give_up(self._registry.obstacle)
             log.warning("no longer leading", reason=leadership.lost_reason)
             self._performer.leadership = None
             self._inbox.put_own(LostLeadership())
             await leadership.resign()  # its key must not stand in the way of the next candidate
+
+    async def _unless_blocked(self, waiting: Coroutine[Any, Any, T]) -> T | None:
+        """What is waited for; None, and that is cancelled, if an obstacle to leading comes first."""
+        wanted = asyncio.create_task(waiting)
+        blocked = asyncio.create_task(self._registry.blocked.wait())
+        try:
+            await asyncio.wait({wanted, blocked}, return_when=asyncio.FIRST_COMPLETED)
+            if wanted.done():
+                return wanted.result()
+        finally:
+            blocked.cancel()
+            wanted.cancel()  # a candidacy is withdrawn so
+            await asyncio.gather(wanted, blocked, return_exceptions=True)
+        return None
 
     async def resign(self) -> None:
         """Hand leadership over at once. After `campaign` was cancelled."""

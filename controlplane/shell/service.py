@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from controlplane.contract.config import ClusterConfig
-from controlplane.contract.errors import PeerError, Unavailable
+from controlplane.contract.errors import NewerSchema, PeerError, Unavailable
 from controlplane.contract.events import Event
 from controlplane.contract.keys import Keys, decode, encode
 from controlplane.contract.records import Operation, OperationKind, OperationState
@@ -82,7 +82,12 @@ class Service:
         )
 
     def troubles(self) -> Sequence[str]:
-        return self._client.health.troubles()
+        return [*self._client.health.troubles(), *self._unread()]
+
+    def _unread(self) -> list[str]:
+        obstacle = self._registry.obstacle
+        told = self._registry.troubles()
+        return [f"{self._me} does not lead: {obstacle}", *told] if obstacle else told
 
     def metrics(self) -> bytes:
         return render(self.status(), self._me, self._sources)
@@ -94,7 +99,8 @@ class Service:
         return self._operations()
 
     async def quorum(self) -> Sequence[Check]:
-        return quorum(await self._client.status(timeout_s=1.0), self.status())
+        members = await self._client.status(timeout_s=1.0)
+        return quorum(members, self.status(), self._client.health.troubles(), self._unread())
 
     async def submit(self, request: OperationRequest) -> OperationAnswer:
         found = await self._find(request.id)
@@ -139,9 +145,12 @@ class Service:
         )
         key = self._keys.operation(operation_id)
         try:
-            result = await self._client.txn(
-                [Compare.mod_revision(key, found[1])], [Put(key, encode(cancelled))], timeout_s=CALL_LIMIT_S
-            )
+            unchanged, put = Compare.mod_revision(key, found[1]), Put(key, encode(cancelled, found[2]))
+            result = await self._client.txn([unchanged], [put], timeout_s=CALL_LIMIT_S)
+        except NewerSchema as error:
+            raise Unavailable(
+                f"operation {operation_id}: {error}; ask a controller of the newer version"
+            ) from error
         except EtcdError as error:
             raise Unavailable(f"the operation may not be cancelled yet; ask again: {error}") from error
         if result.succeeded:
@@ -152,12 +161,15 @@ class Service:
             raise Unavailable("the operation changed while it was being cancelled; ask again")
         return found[0] if found else None
 
-    async def _find(self, operation_id: str) -> tuple[Operation, int] | None:
-        """Straight from etcd: our own view may be a moment old."""
+    async def _find(self, operation_id: str) -> tuple[Operation, int, bytes] | None:
+        """The operation, its revision, and its bytes, straight from etcd: our own view may be a moment old.
+
+        Raises Unavailable, also when it is there and cannot be read.
+        """
         key = self._keys.operation(operation_id)
         try:
             found: KeyValue | None = await self._client.get(key, timeout_s=CALL_LIMIT_S)
-            return (decode(found.value, Operation, key), found.mod_revision) if found else None
+            return (decode(found.value, Operation, key), found.mod_revision, found.value) if found else None
         except (EtcdError, PeerError) as error:
             raise Unavailable(f"operations cannot be read: {error}") from error
 
@@ -166,6 +178,8 @@ class Service:
         finished.sort(key=lambda pair: pair[0].finished_unix_s)
         for operation, revision in finished[: max(0, len(finished) - FINISHED_KEPT)]:
             key = self._keys.operation(operation.id)
+            if key in self._registry.view.newer:
+                continue
             try:
                 await self._client.txn(
                     [Compare.mod_revision(key, revision)], [Delete(key)], timeout_s=CALL_LIMIT_S

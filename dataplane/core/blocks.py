@@ -41,6 +41,10 @@ class KvStore:
         )  # served: rid -> row of the table
         self.replicas: OrderedDict[Key, Replica] = OrderedDict()
         self.replicas_evicted = 0
+        self.idle: frozenset[PipelineId] = (
+            frozenset()
+        )  # that are down: what is served of them makes room, too
+        self.missing = 0  # blocks that the last `begin` which found no room would have needed more
         self.evicted: list[Key] = []  # whose sources do not know yet: for the replicator to take
         self.checksums = Checksums(self.table)
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -59,6 +63,7 @@ class KvStore:
         table_rows, unknown = lookup(held, rows.rids)
         for index in np.flatnonzero(table_rows < 0) if unknown else ():  # requests that begin here
             if not self._make_row():
+                self.missing = 1
                 return None
             table_rows[index] = held[int(rows.rids[index])] = self._new_row()
         missing = self.table.grow(table_rows, rows.starts, rows.counts, self._free)
@@ -210,18 +215,30 @@ class KvStore:
         assert sorted(seen) == list(range(self.num_blocks)), "a block is lost or held twice"
 
     def _make_row(self) -> bool:
-        while self._rows_left == 0 and self.replicas:
+        while self._rows_left == 0 and (self.replicas or self._evictable()):
             self._evict()
         return self._rows_left > 0
 
     def _make_room(self, blocks: int) -> bool:
-        """Free that many blocks more."""
+        """Free that many blocks more; nothing is evicted if that would not do."""
+        evictable = [self.table.num_blocks(self.own[p][rid]) for p, rid in self._evictable()]
+        self.missing = max(0, blocks - self.blocks_replica - sum(evictable))
+        if self.missing:
+            return False
         goal = len(self._free) + blocks
-        while len(self._free) < goal and self.replicas:
+        while len(self._free) < goal:
             self._evict()
-        return len(self._free) >= goal
+        return True
+
+    def _evictable(self) -> list[Key]:
+        """Served, but of pipelines that are down: nobody waits for it, and it can be computed again. Oldest first."""
+        return [(pipeline, rid) for pipeline in sorted(self.idle) for rid in self.own.get(pipeline, ())]
 
     def _evict(self) -> None:
+        """The copy least recently written; if there is none, the youngest request of a pipeline that is down."""
+        if not self.replicas:
+            self.release(self._evictable()[-1])
+            return
         key, copy = self.replicas.popitem(last=False)
         self.replicas_evicted += 1
         self.evicted.append(key)

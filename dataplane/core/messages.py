@@ -87,6 +87,7 @@ class StepFailedMeta(msgspec.Struct, frozen=True, array_like=True, tag=3):
     reason: str  # "link", "space", "gap", "numbers"
     node: NodeId = ""  # "numbers": where they ceased to be finite ...
     rids: tuple[int, ...] = ()  # ... and whose they are
+    missing: int = 0  # "space": blocks that the step needed and that could not be made free
 
 
 class RejoinMeta(msgspec.Struct, frozen=True, array_like=True, tag=4):

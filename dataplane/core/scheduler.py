@@ -12,7 +12,7 @@ from typing import assert_never
 
 from controlplane.contract.ids import NodeId
 from controlplane.contract.requests import Log, RefusalCode, Refused, Submit, Token
-from dataplane.core.admission import refusal
+from dataplane.core.admission import no_room, refusal
 from dataplane.core.batching import Batcher, Limits
 from dataplane.core.events import (
     Ask,
@@ -46,7 +46,10 @@ from dataplane.core.steps import Steps
 STALL_LIMIT_S = 3.0
 STALL_LIMIT_MAX_S = 60.0
 RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 1.0, 60.0  # told to whom the queue has no room for
-LINK_RETRY_S = 0.05  # pause before the next attempt when a stage could not pass a step on
+# Pause before the next attempt when a stage could not run a step or pass it on; doubled each time in a row.
+FAILED_RETRY_S, FAILED_RETRY_MAX_S = 0.05, 0.8
+# A pipeline whose stage had no room for its quota tries it again after this; doubled each time, until that changes.
+SPACE_RETRY_S, SPACE_RETRY_MAX_S = 5.0, 80.0
 
 
 @dataclass(slots=True)
@@ -60,6 +63,8 @@ class SchedulerStats:
     resyncs: int = 0
     poisoned: int = 0
     orphans_dropped: int = 0
+    steps_failed: int = 0  # that a stage could not run or pass on
+    space_failures: int = 0  # of these, for want of KV blocks
 
 
 class Scheduler:
@@ -87,6 +92,10 @@ class Scheduler:
         self._frees: list[int] = []
         self._holding = False
         self._hold_until = 0.0
+        self._retry_s = FAILED_RETRY_S
+        self._quota_given = 0  # blocks; the batcher has fewer while a stage has no room for them
+        self._quota_retry_s = SPACE_RETRY_S
+        self._quota_retry_at: float | None = None
         self._stall_limit_s = STALL_LIMIT_S
         self._recovery: Recovery | None = Recovery(epoch, False, now) if takeover else None
         self._sweep_at: float | None = now + limits.orphan_grace_s if takeover else None
@@ -113,18 +122,16 @@ class Scheduler:
                 self._holding = hold
             case CapacityChanged(blocks, microbatches, shared):
                 self.batcher.microbatches, self.batcher.shared = microbatches, shared
-                self._set_quota(blocks)
+                if blocks != self._quota_given:
+                    self._quota_given, self._quota_retry_s, self._quota_retry_at = blocks, SPACE_RETRY_S, None
+                    self._set_quota(blocks)
             case Tick():
                 self._tick(now, effects)
             case ResultMeta():
                 self._result(event, now, effects, news)
             case StepFailedMeta():
                 if event.fence == self.fence and event.step in self.steps.in_flight:
-                    for rid in event.rids:
-                        self._poisoned(rid, event.node, effects)
-                    if not event.rids:
-                        self._hold_until = now + LINK_RETRY_S
-                    self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
+                    self._failed(event, now, effects)
             case HeldMeta():
                 self._held(event, now)
             case _:
@@ -259,6 +266,10 @@ class Scheduler:
 
     def _tick(self, now: float, effects: list[Effect]) -> None:
         self.kept.expire(now)
+        if self._quota_retry_at is not None and now >= self._quota_retry_at:
+            self._quota_retry_at = None
+            self._quota_retry_s = min(2 * self._quota_retry_s, SPACE_RETRY_MAX_S)
+            self._set_quota(self._quota_given)
         grace = self.limits.orphan_grace_s
         for request in list(self.requests.values()):
             if request.orphaned_at is not None and now - request.orphaned_at > grace:
@@ -267,8 +278,8 @@ class Scheduler:
         for request in self.batcher.never_fits():
             self._drop(request.rid)
             if request.session is not None:
-                text = f"{request.total} tokens no longer fit the KV pool, which serves more pipelines now"
-                refused = Refused(request.rid, self.pipeline, RefusalCode.INVALID, text)
+                code, text = no_room(request.total, self.batcher)
+                refused = Refused(request.rid, self.pipeline, code, text, RETRY_AFTER_MIN_S)
                 effects.append(Refuse(request.session, refused))
         if self._sweep_at is not None and now >= self._sweep_at:
             self._sweep_at = None
@@ -279,6 +290,22 @@ class Scheduler:
             self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
 
     # ------------------------------------------------------------------ recovery
+
+    def _failed(self, event: StepFailedMeta, now: float, effects: list[Effect]) -> None:
+        """A stage could not run a step: the same is tried again, with less if there was no room for it."""
+        self.stats.steps_failed += 1
+        for rid in event.rids:
+            self._poisoned(rid, event.node, effects)
+        if not event.rids:
+            self._hold_until = now + self._retry_s
+            self._retry_s = min(2 * self._retry_s, FAILED_RETRY_MAX_S)
+        if event.reason == "space":
+            # The stage counts what is there, whoever has the rest. At least one block fewer each time, so it ends: who
+            # came last is preempted, and who cannot fit even alone is refused.
+            self.stats.space_failures += 1
+            self.batcher.quota_blocks = max(0, self.batcher.used_blocks - max(1, event.missing))
+            self._quota_retry_at = now + self._quota_retry_s
+        self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
 
     def _alive(self) -> list[int]:
         return [r.rid for r in self.requests.values() if r.phase is not Phase.WAITING]
@@ -307,6 +334,15 @@ class Scheduler:
         effects: list[Effect] = []
         self._ask((), False, True, now, effects)
         return effects
+
+    def successor(self, now: float) -> Scheduler:
+        """One that takes over from this one, which is broken: in the next round, so that nothing of this one counts."""
+        fresh = Scheduler(
+            self.pipeline, self.fence.epoch, self.num_stages, self.limits, takeover=True, now=now
+        )
+        fresh.fence = Fence(self.fence.epoch, self.fence.round + 1)
+        fresh._holding = self._holding
+        return fresh
 
     def close(self) -> list[Effect]:
         """The last effects of a scheduler that is no more: who reads a request learns that it is not here.
@@ -389,7 +425,7 @@ class Scheduler:
         flight = self.steps.land(meta.step, now) if meta.fence == self.fence else None
         if flight is None:
             return
-        self._stall_limit_s = STALL_LIMIT_S
+        self._stall_limit_s, self._retry_s = STALL_LIMIT_S, FAILED_RETRY_S
         self.batcher.speed.ran(
             flight.decodes, flight.prompt_tokens, now - flight.since, beside_chunk=flight.beside_chunk
         )

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import structlog
 
+import controlplane.process
 import controlplane.shell.runtime
 import dataplane.kvcache
 import dataplane.node
@@ -57,6 +58,12 @@ def simulated(world: World, net: Network) -> Iterator[None]:
         (grpc.aio, "server", server),
         (secrets, "token_bytes", token_bytes),
         (auth, "load_secret", _load_secret),
+        (controlplane.process, "identity", lambda: repr(current())),
+        (
+            controlplane.process,
+            "is_dead",
+            lambda other: any(repr(p) == other and not p.alive for p in world.processes),
+        ),
         (keys, "msgspec", _Msgspec()),
         (dataplane.node, "open_transport", transport),
         (dataplane.node, "TICK_S", TICK_S),

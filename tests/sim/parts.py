@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from controlplane import process as machine
 from controlplane.contract import auth
 from controlplane.contract.config import ClusterConfig, EngineConfig, TimingConfig
 from controlplane.contract.ids import Member, PipelineId
@@ -214,12 +215,14 @@ async def controller_main(process: Process, config: ClusterConfig) -> None:
     client = EtcdClient(config.etcd)
     history = cast(Any, NoHistory())
     reports = ReportServer(auth.derive(secret, "grpc"), inbox)
-    record = ControllerRecord(me, await reports.start(config.host), "", 1)
-    presence = Registration(client, keys.controllers + me, encode(record), config.timing.node_lease_s)
-    election = Election(client, keys.leader, encode(record), ttl_s=config.timing.leader_lease_s)
+    address = await reports.start(config.host)
+    record = ControllerRecord(me, address, "", 1, process.incarnation, process=machine.identity())
+    presence = Registration(client, keys.controller(me), encode(record), config.timing.node_lease_s)
+    lease_s = config.timing.leader_lease_s
+    election = Election(client, keys.leader, encode(record), ttl_s=lease_s, guards=presence.guard)
     controller = Controller(config, me, LIMITS)
-    registry = Registry(client, keys, config.group, inbox)
-    performer = Performer(client, keys, config.group, inbox, history)
+    registry = Registry(client, keys, config.group, inbox, Member(me, process.incarnation), presence)
+    performer = Performer(client, keys, config.group, inbox, history, registry.view)
     runtime = Runtime(controller, inbox, registry, performer, election)
     service = Service(config, me, Parts(controller, registry, client, history, cast(Any, None)))
     process.part = ControllerPart(controller, runtime, service)
@@ -260,10 +263,9 @@ async def gateway_main(process: Process, config: ClusterConfig) -> None:
     policy: Policy = policy_of(config)
     dispatcher = Dispatcher(policy, auth.derive(auth.load_secret(config.secret_file), "grpc"), metrics())
     client = EtcdClient(config.etcd)
-    watch = ClusterWatch(client, config, dispatcher)
-    record = GatewayRecord(process.name, process.name, 1)
-    registration = Registration(
-        client, Keys(config.cluster).gateways + process.name, encode(record), config.timing.node_lease_s
-    )
+    record = GatewayRecord(process.name, process.name, 1, process.incarnation, process=machine.identity())
+    key = Keys(config.cluster).gateway(process.name)
+    registration = Registration(client, key, encode(record), config.timing.node_lease_s)
+    watch = ClusterWatch(client, config, dispatcher, presence=registration)
     process.part = GatewayPart(dispatcher)
-    await asyncio.gather(watch.follow_topology(), watch.follow_nodes(), registration.run())
+    await asyncio.gather(watch.follow(), registration.run())

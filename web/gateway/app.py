@@ -136,7 +136,7 @@ def _token_routes(app: FastAPI, service: Service) -> None:
             )
         else:
             text = body.prompt or ""
-            check_chars(model, text, "prompt")
+            check_chars(model, len(text), "prompt")
             ids = await model.encode(text, body.add_special_tokens is not False)
         names = [model.tokenizer.id_to_token(i) for i in ids] if body.return_token_strs else None
         limit = model.max_model_len

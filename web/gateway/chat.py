@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from msgspec.structs import replace
@@ -12,10 +13,13 @@ from web.gateway.asked import Asked, digest_of
 from web.gateway.choice import Piece
 from web.gateway.errors import ApiError
 from web.gateway.generation import Generation, Plan
+from web.gateway.model import INLINE_CHARS_MAX
 from web.gateway.openai import INT64_MAX, ChatRequest, Message, parse, plain
 from web.gateway.sampling import check_chars, check_length, make_sampling, text_rules
 from web.gateway.service import Service
 from web.gateway.stream_format import ChunkWriter
+
+INLINE_MESSAGES_MAX = 64  # longer conversations are rendered in a thread
 
 
 async def prepare_chat(service: Service, body: bytes, seed: int) -> Asked:
@@ -74,11 +78,17 @@ async def chat_prompt(
 ) -> tuple[int, ...]:
     """Token ids of a conversation. Raises ApiError."""
     model = service.model
-    if model.template is None:
-        raise ApiError(400, "this model has no chat template: use /v1/completions", "messages")
-    check_chars(model, "".join(message.text for message in messages), "messages")
+    template = model.template
+    if template is None:
+        raise ApiError(400, f"{model.no_template}: use /v1/completions", "messages")
+    chars = sum(len(message.text) for message in messages)
+    check_chars(model, chars, "messages")
     try:
-        text = model.template.render(plain(messages), add_generation_prompt, extra)
+        given = plain(messages, template.goes_through_parts, template.takes_strings)
+        if extra or len(messages) > INLINE_MESSAGES_MAX or chars > INLINE_CHARS_MAX:
+            text = await asyncio.to_thread(template.render, given, add_generation_prompt, extra)
+        else:
+            text = template.render(given, add_generation_prompt)
     except RequestError as error:
         raise ApiError(400, str(error), "messages") from error
     return tuple(await model.encode(text, add_special_tokens))

@@ -74,7 +74,7 @@ async def prompt_ids(
         if not prompt:
             raise ApiError(400, "a prompt has no tokens", "prompt")
         return check_tokens(service.model, prompt, "prompt")
-    check_chars(service.model, prompt, "prompt")
+    check_chars(service.model, len(prompt), "prompt")
     return tuple(await service.model.encode(prompt, request.add_special_tokens is not False))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import structlog
 
+from controlplane import process
 from controlplane.contract.auth import derive, load_secret
 from controlplane.contract.config import ClusterConfig, GatewayConfig, load_config
 from controlplane.contract.errors import ConfigError
@@ -21,7 +22,8 @@ from controlplane.contract.logs import configure_logging
 from controlplane.contract.records import GatewayRecord
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
-from controlplane.etcd.register import Registration
+from controlplane.etcd.errors import NameTaken
+from controlplane.etcd.register import TAKE_OVER, Registration
 from web.gateway.app import build_app
 from web.gateway.dispatch import Dispatcher
 from web.gateway.guard import ApiKeys
@@ -29,7 +31,7 @@ from web.gateway.live import Policy
 from web.gateway.memory import Memory
 from web.gateway.metrics import Metrics
 from web.gateway.model import Model, load_model
-from web.gateway.server import listen, make_server, serve
+from web.gateway.server import listen, make_server, serve, stop
 from web.gateway.service import Service
 from web.gateway.tickets import Tickets
 from web.gateway.watch import ClusterWatch
@@ -37,20 +39,22 @@ from web.gateway.watch import ClusterWatch
 log = structlog.get_logger()
 
 LEASE_S = 5
+GOODBYE_S = 2.0  # beyond the grace for answers: for what a stopping server says to its clients
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="kf-gateway", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the cluster's settings, TOML or JSON")
     parser.add_argument("--id", default="g1", help="this gateway's name in the cluster (default: g1)")
+    parser.add_argument("--take-over", metavar="INCARNATION", default="", help=TAKE_OVER)
     parser.add_argument("--port", type=int, help="0: any free one (default: gateway_port of the settings)")
     arguments = parser.parse_args()
     configure_logging(arguments.id)
     try:
         config = load_config(arguments.config)
         port = config.gateway_port if arguments.port is None else arguments.port
-        asyncio.run(run_gateway(config, arguments.id, port))
-    except ConfigError as error:
+        asyncio.run(run_gateway(config, arguments.id, port, arguments.take_over))
+    except (ConfigError, NameTaken) as error:
         sys.exit(f"kf-gateway: {error}")
 
 
@@ -64,8 +68,11 @@ def policy_of(config: ClusterConfig) -> Policy:
     )
 
 
-async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
-    """Serve until told to stop. Raises ConfigError for what the operator has to mend."""
+async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: str = "") -> None:
+    """Serve until told to stop. Raises ConfigError for what the operator has to mend, and NameTaken.
+
+    `take_over`: the incarnation that has to give its name up to this process, if it has it.
+    """
     secret = load_secret(config.secret_file)
     token = derive(secret, "grpc")
     keys = ApiKeys.load(config.api_keys_file)
@@ -79,11 +86,6 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
     dispatcher = Dispatcher(policy_of(config), token, metrics)
     async with EtcdClient(config.etcd) as etcd:
         me = Member(name, new_incarnation())
-        watch = ClusterWatch(etcd, config, dispatcher, me)
-        tickets = Tickets(derive(secret, "streams"))
-        service = _service(config.gateway, model, dispatcher, metrics, watch, tickets)
-        grace_s = config.timing.stop_grace_s
-        server = make_server(build_app(service, keys), grace_s)
         record = GatewayRecord(
             id=name,
             address=address,
@@ -91,11 +93,17 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
             incarnation=me.incarnation,
             version=code_version(),
             settings=settings_digest(config),
+            process=process.identity(),
         )
-        registration = Registration(etcd, Keys(config.cluster).gateways + name, encode(record), LEASE_S)
+        key = Keys(config.cluster).gateway(name)
+        registration = Registration(etcd, key, encode(record), LEASE_S, supersedes=(take_over,))
+        watch = ClusterWatch(etcd, config, dispatcher, me, registration)
+        tickets = Tickets(derive(secret, "streams"))
+        service = _service(config.gateway, model, dispatcher, metrics, watch, tickets)
+        grace_s = config.timing.stop_grace_s
+        server = make_server(build_app(service, keys), grace_s)
         background = [
-            asyncio.create_task(watch.follow_topology(), name="topology"),
-            asyncio.create_task(watch.follow_nodes(), name="nodes"),
+            asyncio.create_task(watch.follow(), name="watch"),
             asyncio.create_task(registration.run(), name="registration"),
             asyncio.create_task(etcd.follow_health(), name="health"),
         ]
@@ -105,6 +113,9 @@ async def run_gateway(config: ClusterConfig, name: str, port: int) -> None:
         try:
             # None of the others ever ends by itself: if one does, it is a defect, and it ends the process.
             done, _ = await asyncio.wait([serving, *background], return_when=asyncio.FIRST_COMPLETED)
+            if any(not task.cancelled() and isinstance(task.exception(), NameTaken) for task in done):
+                stop(server, dispatcher, grace_s)  # its streams end as on SIGTERM: clients resume elsewhere
+                await asyncio.wait([serving], timeout=grace_s + GOODBYE_S)
             for task in done:
                 task.result()
         finally:

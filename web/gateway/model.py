@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import structlog
 from tokenizers import Tokenizer
 
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError
 from web.gateway.detok import text_of
-from web.gateway.template import ChatTemplate
+from web.gateway.template import ChatTemplate, load_template
 from web.gateway.vocabulary import Vocabulary, vocabulary_of
+
+log = structlog.get_logger()
 
 INLINE_CHARS_MAX = 4096  # longer texts are tokenized in a thread, so that they do not stall other streams
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -32,6 +35,7 @@ class Model:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     template: ChatTemplate | None
+    no_template: str = field(default="", kw_only=True)  # why there is none
     defaults: Mapping[str, float] = field(default_factory=dict)  # of generation_config.json
     max_new_tokens: int | None = None  # of generation_config.json
 
@@ -77,6 +81,9 @@ def load_model(config: ClusterConfig) -> Model:
     max_model_len = min(limit, config.engine.max_model_len or limit)
     vocabulary = vocabulary_of(tokenizer)
     eos = generation.get("eos_token_id", settings.get("eos_token_id"))
+    template, no_template = load_template(folder, chars_max=max_model_len * vocabulary.longest_chars)
+    if no_template:
+        log.warning("no chat", reason=no_template)
     return Model(
         name=config.model_name,
         tokenizer=tokenizer,
@@ -84,29 +91,11 @@ def load_model(config: ClusterConfig) -> Model:
         max_model_len=max_model_len,
         vocab_size=int(settings.get("vocab_size", tokenizer.get_vocab_size())),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
-        template=_template(folder, chars_max=max_model_len * vocabulary.longest_chars),
+        template=template,
+        no_template=no_template,
         defaults={k: generation[k] for k in SAMPLING_DEFAULTS if generation.get(k) is not None},
         max_new_tokens=generation.get("max_new_tokens"),
     )
-
-
-def _template(folder: Path, chars_max: int) -> ChatTemplate | None:
-    settings = _json(folder / "tokenizer_config.json")
-    source = settings.get("chat_template")
-    if (file := folder / "chat_template.jinja").exists():
-        source = file.read_text()
-    if isinstance(source, list):  # several, by name
-        source = next((t["template"] for t in source if t.get("name") == "default"), None)
-    if source is None:
-        return None
-    special = _json(folder / "special_tokens_map.json") | settings
-    names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    tokens = {name: _content(special[name]) for name in names if special.get(name)}
-    return ChatTemplate(source, tokens, chars_max)
-
-
-def _content(token: str | dict[str, Any]) -> str:
-    return token if isinstance(token, str) else str(token["content"])
 
 
 def _json(path: Path, required: bool = False) -> dict[str, Any]:

@@ -209,10 +209,17 @@ class Message(BaseModel):
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
-def plain(messages: list[Message]) -> list[dict[str, str]]:
-    """What a chat template gets to see."""
+def plain(messages: list[Message], parts: bool, strings: bool) -> list[dict[str, Any]]:
+    """What a chat template gets to see: `parts` of text as such, or as one; and a text as a string, or as one part."""
+
+    def content(message: Message) -> Any:
+        if parts and (isinstance(message.content, list) or not strings):
+            texts = [p.text for p in message.content] if isinstance(message.content, list) else [message.text]
+            return [{"type": "text", "text": text} for text in texts]
+        return message.text
+
     return [
-        {"role": m.role, "content": m.text} | ({"name": m.name} if m.name is not None else {})
+        {"role": m.role, "content": content(m)} | ({"name": m.name} if m.name is not None else {})
         for m in messages
     ]
 

@@ -239,9 +239,15 @@ class Router:
                 live.torn = True
                 live.retry_at = now + self.policy.retry_s  # the topology may be on its way to us
             case RefusalCode.OVERLOADED if live.log.emitted or live.how:
-                # It was admitted once: it may wait, but it is not turned away.
+                # It was admitted once: it may wait or go elsewhere, but it is not turned away.
                 self._hold(live, now, live.how)
-                live.retry_at = now + max(self.policy.retry_s, refusal.retry_after_s)
+                live.full.add(refusal.pipeline)
+                if all(p.id in live.full for p in self._pipelines.values() if p.up):
+                    live.full.clear()
+                    live.retry_at = now + max(self.policy.retry_s, refusal.retry_after_s)
+                else:
+                    live.pipeline = live.last_member = None
+                    self._loads.count(live)
             case RefusalCode.OVERLOADED:
                 live.full.add(refusal.pipeline)
                 self._hold(live, now, "")

@@ -71,11 +71,11 @@ def check_length(model: Model, prompt_len: int, max_tokens: int) -> None:
         raise ApiError(400, text, "max_tokens")
 
 
-def check_chars(model: Model, text: str, param: str) -> None:
+def check_chars(model: Model, chars: int, param: str) -> None:
     """Refuse a text that cannot fit before spending time on tokenizing it."""
-    if len(text) > model.chars_max:
+    if chars > model.chars_max:
         message = (
-            f"the maximum context length is {model.max_model_len} tokens, which a prompt of {len(text)}"
+            f"the maximum context length is {model.max_model_len} tokens, which a prompt of {chars}"
             " characters exceeds"
         )
         raise ApiError(400, message, param)

@@ -1,108 +1,65 @@
-"""Chat templates: the model's own Jinja text, in Jinja's sandbox, with bounded work and size (pure).
-
-A template comes with the model, not from clients, but the messages it loops over do come from them.
-"""
+"""Chat templates: the model's own Jinja text, from messages to a prompt (pure but for reading the files)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jinja2
-from jinja2.exceptions import SecurityError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import nodes
 
 from controlplane.contract.errors import ConfigError, RequestError
+from web.gateway.sandbox import Environment
 
-WORK_MAX = 200_000  # attribute look-ups, calls and pieces of output of one rendering
-REPEAT_MAX = 1_000_000  # characters or items that one multiplication may make
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """Counts the work of the rendering in progress (renderings do not await, so they never overlap)."""
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        self.work_left = WORK_MAX
-
-    def spend(self, work: int = 1) -> None:
-        self.work_left -= work
-        if self.work_left < 0:
-            raise SecurityError("the chat template does too much work for these messages")
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        self.spend()
-        return super().getattr(obj, attribute)
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        self.spend()
-        return super().getitem(obj, argument)
-
-    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self.spend()
-        result = super().call(context, obj, *args, **kwargs)
-        if isinstance(result, range):
-            self.spend(len(result))  # the loop over it costs this much, even if its body is empty
-        return result
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        self.spend()
-        if operator == "**":
-            raise SecurityError("a chat template may not use **")
-        for value, times in ((left, right), (right, left)):
-            too_long = isinstance(value, str | list | tuple) and isinstance(times, int)
-            if too_long and len(value) * times > REPEAT_MAX:
-                raise SecurityError("the chat template repeats something too often")
-        return super().call_binop(context, operator, left, right)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    """Templates refuse messages with this ("roles must alternate")."""
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class ChatTemplate:
-    """One compiled template. Raises ConfigError if it is not valid Jinja."""
+    """One compiled template. Raises ConfigError if it cannot be compiled."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], chars_max: int) -> None:
-        self._environment = _Environment()
-        self._environment.filters["tojson"] = _to_json
-        self._environment.globals["raise_exception"] = _raise_exception
+        self._environment = Environment()
         self._special_tokens = dict(special_tokens)
         self._chars_max = chars_max
         try:
             self._template = self._environment.from_string(source)
-        except jinja2.TemplateError as error:
+            tree = self._environment.parse(source)
+        except (
+            jinja2.TemplateError,
+            SyntaxError,
+            RecursionError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+        ) as error:
             raise ConfigError(f"the model's chat template is not valid: {error}") from error
+        # Most templates want a message's text as one string, some go through its parts, and some can do both.
+        self.goes_through_parts = _loops_over_content(tree)
+        self.takes_strings = not self.goes_through_parts or any(
+            t.name == "string" for t in tree.find_all(nodes.Test)
+        )
 
     def render(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt for `messages` (role, content). Raises RequestError if the template refuses them."""
-        self._environment.work_left = WORK_MAX
+        self._environment.begin()
         pieces: list[str] = []
         left = self._chars_max
+        variables: dict[str, Any] = {
+            "messages": [dict(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
             # `generate` and not `render`: a runaway output is stopped while it is made.
-            for piece in self._template.generate(
-                **self._special_tokens,
-                **(extra or {}),
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-            ):
+            for piece in self._template.generate(self._special_tokens | dict(extra or {}) | variables):
                 self._environment.spend()
                 left -= len(piece)
                 if left < 0:
@@ -110,7 +67,83 @@ class ChatTemplate:
                         f"the prompt made from these messages exceeds {self._chars_max} characters"
                     )
                 pieces.append(piece)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except RequestError:
+            raise
+        except Exception as error:  # whatever the template's own code raises
             text = str(error)[:300] or type(error).__name__
             raise RequestError(f"the model's chat template refuses these messages: {text}") from error
         return "".join(pieces)
+
+
+def load_template(folder: Path, chars_max: int) -> tuple[ChatTemplate | None, str]:
+    """The model's template, or None and why chat cannot be had: that costs nothing else."""
+    try:
+        settings = _settings(folder / "tokenizer_config.json")
+        source = _source(folder, settings)
+        if source is None:
+            return None, "this model has no chat template"
+        return ChatTemplate(source, _special_tokens(folder, settings), chars_max), ""
+    except (ConfigError, OSError, ValueError) as error:
+        return None, f"the model's chat template cannot be used: {error}"
+
+
+def _source(folder: Path, settings: dict[str, Any]) -> str | None:
+    """As transformers looks for it: files of their own, then the tokenizer's settings, then the processor's."""
+    found = settings.get("chat_template") or _settings(folder / "chat_template.json").get("chat_template")
+    if (file := folder / "chat_template.jinja").exists():
+        found = file.read_text(encoding="utf-8")
+    if isinstance(found, list):  # several, by name
+        found = {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
+    if isinstance(found, dict):
+        if "default" not in found:
+            raise ConfigError(f"there are several, and none is the default: {', '.join(sorted(found))[:200]}")
+        found = found["default"]
+    if found is not None and not isinstance(found, str):
+        raise ConfigError(f"it is not a text but a {type(found).__name__}")
+    return found
+
+
+def _special_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    special = _settings(folder / "special_tokens_map.json") | settings
+    found = {}
+    for name in SPECIAL_TOKENS:
+        token = special.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    data = json.loads(path.read_bytes())
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} does not hold an object")
+    return data
+
+
+def _loops_over_content(tree: nodes.Template) -> bool:
+    """Whether some loop goes over a message's `content`, or over a variable made of it."""
+    names = {"content"}
+    for assign in tree.find_all(nodes.Assign):
+        if isinstance(assign.target, nodes.Name) and any(map(_is_content, _and_below(assign.node))):
+            names.add(assign.target.name)
+    return any(
+        _is_content(loop.iter) or (isinstance(loop.iter, nodes.Name) and loop.iter.name in names)
+        for loop in tree.find_all(nodes.For)
+    )
+
+
+def _is_content(node: nodes.Node) -> bool:
+    match node:
+        case nodes.Getattr(attr="content"):
+            return True
+        case nodes.Getitem(arg=nodes.Const(value="content")):
+            return True
+    return False
+
+
+def _and_below(node: nodes.Node) -> Iterator[nodes.Node]:
+    yield node
+    yield from node.find_all(nodes.Node)

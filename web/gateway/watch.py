@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import structlog
 
 from controlplane.contract.config import ClusterConfig
-from controlplane.contract.errors import PeerError
 from controlplane.contract.ids import Member
-from controlplane.contract.keys import Keys, decode
+from controlplane.contract.keys import Keys
 from controlplane.contract.records import NodeRecord
 from controlplane.contract.topology import Topology
 from controlplane.etcd.client import EtcdClient
+from controlplane.etcd.register import Registration
 from controlplane.etcd.watch import Watch
+from controlplane.keyspace.view import Change, View
 from web.gateway.dispatch import Dispatcher
 from web.gateway.events import TopologySeen
 
@@ -22,62 +23,59 @@ log = structlog.get_logger()
 
 
 class ClusterWatch:
-    """Two watches: one key for the topology, one prefix for the nodes. Junk is logged and left out."""
+    """One watch on the cluster's keys. `presence`: this gateway's own name, `me`: its own process."""
 
     def __init__(
-        self, client: EtcdClient, config: ClusterConfig, dispatcher: Dispatcher, me: Member | None = None
+        self,
+        client: EtcdClient,
+        config: ClusterConfig,
+        dispatcher: Dispatcher,
+        me: Member | None = None,
+        presence: Registration | None = None,
     ) -> None:
-        self._me = me
-        self._client = client
         keys = Keys(config.cluster)
-        self.junk = 0
-        self._topology_key = keys.topology(config.group)
+        self.view = View(keys, config.group)
+        self._me = me
+        self._presence = presence
+        self._client = client
         self._dispatcher = dispatcher
-        self._topology: Watch = client.watch_prefix(self._topology_key)
-        self._nodes: Watch = client.watch_prefix(keys.nodes)
+        self._watch: Watch = client.watch_prefix(keys.root)
+
+    @property
+    def junk(self) -> int:
+        return self.view.junk
 
     def age_s(self) -> float:
         """Seconds since etcd was last heard: how old the topology may be."""
-        return self._topology.age_s()
+        return self._watch.age_s()
 
     def troubles(self) -> Sequence[str]:
         """Why nothing would be repaired, beyond etcd being away."""
         return self._client.health.troubles()
 
-    async def follow_topology(self) -> None:
+    async def follow(self) -> None:
         """Until cancelled."""
-        await self._follow(self._topology, self._take_topology)
+        if self._presence is not None:  # a process whose name is somebody else's serves nobody
+            await self._presence.free.wait()
+        async for batch in self._watch:
+            for change in self.view.apply(batch):
+                self._take(change)
+            if self._presence is not None:
+                self._presence.saw(self.view.item(self._presence.key), batch.revision)
+            if self._me is not None and self.view.retired(self._me):
+                log.info("retired", topology=self.view.topology and self.view.topology.counter)
+                self._me = None
+                signal.raise_signal(signal.SIGTERM)  # the same goodbye, whoever asks for it
 
-    async def follow_nodes(self) -> None:
-        """Until cancelled."""
-        await self._follow(self._nodes, self._take_node)
-
-    async def _follow(self, watch: Watch, take: Callable[[str, bytes], None]) -> None:
-        async for batch in watch:
-            for event in batch.events:
-                # A key that is gone changes nothing here: a lost lease does not move a node's front door,
-                # and only a newer topology says who serves.
-                if event.now is None:
-                    continue
-                try:
-                    take(event.key, event.now.value)
-                except PeerError as error:
-                    self.junk += 1
-                    log.warning("junk in etcd", error=str(error))
-
-    def _take_topology(self, key: str, value: bytes) -> None:
-        if key != self._topology_key:
-            return
-        topology = decode(value, Topology, key)
-        self._dispatcher.feed(TopologySeen(topology))
-        members = {member for pipeline in topology.pipelines for member in pipeline.members()}
-        self._dispatcher.links.prune(members)
-        if self._me is not None and self._me in topology.retired:
-            log.info("retired", topology=topology.counter)
-            self._me = None
-            signal.raise_signal(signal.SIGTERM)  # the same goodbye, whoever asks for it
-
-    def _take_node(self, key: str, value: bytes) -> None:
-        record = decode(value, NodeRecord, key)
-        member: Member = record.member
-        self._dispatcher.locate(member, record.rpc_address)
+    def _take(self, change: Change) -> None:
+        # A key that is gone changes nothing here: a lost lease does not move a node's front door, and only a newer
+        # topology says who serves.
+        match change.now:
+            case NodeRecord():
+                self._dispatcher.locate(change.now.member, change.now.rpc_address)
+            case Topology():
+                self._dispatcher.feed(TopologySeen(change.now))
+                members = {member for pipeline in change.now.pipelines for member in pipeline.members()}
+                self._dispatcher.links.prune(members)
+            case _:
+                pass

@@ -19,7 +19,7 @@ from dataplane.core.events import (
 )
 from dataplane.core.messages import Fence, HeldMeta, ResultMeta, StepFailedMeta
 from dataplane.core.request import pack_tokens
-from dataplane.core.scheduler import LINK_RETRY_S, STALL_LIMIT_S, Scheduler
+from dataplane.core.scheduler import FAILED_RETRY_S, STALL_LIMIT_S, Scheduler
 from dataplane.core.stage import Stage
 from tests.core.data.parts import LIMITS, submitted
 
@@ -35,7 +35,7 @@ def test_a_step_of_a_new_round_may_come_before_its_question() -> None:
     step = next(e for e in made.step(submitted(1), 0.1) if isinstance(e, RunStep)).meta
     failed = StepFailedMeta("p0", step.fence, step.step, 0, "link")
     ask = next(e for e in made.step(failed, 0.2) if isinstance(e, Ask)).meta
-    effects = made.step(Cancelled(1), 0.2 + LINK_RETRY_S)
+    effects = made.step(Cancelled(1), 0.2 + FAILED_RETRY_S)
     freeing = next(e for e in effects if isinstance(e, RunStep)).meta
     assert freeing.fence == ask.fence
     stage = Stage("p0", 2, 3, 5, KvStore(8, 4, 8, 8))

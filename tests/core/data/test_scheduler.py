@@ -375,7 +375,13 @@ def test_a_request_that_no_longer_fits_is_refused_not_kept_for_ever() -> None:
     made.step(submit(1, length=20, max_tokens=30), 0.0)
     made.step(CapacityChanged(4, 1), 0.1)
     refused = [e for e in made.step(Tick(), 0.2) if isinstance(e, Refuse)]
-    assert refused[0].message.code is RefusalCode.INVALID
+    # Not for ever and not for its own fault: another pipeline may have room for it, and this one again later.
+    assert refused[0].message.code is RefusalCode.OVERLOADED
+    assert "20 tokens do not fit the 4 KV blocks" in refused[0].message.message
+    again = made.step(submit(1, length=20, admitted=True), 0.3)
+    assert [e.message.code for e in again if isinstance(e, Refuse)] == [RefusalCode.OVERLOADED]
+    made.step(CapacityChanged(8, 1), 0.4)
+    assert not [e for e in made.step(submit(1, length=20, admitted=True), 0.5) if isinstance(e, Refuse)]
 
 
 def test_quiescing_an_idle_pipeline_after_a_switch() -> None:

@@ -7,12 +7,12 @@ from msgspec import structs
 
 from controlplane.contract.ids import Member
 from controlplane.contract.records import NodeRecord
-from controlplane.contract.requests import RefusalCode, Refused, SchedulerMessage
+from controlplane.contract.requests import RefusalCode, Refused, SchedulerMessage, Submit
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topology
 from controlplane.contract.topology import Stage as StageDuty
 from dataplane.core.messages import Fence, HeldMeta, Meta, RejoinMeta
 from dataplane.frontdoor import Frontdoor
-from dataplane.schedulers import Schedulers
+from dataplane.schedulers import CRASHES_MAX, Schedulers
 from dataplane.worker import Message
 from tests.core.data.parts import LIMITS, ME, NEXT, submitted
 
@@ -106,6 +106,51 @@ def test_requests_of_a_scheduler_that_ends_and_begins_again_are_not_waited_for_i
     assert not host.schedulers.by_pipeline["p0"].requests
     told = [(s, m.rid, m.pipeline, m.code) for s, m in host.told if isinstance(m, Refused)]
     assert told == [(7, 1, "p0", RefusalCode.DROPPED)]
+
+
+def odd(rid: int) -> Submit:
+    """A request that the scheduler chokes on: its priority has no order."""
+    return structs.replace(submitted(rid).message, priority="high")
+
+
+def test_a_request_that_the_scheduler_chokes_on_goes_and_the_others_stay() -> None:
+    host = Host(ME, NEXT)
+    schedulers = host.schedulers
+    schedulers.on_topology(topology(1, pipeline("p0", 1), pipeline("p1", 1)), RECORDS)
+    other = schedulers.by_pipeline["p1"]
+    for rid in range(1, 4):
+        schedulers.on_gateway(7, submitted(rid).message)
+    assert not host.told
+    schedulers.on_gateway(7, odd(99))
+    poisoned, *dropped = [m for _, m in host.told if isinstance(m, Refused)]
+    assert (poisoned.rid, poisoned.code, poisoned.node) == (99, RefusalCode.POISONED, ME.node)
+    # What it knew is with the gateways and stages: they are told to bring it, to one that starts afresh.
+    assert {m.code for m in dropped} == {RefusalCode.DROPPED}
+    assert {m.rid for m in dropped} == set(range(1, 4)), "each once, the odd one not again"
+    fresh = schedulers.by_pipeline["p0"]
+    assert fresh.fence == Fence(1, 1), "steps of the broken one are void"
+    assert fresh.batcher.quota_blocks == 50
+    assert [m.fence for to, m in host.sent if to == NEXT and isinstance(m, RejoinMeta)][-1] == Fence(1, 1)
+    assert schedulers.by_pipeline["p1"] is other
+    assert schedulers.counters()["crashes"] == 1
+    schedulers.on_gateway(7, structs.replace(submitted(1).message, admitted=True))
+    assert 1 in fresh.requests
+
+
+def test_a_scheduler_that_chokes_again_and_again_ends_its_node() -> None:
+    """Nothing here mends that: another node, or fresh code, may."""
+    host = Host(ME, NEXT)
+    host.schedulers.on_topology(topology(1, pipeline("p0", 1)), RECORDS)
+
+    def choke() -> None:
+        for rid in range(2):
+            host.schedulers.on_gateway(7, submitted(rid).message)
+        host.schedulers.on_gateway(7, odd(99))
+
+    for _ in range(CRASHES_MAX):
+        choke()
+    with pytest.raises(TypeError):
+        choke()
 
 
 def test_a_planned_switch_issues_nothing_in_the_epoch_that_is_over() -> None:

@@ -62,8 +62,13 @@ def test_overload_only_refuses_what_was_not_admitted() -> None:
     bench.tokens(A, "p0", 1, 0, rid=2)
     bench.do(StreamDown(A))
     bench.do(StreamUp(A))
-    assert only(bench.refuse(A, "p0", RefusalCode.OVERLOADED, rid=2), Fail) == []
-    assert sent(bench.do(Tick(), 3.5)) != []
+    # It goes where there may be room, with its tokens, and waits if there is none either.
+    ((member, submit),) = sent(bench.refuse(A, "p0", RefusalCode.OVERLOADED, rid=2))
+    assert (member, submit.admitted, len(submit.emitted)) == (B, True, 1)
+    effects = bench.refuse(B, "p1", RefusalCode.OVERLOADED, rid=2)
+    assert (only(effects, Fail), sent(effects)) == ([], [])
+    ((_, submit),) = sent(bench.do(Tick(), 3.5))
+    assert (submit.rid, len(submit.emitted)) == (2, 1)
 
 
 def test_final_refusals() -> None:

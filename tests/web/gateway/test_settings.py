@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import dataplane.demo
 from controlplane.contract.config import ClusterConfig, EngineConfig
 from controlplane.contract.errors import ConfigError
+from tests.web.gateway.stack import running
 from web.gateway.guard import ApiKeys
 from web.gateway.main import policy_of
 from web.gateway.model import load_model
@@ -87,3 +89,21 @@ def test_api_keys(tmp_path: Path) -> None:
 def test_policy_follows_the_settings() -> None:
     policy = policy_of(settings(Path("x"), max_running=2, max_waiting=3))
     assert policy.live_max == 15
+
+
+def test_a_template_that_cannot_be_compiled_leaves_completions(tmp_path: Path) -> None:
+    copy_model(tmp_path, max_position_embeddings=512)
+    (tmp_path / "chat_template.jinja").write_text("{% nonsense %}")
+
+    async def body() -> None:
+        async with running(model=load_model(settings(tmp_path))) as stack, stack.http() as client:
+            answer = await client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+            assert answer.status_code == 200
+            for path in ("/v1/chat/completions", "/tokenize"):
+                refused = await client.post(path, json={"messages": [{"role": "user", "content": "a"}]})
+                assert refused.status_code == 400
+                message = refused.json()["error"]["message"]
+                assert message.startswith("the model's chat template cannot be used: ")
+                assert "nonsense" in message
+
+    asyncio.run(body())

@@ -1,0 +1,200 @@
+"""The cluster's keys, folded from a watch into values: one policy for what cannot be read, one for who is retired.
+
+A value that cannot be read is told once (log, `junk`, `unreadable`) and is *unknown*: the last good value of its key is
+kept for as long as the key is there, and a key that never had one is not taken for absent. `newer` are the keys that
+newer code has written, readable or not: whoever would rewrite them must not lead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+import structlog
+
+from controlplane.contract import schema
+from controlplane.contract.errors import PeerError
+from controlplane.contract.ids import Member
+from controlplane.contract.keys import Keys, decode
+from controlplane.contract.records import ControllerRecord, GatewayRecord, NodeRecord, Operation
+from controlplane.contract.topology import Topology
+from controlplane.etcd.values import KeyValue, WatchBatch, WatchEvent
+
+log = structlog.get_logger()
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+# A snapshot is told in this order: who is there, what is wanted, and last what is, so that nobody plans for, or acts
+# on, a topology whose nodes it has not been told of.
+ORDER = ("controllers", "gateways", "leader", "nodes", "operations", "groups")
+KINDS: dict[str, type[msgspec.Struct]] = {
+    "nodes": NodeRecord,
+    "controllers": ControllerRecord,
+    "gateways": GatewayRecord,
+    "leader": ControllerRecord,
+    "operations": Operation,
+    "groups": Topology,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One key's change. `now` None: it is gone, or, with `unreadable`, it is there and nothing of it can be read."""
+
+    folder: str
+    name: str
+    now: msgspec.Struct | None
+    mod_revision: int
+    unreadable: str = ""
+
+
+@dataclass(slots=True)
+class View:
+    """`apply` takes a batch in and says what changed. Costs per change, not per key."""
+
+    keys: Keys
+    group: str
+    nodes: dict[str, NodeRecord] = field(default_factory=dict)  # of this group
+    controllers: dict[str, ControllerRecord] = field(default_factory=dict)
+    gateways: dict[str, GatewayRecord] = field(default_factory=dict)
+    operations: dict[str, tuple[Operation, int]] = field(default_factory=dict)  # with their mod_revisions
+    topology: Topology | None = None  # the newest that can be read; kept when its key is deleted
+    unreadable: dict[str, str] = field(default_factory=dict)  # key -> why
+    newer: dict[str, int] = field(default_factory=dict)  # key -> schema
+    junk: int = 0  # values that could not be read, ever
+    _items: dict[str, KeyValue] = field(default_factory=dict)
+    _leading: dict[str, tuple[int, str]] = field(default_factory=dict)  # key -> create revision, controller
+
+    def apply(self, batch: WatchBatch) -> list[Change]:
+        """The changes that this batch brings, in order; of a snapshot only what is not known yet."""
+        changes = []
+        for event in self._ordered(batch):
+            if event.now is None:
+                self._items.pop(event.key, None)
+            else:
+                self._items[event.key] = event.now
+            change = self._take(event)
+            if change is not None:
+                changes.append(change)
+        return changes
+
+    def item(self, key: str) -> KeyValue | None:
+        """A key as etcd has it, readable or not."""
+        return self._items.get(key)
+
+    def candidates(self) -> list[str]:
+        """Controllers in the order in which they would lead, the leader first."""
+        return [name for _, name in sorted(self._leading.values())]
+
+    def retired(self, me: Member) -> bool:
+        """Whether a process has to make way for a fresh one of its name."""
+        return self.topology is not None and me in self.topology.retired
+
+    def troubles(self) -> list[str]:
+        """What in etcd cannot be read, or only by newer code, in words."""
+        told = [
+            f"etcd key {key} cannot be read ({why}): it is left as it is"
+            for key, why in self.unreadable.items()
+        ]
+        newer = (key for key in self.newer if key not in self.unreadable)
+        return told + [
+            f"etcd key {key} was written by newer code (schema {self.newer[key]})" for key in newer
+        ]
+
+    def _take(self, event: WatchEvent) -> Change | None:
+        folder, _, name = event.key.removeprefix(self.keys.root).partition("/")
+        if folder not in KINDS or (folder == "groups" and event.key != self.keys.topology(self.group)):
+            return None  # another group's topology, or something that an operator keeps here
+        if event.now is None:
+            self.unreadable.pop(event.key, None)
+            self.newer.pop(event.key, None)
+            self._forget(folder, name, event.key)
+            return Change(folder, name, None, event.mod_revision)
+        value = self._read(folder, name, event.now)
+        if value is None:
+            return Change(folder, name, None, event.mod_revision, self.unreadable[event.key])
+        return self._keep(folder, name, value, event)
+
+    def _read(self, folder: str, name: str, item: KeyValue) -> msgspec.Struct | None:
+        written_in = schema.schema_of(item.value)
+        if written_in > schema.SCHEMA:
+            self.newer[item.key] = written_in
+        else:
+            self.newer.pop(item.key, None)
+        try:
+            value = decode(item.value, KINDS[folder], item.key)
+            if (of := _named(value)) not in (name, ""):
+                raise PeerError(f"etcd key {item.key}: it speaks of {of}")
+        except PeerError as error:
+            self.junk += 1
+            self.unreadable[item.key] = str(error).removeprefix(f"etcd key {item.key}: ")
+            log.warning("junk in etcd", key=item.key, error=str(error))
+            if folder == "leader":  # somebody leads, whoever it is
+                self._leading[item.key] = (item.create_revision, "")
+            return None
+        self.unreadable.pop(item.key, None)
+        return value
+
+    def _keep(self, folder: str, name: str, value: msgspec.Struct, event: WatchEvent) -> Change | None:
+        match value:
+            case NodeRecord():
+                if value.group != self.group:  # it may have been one of ours before
+                    return (
+                        Change(folder, name, None, event.mod_revision) if self.nodes.pop(name, None) else None
+                    )
+                self.nodes[name] = value
+            case ControllerRecord() if folder == "leader":
+                assert event.now is not None
+                self._leading[event.key] = (event.now.create_revision, value.id)
+            case ControllerRecord():
+                self.controllers[name] = value
+            case GatewayRecord():
+                self.gateways[name] = value
+            case Operation():
+                self.operations[name] = (value, event.mod_revision)
+            case Topology():
+                self.topology = value
+        return Change(folder, name, value, event.mod_revision)
+
+    def _forget(self, folder: str, name: str, key: str) -> None:
+        match folder:
+            case "nodes":
+                self.nodes.pop(name, None)
+            case "controllers":
+                self.controllers.pop(name, None)
+            case "gateways":
+                self.gateways.pop(name, None)
+            case "operations":
+                self.operations.pop(name, None)
+            case "leader":
+                self._leading.pop(key, None)
+
+    def _ordered(self, batch: WatchBatch) -> Iterable[WatchEvent]:
+        """The batch's changes; for a snapshot, also of what it no longer has, and without what is known."""
+        if not batch.is_snapshot:
+            return batch.events
+        present = {event.key for event in batch.events}
+        gone = [WatchEvent(key, batch.revision, None) for key in self._items if key not in present]
+        changed = [event for event in batch.events if _differs(self._items, event)]
+        return gone + sorted(changed, key=lambda event: self._place(event.key))
+
+    def _place(self, key: str) -> int:
+        folder = key.removeprefix(self.keys.root).partition("/")[0]
+        return ORDER.index(folder) if folder in ORDER else -1
+
+
+def _differs(known: Mapping[str, KeyValue], event: WatchEvent) -> bool:
+    return event.key not in known or known[event.key].mod_revision != event.mod_revision
+
+
+def _named(value: msgspec.Struct) -> str:
+    """The name under which a record has to stand; "": any."""
+    match value:
+        case NodeRecord():
+            return value.member.node
+        case Operation():
+            return value.id
+        case _:
+            return ""

@@ -1,0 +1,135 @@
+"""The cluster's keys folded once: junk keeps the last good value, is counted and told; who is newer is known."""
+
+from __future__ import annotations
+
+import msgspec
+
+from controlplane.contract.ids import Member
+from controlplane.contract.keys import Keys, encode
+from controlplane.contract.records import ControllerRecord, NodeRecord, Operation, OperationKind
+from controlplane.contract.schema import SCHEMA
+from controlplane.contract.topology import Mode, Topology
+from controlplane.etcd.values import KeyValue, WatchBatch, WatchEvent
+from controlplane.keyspace.view import Change, View
+
+KEYS = Keys("k")
+N0 = NodeRecord(Member("n0", "a"), "default", 0, 2, "", "", "d", 64, 16, 1)
+TOPOLOGY = Topology("default", 3, Mode.REPLICATE, (), retired=(Member("n9", "z"),))
+OP = Operation("o1", OperationKind.DRAIN, "n0")
+
+
+class Store:
+    """Revisions as etcd gives them."""
+
+    def __init__(self) -> None:
+        self.view = View(KEYS, "default")
+        self.revision = 10
+        self.created: dict[str, int] = {}
+
+    def event(self, key: str, value: bytes | None) -> WatchEvent:
+        self.revision += 1
+        if value is None:
+            self.created.pop(key, None)
+            return WatchEvent(key, self.revision, None)
+        created = self.created.setdefault(key, self.revision)
+        return WatchEvent(key, self.revision, KeyValue(key, value, created, self.revision, 1, 0))
+
+    def put(self, key: str, value: bytes | None) -> list[Change]:
+        return self.view.apply(WatchBatch(self.revision + 1, (self.event(key, value),)))
+
+
+def test_junk_keeps_the_last_good_value_until_the_key_goes() -> None:
+    store = Store()
+    view = store.view
+    (seen,) = store.put(KEYS.node("n0"), encode(N0))
+    assert (seen.folder, seen.name, seen.now) == ("nodes", "n0", N0)
+    for count, junk in enumerate(
+        (b"{nonsense", b"[]", b"\xff", encode(msgspec.structs.replace(N0, pid="x"))), 1
+    ):
+        (change,) = store.put(KEYS.node("n0"), junk)
+        assert change.unreadable
+        assert change.now is None
+        assert view.nodes == {"n0": N0}, "unknown is not absent"
+        assert view.junk == count
+    assert "n0" in "".join(view.troubles())
+    wrong = msgspec.structs.replace(N0, member=Member("n1", "a"))
+    (change,) = store.put(KEYS.node("n0"), encode(wrong))
+    assert "speaks of n1" in change.unreadable
+    (seen,) = store.put(KEYS.node("n0"), encode(N0))
+    assert (seen.now, seen.unreadable, view.troubles()) == (N0, "", [])
+    (gone,) = store.put(KEYS.node("n0"), None)
+    assert (gone.now, gone.unreadable, view.nodes) == (None, "", {})
+
+
+def test_unreadable_topology_and_operation_are_kept_and_told() -> None:
+    store = Store()
+    view = store.view
+    store.put(KEYS.topology("default"), encode(TOPOLOGY))
+    store.put(KEYS.operation("o1"), encode(OP))
+    known_at = store.revision
+    store.put(KEYS.topology("default"), b'{"mode":"quantum"}')
+    (change,) = store.put(KEYS.operation("o1"), encode(OP).replace(b"running", b"suspended"))
+    assert view.topology == TOPOLOGY
+    assert view.operations == {"o1": (OP, known_at)}, (
+        "with the revision of what was read: a write will not fit"
+    )
+    assert change.unreadable
+    assert view.retired(Member("n9", "z"))
+    assert not view.retired(Member("n9", "y"))
+
+
+def test_newer_values_are_read_as_far_as_they_can_be_and_named() -> None:
+    store = Store()
+    newer = msgspec.json.encode(msgspec.json.decode(encode(TOPOLOGY)) | {"schema": SCHEMA + 1, "more": 1})
+    (change,) = store.put(KEYS.topology("default"), newer)
+    assert change.now == TOPOLOGY
+    assert store.view.newer == {KEYS.topology("default"): SCHEMA + 1}
+    assert "newer code" in store.view.troubles()[0]
+    store.put(KEYS.topology("default"), encode(TOPOLOGY))
+    assert (store.view.newer, store.view.troubles()) == ({}, [])
+
+
+def test_a_snapshot_tells_what_is_gone_and_topologies_last() -> None:
+    store = Store()
+    store.put(KEYS.node("n0"), encode(N0))
+    unchanged = store.event(KEYS.node("n1"), encode(msgspec.structs.replace(N0, member=Member("n1", "b"))))
+    store.view.apply(WatchBatch(store.revision, (unchanged,)))
+    events = (
+        store.event(KEYS.topology("default"), encode(TOPOLOGY)),
+        store.event(KEYS.operation("o1"), encode(OP)),
+        store.event(KEYS.node("n2"), encode(msgspec.structs.replace(N0, member=Member("n2", "c")))),
+        unchanged,
+    )
+    changes = store.view.apply(WatchBatch(store.revision, events, is_snapshot=True))
+    assert [(c.folder, c.name, c.now is None) for c in changes] == [
+        ("nodes", "n0", True),
+        ("nodes", "n2", False),
+        ("operations", "o1", False),
+        ("groups", "default/topology", False),
+    ]
+    assert sorted(store.view.nodes) == ["n1", "n2"]
+
+
+def test_candidates_stand_in_the_order_of_their_keys() -> None:
+    store = Store()
+    store.put(f"{KEYS.leader}2", encode(ControllerRecord("c2", "", "", 1)))
+    store.put(f"{KEYS.leader}1", encode(ControllerRecord("c1", "", "", 1)))
+    assert store.view.candidates() == ["c2", "c1"]
+    store.put(f"{KEYS.leader}2", b"junk")
+    assert store.view.candidates() == ["", "c1"], "somebody leads, and it is not c1"
+    store.put(f"{KEYS.leader}2", None)
+    assert store.view.candidates() == ["c1"]
+
+
+def test_others_keys_are_not_looked_at() -> None:
+    store = Store()
+    other = msgspec.structs.replace(N0, group="other")
+    assert store.put(f"{KEYS.root}config", b"junk") == []
+    assert store.put(KEYS.topology("other"), b"junk") == []
+    assert store.put(KEYS.node("n0"), encode(other)) == []
+    assert store.view.junk == 0
+    store.put(KEYS.node("n0"), encode(N0))
+    (change,) = store.put(KEYS.node("n0"), encode(other))
+    assert (change.now, change.unreadable, store.view.nodes) == (None, "", {}), (
+        "it was ours, and is no longer"
+    )

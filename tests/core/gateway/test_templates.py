@@ -1,0 +1,280 @@
+"""Chat templates as transformers renders them, and what becomes of those that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from controlplane.contract.errors import ConfigError, RequestError
+from web.gateway.openai import ChatRequest, parse, plain
+from web.gateway.template import ChatTemplate, load_template
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+TALK: list[dict[str, Any]] = [
+    {"role": "system", "content": " Be brief.\n"},
+    {"role": "user", "content": "Grüße <b>&</b> 'quoted' \"twice\""},
+    {"role": "assistant", "content": "  ok \n"},
+    {"role": "user", "content": "And {{ now }} {% if %}?"},
+]
+TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
+        " + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "llama 2": (
+        "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message ="
+        " messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = false %}"
+        "{% endif %}{% for message in loop_messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+        "{% if loop.index0 == 0 and system_message != false %}{% set content = '<<SYS>>\\n' + system_message +"
+        " '\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}"
+        "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+        "{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+    ),
+    "llama 3": """{{- bos_token }}
+{%- if custom_tools is defined %}
+    {%- set tools = custom_tools %}
+{%- endif %}
+{%- if not date_string is defined %}
+    {%- set date_string = strftime_now("%Y") %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{%- if tools is not none %}
+    {{- "Environment: ipython\\n" }}
+{%- endif %}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+""",
+    "training marks": """{% for message in messages %}
+    {% if message.role == 'assistant' %}
+        {% generation %}
+{{ message.content }}{{ eos_token }}
+        {% endgeneration %}
+    {%- else %}
+{{ '<|' ~ message.role ~ '|>' ~ message.content ~ '\\n' }}
+    {%- endif %}
+{% endfor %}""",
+    "namespace": (
+        "{%- set ns = namespace(first=true, system='', n=0) %}{%- for m in messages %}{%- if m.role == 'system' %}"
+        "{%- set ns.system = ns.system ~ m.content %}{%- else %}{%- set ns.n = ns.n + 1 %}{%- if ns.first %}"
+        "{%- set ns.first = false %}{{ ns.system }}{%- endif %}{{ ns.n }}:{{ m.content | trim }}{%- endif %}"
+        "{%- endfor %}"
+    ),
+    "filters": (
+        "{{ messages | tojson }}|{{ messages[0] | tojson(indent=2) }}|{{ messages[1] | tojson(ensure_ascii=true) }}|"
+        "{{ {'b': 1, 'a': [1, 2]} | tojson(separators=(',', ':'), sort_keys=True) }}|{{ messages[1] | tojson(true) }}|"
+        "{{ messages | map(attribute='role') | join(',') }}|{{ messages | selectattr('role', 'equalto', 'user') |"
+        " list | length }}|{{ messages | map(attribute='role') | unique | sort | join }}|{{ 'a b' | title }}|"
+        "{{ messages | rejectattr('role', 'in', ['user']) | map(attribute='content') | map('trim') | list }}|"
+        "{{ dict(a=1, b=2) | items | list }}|{{ dict.fromkeys(['x', 'y'], 0) }}|{{ [3, 1] | sort | first }}|"
+        "{{ messages[1].content | e }}|{{ 'x' | indent(4, true) }}|{{ none | default('d', true) }}|{{ 7 // 2 }}"
+    ),
+    "loops": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% continue %}{% endif %}{{ loop.index }}{{ loop.last }}"
+        "{{ loop.length }}{{ loop.nextitem is defined }}{% if loop.index == 3 %}{% break %}{% endif %}{% else %}none"
+        "{% endfor %}"
+        "{% for m in messages | reverse %}{{ loop.revindex }}{{ m.role[0] }}{% endfor %}"
+        "{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}{% for i in range(3) %}{{ i }}{% endfor %}"
+        "{% for m in messages if m.role == 'user' %}{{ loop.index }}{% endfor %}{% for x in nothing %}x{% endfor %}"
+        "{% for m in messages[::-1] recursive %}{{ m.role }}{% if loop.depth0 == 0 %}{{ loop(messages[:1]) }}"
+        "{% endif %}"
+        "{% endfor %}"
+    ),
+    "macros": (
+        "{% macro one(m, end='.') %}{{ caller() if caller else m.role }}{{ end }}{% endmacro %}"
+        "{% for m in messages %}{{ one(m) }}{% call one(m, end='!') %}<{{ m.content }}>{% endcall %}{% endfor %}"
+        "{% set text %}  kept {{ bos_token }} {% endset %}{{ text }}{% filter upper %}up{% endfilter %}"
+    ),
+    "blocks": "   {% if true %}\n  a\n   {% endif %}\n\tb {# said #}\n  {%- set x = 1 -%}  c{{ x }}\n\n",
+    "undefined": "[{{ nothing }}{{ messages[0].nothing }}{{ tools }}{{ documents }}{{ pad_token is defined }}]",
+    "texts": (
+        "{{ messages[0].content.strip().split(' ')[-1].replace('.', '').upper() }}{{ messages[1]['content'][:5] }}"
+        "{{ 'x'.join(['1', '2']) }}{{ '%s-%02d' % ('a', 5) }}{{ 'a' in messages[0].content }}{{ 'Be' ~ 1 ~ none }}"
+        "{{ messages[2].content.rstrip() + '|' }}{{ 'abc'.startswith('a') }}{{ 'a' * 3 }}{{ [1] + [2] }}"
+    ),
+    "thinking": "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{{ n }}",
+    "parts": (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+        "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    ),
+}
+
+
+WHOLE_TALK = {"filters", "loops", "texts"}  # they look at what only the first conversation has
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("generation", [False, True])
+def test_as_transformers_renders_it(name: str, generation: bool) -> None:
+    extra: dict[str, Any] = {"enable_thinking": False, "n": [1, {"é": None}]} if name == "thinking" else {}
+    for talk in (TALK, TALK[1:2], TALK[:2]):
+        rendered, _ = render_jinja_template(
+            [talk], chat_template=TEMPLATES[name], add_generation_prompt=generation, **SPECIAL, **extra
+        )
+        assert ChatTemplate(TEMPLATES[name], SPECIAL, 10_000).render(talk, generation, extra) == rendered[0]
+        if name in WHOLE_TALK:
+            break
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{% set ns = namespace(_x=1) %}",
+        "{% set ns = namespace() %}{% set ns._x = 1 %}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(a=1) }}",
+        "{{ dict.mro() }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ nothing.more }}",
+        "{% for x in 5 %}{% endfor %}",
+        "{{ messages | tojson(nothing=1) }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    ],
+)
+def test_what_transformers_refuses_is_refused(source: str) -> None:
+    with pytest.raises(Exception):  # noqa: B017, PT011 - theirs may be any
+        render_jinja_template([TALK], chat_template=source, **SPECIAL)
+    with pytest.raises(RequestError, match="refuses these messages"):
+        ChatTemplate(source, SPECIAL, 10_000).render(TALK)
+
+
+MANY = [{"role": "user", "content": "x" * 40}] * 20_000
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{% for k in messages %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(t='') %}{% for m in messages %}{% set ns.t = ns.t + m.content %}{% endfor %}",
+        "{% set ns = namespace(t='') %}{% for m in messages %}{% set ns.t = ns.t ~ m.content %}{% endfor %}",
+        "{% for m in messages %}{% set rest = messages[loop.index0:] %}{% endfor %}",
+        "{% for m in messages %}{% if messages | map(attribute='role') | list %}{% endif %}{% endfor %}",
+        "{% for m in messages %}{% if messages | join %}{% endif %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(30) }}",
+        "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+        "{% for a in messages | map('upper') %}{% for b in messages | map('upper') %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_work_is_bounded(source: str) -> None:
+    with pytest.raises(RequestError, match=r"too much work|recursion"):
+        ChatTemplate(source, SPECIAL, 10**9).render(MANY)
+
+
+def test_parts_of_a_message_reach_templates_that_go_through_them() -> None:
+    only_parts = "{% for m in messages %}{% for c in m['content'] %}[{{ c['text'] }}]{% endfor %}{% endfor %}"
+    by_name = (
+        "{% for m in messages %}{% set c = m.content %}{% for p in c %}[{{ p.text }}]{% endfor %}{% endfor %}"
+    )
+    one = {"role": "user", "content": "a"}
+    two = {"role": "user", "content": [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]}
+    messages = parse(ChatRequest, json.dumps({"messages": [one, two]}).encode()).messages
+    for source, text in [
+        (only_parts, "[a][b][c]"),
+        (by_name, "[a][b][c]"),
+        (TEMPLATES["parts"], "abc"),
+        ("{% for m in messages %}{{ m.content }}|{% endfor %}", "a|b\nc|"),
+    ]:
+        template = ChatTemplate(source, SPECIAL, 1000)
+        assert template.render(plain(messages, template.goes_through_parts, template.takes_strings)) == text
+
+
+# Where templates are
+
+
+def folder_with(path: Path, files: dict[str, Any]) -> Path:
+    path.mkdir(exist_ok=True)
+    Tokenizer(models.WordLevel({"<s>": 0, "a": 1}, "a")).save(str(path / "tokenizer.json"))
+    for name, content in files.items():
+        (path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+NAMED = [{"name": "default", "template": "D{{ bos_token }}"}, {"name": "tool_use", "template": "T"}]
+ADDED = {"content": "<s>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {
+            "tokenizer_config.json": {
+                "chat_template": "A{{ bos_token }}{{ eos_token is defined }}",
+                "bos_token": "<s>",
+            }
+        },
+        {"tokenizer_config.json": {"chat_template": NAMED, "bos_token": ADDED | {"__type": "AddedToken"}}},
+        {
+            "tokenizer_config.json": {"chat_template": "A", "bos_token": "<s>"},
+            "chat_template.jinja": "ü{{ bos_token }}\n",
+        },
+        {
+            "tokenizer_config.json": {
+                "chat_template": "{{ sep_token }}{{ cls_token }}",
+                "sep_token": "S",
+                "cls_token": "C",
+            }
+        },
+        {"tokenizer_config.json": {"chat_template": "{{ bos_token }}x", "bos_token": None}},
+    ],
+)
+def test_files_as_transformers_finds_them(tmp_path: Path, files: dict[str, Any]) -> None:
+    folder = folder_with(tmp_path / "model", files)
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    template, reason = load_template(folder, 1000)
+    assert (template is not None, reason) == (True, "")
+    assert template is not None
+    assert template.render(TALK) == theirs.apply_chat_template(
+        TALK, tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_a_processors_template(tmp_path: Path) -> None:
+    template, _ = load_template(folder_with(tmp_path, {"chat_template.json": {"chat_template": "P"}}), 1000)
+    assert template is not None
+    assert template.render(TALK) == "P"
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({}, "no chat template"),
+        ({"chat_template.jinja": "{% for %}"}, "cannot be used: .* not valid"),
+        ({"chat_template.jinja": "{{ x | nothing }}"}, "cannot be used: .*nothing"),
+        ({"chat_template.jinja": "{% unheard_of %}"}, "cannot be used: .*unheard_of"),
+        ({"chat_template.jinja": "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}"}, "cannot be used"),
+        ({"tokenizer_config.json": {"chat_template": NAMED[1:]}}, "none is the default: tool_use"),
+        ({"tokenizer_config.json": {"chat_template": 5}}, "not a text but a int"),
+        ({"tokenizer_config.json": "{"}, "cannot be used"),
+        ({"tokenizer_config.json": "[]"}, "does not hold an object"),
+    ],
+)
+def test_a_template_that_cannot_be_used_costs_chat_only(
+    tmp_path: Path, files: dict[str, Any], reason: str
+) -> None:
+    template, why = load_template(folder_with(tmp_path, files), 1000)
+    assert template is None
+    with pytest.raises(ConfigError, match=reason):
+        raise ConfigError(why)
