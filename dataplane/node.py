@@ -252,7 +252,10 @@ class Node:
             frame = frames.decode(data)
         except frames.BadFrame as error:
             self._bad_frames += 1
-            log.warning("from %s: %s", peer, error)
+            if isinstance(error, frames.ForeignFrame):
+                self._transport.refuse(peer, str(error))
+            else:
+                log.warning("from %s: %s", peer, error)
             return
         if peer in self._down and self._transport.connected(peer):
             del self._down[peer]  # only its link to us had broken, and it has opened another
