@@ -1,5 +1,6 @@
 """Cython extensions. Everything else about the build is in pyproject.toml."""
 
+import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -14,17 +15,34 @@ UCX = Path(_spec.origin).parent
 
 FAST = ["-O3", "-fno-math-errno", "-ffp-contract=off"]
 
+
+def sources_digest(*paths: str) -> list[tuple[str, str]]:
+    """The macro KF_SOURCES: what an extension whose arithmetic decides tokens was built from, and how. Its nodes
+    register it (dataplane/numerics.py), so that those of another build do not take their KV."""
+    digest = hashlib.blake2b(" ".join(FAST).encode(), digest_size=8)
+    for path in sorted(paths):
+        content = Path(path).read_bytes()
+        digest.update(f"{path}\0{len(content)}\0".encode())
+        digest.update(content)
+    return [("KF_SOURCES", f'"{digest.hexdigest()}"')]
+
+
+SAMPLING = [
+    *(f"dataplane/_fast/{name}.h" for name in ("draw", "passes", "weights")),
+    "kernels/cpu/denormals.h",
+    "kernels/cpu/team.h",
+]
+KERNELS = [f"kernels/cpu/{name}.c" for name in ("dispatch", "stage", "team")]
+KERNEL_HEADERS = [str(header) for header in Path("kernels/cpu").glob("*.h")]
+
 extensions = [
     Extension("dataplane._fast.blocktable", ["dataplane/_fast/blocktable.pyx"], extra_compile_args=FAST),
     Extension(
         "dataplane._fast.sampling",
         ["dataplane/_fast/sampling.pyx"],
         include_dirs=["kernels/cpu"],
-        depends=[
-            *(f"dataplane/_fast/{name}.h" for name in ("draw", "passes", "weights")),
-            "kernels/cpu/denormals.h",
-            "kernels/cpu/team.h",
-        ],
+        depends=SAMPLING,
+        define_macros=sources_digest("dataplane/_fast/sampling.pyx", *SAMPLING),
         extra_compile_args=FAST,
     ),
     Extension(
@@ -47,8 +65,9 @@ extensions = [
     ),
     Extension(
         "kernels.cpu._native",
-        ["kernels/cpu/_native.pyx", *(f"kernels/cpu/{name}.c" for name in ("dispatch", "stage", "team"))],
-        depends=[str(header) for header in Path("kernels/cpu").glob("*.h")],
+        ["kernels/cpu/_native.pyx", *KERNELS],
+        depends=KERNEL_HEADERS,
+        define_macros=sources_digest("kernels/cpu/_native.pyx", *KERNELS, *KERNEL_HEADERS),
         extra_compile_args=FAST,
     ),
 ]

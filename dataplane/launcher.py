@@ -44,6 +44,7 @@ import structlog
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
 from controlplane.contract.logs import configure_logging
+from controlplane.contract.process import raise_descriptor_limit
 from controlplane.contract.topology import Mode
 from controlplane.contract.version import code_version
 from controlplane.etcd.errors import NameTaken
@@ -90,6 +91,7 @@ def preload(target: str, torch: bool = True) -> RunNode:
     if target == TARGET and torch:
         importlib.import_module("torch").set_num_threads(1)
         importlib.import_module("dataplane.executor")
+        importlib.import_module("dataplane.numerics").kernel_sources()  # as well while the files are those
     module, _, name = target.partition(":")
     function: RunNode = getattr(importlib.import_module(module), name)
     gc.collect()
@@ -379,6 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", default=TARGET, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     configure_logging("launcher")
+    raise_descriptor_limit()
     try:
         config = load_config(options.config)
         known = all_nodes(config)

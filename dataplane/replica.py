@@ -25,7 +25,7 @@ from dataplane.core.messages import (
 )
 from dataplane.core.replication import Copy, ReplicaSource
 from dataplane.core.stage import Stage
-from dataplane.kvwork import KvBytes, RunInThread
+from dataplane.kvwork import RunInThread, blocks_as_bytes
 from dataplane.transport.frames import Send
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class ReplicaStats:
     blocks_refused: int = 0
     copies_refused: int = 0  # of ours, by a holder
     checksum_failures: int = 0
+    queries_refused: int = 0  # of sources whose numerics are others
 
 
 @dataclass(slots=True)
@@ -80,8 +81,9 @@ class Replicator:
         with `send_later` if it is given. `block_wire_bytes`: what a block counts for on the way, if that is more than
         it has (emulated devices)."""
         self.stats = ReplicaStats()
+        self.numerics = ""  # of this node's KV: who has others is no holder of it (dataplane/numerics.py)
         self._store = store
-        self._bytes = KvBytes(kv)
+        self._bytes = blocks_as_bytes(kv)
         self._thread = thread
         self._send, self._send_later = send, send_later or send
         self._company = max(1, COMPANY_BYTES // (block_wire_bytes or kv.block_bytes))  # blocks of one message
@@ -129,6 +131,11 @@ class Replicator:
     def advanced(self, pipeline: PipelineId, step: Rows, filled: list[int]) -> None:
         """A step has run: news only of the requests that have filled a block, unless everything is to be copied."""
         state = self._protected.get(pipeline)
+        if state is not None and filled:
+            starts = dict(zip(step.rids.tolist(), step.starts.tolist(), strict=True))
+            for source in state.sources.values():
+                for rid in filled:
+                    source.rewrote(rid, starts[rid])
         if state is not None and state.flush:
             self.wrote(pipeline, step.rids.tolist())
         elif filled:
@@ -175,7 +182,7 @@ class Replicator:
         lines = [(p, s, source) for p, s in self._protected.items() for source in s.sources.values()]
         for pipeline, state, source in lines:
             if source.must_ask(now):
-                self._send_later(source.target, KvQueryMeta(pipeline, state.fence), b"")
+                self._send_later(source.target, KvQueryMeta(pipeline, state.fence, self.numerics), b"")
         for _ in range(len(lines)):
             self._turn = (self._turn + 1) % len(lines)
             pipeline, state, source = lines[self._turn]
@@ -325,6 +332,10 @@ class Replicator:
                 self._send(peer, KvAckMeta(pipeline, fence, tuple(held), refused=True), b"")
 
     def answer_query(self, peer: Member, meta: KvQueryMeta) -> None:
+        """A source sends copies only after this answer: one whose numerics are others gets none."""
+        if meta.numerics != self.numerics:
+            self.stats.queries_refused += 1
+            return
         self._sources[meta.pipeline] = (peer, meta.fence)  # it counts on what we say here
         held = tuple(
             (key[1], self._store.replica_tokens(key))

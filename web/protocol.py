@@ -1,29 +1,45 @@
 """HTTP/1.1 connections with the bounds that uvicorn and its parser do not have.
 
-Neither limits how long a request's head may be, or how long it may take. Without that anybody who can connect,
-with a key or not, could fill the memory with one endless header, or use up the descriptors with heads that never
-end.
+Neither limits how long a request's head may be, how long it may take, or how many connections there are. Without
+that anybody who can connect, with a key or not, could fill the memory with one endless header, or use up the
+descriptors with heads that never end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import resource
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 HEAD_BYTES_MAX = 64 * 1024  # request line and headers; also trailers, and what stands between chunks
 HEAD_S = 20.0  # from the first byte of a connection, or of what follows an answer, to the end of a head
+ERRORS = {408: "TimeoutError", 503: "ServiceUnavailableError"}
+DESCRIPTORS_KEPT = 128  # for etcd, nodes, logs and the like
+
+
+def connections_max() -> int:
+    """How many clients' connections this process may have open."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(soft - DESCRIPTORS_KEPT, soft // 2) if soft != resource.RLIM_INFINITY else 1 << 20
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. A head that is too long is answered with 431, one that is too slow with 408; both are its end."""
+    """One connection. A head that is too long is answered with 431, one that is too slow with 408; both are its end.
 
+    Where there are as many as there may be, the one that has asked for nothing for longest makes room for a new one; if
+    all are being answered, the new one is: with 503."""
+
+    _waits_since = 0.0  # for a head
     _unheard = 0  # bytes since the parser last had something whole: a head, a piece of a body, an end
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > connections_max() and not self._make_room():
+            self._refuse(503, "this server has as many connections as it can bear; try again")
+            return
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -56,11 +72,28 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unheard = 0
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        self._waits_since = self.loop.time()
+        super().on_response_complete()
+
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn for what is not HTTP."""
         self._refuse(400, msg)
 
+    def _make_room(self) -> bool:
+        """Close the other connection that has been idle for longest; False if each has a request."""
+        idle = [c for c in self.connections if isinstance(c, BoundedProtocol) and c is not self and c.is_idle]
+        if not idle:
+            return False
+        min(idle, key=lambda c: c._waits_since).transport.abort()
+        return True
+
+    @property
+    def is_idle(self) -> bool:
+        return (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
+
     def _await_head(self) -> None:
+        self._waits_since = self.loop.time()
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_S, self._too_slow)
 
@@ -82,7 +115,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer and close; on a connection with an answer under way, only close."""
         self._stop_timer()
         if self.cycle is None or self.cycle.response_complete:
-            kind = "TimeoutError" if status == 408 else "BadRequestError"
+            kind = ERRORS.get(status, "BadRequestError")
             error = {"message": message, "type": kind, "param": None, "code": status}
             body = msgspec.json.encode({"error": error})
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(

@@ -21,6 +21,7 @@ class EventKind(StrEnum):
     REPLACED = "replaced"
     UNAVAILABLE = "unavailable"  # no node is left for a stage
     OPERATION = "operation"
+    BLEMISH = "blemish"  # something in the topology is wrong; work goes on around it
 
 
 class Event(msgspec.Struct, frozen=True):

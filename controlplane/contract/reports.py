@@ -82,6 +82,9 @@ class NodeReport(msgspec.Struct, frozen=True):
     blocks_total: int = 0
     busy_s: float = 0.0  # age of the computation under way; 0: none
     usual_s: float = 0.0  # how long one of its size usually takes here; 0: unknown
+    still_s: float | None = (
+        None  # of `busy_s`, at the end, without any progress; None: its device cannot tell
+    )
     poisoned: int = 0  # requests whose numbers were finite when they came and not when they left
     times: tuple[StepTimes, ...] = ()
     timed_s: float = 0.0  # how long a timer has run since start, again and again ...

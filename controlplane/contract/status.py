@@ -94,6 +94,7 @@ class ClusterStatus(msgspec.Struct, frozen=True):
     controllers: tuple[ControllerStatus, ...]
     gateways: tuple[GatewayStatus, ...]
     operations: tuple[Operation, ...]
+    blemishes: tuple[str, ...] = ()  # what is wrong in the topology; work goes on around it
     troubles: tuple[
         str, ...
     ] = ()  # why the cluster cannot be changed, or not wholly, and what to do about it

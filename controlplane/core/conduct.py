@@ -31,6 +31,7 @@ class _Figures:
     stage: int = -1
     busy_s: float = 0.0
     usual_s: float = 0.0
+    still_s: float | None = None
     poisoned: int = 0
     poisonings: deque[tuple[float, int]] = field(default_factory=deque)  # when, how many requests
     slowness: Slowness = field(default_factory=Slowness)
@@ -46,7 +47,11 @@ class _Probation:
 
 @dataclass(frozen=True, slots=True)
 class Symptoms:
-    stuck_s: float = 0.0  # its computation takes far longer than usual
+    stuck_s: float = (
+        0.0  # its computation takes far longer than usual, on a device that does not say whether it advances
+    )
+    still_s: float = 0.0  # its computation has not advanced for so long
+    advances: bool = False  # it computes, and was seen to advance
     poisoned: int = 0  # requests whose numbers it spoilt lately
     peers_poisoned: bool = False  # and so did peers: it is the requests
     probation: str = ""  # why
@@ -64,7 +69,7 @@ class Conduct:
         figures = self._figures.setdefault(report.member, _Figures())
         if report.pipelines:
             figures.stage = report.pipelines[0].stage
-        figures.busy_s, figures.usual_s = report.busy_s, report.usual_s
+        figures.busy_s, figures.usual_s, figures.still_s = report.busy_s, report.usual_s, report.still_s
         if report.poisoned > figures.poisoned:
             figures.poisonings.append((now, report.poisoned - figures.poisoned))
             figures.poisoned = report.poisoned
@@ -97,8 +102,13 @@ class Conduct:
         if figures is None:
             return Symptoms(probation=probation)
         limit_s = max(1.5 * self._timing.dead_after_s, STUCK * figures.usual_s)
+        stuck = figures.still_s is None and figures.usual_s > 0.0 and figures.busy_s >= limit_s
+        still_s = figures.still_s or 0.0
+        still = still_s >= self._timing.dead_after_s
         return Symptoms(
-            stuck_s=figures.busy_s if figures.usual_s and figures.busy_s >= limit_s else 0.0,
+            stuck_s=figures.busy_s if stuck else 0.0,
+            still_s=still_s if still else 0.0,
+            advances=figures.busy_s > 0.0 and figures.still_s is not None and not still,
             poisoned=sum(count for _, count in figures.poisonings),
             peers_poisoned=any(
                 f.poisonings for m, f in self._figures.items() if m != member and f.stage == figures.stage

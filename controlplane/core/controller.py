@@ -6,6 +6,7 @@ emits writes and history.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import assert_never
 
 from msgspec.structs import replace
@@ -32,14 +33,16 @@ from controlplane.core.events import (
     WriteOperation,
     WriteTopology,
 )
+from controlplane.core.invariants import blemishes
 from controlplane.core.membership import Membership, Nodes, named_members
 from controlplane.core.operations import progress, should_resign, survey
-from controlplane.core.plan import plan
+from controlplane.core.plan import propose
 from controlplane.core.policy import Limits, Policy, Situation, Timers
 from controlplane.core.preflight import preflight
 from controlplane.core.slot import Slot
 from controlplane.core.view import cluster_status
 
+TOLD_MAX = 256  # blemishes that are remembered as told
 FINISHED_KEPT = 100  # operations that are over stay in etcd until this many newer ones are
 
 
@@ -57,6 +60,9 @@ class Controller:
         self._timers = Timers(self._limits)
         self._lost: Topology | None = None  # the newest one that was in etcd, if etcd has none now
         self._recovered: dict[PipelineId, int] = {}  # newest epoch whose recovery is on record
+        self._blemishes: tuple[str, ...] = ()  # of the topology as it stands
+        self._refused: tuple[str, ...] = ()  # of the last plan
+        self._told: dict[str, None] = {}  # blemishes that are on record, the newest last
         self._last_counter = 0  # of the newest topology ever heard of, in etcd or from a node
         self._peers = PeersSeen()
         self._leader = False
@@ -86,9 +92,10 @@ class Controller:
     def status(self, now: float) -> ClusterStatus:
         """Everything but `controllers`, `gateways`, `leader` and `etcd_age_s`, which the shell knows."""
         topology = self._topology.value
-        return cluster_status(
+        status = cluster_status(
             self._config, self._me, self._members, topology, self._nodes(), self._known_operations(), now
         )
+        return replace(status, blemishes=(*self._blemishes, *self._refused))
 
     def preflight(self, request: OperationRequest) -> OperationAnswer:
         """Whether the operation may begin and what it would do. Accepted: the shell writes `operation`, if absent."""
@@ -209,6 +216,7 @@ class Controller:
         self._last_counter = max(self._last_counter, after.counter)
         self._timers.note(after, self._now)
         self._detector.expect(named_members(after) - set(after.retired), self._now)
+        self._blemishes = tuple(blemishes(self._situation(after, self._members.nodes(after))))
         if self._leader and before is not None:
             for event in narrate.of_topology(before, after, self._died_s(before), self._unix_now):
                 self._record(event, effects)
@@ -227,6 +235,7 @@ class Controller:
                 self._record(narrate.of_verdict(verdict, self._unix_now), effects)
 
     def _decide(self, effects: list[Effect]) -> None:
+        self._tell(self._blemishes, effects)
         if self._topology.ask_again(self._now):
             effects.append(Reread())
         topology = self._topology.value
@@ -246,10 +255,12 @@ class Controller:
             if self._lost is not None:  # who serves goes on serving, in the same epochs
                 after = replace(self._lost, counter=after.counter)
         else:
-            transition = plan(topology, nodes, self._policy(), self._now)
-            if transition is None:
+            proposal = propose(self._situation(topology, nodes))
+            self._refused = proposal.refused
+            self._tell(proposal.refused, effects)
+            if proposal.transition is None:
                 return
-            after = transition.topology
+            after = proposal.transition.topology
         self._topology.pending = after
         effects.append(WriteTopology(after, self._topology.mod_revision))
 
@@ -269,6 +280,15 @@ class Controller:
         for op in over[:-FINISHED_KEPT]:
             del self._operations[op.id]
             effects.append(ForgetOperation(op.id))
+
+    def _tell(self, problems: Iterable[str], effects: list[Effect]) -> None:
+        """Once each, for as long as it is remembered."""
+        for text in problems:
+            if text not in self._told:
+                self._record(narrate.of_blemish(text, self._unix_now), effects)
+                self._told[text] = None
+                if len(self._told) > TOLD_MAX:
+                    del self._told[next(iter(self._told))]
 
     # -- helpers ------------------------------------------------------------------------------------------
 

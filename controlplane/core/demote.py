@@ -12,7 +12,7 @@ from controlplane.core.policy import PROBATION, Situation, Want
 
 def relief(s: Situation) -> Iterator[Want]:
     """Stages served by members on probation, if there is anybody better: nothing is lost in a planned move."""
-    for pipeline in s.topology.pipelines:
+    for pipeline in s.pipelines:
         for index, stage in enumerate(pipeline.stages):
             if stage.leader is None or stage.leader.node not in s.nodes.demoted:
                 continue

@@ -23,6 +23,9 @@ from controlplane.core.phi import Arrivals
 GAP_S = 0.1  # ticks come every 50 ms: in a longer gap between two events this process did not get to run
 PAUSE_S = 0.3  # ... and here it was away
 STEADY_S = 2.0  # a member that was red has to be heard this long without a gap
+# A step that takes long on a slow machine is no stall as long as its node computes and advances; a lost one, on a node
+# that is busy with others, is not excused for ever.
+EXCUSED_MAX_S = 300.0
 FORGET_S = 60.0  # a process that is neither registered nor in the topology is remembered this long
 
 
@@ -55,6 +58,7 @@ class _Watched:
     changed_at: float = 0.0
     links: tuple[LinkReport, ...] = ()
     faulty: bool = False  # answers, and has to be restarted
+    excused_s: float = 0.0  # of the time for which a pipeline waits for it: until when it was seen to compute
     may_live: bool = False  # red, but not beyond doubt
     returning: bool = False  # red without reason: heard again, not yet for long
     demoted: bool = False  # nothing but a probation speaks against it
@@ -285,6 +289,9 @@ class Detector:
     ) -> Evidence:
         silent_s = watched.silent_s(now)
         symptoms = self.conduct.symptoms(member, now)
+        if symptoms.advances and silent_s < self.timing.suspect_after_s:
+            watched.excused_s = min(stalled_s, EXCUSED_MAX_S)
+        watched.excused_s = min(watched.excused_s, stalled_s)
         # What a neighbour heard in the moments before the stream broke says nothing of the time after.
         since = watched.broken_at is not None and links.heard_at > watched.broken_at + self.timing.heartbeat_s
         return Evidence(
@@ -298,11 +305,12 @@ class Detector:
             link_silent_s=links.silent_s,
             neighbour_hears=links.heard,
             cut_off=links.cut_off or (links.lost_by if links.heard else ""),
-            stalled_s=stalled_s,
+            stalled_s=stalled_s - watched.excused_s,
             deaf=deaf,
             superseded=watched.superseded,
             leaving=watched.leaving,
             stuck_s=symptoms.stuck_s,
+            still_s=symptoms.still_s,
             poisoned=symptoms.poisoned,
             peers_poisoned=symptoms.peers_poisoned,
             probation=symptoms.probation,

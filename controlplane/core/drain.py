@@ -50,7 +50,7 @@ def wants(s: Situation) -> list[Want]:
             found.setdefault((want.pipeline, want.stage), want)
     for want in relief(s):
         found.setdefault((want.pipeline, want.stage), want)
-    for pipeline in s.topology.pipelines:
+    for pipeline in s.pipelines:
         for index, stage in enumerate(pipeline.stages):
             if stage.leader is None or len(stage.homes) != 1 or stage.leader.node in stage.homes:
                 continue
@@ -66,7 +66,7 @@ def wants_of(s: Situation, op: Operation) -> Iterable[Want]:
     """What one operation wants moved."""
     if op.node not in s.emptying:
         return
-    for pipeline in s.topology.pipelines:
+    for pipeline in s.pipelines:
         for index, stage in enumerate(pipeline.stages):
             leader = stage.leader
             if leader is None:

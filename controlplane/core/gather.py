@@ -8,7 +8,7 @@ then the node that died may be back, and what it served is handed back to it. A 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from controlplane.contract.ids import NodeId
@@ -31,9 +31,9 @@ def gather(s: Situation) -> Iterator[Want]:
         return
     if s.now - s.policy.timers.calm_since < s.policy.limits.gather_s:
         return
-    begun = [p for p in s.topology.pipelines if p.move is not None and p.move.reason == GATHER]
+    begun = [p for p in s.pipelines if p.move is not None and p.move.reason == GATHER]
     now = slowed(s.topology)
-    for place in _borrowed(s, begun or s.topology.pipelines):
+    for place in _borrowed(s, begun or s.pipelines):
         able = [
             member.node
             for member in takers(s, place.pipeline, place.stage, keep_kv=True)
@@ -62,7 +62,7 @@ def slowed(topology: Topology, place: _Place | None = None, to: NodeId = "") -> 
     return sum(map(shares, topology.pipelines))
 
 
-def _borrowed(s: Situation, pipelines: tuple[Pipeline, ...] | list[Pipeline]) -> Iterator[_Place]:
+def _borrowed(s: Situation, pipelines: Sequence[Pipeline]) -> Iterator[_Place]:
     """Stages that their homes cannot serve for now. A move that has begun is the only one of its pipeline."""
     for pipeline in pipelines:
         for index, stage in enumerate(pipeline.stages):

@@ -1,8 +1,16 @@
-"""What no step may break, whatever the situation. Each check has a name and a test that makes it fail."""
+"""What no step may break, whatever the situation. Each check has a name and a test that makes it fail.
+
+A step answers for what it breaks, and not for what was broken before: a blemish in one pipeline (written by hand, or by
+another version) must not keep the others from being mended. So each problem is told apart as far as it can be, and what
+a step leaves as it was, or mends in part, is no new one.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+
+from msgspec.structs import replace
 
 from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.topology import Mode, MovePhase, Pipeline, Topology
@@ -14,10 +22,24 @@ class InvariantViolation(AssertionError):
 
 
 def check(s: Situation, after: Topology) -> None:
-    """Raise InvariantViolation naming the first broken invariant of the step from `s.topology` to `after`."""
-    for name, invariant in INVARIANTS.items():
-        for problem in invariant(s, after):
-            raise InvariantViolation(f"{name}: {problem}")
+    """Raise InvariantViolation naming the first invariant that the step from `s.topology` to `after` breaks."""
+    for problem in broken(s, after):
+        raise InvariantViolation(problem)
+
+
+def broken(s: Situation, after: Topology) -> list[str]:
+    """What the step from `s.topology` to `after` breaks that was not broken before: "invariant: where, and what"."""
+    problems = _problems(s, after)
+    return [p for p in problems if p not in frozenset(blemishes(s))] if problems else []
+
+
+def blemishes(s: Situation) -> list[str]:
+    """What is broken in the topology as it stands."""
+    return _problems(s, replace(s.topology, counter=s.topology.counter + 1))
+
+
+def _problems(s: Situation, after: Topology) -> list[str]:
+    return [f"{name}: {p}" for name, invariant in INVARIANTS.items() for p in invariant(s, after)]
 
 
 def counter_grows_by_one(s: Situation, after: Topology) -> Iterator[str]:
@@ -34,9 +56,9 @@ def pipelines_stay(s: Situation, after: Topology) -> Iterator[str]:
     ]:
         yield "another set of pipelines"
     for pipeline in after.pipelines:
-        for stage in pipeline.stages:
+        for index, stage in enumerate(pipeline.stages):
             if stage.ranks and len(stage.ranks) != len(stage.homes):
-                yield f"{pipeline.id}: {len(stage.ranks)} ranks of {len(stage.homes)}"
+                yield f"{pipeline.id}/{index}: {len(stage.ranks)} ranks of {len(stage.homes)}"
 
 
 def epoch_follows_ranks(s: Situation, after: Topology) -> Iterator[str]:
@@ -48,9 +70,8 @@ def epoch_follows_ranks(s: Situation, after: Topology) -> Iterator[str]:
 
 def no_node_twice_in_a_pipeline(s: Situation, after: Topology) -> Iterator[str]:
     for pipeline in after.pipelines:
-        nodes = [m.node for m in pipeline.members()]
-        if len(nodes) != len(set(nodes)):
-            yield f"{pipeline.id} is served by {', '.join(nodes)}"
+        for node, count in Counter(m.node for m in pipeline.members()).items():
+            yield from (f"{pipeline.id}: {node} serves {k} places" for k in range(2, count + 1))
 
 
 def copies_are_elsewhere(s: Situation, after: Topology) -> Iterator[str]:
@@ -58,9 +79,12 @@ def copies_are_elsewhere(s: Situation, after: Topology) -> Iterator[str]:
     for pipeline in after.pipelines:
         serving = {m.node for m in pipeline.members()}
         for index, stage in enumerate(pipeline.stages):
-            nodes = [m.node for m in stage.replicas]
-            if serving & set(nodes) or len(nodes) != len(set(nodes)) or len(nodes) > 2:
-                yield f"{pipeline.id}/{index}: copies on {', '.join(nodes)}"
+            where = f"{pipeline.id}/{index}"
+            for node, count in Counter(m.node for m in stage.replicas).items():
+                yield from (f"{where}: {k} copies on {node}" for k in range(2, count + 1))
+                if node in serving:
+                    yield f"{where}: a copy on {node}, which serves the pipeline"
+            yield from (f"{where}: {k} copies" for k in range(3, len(stage.replicas) + 1))
 
 
 def new_duty_only_for_the_able(s: Situation, after: Topology) -> Iterator[str]:
@@ -97,7 +121,13 @@ def increase_before_decrease(s: Situation, after: Topology) -> Iterator[str]:
     for old, new in _pairs(s, after):
         for index, (before, now) in enumerate(zip(old.stages, new.stages, strict=True)):
             promoted = {m.node for m in now.ranks}
-            had = [m for m in before.replicas if not s.nodes.is_dead(m) and m.node not in promoted]
+            had = [
+                m
+                for m in before.replicas
+                if not s.nodes.is_dead(m)
+                and m.node not in promoted
+                and all(s.nodes.exchange(rank, m) for rank in now.ranks)
+            ]
             if any(m.node not in s.avoid for m in had) and before.ranks and not now.replicas:
                 yield f"{new.id}/{index}: its last copy is dropped"
 

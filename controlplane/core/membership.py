@@ -68,6 +68,16 @@ class Nodes:
             return None
         return next((r for r in report.pipelines if r.pipeline == pipeline and r.stage == stage), None)
 
+    def exchange(self, source: Member | None, copy: Member | None) -> bool:
+        """Whether KV of one is KV of the other. Of a process that is not its node's newest nothing is known."""
+        known = []
+        for member in (source, copy):
+            view = self.views.get(member.node) if member is not None else None
+            if view is None or view.member != member:
+                return True
+            known.append(view.record.numerics)
+        return known[0] == known[1]
+
     def acted_on(self, member: Member | None) -> int:
         """The counter of the newest topology that a member has acted on; -1: unknown."""
         report = self.reports.get(member) if member is not None else None

@@ -30,6 +30,13 @@ def of_verdict(verdict: Verdict, unix_now: float) -> Event:
     return Event(kind, verdict.member.node, f"{verdict.member.node} {text}", unix_now, details=details)
 
 
+def of_blemish(text: str, unix_now: float) -> Event:
+    """`text`: "rule or invariant: where, and what"."""
+    _, _, problem = text.partition(": ")
+    where = problem.split(":")[0].split("/")[0]
+    return Event(EventKind.BLEMISH, where, text, unix_now)
+
+
 def of_topology(
     before: Topology, after: Topology, died_s: Mapping[Member, float], unix_now: float
 ) -> Iterator[Event]:
@@ -76,7 +83,7 @@ def _move(old: Pipeline, new: Pipeline, unix_now: float) -> Iterator[Event]:
     if was is None:
         text = f"moving {place}"
     elif now is None:
-        moved = new.stages[move.stage].ranks == (move.to,)
+        moved = any(at.ranks == (move.to,) for at in new.stages[move.stage : move.stage + 1])
         text = f"moved {place}" if moved else f"called off: {place}"
     elif now.phase is MovePhase.QUIESCE:
         text = f"quiescing to move {place}"

@@ -9,7 +9,7 @@ Nodes on probation (conduct.py) come last for everything: they leave the ring, a
 Where the strict rule finds nobody, any healthy peer with the stage's weights takes the copy (a donor, a spare, a node
 that came back and is still blank): with two instances a single failure would otherwise leave both unprotected. It
 costs such a node nothing that it needs: replicas are evicted first. A copy is never on the serving node itself, and
-another fault domain goes before the ring's order.
+another fault domain goes before the ring's order. Nodes of other numerics may serve the stage, but hold no copy.
 """
 
 from __future__ import annotations
@@ -45,14 +45,17 @@ class Layout:
         """Which pipeline, by its place in the topology, each node is home to."""
         if stage not in self._homes:
             self._homes[stage] = {
-                node: i for i, p in enumerate(self.topology.pipelines) for node in p.stages[stage].homes
+                node: i
+                for i, p in enumerate(self.topology.pipelines)
+                for at in p.stages[stage : stage + 1]  # none, where a topology is not what it should be
+                for node in at.homes
             }
         return self._homes[stage]
 
     def ring(self, stage: int) -> set[NodeId]:
         """Nodes that serve this stage at home and nothing else."""
         if stage not in self._rings:
-            places = [p.stages[stage] for p in self.topology.pipelines]
+            places = [at for p in self.topology.pipelines for at in p.stages[stage : stage + 1]]
             self._rings[stage] = {
                 m.node for at in places for m in at.ranks if m.node in at.homes and self.counts[m.node] == 1
             }
@@ -110,6 +113,7 @@ def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int)
         if view.record.stage == stage
         and node not in inside
         and _free(s, view)
+        and s.nodes.exchange(source, view.member)
         # A target under suspicion keeps its duty and gets no new one.
         and (view.usable or (view.member in current and view.registered and not s.nodes.is_dead(view.member)))
     ]

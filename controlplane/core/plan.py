@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import replace as replace_situation
 
 from msgspec.structs import replace
 
-from controlplane.contract.ids import Member
+from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topology
 from controlplane.core.demote import restart_faulty
 from controlplane.core.drain import wants
 from controlplane.core.edit import successor
-from controlplane.core.invariants import check
+from controlplane.core.invariants import broken
 from controlplane.core.membership import Nodes
 from controlplane.core.operations import operate, pause, resume, survey
 from controlplane.core.policy import Policy, Situation
 from controlplane.core.reconfigure import advance
 from controlplane.core.repair import drop_dead, fill, repair, retarget
 from controlplane.core.restart import peer_is_newest
+
+Rule = Callable[[Situation], Topology | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +35,70 @@ class Transition:
     rule: str  # which rule made it
 
 
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    transition: Transition | None  # None when all is as it should be, or has to wait
+    refused: tuple[
+        str, ...
+    ] = ()  # what was not done because it would break something, or could not be worked out
+
+
 def plan(topology: Topology, nodes: Nodes, policy: Policy, now: float) -> Transition | None:
-    """The next step, checked against every invariant; None when all is as it should be, or has to wait."""
-    s = survey(topology, nodes, policy, now)
-    for rule in (resume,) if topology.paused else RULES:
+    """The next step, which breaks nothing; None when all is as it should be, or has to wait."""
+    return propose(survey(topology, nodes, policy, now)).transition
+
+
+def propose(s: Situation) -> Proposal:
+    """The same, with what was refused.
+
+    A pipeline for which a rule wants what would break something, or with which it cannot cope at all, is set aside for
+    that rule, and the others are planned for: one that is beyond help costs the others nothing."""
+    refused: list[str] = []
+    for rule in (resume,) if s.topology.paused else RULES:
+        left: Situation | None = s
+        while left is not None:
+            attempt = _try(rule, left)
+            if attempt.after is not None and not attempt.problem:
+                return Proposal(Transition(attempt.after, rule.__name__), tuple(refused))
+            if attempt.problem:
+                refused.append(f"{rule.__name__}: {attempt.problem}")
+            rest = {p.id for p in left.pipelines} - attempt.blamed
+            left = replace_situation(left, only=rest) if attempt.blamed and rest else None
+    return Proposal(None, tuple(refused))
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    after: Topology | None
+    problem: str = ""
+    blamed: frozenset[PipelineId] = frozenset()  # pipelines, of those looked at
+
+
+def _try(rule: Rule, s: Situation) -> _Attempt:
+    after, problem = _outcome(rule, s)
+    if not problem:
+        return _Attempt(after)
+    looked_at = {p.id for p in s.pipelines}
+    if after is not None:
+        pairs = zip(s.topology.pipelines, after.pipelines, strict=True)
+        if blamed := frozenset(new.id for old, new in pairs if old != new) & looked_at:
+            return _Attempt(None, problem, blamed)
+    alone = {pipeline: _outcome(rule, replace_situation(s, only={pipeline}))[1] for pipeline in looked_at}
+    blamed = frozenset(pipeline for pipeline, failed in alone.items() if failed)
+    return _Attempt(None, f"{', '.join(sorted(blamed)) or 'the group'}: {problem}", blamed)
+
+
+def _outcome(rule: Rule, s: Situation) -> tuple[Topology | None, str]:
+    """What the rule wants, and what is wrong with that."""
+    try:
         after = rule(s)
-        if after is not None:
-            check(s, after)
-            return Transition(after, rule.__name__)
-    return None
+        if after is None:
+            return None, ""
+        if replace(after, counter=s.topology.counter) == s.topology:
+            return None, "a step that changes nothing"
+        return after, next(iter(broken(s, after)), "")
+    except Exception as error:  # a value that nobody foresaw
+        return None, f"{type(error).__name__}: {error}"
 
 
 def adopt_mode(s: Situation) -> Topology | None:
@@ -60,7 +118,7 @@ def call_off_unwanted(s: Situation) -> Topology | None:
     if not any(p.move is not None for p in s.topology.pipelines):
         return None
     wanted = {(w.pipeline, w.stage, node) for w in wants(s) for node in w.to}
-    for pipeline in s.topology.pipelines:
+    for pipeline in s.pipelines:
         move = pipeline.move
         # A destination that is only under suspicion is not wanted for anything new, yet nothing speaks against it.
         if move is None or s.nodes.usable(move.to.node) is None:
@@ -73,7 +131,7 @@ def call_off_unwanted(s: Situation) -> Topology | None:
 
 
 def advance_moves(s: Situation) -> Topology | None:
-    for pipeline in s.topology.pipelines:
+    for pipeline in s.pipelines:
         after = advance(s, pipeline)
         if after is not None:
             return after
@@ -117,7 +175,7 @@ def _newest(s: Situation, member: Member) -> bool:
     return view.member == member if view is not None else peer_is_newest(s, member)
 
 
-RULES: tuple[Callable[[Situation], Topology | None], ...] = (
+RULES: tuple[Rule, ...] = (
     pause,
     repair,
     adopt_mode,

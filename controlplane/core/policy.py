@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from controlplane.contract.config import ClusterConfig
@@ -115,6 +115,13 @@ class Situation:
     avoid: frozenset[NodeId]  # cordoned, or being emptied by a running operation: they get no new duty
     emptying: frozenset[NodeId] = frozenset()  # those of `avoid` whose copies have to go as well
     operations: tuple[Operation, ...] = ()  # whose turn it is; a restart stands as the replacement it is at
+    only: Collection[PipelineId] | None = None  # the pipelines to look at; None: all
+
+    @property
+    def pipelines(self) -> Sequence[Pipeline]:
+        """Those to look at."""
+        every = self.topology.pipelines
+        return every if self.only is None else [p for p in every if p.id in self.only]
 
     def near(self, pipeline: Pipeline, stage: int, copy: Member) -> bool:
         """Whether a copy is so close behind that the rest fits into a short pause."""

@@ -158,6 +158,10 @@ def _takeover(place: Place, request: OperationRequest, s: Situation) -> Iterator
     running = s.nodes.load(pipeline)
     if s.topology.mode is Mode.NONE:
         yield Check("warn", "replicas", f"mode none: {running} streams of {name} are computed again")
+    elif not s.nodes.exchange(pipeline.stages[index].leader, member):
+        yield Check(
+            "warn", "replicas", f"{to} has other numerics: {running} streams of {name} are computed again"
+        )
     elif lag is None:
         yield Check("ok", "replicas", f"{to} has no copy yet: {running} streams of {name} are copied first")
     else:

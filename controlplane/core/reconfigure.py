@@ -21,15 +21,18 @@ from controlplane.core.placement import Layout, replica_target
 from controlplane.core.policy import Seen, Situation
 
 
+def copies(s: Situation, pipeline: Pipeline, move: Move) -> bool:
+    """Whether the destination gets copies; else it recomputes."""
+    return s.topology.mode is not Mode.NONE and s.nodes.exchange(pipeline.stages[move.stage].leader, move.to)
+
+
 def caught_up(s: Situation, pipeline: Pipeline, move: Move, seen: Seen) -> bool:
     """The copy is so close that the rest fits into a short pause. Repeated attempts wait longer each time."""
     if move.attempt:
         pause = min(s.policy.limits.backoff_s * 2 ** (move.attempt - 1), s.policy.limits.backoff_max_s)
         if s.now - seen.since < pause:
             return False
-    if s.topology.mode is Mode.NONE:
-        return True  # nothing is copied: the destination recomputes
-    return s.near(pipeline, move.stage, move.to)
+    return not copies(s, pipeline, move) or s.near(pipeline, move.stage, move.to)
 
 
 def quiet(s: Situation, pipeline: Pipeline, move: Move, seen: Seen) -> bool:
@@ -42,7 +45,7 @@ def quiet(s: Situation, pipeline: Pipeline, move: Move, seen: Seen) -> bool:
         return False
     if first.quiesced_step < -1 or first.quiesced_step != here.last_step:
         return False
-    return s.topology.mode is Mode.NONE or s.nodes.lag(pipeline, move.stage, move.to) == 0
+    return not copies(s, pipeline, move) or s.nodes.lag(pipeline, move.stage, move.to) == 0
 
 
 def begin_quiesce(s: Situation, pipeline: Pipeline, move: Move) -> Topology:
@@ -62,7 +65,12 @@ def switch(s: Situation, pipeline: Pipeline, move: Move) -> Topology:
     """The destination serves from this epoch on; its copy is where the ring wants it, which is often the old node."""
     stage = pipeline.stages[move.stage]
     kept = tuple(
-        m for m in stage.replicas if m != move.to and m.node not in s.emptying and not s.nodes.is_dead(m)
+        m
+        for m in stage.replicas
+        if m != move.to
+        and m.node not in s.emptying
+        and not s.nodes.is_dead(m)
+        and s.nodes.exchange(move.to, m)
     )
     moved = replace(with_stage(pipeline, move.stage, ranks=(move.to,), replicas=kept), move=None)
     draft = successor(s.topology, moved)

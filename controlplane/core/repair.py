@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from controlplane.contract.ids import Member
-from controlplane.contract.topology import Mode, Pipeline, Topology
+from controlplane.contract.topology import Mode, Move, Pipeline, Topology
 from controlplane.core.edit import successor, with_stage
 from controlplane.core.placement import Layout, replica_target, takers
 from controlplane.core.policy import Situation
@@ -15,7 +15,7 @@ def repair(s: Situation) -> Topology | None:
     """The first pipeline with a dead member: a peer takes over, or what died is emptied. Its move is called off.
 
     Who may be alive stays where nobody can take its place: to be taken for dead costs nobody anything then."""
-    for pipeline in s.topology.pipelines:
+    for pipeline in s.pipelines:
         dead = [i for i, st in enumerate(pipeline.stages) if any(s.nodes.is_dead(m) for m in st.ranks)]
         gone = [i for i in dead if any(s.nodes.is_gone(m) for m in pipeline.stages[i].ranks)]
         if s.topology.mode is Mode.STOP_RESTART:
@@ -35,7 +35,7 @@ def repair(s: Situation) -> Topology | None:
 
 def fill(s: Situation) -> Topology | None:
     """The first pipeline that is down and can be up: all of its empty stages at once, in one epoch."""
-    for pipeline in s.topology.pipelines:
+    for pipeline in s.pipelines:
         empty = [i for i, stage in enumerate(pipeline.stages) if not stage.ranks]
         if not empty:
             continue
@@ -49,14 +49,20 @@ def fill(s: Situation) -> Topology | None:
 
 def drop_dead(s: Situation) -> Topology | None:
     """Copies on dead members are no copies; moves to dead or avoided members lead nowhere."""
-    for pipeline in s.topology.pipelines:
+    for pipeline in s.pipelines:
         move = pipeline.move
         lost = [i for i in range(len(pipeline.stages)) if _has_lost_copies(s, pipeline, i)]
-        if move is not None and (s.nodes.is_dead(move.to) or move.to.node in s.avoid or not pipeline.up):
+        if move is not None and (
+            s.nodes.is_dead(move.to) or move.to.node in s.avoid or not _sane(pipeline, move)
+        ):
             return _with_targets(s, replace(pipeline, move=None), lost)
         if lost:
             return _with_targets(s, pipeline, lost)
     return None
+
+
+def _sane(pipeline: Pipeline, move: Move) -> bool:
+    return pipeline.up and 0 <= move.stage < len(pipeline.stages)
 
 
 def _has_lost_copies(s: Situation, pipeline: Pipeline, index: int) -> bool:
@@ -71,7 +77,7 @@ def _has_lost_copies(s: Situation, pipeline: Pipeline, index: int) -> bool:
 def retarget(s: Situation) -> Topology | None:
     """The first pipeline with a copy in the wrong place: add the right one; drop the other when it caught up."""
     layout = Layout(s.topology)
-    for pipeline in s.topology.pipelines:
+    for pipeline in s.pipelines:
         changed = pipeline
         for index, stage in enumerate(pipeline.stages):
             replicas = _replicas(s, layout, pipeline, index) if stage.ranks else stage.replicas
@@ -139,7 +145,11 @@ def _replicas(s: Situation, layout: Layout, pipeline: Pipeline, index: int) -> t
     """Copies of one stage after the next small step: at most the old one and the right one."""
     stage = pipeline.stages[index]
     serving = {m.node for m in pipeline.members()}
-    held = [m for m in stage.replicas if not s.nodes.is_gone(m) and m.node not in serving]
+    held = [
+        m
+        for m in stage.replicas
+        if not s.nodes.is_gone(m) and m.node not in serving and s.nodes.exchange(stage.leader, m)
+    ]
     live = [m for m in held if not s.nodes.is_dead(m)]
     if layout.topology.mode is not Mode.REPLICATE:
         return ()

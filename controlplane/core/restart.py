@@ -37,7 +37,7 @@ def targets(s: Situation, scope: RestartScope) -> tuple[Target, ...]:
 
 def present(op: Operation) -> Target | None:
     """Whose turn it is."""
-    return op.targets[op.turn] if op.turn < len(op.targets) else None
+    return op.targets[op.turn] if 0 <= op.turn < len(op.targets) else None
 
 
 def as_replacement(op: Operation) -> Operation:
@@ -85,7 +85,8 @@ def _protected(s: Situation, stage: int) -> bool:
         place, move = pipeline.stages[stage], pipeline.move
         if not place.ranks or (move is not None and move.stage == stage):
             return False
-        if s.topology.mode is not Mode.REPLICATE or not takers(s, pipeline, stage, keep_kv=False):
+        able = takers(s, pipeline, stage, keep_kv=False)
+        if s.topology.mode is not Mode.REPLICATE or not any(s.nodes.exchange(place.leader, m) for m in able):
             continue
         live = [m for m in place.replicas if not s.nodes.is_dead(m)]
         if not any(s.near(pipeline, stage, copy) for copy in live):

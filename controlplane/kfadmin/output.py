@@ -82,7 +82,7 @@ def print_status(status: ClusterStatus) -> None:
         f"epoch counter {status.counter}, leader {status.leader or 'none'}, answered by {status.answered_by}, "
         f"etcd heard {status.etcd_age_s:.1f} s ago"
     )
-    for what in status.troubles:
+    for what in (*status.troubles, *status.blemishes):
         out.print(Text(what, BAD))
     if status.paused:
         out.print(Text("automation is PAUSED: nothing is repaired or moved until `kfadmin resume`", BAD))

@@ -52,6 +52,7 @@ def render(status: ClusterStatus, me: str, sources: Sources) -> bytes:
 
 def _cluster(status: ClusterStatus) -> Iterator[Family]:
     yield _gauge("topology_counter", "Counter of the newest topology", status.counter)
+    yield _gauge("blemishes", "What is wrong in the topology", len(status.blemishes))
     yield _gauge("available", "1 while at least one pipeline serves", status.available)
     epoch = GaugeMetricFamily(PREFIX + "epoch", "Epoch of a pipeline", labels=["pipeline"])
     running = GaugeMetricFamily(PREFIX + "num_requests_running", "Requests in batches", labels=["pipeline"])

@@ -4,6 +4,7 @@ import numpy.typing as npt
 from controlplane.contract.requests import Sampling
 from kernels.cpu._native import Team
 
+SOURCES: str
 TOP: np.dtype[np.void]
 
 class SlotsFull(MemoryError):

@@ -10,6 +10,11 @@ from kernels.cpu._native cimport isa_in_use
 
 import numpy as np
 
+cdef extern from *:
+    const char *KF_SOURCES
+
+SOURCES = KF_SOURCES.decode()  # digest of what this was built from: see setup.py
+
 # Logits that are weighed before another thread has woken up, about.
 cdef Py_ssize_t ALONE = 1 << 17
 

@@ -6,8 +6,8 @@ that it has computed leaves the node. What idle time there is before is used as 
 as long as promoting a block, and a bit that turned in a copy's memory is still no wrong token.
 
 Blocks that are copied out get a checksum at that moment; it stays with them, so that to demote a request means reading
-nothing either. A step that goes on in a part-filled block ends that block's checksum. One that computes positions again
-writes the same bits (a row's numbers do not depend on when it runs), and the checksum stays right."""
+nothing either. A step ends the checksums of the blocks that it writes to: it goes on in a part-filled one, or computes
+positions again, with the same bits unless a stage before it has other numerics now."""
 
 from __future__ import annotations
 
@@ -75,9 +75,10 @@ class Checksums:
         self, rows: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]
     ) -> None:
         """A step is about to write these positions of these rows, of which nothing later is valid."""
-        covered = self._covered[rows]
-        for row in rows[(covered % self._table.block_size > 0) & (starts + counts > covered)].tolist():
-            self._cut(row, len(self._of[row]) - 1)
+        first = starts // self._table.block_size
+        again = first * self._table.block_size < self._covered[rows]
+        for row, index in zip(rows[again].tolist(), first[again].tolist(), strict=True):
+            self._cut(row, index)
         if self.unverified:
             for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
                 self._narrow(row, stop=start // self._table.block_size)

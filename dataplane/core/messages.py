@@ -143,6 +143,7 @@ class KvQueryMeta(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
     pipeline: PipelineId
     fence: Fence
+    numerics: str = ""  # of the source: a holder with others does not answer, and so gets no copies
 
 
 class KvDropMeta(msgspec.Struct, frozen=True, array_like=True, tag=9):

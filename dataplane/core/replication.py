@@ -74,6 +74,7 @@ class ReplicaSource:
         self._counted = 0  # tokens acknowledged since `_counted_since`
         self._counted_since = -math.inf
         self._rate = 0.0  # tokens/s
+        self._rewritten: dict[int, int] = {}  # from which position on, while a question was open
         self._dropped: set[int] = set()  # freed while a question was open: the answer may still name them
         # Freed, and not yet gone there for all we know: since when, oldest first.
         self._leaving: dict[int, float] = {}
@@ -102,6 +103,18 @@ class ReplicaSource:
         """The requests have KV here that the holder may lack."""
         self._dirty.update(dict.fromkeys(rids))
 
+    def rewrote(self, rid: int, start: int) -> None:
+        """Positions from `start` on were computed again, maybe after a stage of other numerics: what the holder has of
+        them does not belong to what is here."""
+        start -= start % self.block_size
+        progress = self._progress.get(rid)
+        if progress is not None and start < progress.sent:
+            progress.sent, progress.acked = start, min(progress.acked, start)
+            if progress.acked == progress.sent:
+                self._unacked.discard(rid)
+        if not self.known:  # the answer may still be of before
+            self._rewritten[rid] = min(start, self._rewritten.get(rid, start))
+
     def freed(self, rids: Iterable[int]) -> None:
         """The holder is being told to drop them. That may be lost like all else: it says when they are gone."""
         for rid in rids:
@@ -110,6 +123,7 @@ class ReplicaSource:
             if not self.known and self._asked_at is not None:
                 self._dropped.add(rid)
             self._progress.pop(rid, None)
+            self._rewritten.pop(rid, None)
             self._dirty.pop(rid, None)
             self._unacked.discard(rid)
 
@@ -169,6 +183,8 @@ class ReplicaSource:
                 if tokens > 0 and rid not in self._leaving:
                     unknown.append(rid)
                 continue
+            if whole:
+                tokens = min(tokens, self._rewritten.pop(rid, tokens))
             progress = self._progress.setdefault(rid, _Progress())
             if not whole and tokens > progress.sent:
                 continue  # of an earlier life of the request, whose copies the holder has been told to drop
@@ -185,6 +201,8 @@ class ReplicaSource:
                 progress.refused(now)
             if progress.acked >= progress.sent:
                 self._unacked.discard(rid)
+        if whole:
+            self._rewritten.clear()
         if now - self._counted_since >= RATE_OVER_S:
             self._rate = self._counted / (now - self._counted_since)
             self._counted, self._counted_since = 0, now

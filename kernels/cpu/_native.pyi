@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
 
+SOURCES: str
 STORE: int
 ADD: int
 SILU_MUL: int
@@ -13,6 +14,7 @@ class Team:
     def __init__(self, threads: int) -> None: ...
     @property
     def threads(self) -> int: ...
+    def beats(self) -> int: ...
 
 class Cache:
     def __init__(

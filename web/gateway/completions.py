@@ -25,11 +25,13 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Asked:
     request = parse(CompletionRequest, body)
     service.check_model(request.model)
     service.check_priority(request.priority)
-    max_tokens = request.max_tokens or min(MAX_TOKENS, service.model.max_new_tokens or MAX_TOKENS)
+    default = min(MAX_TOKENS, service.model.max_new_tokens or MAX_TOKENS)
     plans: list[Plan] = []
     for prompt in request.prompts:
         ids = await prompt_ids(service, request, prompt)
         seed = request.seed if request.seed is not None else seed
+        # What nobody asked for is not refused for being too much.
+        max_tokens = request.max_tokens or max(1, min(default, service.model.max_model_len - len(ids)))
         sampling = make_sampling(request, service.model, len(ids), max_tokens, seed, request.logprobs)
         for n in range(request.choices):
             plans.append(Plan(ids, replace(sampling, seed=(seed + n) & INT64_MAX)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError
+from controlplane.contract.ids import NodeId
 from web.gateway.detok import text_of
 from web.gateway.template import ChatTemplate, load_template
 from web.gateway.vocabulary import Vocabulary, vocabulary_of
@@ -24,20 +25,49 @@ INLINE_CHARS_MAX = 4096  # longer texts are tokenized in a thread, so that they 
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
+class ServedContext:
+    """The tokens that one request may have, prompt and output together: the least that any node of the group serves,
+    since a request may come to any of them."""
+
+    def __init__(self, limit: int) -> None:
+        """`limit`: by model and settings, before a node has said what it serves."""
+        self._limit = limit
+        self._by_node: dict[NodeId, int] = {}
+
+    @property
+    def tokens(self) -> int:
+        return min(self._limit, *self._by_node.values()) if self._by_node else self._limit
+
+    def registered(self, node: NodeId, tokens: int) -> None:
+        """A node says what it serves; 0: it does not say. A lease that is lost takes nothing back."""
+        if tokens > 0:
+            self._by_node[node] = tokens
+
+    def keep(self, nodes: Collection[NodeId]) -> None:
+        """Forget all others: they have left the group."""
+        for node in self._by_node.keys() - set(nodes):
+            del self._by_node[node]
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Everything is read once at start; nothing here changes afterwards."""
+    """Everything but the served context is read once at start and does not change."""
 
     name: str
     tokenizer: Tokenizer
     vocabulary: Vocabulary
-    max_model_len: int  # tokens, prompt and output together
+    context: ServedContext
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     template: ChatTemplate | None
     no_template: str = field(default="", kw_only=True)  # why there is none
     defaults: Mapping[str, float] = field(default_factory=dict)  # of generation_config.json
     max_new_tokens: int | None = None  # of generation_config.json
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of one request, prompt and output together."""
+        return self.context.tokens
 
     @property
     def chars_max(self) -> int:
@@ -78,7 +108,7 @@ def load_model(config: ClusterConfig) -> Model:
         raise ConfigError(
             f"{folder / 'config.json'} has no max_position_embeddings: set engine.max_model_len"
         )
-    max_model_len = min(limit, config.engine.max_model_len or limit)
+    max_model_len = config.engine.context_len(limit)
     vocabulary = vocabulary_of(tokenizer)
     eos = generation.get("eos_token_id", settings.get("eos_token_id"))
     template, no_template = load_template(folder, chars_max=max_model_len * vocabulary.longest_chars)
@@ -88,7 +118,7 @@ def load_model(config: ClusterConfig) -> Model:
         name=config.model_name,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
-        max_model_len=max_model_len,
+        context=ServedContext(max_model_len),
         vocab_size=int(settings.get("vocab_size", tokenizer.get_vocab_size())),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
         template=template,

