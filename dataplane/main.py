@@ -31,19 +31,12 @@ if TYPE_CHECKING:
     from dataplane.oracle import OracleExecutor
 
 
-<<<<<<< HEAD
-def run_node(config: ClusterConfig, node: str, take_over: str = "", place: Place = CPU) -> None:
-    """Serve until stopped (SIGTERM, SIGINT) or retired. A name is "n" and a number; its stage follows from it.
-
-    `take_over`: the incarnation that has to give its name up to this process. `place`: where it computes, as its
-    launcher says. Raises NameTaken if another process has the name.
-=======
-def run_node(config: ClusterConfig, node: str, take_over: str = "") -> NoReturn:
+def run_node(config: ClusterConfig, node: str, take_over: str = "", place: Place = CPU) -> NoReturn:
     """Serve until stopped (SIGTERM, SIGINT) or retired, and end the process. A name is "n" and a number; its stage
     follows from it. Raises ModelError or ConfigError before it serves.
 
-    `take_over`: the incarnation that has to give its name up to this process.
->>>>>>> main
+    `take_over`: the incarnation that has to give its name up to this process. `place`: where it computes, as its
+    launcher says.
     """
     configure_logging(node)
     begin()
@@ -54,20 +47,13 @@ def run_node(config: ClusterConfig, node: str, take_over: str = "") -> NoReturn:
     executor.warm_up()
     emulated = config.emulation != EmulationConfig()
     MOMENT.time_scale = config.emulation.time_scale
-<<<<<<< HEAD
-    with asyncio.Runner(loop_factory=precise_loop if emulated else None) as runner:
-        runner.run(
-            _serve(config, Member(node, new_incarnation()), stage, executor, settings, take_over, place)
-        )
-=======
     member = Member(node, new_incarnation())
     run_to_exit(
         node,
-        lambda: _serve(config, member, stage, executor, settings, take_over),
+        lambda: _serve(config, member, stage, executor, settings, take_over, place),
         precise_loop if emulated else None,
         expected=NameTaken,
     )
->>>>>>> main
 
 
 async def _serve(
