@@ -48,7 +48,7 @@ from dataplane.transport.choose import open_transport
 from dataplane.transport.lane import Lane
 from dataplane.weights_service import WeightsService
 from dataplane.worker import Worker
-from dataplane.world import World, neighbours
+from dataplane.world import World, neighbours, pipelines_of
 
 if TYPE_CHECKING:
     from dataplane.executor import StageExecutor
@@ -101,7 +101,7 @@ class Node:
             WeightsService(token, Path(config.model), stage, config.stages, executor.weights_digest).handler,
         )
         limits = Limits.from_config(engine, context, config.timing.orphan_grace_s, executor.config.vocab_size)
-        self._reporter = Reporter(token, config.timing.heartbeat_s, self._report)
+        self._reporter = Reporter(token, config.timing.heartbeat_s, self._report, lambda: self._moving)
         self._schedulers = Schedulers(
             me,
             limits,
@@ -128,6 +128,9 @@ class Node:
         self._bad_frames = 0
         self._timeliness = Timeliness()
         self._leaving = False
+        self._moving = (
+            False  # a pipeline that we serve is being moved: its leader waits for each of our reports
+        )
         self._stop = asyncio.Event()
 
     # ------------------------------------------------------------------ life
@@ -227,6 +230,10 @@ class Node:
             # The worker first: what the schedulers ask of it then finds the new duties in place.
             self._worker.put(topology)
             self._schedulers.on_topology(topology, self._world.nodes)
+            ours = pipelines_of(topology, self._me)
+            self._moving = any(p.move is not None for p in ours)
+            if before is None or ours != pipelines_of(before, self._me):
+                self._reporter.kick()
             now = time.monotonic()
             self._neighbours = {
                 m: self._neighbours.get(m, now) for m in sorted(neighbours(topology, self._me))

@@ -25,6 +25,9 @@ NAME = Text(
 )
 PATH = Text(r"[^\x00]{1,4096}", "a path")
 HOST = Text(r"[A-Za-z0-9:.%_\[\]-]{1,253}", "a host name or an IP address, without a port")
+ORIGIN = Text(
+    r"\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9.:\[\]-]{1,253}", "an origin, such as https://example.org, or *"
+)
 ENDPOINT = Text(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", "host:port")
 
 
@@ -110,6 +113,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     client_share: Annotated[float, Range(0.1, 1)] = 0.5  # of it that one API key may have
     # The most urgent priority that clients may ask for. Lower ones run first, and preempt.
     priority_floor: Annotated[int, Range(-(1 << 31), (1 << 31) - 1)] = 0
+
+    # Whose pages a browser lets read answers: "https://example.org", or "*" for all. They need keys like others.
+    cors_origins: tuple[Annotated[str, ORIGIN], ...] = ()
 
     def __post_init__(self) -> None:
         check_bounds(self, "gateway.")
