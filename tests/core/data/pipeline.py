@@ -50,6 +50,7 @@ from dataplane.core.messages import (
 )
 from dataplane.core.scheduler import Scheduler
 from dataplane.core.stage import Prepared, Stage
+from dataplane.kvcache import KVCache
 from dataplane.model.sampler import SamplingTable
 from dataplane.replica import Replicator
 
@@ -88,19 +89,12 @@ def next_token(tokens: list[int], stages: int) -> int:
     return hidden[-1] % VOCAB
 
 
-class IntKv:
-    """Stands where the tensor pool is: one uint32 a position."""
-
-    block_bytes = BLOCK * 4
+class IntKv(KVCache):
+    """One uint32 a position: `data` [num_blocks, BLOCK]. The other half of each block stays as it is."""
 
     def __init__(self, num_blocks: int) -> None:
-        self.data = np.zeros((num_blocks, BLOCK), np.uint32)
-
-    def view(self, block: int) -> memoryview:
-        return memoryview(self.data[block]).cast("B")
-
-    def write(self, block: int, data: memoryview) -> None:
-        self.view(block)[:] = data
+        super().__init__(num_blocks, 1, 1, BLOCK, 1, "float32")
+        self.data = self.array.view(np.uint32).reshape(num_blocks, 2 * BLOCK)[:, :BLOCK]
 
 
 @dataclass
@@ -118,7 +112,7 @@ class Node:
     def __post_init__(self) -> None:
         self.store = KvStore(self.blocks, BLOCK, 64, 64)
         self.kv = IntKv(self.blocks)
-        self.replicator = Replicator(self.store, self.kv, here, self.send)  # type: ignore[arg-type]
+        self.replicator = Replicator(self.store, self.kv, here, self.send)
 
     def send(self, peer: Member, meta: Meta, payload: bytes) -> bool:
         return self.cluster.send(self.me, peer, meta, bytes(payload))
