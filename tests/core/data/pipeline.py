@@ -90,11 +90,13 @@ def next_token(tokens: list[int], stages: int) -> int:
 
 
 class IntKv(KVCache):
-    """One uint32 a position: `data` [num_blocks, BLOCK]. The other half of each block stays as it is."""
+    """Stands where the tensor pool is: one uint32 a position."""
 
     def __init__(self, num_blocks: int) -> None:
-        super().__init__(num_blocks, 1, 1, BLOCK, 1, "float32")
-        self.data = self.array.view(np.uint32).reshape(num_blocks, 2 * BLOCK)[:, :BLOCK]
+        super().__init__(
+            num_blocks, 1, 1, BLOCK // 2, 1, "float32"
+        )  # keys and values: BLOCK numbers of 4 bytes
+        self.data = self.pool.view(np.uint32)
 
 
 @dataclass
@@ -112,7 +114,7 @@ class Node:
     def __post_init__(self) -> None:
         self.store = KvStore(self.blocks, BLOCK, 64, 64)
         self.kv = IntKv(self.blocks)
-        self.replicator = Replicator(self.store, self.kv, here, self.send)
+        self.replicator = Replicator(self.store, self.kv, here, self.send)  # type: ignore[arg-type]
 
     def send(self, peer: Member, meta: Meta, payload: bytes) -> bool:
         return self.cluster.send(self.me, peer, meta, bytes(payload))
