@@ -38,7 +38,7 @@ class LocalCluster:
 
     Ports that are 0 in `config` are chosen; `config.etcd`, when given, is used and no etcd is started. etcd's
     data are made afresh at each start (the event history is kept). Methods may be called from any thread,
-    but `start` and `stop` only from one.
+    but `start` and `stop` only from one. `orphans`: see Supervisor.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class LocalCluster:
         supervise: bool = True,
         progress: Callable[[str], None] = lambda line: None,
         start_limit_s: float = START_LIMIT_S,
+        orphans: bool = False,
     ) -> None:
         # Relative paths would mean something else to whoever reads the settings later.
         config = msgspec.structs.replace(
@@ -69,6 +70,7 @@ class LocalCluster:
         self._supervise = supervise
         self._progress = progress
         self._start_limit_s = start_limit_s
+        self._orphans = orphans
         self._stack = contextlib.ExitStack()
         self._supervisor: Supervisor | None = None
         self._ports: dict[str, int] = {}
@@ -97,7 +99,9 @@ class LocalCluster:
                     file.unlink()
             self._choose_ports()
             direct = {name: "127.0.0.1,localhost,::1" for name in ("no_proxy", "NO_PROXY")}
-            self._supervisor = Supervisor(self.run_dir, restart=self._supervise, env=direct)
+            self._supervisor = Supervisor(
+                self.run_dir, restart=self._supervise, env=direct, orphans=self._orphans
+            )
             self._start_etcd()
             self._start_rest()  # at once: what the others import takes longer than etcd does, and they wait for it
             self._wait_etcd(time.monotonic() + ETCD_LIMIT_S)
