@@ -17,9 +17,10 @@ import msgspec
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError, KevlarFlowError, PeerError
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
+from controlplane.etcd.health import unfit_releases
 from controlplane.etcd.server import EtcdBinaryError, etcd_command, etcd_version, find_etcd_binary
 from controlplane.kfadmin.client import AdminClient, Unreachable
-from controlplane.kfadmin.rundir import Endpoints, RunDir, free_port, port_is_free
+from controlplane.kfadmin.rundir import Endpoints, RunDir, free_port, port_is_free, usable
 from controlplane.kfadmin.supervise import Supervisor
 
 POLL_S = 0.05
@@ -59,7 +60,7 @@ class LocalCluster:
             run_dir=str(Path(config.run_dir).absolute()),
             model=str(Path(config.model).expanduser().absolute()),
         )
-        if not (Path(config.model) / "config.json").is_file():
+        if not os.path.isfile(os.path.join(config.model, "config.json")):
             raise ConfigError(f"{config.model} is not a Hugging Face checkpoint: it has no config.json")
         self.config = config
         self.run_dir = RunDir(Path(config.run_dir))
@@ -87,9 +88,13 @@ class LocalCluster:
     def start(self) -> None:
         """Returns when every node serves and the gateway is ready.
 
-        Raises RunDirBusy, ConfigError or StartFailed; nothing runs then.
+        Raises RunDirBusy, RunDirUnusable, ConfigError or StartFailed; nothing runs then.
         """
-        self._stack.enter_context(self.run_dir.owned())
+        with usable(self.run_dir.path):
+            self._stack.enter_context(self.run_dir.owned())
+            self._start()
+
+    def _start(self) -> None:
         try:
             if leftovers := self.run_dir.end_leftovers():
                 self._progress(f"ended processes of an earlier run: {', '.join(leftovers)}")
@@ -143,7 +148,10 @@ class LocalCluster:
             version = etcd_version(binary)
         except EtcdBinaryError as error:
             raise ConfigError(str(error)) from error
-        self._progress(f"starting etcd {'.'.join(map(str, version))} ({self._etcd_members} members)")
+        release = ".".join(map(str, version))
+        self._progress(f"starting etcd {release} ({self._etcd_members} members)")
+        for warning in unfit_releases([release]):
+            self._progress(f"WARNING: {warning}")
         shutil.rmtree(self.run_dir.path / "etcd")
         (self.run_dir.path / "etcd").mkdir(mode=0o700)
         names = [f"etcd{number}" for number in range(self._etcd_members)]

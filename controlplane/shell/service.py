@@ -88,7 +88,7 @@ class Service:
                 for item in gateways
             ),
             operations=tuple(self._operations()),
-            troubles=tuple(self.troubles()),
+            troubles=(*self.troubles(), *self._client.health.warnings()),
         )
 
     def troubles(self) -> Sequence[str]:
