@@ -67,7 +67,7 @@ async def serve(
     client = EtcdClient(config.etcd)
     store = HistoryStore(config.database, config.cluster, me)
     history = HistoryWriter(store)
-    reports = ReportServer(derive(secret, "grpc"), inbox)
+    reports = ReportServer(derive(secret, "grpc"), inbox, config.timing.heartbeat_s)
     admin_host, admin_port = admin_socket.getsockname()[:2]
     record = ControllerRecord(
         id=me,

@@ -128,6 +128,9 @@ class OracleExecutor:
         self._logits = Logits(self.config.vocab_size)
         self._weights = position_weights(block_size)
 
+    def warm_up(self) -> None:
+        """A hash is as fast the first time."""
+
     def adopt(self, hidden: activations.Buffer, tokens: int) -> activations.Buffer:
         """See `StageExecutor.adopt`: hashes have one form."""
         return hidden

@@ -110,6 +110,10 @@ class StageKernels(Protocol):
 
     suspect: bool
 
+    def warm_up(self) -> None:
+        """Does whatever a first step would have to wait for. Once, before anybody is served."""
+        ...
+
     def forward(
         self, source: npt.NDArray[np.int64] | Buffer, step: StepArrays, picked: npt.NDArray[np.int32]
     ) -> npt.NDArray[np.generic]:

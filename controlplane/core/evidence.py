@@ -126,6 +126,13 @@ def severed(e: Evidence, timing: TimingConfig) -> str:
     return ""
 
 
+def plain(e: Evidence, timing: TimingConfig) -> bool:
+    """Whether nothing at all speaks against a member: it need not be looked at again before there is news of it."""
+    accused = e.broken or e.link_down or e.cut_off or e.stalled_s or e.superseded or e.leaving
+    own = e.stuck_s or e.still_s or e.poisoned or e.probation
+    return e.heard_ever and not accused and not own and e.silent_s < timing.suspect_after_s
+
+
 def _first(e: Evidence, timing: TimingConfig) -> float:
     return timing.suspect_after_s if e.heard_ever else timing.dead_after_s
 

@@ -62,6 +62,9 @@ class CpuStage:
         self._native.forward(native, source, picked, self._logits.ctypes.data)
         return self._logits[: len(picked)]
 
+    def warm_up(self) -> None:
+        """Nothing is compiled or captured on a CPU."""
+
     def beats(self) -> int:
         return self.team.beats()
 

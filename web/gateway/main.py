@@ -104,7 +104,7 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
         tickets = Tickets(derive(secret, "streams"))
         service = _service(config.gateway, model, dispatcher, metrics, watch, tickets)
         grace_s = config.timing.stop_grace_s
-        server = make_server(build_app(service, keys), grace_s)
+        server = make_server(build_app(service, keys, config.gateway.cors_origins), grace_s)
         background = [
             asyncio.create_task(watch.follow(), name="watch"),
             asyncio.create_task(registration.run(), name="registration"),
