@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import structlog
 
+from controlplane.backoff import Backoff
 from controlplane.contract.ids import Member, NodeId
 
 from .base import OnLinkDown, OnLinkUp, OnMessage, Part, TransportConfig, TransportStats
@@ -174,14 +175,14 @@ class LinkTransport:
 
     async def _keep(self, dial: _Dial) -> None:
         """Opens the link, waits until it ends, and again."""
-        delay_s = self._config.retry_min_s
+        backoff = Backoff(self._config.retry_min_s, self._config.retry_max_s)
         while True:
             if await self._open(dial):
-                delay_s, dial.attempts = self._config.retry_min_s, 0
+                backoff.succeeded()
+                dial.attempts = 0
                 assert dial.link is not None
                 await dial.link.down.wait()
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, self._config.retry_max_s)
+            await backoff.pause()
 
     def _routes(self, address: str) -> list[tuple[Driver, str, str]]:
         """The ways that both sides know, best first. Raises ValueError if there is none."""
