@@ -249,3 +249,28 @@ def test_decoding_is_measured_again_though_prompts_never_end() -> None:
     some(400)
     after = some(100)
     assert 5 * before[100] < after[50]
+
+
+def test_who_was_interrupted_goes_first_and_in_steps_that_stay_short() -> None:
+    """After a recovery: tails of all streams at once were one long step, behind a prompt that had come before them."""
+    batcher = Batcher(replace(LIMITS, max_batch_tokens=512))
+    batcher.microbatches, batcher.quota_blocks = 1, 1 << 20
+    batcher.speed = speed(12, 0.16, 0.002)
+    fresh = request(0, 400, 5)
+    assert batcher.adopt(fresh)
+    fresh.issued = 100
+    streams = [request(rid, 50, 100) for rid in range(1, 13)]
+    for stream in streams:
+        stream.append(Token(stream.rid, 0, 5))
+        assert batcher.adopt(stream)
+        stream.issued = stream.total - 2 * stream.rid  # so many have to be computed again
+    sizes, began = [], []
+    while any(stream.total > stream.issued for stream in streams):
+        rows, _ = batcher.next_rows(True, 0)
+        for chosen, count in rows:
+            chosen.issued += count
+            began.append(chosen.rid)
+        sizes.append(sum(count for _, count in rows))
+    assert sum(sizes[:-1]) <= 2 * sum(range(1, 13)), "the fresh prompt has what is left"
+    assert max(sizes) * 0.002 <= (STEP_MULTIPLE - 1) * 0.16
+    assert list(dict.fromkeys(began))[:12] == list(range(1, 13))
