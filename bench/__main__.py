@@ -18,6 +18,7 @@ BENCHES = {
     "profile": "where a decode step of one node goes: kernels, threads, Python",
     "prefill": "prompt tokens/s of the same systems",
     "falsealarms": "full load and no fault: how often a node is suspected or taken for dead, per hour",
+    "scale": "one controller against 64 to 4,000 simulated nodes: CPU, kill to written topology, memory; --only SIZES",
     "gateway": "tokens/s through one gateway, CPU of its process a token, what it adds to the time to first token",
     "transport": "links over each transport: latency, bandwidth, CPU, idle cost; against ucx_perftest and sockets",
     "blocktable": "filling the arrays of a decode step of 256 sequences, against plain Python",

@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import structlog
 import uvicorn
@@ -24,6 +21,7 @@ from controlplane.contract.errors import ConfigError, KevlarFlowError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.logs import configure_logging
+from controlplane.contract.process import begin, run_to_exit
 from controlplane.contract.records import ControllerRecord
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.core.controller import Controller
@@ -69,7 +67,7 @@ async def serve(
     client = EtcdClient(config.etcd)
     store = HistoryStore(config.database, config.cluster, me)
     history = HistoryWriter(store)
-    reports = ReportServer(derive(secret, "grpc"), inbox)
+    reports = ReportServer(derive(secret, "grpc"), inbox, config.timing.heartbeat_s)
     admin_host, admin_port = admin_socket.getsockname()[:2]
     record = ControllerRecord(
         id=me,
@@ -170,31 +168,14 @@ def bind(host: str, wanted: int | None, default: int) -> socket.socket:
     return socket.create_server((host, 0))
 
 
-async def _run(options: argparse.Namespace) -> int:
-    """Be a controller until a signal; the exit code."""
+async def _run(options: argparse.Namespace) -> None:
+    """Be a controller until a signal."""
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
-    try:
-        config = load_config(options.config)
-        admin_socket = bind(config.host, options.admin_port, config.admin_port)
-        await serve(config, options.id, admin_socket, stop, options.take_over)
-    except (KevlarFlowError, NameTaken) as error:
-        print(f"kf-controller: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except Exception:
-        log.exception("controller failed")
-        return 1
-    return 0
-
-
-async def _run_and_exit(options: argparse.Namespace) -> NoReturn:
-    code = await _run(options)
-    logging.shutdown()
-    sys.stderr.flush()
-    # Not by returning: asyncio would wait for the threads and cancelled calls of a database that is locked
-    # or gone. All that matters has been handed over, or given up on, by now.
-    os._exit(code)
+    config = load_config(options.config)
+    admin_socket = bind(config.host, options.admin_port, config.admin_port)
+    await serve(config, options.id, admin_socket, stop, options.take_over)
 
 
 def main() -> None:
@@ -206,7 +187,8 @@ def main() -> None:
     parser.add_argument("--admin-port", type=int, help="port of the admin API; 0: any free one")
     options = parser.parse_args()
     configure_logging(options.id)
-    asyncio.run(_run_and_exit(options))
+    begin()
+    run_to_exit("kf-controller", lambda: _run(options), expected=NameTaken)
 
 
 if __name__ == "__main__":

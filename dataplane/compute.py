@@ -6,6 +6,7 @@ depend on the rows beside it, so nobody can tell from them who was in the pass."
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from dataplane._fast.blocktable import StepArrays
 from dataplane.core.finite import nonfinite_rows
-from dataplane.core.pace import Pace
+from dataplane.core.pace import Pace, Progress, Standstill
 from dataplane.core.stage import Batch, Part, Prepared, Stage, join
 from dataplane.devices import EmulatedDevice
 from dataplane.inbox import Message
@@ -60,6 +61,10 @@ class Compute:
         self._executor = executor
         self._device = EmulatedDevice()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._standstill = Standstill()
+        self._passes = 0
+        self._under_way = False  # a pass is computed, or waits for its thread
+        self._thread: int | None = None  # that computes it
         self._last = (1, 1.0)  # tokens of the last pass, and the seconds that it took
         self._ran: StepArrays | None = None  # what it computed, until `account`
 
@@ -72,17 +77,36 @@ class Compute:
         tokens_last, took = self._last
         return took * max(1.0, tokens / tokens_last) < INLINE_S
 
+    @property
+    def still_s(self) -> float | None:
+        """How long the computation under way has not advanced, by `look`; None: this device does not say."""
+        return None if self._executor.beats() is None else self._standstill.still_s
+
+    def look(self, now: float) -> None:
+        """Called every tick: whether the computation under way advances."""
+        beats, thread = self._executor.beats(), self._thread
+        progress = None
+        if self._under_way and beats is not None:
+            spent_s = 0.0 if thread is None else time.clock_gettime(time.pthread_getcpuclockid(thread))
+            progress = Progress(self._passes, beats, spent_s)
+        self._standstill.look(now, progress)
+
     async def run(self, works: Sequence[Work], not_before: float = 0.0) -> list[Computed]:
         """One pass for steps of one stage index that have rows, of different pipelines; a result for each. The caller
         sends what came of it and then calls `account`. `not_before`: an emulated device stood idle until then."""
         batch = join([work.step for work in works], works[0].stage.store.table)
         tokens = batch.arrays.num_tokens
         self.busy = (time.monotonic(), tokens)
+        self._passes += 1
         if self.inline(tokens):
             computed = self._pass(works, batch)
         else:
-            loop = asyncio.get_running_loop()
-            computed = await loop.run_in_executor(self._pool, self._pass, works, batch)
+            self._under_way, self._thread = True, None
+            try:
+                loop = asyncio.get_running_loop()
+                computed = await loop.run_in_executor(self._pool, self._pass, works, batch)
+            finally:
+                self._under_way = False
         if self._executor.step_s > 0:
             came = max(not_before, *(work.message.came for work in works))
             await self._device.run(came, self.busy[0], self._executor.step_s)
@@ -98,6 +122,7 @@ class Compute:
 
     def _pass(self, works: Sequence[Work], batch: Batch) -> list[Computed]:
         started = time.monotonic()
+        self._thread = threading.get_ident()
         tokens, hidden = inputs(works, batch, self._executor.adopt)
         output = self._executor.forward(tokens, hidden, batch.arrays, batch.sample_rows)
         computed = [self._share(work, part, output) for work, part in zip(works, batch.parts, strict=True)]

@@ -1,7 +1,7 @@
 """Runs one stage of the model on this process's device."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,13 @@ from dataplane.model.rotary import RotaryTable
 from dataplane.model.split import split_layers
 from dataplane.model.weights import EMBED, HEAD, NORM, load_weights, weights_digest
 from dataplane.numerics import device_kind, numerics_of
-from kernels.base import DTYPES, Head, StageSpec
+from kernels.base import DTYPES, Head, StageKernels, StageSpec
 from kernels.cpu._native import Team
 from kernels.cpu.stage import CpuStage
-from kernels.dispatch import build_stage, device_cache
+from kernels.dispatch import CacheShape, build_cpu_stage, build_cuda_stage
+
+if TYPE_CHECKING:
+    from kernels.cuda.cache import DeviceCache
 
 # By device: a step of up to so many tokens takes mostly the time of reading the weights. Measured on half of model S in
 # bfloat16: on a CPU two steps cost 1.3 times one of as many tokens in all up to 16 tokens each, and 1.0 times at 32.
@@ -31,6 +34,9 @@ LIGHT_TOKENS = {"cpu": 32, "cuda": 64}
 
 class StageExecutor:
     """One stage: its layers, its KV cache, and the embedding or the output head where it has them.
+
+    device: "cpu", or a GPU ("cuda:2"). There, rows_max are the tokens of a step, and num_blocks 0 are as many KV blocks
+    as memory_share of its memory leaves.
 
     Not thread-safe: one thread at a time calls forward(). Raises ModelError for a checkpoint that cannot be
     served, ValueError for a stage that does not exist or a device that is not supported."""
@@ -44,6 +50,8 @@ class StageExecutor:
         num_stages: int,
         *,
         num_blocks: int,
+        rows_max: int = 512,
+        memory_share: float = 0.9,
         block_size: int = 16,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         device: str = "cpu",
@@ -61,11 +69,14 @@ class StageExecutor:
         self.layers: range = split_layers(c.num_layers, num_stages)[stage]
         self.is_first, self.is_last = stage == 0, stage == num_stages - 1
         self.hidden_size = c.hidden_size
-        self.light_tokens = LIGHT_TOKENS[device]  # two steps of no more than that together are cheaper as one
+        kind_of_device = device.partition(":")[0]
+        if kind_of_device not in LIGHT_TOKENS:
+            raise ValueError(f"no kernels for device {device!r}")
+        self.light_tokens = LIGHT_TOKENS[
+            kind_of_device
+        ]  # two steps of no more than that together are cheaper as one
         self.dtype: ModelDtype = c.dtype if dtype == "auto" else dtype
-        shape = (num_blocks, len(self.layers), c.num_kv_heads, block_size, c.head_dim)
-        self.kv = KVCache(*shape, self.dtype) if device == "cpu" else device_cache(*shape, self.dtype, device)
-        self.block_wire_bytes = self.kv.block_bytes
+        shape = CacheShape(len(self.layers), c.num_kv_heads, block_size, c.head_dim, self.dtype)
         self.numerics: str = numerics_of(
             c,
             self.layers,
@@ -83,20 +94,47 @@ class StageExecutor:
             embed = weights[EMBED].to(kind) if self.is_first else None
             head = None
             if self.is_last:
-                output = weights[EMBED if c.tie_embeddings else HEAD]
-                head = Head(weights[NORM].to(kind), output.to(kind))
+                tied = embed if c.tie_embeddings else None  # one tensor, so that a device has it once
+                output = weights[EMBED if c.tie_embeddings else HEAD].to(kind) if tied is None else tied
+                head = Head(weights[NORM].to(kind), output)
             layers = tuple(build_layer(c, i, weights, kind) for i in self.layers)
             rotary = RotaryTable(c.rope, c.head_dim, c.max_positions)
             sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.rms_norm_eps)
             spec = StageSpec(*sizes, rotary, layers, embed, head)
-            self._stage = build_stage(spec, self.kv, threads, attention)
+            self.kv: KVCache | DeviceCache
+            self._stage: StageKernels
+            if device == "cpu":
+                self.kv = KVCache(
+                    num_blocks, shape.layers, shape.kv_heads, block_size, shape.head_dim, self.dtype
+                )
+                self._stage = build_cpu_stage(spec, self.kv, threads, attention)
+            else:
+                self._stage = built = build_cuda_stage(
+                    spec,
+                    shape,
+                    device,
+                    rows_max=max(rows_max, self.light_tokens),  # to so many, steps of several pipelines join
+                    num_blocks=num_blocks,
+                    memory_share=memory_share,
+                    attention=attention,
+                )
+                self.kv = built.kv
+        self.block_wire_bytes = self.kv.block_bytes
         # Threads of this host that are idle between two calls of forward(): sampling has them then.
         self.team = self._stage.team if isinstance(self._stage, CpuStage) else Team(threads)
+
+    def warm_up(self) -> None:
+        """Does whatever a first step would have to wait for: to be called before anybody is served."""
+        self._stage.warm_up()
 
     @property
     def suspect(self) -> bool:
         """Whether the activations that forward() returned last may have a number that is not finite."""
         return self._stage.suspect
+
+    def beats(self) -> int | None:
+        """See kernels.base.StageKernels."""
+        return self._stage.beats()
 
     def adopt(self, hidden: activations.Buffer, tokens: int) -> activations.Buffer:
         """What the stage before sent for so many tokens, in this stage's precision. Raises ValueError."""

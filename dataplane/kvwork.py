@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dataplane._fast.checksum import block_sums, crc32, gather_blocks, piece_sums, scatter_blocks
+from dataplane._fast.checksum import block_sums, gather_blocks, piece_sums, scatter_blocks
 from dataplane.kvcache import KVCache
 
 if TYPE_CHECKING:
@@ -44,40 +44,56 @@ class KvThread:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-class KvBytes:
-    """The blocks of a cache as bytes. Every method but the constructor is for the KV thread."""
+class BlockBytes(Protocol):
+    """The blocks of a cache as bytes; every method is for the KV thread. A checksum is the same for a block of the
+    cache and for its copy in a message, on all nodes of one kind."""
 
-    def __init__(self, cache: KVCache | DeviceCache) -> None:
-        self.block_bytes = cache.block_bytes
-        self.piece_blocks = max(1, PIECE_BYTES // cache.block_bytes)
-        self._cache = cache
-        self._pool = cache.pool if isinstance(cache, KVCache) else None
+    block_bytes: int
+    piece_blocks: int  # of a call that nobody waits for too long
 
     def gather(self, blocks: Sequence[int]) -> tuple[bytearray, Sums]:
         """Copies of blocks, one behind the other, and the checksum of each."""
-        size = self.block_bytes
-        data = bytearray(len(blocks) * size)
-        if self._pool is not None:
-            return data, gather_blocks(self._pool, np.array(blocks, np.int64), data)
-        for place, block in enumerate(blocks):
-            data[place * size : (place + 1) * size] = self._cache.view(block)
-        return data, piece_sums(data, size)
+        ...
 
     def sums(self, blocks: Sequence[int]) -> Sums:
         """The checksum of each block."""
-        if self._pool is not None:
-            return block_sums(self._pool, np.array(blocks, np.int64))
-        return np.array([crc32(self._cache.view(block)) for block in blocks], np.uint32)
+        ...
 
     def sums_of(self, payload: memoryview) -> Sums:
         """The checksum of each whole block in a message."""
-        return piece_sums(payload, self.block_bytes)
+        ...
 
     def scatter(self, blocks: Sequence[int], payload: memoryview, places: Sequence[int]) -> None:
         """Block blocks[i] becomes piece places[i] of a message."""
-        size = self.block_bytes
-        if self._pool is not None:
-            scatter_blocks(self._pool, np.array(blocks, np.int64), payload, np.array(places, np.int64))
-            return
-        for block, place in zip(blocks, places, strict=True):
-            self._cache.write(block, payload[place * size : (place + 1) * size])
+        ...
+
+
+def blocks_as_bytes(cache: KVCache | DeviceCache) -> BlockBytes:
+    """Of a CPU's cache, or of a GPU's, where sums are computed where the blocks are."""
+    if isinstance(cache, KVCache):
+        return KvBytes(cache)
+    from kernels.cuda.transfer import BlockTransfer  # not above: it imports triton
+
+    return BlockTransfer(cache)
+
+
+class KvBytes:
+    """Of a cache in host memory; its checksums are CRC-32."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.block_bytes = cache.block_bytes
+        self.piece_blocks = max(1, PIECE_BYTES // cache.block_bytes)
+        self._pool = cache.pool
+
+    def gather(self, blocks: Sequence[int]) -> tuple[bytearray, Sums]:
+        data = bytearray(len(blocks) * self.block_bytes)
+        return data, gather_blocks(self._pool, np.array(blocks, np.int64), data)
+
+    def sums(self, blocks: Sequence[int]) -> Sums:
+        return block_sums(self._pool, np.array(blocks, np.int64))
+
+    def sums_of(self, payload: memoryview) -> Sums:
+        return piece_sums(payload, self.block_bytes)
+
+    def scatter(self, blocks: Sequence[int], payload: memoryview, places: Sequence[int]) -> None:
+        scatter_blocks(self._pool, np.array(blocks, np.int64), payload, np.array(places, np.int64))

@@ -44,6 +44,7 @@ import structlog
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
 from controlplane.contract.logs import configure_logging
+from controlplane.contract.process import raise_descriptor_limit
 from controlplane.contract.topology import Mode
 from controlplane.contract.version import code_version
 from controlplane.etcd.errors import NameTaken
@@ -380,6 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", default=TARGET, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     configure_logging("launcher")
+    raise_descriptor_limit()
     try:
         config = load_config(options.config)
         known = all_nodes(config)

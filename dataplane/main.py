@@ -7,7 +7,7 @@ import asyncio
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 import structlog
@@ -16,9 +16,11 @@ from controlplane.contract.config import ClusterConfig, EmulationConfig, load_co
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.logs import configure_logging
+from controlplane.contract.process import begin, run_to_exit
 from controlplane.contract.version import settings_digest
 from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import TAKE_OVER
+from dataplane.accelerators import CPU, Place, assign, count_devices
 from dataplane.devices import precise_loop
 from dataplane.fetch import provision
 from dataplane.moment import MOMENT
@@ -29,20 +31,29 @@ if TYPE_CHECKING:
     from dataplane.oracle import OracleExecutor
 
 
-def run_node(config: ClusterConfig, node: str, take_over: str = "") -> None:
-    """Serve until stopped (SIGTERM, SIGINT) or retired. A name is "n" and a number; its stage follows from it.
+def run_node(config: ClusterConfig, node: str, take_over: str = "", place: Place = CPU) -> NoReturn:
+    """Serve until stopped (SIGTERM, SIGINT) or retired, and end the process. A name is "n" and a number; its stage
+    follows from it. Raises ModelError or ConfigError before it serves.
 
-    `take_over`: the incarnation that has to give its name up to this process. Raises NameTaken if another has it.
+    `take_over`: the incarnation that has to give its name up to this process. `place`: where it computes, as its
+    launcher says.
     """
     configure_logging(node)
+    begin()
     stage = int(node.removeprefix("n")) % config.stages
     settings = settings_digest(config)  # of what the operator wrote: equal on every host
     config = msgspec.structs.replace(config, model=str(provision(config, node, stage)))
-    executor = load_executor(config, stage)
+    executor = load_executor(config, stage, place)
+    executor.warm_up()
     emulated = config.emulation != EmulationConfig()
     MOMENT.time_scale = config.emulation.time_scale
-    with asyncio.Runner(loop_factory=precise_loop if emulated else None) as runner:
-        runner.run(_serve(config, Member(node, new_incarnation()), stage, executor, settings, take_over))
+    member = Member(node, new_incarnation())
+    run_to_exit(
+        node,
+        lambda: _serve(config, member, stage, executor, settings, take_over, place),
+        precise_loop if emulated else None,
+        expected=NameTaken,
+    )
 
 
 async def _serve(
@@ -52,12 +63,21 @@ async def _serve(
     executor: StageExecutor | OracleExecutor,
     settings: str,
     take_over: str,
+    place: Place,
 ) -> None:
-    node = Node(config, me, stage, executor, settings, (take_over,))
+    node = Node(config, me, stage, executor, settings, (take_over,), place)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.stop)
     await node.run()
+
+
+def _place(config: ClusterConfig, arguments: argparse.Namespace) -> Place:
+    """Raises ConfigError."""
+    if config.engine.device == "cpu":
+        return CPU
+    place = assign([arguments.node], count_devices())[arguments.node]
+    return Place(arguments.device or place.device, arguments.device_share, place.devices)
 
 
 def main() -> None:
@@ -65,11 +85,16 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="the cluster's settings (TOML or JSON)")
     parser.add_argument("--node", required=True, help="name of this node: n0, n1, ...")
     parser.add_argument("--take-over", metavar="INCARNATION", default="", help=TAKE_OVER)
+    parser.add_argument(
+        "--device", help="cuda:0, cuda:1 ... (default: the first, where the settings say cuda)"
+    )
+    parser.add_argument("--device-share", type=float, default=1.0, help="of the device (default: all of it)")
     arguments = parser.parse_args()
     if not arguments.node.removeprefix("n").isdigit():
         parser.error(f"--node {arguments.node}: a node's name is n and a number")
     try:
-        run_node(load_config(arguments.config), arguments.node, arguments.take_over)
+        config = load_config(arguments.config)
+        run_node(config, arguments.node, arguments.take_over, _place(config, arguments))
     except (KevlarFlowError, NameTaken) as error:
         structlog.get_logger().error(str(error))
         sys.exit(1)

@@ -13,14 +13,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Collection, Coroutine, Iterator
+from collections.abc import Collection, Coroutine, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlplane import process
 from controlplane.contract import auth, keys
-from controlplane.contract.config import ClusterConfig
+from controlplane.contract.config import CPU_POOL_BLOCKS, ClusterConfig
 from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import NodeRecord
@@ -28,6 +28,7 @@ from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.register import Registration
+from dataplane.accelerators import CPU, Place
 from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import HeldMeta, Meta, Ping, ResultMeta, StepFailedMeta
@@ -47,7 +48,7 @@ from dataplane.transport.choose import open_transport
 from dataplane.transport.lane import Lane
 from dataplane.weights_service import WeightsService
 from dataplane.worker import Worker
-from dataplane.world import World, neighbours
+from dataplane.world import World, neighbours, pipelines_of
 
 if TYPE_CHECKING:
     from dataplane.executor import StageExecutor
@@ -57,6 +58,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.05
 PING_S = 0.2  # a link that had nothing to carry for this long carries a ping
 GOODBYE_LIMIT_S = 0.3  # for the report that says that this node leaves
+LEAVE_LIMIT_S = 2.0  # for everything that it does before it ends
 ROWS_PER_PIPELINE = 4  # block-table rows: served and copied requests of two pipelines and their overlap
 
 
@@ -69,8 +71,10 @@ class Node:
         executor: StageExecutor | OracleExecutor,
         settings: str = "",
         supersedes: Collection[str] = (),
+        place: Place = CPU,
     ) -> None:
         """`settings`: digest of the settings as they were read, where `config` is not (its model may be elsewhere)."""
+        self._place = place
         self._settings = settings or settings_digest(config)
         self._supersedes = supersedes
         self._config = config
@@ -79,9 +83,10 @@ class Node:
         self._executor = executor
         secret = auth.load_secret(config.secret_file)
         engine = config.engine
-        context = self._context_len = engine.context_len(executor.config.max_positions)
+        context = engine.context_len(executor.config.max_positions, executor.kv.num_blocks)
+        self._context_len = context
         store = KvStore(
-            engine.pool_blocks,
+            executor.kv.num_blocks,
             engine.block_size,
             ROWS_PER_PIPELINE * engine.max_running,
             -(-context // engine.block_size),
@@ -96,7 +101,7 @@ class Node:
             WeightsService(token, Path(config.model), stage, config.stages, executor.weights_digest).handler,
         )
         limits = Limits.from_config(engine, context, config.timing.orphan_grace_s, executor.config.vocab_size)
-        self._reporter = Reporter(token, config.timing.heartbeat_s, self._report)
+        self._reporter = Reporter(token, config.timing.heartbeat_s, self._report, lambda: self._moving)
         self._schedulers = Schedulers(
             me,
             limits,
@@ -123,6 +128,9 @@ class Node:
         self._bad_frames = 0
         self._timeliness = Timeliness()
         self._leaving = False
+        self._moving = (
+            False  # a pipeline that we serve is being moved: its leader waits for each of our reports
+        )
         self._stop = asyncio.Event()
 
     # ------------------------------------------------------------------ life
@@ -150,17 +158,26 @@ class Node:
                 task.result()
         finally:
             self._leaving = True
-            await self._reporter.flush(GOODBYE_LIMIT_S)
-            for task in (stop, *tasks):
-                task.cancel()
-            await asyncio.gather(stop, *tasks, return_exceptions=True)
-            await registration.withdraw(timeout_s=0.5)
-            await self._reporter.close()
-            await self._frontdoor.close()
-            self._lane.close()
-            await self._transport.close()
-            await client.close()
-            self._worker.close()
+            try:
+                async with asyncio.timeout(LEAVE_LIMIT_S):
+                    await self._leave(registration, client, [stop, *tasks])
+            except TimeoutError:
+                log.warning("not everything was closed in time; peers see it when the process ends")
+
+    async def _leave(
+        self, registration: Registration, client: EtcdClient, tasks: Sequence[asyncio.Task[Any]]
+    ) -> None:
+        await self._reporter.flush(GOODBYE_LIMIT_S)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await registration.withdraw(timeout_s=0.5)
+        await self._reporter.close()
+        await self._frontdoor.close()
+        self._lane.close()
+        await self._transport.close()
+        await client.close()
+        self._worker.close()
 
     def stop(self) -> None:
         """Leave on purpose: reported, deregistered, then gone."""
@@ -176,12 +193,13 @@ class Node:
             link_address=link_address,
             rpc_address=rpc_address,
             weights_digest=self._executor.weights_digest,
-            pool_blocks=config.engine.pool_blocks,
+            pool_blocks=self._executor.kv.num_blocks,
             block_size=config.engine.block_size,
             pid=os.getpid(),
             fault_domain={"host": os.uname().nodename, "node": self._me.node},
             started_unix_s=time.time(),
-            host_parallel=max(1, len(os.sched_getaffinity(0)) // config.engine.threads),
+            host_parallel=self._place.devices
+            or max(1, len(os.sched_getaffinity(0)) // config.engine.threads),
             context_len=self._context_len,
             numerics=self._executor.numerics,
             version=code_version(),
@@ -212,6 +230,10 @@ class Node:
             # The worker first: what the schedulers ask of it then finds the new duties in place.
             self._worker.put(topology)
             self._schedulers.on_topology(topology, self._world.nodes)
+            ours = pipelines_of(topology, self._me)
+            self._moving = any(p.move is not None for p in ours)
+            if before is None or ours != pipelines_of(before, self._me):
+                self._reporter.kick()
             now = time.monotonic()
             self._neighbours = {
                 m: self._neighbours.get(m, now) for m in sorted(neighbours(topology, self._me))
@@ -280,6 +302,7 @@ class Node:
             began, computed_s = time.monotonic(), time.thread_time()
             await asyncio.sleep(TICK_S)
             self._timeliness.rang(TICK_S, time.monotonic() - began, time.thread_time() - computed_s)
+            self._worker.compute.look(time.monotonic())
             self._schedulers.tick()
             self._worker.wake()
             now = time.monotonic()
@@ -312,6 +335,7 @@ class Node:
             blocks_total=store.num_blocks,
             busy_s=now - busy[0] if busy is not None else 0.0,
             usual_s=pace.usual_s(busy[1]) if busy is not None else 0.0,
+            still_s=self._worker.compute.still_s,
             poisoned=self._worker.stats.poisoned,
             times=pace.report(),
             timed_s=self._timeliness.timed_s,
@@ -362,7 +386,7 @@ def _counts(stats: ReplicaStats | TransportStats) -> Iterator[tuple[str, int]]:
     return ((field.name, getattr(stats, field.name)) for field in fields(stats))
 
 
-def load_executor(config: ClusterConfig, stage: int) -> StageExecutor | OracleExecutor:
+def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> StageExecutor | OracleExecutor:
     """The weights of one stage, mapped, and an empty KV pool. Raises ModelError or ConfigError."""
     engine = config.engine
     if engine.executor == "oracle":
@@ -370,7 +394,7 @@ def load_executor(config: ClusterConfig, stage: int) -> StageExecutor | OracleEx
             load_config(Path(config.model)),
             stage,
             config.stages,
-            num_blocks=engine.pool_blocks,
+            num_blocks=engine.pool_blocks or CPU_POOL_BLOCKS,
             block_size=engine.block_size,
             profile=profile_of(config),
             time_scale=config.emulation.time_scale,
@@ -385,10 +409,12 @@ def load_executor(config: ClusterConfig, stage: int) -> StageExecutor | OracleEx
         Path(config.model),
         stage,
         config.stages,
-        num_blocks=engine.pool_blocks,
+        num_blocks=engine.pool_blocks or (CPU_POOL_BLOCKS if place.device == "cpu" else 0),
+        rows_max=engine.max_batch_tokens,
+        memory_share=engine.memory_utilization * place.share,
         block_size=engine.block_size,
         dtype=engine.dtype,
-        device=engine.device,
+        device=place.device,
         threads=engine.threads,
         attention=engine.attention,
     )

@@ -25,7 +25,7 @@ from dataplane.core.messages import (
 )
 from dataplane.core.replication import Copy, ReplicaSource
 from dataplane.core.stage import Stage
-from dataplane.kvwork import KvBytes, RunInThread
+from dataplane.kvwork import RunInThread, blocks_as_bytes
 from dataplane.transport.frames import Send
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Replicator:
         self.stats = ReplicaStats()
         self.numerics = ""  # of this node's KV: who has others is no holder of it (dataplane/numerics.py)
         self._store = store
-        self._bytes = KvBytes(kv)
+        self._bytes = blocks_as_bytes(kv)
         self._thread = thread
         self._send, self._send_later = send, send_later or send
         self._company = max(1, COMPANY_BYTES // (block_wire_bytes or kv.block_bytes))  # blocks of one message

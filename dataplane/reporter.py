@@ -1,7 +1,8 @@
 """The node's reports: one stream to every controller, a heartbeat at a fixed pace and a report at once on news.
 
-Each controller has its own task, so that one that hangs delays nobody. No report is queued: each is made
-from the state at the moment it is sent.
+Most reports would say what the last one said: then a beat, a few bytes, says that it still holds (`_is_news`).
+Each controller has its own task, so that one that hangs delays nobody. No report is queued: each is made from the
+state at the moment it is sent.
 """
 
 from __future__ import annotations
@@ -14,11 +15,21 @@ from dataclasses import dataclass, field
 import grpc
 
 from controlplane.contract import rpc
+from controlplane.contract.ids import Member
 from controlplane.contract.records import ControllerRecord
-from controlplane.contract.reports import NodeReport
+from controlplane.contract.reports import NodeReport, ReportBatch
 
 log = logging.getLogger(__name__)
 
+SLOT = 0  # on a stream of its own a node is the only one
+BEAT = ReportBatch(beats=(SLOT,))
+
+FULL_BEATS = 5  # a whole report so often while the node computes, in heartbeats ...
+FULL_IDLE_BEATS = 10  # ... and while it rests
+LINK_QUIET_S = (
+    0.4  # a link that was silent for so long, twice the pause between two pings, is watched as well
+)
+LONG_BEATS = 3  # a step that takes so long is watched at every heartbeat
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
 
@@ -27,21 +38,30 @@ BACKOFF_MAX_S = 1.0
 class _Line:
     address: str
     task: asyncio.Task[None]
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    due: asyncio.Event = field(default_factory=asyncio.Event)  # a heartbeat, or news
+    news: bool = True
     seq: int = 0
     recoveries_sent: int = 0
+    told: NodeReport | None = None  # the last report on this stream
+    beats: int = 0  # sent since then
     said: asyncio.Event = field(default_factory=asyncio.Event)  # a report has left since it was cleared
 
 
 class Reporter:
-    """`make(seq, recoveries_sent)` gives a report and the count of recoveries it brings the receiver up to."""
+    """`make(seq, recoveries_sent)` gives a report and the count of recoveries it brings the receiver up to; while
+    `hurried()` controllers wait for each of them."""
 
     def __init__(
-        self, token: str, heartbeat_s: float, make: Callable[[int, int], tuple[NodeReport, int]]
+        self,
+        token: str,
+        heartbeat_s: float,
+        make: Callable[[int, int], tuple[NodeReport, int]],
+        hurried: Callable[[], bool] = lambda: False,
     ) -> None:
         self._token = token
         self._heartbeat_s = heartbeat_s
         self._make = make
+        self._hurried = hurried
         self._lines: dict[str, _Line] = {}
 
     def set_controllers(self, records: dict[str, ControllerRecord]) -> None:
@@ -58,7 +78,8 @@ class Reporter:
     def kick(self) -> None:
         """There is news: report now."""
         for line in self._lines.values():
-            line.news.set()
+            line.news = True
+            line.due.set()
 
     async def flush(self, limit_s: float) -> None:
         """Report to everybody now, and wait until it has left, within `limit_s`."""
@@ -83,14 +104,14 @@ class Reporter:
         await asyncio.sleep(0)  # let set_controllers store our line first
         while True:
             line = self._lines[name]
-            line.seq = 0
+            line.seq, line.told, line.news = 0, None, True
             try:
                 async with grpc.aio.insecure_channel(address) as channel:
                     call = channel.stream_stream(
                         rpc.CONTROL_REPORT,
                         request_serializer=rpc.encode,
                         response_deserializer=rpc.decode_ack,
-                    )(self._reports(line), metadata=(("authorization", f"Bearer {self._token}"),))
+                    )(self._batches(line), metadata=(("authorization", f"Bearer {self._token}"),))
                     async for _ in call:
                         delay_s = BACKOFF_FIRST_S
             except grpc.aio.AioRpcError as error:
@@ -105,13 +126,42 @@ class Reporter:
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, BACKOFF_MAX_S)
 
-    async def _reports(self, line: _Line) -> AsyncIterator[NodeReport]:
+    async def _batches(self, line: _Line) -> AsyncIterator[ReportBatch]:
         while True:
-            report, line.recoveries_sent = self._make(line.seq, line.recoveries_sent)
-            line.seq += 1
-            line.news.clear()
-            yield report
+            line.due.clear()
+            yield self._next(line)
             line.said.set()
-            timer = asyncio.get_running_loop().call_later(self._heartbeat_s, line.news.set)
-            await line.news.wait()
+            timer = asyncio.get_running_loop().call_later(self._heartbeat_s, line.due.set)
+            await line.due.wait()
             timer.cancel()
+
+    def _next(self, line: _Line) -> ReportBatch:
+        report, recoveries = self._make(line.seq, line.recoveries_sent)
+        news, line.news = line.news, False
+        if not news and line.told is not None and not self._is_news(report, line.told, line.beats):
+            line.beats += 1
+            return BEAT
+        line.seq += 1
+        line.recoveries_sent, line.told, line.beats = recoveries, report, 0
+        return ReportBatch(reports=((SLOT, report),))
+
+    def _is_news(self, report: NodeReport, told: NodeReport, beats: int) -> bool:
+        """Whether a controller has to know more than that `told` still holds."""
+        if beats + 1 >= FULL_IDLE_BEATS or (report.progress != told.progress and beats + 1 >= FULL_BEATS):
+            return True
+        if report.leaving or report.poisoned != told.poisoned or len(report.recoveries) > 0:
+            return True
+        long_s = LONG_BEATS * self._heartbeat_s
+        if report.busy_s >= long_s or any(p.stalled_s >= long_s for p in report.pipelines):
+            return True
+        if any(link.up and link.silent_s >= LINK_QUIET_S for link in report.links):
+            return True
+        return self._hurried() or _duties(report) != _duties(told) or _broken(report) != _broken(told)
+
+
+def _duties(report: NodeReport) -> list[tuple[str, int, int]]:
+    return [(p.pipeline, p.stage, p.epoch) for p in report.pipelines]
+
+
+def _broken(report: NodeReport) -> set[Member]:
+    return {link.peer for link in report.links if not link.up}

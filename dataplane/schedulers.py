@@ -262,7 +262,7 @@ class Schedulers:
             record = self._records.get(member.node)
             if record is not None:
                 serves = {p for p, _ in topology.serving(member.node)}
-                quotas.append(quota_blocks(record.pool_blocks, len(serves)))
+                quotas.append(quota_blocks(record.pool_blocks, len(serves), topology.copies))
                 shared = max(shared, len(serves))
                 on_host.setdefault(record.fault_domain.get("host", member.node), []).append(
                     record.host_parallel

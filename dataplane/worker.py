@@ -38,7 +38,7 @@ from dataplane.core.messages import (
 from dataplane.core.rhythm import Rhythm
 from dataplane.core.stage import Stage
 from dataplane.inbox import Inbox, Item, LinkChanged, Message, Wake
-from dataplane.kvwork import KvBytes, KvThread
+from dataplane.kvwork import KvThread, blocks_as_bytes
 from dataplane.model.sampler import Drawn, SamplingTable
 from dataplane.moment import MOMENT
 from dataplane.replica import Replicator
@@ -85,7 +85,7 @@ class Worker:
         self.stats = WorkerStats()
         self.stages: dict[PipelineId, Stage] = {}
         self._thread = KvThread()
-        self._bytes = KvBytes(executor.kv)
+        self._bytes = blocks_as_bytes(executor.kv)
         self.replicator = Replicator(
             store, executor.kv, self._thread, send, send_later, executor.block_wire_bytes
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import ControllerRecord, NodeRecord
-from controlplane.contract.topology import Topology
+from controlplane.contract.topology import Pipeline, Topology
 from controlplane.etcd.values import WatchBatch
 from controlplane.keyspace.view import Change, View
 
@@ -56,3 +56,13 @@ def neighbours(topology: Topology, me: Member) -> set[Member]:
                 found.add(mine)
     found.discard(me)
     return found
+
+
+def pipelines_of(topology: Topology, me: Member) -> list[Pipeline]:
+    """Those in which we serve, hold a copy, or are about to serve."""
+    return [
+        p
+        for p in topology.pipelines
+        if any(me in stage.ranks or me in stage.replicas for stage in p.stages)
+        or (p.move is not None and p.move.to == me)
+    ]

@@ -1,1 +1,1 @@
-"""Compute kernels. Importing this is silent, and needs neither torch nor a GPU; build_stage() is in `dispatch`."""
+"""Compute kernels. Importing this is silent, and needs neither torch nor a GPU. `dispatch` builds stages."""

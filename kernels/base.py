@@ -110,6 +110,10 @@ class StageKernels(Protocol):
 
     suspect: bool
 
+    def warm_up(self) -> None:
+        """Does whatever a first step would have to wait for. Once, before anybody is served."""
+        ...
+
     def forward(
         self, source: npt.NDArray[np.int64] | Buffer, step: StepArrays, picked: npt.NDArray[np.int32]
     ) -> npt.NDArray[np.generic]:
@@ -119,4 +123,9 @@ class StageKernels(Protocol):
 
         Not thread-safe. Raises ValueError or IndexError for a step that does not fit; the KV cache may then hold part
         of it, in slots that it named."""
+        ...
+
+    def beats(self) -> int | None:
+        """Grows while a computation advances, however slowly; -1 while none is under way. From any thread. None: this
+        device cannot tell."""
         ...

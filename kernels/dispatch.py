@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Literal, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -11,47 +12,60 @@ from kernels.base import PagedCache, StageKernels, StageSpec
 from kernels.cpu.stage import CpuStage
 
 if TYPE_CHECKING:
-    from kernels.cuda.cache import DeviceCache
+    from kernels.cuda.stage import CudaStage
+
+Attention = Literal["exact", "xformers"]
 
 
-def build_stage(
-    spec: StageSpec,
-    kv: PagedCache | DeviceCache,
-    threads: int = 1,
-    attention: Literal["exact", "xformers"] = "exact",
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """The KV of one stage, without the number of its blocks. block_size: tokens."""
+
+    layers: int
+    kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: Literal["float32", "bfloat16"]
+
+
+def build_cpu_stage(
+    spec: StageSpec, kv: PagedCache, threads: int = 1, attention: Attention = "exact"
 ) -> StageKernels:
-    """The stage's layers on the device of `kv`. The weights are converted to what its kernels read, and may be let go.
+    """The stage's layers over `kv`. The weights are converted to what its kernels read, and may be let go.
 
-    threads: on a CPU. attention: "exact" is ours, with equal bits on every path; "xformers" is for GPUs only and does
-    without that. Raises ValueError for sizes or a device that there are no kernels for."""
-    match kv.device:
-        case "cpu":
-            if attention != "exact":
-                raise ValueError(f"attention {attention!r} has no kernel for CPUs")
-            return CpuStage(spec, cast("PagedCache", kv), threads)
-        case _:
-            from kernels.cuda.stage import CudaStage  # not above: it imports triton
-
-            by: Literal["triton", "xformers"] = "triton" if attention == "exact" else "xformers"
-            return CudaStage(spec, cast("DeviceCache", kv), attention_by=by)
+    Raises ValueError for sizes or an attention that there are no kernels for."""
+    if attention != "exact":
+        raise ValueError(f"attention {attention!r} has no kernel for CPUs")
+    return CpuStage(spec, kv, threads)
 
 
-def device_cache(
-    num_blocks: int,
-    layers: int,
-    kv_heads: int,
-    block_size: int,
-    head_dim: int,
-    dtype: Literal["float32", "bfloat16"],
+def build_cuda_stage(
+    spec: StageSpec,
+    shape: CacheShape,
     device: str,
-) -> DeviceCache:
-    """The KV cache of a stage on a GPU. Raises ValueError for sizes, or a device that cannot be used here."""
-    if torch.device(device).type != "cuda":
+    *,
+    rows_max: int,
+    num_blocks: int = 0,
+    memory_share: float = 0.9,
+    attention: Attention = "exact",
+) -> CudaStage:
+    """The stage's layers and its KV cache on a GPU ("cuda:2").
+
+    rows_max: tokens of a step. num_blocks: of KV; 0: as many as fit into `memory_share` of the device once weights and
+    the largest step have theirs. attention: "exact" is ours, with equal bits on every path; "xformers" does without.
+    Raises ValueError for sizes that do not fit or a device that cannot be used here, XformersMissing."""
+    here = torch.device(device)
+    if here.type != "cuda":
         raise ValueError(f"no kernels for device {device!r}")
     if not torch.cuda.is_available():
         raise ValueError(f"device {device!r} cannot be used: torch sees no CUDA device")
+    if (here.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device!r} cannot be used: torch sees {torch.cuda.device_count()} CUDA devices"
+        )
     if importlib.util.find_spec("triton") is None:
         raise ValueError(f"device {device!r} needs triton: pip install 'kevlarflow[gpu]'")
-    from kernels.cuda.cache import DeviceCache  # not above: it imports triton
+    from kernels.cuda.build import Room, build  # not above: it imports triton
 
-    return DeviceCache(num_blocks, layers, kv_heads, block_size, head_dim, dtype, device)
+    room = Room(rows_max, num_blocks, memory_share)
+    return build(spec, shape, here, room, "triton" if attention == "exact" else "xformers")

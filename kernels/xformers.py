@@ -3,10 +3,10 @@ and nothing of xFormers is imported before someone asks for it.
 
 What it can keep of the guarantees (xFormers 0.0.35, read in its sources): one call's result depends on nothing but
 its inputs, but a token's bits depend on its company. Its decode operator (triton_splitk) cuts the keys into a number
-of splits computed from the batch, and takes only equal query counts up to 16 and pages of a multiple of 64; prefills
-go to FlashAttention 2 or 3, if those packages are installed, which sum in another order. So a recovered stream may
-differ in its last bits from the unfailed one, and greedy choices with it where two logits are close. Never the
-default."""
+of splits computed from the batch, and takes only equal query counts up to 16 and pages of a multiple of 64 tokens,
+which `engine.block_size` must be; prefills go to FlashAttention 2 or 3, if those packages are installed, which sum in
+another order. So a recovered stream may differ in its last bits from the unfailed one, and greedy choices with it where
+two logits are close. Never the default."""
 
 import importlib
 import importlib.util
@@ -15,9 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from kernels.base import StepArrays
+
+log = logging.getLogger(__name__)
+
+PAGE_TOKENS = 64
 
 
 class XformersMissing(RuntimeError):
@@ -36,7 +41,7 @@ def _quiet() -> Iterator[None]:
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why xFormers cannot be used on `device`, or None."""
+    """Why xFormers cannot be used on `device` at all, or None."""
     if device.type != "cuda":
         return f"xFormers has no operator for {device.type}"
     if importlib.util.find_spec("xformers") is None:
@@ -57,7 +62,25 @@ class PagedAttention:
             self._fmha = importlib.import_module("xformers.ops.fmha")
             self._bias = importlib.import_module("xformers.ops.fmha.attn_bias")
         layers, _, blocks, self._block_size, kv_heads, head_dim = planes.shape
+        if self._block_size % PAGE_TOKENS:
+            raise XformersMissing(
+                f"xFormers' decode operator takes blocks of a multiple of {PAGE_TOKENS} tokens, and"
+                f" engine.block_size is {self._block_size}"
+            )
+        self._none_for: set[bool] = (
+            set()
+        )  # steps without an operator: those of one token a row, or all others
         self._pages = planes.view(layers, 2, 1, blocks * self._block_size, kv_heads, 1, head_dim)
+
+    def check(self, heads: int, scale: float) -> None:
+        """Runs a decode step over block 0. Raises XformersMissing if there is no operator for it: without one all that
+        is left of this choice is its price."""
+        pages = self._pages
+        q = pages.new_zeros(1, heads * pages.shape[-1])
+        step = _OneRow()
+        tables = torch.zeros(1, 1, dtype=torch.int32, device=pages.device)
+        if not self.attend(0, q, self.mask(step, tables), scale, torch.empty_like(q)):
+            raise XformersMissing("xFormers has no operator for decode steps of this model on this device")
 
     def mask(self, step: StepArrays, tables: torch.Tensor) -> Any:
         """The mask of one step, for all its layers. tables: int32 [>=B, >=W] on the device."""
@@ -73,7 +96,11 @@ class PagedAttention:
 
     def attend(self, layer: int, q: torch.Tensor, mask: Any, scale: float, out: torch.Tensor) -> bool:
         """out = softmax(scale q K) V for q, out [T, heads * head_dim]. False if xFormers has no operator for this
-        step (a chunk of prefill where no FlashAttention is installed, say): nothing is written then."""
+        step (a chunk of prefill where no FlashAttention is installed, say): nothing is written then, and it is not
+        asked again for steps of the kind."""
+        decode = max(mask.q_seqinfo.max_seqlen, 1) == 1
+        if decode in self._none_for:
+            return False
         _, _, _, _, kv_heads, _, head_dim = self._pages.shape
         group = q.shape[1] // (kv_heads * head_dim)
         keys, values = (plane.expand(-1, -1, -1, group, -1) for plane in self._pages[layer])
@@ -82,7 +109,19 @@ class PagedAttention:
             result = self._fmha.memory_efficient_attention_forward(
                 query, keys, values, mask, p=0.0, scale=scale
             )
-        except NotImplementedError:  # how its dispatch says so
+        except NotImplementedError as error:  # how its dispatch says so
+            kind = "decode steps" if decode else "chunks of prompts"
+            log.warning("xFormers has no operator for %s, which run on our own kernel: %s", kind, error)
+            self._none_for.add(decode)
             return False
         out.copy_(result.reshape(out.shape))
         return True
+
+
+class _OneRow:
+    """A step of one token, the first of its sequence, in block 0."""
+
+    positions = slots = np.zeros(1, np.int64)
+    cu_q = np.array([0, 1], np.int32)
+    context_lens = np.ones(1, np.int32)
+    tables = np.zeros((1, 1), np.int32)

@@ -1,29 +1,48 @@
 """HTTP/1.1 connections with the bounds that uvicorn and its parser do not have.
 
-Neither limits how long a request's head may be, or how long it may take. Without that anybody who can connect,
-with a key or not, could fill the memory with one endless header, or use up the descriptors with heads that never
-end.
+Neither limits how long a request's head may be, how long it may take, or how many connections there are. Without
+that anybody who can connect, with a key or not, could fill the memory with one endless header, or use up the
+descriptors with heads that never end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import resource
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from web.http1 import Http1Protocol
 
 HEAD_BYTES_MAX = 64 * 1024  # request line and headers; also trailers, and what stands between chunks
+TOO_LONG = f"the head of a request exceeds {HEAD_BYTES_MAX} bytes"
 HEAD_S = 20.0  # from the first byte of a connection, or of what follows an answer, to the end of a head
+ERRORS = {408: "TimeoutError", 501: "NotImplementedError", 503: "ServiceUnavailableError"}
+DESCRIPTORS_KEPT = 128  # for etcd, nodes, logs and the like
 
 
-class BoundedProtocol(HttpToolsProtocol):
-    """One connection. A head that is too long is answered with 431, one that is too slow with 408; both are its end."""
+def connections_max() -> int:
+    """How many clients' connections this process may have open."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(soft - DESCRIPTORS_KEPT, soft // 2) if soft != resource.RLIM_INFINITY else 1 << 20
 
+
+class BoundedProtocol(Http1Protocol):
+    """One connection. A head that is too long is answered with 431, one that is too slow with 408; both are its end.
+
+    Where there are as many as there may be, the one that has asked for nothing for longest makes room for a new one; if
+    all are being answered, the new one is: with 503."""
+
+    _waits_since = 0.0  # for a head
     _unheard = 0  # bytes since the parser last had something whole: a head, a piece of a body, an end
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > connections_max() and not self._make_room():
+            self.refuse(503, "this server has as many connections as it can bear; try again")
+            return
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -38,7 +57,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._unheard > HEAD_BYTES_MAX:
-            self._refuse(431, f"the head of a request exceeds {HEAD_BYTES_MAX} bytes")
+            self.refuse(431, TOO_LONG)
         elif self.cycle is None or self.cycle.response_complete:
             # uvicorn's own timer, for idle connections, ended with these bytes, and would not start again.
             self._await_head()
@@ -46,7 +65,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._unheard = 0
         self._stop_timer()
-        super().on_headers_complete()
+        # One that came in a single read has not been counted.
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > HEAD_BYTES_MAX:
+            return self.refuse(431, TOO_LONG)
+        return super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._unheard = 0
@@ -56,11 +79,24 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unheard = 0
         super().on_message_complete()
 
-    def send_400_response(self, msg: str) -> None:
-        """Called by uvicorn for what is not HTTP."""
-        self._refuse(400, msg)
+    def on_response_complete(self) -> None:
+        self._waits_since = self.loop.time()
+        super().on_response_complete()
+
+    def _make_room(self) -> bool:
+        """Close the other connection that has been idle for longest; False if each has a request."""
+        idle = [c for c in self.connections if isinstance(c, BoundedProtocol) and c is not self and c.is_idle]
+        if not idle:
+            return False
+        min(idle, key=lambda c: c._waits_since).transport.abort()
+        return True
+
+    @property
+    def is_idle(self) -> bool:
+        return (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
 
     def _await_head(self) -> None:
+        self._waits_since = self.loop.time()
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_S, self._too_slow)
 
@@ -74,15 +110,15 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self.cycle is None and self._unheard:
-            self._refuse(408, f"the head of the request did not arrive within {HEAD_S:g} s")
+            self.refuse(408, f"the head of the request did not arrive within {HEAD_S:g} s")
         else:
             self.transport.close()  # nothing was asked, or it has been answered
 
-    def _refuse(self, status: int, message: str) -> None:
+    def refuse(self, status: int, message: str) -> None:
         """Answer and close; on a connection with an answer under way, only close."""
         self._stop_timer()
         if self.cycle is None or self.cycle.response_complete:
-            kind = "TimeoutError" if status == 408 else "BadRequestError"
+            kind = ERRORS.get(status, "BadRequestError")
             error = {"message": message, "type": kind, "param": None, "code": status}
             body = msgspec.json.encode({"error": error})
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(

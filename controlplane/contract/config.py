@@ -15,6 +15,9 @@ from controlplane.contract.ranges import Range, SettingsError, Text, check_bound
 from controlplane.contract.topology import Mode, quota_blocks
 
 ETCD_LEASE_MIN_S = 2  # what etcd makes of a shorter one
+POOL_BLOCKS_MIN = 4
+CPU_POOL_BLOCKS = 2048  # if nothing is said
+XFORMERS_BLOCK = 64  # tokens of its pages
 SLOTS_MAX = (1 << 31) - 1  # positions of a KV pool: kernels number them in 32 bits
 # Parts of keys in etcd, of file names and of metric labels.
 NAME = Text(
@@ -22,6 +25,9 @@ NAME = Text(
 )
 PATH = Text(r"[^\x00]{1,4096}", "a path")
 HOST = Text(r"[A-Za-z0-9:.%_\[\]-]{1,253}", "a host name or an IP address, without a port")
+ORIGIN = Text(
+    r"\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9.:\[\]-]{1,253}", "an origin, such as https://example.org, or *"
+)
 ENDPOINT = Text(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", "host:port")
 
 
@@ -29,8 +35,10 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     executor: Literal["torch", "oracle"] = "torch"  # oracle: hashes in place of a model, timed by `emulation`
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: what the checkpoint says
     block_size: Annotated[int, Range(1, 1024)] = 16  # tokens in a KV block
-    # KV blocks on a node: own, borrowed and replicas together.
-    pool_blocks: Annotated[int, Range(4, 1 << 26)] = 2048
+    # KV blocks on a node: own, borrowed and replicas together. 0: 2,048 on a CPU; on a GPU as many as fit beside
+    # weights and the largest step into `memory_utilization` of the device, which nodes that share it divide.
+    pool_blocks: Annotated[int, Range(0, 1 << 26)] = 0
+    memory_utilization: Annotated[float, Range(0.05, 0.98)] = 0.9
     # Rows of one step, prefill chunks and decodes together.
     max_batch_tokens: Annotated[int, Range(1, 1 << 16)] = 512
     max_running: Annotated[int, Range(1, 8192)] = 256  # requests in batches, per pipeline
@@ -61,12 +69,13 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Rows that are not split over two microbatches."""
         return self.microbatch_rows or (64 if self.device == "cuda" else 4)
 
-    def context_len(self, positions_max: int) -> int:
+    def context_len(self, positions_max: int, pool_blocks: int = 0) -> int:
         """The context that is served, in tokens, prompt and output together: what the model, whose limit is
         `positions_max`, `max_model_len` and the KV pool allow, of which a pipeline has half (a node that is borrowed
-        serves two)."""
-        pool = self.block_size * quota_blocks(self.pool_blocks, 2)
-        return min(positions_max, self.max_model_len or positions_max, pool)
+        serves two). `pool_blocks`: of the node, 0 if only the settings say: a GPU's pool may not be known to them."""
+        asked = min(positions_max, self.max_model_len or positions_max)
+        blocks = pool_blocks or self.pool_blocks or (CPU_POOL_BLOCKS if self.device == "cpu" else 0)
+        return min(asked, self.block_size * quota_blocks(blocks, 2)) if blocks else asked
 
 
 class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,6 +113,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     client_share: Annotated[float, Range(0.1, 1)] = 0.5  # of it that one API key may have
     # The most urgent priority that clients may ask for. Lower ones run first, and preempt.
     priority_floor: Annotated[int, Range(-(1 << 31), (1 << 31) - 1)] = 0
+
+    # Whose pages a browser lets read answers: "https://example.org", or "*" for all. They need keys like others.
+    cors_origins: tuple[Annotated[str, ORIGIN], ...] = ()
 
     def __post_init__(self) -> None:
         check_bounds(self, "gateway.")
@@ -205,6 +217,13 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
         yield "engine.max_model_len = 1 has no room for a prompt and a token: allowed are 0 and 2 or more"
     if engine.attention == "xformers" and engine.device != "cuda":
         yield f"engine.attention = 'xformers' needs engine.device = 'cuda', not {engine.device!r}"
+    if engine.attention == "xformers" and engine.block_size % XFORMERS_BLOCK:
+        yield (
+            f"engine.attention = 'xformers' has operators for blocks of a multiple of {XFORMERS_BLOCK} tokens, and"
+            f" engine.block_size = {engine.block_size}"
+        )
+    if 0 < engine.pool_blocks < POOL_BLOCKS_MIN:
+        yield f"engine.pool_blocks = {engine.pool_blocks}: allowed are 0 and {POOL_BLOCKS_MIN} or more"
     # ---- times
     if not timing.heartbeat_s < timing.suspect_after_s < timing.dead_after_s:
         yield (

@@ -1,4 +1,8 @@
-"""What nodes tell the controllers: one stream a node and candidate, a report every heartbeat and at once on news."""
+"""What nodes tell the controllers: a heartbeat at a fixed pace, and a whole report at once on news.
+
+A stream carries `ReportBatch`es. Its sender is one node, or the relay of a host, which speaks for all nodes there: what
+a controller pays is a message a host, and most of what is in one are numbers of slots.
+"""
 
 from __future__ import annotations
 
@@ -82,6 +86,9 @@ class NodeReport(msgspec.Struct, frozen=True):
     blocks_total: int = 0
     busy_s: float = 0.0  # age of the computation under way; 0: none
     usual_s: float = 0.0  # how long one of its size usually takes here; 0: unknown
+    still_s: float | None = (
+        None  # of `busy_s`, at the end, without any progress; None: its device cannot tell
+    )
     poisoned: int = 0  # requests whose numbers were finite when they came and not when they left
     times: tuple[StepTimes, ...] = ()
     timed_s: float = 0.0  # how long a timer has run since start, again and again ...
@@ -89,6 +96,18 @@ class NodeReport(msgspec.Struct, frozen=True):
     topology_counter: int = 0  # the newest topology this node has acted on
     leaving: bool = False  # the process is about to exit on purpose
     counters: dict[str, int] = {}  # monotonic; exported by the controllers as Prometheus counters
+
+
+class ReportBatch(msgspec.Struct, frozen=True, array_like=True):
+    """What one sender has to say at one moment. A slot is the sender's number for one member, good for one stream: the
+    first report under it says whose it is."""
+
+    reports: tuple[tuple[int, NodeReport], ...] = ()  # slot and report
+    beats: tuple[
+        int, ...
+    ] = ()  # slots of members that are heard and whose last report on this stream still holds
+    gone: tuple[int, ...] = ()  # slots of members whose own stream to the sender broke
+    relay: bool = False  # the sender is no node: its end says nothing of those that it spoke for
 
 
 class ReportAck(msgspec.Struct, frozen=True):

@@ -4,7 +4,7 @@ Messages are msgspec Structs in MessagePack: decoding validates against the type
 generated classes has to be kept equal to the first (ARCHITECTURE.md, "Design decisions").
 
     Frontdoor.Serve   gateway -> node         stream GatewayMessage <-> stream SchedulerMessage
-    Control.Report    node    -> controller   stream NodeReport     <-> stream ReportAck
+    Control.Report    node    -> controller   stream ReportBatch    <-> stream ReportAck
 
 Each call carries the cluster's secret as `authorization: Bearer <hex HMAC>` (see `auth.py`).
 """
@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import msgspec
 
-from controlplane.contract.reports import NodeReport, ReportAck
+from controlplane.contract.reports import ReportAck, ReportBatch
 from controlplane.contract.requests import GatewayMessage, SchedulerMessage
 
 FRONTDOOR = "kevlarflow.Frontdoor"
@@ -27,7 +27,7 @@ CONTROL_REPORT = f"/{CONTROL}/Report"
 encode = msgspec.msgpack.Encoder().encode
 decode_gateway_message = msgspec.msgpack.Decoder(GatewayMessage).decode
 decode_scheduler_message = msgspec.msgpack.Decoder(SchedulerMessage).decode
-decode_report = msgspec.msgpack.Decoder(NodeReport).decode
+decode_reports = msgspec.msgpack.Decoder(ReportBatch).decode
 decode_ack = msgspec.msgpack.Decoder(ReportAck).decode
 
 

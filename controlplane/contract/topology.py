@@ -111,11 +111,17 @@ class Topology(msgspec.Struct, frozen=True):
             if any(member.node == node for member in stage.ranks)
         ]
 
+    @property
+    def copies(self) -> bool:
+        """Whether KV is copied to peers at all: there may be none."""
+        return self.mode is Mode.REPLICATE and len(self.pipelines) > 1
 
-def quota_blocks(pool_blocks: int, pipelines_served: int) -> int:
-    """KV blocks that one pipeline may use on a node: half the pool, or less when the node serves more than two.
+
+def quota_blocks(pool_blocks: int, pipelines_served: int, copies: bool = True) -> int:
+    """KV blocks that one pipeline may use on a node: its share among those that the node serves, and where KV is copied
+    half the pool at most.
 
     The other half is room for replicas, and therefore for the pipeline that a peer's death brings: promoting
     its replicas can never run out of space.
     """
-    return pool_blocks // max(2, pipelines_served)
+    return pool_blocks // max(2 if copies else 1, pipelines_served)

@@ -31,6 +31,7 @@ class _Figures:
     stage: int = -1
     busy_s: float = 0.0
     usual_s: float = 0.0
+    still_s: float | None = None
     poisoned: int = 0
     poisonings: deque[tuple[float, int]] = field(default_factory=deque)  # when, how many requests
     slowness: Slowness = field(default_factory=Slowness)
@@ -46,7 +47,11 @@ class _Probation:
 
 @dataclass(frozen=True, slots=True)
 class Symptoms:
-    stuck_s: float = 0.0  # its computation takes far longer than usual
+    stuck_s: float = (
+        0.0  # its computation takes far longer than usual, on a device that does not say whether it advances
+    )
+    still_s: float = 0.0  # its computation has not advanced for so long
+    advances: bool = False  # it computes, and was seen to advance
     poisoned: int = 0  # requests whose numbers it spoilt lately
     peers_poisoned: bool = False  # and so did peers: it is the requests
     probation: str = ""  # why
@@ -54,41 +59,66 @@ class Symptoms:
 
 class Conduct:
     def __init__(self, timing: TimingConfig) -> None:
+        self.told: set[Member] = set()
         self._timing = timing
         self._paces = Paces()
         self._figures: dict[Member, _Figures] = {}
         self._probation: dict[NodeId, _Probation] = {}
         self._compared = 0.0
+        self._poisoned: set[Member] = set()  # with poisonings
+        self._slow: set[Member] = set()  # slow, or so a moment ago
 
-    def reported(self, report: NodeReport, now: float) -> None:
+    def reported(self, report: NodeReport, now: float) -> bool:
+        """Note a report; whether it says something unusual."""
         figures = self._figures.setdefault(report.member, _Figures())
         if report.pipelines:
             figures.stage = report.pipelines[0].stage
-        figures.busy_s, figures.usual_s = report.busy_s, report.usual_s
+        figures.busy_s, figures.usual_s, figures.still_s = report.busy_s, report.usual_s, report.still_s
         if report.poisoned > figures.poisoned:
             figures.poisonings.append((now, report.poisoned - figures.poisoned))
             figures.poisoned = report.poisoned
+            self._poisoned.add(report.member)
         self._paces.reported(report, now)
+        return report.member in self._poisoned or self._stuck_s(figures) > 0.0 or self._still_s(figures) > 0.0
 
     def forget(self, member: Member) -> None:
         self._figures.pop(member, None)
+        self._poisoned.discard(member)
+        self._slow.discard(member)
         self._paces.forget(member)
 
     def compare(self, now: float, doubtful: Iterable[Member]) -> None:
-        """Once for each evaluation, before `symptoms`."""
-        found = self._paces.compare(now, doubtful)
+        """Once for each evaluation, before `symptoms`; `told` then has of whom something is to be said."""
+        self._paces.compare(now, doubtful)
+        self._slow.update(self._paces.told)
         passed_s, self._compared = min(now - self._compared, EVERY_S), now
-        for member, figures in self._figures.items():
-            figures.slowness = found.get(member, Slowness())
-            while figures.poisonings and now - figures.poisonings[0][0] > POISON_WINDOW_S:
-                figures.poisonings.popleft()
-            on_probation = self.probation(member.node, now) is not None
+        for member in list(self._poisoned):
+            poisonings = self._figures[member].poisonings
+            while poisonings and now - poisonings[0][0] > POISON_WINDOW_S:
+                poisonings.popleft()
+            if not poisonings:
+                self._poisoned.discard(member)
+        self.told = self._poisoned | self._slow
+        for member in list(self._slow):
+            figures = self._figures[member]
+            figures.slowness = self._paces.found(member)
             degree = figures.slowness.degree
-            slow = degree >= (SLOW_NO_MORE if on_probation else 1.0)
+            slow = degree >= (1.0 if self.probation(member.node, now) is None else SLOW_NO_MORE)
             weighs_s = passed_s * min(max(degree, 1.0), SLOW_SURELY) if slow else -passed_s
             figures.slow_s = min(max(figures.slow_s + weighs_s, 0.0), SLOW_FOR_S)
             if figures.slow_s >= SLOW_FOR_S:
                 self.put_on_probation(member.node, str(figures.slowness), now)
+            elif not slow and figures.slow_s == 0.0:
+                self._slow.discard(member)
+
+    def _stuck_s(self, figures: _Figures) -> float:
+        limit_s = max(1.5 * self._timing.dead_after_s, STUCK * figures.usual_s)
+        stuck = figures.still_s is None and figures.usual_s > 0.0 and figures.busy_s >= limit_s
+        return figures.busy_s if stuck else 0.0
+
+    def _still_s(self, figures: _Figures) -> float:
+        still_s = figures.still_s or 0.0
+        return still_s if still_s >= self._timing.dead_after_s else 0.0
 
     def symptoms(self, member: Member, now: float) -> Symptoms:
         figures = self._figures.get(member)
@@ -96,20 +126,21 @@ class Conduct:
         probation = "" if on is None else on.why
         if figures is None:
             return Symptoms(probation=probation)
-        limit_s = max(1.5 * self._timing.dead_after_s, STUCK * figures.usual_s)
+        still_s = self._still_s(figures)
         return Symptoms(
-            stuck_s=figures.busy_s if figures.usual_s and figures.busy_s >= limit_s else 0.0,
+            stuck_s=self._stuck_s(figures),
+            still_s=still_s,
+            advances=figures.busy_s > 0.0 and figures.still_s is not None and not still_s,
             poisoned=sum(count for _, count in figures.poisonings),
             peers_poisoned=any(
-                f.poisonings for m, f in self._figures.items() if m != member and f.stage == figures.stage
+                m != member and self._figures[m].stage == figures.stage for m in self._poisoned
             ),
             probation=probation,
         )
 
     def slowness(self, member: Member) -> float:
         """Its degree: 1 and above is slow."""
-        figures = self._figures.get(member)
-        return 0.0 if figures is None else figures.slowness.degree
+        return self._paces.found(member).degree
 
     def probation(self, node: NodeId, now: float) -> _Probation | None:
         found = self._probation.get(node)

@@ -7,6 +7,7 @@ emits writes and history.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace as replace_situation
 from typing import assert_never
 
 from msgspec.structs import replace
@@ -20,7 +21,7 @@ from controlplane.contract.status import ClusterStatus, NodeState, OperationAnsw
 from controlplane.contract.topology import Topology
 from controlplane.core import events, narrate
 from controlplane.core.detector import Detector, Verdict
-from controlplane.core.edit import initial
+from controlplane.core.edit import initial, interned
 from controlplane.core.events import (
     CoreEvent,
     Effect,
@@ -34,7 +35,7 @@ from controlplane.core.events import (
     WriteTopology,
 )
 from controlplane.core.invariants import blemishes
-from controlplane.core.membership import Membership, Nodes, named_members
+from controlplane.core.membership import Membership, Nodes, members_of, named_members
 from controlplane.core.operations import progress, should_resign, survey
 from controlplane.core.plan import propose
 from controlplane.core.policy import Limits, Policy, Situation, Timers
@@ -44,10 +45,14 @@ from controlplane.core.view import cluster_status
 
 TOLD_MAX = 256  # blemishes that are remembered as told
 FINISHED_KEPT = 100  # operations that are over stay in etcd until this many newer ones are
+FORGET_EVERY_S = 5.0
+OPERATIONS_EVERY_S = 0.2  # how often operations under way are looked at when nothing else happens
+RESYNC_S = 10.0  # a plan is made so often although nothing that is known of asks for one
 
 
 class Controller:
-    """`step` is the whole interface to the world; `status` and `preflight` only look."""
+    """`take` notes an event and costs the same however large the group is; `ready` decides, once for all events that
+    were taken since, and gives the effects. `step` is both. `status` and `preflight` only look."""
 
     def __init__(self, config: ClusterConfig, me: str, limits: Limits | None = None) -> None:
         self._config = config
@@ -69,6 +74,15 @@ class Controller:
         self._resigning = False
         self._now = 0.0
         self._unix_now = 0.0
+        self._effects: list[Effect] = []  # of what was taken
+        self._eventful = False  # something was taken that a decision may follow from
+        self._replan = True  # ... namely another topology
+        self._progressed: set[PipelineId] = set()  # of those `_waiting`, who reported
+        self._waiting: set[PipelineId] = set()  # what is to become of them depends on reports
+        self._planned: object = None  # the membership's version that the last plan was made from
+        self._plan_at = 0.0  # time alone may ask for a plan then
+        self._operations_at = 0.0
+        self._forget_at = 0.0
 
     @property
     def leader(self) -> bool:
@@ -80,10 +94,21 @@ class Controller:
 
     def step(self, event: CoreEvent, now: float, unix_now: float) -> list[Effect]:
         """Take one event in. `now`: a monotonic clock, seconds; `unix_now`: for people and deadlines of operations."""
+        self.take(event, now, unix_now)
+        return self.ready(now, unix_now)
+
+    def take(self, event: CoreEvent, now: float, unix_now: float) -> None:
+        """Note an event; what follows from it is decided by `ready`."""
         self._now, self._unix_now = now, unix_now
         self._detector.advance(now)
-        effects: list[Effect] = []
-        if self._take(event, effects):
+        self._eventful |= self._take(event, self._effects)
+
+    def ready(self, now: float, unix_now: float) -> list[Effect]:
+        """What is to be done about everything that was taken, in the order in which it is to be done."""
+        self._now, self._unix_now = now, unix_now
+        effects, self._effects = self._effects, []
+        if self._eventful:
+            self._eventful = False
             self._observe(effects)
             if self._leader and not self._resigning:
                 self._decide(effects)
@@ -110,6 +135,10 @@ class Controller:
         match event:
             case events.ReportReceived(report):
                 return self._take_report(report, effects)
+            case events.HeartbeatsReceived(members):
+                for member in members:
+                    self._detector.heard(member, self._now)
+                return False  # the next tick weighs them
             case events.NodeRegistered(record):
                 self._take_record(record, effects)
             case events.NodeGone(node):
@@ -118,10 +147,12 @@ class Controller:
                 self._peers = event
             case events.ReportStreamBroken(member):
                 self._detector.stream_broken(member, self._now)
+                return True
             case events.TopologySeen(topology, mod_revision):
                 before = self._topology.value
-                if self._topology.seen(topology, mod_revision):
-                    self._adopt(before, topology, effects)
+                after = None if topology is None else interned(before, topology)
+                if self._topology.seen(after, mod_revision):
+                    self._adopt(before, after, effects)
             case events.OperationSeen(operation, mod_revision):
                 self._slot(operation.id).seen(operation, mod_revision)
             case events.OperationUnknown(operation_id):
@@ -140,9 +171,13 @@ class Controller:
             case events.WriteConflict(write) | events.WriteUnknown(write):
                 self._not_written(write, effects)
             case events.Tick():
-                self._members.forget(self._topology.value, self._now)
+                if self._now >= self._forget_at:
+                    self._forget_at = self._now + FORGET_EVERY_S
+                    self._members.forget(self._topology.value, self._now)
+                return True
             case _:
                 assert_never(event)
+        self._replan = True
         return True
 
     def _take_report(self, report: NodeReport, effects: list[Effect]) -> bool:
@@ -150,17 +185,20 @@ class Controller:
         member = report.member
         before = self._members.reports.get(member)
         self._detector.reported(report, self._now)
-        self._members.reports[member] = report
+        self._members.reported(report)
         self._last_counter = max(self._last_counter, report.topology_counter)
         for recovery in report.recoveries:
             if recovery.epoch > self._recovered.get(recovery.pipeline, 0):
                 self._recovered[recovery.pipeline] = recovery.epoch
                 self._record(narrate.of_recovery(recovery, member.node, self._unix_now), effects)
+        awaited = self._waiting and self._waiting.intersection(p.pipeline for p in report.pipelines)
+        if awaited:
+            self._progressed.update(awaited)
         return (
             before is None
             or report.leaving
             or self._detector.state(member) is not NodeState.GREEN
-            or bool(self._timers.moves)
+            or bool(awaited)
             or {link.peer for link in report.links if not link.up}
             != {link.peer for link in before.links if not link.up}
         )
@@ -215,19 +253,23 @@ class Controller:
             return
         self._last_counter = max(self._last_counter, after.counter)
         self._timers.note(after, self._now)
-        self._detector.expect(named_members(after) - set(after.retired), self._now)
+        old = {} if before is None else {p.id: p for p in before.pipelines}
+        changed = [p for p in after.pipelines if p is not old.get(p.id)]
+        self._detector.expect(members_of(changed) - set(after.retired), self._now)
+        for pipeline in changed:
+            if pipeline.move is not None or any(len(stage.replicas) > 1 for stage in pipeline.stages):
+                self._waiting.add(pipeline.id)
+            else:
+                self._waiting.discard(pipeline.id)
         self._blemishes = tuple(blemishes(self._situation(after, self._members.nodes(after))))
         if self._leader and before is not None:
-            for event in narrate.of_topology(before, after, self._died_s(before), self._unix_now):
+            for event in narrate.of_topology(before, after, self._died_s(), self._unix_now):
                 self._record(event, effects)
 
     # -- deciding -----------------------------------------------------------------------------------------
 
     def _observe(self, effects: list[Effect]) -> None:
-        topology = self._topology.value
-        # Reports say who stalls: the views of nodes, which take longer to make, are for decisions.
-        reported = Nodes({}, reports=self._members.reports)
-        stalled = {} if topology is None else reported.stalled(topology, self._speaks)
+        stalled = self._members.stalled(self._topology.value, self._now)
         for verdict in self._detector.evaluate(self._now, stalled):
             if (
                 verdict.known or verdict.after is not NodeState.GREEN
@@ -240,22 +282,36 @@ class Controller:
             effects.append(Reread())
         topology = self._topology.value
         nodes = self._nodes()
-        if not self._topology.busy:
-            self._next_topology(topology, nodes, effects)
-        if topology is not None:
+        version = self._members.version
+        everything = self._replan or version != self._planned or self._now >= self._plan_at
+        if not self._topology.busy and (everything or self._progressed):
+            self._next_topology(topology, nodes, None if everything else frozenset(self._progressed), effects)
+            self._progressed.clear()
+            if everything:
+                self._replan, self._planned = False, version
+                deadline = self._timers.next_deadline(self._config, self._now)
+                self._plan_at = min(deadline, self._now + RESYNC_S)
+        if topology is not None and (everything or self._now >= self._operations_at):
+            self._operations_at = self._now + OPERATIONS_EVERY_S
             situation = self._situation(topology, nodes)
             self._next_operations(situation, effects)
             if why := should_resign(situation):
                 self._resigning = True
                 effects.append(Resign(why))
 
-    def _next_topology(self, topology: Topology | None, nodes: Nodes, effects: list[Effect]) -> None:
+    def _next_topology(
+        self,
+        topology: Topology | None,
+        nodes: Nodes,
+        only: frozenset[PipelineId] | None,
+        effects: list[Effect],
+    ) -> None:
         if topology is None:
             after = initial(self._config, self._last_counter + 1)
             if self._lost is not None:  # who serves goes on serving, in the same epochs
                 after = replace(self._lost, counter=after.counter)
         else:
-            proposal = propose(self._situation(topology, nodes))
+            proposal = propose(replace_situation(self._situation(topology, nodes), only=only))
             self._refused = proposal.refused
             self._tell(proposal.refused, effects)
             if proposal.transition is None:
@@ -314,9 +370,5 @@ class Controller:
     def _situation(self, topology: Topology, nodes: Nodes) -> Situation:
         return survey(topology, nodes, self._policy(), self._now)
 
-    def _speaks(self, member: Member) -> bool:
-        return self._detector.speaks(member, self._now)
-
-    def _died_s(self, topology: Topology) -> dict[Member, float]:
-        red = self._detector.red()
-        return {m: self._now - (self._detector.changed_at(m) or 0.0) for m in named_members(topology) & red}
+    def _died_s(self) -> dict[Member, float]:
+        return {m: self._now - (self._detector.changed_at(m) or 0.0) for m in self._detector.red()}

@@ -5,10 +5,15 @@ independent kinds of evidence make a member red at once, one kind alone never do
 whoever is still heard by anybody is not dead (the path to this controller is broken, not the member).
 
 Every candidate for leader feeds one, so that a new leader decides at once.
+
+What is taken in costs the same however many there are, and only who may have changed is judged: those of whom there is
+news, those whose silence has lasted (a heap of deadlines, one a member), and, each time, all of whom anything is
+unusual.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -17,12 +22,15 @@ from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.reports import LinkReport, NodeReport
 from controlplane.contract.status import NodeState
 from controlplane.core.conduct import Conduct
-from controlplane.core.evidence import Evidence, fault, judge, may_live, severed
+from controlplane.core.evidence import Evidence, fault, judge, may_live, plain, severed
 from controlplane.core.phi import Arrivals
 
 GAP_S = 0.1  # ticks come every 50 ms: in a longer gap between two events this process did not get to run
 PAUSE_S = 0.3  # ... and here it was away
 STEADY_S = 2.0  # a member that was red has to be heard this long without a gap
+# A step that takes long on a slow machine is no stall as long as its node computes and advances; a lost one, on a node
+# that is busy with others, is not excused for ever.
+EXCUSED_MAX_S = 300.0
 FORGET_S = 60.0  # a process that is neither registered nor in the topology is remembered this long
 
 
@@ -55,6 +63,7 @@ class _Watched:
     changed_at: float = 0.0
     links: tuple[LinkReport, ...] = ()
     faulty: bool = False  # answers, and has to be restarted
+    excused_s: float = 0.0  # of the time for which a pipeline waits for it: until when it was seen to compute
     may_live: bool = False  # red, but not beyond doubt
     returning: bool = False  # red without reason: heard again, not yet for long
     demoted: bool = False  # nothing but a probation speaks against it
@@ -62,6 +71,11 @@ class _Watched:
     @property
     def broken(self) -> bool:
         return self.broken_at is not None
+
+    @property
+    def public(self) -> tuple[object, ...]:
+        """What others ask for: a change of it is told."""
+        return self.state, self.evidence, self.demoted, self.faulty, self.may_live, self.returning
 
     def silent_s(self, now: float) -> float:
         return max(now - max(self.since, self.heard or 0.0), 0.0)
@@ -87,6 +101,17 @@ class Detector:
     _leased: dict[NodeId, Member] = field(default_factory=dict)
     _newest: dict[NodeId, Member] = field(default_factory=dict)  # the last one registered, leased or not
     _last_event: float | None = None
+    _last_heard: float | None = None  # anybody
+    _about: dict[Member, set[Member]] = field(default_factory=dict)  # whose links have to do with a member
+    _news: set[Member] = field(default_factory=set)  # to be judged at the next evaluation
+    _unusual: set[Member] = field(default_factory=set)  # ... and at each
+    _silences: list[tuple[float, Member]] = field(default_factory=list)  # heap: one entry each, never late
+    _red: frozenset[Member] = frozenset()
+    _dead: frozenset[Member] = frozenset()
+    _unsure: frozenset[Member] = frozenset()
+    _faulty: frozenset[Member] = frozenset()
+    _demoted: frozenset[Member] = frozenset()
+    _changed: set[Member] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.conduct = Conduct(self.timing)
@@ -108,15 +133,19 @@ class Detector:
     def registered(self, member: Member, now: float) -> None:
         """What etcd says last is true for every controller alike, even if two processes fight for a name."""
         self._watch(member, now).superseded = False
+        self._news.add(member)
         # Only who was registered before is outlived: reports may be faster than the watch, and so a process
         # that reports without being registered may as well be newer than this one.
         old = self._newest.get(member.node)
         if old is not None and old != member and old in self._watched:
             self._watched[old].superseded = True
+            self._news.add(old)
         self._leased[member.node] = self._newest[member.node] = member
 
     def lease_gone(self, node: NodeId) -> None:
-        self._leased.pop(node, None)
+        member = self._leased.pop(node, None)
+        if member is not None:
+            self._news.add(member)
 
     def expect(self, members: Iterable[Member], now: float) -> None:
         """These are in the topology: watch them even if they never said a word to this controller."""
@@ -124,7 +153,26 @@ class Detector:
             self._watch(member, now)
 
     def reported(self, report: NodeReport, now: float) -> None:
-        watched = self._watch(report.member, now)
+        member = report.member
+        watched = self._hear(member, now)
+        if report.leaving:
+            watched.leaving = True
+            self._news.add(member)
+        if [link.peer for link in report.links] != [link.peer for link in watched.links]:
+            self._reindex(member, watched.links, report.links)
+        watched.links = report.links
+        for link in report.links:
+            if not link.up or link.silent_s >= self.timing.suspect_after_s:
+                self._news.update((member, link.peer))
+        if self.conduct.reported(report, now):
+            self._news.add(member)
+
+    def heard(self, member: Member, now: float) -> None:
+        """A heartbeat that says nothing new."""
+        self._hear(member, now)
+
+    def _hear(self, member: Member, now: float) -> _Watched:
+        watched = self._watch(member, now)
         gap_s = watched.silent_s(now)
         if watched.broken:
             watched.arrivals.restart()
@@ -133,48 +181,106 @@ class Detector:
         if watched.steady_since is None or gap_s >= self.timing.suspect_after_s:
             watched.steady_since = now
         watched.arrivals.heard(now)
-        watched.heard = now
-        watched.leaving = watched.leaving or report.leaving
-        watched.links = report.links
-        self.conduct.reported(report, now)
+        watched.heard = self._last_heard = now
+        if watched.state is not NodeState.GREEN:
+            self._news.add(member)
+        return watched
 
     def stream_broken(self, member: Member, now: float) -> None:
         watched = self._watch(member, now)
         watched.abrupt = watched.heard is not None and watched.silent_s(now) < self.timing.suspect_after_s
         watched.broken_at = now
+        self._news.add(member)
 
     def evaluate(self, now: float, stalled: Mapping[Member, float]) -> list[Verdict]:
-        """Judge everybody anew; what changed, in a fixed order. `stalled`: who holds a pipeline up, seconds."""
+        """Judge who may have changed; what changed, in a fixed order. `stalled`: who holds a pipeline up, seconds."""
+        self._news.update(self._silent(now))
         deaf = self.deaf(now)
-        links = self._neighbours(now)
+        self.conduct.compare(now, self._doubtful())
+        news, self._news = self._news, set()
+        news.update(self._unusual, stalled, self.conduct.told)
         verdicts: list[Verdict] = []
-        self.conduct.compare(now, [m for m, w in self._watched.items() if w.state is not NodeState.GREEN])
-        for member in sorted(self._watched):
-            watched = self._watched[member]
-            stalled_s = stalled.get(member, 0.0)
-            evidence = self._evidence(member, watched, links.get(member, _Links()), stalled_s, deaf, now)
-            state, why = judge(evidence, self.timing)
-            defect, cut = fault(evidence, self.timing), severed(evidence, self.timing)
-            if state is NodeState.RED:
-                watched.may_live = may_live(evidence, self.timing)
-            watched.returning = watched.state is NodeState.RED and state is not NodeState.RED
-            if state is NodeState.RED and why in (defect, cut):
-                watched.faulty = watched.faulty or why == defect  # behind a cut its process is sound
-                self.conduct.put_on_probation(member.node, why, now)
-            watched.demoted = False
-            if watched.state is NodeState.RED and state is not NodeState.RED:
-                steady_s = (watched.heard or now) - (watched.steady_since or now)
-                if state is not NodeState.GREEN or steady_s < STEADY_S:
-                    continue  # once red, only a steady process is believed again, and then as a blank one
+        for member in sorted(news):
+            watched = self._watched.get(member)
+            if watched is None:
+                continue
+            verdict = self._judge(member, watched, stalled.get(member, 0.0), deaf, now)
+            if verdict is not None:
+                verdicts.append(verdict)
+        return verdicts
+
+    def _judge(
+        self, member: Member, watched: _Watched, stalled_s: float, deaf: bool, now: float
+    ) -> Verdict | None:
+        evidence = self._evidence(member, watched, self._neighbours(member, now), stalled_s, deaf, now)
+        state, why = judge(evidence, self.timing)
+        defect, cut = fault(evidence, self.timing), severed(evidence, self.timing)
+        before = watched.public
+        if state is NodeState.RED:
+            watched.may_live = may_live(evidence, self.timing)
+        watched.returning = watched.state is NodeState.RED and state is not NodeState.RED
+        if state is NodeState.RED and why in (defect, cut):
+            watched.faulty = watched.faulty or why == defect  # behind a cut its process is sound
+            self.conduct.put_on_probation(member.node, why, now)
+        watched.demoted = False
+        verdict = None
+        steady_s = (watched.heard or now) - (watched.steady_since or now)
+        # Once red, only a steady process is believed again, and then as a blank one.
+        if not watched.returning or (state is NodeState.GREEN and steady_s >= STEADY_S):
             if state is not watched.state:
                 left = watched.leaving and not watched.superseded
                 silent_s = evidence.silent_s
-                verdicts.append(Verdict(member, watched.state, state, why, silent_s, left, watched.known))
+                verdict = Verdict(member, watched.state, state, why, silent_s, left, watched.known)
                 watched.changed_at, watched.known = now, True
             watched.state, watched.evidence = state, why
             if state is NodeState.YELLOW and evidence.probation:
                 watched.demoted = judge(replace(evidence, probation=""), self.timing)[0] is NodeState.GREEN
-        return verdicts
+        self._keep(member, watched, evidence)
+        if before != watched.public:
+            self._changed.add(member)
+        return verdict
+
+    def _keep(self, member: Member, watched: _Watched, evidence: Evidence) -> None:
+        """Which sets the member is in from now on."""
+        red = watched.state is NodeState.RED
+        green = watched.state is NodeState.GREEN
+        # A red one is judged when there is news of it, and now and then (`_silent`).
+        if (red and not watched.returning) or (green and plain(evidence, self.timing)):
+            self._unusual.discard(member)
+        else:
+            self._unusual.add(member)
+        self._place(member, watched)
+
+    def _place(self, member: Member, watched: _Watched | None) -> None:
+        red = watched is not None and watched.state is NodeState.RED
+        may_live = red and watched is not None and watched.may_live
+        dead = red and not (may_live and watched is not None and watched.returning)
+        self._red = _with(self._red, member, red)
+        self._dead = _with(self._dead, member, dead)
+        self._unsure = _with(self._unsure, member, dead and may_live)
+        self._faulty = _with(self._faulty, member, red and watched is not None and watched.faulty)
+        self._demoted = _with(self._demoted, member, watched is not None and watched.demoted)
+
+    def _silent(self, now: float) -> list[Member]:
+        """Whose silence has lasted as long as makes a member suspect. The heap's entries are where that could first
+        be; who was heard since is looked at again later."""
+        found = []
+        limit_s = self.timing.suspect_after_s
+        while self._silences and self._silences[0][0] <= now:
+            member = self._silences[0][1]
+            watched = self._watched.get(member)
+            if watched is None:
+                heapq.heappop(self._silences)
+                continue
+            left_s = limit_s - watched.silent_s(now)
+            if left_s <= 0.0:
+                found.append(member)
+            heapq.heapreplace(self._silences, (now + (left_s if left_s > 0.0 else limit_s), member))
+        return found
+
+    def _doubtful(self) -> Iterable[Member]:
+        """Who is no measure for others."""
+        return [m for m in self._unusual if self._watched[m].state is not NodeState.GREEN] + list(self._red)
 
     def state(self, member: Member) -> NodeState:
         watched = self._watched.get(member)
@@ -194,17 +300,15 @@ class Detector:
         return None if watched is None else watched.changed_at
 
     def red(self) -> frozenset[Member]:
-        return frozenset(m for m, w in self._watched.items() if w.state is NodeState.RED)
+        return self._red
 
     def dead(self) -> frozenset[Member]:
         """Red ones, but for those that may have been alive all the time and are heard again."""
-        return frozenset(
-            m for m in self.red() if not (self._watched[m].may_live and self._watched[m].returning)
-        )
+        return self._dead
 
     def unsure(self) -> frozenset[Member]:
         """Dead ones that may be alive all the same."""
-        return frozenset(m for m in self.dead() if self._watched[m].may_live)
+        return self._unsure
 
     def speaks(self, member: Member, now: float) -> bool:
         """Whether it was heard lately."""
@@ -214,22 +318,30 @@ class Detector:
         return now - watched.heard < self.timing.suspect_after_s
 
     def hears(self, now: float) -> int:
-        """How many of those that are registered are heard."""
-        return sum(self.speaks(member, now) for member in self._leased.values())
+        """How many of those that are registered are heard. Who is not is under suspicion, or is about to be judged."""
+        suspects = self._unusual | self._news | self._red
+        mute = sum(self._leased.get(m.node) == m and not self.speaks(m, now) for m in suspects)
+        return len(self._leased) - mute
 
     def deaf(self, now: float) -> bool:
         """Whether the fault may be here: few of those that are registered are heard, or nobody at all."""
-        if 2 * self.hears(now) < len(self._leased):
+        hears = self.hears(now)
+        if 2 * hears < len(self._leased):
             return True
-        return not any(self.speaks(member, now) for member in self._watched)
+        return hears == 0 and not any(self.speaks(member, now) for member in self._watched)
 
     def faulty(self) -> frozenset[Member]:
         """Red ones that answer: their processes have to make way for fresh ones."""
-        return frozenset(m for m, w in self._watched.items() if w.faulty and w.state is NodeState.RED)
+        return self._faulty
 
     def demoted(self) -> frozenset[Member]:
         """Yellow for nothing but their probation: for new duties the last choice, but a choice."""
-        return frozenset(m for m, w in self._watched.items() if w.demoted)
+        return self._demoted
+
+    def changed(self) -> set[Member]:
+        """Whose state or evidence changed since this was asked last."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     def forget(self, keep: frozenset[Member], now: float) -> list[Member]:
         """Drop processes that are long gone; returns them."""
@@ -239,7 +351,10 @@ class Detector:
             if m not in keep and self._leased.get(m.node) != m and w.silent_s(now) >= FORGET_S
         ]
         for member in gone:
+            self._reindex(member, self._watched[member].links, ())
             del self._watched[member]
+            self._unusual.discard(member)
+            self._place(member, None)
             self.conduct.forget(member)
         return gone
 
@@ -248,23 +363,41 @@ class Detector:
         if watched is None:
             arrivals = Arrivals(self.timing.heartbeat_s, cap_s=self.timing.dead_after_s)
             watched = self._watched[member] = _Watched(since=now, arrivals=arrivals)
+            self._news.add(member)
+            heapq.heappush(self._silences, (now + self.timing.suspect_after_s, member))
         return watched
+
+    def _reindex(
+        self, reporter: Member, before: tuple[LinkReport, ...], after: tuple[LinkReport, ...]
+    ) -> None:
+        for link in before:
+            others = self._about.get(link.peer)
+            if others is not None:
+                others.discard(reporter)
+                if not others:
+                    del self._about[link.peer]
+        for link in after:
+            self._about.setdefault(link.peer, set()).add(reporter)
 
     def _witness(self, member: Member, now: float) -> bool:
         """Whether it is alive and was heard lately: what it said longer ago speaks neither for nor against anybody."""
-        return self._watched[member].state is not NodeState.RED and self.speaks(member, now)
+        watched = self._watched.get(member)
+        return watched is not None and watched.state is not NodeState.RED and self.speaks(member, now)
 
-    def _neighbours(self, now: float) -> dict[Member, _Links]:
-        """What members that are alive and were heard lately say of their neighbours."""
-        said: dict[Member, _Links] = {}
-        for reporter, watched in self._watched.items():
-            if watched.heard is None or not self._witness(reporter, now):
+    def _neighbours(self, member: Member, now: float) -> _Links:
+        """What members that are alive and were heard lately say of one of their neighbours."""
+        about = _Links()
+        witness = self._witness(member, now)
+        if witness:
+            self._own_links(member, now, about)
+        for reporter in sorted(self._about.get(member, ())):
+            if reporter == member or not self._witness(reporter, now):
                 continue
+            watched = self._watched[reporter]
             for link in watched.links:
-                if link.peer == reporter or link.peer not in self._watched:
+                if link.peer != member:
                     continue
-                about = said.setdefault(link.peer, _Links())
-                silent_s = link.silent_s + now - watched.heard
+                silent_s = link.silent_s + now - (watched.heard or now)
                 if not link.up:
                     about.down = about.down or link.reason or f"says {reporter.node}"
                 elif link.silent_s > 0.0:  # 0: it is not expected to speak, which is no sign of life
@@ -274,17 +407,28 @@ class Detector:
                 if link.up and silent_s < self.timing.dead_after_s:
                     continue
                 about.lost_by = reporter.node
-                if self._witness(link.peer, now):
+                if witness:
                     # Which of the two is deaf, or mute, cannot be told: either may be the one to go.
                     about.cut_off = reporter.node
-                    said.setdefault(reporter, _Links()).cut_off = link.peer.node
-        return said
+        return about
+
+    def _own_links(self, member: Member, now: float, about: _Links) -> None:
+        """Its own word on whom it cannot reach, although both are heard here."""
+        watched = self._watched[member]
+        for link in watched.links:
+            silent_s = link.silent_s + now - (watched.heard or now)
+            bad = not link.up or silent_s >= self.timing.dead_after_s
+            if bad and link.peer != member and self._witness(link.peer, now):
+                about.cut_off = link.peer.node
 
     def _evidence(
         self, member: Member, watched: _Watched, links: _Links, stalled_s: float, deaf: bool, now: float
     ) -> Evidence:
         silent_s = watched.silent_s(now)
         symptoms = self.conduct.symptoms(member, now)
+        if symptoms.advances and silent_s < self.timing.suspect_after_s:
+            watched.excused_s = min(stalled_s, EXCUSED_MAX_S)
+        watched.excused_s = min(watched.excused_s, stalled_s)
         # What a neighbour heard in the moments before the stream broke says nothing of the time after.
         since = watched.broken_at is not None and links.heard_at > watched.broken_at + self.timing.heartbeat_s
         return Evidence(
@@ -298,12 +442,20 @@ class Detector:
             link_silent_s=links.silent_s,
             neighbour_hears=links.heard,
             cut_off=links.cut_off or (links.lost_by if links.heard else ""),
-            stalled_s=stalled_s,
+            stalled_s=stalled_s - watched.excused_s,
             deaf=deaf,
             superseded=watched.superseded,
             leaving=watched.leaving,
             stuck_s=symptoms.stuck_s,
+            still_s=symptoms.still_s,
             poisoned=symptoms.poisoned,
             peers_poisoned=symptoms.peers_poisoned,
             probation=symptoms.probation,
         )
+
+
+def _with(members: frozenset[Member], member: Member, inside: bool) -> frozenset[Member]:
+    """The set with one member in or out; the same object where it is so already."""
+    if (member in members) is inside:
+        return members
+    return members | {member} if inside else members - {member}

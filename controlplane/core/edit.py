@@ -55,5 +55,17 @@ def successor(
 
 
 def _stamp(before: Pipeline, after: Pipeline, counter: int) -> Pipeline:
+    if after is before:  # nothing of what did not change is copied, and the same object says so
+        return before
     same = [s.ranks for s in before.stages] == [s.ranks for s in after.stages]
     return replace(after, epoch=before.epoch if same else counter)
+
+
+def interned(before: Topology | None, after: Topology) -> Topology:
+    """`after`, with the objects of `before` for every pipeline that is the same: so that what changed can be told by
+    identity, also of a value that came from etcd."""
+    known = {} if before is None else {p.id: p for p in before.pipelines}
+    pipelines = tuple(
+        old if (old := known.get(p.id)) == p and old is not None else p for p in after.pipelines
+    )
+    return replace(after, pipelines=pipelines)

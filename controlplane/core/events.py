@@ -57,6 +57,13 @@ class ReportReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class HeartbeatsReceived:
+    """These were heard; what they last reported still holds."""
+
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ReportStreamBroken:
     """The stream of a member's reports to this controller ended, however it ended."""
 
@@ -131,6 +138,7 @@ CoreEvent = (
     | NodeGone
     | PeersSeen
     | ReportReceived
+    | HeartbeatsReceived
     | ReportStreamBroken
     | TopologySeen
     | OperationSeen

@@ -39,6 +39,9 @@ class Evidence:
     superseded: bool = False  # a newer process of the same node has registered
     leaving: bool = False  # it said that it is about to exit
     stuck_s: float = 0.0  # by its own word its computation takes that long, far longer than usual
+    still_s: float = (
+        0.0  # by its own word its computation has not advanced for so long, which no slow one does
+    )
     poisoned: int = 0  # requests whose numbers were finite when they came and not when they left, of late
     peers_poisoned: bool = False  # its peers had such requests, too: then it is the requests
     probation: str = ""  # why it is not trusted for a while
@@ -105,6 +108,8 @@ def may_live(e: Evidence, timing: TimingConfig) -> bool:
 
 def fault(e: Evidence, timing: TimingConfig) -> str:
     """What is wrong with a process that answers: why it has to be restarted, or nothing."""
+    if e.still_s:
+        return f"answers, but its computation has not ended and stands still for {e.still_s:.1f} s"
     if e.stuck_s and e.stalled_s >= timing.dead_after_s:  # its own word, and a scheduler's
         return f"answers, but its computation has not ended for {e.stuck_s:.1f} s"
     if e.stalled_s >= STUCK_S:
@@ -119,6 +124,13 @@ def severed(e: Evidence, timing: TimingConfig) -> str:
     if e.cut_off and e.stalled_s >= timing.dead_after_s:
         return f"nothing passes between it and {e.cut_off}, though it is heard, and its pipeline waits for it"
     return ""
+
+
+def plain(e: Evidence, timing: TimingConfig) -> bool:
+    """Whether nothing at all speaks against a member: it need not be looked at again before there is news of it."""
+    accused = e.broken or e.link_down or e.cut_off or e.stalled_s or e.superseded or e.leaving
+    own = e.stuck_s or e.still_s or e.poisoned or e.probation
+    return e.heard_ever and not accused and not own and e.silent_s < timing.suspect_after_s
 
 
 def _first(e: Evidence, timing: TimingConfig) -> float:

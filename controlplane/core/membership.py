@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import Member, NodeId, PipelineId
@@ -33,9 +34,9 @@ class NodeView:
         return self.record.member
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Nodes:
-    """One moment's view of all nodes. Read only."""
+    """One moment's view of all nodes. Read only, and not to be kept: `Membership` goes on with its mappings."""
 
     views: Mapping[NodeId, NodeView]
     dead: frozenset[Member] = frozenset()
@@ -43,9 +44,17 @@ class Nodes:
     faulty: frozenset[Member] = frozenset()  # dead ones that still run and have to be restarted
     unsure: frozenset[Member] = frozenset()  # dead ones that may be alive all the same
 
-    @property
+    @cached_property
     def demoted(self) -> frozenset[NodeId]:
         return frozenset(node for node, view in self.views.items() if view.demoted)
+
+    @cached_property
+    def by_stage(self) -> Mapping[int, Mapping[NodeId, NodeView]]:
+        """The views of those that hold a stage's weights."""
+        found: dict[int, dict[NodeId, NodeView]] = {}
+        for node, view in self.views.items():
+            found.setdefault(view.record.stage, {})[node] = view
+        return found
 
     def usable(self, node: NodeId) -> Member | None:
         """The node's newest process, if it may be given a duty."""
@@ -105,7 +114,10 @@ class Nodes:
         return 0 if report is None else report.waiting
 
     def stalled(
-        self, topology: Topology, speaks: Callable[[Member], bool] = lambda _: True
+        self,
+        topology: Topology,
+        speaks: Callable[[Member], bool] = lambda _: True,
+        only: Collection[PipelineId] | None = None,
     ) -> dict[Member, float]:
         """Who holds a pipeline up, and for how long: the first stage that lacks a step which its predecessor has
         executed. Where all have the same steps it is the first one, whose scheduler issued the oldest in flight.
@@ -114,13 +126,13 @@ class Nodes:
         that is blamed and its predecessor at least one; else nobody is blamed."""
         guilty: dict[Member, float] = {}
         for pipeline in topology.pipelines:
+            if only is not None and pipeline.id not in only:
+                continue
             scheduler = pipeline.scheduler
             first = self.report(scheduler, pipeline.id, 0)
-            if scheduler is None or first is None or first.epoch != pipeline.epoch or not speaks(scheduler):
+            if scheduler is None or first is None or first.epoch != pipeline.epoch:
                 continue
-            if (
-                first.stalled_s <= PATIENCE * first.round_s
-            ):  # under load, or with long prompts, steps take long
+            if not _stalls(first) or not speaks(scheduler):
                 continue
             blamed, before = scheduler, scheduler
             for index, stage in enumerate(pipeline.stages[1:], start=1):
@@ -136,15 +148,37 @@ class Nodes:
         return guilty
 
 
+def _stalls(report: PipelineReport) -> bool:
+    """Under load, or with long prompts, steps take long."""
+    return report.stalled_s > PATIENCE * report.round_s
+
+
 @dataclass(slots=True)
 class Membership:
-    """Registrations and reports as they come in."""
+    """Registrations and reports as they come in, and the views that follow, made anew only for whom it may matter."""
 
     config: ClusterConfig
     detector: Detector
     reports: dict[Member, NodeReport] = field(default_factory=dict)
     _records: dict[NodeId, NodeRecord] = field(default_factory=dict)
     _registered: set[NodeId] = field(default_factory=set)
+    _views: dict[NodeId, NodeView] = field(default_factory=dict)
+    _stages: dict[int, dict[NodeId, NodeView]] = field(default_factory=dict)  # the same by stage
+    _stale: set[NodeId] = field(default_factory=set)  # views to be made anew
+    _votes: dict[int, Counter[str]] = field(default_factory=dict)  # digests by stage, one a record
+    _digests: dict[int, str] = field(default_factory=dict)
+    _counted: Topology | None = None  # the topology that the digests follow from
+    _stalling: set[Member] = field(
+        default_factory=set
+    )  # schedulers whose last report has a step that is overdue
+    _nodes: Nodes | None = None
+    _version: int = 0
+
+    @property
+    def version(self) -> object:
+        """Changes with all that a plan may look at, apart from reports."""
+        detector = self.detector
+        return self._version, detector.dead(), detector.faulty(), detector.unsure()
 
     def register(self, record: NodeRecord, now: float) -> bool:
         """True if this is a process that was not known."""
@@ -153,14 +187,26 @@ class Membership:
         self.detector.registered(record.member, now)
         node = record.member.node
         old = self._records.get(node)
+        if old is not None:
+            self._unvote(old)
+        self._votes.setdefault(record.stage, Counter())[record.weights_digest] += 1
         self._records[node] = record
         self._registered.add(node)
+        self._renew(node)
         return old is None or old.member != record.member
 
     def gone(self, node: NodeId) -> None:
         """The record stays: a process that is still heard is not dead only because etcd was away."""
         self._registered.discard(node)
+        self._renew(node)
         self.detector.lease_gone(node)
+
+    def reported(self, report: NodeReport) -> None:
+        self.reports[report.member] = report
+        if any(_stalls(said) for said in report.pipelines):
+            self._stalling.add(report.member)
+        else:
+            self._stalling.discard(report.member)
 
     def record(self, node: NodeId) -> NodeRecord | None:
         return self._records.get(node)
@@ -170,23 +216,54 @@ class Membership:
         named = set() if topology is None else named_members(topology)
         for member in self.detector.forget(frozenset(named), now):
             self.reports.pop(member, None)
+            self._stalling.discard(member)
             record = self._records.get(member.node)
             if record is not None and record.member == member:
+                self._unvote(record)
                 del self._records[member.node]
+                self._renew(member.node)
+
+    def stalled(self, topology: Topology | None, now: float) -> dict[Member, float]:
+        """See Nodes.stalled."""
+        if topology is None or not self._stalling:
+            return {}
+        said = {p.pipeline for m in self._stalling for p in self.reports[m].pipelines}
+        reported = Nodes({}, reports=self.reports)
+        return reported.stalled(topology, lambda member: self.detector.speaks(member, now), said)
 
     def nodes(self, topology: Topology | None) -> Nodes:
-        digests = self._digests(topology)
-        demoted = self.detector.demoted()
-        views = {
-            node: self._view(node, record, digests, demoted) for node, record in sorted(self._records.items())
-        }
-        detector = self.detector
-        return Nodes(views, detector.dead(), self.reports, detector.faulty(), detector.unsure())
+        self._recount(topology)
+        for member in self.detector.changed():
+            self._renew(member.node)
+        if self._nodes is None:
+            for node in self._stale:
+                self._look(node)
+            self._stale = set()
+            detector = self.detector
+            self._nodes = Nodes(
+                self._views, detector.dead(), self.reports, detector.faulty(), detector.unsure()
+            )
+            self._nodes.__dict__["by_stage"] = self._stages
+        return self._nodes
 
-    def _view(
-        self, node: NodeId, record: NodeRecord, digests: Mapping[int, str], demoted: frozenset[Member]
-    ) -> NodeView:
+    def _renew(self, node: NodeId) -> None:
+        self._stale.add(node)
+        self._nodes = None
+
+    def _look(self, node: NodeId) -> None:
+        old = self._views.pop(node, None)
+        if old is not None:
+            del self._stages[old.record.stage][node]
+        record = self._records.get(node)
+        view = None if record is None else self._view(node, record)
+        if view is not None:
+            self._views[node] = self._stages.setdefault(view.record.stage, {})[node] = view
+        if old is None or view is None or replace(old, why_not="") != replace(view, why_not=""):
+            self._version += 1
+
+    def _view(self, node: NodeId, record: NodeRecord) -> NodeView:
         state = self.detector.state(record.member)
+        demoted = record.member in self.detector.demoted()
         registered = node in self._registered
         why_not = ""
         if record.num_stages != self.config.stages or not 0 <= record.stage < self.config.stages:
@@ -195,28 +272,53 @@ class Membership:
             why_not = (
                 f"KV blocks of {record.block_size} tokens, the group's have {self.config.engine.block_size}"
             )
-        elif record.weights_digest != digests[record.stage]:
+        elif record.weights_digest != self._digests[record.stage]:
             why_not = f"its weights are not those that serve stage {record.stage}"
         elif not registered:
             why_not = "not registered"
-        elif state is not NodeState.GREEN and record.member not in demoted:
+        elif state is not NodeState.GREEN and not demoted:
             why_not = self.detector.evidence(record.member)
-        return NodeView(record, state, registered, not why_not, why_not, record.member in demoted)
+        return NodeView(record, state, registered, not why_not, why_not, demoted)
 
-    def _digests(self, topology: Topology | None) -> dict[int, str]:
+    def _unvote(self, record: NodeRecord) -> None:
+        votes = self._votes[record.stage]
+        votes[record.weights_digest] -= 1
+        if not votes[record.weights_digest]:
+            del votes[record.weights_digest]
+
+    def _recount(self, topology: Topology | None) -> None:
         """For each stage the weights that count: what serves now, else what most nodes hold."""
-        serving = set() if topology is None else {m for p in topology.pipelines for m in p.members()}
-        votes: dict[int, Counter[str]] = {}
-        for record in self._records.values():
-            weight = 1000 if record.member in serving else 1
-            votes.setdefault(record.stage, Counter())[record.weights_digest] += weight
-        return {stage: max(sorted(count), key=lambda d: count[d]) for stage, count in votes.items()}
+        if self._nodes is not None and topology is self._counted:
+            return
+        self._counted = topology
+        digests: dict[int, str] = {}
+        for stage, votes in self._votes.items():
+            serving = self._serving(topology, stage) if len(votes) > 1 else Counter[str]()
+            digests[stage] = max(sorted(votes), key=lambda d: (serving[d], votes[d]), default="")
+        for stage in digests.keys() | self._digests.keys():
+            if digests.get(stage) != self._digests.get(stage):
+                for node in self._stages.get(stage, {}):
+                    self._renew(node)
+        self._digests = digests
+
+    def _serving(self, topology: Topology | None, stage: int) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for member in () if topology is None else {m for p in topology.pipelines for m in p.members()}:
+            record = self._records.get(member.node)
+            if record is not None and record.member == member and record.stage == stage:
+                found[record.weights_digest] += 1
+        return found
 
 
 def named_members(topology: Topology) -> set[Member]:
     """Every process that a topology names, in whatever part."""
-    named = set(topology.retired)
-    for pipeline in topology.pipelines:
+    return members_of(topology.pipelines) | set(topology.retired)
+
+
+def members_of(pipelines: Iterable[Pipeline]) -> set[Member]:
+    """Who serves these, holds their copies, or is about to serve."""
+    named: set[Member] = set()
+    for pipeline in pipelines:
         for stage in pipeline.stages:
             named.update(stage.ranks)
             named.update(stage.replicas)

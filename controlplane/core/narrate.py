@@ -41,9 +41,10 @@ def of_topology(
     before: Topology, after: Topology, died_s: Mapping[Member, float], unix_now: float
 ) -> Iterator[Event]:
     """What a written topology changed. `died_s`: how long ago each dead member was found dead."""
+    known = {p.id: p for p in before.pipelines}
     for new in after.pipelines:
-        old = before.pipeline(new.id)
-        if old is None:
+        old = known.get(new.id)
+        if old is None or old is new:
             continue
         if old.epoch != new.epoch:
             yield from _epoch(old, new, died_s, unix_now)

@@ -9,7 +9,7 @@ is nobody's fault.
 
 from __future__ import annotations
 
-import statistics
+import bisect
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +33,8 @@ SLOW = 4.0  # times as long for the same steps ...
 SLOW_BESIDE = 20.0  # ... and more on a machine on which all timers are late: there times say less
 LATE = 0.35  # share of time in which a timer is overdue, beyond the others'
 
+TELLING = 0.25  # a degree of slowness below this is nothing
+
 Totals = dict[int, tuple[int, float]]  # size -> steps, seconds
 
 
@@ -53,6 +55,9 @@ class Slowness:
         return f"{self.slower:.1f} times slower than its peers, {late}" if self.slower >= SLOW else late
 
 
+CALM = Slowness()
+
+
 @dataclass(frozen=True, slots=True)
 class _Mark:
     at: float
@@ -71,6 +76,7 @@ class _Runner:
     window: Totals = field(default_factory=dict)  # what ran lately
     # Of each size: what a step usually takes, and when that was learnt.
     past: dict[int, tuple[float, float]] = field(default_factory=dict)
+    own: float | None = None  # times slower than its own past
 
     def look(self, now: float) -> None:
         while len(self.marks) > 1 and self.marks[1].at <= now - WINDOW_S:
@@ -116,9 +122,16 @@ class _Runner:
 
 
 class Paces:
+    """Who has reported since the last comparison is compared; the others are as they were."""
+
     def __init__(self) -> None:
+        self.told: list[Member] = []
         self._runners: dict[Member, _Runner] = {}
         self._found: dict[Member, Slowness] = {}
+        self._fresh: set[Member] = set()  # reported since the last comparison
+        self._telling: set[Member] = (
+            set()
+        )  # of whom something was found: it ends by itself when they fall silent
         self._next_at = 0.0
 
     def reported(self, report: NodeReport, now: float) -> None:
@@ -128,51 +141,120 @@ class Paces:
         runner.step = (report.busy_s, report.usual_s)
         totals = {t.size: (t.steps, t.busy_us / 1e6) for t in report.times}
         runner.marks.append(_Mark(now, report.timed_s, report.overdue_s, totals))
+        self._fresh.add(report.member)
 
     def forget(self, member: Member) -> None:
         self._runners.pop(member, None)
         self._found.pop(member, None)
+        self._fresh.discard(member)
+        self._telling.discard(member)
+
+    def found(self, member: Member) -> Slowness:
+        return self._found.get(member, CALM)
 
     def compare(self, now: float, doubtful: Iterable[Member]) -> Mapping[Member, Slowness]:
-        """Everybody who was heard of late. `doubtful` members are no measure for others."""
-        if now >= self._next_at:
-            self._next_at = now + EVERY_S
-            for runner in self._runners.values():
-                runner.look(now)
-            apart = set(doubtful)
-            own = {m: r.times_slower(r.usual()) for m, r in self._runners.items()}
-            self._found = {m: self._slowness(m, own, apart, now) for m in self._runners}
-            for member, runner in self._runners.items():
-                if (own[member] or 0.0) < LEARN_BELOW:
-                    runner.learn(now)
+        """Everybody as of the last comparison; `told` has who is slow, or was until now. `doubtful` members are no
+        measure for others."""
+        self.told = []
+        if now < self._next_at:
+            return self._found
+        self._next_at = now + EVERY_S
+        looked = sorted(self._fresh | self._telling)
+        self._fresh = set()
+        for member in looked:
+            runner = self._runners[member]
+            runner.look(now)
+            runner.own = runner.times_slower(runner.usual())
+        measure = _Measure(self._runners, set(doubtful), now)
+        self.told = [member for member in looked if self._tell(member, measure)]
+        for member in looked:
+            runner = self._runners[member]
+            if (runner.own or 0.0) < LEARN_BELOW:
+                runner.learn(now)
         return self._found
 
-    def _slowness(
-        self, member: Member, own: Mapping[Member, float | None], apart: set[Member], now: float
-    ) -> Slowness:
+    def _tell(self, member: Member, measure: _Measure) -> bool:
+        """Compare one; whether anything is to be told of it."""
+        before = self.found(member)
+        self._found[member] = found = self._slowness(member, measure)
+        busy = found.degree >= TELLING
+        if busy:
+            self._telling.add(member)
+        else:
+            self._telling.discard(member)
+        return busy or before.degree >= TELLING
+
+    def _slowness(self, member: Member, measure: _Measure) -> Slowness:
         runner = self._runners[member]
-        others = {m: r for m, r in self._runners.items() if m != member and m not in apart}
-        peers = [r for r in others.values() if r.stage == runner.stage]
         # Peers do the same things in the loop: those of stage 0 schedule and talk to gateways.
-        late = max(
-            (statistics.median(r.late for r in rs) for rs in (others.values(), peers) if rs), default=0.0
-        )
-        slower = runner.times_slower(_usual(runner, peers, now))
-        past = own[member]
-        if slower is None and past is not None:
+        late = max(measure.late(member, None), measure.late(member, runner.stage))
+        slower = runner.times_slower(measure.usual(member, runner))
+        if slower is None and runner.own is not None:
             # Nobody to compare with: its own past, unless times are bad for all.
-            now_bad = [bad for m in others if (bad := own[m]) is not None]
-            slower = past / max(1.0, statistics.median(now_bad or [1.0]))
+            slower = runner.own / max(1.0, measure.others_own(member))
         age_s, usual_s = runner.step
         unfinished = (CALM_S + age_s) / (CALM_S + usual_s) if usual_s else 0.0
         return Slowness(max(slower or 0.0, unfinished), runner.late, late)
 
 
-def _usual(runner: _Runner, peers: list[_Runner], now: float) -> dict[int, float]:
-    """What each size takes at the peers at the same time: the median of them."""
-    usual: dict[int, float] = {}
-    for size in runner.window:
-        means = [mean_s for peer in peers if (mean_s := peer.mean_s(size, now)) is not None]
-        if means:
-            usual[size] = statistics.median(means)
-    return usual
+class _Measure:
+    """What a member is compared with: medians over the others, of all and of its stage. Each list is sorted once, and a
+    member's own value is left out of it without another pass."""
+
+    def __init__(self, runners: Mapping[Member, _Runner], apart: set[Member], now: float) -> None:
+        self._runners = runners
+        self._apart = apart
+        self._now = now
+        self._stages: dict[int, list[_Runner]] = {}
+        for member, runner in runners.items():
+            if member not in apart:
+                self._stages.setdefault(runner.stage, []).append(runner)
+        self._late: dict[int | None, list[float]] = {}
+        self._own: list[float] | None = None
+        self._means: dict[tuple[int, int], list[float]] = {}
+
+    def late(self, member: Member, stage: int | None) -> float:
+        """How late the timers of the others are (of one stage; None: of all); 0 without others."""
+        if stage not in self._late:
+            of = self._stages.values() if stage is None else [self._stages.get(stage, [])]
+            self._late[stage] = sorted(r.late for runners in of for r in runners)
+        return _median_without(self._late[stage], self._mine(member, self._runners[member].late)) or 0.0
+
+    def others_own(self, member: Member) -> float:
+        """How much slower than their own past the others are; 1: nobody knows."""
+        if self._own is None:
+            every = (r.own for runners in self._stages.values() for r in runners)
+            self._own = sorted(own for own in every if own is not None)
+        found = _median_without(self._own, self._mine(member, self._runners[member].own))
+        return 1.0 if found is None else found
+
+    def usual(self, member: Member, runner: _Runner) -> dict[int, float]:
+        """What each size takes at the peers at the same time."""
+        usual: dict[int, float] = {}
+        for size in runner.window:
+            key = (runner.stage, size)
+            if key not in self._means:
+                peers = self._stages.get(runner.stage, [])
+                means = (peer.mean_s(size, self._now) for peer in peers)
+                self._means[key] = sorted(mean_s for mean_s in means if mean_s is not None)
+            own = self._mine(member, runner.mean_s(size, self._now))
+            if (found := _median_without(self._means[key], own)) is not None:
+                usual[size] = found
+        return usual
+
+    def _mine(self, member: Member, value: float | None) -> float | None:
+        """A member's own value as it stands in the lists, if it does."""
+        return None if member in self._apart else value
+
+
+def _median_without(ordered: list[float], own: float | None) -> float | None:
+    """The median of a sorted list, without one element that equals `own` (None: of all); None: nothing is left."""
+    count = len(ordered) - (own is not None)
+    if count <= 0:
+        return None
+    out = len(ordered) if own is None else bisect.bisect_left(ordered, own)
+
+    def at(index: int) -> float:
+        return ordered[index + (index >= out)]
+
+    return at(count // 2) if count % 2 else (at(count // 2 - 1) + at(count // 2)) / 2

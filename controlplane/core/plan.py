@@ -38,9 +38,7 @@ class Transition:
 @dataclass(frozen=True, slots=True)
 class Proposal:
     transition: Transition | None  # None when all is as it should be, or has to wait
-    refused: tuple[
-        str, ...
-    ] = ()  # what was not done because it would break something, or could not be worked out
+    refused: tuple[str, ...] = ()  # what was not done: it would break something, or could not be worked out
 
 
 def plan(topology: Topology, nodes: Nodes, policy: Policy, now: float) -> Transition | None:
@@ -49,12 +47,13 @@ def plan(topology: Topology, nodes: Nodes, policy: Policy, now: float) -> Transi
 
 
 def propose(s: Situation) -> Proposal:
-    """The same, with what was refused.
+    """The same, with what was refused. Of a situation with `only`, nothing has happened but reports of these pipelines.
 
     A pipeline for which a rule wants what would break something, or with which it cannot cope at all, is set aside for
     that rule, and the others are planned for: one that is beyond help costs the others nothing."""
     refused: list[str] = []
-    for rule in (resume,) if s.topology.paused else RULES:
+    rules = RULES if s.only is None else REPORTED
+    for rule in (resume,) if s.topology.paused else rules:
         left: Situation | None = s
         while left is not None:
             attempt = _try(rule, left)
@@ -189,3 +188,4 @@ RULES: tuple[Rule, ...] = (
     retarget,
     tidy,
 )
+REPORTED = (advance_moves, retarget)  # what depends on how far copies are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -80,6 +81,16 @@ class Timers:
                 self.unformed.pop(pipeline.id, None)
             self._note_move(pipeline.id, pipeline.move, topology.counter, now)
         self.barred = {key: until for key, until in self.barred.items() if until > now}
+
+    def next_deadline(self, config: ClusterConfig, now: float) -> float:
+        """When something may be due because of time alone; infinity: nothing will."""
+        limits, timing = self.limits, config.timing
+        times = [self.calm_since + limits.gather_s, self.calm_since + limits.settle_s, *self.barred.values()]
+        times += [since + timing.form_grace_s for since in self.unformed.values()]
+        for seen in self.moves.values():
+            pause_s = min(limits.backoff_s * 2 ** max(seen.move.attempt - 1, 0), limits.backoff_max_s)
+            times += [seen.since + s for s in (limits.copy_limit_s, timing.quiesce_limit_s, pause_s)]
+        return min((at for at in times if at > now), default=math.inf)
 
     def _note_move(self, pipeline: PipelineId, move: Move | None, counter: int, now: float) -> None:
         seen = self.moves.get(pipeline)

@@ -32,16 +32,24 @@ class Inbox:
     def put_own(self, event: CoreEvent) -> None:
         self._append(event, takes_room=False)
 
-    async def get(self, limit_s: float) -> CoreEvent | None:
-        """The oldest event, or None when none came within `limit_s`."""
+    async def wait(self, limit_s: float) -> None:
+        """Until there is an event, `limit_s` at most."""
         if not self._events:
             self._filled.clear()
-            # A timer that sets the event costs a fraction of asyncio.timeout, and this runs for every report.
+            # A timer that sets the event costs a fraction of asyncio.timeout, and this runs for every wake-up.
             timer = asyncio.get_running_loop().call_later(max(0.0, limit_s), self._filled.set)
             await self._filled.wait()
             timer.cancel()
-            if not self._events:
-                return None
+
+    async def get(self, limit_s: float) -> CoreEvent | None:
+        """The oldest event, or None when none came within `limit_s`."""
+        await self.wait(limit_s)
+        return self.pop()
+
+    def pop(self) -> CoreEvent | None:
+        """The oldest event, or None when there is none."""
+        if not self._events:
+            return None
         event, takes_room = self._events.popleft()
         if takes_room:
             self._room.release()

@@ -99,12 +99,19 @@ def _process(status: ClusterStatus, me: str, sources: Sources) -> Iterator[Famil
     yield _gauge("is_leader", "1 while this controller leads", runtime.is_leader)
     yield _gauge("etcd_watch_age_seconds", "Since etcd was last heard", status.etcd_age_s)
     yield _gauge("controller_inbox_events", "Events that wait for the core", len(sources.inbox))
-    yield _gauge("controller_step_seconds_max", "Longest step of the core so far", runtime.step_s_max)
+    yield _gauge(
+        "controller_step_seconds_max",
+        "Longest time from taking events in to having decided",
+        runtime.step_s_max,
+    )
     yield _gauge("report_streams", "Nodes that report to this controller", reports.streams)
     yield _gauge("history_healthy", "1 while the history database takes events", history.healthy)
-    yield _counter("controller_steps", "Steps of the core", runtime.steps)
+    yield _counter("controller_steps", "Events that the core took in", runtime.steps)
+    yield _counter("controller_decisions", "Times that the core decided", runtime.decisions)
     yield _counter("leader_terms", "Times that this controller became leader", runtime.terms)
     yield _counter("node_reports", "Reports received", reports.reports)
+    yield _counter("node_beats", "Heartbeats received that said nothing new", reports.beats)
+    yield _counter("node_report_messages", "Messages that brought them", reports.batches)
     yield _counter("node_reports_refused", "Streams and reports refused", reports.refused)
     yield _counter("etcd_junk_values", "Values in etcd that cannot be read", sources.registry.junk_values)
     yield _counter("history_written", "History records written", history.written)

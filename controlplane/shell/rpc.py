@@ -1,7 +1,14 @@
-"""The server end of Control.Report: every node streams its reports to every candidate, leader or not."""
+"""The server end of Control.Report: every host reports to every candidate, leader or not.
+
+A member may be carried by more than one stream: its host's relay, and one of its own while the relay does not answer.
+It is cut off when the last of them that still carries it ends.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -11,14 +18,17 @@ import structlog
 from controlplane.contract import rpc
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.ids import Member
-from controlplane.contract.reports import NodeReport, ReportAck
-from controlplane.core.events import ReportReceived, ReportStreamBroken
+from controlplane.contract.reports import ReportAck, ReportBatch
+from controlplane.core.events import HeartbeatsReceived, ReportReceived, ReportStreamBroken
 from controlplane.shell.inbox import Inbox
 
 log = structlog.get_logger()
 
-STREAMS_MAX = 1024
-MESSAGE_BYTES_MAX = 1 << 20
+MESSAGE_BYTES_MAX = 4 << 20
+SLOTS_MAX = 4096  # members that one stream may speak for
+# How long members of a relay that ended have to be heard on another stream before they count as cut off, and how long
+# ago a stream may last have carried a member to stand for it. Heartbeats.
+CARRIED_BEATS = 3
 OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.so_reuseport", 0),
@@ -30,25 +40,44 @@ OPTIONS = [
 ]
 
 
-class ReportServer:
-    """Reports become ReportReceived; the end of a member's newest stream becomes ReportStreamBroken at once."""
+class _Refused(Exception):
+    """A sender broke the protocol; the text says how."""
 
-    def __init__(self, token: str, inbox: Inbox) -> None:
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One sender, and the members that it speaks for."""
+
+    relay: bool = False
+    members: dict[int, Member] = field(default_factory=dict)  # by slot
+    slots: dict[Member, int] = field(default_factory=dict)
+    heard: float = 0.0  # when the last batch came
+
+
+class ReportServer:
+    """Reports become ReportReceived, beats HeartbeatsReceived; ReportStreamBroken follows at once when the last stream
+    that carries a member ends, and a moment later when that was a relay's."""
+
+    def __init__(self, token: str, inbox: Inbox, heartbeat_s: float = 0.1) -> None:
         self.reports = 0
+        self.beats = 0
+        self.batches = 0
         self.refused = 0
         self._token = token
         self._inbox = inbox
-        self._newest: dict[Member, object] = {}
+        self._carried_s = CARRIED_BEATS * heartbeat_s
+        self._carriers: dict[Member, list[_Stream]] = {}
         self._stopping = False
         self._server: Any = None
 
     @property
     def streams(self) -> int:
-        return len(self._newest)
+        """Members that some stream speaks for."""
+        return len(self._carriers)
 
     async def start(self, host: str) -> str:
         """Begin to listen on a free port; the address."""
-        self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=STREAMS_MAX)
+        self._server = grpc.aio.server(options=OPTIONS)
         handler = rpc.stream_handler(rpc.CONTROL, "Report", self._report, None)
         self._server.add_generic_rpc_handlers((handler,))
         port = self._server.add_insecure_port(f"{host}:0")
@@ -66,34 +95,83 @@ class ReportServer:
         if not bearer_matches(headers.get("authorization"), self._token):
             self.refused += 1
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
-        me, member = object(), None
+        stream, acknowledged = _Stream(), False
         try:
             while (message := await context.read()) is not grpc.aio.EOF:
-                report = await self._parse(message, member, context)
-                first, member = member is None, report.member
-                self._newest[member] = me
-                self.reports += 1
-                await self._inbox.put(ReportReceived(report))
-                if first:
-                    await context.write(ReportAck(report.seq))
+                await self._take(stream, message)
+                if not acknowledged:
+                    acknowledged = True
+                    await context.write(ReportAck(0))
+        except _Refused as error:
+            self.refused += 1
+            log.warning(
+                "a report cannot be read", members=[str(m) for m in stream.slots][:8], error=str(error)
+            )
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
-            # Also when the peer was killed: grpc cancels this task as soon as the connection breaks. A stream
-            # that its own member has replaced by a newer one tells nothing.
-            if member is not None and self._newest.get(member) is me:
-                del self._newest[member]
-                if not self._stopping:
-                    self._inbox.put_own(ReportStreamBroken(member))
+            # Also when the peer was killed: grpc cancels this task as soon as the connection breaks.
+            if not self._stopping:
+                self._ended(stream)
 
-    async def _parse(self, message: bytes, member: Member | None, context: Any) -> NodeReport:
+    async def _take(self, stream: _Stream, message: bytes) -> None:
         # Decoded here rather than by grpc, whose answer to an error would be silence.
         try:
-            report = rpc.decode_report(message)
+            batch: ReportBatch = rpc.decode_reports(message)
         except msgspec.MsgspecError as error:
-            self.refused += 1
-            log.warning("a node report cannot be read", member=str(member), error=str(error))
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not a NodeReport: {error}")
-            raise
-        if member is not None and report.member != member:
-            self.refused += 1
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "one stream speaks for one member")
-        return report
+            raise _Refused(f"not a ReportBatch: {error}") from error
+        self.batches += 1
+        stream.heard, stream.relay = time.monotonic(), batch.relay
+        for slot, report in batch.reports:
+            if stream.members.get(slot) != report.member:
+                self._carry(stream, slot, report.member)
+            self.reports += 1
+            await self._inbox.put(ReportReceived(report))
+        try:
+            beats = tuple([stream.members[slot] for slot in batch.beats])
+        except KeyError as error:
+            raise _Refused(f"slot {error} has not reported on this stream") from error
+        if beats:
+            self.beats += len(beats)
+            await self._inbox.put(HeartbeatsReceived(beats))
+        for slot in batch.gone:
+            member = stream.members.pop(slot, None)
+            if member is not None:
+                del stream.slots[member]
+                self._drop(member, stream)
+
+    def _carry(self, stream: _Stream, slot: int, member: Member) -> None:
+        if slot in stream.members:
+            raise _Refused("one slot speaks for one member")
+        if member in stream.slots:
+            raise _Refused(f"two slots speak for {member}")
+        if len(stream.members) >= SLOTS_MAX:
+            raise _Refused(f"one stream speaks for at most {SLOTS_MAX} members")
+        stream.members[slot] = member
+        stream.slots[member] = slot
+        self._carriers.setdefault(member, []).append(stream)
+
+    def _ended(self, stream: _Stream) -> None:
+        members = list(stream.slots)
+        if not stream.relay:
+            for member in members:
+                self._drop(member, stream)
+        elif members:
+            # A relay's death is nobody else's: its nodes report by themselves within a heartbeat.
+            asyncio.get_running_loop().call_later(self._carried_s, self._forsaken, stream, members)
+
+    def _forsaken(self, stream: _Stream, members: list[Member]) -> None:
+        for member in members:
+            if not self._stopping:
+                self._drop(member, stream)
+
+    def _drop(self, member: Member, stream: _Stream) -> None:
+        """`stream` carries `member` no longer. Another one that has just carried it stands for it."""
+        carriers = self._carriers.get(member, [])
+        if stream not in carriers:
+            return
+        carriers.remove(stream)
+        if not carriers:
+            del self._carriers[member]
+        now = time.monotonic()
+        if not any(now - other.heard < self._carried_s for other in carriers):
+            self._inbox.put_own(ReportStreamBroken(member))

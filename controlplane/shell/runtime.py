@@ -1,7 +1,9 @@
 """The controller's heart: one task that feeds events to the core, and performs what it answers.
 
-inbox -> Controller.step(event, now, unix_now) -> Performer -> etcd, history
-  ^---- registry, reports, leadership, answers of writes ----'
+inbox -> Controller.take(event) ... Controller.ready() -> Performer -> etcd, history
+  ^---- registry, reports, leadership, answers of writes ---------'
+
+What came while the last decision was made is taken in together and decided upon once, as in raft's Step and Ready.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from controlplane.shell.registry import Registry
 log = structlog.get_logger()
 
 TICK_S = 0.05
+TAKEN_MAX = 1024  # events between two decisions
 
 T = TypeVar("T")
 
@@ -38,7 +41,8 @@ class Runtime:
         performer: Performer,
         election: Election,
     ) -> None:
-        self.steps = 0
+        self.steps = 0  # events taken in
+        self.decisions = 0
         self.step_s_max = 0.0
         self.terms = 0
         self._controller = controller
@@ -53,24 +57,39 @@ class Runtime:
         return leadership is not None and leadership.valid()
 
     async def run(self) -> None:
-        """Until cancelled: events in order, and a tick at least every `TICK_S`, however busy the inbox is."""
+        """Until cancelled: take in what has come, decide once. A tick at least every `TICK_S`, however much comes."""
         next_tick = time.monotonic()
         while True:
-            now = time.monotonic()
-            if now >= next_tick:
+            started = time.monotonic()
+            if started >= next_tick:
                 # Counted from now: after a pause one tick is enough, and the core sees the gap by its `now`.
-                next_tick = now + TICK_S
-                await self._step(Tick())
-            event = await self._inbox.get(next_tick - time.monotonic())
-            if event is not None:
-                await self._step(event)
+                next_tick = started + TICK_S
+                self._take(Tick())
+            for _ in range(TAKEN_MAX):
+                event = self._inbox.pop()
+                if event is None:
+                    break
+                self._take(event)
+            effects = self._controller.ready(time.monotonic(), time.time())
+            self.decisions += 1
+            self.step_s_max = max(self.step_s_max, time.monotonic() - started)
+            for effect in effects:
+                await self._performer.put(effect)
+            if len(self._inbox):
+                await asyncio.sleep(0)  # let those in who fill it
+            else:
+                await self._inbox.wait(next_tick - time.monotonic())
+
+    def _take(self, event: CoreEvent) -> None:
+        self._controller.take(event, time.monotonic(), time.time())
+        self.steps += 1
 
     async def campaign(self) -> None:
         """Until cancelled: stand for election, lead, stand again; not while something forbids it (`obstacle`)."""
         # The core must know the cluster before it leads: see controlplane/core/events.py.
         await self._registry.synced.wait()
         while True:
-            await self._registry.free.wait()
+            await self._registry.may_lead()
             leadership = await self._unless_blocked(self._election.campaign())
             if leadership is None:
                 continue
@@ -105,11 +124,3 @@ class Runtime:
         leadership, self._performer.leadership = self._performer.leadership, None
         if leadership is not None:
             await leadership.resign()
-
-    async def _step(self, event: CoreEvent) -> None:
-        started = time.monotonic()
-        effects = self._controller.step(event, started, time.time())
-        self.steps += 1
-        self.step_s_max = max(self.step_s_max, time.monotonic() - started)
-        for effect in effects:
-            await self._performer.put(effect)

@@ -1,4 +1,5 @@
-"""What controllers compare between nodes: how long steps take, by their size, and how long timers are overdue."""
+"""What controllers compare between nodes: how long steps take, by their size, and how long timers are overdue; and for
+how long a computation has stood still."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from dataclasses import dataclass
 
 from controlplane.contract.reports import StepTimes
 
+LOOK_MAX_S = 0.25  # what the time between two looks at a computation counts for at most
+SPENT_MAX_S = 20.0  # processor time alone is taken for progress for so long
 PAUSE_MAX_S = 0.25  # one long pause is silence, which is judged for itself: it counts for no more than this
 
 
@@ -21,6 +24,41 @@ class Timeliness:
         does is no sign of a processor that it does not get."""
         self.timed_s += took_s
         self.overdue_s += min(max(took_s - set_for_s - computed_s, 0.0), PAUSE_MAX_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a computation was found by one look at it."""
+
+    number: int  # which computation it is
+    beats: int  # pieces of work that the kernels have done; -1: it is not in the kernels
+    spent_s: float  # processor time of its thread, which counts where it is not in the kernels
+
+
+@dataclass(slots=True)
+class Standstill:
+    """For how long a computation has not advanced, however long it takes: a hung one is told from a slow one.
+
+    In the kernels only pieces of work count, since a loop without end also uses the processor. Outside (sampling,
+    copies) there is nothing else to go by, so processor time counts there, for `SPENT_MAX_S`. Time in which nobody
+    looked does not count: then this process did not run, and the computation did not either."""
+
+    still_s: float = 0.0
+    _was: Progress | None = None
+    _at: float = 0.0
+    _spending_s: float = 0.0  # with nothing but processor time as a sign of life
+
+    def look(self, now: float, progress: Progress | None) -> None:
+        """`progress` None: nothing computes."""
+        passed_s, self._at = min(now - self._at, LOOK_MAX_S), now
+        was, self._was = self._was, progress
+        if progress is None or was is None or (was.number, was.beats) != (progress.number, progress.beats):
+            self.still_s = self._spending_s = 0.0
+        elif progress.beats < 0 and progress.spent_s > was.spent_s and self._spending_s < SPENT_MAX_S:
+            self.still_s = 0.0
+            self._spending_s += passed_s
+        else:
+            self.still_s += passed_s
 
 
 @dataclass(slots=True)

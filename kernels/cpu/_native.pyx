@@ -93,6 +93,7 @@ cdef extern from "kernels.h" nogil:
     void kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16)
     int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, const kf_step *step, const kf_io *io)
     int kf_set_isa(int isa)
+    int64_t kf_team_beats(const kf_team *team)
     int kf_isa()
 
 cdef extern from *:
@@ -133,6 +134,10 @@ cdef class Team:
     @property
     def threads(self):
         return kf_team_threads(self.c)
+
+    def beats(self):
+        """Pieces of work done so far; -1 while no computation is under way. From any thread."""
+        return kf_team_beats(self.c)
 
     cdef void *room(self, int64_t bytes) except NULL:
         """Scratch space of so many bytes for each thread, until somebody asks for more; the caller's is returned."""

@@ -214,8 +214,9 @@ static TARGET void FN(attend_tile)(kf_tile *tile, const T *k, const T *v, const 
 
 /* Queries [from, to) of one sequence that begin at row `begin` of q, for one kv head. */
 static TARGET void FN(attend_head)(const kf_attention_args *a, kf_tile *tile, int64_t head, int64_t begin, int64_t from,
-                                   int64_t to, int64_t first, float *scratch)
+                                   int64_t to, int64_t first, kf_worker *worker)
 {
+    float *scratch = worker->scratch;
     const kf_cache *kv = a->kv;
     const int64_t hd = kv->head_dim, bs = kv->block_size, plane = kv->kv_heads * bs * hd;
     const int64_t group = a->heads / kv->kv_heads, stride = a->heads * hd;
@@ -223,9 +224,11 @@ static TARGET void FN(attend_head)(const kf_attention_args *a, kf_tile *tile, in
     for (int64_t g = 0; g < group; g += KF_TILE_ROWS) {
         const int heads = group - g < KF_TILE_ROWS ? (int)(group - g) : KF_TILE_ROWS;
         const int64_t per = KF_TILE_ROWS / heads, at = begin * stride + (head * group + g) * hd;
-        for (int64_t i = from; i < to; i += per)
+        for (int64_t i = from; i < to; i += per) {
             FN(attend_tile)(tile, k, k + plane, (const T *)a->q + at + i * stride, (T *)a->out + at + i * stride, stride,
                             first + i, (int)(to - i < per ? to - i : per), heads, a->scale, a->window, scratch);
+            kf_beat(worker);
+        }
     }
 }
 
@@ -246,7 +249,6 @@ static TARGET void FN(attention)(kf_worker *worker, const kf_attention_args *a)
     const int64_t hd = kv->head_dim, plane = kv->kv_heads * kv->block_size * hd;
     kf_tile tile = {.block_size = kv->block_size, .head_dim = hd, .block_stride = kv->layers * 2 * plane,
                     .plane_bytes = plane * (int64_t)sizeof(T), .out_pad = (hd + 15) / 16 * 16};
-    float *scratch = worker->scratch;
     int64_t total = 0;
     for (int64_t b = 0; b < step->rows; b++)
         total += query_blocks(step, b) * kv->kv_heads;
@@ -268,7 +270,7 @@ static TARGET void FN(attention)(kf_worker *worker, const kf_attention_args *a)
             const int64_t from = here.block * KF_QUERY_BLOCK, to = from + KF_QUERY_BLOCK;
             tile.table = step->tables + here.row * step->width;
             FN(attend_head)(a, &tile, here.head, begin, from, to < queries ? to : queries,
-                            step->context_lens[here.row] - queries, scratch);
+                            step->context_lens[here.row] - queries, worker);
         }
 }
 

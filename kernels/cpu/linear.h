@@ -139,5 +139,6 @@ static TARGET void FN(linear)(kf_worker *worker, const kf_linear_args *a)
             const int64_t panel = unit / blocks, block = unit % blocks;
             const int64_t first = block * a->rows / blocks, last = (block + 1) * a->rows / blocks;
             FN(linear_panel)(a, first, last, panel, panel + 1 < panels && block + 1 == blocks);
+            kf_beat(worker);
         }
 }

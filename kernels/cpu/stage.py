@@ -62,6 +62,12 @@ class CpuStage:
         self._native.forward(native, source, picked, self._logits.ctypes.data)
         return self._logits[: len(picked)]
 
+    def warm_up(self) -> None:
+        """Nothing is compiled or captured on a CPU."""
+
+    def beats(self) -> int:
+        return self.team.beats()
+
     def _make_room(self, rows: int) -> None:
         self._rows = max(rows, 2 * self._rows)
         heads, kv_heads = (n * self._kv.head_dim for n in (self._heads, self._kv.kv_heads))

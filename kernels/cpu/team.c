@@ -10,6 +10,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -22,6 +23,11 @@
 #define LATE_NS 250000 /* longer than a thread computes between two looks at the others */
 #define YIELD_EVERY 64 /* the thread that is waited for may be queued behind this one */
 #define LINE 64
+
+/* Written by one thread only, and read by whoever watches over the computation. */
+typedef struct {
+    _Alignas(LINE) atomic_llong count;
+} beat;
 
 struct kf_team {
     int threads;
@@ -38,6 +44,8 @@ struct kf_team {
     atomic_int sleepers;
     /* What is taken of an operation. Four, so that the next operation's is clear while a late thread still looks. */
     struct { _Alignas(LINE) atomic_llong next; } taken[4];
+    beat *beats; /* one for each thread */
+    atomic_int running;
 };
 
 typedef struct {
@@ -79,8 +87,25 @@ static void wake_all(atomic_uint *word)
     syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
 
+void kf_beat(kf_worker *w)
+{
+    atomic_llong *count = &w->team->beats[w->index].count;
+    atomic_store_explicit(count, atomic_load_explicit(count, memory_order_relaxed) + 1, memory_order_relaxed);
+}
+
+int64_t kf_team_beats(const kf_team *t)
+{
+    if (!atomic_load(&t->running))
+        return -1;
+    int64_t sum = 0;
+    for (int i = 0; i < t->threads; i++)
+        sum += atomic_load_explicit(&t->beats[i].count, memory_order_relaxed);
+    return sum;
+}
+
 int kf_next(kf_worker *w, int64_t total, int64_t grain, int64_t *begin, int64_t *end)
 {
+    kf_beat(w);
     atomic_llong *next = &w->team->taken[w->phase & 3].next;
     if (atomic_load_explicit(next, memory_order_relaxed) >= total)
         return 0;
@@ -158,6 +183,7 @@ static void *thread_main(void *p)
     start s = *(start *)p;
     free(p);
     kf_team *t = s.team;
+    pthread_setname_np(pthread_self(), "kf-compute"); /* for whoever looks for it in `top -H` */
     kf_denormals(1); /* as the dot product instructions have it: so every instruction set computes the same */
     for (unsigned seen = 0;;) {
         while (atomic_load(&t->job) == seen)
@@ -179,6 +205,7 @@ void kf_team_run(kf_team *t, void (*fn)(kf_worker *, const void *), const void *
         atomic_store_explicit(&t->taken[i].next, 0, memory_order_relaxed);
     t->fn = fn;
     t->arg = arg;
+    atomic_store(&t->running, 1);
     if (t->threads > 1) {
         keep_off_callers_cpu(t);
         atomic_fetch_add(&t->job, 1);
@@ -186,6 +213,7 @@ void kf_team_run(kf_team *t, void (*fn)(kf_worker *, const void *), const void *
     }
     fn(&w, arg);
     kf_barrier(&w);
+    atomic_store(&t->running, 0);
     kf_denormals_restore(old);
 }
 
@@ -196,7 +224,10 @@ kf_team *kf_team_new(int threads)
         return NULL;
     *t = (kf_team){.threads = 1, .kept_off = -1};
     t->ids = calloc((size_t)threads, sizeof *t->ids);
-    for (; t->ids && t->threads < threads; t->threads++) {
+    t->beats = aligned_alloc(LINE, (size_t)threads * sizeof *t->beats);
+    if (t->beats)
+        memset(t->beats, 0, (size_t)threads * sizeof *t->beats);
+    for (; t->ids && t->beats && t->threads < threads; t->threads++) {
         start *s = malloc(sizeof *s);
         if (!s)
             break;
@@ -206,7 +237,7 @@ kf_team *kf_team_new(int threads)
             break;
         }
     }
-    if (t->threads == threads)
+    if (t->ids && t->beats && t->threads == threads)
         return t;
     kf_team_free(t);
     return NULL;
@@ -220,6 +251,7 @@ void kf_team_free(kf_team *t)
     for (int i = 1; i < t->threads; i++)
         pthread_join(t->ids[i], NULL);
     free(t->ids);
+    free(t->beats);
     free(t->scratch);
     free(t);
 }

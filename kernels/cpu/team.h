@@ -30,6 +30,13 @@ void kf_team_run(kf_team *team, void (*fn)(kf_worker *, const void *), const voi
 /* Takes up to `grain` of the operation's `total` units: [*begin, *end). False when none is left. */
 int kf_next(kf_worker *w, int64_t total, int64_t grain, int64_t *begin, int64_t *end);
 
+/* A piece of work that no thread divides further is done: what a computation that only takes long does again and again,
+ * and one that hangs does not. */
+void kf_beat(kf_worker *w);
+
+/* How many pieces all computations of this team have done; -1 while none is under way. From any thread. */
+int64_t kf_team_beats(const kf_team *team);
+
 /* Everyone has arrived, and sees what the others wrote. */
 void kf_barrier(kf_worker *w);
 #endif

@@ -3,10 +3,8 @@
 from typing import Literal
 
 import torch
-from typing_extensions import Buffer
 
 from kernels.base import DTYPES
-from kernels.triton.blocks import gather_block, scatter_block
 
 
 class DeviceCache:
@@ -15,9 +13,8 @@ class DeviceCache:
     form that xFormers takes, too).
 
     On the wire a block is one piece, [layers, 2, block_size, kv_heads, head_dim]. That is not the CPU cache's layout,
-    and need not be: nodes of a group are of one kind, since two kinds would not have equal bits anyway.
-
-    Not thread-safe, like the CPU's. Work is ordered by the device's default stream: reads see finished steps."""
+    and need not be: nodes of a group are of one kind, since two kinds would not have equal bits anyway. What goes there
+    and back is in kernels/cuda/transfer.py."""
 
     def __init__(
         self,
@@ -37,32 +34,11 @@ class DeviceCache:
         self.planes = torch.zeros(
             layers, 2, num_blocks, block_size, kv_heads, head_dim, dtype=DTYPES[dtype], device=device
         )
-        self._flat = self.planes.view(layers * 2, num_blocks, -1)
-        self._wire = torch.empty(layers * 2, self._flat.shape[2], dtype=DTYPES[dtype], device=device)
-        self._host = torch.empty_like(self._wire, device="cpu", pin_memory=self._wire.is_cuda)
-        self._bytes: memoryview = self._host.view(torch.uint8).view(-1).numpy().data
-        self.block_bytes = self._wire.nbytes
+        self.block_bytes = layers * 2 * block_size * kv_heads * head_dim * self.planes.element_size()
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer: [num_blocks, block_size, kv_heads, head_dim] each, sharing the memory."""
         return self.planes[index, 0], self.planes[index, 1]
-
-    def view(self, block: int) -> memoryview:
-        """The bytes of a block, read-only: a copy, good until the next call of view() or write(). IndexError."""
-        with device_guard(self._wire.device):
-            gather_block(self._flat, block, self._wire)
-            self._host.copy_(self._wire)  # waits for the device
-        return self._bytes.toreadonly()
-
-    def write(self, block: int, data: Buffer) -> None:
-        """Replaces a block. Raises IndexError, and ValueError unless data has block_bytes bytes."""
-        source = memoryview(data).cast("B")
-        if source.nbytes != self.block_bytes:
-            raise ValueError(f"a block has {self.block_bytes} bytes, not {source.nbytes}")
-        self._bytes[:] = source
-        with device_guard(self._wire.device):
-            self._wire.copy_(self._host)  # has read the host's copy when it returns
-            scatter_block(self._flat, block, self._wire)
 
 
 def device_guard(device: torch.device) -> torch.cuda.device:

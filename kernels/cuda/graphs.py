@@ -40,13 +40,19 @@ def run_uncaptured(body: Callable[[], None]) -> Callable[[], None]:
 class DecodeGraphs:
     """The graphs of one stage. `body` runs its layers over a DeviceStep and, in place, over `residual`.
 
-    A shape is captured when it first occurs, which takes as long as some steps; at most
-    log2(rows_max) x log2(splits_max) of them exist."""
+    At most log2(rows_max) x log2(splits_max) of them exist. `capture_all` makes them; one that is missing is captured
+    when its shape first occurs, which takes as long as some steps."""
 
     def __init__(
-        self, body: Body, residual: torch.Tensor, rows_max: int, block_size: int, partials: Partials
+        self,
+        body: Body,
+        residual: torch.Tensor,
+        rows_max: int,
+        splits_max: int,
+        block_size: int,
+        partials: Partials,
     ) -> None:
-        self.rows_max = rows_max
+        self.rows_max, self.splits_max = rows_max, splits_max
         self._body, self._residual, self._block_size, self._partials = body, residual, block_size, partials
         self._capture: Capture = cuda_capture if residual.is_cuda else run_uncaptured
         self._graphs: dict[tuple[int, int], tuple[DeviceStep, Callable[[], None]]] = {}
@@ -54,6 +60,13 @@ class DecodeGraphs:
     def takes(self, step: StepArrays) -> bool:
         """Whether `step` is a decode step (one token a row) of at most rows_max rows."""
         return len(step.positions) == len(step.context_lens) <= self.rows_max
+
+    def capture_all(self) -> None:
+        """Every shape, the smallest first."""
+        for rows in powers_to(self.rows_max):
+            for splits in powers_to(self.splits_max):
+                if (rows, splits) not in self._graphs:
+                    self._graphs[rows, splits] = self._make(rows, splits)
 
     def run(self, step: StepArrays) -> None:
         rows, splits = power_of_two(len(step.context_lens)), power_of_two(splits_needed(step))
@@ -74,3 +87,8 @@ class DecodeGraphs:
         replay = self._capture(lambda: self._body(step))
         self._residual[:rows] = kept
         return step, replay
+
+
+def powers_to(most: int) -> list[int]:
+    """1, 2, 4 ... up to the first that is at least `most`."""
+    return [1 << n for n in range((most - 1).bit_length() + 1)]

@@ -1,6 +1,5 @@
 """All layers of one stage on a GPU, as one call a step."""
 
-from dataclasses import replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -8,12 +7,13 @@ import numpy.typing as npt
 import torch
 from typing_extensions import Buffer
 
-from kernels.base import Layer, Linear, StageSpec, StepArrays
+from kernels.base import Layer, StageSpec, StepArrays
 from kernels.cuda.cache import DeviceCache, device_guard
 from kernels.cuda.graphs import DecodeGraphs
 from kernels.cuda.step import DeviceStep, query_tiles, splits_needed
-from kernels.triton.attention import Partials, attention, attention_tiles, splits_of
-from kernels.triton.jit import power_of_two
+from kernels.cuda.weights import DeviceWeights
+from kernels.triton.attention import Partials, attention, attention_tiles, keys_of, splits_of
+from kernels.triton.jit import ceil_div, power_of_two
 from kernels.triton.linear import linear
 from kernels.triton.rope import rope_write
 from kernels.triton.rows import add_rms_norm, silu_mul
@@ -40,41 +40,79 @@ class Activations:
 class CudaStage:
     """See kernels.base.StageKernels. Decode steps run as CUDA graphs, all others kernel by kernel.
 
+    rows_max: tokens of a step; all room that steps need is there from the start, and stays where it is. context_max:
+    tokens of a request, if not what the cache holds.
     attention_by: "triton" keeps equal bits between prefill and decode; "xformers" is a library's attention, which does
     not (kernels/xformers.py)."""
 
     def __init__(
-        self, spec: StageSpec, kv: DeviceCache, attention_by: Literal["triton", "xformers"] = "triton"
+        self,
+        spec: StageSpec,
+        kv: DeviceCache,
+        rows_max: int,
+        attention_by: Literal["triton", "xformers"] = "triton",
+        weights: DeviceWeights | None = None,
+        context_max: int = 0,
     ) -> None:
         self.kv = kv
         self.suspect = True  # nobody has looked at them here
         self._spec, self._device = spec, kv.planes.device
-        self._layers = [to_device(layer, self._device) for layer in spec.layers]
-        self._embed = None if spec.embed is None else spec.embed.to(self._device)
-        self._head = None
-        if spec.head is not None:
-            self._head = (spec.head.norm.to(self._device), spec.head.weight.to(self._device))
-        # All positions that the cache can hold, at once: the addresses must stay as they are.
-        spec.rotary.cover(min(spec.rotary.max_positions, kv.num_blocks * kv.block_size))
-        self._cos, self._sin = spec.rotary.cos.to(self._device), spec.rotary.sin.to(self._device)
+        if weights is None:
+            weights = DeviceWeights.load(spec, self._device, kv.num_blocks * kv.block_size)
+        self._layers, self._embed, self._head = weights.layers, weights.embed, weights.head
+        self._cos, self._sin = weights.cos, weights.sin
         self._scale = kv.head_dim**-0.5
         sizes = attention_tiles(kv.planes.dtype, kv.head_dim, spec.heads // kv.kv_heads)
         self._tile_queries = sizes.queries
-        splits_max = splits_of(len(self._cos))
+        splits_max = splits_of(min(len(self._cos), context_max or kv.num_blocks * kv.block_size))
         split_bytes = spec.heads * (kv.head_dim + 2) * 4
         queries = max(sizes.queries, PARTIAL_BYTES // (splits_max * split_bytes))
         self._partials = Partials(queries, splits_max, spec.heads, kv.head_dim, self._device)
         self._library = PagedAttention(kv.planes) if attention_by == "xformers" else None
         self._eager = DeviceStep(16, 16, 16, 16, self._partials, self._device)
-        self._make_room(GRAPH_ROWS_MAX)
+        self._rows_max = rows_max
+        graph_rows = min(rows_max, GRAPH_ROWS_MAX)
+        self._activations = Activations(spec, max(rows_max, power_of_two(graph_rows)), kv)
+        self._graphs = DecodeGraphs(
+            self._run,
+            self._activations.residual,
+            graph_rows,
+            splits_max,
+            kv.block_size,
+            self._partials,
+        )
+
+    def warm_up(self) -> None:
+        """Compiles and loads every kernel, and captures every graph, the smallest first: nothing of it is left for a
+        request to wait for. Steps of padding only: the cache stays as it is."""
+        with torch.inference_mode(), device_guard(self._device):
+            self.rehearse()
+            if self._library is None:
+                self._graphs.capture_all()
+            else:
+                self._library.check(self._spec.heads, self._scale)
+
+    def rehearse(self) -> None:
+        """Runs the largest step there is, of padding only: all kernels are compiled then, and all memory is taken."""
+        rows, width = self._rows_max, ceil_div(keys_of(1), self.kv.block_size)
+        tiles = query_tiles(np.array([0, rows], np.int32), self._tile_queries)
+        with torch.inference_mode(), device_guard(self._device):
+            step = DeviceStep(rows, 1, width, len(tiles), self._partials, self._device)
+            step.fill(None, np.empty((0, 3), np.int32))
+            step.plan(1, tiles[:, 1], rows)
+            residual = self._activations.residual[:rows].zero_()
+            self._run(step)
+            if self._head is not None:
+                self._logits(residual)
+
+    def beats(self) -> None:
+        return None  # the device says nothing until a step has ended
 
     def forward(
         self, source: npt.NDArray[np.int64] | Buffer, step: StepArrays, picked: npt.NDArray[np.int32]
     ) -> npt.NDArray[np.generic]:
         with torch.inference_mode(), device_guard(self._device):
             rows = len(step.positions)
-            if rows > self._activations.rows:
-                self._make_room(power_of_two(rows))
             self._check(step, picked)
             residual = self._activations.residual[:rows]
             self._load(source, residual)
@@ -105,7 +143,7 @@ class CudaStage:
 
     def _logits(self, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
         assert self._head is not None
-        norm, weight = self._head
+        norm, weight = self._head.norm, self._head.weight
         rows = len(hidden)
         out = torch.empty(rows, len(weight), dtype=torch.float32, device=self._device)
         if rows:
@@ -114,17 +152,12 @@ class CudaStage:
             linear(normed, weight, None, out, rows)
         return out.cpu().numpy()
 
-    def _make_room(self, rows: int) -> None:
-        """New activations; the graphs go, because they use the old ones' addresses."""
-        self._activations = Activations(self._spec, rows, self.kv)
-        self._graphs = DecodeGraphs(
-            self._run, self._activations.residual, GRAPH_ROWS_MAX, self.kv.block_size, self._partials
-        )
-
     def _check(self, step: StepArrays, picked: npt.NDArray[np.int32]) -> None:
         rows, cache = len(step.positions), self.kv
         if rows < 1:
             raise ValueError("a step needs at least one token")
+        if rows > self._rows_max:
+            raise ValueError(f"a step of {rows} tokens, and there is room for {self._rows_max}")
         if picked.size and not 0 <= picked.min() <= picked.max() < rows:
             raise IndexError("logits are asked of a row that this step does not have")
         slots = cache.num_blocks * cache.block_size
@@ -189,23 +222,3 @@ def to_host(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
     if tensor.dtype is torch.bfloat16:
         tensor = tensor.view(torch.uint16)
     return tensor.to("cpu", copy=True).numpy()
-
-
-def to_device(layer: Layer, device: torch.device) -> Layer:
-    """The same layer with its tensors on `device`."""
-
-    def matrix(m: Linear) -> Linear:
-        bias = None if m.bias is None else m.bias.to(device)
-        return Linear(m.weight.to(device).contiguous(), bias)
-
-    return replace(
-        layer,
-        attention_norm=layer.attention_norm.to(device),
-        qkv=matrix(layer.qkv),
-        q_norm=None if layer.q_norm is None else layer.q_norm.to(device),
-        k_norm=None if layer.k_norm is None else layer.k_norm.to(device),
-        o=matrix(layer.o),
-        mlp_norm=layer.mlp_norm.to(device),
-        gate_up=matrix(layer.gate_up),
-        down=matrix(layer.down),
-    )

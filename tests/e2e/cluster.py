@@ -161,7 +161,10 @@ def all_home(status: ClusterStatus) -> bool:
 
 
 def summary(status: ClusterStatus) -> str:
-    nodes = " ".join(f"{node.node}:{node.state.value}" for node in status.nodes)
+    nodes = " ".join(
+        f"{node.node}:{node.state.value}{f' ({node.evidence})' if node.evidence else ''}"
+        for node in status.nodes
+    )
     pipelines = " ".join(
         f"{p.id}:{p.state.value}@{p.epoch}[{','.join(s.serving[0].node if s.serving else '-' for s in p.stages)}]"
         for p in status.pipelines

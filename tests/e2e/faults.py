@@ -77,6 +77,12 @@ def thread_times(pid: int) -> dict[int, float]:
     return times
 
 
+def threads_named(pid: int, name: str) -> list[int]:
+    """Ids of the threads of a process that have this name."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sorted(int(task.name) for task in tasks if (task / "comm").read_text().strip() == name)
+
+
 def overwrite(pid: int, needle: bytes, new: bytes) -> float:
     """Replace every copy of `needle` in the memory that a process may write, as a failing DIMM would; when (unix
     seconds) that began. Raises ValueError if there is none."""

@@ -20,7 +20,7 @@ from controlplane.contract.status import ClusterStatus, NodeState, NodeStatus
 from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
 from controlplane.kfadmin.up import demo_model
 from tests.e2e.cluster import Cluster, until, while_streaming
-from tests.e2e.faults import frozen_thread, overwrite, thread_times, throttled
+from tests.e2e.faults import frozen_thread, overwrite, thread_times, threads_named, throttled
 
 # Each fault has a node of its own: a relapse makes a probation longer, and the tests wait for its end.
 STOPPED, SLOW, HUNG, CORRUPTED = "n1", "n2", "n5", "n6"
@@ -70,14 +70,20 @@ async def found(cluster: Cluster, victim: str, since_unix_s: float) -> str:
     assert f"stage {int(victim[1:]) % 4} is served by {peer(victim)} for {victim}" in text
     assert '"degraded"' in text
 
-    def told() -> list[Event]:
+    return await told(cluster, victim, since_unix_s)
+
+
+async def told(cluster: Cluster, victim: str, since_unix_s: float, limit_s: float = FOUND_S) -> str:
+    """What the history says of the victim since then; its first word came in time."""
+
+    def look() -> list[Event]:
         with cluster.local.admin() as admin:
             events = [row.event for row in admin.events(limit=100)]
         return [e for e in events if e.subject == victim and e.unix_s >= since_unix_s and e.kind in FOUND]
 
-    events = await asyncio.to_thread(told)
+    events = await asyncio.to_thread(look)
     took_s = min(event.unix_s for event in events) - since_unix_s
-    assert took_s <= FOUND_S, f"found after {took_s:.2f} s: {events[0].message}"
+    assert took_s <= limit_s, f"found after {took_s:.2f} s: {events[0].message}"
     return "; ".join(event.message for event in events)
 
 
@@ -140,6 +146,27 @@ def test_a_hung_node(home: Cluster) -> None:
     streams = asyncio.run(while_streaming(home, UNSEEN, hang))
     asyncio.run(home.expect_equal(streams))
     asyncio.run(home.wait_all_home(60.0))
+
+
+def test_a_node_hung_in_its_first_step(etcd_binary: None) -> None:
+    """Nothing is known yet of how long its steps take, and of a team's threads only one stands still. Its process ends
+    although a thread of it waits for ever."""
+    with Cluster(engine=EngineConfig(threads=2), instances=2, stages=2) as cluster:
+        pid = cluster.node_pid("n1")
+        (helper,) = threads_named(pid, "kf-compute")
+
+        async def hang(streams: list[Stream]) -> None:
+            with frozen_thread(pid, helper):
+                await until(lambda: all(s.sent for s in streams), "all are sent")
+                since = time.time()
+                await cluster.wait_for(lambda s: node(s, "n1").state is NodeState.RED, "it is red")
+                # When the first prompt reaches its stage is the machine's business.
+                assert "its computation has not ended" in await told(cluster, "n1", since, FOUND_S + 1.0)
+            # A process whose thread is traced cannot be gone before.
+            await cluster.wait_for(lambda s: node(s, "n1").pid not in (0, pid), "a fresh process is there")
+
+        streams = asyncio.run(while_streaming(cluster, DECODE, hang))
+        asyncio.run(cluster.expect_equal(streams))
 
 
 def test_a_node_with_corrupted_weights(home: Cluster) -> None:

@@ -20,6 +20,7 @@ from dataplane.model.rotary import RotaryTable
 from kernels.base import DTYPES, Head, Layer, Linear, StageSpec
 from kernels.cuda.cache import DeviceCache
 from kernels.cuda.stage import CudaStage
+from kernels.cuda.transfer import BlockTransfer
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 4096, 32, 8, 128, 14336, 32000
@@ -81,7 +82,7 @@ def stage(dtype: Any) -> CudaStage:
     rotary = RotaryTable(RopeConfig("default", 10000.0), HEAD_DIM, 4096)
     output = Head(hidden, torch.empty(VOCAB, HIDDEN, dtype=kind))
     spec = StageSpec(HIDDEN, FFN, HEADS, 1e-6, rotary, layers, torch.empty(VOCAB, HIDDEN, dtype=kind), output)
-    return CudaStage(spec, DeviceCache(256, 2, KV_HEADS, 16, HEAD_DIM, dtype, "cpu"))
+    return CudaStage(spec, DeviceCache(256, 2, KV_HEADS, 16, HEAD_DIM, dtype, "cpu"), 128)
 
 
 def main() -> None:
@@ -97,7 +98,10 @@ def main() -> None:
         step = table.fill(rows, np.array(starts, np.int32), np.array(counts, np.int32))
         built.forward(np.zeros(step.num_tokens, np.int64), step, np.arange(len(counts), dtype=np.int32))
     compiler.phase = "wire"
-    built.kv.write(3, bytes(built.kv.view(2)))
+    transfer = BlockTransfer(built.kv)
+    data, _ = transfer.gather([2])
+    transfer.sums_of(data)
+    transfer.scatter([3], data, [0])
     for kernel in compiler.found.values():
         print(json.dumps(kernel))
 

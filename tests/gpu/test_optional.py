@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
 from kernels import reference
-from kernels.dispatch import device_cache
+from kernels.base import StageSpec
+from kernels.dispatch import CacheShape, build_cuda_stage
 from kernels.xformers import PagedAttention, XformersMissing, why_not
 
 IMPORT = """
@@ -32,12 +34,20 @@ def test_xformers_says_why_it_cannot_be_used() -> None:
 
 
 def test_a_device_that_cannot_be_used_says_why() -> None:
-    sizes = (4, 2, 2, 16, 32, "float32")
+    shape = CacheShape(2, 2, 16, 32, "float32")
+    spec = cast(StageSpec, None)  # nobody looks at it any more
     with pytest.raises(ValueError, match="no kernels for device 'mps'"):
-        device_cache(*sizes, "mps")
+        build_cuda_stage(spec, shape, "mps", rows_max=16)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch sees no CUDA device"):
-            device_cache(*sizes, "cuda")
+            build_cuda_stage(spec, shape, "cuda", rows_max=16)
+
+
+def test_a_device_that_is_not_there_says_how_many_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="'cuda:2' cannot be used: torch sees 2 CUDA devices"):
+        build_cuda_stage(cast(StageSpec, None), CacheShape(2, 2, 16, 32, "float32"), "cuda:2", rows_max=16)
 
 
 @pytest.mark.parametrize(

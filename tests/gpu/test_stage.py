@@ -19,8 +19,12 @@ from dataplane.model.split import split_layers
 from dataplane.model.weights import EMBED, NORM, load_weights, stage_shapes
 from kernels.base import DTYPES, Head, StageSpec
 from kernels.cuda import graphs
+from kernels.cuda.build import BLOCKS_MIN, Room, build
 from kernels.cuda.cache import DeviceCache
+from kernels.cuda.memory import CONTEXT_BYTES, DeviceMemory
 from kernels.cuda.stage import CudaStage
+from kernels.cuda.weights import DeviceWeights
+from kernels.dispatch import CacheShape
 from tests.gpu.steps import Rows
 
 CONFIG: dict[str, Any] = {
@@ -49,7 +53,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Pipeline:
     """The stages of the model on the device, each with its own cache, and one table of sequences."""
 
-    def __init__(self, model_dir: Path, stages: int, dtype: Any, device: torch.device) -> None:
+    def __init__(
+        self, model_dir: Path, stages: int, dtype: Any, device: torch.device, rows_max: int = 128
+    ) -> None:
         config, kind = load_config(model_dir), DTYPES[dtype]
         weights = load_weights(model_dir, config, range(config.num_layers))
         embed = weights[EMBED].to(kind)
@@ -62,7 +68,7 @@ class Pipeline:
             sizes = (config.hidden_size, config.intermediate_size, config.num_heads, config.rms_norm_eps)
             ends = (embed if number == 0 else None, head if number == stages - 1 else None)
             spec = StageSpec(*sizes, rotary, built, *ends)
-            self.stages.append(CudaStage(spec, kv))
+            self.stages.append(CudaStage(spec, kv, rows_max))
         self.rows = Rows([100, 60, 60], kv)
 
     def step(self, *work: tuple[int, int, list[int]]) -> np.ndarray:
@@ -117,23 +123,6 @@ def test_bits_do_not_depend_on_the_path(device, model_dir, short_splits, dtype, 
     assert np.array_equal(mixed[-1], whole[23])
 
 
-def test_a_block_survives_the_wire(device) -> None:
-    """What one cache gives, another one of the same kind takes."""
-    sizes = (6, 3, 2, 16, 24, "bfloat16", str(device))
-    source, target = DeviceCache(*sizes), DeviceCache(*sizes)
-    values = torch.randn(source.planes.shape, generator=torch.Generator().manual_seed(1))
-    source.planes.copy_(values)
-    data = bytes(source.view(4))
-    assert len(data) == source.block_bytes == 3 * 2 * 16 * 2 * 24 * 2
-    target.write(2, data)
-    assert torch.equal(target.planes[:, :, 2], source.planes[:, :, 4])
-    assert not target.planes[:, :, [0, 1, 3, 4, 5]].any()
-    with pytest.raises(IndexError):
-        source.view(6)
-    with pytest.raises(ValueError, match="a block has"):
-        target.write(0, data[:-1])
-
-
 def test_steps_that_do_not_fit_are_refused(device, model_dir) -> None:
     pipeline = Pipeline(model_dir, 1, "float32", device)
     stage, step = pipeline.stages[0], pipeline.rows.step((0, 0, 3))
@@ -161,26 +150,94 @@ def test_an_executor_runs_on_the_gpu(gpu, model_dir) -> None:
     assert np.array_equal(got, want)
 
 
+class Captures:
+    """Counts captures (on a GPU, CUDA graphs) and notes which of them a step replays."""
+
+    def __init__(self, device, monkeypatch) -> None:
+        self.made = 0
+        self.replays: list[int] = []
+        name = "cuda_capture" if device.type == "cuda" else "run_uncaptured"
+        real = getattr(graphs, name)
+
+        def capture(body):
+            number, self.made = self.made, self.made + 1
+            replay = real(body)
+            return lambda: (self.replays.append(number), replay())
+
+        monkeypatch.setattr(graphs, name, capture)
+
+
 def test_decode_steps_are_captured_once(device, model_dir, monkeypatch) -> None:
-    """One capture for each power of two of rows; on a GPU, CUDA graphs."""
-    captures: list[int] = []
-    name = "cuda_capture" if device.type == "cuda" else "run_uncaptured"
-    real = getattr(graphs, name)
-    replays: list[int] = []
-
-    def capture(body):
-        number = len(captures)
-        captures.append(number)
-        replay = real(body)
-        return lambda: (replays.append(number), replay())
-
-    monkeypatch.setattr(graphs, name, capture)
+    """One capture for each power of two of rows."""
+    captures = Captures(device, monkeypatch)
     pipeline = Pipeline(model_dir, 1, "float32", device)
     pipeline.step((0, 0, [5, 6]), (1, 0, [7]), (2, 0, [8]))  # a prefill
-    assert not captures
+    assert not captures.made
     for at in (2, 3):
         pipeline.step((0, at, [9]))
     pipeline.step((0, 4, [9]), (1, 1, [9]), (2, 1, [9]))
     pipeline.step((0, 5, [9]))
-    assert replays == [0, 0, 1, 0]
-    assert len(captures) == 2
+    assert captures.replays == [0, 0, 1, 0]
+    assert captures.made == 2
+
+
+def test_after_a_warm_up_no_step_captures_or_moves_anything(
+    device, model_dir, short_splits, monkeypatch
+) -> None:
+    """Whatever its shape: also prompts of as many rows as there may be."""
+    captures = Captures(device, monkeypatch)
+    cold = Pipeline(model_dir, 1, "float32", device, rows_max=70)
+    tokens = tokens_of(70)
+    want = cold.step((0, 0, tokens))
+    captures.made = 0
+    pipeline = Pipeline(model_dir, 1, "float32", device, rows_max=70)
+    (stage,) = pipeline.stages
+    before = stage.kv.planes.clone()
+    stage.warm_up()
+    assert torch.equal(stage.kv.planes, before), "it runs over padding only"
+    shapes = captures.made
+    assert shapes == 8 * 3, (
+        "rows 1 to 128, and 1, 2 and 4 splits of 128 keys for the 384 positions of the cache"
+    )
+    address = stage._activations.residual.data_ptr()
+    assert np.array_equal(pipeline.step((0, 0, tokens)), want)
+    pipeline.step((0, 70, [9]), (1, 0, [7]), (2, 0, [8]))
+    assert (captures.made, stage._activations.residual.data_ptr()) == (shapes, address)
+    assert len(captures.replays) == 1
+    with pytest.raises(ValueError, match="a step of 71 tokens"):
+        pipeline.step((0, 0, [*tokens, 1]))
+
+
+def test_tied_embeddings_are_on_the_device_once(device, model_dir) -> None:
+    config = load_config(model_dir)
+    weights = load_weights(model_dir, config, range(config.num_layers))
+    embed = weights[EMBED].to(torch.bfloat16)
+    layers = (build_layer(config, 0, weights, torch.bfloat16),)
+    rotary = RotaryTable(config.rope, config.head_dim, config.max_positions)
+    sizes = (config.hidden_size, config.intermediate_size, config.num_heads, config.rms_norm_eps)
+    spec = StageSpec(*sizes, rotary, layers, embed, Head(weights[NORM].to(torch.bfloat16), embed))
+    there = DeviceWeights.load(spec, device, 64)
+    assert there.embed is not None
+    assert there.head is not None
+    assert there.embed.data_ptr() == there.head.weight.data_ptr()
+
+
+def test_the_pool_is_what_the_device_has_room_for(device, model_dir, monkeypatch) -> None:
+    """Measured with weights and the largest step on it."""
+    config = load_config(model_dir)
+    weights = load_weights(model_dir, config, range(config.num_layers))
+    layers = tuple(build_layer(config, i, weights, torch.float32) for i in range(config.num_layers))
+    rotary = RotaryTable(config.rope, config.head_dim, config.max_positions)
+    sizes = (config.hidden_size, config.intermediate_size, config.num_heads, config.rms_norm_eps)
+    spec = StageSpec(*sizes, rotary, layers, weights[EMBED], None)
+    shape = CacheShape(len(layers), config.num_kv_heads, 16, config.head_dim, "float32")
+    block = 2 * len(layers) * config.num_kv_heads * 16 * config.head_dim * 4
+    rehearsed = []
+    monkeypatch.setattr(CudaStage, "rehearse", lambda stage: rehearsed.append(stage.kv.num_blocks))
+    total = 4 << 30
+    memory = DeviceMemory(total, total - (1 << 30), 100 << 20)
+    monkeypatch.setattr(DeviceMemory, "measure", classmethod(lambda cls, device: memory))
+    stage = build(spec, shape, device, Room(64, 0, 0.25), "triton")
+    assert rehearsed == [BLOCKS_MIN]
+    assert stage.kv.num_blocks == (total // 4 - (100 << 20) - CONTEXT_BYTES) // block
+    assert build(spec, shape, device, Room(64, 9, 0.25), "triton").kv.num_blocks == 9

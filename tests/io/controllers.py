@@ -24,7 +24,7 @@ from controlplane.contract.config import ClusterConfig, TimingConfig
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, decode, encode
 from controlplane.contract.records import ControllerRecord, NodeRecord
-from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport, TargetReport
+from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport, ReportBatch, TargetReport
 from controlplane.contract.topology import Topology
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.register import Registration
@@ -104,7 +104,7 @@ class Node:
                 call = method(metadata=(("authorization", f"Bearer {token}"),))
                 self.calls.append(call)
                 while True:
-                    await call.write(self.report())
+                    await call.write(ReportBatch(reports=((0, self.report()),)))
                     await asyncio.sleep(HEARTBEAT_S)
 
 

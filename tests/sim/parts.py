@@ -11,7 +11,7 @@ import atexit
 import functools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from controlplane.core.controller import Controller
 from controlplane.core.policy import Limits
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.election import Election
+from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import Registration
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.performer import Performer
@@ -146,6 +147,15 @@ class Patient(Rhythm):
         return PATIENT_S if len(stages_of(self._node)) > 1 else 0.0
 
 
+async def named(main: Coroutine[Any, Any, None], process: Process) -> None:
+    """The main coroutine of a process; that another one has its name is a way to end."""
+    try:
+        await main
+    except NameTaken as error:
+        process.world.note(f"{process} ends: {error}")
+        process.fenced = True
+
+
 async def node_main(process: Process, config: ClusterConfig, stage: int) -> None:
     executor = make_executor(stage, config.stages, config.engine.pool_blocks)
     me = Member(process.name, process.incarnation)
@@ -214,7 +224,7 @@ async def controller_main(process: Process, config: ClusterConfig) -> None:
     inbox = Inbox()
     client = EtcdClient(config.etcd)
     history = cast(Any, NoHistory())
-    reports = ReportServer(auth.derive(secret, "grpc"), inbox)
+    reports = ReportServer(auth.derive(secret, "grpc"), inbox, config.timing.heartbeat_s)
     address = await reports.start(config.host)
     record = ControllerRecord(me, address, "", 1, process.incarnation, process=machine.identity())
     presence = Registration(client, keys.controller(me), encode(record), config.timing.node_lease_s)

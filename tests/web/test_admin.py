@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import socket
 import time
+import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -227,7 +229,43 @@ def test_a_body_that_does_not_come_is_not_waited_for(
 
 def test_a_wrong_method_is_told_the_right_one(client: httpx.Client) -> None:
     answer = client.put("/admin/v1/status", headers=BEARER)
-    assert (answer.status_code, answer.headers["allow"]) == (405, "GET")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
+    answer = client.put("/admin/v1/operations", headers=BEARER)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD, OPTIONS, POST")
+
+
+@pytest.mark.parametrize(
+    "path", ["/livez", "/readyz", "/", "/metrics", "/admin/v1/status", "/admin/v1/events"]
+)
+def test_head_is_get_without_a_body(client: httpx.Client, path: str) -> None:
+    get, head = client.get(path, headers=BEARER), client.head(path, headers=BEARER)
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert client.head("/admin/v1/status").status_code == 401
+
+
+def test_head_of_the_stream_ends(client: httpx.Client) -> None:
+    head = client.head("/admin/v1/stream", headers=BEARER)
+    assert (head.status_code, head.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+
+
+def test_paths_and_options(client: httpx.Client) -> None:
+    assert client.get(f"{client.base_url}//admin/v1//status/", headers=BEARER).status_code == 200
+    assert client.get(f"{client.base_url}//admin/v1//status/").status_code == 401
+    answer = client.options("/admin/v1/operations", headers={"origin": "https://a.example"})
+    assert (answer.status_code, answer.headers["allow"]) == (204, "GET, HEAD, OPTIONS, POST")
+    assert not any("access-control" in name for name in answer.headers)
+
+
+def test_compressed_bodies(client: httpx.Client) -> None:
+    for coding, encode in (("gzip", gzip.compress), ("deflate", zlib.compress)):
+        body = encode(json.dumps({"token": TOKEN}).encode())
+        answer = client.post("/session", content=body, headers={"content-encoding": coding})
+        assert answer.status_code == 204
+        bomb = client.post("/session", content=encode(b" " * (1 << 20)), headers={"content-encoding": coding})
+        assert bomb.status_code == 413
+    other = client.post("/session", content=b"x", headers={"content-encoding": "br"})
+    assert (other.status_code, "br" in other.json()["error"]["message"]) == (415, True)
 
 
 def test_a_browser_session(client: httpx.Client, service: MemoryService) -> None:

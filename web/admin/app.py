@@ -17,7 +17,6 @@ Errors are `{"error": {"message", "code"}}`; 503 means that etcd or the database
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from typing import TypeVar
@@ -26,17 +25,18 @@ import msgspec
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.errors import Unavailable
 from controlplane.contract.records import GROUP_WIDE, OperationKind, OperationState
 from controlplane.contract.status import OperationAnswer, OperationRequest
+from web import bodies
 from web.admin.auth import COOKIE, SESSION_S, Guard, error, session_cookie
 from web.admin.feed import Feed, FeedResponse, event_rows
 from web.admin.service import AdminService
 from web.admin.static import StaticFile, load_files
+from web.manners import HEAD, Manners
 
 BODY_BYTES_MAX = 64 * 1024
 BODY_S = 10.0  # a client that takes longer to send its request is not waited for
@@ -58,6 +58,7 @@ def build_app(service: AdminService, token: str) -> FastAPI:
     """
     app = FastAPI(title="KevlarFlow admin", openapi_url=None)
     app.add_middleware(Guard, token=token)
+    app.add_middleware(Manners, routes=lambda: app.routes)  # the last one is the outermost
     _add_errors(app)
     _add_health(app, service)
     _add_page(app, token)
@@ -155,6 +156,8 @@ def _add_reads(app: FastAPI, service: AdminService) -> None:
 
     @app.get("/admin/v1/stream")
     async def stream(request: Request, after: int = Query(0, ge=0, lt=2**63)) -> Response:
+        if getattr(request.state, HEAD, False):
+            return Response(media_type=FeedResponse.media_type)
         # A browser that connects again says what it saw last.
         resumed = request.headers.get("last-event-id", "")
         return FeedResponse(feed, int(resumed) if SEEN.fullmatch(resumed) else after)
@@ -190,18 +193,11 @@ def _add_operations(app: FastAPI, service: AdminService) -> None:
 
 
 async def _body(request: Request, kind: type[T]) -> T:
-    """Read and parse a bounded JSON body. Raises HTTPException 400, 408 or 413."""
-    body = bytearray()
+    """Read and parse a bounded JSON body. Raises HTTPException 400, 408, 413 or 415."""
     try:
-        async with asyncio.timeout(BODY_S):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > BODY_BYTES_MAX:
-                    raise HTTPException(413, f"the body is larger than {BODY_BYTES_MAX} bytes")
-    except TimeoutError:
-        raise HTTPException(408, f"the body did not arrive within {BODY_S:g} s") from None
-    except ClientDisconnect:
-        raise HTTPException(400, "the body ended early") from None  # nobody will read it
+        body = await bodies.read_body(request, BODY_BYTES_MAX, BODY_S)
+    except bodies.BodyError as problem:
+        raise HTTPException(problem.status, problem.message) from None
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.MsgspecError as problem:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -11,19 +11,20 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from web.gateway.answer import Answer
+from web import bodies
+from web.gateway.answer import EVENT_HEADERS, Answer
 from web.gateway.begin import Visit, begin, reopen
 from web.gateway.chat import chat_prompt
 from web.gateway.errors import ApiError, shorten
 from web.gateway.generation import count_error
-from web.gateway.guard import BODY_BYTES_MAX, ApiKeys, Guard, too_large
+from web.gateway.guard import BODY_BYTES_MAX, ApiKeys, Guard
 from web.gateway.memory import Hold
 from web.gateway.openai import DetokenizeRequest, TokenizeRequest, parse
 from web.gateway.sampling import check_chars, check_tokens
 from web.gateway.service import Service
+from web.manners import HEAD, Manners
 
 log = structlog.get_logger()
 
@@ -31,15 +32,15 @@ DETOKENIZE_MAX = 1 << 18  # tokens
 BODY_S = 30.0  # a client that takes longer to send its request is not waited for
 
 
-def build_app(service: Service, keys: ApiKeys) -> ASGIApp:
-    """The whole application, guarded."""
+def build_app(service: Service, keys: ApiKeys, origins: Sequence[str] = ()) -> ASGIApp:
+    """The whole application, guarded. `origins`: see Manners."""
     app = FastAPI(title="KevlarFlow gateway", version=service.version, docs_url=None, redoc_url=None)
     _health_routes(app, service)
     _model_routes(app, service)
     _generation_routes(app, service)
     _token_routes(app, service)
     _error_handlers(app, service)
-    return Guard(app, keys)
+    return Manners(Guard(app, keys), lambda: app.routes, origins)
 
 
 def _health_routes(app: FastAPI, service: Service) -> None:
@@ -114,7 +115,10 @@ def _generation_routes(app: FastAPI, service: Service) -> None:
         return await begin(service, "chat", await read_body(request, hold), _visit(request), hold)
 
     @app.get("/v1/streams/{stream}", response_model=None)
-    async def streams(stream: str, request: Request) -> Answer:
+    async def streams(stream: str, request: Request) -> Response:
+        if getattr(request.state, HEAD, False):  # nothing is taken from whoever reads it
+            service.tickets.read(stream.partition(".")[0], request.state.owner)
+            return Response(headers={name.decode(): value.decode() for name, value in EVENT_HEADERS})
         return await reopen(service, stream, _visit(request), service.memory.hold(request.state.owner))
 
 
@@ -131,7 +135,11 @@ def _token_routes(app: FastAPI, service: Service) -> None:
         if body.messages is not None:
             ids = list(
                 await chat_prompt(
-                    service, body.messages, body.add_generation_prompt, bool(body.add_special_tokens)
+                    service,
+                    body.messages,
+                    body.add_generation_prompt,
+                    bool(body.add_special_tokens),
+                    body.chat_template_kwargs,
                 )
             )
         else:
@@ -176,21 +184,11 @@ def _error_handlers(app: FastAPI, service: Service) -> None:
 
 
 async def read_body(request: Request, hold: Hold) -> bytes:
-    """The body, refused as soon as it exceeds its bound (a client may not name a length) or its client's memory."""
-    parts, size = [], 0
+    """The body, refused as soon as it exceeds its bound or its client's memory. Raises ApiError."""
     try:
-        async with asyncio.timeout(BODY_S):
-            async for part in request.stream():
-                size += len(part)
-                if size > BODY_BYTES_MAX:
-                    raise too_large()
-                hold.grow(len(part))
-                parts.append(part)
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {BODY_S:g} s") from None
-    except ClientDisconnect:
-        raise ApiError(400, "the body ended early") from None  # nobody will read it
-    return b"".join(parts)
+        return await bodies.read_body(request, BODY_BYTES_MAX, BODY_S, hold.grow)
+    except bodies.BodyError as error:
+        raise ApiError(error.status, error.message) from None
 
 
 def _visit(request: Request) -> Visit:

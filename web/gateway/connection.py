@@ -20,10 +20,15 @@ class StreamProtocol(BoundedProtocol):
     """Puts a Wire into the scope of each request."""
 
     on_writable: Callable[[], None] | None = None
+    on_quiet: Callable[[], None] | None = None
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         self.scope["extensions"] = {EXTENSION: Wire(self, self.cycle)}  # type: ignore[dict-item]
+
+    def say_something(self) -> None:
+        if self.on_quiet is not None:
+            self.on_quiet()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -50,11 +55,14 @@ class Wire:
     def write(self, data: bytes) -> None:
         """Of a client that is gone nothing is heard here: ASGI's `receive` tells it."""
         if not (self._cycle.disconnected or self._transport.is_closing()):
-            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            # HTTP/1.0 has no chunks.
+            self._transport.write(
+                b"%x\r\n%b\r\n" % (len(data), data) if self._cycle.chunked_encoding else data
+            )
 
-    def watch(self, on_writable: Callable[[], None] | None) -> None:
-        """Call it whenever `paused` has ended."""
-        self._protocol.on_writable = on_writable
+    def watch(self, on_writable: Callable[[], None] | None, on_quiet: Callable[[], None] | None) -> None:
+        """Call the first whenever `paused` has ended, the second for something to say (see Http1Protocol)."""
+        self._protocol.on_writable, self._protocol.on_quiet = on_writable, on_quiet
 
 
 def wire_of(scope: Scope) -> Wire:

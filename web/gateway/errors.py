@@ -20,6 +20,7 @@ TYPES = {
     409: "ConflictError",
     410: "GoneError",
     413: "RequestTooLargeError",
+    415: "UnsupportedMediaTypeError",
     422: "UnprocessableEntityError",
     429: "RateLimitError",
     500: "InternalServerError",

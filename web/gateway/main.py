@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import gc
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from controlplane.contract.errors import ConfigError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.logs import configure_logging
+from controlplane.contract.process import begin, run_to_exit
 from controlplane.contract.records import GatewayRecord
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
@@ -39,6 +39,7 @@ from web.gateway.watch import ClusterWatch
 log = structlog.get_logger()
 
 LEASE_S = 5
+LEAVE_LIMIT_S = 2.0  # for what is left to do once every client has been told
 GOODBYE_S = 2.0  # beyond the grace for answers: for what a stopping server says to its clients
 
 
@@ -50,12 +51,14 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="0: any free one (default: gateway_port of the settings)")
     arguments = parser.parse_args()
     configure_logging(arguments.id)
-    try:
-        config = load_config(arguments.config)
-        port = config.gateway_port if arguments.port is None else arguments.port
-        asyncio.run(run_gateway(config, arguments.id, port, arguments.take_over))
-    except (ConfigError, NameTaken) as error:
-        sys.exit(f"kf-gateway: {error}")
+    begin()
+    run_to_exit("kf-gateway", lambda: _run(arguments), expected=NameTaken)
+
+
+async def _run(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config)
+    port = config.gateway_port if arguments.port is None else arguments.port
+    await run_gateway(config, arguments.id, port, arguments.take_over)
 
 
 def policy_of(config: ClusterConfig) -> Policy:
@@ -101,7 +104,7 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
         tickets = Tickets(derive(secret, "streams"))
         service = _service(config.gateway, model, dispatcher, metrics, watch, tickets)
         grace_s = config.timing.stop_grace_s
-        server = make_server(build_app(service, keys), grace_s)
+        server = make_server(build_app(service, keys, config.gateway.cors_origins), grace_s)
         background = [
             asyncio.create_task(watch.follow(), name="watch"),
             asyncio.create_task(registration.run(), name="registration"),
@@ -121,9 +124,13 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
         finally:
             for task in (*background, serving):
                 task.cancel()
-            await asyncio.gather(*background, serving, return_exceptions=True)
-            await registration.withdraw()
-            await dispatcher.aclose()
+            try:
+                async with asyncio.timeout(LEAVE_LIMIT_S):
+                    await asyncio.gather(*background, serving, return_exceptions=True)
+                    await registration.withdraw()
+                    await dispatcher.aclose()
+            except TimeoutError:
+                log.warning("not everything was closed in time; the lease will expire")
 
 
 def _service(

@@ -20,40 +20,96 @@ INT64_MAX = 2**63 - 1
 
 # Parameters that are known but not supported, with the values that mean "as if absent".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none",),
+    # OpenAI's
+    "audio": (),
+    "function_call": ("none", "auto"),  # without functions both say the same
     "functions": ([],),
-    "function_call": ("none",),
+    "modalities": (["text"],),
+    "moderation": (),
+    "reasoning_effort": ("none", "medium"),
     "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "prompt_logprobs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    # vLLM's
+    "allowed_token_ids": ([],),
     "bad_words": ([],),
-    "use_beam_search": (False,),
-    "cache_salt": (),
-    "truncate_prompt_tokens": (),
-    "spaces_between_special_tokens": (True,),
     "chat_template": (),
     "continue_final_message": (False,),
-    "documents": ([],),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "web_search_options": (),
-    "prompt_embeds": (),
-    "length_penalty": (1, 1.0),
     "detokenize": (True,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "echo": (False,),  # of the chat API: the completions API has it
+    "ec_transfer_params": ({},),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_reasoning": (True,),
+    "kv_transfer_params": ({},),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "logprob_token_ids": ([],),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "routed_experts_prompt_start": (0,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "thinking_token_budget": (-1,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
 }
-# Accepted and without effect here: they do not change the answer.
-IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier")
-
+# Accepted and without effect here, whatever they say: they do not change the answer.
+IGNORED = frozenset(
+    {
+        # OpenAI's: who asks, what for, and how fast it is to go
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        # vLLM's: caches, the size of chunks, and what belongs to something that is refused itself
+        "cache_salt",
+        "guided_decoding_backend",
+        "guided_whitespace_pattern",
+        "media_io_kwargs",
+        "mm_processor_kwargs",
+        "return_mm_kwargs",
+        "return_token_offsets",
+        "session_id",
+        "stream_interval",
+        "truncation_side",
+    }
+)
+# Of a text part, or of a message: where others may cache.
+CACHE_HINTS = frozenset({"cache_control", "prompt_cache_breakpoint"})
 # Of a message that another server gave as an answer: null or empty, they say nothing.
-ANSWER_FIELDS = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content")
+ANSWER_FIELDS = frozenset(
+    {
+        "annotations",
+        "audio",
+        "function_call",
+        "provider_specific_fields",
+        "reasoning",
+        "reasoning_content",
+        "refusal",
+        "tool_calls",
+    }
+)
+# Variables of a chat template that the request's own parameters set.
+RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
 ERRORS_MAX = 100  # more are not told apart: each costs memory, and a body has room for a million
 
 TokenId = Annotated[int, Field(ge=0)]
@@ -64,16 +120,43 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 Strings = str | Texts
 
 
-class StreamOptions(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
 
 
-class Common(BaseModel):
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = (
+        None  # padding against those who look at the size of packets: it is no text
+    )
+
+
+class Request(Strict):
+    """A body: what says nothing may be in it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, data: Any) -> Any:
+        """Take out what changes nothing; refuse, by name, what is known but not supported."""
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if name not in cls.model_fields:
+                if name in IGNORED:
+                    continue
+                if name in UNSUPPORTED:
+                    if value is not None and value not in UNSUPPORTED[name]:
+                        raise ApiError(400, f"{name} is not supported", name)
+                    continue
+            kept[name] = value
+        return kept
+
+
+class Common(Request):
     """What both APIs share. None: the client did not say."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
     best_of: int | None = None
@@ -100,28 +183,11 @@ class Common(BaseModel):
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral(cls, data: Any) -> Any:
-        """Take out what changes nothing; refuse, by name, what is known but not supported."""
-        if not isinstance(data, dict):
-            return data
-        kept = {}
-        for name, value in data.items():
-            if name in IGNORED:
-                continue
-            if name in UNSUPPORTED and name not in cls.model_fields:
-                if value is not None and value not in UNSUPPORTED[name]:
-                    raise ApiError(400, f"{name} is not supported", name)
-                continue
-            kept[name] = value
-        return kept
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.best_of is not None and self.best_of != self.choices:
             raise ApiError(400, "best_of other than n is not supported", "best_of")
-        if self.stream_options is not None and not self.stream:
+        if self.include_usage and not self.stream:
             raise ApiError(400, "stream_options needs stream: true", "stream_options")
         if len(self.stops) > STOPS_MAX or any(not 1 <= len(s) <= 1024 for s in self.stops):
             raise ApiError(400, f"stop: at most {STOPS_MAX} strings of 1 to 1024 characters", "stop")
@@ -143,14 +209,14 @@ class Common(BaseModel):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def continuous_usage(self) -> bool:
         return (
             self.include_usage
             and self.stream_options is not None
-            and self.stream_options.continuous_usage_stats
+            and bool(self.stream_options.continuous_usage_stats)
         )
 
 
@@ -179,14 +245,19 @@ class CompletionRequest(Common):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_hints(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if name not in CACHE_HINTS}
 
-class Message(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+
+class Message(Strict):
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
@@ -197,7 +268,8 @@ class Message(BaseModel):
         """Clients send back what they were given, with every field of an answer that was empty."""
         if not isinstance(data, dict):
             return data
-        return {name: value for name, value in data.items() if value or name not in ANSWER_FIELDS}
+        kept = {name: value for name, value in data.items() if value or name not in ANSWER_FIELDS}
+        return {name: value for name, value in kept.items() if name not in CACHE_HINTS}
 
     @property
     def text(self) -> str:
@@ -234,26 +306,33 @@ class ChatRequest(Common):
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-        reserved = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
-        if reserved & set(self.chat_template_kwargs or ()):
-            raise ApiError(400, "chat_template_kwargs names a reserved variable", "chat_template_kwargs")
+        _check_template_kwargs(self.chat_template_kwargs)
         return self
 
 
-class TokenizeRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+def _check_template_kwargs(variables: dict[str, Any] | None) -> None:
+    if RESERVED & set(variables or ()):
+        raise ApiError(400, "chat_template_kwargs names a reserved variable", "chat_template_kwargs")
+
+
+class TokenizeRequest(Request):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_template_kwargs(self.chat_template_kwargs)
+        return self
 
-class DetokenizeRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+
+class DetokenizeRequest(Request):
     model: str | None = None
     tokens: TokenIds
 
@@ -272,7 +351,10 @@ def parse(kind: type[Body], raw: bytes) -> Body:
 def _bad_request(error: pydantic.ValidationError) -> ApiError:
     if error.error_count() > ERRORS_MAX:
         return ApiError(400, f"the body has {error.error_count()} mistakes: too many to name them")
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    # Of a union's branches the one that fits but for a name says most.
+    same = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
+    first = next((e for e in same if e["type"] == "extra_forbidden"), errors[0])
     # `loc` of a union goes on with the names of its branches: the client knows only the parameter's path.
     path = [str(part) for part in first["loc"]]
     name = path[0][:64] if path else None
@@ -284,8 +366,5 @@ def _bad_request(error: pydantic.ValidationError) -> ApiError:
         case "extra_forbidden":
             where = f" in {path[0]}" if len(path) > 1 else ""
             return ApiError(400, f"unknown parameter {shorten(path[-1])}{where}", name)
-    branches = [
-        e for e in error.errors(include_url=False, include_input=False) if e["loc"][:1] == first["loc"][:1]
-    ]
-    wanted = "; or: ".join(sorted({str(branch["msg"]) for branch in branches}))
+    wanted = "; or: ".join(sorted({str(branch["msg"]) for branch in same}))
     return ApiError(400, f"{name or 'the body'}: {wanted[:300]}", name)

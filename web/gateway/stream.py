@@ -74,14 +74,14 @@ class EventStream:
         if self._quiet is None:
             self._said = self._loop.time()
             self._quiet = self._loop.call_later(self._keep_alive_s, self._keep_alive)
-            self._wire.watch(self._writable)
+            self._wire.watch(self._writable, self._say_something)
             self._generation.channel.attach(self._advance)
         self._advance()
         return await self._turn
 
     def close(self) -> None:
         self._generation.channel.attach(None)
-        self._wire.watch(None)
+        self._wire.watch(None, None)
         self._turn.cancel()
         for timer in (self._quiet, self._stuck):
             if timer is not None:
@@ -130,6 +130,12 @@ class EventStream:
         elif out:
             self._wire.write(out)
             self._said = self._loop.time()
+
+    def _say_something(self) -> None:
+        """The client may be gone: only writing shows it."""
+        if self._begun and not (self._turn.done() or self._wire.paused):
+            self._said = self._loop.time()
+            self._wire.write(KEEP_ALIVE)
 
     def _keep_alive(self) -> None:
         now = self._loop.time()

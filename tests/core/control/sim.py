@@ -51,6 +51,8 @@ class Node:
     overdue_s: float = 0.0
     throttled: bool = False  # does not get to run most of the time
     hung_at: float | None = None  # its computation does not end
+    usual_s: float = 0.01  # what its computation under way usually takes
+    advances: bool | None = None  # whether that gets on
     poisoned: int = 0
 
     @property
@@ -149,8 +151,10 @@ class Sim:
         """No link passes anything between two sets of nodes."""
         self.parted.update({frozenset((a, b)): self.now for a in some for b in others if a != b})
 
-    def hang(self, name: str) -> None:
-        self.nodes[name].hung_at = self.now
+    def hang(self, name: str, usual_s: float = 0.01, advances: bool | None = None) -> None:
+        """A computation that does not end. advances: whether it gets on nevertheless; None: it does not say."""
+        node = self.nodes[name]
+        node.hung_at, node.usual_s, node.advances = node.hung_at or self.now, usual_s, advances
 
     def elect(self, name: str) -> None:
         if self.leader in self.cores:
@@ -388,7 +392,12 @@ class Sim:
             topology_counter=self.topology.counter if self.topology else 0,
             leaving=leaving,
             busy_s=0.0 if node.hung_at is None else self.now - node.hung_at,
-            usual_s=0.0 if node.hung_at is None else 0.01,
+            usual_s=0.0 if node.hung_at is None else node.usual_s,
+            still_s=None
+            if node.advances is None or node.hung_at is None
+            else 0.0
+            if node.advances
+            else self.now - node.hung_at,
             poisoned=node.poisoned,
             timed_s=node.timed_s,
             overdue_s=node.overdue_s,

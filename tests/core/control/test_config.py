@@ -35,6 +35,7 @@ def of_file(folder: Path, **settings: Any) -> ClusterConfig:
     [
         ("engine", "pool_blocks", -5),
         ("engine", "block_size", 0),
+        ("engine", "memory_utilization", 1.0),
         ("engine", "max_batch_tokens", 0),
         ("engine", "max_running", 0),
         ("engine", "max_waiting", -1),
@@ -103,6 +104,11 @@ def test_out_of_range(tmp_path: Path, section: str, field: str, value: Any) -> N
             ("pool_blocks = 67108864", "block_size = 64"),
         ),
         ({"engine": {"attention": "xformers"}}, ("attention = 'xformers'", "device", "'cpu'")),
+        (
+            {"engine": {"attention": "xformers", "device": "cuda"}},
+            ("attention = 'xformers'", "multiple of 64", "block_size = 16"),
+        ),
+        ({"engine": {"pool_blocks": 3}}, ("pool_blocks = 3", "4 or more")),
         (
             {"timing": {"suspect_after_s": 1.3}},
             ("suspect_after_s = 1.3", "dead_after_s = 1.2"),

@@ -99,6 +99,30 @@ def test_a_hung_node_is_replaced_and_restarted() -> None:
     assert sim.topology.retired == ()
 
 
+def test_a_node_hung_in_its_first_step_is_found_by_its_standing_still() -> None:
+    """Nothing is known of how long such a step takes."""
+    sim = formed()
+    old = sim.nodes["n1"].member
+    sim.hang("n1", usual_s=0.0, advances=False)
+    took_s = sim.run_until(lambda: sim.serving("p0") == ["n0", "n5", "n2", "n3"])
+    assert took_s <= 2.0
+    sim.run_until(lambda: sim.nodes["n1"].member != old, limit_s=3.0)
+
+
+@pytest.mark.parametrize("usual_s", [0.0, 0.1])
+def test_a_slow_step_that_advances_is_no_hung_one(usual_s: float) -> None:
+    """Its scheduler has waited for 40 s, which is far longer than usual, or nobody knows how long that is."""
+    sim = formed()
+    sim.hang("n1", usual_s=usual_s, advances=True)
+    sim.run(40.0)
+    assert EventKind.DIED not in sim.kinds()
+    assert (state(sim, "n1") is NodeState.GREEN) == (usual_s == 0.0), (
+        "who is slower than usual is on probation"
+    )
+    sim.hang("n1", usual_s=usual_s, advances=False)
+    assert sim.run_until(lambda: sim.serving("p0")[1] == "n5") <= 2.0
+
+
 def test_a_hung_node_without_a_peer_is_restarted_and_serves() -> None:
     sim = formed(instances=1)
     sim.hang("n2")

@@ -264,6 +264,7 @@ def test_pieces_of_work_on_kv_are_bounded() -> None:
 
     class Large:
         block_bytes = 3 << 20
+        pool = None
 
     assert KvBytes(Large()).piece_blocks == 1  # type: ignore[arg-type]
     (executor,) = oracles(1)

@@ -65,12 +65,14 @@ def test_questions_of_one_pipeline_outlive_a_new_epoch_of_another() -> None:
 
 
 def test_registrations_that_are_gone_do_not_shrink_the_pool_to_nothing() -> None:
-    """etcd was away, every lease ran out, and the topology changes before the nodes are back in it."""
+    """etcd was away, every lease ran out, and the topology changes before the nodes are back in it. All of the pool, as
+    there is nobody to copy to.
+    """
     host = Host(ME, NEXT)
     host.schedulers.on_topology(topology(1, pipeline("p0", 1)), RECORDS)
-    assert host.schedulers.by_pipeline["p0"].batcher.quota_blocks == 50
+    assert host.schedulers.by_pipeline["p0"].batcher.quota_blocks == 100
     host.schedulers.on_topology(topology(2, pipeline("p0", 1)), {})
-    assert host.schedulers.by_pipeline["p0"].batcher.quota_blocks == 50
+    assert host.schedulers.by_pipeline["p0"].batcher.quota_blocks == 100
 
 
 @pytest.mark.parametrize(

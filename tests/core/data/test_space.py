@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
+from controlplane.contract import topology
+from controlplane.contract.ids import Member
 from controlplane.contract.requests import FinishReason, RefusalCode, Refused, Sampling, Submit
-from controlplane.contract.topology import quota_blocks
+from controlplane.contract.topology import Mode, Topology, quota_blocks
 from dataplane._fast.blocktable import Rows
 from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
@@ -202,4 +205,13 @@ def test_copies_are_not_evicted_for_a_step_that_cannot_run() -> None:
 @pytest.mark.parametrize("pool", [4, 7, 64, 2048])
 def test_quotas_of_all_pipelines_of_a_node_never_exceed_its_pool(pool: int) -> None:
     for served in range(1, 9):
-        assert served * quota_blocks(pool, served) <= pool
+        for copies in (True, False):
+            assert served * quota_blocks(pool, served, copies) <= pool
+
+
+def test_no_room_is_kept_for_copies_where_there_are_none() -> None:
+    stage = topology.Stage(("n0",), (Member("n0", "a"),))
+    alone = Topology("g", 1, Mode.REPLICATE, (topology.Pipeline("p0", 1, (stage,)),))
+    two = replace(alone, pipelines=(*alone.pipelines, topology.Pipeline("p1", 1, (stage,))))
+    assert [t.copies for t in (alone, two, replace(two, mode=Mode.NONE))] == [False, True, False]
+    assert (quota_blocks(100, 1), quota_blocks(100, 1, False), quota_blocks(100, 2, False)) == (50, 100, 50)

@@ -99,6 +99,7 @@ async def running(
     policy: Policy | None = None,
     keep_alive_s: float = 5.0,
     model: Model | None = None,
+    origins: tuple[str, ...] = (),
     **knobs: Any,
 ) -> AsyncIterator[Stack]:
     """`nodes` fake nodes, pipelines p0.. on the first two of them, and a gateway that is ready."""
@@ -106,7 +107,7 @@ async def running(
     try:
         for fake in fakes:
             await fake.start()
-        async with _gateway(fakes, policy, keep_alive_s, model) as stack:
+        async with _gateway(fakes, policy, keep_alive_s, model, origins) as stack:
             stack.place(**{f"p{index}": index for index in range(min(2, nodes))})
             await stack.until(lambda: stack.dispatcher.router.reachable == min(2, nodes))
             yield stack
@@ -131,13 +132,17 @@ async def beside(stack: Stack) -> AsyncIterator[Stack]:
 
 @contextlib.asynccontextmanager
 async def _gateway(
-    fakes: list[FakeNode], policy: Policy | None, keep_alive_s: float, model: Model | None
+    fakes: list[FakeNode],
+    policy: Policy | None,
+    keep_alive_s: float,
+    model: Model | None,
+    origins: tuple[str, ...] = (),
 ) -> AsyncIterator[Stack]:
     metrics = Metrics()
     dispatcher = Dispatcher(policy or Policy(), "t", metrics)
     metrics.attach(dispatcher.router, lambda: 0.0)
     service = Service(model or demo_model(), dispatcher, metrics, 1, lambda: 0.0, Tickets("s"), keep_alive_s)
-    server = make_server(build_app(service, ApiKeys([KEY])))
+    server = make_server(build_app(service, ApiKeys([KEY]), origins))
     sock = listen("127.0.0.1", 0)
     stack = Stack(fakes, dispatcher, service, server, f"http://127.0.0.1:{sock.getsockname()[1]}")
     try:

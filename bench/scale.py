@@ -1,0 +1,215 @@
+"""What one controller costs as the cluster grows: a real process, real gRPC and etcd, and nodes that only report.
+
+The controller has one core to itself; etcd and the simulated nodes (scale_nodes.py) share the others. For each size:
+the group forms; calm, in which every node serves; ten nodes die, come back, and get their duties handed back; and then
+one node of twenty dies in the same moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from bench.contract import Result, percentile, progress
+from bench.scale_nodes import NODES_PER_HOST, Fleet, settled
+from controlplane.contract.auth import create_secret, derive
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.errors import KevlarFlowError
+from controlplane.contract.keys import Keys, decode
+from controlplane.contract.records import ControllerRecord
+from controlplane.etcd.client import EtcdClient
+from controlplane.etcd.server import etcd_command, find_etcd_binary
+
+OPTIONS = ("only",)
+SIZES = (64, 256, 1000, 4000)
+STAGES = 4
+HAND_BACKS = 10
+STORM_SHARE = 0.05
+REST_S = 7.0  # longer than every pause of the planner (policy.Limits), and one lease
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class NotReached(KevlarFlowError):
+    """The cluster did not get where a measurement begins or ends."""
+
+
+def run(quick: bool, only: frozenset[str] = frozenset()) -> Result:
+    sizes = [size for size in SIZES if not only or str(size) in only]
+    calm_s = 10.0 if quick else 60.0
+    result = Result(
+        "scale",
+        settings={"stages": STAGES, "nodes_per_host": NODES_PER_HOST, "calm_s": calm_s, "quick": quick},
+    )
+    for size in sizes:
+        with tempfile.TemporaryDirectory(prefix="kf-scale-") as folder:
+            asyncio.run(_measure(size, Path(folder), calm_s, result))
+    if 64 in sizes and 4000 in sizes:
+        each = {n: result.metrics[f"cpu_share_{n}"] / n for n in (64, 4000)}
+        result.ratios["cost_per_node_4000_64"] = each[64] / each[4000]
+        result.metrics["cost_per_node_growth"] = each[4000] / each[64]
+    return result
+
+
+async def _measure(size: int, folder: Path, calm_s: float, result: Result) -> None:
+    port = free_port()
+    config = ClusterConfig(
+        run_dir=str(folder),
+        model=str(folder / "none"),
+        etcd=(f"127.0.0.1:{port}",),
+        instances=size // STAGES,
+        stages=STAGES,
+        admin_port=0,
+    )
+    (folder / "cluster.json").write_bytes(msgspec.json.encode(config))
+    secret = create_secret(config.secret_file)
+    with _processes(folder, port) as controller:
+        async with EtcdClient(config.etcd) as client:
+            address = await _address(client, Keys(config.cluster))
+            fleet = Fleet(config, client, derive(secret, "grpc"), address)
+            try:
+                await _phases(size, fleet, controller, calm_s, result)
+            finally:
+                await fleet.stop()
+                _show_errors(folder / "controller.log")
+
+
+async def _phases(
+    size: int, fleet: Fleet, controller: subprocess.Popen[bytes], calm_s: float, result: Result
+) -> None:
+    metrics, pid = result.metrics, controller.pid
+    began = time.monotonic()
+    await fleet.start()
+    await _until(lambda: settled(fleet.topology), 120.0, "the group formed", fleet)
+    metrics[f"form_s_{size}"] = time.monotonic() - began
+    metrics[f"form_writes_{size}"] = fleet.writes
+    await asyncio.sleep(REST_S)
+
+    fleet.late_s = 0.0
+    metrics[f"cpu_share_{size}"] = await _cpu_share(pid, calm_s)
+    metrics[f"memory_bytes_{size}"] = _memory_bytes(pid)
+    metrics[f"heartbeat_late_max_s_{size}"] = fleet.late_s
+
+    chosen = random.Random(size)
+    # One of an instance, and no two neighbours in the ring: each has somebody to go to.
+    places = chosen.sample(range(size // STAGES // 2), min(HAND_BACKS, size // STAGES // 2))
+    victims = [f"n{2 * place * STAGES + chosen.randrange(STAGES)}" for place in places]
+    fleet.kill(victims)
+    await _until(lambda: _written(fleet, victims), 30.0, "ten deaths were written", fleet)
+    await asyncio.sleep(REST_S)
+    before = fleet.writes
+    used, began = _cpu_s(pid), time.monotonic()
+    await fleet.restart(victims)
+    await _until(lambda: settled(fleet.topology), 120.0, "ten hand-backs", fleet)
+    took_s = time.monotonic() - began
+    metrics[f"move_cpu_share_{size}"] = (_cpu_s(pid) - used) / took_s
+    metrics[f"move_s_{size}"] = took_s
+    metrics[f"move_writes_{size}"] = fleet.writes - before
+    await asyncio.sleep(REST_S)
+
+    storm = chosen.sample(sorted(fleet.nodes), max(1, round(size * STORM_SHARE)))
+    before = fleet.writes
+    members = [fleet.nodes[name].member for name in storm]
+    fleet.kill(storm)
+    await _until(
+        lambda: all(m in fleet.written for m in members), 60.0, "the storm's deaths were written", fleet
+    )
+    delays = [fleet.written[m] for m in members]
+    metrics[f"kill_to_write_p50_s_{size}"] = percentile(delays, 0.5)
+    metrics[f"kill_to_write_p99_s_{size}"] = percentile(delays, 0.99)
+    metrics[f"kill_to_write_max_s_{size}"] = max(delays)
+    metrics[f"storm_writes_{size}"] = fleet.writes - before
+    line = ", ".join(
+        f"{k.removesuffix(f'_{size}')} {v:.4g}" for k, v in metrics.items() if k.endswith(f"_{size}")
+    )
+    progress(f"{size} nodes: {line}")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _written(fleet: Fleet, names: list[str]) -> bool:
+    return all(fleet.nodes[name].member in fleet.written for name in names)
+
+
+async def _until(holds: Callable[[], bool], limit_s: float, what: str, fleet: Fleet) -> None:
+    deadline = time.monotonic() + limit_s
+    while not holds():
+        fleet.check()
+        if time.monotonic() > deadline:
+            raise NotReached(f"not within {limit_s:g} s: {what}")
+        await asyncio.sleep(0.05)
+
+
+async def _address(client: EtcdClient, keys: Keys) -> str:
+    deadline = time.monotonic() + 30.0
+    while time.monotonic() < deadline:
+        for key, item in (await client.get_prefix(keys.controllers, timeout_s=20.0)).items.items():
+            return decode(item.value, ControllerRecord, key).rpc_address
+        await asyncio.sleep(0.05)
+    raise NotReached("the controller did not register")
+
+
+async def _cpu_share(pid: int, seconds: float) -> float:
+    used, began = _cpu_s(pid), time.monotonic()
+    await asyncio.sleep(seconds)
+    return (_cpu_s(pid) - used) / (time.monotonic() - began)
+
+
+def _cpu_s(pid: int) -> float:
+    """User and system time of a process, all threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
+
+
+def _memory_bytes(pid: int) -> int:
+    """What is resident and nobody else's."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    kinds = ("Private_Clean:", "Private_Dirty:")
+    return 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith(kinds))
+
+
+@contextmanager
+def _processes(folder: Path, etcd_port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """etcd, and a controller on a core of its own (where there are two); this process stays off that core."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[1:] or cores)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(command: list[str], name: str, core: int | None = None) -> subprocess.Popen[bytes]:
+        with (folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        started.append(process)
+        if core is not None:
+            os.sched_setaffinity(process.pid, {core})
+        return process
+
+    try:
+        start(
+            etcd_command(find_etcd_binary(os.environ), "e1", folder / "etcd", etcd_port, free_port()), "etcd"
+        )
+        module = [sys.executable, "-m", "controlplane.main", "--config", str(folder / "cluster.json")]
+        yield start([*module, "--id", "c1"], "controller", cores[0])
+    finally:
+        for process in reversed(started):
+            process.kill()
+            process.wait(10)
+        os.sched_setaffinity(0, cores)
+
+
+def _show_errors(log: Path) -> None:
+    for line in log.read_text(errors="replace").splitlines():
+        if '"level": "error"' in line or "Traceback" in line:
+            progress(f"the controller said: {line[:300]}")

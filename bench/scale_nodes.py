@@ -1,0 +1,380 @@
+"""Hosts full of simulated nodes: real registrations and leases, real streams of reports, no models behind them.
+
+A host is one stream, as a host's relay has it (`ReportBatch`): a batch every heartbeat, and at once when a node dies or
+has news. A node acts on the topology that it sees in etcd as a real one does: it takes duties up, tells its links,
+answers moves, and says that a neighbour's link broke when that neighbour is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from controlplane.contract import rpc
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.ids import Member, new_incarnation
+from controlplane.contract.keys import Keys, decode, encode
+from controlplane.contract.records import NodeRecord
+from controlplane.contract.reports import (
+    LinkReport,
+    NodeReport,
+    PipelineReport,
+    RecoveryReport,
+    ReportBatch,
+    StepTimes,
+    TargetReport,
+)
+from controlplane.contract.topology import MovePhase, Pipeline, Topology
+from controlplane.etcd.client import EtcdClient
+from controlplane.etcd.proto import rpc_pb2
+
+NODES_PER_HOST = 8
+FULL_BEATS = 5  # a serving node sends a whole report so often, in heartbeats; as dataplane/reporter.py
+COUNTERS = {f"counter_number_{k}": k * 1000 for k in range(30)}
+TIMES = tuple(StepTimes(k << 8 | 3, 1000 + k, 20_000_000) for k in range(8))
+REGISTERING_MAX = 64
+OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """What one node would say of itself."""
+
+    name: str
+    stage: int
+    host: Host
+    member: Member
+    lease: int = 0
+    alive: bool = True
+    slot: int = -1
+    seq: int = 0
+    beats: int = 0
+    hurried: bool = False  # a pipeline of ours is being moved
+    news: bool = True
+    progress: int = 0
+    pipelines: list[Pipeline] = field(default_factory=list)
+    neighbours: list[Member] = field(default_factory=list)
+    down: set[Member] = field(default_factory=set)
+    recoveries: list[RecoveryReport] = field(default_factory=list)
+
+    def report(self, counter: int) -> NodeReport:
+        self.seq += 1
+        self.progress += 25
+        recoveries, self.recoveries = tuple(self.recoveries), []
+        return NodeReport(
+            member=self.member,
+            seq=self.seq,
+            unix_s=time.time(),
+            progress=self.progress,
+            pipelines=tuple(self._duties()),
+            links=tuple(
+                LinkReport(m, m not in self.down, 0.0 if m in self.down else 0.05) for m in self.neighbours
+            ),
+            recoveries=recoveries,
+            blocks_used=700,
+            blocks_replica=650,
+            blocks_total=2048,
+            times=TIMES,
+            timed_s=self.seq * 0.5,
+            overdue_s=self.seq * 0.001,
+            topology_counter=counter,
+            counters=COUNTERS,
+        )
+
+    def _duties(self) -> Iterator[PipelineReport]:
+        for pipeline in self.pipelines:
+            move = pipeline.move
+            for index, stage in enumerate(pipeline.stages):
+                if self.member not in stage.ranks:
+                    continue
+                targets = list(stage.replicas)
+                if move is not None and move.stage == index and move.to not in targets:
+                    targets.append(move.to)
+                quiescing = move is not None and move.phase is MovePhase.QUIESCE
+                yield PipelineReport(
+                    pipeline=pipeline.id,
+                    epoch=pipeline.epoch,
+                    stage=index,
+                    last_step=7,
+                    running=8 if index == 0 else 0,
+                    quiesced_step=7 if quiescing and index == 0 else -2,
+                    round_s=0.05,
+                    targets=tuple(TargetReport(t, 0) for t in targets),
+                )
+
+
+@dataclass(slots=True, eq=False)
+class Host:
+    nodes: list[Node] = field(default_factory=list)
+    gone: list[int] = field(default_factory=list)
+    slots: int = 0
+    due: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def batch(self, counter: int, beat: bool) -> ReportBatch:
+        """What is new; with `beat` also who is alive."""
+        reports: list[tuple[int, NodeReport]] = []
+        beats: list[int] = []
+        for node in self.nodes:
+            if not node.alive:
+                continue
+            if node.news or (beat and (node.hurried or node.beats + 1 >= FULL_BEATS)):
+                if node.slot < 0:
+                    node.slot, self.slots = self.slots, self.slots + 1
+                reports.append((node.slot, node.report(counter)))
+                node.news, node.beats = False, 0
+            elif beat:
+                beats.append(node.slot)
+                node.beats += 1
+        gone, self.gone = tuple(self.gone), []
+        return ReportBatch(tuple(reports), tuple(beats), gone, relay=True)
+
+
+class Fleet:
+    """All hosts, and what they see in etcd. `killed` has when each member was killed, `written` how long it took until
+    a topology in etcd no longer named it as serving (as its watch tells it here), seconds."""
+
+    def __init__(self, config: ClusterConfig, client: EtcdClient, token: str, address: str) -> None:
+        self.topology: Topology | None = None
+        self.writes = 0
+        self.killed: dict[Member, float] = {}
+        self.written: dict[Member, float] = {}
+        self.late_s = 0.0  # the longest that a heartbeat left after its time: how busy this side was
+        self.failed: list[str] = []
+        self._config = config
+        self._client = client
+        self._keys = Keys(config.cluster)
+        self._token = token
+        self._address = address
+        self._hosts: list[Host] = []
+        self.nodes: dict[str, Node] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._room = asyncio.Semaphore(REGISTERING_MAX)
+        for index in range(config.instances * config.stages):
+            if index % NODES_PER_HOST == 0:
+                self._hosts.append(Host())
+            name = f"n{index}"
+            node = Node(name, index % config.stages, self._hosts[-1], Member(name, new_incarnation()))
+            self._hosts[-1].nodes.append(node)
+            self.nodes[name] = node
+
+    async def start(self) -> None:
+        """Everybody registers, and reports."""
+        self._tasks.append(asyncio.create_task(self._follow()))
+        self._tasks.append(asyncio.create_task(self._renew()))
+        await asyncio.gather(*map(self._register, self.nodes.values()))
+        for number, host in enumerate(self._hosts):
+            self._tasks.append(asyncio.create_task(self._report(host, number / len(self._hosts))))
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def check(self) -> None:
+        """Raise what a task of this side raised."""
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    # -- faults -----------------------------------------------------------------------------------------------
+
+    def kill(self, names: Iterable[str]) -> None:
+        """At one moment. Streams and links of these nodes break; their leases stay until they expire."""
+        victims = [self.nodes[name] for name in names]
+        now = time.monotonic()
+        for node in victims:
+            node.alive = False
+            self.killed[node.member] = now
+            node.host.gone.append(node.slot)
+            node.host.due.set()
+        for node in victims:
+            for peer in node.neighbours:
+                other = self.nodes[peer.node]
+                if other.alive and other.member == peer:
+                    other.down.add(node.member)
+                    other.news = True
+                    other.host.due.set()
+
+    async def restart(self, names: Iterable[str]) -> None:
+        """As fresh processes."""
+
+        async def one(node: Node) -> None:
+            node.member = Member(node.name, new_incarnation())
+            node.slot, node.pipelines, node.neighbours, node.news = -1, [], [], True
+            node.down.clear()
+            await self._register(node)
+            node.alive = True
+            node.host.due.set()
+
+        await asyncio.gather(*(one(self.nodes[name]) for name in names))
+
+    # -- what etcd tells ----------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        key = self._keys.topology(self._config.group)
+        async for batch in self._client.watch_prefix(key):
+            came = time.monotonic()
+            for event in batch.events:
+                if event.now is not None:
+                    self.writes += 1
+                    self._adopt(decode(event.now.value, Topology, key), came)
+
+    def _adopt(self, after: Topology, came: float) -> None:
+        before, self.topology = self.topology, after
+        old = {} if before is None else {p.id: p for p in before.pipelines}
+        touched: set[Member] = set()
+        for pipeline in after.pipelines:
+            was = old.get(pipeline.id)
+            if was == pipeline:
+                continue
+            touched.update(_named(pipeline))
+            if was is not None:
+                touched.update(_named(was))
+                if was.epoch != pipeline.epoch:
+                    self._recovered(pipeline)
+        serving: set[Member] | None = None
+        for member, since in self.killed.items():
+            if member not in self.written:
+                if serving is None:
+                    serving = {m for p in after.pipelines for m in p.members()}
+                if member not in serving:
+                    self.written[member] = came - since
+        if touched:
+            self._take_up(after, touched)
+
+    def _take_up(self, topology: Topology, touched: set[Member]) -> None:
+        duties: defaultdict[Member, list[Pipeline]] = defaultdict(list)
+        for pipeline in topology.pipelines:
+            for member in _named(pipeline) & touched:
+                duties[member].append(pipeline)
+        for member in touched:
+            node = self.nodes[member.node]
+            if node.member != member:
+                continue
+            node.pipelines = duties[member]
+            node.neighbours = sorted(_neighbours(node.pipelines, member))
+            node.hurried = any(p.move is not None for p in node.pipelines)
+            node.news = True
+            node.host.due.set()
+
+    def _recovered(self, pipeline: Pipeline) -> None:
+        scheduler = pipeline.scheduler
+        node = None if scheduler is None else self.nodes[scheduler.node]
+        if node is not None and node.member == scheduler:
+            now = time.time()
+            node.recoveries.append(
+                RecoveryReport(pipeline.id, pipeline.epoch, now, now, now, now, 8, 100, planned=False)
+            )
+
+    # -- what etcd is told --------------------------------------------------------------------------------------
+
+    async def _register(self, node: Node) -> None:
+        config = self._config
+        record = NodeRecord(
+            member=node.member,
+            group=config.group,
+            stage=node.stage,
+            num_stages=config.stages,
+            link_address="tcp=127.0.0.1:1",
+            rpc_address="127.0.0.1:1",
+            weights_digest=f"digest-of-stage-{node.stage}",
+            pool_blocks=config.engine.pool_blocks,
+            block_size=config.engine.block_size,
+            pid=os.getpid(),
+            fault_domain={"host": f"h{self._hosts.index(node.host)}", "node": node.name},
+            started_unix_s=time.time(),
+        )
+        async with self._room:
+            node.lease, _ = await self._client.lease_grant(config.timing.node_lease_s, timeout_s=20.0)
+            await self._client.put(self._keys.node(node.name), encode(record), node.lease, timeout_s=20.0)
+
+    async def _renew(self) -> None:
+        """One stream for all leases, each renewed three times in its life; a dead node's is not."""
+        interval_s = self._config.timing.node_lease_s / 3
+        endpoint = self._client._endpoints.preferred
+        call = endpoint.lease.LeaseKeepAlive()
+        reader = asyncio.create_task(_drain(call))
+        try:
+            while True:
+                began = time.monotonic()
+                for count, node in enumerate(list(self.nodes.values())):
+                    if node.alive and node.lease:
+                        await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=node.lease))
+                    if count % 64 == 63:  # spread over the interval
+                        due = began + interval_s * 0.9 * count / len(self.nodes)
+                        await asyncio.sleep(max(0.0, due - time.monotonic()))
+                await asyncio.sleep(max(0.0, began + interval_s - time.monotonic()))
+        finally:
+            reader.cancel()
+
+    # -- reports ------------------------------------------------------------------------------------------------
+
+    async def _report(self, host: Host, phase: float) -> None:
+        heartbeat_s = self._config.timing.heartbeat_s
+        headers = (("authorization", f"Bearer {self._token}"),)
+        async with grpc.aio.insecure_channel(self._address, options=OWN_CONNECTION) as channel:
+            call: Any = channel.stream_stream(rpc.CONTROL_REPORT, rpc.encode, rpc.decode_ack)(
+                metadata=headers
+            )
+            next_beat = time.monotonic() + phase * heartbeat_s
+            while True:
+                timer = asyncio.get_running_loop().call_at(next_beat, host.due.set)
+                await host.due.wait()
+                host.due.clear()
+                timer.cancel()
+                now = time.monotonic()
+                beat = now >= next_beat
+                if beat:
+                    self.late_s = max(self.late_s, now - next_beat)
+                    next_beat = max(next_beat + heartbeat_s, now)
+                counter = 0 if self.topology is None else self.topology.counter
+                batch = host.batch(counter, beat)
+                if batch.reports or batch.beats or batch.gone:
+                    await call.write(batch)
+
+
+async def _drain(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+def _named(pipeline: Pipeline) -> set[Member]:
+    named = {m for stage in pipeline.stages for m in (*stage.ranks, *stage.replicas)}
+    if pipeline.move is not None:
+        named.add(pipeline.move.to)
+    return named
+
+
+def _neighbours(pipelines: list[Pipeline], me: Member) -> set[Member]:
+    """As dataplane/world.py: who exchanges steps or copies with us."""
+    found: set[Member] = set()
+    for pipeline in pipelines:
+        leaders = [stage.leader for stage in pipeline.stages]
+        for index, stage in enumerate(pipeline.stages):
+            around = {leaders[(index + 1) % len(leaders)], leaders[index - 1], *stage.replicas}
+            if pipeline.move is not None and pipeline.move.stage == index:
+                around.add(pipeline.move.to)
+            mine = leaders[index]
+            if mine == me:
+                found.update(m for m in around if m is not None)
+            elif mine is not None and me in around:
+                found.add(mine)
+    found.discard(me)
+    return found
+
+
+def settled(topology: Topology | None) -> bool:
+    """Everybody serves at home with a copy, and nothing moves."""
+    return topology is not None and all(
+        p.up
+        and p.move is None
+        and all(stage.replicas and stage.ranks[0].node in stage.homes for stage in p.stages)
+        for p in topology.pipelines
+    )

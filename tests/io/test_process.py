@@ -1,0 +1,89 @@
+"""How our processes begin and end: real ones, with threads and loops that hang."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+
+PRELUDE = """
+import asyncio, ctypes, resource, threading, time
+from controlplane.contract import process
+from controlplane.contract.errors import ConfigError, KevlarFlowError
+process.HUNG_EXIT_S, process.AWAKE_EVERY_S = 1.5, 0.2
+process.begin()
+async def serve():
+    {body}
+process.run_to_exit("kf-test", serve)
+"""
+
+
+def run(body: str, limit_s: float = 20.0) -> tuple[int, float, str]:
+    """Exit code, seconds and what it wrote."""
+    code = PRELUDE.format(body=body.replace("\n", "\n    "))
+    before = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=limit_s, check=False
+    )
+    return done.returncode, time.monotonic() - before, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "hangs",
+    [
+        "asyncio.get_running_loop().run_in_executor(None, time.sleep, 1000)",
+        "threading.Thread(target=time.sleep, args=(1000,)).start()",
+        "from concurrent.futures import ThreadPoolExecutor; ThreadPoolExecutor(1).submit(time.sleep, 1000)",
+    ],
+)
+def test_a_thread_that_never_ends_does_not_keep_a_process(hangs: str) -> None:
+    assert run(f"{hangs}\nprint('served')")[::2] == (0, "served\n")
+
+
+@pytest.mark.parametrize(
+    ("hangs", "where"),
+    [
+        ("time.sleep(1000)", "run_to_exit"),
+        ("ctypes.PyDLL(None).sleep(1000)", "run_to_exit"),  # with the lock of the interpreter
+        ("while True: pass", "run_to_exit"),
+    ],
+)
+def test_a_loop_that_hangs_ends_its_process_and_says_where(hangs: str, where: str) -> None:
+    code, took_s, said = run(f"await asyncio.sleep(0.5)\n{hangs}")
+    assert code == 1
+    assert took_s < 15.0
+    assert "Timeout" in said
+    assert where in said
+
+
+def test_a_loop_that_only_has_pauses_lives() -> None:
+    assert run("for _ in range(4):\n  time.sleep(0.8)\n  await asyncio.sleep(0.25)\nprint('served')")[
+        ::2
+    ] == (
+        0,
+        "served\n",
+    )
+
+
+def test_errors_have_their_codes() -> None:
+    assert run("raise ConfigError('port 1 is taken')")[::2] == (2, "kf-test: port 1 is taken\n")
+    assert run("raise KevlarFlowError('it is gone')")[::2] == (1, "kf-test: it is gone\n")
+    code, _, said = run("raise ValueError('a defect')")
+    assert code == 1
+    assert "Traceback" in said
+
+
+def test_as_many_descriptors_as_there_may_be() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard}));"
+        "from controlplane.contract import process; process.begin();"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert int(done.stdout) == hard

@@ -1,0 +1,92 @@
+"""A gateway with few descriptors and many clients: idle ones make room, and who finds none is told so."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import sys
+from pathlib import Path
+
+import httpx
+
+from controlplane.etcd.client import EtcdClient
+from tests.io.etcd_server import EtcdMember, etcd_member
+from tests.web.gateway.test_process import KEY, gateway_url, settings, until
+
+HARD = 256
+CLIENTS = 400
+
+
+def few_descriptors() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, HARD))
+
+
+def soft_limit(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/limits").read_text().splitlines()
+    return next(int(line.split()[3]) for line in lines if "open files" in line)
+
+
+def test_idle_connections_do_not_make_a_gateway_deaf(tmp_path: Path) -> None:
+    async def run(etcd_server: EtcdMember) -> None:
+        path, _ = settings(tmp_path, etcd_server)
+        command = [
+            sys.executable,
+            "-m",
+            "web.gateway.main",
+            "--config",
+            str(path),
+            "--id",
+            "g7",
+            "--port",
+            "0",
+        ]
+        process = await asyncio.create_subprocess_exec(
+            *command, env=dict(os.environ), preexec_fn=few_descriptors
+        )
+        try:
+            async with EtcdClient([etcd_server.endpoint]) as etcd:
+                url = await gateway_url(etcd)
+            assert soft_limit(process.pid) == HARD
+            await check_clients(url)
+        finally:
+            process.kill()
+            await process.wait()
+
+    with etcd_member(tmp_path / "etcd") as etcd_server:
+        asyncio.run(run(etcd_server))
+
+
+async def check_clients(url: str) -> None:
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    idle = [await asyncio.open_connection(host, int(port)) for _ in range(CLIENTS)]
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=10) as client:
+        for _ in range(3):
+            assert (await client.get("/livez")).status_code == 200
+    for _, writer in idle:
+        writer.close()
+
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-length: 9\r\n\r\n"
+    busy = []
+    for _ in range(CLIENTS):
+        busy.append(await asyncio.open_connection(host, int(port)))
+        busy[-1][1].write(head.encode())
+    refused = [0]
+
+    async def read(reader: asyncio.StreamReader) -> None:
+        answer = await reader.read(4096)
+        refused[0] += answer.startswith(b"HTTP/1.1 503") and b"as many connections as it can bear" in answer
+
+    reading = [asyncio.create_task(read(reader)) for reader, _ in busy]
+    await until(lambda: refused[0] >= CLIENTS - HARD)
+    for task in reading:
+        task.cancel()
+    await asyncio.gather(*reading, return_exceptions=True)
+    for _, writer in busy:
+        writer.close()
+
+    async def answers() -> bool:
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=10) as client:
+            return (await client.get("/livez")).status_code == 200
+
+    await until(answers)

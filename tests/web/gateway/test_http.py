@@ -1,0 +1,440 @@
+"""HTTP as clients and proxies speak it: versions, methods, codings, ends, other origins. Over raw sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import json
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.web.gateway.stack import KEY, Stack, running, stream
+from web.gateway.guard import BODY_BYTES_MAX
+
+AUTH = b"authorization: Bearer " + KEY.encode() + b"\r\n"
+ASK = json.dumps({"prompt": "a", "max_tokens": 3, "seed": 1}).encode()
+STREAM = json.dumps({"prompt": "a", "max_tokens": 3, "seed": 1, "stream": True}).encode()
+CLOSE = b"connection: close\r\n"
+H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
+
+
+def with_stack(body: Callable[[Stack], Awaitable[None]], **knobs: Any) -> None:
+    async def run() -> None:
+        async with running(**knobs) as stack, asyncio.timeout(20):
+            await body(stack)
+
+    asyncio.run(run())
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def split(data: bytes, head: bool = False) -> list[Reply]:
+    """All answers of a connection, bodies as their headers say."""
+    replies = []
+    while data:
+        top, _, data = data.partition(b"\r\n\r\n")
+        first, *lines = top.decode().split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        status, body = int(first.split()[1]), b""
+        if head or status in (100, 204):
+            pass
+        elif "content-length" in headers:
+            size = int(headers["content-length"])
+            body, data = data[:size], data[size:]
+        elif headers.get("transfer-encoding") == "chunked":
+            while (size := int((line := data.partition(b"\r\n"))[0], 16)) > 0:
+                body, data = body + line[2][:size], line[2][size + 2 :]
+            data = line[2][2:]
+        else:
+            body, data = data, b""
+        replies.append(Reply(status, headers, body))
+    return replies
+
+
+def request(
+    method: bytes, path: bytes, more: bytes = b"", body: bytes = b"", version: bytes = b"1.1"
+) -> bytes:
+    length = b"content-length: %d\r\n" % len(body) if body else b""
+    return b"%b %b HTTP/%b\r\nhost: x\r\n%b%b%b\r\n%b" % (method, path, version, AUTH, length, more, body)
+
+
+def post(body: bytes, more: bytes = b"", version: bytes = b"1.1") -> bytes:
+    return request(b"POST", b"/v1/completions", more, body, version)
+
+
+@contextlib.asynccontextmanager
+async def connected(stack: Stack) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    host, port = stack.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def talk(stack: Stack, sent: bytes, half_close: bool = False) -> bytes:
+    """All that comes until the gateway ends the connection."""
+    async with connected(stack) as (reader, writer):
+        writer.write(sent)
+        if half_close:
+            writer.write_eof()
+        return await reader.read()
+
+
+GETS = [
+    "/livez",
+    "/readyz",
+    "/health",
+    "/version",
+    "/load",
+    "/metrics",
+    "/v1/models",
+    "/v1/models/kevlar-demo",
+    "/openapi.json",
+]
+
+
+def test_head_is_get_without_a_body() -> None:
+    async def body(stack: Stack) -> None:
+        for path in GETS:
+            (get,) = split(await talk(stack, request(b"GET", path.encode(), CLOSE)))
+            (head,) = split(await talk(stack, request(b"HEAD", path.encode(), CLOSE)), head=True)
+            for reply in (get, head):
+                reply.headers.pop("date")
+            assert (head.status, head.body) == (200, b"")
+            if path != "/metrics":  # counts what was asked
+                assert head.headers == get.headers
+        (missing,) = split(await talk(stack, request(b"HEAD", b"/nowhere", CLOSE)), head=True)
+        assert missing.status == 404
+
+    with_stack(body)
+
+
+def test_head_of_a_stream_takes_it_from_nobody() -> None:
+    async def body(stack: Stack) -> None:
+        async with stack.http() as client:
+            ticket = (await stream(client, {"prompt": "a", "max_tokens": 3})).last_id.partition(".")[0]
+            assert (
+                (await client.head(f"/v1/streams/{ticket}"))
+                .headers["content-type"]
+                .startswith("text/event-stream")
+            )
+            assert (await client.head("/v1/streams/nonsense")).status_code == 404
+
+    with_stack(body)
+
+
+@pytest.mark.parametrize("method", [b"PUT", b"PATCH", b"DELETE", b"PROPFIND", b"TRACE", b"POST"])
+def test_other_methods_are_told_which_there_are(method: bytes) -> None:
+    async def body(stack: Stack) -> None:
+        (reply,) = split(await talk(stack, request(method, b"/v1/models", CLOSE)))
+        assert (reply.status, reply.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
+        assert reply.json["error"]["code"] == 405
+
+    with_stack(body)
+
+
+def test_options() -> None:
+    async def body(stack: Stack) -> None:
+        for path, allow in (
+            (b"/v1/models", "GET, HEAD, OPTIONS"),
+            (b"/v1/completions", "OPTIONS, POST"),
+            (b"*", None),
+        ):
+            (reply,) = split(await talk(stack, request(b"OPTIONS", path, CLOSE)))
+            assert reply.status == 204
+            assert reply.headers["allow"] == allow or (allow is None and "POST" in reply.headers["allow"])
+            assert not any("access-control" in name for name in reply.headers)
+        (reply,) = split(await talk(stack, request(b"OPTIONS", b"/nowhere", CLOSE)))
+        assert reply.status == 404
+
+    with_stack(body)
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        (b"/v1/models/", 200),
+        (b"//v1//models", 200),
+        (b"/v1/%6Dodels", 200),
+        (b"http://elsewhere/v1/models", 200),
+        (b"/v1/models?limit=3&x", 200),
+        (b"/v1/models/kevlar%2Ddemo", 200),
+        (b"/v1/models/org%2Fother", 404),
+        (b"/v1/%zz%ff", 404),
+        ("/v1/é".encode(), 400),
+    ],
+)
+def test_targets(target: bytes, status: int) -> None:
+    async def body(stack: Stack) -> None:
+        (reply,) = split(await talk(stack, request(b"GET", target, CLOSE)))
+        assert reply.status == status
+
+    with_stack(body)
+
+
+@pytest.mark.parametrize(
+    ("coding", "encode"),
+    [
+        (b"gzip", gzip.compress),
+        (b"x-gzip", gzip.compress),
+        (b"GZIP", gzip.compress),
+        (b"gzip", lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:])),
+        (b"deflate", zlib.compress),
+        (b"deflate", lambda data: zlib.compress(data)[2:-4]),
+        (b"identity", bytes),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 1000])
+def test_compressed_bodies(coding: bytes, encode: Callable[[bytes], bytes], step: int) -> None:
+    async def body(stack: Stack) -> None:
+        data = encode(ASK)
+        chunks = b"".join(
+            b"%x\r\n%b\r\n" % (len(p), p) for p in (data[k : k + step] for k in range(0, len(data), step))
+        )
+        head = b"transfer-encoding: chunked\r\ncontent-encoding: " + coding + b"\r\n" + CLOSE
+        sent = request(b"POST", b"/v1/completions", head) + chunks + b"0\r\n\r\n"
+        (reply,) = split(await talk(stack, sent))
+        assert (reply.status, reply.json["usage"]["completion_tokens"]) == (200, 3)
+
+    with_stack(body)
+
+
+BOMB = gzip.compress(b" " * (BODY_BYTES_MAX + 1))
+
+
+@pytest.mark.parametrize(
+    ("coding", "data", "status", "words"),
+    [
+        (b"br", ASK, 415, "br"),
+        (b"gzip, gzip", ASK, 415, "gzip, gzip"),
+        (b"zstd", ASK, 415, "gzip, deflate, identity"),
+        (b"gzip", ASK, 400, "not valid gzip"),
+        (b"deflate", b"\xff" * 50, 400, "not valid deflate"),
+        (b"gzip", gzip.compress(ASK)[:-9], 400, "not whole gzip"),
+        (b"gzip", b"\x1f", 400, "not whole gzip"),
+        (b"gzip", gzip.compress(ASK) + b"junk", 400, "not valid gzip"),
+        (b"gzip", BOMB, 413, str(BODY_BYTES_MAX)),
+        (b"gzip", gzip.compress(BOMB), 400, "JSON"),
+        (b"deflate", zlib.compress(b" " * (BODY_BYTES_MAX * 20)), 413, str(BODY_BYTES_MAX)),
+    ],
+)
+def test_bodies_that_are_refused(coding: bytes, data: bytes, status: int, words: str) -> None:
+    async def body(stack: Stack) -> None:
+        for path in (b"/v1/completions", b"/tokenize"):
+            sent = request(b"POST", path, b"content-encoding: " + coding + b"\r\n" + CLOSE, data)
+            (reply,) = split(await talk(stack, sent))
+            assert (reply.status, words in reply.json["error"]["message"]) == (status, True), reply.body
+
+    with_stack(body)
+
+
+def test_http_1_0_gets_no_chunks() -> None:
+    async def body(stack: Stack) -> None:
+        for more in (b"", b"connection: keep-alive\r\n"):
+            (whole,) = split(await talk(stack, post(ASK, more, b"1.0")))
+            assert (whole.status, whole.headers["connection"]) == (200, "close")
+            (streamed,) = split(await talk(stack, post(STREAM, more, b"1.0")))
+            assert "transfer-encoding" not in streamed.headers
+            assert streamed.body.startswith(b"id: ")
+            assert streamed.body.endswith(b"data: [DONE]\n\n")
+            chunks = [
+                json.loads(line[6:]) for line in streamed.body.splitlines() if line.startswith(b"data: {")
+            ]
+            assert "".join(c["choices"][0]["text"] for c in chunks) == whole.json["choices"][0]["text"]
+
+    with_stack(body)
+
+
+@pytest.mark.parametrize(
+    "sent", [post(ASK), post(STREAM), post(STREAM, version=b"1.0"), post(ASK) + post(STREAM) + post(ASK)]
+)
+def test_a_client_that_has_shut_its_side_is_answered(sent: bytes) -> None:
+    async def body(stack: Stack) -> None:
+        replies = split(await talk(stack, sent, half_close=True))
+        assert [reply.status for reply in replies] == [200] * sent.count(b"POST")
+        assert replies[-1].body
+        assert not stack.server.server_state.connections
+
+    with_stack(body)
+
+
+def test_a_client_that_shuts_its_side_too_early_is_not_waited_for() -> None:
+    async def body(stack: Stack) -> None:
+        assert await talk(stack, post(ASK)[:-5], half_close=True) == b""
+        assert await talk(stack, b"GET /livez HT", half_close=True) == b""
+
+    with_stack(body)
+
+
+def test_a_client_that_is_gone_is_noticed_although_it_may_only_have_shut_its_side() -> None:
+    async def body(stack: Stack) -> None:
+        for node in stack.nodes:
+            node.held = True
+        for sent in (post(ASK), post(STREAM), post(ASK) + post(ASK)):
+            async with connected(stack) as (_, writer):
+                writer.write(sent)
+                await stack.until(lambda: stack.dispatcher.router.live == 1)
+            await stack.until(lambda: stack.dispatcher.router.live == 0)
+
+    with_stack(body)
+
+
+def test_one_that_waits_for_long_with_its_side_shut_still_gets_its_answer() -> None:
+    async def body(stack: Stack) -> None:
+        for node in stack.nodes:
+            node.held = True
+        async with connected(stack) as (reader, writer):
+            writer.write(post(ASK))
+            writer.write_eof()
+            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            for node in stack.nodes:
+                node.held = False
+            replies = [reply for reply in split(await reader.read()) if reply.status != 100]
+            assert [reply.status for reply in replies] == [200]
+
+    with_stack(body)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("offer", [H2C, b"connection: upgrade, close\r\nupgrade: websocket\r\n"])
+def test_offers_of_other_protocols_are_declined(offer: bytes, at_once: bool) -> None:
+    async def body(stack: Stack) -> None:
+        sent = post(ASK, offer)
+        async with connected(stack) as (reader, writer):
+            for part in (sent,) if at_once else (sent[:30], sent[30:-20], sent[-20:-3], sent[-3:]):
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(0)
+            if offer is H2C:
+                writer.write(request(b"GET", b"/version", CLOSE))
+            replies = split(await reader.read())
+        assert [reply.status for reply in replies] == [200] * (2 if offer is H2C else 1)
+        assert replies[0].json["usage"]["completion_tokens"] == 3
+
+    with_stack(body)
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"content-length: 5\r\ntransfer-encoding: chunked\r\n", 400),
+        (b"content-length: 5\r\ncontent-length: 6\r\n", 400),
+        (b"content-length: -5\r\n", 400),
+        (b"content-length : 5\r\n", 400),
+        (b"transfer-encoding: gzip, chunked\r\n", 501),
+        (b"transfer-encoding: gzip\r\n", 501),
+        (b"x: " + b"a" * 70_000 + b"\r\n", 431),
+    ],
+)
+def test_ambiguous_heads_end_the_connection(head: bytes, status: int) -> None:
+    async def body(stack: Stack) -> None:
+        sent = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+            + AUTH
+            + head
+            + b"\r\n0\r\n\r\n"
+            + request(b"GET", b"/livez")
+        )
+        (reply,) = split(await talk(stack, sent))
+        assert (reply.status, reply.headers["connection"]) == (status, "close")
+        assert reply.json["error"]["code"] == status
+
+    with_stack(body)
+
+
+def test_expect_continue() -> None:
+    async def body(stack: Stack) -> None:
+        async with connected(stack) as (reader, writer):
+            head, _, _ = post(ASK, b"expect: 100-continue\r\n" + CLOSE).rpartition(ASK)
+            writer.write(head)
+            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(ASK)
+            (reply,) = split(await reader.read())
+            assert reply.status == 200
+        refused = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 9\r\n\r\n"
+        )
+        (reply,) = split(await talk(stack, refused))
+        assert (reply.status, reply.headers["connection"]) == (401, "close"), (
+            "it need not send its body any more"
+        )
+
+    with_stack(body)
+
+
+def test_bodies_where_none_is_expected_and_pipelines() -> None:
+    async def body(stack: Stack) -> None:
+        sent = request(b"GET", b"/v1/models", body=b"hello") + request(b"HEAD", b"/livez", body=b"hello")
+        data = await talk(stack, sent + request(b"GET", b"/version", CLOSE))
+        assert data.count(b"HTTP/1.1 200 OK") == 3
+        replies = split(await talk(stack, post(STREAM) + post(ASK) + post(STREAM, CLOSE)))
+        assert [reply.status for reply in replies] == [200, 200, 200]
+
+    with_stack(body)
+
+
+# Other origins
+
+
+def preflight(origin: bytes, path: bytes = b"/v1/chat/completions") -> bytes:
+    return b"OPTIONS %b HTTP/1.1\r\nhost: x\r\norigin: %b\r\n%b%b%b\r\n" % (
+        path,
+        origin,
+        b"access-control-request-method: POST\r\n",
+        b"access-control-request-headers: authorization,last-event-id\r\n",
+        CLOSE,
+    )
+
+
+def test_origins_are_off_by_default() -> None:
+    async def body(stack: Stack) -> None:
+        (reply,) = split(await talk(stack, preflight(b"https://a.example")))
+        assert reply.status == 204
+        (answer,) = split(await talk(stack, post(ASK, b"origin: https://a.example\r\n" + CLOSE)))
+        for headers in (reply.headers, answer.headers):
+            assert not any("access-control" in name for name in headers)
+
+    with_stack(body)
+
+
+@pytest.mark.parametrize("origins", [("https://a.example", "http://localhost:3000"), ("*",)])
+def test_pages_of_allowed_origins_may_read(origins: tuple[str, ...]) -> None:
+    async def body(stack: Stack) -> None:
+        everybody = origins == ("*",)
+        (reply,) = split(await talk(stack, preflight(b"https://a.example")))
+        wanted = "*" if everybody else "https://a.example"
+        assert (reply.status, reply.headers["access-control-allow-origin"]) == (204, wanted)
+        assert reply.headers["access-control-allow-headers"] == "authorization,last-event-id"
+        assert "POST" in reply.headers["access-control-allow-methods"]
+        (reply,) = split(await talk(stack, preflight(b"https://b.example")))
+        assert ("access-control-allow-origin" in reply.headers) == everybody
+        said = b"origin: https://a.example\r\n" + CLOSE
+        no_key = post(ASK, said).replace(AUTH, b"")
+        for sent, status in (
+            (post(ASK, said), 200),
+            (post(STREAM, said), 200),
+            (post(b"{", said), 400),
+            (no_key, 401),
+        ):
+            (answer,) = split(await talk(stack, sent))
+            assert (answer.status, answer.headers["access-control-allow-origin"]) == (status, wanted)
+            exposed = answer.headers["access-control-expose-headers"].lower()
+            assert {"content-location", "x-request-id", "retry-after"} <= set(exposed.split(", "))
+            assert answer.headers.get("vary") == (None if everybody else "Origin")
+
+    with_stack(body, origins=origins)

@@ -1,0 +1,187 @@
+"""Every parameter that clients know: ignored if it cannot change the answer, else obeyed or refused by name."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from openai.types import completion_create_params as of_completions
+from openai.types.chat import ChatCompletionContentPartTextParam, ChatCompletionStreamOptionsParam
+from openai.types.chat import completion_create_params as of_chat
+
+from tests.web.gateway.stack import running
+from web.gateway.errors import ApiError
+from web.gateway.openai import (
+    CACHE_HINTS,
+    IGNORED,
+    UNSUPPORTED,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    StreamOptions,
+    TextPart,
+    TokenizeRequest,
+    parse,
+)
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+COMPLETION: dict[str, Any] = {"prompt": "x"}
+
+
+def accepts(kind: type[Any], body: dict[str, Any]) -> Any:
+    return parse(kind, json.dumps(body).encode())
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        (ChatRequest, of_chat.CompletionCreateParamsBase),
+        (ChatRequest, of_chat.CompletionCreateParamsStreaming),
+        (CompletionRequest, of_completions.CompletionCreateParamsBase),
+        (CompletionRequest, of_completions.CompletionCreateParamsStreaming),
+        (StreamOptions, ChatCompletionStreamOptionsParam),
+        (TextPart, ChatCompletionContentPartTextParam),
+    ],
+)
+def test_no_parameter_of_the_openai_client_is_unknown(kind: type[Any], params: type[Any]) -> None:
+    known = set(kind.model_fields) | IGNORED | set(UNSUPPORTED) | CACHE_HINTS
+    assert set(params.__annotations__) <= known
+
+
+HINTS: dict[str, list[Any]] = {
+    "user": ["u"],
+    "metadata": [{"a": "b"}],
+    "store": [True, False],
+    "service_tier": ["auto", "default", "flex", "priority"],
+    "parallel_tool_calls": [True, False],
+    "safety_identifier": ["s"],
+    "prompt_cache_key": ["k"],
+    "prompt_cache_retention": ["24h", "in_memory"],
+    "prompt_cache_options": [{"mode": "x"}],
+    "prediction": [{"type": "content", "content": "x"}],
+    "session_id": ["s"],
+    "cache_salt": ["s"],
+    "stream_interval": [4],
+    "truncation_side": ["left"],
+    "media_io_kwargs": [{"image": {}}],
+}
+
+
+@pytest.mark.parametrize("name", sorted(IGNORED))
+@pytest.mark.parametrize(("kind", "body"), [(ChatRequest, CHAT), (CompletionRequest, COMPLETION)])
+def test_hints_are_ignored(name: str, kind: type[Any], body: dict[str, Any]) -> None:
+    plain = accepts(kind, body)
+    for value in [*HINTS.get(name, []), None, "x", 1, {"a": [1]}]:
+        assert accepts(kind, body | {name: value}) == plain
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "name"),
+    [
+        (kind, body, name)
+        for kind, body in ((ChatRequest, CHAT), (CompletionRequest, COMPLETION))
+        for name in sorted(set(UNSUPPORTED) - set(kind.model_fields))
+    ],
+)
+def test_what_would_change_the_answer_is_refused_by_name(
+    kind: type[Any], body: dict[str, Any], name: str
+) -> None:
+    plain = accepts(kind, body)
+    for neutral in (None, *UNSUPPORTED[name]):
+        assert accepts(kind, body | {name: neutral}) == plain
+    for value in ("something", [{"type": "function"}], 7):
+        with pytest.raises(ApiError, match=f"{name} is not supported") as caught:
+            accepts(kind, body | {name: value})
+        assert (caught.value.status, caught.value.param) == (400, name)
+
+
+NEUTRAL: dict[str, list[Any]] = {
+    "n": [1, None],
+    "best_of": [1, None],
+    "logit_bias": [{}, None],
+    "stop": [[], None],
+    "stop_token_ids": [[], None],
+    "stream_options": [None, {}, {"include_usage": False}, {"include_obfuscation": False}],
+    "response_format": [{"type": "text"}],
+    "seed": [None],
+    "stream": [False, None],
+    "top_k": [0, -1, None],
+    "min_p": [0, None],
+    "priority": [0, None],
+}
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+@pytest.mark.parametrize(("kind", "body"), [(ChatRequest, CHAT), (CompletionRequest, COMPLETION)])
+def test_defaults_may_be_said(name: str, kind: type[Any], body: dict[str, Any]) -> None:
+    for value in NEUTRAL[name]:
+        accepts(kind, body | {name: value})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        CHAT | {"top_logprobs": 0},
+        CHAT | {"tool_choice": "auto", "tools": []},
+        CHAT | {"stream": True, "stream_options": {"include_obfuscation": True, "include_usage": None}},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "e"}}]}
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "x", "prompt_cache_breakpoint": {}}]}
+            ]
+        },
+        {"messages": [{"role": "user", "content": "x", "cache_control": {"type": "ephemeral"}}]},
+        {
+            "messages": [
+                {"role": "assistant", "content": "x", "reasoning": None, "provider_specific_fields": {}}
+            ]
+        },
+    ],
+)
+def test_what_clients_send_along(body: dict[str, Any]) -> None:
+    assert accepts(ChatRequest, body).messages[0].text == "x"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        CHAT | {"stream": True, "stream_options": {"include_obfuscations": True}},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache": 1}]}]},
+        {"messages": [{"role": "user", "content": "x", "weight": 1}]},
+        CHAT | {"prompt_cache_keys": "k"},
+    ],
+)
+def test_what_nobody_knows_is_refused(body: dict[str, Any]) -> None:
+    with pytest.raises(ApiError, match="unknown parameter"):
+        accepts(ChatRequest, body)
+
+
+def test_tokenizing_knows_the_same_hints() -> None:
+    assert accepts(TokenizeRequest, {"prompt": "x", "user": "u", "tools": []}).prompt == "x"
+    assert accepts(DetokenizeRequest, {"tokens": [1], "prompt_cache_key": "k"}).tokens == [1]
+
+
+def test_a_hint_does_not_change_what_is_asked() -> None:
+    """Over HTTP, to the scheduler."""
+    hints = {name: values[0] for name, values in HINTS.items()}
+
+    async def body() -> None:
+        async with running() as stack, stack.http() as client, asyncio.timeout(20):
+            for path, request in (("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)):
+                texts = []
+                for more in ({}, hints):
+                    answer = await client.post(path, json=request | {"seed": 3, "max_tokens": 5} | more)
+                    assert answer.status_code == 200, answer.text
+                    choice = answer.json()["choices"][0]
+                    texts.append(choice.get("text") or choice["message"]["content"])
+                assert texts[0] == texts[1]
+            submits = [submit for node in stack.nodes for submit in node.submits]
+            assert len({(submit.prompt, submit.sampling) for submit in submits}) == 2
+
+    asyncio.run(body())

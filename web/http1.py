@@ -1,0 +1,134 @@
+"""What clients and proxies do with HTTP/1, and uvicorn does not know.
+
+- HTTP/1.0 has no chunks: an answer without a length ends with the connection.
+- A client may shut its sending side after its request, and read on.
+- A client that offers another protocol (h2c, as Java's does) is answered in this one, body and all.
+- A transfer coding other than chunked is refused instead of taken for the body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import MutableMapping
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+PROBE_S = 0.5  # between two looks whether a client that has shut its side still reads
+CONTINUE = (
+    b"HTTP/1.1 100 Continue\r\n\r\n"  # says nothing, and a connection that is gone answers with a reset
+)
+
+
+class _UnchunkedCycle(RequestResponseCycle):
+    """An answer to HTTP/1.0."""
+
+    _unbounded = False
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:  # type: ignore[override]
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", [])}
+            if b"content-length" not in names and message["status"] not in (204, 304):
+                self._unbounded, self.chunked_encoding = True, False
+        elif self._unbounded and self.scope["method"] != "HEAD":
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)  # type: ignore[arg-type]
+
+
+class Http1Protocol(HttpToolsProtocol):
+    """One connection. Subclasses say how what must not be is refused."""
+
+    _declining = False  # the parser has stopped before the body of a request that offers another protocol
+    _probe_timer: asyncio.TimerHandle | None = None
+    _answering: RequestResponseCycle | None = (
+        None  # of several that were sent ahead, the one whose turn it is
+    )
+
+    def refuse(self, status: int, message: str) -> None:
+        """Answer and close."""
+        raise NotImplementedError
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._probe_timer is not None:
+            self._probe_timer.cancel()
+        super().connection_lost(exc)
+        # uvicorn tells the newest of several requests that were sent ahead, not the one that is being answered.
+        self.pipeline.clear()
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            if self._declining:
+                self._decline(data[offer.args[0] :])
+        except httptools.HttpParserError:
+            if not self.transport.is_closing():
+                self.refuse(400, "this is not valid HTTP/1.1")
+
+    def on_headers_complete(self) -> None:
+        for name, value in self.headers:
+            if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
+                return self.refuse(501, "the only transfer coding that is understood is chunked")
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._declining = True
+            return None
+        super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0":
+            self.cycle.__class__ = (
+                _UnchunkedCycle  # it has no task that ran yet; uvicorn names the class itself
+            )
+        return None
+
+    def on_body(self, body: bytes) -> None:
+        if not (self._declining or self.transport.is_closing()):
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not (self._declining or self.transport.is_closing()):
+            super().on_message_complete()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more. What it has asked for whole is still answered; then the connection ends."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            return False
+        cycle.keep_alive = False
+        if self._probe_timer is None:
+            self._probe_timer = self.loop.call_later(PROBE_S, self._probe)
+        return True
+
+    def say_something(self) -> None:
+        """Called now and then while an answer is on its way to a client that may be gone."""
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _probe(self) -> None:
+        """Who has shut its side, and who is gone, look the same until something is sent to them."""
+        if self._answering is None or self.transport.is_closing():
+            return
+        if self._answering.response_started:
+            self.say_something()
+        elif self._answering.scope["http_version"] == "1.1":
+            self.transport.write(CONTINUE)
+        self._probe_timer = self.loop.call_later(PROBE_S, self._probe)
+
+    def _decline(self, rest: bytes) -> None:
+        """Once more, without the offer: the head, and all that came after it, for a parser that has not heard of it."""
+        self._declining = False
+        head = [self.parser.get_method(), b" ", self.url, b" HTTP/1.1\r\n"]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                value = b", ".join(t for t in tokens if t.lower() not in (b"upgrade", b"http2-settings"))
+            if name not in (b"upgrade", b"http2-settings"):
+                head += [name, b": ", value, b"\r\n"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.data_received(b"".join(head) + b"\r\n" + rest)
