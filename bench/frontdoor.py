@@ -38,12 +38,17 @@ class FrontDoor:
         token = derive(load_secret(cluster.config.secret_file), "grpc")
         self._metadata = (("authorization", f"Bearer {token}"),)
 
-    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> Answer:
-        """Greedy, all prompts at once, exactly `tokens` for each. Times from when all was sent. Raises NotServed."""
-        return asyncio.run(self._generate(prompts, tokens))
+    def generate(
+        self, prompts: Sequence[Sequence[int]], tokens: int, sampling: Sampling | None = None
+    ) -> Answer:
+        """All prompts at once, exactly `tokens` for each, greedy unless `sampling` says otherwise. Times from when all
+        was sent. Raises NotServed."""
+        return asyncio.run(self._generate(prompts, tokens, sampling))
 
-    async def _generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> Answer:
-        sampling = Sampling(max_tokens=tokens, seed=1, temperature=0.0)
+    async def _generate(
+        self, prompts: Sequence[Sequence[int]], tokens: int, sampling: Sampling | None
+    ) -> Answer:
+        sampling = sampling or Sampling(max_tokens=tokens, seed=1, temperature=0.0)
         submits = [Submit(new_rid(), self._pipeline, tuple(prompt), sampling) for prompt in prompts]
         rows = {submit.rid: row for row, submit in enumerate(submits)}
         answer = Answer([[] for _ in prompts], [[] for _ in prompts])
