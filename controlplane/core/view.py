@@ -86,6 +86,8 @@ def _node(
         link_address=record.link_address,
         rpc_address=record.rpc_address,
         pid=record.pid,
+        version=record.version,
+        settings=record.settings,
         silent_s=round(members.detector.silent_s(view.member, now), 3),
         slowness=round(members.detector.conduct.slowness(view.member), 2),
         progress=0 if report is None else report.progress,

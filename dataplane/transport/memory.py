@@ -141,6 +141,15 @@ class MemoryTransport:
         if dial.link is not None:
             self._cut(dial.link, "closed by the peer")
 
+    def refuse(self, peer: Member, reason: str) -> None:
+        link = self._incoming.get(peer.node)
+        if link is not None and link.source.config.member == peer:
+            self._cut(link, "refused by the peer")
+            del self._incoming[peer.node]
+            self.stats.auth_failures += 1
+            self.stats.links_down += 1
+            self._on_link_down(peer, f"incoming link: {reason}")
+
     def connected(self, peer: Member) -> bool:
         dial = self._dials.get(peer.node)
         return dial is not None and dial.peer == peer and dial.link is not None and dial.link.up

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,7 +75,14 @@ class Host:
         self.run_dir = run_dir
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, target: str = "serve", nodes: int = 1, mode: Mode = Mode.REPLICATE) -> None:
+    def start(
+        self,
+        target: str = "serve",
+        nodes: int = 1,
+        mode: Mode = Mode.REPLICATE,
+        cwd: Path = ROOT,
+        python_path: str = "",
+    ) -> None:
         timing = TimingConfig(restart_backoff_s=0.1, reload_s=0.3)
         config = ClusterConfig(
             str(self.run_dir), "no-model", (), instances=1, stages=nodes, mode=mode, timing=timing
@@ -82,9 +90,10 @@ class Host:
         path = self.run_dir / "cluster.json"
         path.write_bytes(msgspec.json.encode(config))
         command = [sys.executable, "-m", "dataplane.launcher", "--config", str(path)]
-        command += ["--target", f"tests.io.test_launcher:{target}"]
+        command += ["--target", f"tests.io.test_launcher:{target}" if target else "stand_in:serve"]
         with (self.run_dir / "launcher.log").open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stderr=log, process_group=0)
+            env = {**os.environ, **({"PYTHONPATH": python_path} if python_path else {})}
+            self.process = subprocess.Popen(command, cwd=cwd, env=env, stderr=log, process_group=0)
 
     def file(self, node: str = "n0") -> NodeFile | None:
         try:
@@ -286,6 +295,58 @@ def test_stop_restart_starts_cold_processes_after_the_reload_time(host: Host) ->
     host.wait_serving(2)
     assert time.monotonic() - before > 0.3
     host.stop()
+
+
+STAND_IN = """
+import json, signal
+from pathlib import Path
+from controlplane.contract.version import code_version, settings_digest
+def serve(config, node, take_over=""):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    said = {"version": code_version(), "settings": settings_digest(config)}
+    Path(config.run_dir, f"{node}.runs").write_text(json.dumps(said))
+    print(f"{node} serves", flush=True)
+    signal.sigwait([signal.SIGUSR1])
+"""
+
+
+def test_a_node_runs_what_is_installed_when_it_is_started(host: Host, tmp_path: Path) -> None:
+    """Code or settings are changed under a running launcher: it renews itself, and its other nodes do not notice."""
+    code = tmp_path / "code"
+    for package in ("controlplane", "dataplane", "kernels", "web", "migrations"):
+        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__", "demo"))
+    (code / "stand_in.py").write_text(STAND_IN)
+    host.start(nodes=2, target="", cwd=code, python_path=str(code))
+    assert host.process is not None
+
+    def runs(node: str) -> dict[str, str]:
+        return json.loads((host.run_dir / f"{node}.runs").read_text())
+
+    pids = host.wait_serving(1), host.wait_serving(1, "n1")
+    first = runs("n0")
+    assert runs("n1") == first
+    with (code / "dataplane" / "devices.py").open("a") as file:
+        file.write("# another version\n")
+    os.kill(pids[0], signal.SIGKILL)
+    host.wait_serving(2)
+    assert runs("n0")["version"] != first["version"]
+    assert runs("n0")["settings"] == first["settings"]
+    assert host.running("n1") == pids[1]
+    assert host.process.poll() is None, "the same process, for whoever supervises it"
+
+    path = host.run_dir / "cluster.json"
+    path.write_text(path.read_text().replace('"cluster":"kevlarflow"', '"cluster":"renamed"'))
+    os.kill(pids[1], signal.SIGKILL)  # adopted by its own parent, which reaps it
+    host.wait_serving(2, "n1")
+    assert not Path(f"/proc/{pids[1]}").exists()
+    assert runs("n1")["settings"] != first["settings"]
+    assert [line["event"] for line in host.log()].count("a fresh launcher takes over") == 2
+
+    path.write_text("{nonsense")
+    os.kill(host.running(), signal.SIGKILL)
+    host.wait_serving(3)
+    assert runs("n0") == runs("n1"), "settings that cannot be read keep no node down"
+    assert host.stop() < 4.0
 
 
 def test_unknown_nodes_are_refused(host: Host, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import atexit
 import functools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,9 @@ from controlplane.core.controller import Controller
 from controlplane.core.policy import Limits
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.election import Election
+from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import Registration
+from controlplane.shell.hearing import tell_hearing
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.performer import Performer
 from controlplane.shell.registry import Registry
@@ -146,6 +148,15 @@ class Patient(Rhythm):
         return PATIENT_S if len(stages_of(self._node)) > 1 else 0.0
 
 
+async def named(main: Coroutine[Any, Any, None], process: Process) -> None:
+    """The main coroutine of a process; that another one has its name is a way to end."""
+    try:
+        await main
+    except NameTaken as error:
+        process.world.note(f"{process} ends: {error}")
+        process.fenced = True
+
+
 async def node_main(process: Process, config: ClusterConfig, stage: int) -> None:
     executor = make_executor(stage, config.stages, config.engine.pool_blocks)
     me = Member(process.name, process.incarnation)
@@ -226,7 +237,9 @@ async def controller_main(process: Process, config: ClusterConfig) -> None:
     runtime = Runtime(controller, inbox, registry, performer, election)
     service = Service(config, me, Parts(controller, registry, client, history, cast(Any, None)))
     process.part = ControllerPart(controller, runtime, service)
-    await asyncio.gather(runtime.run(), performer.run(), registry.run(), runtime.campaign(), presence.run())
+    hearing = tell_hearing(client, keys, me, controller, presence)
+    jobs = runtime.run(), performer.run(), registry.run(), runtime.campaign(), presence.run(), hearing
+    await asyncio.gather(*jobs)
 
 
 # ---------------------------------------------------------------------------------- a gateway
