@@ -21,6 +21,7 @@ def run(quick: bool, device: str = "cpu", only: frozenset[str] = frozenset()) ->
         quick=quick,
         device=device,
         only=only,
+        mixed=True,
     )
     result = measured.run(plan)
     if device == "cpu" and (not only or "node" in only):

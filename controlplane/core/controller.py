@@ -269,7 +269,10 @@ class Controller:
                 self._waiting.add(pipeline.id)
             else:
                 self._waiting.discard(pipeline.id)
-        self._blemishes = tuple(blemishes(self._situation(after, self._members.nodes(after))))
+        # Where nothing was wrong before, only what changed can be.
+        only = None if self._blemishes or before is None else frozenset(p.id for p in changed)
+        situation = replace_situation(self._situation(after, self._members.nodes(after)), only=only)
+        self._blemishes = tuple(blemishes(situation))
         if self._leader and before is not None:
             for event in narrate.of_topology(before, after, self._died_s(), self._unix_now):
                 self._record(event, effects)
