@@ -20,5 +20,6 @@ def run(quick: bool, device: str = "cpu", only: frozenset[str] = frozenset()) ->
         quick=quick,
         device=device,
         only=only,
+        mixed=True,
     )
     return measured.run(plan)

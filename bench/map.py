@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 
+from bench import mixed
 from bench.contract import Result, progress
 from bench.limits import matrix_rate, our_matrix_rate, read_bandwidth
 from bench.models import MODELS, Dtype, checkpoint, weight_bytes
@@ -81,6 +82,7 @@ class Plan:
     quick: bool
     device: str = "cpu"
     only: frozenset[str] = frozenset()  # systems; empty: all
+    mixed: bool = False  # the time between tokens while others' prompts come, too (mixed.py)
 
     def wanted(self, system: str) -> bool:
         return system in self.only if self.only else not (self.quick and system in SLOW)
@@ -135,6 +137,8 @@ def _measure_model(plan: Plan, model: str, dtype: Dtype, result: Result, begun: 
             getattr(result, into)[f"{name}_peak_bytes{label}"] = system.peak_bytes
             if isinstance(system, OurSystem):
                 result.metrics[f"{name}_idle_cpu_share{label}"] = system.idle_cpu_share(IDLE_S)
+                if plan.mixed:
+                    _measure_mixed(result, name, system, MODELS[model].vocab_size, label)
     result.absent.update({f"{name}{label}": reason for name, reason in absent.items()})
     if dtype == "float32":  # in bfloat16 random weights amplify roundings until engines say different things
         result.baseline.update(
@@ -182,6 +186,14 @@ def _rounds(
             )
         longest_s = max(longest_s, time.monotonic() - round_begun)
     return rates, {name: sum(same) / len(same) for name, same in firsts.items()}
+
+
+def _measure_mixed(result: Result, name: str, system: OurSystem, vocab: int, label: str) -> None:
+    gaps = mixed.measure([system.front], vocab)
+    p50, p99 = gaps.quantile(0.5), gaps.quantile(0.99)
+    progress(f"  {name}: {p50:.3f} s between tokens under mixed load, p99 {p99:.3f} s")
+    for what, value in (("p50_s", p50), ("p99_s", p99), ("p99_over_p50", p99 / p50)):
+        result.metrics[f"{name}_inter_token_mixed_{what}{label}"] = value
 
 
 def _latest(rates: Rates) -> str:

@@ -43,7 +43,8 @@ class OurSystem:
 
     def __init__(self, name: str, cluster: LocalCluster, load_s: float) -> None:
         self.name, self.cluster, self.load_s = name, cluster, load_s
-        self.generate = FrontDoor(cluster).generate
+        self.front = FrontDoor(cluster)
+        self.generate = self.front.generate
 
     @property
     def peak_bytes(self) -> int:
