@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import structlog
 
+from controlplane.backoff import Backoff
 from controlplane.contract.ids import Member, NodeId
 
 from .base import OnLinkDown, OnLinkUp, OnMessage, Part, TransportConfig, TransportStats
@@ -181,7 +182,7 @@ class LinkTransport:
     async def _keep(self, dial: _Dial) -> None:
         """Opens the link, waits until it ends, and again; at once only after one that lasted."""
         config = self._config
-        delay_s = config.retry_min_s
+        backoff = Backoff(config.retry_min_s, config.retry_max_s)
         while True:
             if await self._open(dial):
                 opened_at, dial.attempts = self._loop.time(), 0
@@ -189,9 +190,8 @@ class LinkTransport:
                 assert dial.link is not None
                 await dial.link.down.wait()
                 if self._loop.time() - opened_at >= config.retry_max_s:
-                    delay_s = config.retry_min_s
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, config.retry_max_s)
+                    backoff.succeeded()
+            await backoff.pause()
 
     def _routes(self, address: str) -> list[tuple[Driver, str, str]]:
         """The ways that both sides know, best first. Raises ValueError if there is none."""
