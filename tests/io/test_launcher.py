@@ -12,12 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
 
-from controlplane.contract.config import ClusterConfig, TimingConfig
+from controlplane.contract.config import ClusterConfig, EngineConfig, TimingConfig
 from controlplane.contract.topology import Mode
+from dataplane.accelerators import Place
 from dataplane.launcher import NodeFile, all_nodes, restart_delay_s, start_ticks
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +48,12 @@ def stubborn(_config: ClusterConfig, node: str) -> None:
     print(f"{node} serves", flush=True)
     while True:
         signal.pause()
+
+
+def on_device(config: ClusterConfig, node: str, place: Place) -> None:
+    """Says where it was put."""
+    print(f"{place.device} {place.share} of {place.devices}", flush=True)
+    serve(config, node)
 
 
 def compute(config: ClusterConfig, node: str) -> None:
@@ -82,10 +90,19 @@ class Host:
         mode: Mode = Mode.REPLICATE,
         cwd: Path = ROOT,
         python_path: str = "",
+        device: Literal["cpu", "cuda"] = "cpu",
     ) -> None:
         timing = TimingConfig(restart_backoff_s=0.1, reload_s=0.3)
+        engine = EngineConfig(device=device)
         config = ClusterConfig(
-            str(self.run_dir), "no-model", (), instances=1, stages=nodes, mode=mode, timing=timing
+            str(self.run_dir),
+            "no-model",
+            (),
+            instances=1,
+            stages=nodes,
+            mode=mode,
+            timing=timing,
+            engine=engine,
         )
         path = self.run_dir / "cluster.json"
         path.write_bytes(msgspec.json.encode(config))
@@ -369,3 +386,20 @@ def test_unknown_nodes_are_refused(host: Host, tmp_path: Path) -> None:
 
 def test_spares_come_after_the_instances() -> None:
     assert all_nodes(ClusterConfig("r", "m", (), instances=1, stages=2, spares=1)) == ["n0", "n1", "n2", "n3"]
+
+
+@pytest.mark.parametrize("devices", [0, 2])
+def test_each_node_has_a_gpu_of_its_own_or_a_share_of_one(host: Host, tmp_path: Path, devices: int) -> None:
+    fake = tmp_path / "fake" / "torch.py"
+    fake.parent.mkdir()
+    fake.write_text(f"class cuda:\n    device_count = staticmethod(lambda: {devices})\n")
+    host.start("on_device", nodes=3, python_path=str(fake.parent), device="cuda")
+    assert host.process is not None
+    if not devices:
+        assert host.process.wait(15) != 0
+        assert "torch sees no CUDA device on this host" in (host.run_dir / "launcher.log").read_text()
+        return
+    for node in ("n0", "n1", "n2"):
+        host.wait_serving(1, node)
+    places = [host.output(node).splitlines()[0] for node in ("n0", "n1", "n2")]
+    assert places == ["cuda:0 0.5 of 2", "cuda:1 1.0 of 2", "cuda:0 0.5 of 2"]
