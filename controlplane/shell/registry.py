@@ -80,6 +80,12 @@ class Registry:
     def junk_values(self) -> int:
         return self.view.junk
 
+    async def may_lead(self) -> None:
+        """Wait until this process has its name, and nothing forbids it to lead."""
+        if self._presence is not None:
+            await self._presence.held.wait()
+        await self.free.wait()
+
     def etcd_age_s(self) -> float:
         """Seconds since etcd was last heard."""
         return self._watch.age_s() if self._watch else 0.0

@@ -89,7 +89,7 @@ class Runtime:
         # The core must know the cluster before it leads: see controlplane/core/events.py.
         await self._registry.synced.wait()
         while True:
-            await self._registry.free.wait()
+            await self._registry.may_lead()
             leadership = await self._unless_blocked(self._election.campaign())
             if leadership is None:
                 continue

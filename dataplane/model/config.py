@@ -2,7 +2,8 @@
 
 Llama, Mistral, Qwen2 and Qwen3 dense. They are one architecture with a few switches, and this is where the
 families end: nothing later asks for the family. Defaults are those of transformers' config classes, because a
-saved config.json may leave out what equals its class's default. Needs no torch."""
+saved config.json may leave out what equals its class's default. Where two keys say one thing, the one that
+transformers takes counts; what it would take and we cannot do is refused by name. Needs no torch."""
 
 import json
 from dataclasses import dataclass
@@ -57,6 +58,10 @@ FAMILIES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+
+# Of their classes, where config.json says nothing.
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+MAX_POSITIONS = {"llama": 2048, "mistral": 4096 * 32, "qwen2": 32768, "qwen3": 32768}
 
 
 class _Fields:
@@ -117,14 +122,18 @@ def load_config(model_dir: Path) -> ModelConfig:
     family = _family(f)
     layers = f.integer("num_hidden_layers", high=4096)
     hidden, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
-    kv_heads = f.integer("num_key_value_heads", 8 if family == "mistral" else heads)
+    # Absent means the class's default, null as many as there are attention heads.
+    kv_default = heads if "num_key_value_heads" in f.values else KV_HEADS.get(family, heads)
+    kv_heads = f.integer("num_key_value_heads", kv_default)
+    if family == "qwen3" and f.values.get("head_dim", 128) is None:
+        raise f.error("head_dim", "expected an integer, found null")
     head_dim = f.integer("head_dim", 128 if family == "qwen3" else max(hidden // heads, 1))
     if heads % kv_heads:
         raise f.error("num_key_value_heads", f"{heads} attention heads are no multiple of {kv_heads}")
     if head_dim % 2 or head_dim > 512:
         raise f.error("head_dim", f"must be even and at most 512, found {head_dim}")
     vocab, bias = f.integer("vocab_size"), f.flag("attention_bias")
-    max_positions = f.integer("max_position_embeddings", 2048 if family == "llama" else None)
+    max_positions = f.integer("max_position_embeddings", MAX_POSITIONS[family])
     return ModelConfig(
         family=family,
         vocab_size=vocab,
@@ -154,23 +163,37 @@ def _family(f: _Fields) -> str:
         raise f.error("architectures", f"expected one architecture name, found {names!r:.80}")
     if names[0] not in FAMILIES:
         raise f.error("architectures", f"{names[0]!r:.80} is not supported; supported: {', '.join(FAMILIES)}")
-    if f.values.get("quantization_config") is not None:
-        raise f.error("quantization_config", "quantized checkpoints are not supported")
+    family = FAMILIES[names[0]]
+    if f.values.get("model_type", family) != family:
+        found = f.values["model_type"]
+        raise f.error("model_type", f"{found!r:.80} does not fit the architecture {names[0]}")
+    for key in ("quantization_config", "compression_config"):
+        if f.values.get(key) is not None:
+            raise f.error(key, "quantized checkpoints are not supported")
+    if f.values.get("text_config") is not None:
+        raise f.error("text_config", "models with a configuration inside the configuration are not supported")
     if f.values.get("hidden_act", "silu") != "silu":
         raise f.error("hidden_act", f"only silu is supported, found {f.values['hidden_act']!r:.80}")
-    return FAMILIES[names[0]]
+    return family
 
 
 def _rope(f: _Fields, max_positions: int) -> RopeConfig:
-    # rope_parameters is the form of transformers 5; rope_theta and rope_scaling, beside it, the older one.
-    section = f.section("rope_parameters") or f.section("rope_scaling")
-    theta = f.number("rope_theta", 10000.0)
-    if section is None:
-        return RopeConfig("default", theta)
-    theta = section.number("rope_theta", theta)
+    # rope_parameters is the form of transformers 5; rope_scaling, with rope_theta beside it, the older one. With both
+    # it takes the older one whole, and nothing of the other; an empty one is none.
+    sections = [
+        s for key in ("rope_scaling", "rope_parameters") if (s := f.section(key)) is not None and s.values
+    ]
+    section = sections[0] if sections else _Fields(f.path, {}, "rope_parameters.")
+    for name, value in section.values.items():
+        if isinstance(value, dict):
+            raise section.error(name, "rotary parameters for each type of layer are not supported")
+    if section.values.get("rope_theta", 0.0) is None:
+        raise section.error("rope_theta", "expected a positive number, found null")
+    theta = section.number("rope_theta", f.number("rope_theta", 10000.0))
     key = "rope_type" if "rope_type" in section.values else "type"
-    if section.number("partial_rotary_factor", 1.0) != 1.0:
-        raise section.error("partial_rotary_factor", "only 1.0 is supported")
+    for fields in (f, section):
+        if fields.number("partial_rotary_factor", 1.0) != 1.0:
+            raise fields.error("partial_rotary_factor", "only 1.0 is supported")
     match section.values.get(key, "default"):
         case "default":
             return RopeConfig("default", theta)
@@ -180,7 +203,8 @@ def _rope(f: _Fields, max_positions: int) -> RopeConfig:
             low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
             if low >= high:
                 raise section.error("high_freq_factor", f"must be above low_freq_factor ({low})")
-            original = section.integer("original_max_position_embeddings", max_positions)
+            key = "original_max_position_embeddings"  # beside the section it goes first
+            original = f.integer(key) if key in f.values else section.integer(key, max_positions)
             return RopeConfig("llama3", theta, section.number("factor"), low, high, original)
         case other:
             raise section.error(key, f"{other!r:.80} is not supported; supported: default, linear, llama3")
@@ -198,7 +222,10 @@ def _windows(f: _Fields, family: str, layers: int) -> tuple[int | None, ...]:
                 window = None
             else:
                 window = f.integer("sliding_window", 4096)
-            return tuple(window if sliding else None for sliding in _sliding_layers(f, layers))
+            sliding_layers = _sliding_layers(f, layers)
+            if window is None and f.values.get("layer_types") is not None and any(sliding_layers):
+                raise f.error("layer_types", "sliding_attention without a window in use (use_sliding_window)")
+            return tuple(window if sliding else None for sliding in sliding_layers)
         case _:
             return (None,) * layers
 

@@ -11,7 +11,7 @@ import functools
 import logging
 import secrets
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -20,14 +20,16 @@ import numpy as np
 import structlog
 
 import controlplane.process
+import controlplane.shell.performer
 import controlplane.shell.runtime
+import controlplane.shell.service
 import dataplane.kvcache
 import dataplane.node
 from controlplane.contract import auth, keys
 from tests.sim.links import open_transport
 from tests.sim.network import Network
 from tests.sim.rpc import SimChannel, SimServer
-from tests.sim.world import World, replaced, virtual_time
+from tests.sim.world import OURS, World, replaced, virtual_time
 
 TICK_S = 0.15  # of nodes and controllers, in place of 0.05: a third of the work
 PING_S = 0.4  # on links that are otherwise silent, in place of 0.2
@@ -65,6 +67,8 @@ def simulated(world: World, net: Network) -> Iterator[None]:
             lambda other: any(repr(p) == other and not p.alive for p in world.processes),
         ),
         (keys, "msgspec", _Msgspec()),
+        (controlplane.shell.performer, "encode", _newer(world)),
+        (controlplane.shell.service, "encode", _newer(world)),
         (dataplane.node, "open_transport", transport),
         (dataplane.node, "TICK_S", TICK_S),
         (dataplane.node, "PING_S", PING_S),
@@ -76,6 +80,26 @@ def simulated(world: World, net: Network) -> Iterator[None]:
 
 
 _load_secret = functools.cache(auth.load_secret)
+
+
+LATER = "later"  # a field that only newer code knows
+
+
+def _newer(world: World) -> Callable[..., bytes]:
+    """How values are written: by newer code with one more field in each record, at every level."""
+
+    def add(item: Any, code: int) -> Any:
+        if isinstance(item, dict):
+            return {LATER: code} | {key: add(each, code) for key, each in item.items()}
+        return [add(each, code) for each in item] if isinstance(item, list) else item
+
+    def encode(value: msgspec.Struct, before: bytes | None = None) -> bytes:
+        encoded = keys.encode(value, before)
+        assert world.current is not None
+        code = world.current.code
+        return encoded if code == OURS else msgspec.json.encode(add(msgspec.json.decode(encoded), code))
+
+    return encode
 
 
 class _Msgspec:

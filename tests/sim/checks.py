@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
+
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.keys import Keys, decode
 from controlplane.contract.records import ControllerRecord
@@ -13,12 +15,14 @@ from controlplane.contract.topology import Topology
 from controlplane.core import invariants
 from controlplane.core.policy import Situation
 from controlplane.etcd.election import leader_of
+from controlplane.etcd.register import holder_of
 from controlplane.etcd.wire import key_value
 from dataplane.core.messages import KvAckMeta, KvMeta
 from dataplane.core.stage import Stage
 from dataplane.node import Node
 from dataplane.replica import Replicator
 from tests.sim import parts
+from tests.sim.border import LATER
 from tests.sim.etcd import SimEtcd
 from tests.sim.world import Process, World, replaced
 
@@ -44,6 +48,8 @@ class Checks:
         self._revision = 0
         self._fences: dict[Process, dict[PipelineId, Any]] = {}
         # What the holder of a copy has said last, by source process, pipeline, holder and request.
+        self._holders: dict[str, str] = {}  # name -> the process that has it
+        self._raw: dict[str, Any] = {}  # topology and operations as they are written
         self._said: dict[tuple[Process, PipelineId, Member], dict[int, int]] = {}
         self._heard: set[Process] = set()  # news of copies since the last look
         etcd.store.changed = self._committed
@@ -52,11 +58,41 @@ class Checks:
     # What etcd accepts.
 
     def _committed(self) -> None:
+        for kv in self._etcd.store.latest:
+            self._names(kv.key.decode(), kv.value)
+            self._kept(kv.key.decode(), kv.value)
         kv = self._etcd.store.kvs.get(self._topology_key)
         if kv is not None and kv.mod_revision > self._revision:
             self._revision = kv.mod_revision
             self._new_topology(decode(kv.value, Topology, "topology"))
         self._tell()
+
+    def _names(self, key: str, value: bytes) -> None:
+        """A name passes to another process only when the first one has died, or its lease has ended."""
+        if not key.startswith((self._keys.nodes, self._keys.controllers, self._keys.gateways)):
+            return
+        now = holder_of(value) if value else None
+        before = self._holders.pop(key, None)
+        if now is not None:
+            self._holders[key] = now.process
+        lives = any(repr(p) == before and p.alive for p in self._world.processes)
+        if now is not None and now.process != before and lives:
+            self._world.fail(f"{key} was taken from {before}, which lives, by {now.process}")
+
+    def _kept(self, key: str, value: bytes) -> None:
+        """Older code overwrites nothing of newer code, and loses no field of it."""
+        if key.encode() != self._topology_key and not key.startswith(self._keys.operations):
+            return
+        before, after = self._raw.pop(key, None), msgspec.json.decode(value) if value else None
+        if after is None:
+            return
+        self._raw[key] = after
+        if before is None:
+            return
+        if after["schema"] < before["schema"]:
+            self._world.fail(f"{key} went from schema {before['schema']} to {after['schema']}")
+        if lost := lost_fields(before, after):
+            self._world.fail(f"{key} lost what newer code had written: {lost}")
 
     def _new_topology(self, after: Topology) -> None:
         before, self.topology = self.topology, after
@@ -161,6 +197,29 @@ class Checks:
         )
         with replaced(probes):
             yield
+
+
+def lost_fields(before: Any, after: Any, where: str = "") -> str:
+    """Where a record that persists has lost the field that older code does not know; "": nowhere."""
+    if isinstance(before, list) and isinstance(after, list):
+        if where.endswith(".stages"):
+            pairs = list(zip(before, after, strict=False))
+        else:
+            named = {str(item["id"]): item for item in after if isinstance(item, dict) and "id" in item}
+            pairs = [
+                (item, named[item["id"]])
+                for item in before
+                if isinstance(item, dict) and item.get("id") in named
+            ]
+        return next((lost for old, new in pairs if (lost := lost_fields(old, new, where))), "")
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return ""
+    if where.endswith((".move", ".to")):
+        return ""  # it may be another one
+    if LATER in before and LATER not in after:
+        return where or "the value itself"
+    deeper = (lost_fields(before[key], after[key], f"{where}.{key}") for key in before if key in after)
+    return next((lost for lost in deeper if lost), "")
 
 
 def picture(topology: Topology) -> str:

@@ -18,7 +18,7 @@ from tests.sim.etcd import SimEtcd
 from tests.sim.network import Network
 from tests.sim.requests import Stream, template
 from tests.sim.schedule import Schedule
-from tests.sim.world import Process, World
+from tests.sim.world import OURS, Process, World
 
 FORM_LIMIT_S = 15.0
 SETTLE_LIMIT_S = (
@@ -76,6 +76,10 @@ class Cluster:
         self.streams: dict[int, Stream] = {}
         self.cuts: list[list[tuple[str, str]]] = []
         self.incarnations = 0
+        self.strangers: list[Process] = []  # second processes of a name, on other hosts
+        self.clashed: set[str] = set()  # names that ever had one
+        self.codes: dict[str, int] = {}  # whose code is newer, or was
+        self.newest = OURS  # that ever ran
         self.operations = 0
         self.healing = False
         # What befalls the cluster is done by somebody who has no process of his own in it.
@@ -216,21 +220,30 @@ class Cluster:
         """The launcher's doing: a fresh process of that name, unless there is one."""
         if name in self.processes and self.processes[name].alive:
             return
+        self.processes[name] = self._begin(name)
+
+    def _begin(self, name: str) -> Process:
         self.incarnations += 1
         process = self.world.process(name, f"{self.incarnations:x}")
-        self.processes[name] = process
+        process.code = self.codes.get(name, OURS)
         process.exited = lambda: self.world.post(0.0, self.fate, self._exited, process)
         if name[0] == "n":
-            process.spawn(parts.node_main(process, self.config, int(name[1:]) % self.config.stages), True)
+            main = parts.node_main(process, self.config, int(name[1:]) % self.config.stages)
         elif name[0] == "c":
-            process.spawn(parts.controller_main(process, self.config), True)
+            main = parts.controller_main(process, self.config)
         else:
-            process.spawn(parts.gateway_main(process, self.config), True)
+            main = parts.gateway_main(process, self.config)
+        process.spawn(parts.named(main, process), True)
+        return process
 
     def _exited(self, process: Process) -> None:
-        """Its main coroutine has returned: retired, or asked to stop."""
-        if process.alive:
-            self._end(process)
+        """Its main coroutine has returned: retired, asked to stop, or another process has its name."""
+        if not process.alive:
+            return
+        self._end(process)
+        if process.fenced and process.name not in self.clashed:
+            self.world.fail(f"{process} ended for another process of its name, and there never was one")
+        if self.processes[process.name] is process:
             self.world.post(0.2, self.fate, self.start, process.name)
 
     def _end(self, process: Process) -> None:
@@ -263,6 +276,13 @@ class Cluster:
         self.net.delay_s = 0.0
         self.net.tamper.clear()
         self.etcd.fates.clear()
+        self.etcd.refusing = ""
+        for stranger in self.strangers:
+            if stranger.alive:
+                self._end(stranger)
+        for name in self.names():  # what newer code has written needs newer code: all controllers get it
+            if name[0] == "c" and self.codes.get(name, OURS) < self.newest:
+                self.upgrade(name, self.newest)
         for member in self.etcd.members:
             self.etcd.start(member)
         for process in list(self._all()):
@@ -423,7 +443,33 @@ class Cluster:
     def wall_jump(self, seconds: float) -> None:
         self.world.wall_jump_s += seconds
 
+    def clash(self, name: str, seconds: float) -> None:
+        """A second process of a name, on another host, for so long."""
+        if self.healing:
+            return
+        stranger = self._begin(name)
+        self.clashed.add(name)
+        self.strangers.append(stranger)
+        self.world.post(seconds, self.fate, self._leave_name, stranger)
+
+    def _leave_name(self, stranger: Process) -> None:
+        if stranger.alive:
+            self._end(stranger)
+
+    def upgrade(self, name: str, code: int) -> None:
+        """A process is replaced by one of another version of the code, newer or older."""
+        name = self._named(name).name
+        self.codes[name] = code
+        self.newest = max(self.newest, code)
+        if self.processes[name].alive:
+            self._end(self.processes[name])
+        self.start(name)
+
     # ------------------------------------------------------------------ steps: etcd
+
+    def etcd_refuses(self, how: str, seconds: float) -> None:
+        self.etcd.refusing = how
+        self.world.post(seconds, self.fate, setattr, self.etcd, "refusing", "")
 
     def etcd_kill(self, index: int, seconds: float) -> None:
         member = self.etcd.members[index]

@@ -26,6 +26,24 @@ LEASE_CHECK_S = 0.25
 TTL_MIN_S = 2  # etcd makes at least one and a half election timeouts of it
 NO_LEADER = (Status.UNAVAILABLE, "etcdserver: no leader")
 WRITES = ("Put", "DeleteRange", "Txn", "Compact")
+REFUSALS = {
+    "space": (Status.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded"),
+    "busy": (Status.RESOURCE_EXHAUSTED, "etcdserver: too many requests"),
+    "rights": (Status.PERMISSION_DENIED, "etcdserver: permission denied"),
+    "corrupt": (Status.DATA_LOSS, "etcdserver: corrupt cluster"),
+}
+
+
+def refuses(how: str, name: str, request: Any) -> bool:
+    """What etcd refuses in such a state. Leases are kept alive in any."""
+    match how:
+        case "space":  # nothing that would make it larger
+            puts = name == "Txn" and any(op.HasField("request_put") for op in request.success)
+            return puts or name in ("Put", "LeaseGrant")
+        case "busy":
+            return name in (*WRITES, "LeaseGrant")
+        case _:
+            return name in (*WRITES, "LeaseGrant", "LeaseRevoke", "Range")
 
 
 @dataclass(eq=False)
@@ -63,6 +81,7 @@ class SimEtcd:
 
     def __init__(self, world: World, net: Network, size: int = 3) -> None:
         self.store = Store()
+        self.refusing = ""  # one of REFUSALS: every member answers so
         self.store.changed = self._changed
         self.members: list[Member] = []
         self.fates: deque[str] = deque()
@@ -252,6 +271,9 @@ class SimEtcd:
 
     def _answer(self, member: Member, waiting: _Waiting) -> Any:
         request, store, now = waiting.request, self.store, self._world.now
+        if self.refusing and refuses(self.refusing, waiting.name, request):
+            self.fated[self.refusing] = self.fated.get(self.refusing, 0) + 1
+            raise Refused(*REFUSALS[self.refusing])
         match waiting.name:
             case "Range":
                 return store.range(request)

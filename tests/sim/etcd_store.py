@@ -56,6 +56,7 @@ class Store:
         self.kvs: dict[bytes, kv_pb2.KeyValue] = {}
         self.leases: dict[int, Lease] = {}
         self.history: list[tuple[int, list[kv_pb2.Event]]] = []
+        self.latest: list[kv_pb2.KeyValue] = []  # what the newest revision changed; deleted: without a value
         self.changed: Callable[[], None] = lambda: None
         self._next_lease = 7000
 
@@ -174,6 +175,7 @@ class Store:
         if made:
             self.revision = revision
             self.history.append((revision, made))
+            self.latest = [event.kv for event in made]
             self.changed()
 
     def _put(self, request: rpc_pb2.PutRequest, revision: int) -> list[kv_pb2.Event]:

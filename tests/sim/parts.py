@@ -11,7 +11,7 @@ import atexit
 import functools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from controlplane.core.controller import Controller
 from controlplane.core.policy import Limits
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.election import Election
+from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import Registration
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.performer import Performer
@@ -144,6 +145,15 @@ class Patient(Rhythm):
 
     def patience_s(self, pipeline: PipelineId, now: float) -> float:
         return PATIENT_S if len(stages_of(self._node)) > 1 else 0.0
+
+
+async def named(main: Coroutine[Any, Any, None], process: Process) -> None:
+    """The main coroutine of a process; that another one has its name is a way to end."""
+    try:
+        await main
+    except NameTaken as error:
+        process.world.note(f"{process} ends: {error}")
+        process.fenced = True
 
 
 async def node_main(process: Process, config: ClusterConfig, stage: int) -> None:

@@ -12,8 +12,10 @@ from unittest import mock
 
 import numpy as np
 
+from controlplane.contract import schema
 from controlplane.contract.topology import Pipeline
 from controlplane.etcd.election import Leadership
+from controlplane.etcd.register import Registration
 from controlplane.etcd.values import Compare
 from dataplane.core.messages import Fence, KvMeta, KvQueryMeta, RejoinMeta, StepMeta
 from dataplane.core.replication import Copy, ReplicaSource
@@ -108,10 +110,34 @@ def no_position_check() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def no_fenced_names() -> Iterator[None]:
+    """Whoever registers has the name, as if the other one were certainly dead."""
+    with mock.patch.object(Registration, "_may_replace", return_value=True):
+        yield
+
+
+@contextlib.contextmanager
+def no_schema_check() -> Iterator[None]:
+    """Values of newer code are taken for our own."""
+    with mock.patch.object(schema, "schema_of", return_value=1):
+        yield
+
+
+@contextlib.contextmanager
+def no_unknown_fields() -> Iterator[None]:
+    """A rewrite has what this code knows, and nothing else."""
+    with mock.patch.object(schema, "_has_unknown", return_value=False):
+        yield
+
+
 SAFEGUARDS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "epoch": no_epoch_check,
     "guard": no_leadership_guard,
     "watermark": no_watermark_rule,
     "checksum": no_checksums,
     "position": no_position_check,
+    "names": no_fenced_names,
+    "schema": no_schema_check,
+    "unknown": no_unknown_fields,
 }

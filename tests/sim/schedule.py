@@ -71,9 +71,14 @@ WEIGHTS = {
     "expire": 2,
     "compact": 1,
     "wall_jump": 1,
+    "etcd_refuses": 2,
+    "clash": 2,
+    "upgrade": 2,
     "operate": 3,
     "cancel_operation": 1,
 }
+
+REFUSALS = ("space", "busy", "rights", "corrupt")
 
 # Instances and stages. Small ones find most, and more of them can be tried.
 SIZES = ((2, 1), (2, 2), (2, 2), (2, 2), (2, 2), (2, 3), (3, 1), (3, 2))
@@ -127,6 +132,9 @@ def _mild(chance: random.Random, shape: Shape, window_s: float) -> Step:
             Step(at, "kill", ("c1", 0.5)),
             Step(at, "etcd_down", (3, chance.uniform(0.5, 3.0))),
             Step(at, "etcd_kill", (chance.randrange(3), 1.0)),
+            Step(at, "etcd_refuses", (chance.choice(REFUSALS), chance.uniform(0.5, 3.0))),
+            Step(at, "clash", (chance.choice([node, "c1", "g1"]), chance.uniform(0.5, 15.0))),
+            Step(at, "upgrade", ("c1", 1)),
             Step(at, "pause", (node, chance.uniform(0.05, 0.4))),
             Step(at, "wall_jump", (chance.choice((-3600.0, 3600.0)),)),
             Step(at, "operate", ("drain", node, "")),
@@ -140,7 +148,7 @@ def _chain(chance: random.Random, shape: Shape, at: float) -> list[Step]:
     """Faults that do harm only together, and would hardly ever meet by chance."""
     node, soon = chance.choice(shape.nodes), at + chance.uniform(0.01, 0.3)
     asked = ("submit", (100, chance.randrange(1, shape.gateways + 1), chance.choice(LONG)))
-    which = chance.randrange(4)
+    which = chance.randrange(5)
     if which == 0:
         # A leader that does not hear how it is voted out, and then sees a reason to write.
         return [
@@ -161,6 +169,14 @@ def _chain(chance: random.Random, shape: Shape, at: float) -> list[Step]:
             Step(at, *asked),
             Step(soon + 0.1, "hush", (chance.uniform(0.2, 0.8),)),
             Step(soon + 0.1 + chance.uniform(0.0, 0.1), "kill", (chance.choice(shape.nodes), 0.4)),
+        ]
+    if which == 3 and shape.controllers > 1:
+        # The older leads, then the newer, then the older again, and each has something to write.
+        terms = [at + 0.1 + turn * chance.uniform(2.2, 2.8) for turn in (1, 2)]
+        return [
+            Step(at, "upgrade", ("leader", chance.choice((1, 2)))),
+            *(Step(when, "expire", ("leader",)) for when in terms),
+            *(Step(when + 0.1, "kill", (chance.choice(shape.nodes), 0.4)) for when in (at, *terms)),
         ]
     # A copy goes bad, and is needed a moment later.
     return [
@@ -201,6 +217,13 @@ def _fault(chance: random.Random, shape: Shape, at: float) -> Step:
             return Step(at, what, (chance.choice((2, 3)), span))
         case "etcd_kill" | "etcd_pause":
             return Step(at, what, (chance.randrange(3), span))
+        case "etcd_refuses":
+            return Step(at, what, (chance.choice(REFUSALS), chance.choice((short, long, 4.0))))
+        case "clash":
+            name = chance.choice([*nodes, *controllers, *gateways])
+            return Step(at, what, (name, chance.choice((0.3, 2.0, 20.0))))
+        case "upgrade":
+            return Step(at, what, (chance.choice([*controllers, *controllers, node]), chance.randrange(3)))
         case "fate_of_write":
             return Step(at, what, (chance.choice(("lost", "landed", "late")),))
         case "expire":

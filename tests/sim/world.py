@@ -17,8 +17,13 @@ from asyncio import events
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
+from controlplane.contract import schema
 from tests.sim.loop import SimLoop, describe
 
+SCHEMA = schema.SCHEMA
+# Versions of the code: this one, one that writes fields which this one does not know, and one whose values this one
+# must not rewrite.
+OURS, NEWER, NEWER_SCHEMA = range(3)
 UNIX_S = 1_700_000_000.0
 READY_MAX = 100_000  # callbacks of one process without virtual time passing: it would never stop
 
@@ -41,6 +46,8 @@ class Process:
         self.ends: dict[Any, None] = {}  # of connections, see network.py
         self.exited: Callable[[], None] | None = None  # called when the main coroutine has returned
         self.part: Any = None  # the production object that the process is about
+        self.fenced = False  # it ended because another process has its name
+        self.code = OURS  # its version of the code
         self._held: list[tuple[Any, Any]] = []
         self._tasks: list[asyncio.Task[Any]] = []
 
@@ -160,6 +167,7 @@ class World:
         self.current = process
         if self._entered is not process:
             self._entered = process
+            schema.SCHEMA = SCHEMA + (process.code == NEWER_SCHEMA)
             events._set_running_loop(process.loop)
 
     def leave(self) -> None:
@@ -257,4 +265,5 @@ def virtual_time(world: World) -> Iterator[None]:
         world.close()
         sys.unraisablehook = unraisable
         time.monotonic, time.time, time.thread_time = real
+        schema.SCHEMA = SCHEMA
         random.setstate(state)

@@ -50,6 +50,7 @@ from dataplane.core.messages import (
 )
 from dataplane.core.scheduler import Scheduler
 from dataplane.core.stage import Prepared, Stage
+from dataplane.kvcache import KVCache
 from dataplane.model.sampler import SamplingTable
 from dataplane.replica import Replicator
 
@@ -88,19 +89,14 @@ def next_token(tokens: list[int], stages: int) -> int:
     return hidden[-1] % VOCAB
 
 
-class IntKv:
+class IntKv(KVCache):
     """Stands where the tensor pool is: one uint32 a position."""
 
-    block_bytes = BLOCK * 4
-
     def __init__(self, num_blocks: int) -> None:
-        self.data = np.zeros((num_blocks, BLOCK), np.uint32)
-
-    def view(self, block: int) -> memoryview:
-        return memoryview(self.data[block]).cast("B")
-
-    def write(self, block: int, data: memoryview) -> None:
-        self.view(block)[:] = data
+        super().__init__(
+            num_blocks, 1, 1, BLOCK // 2, 1, "float32"
+        )  # keys and values: BLOCK numbers of 4 bytes
+        self.data = self.pool.view(np.uint32)
 
 
 @dataclass

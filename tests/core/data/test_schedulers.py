@@ -65,8 +65,9 @@ def test_questions_of_one_pipeline_outlive_a_new_epoch_of_another() -> None:
 
 
 def test_registrations_that_are_gone_do_not_shrink_the_pool_to_nothing() -> None:
-    """etcd was away, every lease ran out, and the topology changes before the nodes are back in it. All of the pool: there
-    is nobody to copy to."""
+    """etcd was away, every lease ran out, and the topology changes before the nodes are back in it. All of the pool, as
+    there is nobody to copy to.
+    """
     host = Host(ME, NEXT)
     host.schedulers.on_topology(topology(1, pipeline("p0", 1)), RECORDS)
     assert host.schedulers.by_pipeline["p0"].batcher.quota_blocks == 100
@@ -130,7 +131,7 @@ def test_a_request_that_the_scheduler_chokes_on_goes_and_the_others_stay() -> No
     assert {m.rid for m in dropped} == set(range(1, 4)), "each once, the odd one not again"
     fresh = schedulers.by_pipeline["p0"]
     assert fresh.fence == Fence(1, 1), "steps of the broken one are void"
-    assert fresh.batcher.quota_blocks == 100
+    assert fresh.batcher.quota_blocks == 50
     assert [m.fence for to, m in host.sent if to == NEXT and isinstance(m, RejoinMeta)][-1] == Fence(1, 1)
     assert schedulers.by_pipeline["p1"] is other
     assert schedulers.counters()["crashes"] == 1
