@@ -41,7 +41,7 @@ def build_app(service: Service, keys: ApiKeys, origins: Sequence[str] = ()) -> A
     _generation_routes(app, service)
     _token_routes(app, service)
     _error_handlers(app, service)
-    described = document(service.model, service.version)
+    described = document(service.model, service.version, service.priority_floor)
     app.openapi = lambda: described  # type: ignore[method-assign]
     return Manners(Guard(app, keys), lambda: app.routes, origins)
 

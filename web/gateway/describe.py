@@ -48,10 +48,10 @@ IDEMPOTENCY_KEY = (
 REQUEST_ID = parameter("X-Request-Id", "header", STRING, "What the answer's id is made of, if it can be.")
 
 
-def document(model: Model, version: str) -> dict[str, Any]:
+def document(model: Model, version: str, priority_floor: int) -> dict[str, Any]:
     error = record({"message": STRING, "type": STRING, "param": nullable(STRING), "code": INTEGER})
     return Api(
-        "KevlarFlow gateway", version, _endpoints(), _schemas(model), record({"error": error})
+        "KevlarFlow gateway", version, _endpoints(), _schemas(model, priority_floor), record({"error": error})
     ).document()
 
 
@@ -144,9 +144,10 @@ def _relate(schemas: dict[str, Schema], model: Model) -> None:
     for name in ("CompletionRequest", "ChatRequest"):
         properties = schemas[name]["properties"]
         _items(properties["stop_token_ids"], model.vocab_size - 1)
+        del properties["min_tokens"]  # no schema can say that it is at most max_tokens: the description does
         for branch in properties["logit_bias"]["anyOf"]:
             if branch.get("type") == "object":
-                branch["propertyNames"] = {"pattern": "^(0|[1-9][0-9]{0,8})$"}
+                branch["propertyNames"] = {"pattern": f"^0*(?:{_below(model.vocab_size)})$"}
                 branch["additionalProperties"] |= {"minimum": -BIAS_MAX, "maximum": BIAS_MAX}
     prompt = schemas["CompletionRequest"]["properties"]["prompt"]
     _items(prompt, model.vocab_size - 1)
@@ -158,6 +159,19 @@ def _relate(schemas: dict[str, Schema], model: Model) -> None:
             if branch["items"]["type"] != "integer":
                 branch["maxItems"] = CHOICES_MAX
     _items(schemas["DetokenizeRequest"]["properties"]["tokens"], model.vocab_size - 1)
+
+
+def _below(limit: int) -> str:
+    """A regular expression for the decimal numbers below `limit` (at least 1)."""
+    digits, parts = str(limit), []
+    for at, digit in enumerate(map(int, digits)):
+        lowest = 1 if at == 0 and len(digits) > 1 else 0
+        if digit > lowest:
+            rest = len(digits) - at - 1
+            parts.append(f"{digits[:at]}[{lowest}-{digit - 1}]" + (f"[0-9]{{{rest}}}" if rest else ""))
+    if len(digits) > 1:
+        parts.append(f"[0-9]{{1,{len(digits) - 1}}}")
+    return "|".join(parts)
 
 
 def _items(schema: Schema, maximum: int) -> None:
@@ -172,7 +186,7 @@ def _generated(schema: str) -> dict[int, dict[str, Schema]]:
     return {200: {JSON: ref(schema), EVENTS: ANY}}
 
 
-def _schemas(model: Model) -> dict[str, Schema]:
+def _schemas(model: Model, priority_floor: int) -> dict[str, Schema]:
     _, bodies = models_json_schema(
         [(kind, "validation") for kind in BODIES], ref_template="#/components/schemas/{model}"
     )
@@ -189,9 +203,13 @@ def _schemas(model: Model) -> dict[str, Schema]:
             }
     _relate(schemas, model)
     for name in ("CompletionRequest", "ChatRequest"):
+        for branch in schemas[name]["properties"]["priority"]["anyOf"]:
+            if branch["type"] == "integer":
+                branch["minimum"] = priority_floor
+    for name in ("CompletionRequest", "ChatRequest"):
         schemas[name]["description"] = (
-            f"Prompt and output together have at most {model.max_model_len} tokens; min_tokens is at most max_tokens;"
-            " best_of is n; stream_options need stream, top_logprobs logprobs; echo excludes logprobs."
+            f"Prompt and output together have at most {model.max_model_len} tokens. There is also min_tokens, an integer"
+            " from 0 to max_tokens: before so many tokens nothing stops the output."
         )
     for holder, name in (
         ("CompletionRequest", "max_tokens"),

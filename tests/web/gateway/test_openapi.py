@@ -48,7 +48,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
         assert run.returncode == 0, out.decode()[-6000:]
         assert "Tested: 13" in out.decode()
 
-    with_stack(body, burst=64)
+    with_stack(body, burst=64, step_s=0.001)
 
 
 def test_the_document() -> None:
