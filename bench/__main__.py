@@ -12,6 +12,7 @@ from bench.contract import finish
 
 BENCHES = {
     "recovery": "kill each stage under load: gap to the next token, phases, exactness; against stop-restart",
+    "takeover": "kill a node that holds 0.25, 1 and 3 GB of KV: the pause, and whether anybody else is suspected",
     "overhead": "latency with replication against latency without",
     "kevlarflow": "the paper's evaluation: nodes fail under load, emulated A10s; Table 1 and figures; --scene, --rate",
     "decode": "tokens/s of one node and of a 4-stage pipeline, against the engines that install beside us",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench import map as measured
+from bench import sampling
 from bench.contract import Result
 from bench.map import BATCHES, PROMPT, Case, Plan, every_model
 
@@ -20,5 +21,9 @@ def run(quick: bool, device: str = "cpu", only: frozenset[str] = frozenset()) ->
         quick=quick,
         device=device,
         only=only,
+        mixed=True,
     )
-    return measured.run(plan)
+    result = measured.run(plan)
+    if device == "cpu" and (not only or "node" in only):
+        sampling.measure(result)
+    return result

@@ -1,6 +1,7 @@
 """The models that benches run: Llama checkpoints of random weights, in a cache directory, made when first asked for.
 
-T is small enough that everything but arithmetic shows; S (110 M parameters) is bound by memory and matrix products. The
+T is small enough that everything but arithmetic shows; V is smaller yet and has Llama-3's vocabulary; S (110 M
+parameters) is bound by memory and matrix products; K has much KV for its size. The
 weights come from a seed, so every machine measures the same model. They are normal with a standard deviation of 0.02,
 as models are initialised, but for queries and keys: attention that looks at all positions alike makes a model of random
 weights say one token for ever; with scores of a standard deviation of about 6 it says another one nearly every time.
@@ -26,6 +27,7 @@ Dtype = Literal["float32", "bfloat16"]
 MAX_POSITIONS = 4096
 SEED = 20
 WEIGHT_STD = 0.02
+LLAMA3_VOCAB = 128256
 QUERY_STD = 2.5  # of the values of queries and keys
 FORMAT = 2  # in the directory's name: raise it when a change below makes other files
 
@@ -40,15 +42,16 @@ class Shape:
     num_key_value_heads: int
     intermediate_size: int
     vocab_size: int
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    head_dim: int
 
 
 MODELS = {
-    "T": Shape(256, 8, 8, 4, 768, 4096),
-    "S": Shape(768, 12, 12, 4, 2048, 32000),
+    "T": Shape(256, 8, 8, 4, 768, 4096, 32),
+    "S": Shape(768, 12, 12, 4, 2048, 32000, 64),
+    "K": Shape(
+        128, 16, 16, 16, 256, 1024, 128
+    ),  # many heads: 256 KB of KV a token in float32, and little to compute
+    "V": Shape(256, 4, 8, 4, 768, LLAMA3_VOCAB, 32),
 }
 
 
@@ -86,7 +89,6 @@ def _write(shape: Shape, dtype: Dtype, into: Path) -> None:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **asdict(shape),
-        "head_dim": shape.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
@@ -112,6 +114,7 @@ def _write(shape: Shape, dtype: Dtype, into: Path) -> None:
 def _weights(shape: Shape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(SEED)
     hidden, kv = shape.hidden_size, shape.num_key_value_heads * shape.head_dim
+    queries = shape.num_attention_heads * shape.head_dim
 
     def normal(rows: int, columns: int, std: float = WEIGHT_STD) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=generator) * std).to(dtype)
@@ -121,11 +124,11 @@ def _weights(shape: Shape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{layer}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             weights[f"{prefix}{norm}.weight"] = torch.ones(hidden, dtype=dtype)
-        for name, rows in (("self_attn.q_proj", hidden), ("self_attn.k_proj", kv)):
+        for name, rows in (("self_attn.q_proj", queries), ("self_attn.k_proj", kv)):
             weights[f"{prefix}{name}.weight"] = normal(rows, hidden, QUERY_STD / hidden**0.5)
         for name, rows, columns in (
             ("self_attn.v_proj", kv, hidden),
-            ("self_attn.o_proj", hidden, hidden),
+            ("self_attn.o_proj", hidden, queries),
             ("mlp.gate_proj", shape.intermediate_size, hidden),
             ("mlp.up_proj", shape.intermediate_size, hidden),
             ("mlp.down_proj", hidden, shape.intermediate_size),

@@ -31,6 +31,7 @@ from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import TAKE_OVER, Registration
 from controlplane.history.store import HistoryStore
 from controlplane.history.writer import HistoryWriter
+from controlplane.shell.hearing import tell_hearing
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.metrics import Sources
 from controlplane.shell.performer import Performer
@@ -111,6 +112,7 @@ async def serve(
         "registry": registry.run(),
         "campaign": runtime.campaign(),
         "presence": presence.run(),
+        "hearing": tell_hearing(client, keys, me, controller, presence),
         "health": client.follow_health(),
         "history": history.run(),
         "admin": admin.serve(sockets=[admin_socket]),

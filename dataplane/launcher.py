@@ -48,6 +48,8 @@ from controlplane.contract.process import raise_descriptor_limit
 from controlplane.contract.topology import Mode
 from controlplane.contract.version import code_version
 from controlplane.etcd.errors import NameTaken
+from dataplane.accelerators import Place, assign, count_devices
+from dataplane.installed import Installed
 
 TARGET = "dataplane.main:run_node"
 BACKOFF_MAX_S = 10.0
@@ -56,8 +58,9 @@ QUICK_EXIT_S = 1.0  # a retired node served before it left; one that exits 0 fas
 HOLD_POLL_S = 0.05
 STOP_GRACE_S = 3.0
 LOCK_WAIT_S = 3.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-RunNode = Callable[[ClusterConfig, str], None]
+RunNode = Callable[..., None]  # settings and name, and a GPU's place where there is one
 
 
 class NodeFile(msgspec.Struct, frozen=True):
@@ -81,6 +84,14 @@ def start_ticks(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def parent_of(pid: int) -> int:
+    """0 if it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def preload(target: str, torch: bool = True) -> RunNode:
@@ -129,6 +140,8 @@ class Launcher:
         self._leaving = False  # SIGHUP: the nodes run on, and the next launcher adopts them
         self._cold = config.mode is Mode.STOP_RESTART
         self._run_node: RunNode | None = None
+        self._places: dict[str, Place] = {}
+        self._installed = Installed(self._config_path, config)
 
     def run(self) -> None:
         """Start or adopt every node and keep them running; returns when all have been stopped, or left (SIGHUP)."""
@@ -136,6 +149,9 @@ class Launcher:
             (self._run_dir / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._only_one():
             self._catch_signals()
+            if self._config.engine.device == "cuda":
+                self._places = assign(list(self._slots), count_devices())
+                self._log.info("devices", **{node: place.device for node, place in self._places.items()})
             for slot in self._slots.values():
                 self._adopt(slot)
             if not self._cold:
@@ -176,10 +192,11 @@ class Launcher:
 
         self._wake.setblocking(False)
         self._wake_write.setblocking(False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in SIGNALS:
             signal.signal(number, stop)
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         self._selector.register(self._wake, selectors.EVENT_READ)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked if this is a renewed launcher
 
     @contextlib.contextmanager
     def _only_one(self) -> Iterator[None]:
@@ -217,7 +234,8 @@ class Launcher:
             os.close(fd)
             return
         age_s = max(0.0, time.time() - file.started)
-        slot.pid, slot.fd, slot.child, slot.started = file.pid, fd, False, time.monotonic() - age_s
+        slot.pid, slot.fd, slot.started = file.pid, fd, time.monotonic() - age_s
+        slot.child = parent_of(file.pid) == os.getpid()  # where this process was its launcher before, as well
         self._selector.register(fd, selectors.EVENT_READ, slot)
         self._log.info("adopted", node=slot.node, node_pid=file.pid)
 
@@ -229,7 +247,26 @@ class Launcher:
             if (self._run_dir / "hold" / slot.node).exists():
                 slot.due = now + HOLD_POLL_S
                 continue
+            self._renew()
             self._start(slot)
+
+    def _renew(self) -> None:
+        """A node runs the code and the settings that are installed when it is started: if they are not this process's
+        any more, it becomes a fresh launcher first. The nodes that run stay its children, and are adopted."""
+        if self._cold:
+            return  # a cold process reads both itself
+        try:
+            changed = self._installed.changed()
+        except ConfigError as error:
+            self._log.error("the settings are not readable; nodes go on with the old ones", error=str(error))
+            return
+        if not changed:
+            return
+        self._log.info("a fresh launcher takes over", installed=changed)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it can handle them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
     def _start(self, slot: Slot) -> None:
         before = time.monotonic()
@@ -264,7 +301,7 @@ class Launcher:
         sys.stdout.flush()
         sys.stderr.flush()
         # Held back until the child has its own handlers, so that no signal to it is taken for the launcher's.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             pid = os.fork()
             if pid == 0:
@@ -295,7 +332,8 @@ class Launcher:
             os.close(self._lock.fileno())  # closed, not unlocked: the lock stays the launcher's
             structlog.reset_defaults()
             assert self._run_node is not None
-            self._run_node(self._config, node)
+            place = {"place": self._places[node]} if self._places else {}
+            self._run_node(self._config, node, **place)
             status = 0
         except SystemExit as exit_:
             status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
@@ -311,6 +349,8 @@ class Launcher:
 
     def _spawn_cold(self, node: str, log: IO[bytes]) -> int:
         command = [sys.executable, "-m", "dataplane.main", "--config", str(self._config_path), "--node", node]
+        if place := self._places.get(node):
+            command += ["--device", place.device, "--device-share", str(place.share)]
         if self._target != TARGET:
             call = f"preload({self._target!r})(load_config(Path({str(self._config_path)!r})), {node!r})"
             code = f"from dataplane.launcher import Path, load_config, preload; {call}"

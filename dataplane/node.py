@@ -272,7 +272,10 @@ class Node:
             frame = frames.decode(data)
         except frames.BadFrame as error:
             self._bad_frames += 1
-            log.warning("from %s: %s", peer, error)
+            if isinstance(error, frames.ForeignFrame):
+                self._transport.refuse(peer, str(error))
+            else:
+                log.warning("from %s: %s", peer, error)
             return
         if peer in self._down and self._transport.connected(peer):
             del self._down[peer]  # only its link to us had broken, and it has opened another
@@ -375,6 +378,7 @@ class Node:
         counters["replicas_evicted"] = self._store.replicas_evicted
         counters["checksum_failures"] = self._store.checksum_failures
         counters["bad_frames"] = self._bad_frames
+        counters["copy_check_wait_ms"] = int(stats.check_wait_s * 1000)
         counters["inbox_dropped"] = stats.dropped_full
         counters["steps_merged"] = stats.merged
         counters["compute_ms"] = int(self._worker.compute.total_s * 1000)

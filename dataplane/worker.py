@@ -68,6 +68,7 @@ class WorkerStats:
     steps: int = 0
     merged: int = 0  # of these, the ones that another pipeline's step took along
     dropped_full: int = 0
+    check_wait_s: float = 0.0  # that steps waited for the checking of copies, after they had been computed
     poisoned: int = 0  # requests whose numbers became non-finite here
     fenced: dict[str, int] = field(default_factory=dict)
 
@@ -284,7 +285,10 @@ class Worker:
             began = time.monotonic()
             looking = self._look_at_used(works)
             computed = await self.compute.run(works, began if waited else 0.0)
-            damaged = await looking if looking is not None else damaged
+            if looking is not None:
+                computed_at = time.monotonic()
+                damaged = await looking
+                self.stats.check_wait_s += time.monotonic() - computed_at
             now = time.monotonic()
             self._rhythm.ran(len(works), now - began)
             for work in works:

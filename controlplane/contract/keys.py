@@ -62,6 +62,9 @@ class Keys:
     def controller(self, controller: str) -> str:
         return f"{self.controllers}{controller}"
 
+    def hearing(self, controller: str) -> str:
+        return f"{self.root}hearing/{controller}"
+
     def gateway(self, gateway: str) -> str:
         return f"{self.gateways}{gateway}"
 

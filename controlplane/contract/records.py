@@ -47,6 +47,13 @@ class ControllerRecord(msgspec.Struct, frozen=True):
     process: str = ""
 
 
+class Hearing(msgspec.Struct, frozen=True):
+    """How many registered nodes a controller hears: a leader that hears clearly fewer gives way. Not leased."""
+
+    id: str
+    nodes: int
+
+
 class GatewayRecord(msgspec.Struct, frozen=True):
     """A gateway. Leased."""
 

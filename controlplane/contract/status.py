@@ -37,6 +37,8 @@ class NodeStatus(msgspec.Struct, frozen=True):
     blocks_total: int = 0
     fault_domain: dict[str, str] = {}
     counters: dict[str, int] = {}
+    version: str = ""  # of its code
+    settings: str = ""  # digest
 
 
 class StageStatus(msgspec.Struct, frozen=True):
@@ -70,12 +72,16 @@ class ControllerStatus(msgspec.Struct, frozen=True):
     admin_address: str
     pid: int
     leader: bool
+    version: str = ""
+    settings: str = ""
 
 
 class GatewayStatus(msgspec.Struct, frozen=True):
     id: str
     address: str
     pid: int
+    version: str = ""
+    settings: str = ""
 
 
 class ClusterStatus(msgspec.Struct, frozen=True):
@@ -98,6 +104,32 @@ class ClusterStatus(msgspec.Struct, frozen=True):
     troubles: tuple[
         str, ...
     ] = ()  # why the cluster cannot be changed, or not wholly, and what to do about it
+
+
+def made_of(status: ClusterStatus) -> list[tuple[str, str, str]]:
+    """Name, version of the code and digest of the settings of each process that is not known to be dead."""
+    nodes = [n for n in status.nodes if n.pid and n.state is not NodeState.RED]
+    return [
+        *((node.node, node.version, node.settings) for node in nodes),
+        *((one.id, one.version, one.settings) for one in status.controllers),
+        *((one.id, one.version, one.settings) for one in status.gateways),
+    ]
+
+
+def mixtures(status: ClusterStatus) -> list[str]:
+    """What processes differ in that ought to be equal: the versions of their code, and their settings; in words."""
+    told = []
+    for what, column in (("versions", 1), ("settings", 2)):
+        having: dict[str, list[str]] = {}
+        for one in made_of(status):
+            if one[column]:
+                having.setdefault(one[column], []).append(one[0])
+        if len(having) > 1:
+            groups = sorted(having.items(), key=lambda item: -len(item[1]))
+            told.append(
+                f"mixed {what}: " + "; ".join(f"{found} in {', '.join(who)}" for found, who in groups)
+            )
+    return told
 
 
 class Check(msgspec.Struct, frozen=True):

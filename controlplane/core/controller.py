@@ -34,6 +34,7 @@ from controlplane.core.events import (
     WriteOperation,
     WriteTopology,
 )
+from controlplane.core.handover import Handover
 from controlplane.core.invariants import blemishes
 from controlplane.core.membership import Membership, Nodes, members_of, named_members
 from controlplane.core.operations import progress, should_resign, survey
@@ -70,6 +71,7 @@ class Controller:
         self._told: dict[str, None] = {}  # blemishes that are on record, the newest last
         self._last_counter = 0  # of the newest topology ever heard of, in etcd or from a node
         self._peers = PeersSeen()
+        self._handover = Handover(after_s=2 * config.timing.dead_after_s)
         self._leader = False
         self._resigning = False
         self._now = 0.0
@@ -87,6 +89,11 @@ class Controller:
     @property
     def leader(self) -> bool:
         return self._leader
+
+    @property
+    def hears(self) -> int:
+        """How many of the registered nodes are heard: to be told to the other candidates."""
+        return self._detector.hears(self._now)
 
     @property
     def topology(self) -> Topology | None:
@@ -216,6 +223,7 @@ class Controller:
 
     def _lead(self, effects: list[Effect]) -> None:
         self._leader = True
+        self._handover.began(self._now)
         counter = 0 if self._topology.value is None else self._topology.value.counter
         text = f"{self._me} leads from topology {counter} on"
         self._record(Event(EventKind.LEADER, self._me, text, self._unix_now, counter), effects)
@@ -261,7 +269,10 @@ class Controller:
                 self._waiting.add(pipeline.id)
             else:
                 self._waiting.discard(pipeline.id)
-        self._blemishes = tuple(blemishes(self._situation(after, self._members.nodes(after))))
+        # Where nothing was wrong before, only what changed can be.
+        only = None if self._blemishes or before is None else frozenset(p.id for p in changed)
+        situation = replace_situation(self._situation(after, self._members.nodes(after)), only=only)
+        self._blemishes = tuple(blemishes(situation))
         if self._leader and before is not None:
             for event in narrate.of_topology(before, after, self._died_s(), self._unix_now):
                 self._record(event, effects)
@@ -295,7 +306,7 @@ class Controller:
             self._operations_at = self._now + OPERATIONS_EVERY_S
             situation = self._situation(topology, nodes)
             self._next_operations(situation, effects)
-            if why := should_resign(situation):
+            if why := should_resign(situation) or self._outheard(effects):
                 self._resigning = True
                 effects.append(Resign(why))
 
@@ -345,6 +356,16 @@ class Controller:
                 self._told[text] = None
                 if len(self._told) > TOLD_MAX:
                     del self._told[next(iter(self._told))]
+
+    def _outheard(self, effects: list[Effect]) -> str:
+        """Why a candidate that hears more nodes should lead, or nothing."""
+        others = {name: count for name, count in self._peers.hears if name != self._me}
+        standing = {name: count for name, count in others.items() if name in self._peers.candidates}
+        why = self._handover.weigh(self.hears, standing, self._now)
+        if why:
+            text = f"{self._me} hands leadership over: {why}"
+            self._record(Event(EventKind.LEADER, self._me, text, self._unix_now), effects)
+        return why
 
     # -- helpers ------------------------------------------------------------------------------------------
 

@@ -45,6 +45,9 @@ class PeersSeen:
     controllers: tuple[Member, ...] = ()
     gateways: tuple[Member, ...] = ()
     candidates: tuple[str, ...] = ()  # controllers in the order in which they would lead, the leader first
+    hears: tuple[
+        tuple[str, int], ...
+    ] = ()  # how many registered nodes each controller hears, as it told last
 
     def find(self, name: str) -> Member | None:
         """The newest process of that name."""

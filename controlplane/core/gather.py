@@ -32,34 +32,61 @@ def gather(s: Situation) -> Iterator[Want]:
     if s.now - s.policy.timers.calm_since < s.policy.limits.gather_s:
         return
     begun = [p for p in s.pipelines if p.move is not None and p.move.reason == GATHER]
-    now = slowed(s.topology)
+    sharing = _Sharing(s.topology)
     for place in _borrowed(s, begun or s.pipelines):
         able = [
             member.node
             for member in takers(s, place.pipeline, place.stage, keep_kv=True)
-            if member.node not in s.nodes.demoted and len(s.topology.serving(member.node)) <= 1
+            if member.node not in s.nodes.demoted and sharing.may_help(member.node)
         ]
-        best = min((slowed(s.topology, place, node) for node in able), default=now)
-        if best < now:
-            to = [node for node in able if slowed(s.topology, place, node) == best]
+        gains = {node: sharing.gain(place, node) for node in able}
+        best = max(gains.values(), default=0)
+        if best > 0:
+            to = [node for node in able if gains[node] == best]
             yield Want(place.pipeline.id, place.stage, tuple(to), GATHER)
             return
 
 
-def slowed(topology: Topology, place: _Place | None = None, to: NodeId = "") -> int:
-    """How many pipelines have a stage on a node that serves more than one; if `to` served that place."""
-    counts = served_counts(topology)
-    if place is not None:
-        counts[place.node] -= 1
-        counts[to] += 1
+def slowed(topology: Topology) -> int:
+    """How many pipelines have a stage on a node that serves more than one."""
+    return len(_Sharing(topology).slowed)
 
-    def shares(pipeline: Pipeline) -> bool:
-        nodes = [m.node for m in pipeline.members()]
-        if place is not None and pipeline.id == place.pipeline.id:
-            nodes = [to if node == place.node else node for node in nodes]
-        return any(counts[node] > 1 for node in nodes)
 
-    return sum(map(shares, topology.pipelines))
+class _Sharing:
+    """How many pipelines have a stage on a node that serves more than one, and what a move would change of it."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._counts = served_counts(topology)
+        self._on: dict[NodeId, list[Pipeline]] = {}
+        for pipeline in topology.pipelines:
+            for member in pipeline.members():
+                self._on.setdefault(member.node, []).append(pipeline)
+        self.slowed = {p.id for p in topology.pipelines if self._shares([m.node for m in p.members()])}
+
+    def may_help(self, node: NodeId) -> bool:
+        """False for those on which a stage would slow one more pipeline down: at best another one less is slowed."""
+        if self._counts[node] == 0:
+            return True
+        return self._counts[node] == 1 and self._on[node][0].id in self.slowed
+
+    def gain(self, place: _Place, to: NodeId) -> int:
+        """How many pipelines fewer would be slowed if `to` served that place."""
+        near = {p.id: p for p in (*self._on.get(place.node, ()), *self._on.get(to, ()), place.pipeline)}
+        before = sum(p in self.slowed for p in near)
+        self._counts[place.node] -= 1
+        self._counts[to] += 1
+        after = 0
+        for pipeline in near.values():
+            nodes = [m.node for m in pipeline.members()]
+            if pipeline.id == place.pipeline.id:
+                nodes = [to if node == place.node else node for node in nodes]
+            after += self._shares(nodes)
+        self._counts[place.node] += 1
+        self._counts[to] -= 1
+        return before - after
+
+    def _shares(self, nodes: list[NodeId]) -> bool:
+        return any(self._counts[node] > 1 for node in nodes)
 
 
 def _borrowed(s: Situation, pipelines: Sequence[Pipeline]) -> Iterator[_Place]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace as replace_situation
 
 from msgspec.structs import replace
 
@@ -29,13 +30,33 @@ def check(s: Situation, after: Topology) -> None:
 
 def broken(s: Situation, after: Topology) -> list[str]:
     """What the step from `s.topology` to `after` breaks that was not broken before: "invariant: where, and what"."""
-    problems = _problems(s, after)
-    return [p for p in problems if p not in frozenset(blemishes(s))] if problems else []
+    before = s.topology
+    moves = [f"moves_are_sane: {p}" for p in moves_are_sane(s, after)]
+    if _alike(before, after):  # then only what became of pipelines that did change can be wrong
+        pairs = [(old, new) for old, new in _pairs(s, after) if old is not new]
+        s = replace_situation(s, topology=replace(before, pipelines=tuple(old for old, _ in pairs)))
+        after = replace(after, pipelines=tuple(new for _, new in pairs))
+    problems = [*moves, *(p for p in _problems(s, after) if not p.startswith("moves_are_sane"))]
+    if not problems:
+        return []
+    known = frozenset(_problems(s, replace(s.topology, counter=s.topology.counter + 1)))
+    return [p for p in problems if p not in known]
+
+
+def _alike(before: Topology, after: Topology) -> bool:
+    """Whether nothing differs but pipelines, one by one."""
+    if [p.id for p in before.pipelines] != [p.id for p in after.pipelines]:
+        return False
+    rest = replace(after, counter=before.counter, pipelines=())
+    return rest == replace(before, pipelines=())
 
 
 def blemishes(s: Situation) -> list[str]:
-    """What is broken in the topology as it stands."""
-    return _problems(s, replace(s.topology, counter=s.topology.counter + 1))
+    """What is broken in the topology as it stands, or in those of its pipelines that are to be looked at."""
+    now = replace(s.topology, counter=s.topology.counter + 1, pipelines=tuple(s.pipelines))
+    if s.only is not None:
+        s = replace_situation(s, topology=replace(s.topology, pipelines=now.pipelines))
+    return _problems(s, now)
 
 
 def _problems(s: Situation, after: Topology) -> list[str]:

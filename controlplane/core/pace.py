@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from controlplane.contract.ids import Member
-from controlplane.contract.reports import NodeReport
+from controlplane.contract.reports import NodeReport, StepTimes
 
 WINDOW_S = 0.5  # what "now" means: who once lost its core for a moment is soon cleared
 EVERY_S = 0.2  # between two comparisons
@@ -63,7 +63,7 @@ class _Mark:
     at: float
     timed_s: float
     overdue_s: float
-    totals: Totals
+    times: tuple[StepTimes, ...]
 
 
 @dataclass(slots=True)
@@ -87,10 +87,11 @@ class _Runner:
         timed_s = last.timed_s - first.timed_s
         self.late = (last.overdue_s - first.overdue_s) / timed_s if timed_s >= TIMED_MIN_S else 0.0
         self.window = {}
-        for size, (steps, busy_s) in last.totals.items():
-            before, before_s = first.totals.get(size, (0, 0.0))
-            if steps > before:
-                self.window[size] = (steps - before, busy_s - before_s)
+        known = {t.size: t for t in first.times}
+        for time in last.times:
+            before = known.get(time.size, StepTimes(time.size, 0, 0))
+            if time.steps > before.steps:
+                self.window[time.size] = (time.steps - before.steps, (time.busy_us - before.busy_us) / 1e6)
         self.past = {size: known for size, known in self.past.items() if now - known[1] < PAST_S}
 
     def usual(self) -> dict[int, float]:
@@ -139,8 +140,7 @@ class Paces:
         if report.pipelines:
             runner.stage = report.pipelines[0].stage
         runner.step = (report.busy_s, report.usual_s)
-        totals = {t.size: (t.steps, t.busy_us / 1e6) for t in report.times}
-        runner.marks.append(_Mark(now, report.timed_s, report.overdue_s, totals))
+        runner.marks.append(_Mark(now, report.timed_s, report.overdue_s, report.times))
         self._fresh.add(report.member)
 
     def forget(self, member: Member) -> None:
@@ -161,6 +161,8 @@ class Paces:
         self._next_at = now + EVERY_S
         looked = sorted(self._fresh | self._telling)
         self._fresh = set()
+        if not looked:
+            return self._found
         for member in looked:
             runner = self._runners[member]
             runner.look(now)

@@ -15,6 +15,7 @@ another fault domain goes before the ring's order. Nodes of other numerics may s
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 
 from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.topology import Mode, Pipeline, Topology
@@ -32,10 +33,11 @@ def served_counts(topology: Topology) -> Counter[NodeId]:
 
 
 class Layout:
-    """A topology, and what placement asks of it for every stage again."""
+    """A topology in the making, and what placement asks of it for every stage again."""
 
     def __init__(self, topology: Topology) -> None:
-        self.topology = topology
+        self.topology = topology  # as it was in the beginning; only its settings count
+        self.pipelines = list(topology.pipelines)
         self.counts = served_counts(topology)
         self.order = {p.id: i for i, p in enumerate(topology.pipelines)}
         self._homes: dict[int, dict[NodeId, int]] = {}
@@ -46,7 +48,7 @@ class Layout:
         if stage not in self._homes:
             self._homes[stage] = {
                 node: i
-                for i, p in enumerate(self.topology.pipelines)
+                for i, p in enumerate(self.pipelines)
                 for at in p.stages[stage : stage + 1]  # none, where a topology is not what it should be
                 for node in at.homes
             }
@@ -55,22 +57,81 @@ class Layout:
     def ring(self, stage: int) -> set[NodeId]:
         """Nodes that serve this stage at home and nothing else."""
         if stage not in self._rings:
-            places = [at for p in self.topology.pipelines for at in p.stages[stage : stage + 1]]
+            places = [at for p in self.pipelines for at in p.stages[stage : stage + 1]]
             self._rings[stage] = {
                 m.node for at in places for m in at.ranks if m.node in at.homes and self.counts[m.node] == 1
             }
         return self._rings[stage]
 
+    def put(self, pipeline: Pipeline) -> None:
+        """In place of the one of that name. What it costs depends on its own length alone."""
+        index = self.order[pipeline.id]
+        old, self.pipelines[index] = self.pipelines[index], pipeline
+        touched = {m.node for p in (old, pipeline) for m in p.members()}
+        self.counts.subtract(m.node for m in old.members())
+        self.counts.update(m.node for m in pipeline.members())
+        for stage, ring in self._rings.items():
+            homes = self.homes(stage)
+            for node in touched & homes.keys():
+                at = self.pipelines[homes[node]].stages[stage]
+                if self.counts[node] == 1 and any(m.node == node for m in at.ranks):
+                    ring.add(node)
+                else:
+                    ring.discard(node)
 
-def takers(s: Situation, pipeline: Pipeline, stage: int, *, keep_kv: bool) -> list[Member]:
+    def around(self, pipeline: Pipeline, stage: int) -> Iterator[NodeId]:
+        """The ring of a stage from the pipeline's successor on, once round."""
+        ring, count = self.ring(stage), len(self.pipelines)
+        start = self.order[pipeline.id]
+        for distance in range(1, count + 1):
+            for at in self.pipelines[(start + distance) % count].stages[stage : stage + 1]:
+                yield from (node for node in at.homes if node in ring)
+
+
+def takers(
+    s: Situation, pipeline: Pipeline, stage: int, *, keep_kv: bool, layout: Layout | None = None
+) -> list[Member]:
     """Who may serve this stage instead of who serves it now, best first.
 
     With `keep_kv` a holder of the copy goes before a home that is back but blank: requests run, and what is not in a
     copy has to be computed again. Nobody serves more than two pipelines while another way is left, because half of a
-    pool is the quota of one pipeline (contract.topology.quota_blocks).
+    pool is the quota of one pipeline (contract.topology.quota_blocks). `layout`: what has been decided so far.
     """
-    counts = served_counts(s.topology)
-    inside = {m.node for m in pipeline.members() if not s.nodes.is_dead(m)}
+    rank = _rank(s, served_counts(s.topology) if layout is None else layout.counts, pipeline, stage, keep_kv)
+    return sorted(
+        (m for m in map(_member, s.nodes.by_stage.get(stage, {}).values()) if able(s, pipeline, m)), key=rank
+    )
+
+
+def first_takers(
+    s: Situation, layout: Layout, pipeline: Pipeline, stage: int, *, keep_kv: bool
+) -> Iterator[Member]:
+    """As `takers`, one after the other: the first is nearly always a holder or a home, and nobody else is ranked."""
+    rank = _rank(s, layout.counts, pipeline, stage, keep_kv)
+    views = s.nodes.by_stage.get(stage, {})
+    nodes = {m.node for m in _holders(s, pipeline, stage)} | set(pipeline.stages[stage].homes)
+    near = [views[node].member for node in nodes & views.keys() if able(s, pipeline, views[node].member)]
+    first = sorted((m for m in near if rank(m) < (False, 2)), key=rank)
+    yield from first
+    yield from (m for m in takers(s, pipeline, stage, keep_kv=keep_kv, layout=layout) if m not in first)
+
+
+def able(s: Situation, pipeline: Pipeline, member: Member) -> bool:
+    """Whether a node's newest process may serve a stage of the pipeline whose weights it holds."""
+    view = s.nodes.views[member.node]
+    if not view.usable or not _free(s, view):
+        return False
+    return not any(m.node == member.node and not s.nodes.is_dead(m) for m in pipeline.members())
+
+
+def _member(view: NodeView) -> Member:
+    return view.member
+
+
+def _rank(
+    s: Situation, counts: Counter[NodeId], pipeline: Pipeline, stage: int, keep_kv: bool
+) -> Callable[[Member], tuple[object, ...]]:
+    """The order of takers: not on probation, tier, how far behind, how many stages it serves, whether it has a copy."""
     homes = pipeline.stages[stage].homes
     holders = _holders(s, pipeline, stage)
 
@@ -82,12 +143,7 @@ def takers(s: Situation, pipeline: Pipeline, stage: int, *, keep_kv: bool) -> li
         behind = lag if light and lag is not None else 0
         return s.nodes.views[member.node].demoted, tier, behind, counts[member.node], lag is None, member.node
 
-    able = [
-        view.member
-        for node, view in s.nodes.views.items()
-        if view.usable and view.record.stage == stage and node not in inside and _free(s, view)
-    ]
-    return sorted(able, key=key)
+    return key
 
 
 def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int) -> Member | None:
@@ -107,17 +163,25 @@ def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int)
         return view.demoted, not strict, _shared(here, view), 0 if strict else counts[node], distance, node
 
     current = pipeline.stages[stage].replicas
-    able = [
-        view
-        for node, view in s.nodes.views.items()
-        if view.record.stage == stage
-        and node not in inside
-        and _free(s, view)
-        and s.nodes.exchange(source, view.member)
+
+    def fit(view: NodeView) -> bool:
+        if view.member.node in inside or not _free(s, view) or not s.nodes.exchange(source, view.member):
+            return False
         # A target under suspicion keeps its duty and gets no new one.
-        and (view.usable or (view.member in current and view.registered and not s.nodes.is_dead(view.member)))
-    ]
-    return min(able, key=key).member if able else None
+        kept = view.member in current and view.registered and not s.nodes.is_dead(view.member)
+        return view.usable or kept
+
+    views = s.nodes.by_stage.get(stage, {})
+    # Who is in the ring goes before all others, and the next one elsewhere before those: few have to be asked.
+    strict: list[NodeView] = []
+    for node in layout.around(pipeline, stage):
+        view = views.get(node)
+        if view is not None and not view.demoted and fit(view):
+            strict.append(view)
+            if not _shared(here, view):
+                break
+    found = strict or [view for view in views.values() if fit(view)]
+    return min(found, key=key).member if found else None
 
 
 def _holders(s: Situation, pipeline: Pipeline, stage: int) -> dict[Member, int]:

@@ -81,6 +81,9 @@ def _try(rule: Rule, s: Situation) -> _Attempt:
     if after is not None:
         pairs = zip(s.topology.pipelines, after.pipelines, strict=True)
         if blamed := frozenset(new.id for old, new in pairs if old != new) & looked_at:
+            if len(blamed) > 1:  # most of them may be beyond reproach
+                alone = {p: _outcome(rule, replace_situation(s, only={p}))[1] for p in blamed}
+                blamed = frozenset(p for p, failed in alone.items() if failed) or blamed
             return _Attempt(None, problem, blamed)
     alone = {pipeline: _outcome(rule, replace_situation(s, only={pipeline}))[1] for pipeline in looked_at}
     blamed = frozenset(pipeline for pipeline, failed in alone.items() if failed)

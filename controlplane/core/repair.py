@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from msgspec.structs import replace
 
 from controlplane.contract.ids import Member
 from controlplane.contract.topology import Mode, Move, Pipeline, Topology
 from controlplane.core.edit import successor, with_stage
-from controlplane.core.placement import Layout, replica_target, takers
+from controlplane.core.placement import Layout, first_takers, replica_target
 from controlplane.core.policy import Situation
 
 
 def repair(s: Situation) -> Topology | None:
-    """The first pipeline with a dead member: a peer takes over, or what died is emptied. Its move is called off.
+    """Pipelines with a dead member: a peer takes over, or what died is emptied. Their moves are called off.
 
     Who may be alive stays where nobody can take its place: to be taken for dead costs nobody anything then."""
+    draft = _Draft(s)
     for pipeline in s.pipelines:
         dead = [i for i, st in enumerate(pipeline.stages) if any(s.nodes.is_dead(m) for m in st.ranks)]
         gone = [i for i in dead if any(s.nodes.is_gone(m) for m in pipeline.stages[i].ranks)]
@@ -22,61 +25,62 @@ def repair(s: Situation) -> Topology | None:
             if gone:
                 return _stop(s, pipeline)
             continue
-        if mended := _staffed(s, pipeline, dead) if dead else None:
-            return _with_targets(s, replace(mended, move=None), dead)
-        if gone:
+        if mended := _staffed(s, draft, pipeline, dead) if dead else None:
+            draft.put(replace(mended, move=None), dead)
+        elif gone:
             # Whatever is left of a pipeline that is down keeps its KV, and waits.
-            mended = _staffed(s, pipeline, gone)
+            mended = _staffed(s, draft, pipeline, gone)
             for index in gone if mended is None else ():
                 pipeline = with_stage(pipeline, index, ranks=())
-            return _with_targets(s, replace(mended or pipeline, move=None), gone)
-    return None
+            draft.put(replace(mended or pipeline, move=None), gone)
+    return draft.topology()
 
 
 def fill(s: Situation) -> Topology | None:
-    """The first pipeline that is down and can be up: all of its empty stages at once, in one epoch."""
+    """Pipelines that are down and can be up: all of their empty stages at once, in one epoch."""
+    draft = _Draft(s)
     for pipeline in s.pipelines:
         empty = [i for i, stage in enumerate(pipeline.stages) if not stage.ranks]
         if not empty:
             continue
         staffed = _at_home(s, pipeline, empty)
         if staffed is None and _may_borrow(s, pipeline):
-            staffed = _staffed(s, pipeline, empty)
+            staffed = _staffed(s, draft, pipeline, empty)
         if staffed is not None:
-            return _with_targets(s, staffed, range(len(pipeline.stages)))
-    return None
+            draft.put(staffed, range(len(pipeline.stages)))
+    return draft.topology()
 
 
 def drop_dead(s: Situation) -> Topology | None:
     """Copies on dead members are no copies; moves to dead or avoided members lead nowhere."""
+    draft = _Draft(s)
     for pipeline in s.pipelines:
         move = pipeline.move
-        lost = [i for i in range(len(pipeline.stages)) if _has_lost_copies(s, pipeline, i)]
+        lost = [i for i in range(len(pipeline.stages)) if _has_lost_copies(s, draft, pipeline, i)]
         if move is not None and (
             s.nodes.is_dead(move.to) or move.to.node in s.avoid or not _sane(pipeline, move)
         ):
-            return _with_targets(s, replace(pipeline, move=None), lost)
-        if lost:
-            return _with_targets(s, pipeline, lost)
-    return None
+            draft.put(replace(pipeline, move=None), lost)
+        elif lost:
+            draft.put(pipeline, lost)
+    return draft.topology()
 
 
 def _sane(pipeline: Pipeline, move: Move) -> bool:
     return pipeline.up and 0 <= move.stage < len(pipeline.stages)
 
 
-def _has_lost_copies(s: Situation, pipeline: Pipeline, index: int) -> bool:
+def _has_lost_copies(s: Situation, draft: _Draft, pipeline: Pipeline, index: int) -> bool:
     replicas = pipeline.stages[index].replicas
     if not any(s.nodes.is_dead(m) for m in replicas):
         return False
-    return (
-        any(map(s.nodes.is_gone, replicas)) or _replicas(s, Layout(s.topology), pipeline, index) != replicas
-    )
+    return any(map(s.nodes.is_gone, replicas)) or _replicas(s, draft.layout, pipeline, index) != replicas
 
 
 def retarget(s: Situation) -> Topology | None:
-    """The first pipeline with a copy in the wrong place: add the right one; drop the other when it caught up."""
+    """Pipelines with a copy in the wrong place: add the right one; drop the other when it caught up."""
     layout = Layout(s.topology)
+    moved = []
     for pipeline in s.pipelines:
         changed = pipeline
         for index, stage in enumerate(pipeline.stages):
@@ -84,8 +88,35 @@ def retarget(s: Situation) -> Topology | None:
             if replicas != stage.replicas:
                 changed = with_stage(changed, index, replicas=replicas)
         if changed is not pipeline:
-            return successor(s.topology, changed)
-    return None
+            moved.append(changed)
+    return successor(s.topology, *moved) if moved else None
+
+
+class _Draft:
+    """The next topology while one pipeline after the other is decided upon, each in the knowledge of those before."""
+
+    def __init__(self, s: Situation) -> None:
+        self._s = s
+        self._changed: list[Pipeline] = []
+        self._layout: Layout | None = None
+
+    @property
+    def layout(self) -> Layout:
+        if self._layout is None:
+            self._layout = Layout(self._s.topology)
+        return self._layout
+
+    def put(self, pipeline: Pipeline, stages: Iterable[int]) -> None:
+        """`pipeline` as it is to be, with the copies of some of its stages where they can be."""
+        self.layout.put(pipeline)
+        changed = pipeline
+        for index in stages:
+            replicas = _replicas(self._s, self.layout, pipeline, index)
+            changed = with_stage(changed, index, replicas=replicas)
+        self._changed.append(changed)
+
+    def topology(self) -> Topology | None:
+        return successor(self._s.topology, *self._changed) if self._changed else None
 
 
 def _stop(s: Situation, pipeline: Pipeline) -> Topology:
@@ -116,7 +147,7 @@ def _may_borrow(s: Situation, pipeline: Pipeline) -> bool:
     return pipeline.epoch > 0 or s.now - since >= s.policy.config.timing.form_grace_s
 
 
-def _staffed(s: Situation, pipeline: Pipeline, stages: list[int]) -> Pipeline | None:
+def _staffed(s: Situation, draft: _Draft, pipeline: Pipeline, stages: list[int]) -> Pipeline | None:
     """The stages with their dead or missing ranks replaced; None if anybody is missing."""
     keep_kv = s.nodes.load(pipeline) > 0
     staffed = pipeline
@@ -124,21 +155,12 @@ def _staffed(s: Situation, pipeline: Pipeline, stages: list[int]) -> Pipeline | 
         stage = pipeline.stages[index]
         old: list[Member | None] = [None if s.nodes.is_dead(m) else m for m in stage.ranks]
         old = old or [None] * len(stage.homes)
-        able = iter(takers(s, pipeline, index, keep_kv=keep_kv))
+        able = first_takers(s, draft.layout, pipeline, index, keep_kv=keep_kv)
         ranks = [m if m is not None else next(able, None) for m in old]
         staffed = with_stage(staffed, index, ranks=tuple(m for m in ranks if m is not None))
         if None in ranks:
             return None
     return staffed
-
-
-def _with_targets(s: Situation, pipeline: Pipeline, stages: range | list[int]) -> Topology:
-    """The topology with `pipeline` in it and the copies of some of its stages where they can be."""
-    draft = Layout(successor(s.topology, pipeline))
-    changed = pipeline
-    for index in stages:
-        changed = with_stage(changed, index, replicas=_replicas(s, draft, pipeline, index))
-    return successor(s.topology, changed)
 
 
 def _replicas(s: Situation, layout: Layout, pipeline: Pipeline, index: int) -> tuple[Member, ...]:

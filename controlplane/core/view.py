@@ -31,6 +31,11 @@ def cluster_status(
     now: float,
 ) -> ClusterStatus:
     pipelines = () if topology is None else topology.pipelines
+    serving: dict[NodeId, list[str]] = {}
+    for pipeline in pipelines:
+        for index, stage in enumerate(pipeline.stages):
+            for node in {member.node for member in stage.ranks}:
+                serving.setdefault(node, []).append(f"{pipeline.id}/{index}")
     newest = sorted(operations.values(), key=lambda o: (not o.open, -o.created_unix_s, o.id))
     return ClusterStatus(
         cluster=config.cluster,
@@ -43,7 +48,10 @@ def cluster_status(
         leader="",
         answered_by=me,
         etcd_age_s=0.0,
-        nodes=tuple(_node(node, members, nodes, topology, now) for node in _names(nodes, topology)),
+        nodes=tuple(
+            _node(node, members, nodes, topology, tuple(serving.get(node, ())), now)
+            for node in _names(nodes, topology)
+        ),
         pipelines=tuple(_pipeline(p, nodes) for p in pipelines),
         controllers=(),
         gateways=(),
@@ -60,10 +68,14 @@ def _names(nodes: Nodes, topology: Topology | None) -> list[NodeId]:
 
 
 def _node(
-    node: NodeId, members: Membership, nodes: Nodes, topology: Topology | None, now: float
+    node: NodeId,
+    members: Membership,
+    nodes: Nodes,
+    topology: Topology | None,
+    serving: tuple[str, ...],
+    now: float,
 ) -> NodeStatus:
     view = nodes.views.get(node)
-    serving = () if topology is None else tuple(f"{p}/{s}" for p, s in topology.serving(node))
     cordoned = topology is not None and node in topology.cordoned
     if view is None:
         return NodeStatus(
@@ -86,6 +98,8 @@ def _node(
         link_address=record.link_address,
         rpc_address=record.rpc_address,
         pid=record.pid,
+        version=record.version,
+        settings=record.settings,
         silent_s=round(members.detector.silent_s(view.member, now), 3),
         slowness=round(members.detector.conduct.slowness(view.member), 2),
         progress=0 if report is None else report.progress,

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+from controlplane.etcd.server import fit_for_production
 from controlplane.etcd.values import MemberStatus
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,22 @@ def alarms_of(members: Iterable[MemberStatus]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def unfit_releases(versions: Iterable[str]) -> tuple[str, ...]:
+    """Of these versions ("3.5.1") the releases that lose or corrupt data, in words, with what to do; each once."""
+    found: dict[str, None] = {}
+    for version in versions:
+        numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+        if numbers is None:
+            continue
+        major, minor, patch = map(int, numbers.groups())
+        if not fit_for_production((major, minor, patch)):
+            found[
+                f"etcd {version} may corrupt its data without a word when a member crashes (etcd issue 13766): "
+                "use it for trials only, and upgrade to a later 3.5 release (KF_ETCD_BIN names one to `kfadmin up`)"
+            ] = None
+    return tuple(found)
+
+
 class Health:
     """Kept by one client: `troubles()` is what its processes tell in /readyz and in the cluster's status."""
 
@@ -51,6 +69,7 @@ class Health:
         self._refusal = ""
         self._refused_at = 0.0
         self._alarms: tuple[str, ...] = ()
+        self._unfit: tuple[str, ...] = ()
         self._known = asyncio.Event()  # set to look at once
 
     def refused(self, what: str) -> None:
@@ -73,10 +92,19 @@ class Health:
             return (f"etcd refuses writes: {self._refusal}",)
         return ()
 
+    def warnings(self) -> tuple[str, ...]:
+        """What may become wrong with it; nothing is yet."""
+        return self._unfit
+
     async def follow(self, status: Callable[[], Awaitable[Sequence[MemberStatus]]]) -> None:
         """Until cancelled: look at the members' alarms, at once after a refusal, else every few seconds."""
         while True:
-            alarms = alarms_of(await status())
+            members = await status()
+            alarms, unfit = alarms_of(members), unfit_releases(member.version for member in members)
+            for warning in unfit:
+                if warning not in self._unfit:
+                    log.warning(warning)
+            self._unfit = unfit or (self._unfit if all(member.problem for member in members) else ())
             for alarm in alarms:
                 if alarm not in self._alarms:
                     log.warning(alarm)

@@ -18,7 +18,7 @@ from controlplane.contract import schema
 from controlplane.contract.errors import PeerError
 from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys, decode
-from controlplane.contract.records import ControllerRecord, GatewayRecord, NodeRecord, Operation
+from controlplane.contract.records import ControllerRecord, GatewayRecord, Hearing, NodeRecord, Operation
 from controlplane.contract.topology import Topology
 from controlplane.etcd.values import KeyValue, WatchBatch, WatchEvent
 
@@ -28,10 +28,11 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 # A snapshot is told in this order: who is there, what is wanted, and last what is, so that nobody plans for, or acts
 # on, a topology whose nodes it has not been told of.
-ORDER = ("controllers", "gateways", "leader", "nodes", "operations", "groups")
+ORDER = ("controllers", "hearing", "gateways", "leader", "nodes", "operations", "groups")
 KINDS: dict[str, type[msgspec.Struct]] = {
     "nodes": NodeRecord,
     "controllers": ControllerRecord,
+    "hearing": Hearing,
     "gateways": GatewayRecord,
     "leader": ControllerRecord,
     "operations": Operation,
@@ -58,6 +59,7 @@ class View:
     group: str
     nodes: dict[str, NodeRecord] = field(default_factory=dict)  # of this group
     controllers: dict[str, ControllerRecord] = field(default_factory=dict)
+    hearing: dict[str, int] = field(default_factory=dict)  # controller -> nodes that it hears
     gateways: dict[str, GatewayRecord] = field(default_factory=dict)
     operations: dict[str, tuple[Operation, int]] = field(default_factory=dict)  # with their mod_revisions
     topology: Topology | None = None  # the newest that can be read; kept when its key is deleted
@@ -150,6 +152,8 @@ class View:
                 self._leading[event.key] = (event.now.create_revision, value.id)
             case ControllerRecord():
                 self.controllers[name] = value
+            case Hearing():
+                self.hearing[name] = value.nodes
             case GatewayRecord():
                 self.gateways[name] = value
             case Operation():
@@ -164,6 +168,8 @@ class View:
                 self.nodes.pop(name, None)
             case "controllers":
                 self.controllers.pop(name, None)
+            case "hearing":
+                self.hearing.pop(name, None)
             case "gateways":
                 self.gateways.pop(name, None)
             case "operations":

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 from controlplane.contract.errors import KevlarFlowError, RequestError, Unavailable
 from controlplane.kfadmin.client import NotAllowed, Refused
-from controlplane.kfadmin.rundir import RunDirBusy
+from controlplane.kfadmin.rundir import RunDirBusy, RunDirUnusable
 
 
 class Exit(IntEnum):
@@ -26,7 +26,7 @@ def exit_of(error: KevlarFlowError) -> Exit:
             return Exit.UNREACHABLE
         case NotAllowed():
             return Exit.NOT_ALLOWED
-        case RequestError():
+        case RequestError() | RunDirUnusable():
             return Exit.USAGE
         case Refused() | RunDirBusy():
             return Exit.REFUSED

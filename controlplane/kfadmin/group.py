@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from controlplane.contract.records import OperationKind, RestartScope
+from controlplane.contract.records import Operation, OperationKind, RestartScope
+from controlplane.contract.status import ClusterStatus, made_of
+from controlplane.contract.version import code_version
 from controlplane.kfadmin.host import restart_etcd, restart_launcher
 from controlplane.kfadmin.operate import Deadline, Detach, DryRun, OperationId, Timeout, asked, run
 from controlplane.kfadmin.output import Output, OutputOption
@@ -96,5 +98,22 @@ def restart(
         (restart_launcher if scope is Scope.LAUNCHER else restart_etcd)(local, dry_run)
         return
     request = asked(OperationKind.RESTART, RestartScope(scope.value), operation_id, dry_run, deadline)
+    installed = "" if admin else code_version()  # elsewhere something else may be installed
     with connect(run_dir, admin, token_file) as client:
-        run(client, request, output, detach, timeout)
+        run(client, request, output, detach, timeout, lambda c, op: stale(c.status(), op, installed))
+
+
+def stale(status: ClusterStatus, operation: Operation, installed: str) -> list[str]:
+    """Which processes a restart has left with another code than the installed one, or than each other, in words."""
+    names = {target.member.node for target in operation.targets}
+    having: dict[str, list[str]] = {}
+    for name, version, _ in made_of(status):
+        if name in names:
+            having.setdefault(version, []).append(name)
+    wanted = installed or max(having, key=lambda version: len(having[version]), default="")
+    return [
+        f"{', '.join(who)} did not get the installed code: {version or 'unknown'} in place of {wanted}; "
+        "restart the launcher of their host (`kfadmin restart launcher`), and them again"
+        for version, who in having.items()
+        if version != wanted
+    ]

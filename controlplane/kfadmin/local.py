@@ -17,9 +17,10 @@ import msgspec
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError, KevlarFlowError, PeerError
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
+from controlplane.etcd.health import unfit_releases
 from controlplane.etcd.server import EtcdBinaryError, etcd_command, etcd_version, find_etcd_binary
 from controlplane.kfadmin.client import AdminClient, Unreachable
-from controlplane.kfadmin.rundir import Endpoints, RunDir, free_port, port_is_free
+from controlplane.kfadmin.rundir import Endpoints, RunDir, free_port, port_is_free, usable
 from controlplane.kfadmin.supervise import Supervisor
 
 POLL_S = 0.05
@@ -38,7 +39,7 @@ class LocalCluster:
 
     Ports that are 0 in `config` are chosen; `config.etcd`, when given, is used and no etcd is started. etcd's
     data are made afresh at each start (the event history is kept). Methods may be called from any thread,
-    but `start` and `stop` only from one.
+    but `start` and `stop` only from one. `orphans`: see Supervisor.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class LocalCluster:
         supervise: bool = True,
         progress: Callable[[str], None] = lambda line: None,
         start_limit_s: float = START_LIMIT_S,
+        orphans: bool = False,
     ) -> None:
         # Relative paths would mean something else to whoever reads the settings later.
         config = msgspec.structs.replace(
@@ -58,7 +60,7 @@ class LocalCluster:
             run_dir=str(Path(config.run_dir).absolute()),
             model=str(Path(config.model).expanduser().absolute()),
         )
-        if not (Path(config.model) / "config.json").is_file():
+        if not os.path.isfile(os.path.join(config.model, "config.json")):
             raise ConfigError(f"{config.model} is not a Hugging Face checkpoint: it has no config.json")
         self.config = config
         self.run_dir = RunDir(Path(config.run_dir))
@@ -69,6 +71,7 @@ class LocalCluster:
         self._supervise = supervise
         self._progress = progress
         self._start_limit_s = start_limit_s
+        self._orphans = orphans
         self._stack = contextlib.ExitStack()
         self._supervisor: Supervisor | None = None
         self._ports: dict[str, int] = {}
@@ -85,9 +88,13 @@ class LocalCluster:
     def start(self) -> None:
         """Returns when every node serves and the gateway is ready.
 
-        Raises RunDirBusy, ConfigError or StartFailed; nothing runs then.
+        Raises RunDirBusy, RunDirUnusable, ConfigError or StartFailed; nothing runs then.
         """
-        self._stack.enter_context(self.run_dir.owned())
+        with usable(self.run_dir.path):
+            self._stack.enter_context(self.run_dir.owned())
+            self._start()
+
+    def _start(self) -> None:
         try:
             if leftovers := self.run_dir.end_leftovers():
                 self._progress(f"ended processes of an earlier run: {', '.join(leftovers)}")
@@ -97,7 +104,9 @@ class LocalCluster:
                     file.unlink()
             self._choose_ports()
             direct = {name: "127.0.0.1,localhost,::1" for name in ("no_proxy", "NO_PROXY")}
-            self._supervisor = Supervisor(self.run_dir, restart=self._supervise, env=direct)
+            self._supervisor = Supervisor(
+                self.run_dir, restart=self._supervise, env=direct, orphans=self._orphans
+            )
             self._start_etcd()
             self._start_rest()  # at once: what the others import takes longer than etcd does, and they wait for it
             self._wait_etcd(time.monotonic() + ETCD_LIMIT_S)
@@ -139,7 +148,10 @@ class LocalCluster:
             version = etcd_version(binary)
         except EtcdBinaryError as error:
             raise ConfigError(str(error)) from error
-        self._progress(f"starting etcd {'.'.join(map(str, version))} ({self._etcd_members} members)")
+        release = ".".join(map(str, version))
+        self._progress(f"starting etcd {release} ({self._etcd_members} members)")
+        for warning in unfit_releases([release]):
+            self._progress(f"WARNING: {warning}")
         shutil.rmtree(self.run_dir.path / "etcd")
         (self.run_dir.path / "etcd").mkdir(mode=0o700)
         names = [f"etcd{number}" for number in range(self._etcd_members)]

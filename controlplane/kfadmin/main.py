@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.kfadmin import check, demo, group, operate, show, up
-from controlplane.kfadmin.exits import exit_of
+from controlplane.kfadmin.exits import Exit, exit_of
 from controlplane.kfadmin.output import progress
 
 
@@ -22,6 +22,11 @@ class Verbs(TyperGroup):
         except KevlarFlowError as error:
             progress(f"kfadmin: {error}")
             ctx.exit(exit_of(error))
+        except OSError as error:  # a file or the network of this machine; nothing of ours is broken
+            if isinstance(error, BrokenPipeError):
+                raise
+            progress(f"kfadmin: {error}")
+            ctx.exit(Exit.FAILED)
 
 
 app = typer.Typer(

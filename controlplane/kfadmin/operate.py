@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import msgspec
@@ -139,9 +139,16 @@ def asked(
 
 
 def run(
-    client: AdminClient, request: OperationRequest, output: Output, detach: bool, timeout_s: float
+    client: AdminClient,
+    request: OperationRequest,
+    output: Output,
+    detach: bool,
+    timeout_s: float,
+    verify: Callable[[AdminClient, Operation], Sequence[str]] = lambda client, operation: (),
 ) -> None:
-    """Submit, show the pre-flight, watch it to its end; leaves with the exit code that tells how it went."""
+    """Submit, show the pre-flight, watch it to its end; leaves with the exit code that tells how it went.
+
+    `verify`: what is not as it ought to be although the operation is done."""
     status = client.status()
     answer = client.submit(request)
     refused = any(check.level == "fail" for check in answer.checks) or not (
@@ -167,7 +174,10 @@ def run(
         console().print(_line(operation))
     if operation.open:
         progress(f"it goes on; see `kfadmin status`, or stop it with `kfadmin cancel {operation.id}`")
-    raise typer.Exit(_exit_code(operation, detach))
+    amiss = verify(client, operation) if operation.state is OperationState.DONE else ()
+    for line in amiss:
+        progress(line)
+    raise typer.Exit(Exit.FAILED if amiss else _exit_code(operation, detach))
 
 
 def _exit_code(operation: Operation, detach: bool) -> Exit:

@@ -21,6 +21,7 @@ from controlplane.contract.status import (
     NodeStatus,
     PipelineState,
     StageStatus,
+    mixtures,
 )
 from controlplane.kfadmin.client import EventRow
 
@@ -84,6 +85,8 @@ def print_status(status: ClusterStatus) -> None:
     )
     for what in (*status.troubles, *status.blemishes):
         out.print(Text(what, BAD))
+    for what in mixtures(status):
+        out.print(Text(what, WARN))
     if status.paused:
         out.print(Text("automation is PAUSED: nothing is repaired or moved until `kfadmin resume`", BAD))
     out.print()

@@ -40,6 +40,22 @@ class RunDirBusy(ConfigError):
     """Another `kfadmin up` runs in this directory."""
 
 
+class RunDirUnusable(ConfigError):
+    """What the operating system says against this directory."""
+
+
+@contextlib.contextmanager
+def usable(path: Path) -> Iterator[None]:
+    """Tells in words what keeps us from using a run directory. Raises RunDirUnusable."""
+    try:
+        yield
+    except OSError as error:
+        what = "" if error.filename is None or str(error.filename) == str(path) else f" ({error.filename})"
+        raise RunDirUnusable(
+            f"cannot use the run directory {path}{what}: {error.strerror or error}; give another one with --run-dir"
+        ) from error
+
+
 class ProcessFile(msgspec.Struct, frozen=True):
     """One process for certain: a pid may be used again, a pid with its start time may not."""
 
@@ -155,7 +171,7 @@ class RunDir:
                     fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
                     return int(lock.read().strip() or "0")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
         return 0
 

@@ -2,11 +2,15 @@
 
 All of it happens in one thread that lives as long as the supervisor: the kernel ties a child to the
 thread that started it (see shim.py), so children end when this process does, even by kill -9.
+
+Nodes outlive the launcher that started them. Where the supervisor owns its process (`orphans`), they are given to it
+then, as they are to process 1 of a container, and it reaps them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import selectors
 import signal
@@ -33,6 +37,15 @@ BACKOFF_S = 0.1
 BACKOFF_MAX_S = 5.0
 QUICK_DEATH_S = 10.0
 CALL_LIMIT_S = 15.0
+REAP_EVERY_S = 0.5
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def become_subreaper() -> None:
+    """From now on orphaned descendants of this process become its children, as if it were process 1."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
 @dataclass(slots=True)
@@ -56,9 +69,20 @@ class Supervisor:
     """Keeps children running. Methods may be called from any thread; each returns when it has been done."""
 
     def __init__(
-        self, run_dir: RunDir, *, restart: bool = True, env: Mapping[str, str] | None = None
+        self,
+        run_dir: RunDir,
+        *,
+        restart: bool = True,
+        env: Mapping[str, str] | None = None,
+        orphans: bool = False,
     ) -> None:
+        """`orphans`: no other thread of this process starts processes, and what its children leave behind is its own.
+
+        Raises OSError where the kernel does not give them to it."""
         self._run_dir = run_dir
+        self._orphans = orphans
+        if orphans:
+            become_subreaper()
         self._restart = restart
         self._env = {**os.environ, **(env or {})}
         self._children: dict[str, Child] = {}
@@ -160,11 +184,15 @@ class Supervisor:
         while not self._closing:
             now = time.monotonic()
             due = [child.due for child in self._children.values() if child.due is not None]
+            if self._orphans:
+                due.append(now + REAP_EVERY_S)
             for key, _ in self._selector.select(max(0.0, min(due) - now) if due else None):
                 if isinstance(key.data, Child):
                     self._died(key.data)
                 else:
                     self._wake.recv(64)
+            if self._orphans:
+                self._reap_orphans()
             while self._calls:
                 self._calls.popleft()()
             for child in self._children.values():
@@ -205,6 +233,14 @@ class Supervisor:
         if self._restart and not child.held and not child.ending:
             delay_s = BACKOFF_S * 2.0 ** min(child.quick_deaths, 10) if child.quick_deaths > 1 else 0.0
             child.due = time.monotonic() + min(BACKOFF_MAX_S, delay_s)
+
+    def _reap_orphans(self) -> None:
+        ours = {child.process.pid for child in self._children.values() if child.process and child.fd >= 0}
+        with contextlib.suppress(ChildProcessError):  # there is none
+            while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if found.si_pid in ours:
+                    return  # its death is about to be seen; the others' turn comes after
+                os.waitpid(found.si_pid, 0)
 
     def _signal(self, child: Child, number: int) -> None:
         if child.fd < 0:

@@ -15,6 +15,7 @@ import typer
 
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
+from controlplane.contract.process import raise_descriptor_limit
 from controlplane.contract.topology import Mode
 from controlplane.kfadmin.local import LocalCluster
 from controlplane.kfadmin.output import progress
@@ -61,8 +62,14 @@ def up(
     }  # fmt: skip
     settings = settings_of(config, {name: value for name, value in given.items() if value is not None})
     cluster = LocalCluster(
-        settings, controllers=controllers, gateways=gateways, etcd_members=etcd_members, progress=progress
+        settings,
+        controllers=controllers,
+        gateways=gateways,
+        etcd_members=etcd_members,
+        progress=progress,
+        orphans=True,
     )
+    raise_descriptor_limit()
     for number in SIGNALS:
         signal.signal(number, _interrupt)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from controlplane.contract.status import Check, ClusterStatus
-from controlplane.etcd.health import alarms_of
+from controlplane.etcd.health import alarms_of, unfit_releases
 from controlplane.etcd.values import MemberStatus
 
 SILENT_S = 3.0  # etcd says something every second
@@ -26,6 +26,7 @@ def quorum(
         _members(len(members), sick),
         *(Check("fail", "refused", text) for text in refusals),
         *(Check("warn", "values", text) for text in unread),
+        *(Check("warn", "release", text) for text in unfit_releases(m.version for m in members)),
         _heard(status),
         _leader(status),
     ]

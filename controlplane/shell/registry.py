@@ -172,4 +172,5 @@ class Registry:
             controllers=tuple(Member(r.id, r.incarnation) for _, r in sorted(self.controllers.items())),
             gateways=tuple(Member(r.id, r.incarnation) for _, r in sorted(self.gateways.items())),
             candidates=tuple(name for name in self.view.candidates() if name),
+            hears=tuple(sorted(self.view.hearing.items())),
         )

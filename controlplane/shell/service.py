@@ -73,12 +73,22 @@ class Service:
             answered_by=self._me,
             etcd_age_s=registry.etcd_age_s(),
             controllers=tuple(
-                ControllerStatus(item.id, item.admin_address, item.pid, item.id == registry.leader)
+                ControllerStatus(
+                    item.id,
+                    item.admin_address,
+                    item.pid,
+                    item.id == registry.leader,
+                    item.version,
+                    item.settings,
+                )
                 for item in controllers
             ),
-            gateways=tuple(GatewayStatus(item.id, item.address, item.pid) for item in gateways),
+            gateways=tuple(
+                GatewayStatus(item.id, item.address, item.pid, item.version, item.settings)
+                for item in gateways
+            ),
             operations=tuple(self._operations()),
-            troubles=tuple(self.troubles()),
+            troubles=(*self.troubles(), *self._client.health.warnings()),
         )
 
     def troubles(self) -> Sequence[str]:

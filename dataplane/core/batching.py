@@ -146,10 +146,9 @@ class Batcher:
             return rows, preempted
         self._turn += 1
         # Decodes first: they are one row each, and somebody reads along.
-        share = -(-decoding // worth)
-        if share > decodes_max:  # not all have a row in each round: who waits longest is next
+        share = min(-(-decoding // worth), decodes_max)
+        if share < len(decodes):  # who waits longest is next
             decodes.sort(key=lambda r: r.turn)
-            share = decodes_max
         for request in decodes[:share]:
             self._take(request, 1, rows, preempted)
         pending = sum(r.total - r.issued for r in prompts) + (

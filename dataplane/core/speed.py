@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-STEP_MULTIPLE = 2.0  # of a step that only decodes: what a step with a chunk may take, where no time is set
+# Of a step that only decodes: what a step with a chunk may take, where no time is set. Readers are to wait at most 2.5
+# times as long as usual (p99), and steps come late without any chunk, too.
+STEP_MULTIPLE = 1.75
 CHUNK_START = 64  # tokens, while nothing is known
 # Fewer tokens cost little more than the step does without any, and a prompt has to end.
 CHUNK_MIN = 16

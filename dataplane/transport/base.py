@@ -70,8 +70,9 @@ class Transport(Protocol):
     - `on_message(peer, data)`: `data` is writable memory that belongs to the receiver from now on.
     - `on_link_up(peer)`: our link to `peer` is open; `send` works.
     - `on_link_down(peer, reason)`: once for each link that was up and ended without our asking, ours or the
-      peer's, typically within a millisecond of the peer's death. Not called for `disconnect`, `close`, or a
-      link replaced by a newer one of the same node.
+      peer's, typically within a millisecond of the peer's death; and once for a peer that speaks another version, to
+      which no link can be opened. Not called for `disconnect`, `close`, or a link replaced by a newer one of the same
+      node.
     """
 
     stats: TransportStats
@@ -87,6 +88,10 @@ class Transport(Protocol):
 
     def disconnect(self, node: NodeId) -> None:
         """Wants no link to `node` any more; what is queued for it is dropped. Idempotent."""
+        ...
+
+    def refuse(self, peer: Member, reason: str) -> None:
+        """Ends the link from exactly this incarnation: what it brings cannot be read. `on_link_down` tells of it."""
         ...
 
     def connected(self, peer: Member) -> bool:

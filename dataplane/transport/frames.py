@@ -12,7 +12,8 @@
     28      4     reserved, 0 (the message starts 32-byte aligned)
 
 Little endian. A frame that does not parse, or whose checksum differs, raises BadFrame and is dropped and
-counted by the receiver: a step or copy that is lost is repeated, a wrong one never happens.
+counted by the receiver: a step or copy that is lost is repeated, a wrong one never happens. A link that brings frames
+of another version is closed.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class BadFrame(PeerError):
     """A peer's frame is corrupted, cut short, or of another version."""
 
 
+class ForeignFrame(BadFrame):
+    """Not a frame of ours, or of another version: so will the next one be. The link is of no use."""
+
+
 class Frame(msgspec.Struct, frozen=True):
     epoch: int
     meta: Meta
@@ -72,7 +77,9 @@ def decode(data: Buffer) -> Frame:
         raise BadFrame(f"frame of {len(view)} bytes is shorter than its header")
     magic, version, checked, checksum, epoch, meta_len, payload_len, _ = HEADER.unpack_from(view)
     if magic != MAGIC or version != VERSION:
-        raise BadFrame(f"frame has magic {magic!r} version {version}, expected {MAGIC!r} version {VERSION}")
+        raise ForeignFrame(
+            f"frame has magic {magic!r} version {version}, expected {MAGIC!r} version {VERSION}"
+        )
     if HEADER.size + meta_len + payload_len != len(view):
         raise BadFrame(f"frame of {len(view)} bytes announces {HEADER.size + meta_len + payload_len}")
     body = view[HEADER.size : HEADER.size + meta_len]

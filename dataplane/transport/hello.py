@@ -21,7 +21,11 @@ import msgspec
 
 from controlplane.contract.ids import Member
 
-PROTOCOL = 1
+from . import frames
+
+# What a node speaks on a link: frames of a version, after this hello. Nodes of two versions do not get as far as
+# frames. The hello is what it was with frames of version 2; whoever changes it raises frames.VERSION, too.
+PROTOCOL = frames.VERSION - 1
 NONCE_BYTES = 32
 TOKEN_BYTES = 16
 HELLO_BYTES_MAX = 4096
@@ -29,6 +33,10 @@ HELLO_BYTES_MAX = 4096
 
 class HelloError(Exception):
     """The other side sent something else than the hello expected, or proved the wrong secret."""
+
+
+class OtherVersion(HelloError):
+    """The other side speaks another protocol: it is nobody's fault, and does not pass by itself."""
 
 
 class Challenge(msgspec.Struct, frozen=True, tag="challenge", forbid_unknown_fields=True):
@@ -114,7 +122,7 @@ class Initiator:
         if not isinstance(hello, Challenge) or len(hello.nonce) != NONCE_BYTES:
             raise HelloError("a challenge was expected")
         if hello.protocol != PROTOCOL:
-            raise HelloError(f"the peer speaks protocol {hello.protocol}, we speak {PROTOCOL}")
+            raise OtherVersion(f"the peer speaks protocol {hello.protocol}, we speak {PROTOCOL}")
         self._transcript = _transcript(self._cluster, self._me, self._peer, hello.nonce, self._nonce)
         proof = _proof(self._secret, "initiator", self._transcript)
         return msgspec.msgpack.encode(Response(self._me, self._nonce, proof))

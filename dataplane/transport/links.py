@@ -13,11 +13,12 @@ from collections.abc import Sequence
 
 import structlog
 
+from controlplane.backoff import Backoff
 from controlplane.contract.ids import Member, NodeId
 
 from .base import OnLinkDown, OnLinkUp, OnMessage, Part, TransportConfig, TransportStats
 from .driver import PREFERENCE, Driver, Endpoint, parse_address
-from .hello import HELLO_BYTES_MAX, TOKEN_BYTES, Acceptor, HelloError, Initiator, new_nonce
+from .hello import HELLO_BYTES_MAX, TOKEN_BYTES, Acceptor, HelloError, Initiator, OtherVersion, new_nonce
 
 log = structlog.get_logger(__name__)
 
@@ -52,7 +53,7 @@ class Link:
 class _Dial:
     """The wish for a link to one node, and the task that keeps it fulfilled."""
 
-    __slots__ = ("address", "attempts", "kind", "link", "peer", "task")
+    __slots__ = ("address", "attempts", "kind", "link", "peer", "refused", "task")
 
     def __init__(self, peer: Member, address: str) -> None:
         self.peer = peer
@@ -60,6 +61,7 @@ class _Dial:
         self.attempts = 0  # since it was last open
         self.kind = ""  # what the last attempt went over
         self.link: Link | None = None
+        self.refused = False  # the peer speaks another version, and that was told
         self.task: asyncio.Task[None] | None = None
 
 
@@ -122,6 +124,11 @@ class LinkTransport:
         if dial.link is not None:
             self._drop(dial.link)
 
+    def refuse(self, peer: Member, reason: str) -> None:
+        link = self._incoming.get(peer.node)
+        if link is not None and link.peer == peer:
+            self._refuse(link, reason)
+
     def connected(self, peer: Member) -> bool:
         return self._outgoing(peer) is not None
 
@@ -173,15 +180,18 @@ class LinkTransport:
     # Opening and ending links.
 
     async def _keep(self, dial: _Dial) -> None:
-        """Opens the link, waits until it ends, and again."""
-        delay_s = self._config.retry_min_s
+        """Opens the link, waits until it ends, and again; at once only after one that lasted."""
+        config = self._config
+        backoff = Backoff(config.retry_min_s, config.retry_max_s)
         while True:
             if await self._open(dial):
-                delay_s, dial.attempts = self._config.retry_min_s, 0
+                opened_at, dial.attempts = self._loop.time(), 0
+                dial.refused = False
                 assert dial.link is not None
                 await dial.link.down.wait()
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, self._config.retry_max_s)
+                if self._loop.time() - opened_at >= config.retry_max_s:
+                    backoff.succeeded()
+            await backoff.pause()
 
     def _routes(self, address: str) -> list[tuple[Driver, str, str]]:
         """The ways that both sides know, best first. Raises ValueError if there is none."""
@@ -247,6 +257,17 @@ class LinkTransport:
         log.warning("link refused", peer=str(link.peer), incoming=link.incoming, reason=reason)
         self._end(link, reason)
 
+    def _other_version(self, link: Link, reason: str) -> None:
+        """No link can be opened. That is told once, however often it is tried: the peer may be restarted with ours."""
+        dial = next((dial for dial in self._dials.values() if dial.link is link), None)
+        if dial is None or dial.refused:
+            self.stats.auth_failures += 1
+            self._end(link, reason)
+            return
+        dial.refused = True
+        self._refuse(link, reason)
+        self._on_link_down(dial.peer, f"no link: {reason}")
+
     # Events of the drivers.
 
     def on_connection(self, driver: Driver, request: object) -> None:
@@ -275,6 +296,8 @@ class LinkTransport:
         elif link.token is None and header == HELLO:
             try:
                 self._hello(link, data)
+            except OtherVersion as error:
+                self._other_version(link, str(error))
             except HelloError as error:
                 self._refuse(link, str(error))
         else:

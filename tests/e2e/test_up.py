@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,3 +98,56 @@ def test_nothing_outlives_a_killed_up(up: tuple[subprocess.Popen[str], RunDir, s
     process.kill()
     process.wait(5)
     wait_for(lambda: not running(run_dir), "everything has ended", 15)
+
+
+def children(pid: int) -> dict[int, tuple[str, str]]:
+    """State and command of each child of a process, as /proc of this machine has them."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            name, fields = path.read_text().rsplit(")", 1)
+            if int(fields.split()[1]) == pid:
+                command = (path.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found[int(path.parent.name)] = (fields.split()[0], command or name)
+    return found
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
+def test_process_1_of_a_container_leaves_no_zombies(tmp_path: Path) -> None:
+    """Nodes outlive their launcher, and then belong to process 1; when they die, somebody has to reap them."""
+    run_dir = RunDir(tmp_path / "run")
+    sizes = ["--instances", "2", "--stages", "2", "--gateway-port", "0", "--admin-port", "0"]
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *COMMAND, "up"]
+    with (
+        (tmp_path / "stderr").open("w") as err,
+        subprocess.Popen(
+            [*command, "--run-dir", str(run_dir.path), *sizes], stdout=subprocess.PIPE, stderr=err, text=True
+        ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            assert any("Ctrl-C" in line for line in process.stdout), (tmp_path / "stderr").read_text()
+            (first,) = children(process.pid)
+            for rounds in (1, 2):
+                launcher = next(p for p, (_, cmd) in children(first).items() if "dataplane.launcher" in cmd)
+                nodes = list(children(launcher))
+                assert len(nodes) == 4
+                os.kill(launcher, signal.SIGKILL)
+                wait_for(lambda n=rounds: log_has(run_dir, "adopted", 4 * n), "all are adopted", 30)  # type: ignore[misc]
+                for node in nodes:
+                    os.kill(node, signal.SIGKILL)
+                wait_for(lambda gone=nodes: not any(Path(f"/proc/{p}").exists() for p in gone), "reaped", 10)  # type: ignore[misc]
+                wait_for(
+                    lambda: not any(state == "Z" for state, _ in children(first).values()), "no zombie", 10
+                )
+                wait_for(lambda old=launcher: len(children(launcher_of(first, old))) == 4, "fresh nodes", 30)  # type: ignore[misc]
+        finally:
+            process.kill()
+
+
+def launcher_of(first: int, old: int) -> int:
+    return next((p for p, (_, cmd) in children(first).items() if "dataplane.launcher" in cmd and p != old), 0)
+
+
+def log_has(run_dir: RunDir, text: str, times: int) -> bool:
+    return run_dir.log("launcher").read_text().count(f'"{text}"') >= times

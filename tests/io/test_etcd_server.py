@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
 import pytest
 
+from controlplane.etcd.health import Health, unfit_releases
 from controlplane.etcd.server import (
     EtcdBinaryError,
     etcd_command,
@@ -14,6 +16,9 @@ from controlplane.etcd.server import (
     find_etcd_binary,
     fit_for_production,
 )
+from controlplane.etcd.values import MemberStatus
+from controlplane.shell.quorum import quorum
+from tests.web.admin_service import healthy
 
 
 def make_executable(path: Path, text: str) -> Path:
@@ -90,3 +95,30 @@ def test_generated_files_are_what_the_definitions_give() -> None:
     from controlplane.etcd.proto.generate import stale
 
     assert stale() == []
+
+
+def test_releases_that_corrupt_data_are_named_everywhere() -> None:
+    members = [
+        MemberStatus(f"h:{k}", version=version, leader_id=1) for k, version in enumerate(("3.5.1", "3.5.9"))
+    ]
+    (warning,) = unfit_releases(member.version for member in members)
+    assert "etcd 3.5.1" in warning
+    assert "13766" in warning
+    assert unfit_releases(["3.4.23", "3.5.3", "3.6.0", "", "unknown"]) == ()
+    checks = quorum(members, healthy())
+    assert [(check.level, check.name) for check in checks if check.name == "release"] == [("warn", "release")]
+
+    async def follow() -> tuple[str, ...]:
+        health = Health()
+
+        async def status() -> list[MemberStatus]:
+            return members
+
+        task = asyncio.create_task(health.follow(status))
+        while not health.warnings():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        task.cancel()
+        assert health.troubles() == (), "nothing is wrong yet"
+        return health.warnings()
+
+    assert asyncio.run(asyncio.wait_for(follow(), 10)) == (warning,)

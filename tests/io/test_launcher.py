@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
 
-from controlplane.contract.config import ClusterConfig, TimingConfig
+from controlplane.contract.config import ClusterConfig, EngineConfig, TimingConfig
 from controlplane.contract.topology import Mode
+from dataplane.accelerators import Place
 from dataplane.launcher import NodeFile, all_nodes, restart_delay_s, start_ticks
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +50,12 @@ def stubborn(_config: ClusterConfig, node: str) -> None:
         signal.pause()
 
 
+def on_device(config: ClusterConfig, node: str, place: Place) -> None:
+    """Says where it was put."""
+    print(f"{place.device} {place.share} of {place.devices}", flush=True)
+    serve(config, node)
+
+
 def compute(config: ClusterConfig, node: str) -> None:
     """Uses an operator with several threads, which hangs in a fork whose parent has used one."""
     import torch
@@ -74,17 +83,34 @@ class Host:
         self.run_dir = run_dir
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, target: str = "serve", nodes: int = 1, mode: Mode = Mode.REPLICATE) -> None:
+    def start(
+        self,
+        target: str = "serve",
+        nodes: int = 1,
+        mode: Mode = Mode.REPLICATE,
+        cwd: Path = ROOT,
+        python_path: str = "",
+        device: Literal["cpu", "cuda"] = "cpu",
+    ) -> None:
         timing = TimingConfig(restart_backoff_s=0.1, reload_s=0.3)
+        engine = EngineConfig(device=device)
         config = ClusterConfig(
-            str(self.run_dir), "no-model", (), instances=1, stages=nodes, mode=mode, timing=timing
+            str(self.run_dir),
+            "no-model",
+            (),
+            instances=1,
+            stages=nodes,
+            mode=mode,
+            timing=timing,
+            engine=engine,
         )
         path = self.run_dir / "cluster.json"
         path.write_bytes(msgspec.json.encode(config))
         command = [sys.executable, "-m", "dataplane.launcher", "--config", str(path)]
-        command += ["--target", f"tests.io.test_launcher:{target}"]
+        command += ["--target", f"tests.io.test_launcher:{target}" if target else "stand_in:serve"]
         with (self.run_dir / "launcher.log").open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stderr=log, process_group=0)
+            env = {**os.environ, **({"PYTHONPATH": python_path} if python_path else {})}
+            self.process = subprocess.Popen(command, cwd=cwd, env=env, stderr=log, process_group=0)
 
     def file(self, node: str = "n0") -> NodeFile | None:
         try:
@@ -288,6 +314,58 @@ def test_stop_restart_starts_cold_processes_after_the_reload_time(host: Host) ->
     host.stop()
 
 
+STAND_IN = """
+import json, signal
+from pathlib import Path
+from controlplane.contract.version import code_version, settings_digest
+def serve(config, node, take_over=""):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    said = {"version": code_version(), "settings": settings_digest(config)}
+    Path(config.run_dir, f"{node}.runs").write_text(json.dumps(said))
+    print(f"{node} serves", flush=True)
+    signal.sigwait([signal.SIGUSR1])
+"""
+
+
+def test_a_node_runs_what_is_installed_when_it_is_started(host: Host, tmp_path: Path) -> None:
+    """Code or settings are changed under a running launcher: it renews itself, and its other nodes do not notice."""
+    code = tmp_path / "code"
+    for package in ("controlplane", "dataplane", "kernels", "web", "migrations"):
+        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__", "demo"))
+    (code / "stand_in.py").write_text(STAND_IN)
+    host.start(nodes=2, target="", cwd=code, python_path=str(code))
+    assert host.process is not None
+
+    def runs(node: str) -> dict[str, str]:
+        return json.loads((host.run_dir / f"{node}.runs").read_text())
+
+    pids = host.wait_serving(1), host.wait_serving(1, "n1")
+    first = runs("n0")
+    assert runs("n1") == first
+    with (code / "dataplane" / "devices.py").open("a") as file:
+        file.write("# another version\n")
+    os.kill(pids[0], signal.SIGKILL)
+    host.wait_serving(2)
+    assert runs("n0")["version"] != first["version"]
+    assert runs("n0")["settings"] == first["settings"]
+    assert host.running("n1") == pids[1]
+    assert host.process.poll() is None, "the same process, for whoever supervises it"
+
+    path = host.run_dir / "cluster.json"
+    path.write_text(path.read_text().replace('"cluster":"kevlarflow"', '"cluster":"renamed"'))
+    os.kill(pids[1], signal.SIGKILL)  # adopted by its own parent, which reaps it
+    host.wait_serving(2, "n1")
+    assert not Path(f"/proc/{pids[1]}").exists()
+    assert runs("n1")["settings"] != first["settings"]
+    assert [line["event"] for line in host.log()].count("a fresh launcher takes over") == 2
+
+    path.write_text("{nonsense")
+    os.kill(host.running(), signal.SIGKILL)
+    host.wait_serving(3)
+    assert runs("n0") == runs("n1"), "settings that cannot be read keep no node down"
+    assert host.stop() < 4.0
+
+
 def test_unknown_nodes_are_refused(host: Host, tmp_path: Path) -> None:
     host.start()
     host.wait_serving(1)
@@ -308,3 +386,20 @@ def test_unknown_nodes_are_refused(host: Host, tmp_path: Path) -> None:
 
 def test_spares_come_after_the_instances() -> None:
     assert all_nodes(ClusterConfig("r", "m", (), instances=1, stages=2, spares=1)) == ["n0", "n1", "n2", "n3"]
+
+
+@pytest.mark.parametrize("devices", [0, 2])
+def test_each_node_has_a_gpu_of_its_own_or_a_share_of_one(host: Host, tmp_path: Path, devices: int) -> None:
+    fake = tmp_path / "fake" / "torch.py"
+    fake.parent.mkdir()
+    fake.write_text(f"class cuda:\n    device_count = staticmethod(lambda: {devices})\n")
+    host.start("on_device", nodes=3, python_path=str(fake.parent), device="cuda")
+    assert host.process is not None
+    if not devices:
+        assert host.process.wait(15) != 0
+        assert "torch sees no CUDA device on this host" in (host.run_dir / "launcher.log").read_text()
+        return
+    for node in ("n0", "n1", "n2"):
+        host.wait_serving(1, node)
+    places = [host.output(node).splitlines()[0] for node in ("n0", "n1", "n2")]
+    assert places == ["cuda:0 0.5 of 2", "cuda:1 1.0 of 2", "cuda:0 0.5 of 2"]

@@ -7,10 +7,12 @@ import os
 import time
 from typing import Any
 
+import msgspec
 import pytest
 
 from controlplane.contract.ids import Member
-from dataplane.transport.hello import Acceptor, HelloError, Initiator, new_nonce
+from dataplane.transport import hello
+from dataplane.transport.hello import Acceptor, Challenge, HelloError, Initiator, new_nonce
 
 from .transport_nodes import NETWORKED, SECRET, cluster, link, run, until
 
@@ -129,6 +131,66 @@ def test_wrong_hello_is_refused_and_counted(kind: str, wrong: str) -> None:
             assert not a.transport.connected(wanted)
             assert not a.transport.send(wanted, [b"unheard"])
             assert (a.ups, b.downs, b.messages) == ([], [], [])
+
+    run(work())
+
+
+@pytest.mark.parametrize("kind", NETWORKED)
+def test_a_peer_of_another_version_has_no_link_and_a_reason(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames that cannot be read are not dropped on a link that stays up: there is no link, and that is told, once."""
+
+    def later(_: Acceptor) -> bytes:
+        return msgspec.msgpack.encode(Challenge(hello.PROTOCOL + 1, new_nonce()))
+
+    async def work() -> None:
+        async with cluster(kind) as make:
+            a, b = await make("a"), await make("b")
+            with monkeypatch.context() as patch:
+                patch.setattr(Acceptor, "challenge", later)
+                a.transport.connect(b.member, b.address)
+                await until(lambda: a.transport.stats.auth_failures >= 3)  # tried again, told once
+                assert [down[:2] for down in a.downs] == [
+                    (
+                        b.member,
+                        f"no link: the peer speaks protocol {hello.PROTOCOL + 1}, we speak {hello.PROTOCOL}",
+                    )
+                ]
+                assert not a.transport.connected(b.member)
+            await until(lambda: a.transport.connected(b.member))  # it was restarted with ours
+            assert len(a.downs) == 1
+
+    run(work())
+
+
+def test_a_link_that_brings_foreign_frames_is_closed_and_does_not_spin(kind: str) -> None:
+    async def work() -> None:
+        async with cluster(kind) as make:
+            a, b = await make("a"), await make("b")
+            await link(a, b)
+            assert a.transport.send(b.member, [b"another version's"])
+            await until(lambda: len(b.messages) == 1)
+            b.transport.refuse(Member("a", "0"), "an incarnation that is not there")
+            assert b.downs == []
+            b.transport.refuse(a.member, "frames of version 9")
+            assert [down[:2] for down in b.downs] == [(a.member, "incoming link: frames of version 9")]
+            await until(lambda: len(a.downs) == 1)
+            await until(lambda: a.transport.connected(b.member))
+            # Whoever does it again and again is waited for longer and longer.
+            times = []
+            for _ in range(4):
+                await until(lambda: a.transport.send(b.member, [b"again"]))
+                count = len(b.messages)
+                await until(
+                    lambda count=count: len(b.messages) > count or not a.transport.connected(b.member)
+                )
+                times.append(asyncio.get_running_loop().time())
+                b.transport.refuse(a.member, "frames of version 9")
+                await until(lambda: not a.transport.connected(b.member))
+            if kind != "memory":
+                retry_s = b.transport._config.retry_min_s
+                assert times[-1] - times[0] >= (4 + 8) * retry_s * 0.9
 
     run(work())
 

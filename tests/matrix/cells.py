@@ -1,7 +1,7 @@
 """The cells: a fault, whom it hits, and what the cluster is doing at that moment. Data only; `play.py` plays them.
 
 Whom: a host's name (`hosts.py`), a role that is looked up when the fault begins ("leader", "candidate", "etcd leader"),
-or a group: "nodes", "controllers", "gateways", "etcd", "client", "all" (everybody but clients).
+a group: "nodes", "controllers", "gateways", "etcd", "client", "all" (everybody but clients), or several: "n1+n2".
 p0 is n0 (stage 0, with the scheduler) and n1 (stage 1), p1 is n2 and n3; n0 and n2, n1 and n3 hold each other's copies.
 """
 
@@ -80,6 +80,7 @@ class Cell:
     fault: Fault
     phase: Phase = Phase.DECODING
     quick: bool = False  # part of `make test`
+    calm: bool = False  # everybody lives and all that serves can go on: no epoch may end
 
 
 def _cells() -> tuple[Cell, ...]:
@@ -119,6 +120,17 @@ def _cells() -> tuple[Cell, ...]:
         Cell("etcd-follower-alone", Cut("etcd follower", hold_s=8.0)),
         Cell("etcd-flap", Cut("etcd leader", hold_s=10.0, flaps=True)),
         Cell("etcd-no-quorum", Cut("etcd", "etcd", hold_s=8.0)),
+        # Whoever decides hears only some of those who live.
+        Cell("leader-hears-n0", Cut("leader", "n1+n2+n3", hold_s=8.0), quick=True, calm=True),
+        Cell("leader-hears-n0-got", Cut("leader", "n1+n2+n3", got, hold_s=8.0), calm=True),
+        Cell("leader-hears-n0-sent", Cut("leader", "n1+n2+n3", sent, hold_s=8.0), calm=True),
+        Cell("leader-hears-p0", Cut("leader", "n2+n3", hold_s=8.0), calm=True),
+        Cell("leader-hears-stage-1", Cut("leader", "n0+n2", got, hold_s=8.0), calm=True),
+        Cell("leader-hears-n0-flap", Cut("leader", "n1+n2+n3", hold_s=10.0, flaps=True), calm=True),
+        Cell("candidate-hears-n0", Cut("candidate", "n1+n2+n3", hold_s=8.0), calm=True),
+        Cell("controllers-hear-n0", Cut("controllers", "n1+n2+n3", hold_s=8.0), calm=True),
+        # One host with the leader and n0, cut off from all other nodes, but not from etcd.
+        Cell("leader-and-n0-from-nodes", Cut("leader+n0", "n1+n2+n3", hold_s=10.0)),
         # Delay and loss.
         Cell("delay-50-nodes", Slow("nodes", "nodes", delay_s=0.05)),
         Cell("delay-200-nodes", Slow("nodes", "nodes", delay_s=0.2)),

@@ -62,10 +62,13 @@ class Player:
                 try:
                     await load.flows(cell.phase)
                     spared |= await self._begin(cell.phase)
+                    before = await self._epochs()
                     began = time.monotonic()
                     whom = await asyncio.to_thread(self._resolve, cell.fault.whom)
                     await self._fault(cell.fault, whom)
                     ended = time.monotonic()
+                    after = await self._epochs()
+                    assert not cell.calm or after == before, f"nobody died: epochs from {before} to {after}"
                     if isinstance(cell.fault, Kill):
                         spared |= set(whom)
                     await self._end(cell.phase)
@@ -142,7 +145,12 @@ class Player:
 
     # ---- faults
 
+    async def _epochs(self) -> dict[str, int]:
+        return {pipeline.id: pipeline.epoch for pipeline in (await self._status()).pipelines}
+
     def _resolve(self, whom: str) -> tuple[str, ...]:
+        if "+" in whom:
+            return tuple(name for each in whom.split("+") for name in self._resolve(each))
         if whom in GROUPS:
             return GROUPS[whom]
         if whom in ("leader", "candidate"):
@@ -174,14 +182,12 @@ class Player:
         match fault:
             case Cut():
                 try:
-                    await self._cut(
-                        fault, ways(whom, GROUPS.get(fault.others, (fault.others,)), fault.direction)
-                    )
+                    await self._cut(fault, ways(whom, self._resolve(fault.others), fault.direction))
                 finally:
                     network.cut([])
                 assert network.touched() > 0, "not a packet was dropped"
             case Slow():
-                both = ways(whom, GROUPS.get(fault.others, (fault.others,)), Direction.BOTH)
+                both = ways(whom, self._resolve(fault.others), Direction.BOTH)
                 try:
                     network.hold(both, delay_s=fault.delay_s, loss=fault.loss)
                     await asyncio.sleep(fault.hold_s)  # the length of the fault

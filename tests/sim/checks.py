@@ -46,6 +46,7 @@ class Checks:
         self._topology_key = keys.topology(group).encode()
         self._tell = etcd.store.changed
         self._revision = 0
+        self.calm = False  # nobody dies: nobody may lose a duty either
         self._fences: dict[Process, dict[PipelineId, Any]] = {}
         # What the holder of a copy has said last, by source process, pipeline, holder and request.
         self._holders: dict[str, str] = {}  # name -> the process that has it
@@ -107,6 +108,10 @@ class Checks:
                 self._world.fail(f"topology {after.counter}: {check.__name__}: {problem}")
         for old in before.pipelines:
             new = after.pipeline(old.id)
+            if self.calm and new is not None and new.epoch != old.epoch:
+                self._world.fail(
+                    f"topology {after.counter}: nobody died, and {old.id} changed: {picture(after)}"
+                )
             if new is not None and new.epoch < old.epoch:
                 self._world.fail(
                     f"topology {after.counter}: epoch of {old.id} from {old.epoch} to {new.epoch}"

@@ -98,6 +98,7 @@ class Cluster:
         world = self.world
         self._wait(FORM_LIMIT_S, "the cluster has not formed", self._at_home)
         begun = world.now
+        self.checks.calm = self.schedule.calm
         for step in self.schedule.steps:
             world.run_until(begun + step.at)
             if world.failure:
@@ -387,6 +388,21 @@ class Cluster:
 
     def one_way(self, a: str, b: str, seconds: float) -> None:
         self._cut([(a, b)], seconds)
+
+    def hears_some(self, who: str, mask: int, breaks: int, both: int, seconds: float) -> None:
+        """Reports of nodes that are not in the mask do not reach a controller; their streams break or fall silent."""
+        name = self._named(who).name
+        unheard = [node for k, node in enumerate(self.schedule.shape.nodes) if not mask >> k & 1]
+        self._cut([(n, name) for n in unheard] + [(name, n) for n in unheard if both], seconds)
+        for node in unheard if breaks and not self.healing else ():
+            self.net.reset(node, name)
+
+    def split(self, who: str, mask: int, seconds: float) -> None:
+        """A controller and some nodes on one side, the other nodes on the other; etcd and gateways reach both."""
+        nodes = self.schedule.shape.nodes
+        here = [self._named(who).name, *(n for k, n in enumerate(nodes) if mask >> k & 1)]
+        there = [n for n in nodes if n not in here]
+        self._cut([pair for a in here for b in there for pair in ((a, b), (b, a))], seconds)
 
     def deaf(self, name: str, seconds: float) -> None:
         """Nothing of what etcd says reaches a process; what it says arrives."""

@@ -29,6 +29,7 @@ from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.election import Election
 from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import Registration
+from controlplane.shell.hearing import tell_hearing
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.performer import Performer
 from controlplane.shell.registry import Registry
@@ -236,7 +237,9 @@ async def controller_main(process: Process, config: ClusterConfig) -> None:
     runtime = Runtime(controller, inbox, registry, performer, election)
     service = Service(config, me, Parts(controller, registry, client, history, cast(Any, None)))
     process.part = ControllerPart(controller, runtime, service)
-    await asyncio.gather(runtime.run(), performer.run(), registry.run(), runtime.campaign(), presence.run())
+    hearing = tell_hearing(client, keys, me, controller, presence)
+    jobs = runtime.run(), performer.run(), registry.run(), runtime.campaign(), presence.run(), hearing
+    await asyncio.gather(*jobs)
 
 
 # ---------------------------------------------------------------------------------- a gateway

@@ -12,8 +12,12 @@ from unittest import mock
 
 import numpy as np
 
+import controlplane.core.detector
 from controlplane.contract import schema
+from controlplane.contract.config import TimingConfig
+from controlplane.contract.status import NodeState
 from controlplane.contract.topology import Pipeline
+from controlplane.core.evidence import Evidence, judge
 from controlplane.etcd.election import Leadership
 from controlplane.etcd.register import Registration
 from controlplane.etcd.values import Compare
@@ -111,6 +115,20 @@ def no_position_check() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def no_second_kind() -> Iterator[None]:
+    """Who is not heard for long enough is dead, whatever else is known."""
+
+    def hasty(e: Evidence, timing: TimingConfig) -> tuple[NodeState, str]:
+        state, why = judge(e, timing)
+        if state is NodeState.YELLOW and not e.neighbour_hears and e.silent_s >= timing.dead_after_s:
+            return NodeState.RED, f"silent for {e.silent_s:.1f} s"
+        return state, why
+
+    with mock.patch.object(controlplane.core.detector, "judge", hasty):
+        yield
+
+
+@contextlib.contextmanager
 def no_fenced_names() -> Iterator[None]:
     """Whoever registers has the name, as if the other one were certainly dead."""
     with mock.patch.object(Registration, "_may_replace", return_value=True):
@@ -137,6 +155,7 @@ SAFEGUARDS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "watermark": no_watermark_rule,
     "checksum": no_checksums,
     "position": no_position_check,
+    "kinds": no_second_kind,
     "names": no_fenced_names,
     "schema": no_schema_check,
     "unknown": no_unknown_fields,

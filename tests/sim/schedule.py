@@ -41,11 +41,12 @@ class Schedule:
     shape: Shape
     steps: tuple[Step, ...]
     mild: bool  # one fault that has to be masked: no request may fail
+    calm: bool = False  # nobody dies: nobody may lose a duty either
 
     def only(self, kept: list[int]) -> Schedule:
         """The same run with some of its steps."""
         steps = tuple(self.steps[index] for index in kept)
-        return Schedule(self.seed, self.shape, steps, self.mild)
+        return Schedule(self.seed, self.shape, steps, self.mild, self.calm)
 
 
 # How often each kind of fault is drawn, besides those of chains.
@@ -57,6 +58,8 @@ WEIGHTS = {
     "pause": 2,
     "pause_process": 1,
     "isolate": 2,
+    "hears_some": 2,
+    "split": 1,
     "cut": 1,
     "one_way": 2,
     "flap": 1,
@@ -84,7 +87,15 @@ REFUSALS = ("space", "busy", "rights", "corrupt")
 SIZES = ((2, 1), (2, 2), (2, 2), (2, 2), (2, 2), (2, 3), (3, 1), (3, 2))
 
 
+# Enough nodes for not everybody to be everybody's neighbour: for what goes wrong where only some hear each other. One
+# seed of so many is such a run, and from the second number on each is.
+LARGE = ((2, 4), (2, 4), (3, 4))
+PARTIAL_EVERY, PARTIAL_FROM = 12, 10_000_000
+
+
 def generate(seed: int) -> Schedule:
+    if seed % PARTIAL_EVERY == PARTIAL_EVERY - 1 or seed >= PARTIAL_FROM:
+        return _partial(seed)
     chance = random.Random(f"schedule {seed}")
     instances, stages = chance.choice(SIZES)
     shape = Shape(
@@ -106,6 +117,47 @@ def generate(seed: int) -> Schedule:
         if chance.random() < 0.5:  # a second one lands inside recovery
             faults.append(_fault(chance, shape, at + chance.uniform(0.0, 0.4)))
     return Schedule(seed, shape, tuple(sorted((*steps, *faults), key=lambda step: step.at)), mild)
+
+
+def _partial(seed: int) -> Schedule:
+    """Controllers or nodes that hear only some: with nothing else, or with deaths meanwhile."""
+    chance = random.Random(f"partial {seed}")
+    instances, stages = chance.choice(LARGE)
+    shape = Shape(instances, stages, 0, chance.choice((1, 2, 2, 3)), chance.choice((1, 2)), 64, 2)
+    window_s = chance.uniform(0.6, 1.5)
+    steps = _requests(chance, shape, window_s)
+    at = chance.uniform(0.0, window_s)
+    calm = chance.random() < 0.5
+    faults = [_hears_some(chance, shape, at, chance.uniform(1.5, 7.0))]
+    if not calm:
+        if chance.random() < 0.5:
+            faults = [Step(at, "split", ("leader", _mask(chance, shape), chance.uniform(0.5, 6.0)))]
+        for _ in range(chance.randrange(1, 4)):
+            what = chance.choice(("kill", "kill", "pause", "cut"))
+            node, other = chance.sample(shape.nodes, 2)
+            args = {"kill": (node, 0.5), "pause": (node, 1.5), "cut": (node, other, 1.5)}[what]
+            faults.append(Step(at + chance.uniform(0.0, 4.0), what, args))
+    steps = sorted((*steps, *faults), key=lambda step: step.at)
+    return Schedule(seed, shape, tuple(steps), mild=calm, calm=calm)
+
+
+def _hears_some(chance: random.Random, shape: Shape, at: float, seconds: float) -> Step:
+    """The leader, or some controller, no longer hears all nodes; streams break at once, or fall silent."""
+    who = chance.choice(("leader", "leader", f"c{chance.randrange(shape.controllers) + 1}"))
+    return Step(
+        at, "hears_some", (who, _mask(chance, shape), chance.randrange(2), chance.randrange(2), seconds)
+    )
+
+
+def _mask(chance: random.Random, shape: Shape) -> int:
+    """Some of the nodes, as bits: one, a pipeline, a stage, any, all but one, nobody."""
+    count = len(shape.nodes)
+    every = (1 << count) - 1
+    first = chance.randrange(shape.instances) * shape.stages
+    pipeline = ((1 << shape.stages) - 1) << first
+    stage = sum(1 << k for k in range(chance.randrange(shape.stages), count, shape.stages))
+    one = 1 << chance.randrange(count)
+    return chance.choice((one, one, pipeline, stage, chance.randrange(every), every & ~one, 0))
 
 
 def _requests(chance: random.Random, shape: Shape, window_s: float) -> list[Step]:
@@ -209,6 +261,10 @@ def _fault(chance: random.Random, shape: Shape, at: float) -> Step:
             return Step(at, "pause", (chance.choice([*controllers, *gateways]), span))
         case "isolate":
             return Step(at, "isolate", (chance.choice(everybody), span))
+        case "hears_some":
+            return _hears_some(chance, shape, at, span)
+        case "split":
+            return Step(at, what, ("leader", _mask(chance, shape), span))
         case "cut" | "one_way":
             return Step(at, what, (chance.choice(everybody), chance.choice(everybody), span))
         case "flap":

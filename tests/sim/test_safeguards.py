@@ -17,6 +17,7 @@ NOTICED = {
     "guard": r"topology \d+ was written by c\d@\w+, but (c\d|nobody) leads",
     "watermark": r"counts \d+ tokens of \d+ on \S+ as safe, which has acknowledged \d+",
     "checksum": r"token \d+ at position \d+ instead of \d+",
+    "kinds": r"nobody died, and p\d changed",
     "names": r"was taken from \S+, which lives, by",
     "schema": r"went from schema \d to \d",
     "unknown": r"lost what newer code had written",

@@ -22,8 +22,9 @@ from controlplane.contract.auth import derive, load_secret
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.ids import Member
-from controlplane.contract.records import OperationKind, OperationState
+from controlplane.contract.records import Operation, OperationKind, OperationState, ProcessKind, Target
 from controlplane.contract.status import Check, NodeState, PipelineState
+from controlplane.kfadmin.group import stale
 from controlplane.kfadmin.main import app
 from controlplane.kfadmin.rundir import Endpoints, ProcessFile, RunDir, start_ticks
 from controlplane.kfadmin.up import demo_model, settings_of
@@ -356,6 +357,40 @@ def test_up_with_a_port_that_is_taken_or_no_model(tmp_path: Path) -> None:
     result = kfadmin("up", "--run-dir", str(tmp_path), "--model", str(tmp_path))
     assert result.exit_code == 1
     assert "config.json" in result.stderr
+
+
+def test_up_says_what_is_wrong_with_its_run_directory(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    blocked = tmp_path / "blocked"
+    (blocked / "logs").parent.mkdir()
+    (blocked / "logs").touch()  # a file in the place of a directory
+    for run_dir, why in (
+        ("/proc/nope", "No such file"),
+        (str(file), "File exists"),
+        (str(file / "x"), "Not a directory"),
+        (str(blocked), "File exists"),
+    ):
+        result = kfadmin("up", "--run-dir", run_dir, "--gateway-port", "0", "--admin-port", "0")
+        assert result.exit_code == 2, run_dir
+        assert f"cannot use the run directory {run_dir}" in result.stderr
+        assert why in result.stderr
+        assert "Traceback" not in result.stderr
+    assert kfadmin("down", "--run-dir", str(file / "x")).exit_code in (0, 1)
+
+
+def test_mixtures_are_shown(target: list[str], service: MemoryService) -> None:
+    assert "mixed" not in kfadmin("status", *target).stdout
+    nodes = [msgspec.structs.replace(node, version="1+a", settings="s") for node in service.cluster.nodes]
+    nodes[2] = msgspec.structs.replace(nodes[2], version="2+b")
+    service.cluster = msgspec.structs.replace(service.cluster, nodes=tuple(nodes))
+    said = kfadmin("status", *target).stdout
+    assert "mixed versions: 1+a in n0, n1, n3" in said
+    assert "2+b in n2" in said
+    assert "mixed settings" not in said
+    operation = Operation("o", OperationKind.RESTART, targets=(Target(ProcessKind.NODE, Member("n2", "x")),))
+    assert stale(service.cluster, operation, "2+b") == []
+    assert "n2 did not get the installed code" in stale(service.cluster, operation, "3+c")[0]
 
 
 def test_down_ends_what_a_killed_up_has_left(tmp_path: Path) -> None:

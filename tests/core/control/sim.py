@@ -87,6 +87,7 @@ class Sim:
     cores: dict[str, Controller] = field(default_factory=dict)
     peers: dict[str, Member] = field(default_factory=dict)  # controllers and gateways
     candidates: list[str] = field(default_factory=list)  # the leader first
+    heard: tuple[tuple[str, int], ...] = ()  # how many nodes each controller hears, as it has told
     messages: list[str] = field(default_factory=list)  # all that operations ever said
     led: list[str] = field(default_factory=list)  # who, one after the other
     _dead_since: dict[str, float] = field(default_factory=dict)
@@ -170,7 +171,7 @@ class Sim:
         found = sorted(self.peers.values())
         controllers = tuple(m for m in found if m.node in self.cores)
         gateways = tuple(m for m in found if m.node not in self.cores)
-        return PeersSeen(controllers, gateways, tuple(self.candidates))
+        return PeersSeen(controllers, gateways, tuple(self.candidates), self.heard)
 
     def kill_leader(self) -> None:
         """The process is gone, and a fresh candidate joins; the next one in line leads."""
@@ -331,6 +332,11 @@ class Sim:
             self._live(name, node)
         self._restart_retired()
         self.tell(events.Tick())
+        if self.etcd_up and round(self.now / STEP_S) % 5 == 0:  # shell/hearing.py
+            heard = tuple((name, core.hears) for name, core in sorted(self.cores.items()))
+            if heard != self.heard:
+                self.heard = heard
+                self.watch(self.peers_seen())
 
     def _restart_retired(self) -> None:
         """Controllers and gateways that the topology has retired exit; their supervisors start fresh ones."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controlplane.contract.ids import Member
 from controlplane.contract.requests import Sampling
 from dataplane.core.messages import Admit, Block, Fence, KvMeta, Ping, StepMeta, pack_rows
 from dataplane.core.request import pack_tokens, unpack_tokens
-from dataplane.transport.frames import BadFrame, decode, encode, join
+from dataplane.node import Node
+from dataplane.transport.frames import BadFrame, Buffer, ForeignFrame, decode, encode, join
 
 STEP = StepMeta(
     "p0",
@@ -42,6 +45,39 @@ def test_what_stays_in_memory_is_read_once_and_its_header_is_still_checked(at: i
     data[at] ^= flip
     with pytest.raises(BadFrame):
         decode(data)
+
+
+def other_version(part: int) -> bytearray:
+    data = bytearray(join(encode(STEP, b"activations")))
+    data[part] += 1
+    return data
+
+
+@pytest.mark.parametrize(("data", "foreign"), [
+    (other_version(0), True),
+    (other_version(2), True),
+    (other_version(40), False),
+    (b"KF", False),
+])  # fmt: skip
+def test_a_link_with_frames_of_another_version_is_closed(data: Buffer, foreign: bool) -> None:
+    """One that was damaged on its way is dropped, as the next one may be whole; of another version all are."""
+    with pytest.raises(BadFrame) as caught:
+        decode(data)
+    assert isinstance(caught.value, ForeignFrame) == foreign
+
+    refused: list[tuple[Member, str]] = []
+
+    class Transport:
+        def refuse(self, peer: Member, reason: str) -> None:
+            refused.append((peer, reason))
+
+    node: Any = object.__new__(Node)
+    node._transport, node._bad_frames = Transport(), 0
+    node._on_message(Member("n1", "a"), memoryview(data))
+    assert node._bad_frames == 1
+    assert [peer for peer, _ in refused] == [Member("n1", "a")] * foreign
+    if foreign:
+        assert "expected b'KF' version" in refused[0][1]
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
