@@ -141,13 +141,15 @@ def _relate(schemas: dict[str, Schema], model: Model) -> None:
         {"properties": {"prompt": null, "messages": {"type": "array"}}, "required": ["messages"]},
     ]
     schemas["Message"]["properties"]["role"] = {"enum": list(ROLES)}
+    zeros = 9 - len(str(model.vocab_size))  # that may stand before
+    below = f"^0{{0,{zeros}}}(?:{_below(model.vocab_size)})$"
     for name in ("CompletionRequest", "ChatRequest"):
         properties = schemas[name]["properties"]
         _items(properties["stop_token_ids"], model.vocab_size - 1)
         del properties["min_tokens"]  # no schema can say that it is at most max_tokens: the description does
         for branch in properties["logit_bias"]["anyOf"]:
             if branch.get("type") == "object":
-                branch["propertyNames"] = {"pattern": f"^0*(?:{_below(model.vocab_size)})$"}
+                branch["propertyNames"] = {"pattern": below}
                 branch["additionalProperties"] |= {"minimum": -BIAS_MAX, "maximum": BIAS_MAX}
     prompt = schemas["CompletionRequest"]["properties"]["prompt"]
     _items(prompt, model.vocab_size - 1)
@@ -208,8 +210,8 @@ def _schemas(model: Model, priority_floor: int) -> dict[str, Schema]:
                 branch["minimum"] = priority_floor
     for name in ("CompletionRequest", "ChatRequest"):
         schemas[name]["description"] = (
-            f"Prompt and output together have at most {model.max_model_len} tokens. There is also min_tokens, an integer"
-            " from 0 to max_tokens: before so many tokens nothing stops the output."
+            f"Prompt and output together have at most {model.max_model_len} tokens. There is also min_tokens, an"
+            " integer from 0 to max_tokens: before so many tokens nothing stops the output."
         )
     for holder, name in (
         ("CompletionRequest", "max_tokens"),
