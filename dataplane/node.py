@@ -421,4 +421,5 @@ def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> Stag
         device=place.device,
         threads=engine.threads,
         attention=engine.attention,
+        digest_file=Path(config.run_dir) / "digests" / f"stage{stage}of{config.stages}.json",
     )
