@@ -1,4 +1,4 @@
-"""The server end of reports: who is cut off when, if a host's relay speaks for its nodes and they may speak themselves."""
+"""The server end of reports: who is cut off when, if a host's relay speaks for its nodes, and they may as well."""
 
 from __future__ import annotations
 
@@ -113,10 +113,7 @@ def test_a_sender_that_breaks_the_protocol_is_refused(batch: ReportBatch) -> Non
     async def body(stage: Stage) -> None:
         async with stage.sender() as own:
             await own.write(batch)
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                while await own.read() is not grpc.aio.EOF:
-                    pass
-            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert await own.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert stage.server.refused == 1
 
     on_stage(body)
