@@ -10,7 +10,7 @@
     GET    /admin/v1/operations              {"operations": [Operation]}
     POST   /admin/v1/operations              OperationRequest -> OperationAnswer; 409: refused
     DELETE /admin/v1/operations/{id}         cancel -> Operation
-    GET    /admin/v1/stream?after=           server-sent events: "status", "events", "history"
+    GET    /admin/v1/stream?after=           server-sent events: "status", "difference", "events", "history"
 
 Errors are `{"error": {"message", "code"}}`; 503 means that etcd or the database is away, try again.
 """
