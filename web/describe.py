@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 Schema = dict[str, Any]
@@ -30,6 +31,13 @@ WORDS = {
     431: "the head of the request is too long",
     501: "a Transfer-Encoding other than chunked",
 }
+
+
+def package_version() -> str:
+    try:
+        return version("kevlarflow")
+    except PackageNotFoundError:
+        return "0"
 
 
 @dataclass(frozen=True, slots=True)
