@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench import map as measured
+from bench import sampling
 from bench.contract import Result
 from bench.map import BATCHES, PROMPT, Case, Plan, every_model
 
@@ -22,4 +23,7 @@ def run(quick: bool, device: str = "cpu", only: frozenset[str] = frozenset()) ->
         only=only,
         mixed=True,
     )
-    return measured.run(plan)
+    result = measured.run(plan)
+    if device == "cpu" and (not only or "node" in only):
+        sampling.measure(result)
+    return result

@@ -39,13 +39,16 @@ class FrontDoor:
         token = derive(load_secret(cluster.config.secret_file), "grpc")
         self._metadata = (("authorization", f"Bearer {token}"),)
 
-    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> Answer:
-        """Greedy, all prompts at once, exactly `tokens` for each. Times from when all was sent. Raises NotServed."""
-        return asyncio.run(self._generate(prompts, tokens))
+    def generate(
+        self, prompts: Sequence[Sequence[int]], tokens: int, sampling: Sampling | None = None
+    ) -> Answer:
+        """All prompts at once, exactly `tokens` for each, greedy unless `sampling` says otherwise. Times from when all
+        was sent. Raises NotServed."""
+        return asyncio.run(self._generate(prompts, tokens, sampling))
 
-    def submit(self, prompt: Sequence[int], tokens: int) -> Submit:
-        """A question: greedy, exactly `tokens`."""
-        sampling = Sampling(max_tokens=tokens, seed=1, temperature=0.0)
+    def submit(self, prompt: Sequence[int], tokens: int, sampling: Sampling | None = None) -> Submit:
+        """A question: exactly `tokens`, greedy unless `sampling` says otherwise."""
+        sampling = sampling or Sampling(max_tokens=tokens, seed=1, temperature=0.0)
         return Submit(new_rid(), self._pipeline, tuple(prompt), sampling)
 
     async def answers(self, questions: AsyncIterator[GatewayMessage]) -> AsyncGenerator[tuple[float, Token]]:
@@ -71,8 +74,10 @@ class FrontDoor:
             finally:
                 call.cancel()
 
-    async def _generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> Answer:
-        submits = [self.submit(prompt, tokens) for prompt in prompts]
+    async def _generate(
+        self, prompts: Sequence[Sequence[int]], tokens: int, sampling: Sampling | None
+    ) -> Answer:
+        submits = [self.submit(prompt, tokens, sampling) for prompt in prompts]
         rows = {submit.rid: row for row, submit in enumerate(submits)}
         answer = Answer([[] for _ in prompts], [[] for _ in prompts])
         missing = len(prompts)

@@ -1,7 +1,8 @@
 """The measured map: every engine on this machine at the same work, in rounds, so that a drift of the machine hits all.
 
-All have the same checkpoint and dtype, the same threads, prompts of the same token ids (never twice, so that nothing is
-cached), greedy choice, and the same number of tokens whatever they are.
+All have the same model and threads, prompts of the same token ids (never twice, so that nothing is cached), greedy
+choice, and the same number of tokens whatever they are. A peer has the precision that is the fastest for it here
+(settings: peer_precisions).
 *Decode* counts the tokens from the moment that every stream has its first until the first of them ends: all decode
 together all that time. *Prefill* is prompt tokens over the time until the last stream has its first token.
 The machine must be otherwise idle ("load_1m_at_start" tells): engines whose threads wait for each other busily lose far
@@ -129,7 +130,8 @@ def _measure_model(plan: Plan, model: str, dtype: Dtype, result: Result, begun: 
     )
     label = f"_{model}_{dtype}" if (model, dtype) != ("S", "bfloat16") else ""
     absent: dict[str, str] = {}
-    with started(setup, plan.wanted, absent) as systems:
+    tried: dict[str, dict[str, float | str]] = {}
+    with started(setup, plan.wanted, absent, _precisions(plan, model, dtype), tried) as systems:
         rates, agreement = _rounds(plan, systems, MODELS[model].vocab_size, absent, begun)
         for name, system in systems.items():
             into = "metrics" if name in OURS else "baseline"
@@ -140,6 +142,7 @@ def _measure_model(plan: Plan, model: str, dtype: Dtype, result: Result, begun: 
                 if plan.mixed:
                     _measure_mixed(result, name, system, MODELS[model].vocab_size, label)
     result.absent.update({f"{name}{label}": reason for name, reason in absent.items()})
+    result.settings[f"peer_precisions{label}"] = tried  # seconds of a probe, the fastest was measured
     if dtype == "float32":  # in bfloat16 random weights amplify roundings until engines say different things
         result.baseline.update(
             {f"{name}_same_first_token{label}": share for name, share in agreement.items()}
@@ -147,6 +150,15 @@ def _measure_model(plan: Plan, model: str, dtype: Dtype, result: Result, begun: 
     for case in plan.cases:
         _record(result, case, rates, label)
     _limits(result, plan.device, dtype, weight_bytes(path), label)
+
+
+def _precisions(plan: Plan, model: str, dtype: Dtype) -> dict[str, str]:
+    """Checkpoints that a peer may choose from: of bfloat16 weights also the float32 ones, since what is fastest differs
+    from engine to engine and from processor to processor. Who asks for float32 gets no less."""
+    kinds: tuple[Dtype, ...] = (
+        (dtype, "float32") if dtype == "bfloat16" and plan.device == "cpu" else (dtype,)
+    )
+    return {kind: str(checkpoint(model, kind)) for kind in kinds}
 
 
 def _rounds(

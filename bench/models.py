@@ -1,7 +1,7 @@
 """The models that benches run: Llama checkpoints of random weights, in a cache directory, made when first asked for.
 
-T is small enough that everything but arithmetic shows; S (110 M parameters) is bound by memory and matrix products; K
-has much KV for its size. The
+T is small enough that everything but arithmetic shows; V is smaller yet and has Llama-3's vocabulary; S (110 M
+parameters) is bound by memory and matrix products; K has much KV for its size. The
 weights come from a seed, so every machine measures the same model. They are normal with a standard deviation of 0.02,
 as models are initialised, but for queries and keys: attention that looks at all positions alike makes a model of random
 weights say one token for ever; with scores of a standard deviation of about 6 it says another one nearly every time.
@@ -27,6 +27,7 @@ Dtype = Literal["float32", "bfloat16"]
 MAX_POSITIONS = 4096
 SEED = 20
 WEIGHT_STD = 0.02
+LLAMA3_VOCAB = 128256
 QUERY_STD = 2.5  # of the values of queries and keys
 FORMAT = 2  # in the directory's name: raise it when a change below makes other files
 
@@ -50,6 +51,7 @@ MODELS = {
     "K": Shape(
         128, 16, 16, 16, 256, 1024, 128
     ),  # many heads: 256 KB of KV a token in float32, and little to compute
+    "V": Shape(256, 4, 8, 4, 768, LLAMA3_VOCAB, 32),
 }
 
 

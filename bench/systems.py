@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from controlplane.kfadmin.local import LocalCluster
 OURS = {"node": 1, "pipeline4": 4}  # stages
 BLOCK_SIZE = 16
 CUDA_PEERS = ("transformers",)
+PROBE_ROWS, PROBE_PROMPT, PROBE_TOKENS = 8, 32, 24
 
 
 class System(Protocol):
@@ -60,9 +61,15 @@ class OurSystem:
 
 @contextmanager
 def started(
-    setup: Setup, wanted: Callable[[str], bool], absent: dict[str, str]
+    setup: Setup,
+    wanted: Callable[[str], bool],
+    absent: dict[str, str],
+    precisions: Mapping[str, str] | None = None,
+    tried: dict[str, dict[str, float | str]] | None = None,
 ) -> Iterator[dict[str, System]]:
-    """Every system that is wanted and can run, by name; the reasons of the others go into `absent`."""
+    """Every system that is wanted and can run, by name; the reasons of the others go into `absent`. Peers may choose
+    among `precisions` (see fastest_peer; without it they have the setup's), ours has the setup's."""
+    precisions, tried = precisions or {setup.dtype: setup.model}, {} if tried is None else tried
     kinds = [k for k in PEERS if wanted(k.name) and (setup.device == "cpu" or k.name in CUDA_PEERS)]
     systems: dict[str, System] = {}
     with ExitStack() as stack:
@@ -71,7 +78,7 @@ def started(
                 systems[name] = stack.enter_context(_ours(name, stages, setup))
         for kind in kinds:
             try:
-                systems[kind.name] = stack.enter_context(_peer(kind, setup))
+                systems[kind.name] = stack.enter_context(fastest_peer(kind, setup, precisions, tried))
             except PeerAbsent as error:
                 absent[kind.name] = str(error)
                 progress(f"absent: {kind.name}: {error}")
@@ -98,6 +105,44 @@ def _ours(name: str, stages: int, setup: Setup) -> Iterator[OurSystem]:
             yield system
     except KevlarFlowError as error:
         raise RuntimeError(f"our own {name} could not be measured: {error}") from error
+
+
+@contextmanager
+def fastest_peer(
+    kind: Kind, setup: Setup, precisions: Mapping[str, str], tried: dict[str, dict[str, float | str]]
+) -> Iterator[PeerProcess]:
+    """The peer in the precision in which it decodes fastest here, of those that it runs in at all. `precisions`: the
+    same weights' checkpoint by dtype. What was found goes to `tried`: seconds of a probe, or why there are none.
+
+    Raises PeerAbsent if it runs in none."""
+    found = tried.setdefault(kind.name, {})
+    setups = {dtype: replace(setup, dtype=dtype, model=model) for dtype, model in precisions.items()}
+    if len(setups) > 1:
+        for dtype, one in setups.items():
+            try:
+                with _peer(kind, one) as peer:
+                    found[dtype] = probe_s(peer, one)
+            except PeerAbsent as error:
+                found[dtype] = str(error)
+        seconds = {dtype: value for dtype, value in found.items() if isinstance(value, float)}
+        if not seconds:
+            raise PeerAbsent("; ".join(f"{dtype}: {reason}" for dtype, reason in found.items()))
+        best = min(seconds, key=lambda dtype: seconds[dtype])
+        progress(f"{kind.name}: {best} is the fastest: {found}")
+        setups = {best: setups[best]}
+    with _peer(kind, *setups.values()) as peer:
+        yield peer
+
+
+def probe_s(system: System, setup: Setup) -> float:
+    """Seconds of some decode steps of a small batch, the better of two times."""
+    rows = min(PROBE_ROWS, setup.batch_max)
+    prompts = [[3 + row, *range(3, 3 + PROBE_PROMPT)] for row in range(rows)]
+    seconds = []
+    for _ in range(2):
+        times = system.generate(prompts, PROBE_TOKENS).times
+        seconds.append(max(row[-1] for row in times) - min(row[0] for row in times))
+    return min(seconds)
 
 
 @contextmanager

@@ -12,11 +12,12 @@ from dataplane._fast.blocktable import StepArrays
 from dataplane.core import activations
 from dataplane.kvcache import KVCache
 from dataplane.model.config import ModelConfig, ModelDtype, load_config
+from dataplane.model.digests import digest_once, identities
 from dataplane.model.errors import ModelError
 from dataplane.model.layers import build_layer
 from dataplane.model.rotary import RotaryTable
 from dataplane.model.split import split_layers
-from dataplane.model.weights import EMBED, HEAD, NORM, load_weights, weights_digest
+from dataplane.model.weights import EMBED, HEAD, NORM, load_weights, stage_files, stage_shapes, weights_digest
 from dataplane.numerics import device_kind, numerics_of
 from kernels.base import DTYPES, Head, StageKernels, StageSpec
 from kernels.cpu._native import Team
@@ -57,6 +58,7 @@ class StageExecutor:
         device: str = "cpu",
         threads: int = 1,
         attention: Literal["exact", "xformers"] = "exact",
+        digest_file: Path | None = None,
     ) -> None:
         self.config: ModelConfig = load_config(model_dir)
         c = self.config
@@ -88,8 +90,9 @@ class StageExecutor:
         kind = DTYPES[self.dtype]
         # Weights are packed into memory of the kernels'; the mapping of the files ends with this constructor, except
         # for the embedding, of which a step reads a few rows.
+        seen = identities(stage_files(model_dir, list(stage_shapes(c, self.layers))))
         weights = load_weights(model_dir, c, self.layers)
-        self.weights_digest: str = weights_digest(weights)
+        self.weights_digest: str = digest_once(lambda: weights_digest(weights), weights, seen, digest_file)
         with torch.inference_mode():
             embed = weights[EMBED].to(kind) if self.is_first else None
             head = None

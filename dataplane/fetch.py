@@ -36,6 +36,7 @@ from dataplane.model.config import load_config
 from dataplane.model.errors import ModelError
 from dataplane.model.split import split_layers
 from dataplane.model.weights import SINGLE, load_weights, weights_digest
+from dataplane.shelf import tidy, use
 from dataplane.weights_service import CHUNK_BYTES, FETCH, Ask, Chunk, Manifest, checksum, decode_answer
 from dataplane.world import World
 
@@ -67,11 +68,14 @@ async def _provision(config: ClusterConfig, node: NodeId, stage: int) -> Path:
     if not peers:
         return _kept(config, shelf, stage)
     digest = peers[0].weights_digest
-    target = shelf / f"{_prefix(config, stage)}{digest[:16]}"
+    prefix = _prefix(config, stage)
+    target = shelf / f"{prefix}{digest[:16]}"
     shelf.mkdir(mode=0o700, parents=True, exist_ok=True)
-    async with _lock(target.with_suffix(".lock")):
+    async with _lock(shelf / f"{prefix}fetch.lock"):
         if not target.is_dir():
             await _fetch(config, peers, target)
+        use(target)
+        await asyncio.to_thread(tidy, shelf, target, prefix)
     return target
 
 
@@ -87,7 +91,9 @@ def _kept(config: ClusterConfig, shelf: Path, stage: int) -> Path:
             f"{config.model} has no checkpoint for stage {stage} of {config.stages}, and no node that has one is "
             "registered: copy the checkpoint there, or start a node that has it first"
         )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    use(newest)
+    return newest
 
 
 async def find_peers(config: ClusterConfig, node: NodeId, stage: int) -> list[NodeRecord]:

@@ -11,7 +11,7 @@ Files in the run directory:
                       started again adopts the nodes it finds there, and they never notice.
                       So does one that got SIGHUP: it ends and leaves its nodes running; SIGTERM and SIGINT end them.
     hold/NODE         while this empty file exists the node is not (re)started
-    logs/NODE.log     stdout and stderr of the node, appended
+    logs/NODE.log     stdout and stderr of the node, appended; NODE.log.1 is what was there before it grew too large
 
 In mode stop-restart (the baseline) nodes are started as cold processes instead of forks, and restarts wait
 `timing.reload_s` first.
@@ -43,11 +43,12 @@ import structlog
 
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
-from controlplane.contract.logs import configure_logging
+from controlplane.contract.logs import LOG_LOOK_S, bound_logs, configure_logging
 from controlplane.contract.process import raise_descriptor_limit
 from controlplane.contract.topology import Mode
 from controlplane.contract.version import code_version
 from controlplane.etcd.errors import NameTaken
+from dataplane.accelerators import Place, assign, count_devices
 from dataplane.installed import Installed
 
 TARGET = "dataplane.main:run_node"
@@ -59,7 +60,7 @@ STOP_GRACE_S = 3.0
 LOCK_WAIT_S = 3.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-RunNode = Callable[[ClusterConfig, str], None]
+RunNode = Callable[..., None]  # settings and name, and a GPU's place where there is one
 
 
 class NodeFile(msgspec.Struct, frozen=True):
@@ -135,10 +136,12 @@ class Launcher:
         self._log = structlog.get_logger()
         self._selector = selectors.DefaultSelector()
         self._wake, self._wake_write = socket.socketpair()
+        self._look_at = 0.0  # at the logs' sizes
         self._stopping = False
         self._leaving = False  # SIGHUP: the nodes run on, and the next launcher adopts them
         self._cold = config.mode is Mode.STOP_RESTART
         self._run_node: RunNode | None = None
+        self._places: dict[str, Place] = {}
         self._installed = Installed(self._config_path, config)
 
     def run(self) -> None:
@@ -147,6 +150,9 @@ class Launcher:
             (self._run_dir / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._only_one():
             self._catch_signals()
+            if self._config.engine.device == "cuda":
+                self._places = assign(list(self._slots), count_devices())
+                self._log.info("devices", **{node: place.device for node, place in self._places.items()})
             for slot in self._slots.values():
                 self._adopt(slot)
             if not self._cold:
@@ -168,8 +174,11 @@ class Launcher:
 
     def _wait(self) -> None:
         idle = [slot.due for slot in self._slots.values() if slot.fd < 0]
-        timeout = max(0.0, min(idle) - time.monotonic()) if idle else None
-        self._handle(self._selector.select(timeout))
+        due = min(*idle, self._look_at) if idle else self._look_at
+        self._handle(self._selector.select(max(0.0, due - time.monotonic())))
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + LOG_LOOK_S
+            bound_logs(self._run_dir / "logs" / f"{node}.log" for node in self._slots)
 
     def _handle(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
         for key, _ in ready:
@@ -327,7 +336,8 @@ class Launcher:
             os.close(self._lock.fileno())  # closed, not unlocked: the lock stays the launcher's
             structlog.reset_defaults()
             assert self._run_node is not None
-            self._run_node(self._config, node)
+            place = {"place": self._places[node]} if self._places else {}
+            self._run_node(self._config, node, **place)
             status = 0
         except SystemExit as exit_:
             status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
@@ -343,6 +353,8 @@ class Launcher:
 
     def _spawn_cold(self, node: str, log: IO[bytes]) -> int:
         command = [sys.executable, "-m", "dataplane.main", "--config", str(self._config_path), "--node", node]
+        if place := self._places.get(node):
+            command += ["--device", place.device, "--device-share", str(place.share)]
         if self._target != TARGET:
             call = f"preload({self._target!r})(load_config(Path({str(self._config_path)!r})), {node!r})"
             code = f"from dataplane.launcher import Path, load_config, preload; {call}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from controlplane.backoff import Backoff
 from controlplane.contract import rpc
 from controlplane.contract.ids import Member
 from controlplane.contract.records import ControllerRecord
@@ -100,7 +101,7 @@ class Reporter:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, name: str, address: str) -> None:
-        delay_s = BACKOFF_FIRST_S
+        backoff = Backoff(BACKOFF_FIRST_S, BACKOFF_MAX_S)
         await asyncio.sleep(0)  # let set_controllers store our line first
         while True:
             line = self._lines[name]
@@ -113,7 +114,7 @@ class Reporter:
                         response_deserializer=rpc.decode_ack,
                     )(self._batches(line), metadata=(("authorization", f"Bearer {self._token}"),))
                     async for _ in call:
-                        delay_s = BACKOFF_FIRST_S
+                        backoff.succeeded()
             except grpc.aio.AioRpcError as error:
                 log.debug("reports to %s: %s", name, error.code())
             except asyncio.CancelledError:
@@ -123,8 +124,7 @@ class Reporter:
                 # grpc.aio cancels the call, and so this task, when a report could not be made or encoded. To
                 # end here would be to fall silent, which controllers take for death.
                 log.warning("the stream of reports to %s broke off: a report could not be made", name)
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, BACKOFF_MAX_S)
+            await backoff.pause()
 
     async def _batches(self, line: _Line) -> AsyncIterator[ReportBatch]:
         while True:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.schema import SCHEMA
 
 
 class LinkReport(msgspec.Struct, frozen=True):
@@ -108,6 +109,17 @@ class ReportBatch(msgspec.Struct, frozen=True, array_like=True):
     ] = ()  # slots of members that are heard and whose last report on this stream still holds
     gone: tuple[int, ...] = ()  # slots of members whose own stream to the sender broke
     relay: bool = False  # the sender is no node: its end says nothing of those that it spoke for
+    schema: int = SCHEMA
+
+
+class ReportHeader(msgspec.Struct, frozen=True, array_like=True):
+    """What can be read of any batch, whatever newer code has changed in its reports."""
+
+    reports: msgspec.Raw = msgspec.Raw()
+    beats: msgspec.Raw = msgspec.Raw()
+    gone: msgspec.Raw = msgspec.Raw()
+    relay: bool = False
+    schema: int = 1
 
 
 class ReportAck(msgspec.Struct, frozen=True):

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import msgspec
 
-from controlplane.contract.reports import ReportAck, ReportBatch
+from controlplane.contract.reports import ReportAck, ReportBatch, ReportHeader
 from controlplane.contract.requests import GatewayMessage, SchedulerMessage
 
 FRONTDOOR = "kevlarflow.Frontdoor"
@@ -28,6 +28,7 @@ encode = msgspec.msgpack.Encoder().encode
 decode_gateway_message = msgspec.msgpack.Decoder(GatewayMessage).decode
 decode_scheduler_message = msgspec.msgpack.Decoder(SchedulerMessage).decode
 decode_reports = msgspec.msgpack.Decoder(ReportBatch).decode
+decode_header = msgspec.msgpack.Decoder(ReportHeader).decode  # of a batch of reports
 decode_ack = msgspec.msgpack.Decoder(ReportAck).decode
 
 

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from controlplane.backoff import Backoff
 from controlplane.contract.errors import ConfigError, Unavailable
 from controlplane.contract.events import Event
 from controlplane.history.store import Audit, HistoryStore
@@ -18,7 +19,8 @@ log = structlog.get_logger()
 QUEUE_LEN_MAX = 4096
 BATCH_LEN_MAX = 256
 CALL_LIMIT_S = 10.0
-BACKOFF_S_MAX = 5.0
+BACKOFF_FIRST_S = 0.2
+BACKOFF_MAX_S = 5.0
 KEEP_ROWS = 100_000
 PRUNE_EVERY_ROWS = 5_000
 
@@ -99,7 +101,7 @@ class HistoryWriter:
 
     async def _retry(self, action: Callable[[], Awaitable[None]]) -> None:
         """Run `action` until it succeeds: history is worth waiting for as long as nobody waits for it."""
-        backoff_s = 0.2
+        backoff = Backoff(BACKOFF_FIRST_S, BACKOFF_MAX_S)
         while True:
             try:
                 async with asyncio.timeout(CALL_LIMIT_S):
@@ -115,5 +117,4 @@ class HistoryWriter:
                     waiting=len(self._queue),
                     dropped=self.dropped,
                 )
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(backoff_s * 2, BACKOFF_S_MAX)
+            await backoff.pause()

@@ -16,9 +16,11 @@ import msgspec
 import structlog
 
 from controlplane.contract import rpc
+from controlplane.contract.address import join
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.ids import Member
 from controlplane.contract.reports import ReportAck, ReportBatch
+from controlplane.contract.schema import SCHEMA
 from controlplane.core.events import HeartbeatsReceived, ReportReceived, ReportStreamBroken
 from controlplane.shell.inbox import Inbox
 
@@ -63,6 +65,7 @@ class ReportServer:
         self.beats = 0
         self.batches = 0
         self.refused = 0
+        self.unread = 0  # batches of newer code
         self._token = token
         self._inbox = inbox
         self._carried_s = CARRIED_BEATS * heartbeat_s
@@ -75,14 +78,14 @@ class ReportServer:
         """Members that some stream speaks for."""
         return len(self._carriers)
 
-    async def start(self, host: str) -> str:
-        """Begin to listen on a free port; the address."""
+    async def start(self, host: str, advertise: str = "") -> str:
+        """Begin to listen on a free port; the address, with the host that others connect to."""
         self._server = grpc.aio.server(options=OPTIONS)
         handler = rpc.stream_handler(rpc.CONTROL, "Report", self._report, None)
         self._server.add_generic_rpc_handlers((handler,))
-        port = self._server.add_insecure_port(f"{host}:0")
+        port = self._server.add_insecure_port(join(host, 0))
         await self._server.start()
-        return f"{host}:{port}"
+        return join(advertise or host, port)
 
     async def stop(self) -> None:
         """Cut every stream; no event comes of it."""
@@ -118,7 +121,8 @@ class ReportServer:
         try:
             batch: ReportBatch = rpc.decode_reports(message)
         except msgspec.MsgspecError as error:
-            raise _Refused(f"not a ReportBatch: {error}") from error
+            await self._take_unread(stream, message, error)
+            return
         self.batches += 1
         stream.heard, stream.relay = time.monotonic(), batch.relay
         for slot, report in batch.reports:
@@ -138,6 +142,19 @@ class ReportServer:
             if member is not None:
                 del stream.slots[member]
                 self._drop(member, stream)
+
+    async def _take_unread(self, stream: _Stream, message: bytes, error: msgspec.MsgspecError) -> None:
+        """A batch of newer code cannot be read, but whoever it speaks for is heard. Raises _Refused for junk."""
+        try:
+            schema = rpc.decode_header(message).schema
+        except msgspec.MsgspecError:
+            schema = 0
+        if schema <= SCHEMA:
+            raise _Refused(f"not a ReportBatch: {error}") from error
+        self.unread += 1
+        stream.heard = time.monotonic()
+        if stream.members:
+            await self._inbox.put(HeartbeatsReceived(tuple(stream.members.values())))
 
     def _carry(self, stream: _Stream, slot: int, member: Member) -> None:
         if slot in stream.members:

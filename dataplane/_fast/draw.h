@@ -152,10 +152,12 @@ static int64_t kf_draw(const kf_row *row, const float *x, int64_t best, const kf
             s->passes->weigh(x + i, i + KF_BLOCK < n ? KF_BLOCK : n - i, x[best], scale, 0.0, s->weights + i, &sum);
         return i + kf_in_block(s->weights + i, pick);
     }
-    const int64_t least = top_k ? kf_top_k_floor(s, row->top_k) : kf_top_p_floor(s, row->top_p, total);
-    int64_t count = s->passes->keep(s->weights, n, least, s->kept);
-    if (top_k)
+    int64_t count;
+    if (top_k) {
+        count = s->passes->keep(s->weights, n, kf_top_k_floor(s, row->top_k), s->kept);
         count = kf_top_k(s, count, row->top_k, &total);
+    } else
+        count = kf_top_p_keep(s, row->top_p, total);
     if (top_p)
         kf_top_p(s, count, row->top_p, &total);
     pick = (int64_t)(noise * (uint64_t)total >> 53);

@@ -216,6 +216,26 @@ static int64_t kf_top_p_floor(const kf_scratch *s, double top_p, int64_t total)
     return light > 1.0 ? (int64_t)light : 1;
 }
 
+#define KF_SAMPLE 64 /* of each block, in the guess below */
+
+/* A heavier floor, guessed from a part of each block: about half of what top-p leaves out weighs less. It may be too heavy:
+ * then those that reach it do not bring top-p together. */
+static int64_t kf_top_p_guess(const kf_scratch *s, double top_p, int64_t total, int64_t least)
+{
+    int64_t count = 0, sum = 0;
+    for (int64_t b = 0; b + KF_SAMPLE <= s->vocab; b += KF_BLOCK)
+        for (int64_t i = b; i < b + KF_SAMPLE; i++) {
+            const int64_t weight = s->weights[i];
+            s->list[count] = (int32_t)i;
+            count += weight >= least;
+            sum += weight & -(int64_t)(weight >= least);
+        }
+    const double light = (1.0 - top_p) * (double)total * KF_SAMPLE / (2.0 * KF_BLOCK);
+    if (light >= (double)sum)
+        return least;
+    return kf_select(s->weights, s->list, count, sum - (int64_t)light, 1, s->buckets).weight;
+}
+
 /* Keeps what is heavier than the cut, and of those as heavy as it the first, until they bring `rest`. */
 static int64_t kf_apply(const kf_scratch *s, int64_t count, kf_cut cut, int64_t *total)
 {
@@ -244,11 +264,32 @@ static int64_t kf_top_k(const kf_scratch *s, int64_t count, int64_t top_k, int64
     return kf_apply(s, count, cut, total);
 }
 
+/* What is to be reached of a total. */
+static int64_t kf_top_p_target(double top_p, int64_t total)
+{
+    const double wanted = ceil(top_p * (double)total);
+    return wanted < 1.0 ? 1 : wanted < (double)total ? (int64_t)wanted : total;
+}
+
+/* Tokens among which are all that top-p wants of the whole vocabulary: to s->kept, ascending. */
+static int64_t kf_top_p_keep(const kf_scratch *s, double top_p, int64_t total)
+{
+    const int64_t least = kf_top_p_floor(s, top_p, total), guess = kf_top_p_guess(s, top_p, total, least);
+    if (guess > least) {
+        const int64_t count = s->passes->keep(s->weights, s->vocab, guess, s->kept);
+        int64_t sum = 0;
+        for (int64_t i = 0; i < count; i++)
+            sum += s->weights[s->kept[i]];
+        if (sum >= kf_top_p_target(top_p, total))
+            return count;
+    }
+    return s->passes->keep(s->weights, s->vocab, least, s->kept);
+}
+
 /* The fewest of the heaviest whose share of *total reaches top_p, at least one; of equals the first. */
 static int64_t kf_top_p(const kf_scratch *s, int64_t count, double top_p, int64_t *total)
 {
-    const double wanted = ceil(top_p * (double)*total);
-    const int64_t target = wanted < 1.0 ? 1 : wanted < (double)*total ? (int64_t)wanted : *total;
+    const int64_t target = kf_top_p_target(top_p, *total);
     memcpy(s->list, s->kept, (size_t)count * sizeof(int32_t));
     return kf_apply(s, count, kf_select(s->weights, s->list, count, target, 1, s->buckets), total);
 }

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import structlog
 
+from controlplane.backoff import Backoff
+from controlplane.contract.address import join, port_of
 from controlplane.contract.ids import Member, NodeId
 
 from .base import OnLinkDown, OnLinkUp, OnMessage, Part, TransportConfig, TransportStats
@@ -101,6 +103,8 @@ class LinkTransport:
         for driver in dict.fromkeys(self._drivers.values()):
             port = 0 if offers else self._config.port
             offers |= await driver.start(self, self._config.host, port)
+        if self._config.advertise:
+            offers = {kind: self._advertised(kind, where) for kind, where in offers.items()}
         return ",".join(f"{kind}={where}" for kind, where in offers.items())
 
     def connect(self, peer: Member, address: str) -> None:
@@ -162,6 +166,9 @@ class LinkTransport:
     def queued_total(self) -> int:
         return sum(d.link.endpoint.queued_bytes for d in self._dials.values() if d.link is not None)
 
+    def _advertised(self, kind: str, where: str) -> str:
+        return where if kind == "local" else join(self._config.advertise, port_of(where))
+
     async def close(self) -> None:
         if not self._running:
             return
@@ -181,7 +188,7 @@ class LinkTransport:
     async def _keep(self, dial: _Dial) -> None:
         """Opens the link, waits until it ends, and again; at once only after one that lasted."""
         config = self._config
-        delay_s = config.retry_min_s
+        backoff = Backoff(config.retry_min_s, config.retry_max_s)
         while True:
             if await self._open(dial):
                 opened_at, dial.attempts = self._loop.time(), 0
@@ -189,9 +196,8 @@ class LinkTransport:
                 assert dial.link is not None
                 await dial.link.down.wait()
                 if self._loop.time() - opened_at >= config.retry_max_s:
-                    delay_s = config.retry_min_s
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, config.retry_max_s)
+                    backoff.succeeded()
+            await backoff.pause()
 
     def _routes(self, address: str) -> list[tuple[Driver, str, str]]:
         """The ways that both sides know, best first. Raises ValueError if there is none."""

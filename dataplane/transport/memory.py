@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from controlplane.backoff import Backoff
 from controlplane.contract.ids import Member, NodeId
 
 from .base import OnLinkDown, OnLinkUp, OnMessage, Part, TransportConfig, TransportStats
@@ -33,7 +34,7 @@ class _Link:
 class _Dial:
     peer: Member
     address: str
-    delay_s: float
+    backoff: Backoff
     link: _Link | None = None
     timer: asyncio.Handle | None = None
 
@@ -129,7 +130,9 @@ class MemoryTransport:
         if dial is not None and dial.peer == peer and dial.address == address:
             return
         self.disconnect(peer.node)
-        dial = self._dials[peer.node] = _Dial(peer, address, self.config.retry_min_s)
+        dial = self._dials[peer.node] = _Dial(
+            peer, address, Backoff(self.config.retry_min_s, self.config.retry_max_s)
+        )
         dial.timer = self._loop.call_soon(self._attempt, dial)
 
     def disconnect(self, node: NodeId) -> None:
@@ -197,13 +200,12 @@ class MemoryTransport:
             self._retry(dial)
             return
         dial.link = _Link(self, target)
-        dial.delay_s = self.config.retry_min_s
+        dial.backoff.succeeded()
         target._accept(dial.link)
         self._on_link_up(dial.peer)
 
     def _retry(self, dial: _Dial) -> None:
-        dial.timer = self._loop.call_later(dial.delay_s, self._attempt, dial)
-        dial.delay_s = min(2 * dial.delay_s, self.config.retry_max_s)
+        dial.timer = self._loop.call_later(dial.backoff.next_s(), self._attempt, dial)
 
     def _admit(self, source: MemoryTransport, wanted: Member) -> bool:
         theirs, ours = source.config, self.config

@@ -12,12 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
 
-from controlplane.contract.config import ClusterConfig, TimingConfig
+from controlplane.contract.config import ClusterConfig, EngineConfig, TimingConfig
+from controlplane.contract.logs import LOG_BYTES_MAX, bound_logs
 from controlplane.contract.topology import Mode
+from dataplane.accelerators import Place
 from dataplane.launcher import NodeFile, all_nodes, restart_delay_s, start_ticks
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +49,19 @@ def stubborn(_config: ClusterConfig, node: str) -> None:
     print(f"{node} serves", flush=True)
     while True:
         signal.pause()
+
+
+def on_device(config: ClusterConfig, node: str, place: Place) -> None:
+    """Says where it was put."""
+    print(f"{place.device} {place.share} of {place.devices}", flush=True)
+    serve(config, node)
+
+
+def talk(config: ClusterConfig, node: str) -> None:
+    """Says more than anybody wants to read, and goes on."""
+    for _ in range(40):
+        print("x" * (1 << 20), flush=True)
+    serve(config, node)
 
 
 def compute(config: ClusterConfig, node: str) -> None:
@@ -82,10 +98,19 @@ class Host:
         mode: Mode = Mode.REPLICATE,
         cwd: Path = ROOT,
         python_path: str = "",
+        device: Literal["cpu", "cuda"] = "cpu",
     ) -> None:
         timing = TimingConfig(restart_backoff_s=0.1, reload_s=0.3)
+        engine = EngineConfig(device=device)
         config = ClusterConfig(
-            str(self.run_dir), "no-model", (), instances=1, stages=nodes, mode=mode, timing=timing
+            str(self.run_dir),
+            "no-model",
+            (),
+            instances=1,
+            stages=nodes,
+            mode=mode,
+            timing=timing,
+            engine=engine,
         )
         path = self.run_dir / "cluster.json"
         path.write_bytes(msgspec.json.encode(config))
@@ -286,6 +311,28 @@ def test_only_one_launcher_runs_in_a_directory(host: Host, tmp_path: Path) -> No
     host.stop()
 
 
+def test_logs_are_bounded(host: Host) -> None:
+    host.start("talk")
+    log = host.run_dir / "logs" / "n0.log"
+    wait_for(lambda: host.running() and log.with_name("n0.log.1").exists(), "the log was cut")
+    wait_for(lambda: log.stat().st_size <= LOG_BYTES_MAX, "and is small")
+    assert b"n0 serves" in log.with_name("n0.log.1").read_bytes() + log.read_bytes(), "its writer went on"
+    host.stop()
+
+
+def test_a_log_that_is_cut_goes_on_where_it_is_read(tmp_path: Path) -> None:
+    log = tmp_path / "n0.log"
+    with log.open("ab", buffering=0) as writer:
+        writer.write(b"1" * 100)
+        bound_logs([log, tmp_path / "missing.log"], 100)
+        assert log.stat().st_size == 100
+        writer.write(b"2")
+        bound_logs([log], 100)
+        writer.write(b"after")
+    assert log.read_bytes() == b"after"
+    assert (tmp_path / "n0.log.1").read_bytes() == b"1" * 100 + b"2"
+
+
 def test_stop_restart_starts_cold_processes_after_the_reload_time(host: Host) -> None:
     host.start(mode=Mode.STOP_RESTART)
     pid = host.wait_serving(1)
@@ -369,3 +416,20 @@ def test_unknown_nodes_are_refused(host: Host, tmp_path: Path) -> None:
 
 def test_spares_come_after_the_instances() -> None:
     assert all_nodes(ClusterConfig("r", "m", (), instances=1, stages=2, spares=1)) == ["n0", "n1", "n2", "n3"]
+
+
+@pytest.mark.parametrize("devices", [0, 2])
+def test_each_node_has_a_gpu_of_its_own_or_a_share_of_one(host: Host, tmp_path: Path, devices: int) -> None:
+    fake = tmp_path / "fake" / "torch.py"
+    fake.parent.mkdir()
+    fake.write_text(f"class cuda:\n    device_count = staticmethod(lambda: {devices})\n")
+    host.start("on_device", nodes=3, python_path=str(fake.parent), device="cuda")
+    assert host.process is not None
+    if not devices:
+        assert host.process.wait(15) != 0
+        assert "torch sees no CUDA device on this host" in (host.run_dir / "launcher.log").read_text()
+        return
+    for node in ("n0", "n1", "n2"):
+        host.wait_serving(1, node)
+    places = [host.output(node).splitlines()[0] for node in ("n0", "n1", "n2")]
+    assert places == ["cuda:0 0.5 of 2", "cuda:1 1.0 of 2", "cuda:0 0.5 of 2"]

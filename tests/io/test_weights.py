@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +23,9 @@ from controlplane.contract.errors import ConfigError, Unavailable
 from controlplane.contract.ids import Member
 from controlplane.contract.records import NodeRecord
 from controlplane.kfadmin.up import demo_model
-from dataplane import fetch, weights_service
+from dataplane import executor, fetch, shelf, weights_service
 from dataplane.frontdoor import Frontdoor
+from dataplane.model import digests
 from dataplane.model.bundle import Bundle, holds_stage, open_bundle
 from dataplane.model.config import load_config
 from dataplane.model.split import split_layers
@@ -257,3 +262,110 @@ def test_nothing_here_and_nobody_to_ask(tmp_path: Path) -> None:
         fetch._kept(config, tmp_path / "weights", STAGE)
     kept = fetched(config)
     assert fetch._kept(config, tmp_path / "weights", STAGE) == kept
+
+
+def test_a_start_does_not_hash_what_was_hashed_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests, "SETTLED_S", 0.0)
+    model, kept = tmp_path / "model", tmp_path / "run" / "digests" / "stage1of4.json"
+    shutil.copytree(demo_model(), model)
+    hashed: list[int] = []
+    original = executor.weights_digest
+
+    def counted(weights: Any) -> str:
+        hashed.append(len(weights))
+        return original(weights)
+
+    monkeypatch.setattr(executor, "weights_digest", counted)
+
+    def start(stage: int = STAGE) -> str:
+        made = executor.StageExecutor(model, stage, STAGES, num_blocks=4, digest_file=kept)
+        return made.weights_digest
+
+    digest = start()
+    assert digest == digest_of(demo_model())
+    assert start() == digest
+    assert len(hashed) == 1
+    assert start(2) == digest_of(demo_model(), 2)  # other tensors of the same file
+    assert len(hashed) == 2
+    assert start() == digest
+    kept.write_bytes(b"{}")  # of another version, or cut short
+    assert start() == digest
+    assert len(hashed) == 4
+
+    # One byte of it changes, its size and times do not: the inode's own time does.
+    stat = (model / SINGLE).stat()
+    data = bytearray((model / SINGLE).read_bytes())
+    tensors = open_bundle(model, STAGE, STAGES).files[SINGLE]
+    data[tensors[1].offset] ^= 1
+    (model / SINGLE).write_bytes(data)
+    os.utime(model / SINGLE, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert start() == digest_of(model) != digest
+    assert len(hashed) == 5
+
+
+def test_a_digest_is_not_kept_of_files_that_have_just_been_written(tmp_path: Path) -> None:
+    file, kept = tmp_path / "weights", tmp_path / "kept.json"
+    file.write_bytes(b"one")
+    seen = digests.identities([file])
+    assert digests.digest_once(lambda: "1", ["a"], seen, kept) == "1"
+    assert not kept.exists()
+    # Nor one of files that changed while they were read, and a kept one is not taken for them.
+    file.write_bytes(b"another")
+    assert digests.digest_once(lambda: "2", ["a"], seen, kept) == "2"
+    assert not kept.exists()
+
+
+def bundle_of(shelf: Path, name: str, at: int) -> Path:
+    path = shelf / name
+    path.mkdir(parents=True)
+    (path / SINGLE).write_bytes(b"tensors")
+    os.utime(path, ns=(at, at))
+    return path
+
+
+def test_old_weights_are_removed_unless_they_are_needed_or_in_use(tmp_path: Path) -> None:
+    shelf_dir = tmp_path / "weights"
+    names = [
+        "stage1of4-old", "stage1of4-used", "stage1of4-older.partial", "stage1of4-now",
+        "stage2of4-old", "stage2of4-now", "stage2of4-next.partial", "stage0of8-old",
+    ]  # fmt: skip
+    at = {name: bundle_of(shelf_dir, name, 10**9 * (number + 1)) for number, name in enumerate(names)}
+    (shelf_dir / "somebody else's").mkdir()
+    # Another process serves from one of them.
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(at["stage1of4-used"])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    assert holder.stdin is not None
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        gone = shelf.tidy(shelf_dir, at["stage1of4-now"], "stage1of4-")
+        assert {path.name for path in gone} == {
+            "stage1of4-old", "stage1of4-older.partial", "stage2of4-old", "stage0of8-old"
+        }  # fmt: skip
+        assert not any(path.exists() for path in gone)
+        assert (at["stage1of4-used"] / SINGLE).read_bytes() == b"tensors"
+    finally:
+        holder.stdin.close()
+        assert holder.wait(10) == 0
+        holder.stdout.close()
+    assert [path.name for path in shelf.tidy(shelf_dir, at["stage1of4-now"], "stage1of4-")] == [
+        "stage1of4-used"
+    ]
+    assert {path.name for path in shelf_dir.iterdir()} == {
+        "stage1of4-now", "stage2of4-now", "stage2of4-next.partial", "somebody else's"
+    }  # fmt: skip
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from dataplane.shelf import use
+use(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""

@@ -274,6 +274,22 @@ def test_nucleus_of_equals_takes_the_first() -> None:
     assert draws(values, 400, seed=1, top_k=3).max() > 4500, "top-k keeps all that equal its last"
 
 
+@pytest.mark.parametrize("sampled", [1.0, -1.0, -40.0, 30.0, -np.inf])
+@pytest.mark.parametrize("top_p", [0.999, 0.9, 0.5, 0.05])
+def test_a_nucleus_is_exact_whatever_part_of_the_vocabulary_tells(sampled: float, top_p: float) -> None:
+    """Where to look for it is guessed from the first tokens of each block of 1,024: these may be unlike the others."""
+    values = logits(2, 1, 7000)
+    first = np.arange(7000) % 1024 < 64
+    if sampled == -np.inf:
+        spec = {"logit_bias": tuple((int(i), -1e9) for i in np.flatnonzero(first))}
+    else:
+        values[0, first] += np.float32(sampled)
+        spec = {}
+    for seed in range(60):
+        r = row(seed=seed, top_p=top_p, **spec)
+        assert_equal(sample(values, [r])[0], oracle(values[0], r), r)
+
+
 def test_noise_depends_on_seed_and_position_only() -> None:
     """The numbers are numpy's Philox: seen through many equal tokens, the draw is the noise's first bits."""
     vocab = (1 << 19) - 1  # the most there may be

@@ -10,13 +10,16 @@ import time
 import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 import web.ui
 from controlplane.contract.events import Event, EventKind
-from tests.web.admin_service import TOKEN, MemoryService, serving
+from controlplane.contract.status import NodeState
+from tests.web.admin_service import TOKEN, MemoryService, healthy, serving
 from web.admin import app, auth, feed
 from web.admin.static import load_files
 
@@ -257,6 +260,29 @@ def test_paths_and_options(client: httpx.Client) -> None:
     assert not any("access-control" in name for name in answer.headers)
 
 
+def test_the_openapi_document(client: httpx.Client) -> None:
+    text = client.get("/openapi.json", headers=BEARER).text
+    document = json.loads(text)
+    schemas = document["components"]["schemas"]
+    assert {part.partition('"')[0] for part in text.split("#/components/schemas/")[1:]} <= set(schemas)
+    assert "deadline_s" in schemas["OperationRequest"]["properties"]
+    for path, methods in document["paths"].items():
+        concrete = path.replace("{operation_id}", "x").replace("{path}", "x")
+        allow = client.options(concrete).headers["allow"].split(", ")
+        assert {m.upper() for m in methods} == set(allow) - {"HEAD", "OPTIONS"}, path
+        for method, operation in methods.items():
+            answers = set(operation["responses"])
+            assert {"400", "405", "500", "503"} <= answers
+            assert ("401" in answers) == (bool(operation["security"]) or path == "/session"), path
+            if method == "get" and "{" not in path and path != "/admin/v1/stream":
+                answer = client.get(path, headers=BEARER)
+                assert str(answer.status_code) in answers
+                media = answer.headers["content-type"].partition(";")[0]
+                assert media in operation["responses"][str(answer.status_code)]["content"], path
+    assert "requestBody" in document["paths"]["/admin/v1/operations"]["post"]
+    assert client.get("/openapi.json").status_code == 401
+
+
 def test_compressed_bodies(client: httpx.Client) -> None:
     for coding, encode in (("gzip", gzip.compress), ("deflate", zlib.compress)):
         body = encode(json.dumps({"token": TOKEN}).encode())
@@ -326,7 +352,7 @@ def test_the_stream_tells_status_and_events_as_they_come(
     told_away = told_back = False
     for name, data in stream(client):
         match name, data:
-            case "status", dict():
+            case (("status" | "difference"), dict()):
                 statuses += 1
             case "events", list():
                 seen += [row["id"] for row in data]
@@ -344,6 +370,33 @@ def test_the_stream_tells_status_and_events_as_they_come(
     assert seen == [1, 2, 3]
     # No faster than promised, however much happens.
     assert statuses <= (time.monotonic() - started) / feed.PERIOD_S + 2
+
+
+def test_the_whole_comes_once_and_then_what_changed(client: httpx.Client, service: MemoryService) -> None:
+    service.cluster = healthy(250, 4)
+    whole: dict[str, Any] = {}
+    for name, data in stream(client):
+        if name == "status":
+            assert isinstance(data, dict)
+            assert not whole or len(whole["nodes"]) != 1000, "the whole was sent twice"
+            whole = data
+            if len(whole["nodes"]) == 1000:
+                dead = msgspec.structs.replace(
+                    service.cluster.nodes[500], state=NodeState.RED, evidence="gone"
+                )
+                nodes = (*service.cluster.nodes[:500], dead, *service.cluster.nodes[501:])
+                service.cluster = msgspec.structs.replace(service.cluster, nodes=nodes, counter=13)
+        elif name == "difference" and len(whole["nodes"]) == 1000:
+            assert isinstance(data, dict)
+            assert (data["from"], data["to"]) == (whole["version"], whole["version"] + 1)
+            whole["version"] = data["to"]
+            assert len(data["nodes"]) <= 1
+            if data["nodes"]:
+                assert (data["nodes"][0]["node"], data["nodes"][0]["state"]) == (dead.node, "red")
+                assert data["fields"]["counter"] == 13
+                assert data["pipelines"] == []
+                assert len(json.dumps(data)) < 2000
+                break
 
 
 def test_the_stream_resumes_where_a_client_was(client: httpx.Client, service: MemoryService) -> None:

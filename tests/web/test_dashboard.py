@@ -262,3 +262,20 @@ def test_what_nodes_say_is_text_and_never_markup(page: Page) -> None:
         page.goto(f"{url}/#token={TOKEN}")
         expect(page.locator(".events")).to_contain_text(evil)
         assert page.locator("img").count() == 0
+
+
+def test_a_thousand_nodes_stay_usable(page: Page) -> None:
+    """One change among a thousand nodes is on the page, and the others are not sent or drawn again."""
+    service = MemoryService()
+    service.cluster = healthy(250, 4)
+    with serving(service) as url:
+        page.goto(f"{url}/#token={TOKEN}")
+        expect(page.locator(".node")).to_have_count(1000)
+        expect(page.locator(".node.red")).to_have_count(0)
+        nodes = service.cluster.nodes
+        dead = replace(nodes[500], state=NodeState.RED, evidence="its report stream broke")
+        service.cluster = replace(service.cluster, nodes=(*nodes[:500], dead, *nodes[501:]))
+        expect(page.locator(".node.red")).to_have_count(1)
+        expect(page.locator(".node.red")).to_contain_text(dead.node)
+        service.cluster = replace(service.cluster, nodes=nodes)
+        expect(page.locator(".node.red")).to_have_count(0)

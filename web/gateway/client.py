@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import structlog
 
+from controlplane.backoff import Backoff
 from controlplane.contract import rpc
 from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.requests import GatewayMessage, Recalled, Refused, Tokens
@@ -112,7 +113,7 @@ class _Link:
     async def _run(self) -> None:
         """Until cancelled: connect, follow, report the end, wait, again."""
         loop = asyncio.get_running_loop()
-        delay_s = BACKOFF_FIRST_S
+        backoff = Backoff(BACKOFF_FIRST_S, BACKOFF_MAX_S)
         last_error = ""
         while True:
             await self.located.wait()
@@ -136,9 +137,8 @@ class _Link:
             last_error = error
             self._links.reconnects += 1
             if loop.time() - started > STEADY_S:
-                delay_s = BACKOFF_FIRST_S
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, BACKOFF_MAX_S)
+                backoff.succeeded()
+            await backoff.pause()
 
     async def _once(self, address: str) -> None:
         """One connection, from its start to its end. Raises the errors that `_run` names."""

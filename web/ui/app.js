@@ -1,7 +1,7 @@
 // Signs in, follows the controller's stream, and draws. Everything that is known is in `state`.
 
 import { h, render } from "/ui/vendor/preact.js";
-import { headline } from "/ui/format.js";
+import { applied, headline } from "/ui/format.js";
 import { Page } from "/ui/view.js";
 
 const LOST_AFTER_MS = 3000; // the controller sends a status four times a second
@@ -60,8 +60,15 @@ function connect() {
     draw();
   };
   source.addEventListener("status", heard((status) => (state.status = status)));
+  source.addEventListener("difference", heard(takeDifference));
   source.addEventListener("events", heard(takeEvents));
   source.addEventListener("history", heard(({ error }) => (state.link.historyError = error)));
+}
+
+function takeDifference(difference) {
+  const after = applied(state.status, difference);
+  if (after) state.status = after;
+  else connect(); // something was missed: a new stream begins with the whole
 }
 
 function takeEvents(rows) {

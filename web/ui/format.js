@@ -82,6 +82,20 @@ export function underWay(node, operations) {
   return operations.find((item) => item.state === "running" && mine(item))?.kind || "";
 }
 
+// The status after a difference, with the same objects where nothing changed; null: it is not the next one.
+export function applied(status, difference) {
+  if (!status || status.version !== difference.from) return null;
+  const nodes = new Map(difference.nodes.map((node) => [node.node, node]));
+  const pipelines = new Map(difference.pipelines.map((pipeline) => [pipeline.id, pipeline]));
+  return {
+    ...status,
+    ...difference.fields,
+    version: difference.to,
+    nodes: nodes.size ? status.nodes.map((node) => nodes.get(node.node) || node) : status.nodes,
+    pipelines: pipelines.size ? status.pipelines.map((item) => pipelines.get(item.id) || item) : status.pipelines,
+  };
+}
+
 export function headline(status) {
   const found = findings(status);
   const serving = status.pipelines.filter((pipeline) => !["down", "forming"].includes(pipeline.state)).length;

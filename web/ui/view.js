@@ -12,6 +12,7 @@ export function Page({ status, events, link, signIn }) {
     return html`<p class="waiting" role="status">
       ${link.state === "lost" ? "The controller does not answer. Trying again ..." : "Connecting to the controller ..."}
     </p>`;
+  const dead = deadNodes(status);
   return html`
     <div class=${link.state === "lost" ? "stale" : ""}>
       ${link.state === "lost" && html`<${Lost} status=${status} link=${link} />`}
@@ -19,17 +20,28 @@ export function Page({ status, events, link, signIn }) {
       <main>
         <section aria-label="Pipelines">
           <h2>Pipelines</h2>
-          ${status.pipelines.map((item) => html`<${Pipeline} key=${item.id} pipeline=${item} status=${status} />`)}
+          ${status.pipelines.map((item) => html`<${Pipeline} key=${item.id} pipeline=${item} mode=${status.mode} dead=${dead} />`)}
         </section>
         <${Operations} operations=${status.operations} />
         <section aria-label="Nodes">
           <h2>Nodes</h2>
           <${Legend} />
-          <div class="nodes">${status.nodes.map((item) => html`<${Node} key=${item.node} node=${item} doing=${underWay(item, status.operations)} />`)}</div>
+          <div class="nodes">${status.nodes.map((item) => drawNode(item, underWay(item, status.operations)))}</div>
         </section>
         <${Events} events=${events} error=${link.historyError} />
       </main>
     </div>`;
+}
+
+// A node that did not change is not drawn again: Preact leaves alone what it is given twice.
+const drawn = new WeakMap();
+
+function drawNode(node, doing) {
+  const last = drawn.get(node);
+  if (last && last.doing === doing) return last.view;
+  const view = html`<${Node} key=${node.node} node=${node} doing=${doing} />`;
+  drawn.set(node, { doing, view });
+  return view;
 }
 
 function SignIn({ problem, onToken }) {
@@ -89,7 +101,7 @@ function Candidate({ item, me }) {
   return html`<span class=${item.id === me ? "me" : ""} title=${title}>${item.id}${item.leader ? "★" : ""}</span> `;
 }
 
-function Pipeline({ pipeline, status }) {
+function Pipeline({ pipeline, mode, dead }) {
   const { move } = pipeline;
   return html`
     <article class=${`pipeline ${pipeline.state}`}>
@@ -102,7 +114,7 @@ function Pipeline({ pipeline, status }) {
         ${move && html`<span class="tag moving">stage ${move.stage} to ${move.to.node}: ${move.phase}</span>`}
       </header>
       <ol class="stages">
-        ${pipeline.stages.map((stage, index) => html`<${Stage} key=${index} index=${index} stage=${stage} move=${move} mode=${status.mode} dead=${deadNodes(status)} />`)}
+        ${pipeline.stages.map((stage, index) => html`<${Stage} key=${index} index=${index} stage=${stage} move=${move} mode=${mode} dead=${dead} />`)}
       </ol>
     </article>`;
 }
@@ -170,7 +182,7 @@ function Node({ node, doing }) {
       </div>`}
       <p>${node.serving.length ? html`serves <b>${node.serving.join(" ")}</b>` : "serves nothing"}</p>
       ${node.evidence && html`<p class="evidence">${node.evidence}</p>`}
-      ${!gone && html`<p class="quiet">pid ${node.pid}, heard ${seconds(node.silent_s)} ago</p>`}
+      ${!gone && html`<p class="quiet">pid ${node.pid}, heard ${node.silent_s < 1 ? "just now" : `${seconds(node.silent_s)} ago`}</p>`}
     </article>`;
 }
 
