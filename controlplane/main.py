@@ -15,6 +15,7 @@ import structlog
 import uvicorn
 
 from controlplane import process
+from controlplane.contract.address import bound, join
 from controlplane.contract.auth import derive, load_secret
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
@@ -69,11 +70,10 @@ async def serve(
     store = HistoryStore(config.database, config.cluster, me)
     history = HistoryWriter(store)
     reports = ReportServer(derive(secret, "grpc"), inbox, config.timing.heartbeat_s)
-    admin_host, admin_port = admin_socket.getsockname()[:2]
     record = ControllerRecord(
         id=me,
-        rpc_address=await reports.start(config.host),
-        admin_address=f"{admin_host}:{admin_port}",
+        rpc_address=await reports.start(config.host, config.advertise),
+        admin_address=join(config.advertised, admin_socket.getsockname()[1]),
         pid=os.getpid(),
         incarnation=new_incarnation(),
         version=code_version(),
@@ -163,11 +163,11 @@ def bind(host: str, wanted: int | None, default: int) -> socket.socket:
     Raises ConfigError when a port that was asked for by name is taken.
     """
     try:
-        return socket.create_server((host, default if wanted is None else wanted))
+        return bound(host, default if wanted is None else wanted)
     except OSError as error:
         if wanted is not None:
-            raise ConfigError(f"cannot listen on {host}:{wanted}: {error.strerror}") from error
-    return socket.create_server((host, 0))
+            raise ConfigError(f"cannot listen on {join(host, wanted)}: {error.strerror}") from error
+    return bound(host, 0)
 
 
 async def _run(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from controlplane.contract import rpc
+from controlplane.contract.address import join
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.requests import GatewayMessage, SchedulerMessage
 
@@ -50,8 +51,8 @@ class Frontdoor:
         self._next = 1
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, host: str) -> str:
-        """Listen on a free port. Returns "host:port"."""
+    async def start(self, host: str, advertise: str = "") -> str:
+        """Listen on a free port. Returns "host:port", with the host that others connect to. Raises OSError."""
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -68,10 +69,10 @@ class Frontdoor:
         )
         handler = rpc.stream_handler(rpc.FRONTDOOR, "Serve", self._serve, rpc.decode_gateway_message)
         server.add_generic_rpc_handlers((handler, *self._others))
-        port = server.add_insecure_port(f"{host}:0")
+        port = server.add_insecure_port(join(host, 0))
         await server.start()
         self._server = server
-        return f"{host}:{port}"
+        return join(advertise or host, port)
 
     async def close(self) -> None:
         if self._server is not None:

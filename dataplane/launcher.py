@@ -11,7 +11,7 @@ Files in the run directory:
                       started again adopts the nodes it finds there, and they never notice.
                       So does one that got SIGHUP: it ends and leaves its nodes running; SIGTERM and SIGINT end them.
     hold/NODE         while this empty file exists the node is not (re)started
-    logs/NODE.log     stdout and stderr of the node, appended
+    logs/NODE.log     stdout and stderr of the node, appended; NODE.log.1 is what was there before it grew too large
 
 In mode stop-restart (the baseline) nodes are started as cold processes instead of forks, and restarts wait
 `timing.reload_s` first.
@@ -43,7 +43,7 @@ import structlog
 
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
-from controlplane.contract.logs import configure_logging
+from controlplane.contract.logs import LOG_LOOK_S, bound_logs, configure_logging
 from controlplane.contract.process import raise_descriptor_limit
 from controlplane.contract.topology import Mode
 from controlplane.contract.version import code_version
@@ -136,6 +136,7 @@ class Launcher:
         self._log = structlog.get_logger()
         self._selector = selectors.DefaultSelector()
         self._wake, self._wake_write = socket.socketpair()
+        self._look_at = 0.0  # at the logs' sizes
         self._stopping = False
         self._leaving = False  # SIGHUP: the nodes run on, and the next launcher adopts them
         self._cold = config.mode is Mode.STOP_RESTART
@@ -173,8 +174,11 @@ class Launcher:
 
     def _wait(self) -> None:
         idle = [slot.due for slot in self._slots.values() if slot.fd < 0]
-        timeout = max(0.0, min(idle) - time.monotonic()) if idle else None
-        self._handle(self._selector.select(timeout))
+        due = min(*idle, self._look_at) if idle else self._look_at
+        self._handle(self._selector.select(max(0.0, due - time.monotonic())))
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + LOG_LOOK_S
+            bound_logs(self._run_dir / "logs" / f"{node}.log" for node in self._slots)
 
     def _handle(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
         for key, _ in ready:

@@ -113,7 +113,9 @@ class Node:
         )
         self._transport = open_transport(
             config.transport,
-            TransportConfig(member=me, cluster=config.cluster, secret=secret, host=config.host),
+            TransportConfig(
+                member=me, cluster=config.cluster, secret=secret, host=config.host, advertise=config.advertise
+            ),
             on_message=self._on_message,
             on_link_up=self._on_link_up,
             on_link_down=self._on_link_down,
@@ -138,7 +140,7 @@ class Node:
     async def run(self) -> None:
         """Serve until stopped or retired. Raises what a background task of ours raised."""
         link_address = await self._transport.start()
-        rpc_address = await self._frontdoor.start(self._config.host)
+        rpc_address = await self._frontdoor.start(self._config.host, self._config.advertise)
         client = EtcdClient(self._config.etcd)
         record = self._record(link_address, rpc_address)
         name, lease_s = self._world.names.node(self._me.node), self._config.timing.node_lease_s

@@ -74,11 +74,14 @@ def numerics_of(
 
 
 def device_kind(device: str) -> str:
-    """A GPU with its architecture: its kernels are compiled for it, and sum as it does."""
+    """A GPU with its architecture: its kernels are compiled for it, and sum as it does. Raises ValueError if there is
+    none."""
     if device == "cpu":
         return device
     import torch  # not above: only nodes with a GPU need it here
 
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} cannot be used: torch sees no CUDA device")
     major, minor = torch.cuda.get_device_capability(device)
     return f"cuda {major}.{minor}"
 

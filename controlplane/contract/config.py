@@ -28,6 +28,7 @@ HOST = Text(r"[A-Za-z0-9:.%_\[\]-]{1,253}", "a host name or an IP address, witho
 ORIGIN = Text(
     r"\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9.:\[\]-]{1,253}", "an origin, such as https://example.org, or *"
 )
+ADVERTISE = Text(r"[A-Za-z0-9:.%_\[\]-]{0,253}", "a host name or an IP address, without a port, or nothing")
 ENDPOINT = Text(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", "host:port")
 
 
@@ -58,7 +59,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # 0: 4 on a CPU, 64 on a GPU.
     microbatch_rows: Annotated[int, Range(0, 1 << 16)] = 0
     # Seconds that a step may take, from the first stage to its result, while somebody reads along: prompts go in chunks
-    # that keep to it. 0: 1.75 times what a step that only decodes has been taking.
+    # that keep to it. 0: 1.5 times what a step that only decodes has been taking.
     step_target_s: Annotated[float, Range(0, 60)] = 0.0
 
     def __post_init__(self) -> None:
@@ -153,7 +154,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stages: Annotated[int, Range(1, 1024)] = 4
     spares: Annotated[int, Range(0, 4096)] = 0  # blank nodes for each stage, home to no pipeline
     mode: Mode = Mode.REPLICATE
-    host: Annotated[str, HOST] = "127.0.0.1"  # where every port of ours is bound, and what is registered
+    host: Annotated[str, HOST] = "127.0.0.1"  # where every port of ours is bound
+    advertise: Annotated[str, ADVERTISE] = ""  # what is registered for others to connect to; "": host
     gateway_port: Annotated[int, Range(0, 65535)] = 8000  # 0: any free one
     admin_port: Annotated[int, Range(0, 65535)] = 8100  # the first controller's; 0: any free one
     database_url: Annotated[str, Text(r"|[a-z0-9+]+://.*", "empty, or DIALECT+DRIVER://...")] = (
@@ -170,6 +172,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         fault = conflict(self)
         if fault is not None:
             raise SettingsError(fault)
+
+    @property
+    def advertised(self) -> str:
+        """The host in every address that is registered."""
+        return self.advertise or self.host
 
     @property
     def model_name(self) -> str:
@@ -231,8 +238,11 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
             f" timing.dead_after_s = {timing.dead_after_s} must grow in this order"
         )
     # ---- addresses
-    if is_unspecified(config.host):
-        yield f"host = {config.host!r} is bound well but cannot be registered: nobody can connect to it"
+    if is_unspecified(config.advertised):
+        yield (
+            f"host = {config.host!r} is bound well but nobody can connect to it, and advertise ="
+            f" {config.advertise!r}: give the address that others reach this host at"
+        )
     if config.gateway_port and config.gateway_port == config.admin_port:
         yield f"gateway_port = {config.gateway_port} and admin_port = {config.admin_port} must differ"
     for endpoint in config.etcd:

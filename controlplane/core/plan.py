@@ -23,7 +23,7 @@ from controlplane.core.membership import Nodes
 from controlplane.core.operations import operate, pause, resume, survey
 from controlplane.core.policy import Policy, Situation
 from controlplane.core.reconfigure import advance
-from controlplane.core.repair import drop_dead, fill, repair, retarget
+from controlplane.core.repair import drop_dead, fill, release, repair, retarget
 from controlplane.core.restart import peer_is_newest
 
 Rule = Callable[[Situation], Topology | None]
@@ -191,4 +191,4 @@ RULES: tuple[Rule, ...] = (
     retarget,
     tidy,
 )
-REPORTED = (advance_moves, retarget)  # what depends on how far copies are
+REPORTED: tuple[Rule, ...] = (advance_moves, release)  # what depends on how far copies are

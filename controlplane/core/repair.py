@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace as replace_situation
 
 from msgspec.structs import replace
 
@@ -79,17 +80,23 @@ def _has_lost_copies(s: Situation, draft: _Draft, pipeline: Pipeline, index: int
 
 def retarget(s: Situation) -> Topology | None:
     """Pipelines with a copy in the wrong place: add the right one; drop the other when it caught up."""
-    layout = Layout(s.topology)
+    draft = _Draft(s)
     moved = []
     for pipeline in s.pipelines:
         changed = pipeline
         for index, stage in enumerate(pipeline.stages):
-            replicas = _replicas(s, layout, pipeline, index) if stage.ranks else stage.replicas
+            replicas = _replicas(s, draft.layout, pipeline, index) if stage.ranks else stage.replicas
             if replicas != stage.replicas:
                 changed = with_stage(changed, index, replicas=replicas)
         if changed is not pipeline:
             moved.append(changed)
     return successor(s.topology, *moved) if moved else None
+
+
+def release(s: Situation) -> Topology | None:
+    """`retarget` where a report may be what it waited for: of two copies one goes when the other is near."""
+    twofold = {p.id for p in s.pipelines if any(len(stage.replicas) > 1 for stage in p.stages)}
+    return retarget(replace_situation(s, only=twofold)) if twofold else None
 
 
 class _Draft:

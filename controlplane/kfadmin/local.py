@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import msgspec
 
+from controlplane.contract.address import join
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError, KevlarFlowError, PeerError
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
@@ -251,7 +252,7 @@ class LocalCluster:
         return self._supervisor
 
     def _url(self, name: str) -> str:
-        return f"http://{self.config.host}:{self._ports[name]}"
+        return f"http://{join(self.config.advertised, self._ports[name])}"
 
     @property
     def endpoints(self) -> Endpoints:

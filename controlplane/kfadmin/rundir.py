@@ -15,6 +15,7 @@ etcd/             data of the etcd members; history.db: events
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import random
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import msgspec
 
+from controlplane.contract.address import bound
 from controlplane.contract.auth import create_secret, derive, load_secret
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError
@@ -104,13 +106,15 @@ def free_port(host: str, taken: set[int]) -> int:
 
 
 def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
+    """Whether a server could listen there. Raises ConfigError if nothing could, whatever the port."""
+    try:
+        bound(host, port).close()
+    except socket.gaierror as error:
+        raise ConfigError(f"host = {host!r}: {error.strerror}") from error
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError(f"host = {host!r} is not an address of this machine") from error
+        return False
     return True
 
 

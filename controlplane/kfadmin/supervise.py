@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from controlplane.contract.errors import KevlarFlowError
+from controlplane.contract.logs import LOG_LOOK_S, bound_logs
 from controlplane.kfadmin.rundir import ProcessFile, RunDir, start_ticks
 
 T = TypeVar("T")
@@ -181,12 +182,15 @@ class Supervisor:
         return future.result(CALL_LIMIT_S)
 
     def _run(self) -> None:
+        look_at = 0.0
         while not self._closing:
             now = time.monotonic()
             due = [child.due for child in self._children.values() if child.due is not None]
-            if self._orphans:
-                due.append(now + REAP_EVERY_S)
-            for key, _ in self._selector.select(max(0.0, min(due) - now) if due else None):
+            due.append(now + (REAP_EVERY_S if self._orphans else LOG_LOOK_S))
+            if now >= look_at:
+                look_at = now + LOG_LOOK_S
+                bound_logs(self._run_dir.log(name) for name in self._children)
+            for key, _ in self._selector.select(max(0.0, min(due) - now)):
                 if isinstance(key.data, Child):
                     self._died(key.data)
                 else:

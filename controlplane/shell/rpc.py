@@ -16,6 +16,7 @@ import msgspec
 import structlog
 
 from controlplane.contract import rpc
+from controlplane.contract.address import join
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.ids import Member
 from controlplane.contract.reports import ReportAck, ReportBatch
@@ -77,14 +78,14 @@ class ReportServer:
         """Members that some stream speaks for."""
         return len(self._carriers)
 
-    async def start(self, host: str) -> str:
-        """Begin to listen on a free port; the address."""
+    async def start(self, host: str, advertise: str = "") -> str:
+        """Begin to listen on a free port; the address, with the host that others connect to."""
         self._server = grpc.aio.server(options=OPTIONS)
         handler = rpc.stream_handler(rpc.CONTROL, "Report", self._report, None)
         self._server.add_generic_rpc_handlers((handler,))
-        port = self._server.add_insecure_port(f"{host}:0")
+        port = self._server.add_insecure_port(join(host, 0))
         await self._server.start()
-        return f"{host}:{port}"
+        return join(advertise or host, port)
 
     async def stop(self) -> None:
         """Cut every stream; no event comes of it."""

@@ -13,7 +13,7 @@ from statistics import median
 
 # Of a step that only decodes: what a step with a chunk may take, where no time is set. Readers are to wait at most 2.5
 # times as long as usual (p99), and steps come late without any chunk, too.
-STEP_MULTIPLE = 1.75
+STEP_MULTIPLE = 1.5
 CHUNK_START = 64  # tokens, while nothing is known
 # Fewer tokens cost little more than the step does without any, and a prompt has to end.
 CHUNK_MIN = 16

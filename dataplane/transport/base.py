@@ -33,6 +33,8 @@ class TransportConfig:
     cluster: str
     secret: bytes
     host: str = "127.0.0.1"
+    advertise: str = ""
+    """The host that peers connect to; "": the one that is bound."""
     port: int = 0
     connect_timeout_s: float = 2.0
     """A link that is not open and authenticated by then is given up and tried again."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import structlog
 
 from controlplane.backoff import Backoff
+from controlplane.contract.address import join, port_of
 from controlplane.contract.ids import Member, NodeId
 
 from .base import OnLinkDown, OnLinkUp, OnMessage, Part, TransportConfig, TransportStats
@@ -102,6 +103,8 @@ class LinkTransport:
         for driver in dict.fromkeys(self._drivers.values()):
             port = 0 if offers else self._config.port
             offers |= await driver.start(self, self._config.host, port)
+        if self._config.advertise:
+            offers = {kind: self._advertised(kind, where) for kind, where in offers.items()}
         return ",".join(f"{kind}={where}" for kind, where in offers.items())
 
     def connect(self, peer: Member, address: str) -> None:
@@ -162,6 +165,9 @@ class LinkTransport:
     @property
     def queued_total(self) -> int:
         return sum(d.link.endpoint.queued_bytes for d in self._dials.values() if d.link is not None)
+
+    def _advertised(self, kind: str, where: str) -> str:
+        return where if kind == "local" else join(self._config.advertise, port_of(where))
 
     async def close(self) -> None:
         if not self._running:

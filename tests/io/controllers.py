@@ -88,8 +88,12 @@ class Node:
         streams: dict[str, asyncio.Task[None]] = {}
         try:
             while True:
-                for address in await self.cluster.controller_addresses():
-                    if address not in streams or streams[address].done():
+                for name, record in (await self.cluster.records()).items():
+                    address, stream = record.rpc_address, streams.get(record.rpc_address)
+                    if (name, self.record.member.node) in self.cluster.unheard:
+                        if stream is not None:
+                            stream.cancel()
+                    elif stream is None or stream.done():
                         streams[address] = asyncio.create_task(self._report_to(address))
                 await asyncio.sleep(HEARTBEAT_S)
         finally:
@@ -120,6 +124,7 @@ class Cluster:
     counters: list[int] = field(default_factory=list)
     controllers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
+    unheard: set[tuple[str, str]] = field(default_factory=set)  # controllers and nodes: no reports pass
     http: httpx.AsyncClient = field(default_factory=lambda: httpx.AsyncClient(timeout=5, trust_env=False))
 
     def start_controller(self, name: str) -> subprocess.Popen[bytes]:
@@ -151,9 +156,6 @@ class Cluster:
         node = self.nodes[f"n{index}"] = Node(record, self)
         node.start()
         return node
-
-    async def controller_addresses(self) -> list[str]:
-        return [record.rpc_address for record in (await self.records()).values()]
 
     async def records(self) -> dict[str, ControllerRecord]:
         with contextlib.suppress(Exception):  # etcd away: what was known is still good

@@ -18,6 +18,7 @@ import msgspec
 import pytest
 
 from controlplane.contract.config import ClusterConfig, EngineConfig, TimingConfig
+from controlplane.contract.logs import LOG_BYTES_MAX, bound_logs
 from controlplane.contract.topology import Mode
 from dataplane.accelerators import Place
 from dataplane.launcher import NodeFile, all_nodes, restart_delay_s, start_ticks
@@ -53,6 +54,13 @@ def stubborn(_config: ClusterConfig, node: str) -> None:
 def on_device(config: ClusterConfig, node: str, place: Place) -> None:
     """Says where it was put."""
     print(f"{place.device} {place.share} of {place.devices}", flush=True)
+    serve(config, node)
+
+
+def talk(config: ClusterConfig, node: str) -> None:
+    """Says more than anybody wants to read, and goes on."""
+    for _ in range(40):
+        print("x" * (1 << 20), flush=True)
     serve(config, node)
 
 
@@ -301,6 +309,28 @@ def test_only_one_launcher_runs_in_a_directory(host: Host, tmp_path: Path) -> No
     assert b"another launcher runs" in second.stderr
     assert host.output().count("serves") == 1
     host.stop()
+
+
+def test_logs_are_bounded(host: Host) -> None:
+    host.start("talk")
+    log = host.run_dir / "logs" / "n0.log"
+    wait_for(lambda: host.running() and log.with_name("n0.log.1").exists(), "the log was cut")
+    wait_for(lambda: log.stat().st_size <= LOG_BYTES_MAX, "and is small")
+    assert b"n0 serves" in log.with_name("n0.log.1").read_bytes() + log.read_bytes(), "its writer went on"
+    host.stop()
+
+
+def test_a_log_that_is_cut_goes_on_where_it_is_read(tmp_path: Path) -> None:
+    log = tmp_path / "n0.log"
+    with log.open("ab", buffering=0) as writer:
+        writer.write(b"1" * 100)
+        bound_logs([log, tmp_path / "missing.log"], 100)
+        assert log.stat().st_size == 100
+        writer.write(b"2")
+        bound_logs([log], 100)
+        writer.write(b"after")
+    assert log.read_bytes() == b"after"
+    assert (tmp_path / "n0.log.1").read_bytes() == b"1" * 100 + b"2"
 
 
 def test_stop_restart_starts_cold_processes_after_the_reload_time(host: Host) -> None:

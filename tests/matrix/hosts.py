@@ -85,7 +85,8 @@ class HostCluster:
         self._stack.callback(self._end)
         address = self.network.address
         self.config = ClusterConfig(
-            run_dir="", model=str(demo_model()), etcd=tuple(f"{address(name)}:{ETCD_PORT}" for name in ETCD),
+            run_dir=str(self.folder / SERVERS[0]), model=str(demo_model()),
+            etcd=tuple(f"{address(name)}:{ETCD_PORT}" for name in ETCD),
             instances=2, stages=2, gateway_port=GATEWAY_PORT, admin_port=ADMIN_PORT, engine=ENGINE,
             emulation=EMULATION, database_url=f"sqlite+aiosqlite:///{self.folder}/database/history.db",
         )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dataplane import numerics
 from dataplane._fast import sampling
@@ -67,6 +68,12 @@ def test_what_changes_bits_or_layout_changes_numerics(build: Build) -> None:
     ]  # fmt: skip
     assert len({base, *changed}) == 1 + len(changed)
     assert device_kind("cpu") == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_so(build: Build) -> None:
+    with pytest.raises(ValueError, match="torch sees no CUDA device"):
+        executor(build("llama"), device="cuda")
 
 
 def test_a_change_of_kernels_changes_them_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -251,6 +251,8 @@ class Cluster:
         self.world.note(f"{process} ends")
         process.alive = False
         self.net.died(process)
+        if self.processes.get(process.name) is not process:
+            return  # a stranger of that name, which no client knows
         for stream in self.streams.values():
             if stream.gateway == process.name and not stream.ended:
                 stream.close("gateway lost")

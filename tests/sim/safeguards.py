@@ -124,7 +124,11 @@ def no_second_kind() -> Iterator[None]:
             return NodeState.RED, f"silent for {e.silent_s:.1f} s"
         return state, why
 
-    with mock.patch.object(controlplane.core.detector, "judge", hasty):
+    detector = controlplane.core.detector
+    with (
+        mock.patch.object(detector, "judge", hasty),
+        mock.patch.object(detector, "may_live", return_value=False),
+    ):
         yield
 
 

@@ -128,7 +128,11 @@ def _partial(seed: int) -> Schedule:
     steps = _requests(chance, shape, window_s)
     at = chance.uniform(0.0, window_s)
     calm = chance.random() < 0.5
-    faults = [_hears_some(chance, shape, at, chance.uniform(1.5, 7.0))]
+    seconds = chance.uniform(1.5, 7.0)
+    faults = [_hears_some(chance, shape, at, seconds)]
+    # What is cut heals a moment after the last step: somebody asks until then.
+    asked_at = at + seconds * chance.uniform(0.8, 1.0)
+    steps.append(Step(asked_at, "submit", (200, 1, chance.randrange(TEMPLATES))))
     if not calm:
         if chance.random() < 0.5:
             faults = [Step(at, "split", ("leader", _mask(chance, shape), chance.uniform(0.5, 6.0)))]

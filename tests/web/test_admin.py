@@ -260,6 +260,29 @@ def test_paths_and_options(client: httpx.Client) -> None:
     assert not any("access-control" in name for name in answer.headers)
 
 
+def test_the_openapi_document(client: httpx.Client) -> None:
+    text = client.get("/openapi.json", headers=BEARER).text
+    document = json.loads(text)
+    schemas = document["components"]["schemas"]
+    assert {part.partition('"')[0] for part in text.split("#/components/schemas/")[1:]} <= set(schemas)
+    assert "deadline_s" in schemas["OperationRequest"]["properties"]
+    for path, methods in document["paths"].items():
+        concrete = path.replace("{operation_id}", "x").replace("{path}", "x")
+        allow = client.options(concrete).headers["allow"].split(", ")
+        assert {m.upper() for m in methods} == set(allow) - {"HEAD", "OPTIONS"}, path
+        for method, operation in methods.items():
+            answers = set(operation["responses"])
+            assert {"400", "405", "500", "503"} <= answers
+            assert ("401" in answers) == (bool(operation["security"]) or path == "/session"), path
+            if method == "get" and "{" not in path and path != "/admin/v1/stream":
+                answer = client.get(path, headers=BEARER)
+                assert str(answer.status_code) in answers
+                media = answer.headers["content-type"].partition(";")[0]
+                assert media in operation["responses"][str(answer.status_code)]["content"], path
+    assert "requestBody" in document["paths"]["/admin/v1/operations"]["post"]
+    assert client.get("/openapi.json").status_code == 401
+
+
 def test_compressed_bodies(client: httpx.Client) -> None:
     for coding, encode in (("gzip", gzip.compress), ("deflate", zlib.compress)):
         body = encode(json.dumps({"token": TOKEN}).encode())

@@ -4,6 +4,7 @@
     GET    / , /ui/...                       the dashboard, no token
     POST   /session                          {"token": ...} -> an HttpOnly cookie; DELETE forgets it
     GET    /metrics                          Prometheus text
+    GET    /openapi.json                     all of this, for machines
     GET    /admin/v1/status                  ClusterStatus
     GET    /admin/v1/events?limit=&after=    {"events": [{"id": ..., and Event's fields}]}, oldest first
     GET    /admin/v1/quorum                  {"checks": [Check]}
@@ -33,9 +34,11 @@ from controlplane.contract.records import GROUP_WIDE, OperationKind, OperationSt
 from controlplane.contract.status import OperationAnswer, OperationRequest
 from web import bodies
 from web.admin.auth import COOKIE, SESSION_S, Guard, error, session_cookie
+from web.admin.describe import document
 from web.admin.feed import Feed, FeedResponse, event_rows
 from web.admin.service import AdminService
 from web.admin.static import StaticFile, load_files
+from web.describe import package_version
 from web.manners import HEAD, Manners
 
 BODY_BYTES_MAX = 64 * 1024
@@ -56,7 +59,9 @@ def build_app(service: AdminService, token: str) -> FastAPI:
 
     `app.state.feed.close()` ends the open streams before an exit.
     """
-    app = FastAPI(title="KevlarFlow admin", openapi_url=None)
+    app = FastAPI(title="KevlarFlow admin", docs_url=None, redoc_url=None)
+    described = document(package_version())
+    app.openapi = lambda: described  # type: ignore[method-assign]
     app.add_middleware(Guard, token=token)
     app.add_middleware(Manners, routes=lambda: app.routes)  # the last one is the outermost
     _add_errors(app)

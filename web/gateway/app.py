@@ -17,6 +17,7 @@ from web import bodies
 from web.gateway.answer import EVENT_HEADERS, Answer
 from web.gateway.begin import Visit, begin, reopen
 from web.gateway.chat import chat_prompt
+from web.gateway.describe import document
 from web.gateway.errors import ApiError, shorten
 from web.gateway.generation import count_error
 from web.gateway.guard import BODY_BYTES_MAX, ApiKeys, Guard
@@ -40,6 +41,8 @@ def build_app(service: Service, keys: ApiKeys, origins: Sequence[str] = ()) -> A
     _generation_routes(app, service)
     _token_routes(app, service)
     _error_handlers(app, service)
+    described = document(service.model, service.version, service.priority_floor)
+    app.openapi = lambda: described  # type: ignore[method-assign]
     return Manners(Guard(app, keys), lambda: app.routes, origins)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import structlog
 
 from controlplane import process
+from controlplane.contract.address import join
 from controlplane.contract.auth import derive, load_secret
 from controlplane.contract.config import ClusterConfig, GatewayConfig, load_config
 from controlplane.contract.errors import ConfigError
@@ -83,8 +84,8 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
     try:
         sock = listen(config.host, port)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {config.host}:{port}: {error.strerror}") from error
-    address = f"{config.host}:{sock.getsockname()[1]}"
+        raise ConfigError(f"cannot listen on {join(config.host, port)}: {error.strerror}") from error
+    address = join(config.advertised, sock.getsockname()[1])
     metrics = Metrics()
     dispatcher = Dispatcher(policy_of(config), token, metrics)
     async with EtcdClient(config.etcd) as etcd:

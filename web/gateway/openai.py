@@ -5,6 +5,7 @@ Silently ignoring a parameter would give another answer than the client asked fo
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -117,7 +118,8 @@ TokenId = Annotated[int, Field(ge=0)]
 # for seconds.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
-Strings = str | Texts
+Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=STOPS_MAX)]
 
 
 class Strict(BaseModel):
@@ -147,11 +149,16 @@ class Request(Strict):
                 if name in IGNORED:
                     continue
                 if name in UNSUPPORTED:
-                    if value is not None and value not in UNSUPPORTED[name]:
+                    if value is not None and not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
                         raise ApiError(400, f"{name} is not supported", name)
                     continue
             kept[name] = value
         return kept
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Python takes 0 for False; JSON does not."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 class Common(Request):
@@ -173,7 +180,7 @@ class Common(Request):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, float] | None = None
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
-    stop: Strings | None = None
+    stop: Stop | Stops | None = None
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -189,8 +196,6 @@ class Common(Request):
             raise ApiError(400, "best_of other than n is not supported", "best_of")
         if self.include_usage and not self.stream:
             raise ApiError(400, "stream_options needs stream: true", "stream_options")
-        if len(self.stops) > STOPS_MAX or any(not 1 <= len(s) <= 1024 for s in self.stops):
-            raise ApiError(400, f"stop: at most {STOPS_MAX} strings of 1 to 1024 characters", "stop")
         for name in ("temperature", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
@@ -345,7 +350,26 @@ def parse(kind: type[Body], raw: bytes) -> Body:
     try:
         return kind.model_validate_json(raw)
     except pydantic.ValidationError as error:
-        raise _bad_request(error) from None
+        first = error
+    if first.error_count() <= ERRORS_MAX and any(_is_whole(e) for e in first.errors(include_url=False)):
+        # JSON has one kind of number: 3.0 is an integer. Only those who write it so pay for reading twice.
+        try:
+            return kind.model_validate(json.loads(raw, parse_float=_number))
+        except pydantic.ValidationError as error:
+            first = error
+        except RecursionError:
+            raise ApiError(400, "the body is nested too deeply") from None
+    raise _bad_request(first) from None
+
+
+def _is_whole(error: Any) -> bool:
+    value = error["input"]
+    return bool(error["type"] == "int_type" and isinstance(value, float) and value.is_integer())
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) <= 2**53 else value
 
 
 def _bad_request(error: pydantic.ValidationError) -> ApiError:

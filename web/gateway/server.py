@@ -13,6 +13,7 @@ import structlog
 import uvicorn
 from starlette.types import ASGIApp
 
+from controlplane.contract.address import bound
 from web.gateway.connection import StreamProtocol
 from web.gateway.dispatch import Dispatcher
 
@@ -32,10 +33,7 @@ class GatewayServer(uvicorn.Server):
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket; port 0 picks a free one."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind((host, port))
-    return sock
+    return bound(host, port)
 
 
 def make_server(app: ASGIApp, stop_grace_s: float = STOP_GRACE_S) -> GatewayServer:

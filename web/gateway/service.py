@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 
+from web.describe import package_version
 from web.gateway.dispatch import Dispatcher
 from web.gateway.errors import ApiError, shorten
 from web.gateway.memory import Memory
@@ -14,13 +14,6 @@ from web.gateway.model import Model
 from web.gateway.tickets import Tickets
 
 KEEP_ALIVE_S = 5.0
-
-
-def package_version() -> str:
-    try:
-        return version("kevlarflow")
-    except PackageNotFoundError:
-        return "0"
 
 
 @dataclass(slots=True)

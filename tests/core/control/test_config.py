@@ -14,13 +14,19 @@ from controlplane.contract.config import (
     ClusterConfig,
     EmulationConfig,
     EngineConfig,
+    GatewayConfig,
     TimingConfig,
     load_config,
 )
 from controlplane.contract.errors import ConfigError
 from controlplane.kfadmin.up import demo_model, settings_of
 
-SECTIONS = {"engine": EngineConfig, "timing": TimingConfig, "emulation": EmulationConfig}
+SECTIONS = {
+    "engine": EngineConfig,
+    "timing": TimingConfig,
+    "emulation": EmulationConfig,
+    "gateway": GatewayConfig,
+}
 BASE: dict[str, Any] = {"run_dir": "r", "model": "m", "etcd": ["127.0.0.1:2379"]}
 
 

@@ -218,7 +218,7 @@ def test_readers_do_not_wait_for_others_prompts(microbatches: int) -> None:
     first = line.prompt_tokens[0]
     # 32 rows take 0.2 s in the end, and so may a chunk.
     assert max(line.prompt_tokens) * 0.002 <= (STEP_MULTIPLE - 1) * (0.136 + 0.002 * 32) * 1.01
-    assert first > 3 * CHUNK_MIN
+    assert first > 2 * CHUNK_MIN
 
 
 def test_a_lone_prompt_goes_whole() -> None:
@@ -248,7 +248,7 @@ def test_decoding_is_measured_again_though_prompts_never_end() -> None:
     line.fixed = 0.1
     some(400)
     after = some(100)
-    assert 4 * before[100] < after[50]
+    assert 3 * before[100] < after[50]
 
 
 def test_who_was_interrupted_goes_first_and_in_steps_that_stay_short() -> None:

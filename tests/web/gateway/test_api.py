@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from controlplane.contract.requests import Submit
+from controlplane.etcd.health import NO_SPACE
 from tests.web.gateway.fake_node import reference, token_at
 from tests.web.gateway.stack import KEY, MODEL, Stack, demo_model, running, stream
 
@@ -381,6 +382,22 @@ def test_other_refusals() -> None:
                 assert (await client.post("/v1/completions", json={"prompt": "x"})).status_code == 401
                 for path in ("/livez", "/readyz", "/health", "/version"):
                     assert (await client.get(path)).status_code == 200, path
+
+    with_stack(body)
+
+
+def test_what_etcd_refuses_is_told_while_requests_are_served() -> None:
+    async def body(stack: Stack) -> None:
+        async with stack.http() as client:
+            assert NO_SPACE not in (await client.get("/readyz")).json()["reasons"]
+            stack.service.troubles = lambda: (NO_SPACE,)
+            answer = await client.get("/readyz")
+            assert answer.status_code == 200
+            assert answer.json()["status"] == "degraded"
+            assert NO_SPACE in answer.json()["reasons"]
+            assert (
+                await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
+            ).status_code == 200
 
     with_stack(body)
 

@@ -1,0 +1,164 @@
+"""What a decision costs as the group grows, counted in function calls: no clock, so a busy machine changes nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from controlplane.contract.ids import Member
+from controlplane.contract.records import NodeRecord
+from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport, StepTimes, TargetReport
+from controlplane.core import events
+from controlplane.core.controller import Controller
+from tests.core.control.world import make_config, make_record
+
+STAGES = 4
+TIMES = tuple(StepTimes(size, 1000, 20_000_000) for size in range(8))
+
+
+def calls(body: Callable[[], object]) -> int:
+    """How many Python functions `body` enters."""
+    count = 0
+
+    def note(_frame: FrameType, event: str, _arg: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(note)
+    try:
+        body()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+class Group:
+    """A leader, and nodes that serve at home and report as real ones do."""
+
+    def __init__(self, nodes: int) -> None:
+        self.core = Controller(make_config(nodes // STAGES, STAGES), "c1")
+        self.now = 100.0
+        self.writes = 0
+        config = make_config(nodes // STAGES, STAGES)
+        self.records = [
+            make_record(config, f"n{k}", "a", k % STAGES, domain={"host": f"h{k // 8}", "node": f"n{k}"})
+            for k in range(nodes)
+        ]
+        for record in self.records:
+            self.take(events.NodeRegistered(record))
+            self.take(events.ReportReceived(NodeReport(record.member, 1, 0.0, 1)))
+        self.take(events.TopologySeen(None, 0))
+        self.decide(events.BecameLeader())
+        self.form_writes = self.writes
+        for _ in range(8):
+            self.second()
+
+    def take(self, event: events.CoreEvent) -> None:
+        self.core.take(event, self.now, self.now)
+
+    def decide(self, event: events.CoreEvent) -> None:
+        todo = [event]
+        while todo:
+            for effect in self.core.step(todo.pop(), self.now, self.now):
+                if isinstance(effect, events.WriteTopology):
+                    self.writes += 1
+                    todo.append(events.WriteDone(effect, self.writes))
+
+    def report(self, record: NodeRecord, *down: Member) -> NodeReport:
+        topology, me = self.core.topology, record.member
+        assert topology is not None
+        pipeline = topology.pipelines[int(me.node[1:]) // STAGES]
+        served = tuple(
+            PipelineReport(
+                pipeline.id,
+                pipeline.epoch,
+                index,
+                7,
+                round_s=0.05,
+                targets=tuple(TargetReport(m, 0) for m in stage.replicas),
+            )
+            for index, stage in enumerate(pipeline.stages)
+            if me in stage.ranks
+        )
+        links = tuple(LinkReport(peer, False, 0.0, "reset") for peer in down)
+        return NodeReport(me, 1, 0.0, 1, pipelines=served, links=links, times=TIMES, timed_s=self.now)
+
+    def second(self) -> None:
+        for turn in range(20):
+            self.now += 0.05
+            if turn % 2 == 0:
+                self.take(events.HeartbeatsReceived(tuple(r.member for r in self.records)))
+            if turn % 10 == 0:
+                for record in self.records:
+                    self.take(events.ReportReceived(self.report(record)))
+            self.decide(events.Tick())
+
+    def kill(self, every: int) -> list[Member]:
+        dead = self.records[3::every]
+        for record in dead:
+            self.take(events.ReportStreamBroken(record.member))
+            before = self.records[int(record.member.node[1:]) - 1]
+            self.take(events.ReportReceived(self.report(before, record.member)))
+        self.decide(events.Tick())
+        return [record.member for record in dead]
+
+
+def test_a_calm_second_costs_as_much_for_a_node_whatever_their_number() -> None:
+    each = {}
+    for nodes in (64, 512):
+        group = Group(nodes)
+        writes = group.writes
+        each[nodes] = calls(group.second) / nodes
+        assert group.writes == writes, "nothing was to be done"
+    assert each[512] < 1.2 * each[64]
+
+
+def test_a_tick_in_which_nothing_happened_costs_nothing_for_a_node() -> None:
+    costs = {}
+    for nodes in (64, 512):
+        group = Group(nodes)
+        group.now += 0.05
+        costs[nodes] = calls(lambda group=group: group.decide(events.Tick()))
+    assert costs[512] < 1.2 * costs[64] + 20
+
+
+def test_a_cluster_is_formed_by_one_write_for_all_pipelines() -> None:
+    assert Group(256).form_writes == 2  # who is home where; who serves
+
+
+def test_a_storm_is_one_write_and_grows_with_the_dead_alone() -> None:
+    each = {}
+    for nodes in (128, 512):
+        group = Group(nodes)
+        writes = group.writes
+        dead: list[Member] = []
+        cost = calls(lambda group=group, dead=dead: dead.extend(group.kill(20)))
+        each[nodes] = cost / len(dead)
+        assert group.core.topology is not None
+        assert not set(dead) & {m for p in group.core.topology.pipelines for m in p.members()}
+        assert group.writes - writes <= 2
+    assert each[512] < 1.5 * each[128]
+
+
+def test_a_report_is_taken_in_at_a_constant_cost_while_something_moves() -> None:
+    """Half of the nodes of a moving pipeline report, and a decision looks at that pipeline alone."""
+    costs = {}
+    for nodes in (64, 512):
+        group = Group(nodes)
+        group.kill(nodes)  # one node: its place is borrowed
+        node = group.records[3]
+        fresh = make_record(make_config(nodes // STAGES, STAGES), "n3", "b", 3, domain=node.fault_domain)
+        group.records[3] = fresh
+        group.take(events.ReportReceived(NodeReport(fresh.member, 1, 0.0, 1)))
+        group.decide(events.NodeRegistered(fresh))
+        assert group.core.topology is not None
+        assert group.core.topology.pipelines[0].move is not None
+        scheduler = group.records[0]
+
+        def one(group: Group = group, scheduler: NodeRecord = scheduler) -> None:
+            group.decide(events.ReportReceived(group.report(scheduler)))
+
+        one()
+        costs[nodes] = calls(one)
+    assert costs[512] < 1.5 * costs[64]

@@ -1,0 +1,70 @@
+"""A whole cluster on IPv6, on a host name, and on every address of its host: clients, links, reports and kfadmin."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from controlplane.contract.address import bound, join
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.errors import ConfigError
+from controlplane.kfadmin.loadgen import sample_prompts
+from controlplane.kfadmin.rundir import port_is_free
+from tests.e2e.cluster import Cluster
+
+PROMPTS = sample_prompts(4, 40)
+
+
+def test_addresses_as_urls_and_grpc_want_them() -> None:
+    assert [join(host, 80) for host in ("::1", "[::1]", "10.0.0.1", "a.example")] == [
+        "[::1]:80",
+        "[::1]:80",
+        "10.0.0.1:80",
+        "a.example:80",
+    ]
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]", "127.0.0.1", "localhost", "::", "0.0.0.0"])
+def test_a_port_is_taken_only_if_somebody_has_it(host: str) -> None:
+    with bound(host, 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert not port_is_free(host, port)
+    assert port_is_free(host, port)
+
+
+def test_a_host_that_is_not_ours_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"203\.0\.113\.9.* is not an address of this machine"):
+        port_is_free("203.0.113.9", 20202)
+
+
+def test_who_binds_every_address_says_which_one_is_registered() -> None:
+    with pytest.raises(ValueError, match="advertise"):
+        ClusterConfig("r", "m", (), host="0.0.0.0")
+    with pytest.raises(ValueError, match="advertise"):
+        ClusterConfig("r", "m", (), host="127.0.0.1", advertise="::")
+    assert ClusterConfig("r", "m", (), host="0.0.0.0", advertise="10.1.2.3").advertised == "10.1.2.3"
+    assert ClusterConfig("r", "m", (), host="::1").advertised == "::1"
+
+
+@pytest.mark.parametrize(
+    ("host", "advertise", "registered"),
+    [("::1", "", "[::1]"), ("0.0.0.0", "127.0.0.1", "127.0.0.1"), ("localhost", "", "localhost")],
+)
+def test_a_cluster_serves_there(host: str, advertise: str, registered: str, etcd_binary: None) -> None:
+    with Cluster(host=host, advertise=advertise, instances=2, stages=2) as cluster:
+        assert cluster.local.gateway_url.startswith(f"http://{registered}:")
+        status = cluster.local.status()
+        for where in (
+            *(node.rpc_address for node in status.nodes),
+            *(controller.admin_address for controller in status.controllers),
+            *(gateway.address for gateway in status.gateways),
+        ):
+            assert where.startswith(f"{registered}:"), where
+        for node in status.nodes:
+            (tcp,) = (part for part in node.link_address.split(",") if part.startswith("tcp="))
+            assert socket.getaddrinfo(tcp[4:].rpartition(":")[0].strip("[]"), None)
+        asyncio.run(cluster.references(PROMPTS))
+        asyncio.run(cluster.expect_equal(asyncio.run(cluster.generator.streams(PROMPTS))))

@@ -1,0 +1,119 @@
+"""The server end of reports: who is cut off when, if a host's relay speaks for its nodes, and they may as well."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from controlplane.contract import rpc
+from controlplane.contract.ids import Member
+from controlplane.contract.reports import NodeReport, ReportBatch
+from controlplane.core.events import CoreEvent, HeartbeatsReceived, ReportReceived, ReportStreamBroken
+from controlplane.shell.inbox import Inbox
+from controlplane.shell.rpc import ReportServer
+
+A, B = Member("n0", "a"), Member("n1", "b")
+BEAT_S = 0.1
+METADATA = (("authorization", "Bearer token"),)
+
+
+def report(member: Member) -> NodeReport:
+    return NodeReport(member, 1, 0.0, 1)
+
+
+class Stage:
+    def __init__(self, address: str, inbox: Inbox, server: ReportServer) -> None:
+        self.address = address
+        self.inbox = inbox
+        self.server = server
+
+    @asynccontextmanager
+    async def sender(self) -> AsyncIterator[Any]:
+        """One stream on a connection of its own; the connection breaks at the end."""
+        options = (("grpc.use_local_subchannel_pool", 1),)
+        async with grpc.aio.insecure_channel(self.address, options=options) as channel:
+            yield channel.stream_stream(rpc.CONTROL_REPORT, rpc.encode, rpc.decode_ack)(metadata=METADATA)
+
+    async def next(self, limit_s: float = 5.0) -> CoreEvent | None:
+        return await self.inbox.get(limit_s)
+
+
+def on_stage(body: Callable[[Stage], Awaitable[None]]) -> None:
+    async def go() -> None:
+        inbox = Inbox()
+        server = ReportServer("token", inbox, BEAT_S)
+        stage = Stage(await server.start("127.0.0.1"), inbox, server)
+        try:
+            async with asyncio.timeout(20):
+                await body(stage)
+        finally:
+            await server.stop()
+
+    asyncio.run(go())
+
+
+def test_a_relay_speaks_for_many_and_says_at_once_who_is_gone() -> None:
+    async def body(stage: Stage) -> None:
+        async with stage.sender() as relay:
+            await relay.write(ReportBatch(((0, report(A)), (1, report(B))), relay=True))
+            assert await stage.next() == ReportReceived(report(A))
+            assert await stage.next() == ReportReceived(report(B))
+            assert stage.server.streams == 2
+            await relay.write(ReportBatch(beats=(0, 1), relay=True))
+            assert await stage.next() == HeartbeatsReceived((A, B))
+            await relay.write(ReportBatch(beats=(0,), gone=(1,), relay=True))
+            assert await stage.next() == HeartbeatsReceived((A,))
+            assert await stage.next() == ReportStreamBroken(B)
+            assert stage.server.streams == 1
+
+    on_stage(body)
+
+
+def test_nobody_is_cut_off_by_a_relay_that_dies_if_it_reports_by_itself() -> None:
+    async def body(stage: Stage) -> None:
+        async with stage.sender() as own:
+            async with stage.sender() as relay:
+                await relay.write(ReportBatch(((0, report(A)), (1, report(B))), relay=True))
+                assert await stage.next() == ReportReceived(report(A))
+                assert await stage.next() == ReportReceived(report(B))
+            await own.write(ReportBatch(((0, report(A)),)))
+            assert await stage.next() == ReportReceived(report(A))
+            seen: list[CoreEvent] = []
+            while ReportStreamBroken(B) not in seen:  # B does not report: it is found, a moment later
+                await own.write(ReportBatch(beats=(0,)))
+                event = await stage.next(BEAT_S)
+                if event is not None:
+                    seen.append(event)
+            assert ReportStreamBroken(A) not in seen
+        assert await until_broken(stage) == ReportStreamBroken(A)
+
+    on_stage(body)
+
+
+async def until_broken(stage: Stage) -> CoreEvent | None:
+    while isinstance(event := await stage.next(), HeartbeatsReceived):
+        pass
+    return event
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        ReportBatch(beats=(7,)),  # nobody has that slot
+        ReportBatch(reports=((0, report(A)), (0, report(B)))),  # two members in one
+        ReportBatch(reports=((0, report(A)), (1, report(A)))),  # one member in two
+    ],
+)
+def test_a_sender_that_breaks_the_protocol_is_refused(batch: ReportBatch) -> None:
+    async def body(stage: Stage) -> None:
+        async with stage.sender() as own:
+            await own.write(batch)
+            assert await own.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert stage.server.refused == 1
+
+    on_stage(body)

@@ -1,0 +1,98 @@
+"""The admin API's OpenAPI document (pure)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from controlplane.contract.events import Event
+from controlplane.contract.records import Operation
+from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
+from web.describe import (
+    ANY,
+    EVENTS,
+    INTEGER,
+    JSON,
+    STRING,
+    TEXT,
+    Api,
+    Endpoint,
+    Schema,
+    array,
+    parameter,
+    record,
+    ref,
+)
+
+KINDS = (ClusterStatus, Check, Operation, OperationAnswer, OperationRequest, Event)
+HTML = "text/html"
+COOKIE_OR_BEARER: dict[str, Schema] = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "cookie": {"type": "apiKey", "in": "cookie", "name": "kevlarflow_admin"},
+}
+
+
+def document(version: str) -> dict[str, Any]:
+    _, schemas = msgspec.json.schema_components(KINDS, ref_template="#/components/schemas/{name}")
+    error = record({"error": record({"message": STRING, "code": INTEGER})})
+    return Api("KevlarFlow admin", version, _endpoints(), schemas, error, COOKIE_OR_BEARER).document()
+
+
+def _endpoints() -> list[Endpoint]:
+    position = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
+    after = parameter("after", "query", position, "The id of the last event that is known.")
+    limit = parameter(
+        "limit", "query", {"type": "integer", "minimum": 1, "maximum": 1000}, "How many at most."
+    )
+    seen = parameter("Last-Event-ID", "header", STRING, "As a browser sends it when it connects again.")
+    operation = parameter("operation_id", "path", STRING, "The operation's.")
+    page = parameter("path", "path", STRING, "A file of the dashboard.")
+    words = {200: {TEXT: STRING}}
+    token = record({"token": STRING})
+    operations = record({"operations": array(ref("Operation"))})
+    events = record({"events": array(ref("Event"))})
+    submitted = {200: {JSON: ref("OperationAnswer")}, 409: {JSON: ref("OperationAnswer")}}
+    changes = (403, 404, 409)
+    base = "/admin/v1"
+    return [
+        Endpoint("GET", "/livez", "Whether the process answers", words, open=True),
+        Endpoint(
+            "GET", "/readyz", "Whether the cluster's state is known", words | {503: {TEXT: STRING}}, open=True
+        ),
+        Endpoint("GET", "/", "The dashboard", {200: {HTML: STRING}}, (404,), open=True),
+        Endpoint(
+            "GET",
+            "/ui/{path}",
+            "The dashboard's files",
+            {200: {"*/*": ANY}},
+            (404,),
+            parameters=(page,),
+            open=True,
+        ),
+        Endpoint("POST", "/session", "A cookie for the token", {204: {}}, (401,), token, open=True),
+        Endpoint("DELETE", "/session", "Forget the cookie", {204: {}}, (403,)),
+        Endpoint("GET", "/metrics", "For Prometheus", words),
+        Endpoint("GET", f"{base}/status", "The cluster", {200: {JSON: ref("ClusterStatus")}}),
+        Endpoint(
+            "GET", f"{base}/quorum", "etcd's health", {200: {JSON: record({"checks": array(ref("Check"))})}}
+        ),
+        Endpoint("GET", f"{base}/events", "What happened", {200: {JSON: events}}, parameters=(limit, after)),
+        Endpoint("GET", f"{base}/operations", "What operators asked for", {200: {JSON: operations}}),
+        Endpoint("POST", f"{base}/operations", "Ask for one", submitted, (403,), ref("OperationRequest")),
+        Endpoint(
+            "DELETE",
+            f"{base}/operations/{{operation_id}}",
+            "Cancel it",
+            {200: {JSON: ref("Operation")}},
+            changes,
+            parameters=(operation,),
+        ),
+        Endpoint(
+            "GET",
+            f"{base}/stream",
+            "Status and events as they come",
+            {200: {EVENTS: ANY}},
+            parameters=(after, seen),
+        ),
+    ]
