@@ -275,7 +275,10 @@ class Detector:
             left_s = limit_s - watched.silent_s(now)
             if left_s <= 0.0:
                 found.append(member)
-            heapq.heapreplace(self._silences, (now + (left_s if left_s > 0.0 else limit_s), member))
+            # At least a millisecond later: what is left may be less than a step of the clock's own rounding.
+            heapq.heapreplace(
+                self._silences, (now + (max(left_s, 0.001) if left_s > 0.0 else limit_s), member)
+            )
         return found
 
     def _doubtful(self) -> Iterable[Member]:

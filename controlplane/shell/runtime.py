@@ -25,6 +25,8 @@ from controlplane.shell.registry import Registry
 log = structlog.get_logger()
 
 TICK_S = 0.05
+# A timer may ring a rounding step before its time. To wait for the rest would be to ask again and again in no time.
+EARLY_S = 0.001
 TAKEN_MAX = 1024  # events between two decisions
 
 T = TypeVar("T")
@@ -61,7 +63,7 @@ class Runtime:
         next_tick = time.monotonic()
         while True:
             started = time.monotonic()
-            if started >= next_tick:
+            if started >= next_tick - EARLY_S:
                 # Counted from now: after a pause one tick is enough, and the core sees the gap by its `now`.
                 next_tick = started + TICK_S
                 self._take(Tick())

@@ -56,9 +56,11 @@ class Node:
         ]
 
     def die(self) -> None:
-        """As kill -9 does: the streams break at once, the lease stays until it expires."""
+        """As kill -9 does: the streams break at once, the lease stays until it expires, and nobody renews it."""
         for task in self.tasks:
             task.cancel()
+        if self.registration is not None and self.registration._keeper is not None:
+            self.registration._keeper._task.cancel()
         for call in self.calls:
             call.cancel()
 

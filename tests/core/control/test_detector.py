@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from controlplane.contract.config import TimingConfig
@@ -402,3 +404,19 @@ def test_red_that_may_be_alive() -> None:
     killed.report(B)
     assert killed.state(A) is RED
     assert not killed.detector.unsure()
+
+
+@pytest.mark.parametrize("start", [0.3, 1.0, 1e5 / 3, 1e7 / 3])
+def test_silence_that_lacks_less_than_the_clock_can_say_is_no_endless_loop(start: float) -> None:
+    """What is left of the limit may vanish when it is added to the time."""
+    detector = Detector(TIMING)
+    detector.advance(start)
+    detector.reported(NodeReport(A, 0, start, 0), start)
+    detector.evaluate(start, {})
+    now = start + TIMING.suspect_after_s
+    for _ in range(50):
+        now = math.nextafter(now, 0.0)
+    for _ in range(100):
+        detector.advance(now)
+        detector.evaluate(now, {})
+        now = math.nextafter(now, math.inf)
