@@ -21,8 +21,8 @@ from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, encode
+from controlplane.contract.lifetime import begin, run_to_exit
 from controlplane.contract.logs import configure_logging
-from controlplane.contract.process import begin, run_to_exit
 from controlplane.contract.records import ControllerRecord
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.core.controller import Controller

@@ -43,11 +43,12 @@ import structlog
 
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
+from controlplane.contract.lifetime import raise_descriptor_limit
 from controlplane.contract.logs import LOG_LOOK_S, bound_logs, configure_logging
-from controlplane.contract.process import raise_descriptor_limit
 from controlplane.contract.topology import Mode
 from controlplane.contract.version import code_version
 from controlplane.etcd.errors import NameTaken
+from controlplane.process import start_ticks
 from dataplane.accelerators import Place, assign, count_devices
 from dataplane.installed import Installed
 
@@ -75,15 +76,6 @@ class NodeFile(msgspec.Struct, frozen=True):
 def restart_delay_s(quick_deaths: int, backoff_s: float) -> float:
     """Pause before the next start: none after a first death, then doubled while deaths come quickly."""
     return 0.0 if quick_deaths <= 1 else min(BACKOFF_MAX_S, backoff_s * 2.0 ** min(quick_deaths - 2, 30))
-
-
-def start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def parent_of(pid: int) -> int:

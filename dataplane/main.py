@@ -15,8 +15,8 @@ import structlog
 from controlplane.contract.config import ClusterConfig, EmulationConfig, load_config
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.ids import Member, new_incarnation
+from controlplane.contract.lifetime import begin, run_to_exit
 from controlplane.contract.logs import configure_logging
-from controlplane.contract.process import begin, run_to_exit
 from controlplane.contract.version import settings_digest
 from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import TAKE_OVER

@@ -33,6 +33,7 @@ from controlplane.contract.address import bound
 from controlplane.contract.auth import create_secret, derive, load_secret
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError
+from controlplane.process import start_ticks
 
 TAIL_BYTES = 16 * 1024
 PORTS = range(20_000, 32_000)  # below Linux's range for outgoing connections, which take any port there
@@ -84,15 +85,6 @@ def default_run_dir(cluster: str = "kevlarflow") -> Path:
         return Path(given)
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "kevlarflow" / cluster
-
-
-def start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def free_port(host: str, taken: set[int]) -> int:

@@ -29,7 +29,8 @@ from typing import TypeVar
 
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.logs import LOG_LOOK_S, bound_logs
-from controlplane.kfadmin.rundir import ProcessFile, RunDir, start_ticks
+from controlplane.kfadmin.rundir import ProcessFile, RunDir
+from controlplane.process import start_ticks
 
 T = TypeVar("T")
 

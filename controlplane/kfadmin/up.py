@@ -15,7 +15,7 @@ import typer
 
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
-from controlplane.contract.process import raise_descriptor_limit
+from controlplane.contract.lifetime import raise_descriptor_limit
 from controlplane.contract.topology import Mode
 from controlplane.kfadmin.local import LocalCluster
 from controlplane.kfadmin.output import progress

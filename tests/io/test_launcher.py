@@ -20,8 +20,9 @@ import pytest
 from controlplane.contract.config import ClusterConfig, EngineConfig, TimingConfig
 from controlplane.contract.logs import LOG_BYTES_MAX, bound_logs
 from controlplane.contract.topology import Mode
+from controlplane.process import start_ticks
 from dataplane.accelerators import Place
-from dataplane.launcher import NodeFile, all_nodes, restart_delay_s, start_ticks
+from dataplane.launcher import NodeFile, all_nodes, restart_delay_s
 
 ROOT = Path(__file__).parents[2]
 

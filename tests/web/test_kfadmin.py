@@ -26,8 +26,9 @@ from controlplane.contract.records import Operation, OperationKind, OperationSta
 from controlplane.contract.status import Check, NodeState, PipelineState
 from controlplane.kfadmin.group import stale
 from controlplane.kfadmin.main import app
-from controlplane.kfadmin.rundir import Endpoints, ProcessFile, RunDir, start_ticks
+from controlplane.kfadmin.rundir import Endpoints, ProcessFile, RunDir
 from controlplane.kfadmin.up import demo_model, settings_of
+from controlplane.process import start_ticks
 from tests.web import admin_service
 from tests.web.admin_service import TOKEN, MemoryService, serving
 

@@ -18,8 +18,8 @@ from controlplane.contract.config import ClusterConfig, GatewayConfig, load_conf
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, encode
+from controlplane.contract.lifetime import begin, run_to_exit
 from controlplane.contract.logs import configure_logging
-from controlplane.contract.process import begin, run_to_exit
 from controlplane.contract.records import GatewayRecord
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient

@@ -11,13 +11,13 @@ import pytest
 
 PRELUDE = """
 import asyncio, ctypes, resource, threading, time
-from controlplane.contract import process
+from controlplane.contract import lifetime
 from controlplane.contract.errors import ConfigError, KevlarFlowError
-process.HUNG_EXIT_S, process.AWAKE_EVERY_S = 1.5, 0.2
-process.begin()
+lifetime.HUNG_EXIT_S, lifetime.AWAKE_EVERY_S = 1.5, 0.2
+lifetime.begin()
 async def serve():
     {body}
-process.run_to_exit("kf-test", serve)
+lifetime.run_to_exit("kf-test", serve)
 """
 
 
@@ -80,7 +80,7 @@ def test_as_many_descriptors_as_there_may_be() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     code = (
         f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard}));"
-        "from controlplane.contract import process; process.begin();"
+        "from controlplane.contract import lifetime; lifetime.begin();"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     )
     done = subprocess.run(
