@@ -67,8 +67,8 @@ def no_watermark_rule() -> Iterator[None]:
     """A copy counts as held when it has been sent."""
     take = ReplicaSource.take
 
-    def sent_is_held(source: ReplicaSource, now: float, flush: bool) -> list[Copy]:
-        copies = take(source, now, flush)
+    def sent_is_held(source: ReplicaSource, now: float, flush: bool, limit: int | None = None) -> list[Copy]:
+        copies = take(source, now, flush, limit)
         for copy in copies:
             source._progress[copy.rid].acked = copy.tokens
         return copies
