@@ -30,6 +30,7 @@ FULL_IDLE_BEATS = 10  # ... and while it rests
 LINK_QUIET_S = (
     0.4  # a link that was silent for so long, twice the pause between two pings, is watched as well
 )
+LATE_S = 0.02  # overdue timers since the last report: who hardly gets to run is watched at every heartbeat
 LONG_BEATS = 3  # a step that takes so long is watched at every heartbeat
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
@@ -153,6 +154,8 @@ class Reporter:
             return True
         long_s = LONG_BEATS * self._heartbeat_s
         if report.busy_s >= long_s or any(p.stalled_s >= long_s for p in report.pipelines):
+            return True
+        if report.overdue_s - told.overdue_s >= LATE_S:
             return True
         if any(link.up and link.silent_s >= LINK_QUIET_S for link in report.links):
             return True

@@ -190,7 +190,9 @@ def test_a_link_that_brings_foreign_frames_is_closed_and_does_not_spin(kind: str
                 await until(lambda: not a.transport.connected(b.member))
             if kind != "memory":
                 retry_s = b.transport._config.retry_min_s
-                assert times[-1] - times[0] >= (4 + 8) * retry_s * 0.5, "pauses are drawn from their upper half"
+                assert times[-1] - times[0] >= (4 + 8) * retry_s * 0.5, (
+                    "pauses are drawn from their upper half"
+                )
 
     run(work())
 
