@@ -34,8 +34,8 @@ from controlplane.kfadmin.local import LocalCluster
 
 STAGES = 2
 BLOCK = 16
-PROMPT_WORDS = 464  # with its answer exactly 33 blocks
-TOKENS = 64
+PROMPT_WORDS = 368  # with its answer exactly 33 blocks
+TOKENS = 160  # more than steps pass until the last prompt is computed and copied
 WINDOW_S = 30.0
 SIZES = {"025gb": 0.25e9, "1gb": 1e9, "3gb": 3e9}  # of KV on the node that dies
 COPIES = 2 * STAGES  # nodes that hold as much as the one that dies: both stages, served and copied

@@ -113,13 +113,13 @@ class Topology(msgspec.Struct, frozen=True):
 
     @property
     def copies(self) -> bool:
-        """Whether KV is copied to peers at all: there may be none."""
+        """Whether nodes that serve hold copies of other pipelines, too: a lone pipeline's are with spares."""
         return self.mode is Mode.REPLICATE and len(self.pipelines) > 1
 
 
 def quota_blocks(pool_blocks: int, pipelines_served: int, copies: bool = True) -> int:
-    """KV blocks that one pipeline may use on a node: its share among those that the node serves, and where KV is copied
-    half the pool at most.
+    """KV blocks that one pipeline may use on a node: its share among those that the node serves, and half the pool at
+    most where such nodes hold copies of others.
 
     The other half is room for replicas, and therefore for the pipeline that a peer's death brings: promoting
     its replicas can never run out of space.
