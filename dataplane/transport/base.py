@@ -24,6 +24,9 @@ OnMessage = Callable[[Member, memoryview], None]
 OnLinkUp = Callable[[Member], None]
 OnLinkDown = Callable[[Member, str], None]
 
+# Of dataplane/transport/frames.py. Here, as a link needs no more of it, and no numpy with threads of its own.
+FRAMES_VERSION = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportConfig:

@@ -27,10 +27,11 @@ from controlplane.contract.errors import PeerError
 from controlplane.contract.ids import Member
 from dataplane._fast.checksum import crc32
 from dataplane.core.messages import KvMeta, Meta, Ping
+from dataplane.transport.base import FRAMES_VERSION
 
 HEADER = struct.Struct("<2sBBIQIQI")
 MAGIC = b"KF"
-VERSION = 2
+VERSION = FRAMES_VERSION
 COVERED, CHECKED, IN_MEMORY = range(3)
 
 Buffer = bytes | bytearray | memoryview

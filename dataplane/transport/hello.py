@@ -20,12 +20,11 @@ import secrets
 import msgspec
 
 from controlplane.contract.ids import Member
-
-from . import frames
+from dataplane.transport.base import FRAMES_VERSION
 
 # What a node speaks on a link: frames of a version, after this hello. Nodes of two versions do not get as far as
-# frames. The hello is what it was with frames of version 2; whoever changes it raises frames.VERSION, too.
-PROTOCOL = frames.VERSION - 1
+# frames. The hello is what it was with frames of version 2; whoever changes it raises FRAMES_VERSION, too.
+PROTOCOL = FRAMES_VERSION - 1
 NONCE_BYTES = 32
 TOKEN_BYTES = 16
 HELLO_BYTES_MAX = 4096
