@@ -69,7 +69,7 @@ async def serve(
     client = EtcdClient(config.etcd)
     store = HistoryStore(config.database, config.cluster, me)
     history = HistoryWriter(store)
-    reports = ReportServer(derive(secret, "grpc"), inbox, config.timing.heartbeat_s)
+    reports = ReportServer(derive(secret, "grpc"), inbox, config.timing)
     record = ControllerRecord(
         id=me,
         rpc_address=await reports.start(config.host, config.advertise),
