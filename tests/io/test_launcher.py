@@ -90,7 +90,7 @@ def compute(config: ClusterConfig, node: str) -> None:
 # ---- driving it
 
 
-def wait_for(condition: Callable[[], object], what: str, limit_s: float = 15.0) -> None:
+def wait_for(condition: Callable[[], object], what: str, limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {limit_s} s: {what}"
