@@ -190,7 +190,7 @@ def main() -> None:
     options = parser.parse_args()
     configure_logging(options.id)
     begin()
-    run_to_exit("kf-controller", lambda: _run(options), expected=NameTaken)
+    run_to_exit("kf-controller", lambda: _run(options), name_taken=(NameTaken,))
 
 
 if __name__ == "__main__":
