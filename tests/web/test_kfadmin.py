@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import structlog
 from typer.testing import CliRunner, Result
 
 from controlplane.contract.auth import derive, load_secret
@@ -34,9 +35,12 @@ from tests.web.admin_service import TOKEN, MemoryService, serving
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, MemoryService]]:
+    """It runs in this process: what it logs is none of kfadmin's output."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.__stderr__))
     service = MemoryService()
     with serving(service) as url:
         yield url, service
+    structlog.reset_defaults()
 
 
 @pytest.fixture
