@@ -35,6 +35,7 @@ class Result(msgspec.Struct):
     ratios: dict[str, float] = {}
     absent: dict[str, str] = {}
     spread: dict[str, tuple[float, float]] = {}  # least and greatest of what a median stands for
+    rows: list[dict[str, float | int | str]] = []  # single measurements that the metrics sum up
     machine: dict[str, object] = {}
 
     def measure(self, name: str, values: Sequence[float], into: str = "metrics") -> float:

@@ -3,7 +3,8 @@
 Streams run; a node is killed with SIGKILL; every stream is compared, token by token, with the same request on
 the same cluster undisturbed. The headline is `pause`: the longest wait for a token of each stream around a kill, by
 stream and, as `slowest_pause`, of the slowest stream of each kill. `next_token_gap` runs from the kill to a stream's
-next token, which may already have been on its way.
+next token, which may already have been on its way. Each kill is told for itself, too: what the node did, and what the
+slowest stream waited for (`Kill`).
 The same is then done in `stop-restart` mode, in which an instance with a dead node is gone until it was restarted and
 its requests begin again elsewhere.
 """
@@ -11,6 +12,7 @@ its requests begin again elsewhere.
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from dataclasses import dataclass, field
 
@@ -27,11 +29,45 @@ TOKENS = 160
 WINDOW_S = 30.0  # pauses that end later than this after a kill are not its doing
 
 
+@dataclass(slots=True)
+class Kill:
+    """One kill as its slowest stream saw it. Seconds; the parts follow each other, from the kill on."""
+
+    node: str
+    role: str  # "scheduler", or which stage
+    pause: float
+    usual: float  # time between tokens before the kill
+    ended: float  # from the kill to the end of that pause
+    parts: dict[str, float] = field(default_factory=dict)
+    tokens_recomputed: int = 0
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in self.parts.items())
+        return (
+            f"killed {self.node} ({self.role}): longest pause of a stream {1e3 * self.pause:.0f} ms, over"
+            f" {1e3 * self.ended:.0f} ms after the kill; a token takes {1e3 * self.usual:.1f} ms;"
+            f" {parts} ms; {self.tokens_recomputed} tokens recomputed"
+        )
+
+    def row(self) -> dict[str, float | int | str]:
+        parts = {f"{name}_s": round(seconds, 4) for name, seconds in self.parts.items()}
+        return {
+            "node": self.node,
+            "role": self.role,
+            "pause_s": round(self.pause, 4),
+            "usual_s": round(self.usual, 4),
+            "ended_s": round(self.ended, 4),
+            **parts,
+            "tokens_recomputed": self.tokens_recomputed,
+        }
+
+
 @dataclass
 class Tally:
     gaps: list[float] = field(default_factory=list)
     pauses: list[float] = field(default_factory=list)
     slowest: list[float] = field(default_factory=list)  # of each kill
+    each: list[Kill] = field(default_factory=list)
     phases: dict[str, list[float]] = field(default_factory=dict)
     lost: int = 0
     duplicated: int = 0
@@ -50,7 +86,10 @@ def run(quick: bool) -> Result:
         baseline_kills = [f"n{k}" for k in (kills[1:3] if quick else kills[:8])]
         theirs = _measure(cluster, baseline_kills, survivors_stay=False)
     _fill(result.metrics, ours)
-    for name in ("detect", "plan", "connect", "restore", "first_token"):
+    within = sum(kill.pause <= 0.1 + 3 * kill.usual for kill in ours.each)
+    result.metrics["kills_within_bar"] = within  # 0.1 s and three decode steps
+    result.rows = [kill.row() for kill in ours.each]
+    for name in ("detect", "plan", "watch", "connect", "restore", "first_token"):
         if ours.phases.get(name):
             result.measure(f"{name}_p50_s", ours.phases[name])
     _fill(result.baseline, theirs)
@@ -85,6 +124,7 @@ def _measure(cluster: LocalCluster, victims: list[str], *, survivors_stay: bool)
         # Early, in the middle and late in the streams, in turn.
         after = (8, TOKENS // 2, TOKENS - 40)[number % 3]
         before = cluster.node_pids()
+        roles = _roles(cluster)
         streams, killed_at, killed_unix = asyncio.run(_kill_under_load(cluster, prompts, victim, after))
         wait_settled(cluster)
         changed = {n for n, pid in cluster.node_pids().items() if before.get(n) != pid and n != victim}
@@ -92,19 +132,17 @@ def _measure(cluster: LocalCluster, victims: list[str], *, survivors_stay: bool)
         if survivors_stay:
             tally.survivor_restarts += len(changed)
         _compare(tally, streams, reference)
-        pauses: list[float] = []
-        for stream in streams:
-            gap = stream.next_token_gap_s(killed_at)
-            pause = stream.longest_pause_s(killed_at, WINDOW_S)
-            if gap is not None and pause is not None:
-                tally.gaps.append(gap)
-                pauses.append(pause)
-        tally.pauses += pauses
-        tally.slowest.append(max(pauses, default=0.0))
-        _phases(tally, cluster, victim, killed_unix)
-        progress(
-            f"  killed {victim} after {after} tokens: longest pause of a stream {tally.slowest[-1]:.3f} s"
-        )
+        gaps = [stream.next_token_gap_s(killed_at) for stream in streams]
+        pauses = [stream.longest_pause(killed_at, WINDOW_S) for stream in streams]
+        tally.gaps += [gap for gap in gaps if gap is not None]
+        seen = [pause for pause in pauses if pause is not None]
+        tally.pauses += [pause for pause, _ in seen]
+        pause, ended = max(seen, default=(0.0, killed_at))
+        kill = Kill(victim, roles[victim], pause, _usual(streams, killed_at), ended - killed_at)
+        tally.slowest.append(pause)
+        _phases(tally, kill, cluster, killed_unix)
+        tally.each.append(kill)
+        progress(f"  after {after} tokens {kill}")
     return tally
 
 
@@ -139,16 +177,35 @@ def _compare(tally: Tally, streams: list[Stream], reference: list[Stream]) -> No
         tally.different += sum(a != b for a, b in zip(stream.tokens, expected.tokens, strict=False))
 
 
-def _phases(tally: Tally, cluster: LocalCluster, victim: str, killed_unix: float) -> None:
+def _roles(cluster: LocalCluster) -> dict[str, str]:
+    with cluster.admin() as admin:
+        pipelines = admin.status().pipelines
+    return {
+        member.node: f"stage {number}" if number else "scheduler"
+        for pipeline in pipelines
+        for number, stage in enumerate(pipeline.stages)
+        for member in stage.serving
+    }
+
+
+def _usual(streams: list[Stream], until: float) -> float:
+    """Time between tokens before then: the mean of each stream, the median over streams."""
+    times = [[at for at in stream.times if at <= until] for stream in streams]
+    means = [(some[-1] - some[0]) / (len(some) - 1) for some in times if len(some) > 1]
+    return statistics.median(means) if means else 0.0
+
+
+def _phases(tally: Tally, kill: Kill, cluster: LocalCluster, killed_unix: float) -> None:
     """From the event history: what part of the gap was spent where."""
     with cluster.admin() as admin:
         rows = [row for row in admin.events(limit=200) if row.event.unix_s >= killed_unix]
-    died = _first(rows, EventKind.DIED, victim)
+    died = _first(rows, EventKind.DIED, kill.node)
     if died is None:
         return
 
     def note(name: str, seconds: float) -> None:
         tally.phases.setdefault(name, []).append(max(0.0, seconds))
+        kill.parts.setdefault(name, max(0.0, seconds))
 
     note("detect", died.event.unix_s - killed_unix)
     for row in rows:
@@ -156,6 +213,9 @@ def _phases(tally: Tally, cluster: LocalCluster, victim: str, killed_unix: float
         if row.event.kind is EventKind.EPOCH and "plan_s" in details:
             note("plan", float(details["plan_s"]))
         if row.event.kind is EventKind.RECOVERED and not details.get("planned"):
+            written = killed_unix + sum(kill.parts[name] for name in ("detect", "plan") if name in kill.parts)
+            note("watch", float(details["seen_unix_s"]) - written)
+            kill.tokens_recomputed += int(details["tokens_recomputed"])
             for phase in ("connect", "restore", "first_token"):
                 if f"{phase}_s" in details:
                     note(phase, float(details[f"{phase}_s"]))

@@ -80,8 +80,13 @@ class Stream:
 
         Unlike the next token's gap it does not take a token that was already on its way for the recovery.
         """
+        longest = self.longest_pause(moment, window_s)
+        return None if longest is None else longest[0]
+
+    def longest_pause(self, moment: float, window_s: float = 10.0) -> tuple[float, float] | None:
+        """As `longest_pause_s`, and when that wait ended (monotonic seconds)."""
         pauses = [
-            later - max(moment, earlier)
+            (later - max(moment, earlier), later)
             for earlier, later in zip([moment, *self.times], self.times, strict=False)
             if moment < later <= moment + window_s
         ]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.sim.border import silence
 from tests.sim.cluster import Outcome, run
-from tests.sim.record import Record, code_digest, resume
+from tests.sim.record import Record, code_digest, loaded, resume
 from tests.sim.safeguards import SAFEGUARDS
 from tests.sim.schedule import Schedule, generate
 from tests.sim.shrink import shrink
@@ -24,6 +24,7 @@ FOREVER = contextlib.ExitStack()
 COLLECT_EVERY = 10  # seeds; the process is 10 MB larger than with one
 CHUNK = 20  # seeds that a worker takes at a time
 PROGRESS_S = 5.0
+MODULES = frozenset(loaded())  # whose code a seed may run: what it imports itself is a mistake
 NONE = "none"  # of the steps: forming and what follows a storm are enough
 
 
@@ -131,7 +132,13 @@ def _shrink(options: argparse.Namespace) -> int:
 
 
 def _chunk(first: int, count: int, without: str | None) -> list[Outcome]:
-    return [_play(generate(seed), without) for seed in range(first, first + count)]
+    outcomes = [_play(generate(seed), without) for seed in range(first, first + count)]
+    if late := sorted(path.name for path in loaded() - MODULES):
+        raise RuntimeError(
+            f"seeds {first} to {first + count - 1} imported {late}, which the digest of the code lacks: "
+            "import them in tests/sim/border.py"
+        )
+    return outcomes
 
 
 def _chunks(record: Record, jobs: int) -> Generator[list[Outcome]]:
@@ -151,7 +158,7 @@ def _chunks(record: Record, jobs: int) -> Generator[list[Outcome]]:
 
 def _soak(options: argparse.Namespace) -> int:
     jobs = options.jobs or len(os.sched_getaffinity(0))
-    fresh = Record(code_digest(), options.first, options.count, options.without)
+    fresh = Record(code_digest(MODULES), options.first, options.count, options.without)
     try:
         record = resume(options.json, fresh)
     except ValueError as error:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-from tests.sim.record import Record
+import pytest
+
+from tests.sim import __main__ as soak
+from tests.sim import record as records
+from tests.sim.record import ROOT, Record, loaded
 from tests.sim.schedule import generate
 from tests.sim.shrink import shrink
 from tests.sim.soaking import simulator
@@ -115,3 +121,65 @@ def test_what_a_record_lacks() -> None:
         "more has run than is asked for"
     )
     assert Record("c", 0, 30, None, [(0, 10), (40, 60)]).missing(20) == [(10, 20)]
+
+
+def test_the_digest_is_of_what_a_seed_runs_and_of_nothing_else() -> None:
+    """Of its modules and the sources of its extensions; of no tool, no GPU and no test."""
+    shown = (
+        "from tests.sim.__main__ import MODULES; from tests.sim.record import sources\n"
+        "print(*(path for module in MODULES for path in sources(module)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", shown], cwd=ROOT, capture_output=True, text=True, check=True)
+    made = {str(Path(path).relative_to(ROOT)) for path in ran.stdout.split()}
+    assert made > {
+        *(
+            "dataplane/core/scheduler.py",
+            "controlplane/core/plan.py",
+            "web/gateway/router.py",
+            "tests/sim/rpc.py",
+        ),
+        *(
+            "tests/sim/__main__.py",
+            "dataplane/_fast/sampling.pyx",
+            "dataplane/_fast/draw.h",
+            "kernels/cpu/team.c",
+        ),
+    }
+    assert [
+        path for path in made if re.search(r"kfadmin|/(cuda|triton)/|/test_|\.so$|_native\.c$", path)
+    ] == []
+
+
+def test_each_change_of_a_source_changes_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    names = (
+        "a.py",
+        "fast.pyx",
+        "fast.pxd",
+        "fast.c",
+        "fast.cpython.so",
+        "draw.h",
+        "team.c",
+        "other.pyx",
+        "b.py",
+    )
+    for name in names:
+        (tmp_path / name).write_text("before")
+    modules = [tmp_path / "a.py", tmp_path / "fast.cpython.so"]
+    before = records.code_digest(modules)
+    changed = set()
+    for name in names:
+        (tmp_path / name).write_text("after")
+        if records.code_digest(modules) != before:
+            changed.add(name)
+        (tmp_path / name).write_text("before")
+    assert changed == {"a.py", "fast.pyx", "fast.pxd", "draw.h", "team.c"}
+
+
+def test_a_seed_that_imports_what_the_digest_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That module could change, and what seeds did with it before would still count."""
+    monkeypatch.setattr(soak, "MODULES", loaded() - {ROOT / "dataplane/core/scheduler.py"})
+    with pytest.raises(
+        RuntimeError, match=r"imported \['scheduler.py'\], which the digest of the code lacks"
+    ):
+        soak._chunk(0, 0, None)

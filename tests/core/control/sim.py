@@ -94,6 +94,11 @@ class Sim:
     heard: tuple[tuple[str, int], ...] = ()  # how many nodes each controller hears, as it has told
     messages: list[str] = field(default_factory=list)  # all that operations ever said
     led: list[str] = field(default_factory=list)  # who, one after the other
+    installed: tuple[str, str] = (
+        "1",
+        "s",
+    )  # version of the code and digest of the settings that a fresh process gets
+    made_of: dict[str, tuple[str, str]] = field(default_factory=dict)  # controllers and gateways
     _dead_since: dict[str, float] = field(default_factory=dict)
     _revision: int = 1
     _numbers: count[int] = field(default_factory=count)
@@ -106,6 +111,7 @@ class Sim:
             self.candidates.append(name)
         for name in (*self.cores, *(f"g{k + 1}" for k in range(self.gateways))):
             self.peers[name] = Member(name, f"i{next(self._numbers)}")
+            self.made_of[name] = self.installed
         self.tell(self.peers_seen())
         self.tell(events.TopologySeen(None, 0))
         total = (self.config.instances + self.config.spares) * self.config.stages
@@ -118,6 +124,7 @@ class Sim:
     def start(self, node: str) -> Member:
         stage = int(node[1:]) % self.config.stages
         record = make_record(self.config, node, f"i{next(self._numbers)}", stage)
+        record = replace(record, version=self.installed[0], settings=self.installed[1])
         self.nodes[node] = Node(record, born=self.now)
         self._dead_since.pop(node, None)
         self.watch(events.NodeRegistered(record))
@@ -175,7 +182,8 @@ class Sim:
         found = sorted(self.peers.values())
         controllers = tuple(m for m in found if m.node in self.cores)
         gateways = tuple(m for m in found if m.node not in self.cores)
-        return PeersSeen(controllers, gateways, tuple(self.candidates), self.heard)
+        made_of = tuple((name, *made) for name, made in sorted(self.made_of.items()))
+        return PeersSeen(controllers, gateways, tuple(self.candidates), self.heard, made_of)
 
     def kill_leader(self) -> None:
         """The process is gone, and a fresh candidate joins; the next one in line leads."""
@@ -187,6 +195,7 @@ class Sim:
     def _restart(self, name: str) -> None:
         """A fresh process of a controller or gateway."""
         self.peers[name] = Member(name, f"i{next(self._numbers)}")
+        self.made_of[name] = self.installed
         if name in self.cores:
             self.candidates.remove(name)
             self.candidates.append(name)
@@ -212,8 +221,12 @@ class Sim:
         id: str = "op",
         substitute: str | None = None,
         deadline_s: float = 0.0,
+        version: str = "",
+        settings: str = "",
     ) -> OperationAnswer:
-        request = OperationRequest(id, kind, node, substitute, deadline_s=deadline_s)
+        request = OperationRequest(
+            id, kind, node, substitute, deadline_s=deadline_s, version=version, settings=settings
+        )
         answer = self.cores[self.leader].preflight(request)
         if answer.accepted and answer.operation is not None and id not in self.operations:
             self.put_operation(answer.operation)
