@@ -22,7 +22,7 @@ from controlplane.etcd.server import etcd_command, etcd_version, find_etcd_binar
 from controlplane.kfadmin.client import AdminClient
 from controlplane.kfadmin.loadgen import LoadGenerator
 from controlplane.kfadmin.rundir import RunDir
-from controlplane.kfadmin.supervise import Supervisor
+from controlplane.kfadmin.supervise import SupervisorThread
 from controlplane.kfadmin.up import demo_model
 from tests.matrix.namespaces import Network
 
@@ -57,7 +57,7 @@ class HostCluster:
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
         self.network = Network((CLIENT, *SERVERS))
-        self._supervisors: dict[str, Supervisor] = {}
+        self._supervisors: dict[str, SupervisorThread] = {}
 
     def __enter__(self) -> HostCluster:
         try:
@@ -93,7 +93,7 @@ class HostCluster:
         direct = {"no_proxy": ",".join(map(address, SERVERS)), "NO_PROXY": ",".join(map(address, SERVERS))}
         for name in SERVERS:
             self._prepare(name)
-            self._supervisors[name] = Supervisor(self.run_dir(name), env=direct)
+            self._supervisors[name] = SupervisorThread(self.run_dir(name), env=direct)
         with self.network.inside(CLIENT):
             self._run()
             self._wait_ready()
