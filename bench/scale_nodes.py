@@ -1,8 +1,8 @@
 """Hosts full of simulated nodes: real registrations and leases, real streams of reports, no models behind them.
 
-A host is one stream, as a host's relay has it (`ReportBatch`): a batch every heartbeat, and at once when a node dies or
-has news. A node acts on the topology that it sees in etcd as a real one does: it takes duties up, tells its links,
-answers moves, and says that a neighbour's link broke when that neighbour is killed.
+A host is one stream, as a host's relay has it (`ReportBatch`): a batch as often as the controller asks for one, and at
+once when a node dies or has news. A node acts on the topology that it sees in etcd as a real one does: it takes duties
+up, tells its links, answers moves, and says that a neighbour's link broke when that neighbour is killed.
 """
 
 from __future__ import annotations
@@ -116,24 +116,29 @@ class Host:
     gone: list[int] = field(default_factory=list)
     slots: int = 0
     due: asyncio.Event = field(default_factory=asyncio.Event)
+    beat_s: float = 0.0  # as its controller asks
 
-    def batch(self, counter: int, beat: bool) -> ReportBatch:
-        """What is new; with `beat` also who is alive."""
+    def batch(self, counter: int, beats_passed: int) -> ReportBatch:
+        """What is new; once heartbeats have passed, also who is alive."""
         reports: list[tuple[int, NodeReport]] = []
         beats: list[int] = []
         for node in self.nodes:
             if not node.alive:
                 continue
-            if node.news or (beat and (node.hurried or node.beats + 1 >= FULL_BEATS)):
+            node.beats += beats_passed
+            if node.news or (beats_passed and (node.hurried or node.beats >= FULL_BEATS)):
                 if node.slot < 0:
                     node.slot, self.slots = self.slots, self.slots + 1
                 reports.append((node.slot, node.report(counter)))
                 node.news, node.beats = False, 0
-            elif beat:
+            elif beats_passed:
                 beats.append(node.slot)
-                node.beats += 1
         gone, self.gone = tuple(self.gone), []
         return ReportBatch(tuple(reports), tuple(beats), gone, relay=True)
+
+    def heartbeats(self, heartbeat_s: float) -> int:
+        """In how many of them one batch is enough."""
+        return max(1, round(self.beat_s / heartbeat_s))
 
 
 class Fleet:
@@ -323,6 +328,7 @@ class Fleet:
             call: Any = channel.stream_stream(rpc.CONTROL_REPORT, rpc.encode, rpc.decode_ack)(
                 metadata=headers
             )
+            acks = asyncio.create_task(_obey(host, call))
             next_beat = time.monotonic() + phase * heartbeat_s
             while True:
                 timer = asyncio.get_running_loop().call_at(next_beat, host.due.set)
@@ -330,14 +336,22 @@ class Fleet:
                 host.due.clear()
                 timer.cancel()
                 now = time.monotonic()
-                beat = now >= next_beat
-                if beat:
+                passed = 0
+                if now >= next_beat:
                     self.late_s = max(self.late_s, now - next_beat)
-                    next_beat = max(next_beat + heartbeat_s, now)
+                    passed = 1 if any(node.hurried for node in host.nodes) else host.heartbeats(heartbeat_s)
+                    next_beat = max(next_beat + passed * heartbeat_s, now)
                 counter = 0 if self.topology is None else self.topology.counter
-                batch = host.batch(counter, beat)
+                batch = host.batch(counter, passed)
                 if batch.reports or batch.beats or batch.gone:
                     await call.write(batch)
+                if acks.done():
+                    acks.result()
+
+
+async def _obey(host: Host, call: Any) -> None:
+    while (ack := await call.read()) is not grpc.aio.EOF:
+        host.beat_s = ack.beat_s
 
 
 async def _drain(call: Any) -> None:

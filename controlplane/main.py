@@ -69,7 +69,7 @@ async def serve(
     client = EtcdClient(config.etcd)
     store = HistoryStore(config.database, config.cluster, me)
     history = HistoryWriter(store)
-    reports = ReportServer(derive(secret, "grpc"), inbox, config.timing.heartbeat_s)
+    reports = ReportServer(derive(secret, "grpc"), inbox, config.timing)
     record = ControllerRecord(
         id=me,
         rpc_address=await reports.start(config.host, config.advertise),
@@ -190,7 +190,7 @@ def main() -> None:
     options = parser.parse_args()
     configure_logging(options.id)
     begin()
-    run_to_exit("kf-controller", lambda: _run(options), expected=NameTaken)
+    run_to_exit("kf-controller", lambda: _run(options), name_taken=(NameTaken,))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def run_node(config: ClusterConfig, node: str, take_over: str = "", place: Place
         node,
         lambda: _serve(config, member, stage, executor, settings, take_over, place),
         precise_loop if emulated else None,
-        expected=NameTaken,
+        name_taken=(NameTaken,),
     )
 
 

@@ -1,6 +1,8 @@
 """The node's reports: one stream to every controller, a heartbeat at a fixed pace and a report at once on news.
 
-Most reports would say what the last one said: then a beat, a few bytes, says that it still holds (`_is_news`).
+Most reports would say what the last one said: then a beat, a few bytes, says that it still holds (`_is_news`). Of a
+large group controllers ask for fewer beats (`ReportAck.beat_s`): whether there is news is looked at each heartbeat all
+the same.
 Each controller has its own task, so that one that hangs delays nobody. No report is queued: each is made from the
 state at the moment it is sent.
 """
@@ -16,14 +18,13 @@ import grpc
 
 from controlplane.backoff import Backoff
 from controlplane.contract import rpc
-from controlplane.contract.ids import Member
 from controlplane.contract.records import ControllerRecord
 from controlplane.contract.reports import NodeReport, ReportBatch
 
 log = logging.getLogger(__name__)
 
 SLOT = 0  # on a stream of its own a node is the only one
-BEAT = ReportBatch(beats=(SLOT,))
+BEAT = ReportBatch(beats=(SLOT,), calm=True)
 
 FULL_BEATS = 5  # a whole report so often while the node computes, in heartbeats ...
 FULL_IDLE_BEATS = 10  # ... and while it rests
@@ -58,7 +59,9 @@ class _Line:
     seq: int = 0
     recoveries_sent: int = 0
     told: NodeReport | None = None  # the last report on this stream
-    beats: int = 0  # sent since then
+    beats: int = 0  # heartbeats since then
+    quiet: int = 0  # heartbeats since anything was sent
+    every: int = 1  # heartbeats in which something is to be sent, news or none
     said: asyncio.Event = field(default_factory=asyncio.Event)  # a report has left since it was cleared
 
 
@@ -119,7 +122,7 @@ class Reporter:
         await asyncio.sleep(0)  # let set_controllers store our line first
         while True:
             line = self._lines[name]
-            line.seq, line.told, line.news = 0, None, True
+            line.seq, line.told, line.news, line.every = 0, None, True, 1
             try:
                 async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
                     call = channel.stream_stream(
@@ -127,7 +130,8 @@ class Reporter:
                         request_serializer=rpc.encode,
                         response_deserializer=rpc.decode_ack,
                     )(self._batches(line), metadata=(("authorization", f"Bearer {self._token}"),))
-                    async for _ in call:
+                    async for ack in call:
+                        line.every = max(1, round(ack.beat_s / self._heartbeat_s))
                         backoff.succeeded()
             except grpc.aio.AioRpcError as error:
                 log.debug("reports to %s: %s", name, error.code())
@@ -143,26 +147,34 @@ class Reporter:
     async def _batches(self, line: _Line) -> AsyncIterator[ReportBatch]:
         while True:
             line.due.clear()
-            yield self._next(line)
-            line.said.set()
+            if (batch := self._next(line)) is not None:
+                yield batch
+                line.said.set()
             timer = asyncio.get_running_loop().call_later(self._heartbeat_s, line.due.set)
             await line.due.wait()
             timer.cancel()
 
-    def _next(self, line: _Line) -> ReportBatch:
+    def _next(self, line: _Line) -> ReportBatch | None:
         report, recoveries = self._make(line.seq, line.recoveries_sent)
         news, line.news = line.news, False
-        if not news and line.told is not None and not self._is_news(report, line.told, line.beats):
-            line.beats += 1
-            return BEAT
-        line.seq += 1
-        line.recoveries_sent, line.told, line.beats = recoveries, report, 0
-        return ReportBatch(reports=((SLOT, report),))
+        line.beats, line.quiet = line.beats + 1, line.quiet + 1
+        told = line.told
+        news = news or told is None or self._is_news(report, told)
+        if news or told is None or self._is_old(report, told, line.beats):
+            line.seq += 1
+            line.recoveries_sent, line.told, line.beats, line.quiet = recoveries, report, 0, 0
+            return ReportBatch(reports=((SLOT, report),), calm=not news)
+        if line.quiet < line.every:
+            return None
+        line.quiet = 0
+        return BEAT
 
-    def _is_news(self, report: NodeReport, told: NodeReport, beats: int) -> bool:
-        """Whether a controller has to know more than that `told` still holds."""
-        if beats + 1 >= FULL_IDLE_BEATS or (report.progress != told.progress and beats + 1 >= FULL_BEATS):
-            return True
+    def _is_old(self, report: NodeReport, told: NodeReport, beats: int) -> bool:
+        """Whether `told` is to be renewed although there is no news."""
+        return beats >= FULL_IDLE_BEATS or (report.progress != told.progress and beats >= FULL_BEATS)
+
+    def _is_news(self, report: NodeReport, told: NodeReport) -> bool:
+        """Whether a controller has to know now that `told` no longer holds."""
         if report.leaving or report.poisoned != told.poisoned or len(report.recoveries) > 0:
             return True
         long_s = LONG_BEATS * self._heartbeat_s
@@ -172,12 +184,12 @@ class Reporter:
             return True
         if any(link.up and link.silent_s >= LINK_QUIET_S for link in report.links):
             return True
-        return self._hurried() or _duties(report) != _duties(told) or _broken(report) != _broken(told)
+        return (
+            self._hurried()
+            or _duties(report) != _duties(told)
+            or report.broken_links() != told.broken_links()
+        )
 
 
 def _duties(report: NodeReport) -> list[tuple[str, int, int]]:
     return [(p.pipeline, p.stage, p.epoch) for p in report.pipelines]
-
-
-def _broken(report: NodeReport) -> set[Member]:
-    return {link.peer for link in report.links if not link.up}

@@ -16,6 +16,7 @@ from controlplane.contract.errors import ConfigError, KevlarFlowError
 
 log = logging.getLogger(__name__)
 
+EXIT_NAME_TAKEN = 3  # another process has this one's name in the cluster
 HUNG_EXIT_S = 30.0  # a process whose event loop has not run for so long ends itself
 AWAKE_EVERY_S = 5.0
 
@@ -38,10 +39,10 @@ def run_to_exit(
     name: str,
     serve: Callable[[], Coroutine[Any, Any, None]],
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
-    expected: type[Exception] = KevlarFlowError,
+    name_taken: tuple[type[Exception], ...] = (),
 ) -> NoReturn:
     """Run an event loop until `serve` has ended, and end the process `name` with it: 0, 1 after an error, 2 if it is
-    the operator's to mend. Errors of ours, and `expected` ones, are told in words.
+    the operator's to mend, `EXIT_NAME_TAKEN` after one of `name_taken`. Errors of ours and these are told in words.
 
     Not by returning: the interpreter and asyncio would wait for every thread, and one that computes for ever, or waits
     for a database that is gone, would keep the process. Nor does a loop that hangs keep it: then a thread of C, which
@@ -49,7 +50,7 @@ def run_to_exit(
 
     async def main() -> NoReturn:
         awake = asyncio.create_task(_stay_awake())
-        end(await _code_of(name, serve(), (KevlarFlowError, expected)))
+        end(await _code_of(name, serve(), name_taken))
         await awake  # never reached; keeps the task
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
@@ -69,10 +70,15 @@ def end(code: int) -> NoReturn:
     os._exit(code)
 
 
-async def _code_of(name: str, serving: Coroutine[Any, Any, None], told: tuple[type[Exception], ...]) -> int:
+async def _code_of(
+    name: str, serving: Coroutine[Any, Any, None], name_taken: tuple[type[Exception], ...]
+) -> int:
     try:
         await serving
-    except told as error:
+    except name_taken as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return EXIT_NAME_TAKEN
+    except KevlarFlowError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except Exception:

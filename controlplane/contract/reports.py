@@ -1,18 +1,25 @@
 """What nodes tell the controllers: a heartbeat at a fixed pace, and a whole report at once on news.
 
 A stream carries `ReportBatch`es. Its sender is one node, or the relay of a host, which speaks for all nodes there: what
-a controller pays is a message a host, and most of what is in one are numbers of slots.
+a controller pays is a message a host, and most of what is in one are numbers of slots. News leaves at once; how often a
+sender speaks although there is none is what each controller says in its acknowledgements (`beat_every_s`).
 """
 
 from __future__ import annotations
+
+import math
+from typing import Annotated
 
 import msgspec
 
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.schema import SCHEMA
 
+BEATS_PER_S_MAX = 500  # messages without news that a controller asks for, of all senders together ...
+BEATS_TO_SUSPECT = 3  # ... but so many of each within the silence that makes a member suspect
 
-class LinkReport(msgspec.Struct, frozen=True):
+
+class LinkReport(msgspec.Struct, frozen=True, gc=False):
     """What a node knows of a neighbour through its links: independent evidence of life."""
 
     peer: Member
@@ -21,9 +28,10 @@ class LinkReport(msgspec.Struct, frozen=True):
         float  # seconds since the neighbour was last heard on a link; 0 when it is not expected to speak
     )
     reason: str = ""  # why the link is down
+    watch: bool = False  # it is only there for the two to watch each other: no pipeline needs it
 
 
-class TargetReport(msgspec.Struct, frozen=True):
+class TargetReport(msgspec.Struct, frozen=True, gc=False):
     """How far behind one copy of a pipeline's KV is, by what its holder acknowledged."""
 
     target: Member
@@ -33,7 +41,7 @@ class TargetReport(msgspec.Struct, frozen=True):
     )
 
 
-class StepTimes(msgspec.Struct, frozen=True, array_like=True):
+class StepTimes(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Computations of one size since the process started: nodes of one stage are compared size by size."""
 
     size: int  # a class of sizes that take about equally long; only to be compared for equality
@@ -41,7 +49,7 @@ class StepTimes(msgspec.Struct, frozen=True, array_like=True):
     busy_us: int  # by the clock, not by the processor: what slows a node down counts
 
 
-class PipelineReport(msgspec.Struct, frozen=True):
+class PipelineReport(msgspec.Struct, frozen=True, gc=False):
     """One pipeline as one of its stages sees it."""
 
     pipeline: PipelineId
@@ -60,7 +68,7 @@ class PipelineReport(msgspec.Struct, frozen=True):
     targets: tuple[TargetReport, ...] = ()
 
 
-class RecoveryReport(msgspec.Struct, frozen=True):
+class RecoveryReport(msgspec.Struct, frozen=True, gc=False):
     """One recovery as the pipeline's scheduler timed it (unix seconds)."""
 
     pipeline: PipelineId
@@ -74,7 +82,7 @@ class RecoveryReport(msgspec.Struct, frozen=True):
     planned: bool  # a move, not a failure
 
 
-class NodeReport(msgspec.Struct, frozen=True):
+class NodeReport(msgspec.Struct, frozen=True, gc=False):
     member: Member
     seq: int  # grows by one with each report of this member, on each stream
     unix_s: float
@@ -98,8 +106,12 @@ class NodeReport(msgspec.Struct, frozen=True):
     leaving: bool = False  # the process is about to exit on purpose
     counters: dict[str, int] = {}  # monotonic; exported by the controllers as Prometheus counters
 
+    def broken_links(self) -> set[Member]:
+        """Neighbours to which the link is down."""
+        return {link.peer for link in self.links if not link.up}
 
-class ReportBatch(msgspec.Struct, frozen=True, array_like=True):
+
+class ReportBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one sender has to say at one moment. A slot is the sender's number for one member, good for one stream: the
     first report under it says whose it is."""
 
@@ -110,6 +122,7 @@ class ReportBatch(msgspec.Struct, frozen=True, array_like=True):
     gone: tuple[int, ...] = ()  # slots of members whose own stream to the sender broke
     relay: bool = False  # the sender is no node: its end says nothing of those that it spoke for
     schema: int = SCHEMA
+    calm: bool = False  # nothing in it is news: a relay may pass it on with its next beat
 
 
 class ReportHeader(msgspec.Struct, frozen=True, array_like=True):
@@ -123,6 +136,18 @@ class ReportHeader(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReportAck(msgspec.Struct, frozen=True):
-    """Sent for the first report of a stream: the node is heard. To answer each would double what a report costs."""
+    """Sent for the first report of a stream: the node is heard. To answer each would double what a report costs.
+    Another one follows when `beat_s` changes."""
 
     seq: int
+    # The sender need not speak more often as long as it has no news; 0: at each heartbeat.
+    beat_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 0.0
+
+
+def beat_every_s(senders: int, heartbeat_s: float, suspect_after_s: float) -> float:
+    """How often each of so many senders is to speak although it has no news: a whole number of heartbeats.
+
+    More rarely than each heartbeat costs no time to find anybody: silence is counted from the last beat, whenever that
+    came. What it takes away are beats that may be lost before a member is suspected, so that three are left."""
+    beats = math.ceil(senders / BEATS_PER_S_MAX / heartbeat_s)
+    return heartbeat_s * max(1, min(beats, int(suspect_after_s / BEATS_TO_SUSPECT / heartbeat_s + 1e-9)))

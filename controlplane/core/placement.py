@@ -14,6 +14,9 @@ another fault domain goes before the ring's order. Nodes of other numerics may s
 
 from __future__ import annotations
 
+import bisect
+import heapq
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -42,6 +45,10 @@ class Layout:
         self.order = {p.id: i for i, p in enumerate(topology.pipelines)}
         self._homes: dict[int, dict[NodeId, int]] = {}
         self._rings: dict[int, set[NodeId]] = {}
+        self._places: dict[
+            int, list[tuple[int, NodeId]]
+        ] = {}  # the rings in their order, by places of pipelines
+        self._lightest: dict[int, list[tuple[bool, int, NodeId]]] = {}
 
     def homes(self, stage: int) -> dict[NodeId, int]:
         """Which pipeline, by its place in the topology, each node is home to."""
@@ -61,6 +68,8 @@ class Layout:
             self._rings[stage] = {
                 m.node for at in places for m in at.ranks if m.node in at.homes and self.counts[m.node] == 1
             }
+            homes = self.homes(stage)
+            self._places[stage] = sorted((homes[node], node) for node in self._rings[stage])
         return self._rings[stage]
 
     def put(self, pipeline: Pipeline) -> None:
@@ -68,24 +77,56 @@ class Layout:
         index = self.order[pipeline.id]
         old, self.pipelines[index] = self.pipelines[index], pipeline
         touched = {m.node for p in (old, pipeline) for m in p.members()}
+        before = {node: self.counts[node] for node in touched}
         self.counts.subtract(m.node for m in old.members())
         self.counts.update(m.node for m in pipeline.members())
+        for nodes in self._lightest.values():
+            for node in touched:
+                _reweigh(nodes, node, before[node], self.counts[node])
         for stage, ring in self._rings.items():
             homes = self.homes(stage)
             for node in touched & homes.keys():
                 at = self.pipelines[homes[node]].stages[stage]
-                if self.counts[node] == 1 and any(m.node == node for m in at.ranks):
+                inside = self.counts[node] == 1 and any(m.node == node for m in at.ranks)
+                if inside is (node in ring):
+                    continue
+                place = (homes[node], node)
+                if inside:
                     ring.add(node)
+                    bisect.insort(self._places[stage], place)
                 else:
-                    ring.discard(node)
+                    ring.remove(node)
+                    self._places[stage].remove(place)
 
     def around(self, pipeline: Pipeline, stage: int) -> Iterator[NodeId]:
         """The ring of a stage from the pipeline's successor on, once round."""
-        ring, count = self.ring(stage), len(self.pipelines)
-        start = self.order[pipeline.id]
-        for distance in range(1, count + 1):
-            for at in self.pipelines[(start + distance) % count].stages[stage : stage + 1]:
-                yield from (node for node in at.homes if node in ring)
+        self.ring(stage)
+        places = self._places[stage]
+        start = bisect.bisect_left(places, (self.order[pipeline.id] + 1, ""))
+        for _, node in itertools.chain(
+            itertools.islice(places, start, None), itertools.islice(places, start)
+        ):
+            yield node
+
+    def lightest(self, s: Situation, stage: int) -> Iterator[NodeId]:
+        """Nodes with the stage's weights: first those that are not on probation, and of these who serves least."""
+        if stage not in self._lightest:
+            views = s.nodes.by_stage.get(stage, {})
+            self._lightest[stage] = sorted(
+                (v.demoted, self.counts[n], n) for n, v in views.items() if v.usable
+            )
+        for _, _, node in self._lightest[stage]:
+            yield node
+
+
+def _reweigh(nodes: list[tuple[bool, int, NodeId]], node: NodeId, before: int, after: int) -> None:
+    """Move a node, if it is there, to where it belongs when it serves `after` stages."""
+    for demoted in (False, True):
+        at = bisect.bisect_left(nodes, (demoted, before, node))
+        if at < len(nodes) and nodes[at] == (demoted, before, node):
+            del nodes[at]
+            bisect.insort(nodes, (demoted, after, node))
+            return
 
 
 def takers(
@@ -106,14 +147,14 @@ def takers(
 def first_takers(
     s: Situation, layout: Layout, pipeline: Pipeline, stage: int, *, keep_kv: bool
 ) -> Iterator[Member]:
-    """As `takers`, one after the other: the first is nearly always a holder or a home, and nobody else is ranked."""
+    """As `takers`, one after the other, without a look at all of them: holders and homes are ranked, and of the others
+    the order is the same for every pipeline."""
     rank = _rank(s, layout.counts, pipeline, stage, keep_kv)
     views = s.nodes.by_stage.get(stage, {})
-    nodes = {m.node for m in _holders(s, pipeline, stage)} | set(pipeline.stages[stage].homes)
-    near = [views[node].member for node in nodes & views.keys() if able(s, pipeline, views[node].member)]
-    first = sorted((m for m in near if rank(m) < (False, 2)), key=rank)
-    yield from first
-    yield from (m for m in takers(s, pipeline, stage, keep_kv=keep_kv, layout=layout) if m not in first)
+    near = {m.node for m in _holders(s, pipeline, stage)} | set(pipeline.stages[stage].homes)
+    first = [views[node].member for node in near & views.keys() if able(s, pipeline, views[node].member)]
+    others = (views[node].member for node in layout.lightest(s, stage) if node not in near)
+    return heapq.merge(sorted(first, key=rank), (m for m in others if able(s, pipeline, m)), key=rank)
 
 
 def able(s: Situation, pipeline: Pipeline, member: Member) -> bool:

@@ -15,7 +15,8 @@ import httpx
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.kfadmin.client import Refused
 from controlplane.kfadmin.output import progress
-from controlplane.kfadmin.rundir import ProcessFile, RunDir
+from controlplane.kfadmin.rundir import RunDir
+from controlplane.supervisor import ProcessFile
 
 POLL_S = 0.05
 RESTART_LIMIT_S = 30.0

@@ -22,11 +22,13 @@ from controlplane.etcd.health import unfit_releases
 from controlplane.etcd.server import EtcdBinaryError, etcd_command, etcd_version, find_etcd_binary
 from controlplane.kfadmin.client import AdminClient, Unreachable
 from controlplane.kfadmin.rundir import Endpoints, RunDir, free_port, port_is_free, usable
-from controlplane.kfadmin.supervise import Supervisor
+from controlplane.kfadmin.supervise import SupervisorThread
+from controlplane.supervisor import ProcessFile
 
 POLL_S = 0.05
 START_LIMIT_S = 120.0
 ETCD_LIMIT_S = 20.0
+WATCH_S = 1.0
 STARTS_MAX = 4  # a process that needed more starts before the cluster was ready has something wrong with it
 PROBE_TIMEOUT_S = 1.0
 
@@ -74,7 +76,7 @@ class LocalCluster:
         self._start_limit_s = start_limit_s
         self._orphans = orphans
         self._stack = contextlib.ExitStack()
-        self._supervisor: Supervisor | None = None
+        self._supervisor: SupervisorThread | None = None
         self._ports: dict[str, int] = {}
 
     def __enter__(self) -> LocalCluster:
@@ -105,7 +107,7 @@ class LocalCluster:
                     file.unlink()
             self._choose_ports()
             direct = {name: "127.0.0.1,localhost,::1" for name in ("no_proxy", "NO_PROXY")}
-            self._supervisor = Supervisor(
+            self._supervisor = SupervisorThread(
                 self.run_dir, restart=self._supervise, env=direct, orphans=self._orphans
             )
             self._start_etcd()
@@ -224,8 +226,11 @@ class LocalCluster:
             with contextlib.suppress(Unreachable, PeerError):
                 if condition():
                     return
-            if crashing := self._crashing():
-                raise StartFailed(f"{crashing} keeps dying:\n{self.run_dir.tail(crashing)}")
+            for name, file in self._processes().items():
+                if file.taken:
+                    raise StartFailed(file.said)
+                if file.restarts >= STARTS_MAX:
+                    raise StartFailed(f"{name} keeps dying:\n{self.run_dir.tail(name)}")
             if time.monotonic() > deadline:
                 name = guilty()
                 raise StartFailed(
@@ -233,12 +238,8 @@ class LocalCluster:
                 )
             time.sleep(POLL_S)
 
-    def _crashing(self) -> str:
-        for name in self._children.pids():
-            if self._children.starts(name) > STARTS_MAX:
-                return name
-        files = self.run_dir.processes("nodes")
-        return next((name for name, file in files.items() if file.restarts >= STARTS_MAX), "")
+    def _processes(self) -> dict[str, ProcessFile]:
+        return {**self.run_dir.processes("pids"), **self.run_dir.processes("nodes")}
 
     def _any_controller(self) -> bool:
         return any(_answers(f"{self._url(name)}/readyz") for name in self._controllers)
@@ -246,7 +247,7 @@ class LocalCluster:
     # ---- what runs where
 
     @property
-    def _children(self) -> Supervisor:
+    def _children(self) -> SupervisorThread:
         if self._supervisor is None:
             raise KevlarFlowError("the cluster is not running")
         return self._supervisor
@@ -290,8 +291,15 @@ class LocalCluster:
         return {name: file.pid for name, file in self.run_dir.processes("nodes").items() if file.alive}
 
     def wait(self) -> None:
-        """Returns never while all is well; raises KevlarFlowError when supervision has broken down."""
-        self._children.join()
+        """Returns never while all is well; raises KevlarFlowError when supervision has broken down.
+
+        What does not start because another process has its name is told, once for each holder."""
+        told: set[str] = set()
+        while not self._children.join(WATCH_S):
+            fresh = {file.said for file in self._processes().values() if file.taken and not file.alive} - told
+            for line in sorted(fresh):
+                self._progress(f"{line}. It is tried again, ever more rarely")
+            told |= fresh
         raise KevlarFlowError("the supervisor's thread has ended; see the trace above")
 
     # ---- doing harm, and mending it
@@ -309,17 +317,11 @@ class LocalCluster:
 
     def hold(self, name: str) -> None:
         """When it dies, leave it dead."""
-        if name in self._ports or name == "launcher":
-            self._children.hold(name)
-        else:
-            (self.run_dir.path / "hold" / name).touch()
+        (self.run_dir.path / "hold" / name).touch()
 
     def release(self, name: str) -> None:
         """End of `hold`."""
-        if name in self._ports or name == "launcher":
-            self._children.release(name)
-        else:
-            (self.run_dir.path / "hold" / name).unlink(missing_ok=True)
+        (self.run_dir.path / "hold" / name).unlink(missing_ok=True)
 
     # ---- stopping
 

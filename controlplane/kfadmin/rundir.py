@@ -33,7 +33,7 @@ from controlplane.contract.address import bound
 from controlplane.contract.auth import create_secret, derive, load_secret
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError
-from controlplane.process import start_ticks
+from controlplane.supervisor import ProcessFile
 
 TAIL_BYTES = 16 * 1024
 PORTS = range(20_000, 32_000)  # below Linux's range for outgoing connections, which take any port there
@@ -57,19 +57,6 @@ def usable(path: Path) -> Iterator[None]:
         raise RunDirUnusable(
             f"cannot use the run directory {path}{what}: {error.strerror or error}; give another one with --run-dir"
         ) from error
-
-
-class ProcessFile(msgspec.Struct, frozen=True):
-    """One process for certain: a pid may be used again, a pid with its start time may not."""
-
-    pid: int
-    started: float  # unix seconds
-    restarts: int
-    start_ticks: int  # field 22 of /proc/PID/stat
-
-    @property
-    def alive(self) -> bool:
-        return start_ticks(self.pid) == self.start_ticks
 
 
 class Endpoints(msgspec.Struct, frozen=True):

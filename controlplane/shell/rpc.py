@@ -18,18 +18,19 @@ import structlog
 from controlplane.contract import rpc
 from controlplane.contract.address import join
 from controlplane.contract.auth import bearer_matches
+from controlplane.contract.config import TimingConfig
 from controlplane.contract.ids import Member
-from controlplane.contract.reports import ReportAck, ReportBatch
+from controlplane.contract.reports import ReportAck, ReportBatch, beat_every_s
 from controlplane.contract.schema import SCHEMA
-from controlplane.core.events import HeartbeatsReceived, ReportReceived, ReportStreamBroken
+from controlplane.core.events import CoreEvent, HeartbeatsReceived, ReportReceived, ReportStreamBroken
 from controlplane.shell.inbox import Inbox
 
 log = structlog.get_logger()
 
 MESSAGE_BYTES_MAX = 4 << 20
 SLOTS_MAX = 4096  # members that one stream may speak for
-# How long members of a relay that ended have to be heard on another stream before they count as cut off, and how long
-# ago a stream may last have carried a member to stand for it. Heartbeats.
+# How long members of a relay that ended have to be heard on another stream before they count as cut off, in heartbeats;
+# and how long ago a stream may last have carried a member to stand for it, in what it was told to leave between beats.
 CARRIED_BEATS = 3
 OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -54,13 +55,14 @@ class _Stream:
     members: dict[int, Member] = field(default_factory=dict)  # by slot
     slots: dict[Member, int] = field(default_factory=dict)
     heard: float = 0.0  # when the last batch came
+    told_s: float = -1.0  # how often it was told to beat; -1: not acknowledged yet
 
 
 class ReportServer:
     """Reports become ReportReceived, beats HeartbeatsReceived; ReportStreamBroken follows at once when the last stream
     that carries a member ends, and a moment later when that was a relay's."""
 
-    def __init__(self, token: str, inbox: Inbox, heartbeat_s: float = 0.1) -> None:
+    def __init__(self, token: str, inbox: Inbox, timing: TimingConfig) -> None:
         self.reports = 0
         self.beats = 0
         self.batches = 0
@@ -68,7 +70,9 @@ class ReportServer:
         self.unread = 0  # batches of newer code
         self._token = token
         self._inbox = inbox
-        self._carried_s = CARRIED_BEATS * heartbeat_s
+        self._timing = timing
+        self._senders = 0  # open streams
+        self._beat_s = timing.heartbeat_s  # how often each of so many is to speak
         self._carriers: dict[Member, list[_Stream]] = {}
         self._stopping = False
         self._server: Any = None
@@ -98,13 +102,14 @@ class ReportServer:
         if not bearer_matches(headers.get("authorization"), self._token):
             self.refused += 1
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
-        stream, acknowledged = _Stream(), False
+        stream = _Stream()
+        self._count_senders(1)
         try:
             while (message := await context.read()) is not grpc.aio.EOF:
                 await self._take(stream, message)
-                if not acknowledged:
-                    acknowledged = True
-                    await context.write(ReportAck(0))
+                if stream.told_s != self._beat_s:
+                    stream.told_s = self._beat_s
+                    await context.write(ReportAck(0, self._beat_s))
         except _Refused as error:
             self.refused += 1
             log.warning(
@@ -112,9 +117,15 @@ class ReportServer:
             )
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
+            self._count_senders(-1)
             # Also when the peer was killed: grpc cancels this task as soon as the connection breaks.
             if not self._stopping:
                 self._ended(stream)
+
+    def _count_senders(self, more: int) -> None:
+        self._senders += more
+        timing = self._timing
+        self._beat_s = beat_every_s(self._senders, timing.heartbeat_s, timing.suspect_after_s)
 
     async def _take(self, stream: _Stream, message: bytes) -> None:
         # Decoded here rather than by grpc, whose answer to an error would be silence.
@@ -125,18 +136,20 @@ class ReportServer:
             return
         self.batches += 1
         stream.heard, stream.relay = time.monotonic(), batch.relay
+        events: list[CoreEvent] = []
         for slot, report in batch.reports:
             if stream.members.get(slot) != report.member:
                 self._carry(stream, slot, report.member)
-            self.reports += 1
-            await self._inbox.put(ReportReceived(report))
+            events.append(ReportReceived(report))
+        self.reports += len(events)
         try:
             beats = tuple([stream.members[slot] for slot in batch.beats])
         except KeyError as error:
             raise _Refused(f"slot {error} has not reported on this stream") from error
         if beats:
             self.beats += len(beats)
-            await self._inbox.put(HeartbeatsReceived(beats))
+            events.append(HeartbeatsReceived(beats))
+        await self._inbox.put(*events)
         for slot in batch.gone:
             member = stream.members.pop(slot, None)
             if member is not None:
@@ -174,7 +187,9 @@ class ReportServer:
                 self._drop(member, stream)
         elif members:
             # A relay's death is nobody else's: its nodes report by themselves within a heartbeat.
-            asyncio.get_running_loop().call_later(self._carried_s, self._forsaken, stream, members)
+            asyncio.get_running_loop().call_later(
+                CARRIED_BEATS * self._timing.heartbeat_s, self._forsaken, stream, members
+            )
 
     def _forsaken(self, stream: _Stream, members: list[Member]) -> None:
         for member in members:
@@ -190,5 +205,5 @@ class ReportServer:
         if not carriers:
             del self._carriers[member]
         now = time.monotonic()
-        if not any(now - other.heard < self._carried_s for other in carriers):
+        if not any(now - other.heard < CARRIED_BEATS * self._beat_s for other in carriers):
             self._inbox.put_own(ReportStreamBroken(member))

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from controlplane.contract.config import TimingConfig
+from controlplane.contract.lifetime import EXIT_NAME_TAKEN
 from controlplane.kfadmin.loadgen import Stream, sample_prompts
 from tests.e2e.cluster import Cluster, until, while_streaming
 
@@ -61,9 +62,9 @@ def test_a_second_launcher_controller_and_gateway_of_the_same_names(tmp_path: Pa
             streams = asyncio.run(while_streaming(cluster, PROMPTS, clash))
             asyncio.run(cluster.expect_equal(streams))
             launcher, controller, gateway = strangers
-            assert controller.wait(60) == 1
+            assert controller.wait(60) == EXIT_NAME_TAKEN
             assert "controllers/c1 is taken by another process" in said(settings, "controlplane.main.out")
-            assert gateway.wait(60) != 0
+            assert gateway.wait(60) == EXIT_NAME_TAKEN
             holder = f"pid {before.gateways[0].pid} on"
             assert holder in said(settings, "web.gateway.main.out"), "it says who has the name"
 

@@ -18,11 +18,14 @@ import msgspec
 import pytest
 
 from controlplane.contract.config import ClusterConfig, EngineConfig, TimingConfig
+from controlplane.contract.lifetime import run_to_exit
 from controlplane.contract.logs import LOG_BYTES_MAX, bound_logs
 from controlplane.contract.topology import Mode
+from controlplane.etcd.errors import NameTaken
 from controlplane.process import start_ticks
+from controlplane.supervisor import ProcessFile
 from dataplane.accelerators import Place
-from dataplane.launcher import NodeFile, all_nodes, restart_delay_s
+from dataplane.launcher import all_nodes
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +45,15 @@ def serve(config: ClusterConfig, node: str) -> None:
 def crash(_config: ClusterConfig, node: str) -> None:
     """Dies at once, as a node with a broken model would."""
     raise RuntimeError(f"{node} cannot start")
+
+
+def name_taken(_config: ClusterConfig, node: str) -> None:
+    """Finds that another process has its name."""
+
+    async def serve() -> None:
+        raise NameTaken(f"nodes/{node} is taken by another process (pid 7 on b)")
+
+    run_to_exit(node, serve, name_taken=(NameTaken,))
 
 
 def stubborn(_config: ClusterConfig, node: str) -> None:
@@ -78,7 +90,7 @@ def compute(config: ClusterConfig, node: str) -> None:
 # ---- driving it
 
 
-def wait_for(condition: Callable[[], object], what: str, limit_s: float = 15.0) -> None:
+def wait_for(condition: Callable[[], object], what: str, limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {limit_s} s: {what}"
@@ -121,9 +133,11 @@ class Host:
             env = {**os.environ, **({"PYTHONPATH": python_path} if python_path else {})}
             self.process = subprocess.Popen(command, cwd=cwd, env=env, stderr=log, process_group=0)
 
-    def file(self, node: str = "n0") -> NodeFile | None:
+    def file(self, node: str = "n0") -> ProcessFile | None:
         try:
-            return msgspec.json.decode((self.run_dir / "nodes" / f"{node}.json").read_bytes(), type=NodeFile)
+            return msgspec.json.decode(
+                (self.run_dir / "nodes" / f"{node}.json").read_bytes(), type=ProcessFile
+            )
         except FileNotFoundError:
             return None
 
@@ -203,14 +217,28 @@ def test_a_node_that_keeps_dying_is_started_ever_more_rarely(host: Host) -> None
     wait_for(lambda: host.output().count("n0 cannot start") >= 5, "five starts")
     host.stop()
     delays = [line["restart_in_s"] for line in host.log() if line["event"] == "died"]
-    assert delays[:4] == [0.0, 0.1, 0.2, 0.4]
-    assert next(line["status"] for line in host.log() if line["event"] == "died") == 1
+    assert delays[0] == 0.0
+    for delay_s, longest_s in zip(delays[1:4], (0.1, 0.2, 0.4), strict=True):
+        assert longest_s / 2 <= delay_s <= longest_s
+    death = next(line for line in host.log() if line["event"] == "died")
+    assert (death["status"], death["said"]) == (1, "RuntimeError: n0 cannot start")
+    file = host.file()
+    assert file is not None
+    assert (file.ended, file.said, file.taken) == (1, "RuntimeError: n0 cannot start", False)
 
 
-def test_the_delay_is_bounded() -> None:
-    assert restart_delay_s(1, 0.2) == 0.0
-    assert restart_delay_s(2, 0.2) == 0.2
-    assert restart_delay_s(10_000, 0.2) == 10.0
+def test_a_node_whose_name_is_taken_is_tried_ever_more_rarely_and_the_holder_is_told(host: Host) -> None:
+    host.start("name_taken")
+    wait_for(lambda: host.output().count("is taken") >= 4, "four starts")
+    host.stop()
+    deaths = [line for line in host.log() if line["event"] == "died"]
+    for death, longest_s in zip(deaths[:3], (0.1, 0.2, 0.4), strict=True):  # also after the first
+        assert longest_s / 2 <= death["restart_in_s"] <= longest_s
+        assert death["said"] == "n0: nodes/n0 is taken by another process (pid 7 on b)"
+    file = host.file()
+    assert file is not None
+    assert file.taken
+    assert "pid 7 on b" in file.said
 
 
 def test_a_retired_node_is_started_afresh_at_once(host: Host) -> None:
@@ -263,7 +291,7 @@ def test_a_new_launcher_adopts_the_nodes_of_a_killed_one(host: Host) -> None:
 def test_a_pid_that_now_belongs_to_another_process_is_not_adopted(host: Host) -> None:
     (host.run_dir / "nodes").mkdir()
     other = os.getpid()
-    file = NodeFile(other, time.time(), 3, (start_ticks(other) or 0) - 1)
+    file = ProcessFile(other, time.time(), 3, (start_ticks(other) or 0) - 1)
     (host.run_dir / "nodes" / "n0.json").write_bytes(msgspec.json.encode(file))
     host.start()
     host.wait_serving(1)

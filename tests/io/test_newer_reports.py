@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from controlplane.contract import rpc
+from controlplane.contract.config import TimingConfig
 from controlplane.contract.ids import Member
 from controlplane.contract.reports import NodeReport, ReportBatch
 from controlplane.contract.schema import SCHEMA
@@ -24,17 +25,19 @@ def changed(batch: ReportBatch, schema: int) -> bytes:
     """The same batch with reports in another shape."""
     raw: list[Any] = msgspec.msgpack.decode(rpc.encode(batch))
     raw[0] = [[slot, report | {"progress": {"steps": 7}}] for slot, report in raw[0]]
-    return msgspec.msgpack.encode([*raw[:4], schema, "and one thing more"])
+    return msgspec.msgpack.encode([*raw[:4], schema, False, "and one thing more"])
 
 
 def test_what_is_added_is_ignored_and_what_is_changed_counts_as_a_sign_of_life() -> None:
     async def body() -> None:
         inbox = Inbox()
-        server, stream = ReportServer("t", inbox), _Stream()
+        server, stream = ReportServer("t", inbox, TimingConfig()), _Stream()
         good = ReportBatch(reports=((0, REPORT),))
         raw: list[Any] = msgspec.msgpack.decode(rpc.encode(good))
         raw[0][0][1]["added"] = {"by": "newer code"}
-        await server._take(stream, msgspec.msgpack.encode([*raw[:4], SCHEMA + 1, "and one thing more"]))
+        await server._take(
+            stream, msgspec.msgpack.encode([*raw[:4], SCHEMA + 1, False, "and one thing more"])
+        )
         first = await inbox.get(1.0)
         assert first == ReportReceived(REPORT)
         await server._take(stream, changed(good, SCHEMA + 1))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
 import pytest
 
 from controlplane.contract import rpc
+from controlplane.contract.config import TimingConfig
 from controlplane.contract.ids import Member
-from controlplane.contract.reports import NodeReport, ReportBatch
+from controlplane.contract.reports import BEATS_PER_S_MAX, NodeReport, ReportAck, ReportBatch, beat_every_s
 from controlplane.core.events import CoreEvent, HeartbeatsReceived, ReportReceived, ReportStreamBroken
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.rpc import ReportServer
@@ -46,7 +47,7 @@ class Stage:
 def on_stage(body: Callable[[Stage], Awaitable[None]]) -> None:
     async def go() -> None:
         inbox = Inbox()
-        server = ReportServer("token", inbox, BEAT_S)
+        server = ReportServer("token", inbox, TimingConfig(heartbeat_s=BEAT_S))
         stage = Stage(await server.start("127.0.0.1"), inbox, server)
         try:
             async with asyncio.timeout(20):
@@ -93,6 +94,45 @@ def test_nobody_is_cut_off_by_a_relay_that_dies_if_it_reports_by_itself() -> Non
         assert await until_broken(stage) == ReportStreamBroken(A)
 
     on_stage(body)
+
+
+def test_many_senders_are_told_to_beat_more_rarely_and_few_again_to_beat_as_before() -> None:
+    async def body(stage: Stage) -> None:
+        async with stage.sender() as first:
+            await first.write(ReportBatch(((0, report(A)),)))
+            assert await first.read() == ReportAck(0, BEAT_S)
+            async with AsyncExitStack() as many:
+                for _ in range(int(BEATS_PER_S_MAX * BEAT_S)):
+                    sender = await many.enter_async_context(stage.sender())
+                    await sender.write(ReportBatch())
+                    await sender.read()
+                await first.write(ReportBatch(beats=(0,)))
+                assert await first.read() == ReportAck(0, 2 * BEAT_S)
+            told = asyncio.ensure_future(first.read())
+            while not told.done():
+                await first.write(ReportBatch(beats=(0,)))
+                await asyncio.wait({told}, timeout=BEAT_S)
+            assert told.result() == ReportAck(0, BEAT_S)
+
+    on_stage(body)
+
+
+@pytest.mark.parametrize(
+    ("senders", "heartbeat_s", "suspect_after_s", "beat_s"),
+    [
+        (1, 0.1, 0.6, 0.1),
+        (50, 0.1, 0.6, 0.1),
+        (51, 0.1, 0.6, 0.2),
+        (100_000, 0.1, 0.6, 0.2),  # three beats before anybody is suspected, however many they are
+        (100_000, 0.05, 0.6, 0.2),
+        (100_000, 0.1, 0.2, 0.1),
+        (100_000, 5.0, 600.0, 200.0),
+    ],
+)
+def test_how_often_so_many_beat(
+    senders: int, heartbeat_s: float, suspect_after_s: float, beat_s: float
+) -> None:
+    assert beat_every_s(senders, heartbeat_s, suspect_after_s) == pytest.approx(beat_s)
 
 
 async def until_broken(stage: Stage) -> CoreEvent | None:

@@ -23,7 +23,7 @@ from controlplane.etcd.server import etcd_command, etcd_version, find_etcd_binar
 from controlplane.kfadmin.client import AdminClient
 from controlplane.kfadmin.loadgen import LoadGenerator
 from controlplane.kfadmin.rundir import RunDir
-from controlplane.kfadmin.supervise import Supervisor
+from controlplane.kfadmin.supervise import SupervisorThread
 from controlplane.kfadmin.up import demo_model
 from tests.matrix.cells import Shape
 from tests.matrix.namespaces import Network
@@ -66,7 +66,7 @@ class HostCluster:
         self.nodes = tuple(f"n{k}" for k in range(INSTANCES * shape.stages))  # p0's, then p1's
         self.servers = (*ETCD, *CONTROLLERS, *GATEWAYS, *self.nodes)
         self.network = Network((CLIENT, SPARE, *self.servers))
-        self._supervisors: dict[str, Supervisor] = {}
+        self._supervisors: dict[str, SupervisorThread] = {}
 
     def __enter__(self) -> HostCluster:
         try:
@@ -107,7 +107,7 @@ class HostCluster:
         for name in (*self.servers, SPARE):
             self._prepare(name)
         for name in self.servers:
-            self._supervisors[name] = Supervisor(self.run_dir(name), env=self._direct)
+            self._supervisors[name] = SupervisorThread(self.run_dir(name), env=self._direct)
         with self.network.inside(CLIENT):
             self._run()
             self._wait_ready()

@@ -225,7 +225,7 @@ async def controller_main(process: Process, config: ClusterConfig) -> None:
     inbox = Inbox()
     client = EtcdClient(config.etcd)
     history = cast(Any, NoHistory())
-    reports = ReportServer(auth.derive(secret, "grpc"), inbox, config.timing.heartbeat_s)
+    reports = ReportServer(auth.derive(secret, "grpc"), inbox, config.timing)
     address = await reports.start(config.host)
     record = ControllerRecord(me, address, "", 1, process.incarnation, process=machine.identity())
     presence = Registration(client, keys.controller(me), encode(record), config.timing.node_lease_s)

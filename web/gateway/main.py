@@ -53,7 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
     configure_logging(arguments.id)
     begin()
-    run_to_exit("kf-gateway", lambda: _run(arguments), expected=NameTaken)
+    run_to_exit("kf-gateway", lambda: _run(arguments), name_taken=(NameTaken,))
 
 
 async def _run(arguments: argparse.Namespace) -> None:

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from msgspec.structs import replace
 
 from controlplane.contract.ids import Member
 from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport
-from dataplane.reporter import FULL_BEATS, FULL_IDLE_BEATS, Reporter
+from dataplane.reporter import FULL_BEATS, FULL_IDLE_BEATS, Reporter, _Line
 
 ME, PEER = Member("n0", "a"), Member("n1", "b")
 TOLD = NodeReport(ME, 1, 0.0, 7, pipelines=(PipelineReport("p0", 3, 0, 5),), overdue_s=4.0)
 
 
-def is_news(beats: int = 0, hurried: bool = False, **now: Any) -> bool:
-    reporter = Reporter("token", 0.1, lambda seq, sent: (TOLD, sent), lambda: hurried)
-    return reporter._is_news(replace(TOLD, **now), TOLD, beats)
+def is_news(hurried: bool = False, **now: Any) -> bool:
+    return reporter_of(hurried)._is_news(replace(TOLD, **now), TOLD)
+
+
+def reporter_of(hurried: bool = False, *reports: NodeReport) -> Reporter:
+    following = iter(reports)
+    return Reporter("token", 0.1, lambda seq, sent: (next(following), sent), lambda: hurried)
+
+
+def said(reports: list[NodeReport], every: int = 1) -> str:
+    """What a stream carries, a letter each heartbeat: a whole report, news, a beat, or nothing."""
+    reporter, line = reporter_of(False, *reports), _Line("", cast(Any, None), news=False, every=every)
+    kinds = []
+    for _ in reports:
+        batch = reporter._next(line)
+        kinds.append("." if batch is None else "b" if batch.beats else "r" if batch.calm else "N")
+    return "".join(kinds)
 
 
 def test_a_node_at_rest_beats() -> None:
-    assert [is_news(beats) for beats in range(FULL_IDLE_BEATS)] == [False] * (FULL_IDLE_BEATS - 1) + [True]
-    computing = [is_news(beats, progress=8) for beats in range(FULL_BEATS)]
-    assert computing == [False] * (FULL_BEATS - 1) + [True]
+    assert said([TOLD] * 21) == "N" + ("b" * (FULL_IDLE_BEATS - 1) + "r") * 2
+    computing = [replace(TOLD, progress=step) for step in range(11)]
+    assert said(computing) == "N" + ("b" * (FULL_BEATS - 1) + "r") * 2
+
+
+def test_a_controller_of_many_is_told_more_rarely_that_nothing_is_new_and_news_at_once() -> None:
+    assert said([TOLD] * 11, every=2) == "N" + ".b.b.b.b." + "r"
+    poisoned = replace(TOLD, poisoned=1)
+    assert said([TOLD] * 4 + [poisoned] * 5, every=3) == "N..b" + "N..b."
 
 
 @pytest.mark.parametrize(
