@@ -28,6 +28,7 @@ class LinkReport(msgspec.Struct, frozen=True, gc=False):
         float  # seconds since the neighbour was last heard on a link; 0 when it is not expected to speak
     )
     reason: str = ""  # why the link is down
+    watch: bool = False  # it is only there for the two to watch each other: no pipeline needs it
 
 
 class TargetReport(msgspec.Struct, frozen=True, gc=False):
@@ -104,6 +105,10 @@ class NodeReport(msgspec.Struct, frozen=True, gc=False):
     topology_counter: int = 0  # the newest topology this node has acted on
     leaving: bool = False  # the process is about to exit on purpose
     counters: dict[str, int] = {}  # monotonic; exported by the controllers as Prometheus counters
+
+    def broken_links(self) -> set[Member]:
+        """Neighbours to which the link is down."""
+        return {link.peer for link in self.links if not link.up}
 
 
 class ReportBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -31,7 +31,7 @@ from controlplane.core.events import (
     WriteOperation,
     WriteTopology,
 )
-from dataplane.world import neighbours
+from dataplane.core.peers import Peers, pipelines_of
 from tests.core.control.world import make_config, make_record
 
 STEP_S = 0.1
@@ -54,6 +54,10 @@ class Node:
     usual_s: float = 0.01  # what its computation under way usually takes
     advances: bool | None = None  # whether that gets on
     poisoned: int = 0
+    peers: Peers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.peers = Peers(self.member, self.record.stage)
 
     @property
     def member(self) -> Member:
@@ -385,26 +389,14 @@ class Sim:
         node.seq += 1
         node.timed_s += 0.1
         node.overdue_s += 0.05 * node.throttled
-        # As a node does: of links that are down it reports all, of the others those on which something is expected.
-        expected = neighbours(self.topology, node.member) if self.topology is not None else ()
-        links = []
-        for peer in self.nodes.values():
-            since = self.parted.get(frozenset((node.record.member.node, peer.record.member.node)))
-            silent_s = 0.01 if peer.stopped_at is None else self.now - peer.stopped_at
-            if not peer.alive:
-                links.append(LinkReport(peer.member, False, 0.0, "reset"))
-            elif since is not None and self.now - since >= LINK_LIMIT_S:
-                links.append(LinkReport(peer.member, False, 0.0, "timed out"))
-            elif peer.member in expected:
-                since_s = 0.0 if since is None else self.now - since
-                links.append(LinkReport(peer.member, True, max(silent_s, since_s)))
+        links = self.links(node)
         report = NodeReport(
             node.member,
             node.seq,
             UNIX + self.now,
             node.seq,
             pipelines=self._pipelines(node.member),
-            links=tuple(links),
+            links=links,
             blocks_used=20,
             blocks_replica=10,
             blocks_total=100,
@@ -424,6 +416,28 @@ class Sim:
         for controller in self.cores:
             if (controller, node.member.node) not in self.deaf:
                 self._step(controller, events.ReportReceived(report))
+
+    def links(self, node: Node) -> tuple[LinkReport, ...]:
+        ours = pipelines_of(self.topology, node.member) if self.topology is not None else []
+        registered = {name: other.record for name, other in self.nodes.items() if other.leased}
+        node.peers.follow(ours, registered, self.now)
+        for peer in self.nodes.values():
+            parted_at = self._parted_at(node, peer.member.node)
+            if not peer.alive:
+                node.peers.broke(peer.member, "reset")
+            elif parted_at is not None and self.now - parted_at >= LINK_LIMIT_S:
+                node.peers.broke(peer.member, "timed out")
+            else:
+                node.peers.opened(peer.member)
+
+        def heard(name: str) -> float:
+            ends = (self.nodes[name].stopped_at, self._parted_at(node, name))
+            return min([self.now - 0.01, *(at for at in ends if at is not None)])
+
+        return tuple(node.peers.report(heard, self.now))
+
+    def _parted_at(self, node: Node, peer: str) -> float | None:
+        return self.parted.get(frozenset((node.member.node, peer)))
 
     def _pipelines(self, member: Member) -> tuple[PipelineReport, ...]:
         found = []
