@@ -100,6 +100,7 @@ def _node(
         pid=record.pid,
         version=record.version,
         settings=record.settings,
+        numerics=record.numerics,
         silent_s=round(members.detector.silent_s(view.member, now), 3),
         slowness=round(members.detector.conduct.slowness(view.member), 2),
         progress=0 if report is None else report.progress,
