@@ -18,9 +18,10 @@ from statistics import median
 # Of a step that only decodes: what a step with a chunk may take, where no time is set. Readers are to wait at most 2.5
 # times as long as usual (p99), and steps come late without any chunk, too.
 STEP_MULTIPLE = 1.5
-# The same for a step that computes again what readers lost in a failure. All of them wait, and the last one waits for
-# the fixed part of every step before its own: few long steps are over sooner than many short ones.
-RESUME_MULTIPLE = 3.0
+# The same where it happens to a reader once: before its second token, and in a step that computes again what was lost
+# in a failure. There all wait, and the last one waits for the fixed part of every step before its own, so few long
+# steps are over sooner than many short ones.
+ONCE_MULTIPLE = 3.0
 CHUNK_START = 32  # tokens, while nothing is known: on a slow node that is four decode steps
 # Fewer tokens cost little more than the step does without any, and a prompt has to end.
 CHUNK_MIN = 16

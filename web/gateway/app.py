@@ -55,11 +55,10 @@ def _health_routes(app: FastAPI, service: Service) -> None:
         """200 only while a request could be served: a pipeline is up and its scheduler can be reached."""
         if router.closing:
             raise ApiError(503, "this gateway is shutting down", retry_after_s=1)
-        reasons = router.troubles(time.monotonic())
+        reasons = [*router.troubles(time.monotonic()), *service.troubles()]
         if not router.reachable:
             raise ApiError(503, f"no pipeline is up and reachable: {'; '.join(reasons)}", retry_after_s=1)
-        reasons += service.troubles()  # requests are served, but nothing would be repaired
-        status = "degraded" if reasons else "ok"
+        status = "degraded" if reasons else "ok"  # requests are served, but not everything is mended
         return _json({"status": status, "pipelines": router.reachable, "reasons": reasons})
 
     @app.get("/livez")

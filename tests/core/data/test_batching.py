@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from controlplane.contract.requests import Sampling, Token
 from dataplane.core.batching import Batcher, Limits
 from dataplane.core.request import Phase, Request
-from dataplane.core.speed import CHUNK_MIN, CHUNK_START, RESUME_MULTIPLE, STEP_MULTIPLE, StepSpeed
+from dataplane.core.speed import CHUNK_MIN, CHUNK_START, ONCE_MULTIPLE, STEP_MULTIPLE, StepSpeed
 
 LIMITS = Limits(
     block_size=4,
@@ -229,6 +229,24 @@ def test_a_lone_prompt_goes_whole() -> None:
     assert line.prompt_tokens[0] == 500
 
 
+def test_a_burst_from_idle_does_not_hold_its_own_first_readers_up() -> None:
+    """Nobody reads yet when the first step is chosen; with several in flight the next ones are chosen before its result
+    is there, and each of them was a whole batch of prompts in front of the first readers' second token."""
+    batcher = Batcher(replace(LIMITS, max_batch_tokens=512))
+    batcher.microbatches, batcher.quota_blocks = 4, 1 << 20
+    batcher.speed = speed(4, 0.05, 0.004)
+    for rid in range(12):
+        batcher.enqueue(request(rid, 160, 48))
+    sizes = []
+    for in_flight in range(4):
+        rows, _ = batcher.next_rows(True, in_flight)
+        for chosen, count in rows:
+            chosen.issued += count
+        sizes.append(sum(count for _, count in rows))
+    assert min(sizes[:2]) > 300, "first tokens do not wait for it"
+    assert all(0 < size * 0.004 <= (ONCE_MULTIPLE - 1) * 0.05 for size in sizes[2:])
+
+
 def test_decoding_is_measured_again_though_prompts_never_end() -> None:
     """Chunks in all steps: nothing would tell that decodes have become slower, and chunks would shrink for it."""
     line = Line(replace(LIMITS, max_batch_tokens=512, max_running=40), 2, 1 << 20, 0.01, 0.001)
@@ -300,6 +318,6 @@ def test_who_was_interrupted_goes_first_and_in_few_steps() -> None:
         sizes.append(sum(count for _, count in rows))
         took_s += 0.16 + 0.002 * sizes[-1]
     assert sum(sizes) <= 2 * sum(range(1, 13)) + CHUNK_MIN, "the fresh prompt has what is left"
-    assert max(sizes) * 0.002 <= (RESUME_MULTIPLE - 1) * 0.16
+    assert max(sizes) * 0.002 <= (ONCE_MULTIPLE - 1) * 0.16
     assert took_s < 4 * 0.16
     assert list(dict.fromkeys(began))[:12] == list(range(1, 13))
