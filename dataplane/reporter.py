@@ -188,6 +188,7 @@ class Reporter:
             self._hurried()
             or _duties(report) != _duties(told)
             or report.broken_links() != told.broken_links()
+            or report.troubles != told.troubles
         )
 
 
