@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import NodeId
 from controlplane.contract.records import Operation
+from controlplane.contract.reports import NO_LINK, NodeReport
 from controlplane.contract.status import (
     ClusterStatus,
     NodeState,
@@ -100,6 +101,8 @@ def _node(
         pid=record.pid,
         version=record.version,
         settings=record.settings,
+        numerics=record.numerics,
+        troubles=() if report is None else _troubles(report),
         silent_s=round(members.detector.silent_s(view.member, now), 3),
         slowness=round(members.detector.conduct.slowness(view.member), 2),
         progress=0 if report is None else report.progress,
@@ -109,6 +112,12 @@ def _node(
         fault_domain=record.fault_domain,
         counters={} if report is None else report.counters,
     )
+
+
+def _troubles(report: NodeReport) -> tuple[str, ...]:
+    """What a node says itself, and links that cannot be opened whatever happens."""
+    links = (f"{link.reason} ({link.peer.node})" for link in report.links if link.reason.startswith(NO_LINK))
+    return (*report.troubles, *links)
 
 
 def _pipeline(pipeline: Pipeline, nodes: Nodes) -> PipelineStatus:

@@ -67,8 +67,10 @@ class Service:
         registry = self._registry
         controllers = sorted(registry.controllers.values(), key=lambda record: record.id)
         gateways = sorted(registry.gateways.values(), key=lambda record: record.id)
+        status = self._controller.status(time.monotonic())
+        of_nodes = [f"{node.node}: {text}" for node in status.nodes for text in node.troubles]
         return msgspec.structs.replace(
-            self._controller.status(time.monotonic()),
+            status,
             leader=registry.leader,
             answered_by=self._me,
             etcd_age_s=registry.etcd_age_s(),
@@ -88,7 +90,7 @@ class Service:
                 for item in gateways
             ),
             operations=tuple(self._operations()),
-            troubles=(*self.troubles(), *self._client.health.warnings()),
+            troubles=(*self.troubles(), *of_nodes, *self._client.health.warnings()),
         )
 
     def troubles(self) -> Sequence[str]:
