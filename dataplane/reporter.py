@@ -18,7 +18,6 @@ import grpc
 
 from controlplane.backoff import Backoff
 from controlplane.contract import rpc
-from controlplane.contract.ids import Member
 from controlplane.contract.records import ControllerRecord
 from controlplane.contract.reports import NodeReport, ReportBatch
 
@@ -172,12 +171,12 @@ class Reporter:
             return True
         if any(link.up and link.silent_s >= LINK_QUIET_S for link in report.links):
             return True
-        return self._hurried() or _duties(report) != _duties(told) or _broken(report) != _broken(told)
+        return (
+            self._hurried()
+            or _duties(report) != _duties(told)
+            or report.broken_links() != told.broken_links()
+        )
 
 
 def _duties(report: NodeReport) -> list[tuple[str, int, int]]:
     return [(p.pipeline, p.stage, p.epoch) for p in report.pipelines]
-
-
-def _broken(report: NodeReport) -> set[Member]:
-    return {link.peer for link in report.links if not link.up}

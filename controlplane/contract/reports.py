@@ -106,6 +106,10 @@ class NodeReport(msgspec.Struct, frozen=True, gc=False):
     leaving: bool = False  # the process is about to exit on purpose
     counters: dict[str, int] = {}  # monotonic; exported by the controllers as Prometheus counters
 
+    def broken_links(self) -> set[Member]:
+        """Neighbours to which the link is down."""
+        return {link.peer for link in self.links if not link.up}
+
 
 class ReportBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one sender has to say at one moment. A slot is the sender's number for one member, good for one stream: the

@@ -207,7 +207,7 @@ class Controller:
             if recovery.epoch > self._recovered.get(recovery.pipeline, 0):
                 self._recovered[recovery.pipeline] = recovery.epoch
                 self._record(narrate.of_recovery(recovery, member.node, self._unix_now), effects)
-        awaited = self._waiting and self._waiting.intersection(p.pipeline for p in report.pipelines)
+        awaited = self._waiting and self._waiting.intersection([p.pipeline for p in report.pipelines])
         if awaited:
             self._progressed.update(awaited)
         return (
@@ -215,8 +215,7 @@ class Controller:
             or report.leaving
             or self._detector.state(member) is not NodeState.GREEN
             or bool(awaited)
-            or {link.peer for link in report.links if not link.up}
-            != {link.peer for link in before.links if not link.up}
+            or report.broken_links() != before.broken_links()
         )
 
     def _take_record(self, record: NodeRecord, effects: list[Effect]) -> None:

@@ -205,10 +205,10 @@ class Membership:
     def reported(self, report: NodeReport) -> None:
         self.reports[report.member] = report
         self._touched.add(report.member.node)
-        if any(_stalls(said) for said in report.pipelines):
-            self._stalling.add(report.member)
-        else:
-            self._stalling.discard(report.member)
+        self._stalling.discard(report.member)
+        for said in report.pipelines:
+            if _stalls(said):
+                self._stalling.add(report.member)
 
     def record(self, node: NodeId) -> NodeRecord | None:
         return self._records.get(node)
