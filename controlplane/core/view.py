@@ -11,6 +11,7 @@ from collections.abc import Generator, Mapping
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import NodeId, PipelineId
 from controlplane.contract.records import Operation
+from controlplane.contract.reports import NO_LINK, NodeReport
 from controlplane.contract.status import (
     ClusterStatus,
     NodeState,
@@ -153,6 +154,8 @@ def _node(
         pid=record.pid,
         version=record.version,
         settings=record.settings,
+        numerics=record.numerics,
+        troubles=() if report is None else _troubles(report),
         # Between two heartbeats everybody is silent.
         silent_s=0.0 if silent_s < members.config.timing.suspect_after_s else round(silent_s, 3),
         slowness=round(detector.conduct.slowness(member), 2),
@@ -163,6 +166,12 @@ def _node(
         fault_domain=record.fault_domain,
         counters={} if report is None else report.counters,
     )
+
+
+def _troubles(report: NodeReport) -> tuple[str, ...]:
+    """What a node says itself, and links that cannot be opened whatever happens."""
+    links = (f"{link.reason} ({link.peer.node})" for link in report.links if link.reason.startswith(NO_LINK))
+    return (*report.troubles, *links)
 
 
 def _pipeline(pipeline: Pipeline, nodes: Nodes) -> PipelineStatus:

@@ -65,12 +65,13 @@ class Service:
         return self._registry.synced.is_set()
 
     async def status(self) -> ClusterStatus:
-        made = await finish(self._controller.status_in_pieces(time.monotonic()))
+        status = await finish(self._controller.status_in_pieces(time.monotonic()))
         registry = self._registry
         controllers = sorted(registry.controllers.values(), key=lambda record: record.id)
         gateways = sorted(registry.gateways.values(), key=lambda record: record.id)
+        of_nodes = [f"{node.node}: {text}" for node in status.nodes for text in node.troubles]
         return msgspec.structs.replace(
-            made,
+            status,
             leader=registry.leader,
             answered_by=self._me,
             etcd_age_s=registry.etcd_age_s(),
@@ -90,7 +91,7 @@ class Service:
                 for item in gateways
             ),
             operations=tuple(self._operations()),
-            troubles=(*self.troubles(), *self._client.health.warnings()),
+            troubles=(*self.troubles(), *of_nodes, *self._client.health.warnings()),
         )
 
     def troubles(self) -> Sequence[str]:
