@@ -3,8 +3,8 @@
     gateway =gRPC=> Frontdoor -> Schedulers -> Worker -> (UCX) -> the next stage's Worker -> ... -> Schedulers
     etcd -> World -> Worker and Schedulers        Reporter =gRPC=> controllers
 
-Weights, links and duties are separate: a node loads its weights and opens its links once, and then serves
-whatever stage of whatever pipeline the topology gives it.
+Weights, links and duties are separate: a node loads its weights once, keeps links to those it may have to work with
+(core/peers.py), and serves whatever stage of whatever pipeline the topology gives it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from controlplane.contract.config import CPU_POOL_BLOCKS, ClusterConfig
 from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import NodeRecord
-from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport
+from controlplane.contract.reports import NodeReport, PipelineReport
+from controlplane.contract.topology import Pipeline, Topology
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.register import Registration
@@ -33,6 +34,7 @@ from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import HeldMeta, Meta, Ping, ResultMeta, StepFailedMeta
 from dataplane.core.pace import Timeliness
+from dataplane.core.peers import Peers, engages, pipelines_of
 from dataplane.devices import emulate_network, profile_of
 from dataplane.frontdoor import Frontdoor
 from dataplane.inbox import LinkChanged, Message
@@ -48,7 +50,7 @@ from dataplane.transport.choose import open_transport
 from dataplane.transport.lane import Lane
 from dataplane.weights_service import WeightsService
 from dataplane.worker import Worker
-from dataplane.world import World, neighbours, pipelines_of
+from dataplane.world import World
 
 if TYPE_CHECKING:
     from dataplane.executor import StageExecutor
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
-PING_S = 0.2  # a link that had nothing to carry for this long carries a ping
+LINKS_LOOKED_AT_S = 1.0  # how often unused links are looked for
 GOODBYE_LIMIT_S = 0.3  # for the report that says that this node leaves
 LEAVE_LIMIT_S = 2.0  # for everything that it does before it ends
 ROWS_PER_PIPELINE = 4  # block-table rows: served and copied requests of two pipelines and their overlap
@@ -125,10 +127,11 @@ class Node:
         )
         self._lane = Lane(self._transport, self._send)
         self._world = World(Keys(config.cluster), config.group)
-        self._neighbours: dict[Member, float] = {}  # since when
-        self._down: dict[Member, str] = {}  # links that broke, and why
-        self._linked: set[Member] = set()  # whom we keep links to
-        self._sent_at: dict[Member, float] = {}
+        self._peers = Peers(me, stage)
+        self._topology: Topology | None = None  # the one that is acted on
+        self._ours: list[Pipeline] = []  # its pipelines that name us
+        self._duties: list[Pipeline] | None = None  # of those, where we do something
+        self._links_at = 0.0  # when unused links are looked for next
         self._bad_frames = 0
         self._timeliness = Timeliness()
         self._leaving = False
@@ -217,46 +220,43 @@ class Node:
         # A process whose name is somebody else's must not speak in it: not to controllers, not on links.
         await registration.held.wait()
         async for batch in client.watch_prefix(self._world.names.root):
-            before = self._world.topology
             folders = {change.folder for change in self._world.apply(batch)}
             registration.saw(self._world.view.item(registration.key), batch.revision)
             if "controllers" in folders:
                 self._reporter.set_controllers(self._world.controllers)
-            if "nodes" in folders:
+            before, topology = self._topology, self._world.topology
+            if topology is not None and topology is not before:
+                if self._world.view.retired(self._me):
+                    log.info("retired by topology %d", topology.counter)
+                    self.stop()
+                    return
+                self._ours = pipelines_of(topology, self._me)
+            if "nodes" in folders or topology is not before:
                 self._open_links()
-            topology = self._world.topology
-            if topology is None or topology is before:
-                continue
-            if self._world.view.retired(self._me):
-                log.info("retired by topology %d", topology.counter)
-                self.stop()
-                return
-            # The worker first: what the schedulers ask of it then finds the new duties in place.
-            self._worker.put(topology)
-            self._schedulers.on_topology(topology, self._world.nodes)
-            ours = pipelines_of(topology, self._me)
-            self._moving = any(p.move is not None for p in ours)
-            if before is None or ours != pipelines_of(before, self._me):
-                self._reporter.kick()
-            now = time.monotonic()
-            self._neighbours = {
-                m: self._neighbours.get(m, now) for m in sorted(neighbours(topology, self._me))
-            }
+            if topology is not None and topology is not before:
+                self._take_up(topology)
+
+    def _take_up(self, topology: Topology) -> None:
+        self._topology = topology
+        # The worker first: what the schedulers ask of it then finds the new duties in place.
+        self._worker.put(topology)
+        self._schedulers.on_topology(topology, self._world.nodes)
+        duties = [pipeline for pipeline in self._ours if engages(pipeline, self._me)]
+        self._moving = any(pipeline.move is not None for pipeline in duties)
+        if self._duties is None or duties != self._duties:
+            self._reporter.kick()
+        self._duties = duties
 
     def _open_links(self) -> None:
-        """A link to every node of the group, ahead of need: any of them may become a neighbour."""
-        for record in self._world.nodes.values():
-            if record.member.node != self._me.node:
-                self._transport.connect(record.member, record.link_address)
-        known = {record.member for record in self._world.nodes.values()}
-        # A node that lost its registration but serves with us is alive: etcd was away.
-        gone = {m for m in self._linked if m not in known and m not in self._neighbours}
-        for member in sorted(gone):
-            if member.node not in self._world.nodes:
-                self._transport.disconnect(member.node)
-            self._sent_at.pop(member, None)
-        self._linked = (self._linked - gone) | {m for m in known if m != self._me}
-        self._down = {m: why for m, why in self._down.items() if m in known or m in self._neighbours}
+        now = time.monotonic()
+        for record in self._peers.follow(self._ours, self._world.nodes, now):
+            self._transport.connect(record.member, record.link_address)
+        self._close_links(now)
+
+    def _close_links(self, now: float) -> None:
+        self._links_at = now + LINKS_LOOKED_AT_S
+        for node in self._peers.unused(self._world.nodes, self._transport.last_heard, now):
+            self._transport.disconnect(node)
 
     # ------------------------------------------------------------------ links
 
@@ -264,7 +264,7 @@ class Node:
         if peer == self._me:
             self._dispatch(peer, meta, payload)
             return True
-        self._sent_at[peer] = time.monotonic()
+        self._peers.sent(peer, time.monotonic())
         in_memory = self._transport.carried_by(peer) == "local"
         return self._transport.send(peer, frames.encode(meta, payload, in_memory=in_memory))
 
@@ -281,8 +281,8 @@ class Node:
             else:
                 log.warning("from %s: %s", peer, error)
             return
-        if peer in self._down and self._transport.connected(peer):
-            del self._down[peer]  # only its link to us had broken, and it has opened another
+        if self._peers.is_down(peer) and self._transport.connected(peer):
+            self._peers.opened(peer)  # only its link to us had broken, and it has opened another
         self._dispatch(peer, frame.meta, frame.payload)
 
     def _dispatch(self, peer: Member, meta: Meta, payload: frames.Buffer) -> None:
@@ -295,12 +295,12 @@ class Node:
                 self._worker.put(Message(peer, meta, payload, came=MOMENT.now()))
 
     def _on_link_up(self, peer: Member) -> None:
-        self._down.pop(peer, None)
+        self._peers.opened(peer)
         self._schedulers.on_link_up(peer)
         self._worker.put(LinkChanged(peer.node))
 
     def _on_link_down(self, peer: Member, reason: str) -> None:
-        self._down[peer] = reason
+        self._peers.broke(peer, reason)
         self._worker.put(LinkChanged(peer.node))
         self._reporter.kick()
 
@@ -313,9 +313,10 @@ class Node:
             self._schedulers.tick()
             self._worker.wake()
             now = time.monotonic()
-            for peer in self._neighbours:
-                if now - self._sent_at.get(peer, 0.0) >= PING_S:
-                    self._send(peer, Ping(), b"")
+            for peer in self._peers.to_ping(now):
+                self._send(peer, Ping(), b"")
+            if now >= self._links_at:
+                self._close_links(now)
 
     # ------------------------------------------------------------------ reports
 
@@ -323,11 +324,6 @@ class Node:
         now = time.monotonic()
         total = self._schedulers.recoveries_total
         fresh = total - recoveries_sent
-        links = [LinkReport(m, False, 0.0, why) for m, why in self._down.items()]
-        for member, since in self._neighbours.items():
-            if member not in self._down:
-                heard = self._transport.last_heard(member.node)
-                links.append(LinkReport(member, True, now - max(heard or since, since)))
         store, pace, busy = self._store, self._worker.compute.pace, self._worker.compute.busy
         report = NodeReport(
             member=self._me,
@@ -335,7 +331,7 @@ class Node:
             unix_s=time.time(),
             progress=self._worker.stats.steps,
             pipelines=tuple(self._pipeline_reports(now)),
-            links=tuple(links),
+            links=tuple(self._peers.report(self._transport.last_heard, now)),
             recoveries=tuple(self._schedulers.recoveries[-fresh:]) if fresh > 0 else (),
             blocks_used=store.num_blocks - store.blocks_free - store.blocks_replica,
             blocks_replica=store.blocks_replica,

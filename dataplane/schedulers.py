@@ -106,6 +106,8 @@ class Schedulers:
                 scheduler = Scheduler(
                     pipeline.id, pipeline.epoch, len(pipeline.stages), self._limits, takeover=True, now=now
                 )
+                for other in self.by_pipeline.values():  # the same model, on nodes like ours
+                    scheduler.batcher.speed.learn(other.batcher.speed)
                 self.by_pipeline[pipeline.id] = scheduler
                 scheduler = self._dispatch(scheduler, capacity)
                 self._perform(scheduler, scheduler.start(now))

@@ -12,10 +12,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, assert_never
 
-from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.ids import Member, NodeId, PipelineId
 from controlplane.contract.topology import MovePhase, Pipeline, Topology
 from dataplane._fast.blocktable import Rows
 from dataplane.compute import Compute, Computed, Work
@@ -24,6 +25,7 @@ from dataplane.core.checksums import Check
 from dataplane.core.messages import (
     Detail,
     Fence,
+    HeldMeta,
     KvAckMeta,
     KvDropMeta,
     KvMeta,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+UNSENT_MAX = 64  # answers that wait for a link
 DEFERRED_MAX = 2_000
 # A step of more than this part of `light_tokens` has a prompt in it, whose first token somebody waits for.
 PROMPT_SHARE = 4
@@ -99,6 +102,7 @@ class Worker:
         self._executor = executor
         self._store = store
         self._send = send
+        self._unsent: deque[tuple[Member, HeldMeta]] = deque(maxlen=UNSENT_MAX)  # for want of a link
         self.compute = Compute(executor)
         self._inbox = Inbox()
         self._rhythm = Rhythm()
@@ -141,6 +145,7 @@ class Worker:
                 self._deferred = []
             case LinkChanged(node):
                 self.replicator.link_changed(node)
+                self._answer_again(node)
             case Wake():
                 pass
             case Message(peer, meta):
@@ -420,5 +425,13 @@ class Worker:
     def _to_scheduler(self, pipeline_id: PipelineId, meta: Meta) -> None:
         pipeline = self.topology.pipeline(pipeline_id) if self.topology is not None else None
         scheduler = pipeline.scheduler if pipeline is not None else None
-        if scheduler is not None:
-            self._send(scheduler, meta, b"")
+        if scheduler is not None and not self._send(scheduler, meta, b"") and isinstance(meta, HeldMeta):
+            self._unsent.append((scheduler, meta))
+
+    def _answer_again(self, node: NodeId) -> None:
+        """A scheduler that has only just got this duty may ask before our link to it is open. It drops what is old."""
+        unsent = list(self._unsent)
+        self._unsent.clear()
+        for scheduler, meta in unsent:
+            if scheduler.node != node or not self._send(scheduler, meta, b""):
+                self._unsent.append((scheduler, meta))

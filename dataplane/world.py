@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import ControllerRecord, NodeRecord
-from controlplane.contract.topology import Pipeline, Topology
+from controlplane.contract.topology import Topology
 from controlplane.etcd.values import WatchBatch
 from controlplane.keyspace.view import Change, View
 
@@ -38,31 +37,3 @@ class World:
         if topology is not None and (self.topology is None or topology.counter > self.topology.counter):
             self.topology = topology
         return changes
-
-
-def neighbours(topology: Topology, me: Member) -> set[Member]:
-    """The members whose silence we would notice: those that exchange steps or copies with us."""
-    found: set[Member] = set()
-    for pipeline in topology.pipelines:
-        leaders = [stage.leader for stage in pipeline.stages]
-        for index, stage in enumerate(pipeline.stages):
-            mine, count = leaders[index], len(leaders)
-            around = {leaders[(index + 1) % count], leaders[index - 1], *stage.replicas}
-            if pipeline.move is not None and pipeline.move.stage == index:
-                around.add(pipeline.move.to)
-            if mine == me:
-                found.update(m for m in around if m is not None)
-            elif mine is not None and me in around:
-                found.add(mine)
-    found.discard(me)
-    return found
-
-
-def pipelines_of(topology: Topology, me: Member) -> list[Pipeline]:
-    """Those in which we serve, hold a copy, or are about to serve."""
-    return [
-        p
-        for p in topology.pipelines
-        if any(me in stage.ranks or me in stage.replicas for stage in p.stages)
-        or (p.move is not None and p.move.to == me)
-    ]

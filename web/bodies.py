@@ -32,7 +32,7 @@ async def read_body(
     """
     parts: list[bytes] = []
     size = received = 0
-    decode = _decoder(request.headers.get("content-encoding", ""))
+    decode = _decoder(", ".join(request.headers.getlist("content-encoding")))
     try:
         async with asyncio.timeout(limit_s):
             async for raw in request.stream():
@@ -51,10 +51,10 @@ async def read_body(
 
 
 def _decoder(coding: str) -> Callable[[bytes], Iterator[bytes]]:
-    match coding.strip().lower():
-        case "" | "identity":
+    match [name for part in coding.lower().split(",") if (name := part.strip()) not in ("", "identity")]:
+        case []:
             return lambda raw: iter((raw,))
-        case "gzip" | "x-gzip" | "deflate" as known:
+        case ["gzip" | "x-gzip" | "deflate" as known]:
             return _Inflater(known).pieces
     raise BodyError(415, f"Content-Encoding {coding[:40]!r} is not supported: {CODINGS}")
 

@@ -11,6 +11,11 @@ from typing import Any
 Schema = dict[str, Any]
 JSON, TEXT, EVENTS = "application/json", "text/plain", "text/event-stream"
 ANY: Schema = {}
+REQUEST_ID: Schema = {
+    "description": "The request's own (up to 128 visible ASCII characters), else a new one; also in logs.",
+    "required": True,
+    "schema": {"type": "string"},
+}
 COMMON_ERRORS = (
     400,
     405,
@@ -18,6 +23,7 @@ COMMON_ERRORS = (
     500,
     501,
     503,
+    505,
 )  # of any request: what is no HTTP, or has an endless head; no connection
 BODY_ERRORS = (408, 413, 415)  # of any body
 WORDS = {
@@ -30,6 +36,7 @@ WORDS = {
     429: "too many requests, or too much memory in use: see Retry-After",
     431: "the head of the request is too long",
     501: "a Transfer-Encoding other than chunked",
+    505: "a version of HTTP other than 1.1 and 1.0",
 }
 
 
@@ -95,6 +102,8 @@ class Api:
         for status in sorted(errors - set(endpoint.answers)):
             said = WORDS.get(status, HTTPStatus(status).phrase)
             responses[str(status)] = {"description": said, "content": {JSON: {"schema": ref("Error")}}}
+        for response in responses.values():
+            response["headers"] = {"X-Request-Id": REQUEST_ID}
         operation: dict[str, Any] = {
             "summary": endpoint.summary,
             "description": endpoint.description or endpoint.summary,

@@ -3,7 +3,8 @@
 - HTTP/1.0 has no chunks: an answer without a length ends with the connection.
 - A client may shut its sending side after its request, and read on.
 - A client that offers another protocol (h2c, as Java's does) is answered in this one, body and all.
-- A transfer coding other than chunked is refused instead of taken for the body.
+- A transfer coding other than chunked is refused instead of taken for the body; so are other versions, and HTTP/1.1
+  without one Host.
 """
 
 from __future__ import annotations
@@ -71,6 +72,12 @@ class Http1Protocol(HttpToolsProtocol):
                 self.refuse(400, "this is not valid HTTP/1.1")
 
     def on_headers_complete(self) -> None:
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            return self.refuse(505, "HTTP/1.1 and HTTP/1.0 are understood")
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (version == "1.1" and not hosts):
+            return self.refuse(400, "a request of HTTP/1.1 has one Host")
         for name, value in self.headers:
             if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
                 return self.refuse(501, "the only transfer coding that is understood is chunked")
@@ -78,11 +85,22 @@ class Http1Protocol(HttpToolsProtocol):
             self._declining = True
             return None
         super().on_headers_complete()
-        if self.parser.get_http_version() == "1.0":
+        if version == "1.0":
             self.cycle.__class__ = (
                 _UnchunkedCycle  # it has no task that ran yet; uvicorn names the class itself
             )
         return None
+
+    def interrupt(self) -> bool:
+        """The request whose body is arriving ends here; False if something else is being answered."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            return True
+        if cycle is not self._answering or cycle.response_started or not cycle.more_body:
+            return False
+        cycle.disconnected = True  # whatever its application still says is not sent
+        cycle.message_event.set()
+        return True
 
     def on_body(self, body: bytes) -> None:
         if not (self._declining or self.transport.is_closing()):

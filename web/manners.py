@@ -1,4 +1,4 @@
-"""What every route of an HTTP API does alike, whatever it is for: HEAD, OPTIONS, other origins, sloppy paths.
+"""What every route of an HTTP API does alike: request ids, HEAD, OPTIONS, other origins, sloppy paths.
 
 ASGI middleware, the outermost one; raw, because Starlette's own kind would stand in the way of disconnects.
 """
@@ -6,23 +6,39 @@ ASGI middleware, the outermost one; raw, because Starlette's own kind would stan
 from __future__ import annotations
 
 import re
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import structlog
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = structlog.get_logger()
 
 EXPOSED = "Content-Location, Retry-After, X-Request-Id, X-Should-Retry"
 PREFLIGHT_S = 600  # that a browser may remember it
 SLASHES = re.compile("/{2,}")
 METHODS = {"DELETE", "GET", "HEAD", "OPTIONS", "POST"}
 HEAD = "head"  # in a request's state: only headers are wanted
+REQUEST_ID = re.compile("[!-~]{1,128}")  # others are not taken over: an own one is made
+READS = {"GET", "HEAD", "OPTIONS"}  # pollers ask all the time: only what goes wrong with these is logged
+PATH_CHARS_MAX = 200  # of a client's path, in logs
 
 Pairs = list[tuple[bytes, bytes]]
 
 
+def request_id_of(given: str | None) -> str:
+    """The client's own `X-Request-Id` if it can be one, else a new one."""
+    return given if given is not None and REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
 class Manners:
-    """`routes`: of the application, when they are all there. `origins`: whose pages may read answers; "*": all."""
+    """`routes`: of the application, when they are all there. `origins`: whose pages may read answers; "*": all.
+
+    Each answer carries `X-Request-Id`, and so does each log line that is written for its request.
+    """
 
     def __init__(
         self, app: ASGIApp, routes: Callable[[], Sequence[Any]], origins: Sequence[str] = ()
@@ -37,10 +53,12 @@ class Manners:
         path = SLASHES.sub("/", scope["path"])
         scope = {**scope, "path": path.rstrip("/") or "/"}
         headers, allowed = Headers(scope=scope), self._allowed(scope["path"])
-        more = self._cors(headers)
+        request_id = request_id_of(headers.get("x-request-id"))
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        more = [(b"x-request-id", request_id.encode()), *self._cors(headers)]
         if scope["method"] == "OPTIONS" and (allowed or path == "*"):
-            if "access-control-request-method" in headers:
-                more += _preflight(headers, allowed, bool(more))
+            if self._origins and "access-control-request-method" in headers:
+                more += _preflight(headers, allowed)
             start = {
                 "type": "http.response.start",
                 "status": 204,
@@ -50,8 +68,15 @@ class Manners:
             return await send({"type": "http.response.body", "body": b""})
         if scope["method"] == "HEAD":  # the server leaves the body out
             scope = {**scope, "method": "GET", "state": {**scope.get("state", {}), HEAD: True}}
-        answer = _Answer(receive, send, more, allowed, "expect" in headers)
-        return await self._app(scope, answer.receive, answer.send)
+        answer, began = _Answer(receive, send, more, allowed, "expect" in headers), time.perf_counter()
+        try:
+            return await self._app(scope, answer.receive, answer.send)
+        finally:
+            if scope["method"] not in READS or answer.status >= 400:
+                path, seconds = scope["path"][:PATH_CHARS_MAX], round(time.perf_counter() - began, 3)
+                log.info(
+                    "request", method=scope["method"], path=path, status=answer.status, duration_s=seconds
+                )
 
     def _allowed(self, path: str) -> set[str]:
         """Methods that the path has; none: there is no such path."""
@@ -82,6 +107,7 @@ class _Answer:
         self._more = more
         self._allowed = allowed
         self._waits = expects  # for a word before it sends its body
+        self.status = 0  # none: the client left before
 
     async def receive(self) -> Message:
         self._waits = False
@@ -89,6 +115,7 @@ class _Answer:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self.status = message["status"]
             headers = [*message.get("headers", []), *self._more]
             if message["status"] == 405:
                 headers = [pair for pair in headers if pair[0].lower() != b"allow"] + [_allow(self._allowed)]
@@ -102,9 +129,7 @@ def _allow(methods: set[str]) -> tuple[bytes, bytes]:
     return b"allow", ", ".join(sorted(methods)).encode()
 
 
-def _preflight(headers: Headers, allowed: set[str], welcome: bool) -> Pairs:
-    if not welcome:
-        return []
+def _preflight(headers: Headers, allowed: set[str]) -> Pairs:
     wanted = headers.get("access-control-request-headers", "authorization, content-type")
     return [
         (b"access-control-allow-methods", ", ".join(sorted(allowed)).encode()),

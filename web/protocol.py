@@ -11,14 +11,24 @@ import asyncio
 import resource
 
 import msgspec
+import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from web.http1 import Http1Protocol
+from web.manners import request_id_of
+
+log = structlog.get_logger()
 
 HEAD_BYTES_MAX = 64 * 1024  # request line and headers; also trailers, and what stands between chunks
 TOO_LONG = f"the head of a request exceeds {HEAD_BYTES_MAX} bytes"
 HEAD_S = 20.0  # from the first byte of a connection, or of what follows an answer, to the end of a head
-ERRORS = {408: "TimeoutError", 501: "NotImplementedError", 503: "ServiceUnavailableError"}
+ERRORS = {
+    408: "TimeoutError",
+    501: "NotImplementedError",
+    503: "ServiceUnavailableError",
+    505: "NotImplementedError",
+}
+UNREAD_S = 60.0  # a client that takes nothing for so long of what waits for it is gone
 DESCRIPTORS_KEPT = 128  # for etcd, nodes, logs and the like
 
 
@@ -35,11 +45,14 @@ class BoundedProtocol(Http1Protocol):
     all are being answered, the new one is: with 503."""
 
     _waits_since = 0.0  # for a head
+    _cut = False  # it has made room for another
     _unheard = 0  # bytes since the parser last had something whole: a head, a piece of a body, an end
     _head_timer: asyncio.TimerHandle | None = None
+    _unread_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._waits_since = self.loop.time()
         if len(self.connections) > connections_max() and not self._make_room():
             self.refuse(503, "this server has as many connections as it can bear; try again")
             return
@@ -47,7 +60,16 @@ class BoundedProtocol(Http1Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_watching()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_unread()
+
+    def resume_writing(self) -> None:
+        self._stop_watching()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -83,17 +105,38 @@ class BoundedProtocol(Http1Protocol):
         self._waits_since = self.loop.time()
         super().on_response_complete()
 
+    def _watch_unread(self) -> None:
+        size = self.transport.get_write_buffer_size()
+        self._unread_timer = self.loop.call_later(UNREAD_S, self._look_at_unread, size)
+
+    def _look_at_unread(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._watch_unread()
+        else:
+            log.warning("a client took nothing", seconds=UNREAD_S, bytes=before)
+            self.transport.abort()
+
+    def _stop_watching(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
+
     def _make_room(self) -> bool:
-        """Close the other connection that has been idle for longest; False if each has a request."""
+        """Cut the other connection that has been idle, or has not ended, for longest; False if each has a request."""
         idle = [c for c in self.connections if isinstance(c, BoundedProtocol) and c is not self and c.is_idle]
         if not idle:
             return False
-        min(idle, key=lambda c: c._waits_since).transport.abort()
+        oldest = min(idle, key=lambda c: c._waits_since)
+        oldest._cut = True
+        oldest.transport.abort()
         return True
 
     @property
     def is_idle(self) -> bool:
-        return (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
+        """Nothing is being answered, or the last bytes have been waiting for its client for long."""
+        if self._cut or not (self.cycle is None or self.cycle.response_complete):
+            return False
+        return not self.transport.is_closing() or self.loop.time() - self._waits_since > UNREAD_S
 
     def _await_head(self) -> None:
         self._waits_since = self.loop.time()
@@ -117,12 +160,16 @@ class BoundedProtocol(Http1Protocol):
     def refuse(self, status: int, message: str) -> None:
         """Answer and close; on a connection with an answer under way, only close."""
         self._stop_timer()
-        if self.cycle is None or self.cycle.response_complete:
+        if self.interrupt():
             kind = ERRORS.get(status, "BadRequestError")
             error = {"message": message, "type": kind, "param": None, "code": status}
             body = msgspec.json.encode({"error": error})
-            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(
-                body
+            # What the head would have named is not known, or not to be trusted.
+            request_id = request_id_of(None)
+            log.info("no request", status=status, reason=message, request_id=request_id)
+            head = (
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+                f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
             )
-            self.transport.write(STATUS_LINE[status] + head + body)
+            self.transport.write(STATUS_LINE[status] + head.encode() + body)
         self.transport.close()

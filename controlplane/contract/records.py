@@ -128,6 +128,9 @@ class Operation(msgspec.Struct, frozen=True):
     finished_unix_s: float = 0.0
     targets: tuple[Target, ...] = ()  # restart: who ran when it was asked for, in order
     turn: int = 0  # restart: whose turn it is; len(targets): all have been
+    # restart: what the fresh processes have to be made of (`NodeRecord.version`, `.settings`); "": just equal
+    version: str = ""
+    settings: str = ""
 
     identity: ClassVar[tuple[str, ...]] = ("id",)
 

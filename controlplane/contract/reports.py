@@ -28,6 +28,7 @@ class LinkReport(msgspec.Struct, frozen=True, gc=False):
         float  # seconds since the neighbour was last heard on a link; 0 when it is not expected to speak
     )
     reason: str = ""  # why the link is down
+    watch: bool = False  # it is only there for the two to watch each other: no pipeline needs it
 
 
 class TargetReport(msgspec.Struct, frozen=True, gc=False):

@@ -140,8 +140,10 @@ class Check(msgspec.Struct, frozen=True):
     message: str
 
 
-class OperationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of POST /admin/v1/operations. The id comes from the client, so that sending it twice does it once."""
+class OperationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Body of POST /admin/v1/operations. The id comes from the client, so that sending it twice does it once.
+
+    What is not asked for is not sent: an older controller refuses only a field that it would not heed."""
 
     id: str
     kind: str
@@ -149,6 +151,8 @@ class OperationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     substitute: NodeId | None = None
     dry_run: bool = False
     deadline_s: float = 0.0
+    version: str = ""  # restart: of the code that the fresh processes have to run; "": they have to be equal
+    settings: str = ""  # restart: digest of the settings that they have to have
 
     def is_for(self, known: Operation) -> bool:
         """Whether `known` is what is asked for here. Who is to lead may have been left to the cluster."""

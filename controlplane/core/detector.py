@@ -407,7 +407,7 @@ class Detector:
                     about.silent_s = max(about.silent_s, silent_s)
                     about.heard |= silent_s < self.timing.dead_after_s
                     about.heard_at = max(about.heard_at, now - silent_s)
-                if link.up and silent_s < self.timing.dead_after_s:
+                if link.watch or (link.up and silent_s < self.timing.dead_after_s):
                     continue
                 about.lost_by = reporter.node
                 if witness:
@@ -421,7 +421,7 @@ class Detector:
         for link in watched.links:
             silent_s = link.silent_s + now - (watched.heard or now)
             bad = not link.up or silent_s >= self.timing.dead_after_s
-            if bad and link.peer != member and self._witness(link.peer, now):
+            if bad and not link.watch and link.peer != member and self._witness(link.peer, now):
                 about.cut_off = link.peer.node
 
     def _evidence(

@@ -49,6 +49,8 @@ class PeersSeen:
         tuple[str, int], ...
     ] = ()  # how many registered nodes each controller hears, as it told last
 
+    made_of: tuple[tuple[str, str, str], ...] = ()  # name, version of the code, digest of the settings
+
     def find(self, name: str) -> Member | None:
         """The newest process of that name."""
         return next((m for m in (*self.controllers, *self.gateways) if m.node == name), None)

@@ -116,7 +116,9 @@ def progress(s: Situation, op: Operation, unix_now: float) -> Operation:
         return _closed(op, OperationState.FAILED, "mode stop-restart moves nothing", unix_now)
     present = next((now for now in s.operations if now.id == op.id), None)
     if present is not None and op.kind is OperationKind.RESTART:
-        op = restart.next_turn(s, op)
+        before, op = op.turn, restart.next_turn(s, op)
+        if op.turn > before and (why := restart.amiss(s, op)):
+            return _closed(op, OperationState.FAILED, why, unix_now)
     if present is not None and is_done(s, op):
         return _closed(op, OperationState.DONE, _DONE[op.kind].format(node=op.node), unix_now)
     if op.deadline_unix_s and unix_now >= op.deadline_unix_s:
@@ -151,7 +153,7 @@ _DONE = {
     OperationKind.TRANSFER: "{node} leads",
     OperationKind.PAUSE: "nothing is repaired or moved until it is resumed",
     OperationKind.RESUME: "failures are repaired again",
-    OperationKind.RESTART: "{node}: every process is a fresh one",
+    OperationKind.RESTART: "{node}: every process is a fresh one, of the same code and settings",
 }
 
 

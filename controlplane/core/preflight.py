@@ -76,7 +76,8 @@ def _operation(request: OperationRequest, kind: OperationKind, s: Situation, uni
         case OperationKind.TRANSFER:
             return replace(operation, node=preflight_group.heir(request, s))
         case OperationKind.RESTART:
-            return replace(operation, targets=preflight_group.targets(request, s))
+            found = preflight_group.targets(request, s)
+            return replace(operation, targets=found, version=request.version, settings=request.settings)
         case _:
             return operation
 

@@ -4,6 +4,9 @@ A node is replaced by a fresh process of itself (drain.py). Controllers and gate
 they are retired, and whoever supervises them starts a fresh one; the leader hands leadership over before. The next
 turn begins when the fresh process is back in place and, for a node, every copy of its stage has caught up: so no stage
 ever has two nodes missing. `Operation.turn` is in etcd, so that a new leader goes on where the old one was.
+
+Fresh is not enough: each has to be made of the code and the settings that were asked for, else of the same as the
+others. A restart that finds another one fails there, before more of the cluster has become a mixture.
 """
 
 from __future__ import annotations
@@ -92,6 +95,30 @@ def _protected(s: Situation, stage: int) -> bool:
         if not any(s.near(pipeline, stage, copy) for copy in live):
             return False
     return True
+
+
+def amiss(s: Situation, op: Operation) -> str:
+    """What the processes restarted so far are made of that they should not be, in words."""
+    made = {name: (version, settings) for name, version, settings in s.policy.peers.made_of}
+    made |= {name: (view.record.version, view.record.settings) for name, view in s.nodes.views.items()}
+    restarted = [target.member.node for target in op.targets[: op.turn] if target.member.node in made]
+    told = []
+    for column, (what, wanted) in enumerate((("code", op.version), ("settings", op.settings))):
+        having: dict[str, list[str]] = {}
+        for name in restarted:
+            having.setdefault(made[name][column] or "unknown", []).append(name)
+        if wanted:
+            wrong = {found: who for found, who in having.items() if found != wanted}
+            told += [
+                f"{', '.join(who)} came back with {what} {it}, not {wanted}" for it, who in wrong.items()
+            ]
+        elif len(having) > 1:
+            told.append(
+                f"mixed {what}: " + ", ".join(f"{it} in {', '.join(who)}" for it, who in having.items())
+            )
+    if not told:
+        return ""
+    return f"{'; '.join(told)}: install the same on every host, restart its launcher, and restart again"
 
 
 def edit(s: Situation, op: Operation) -> Topology | None:

@@ -6,10 +6,10 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
+from msgspec.structs import replace
 
-from controlplane.contract.records import Operation, OperationKind, RestartScope
-from controlplane.contract.status import ClusterStatus, made_of
-from controlplane.contract.version import code_version
+from controlplane.contract.records import OperationKind, RestartScope
+from controlplane.contract.version import code_version, settings_digest
 from controlplane.kfadmin.host import restart_etcd, restart_launcher
 from controlplane.kfadmin.operate import Deadline, Detach, DryRun, OperationId, Timeout, asked, run
 from controlplane.kfadmin.output import Output, OutputOption
@@ -89,6 +89,8 @@ def restart(
 ) -> None:
     """Restart processes one after the other, without losing a token.
 
+    It fails at the first one that comes back with other code or settings than this machine (--admin: the others) has.
+
     A node is emptied first and gets its duties back; the next one waits until the copies have caught up. The leader
     comes last of the controllers and hands over before. "launcher" and "etcd" are processes of this machine that the
     cluster does not see: they are restarted through the run directory, etcd only where it has three members or more.
@@ -98,22 +100,8 @@ def restart(
         (restart_launcher if scope is Scope.LAUNCHER else restart_etcd)(local, dry_run)
         return
     request = asked(OperationKind.RESTART, RestartScope(scope.value), operation_id, dry_run, deadline)
-    installed = "" if admin else code_version()  # elsewhere something else may be installed
+    if not admin:  # elsewhere something else may be installed
+        installed = settings_digest(find_run_dir(run_dir).config())
+        request = replace(request, version=code_version(), settings=installed)
     with connect(run_dir, admin, token_file) as client:
-        run(client, request, output, detach, timeout, lambda c, op: stale(c.status(), op, installed))
-
-
-def stale(status: ClusterStatus, operation: Operation, installed: str) -> list[str]:
-    """Which processes a restart has left with another code than the installed one, or than each other, in words."""
-    names = {target.member.node for target in operation.targets}
-    having: dict[str, list[str]] = {}
-    for name, version, _ in made_of(status):
-        if name in names:
-            having.setdefault(version, []).append(name)
-    wanted = installed or max(having, key=lambda version: len(having[version]), default="")
-    return [
-        f"{', '.join(who)} did not get the installed code: {version or 'unknown'} in place of {wanted}; "
-        "restart the launcher of their host (`kfadmin restart launcher`), and them again"
-        for version, who in having.items()
-        if version != wanted
-    ]
+        run(client, request, output, detach, timeout)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated
 
 import msgspec
@@ -144,11 +144,8 @@ def run(
     output: Output,
     detach: bool,
     timeout_s: float,
-    verify: Callable[[AdminClient, Operation], Sequence[str]] = lambda client, operation: (),
 ) -> None:
-    """Submit, show the pre-flight, watch it to its end; leaves with the exit code that tells how it went.
-
-    `verify`: what is not as it ought to be although the operation is done."""
+    """Submit, show the pre-flight, watch it to its end; leaves with the exit code that tells how it went."""
     status = client.status()
     answer = client.submit(request)
     refused = any(check.level == "fail" for check in answer.checks) or not (
@@ -174,10 +171,7 @@ def run(
         console().print(_line(operation))
     if operation.open:
         progress(f"it goes on; see `kfadmin status`, or stop it with `kfadmin cancel {operation.id}`")
-    amiss = verify(client, operation) if operation.state is OperationState.DONE else ()
-    for line in amiss:
-        progress(line)
-    raise typer.Exit(Exit.FAILED if amiss else _exit_code(operation, detach))
+    raise typer.Exit(_exit_code(operation, detach))
 
 
 def _exit_code(operation: Operation, detach: bool) -> Exit:

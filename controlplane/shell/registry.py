@@ -168,9 +168,12 @@ class Registry:
         (self.free.clear if why else self.free.set)()
 
     def _peers_now(self) -> PeersSeen:
+        controllers = [(r.id, r.version, r.settings) for r in self.controllers.values()]
+        gateways = [(r.id, r.version, r.settings) for r in self.gateways.values()]
         return PeersSeen(
             controllers=tuple(Member(r.id, r.incarnation) for _, r in sorted(self.controllers.items())),
             gateways=tuple(Member(r.id, r.incarnation) for _, r in sorted(self.gateways.items())),
             candidates=tuple(name for name in self.view.candidates() if name),
             hears=tuple(sorted(self.view.hearing.items())),
+            made_of=tuple(sorted(controllers + gateways)),
         )

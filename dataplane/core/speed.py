@@ -4,17 +4,24 @@ A step is taken to last a fixed time and a time for each of its tokens, decoded 
 fixed part is seen in steps that only decode, the part for a token in those with a chunk of a prompt. Both are medians,
 since other work on the same cores makes single steps late. Times are those that the scheduler sees, from the launch of
 a step to its result: all stages, links and the sampler are in them.
+
+Chunks are rare, and decode steps are not: a chunk was often measured minutes ago, on cores that had more or less to do.
+So what a token costs is kept as a share of a decode step of that time.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from statistics import median
 
 # Of a step that only decodes: what a step with a chunk may take, where no time is set. Readers are to wait at most 2.5
 # times as long as usual (p99), and steps come late without any chunk, too.
 STEP_MULTIPLE = 1.5
-CHUNK_START = 64  # tokens, while nothing is known
+# The same for a step that computes again what readers lost in a failure. All of them wait, and the last one waits for
+# the fixed part of every step before its own: few long steps are over sooner than many short ones.
+RESUME_MULTIPLE = 3.0
+CHUNK_START = 32  # tokens, while nothing is known: on a slow node that is four decode steps
 # Fewer tokens cost little more than the step does without any, and a prompt has to end.
 CHUNK_MIN = 16
 DECODES_KEPT, CHUNKS_KEPT = 33, 15  # measurements
@@ -23,35 +30,67 @@ DECODES_KEPT, CHUNKS_KEPT = 33, 15  # measurements
 CHUNKS_UNPROVED_MAX = 100
 
 
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A step with a chunk of a prompt, and what a decode step was like then (zeros: unknown)."""
+
+    tokens: int  # all of the step
+    took_s: float
+    rows: float
+    rows_s: float
+
+    def token_share(self, rows: float, rows_s: float) -> float:
+        """What a token adds, as a share of a decode step of `rows` rows, which takes `rows_s` now."""
+        then, then_s = (self.rows, self.rows_s) if self.rows_s > 0 else (rows, rows_s)
+        if then_s <= 0:
+            return 0.0
+        share = max(0.0, self.took_s - then_s) / max(1.0, self.tokens - then) / then_s
+        return share / max(
+            1.0 + share * (rows - then), share
+        )  # a step takes at least as long as one token adds
+
+
 class StepSpeed:
     def __init__(self, target_s: float = 0.0) -> None:
         """`target_s`: what a step may take; 0: STEP_MULTIPLE times one that only decodes."""
         self._target_s = target_s
         self._decodes: deque[tuple[int, float]] = deque(maxlen=DECODES_KEPT)  # rows, seconds
-        self._chunks: deque[tuple[int, float]] = deque(maxlen=CHUNKS_KEPT)
+        self._chunks: deque[_Chunk] = deque(maxlen=CHUNKS_KEPT)
         self._unproved = 0  # steps with chunks since the last one that only decoded
+
+    def learn(self, other: StepSpeed) -> None:
+        """Begin with what another scheduler has measured on nodes of the same kind; what is known already stays."""
+        if not self._decodes and not self._chunks:
+            self._decodes.extend(other._decodes)
+            self._chunks.extend(other._chunks)
 
     def ran(self, decodes: int, prompt_tokens: int, took_s: float, *, beside_chunk: bool) -> None:
         """A step has come back. `beside_chunk`: another one in flight meanwhile had tokens of a prompt."""
         if prompt_tokens:
             self._unproved += 1
             if prompt_tokens >= CHUNK_MIN:
-                self._chunks.append((decodes + prompt_tokens, took_s))
+                self._chunks.append(_Chunk(decodes + prompt_tokens, took_s, *self._decode_step()))
         elif decodes and not beside_chunk:
             self._unproved = 0
             self._decodes.append((decodes, took_s))
 
-    def chunk_tokens(self, decodes: int, tokens_max: int) -> int:
-        """Tokens of prompts, at most `tokens_max`, for a step beside which so many rows decode: 0 to measure anew."""
+    def chunk_tokens(self, decodes: int, tokens_max: int, multiple: float = STEP_MULTIPLE) -> int:
+        """Tokens of prompts, at most `tokens_max`, for a step beside which so many rows decode, so that it takes
+        `multiple` times a decode step, or the time that was set: 0 to measure anew."""
         if self._unproved >= (CHUNKS_UNPROVED_MAX if self._decodes else CHUNKS_KEPT):
             return 0
         if not self._decodes or not self._chunks:
             return min(CHUNK_START, tokens_max)
-        rows = median(rows for rows, _ in self._decodes)
-        rows_s = median(took_s for _, took_s in self._decodes)
-        token_s = median(max(0.0, took_s - rows_s) / max(1.0, more - rows) for more, took_s in self._chunks)
+        rows, rows_s = self._decode_step()
+        token_s = rows_s * median(chunk.token_share(rows, rows_s) for chunk in self._chunks)
         decode_s = max(0.0, rows_s + token_s * (decodes - rows))
-        left_s = (self._target_s or STEP_MULTIPLE * decode_s) - decode_s
+        left_s = (self._target_s or multiple * decode_s) - decode_s
         if left_s >= tokens_max * token_s:
             return tokens_max
         return min(tokens_max, max(CHUNK_MIN, int(left_s / token_s)))
+
+    def _decode_step(self) -> tuple[float, float]:
+        """Rows and seconds of one, lately; zeros if none has been measured."""
+        if not self._decodes:
+            return 0.0, 0.0
+        return median(rows for rows, _ in self._decodes), median(took_s for _, took_s in self._decodes)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import pytest
 
+from controlplane.contract.events import EventKind
 from controlplane.contract.topology import Mode
 from controlplane.kfadmin.loadgen import Stream, sample_prompts
 from tests.e2e.cluster import Cluster, until, while_streaming
@@ -30,6 +32,30 @@ def test_a_kill_costs_time_but_no_token_in_any_mode(mode: Mode) -> None:
         asyncio.run(cluster.wait_all_home(60.0))
         changed = {n for n, pid in cluster.local.node_pids().items() if pids[n] != pid}
         assert changed == ({"n0", "n1"} if mode is Mode.STOP_RESTART else {"n1"})
+
+
+@pytest.mark.usefixtures("etcd_binary")
+def test_a_stopped_node_that_works_with_nobody_is_missed_by_those_that_watch_it() -> None:
+    """One stage and no copies: no pipeline gives it a neighbour. It is found by silence on links, not by its lease."""
+    with Cluster(mode=Mode.NONE, instances=3, stages=1) as cluster:
+        asyncio.run(cluster.references(PROMPTS))
+
+        async def stop_and_go(streams: list[Stream]) -> None:
+            await until(lambda: sum(len(s.tokens) for s in streams) >= 90, "tokens flow")
+            epoch = (await cluster.status()).pipelines[1].epoch
+            cluster.kill("n1", signal.SIGSTOP)
+            try:
+                await cluster.wait_for(lambda s: s.pipelines[1].epoch > epoch, "its place is taken")
+            finally:
+                cluster.kill("n1", signal.SIGCONT)
+
+        streams = asyncio.run(while_streaming(cluster, PROMPTS, stop_and_go))
+        asyncio.run(cluster.expect_equal(streams))
+        with cluster.local.admin() as admin:
+            events = [row.event for row in admin.events(limit=200)]
+        died = [event.message for event in events if event.kind is EventKind.DIED]
+        assert len(died) == 1
+        assert "on links too" in died[0]
 
 
 @pytest.mark.usefixtures("etcd_binary")

@@ -23,6 +23,7 @@ import controlplane.process
 import controlplane.shell.performer
 import controlplane.shell.runtime
 import controlplane.shell.service
+import dataplane.core.peers
 import dataplane.kvcache
 import dataplane.node
 from controlplane.contract import auth, keys
@@ -33,6 +34,7 @@ from tests.sim.world import OURS, World, replaced, virtual_time
 
 TICK_S = 0.15  # of nodes and controllers, in place of 0.05: a third of the work
 PING_S = 0.4  # on links that are otherwise silent, in place of 0.2
+LINGER_S = 2.0  # of links that nobody wants, in place of 30: some runs are shorter
 
 
 @contextlib.contextmanager
@@ -71,7 +73,8 @@ def simulated(world: World, net: Network) -> Iterator[None]:
         (controlplane.shell.service, "encode", _newer(world)),
         (dataplane.node, "open_transport", transport),
         (dataplane.node, "TICK_S", TICK_S),
-        (dataplane.node, "PING_S", PING_S),
+        (dataplane.core.peers, "PING_S", PING_S),
+        (dataplane.core.peers, "LINGER_S", LINGER_S),
         (controlplane.shell.runtime, "TICK_S", TICK_S),
         (dataplane.kvcache, "huge_zeros", lambda size: np.zeros(size, np.uint8)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
 import json
@@ -20,6 +21,7 @@ import web.ui
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.status import NodeState
 from tests.web.admin_service import TOKEN, MemoryService, healthy, serving
+from tests.web.schemathesis_run import check_by_document
 from web.admin import app, auth, feed
 from web.admin.static import load_files
 
@@ -281,6 +283,13 @@ def test_the_openapi_document(client: httpx.Client) -> None:
                 assert media in operation["responses"][str(answer.status_code)]["content"], path
     assert "requestBody" in document["paths"]["/admin/v1/operations"]["post"]
     assert client.get("/openapi.json").status_code == 401
+
+
+@pytest.mark.timeout(450)  # 20 s on two quiet cores
+def test_schemathesis_finds_nothing(server: tuple[str, MemoryService], tmp_path: Path) -> None:
+    server[1].reset()
+    endless = ("--exclude-path", "/admin/v1/stream")  # each try would take as long as its patience
+    asyncio.run(check_by_document(server[0], TOKEN, 5, 13, tmp_path, *endless))
 
 
 def test_compressed_bodies(client: httpx.Client) -> None:

@@ -34,7 +34,7 @@ from controlplane.contract.records import GROUP_WIDE, OperationKind, OperationSt
 from controlplane.contract.status import OperationAnswer, OperationRequest
 from web import bodies
 from web.admin.auth import COOKIE, SESSION_S, Guard, error, session_cookie
-from web.admin.describe import document
+from web.admin.describe import NAME, document
 from web.admin.feed import Feed, FeedResponse, event_rows
 from web.admin.service import AdminService
 from web.admin.static import StaticFile, load_files
@@ -47,7 +47,7 @@ EVENTS_MAX = 1000
 T = TypeVar("T")
 
 SEEN = re.compile(r"[0-9]{1,18}")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+NAMED = re.compile(NAME.removesuffix("$"))  # `fullmatch` is stricter: Python's $ lets a line end pass
 
 
 class SessionRequest(msgspec.Struct, frozen=True):
@@ -179,7 +179,7 @@ def _add_operations(app: FastAPI, service: AdminService) -> None:
         names = {"id": wanted.id, "node": wanted.node, "substitute": wanted.substitute}
         for field, value in names.items():
             empty = value is None or (not value and field == "node" and wanted.kind in GROUP_WIDE)
-            if not empty and not NAME.fullmatch(str(value)):
+            if not empty and not NAMED.fullmatch(str(value)):
                 raise HTTPException(400, f"{field}: letters, digits, '.', '_' and '-' only, at most 100")
         if wanted.kind not in {kind.value for kind in OperationKind}:
             raise HTTPException(400, f"kind: one of {', '.join(kind.value for kind in OperationKind)}")

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from controlplane.contract.events import Event
-from controlplane.contract.records import Operation
+from controlplane.contract.records import GROUP_WIDE, Operation, OperationKind
 from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
 from web.describe import (
     ANY,
@@ -27,6 +27,7 @@ from web.describe import (
 
 KINDS = (ClusterStatus, Check, Operation, OperationAnswer, OperationRequest, Event)
 HTML = "text/html"
+NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 COOKIE_OR_BEARER: dict[str, Schema] = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "cookie": {"type": "apiKey", "in": "cookie", "name": "kevlarflow_admin"},
@@ -35,8 +36,24 @@ COOKIE_OR_BEARER: dict[str, Schema] = {
 
 def document(version: str) -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(KINDS, ref_template="#/components/schemas/{name}")
+    schemas["OperationRequest"] = _operation_request(schemas["OperationRequest"])
     error = record({"error": record({"message": STRING, "code": INTEGER})})
     return Api("KevlarFlow admin", version, _endpoints(), schemas, error, COOKIE_OR_BEARER).document()
+
+
+def _operation_request(schema: Schema) -> Schema:
+    """What the types do not say: how names are written, and which kinds need one."""
+    name = {"type": "string", "pattern": NAME}
+    kinds = sorted(kind.value for kind in OperationKind)
+    wide = sorted(kind.value for kind in GROUP_WIDE)
+    properties = schema["properties"] | {
+        "id": name,
+        "kind": {"enum": kinds},
+        "substitute": {"anyOf": [name, {"type": "null"}], "default": None},
+    }
+    about_node = {"properties": {"kind": {"enum": kinds}, "node": name}, "required": ["node"]}
+    about_group = {"properties": {"kind": {"enum": wide}, "node": {"anyOf": [name, {"const": ""}]}}}
+    return schema | {"properties": properties, "anyOf": [about_node, about_group]}
 
 
 def _endpoints() -> list[Endpoint]:

@@ -15,19 +15,19 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from web.gateway.channel import Gone
-from web.gateway.choice import Piece
 from web.gateway.connection import wire_of
 from web.gateway.cursor import Cursor
 from web.gateway.errors import ApiError
 from web.gateway.generation import ClientGone, Generation, count_error
 from web.gateway.memory import Hold
 from web.gateway.service import Service
-from web.gateway.stream import SEND_S, EventStream, Format
+from web.gateway.stream import EventStream, Format
 
 log = structlog.get_logger()
 
 DONE = b"data: [DONE]\n\n"
 RETRY_MS = 100  # a pause for EventSource; other gateways are ready, so there is no reason to wait longer
+PIECE_BYTES = 64 << 10
 STOPPING = "this gateway is shutting down"
 EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -76,8 +76,6 @@ class Answer(Response):
             await self._run(stream, send)
         except ClientGone:
             return  # counted where it was noticed; `finally` frees everything
-        except (TimeoutError, OSError) as error:
-            log.warning("client took nothing", error=repr(error))
         finally:
             stream.close()
             self._generation.close()
@@ -85,7 +83,7 @@ class Answer(Response):
             watcher.cancel()
 
     async def _run(self, stream: EventStream, send: Send) -> None:
-        """Answer; what goes wrong is told to the client. Raises ClientGone, TimeoutError and OSError."""
+        """Answer; what goes wrong is told to the client. Raises ClientGone."""
         try:
             for index, piece in self._generation.known():
                 stream.events(index, piece)
@@ -93,8 +91,9 @@ class Answer(Response):
             self._generation.start()
             await (self._send_stream(stream, send) if self._ticket else self._send_body(send))
         except ApiError as error:
+            self._generation.close()  # a client that reads slowly may keep us here for long
             await self._send_error(send, error)
-        except (ClientGone, TimeoutError, OSError):
+        except ClientGone:
             raise
         except Exception:
             log.exception("a generation failed")
@@ -129,7 +128,6 @@ class Answer(Response):
 
     async def _send_body(self, send: Send) -> None:
         generation = self._generation
-        pieces = [Piece() for _ in generation.plans]
         ended = asyncio.get_running_loop().create_future()
 
         def collect() -> None:
@@ -137,11 +135,7 @@ class Answer(Response):
                 return
             try:
                 for index, piece in generation.take():
-                    whole = pieces[index]
-                    whole.text += piece.text
-                    whole.tokens += piece.tokens
-                    whole.spans += piece.spans
-                    whole.finish, whole.stop_reason = piece.finish, piece.stop_reason
+                    self._hold.grow(self._form.keep(index, piece))
             except Exception as error:  # the task tells the client
                 ended.set_exception(error)
             else:
@@ -151,7 +145,7 @@ class Answer(Response):
         generation.channel.attach(collect)
         collect()
         await ended
-        await self._send_json(send, 200, msgspec.json.encode(self._form.body(pieces)), {})
+        await self._send_json(send, 200, msgspec.json.encode(self._form.body()), {})
 
     async def _write(self, send: Send, data: bytes, more: bool = True) -> None:
         if not self._begun:
@@ -159,8 +153,7 @@ class Answer(Response):
             where = (b"content-location", f"/v1/streams/{self._ticket}".encode())
             await send({"type": "http.response.start", "status": 200, "headers": [*EVENT_HEADERS, where]})
         message: Message = {"type": "http.response.body", "body": data, "more_body": more}
-        async with asyncio.timeout(SEND_S):
-            await send(message)
+        await send(message)
 
     async def _send_error(self, send: Send, error: ApiError) -> None:
         """As a status while that is possible, else as an event."""
@@ -174,5 +167,6 @@ class Answer(Response):
         pairs = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         pairs += [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": status, "headers": pairs})
-        async with asyncio.timeout(SEND_S):
-            await send({"type": "http.response.body", "body": body})
+        for at in range(0, len(body), PIECE_BYTES):  # the server waits between them for a slow client
+            piece, more = body[at : at + PIECE_BYTES], at + PIECE_BYTES < len(body)
+            await send({"type": "http.response.body", "body": piece, "more_body": more})

@@ -188,7 +188,7 @@ def _answer(
 ) -> Answer:
     hold.become(kept_bytes(asked.plans, [start.context for start in starts if start.context]))
     request = asked.request
-    generation = Generation(service, asked.plans, asked.rules, request.priority or 0, starts)
+    generation = Generation(service, asked.plans, asked.rules, request.priority or 0, starts, hold)
     form = asked.form(generation, context.request_id, context.created_unix_s)
     return Answer(service, generation, form, ticket, cursor or Cursor([None] * len(starts)), hold)
 

@@ -1,13 +1,20 @@
-"""How an HTTP request hears what happens to its choices."""
+"""How an HTTP request hears what happens to its choices.
+
+What a client does not read waits here. It counts as memory of that client, and where there is no room for it, the
+answer ends with an error: a scheduler cannot be held back for one of its streams.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 
 import structlog
 
+from web.gateway.errors import ApiError
 from web.gateway.events import Deliver, Fail
+from web.gateway.memory import Hold
 
 log = structlog.get_logger()
 
@@ -20,7 +27,11 @@ class Leaving:
     """The gateway was told to stop: streams go on at another one."""
 
 
-Item = tuple[int, Deliver] | tuple[int, Fail] | Gone | Leaving
+Item = tuple[int, Deliver] | tuple[int, Fail] | Gone | Leaving | ApiError
+
+WAITING_FREE = 64 << 10  # bytes that are not counted, and that leave in one go
+TOKEN_BYTES = 330  # a token that waits, alone in its message
+TOP_BYTES = 120  # each of the most likely ones beside it
 
 
 class Readers:
@@ -48,26 +59,56 @@ class Readers:
 
 
 class Channel:
-    """Items of one HTTP request, in order, until its reader takes them; bounded by the tokens it may have."""
+    """Items of one HTTP request, in order, until its reader takes them. `hold` grows with what waits."""
 
-    __slots__ = ("_called", "_items", "_reader", "_readers")
+    __slots__ = ("_called", "_hold", "_items", "_reader", "_readers", "_waiting", "full")
 
-    def __init__(self, readers: Readers) -> None:
-        self._items: list[Item] = []
+    def __init__(self, readers: Readers, hold: Hold) -> None:
+        self._items: deque[Item] = deque()
         self._readers = readers
         self._reader: Callable[[], None] | None = None
         self._called = False
+        self._hold = hold
+        self._waiting = 0  # bytes, about
+        self.full = (
+            False  # what waited has been given up, and nothing more is taken in: there is only the error
+        )
 
     def put(self, item: Item) -> None:
-        self._items.append(item)
-        if not self._called and self._reader is not None:
-            self._called = True
-            self._readers.call(self)
+        if isinstance(item, tuple):
+            if self.full:
+                return
+            try:
+                self._weigh(self._waiting + _size(item))
+                self._items.append(item)
+            except ApiError as error:
+                text = f"the answer has to wait for its client, and there is no room for it: {error.message}"
+                self._give_up(ApiError(error.status, text, retry_after_s=error.retry_after_s))
+        elif isinstance(item, Gone):
+            self._give_up(item)
+        else:
+            self._items.append(item)
+        self._call()
 
-    def take(self) -> list[Item]:
-        """Everything that is there."""
-        items, self._items = self._items, []
-        return items
+    def take(self) -> Iterable[Item]:
+        """What is there, or as much of it as may leave in one go: for the rest the reader is called again."""
+        if self._waiting <= WAITING_FREE:
+            items, self._items, self._waiting = self._items, deque(), 0
+            return items
+        taken: list[Item] = []
+        size = 0
+        while self._items and size < WAITING_FREE:
+            taken.append(item := self._items.popleft())
+            size += _size(item)
+        self._weigh(self._waiting - size)
+        if self._items:
+            self._call()
+        return taken
+
+    def close(self) -> None:
+        """Nobody reads it any more."""
+        self._reader = None
+        self._give_up(Gone())
 
     def attach(self, reader: Callable[[], None] | None) -> None:
         """From now on `reader` is called for new items, and not for those that are there; None: nobody is."""
@@ -77,3 +118,30 @@ class Channel:
         self._called = False
         if self._reader is not None:
             self._reader()
+
+    def _call(self) -> None:
+        if not self._called and self._reader is not None:
+            self._called = True
+            self._readers.call(self)
+
+    def _give_up(self, item: Item) -> None:
+        """Nothing but `item` is left to be said."""
+        self._weigh(0)
+        self.full, self._items = True, deque([item])
+
+    def _weigh(self, waiting: int) -> None:
+        """So many bytes wait now. Raises ApiError if there is no room for them."""
+        more = max(0, waiting - WAITING_FREE) - max(0, self._waiting - WAITING_FREE)
+        if more > 0:
+            self._hold.grow(more)
+        elif more < 0:
+            self._hold.shrink(-more)
+        self._waiting = waiting
+
+
+def _size(item: Item) -> int:
+    """Bytes, about."""
+    if not isinstance(item, tuple) or isinstance(item[1], Fail) or not item[1].tokens:
+        return 0
+    tokens = item[1].tokens
+    return len(tokens) * (TOKEN_BYTES + TOP_BYTES * len(tokens[0].top))

@@ -18,6 +18,7 @@ from web.gateway.openai import INT64_MAX, ChatRequest, Message, parse, plain
 from web.gateway.sampling import check_chars, check_length, make_sampling, text_rules
 from web.gateway.service import Service
 from web.gateway.stream_format import ChunkWriter
+from web.gateway.whole import Whole
 
 INLINE_MESSAGES_MAX = 64  # longer conversations are rendered in a thread
 
@@ -110,6 +111,7 @@ class ChatFormat:
         self._vocabulary = service.model.vocabulary
         self._request = request
         self._generation = generation
+        self._wholes = [Whole() for _ in generation.plans]
         self._writer = ChunkWriter(head | {"object": "chat.completion.chunk"}, generation, request, 1)
 
     def chunk(self, index: int, piece: Piece) -> bytes:
@@ -140,12 +142,15 @@ class ChatFormat:
     def last(self) -> bytes:
         return self._writer.usage_event()
 
-    def body(self, pieces: list[Piece]) -> dict[str, Any]:
+    def keep(self, index: int, piece: Piece) -> int:
+        return self._wholes[index].add(piece, self._logprobs(piece))
+
+    def body(self) -> dict[str, Any]:
         choices = []
-        for index, piece in enumerate(pieces):
-            choice = shapes.chat_choice(index, piece, self._logprobs(piece))
+        for index, whole in enumerate(self._wholes):
+            choice = shapes.chat_choice(index, whole.piece, whole.logprobs)
             if self._request.return_token_ids:
-                choice["token_ids"] = [token.token for token in piece.tokens]
+                choice["token_ids"] = whole.ids
             choices.append(choice)
         body = self._head | {"choices": choices, "usage": self._writer.usage()}
         if self._request.return_token_ids:

@@ -16,6 +16,7 @@ from web.gateway.openai import INT64_MAX, CompletionRequest, parse
 from web.gateway.sampling import check_chars, check_tokens, make_sampling, text_rules
 from web.gateway.service import Service
 from web.gateway.stream_format import ChunkWriter
+from web.gateway.whole import Whole
 
 MAX_TOKENS = 16  # OpenAI's and vLLM's default
 
@@ -103,6 +104,7 @@ class CompletionFormat:
         count = len(generation.plans)
         self._begun = [False] * count
         self._echo = [str(request.prompts[index // request.choices]) for index in range(count)]
+        self._wholes = [Whole(echo) for echo in self._echo]
         self._vocabulary = service.model.vocabulary
 
     def opening(self, index: int) -> bytes:
@@ -118,32 +120,44 @@ class CompletionFormat:
             piece.text = self._echo[index] + piece.text
         if not (piece.text or piece.finish or ids or logprobs):
             return b""
-        choice = self._later(index, piece) if self._begun[index] else self._choice(index, piece)
+        choice = self._later(index, piece) if self._begun[index] else self._event(index, piece)
         self._begun[index] = True
         return self._writer.event(index, choice)
 
     def last(self) -> bytes:
         return self._writer.usage_event()
 
-    def body(self, pieces: list[Piece]) -> dict[str, Any]:
-        for index, piece in enumerate(pieces):
-            piece.text = self._echo[index] + piece.text
-        choices = [self._choice(index, piece) for index, piece in enumerate(pieces)]
+    def keep(self, index: int, piece: Piece) -> int:
+        return self._wholes[index].add(piece, self._logprobs(index, piece))
+
+    def body(self) -> dict[str, Any]:
+        choices = [
+            self._choice(index, whole.piece, whole.logprobs, whole.ids)
+            for index, whole in enumerate(self._wholes)
+        ]
         return self._head | {"choices": choices, "usage": self._writer.usage()}
+
+    def _event(self, index: int, piece: Piece) -> dict[str, Any]:
+        ids = [token.token for token in piece.tokens]
+        return self._choice(index, piece, self._logprobs(index, piece), ids)
 
     def _later(self, index: int, piece: Piece) -> dict[str, Any]:
         """In any but the first chunk: that one has the ids of the prompt."""
-        choice = self._choice(index, piece)
+        choice = self._event(index, piece)
         if self._request.return_token_ids:
             choice["prompt_token_ids"] = None
         return choice
 
-    def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        logprobs = None
-        if self._request.logprobs is not None:
-            logprobs = shapes.completion_logprobs(self._vocabulary, piece, len(self._echo[index]))
+    def _choice(
+        self, index: int, piece: Piece, logprobs: dict[str, Any] | None, ids: list[int]
+    ) -> dict[str, Any]:
         choice = shapes.completion_choice(index, piece, logprobs)
         if self._request.return_token_ids:
-            choice["token_ids"] = [token.token for token in piece.tokens]
+            choice["token_ids"] = ids
             choice["prompt_token_ids"] = self._generation.plans[index].prompt
         return choice
+
+    def _logprobs(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        if self._request.logprobs is None:
+            return None
+        return shapes.completion_logprobs(self._vocabulary, piece, len(self._echo[index]))

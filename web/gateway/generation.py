@@ -11,6 +11,7 @@ from web.gateway.channel import Channel, Gone, Leaving
 from web.gateway.choice import Choice, Piece, TextRules
 from web.gateway.errors import ApiError, of_fail
 from web.gateway.events import Fail, SubmitAsked
+from web.gateway.memory import Hold
 from web.gateway.service import Service
 
 REPLAY_TOKENS = 256  # detokenized in one go, a few milliseconds
@@ -50,8 +51,9 @@ class Generation:
         rules: TextRules,
         priority: int,
         starts: Sequence[Start],
+        hold: Hold,
     ) -> None:
-        self.channel = Channel(service.dispatcher.readers)
+        self.channel = Channel(service.dispatcher.readers, hold)
         self.plans = plans
         self.leaving = False  # the gateway was told to stop
         self._service = service
@@ -107,6 +109,8 @@ class Generation:
             if isinstance(item, Gone):
                 self._service.metrics.disconnects.inc()
                 raise ClientGone
+            if isinstance(item, ApiError):
+                raise item
             if isinstance(item, Leaving):
                 self.leaving = True
                 continue
@@ -122,9 +126,10 @@ class Generation:
         return pieces
 
     def close(self) -> None:
-        """Free what is still running: on a disconnect, an error, or a stop string in another choice."""
+        """Free what is still running, and what waits: on a disconnect, an error, or a stop string in another choice."""
         for start in self._starts:
             self._service.dispatcher.cancel(start.rid, self.channel)
+        self.channel.close()
 
     def leave(self) -> None:
         """What is still running goes on for the client's next gateway."""

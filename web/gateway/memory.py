@@ -1,7 +1,8 @@
 """The bytes that clients' requests keep in this process: bounded in sum, and for each client (pure).
 
 A request counts from the first byte of its body until its answer is over: first as what has been read, then as what is
-kept to go on with it. What it brings, a token at a time, is bounded by the KV pools of the nodes.
+kept to go on with it, and beside that as what is there of its answer and cannot leave yet: since its client does not
+read, or since the answer is one piece.
 """
 
 from __future__ import annotations
@@ -88,6 +89,10 @@ class Hold:
         else:
             self._memory.give(self._owner, self.size - size)
             self.size = size
+
+    def shrink(self, size: int) -> None:
+        """Give `size` bytes back, or all there are."""
+        self.become(max(0, self.size - size))
 
     def release(self) -> None:
         self._memory.give(self._owner, self.size)

@@ -347,6 +347,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 def parse(kind: type[Body], raw: bytes) -> Body:
     """Read a body. Raises ApiError 400 naming the parameter; the client's input is not echoed."""
+    raw = _utf8(raw)
     try:
         return kind.model_validate_json(raw)
     except pydantic.ValidationError as error:
@@ -360,6 +361,17 @@ def parse(kind: type[Body], raw: bytes) -> Body:
         except RecursionError:
             raise ApiError(400, "the body is nested too deeply") from None
     raise _bad_request(first) from None
+
+
+def _utf8(raw: bytes) -> bytes:
+    """JSON is UTF-8; some clients send a mark before it, or UTF-16. What the Content-Type says of it does not count."""
+    coding = json.detect_encoding(raw)
+    if coding == "utf-8":
+        return raw
+    try:
+        return raw.decode(coding).encode()
+    except UnicodeError:
+        raise ApiError(400, f"the body is not valid {coding}") from None
 
 
 def _is_whole(error: Any) -> bool:
@@ -384,7 +396,8 @@ def _bad_request(error: pydantic.ValidationError) -> ApiError:
     name = path[0][:64] if path else None
     match first["type"]:
         case "json_invalid":
-            return ApiError(400, "the body is not valid JSON")
+            why = str(first["msg"]).removeprefix("Invalid JSON: ")
+            return ApiError(400, f"the body is not valid JSON: {why[:200]}")
         case "missing":
             return ApiError(400, f"{'.'.join(path)} is required", name)
         case "extra_forbidden":

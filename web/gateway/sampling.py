@@ -93,7 +93,7 @@ def _token_ids(ids: list[int], model: Model, param: str) -> tuple[int, ...]:
 
 
 def _logit_bias(bias: dict[str, float] | None, model: Model) -> tuple[tuple[int, float], ...]:
-    result = []
+    result: dict[int, float] = {}
     for key, value in (bias or {}).items():
         token = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
         if not 0 <= token < model.vocab_size:
@@ -103,8 +103,8 @@ def _logit_bias(bias: dict[str, float] | None, model: Model) -> tuple[tuple[int,
             raise ApiError(
                 400, f"logit_bias: values must be between -{BIAS_MAX:g} and {BIAS_MAX:g}", "logit_bias"
             )
-        result.append((token, value))
-    return tuple(sorted(result))
+        result[token] = value  # "5" and "05" are one: the last counts, as of equal keys in JSON
+    return tuple(sorted(result.items()))
 
 
 def _pick(asked: float | None, of_model: float | None, default: float) -> float:

@@ -1,7 +1,7 @@
 """A generation as server-sent events: from a scheduler's message to the client's socket in one chain of calls.
 
 No task runs for a token. What a message brings is written at once if the client takes it. A slow client's tokens wait
-in the channel, and leave in one piece when it reads again. The request's task is called for what needs one: the first
+in the channel, and leave when it reads again. The request's task is called for what needs one: the first
 bytes (status and headers go before them), the end, and whatever goes wrong.
 """
 
@@ -15,7 +15,6 @@ from web.gateway.connection import Wire
 from web.gateway.cursor import Cursor, Mark
 from web.gateway.generation import Generation
 
-SEND_S = 60.0  # a client that takes nothing for so long is gone
 # No empty line after it: the openai client takes one for an event once it has seen an id.
 KEEP_ALIVE = b": keep-alive\n"
 
@@ -32,8 +31,11 @@ class Format(Protocol):
     def last(self) -> bytes:
         """Events between the last piece and [DONE] (usage, when asked for)."""
 
-    def body(self, pieces: list[Piece]) -> dict[str, Any]:
-        """The whole answer; `pieces` has one entry for each choice."""
+    def keep(self, index: int, piece: Piece) -> int:
+        """Take in a piece of an answer that leaves as a whole; returns about how many bytes that keeps."""
+
+    def body(self) -> dict[str, Any]:
+        """The whole answer: of all that was kept."""
 
 
 class EventStream:
@@ -61,20 +63,19 @@ class EventStream:
         self._said = 0.0  # when something was sent last
         self._turn: asyncio.Future[bytes] = self._loop.create_future()
         self._quiet: asyncio.TimerHandle | None = None
-        self._stuck: asyncio.TimerHandle | None = None
 
     async def turn(self, begun: bool) -> bytes:
         """Write what comes until the task is needed: returns what it has to send.
 
         That is the first bytes if not yet `begun`, and else those before the end (see `generation`). Raises
-        ApiError, ClientGone and TimeoutError.
+        ApiError and ClientGone.
         """
         self._begun = begun
         self._turn = self._loop.create_future()
         if self._quiet is None:
             self._said = self._loop.time()
             self._quiet = self._loop.call_later(self._keep_alive_s, self._keep_alive)
-            self._wire.watch(self._writable, self._say_something)
+            self._wire.watch(self._advance, self._say_something)
             self._generation.channel.attach(self._advance)
         self._advance()
         return await self._turn
@@ -83,9 +84,8 @@ class EventStream:
         self._generation.channel.attach(None)
         self._wire.watch(None, None)
         self._turn.cancel()
-        for timer in (self._quiet, self._stuck):
-            if timer is not None:
-                timer.cancel()
+        if self._quiet is not None:
+            self._quiet.cancel()
 
     def events(self, index: int, piece: Piece) -> bytes:
         """The events of a piece with their ids; none when the client has them already."""
@@ -116,9 +116,8 @@ class EventStream:
         turn, generation = self._turn, self._generation
         if turn.done():
             return  # the task comes first, and looks here again
-        if self._wire.paused:
-            self._wait_for_client()
-            return
+        if self._wire.paused and not generation.channel.full:
+            return  # called again when the client reads
         try:
             pieces = generation.take()
             out = b"".join([self.events(index, piece) for index, piece in pieces])
@@ -141,27 +140,10 @@ class EventStream:
         now = self._loop.time()
         if now >= self._said + self._keep_alive_s:
             self._said = now
-            if self._turn.done():
-                pass  # the task is about to send something
-            elif self._wire.paused:
-                self._wait_for_client()
+            if self._turn.done() or self._wire.paused:
+                pass  # something is about to be sent
             elif self._begun:
                 self._wire.write(KEEP_ALIVE)
             else:
                 self._turn.set_result(KEEP_ALIVE)
         self._quiet = self._loop.call_at(self._said + self._keep_alive_s, self._keep_alive)
-
-    def _wait_for_client(self) -> None:
-        if self._stuck is None:
-            self._stuck = self._loop.call_later(SEND_S, self._give_up)
-
-    def _writable(self) -> None:
-        if self._stuck is not None:
-            self._stuck.cancel()
-            self._stuck = None
-        self._advance()
-
-    def _give_up(self) -> None:
-        self._stuck = None
-        if not self._turn.done():
-            self._turn.set_exception(TimeoutError(f"nothing was read for {SEND_S:g} s"))

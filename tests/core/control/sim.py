@@ -31,7 +31,7 @@ from controlplane.core.events import (
     WriteOperation,
     WriteTopology,
 )
-from dataplane.world import neighbours
+from dataplane.core.peers import Peers, pipelines_of
 from tests.core.control.world import make_config, make_record
 
 STEP_S = 0.1
@@ -54,6 +54,10 @@ class Node:
     usual_s: float = 0.01  # what its computation under way usually takes
     advances: bool | None = None  # whether that gets on
     poisoned: int = 0
+    peers: Peers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.peers = Peers(self.member, self.record.stage)
 
     @property
     def member(self) -> Member:
@@ -90,6 +94,11 @@ class Sim:
     heard: tuple[tuple[str, int], ...] = ()  # how many nodes each controller hears, as it has told
     messages: list[str] = field(default_factory=list)  # all that operations ever said
     led: list[str] = field(default_factory=list)  # who, one after the other
+    installed: tuple[str, str] = (
+        "1",
+        "s",
+    )  # version of the code and digest of the settings that a fresh process gets
+    made_of: dict[str, tuple[str, str]] = field(default_factory=dict)  # controllers and gateways
     _dead_since: dict[str, float] = field(default_factory=dict)
     _revision: int = 1
     _numbers: count[int] = field(default_factory=count)
@@ -102,6 +111,7 @@ class Sim:
             self.candidates.append(name)
         for name in (*self.cores, *(f"g{k + 1}" for k in range(self.gateways))):
             self.peers[name] = Member(name, f"i{next(self._numbers)}")
+            self.made_of[name] = self.installed
         self.tell(self.peers_seen())
         self.tell(events.TopologySeen(None, 0))
         total = (self.config.instances + self.config.spares) * self.config.stages
@@ -114,6 +124,7 @@ class Sim:
     def start(self, node: str) -> Member:
         stage = int(node[1:]) % self.config.stages
         record = make_record(self.config, node, f"i{next(self._numbers)}", stage)
+        record = replace(record, version=self.installed[0], settings=self.installed[1])
         self.nodes[node] = Node(record, born=self.now)
         self._dead_since.pop(node, None)
         self.watch(events.NodeRegistered(record))
@@ -171,7 +182,8 @@ class Sim:
         found = sorted(self.peers.values())
         controllers = tuple(m for m in found if m.node in self.cores)
         gateways = tuple(m for m in found if m.node not in self.cores)
-        return PeersSeen(controllers, gateways, tuple(self.candidates), self.heard)
+        made_of = tuple((name, *made) for name, made in sorted(self.made_of.items()))
+        return PeersSeen(controllers, gateways, tuple(self.candidates), self.heard, made_of)
 
     def kill_leader(self) -> None:
         """The process is gone, and a fresh candidate joins; the next one in line leads."""
@@ -183,6 +195,7 @@ class Sim:
     def _restart(self, name: str) -> None:
         """A fresh process of a controller or gateway."""
         self.peers[name] = Member(name, f"i{next(self._numbers)}")
+        self.made_of[name] = self.installed
         if name in self.cores:
             self.candidates.remove(name)
             self.candidates.append(name)
@@ -208,8 +221,12 @@ class Sim:
         id: str = "op",
         substitute: str | None = None,
         deadline_s: float = 0.0,
+        version: str = "",
+        settings: str = "",
     ) -> OperationAnswer:
-        request = OperationRequest(id, kind, node, substitute, deadline_s=deadline_s)
+        request = OperationRequest(
+            id, kind, node, substitute, deadline_s=deadline_s, version=version, settings=settings
+        )
         answer = self.cores[self.leader].preflight(request)
         if answer.accepted and answer.operation is not None and id not in self.operations:
             self.put_operation(answer.operation)
@@ -372,26 +389,14 @@ class Sim:
         node.seq += 1
         node.timed_s += 0.1
         node.overdue_s += 0.05 * node.throttled
-        # As a node does: of links that are down it reports all, of the others those on which something is expected.
-        expected = neighbours(self.topology, node.member) if self.topology is not None else ()
-        links = []
-        for peer in self.nodes.values():
-            since = self.parted.get(frozenset((node.record.member.node, peer.record.member.node)))
-            silent_s = 0.01 if peer.stopped_at is None else self.now - peer.stopped_at
-            if not peer.alive:
-                links.append(LinkReport(peer.member, False, 0.0, "reset"))
-            elif since is not None and self.now - since >= LINK_LIMIT_S:
-                links.append(LinkReport(peer.member, False, 0.0, "timed out"))
-            elif peer.member in expected:
-                since_s = 0.0 if since is None else self.now - since
-                links.append(LinkReport(peer.member, True, max(silent_s, since_s)))
+        links = self.links(node)
         report = NodeReport(
             node.member,
             node.seq,
             UNIX + self.now,
             node.seq,
             pipelines=self._pipelines(node.member),
-            links=tuple(links),
+            links=links,
             blocks_used=20,
             blocks_replica=10,
             blocks_total=100,
@@ -411,6 +416,28 @@ class Sim:
         for controller in self.cores:
             if (controller, node.member.node) not in self.deaf:
                 self._step(controller, events.ReportReceived(report))
+
+    def links(self, node: Node) -> tuple[LinkReport, ...]:
+        ours = pipelines_of(self.topology, node.member) if self.topology is not None else []
+        registered = {name: other.record for name, other in self.nodes.items() if other.leased}
+        node.peers.follow(ours, registered, self.now)
+        for peer in self.nodes.values():
+            parted_at = self._parted_at(node, peer.member.node)
+            if not peer.alive:
+                node.peers.broke(peer.member, "reset")
+            elif parted_at is not None and self.now - parted_at >= LINK_LIMIT_S:
+                node.peers.broke(peer.member, "timed out")
+            else:
+                node.peers.opened(peer.member)
+
+        def heard(name: str) -> float:
+            ends = (self.nodes[name].stopped_at, self._parted_at(node, name))
+            return min([self.now - 0.01, *(at for at in ends if at is not None)])
+
+        return tuple(node.peers.report(heard, self.now))
+
+    def _parted_at(self, node: Node, peer: str) -> float | None:
+        return self.parted.get(frozenset((node.member.node, peer)))
 
     def _pipelines(self, member: Member) -> tuple[PipelineReport, ...]:
         found = []

@@ -436,6 +436,45 @@ def test_everything_is_restarted_the_leader_last_of_the_controllers() -> None:
     sim.run_until(sim.home, limit_s=20)
 
 
+@pytest.mark.parametrize(("wanted", "told"), [("2", "n0 came back with code 1, not 2"), ("1", "")])
+def test_a_restart_fails_at_the_first_process_of_other_code(wanted: str, told: str) -> None:
+    sim = formed(2, 2)
+    before = members(sim)
+    sim.submit("restart", "nodes", version=wanted, settings="s")
+    sim.run_until(lambda: not sim.operations["op"][0].open, limit_s=60)
+    operation = sim.operations["op"][0]
+    if told:
+        assert operation.state is OperationState.FAILED
+        assert told in operation.message
+        assert fresh(sim, before) == {"n0"}, "the others keep what they have"
+    else:
+        assert operation.state is OperationState.DONE
+        assert fresh(sim, before) == {"n0", "n1", "n2", "n3"}
+    sim.run_until(sim.home, limit_s=20)
+
+
+@pytest.mark.parametrize("what", ["code", "settings"])
+@pytest.mark.parametrize("scope", ["nodes", "controllers", "gateways", "all"])
+def test_a_restart_whose_processes_differ_fails_and_names_them(scope: str, what: str) -> None:
+    """Nobody has said what they should be: what is installed changes in the middle."""
+    sim = formed(2, 2, controllers=2, gateways=2)
+    before = members(sim)
+    answer = sim.submit("restart", scope)
+    assert answer.operation is not None
+    first, second = (target.member.node for target in answer.operation.targets[:2])
+    sim.held.add(second)
+    sim.run_until(lambda: sim.operations["op"][0].turn == 1, limit_s=30)
+    assert fresh(sim, before) == {first}
+    sim.installed = ("2", "s") if what == "code" else ("1", "t")
+    sim.held.clear()
+    sim.run_until(lambda: not sim.operations["op"][0].open, limit_s=60)
+    operation = sim.operations["op"][0]
+    assert operation.state is OperationState.FAILED, operation
+    old, new = ("1", "2") if what == "code" else ("s", "t")
+    assert f"mixed {what}: {old} in {first}, {new} in {second}" in operation.message
+    sim.run_until(sim.home, limit_s=20)
+
+
 def test_the_only_controller_restarts_itself() -> None:
     sim = formed(controllers=1)
     before = members(sim)

@@ -146,6 +146,26 @@ def test_a_stopped_node_is_found_by_its_neighbours_silence(size: tuple[int, int]
     assert sim.run_until(lambda: EventKind.DIED in sim.kinds()) < 1.6
 
 
+@pytest.mark.parametrize("victim", ["n0", "n5"])
+def test_a_stopped_node_that_works_with_nobody_is_found_by_those_of_its_stage(victim: str) -> None:
+    """One stage, no copies, and n5 is a spare: no step and no copy passes over any link."""
+    sim = formed(5, 1, mode=Mode.NONE, spares=1)
+    sim.run(2.0)
+    sim.stop(victim)
+    assert sim.run_until(lambda: EventKind.DIED in sim.kinds(), limit_s=2.0) < 1.6
+
+
+def test_a_link_that_is_there_to_watch_accuses_nobody_of_standing_in_the_way() -> None:
+    """n5 and n1 watch each other, and nothing passes between them; p0 waits for n1 because it is slow."""
+    sim = alive(2, 4, mode=Mode.NONE)
+    sim.part({"n1"}, {"n5"})
+    sim.run(4)
+    assert any(link.watch and not link.up for link in sim.links(sim.nodes["n5"]))
+    sim.hang("n1", usual_s=60.0)
+    sim.run(5)
+    assert EventKind.DIED not in sim.kinds()
+
+
 def test_a_node_cut_off_from_its_pipeline_and_from_the_leader_makes_way() -> None:
     """Others hear it, so it is not dead; but nobody can use it where it is."""
     sim = alive(2, 4)

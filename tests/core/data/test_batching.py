@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from controlplane.contract.requests import Sampling, Token
 from dataplane.core.batching import Batcher, Limits
 from dataplane.core.request import Phase, Request
-from dataplane.core.speed import CHUNK_MIN, CHUNK_START, STEP_MULTIPLE, StepSpeed
+from dataplane.core.speed import CHUNK_MIN, CHUNK_START, RESUME_MULTIPLE, STEP_MULTIPLE, StepSpeed
 
 LIMITS = Limits(
     block_size=4,
@@ -251,8 +251,35 @@ def test_decoding_is_measured_again_though_prompts_never_end() -> None:
     assert 3 * before[100] < after[50]
 
 
-def test_who_was_interrupted_goes_first_and_in_steps_that_stay_short() -> None:
-    """After a recovery: tails of all streams at once were one long step, behind a prompt that had come before them."""
+@pytest.mark.parametrize("slower", [1, 20])
+def test_what_a_token_costs_follows_the_load(slower: int) -> None:
+    """A chunk was measured while other work slowed everything down; now steps are quick again, and no chunk has come
+    since. In seconds that chunk's tokens would cost many times what they do."""
+    made = speed(12, 0.01 * slower, 0.0001 * slower)
+    for _ in range(40):
+        made.ran(12, 0, 0.01, beside_chunk=False)
+    assert made.chunk_tokens(12, 512) == pytest.approx((STEP_MULTIPLE - 1) * 100, abs=1)
+
+
+@pytest.mark.parametrize("now", [4, 48])
+def test_what_a_token_costs_does_not_follow_the_rows(now: int) -> None:
+    made = speed(16, 0.1 + 16 * 0.002, 0.002)
+    for _ in range(40):
+        made.ran(now, 0, 0.1 + now * 0.002, beside_chunk=False)
+    assert made.chunk_tokens(now, 512) == pytest.approx((STEP_MULTIPLE - 1) * (50 + now), abs=1)
+
+
+def test_a_scheduler_that_takes_over_begins_with_what_its_node_knows() -> None:
+    fresh = StepSpeed()
+    fresh.learn(speed(12, 0.16, 0.002))
+    assert fresh.chunk_tokens(12, 512) == pytest.approx((STEP_MULTIPLE - 1) * 80, abs=1)
+    fresh.learn(speed(12, 0.16, 0.0))
+    assert fresh.chunk_tokens(12, 512) < 512, "what it knows itself goes before"
+
+
+def test_who_was_interrupted_goes_first_and_in_few_steps() -> None:
+    """After a recovery the last reader waits for all steps before its own: with chunks as short as beside others'
+    prompts these were four, six times as long as a decode step. And a prompt that had come before them went first."""
     batcher = Batcher(replace(LIMITS, max_batch_tokens=512))
     batcher.microbatches, batcher.quota_blocks = 1, 1 << 20
     batcher.speed = speed(12, 0.16, 0.002)
@@ -264,13 +291,15 @@ def test_who_was_interrupted_goes_first_and_in_steps_that_stay_short() -> None:
         stream.append(Token(stream.rid, 0, 5))
         assert batcher.adopt(stream)
         stream.issued = stream.total - 2 * stream.rid  # so many have to be computed again
-    sizes, began = [], []
+    sizes, began, took_s = [], [], 0.0
     while any(stream.total > stream.issued for stream in streams):
         rows, _ = batcher.next_rows(True, 0)
         for chosen, count in rows:
             chosen.issued += count
             began.append(chosen.rid)
         sizes.append(sum(count for _, count in rows))
-    assert sum(sizes[:-1]) <= 2 * sum(range(1, 13)), "the fresh prompt has what is left"
-    assert max(sizes) * 0.002 <= (STEP_MULTIPLE - 1) * 0.16
+        took_s += 0.16 + 0.002 * sizes[-1]
+    assert sum(sizes) <= 2 * sum(range(1, 13)) + CHUNK_MIN, "the fresh prompt has what is left"
+    assert max(sizes) * 0.002 <= (RESUME_MULTIPLE - 1) * 0.16
+    assert took_s < 4 * 0.16
     assert list(dict.fromkeys(began))[:12] == list(range(1, 13))

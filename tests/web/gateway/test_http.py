@@ -110,9 +110,10 @@ GETS = [
 
 def test_head_is_get_without_a_body() -> None:
     async def body(stack: Stack) -> None:
+        more = CLOSE + b"x-request-id: same\r\n"
         for path in GETS:
-            (get,) = split(await talk(stack, request(b"GET", path.encode(), CLOSE)))
-            (head,) = split(await talk(stack, request(b"HEAD", path.encode(), CLOSE)), head=True)
+            (get,) = split(await talk(stack, request(b"GET", path.encode(), more)))
+            (head,) = split(await talk(stack, request(b"HEAD", path.encode(), more)), head=True)
             for reply in (get, head):
                 reply.headers.pop("date")
             assert (head.status, head.body) == (200, b"")
@@ -192,6 +193,7 @@ def test_targets(target: bytes, status: int) -> None:
     [
         (b"gzip", gzip.compress),
         (b"x-gzip", gzip.compress),
+        (b"identity, gzip", gzip.compress),
         (b"GZIP", gzip.compress),
         (b"gzip", lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:])),
         (b"deflate", zlib.compress),
@@ -223,6 +225,7 @@ BOMB = gzip.compress(b" " * (BODY_BYTES_MAX + 1))
         (b"br", ASK, 415, "br"),
         (b"gzip, gzip", ASK, 415, "gzip, gzip"),
         (b"zstd", ASK, 415, "gzip, deflate, identity"),
+        (b"gzip\r\ncontent-encoding: gzip", ASK, 415, "gzip, gzip"),
         (b"gzip", ASK, 400, "not valid gzip"),
         (b"deflate", b"\xff" * 50, 400, "not valid deflate"),
         (b"gzip", gzip.compress(ASK)[:-9], 400, "not whole gzip"),
@@ -339,6 +342,7 @@ def test_offers_of_other_protocols_are_declined(offer: bytes, at_once: bool) -> 
         (b"transfer-encoding: gzip, chunked\r\n", 501),
         (b"transfer-encoding: gzip\r\n", 501),
         (b"x: " + b"a" * 70_000 + b"\r\n", 431),
+        (b"host: y\r\n", 400),
     ],
 )
 def test_ambiguous_heads_end_the_connection(head: bytes, status: int) -> None:
@@ -353,6 +357,42 @@ def test_ambiguous_heads_end_the_connection(head: bytes, status: int) -> None:
         (reply,) = split(await talk(stack, sent))
         assert (reply.status, reply.headers["connection"]) == (status, "close")
         assert reply.json["error"]["code"] == status
+
+    with_stack(body)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"GET /livez HTTP/1.1\r\n\r\n", 400),
+        (b"GET /livez HTTP/2.0\r\nhost: x\r\n\r\n", 505),
+        (b"GET /livez\r\n\r\n", 505),
+        (b"GET /livez HTTP/1.0\r\n\r\n", 200),
+    ],
+)
+def test_versions_and_hosts(sent: bytes, status: int) -> None:
+    async def body(stack: Stack) -> None:
+        (reply,) = split(await talk(stack, sent))
+        assert (reply.status, reply.headers["connection"]) == (status, "close")
+
+    with_stack(body)
+
+
+@pytest.mark.parametrize("chunk", [b"zz\r\n", b"5\nhello\n", b"5\r\nhelloX\r\n0\r\n\r\n", b"-1\r\n"])
+def test_a_broken_body_is_told_so(chunk: bytes) -> None:
+    async def body(stack: Stack) -> None:
+        async with connected(stack) as (reader, writer):
+            writer.write(request(b"POST", b"/v1/completions", b"transfer-encoding: chunked\r\n"))
+            await stack.until(lambda: stack.server.server_state.tasks)
+            writer.write(chunk)
+            (reply,) = split(await reader.read())
+        assert (reply.status, reply.headers["connection"]) == (400, "close")
+        # Never as the answer to a request that was whole.
+        for node in stack.nodes:
+            node.held = True
+        async with connected(stack) as (reader, writer):
+            writer.write(post(ASK) + b"nonsense\r\n\r\n")
+            assert await reader.read() == b""
 
     with_stack(body)
 

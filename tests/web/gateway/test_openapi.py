@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,10 @@ from typing import Any
 import pytest
 
 from tests.web.gateway.stack import KEY, Stack, running
+from tests.web.schemathesis_run import check_by_document
 from web.gateway.openai import IGNORED, UNSUPPORTED
 
 EXAMPLES = 5
-LIMIT_S = 400
 
 
 def with_stack(body: Callable[[Stack], Awaitable[None]], **knobs: Any) -> None:
@@ -29,28 +27,7 @@ def with_stack(body: Callable[[Stack], Awaitable[None]], **knobs: Any) -> None:
 @pytest.mark.timeout(450)  # 40 s on two quiet cores
 def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     async def body(stack: Stack) -> None:
-        # One worker: Python 3.11 cannot parse in several threads at a time (a SystemError of theirs).
-        command = [sys.executable, "-m", "schemathesis.cli", "run", f"{stack.url}/openapi.json"]
-        command += [
-            "--header",
-            f"Authorization: Bearer {KEY}",
-            "--max-examples",
-            str(EXAMPLES),
-            "--seed",
-            "1",
-        ]
-        command += ["--no-color", "--phases", "examples,coverage,fuzzing", "--generation-database", "none"]
-        run = await asyncio.create_subprocess_exec(
-            *command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        try:
-            async with asyncio.timeout(LIMIT_S):
-                out, _ = await run.communicate()
-        finally:
-            if run.returncode is None:
-                run.kill()
-        assert run.returncode == 0, out.decode()[-6000:]
-        assert "Tested: 13" in out.decode()
+        await check_by_document(stack.url, KEY, EXAMPLES, 13, tmp_path)
 
     with_stack(body, burst=64, step_s=0.001)
 

@@ -185,3 +185,28 @@ def test_a_hint_does_not_change_what_is_asked() -> None:
             assert len({(submit.prompt, submit.sampling) for submit in submits}) == 2
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_json_in_other_codings_of_unicode(coding: str) -> None:
+    asked = parse(CompletionRequest, '{"prompt": "é😀", "max_tokens": 1.0}'.encode(coding))
+    assert (asked.prompt, asked.max_tokens) == ("é😀", 1)
+
+
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        (b'{"prompt":"\xe9"}', "unicode"),
+        (b'{"prompt":"\\ud800"}', "hex escape"),
+        (b'{"prompt":"a","max_tokens":1.0,"user":"\\ud800"}', "hex escape"),
+        (b'{"prompt":' + b"[" * 100_000, "recursion limit"),
+        (b'{"prompt":"a","max_tokens":1,}', "trailing comma"),
+        (b'{"prompt":"a","max_tokens":' + b"9" * 5000 + b"}", "number"),
+        (b"\xff\xfea", "utf-16"),
+        (b"", "EOF"),
+    ],
+)
+def test_it_is_said_what_is_wrong_with_the_json(raw: bytes, why: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse(CompletionRequest, raw)
+    assert (caught.value.status, why in caught.value.message) == (400, True), caught.value.message
