@@ -85,6 +85,11 @@ class ReportServer:
         """Members that some stream speaks for."""
         return len(self._carriers)
 
+    @property
+    def senders(self) -> int:
+        """Streams, of nodes and of relays."""
+        return self._senders
+
     async def start(self, host: str, advertise: str = "") -> str:
         """Begin to listen on a free port; the address, with the host that others connect to."""
         self._server = grpc.aio.server(options=OPTIONS)
