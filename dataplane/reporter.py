@@ -35,7 +35,7 @@ LATE_S = 0.02  # overdue timers since the last report: who hardly gets to run is
 LONG_BEATS = 3  # a step that takes so long is watched at every heartbeat
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
-RELAY_BACKOFF_FIRST_S = 0.25  # one that is restarted is back soon, one that is not there costs little
+RELAY_BACKOFF_FIRST_S = 0.05  # one that died is back soon, one that is not there costs little
 RELAY_BACKOFF_MAX_S = 10.0
 
 

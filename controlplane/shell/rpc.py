@@ -29,9 +29,6 @@ log = structlog.get_logger()
 
 MESSAGE_BYTES_MAX = 4 << 20
 SLOTS_MAX = 4096  # members that one stream may speak for
-# How long members of a relay that ended have to be heard on another stream before they count as cut off, in heartbeats:
-# all nodes of the host connect at once then. If the host is gone, silence and broken links tell as soon.
-FORSAKEN_BEATS = 5
 # How long ago a stream may last have carried a member to stand for it, in what it was told to leave between beats.
 CARRIED_BEATS = 3
 OPTIONS = [
@@ -204,9 +201,10 @@ class ReportServer:
             for member in members:
                 self._drop(member, stream)
         elif members:
-            # A relay's death is nobody else's: its nodes report by themselves within a heartbeat.
+            # A relay's death is nobody else's: its nodes connect by themselves, all at once. As long as their silence
+            # makes nobody suspect, its reason does not either.
             asyncio.get_running_loop().call_later(
-                FORSAKEN_BEATS * self._timing.heartbeat_s, self._forsaken, stream, members
+                self._timing.suspect_after_s, self._forsaken, stream, members
             )
 
     def _forsaken(self, stream: _Stream, members: list[Member]) -> None:

@@ -1,20 +1,36 @@
-"""The relay of a host fails while streams run: nobody is suspected, and no client sees anything."""
+"""The relay of a host fails while streams run: nobody is suspected, and no client sees anything.
+
+Silence makes a node suspect later here than by default, since on a busy machine eight nodes may need long to connect.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from controlplane.contract.config import TimingConfig
 from controlplane.contract.events import Event, EventKind
 from controlplane.kfadmin.loadgen import Stream, sample_prompts
 from tests.e2e.cluster import Cluster, until, while_streaming
 
 PROMPTS = sample_prompts(16, 192)
+
+
+@pytest.fixture(scope="module")
+def cluster(etcd_binary: None) -> Iterator[Cluster]:
+    with Cluster(timing=TimingConfig(suspect_after_s=3.0, dead_after_s=4.0)) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def home(cluster: Cluster) -> Cluster:
+    asyncio.run(cluster.wait_all_home(60.0))
+    return cluster
 
 
 def events_after(cluster: Cluster, newest: int) -> list[Event]:
@@ -41,7 +57,8 @@ async def until_relayed(cluster: Cluster) -> None:
     def relayed() -> bool:
         return senders(cluster) == [1, 1]
 
-    async with asyncio.timeout(60):
+    # On a busy machine the relay may have been late before, and is then believed only after a quiet minute.
+    async with asyncio.timeout(120):
         while not await asyncio.to_thread(relayed):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
 
@@ -58,7 +75,6 @@ def disturb(cluster: Cluster, act: Callable[[], Awaitable[None]]) -> list[Event]
 
     streams = asyncio.run(while_streaming(cluster, PROMPTS, acting))
     asyncio.run(cluster.expect_equal(streams))
-    asyncio.run(until_relayed(cluster))  # everybody is back
     assert cluster.local.node_pids() == before
     return events_after(cluster, newest)
 

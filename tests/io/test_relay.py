@@ -260,7 +260,7 @@ def test_a_killed_relay_is_nobodys_death_and_a_new_one_takes_over(tmp_path: Path
         host.start_relay()
         await host.until_up()
         assert [c.broken for c in host.controllers] == [[], []]
-        assert max(host.silences()) < host.config.timing.suspect_after_s
+        assert max(host.silences()) < host.config.timing.dead_after_s
 
     on_host(tmp_path, etcd, body)
 
@@ -280,7 +280,7 @@ def test_a_stopped_relay_is_left_and_believed_again_after_a_while(tmp_path: Path
                 )
         await host.until_up()
         assert [c.broken for c in host.controllers] == [[], []]
-        assert max(host.silences()) < host.config.timing.suspect_after_s
+        assert max(host.silences()) < host.config.timing.dead_after_s
         for controller in host.controllers:
             for node in host.nodes:
                 seqs = [report.seq for report in controller.reports_of(node.member)]
