@@ -346,6 +346,7 @@ class Node:
             topology_counter=self._worker.topology.counter if self._worker.topology else 0,
             leaving=self._leaving,
             counters=self._counters(),
+            troubles=self._frontdoor.troubles(),
         )
         return report, total
 

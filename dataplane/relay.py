@@ -38,19 +38,19 @@ from controlplane.contract.schema import SCHEMA
 from controlplane.etcd.client import EtcdClient
 from controlplane.keyspace.view import View
 from dataplane.core.relay import Line, Relay, Source
-from dataplane.report_stream import SOCKET, keep_reporting, relay_address
+from dataplane.report_stream import SOCKET, STREAM, keep_reporting, relay_address
 
 log = structlog.get_logger()
 
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
-# A connection on which nothing passes any more is found in 1.5 s (gRPC sends at most one ping a second). Its controller
+# A connection on which nothing passes any more is found in 2 s (gRPC sends at most one ping a second). Its controller
 # may suspect the nodes meanwhile; it condemns none of them, since their links stand.
 OPTIONS = (
-    ("grpc.use_local_subchannel_pool", 1),
+    *STREAM,
     ("grpc.keepalive_time_ms", 500),
-    ("grpc.keepalive_timeout_ms", 500),
-    ("grpc.http2.ping_timeout_ms", 500),  # a minute by default, whatever the line above says
+    ("grpc.keepalive_timeout_ms", 1_000),
+    ("grpc.http2.ping_timeout_ms", 1_000),  # a minute by default, whatever the line above says
     ("grpc.http2.max_pings_without_data", 0),
 )
 # Once it has let go of the nodes, it stays on the controllers' streams until theirs are there.

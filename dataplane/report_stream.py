@@ -18,6 +18,22 @@ from controlplane.contract.reports import ReportAck
 
 log = logging.getLogger(__name__)
 
+STREAM = (
+    # Each attempt has its own connection: the back-off is ours, and not gRPC's as well.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+    ("grpc.min_reconnect_backoff_ms", 2_000),  # the longest time that one connection attempt takes
+)
+# A controller behind a path that has healed hears this node again within 3 s: TCP alone sends again, and tries to
+# connect, at intervals that double for as long as the path is cut.
+OPTIONS = (
+    *STREAM,
+    ("grpc.keepalive_time_ms", 10_000),
+    (
+        "grpc.keepalive_timeout_ms",
+        2_000,
+    ),  # also the longest time without TCP's acknowledgement of a heartbeat
+)
 SOCKET = "relay.sock"  # in the run directory
 SOCKET_PATH_BYTES_MAX = 107  # of the kernel: sockaddr_un
 
@@ -29,7 +45,7 @@ async def keep_reporting(
     batches: Callable[[], AsyncIterator[Any]],
     acknowledged: Callable[[ReportAck], None] = lambda _: None,
     broken: Callable[[str], None] = lambda _: None,
-    options: tuple[tuple[str, int], ...] = (),
+    options: tuple[tuple[str, int], ...] = OPTIONS,
 ) -> NoReturn:
     """Until cancelled: send what `batches()` gives, anew on each stream. `broken(why)` follows the end of each."""
     while True:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from controlplane.backoff import Backoff
-from controlplane.contract.ids import Member
 from controlplane.contract.records import ControllerRecord
 from controlplane.contract.reports import NodeReport, ReportAck, ReportBatch
 from dataplane.core.paths import Paths
@@ -203,12 +202,13 @@ class Reporter:
             return True
         if any(link.up and link.silent_s >= LINK_QUIET_S for link in report.links):
             return True
-        return self._hurried() or _duties(report) != _duties(told) or _broken(report) != _broken(told)
+        return (
+            self._hurried()
+            or _duties(report) != _duties(told)
+            or report.broken_links() != told.broken_links()
+            or report.troubles != told.troubles
+        )
 
 
 def _duties(report: NodeReport) -> list[tuple[str, int, int]]:
     return [(p.pipeline, p.stage, p.epoch) for p in report.pipelines]
-
-
-def _broken(report: NodeReport) -> set[Member]:
-    return {link.peer for link in report.links if not link.up}

@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 RECOVERIES_KEPT = 64
 # So often in so many seconds a scheduler that raised is replaced by a fresh one; then the node ends with its error.
 CRASHES_MAX, CRASHES_WITHIN_S = 3, 60.0
-UNSENT_MAX = 8  # questions kept for a member until its link is up; the scheduler asks anew anyway
+UNSENT_MAX = 32  # questions kept for a member until its link is up; the scheduler asks anew anyway
 
 
 class Schedulers:

@@ -19,6 +19,11 @@ BEATS_PER_S_MAX = 500  # messages without news that a controller asks for, of al
 BEATS_TO_SUSPECT = 3  # ... but so many of each within the silence that makes a member suspect
 
 
+NO_LINK = (
+    "no link: "  # how the reason begins where the peer speaks another version, so that no link can be opened
+)
+
+
 class LinkReport(msgspec.Struct, frozen=True, gc=False):
     """What a node knows of a neighbour through its links: independent evidence of life."""
 
@@ -105,6 +110,11 @@ class NodeReport(msgspec.Struct, frozen=True, gc=False):
     topology_counter: int = 0  # the newest topology this node has acted on
     leaving: bool = False  # the process is about to exit on purpose
     counters: dict[str, int] = {}  # monotonic; exported by the controllers as Prometheus counters
+    troubles: tuple[str, ...] = ()  # what an operator has to mend, in words
+
+    def broken_links(self) -> set[Member]:
+        """Neighbours to which the link is down."""
+        return {link.peer for link in self.links if not link.up}
 
 
 class ReportBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -70,7 +70,9 @@ class Conduct:
 
     def reported(self, report: NodeReport, now: float) -> bool:
         """Note a report; whether it says something unusual."""
-        figures = self._figures.setdefault(report.member, _Figures())
+        figures = self._figures.get(report.member)
+        if figures is None:
+            figures = self._figures[report.member] = _Figures()
         if report.pipelines:
             figures.stage = report.pipelines[0].stage
         figures.busy_s, figures.usual_s, figures.still_s = report.busy_s, report.usual_s, report.still_s

@@ -161,8 +161,9 @@ class Detector:
         if [link.peer for link in report.links] != [link.peer for link in watched.links]:
             self._reindex(member, watched.links, report.links)
         watched.links = report.links
+        suspect_s = self.timing.suspect_after_s
         for link in report.links:
-            if not link.up or link.silent_s >= self.timing.suspect_after_s:
+            if not link.up or link.silent_s >= suspect_s:
                 self._news.update((member, link.peer))
         if self.conduct.reported(report, now):
             self._news.add(member)
@@ -172,9 +173,9 @@ class Detector:
         self._hear(member, now)
 
     def _hear(self, member: Member, now: float) -> _Watched:
-        watched = self._watch(member, now)
-        gap_s = watched.silent_s(now)
-        if watched.broken:
+        watched = self._watched.get(member) or self._watch(member, now)
+        gap_s = now - max(watched.since, watched.heard or 0.0)
+        if watched.broken_at is not None:
             watched.arrivals.restart()
             watched.broken_at, watched.abrupt = None, False
             watched.steady_since = None

@@ -13,6 +13,7 @@ import bisect
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from controlplane.contract.ids import Member
 from controlplane.contract.reports import NodeReport, StepTimes
@@ -33,7 +34,7 @@ SLOW = 4.0  # times as long for the same steps ...
 SLOW_BESIDE = 20.0  # ... and more on a machine on which all timers are late: there times say less
 LATE = 0.35  # share of time in which a timer is overdue, beyond the others'
 
-TELLING = 0.25  # a degree of slowness below this is nothing
+TELLING = 0.5  # a degree of slowness below this is nothing, also to who is on probation (conduct.py)
 
 Totals = dict[int, tuple[int, float]]  # size -> steps, seconds
 
@@ -58,8 +59,7 @@ class Slowness:
 CALM = Slowness()
 
 
-@dataclass(frozen=True, slots=True)
-class _Mark:
+class _Mark(NamedTuple):  # made for each report: a dataclass takes three times as long
     at: float
     timed_s: float
     overdue_s: float
@@ -86,21 +86,19 @@ class _Runner:
             first, self.step = last, (0.0, 0.0)  # it is silent: that is not for us to judge
         timed_s = last.timed_s - first.timed_s
         self.late = (last.overdue_s - first.overdue_s) / timed_s if timed_s >= TIMED_MIN_S else 0.0
-        self.window = {}
-        known = {t.size: t for t in first.times}
-        for time in last.times:
-            before = known.get(time.size, StepTimes(time.size, 0, 0))
-            if time.steps > before.steps:
-                self.window[time.size] = (time.steps - before.steps, (time.busy_us - before.busy_us) / 1e6)
-        self.past = {size: known for size, known in self.past.items() if now - known[1] < PAST_S}
+        self.window = {} if first is last else _since(first.times, last.times)
+        self.own = self.times_slower(self._usual(now)) if self.window else None
 
-    def usual(self) -> dict[int, float]:
-        return {size: took_s for size, (took_s, _) in self.past.items()}
+    def _usual(self, now: float) -> dict[int, float]:
+        """What the sizes that ran lately took here until then."""
+        known = ((size, self.past[size]) for size in self.window if size in self.past)
+        return {size: took_s for size, (took_s, at) in known if now - at < PAST_S}
 
     def learn(self, now: float) -> None:
+        usual = self._usual(now)
         for size, (steps, busy_s) in self.window.items():
             took_s = busy_s / steps
-            usual_s = self.past[size][0] if size in self.past else took_s
+            usual_s = usual.get(size, took_s)
             self.past[size] = (usual_s + LEARN * (took_s - usual_s), now)
 
     def mean_s(self, size: int, now: float) -> float | None:
@@ -122,6 +120,24 @@ class _Runner:
         return (CALM_S + sum(k[1] for k in known)) / (CALM_S + sum(k[0] * k[2] for k in known))
 
 
+def _since(before: tuple[StepTimes, ...], after: tuple[StepTimes, ...]) -> Totals:
+    """What ran between two reports of a member."""
+    if before == after:
+        return {}
+    known = {time.size: time for time in before}
+    ran: Totals = {}
+    for time in after:
+        was = known.get(time.size)
+        steps, busy_us = (
+            (time.steps, time.busy_us)
+            if was is None
+            else (time.steps - was.steps, time.busy_us - was.busy_us)
+        )
+        if steps > 0:
+            ran[time.size] = (steps, busy_us / 1e6)
+    return ran
+
+
 class Paces:
     """Who has reported since the last comparison is compared; the others are as they were."""
 
@@ -136,7 +152,9 @@ class Paces:
         self._next_at = 0.0
 
     def reported(self, report: NodeReport, now: float) -> None:
-        runner = self._runners.setdefault(report.member, _Runner())
+        runner = self._runners.get(report.member)
+        if runner is None:
+            runner = self._runners[report.member] = _Runner()
         if report.pipelines:
             runner.stage = report.pipelines[0].stage
         runner.step = (report.busy_s, report.usual_s)
@@ -159,19 +177,17 @@ class Paces:
         if now < self._next_at:
             return self._found
         self._next_at = now + EVERY_S
-        looked = sorted(self._fresh | self._telling)
+        looked = self._fresh | self._telling
         self._fresh = set()
         if not looked:
             return self._found
         for member in looked:
-            runner = self._runners[member]
-            runner.look(now)
-            runner.own = runner.times_slower(runner.usual())
+            self._runners[member].look(now)
         measure = _Measure(self._runners, set(doubtful), now)
         self.told = [member for member in looked if self._tell(member, measure)]
         for member in looked:
             runner = self._runners[member]
-            if (runner.own or 0.0) < LEARN_BELOW:
+            if runner.window and (runner.own or 0.0) < LEARN_BELOW:
                 runner.learn(now)
         return self._found
 
@@ -188,13 +204,15 @@ class Paces:
 
     def _slowness(self, member: Member, measure: _Measure) -> Slowness:
         runner = self._runners[member]
+        age_s, usual_s = runner.step
+        if not (runner.window or runner.late or usual_s):
+            return CALM
         # Peers do the same things in the loop: those of stage 0 schedule and talk to gateways.
         late = max(measure.late(member, None), measure.late(member, runner.stage))
-        slower = runner.times_slower(measure.usual(member, runner))
+        slower = runner.times_slower(measure.usual(member, runner)) if runner.window else None
         if slower is None and runner.own is not None:
             # Nobody to compare with: its own past, unless times are bad for all.
             slower = runner.own / max(1.0, measure.others_own(member))
-        age_s, usual_s = runner.step
         unfinished = (CALM_S + age_s) / (CALM_S + usual_s) if usual_s else 0.0
         return Slowness(max(slower or 0.0, unfinished), runner.late, late)
 

@@ -23,22 +23,25 @@ class Arrivals:
         """`expected_s`: the interval that is agreed; `cap_s`: longer ones are outages and count as this."""
         self._expected_s = expected_s
         self._cap_s = cap_s
-        self._intervals: deque[float] = deque([expected_s] * 4)
+        self._intervals: deque[float] = deque([expected_s] * 4, maxlen=WINDOW_LEN)
         self._sum = expected_s * 4
         self._squares = expected_s * expected_s * 4
         self._last: float | None = None
 
     def heard(self, now: float) -> None:
-        if self._last is not None:
-            interval = min(max(now - self._last, 0.0), self._cap_s)
-            self._intervals.append(interval)
-            self._sum += interval
-            self._squares += interval * interval
-            if len(self._intervals) > WINDOW_LEN:
-                old = self._intervals.popleft()
-                self._sum -= old
-                self._squares -= old * old
-        self._last = now
+        last, self._last = self._last, now
+        if last is None:
+            return
+        interval = now - last  # without min and max: this runs for every heartbeat of everybody
+        if interval < 0.0:
+            interval = 0.0
+        elif interval > self._cap_s:
+            interval = self._cap_s
+        intervals = self._intervals
+        old = intervals[0] if len(intervals) == WINDOW_LEN else 0.0
+        intervals.append(interval)  # the oldest one leaves
+        self._sum += interval - old
+        self._squares += interval * interval - old * old
 
     def restart(self) -> None:
         """The next interval says nothing about the member (this process slept, or the stream was reopened)."""

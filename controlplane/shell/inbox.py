@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 
 from controlplane.core.events import CoreEvent
 
@@ -18,19 +19,25 @@ class Inbox:
     """
 
     def __init__(self, len_max: int = INBOX_LEN_MAX) -> None:
+        self._len_max = len_max
+        self._outside = 0  # events of outside sources
         self._events: deque[tuple[CoreEvent, bool]] = deque()
-        self._room = asyncio.Semaphore(len_max)
+        self._room = asyncio.Event()
         self._filled = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._events)
 
-    async def put(self, event: CoreEvent) -> None:
-        await self._room.acquire()
-        self._append(event, takes_room=True)
+    async def put(self, *events: CoreEvent) -> None:
+        """All of them at once, as soon as there is room for one: a message brings few."""
+        while self._outside >= self._len_max:
+            self._room.clear()
+            await self._room.wait()
+        self._outside += len(events)
+        self._append(events, outside=True)
 
     def put_own(self, event: CoreEvent) -> None:
-        self._append(event, takes_room=False)
+        self._append((event,), outside=False)
 
     async def wait(self, limit_s: float) -> None:
         """Until there is an event, `limit_s` at most."""
@@ -50,11 +57,13 @@ class Inbox:
         """The oldest event, or None when there is none."""
         if not self._events:
             return None
-        event, takes_room = self._events.popleft()
-        if takes_room:
-            self._room.release()
+        event, outside = self._events.popleft()
+        if outside:
+            self._outside -= 1
+            if self._outside == self._len_max - 1:
+                self._room.set()
         return event
 
-    def _append(self, event: CoreEvent, *, takes_room: bool) -> None:
-        self._events.append((event, takes_room))
+    def _append(self, events: Sequence[CoreEvent], *, outside: bool) -> None:
+        self._events.extend((event, outside) for event in events)
         self._filled.set()

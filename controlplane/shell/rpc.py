@@ -22,7 +22,7 @@ from controlplane.contract.config import TimingConfig
 from controlplane.contract.ids import Member
 from controlplane.contract.reports import NodeReport, ReportAck, ReportBatch, beat_every_s
 from controlplane.contract.schema import SCHEMA
-from controlplane.core.events import HeartbeatsReceived, ReportReceived, ReportStreamBroken
+from controlplane.core.events import CoreEvent, HeartbeatsReceived, ReportReceived, ReportStreamBroken
 from controlplane.shell.inbox import Inbox
 
 log = structlog.get_logger()
@@ -141,21 +141,21 @@ class ReportServer:
             return
         self.batches += 1
         stream.heard, stream.relay = time.monotonic(), batch.relay
+        events: list[CoreEvent] = []
         for slot, report in batch.reports:
             if stream.members.get(slot) != report.member:
                 self._carry(stream, slot, report.member)
-            self.reports += 1
-            if self._is_newest(stream, report):
-                await self._inbox.put(ReportReceived(report))
-            else:
-                await self._inbox.put(HeartbeatsReceived((report.member,)))
+            newest = self._is_newest(stream, report)
+            events.append(ReportReceived(report) if newest else HeartbeatsReceived((report.member,)))
+        self.reports += len(events)
         try:
             beats = tuple([stream.members[slot] for slot in batch.beats])
         except KeyError as error:
             raise _Refused(f"slot {error} has not reported on this stream") from error
         if beats:
             self.beats += len(beats)
-            await self._inbox.put(HeartbeatsReceived(beats))
+            events.append(HeartbeatsReceived(beats))
+        await self._inbox.put(*events)
         for slot in batch.gone:
             member = stream.members.pop(slot, None)
             if member is not None:

@@ -60,7 +60,7 @@ def _asked(service: Service, request: CompletionRequest, plans: list[Plan], dige
     return Asked(
         request,
         plans,
-        text_rules(request, request.logprobs is not None),
+        text_rules(request, service.model, request.logprobs is not None),
         lambda generation, request_id, created: CompletionFormat(
             service, request, generation, f"cmpl-{request_id}", created
         ),
