@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from msgspec.structs import replace
@@ -30,6 +31,7 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Asked:
     plans: list[Plan] = []
     for prompt in request.prompts:
         ids = await prompt_ids(service, request, prompt)
+        await asyncio.sleep(0)  # other streams go on meanwhile
         seed = request.seed if request.seed is not None else seed
         # What nobody asked for is not refused for being too much.
         max_tokens = request.max_tokens or max(1, min(default, service.model.max_model_len - len(ids)))

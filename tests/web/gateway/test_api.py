@@ -265,6 +265,22 @@ def test_characters_split_over_tokens_stay_whole() -> None:
     with_stack(body, speak=speak)
 
 
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_an_event_is_one_line_whatever_a_client_takes_for_lines(logprobs: int | None) -> None:
+    text = "a\u2028b\u2029c\x85d\x0b\x1c\r\n😀"
+
+    async def body(stack: Stack) -> None:
+        ids = stack.service.model.tokenizer.encode(text, add_special_tokens=False).ids
+        for node in stack.nodes:
+            node.speak = lambda submit, position: ids[position]
+        async with stack.http() as client:  # reads lines as Python does
+            asked = {"prompt": PROMPT, "max_tokens": len(ids), "logprobs": logprobs}
+            events = await stream(client, asked)
+        assert (events.text(), events.done) == (text, True)
+
+    with_stack(body)
+
+
 def test_echo() -> None:
     async def body(stack: Stack) -> None:
         async with stack.http() as client:
