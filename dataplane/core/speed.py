@@ -81,14 +81,18 @@ class StepSpeed:
             self._unproved = 0
             self._decodes.append((decodes, took_s))
 
-    def chunk_tokens(self, decodes: int, tokens_max: int, multiple: float = STEP_MULTIPLE) -> int:
+    def chunk_tokens(
+        self, decodes: int, tokens_max: int, multiple: float = STEP_MULTIPLE, *, lost: bool = False
+    ) -> int:
         """Tokens of prompts, at most `tokens_max`, for a step beside which so many rows decode, so that it takes
-        `multiple` times a decode step, or the time that was set: 0 to measure anew."""
+        `multiple` times a decode step, or the time that was set: 0 to measure anew. `lost`: they are computed again,
+        and all wait for them."""
         if self._unproved >= (CHUNKS_UNPROVED_MAX if self._decodes else CHUNKS_UNKNOWN_MAX):
             return 0
         if not self._decodes or not self._chunks:
-            return min(CHUNK_START, tokens_max)
-        tokens_max = min(tokens_max, GROWTH_MAX * max(chunk.tokens for chunk in self._chunks))
+            return min(2 * CHUNK_START if lost else CHUNK_START, tokens_max)
+        if not lost:
+            tokens_max = min(tokens_max, GROWTH_MAX * max(chunk.tokens for chunk in self._chunks))
         rows, rows_s = self._decode_step()
         token_s = rows_s * self._token_share(rows, rows_s)
         decode_s = max(0.0, rows_s + token_s * (decodes - rows))

@@ -281,6 +281,9 @@ def test_short_chunks_that_seem_to_cost_nothing_do_not_make_a_long_one() -> None
         made.ran(6, 0, 0.005 + late_s, beside_chunk=False)
         made.ran(6, 16, 0.007, beside_chunk=False)
     assert made.chunk_tokens(6, 512) == 2 * CHUNK_MIN
+    assert made.chunk_tokens(6, 60, lost=True) == 60, (
+        "who was interrupted gains by few steps, whatever they take"
+    )
     for _ in range(6):
         made.ran(6, 0, 0.005, beside_chunk=False)
     made.ran(6, 300, 0.035, beside_chunk=False)
