@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import grpc
+from msgspec.structs import replace
 
 from controlplane.backoff import Backoff
 from controlplane.contract import rpc
@@ -28,6 +29,9 @@ BEAT = ReportBatch(beats=(SLOT,), calm=True)
 
 FULL_BEATS = 5  # a whole report so often while the node computes, in heartbeats ...
 FULL_IDLE_BEATS = 10  # ... and while it rests
+COUNTERS_BEATS = (
+    20  # counters go with a report so often: people look at them, and they are half of what is in it
+)
 LINK_QUIET_S = (
     0.4  # a link that was silent for so long, twice the pause between two pings, is watched as well
 )
@@ -48,6 +52,7 @@ class _Line:
     told: NodeReport | None = None  # the last report on this stream
     beats: int = 0  # heartbeats since then
     quiet: int = 0  # heartbeats since anything was sent
+    uncounted: int = COUNTERS_BEATS  # heartbeats since counters were sent
     every: int = 1  # heartbeats in which something is to be sent, news or none
     said: asyncio.Event = field(default_factory=asyncio.Event)  # a report has left since it was cleared
 
@@ -109,7 +114,7 @@ class Reporter:
         await asyncio.sleep(0)  # let set_controllers store our line first
         while True:
             line = self._lines[name]
-            line.seq, line.told, line.news, line.every = 0, None, True, 1
+            line.seq, line.told, line.news, line.every, line.uncounted = 0, None, True, 1, COUNTERS_BEATS
             try:
                 async with grpc.aio.insecure_channel(address) as channel:
                     call = channel.stream_stream(
@@ -144,12 +149,16 @@ class Reporter:
     def _next(self, line: _Line) -> ReportBatch | None:
         report, recoveries = self._make(line.seq, line.recoveries_sent)
         news, line.news = line.news, False
-        line.beats, line.quiet = line.beats + 1, line.quiet + 1
+        line.beats, line.quiet, line.uncounted = line.beats + 1, line.quiet + 1, line.uncounted + 1
         told = line.told
         news = news or told is None or self._is_news(report, told)
         if news or told is None or self._is_old(report, told, line.beats):
             line.seq += 1
             line.recoveries_sent, line.told, line.beats, line.quiet = recoveries, report, 0, 0
+            if line.uncounted >= COUNTERS_BEATS:
+                line.uncounted = 0
+            else:
+                report = replace(report, counters={})
             return ReportBatch(reports=((SLOT, report),), calm=not news)
         if line.quiet < line.every:
             return None

@@ -3,6 +3,7 @@
 A stream carries `ReportBatch`es. Its sender is one node, or the relay of a host, which speaks for all nodes there: what
 a controller pays is a message a host, and most of what is in one are numbers of slots. News leaves at once; how often a
 sender speaks although there is none is what each controller says in its acknowledgements (`beat_every_s`).
+Reports are arrays, half as long as maps: a new field goes to the end and has a default.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ BEATS_PER_S_MAX = 500  # messages without news that a controller asks for, of al
 BEATS_TO_SUSPECT = 3  # ... but so many of each within the silence that makes a member suspect
 
 
-class LinkReport(msgspec.Struct, frozen=True, gc=False):
+class LinkReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a node knows of a neighbour through its links: independent evidence of life."""
 
     peer: Member
@@ -31,7 +32,7 @@ class LinkReport(msgspec.Struct, frozen=True, gc=False):
     watch: bool = False  # it is only there for the two to watch each other: no pipeline needs it
 
 
-class TargetReport(msgspec.Struct, frozen=True, gc=False):
+class TargetReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How far behind one copy of a pipeline's KV is, by what its holder acknowledged."""
 
     target: Member
@@ -49,7 +50,7 @@ class StepTimes(msgspec.Struct, frozen=True, array_like=True, gc=False):
     busy_us: int  # by the clock, not by the processor: what slows a node down counts
 
 
-class PipelineReport(msgspec.Struct, frozen=True, gc=False):
+class PipelineReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One pipeline as one of its stages sees it."""
 
     pipeline: PipelineId
@@ -68,7 +69,7 @@ class PipelineReport(msgspec.Struct, frozen=True, gc=False):
     targets: tuple[TargetReport, ...] = ()
 
 
-class RecoveryReport(msgspec.Struct, frozen=True, gc=False):
+class RecoveryReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One recovery as the pipeline's scheduler timed it (unix seconds)."""
 
     pipeline: PipelineId
@@ -82,7 +83,7 @@ class RecoveryReport(msgspec.Struct, frozen=True, gc=False):
     planned: bool  # a move, not a failure
 
 
-class NodeReport(msgspec.Struct, frozen=True, gc=False):
+class NodeReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     member: Member
     seq: int  # grows by one with each report of this member, on each stream
     unix_s: float
@@ -104,7 +105,8 @@ class NodeReport(msgspec.Struct, frozen=True, gc=False):
     overdue_s: float = 0.0  # ... and of that was overdue, its loop not computing: it does not get to run
     topology_counter: int = 0  # the newest topology this node has acted on
     leaving: bool = False  # the process is about to exit on purpose
-    counters: dict[str, int] = {}  # monotonic; exported by the controllers as Prometheus counters
+    # Monotonic; exported by the controllers as Prometheus counters. Empty: as last said.
+    counters: dict[str, int] = {}
 
     def broken_links(self) -> set[Member]:
         """Neighbours to which the link is down."""
