@@ -4,7 +4,8 @@
 #   make test      the whole test suite (TESTS="..." picks some)
 #   make soak      100,000 seeds of the simulator (SEEDS=..., FIRST=... change that; JSON=FILE keeps the result, and goes
 #                  on with one of the same code)
-#   make matrix    every fault on real processes in network namespaces, and docs/fault-matrix.md from it (20 minutes, root)
+#   make matrix    every fault on real processes in network namespaces, and docs/fault-matrix.md from it (30 minutes, root;
+#                  RECORD=FILE keeps results, and goes on from there; SECONDS=... begins no cell later)
 #   make check     ruff, mypy, import-linter, cython-lint
 #   make install   .venv with everything: tests, our own benches, development
 #   make bench-peers  the engines that benches compare us with (large, and llama.cpp is compiled: minutes)
@@ -51,7 +52,7 @@ soak: install
 	@$(BIN)/python -m tests.sim soak $(SEEDS) --first $(FIRST) $(if $(JSON),--json $(JSON))
 
 matrix: install
-	@$(BIN)/python -m tests.matrix
+	@$(BIN)/python -m tests.matrix $(if $(RECORD),--record $(RECORD)) $(if $(SECONDS),--for $(SECONDS))
 
 check: install
 	$(BIN)/ruff check .

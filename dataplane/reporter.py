@@ -39,6 +39,19 @@ LATE_S = 0.02  # overdue timers since the last report: who hardly gets to run is
 LONG_BEATS = 3  # a step that takes so long is watched at every heartbeat
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
+# A controller behind a path that has healed hears this node again within 3 s: TCP alone sends again, and tries to
+# connect, at intervals that double for as long as the path is cut.
+OPTIONS = [
+    ("grpc.keepalive_time_ms", 10_000),
+    (
+        "grpc.keepalive_timeout_ms",
+        2_000,
+    ),  # also the longest time without TCP's acknowledgement of a heartbeat
+    ("grpc.min_reconnect_backoff_ms", 2_000),  # the longest time that one connection attempt takes
+    # Each attempt has its own connection: the back-off is ours, and not gRPC's as well.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+]
 
 
 @dataclass(slots=True)
@@ -116,7 +129,7 @@ class Reporter:
             line = self._lines[name]
             line.seq, line.told, line.news, line.every, line.uncounted = 0, None, True, 1, COUNTERS_BEATS
             try:
-                async with grpc.aio.insecure_channel(address) as channel:
+                async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
                     call = channel.stream_stream(
                         rpc.CONTROL_REPORT,
                         request_serializer=rpc.encode,
@@ -184,6 +197,7 @@ class Reporter:
             self._hurried()
             or _duties(report) != _duties(told)
             or report.broken_links() != told.broken_links()
+            or report.troubles != told.troubles
         )
 
 

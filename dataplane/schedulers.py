@@ -50,9 +50,10 @@ from dataplane.transport.frames import Send
 log = logging.getLogger(__name__)
 
 RECOVERIES_KEPT = 64
+COUNTERS = tuple(field.name for field in fields(SchedulerStats))
 # So often in so many seconds a scheduler that raised is replaced by a fresh one; then the node ends with its error.
 CRASHES_MAX, CRASHES_WITHIN_S = 3, 60.0
-UNSENT_MAX = 8  # questions kept for a member until its link is up; the scheduler asks anew anyway
+UNSENT_MAX = 32  # questions kept for a member until its link is up; the scheduler asks anew anyway
 
 
 class Schedulers:
@@ -160,7 +161,7 @@ class Schedulers:
     def counters(self) -> dict[str, int]:
         """Totals over present and past schedulers, by name."""
         stats = [self._past, *(s.stats for s in self.by_pipeline.values())]
-        totals = {f.name: sum(getattr(s, f.name) for s in stats) for f in fields(SchedulerStats)}
+        totals = {name: sum([getattr(s, name) for s in stats]) for name in COUNTERS}
         return totals | {"crashes": self.crashes_total}
 
     # ------------------------------------------------------------------ effects
@@ -273,6 +274,5 @@ class Schedulers:
         return CapacityChanged(min(quotas, default=0), self._microbatches or max(1, parallel), shared)
 
     def _remember(self, scheduler: Scheduler) -> None:
-        for f in fields(SchedulerStats):
-            total = getattr(self._past, f.name) + getattr(scheduler.stats, f.name)
-            setattr(self._past, f.name, total)
+        for name in COUNTERS:
+            setattr(self._past, name, getattr(self._past, name) + getattr(scheduler.stats, name))

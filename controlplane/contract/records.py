@@ -66,6 +66,13 @@ class GatewayRecord(msgspec.Struct, frozen=True):
     process: str = ""
 
 
+class Waiting(msgspec.Struct, frozen=True):
+    """A process that waits for a name which another one holds, at `waiting/` and the name's own key. Leased."""
+
+    who: str  # the holder, in words
+    by: str  # who waits
+
+
 class OperationKind(StrEnum):
     DRAIN = "drain"
     CORDON = "cordon"

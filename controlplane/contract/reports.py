@@ -20,6 +20,11 @@ BEATS_PER_S_MAX = 500  # messages without news that a controller asks for, of al
 BEATS_TO_SUSPECT = 3  # ... but so many of each within the silence that makes a member suspect
 
 
+NO_LINK = (
+    "no link: "  # how the reason begins where the peer speaks another version, so that no link can be opened
+)
+
+
 class LinkReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a node knows of a neighbour through its links: independent evidence of life."""
 
@@ -107,6 +112,7 @@ class NodeReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     leaving: bool = False  # the process is about to exit on purpose
     # Monotonic; exported by the controllers as Prometheus counters. Empty: as last said.
     counters: dict[str, int] = {}
+    troubles: tuple[str, ...] = ()  # what an operator has to mend, in words
 
     def broken_links(self) -> set[Member]:
         """Neighbours to which the link is down."""

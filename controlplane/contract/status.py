@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -39,6 +40,8 @@ class NodeStatus(msgspec.Struct, frozen=True):
     counters: dict[str, int] = {}
     version: str = ""  # of its code
     settings: str = ""  # digest
+    troubles: tuple[str, ...] = ()  # what an operator has to mend, by its last report
+    numerics: str = ""  # precision, device and digest of all that decides its bits (NodeRecord)
 
 
 class StageStatus(msgspec.Struct, frozen=True):
@@ -116,8 +119,18 @@ def made_of(status: ClusterStatus) -> list[tuple[str, str, str]]:
     ]
 
 
+def numerics_of_stages(status: ClusterStatus) -> dict[int, dict[str, list[NodeId]]]:
+    """Stage -> numerics -> the nodes that have them, of those that are not known to be dead."""
+    found: dict[int, dict[str, list[NodeId]]] = {}
+    for node in status.nodes:
+        if node.numerics and node.state is not NodeState.RED:
+            found.setdefault(node.stage, {}).setdefault(node.numerics, []).append(node.node)
+    return dict(sorted(found.items()))
+
+
 def mixtures(status: ClusterStatus) -> list[str]:
-    """What processes differ in that ought to be equal: the versions of their code, and their settings; in words."""
+    """What processes differ in that ought to be equal, in words: the versions of their code, their settings, and the
+    numerics of one stage's nodes."""
     told = []
     for what, column in (("versions", 1), ("settings", 2)):
         having: dict[str, list[str]] = {}
@@ -125,11 +138,20 @@ def mixtures(status: ClusterStatus) -> list[str]:
             if one[column]:
                 having.setdefault(one[column], []).append(one[0])
         if len(having) > 1:
-            groups = sorted(having.items(), key=lambda item: -len(item[1]))
+            told.append(f"mixed {what}: {who_has_what(having)}")
+    for stage, numerics in numerics_of_stages(status).items():
+        if len(numerics) > 1:
             told.append(
-                f"mixed {what}: " + "; ".join(f"{found} in {', '.join(who)}" for found, who in groups)
+                f"mixed numerics in stage {stage}: {who_has_what(numerics)}: KV is copied only between equal ones, "
+                "to the others streams move by recomputation"
             )
     return told
+
+
+def who_has_what(having: Mapping[str, Sequence[str]]) -> str:
+    """ "1+a in n0, n1; 2+b in n2", the most frequent first."""
+    groups = sorted(having.items(), key=lambda item: -len(item[1]))
+    return "; ".join(f"{found} in {', '.join(who)}" for found, who in groups)
 
 
 class Check(msgspec.Struct, frozen=True):

@@ -27,6 +27,8 @@ BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
 # A dead holder's lease ends within its TTL, or twice that when etcd elects a leader meanwhile.
 WAIT_TTLS = 3.0
+TELL_AT = 0.4  # of the wait: then no dead holder's lease is left, usually, and etcd is told who waits
+TOLD_S = 60  # so long it stands there: until the next try of whoever supervises this process
 TAKE_OVER = "take the name from this incarnation at once, although it may live: it ends when it sees that"
 
 
@@ -90,6 +92,7 @@ class Registration:
         self._fenced: asyncio.Event = asyncio.Event()
         self._other = ""  # who has the name now
         self._last_error = ""
+        self._told = 0  # lease of the key that says that we wait; 0: there is none
 
     async def run(self) -> None:
         """Until cancelled. Raises NameTaken when another process has the name; an etcd that refuses is waited for."""
@@ -144,10 +147,13 @@ class Registration:
                     self.free.set()
                     if await self._put(found):
                         assert self._keeper is not None
+                        await self._untell()
                         return self._keeper
                 else:
                     now = time.monotonic()
                     waiting_since = self._wait(found, waiting_since, now)
+                    if not self._told and now - waiting_since > TELL_AT * self._wait_s:
+                        await self._tell(found)
             except EtcdError as error:
                 if str(error) != self._last_error:  # once per cause: an outage must not fill the log
                     log.warning("cannot register %s: %s; trying again", self.key, error)
@@ -172,6 +178,23 @@ class Registration:
                 f"{self._wait_s:g} s. Two processes cannot have one name: stop that one, or give this one another"
             )
         return since
+
+    async def _tell(self, holder: KeyValue) -> None:
+        """Let the cluster's status say that two processes want one name: beside the name's folder, under "waiting"."""
+        *root, folder, name = self.key.split("/")
+        value = {"who": str(holder_of(holder.value) or "unknown"), "by": str(self._mine)}
+        self._told, _ = await self._client.lease_grant(TOLD_S)
+        key = "/".join([*root, "waiting", folder, name])
+        await self._client.put(key, msgspec.json.encode(value), self._told)
+
+    async def _untell(self) -> None:
+        """It has the name now. Best effort: what was told ends by itself."""
+        if self._told:
+            try:
+                await self._client.lease_revoke(self._told)
+            except EtcdError as error:
+                log.warning("cannot take back that %s was waited for: %s", self.key, error)
+            self._told = 0
 
     async def _put(self, found: KeyValue | None) -> bool:
         """Compare-and-set the key to ours; False if it has changed meanwhile."""

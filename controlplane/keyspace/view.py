@@ -18,7 +18,14 @@ from controlplane.contract import schema
 from controlplane.contract.errors import PeerError
 from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys, decode
-from controlplane.contract.records import ControllerRecord, GatewayRecord, Hearing, NodeRecord, Operation
+from controlplane.contract.records import (
+    ControllerRecord,
+    GatewayRecord,
+    Hearing,
+    NodeRecord,
+    Operation,
+    Waiting,
+)
 from controlplane.contract.topology import Topology
 from controlplane.etcd.values import KeyValue, WatchBatch, WatchEvent
 
@@ -28,11 +35,12 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 # A snapshot is told in this order: who is there, what is wanted, and last what is, so that nobody plans for, or acts
 # on, a topology whose nodes it has not been told of.
-ORDER = ("controllers", "hearing", "gateways", "leader", "nodes", "operations", "groups")
+ORDER = ("controllers", "hearing", "waiting", "gateways", "leader", "nodes", "operations", "groups")
 KINDS: dict[str, type[msgspec.Struct]] = {
     "nodes": NodeRecord,
     "controllers": ControllerRecord,
     "hearing": Hearing,
+    "waiting": Waiting,
     "gateways": GatewayRecord,
     "leader": ControllerRecord,
     "operations": Operation,
@@ -60,6 +68,7 @@ class View:
     nodes: dict[str, NodeRecord] = field(default_factory=dict)  # of this group
     controllers: dict[str, ControllerRecord] = field(default_factory=dict)
     hearing: dict[str, int] = field(default_factory=dict)  # controller -> nodes that it hears
+    waiting: dict[str, Waiting] = field(default_factory=dict)  # by the key whose name is taken: "nodes/n2"
     gateways: dict[str, GatewayRecord] = field(default_factory=dict)
     operations: dict[str, tuple[Operation, int]] = field(default_factory=dict)  # with their mod_revisions
     topology: Topology | None = None  # the newest that can be read; kept when its key is deleted
@@ -95,15 +104,20 @@ class View:
         return self.topology is not None and me in self.topology.retired
 
     def troubles(self) -> list[str]:
-        """What in etcd cannot be read, or only by newer code, in words."""
+        """What in etcd cannot be read, or only by newer code, and names that two processes want, in words."""
         told = [
             f"etcd key {key} cannot be read ({why}): it is left as it is"
             for key, why in self.unreadable.items()
         ]
-        newer = (key for key in self.newer if key not in self.unreadable)
-        return told + [
-            f"etcd key {key} was written by newer code (schema {self.newer[key]})" for key in newer
-        ]
+        for key, written_in in self.newer.items():
+            if key not in self.unreadable:
+                told.append(f"etcd key {key} was written by newer code (schema {written_in})")
+        for name, wait in sorted(self.waiting.items()):
+            told.append(
+                f"{name} belongs to one process ({wait.who}) and another one wants it ({wait.by}): "
+                "stop one of them, or give it another name"
+            )
+        return told
 
     def _take(self, event: WatchEvent) -> Change | None:
         folder, _, name = event.key.removeprefix(self.keys.root).partition("/")
@@ -154,6 +168,8 @@ class View:
                 self.controllers[name] = value
             case Hearing():
                 self.hearing[name] = value.nodes
+            case Waiting():
+                self.waiting[name] = value
             case GatewayRecord():
                 self.gateways[name] = value
             case Operation():
@@ -170,6 +186,8 @@ class View:
                 self.controllers.pop(name, None)
             case "hearing":
                 self.hearing.pop(name, None)
+            case "waiting":
+                self.waiting.pop(name, None)
             case "gateways":
                 self.gateways.pop(name, None)
             case "operations":

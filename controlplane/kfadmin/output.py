@@ -22,6 +22,8 @@ from controlplane.contract.status import (
     PipelineState,
     StageStatus,
     mixtures,
+    numerics_of_stages,
+    who_has_what,
 )
 from controlplane.kfadmin.client import EventRow
 
@@ -99,6 +101,8 @@ def print_status(status: ClusterStatus) -> None:
     trouble = [node for node in status.nodes if node.state is not NodeState.GREEN or node.cordoned]
     green = sum(node.state is NodeState.GREEN for node in status.nodes)
     out.print(f"\n{green} of {len(status.nodes)} nodes are green")
+    for stage, having in numerics_of_stages(status).items():
+        out.print(f"stage {stage} computes as {who_has_what(having)}")
     for node in trouble:
         cordoned = " cordoned" if node.cordoned else ""
         out.print(Text(f"  {node.node} ").append(state(node.state)).append(f"{cordoned}  {node.evidence}"))
@@ -125,14 +129,25 @@ def print_checks(checks: tuple[Check, ...]) -> None:
 
 
 def print_nodes(nodes: tuple[NodeStatus, ...]) -> None:
-    rows = table("NODE", "STATE", "STAGE", "SERVES", "KV OWN", "KV REPLICA", "KV TOTAL", "PID", "EVIDENCE")
+    headers = (
+        "NODE",
+        "STATE",
+        "STAGE",
+        "SERVES",
+        "KV OWN",
+        "KV REPLICA",
+        "KV TOTAL",
+        "NUMERICS",
+        "PID",
+        "EVIDENCE",
+    )
+    rows = table(*headers)
     for n in nodes:
         marked = state(n.state).append(" cordoned", WARN) if n.cordoned else state(n.state)
         blocks = (str(n.blocks_used), str(n.blocks_replica), str(n.blocks_total))
         stage = str(n.stage) if n.stage >= 0 else "-"
-        rows.add_row(
-            n.node, marked, stage, " ".join(n.serving) or "-", *blocks, str(n.pid or "-"), n.evidence
-        )
+        process = (n.numerics or "-", str(n.pid or "-"))
+        rows.add_row(n.node, marked, stage, " ".join(n.serving) or "-", *blocks, *process, n.evidence)
     console().print(rows)
 
 

@@ -172,7 +172,7 @@ def _family(f: _Fields) -> str:
             raise f.error(key, "quantized checkpoints are not supported")
     if f.values.get("text_config") is not None:
         raise f.error("text_config", "models with a configuration inside the configuration are not supported")
-    if f.values.get("hidden_act", "silu") != "silu":
+    if f.values.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         raise f.error("hidden_act", f"only silu is supported, found {f.values['hidden_act']!r:.80}")
     return family
 

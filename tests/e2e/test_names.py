@@ -75,8 +75,14 @@ def test_a_second_launcher_controller_and_gateway_of_the_same_names(tmp_path: Pa
             assert "Traceback" not in said(settings, "logs/n0.log") + said(settings, "logs/n1.log")
             assert f"pid {pids['n0']} on" in said(settings, "logs/n0.log")
             # It goes on trying, but not in a hot loop: each attempt waits for a lease to end.
-            starts = said(settings, "dataplane.launcher.out").count('"started"')
-            assert starts <= 6, said(settings, "dataplane.launcher.out")
+            launched = said(settings, "dataplane.launcher.out")
+            assert launched.count('"started"') <= 6, launched
+            # Who has the name is told where an operator looks: by the launcher, and by the cluster that it disturbs.
+            assert any(f"pid {pids['n0']} on" in line for line in launched.splitlines() if '"died"' in line)
+            troubles = "\n".join(asyncio.run(cluster.status()).troubles)
+            for name, pid in (("n0", pids["n0"]), ("n1", pids["n1"])):
+                assert f"nodes/{name} belongs to one process (incarnation" in troubles, troubles
+                assert f"pid {pid} on" in troubles
 
             after = asyncio.run(cluster.status())
             assert cluster.local.node_pids() == pids

@@ -22,6 +22,7 @@ from tests.io.controllers import until
 from tests.io.etcd_server import EtcdMember, etcd_member
 
 KEY = "nodes/n2"
+WAITING = "waiting/nodes/n2"
 TTL_S = 2
 WAIT_S = 1.5
 
@@ -76,6 +77,7 @@ class One:
 async def clean(etcd: EtcdMember) -> AsyncIterator[EtcdClient]:
     async with EtcdClient([etcd.endpoint]) as client:
         await client.delete(KEY)
+        await client.delete(WAITING)
         yield client
 
 
@@ -86,6 +88,16 @@ def test_a_stranger_does_not_replace_who_lives(etcd: EtcdMember, caplog: pytest.
             await until(first.holds, 5, "the first has the name")
             began = time.monotonic()
             stranger = One(client, "b")
+
+            async def told() -> bool:
+                found = await client.get(WAITING)
+                return (
+                    found is not None
+                    and b"incarnation a, pid 77" in found.value
+                    and b"incarnation b" in found.value
+                )
+
+            await until(told, 5, "everybody can read who has the name and who wants it")
             with pytest.raises(
                 NameTaken, match=r"nodes/n2 is taken by another process \(incarnation a, pid 77\)"
             ):
@@ -106,10 +118,16 @@ def test_a_stranger_does_not_replace_who_lives(etcd: EtcdMember, caplog: pytest.
 def test_an_expired_lease_frees_the_name_and_a_dead_process_at_once(etcd: EtcdMember) -> None:
     async def body() -> None:
         async with clean(etcd) as client:
-            lease, _ = await client.lease_grant(TTL_S)
+            lease, _ = await client.lease_grant(4)
             await client.put(KEY, record("gone"), lease=lease)
-            after = One(client, "b", wait_s=10)
+            after = One(client, "b", wait_s=8)
+
+            async def told() -> bool:
+                return await client.get(WAITING) is not None
+
+            await until(told, 8, "it is told who waits")
             await until(after.holds, 8, "the lease has ended, and the next one has the name")
+            assert not await told(), "it has its name: nothing is wrong"
             await after.end()
 
             child = sleeper()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,39 +25,47 @@ from controlplane.kfadmin.loadgen import LoadGenerator
 from controlplane.kfadmin.rundir import RunDir
 from controlplane.kfadmin.supervise import SupervisorThread
 from controlplane.kfadmin.up import demo_model
+from tests.matrix.cells import Shape
 from tests.matrix.namespaces import Network
 
 CLIENT = "client"
 ETCD = ("etcd0", "etcd1", "etcd2")
 CONTROLLERS = ("c1", "c2")
 GATEWAYS = ("g1", "g2")
-NODES = ("n0", "n1", "n2", "n3")  # p0 is n0 and n1, p1 is n2 and n3
-SERVERS = (*ETCD, *CONTROLLERS, *GATEWAYS, *NODES)
+INSTANCES = 2  # pipelines
+SPARE = "spare"  # where nothing runs but what a fault begins
 GATEWAY_PORT, ADMIN_PORT, ETCD_PORT, ETCD_PEER_PORT = 8000, 8100, 2379, 2380
 
 START_LIMIT_S = 60.0
 END_GRACE_S = 0.5
+TWIN_END_LIMIT_S = 10.0
 POLL_S = 0.05
 DISK_MB = {"etcd": 256, "database": 4, "other": 8}
 CLIENT_PATIENCE_S = (
     8.0  # without a byte from its gateway, which sends a comment every 5 s: then it asks the other one
 )
 
-# Oracle: no tensors, a token is a hash of what the KV blocks hold, and a step of a stage takes about 10 ms.
-ENGINE = EngineConfig(executor="oracle", pool_blocks=1024)
-EMULATION = EmulationConfig(profile="a10-llama-8b-quarter", time_scale=4.0)
+# Oracle: no tensors, a token is a hash of what the KV blocks hold. Computing: the demo model, two threads a node.
+ORACLE = EngineConfig(executor="oracle", pool_blocks=1024)
+COMPUTING = EngineConfig(pool_blocks=1024, threads=2)
+PROFILE = "a10-llama-8b-quarter"
+STEP_SCALE = 8.0  # over the stages: a step of all of them takes 20 ms, about, however many they are
 
 
 class HostCluster:
-    """Two pipelines of two stages, two controllers, two gateways, three etcd members and a client's host.
+    """Two pipelines, two controllers, two gateways, three etcd members, a client's host and a spare one.
 
     Use as a context manager. What runs where is named after its host: `n0`, `g1`, `c2`, `etcd1`. Everything that
     talks to the cluster has to be `network.inside(CLIENT)`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape = Shape.FOUR) -> None:
         self._stack = contextlib.ExitStack()
-        self.network = Network((CLIENT, *SERVERS))
+        self._stages = shape.stages
+        self._engine = COMPUTING if shape is Shape.COMPUTING else ORACLE
+        self.nodes = tuple(f"n{k}" for k in range(INSTANCES * shape.stages))  # p0's, then p1's
+        self.servers = (*ETCD, *CONTROLLERS, *GATEWAYS, *self.nodes)
+        self.network = Network((CLIENT, SPARE, *self.servers))
         self._supervisors: dict[str, SupervisorThread] = {}
 
     def __enter__(self) -> HostCluster:
@@ -78,30 +87,35 @@ class HostCluster:
                 remove_folder(stale)
         self.folder = Path(tempfile.mkdtemp(prefix=f"kf-matrix-{os.getpid()}-"))
         self._stack.callback(remove_folder, self.folder)
-        for name in SERVERS:
+        for name in (*self.servers, SPARE):
             self._mount(name, DISK_MB["etcd" if name in ETCD else "other"])
         self._mount("database", DISK_MB["database"])
         self._stack.enter_context(self.network)
         self._stack.callback(self._end)
         address = self.network.address
+        emulation = EmulationConfig()
+        if self._engine is ORACLE:
+            emulation = EmulationConfig(profile=PROFILE, time_scale=STEP_SCALE / self._stages)
         self.config = ClusterConfig(
-            run_dir=str(self.folder / SERVERS[0]), model=str(demo_model()),
+            run_dir=str(self.folder / ETCD[0]), model=str(demo_model()),
             etcd=tuple(f"{address(name)}:{ETCD_PORT}" for name in ETCD),
-            instances=2, stages=2, gateway_port=GATEWAY_PORT, admin_port=ADMIN_PORT, engine=ENGINE,
-            emulation=EMULATION, database_url=f"sqlite+aiosqlite:///{self.folder}/database/history.db",
+            instances=INSTANCES, stages=self._stages, gateway_port=GATEWAY_PORT, admin_port=ADMIN_PORT,
+            engine=self._engine, emulation=emulation, database_url=f"sqlite+aiosqlite:///{self.folder}/database/history.db",
         )  # fmt: skip
-        direct = {"no_proxy": ",".join(map(address, SERVERS)), "NO_PROXY": ",".join(map(address, SERVERS))}
-        for name in SERVERS:
+        all_addresses = ",".join(map(address, self.servers))
+        self._direct = {"no_proxy": all_addresses, "NO_PROXY": all_addresses}
+        for name in (*self.servers, SPARE):
             self._prepare(name)
-            self._supervisors[name] = SupervisorThread(self.run_dir(name), env=direct)
+        for name in self.servers:
+            self._supervisors[name] = SupervisorThread(self.run_dir(name), env=self._direct)
         with self.network.inside(CLIENT):
             self._run()
             self._wait_ready()
 
     def _prepare(self, name: str) -> None:
         """A host's settings, and the cluster's secret and API key, which every host has from its operator."""
-        run_dir, first = self.run_dir(name), self.run_dir(SERVERS[0])
-        if name != SERVERS[0]:
+        run_dir, first = self.run_dir(name), self.run_dir(ETCD[0])
+        if name != ETCD[0]:
             for file in ("secret", "api-keys"):
                 (run_dir.path / file).touch(mode=0o600)
                 (run_dir.path / file).write_bytes((first.path / file).read_bytes())
@@ -118,20 +132,19 @@ class HostCluster:
         etcd = partial(etcd_command, binary, members=peers, hosts=hosts, version=etcd_version(binary))
         for name in ETCD:
             self._spawn(name, etcd(name, self.run_dir(name).path / "etcd", ETCD_PORT, ETCD_PEER_PORT))
-        for name in CONTROLLERS:
-            self._spawn(name, self._python(name, "controlplane.main", "--id", name))
-        for name in NODES:
-            self._spawn(name, self._python(name, "dataplane.launcher", "--nodes", name))
-        for name in GATEWAYS:
-            self._spawn(name, self._python(name, "web.gateway.main", "--id", name))
+        for name in (*CONTROLLERS, *self.nodes, *GATEWAYS):
+            self._spawn(name, self._python(name, host=name))
 
-    def _python(self, name: str, module: str, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", module, "--config", str(self.run_dir(name).config_file), *arguments]
+    def _python(self, name: str, host: str) -> list[str]:
+        if name in self.nodes:
+            started = ("dataplane.launcher", "--nodes", name)
+        else:
+            started = ("controlplane.main" if name in CONTROLLERS else "web.gateway.main", "--id", name)
+        return [sys.executable, "-m", *started, "--config", str(self.run_dir(host).config_file)]
 
     def _spawn(self, name: str, command: list[str]) -> None:
-        child = (
-            "launcher" if name in NODES else name
-        )  # the launcher starts the node, whose file is called so, too
+        # The launcher starts the node, whose file is called so, too.
+        child = "launcher" if name in self.nodes else name
         self._supervisors[name].start(child, [*self.network.command(name), *command])
 
     def _wait_ready(self) -> None:
@@ -144,7 +157,7 @@ class HostCluster:
             else:
                 nodes = {node.node for node in status.nodes if node.state is NodeState.GREEN}
                 up = [p for p in status.pipelines if p.state is PipelineState.UP]
-                if nodes == set(NODES) and len(up) == 2 and len(status.gateways) == len(GATEWAYS):
+                if nodes == set(self.nodes) and len(up) == 2 and len(status.gateways) == len(GATEWAYS):
                     return
                 last = f"green: {sorted(nodes)}, up: {len(up)}, gateways: {len(status.gateways)}"
             time.sleep(POLL_S)
@@ -174,7 +187,7 @@ class HostCluster:
         """The end of every log."""
         files = [
             (name, path.stem)
-            for name in SERVERS
+            for name in (*self.servers, SPARE)
             for path in sorted((self.folder / name / "logs").glob("*.log"))
         ]
         return "\n".join(
@@ -185,13 +198,32 @@ class HostCluster:
 
     def pid(self, name: str) -> int:
         """Raises ProcessLookupError when it does not run."""
-        files = self.run_dir(name).processes("nodes" if name in NODES else "pids")
+        files = self.run_dir(name).processes("nodes" if name in self.nodes else "pids")
         if name not in files or not files[name].alive:
             raise ProcessLookupError(f"{name} is not running")
         return files[name].pid
 
     def signal(self, name: str, number: int) -> None:
         os.kill(self.pid(name), number)
+
+    @contextlib.contextmanager
+    def twin(self, name: str) -> Iterator[Path]:
+        """A second process of this name on the spare host; yields the folder of its logs. Told to end afterwards."""
+        logs = self.run_dir(SPARE).path / "logs"
+        command = [*self.network.command(SPARE), *self._python(name, host=SPARE)]
+        with (logs / f"twin-of-{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **self._direct}
+            )
+        try:
+            yield logs
+            assert process.poll() is None, f"the second {name} ended at once"
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the next line ends whatever is left
+                process.wait(TWIN_END_LIMIT_S)
+            self.network.end(SPARE)
+            process.wait(TWIN_END_LIMIT_S)
 
     # ---- disks
 
@@ -213,12 +245,12 @@ class HostCluster:
     # ---- stopping
 
     def _end(self) -> None:
-        with ThreadPoolExecutor(len(SERVERS)) as pool:
+        with ThreadPoolExecutor(len(self.servers)) as pool:
             list(pool.map(self._end_one, self._supervisors))
 
     def _end_one(self, name: str) -> None:
         supervisor = self._supervisors[name]
-        supervisor.end(["launcher" if name in NODES else name], END_GRACE_S)
+        supervisor.end(["launcher" if name in self.nodes else name], END_GRACE_S)
         supervisor.close()
 
 

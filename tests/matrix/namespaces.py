@@ -91,6 +91,10 @@ class Network:
             finally:
                 _set_namespace(home.fileno())
 
+    def end(self, host: str) -> None:
+        """Every process on `host` ends at once."""
+        end_processes(self.namespace(host))
+
     # ---- faults
 
     def cut(self, ways: Iterable[Way]) -> None:
@@ -186,17 +190,20 @@ def remove_stale() -> None:
 def remove(prefix: str) -> None:
     """End every process in the namespaces whose names begin so, and remove them."""
     for name in _namespaces():
-        if not name.startswith(prefix):
-            continue
-        deadline = time.monotonic() + END_LIMIT_S
-        while pids := _run(["ip", "netns", "pids", name]).split():
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"processes in {name} did not die of SIGKILL: {pids}")
-            time.sleep(0.02)
-        _run(["ip", "netns", "del", name])
+        if name.startswith(prefix):
+            end_processes(name)
+            _run(["ip", "netns", "del", name])
+
+
+def end_processes(namespace: str) -> None:
+    deadline = time.monotonic() + END_LIMIT_S
+    while pids := _run(["ip", "netns", "pids", namespace]).split():
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"processes in {namespace} did not die of SIGKILL: {pids}")
+        time.sleep(0.02)
 
 
 def _namespaces() -> list[str]:

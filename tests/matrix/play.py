@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import assert_never
 
-import httpx
-
 from controlplane.contract.errors import KevlarFlowError
+from controlplane.contract.events import Event, EventKind
 from controlplane.contract.records import OperationKind, OperationState
 from controlplane.contract.status import ClusterStatus, OperationRequest
 from controlplane.kfadmin.host import etcd_healthy
 from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
 from tests.e2e.cluster import all_home, summary
-from tests.matrix.cells import Cell, Cut, Direction, DiskFull, Fault, Kill, Phase, Slow, Stop
-from tests.matrix.hosts import CLIENT, CONTROLLERS, ETCD, ETCD_PORT, GATEWAYS, NODES, SERVERS, HostCluster
-from tests.matrix.namespaces import Way
+from tests.matrix.cells import Cell, Kill, Phase
+from tests.matrix.faults import Faults
+from tests.matrix.hosts import CLIENT, CONTROLLERS, ETCD, ETCD_PORT, GATEWAYS, HostCluster
 from tests.matrix.streams import Load, Result, judge
 
 DECODE = sample_prompts(16, 160)
 PREFILL = sample_prompts(16, 24, first_seed=100, words=300)
 FRESH = sample_prompts(4, 40, first_seed=200)
-FLAP_CUT_S, FLAP_HEAL_S = 0.3, 0.7
 HOME_LIMIT_S = 60.0  # who could not be reached by its pipeline is on probation for 10 s, again for 20 s
+HEARD_LIMIT_S = 5.0  # where nobody had to be moved: a path that has healed is used again
 BEGIN_LIMIT_S = 20.0
 PAUSE_MAX_S = 5.0  # of a stream, beyond the length of the fault
 ETCD_AGE_MAX_S = 3.0
 POLL_S = 0.05
-GROUPS = {
-    "nodes": NODES, "controllers": CONTROLLERS, "gateways": GATEWAYS, "etcd": ETCD, "client": (CLIENT,), "all": SERVERS,
-}  # fmt: skip
+EVENTS = 200  # more than one cell brings
 
 
 class Player:
@@ -42,6 +40,7 @@ class Player:
 
     def __init__(self, cluster: HostCluster) -> None:
         self._cluster = cluster
+        self._faults = Faults(cluster)
         self._references: dict[Prompt, Stream] = {}
 
     def play(self, cell: Cell) -> Result:
@@ -49,11 +48,11 @@ class Player:
             return asyncio.run(self._play(cell))
 
     async def _play(self, cell: Cell) -> Result:
-        result = Result(cell.name)
+        result, playing_since = Result(cell.name), time.monotonic()
         prompts = PREFILL if cell.phase is Phase.PREFILLING else DECODE
         await self._home(HOME_LIMIT_S)
         await self._refer([*prompts, *FRESH])
-        pids = {name: self._cluster.pid(name) for name in SERVERS}
+        pids = {name: self._cluster.pid(name) for name in self._cluster.servers}
         load = Load(self._cluster.generator, () if cell.phase is Phase.IDLE else prompts)
         spared: set[str] = set()
         try:
@@ -63,17 +62,18 @@ class Player:
                     await load.flows(cell.phase)
                     spared |= await self._begin(cell.phase)
                     before = await self._epochs()
-                    began = time.monotonic()
-                    whom = await asyncio.to_thread(self._resolve, cell.fault.whom)
-                    await self._fault(cell.fault, whom)
+                    began, began_unix_s = time.monotonic(), time.time()
+                    spared |= await self._faults.play(cell.fault)
                     ended = time.monotonic()
-                    after = await self._epochs()
-                    assert not cell.calm or after == before, f"nobody died: epochs from {before} to {after}"
-                    if isinstance(cell.fault, Kill):
-                        spared |= set(whom)
                     await self._end(cell.phase)
                     await self._home(HOME_LIMIT_S)
                     result.home_s = time.monotonic() - ended
+                    if cell.ends == ():
+                        assert result.home_s <= HEARD_LIMIT_S, f"home again only after {result.home_s:.1f} s"
+                    after = await self._epochs()
+                    result.ended = sorted(name for name in before if after.get(name) != before[name])
+                    if cell.ends is not None:
+                        await self._expect_ends(cell.ends, result, began_unix_s)
                 finally:
                     load.over.set()
             fresh = await self._cluster.generator.streams(FRESH)
@@ -93,6 +93,7 @@ class Player:
             with contextlib.suppress(ProcessLookupError):
                 if name not in spared and self._cluster.pid(name) != pid:
                     result.problems.append(f"{name} was restarted, which nobody asked for")
+        result.seconds, result.load = time.monotonic() - playing_since, os.getloadavg()[0]
         return result
 
     # ---- what the streams brought
@@ -143,92 +144,25 @@ class Player:
 
         assert await asyncio.to_thread(submit), f"{kind} was refused"
 
-    # ---- faults
+    # ---- what the control plane thought
 
     async def _epochs(self) -> dict[str, int]:
         return {pipeline.id: pipeline.epoch for pipeline in (await self._status()).pipelines}
 
-    def _resolve(self, whom: str) -> tuple[str, ...]:
-        if "+" in whom:
-            return tuple(name for each in whom.split("+") for name in self._resolve(each))
-        if whom in GROUPS:
-            return GROUPS[whom]
-        if whom in ("leader", "candidate"):
-            leader = self._cluster.status().leader
-            assert leader, "nobody leads"
-            return tuple(name for name in CONTROLLERS if (name == leader) == (whom == "leader"))
-        if whom in ("etcd leader", "etcd follower"):
-            leader = self._etcd_leader()
-            return tuple(name for name in ETCD if (name == leader) == (whom == "etcd leader"))[:1]
-        return (whom,)
+    async def _expect_ends(self, ends: Sequence[str], result: Result, since_unix_s: float) -> None:
+        """Exactly these pipelines were moved; if none was, nobody was taken for dead either."""
+        assert result.ended == list(ends), f"epochs ended of {result.ended}, and not of {list(ends)}"
 
-    def _etcd_leader(self) -> str:
-        """Raises AssertionError if no member says that it leads."""
-        deadline = time.monotonic() + BEGIN_LIMIT_S
-        while time.monotonic() < deadline:
-            for name in ETCD:
-                url = f"http://{self._cluster.network.address(name)}:{ETCD_PORT}/v3/maintenance/status"
-                with contextlib.suppress(httpx.TransportError):  # another one may answer
-                    said = httpx.post(url, json={}, timeout=1.0, trust_env=False).json()
-                    if said.get("leader") == said["header"]["member_id"]:
-                        return name
-            time.sleep(POLL_S)
-        raise AssertionError("no etcd member leads")
+        def taken_for_dead() -> list[Event]:
+            with self._cluster.admin() as admin:
+                events = [row.event for row in admin.events(EVENTS)]
+            return [
+                event for event in events if event.kind is EventKind.DIED and event.unix_s >= since_unix_s
+            ]
 
-    async def _fault(self, fault: Fault, whom: Sequence[str]) -> None:
-        """The fault from its beginning to its end; whatever happens, it is over afterwards."""
-        cluster, network = self._cluster, self._cluster.network
-        network.touched()
-        match fault:
-            case Cut():
-                try:
-                    await self._cut(fault, ways(whom, self._resolve(fault.others), fault.direction))
-                finally:
-                    network.cut([])
-                assert network.touched() > 0, "not a packet was dropped"
-            case Slow():
-                both = ways(whom, self._resolve(fault.others), Direction.BOTH)
-                try:
-                    network.hold(both, delay_s=fault.delay_s, loss=fault.loss)
-                    await asyncio.sleep(fault.hold_s)  # the length of the fault
-                finally:
-                    network.hold([])
-                assert network.touched() > 0, "not a packet was held"
-            case Kill():
-                for name in whom:
-                    cluster.signal(name, signal.SIGKILL)
-            case Stop():
-                pids = [cluster.pid(name) for name in whom]
-                try:
-                    for name in whom:
-                        cluster.signal(name, signal.SIGSTOP)
-                    await asyncio.sleep(fault.hold_s)  # the length of the fault
-                finally:
-                    for name in whom:
-                        cluster.signal(name, signal.SIGCONT)
-                assert pids == [cluster.pid(name) for name in whom]
-            case DiskFull():
-                try:
-                    for name in whom:
-                        await asyncio.to_thread(cluster.fill_disk, name)
-                    await asyncio.sleep(fault.hold_s)  # the length of the fault
-                finally:
-                    for name in whom:
-                        cluster.free_disk(name)
-            case _:
-                assert_never(fault)
-
-    async def _cut(self, fault: Cut, lost: Sequence[Way]) -> None:
-        network, deadline = self._cluster.network, time.monotonic() + fault.hold_s
-        if not fault.flaps:
-            network.cut(lost)
-            await asyncio.sleep(fault.hold_s)  # the length of the fault
-            return
-        while time.monotonic() < deadline:
-            network.cut(lost)
-            await asyncio.sleep(FLAP_CUT_S)
-            network.cut([])
-            await asyncio.sleep(FLAP_HEAL_S)
+        if not ends:
+            dead = await asyncio.to_thread(taken_for_dead)
+            assert not dead, f"the living were taken for dead: {[(e.subject, e.message) for e in dead]}"
 
     # ---- seeing and waiting
 
@@ -243,7 +177,9 @@ class Player:
         known = {node.node: node.pid for node in status.nodes}
         known |= {c.id: c.pid for c in status.controllers} | {g.id: g.pid for g in status.gateways}
         try:
-            running = {name: self._cluster.pid(name) for name in (*NODES, *CONTROLLERS, *GATEWAYS)}
+            running = {
+                name: self._cluster.pid(name) for name in (*self._cluster.nodes, *CONTROLLERS, *GATEWAYS)
+            }
         except ProcessLookupError:
             return False
         etcd = [f"{self._cluster.network.address(name)}:{ETCD_PORT}" for name in ETCD]
@@ -268,18 +204,3 @@ class Player:
                 last = summary(status)
             await asyncio.sleep(POLL_S)
         raise AssertionError(f"not within {limit_s} s: {what}; last seen: {last}")
-
-
-def ways(whom: Sequence[str], others: Sequence[str], direction: Direction) -> list[Way]:
-    """From whom to whom no packet, or every packet late; nobody is cut from itself."""
-    sent = [(a, b) for a in whom for b in others if a != b]
-    match direction:
-        case Direction.FROM:
-            chosen = sent
-        case Direction.TO:
-            chosen = [(b, a) for a, b in sent]
-        case Direction.BOTH:
-            chosen = sent + [(b, a) for a, b in sent]
-        case _:
-            assert_never(direction)
-    return list(dict.fromkeys(chosen))

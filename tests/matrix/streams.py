@@ -28,6 +28,9 @@ class Result(msgspec.Struct):
     resumed: int = 0  # times that a client went to another gateway
     longest_pause_s: float | None = None  # of any stream, from the fault on
     home_s: float | None = None  # from the end of the fault until every node serves at home
+    ended: list[str] = []  # pipelines whose epoch did, from the fault on
+    seconds: float = 0.0  # that the cell took
+    load: float = 0.0  # average of the machine at its end, over a minute
     problems: list[str] = []
 
 

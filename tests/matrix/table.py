@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import assert_never
 
-from tests.matrix.cells import CELLS, Cell, Cut, DiskFull, Fault, Kill, Slow, Stop
+from tests.matrix.cells import CELLS, Cell, Cut, DiskFull, Fault, Hang, Kill, Refuse, Shape, Slow, Stop, Twin
+from tests.matrix.record import played_digest
 from tests.matrix.streams import Result
 
 TEMPLATE = Path(__file__).with_name("page.md")
 COLUMNS = ("fault", "hits", "while", "verdict", "longest pause", "lost / doubled / different", "streams (tokens)",
-           "home again")  # fmt: skip
+           "home again", "moved")  # fmt: skip
 
 
-def page(results: Mapping[str, Result]) -> str:
-    played = [results[cell.name] for cell in CELLS if cell.name in results]
-    failed = [result for result in played if result.problems]
+def page(results: Sequence[Result]) -> str:
+    """Of each cell the last time that it was played; earlier failures of the same code are listed."""
+    last = {result.cell: result for result in results}
+    played = [last[cell.name] for cell in CELLS if cell.name in last]
+    passed = sum(not result.problems for result in played)
+    failures = [result for result in results if result.problems]
+    loads = [result.load for result in played] or [0.0]
+    minutes = sum(result.seconds for result in played) / 60
     text = [
-        f"{len(CELLS)} cells, {len(played)} played, {len(played) - len(failed)} passed. "
-        f"Linux {os.uname().release}, {os.cpu_count()} cores, load average {os.getloadavg()[2]:.0f} "
-        "in the last quarter of an hour.",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        "|---" * len(COLUMNS) + "|",
-        *(row(cell, results.get(cell.name)) for cell in CELLS),
+        f"{len(CELLS)} cells, {len(played)} played, {passed} passed; in {minutes:.0f} minutes, without the starts of "
+        f"clusters. Code {played_digest()}. Linux {os.uname().release}, {os.cpu_count()} cores, load average from "
+        f"{min(loads):.0f} to {max(loads):.0f}.",
     ]
-    if failed:
-        text += ["", "What failed:", "", *(f"- {result.cell}: {result.problems[0]}" for result in failed)]
+    for shape in Shape:
+        text += [
+            "",
+            f"### {shape.capitalize()}",
+            "",
+            f"| {' | '.join(COLUMNS)} |",
+            "|---" * len(COLUMNS) + "|",
+            *(row(cell, last.get(cell.name)) for cell in CELLS if cell.shape is shape),
+        ]
+    if failures:
+        text += ["", "What failed, the last time or before:", ""]
+        text += [f"- {failed.cell}: {failed.problems[0].splitlines()[0]}" for failed in failures]
     return TEMPLATE.read_text().replace("RESULTS", "\n".join(text))
 
 
@@ -36,12 +48,12 @@ def row(cell: Cell, result: Result | None) -> str:
     fault, whom = words(cell.fault)
     start = f"| {fault} | {whom} | {cell.phase} "
     if result is None:
-        return start + "| not played | | | | |"
+        return start + "| not played | | | | | |"
     tokens = f"{result.lost} / {result.duplicated} / {result.different}"
     verdict = "**FAILS**" if result.problems else "passes"
     return (
         f"{start}| {verdict} | {seconds(result.longest_pause_s)} | {tokens} "
-        f"| {result.streams} ({result.tokens}) | {seconds(result.home_s)} |"
+        f"| {result.streams} ({result.tokens}) | {seconds(result.home_s)} | {', '.join(result.ended) or '-'} |"
     )
 
 
@@ -63,6 +75,13 @@ def words(fault: Fault) -> tuple[str, str]:
             return f"stop, {fault.hold_s:g} s", fault.whom
         case DiskFull():
             return f"disk full, {fault.hold_s:g} s", fault.whom
+        case Hang():
+            return f"hung {fault.thread or 'event loop'}, {fault.hold_s:g} s", fault.whom
+        case Twin():
+            return f"a second process of its name, {fault.hold_s:g} s", fault.whom
+        case Refuse():
+            killed = f", kill -9 of {fault.kills}" if fault.kills else ""
+            return f"{fault.why}{killed}, {fault.hold_s:g} s", fault.whom
         case _:
             assert_never(fault)
 

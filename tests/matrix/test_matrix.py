@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from controlplane.etcd.server import EtcdBinaryError, find_etcd_binary
 from controlplane.kfadmin.loadgen import Prompt, Stream
-from tests.matrix.cells import CELLS, Cell
+from tests.matrix import record
+from tests.matrix.cells import CELLS, Cell, Shape
 from tests.matrix.hosts import HostCluster
 from tests.matrix.namespaces import Network, why_not
 from tests.matrix.play import Player
 from tests.matrix.streams import Result, judge
+from tests.matrix.table import page
 
-RESULTS = os.environ.get(
-    "KF_MATRIX_RESULTS", ""
-)  # a file that gets one line a cell; set: every cell is played
-PLAYED = [cell for cell in CELLS if RESULTS or cell.quick]
+RECORD = os.environ.get("KF_MATRIX_RESULTS", "")  # of `python -m tests.matrix`, which plays every cell
+UNTIL = float(os.environ.get("KF_MATRIX_UNTIL", "inf"))  # monotonic; no cell begins later
+PLAYED = record.missing(record.results(Path(RECORD))) if RECORD else [cell for cell in CELLS if cell.quick]
 
 
 class Stage:
-    """A cluster for as many cells as leave it whole."""
+    """A cluster for as many cells of one shape as leave it whole."""
 
     def __init__(self) -> None:
         self._cluster: HostCluster | None = None
         self._player: Player | None = None
+        self._shape = Shape.FOUR
 
-    def player(self) -> Player:
+    def player(self, shape: Shape) -> Player:
+        if shape is not self._shape:
+            self.clear()
+        self._shape = shape
         if self._player is None:
-            self._cluster = HostCluster()
+            self._cluster = HostCluster(shape)
             self._cluster.__enter__()
             self._player = Player(self._cluster)
         return self._player
@@ -95,6 +100,46 @@ def test_every_way_of_the_network_can_be_cut_delayed_and_lost() -> None:
             assert connects(1.0)
 
 
+def test_a_record_goes_on_where_it_ended_and_with_the_same_code_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, (first, second, third) = tmp_path / "record", CELLS[:3]
+    monkeypatch.setattr(record, "played_digest", lambda: "one")
+    record.begin(file)
+    for cell, problems in ((first, []), (second, ["slow"]), (second, []), (third, ["slow"])):
+        record.add(file, Result(cell.name, problems=list(problems)))
+    record.begin(file)
+    found = record.results(file)
+    assert [(result.cell, result.problems) for result in found] == [
+        (first.name, []), (second.name, ["slow"]), (second.name, []), (third.name, ["slow"]),
+    ]  # fmt: skip
+    assert record.missing(found) == list(CELLS[2:])
+    text = page(found)
+    assert f"{len(CELLS)} cells, 3 played, 2 passed" in text
+    assert f"- {second.name}: slow\n- {third.name}: slow" in text, "an earlier failure is told of"
+    monkeypatch.setattr(record, "played_digest", lambda: "another")
+    record.begin(file)
+    assert record.missing(record.results(file)) == list(CELLS)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="is not a record of the matrix"):
+        record.begin(file)
+
+
+def test_the_digest_is_of_what_is_played_and_not_of_what_reads_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[set[str]] = []
+
+    def digest(modules: Iterable[Path]) -> str:
+        taken.append({str(path.relative_to(record.ROOT)) for path in modules})
+        return ""
+
+    monkeypatch.setattr(record, "code_digest", digest)
+    record.played_digest()
+    assert {"dataplane/node.py", "dataplane/_fast/ucp.pyx", "tests/matrix/cells.py"} <= taken[0]
+    assert not taken[0] & {"tests/matrix/table.py", "tests/matrix/record.py", "tests/matrix/__main__.py"}
+
+
 def test_a_cell_sees_what_is_lost_doubled_different_or_failed() -> None:
     prompt = Prompt("Once", 1, 4)
     want = Stream(prompt, tokens=[1, 2, 3, 4], finish_reason="length")
@@ -118,14 +163,15 @@ def test_a_cell_sees_what_is_lost_doubled_different_or_failed() -> None:
 
 @pytest.mark.parametrize("cell", PLAYED, ids=[cell.name for cell in PLAYED])
 def test_cell(stage: Stage, cell: Cell) -> None:
+    if time.monotonic() > UNTIL:
+        pytest.skip("later: the time is up")
     result = Result(cell.name, problems=["it was not played to its end"])
     try:
-        result = stage.player().play(cell)
+        result = stage.player(cell.shape).play(cell)
         assert not result.problems, "\n".join([*result.problems, stage.logs()])
     except BaseException:  # Ctrl-C as well: the next cell begins with a fresh cluster
         stage.clear()
         raise
     finally:
-        if RESULTS:
-            with Path(RESULTS).open("ab") as file:
-                file.write(msgspec.json.encode(result) + b"\n")
+        if RECORD:
+            record.add(Path(RECORD), result)

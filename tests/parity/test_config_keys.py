@@ -43,6 +43,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": None}, ""),
     ({"rope_parameters": DEFAULT, "rope_theta": 20.0}, ""),
     ({"rope_theta": 20.0}, ""),
+    ({"hidden_act": "swish"}, ""),
     ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 20.0}, ""),
     ({"rope_scaling": {"rope_type": "default", "type": "linear", "factor": 2.0}}, ""),
     ({"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}}, ""),

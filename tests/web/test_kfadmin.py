@@ -122,7 +122,7 @@ def test_json_is_the_whole_answer(target: list[str]) -> None:
 def test_tables(target: list[str]) -> None:
     nodes = kfadmin("nodes", *target).stdout.splitlines()
     assert nodes[0].split()[:3] == ["NODE", "STATE", "STAGE"]
-    assert nodes[1].split() == ["n0", "green", "0", "p0/0", "410", "390", "2048", "4000"]
+    assert nodes[1].split() == ["n0", "green", "0", "p0/0", "410", "390", "2048", "-", "4000"]
     assert len(nodes) == 9
     topology = kfadmin("topology", *target).stdout
     assert "n7@aaaa" in topology
@@ -392,6 +392,25 @@ def test_mixtures_are_shown(target: list[str], service: MemoryService) -> None:
     assert "mixed versions: 1+a in n0, n1, n3" in said
     assert "2+b in n2" in said
     assert "mixed settings" not in said
+
+
+def test_numerics_are_shown_and_stages_whose_nodes_differ_are_told(
+    target: list[str], service: MemoryService
+) -> None:
+    def having(*numerics: str) -> str:
+        nodes = zip(service.cluster.nodes, numerics, strict=False)  # the first four
+        changed = tuple(msgspec.structs.replace(n, numerics=w, stage=k % 2) for k, (n, w) in enumerate(nodes))
+        service.cluster = msgspec.structs.replace(service.cluster, nodes=changed)
+        return kfadmin("status", *target).stdout
+
+    said = having("float32-cpu-aa", "float32-cpu-bb", "float32-cpu-aa", "float32-cpu-bb")
+    assert "stage 0 computes as float32-cpu-aa in n0, n2" in said
+    assert "stage 1 computes as float32-cpu-bb in n1, n3" in said
+    assert "mixed" not in said
+    said = having("float32-cpu-aa", "float32-cpu-bb", "float32-cpu-aa", "bfloat16-cpu-cc")
+    assert "mixed numerics in stage 1: float32-cpu-bb in n1; bfloat16-cpu-cc in n3" in said
+    assert "mixed numerics in stage 0" not in said
+    assert "bfloat16-cpu-cc" in kfadmin("nodes", *target).stdout
 
 
 def test_down_ends_what_a_killed_up_has_left(tmp_path: Path) -> None:

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.ids import NodeId
 from web.gateway.detok import text_of
+from web.gateway.errors import ApiError
+from web.gateway.openai import Common
 from web.gateway.template import ChatTemplate, load_template
 from web.gateway.vocabulary import Vocabulary, vocabulary_of
 
@@ -93,9 +96,8 @@ class Model:
 def load_model(config: ClusterConfig) -> Model:
     """Read a Hugging Face directory. Raises ConfigError naming the file that is missing or wrong."""
     folder = Path(config.model)
-    settings = _json(folder / "config.json", required=True)
-    generation = _json(folder / "generation_config.json")
-    settings = settings | settings.get("text_config", {})
+    settings = Settings.read(folder / "config.json", required=True).with_section("text_config")
+    generation = Settings.read(folder / "generation_config.json")
     path = folder / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -103,14 +105,14 @@ def load_model(config: ClusterConfig) -> Model:
         raise ConfigError(f"cannot read {path}: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    limit = int(settings.get("max_position_embeddings", 0)) or config.engine.max_model_len
+    limit = settings.count("max_position_embeddings") or config.engine.max_model_len
     if limit <= 0:
         raise ConfigError(
             f"{folder / 'config.json'} has no max_position_embeddings: set engine.max_model_len"
         )
     max_model_len = config.engine.context_len(limit)
     vocabulary = vocabulary_of(tokenizer)
-    eos = generation.get("eos_token_id", settings.get("eos_token_id"))
+    eos = generation.token_ids("eos_token_id") or settings.token_ids("eos_token_id")
     template, no_template = load_template(folder, chars_max=max_model_len * vocabulary.longest_chars)
     if no_template:
         log.warning("no chat", reason=no_template)
@@ -119,22 +121,75 @@ def load_model(config: ClusterConfig) -> Model:
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         context=ServedContext(max_model_len),
-        vocab_size=int(settings.get("vocab_size", tokenizer.get_vocab_size())),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        vocab_size=settings.count("vocab_size") or tokenizer.get_vocab_size(),
+        eos_token_ids=eos or _end_of(folder, tokenizer),
         template=template,
         no_template=no_template,
-        defaults={k: generation[k] for k in SAMPLING_DEFAULTS if generation.get(k) is not None},
-        max_new_tokens=generation.get("max_new_tokens"),
+        defaults=_sampling_defaults(generation),
+        max_new_tokens=generation.count("max_new_tokens"),
     )
 
 
-def _json(path: Path, required: bool = False) -> dict[str, Any]:
-    if not path.exists() and not required:
-        return {}
+def _end_of(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokenizer's own end, where the model's files name none: else a stream ends at its length only."""
+    name = Settings.read(folder / "tokenizer_config.json").values.get("eos_token")
+    token = tokenizer.token_to_id(str(name.get("content") if isinstance(name, dict) else name))
+    return () if token is None else (token,)
+
+
+def _sampling_defaults(generation: Settings) -> dict[str, float]:
+    """What counts where a client says nothing has the bounds of what clients say."""
+    given = {name: value for name in SAMPLING_DEFAULTS if (value := generation.values.get(name)) is not None}
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} does not hold an object")
-    return data
+        return Common.model_validate(given).model_dump(exclude_none=True)
+    except (ValidationError, ApiError) as error:
+        wrong = error.errors()[0]["loc"][0] if isinstance(error, ValidationError) else error.param
+        raise generation.error(str(wrong), f"{given[str(wrong)]!r:.80} cannot be a default") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One JSON object of a model's files. A key that is null says nothing; what is wrong raises ConfigError."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path, required: bool = False) -> Settings:
+        if not path.exists() and not required:
+            return cls(path, {})
+        try:
+            data = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path} does not hold an object")
+        return cls(path, data)
+
+    def error(self, key: str, reason: str) -> ConfigError:
+        return ConfigError(f"{self.path}: {key}: {reason}")
+
+    def with_section(self, key: str) -> Settings:
+        """What the section `key` says, if there is one, goes before what stands beside it."""
+        section = self.values.get(key) or {}
+        if not isinstance(section, dict):
+            raise self.error(key, f"expected an object, found {section!r:.80}")
+        return Settings(self.path, {**self.values, **section})
+
+    def count(self, key: str) -> int | None:
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(key, f"expected an integer above 0, found {value!r:.80}")
+        return value
+
+    def token_ids(self, key: str) -> tuple[int, ...] | None:
+        """One id, or a list of them."""
+        value = self.values.get(key)
+        ids = value if isinstance(value, list) else [value]
+        if value is None:
+            return None
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            raise self.error(key, f"expected token ids, found {value!r:.80}")
+        return tuple(ids)

@@ -6,7 +6,7 @@ import msgspec
 
 from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys, encode
-from controlplane.contract.records import ControllerRecord, NodeRecord, Operation, OperationKind
+from controlplane.contract.records import ControllerRecord, NodeRecord, Operation, OperationKind, Waiting
 from controlplane.contract.schema import SCHEMA
 from controlplane.contract.topology import Mode, Topology
 from controlplane.etcd.values import KeyValue, WatchBatch, WatchEvent
@@ -36,6 +36,18 @@ class Store:
 
     def put(self, key: str, value: bytes | None) -> list[Change]:
         return self.view.apply(WatchBatch(self.revision + 1, (self.event(key, value),)))
+
+
+def test_who_waits_for_a_name_is_told_until_it_has_it() -> None:
+    store = Store()
+    wait = Waiting("incarnation a, pid 7 on h", "incarnation b, pid 9 on i")
+    (change,) = store.put(f"{KEYS.root}waiting/nodes/n0", encode(wait))
+    assert (change.name, change.now) == ("nodes/n0", wait)
+    (told,) = store.view.troubles()
+    assert told.startswith("nodes/n0 belongs to one process (incarnation a, pid 7 on h)")
+    assert "(incarnation b, pid 9 on i)" in told
+    store.put(f"{KEYS.root}waiting/nodes/n0", None)
+    assert store.view.troubles() == []
 
 
 def test_junk_keeps_the_last_good_value_until_the_key_goes() -> None:

@@ -56,6 +56,57 @@ def test_missing_and_broken_files_are_named(tmp_path: Path, name: str) -> None:
         load_model(settings(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("config.json", {"max_position_embeddings": "512"}),
+        ("config.json", {"max_position_embeddings": True}),
+        ("config.json", {"vocab_size": 0}),
+        ("config.json", {"eos_token_id": "</s>"}),
+        ("config.json", {"eos_token_id": [True]}),
+        ("config.json", {"text_config": 1}),
+        ("generation_config.json", {"temperature": "hot"}),
+        ("generation_config.json", {"temperature": float("nan")}),
+        ("generation_config.json", {"temperature": -1}),
+        ("generation_config.json", {"top_p": 0}),
+        ("generation_config.json", {"top_k": 1.5}),
+        ("generation_config.json", {"min_p": 2}),
+        ("generation_config.json", {"repetition_penalty": float("inf")}),
+        ("generation_config.json", {"max_new_tokens": 0}),
+        ("generation_config.json", {"eos_token_id": [1, -1]}),
+    ],
+)
+def test_wrong_values_are_named_at_the_start(tmp_path: Path, name: str, values: dict[str, object]) -> None:
+    copy_model(tmp_path, max_position_embeddings=512)
+    (tmp_path / "generation_config.json").write_text("{}")
+    given = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps(given | values))
+    with pytest.raises(ConfigError, match=f"{name}: {next(iter(values))}: "):
+        load_model(settings(tmp_path))
+
+
+def test_null_says_nothing(tmp_path: Path) -> None:
+    copy_model(tmp_path, max_position_embeddings=None, vocab_size=None, text_config=None)
+    nulls = dict.fromkeys(("eos_token_id", "temperature", "top_p", "max_new_tokens"))
+    (tmp_path / "generation_config.json").write_text(json.dumps(nulls))
+    model = load_model(settings(tmp_path, max_model_len=100))
+    assert (model.max_model_len, model.vocab_size) == (100, 2048)
+    assert model.eos_token_ids == (7,), "without them a stream ends at its length only"
+    assert (model.defaults, model.max_new_tokens) == ({}, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "ids"), [("<|eos|>", (1,)), ({"content": "<|end|>"}, (2,)), (None, ()), ("<|other|>", ())]
+)
+def test_the_tokenizers_end_counts_where_the_model_names_none(
+    tmp_path: Path, name: object, ids: tuple[int, ...]
+) -> None:
+    copy_model(tmp_path, max_position_embeddings=512, eos_token_id=None)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
+    assert load_model(settings(tmp_path)).eos_token_ids == ids
+
+
 def test_the_context_that_the_pool_holds_is_the_one_that_is_served(tmp_path: Path) -> None:
     """131,072 by config.json, and streams ended at 16,384 with `length`: half of the default pool."""
     copy_model(tmp_path, max_position_embeddings=131072)
