@@ -172,6 +172,7 @@ class Membership:
         default_factory=set
     )  # schedulers whose last report has a step that is overdue
     _nodes: Nodes | None = None
+    _touched: set[NodeId] = field(default_factory=set)  # of whom there was a report, or another view
     _version: int = 0
 
     @property
@@ -203,6 +204,7 @@ class Membership:
 
     def reported(self, report: NodeReport) -> None:
         self.reports[report.member] = report
+        self._touched.add(report.member.node)
         self._stalling.discard(report.member)
         for said in report.pipelines:
             if _stalls(said):
@@ -213,6 +215,7 @@ class Membership:
 
     def forget(self, topology: Topology | None, now: float) -> None:
         """Drop what nobody will ask for again, so that crash loops do not fill the memory."""
+        self._touched &= self._records.keys()
         named = set() if topology is None else named_members(topology)
         for member in self.detector.forget(frozenset(named), now):
             self.reports.pop(member, None)
@@ -246,8 +249,14 @@ class Membership:
             self._nodes.__dict__["by_stage"] = self._stages
         return self._nodes
 
+    def touched(self) -> set[NodeId]:
+        """Of whom there was news since this was asked last; silence and slowness are none."""
+        touched, self._touched = self._touched, set()
+        return touched
+
     def _renew(self, node: NodeId) -> None:
         self._stale.add(node)
+        self._touched.add(node)
         self._nodes = None
 
     def _look(self, node: NodeId) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from web.manners import HEAD, Manners
 log = structlog.get_logger()
 
 DETOKENIZE_MAX = 1 << 18  # tokens
+INLINE_TOKENS_MAX = 4096  # more take milliseconds, in which no stream would go on
 BODY_S = 30.0  # a client that takes longer to send its request is not waited for
 
 
@@ -159,7 +161,10 @@ def _token_routes(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         if len(body.tokens) > DETOKENIZE_MAX:
             raise ApiError(400, f"at most {DETOKENIZE_MAX} tokens at once", "tokens")
-        return _json({"prompt": model.decode(list(check_tokens(model, body.tokens, "tokens")))})
+        ids = list(check_tokens(model, body.tokens, "tokens"))
+        if len(ids) <= INLINE_TOKENS_MAX:
+            return _json({"prompt": model.decode(ids)})
+        return _json({"prompt": await asyncio.to_thread(model.decode, ids)})
 
 
 def _error_handlers(app: FastAPI, service: Service) -> None:
@@ -199,7 +204,7 @@ def _visit(request: Request) -> Visit:
         request.state.owner,
         headers.get("x-request-id", ""),
         headers.get("idempotency-key"),
-        headers.get("last-event-id"),
+        headers.get("last-event-id") or None,  # an empty one says that nothing has come yet
     )
 
 

@@ -173,8 +173,12 @@ def test_chunks_keep_a_step_to_a_multiple_of_a_decode_step() -> None:
     assert speed(12, 0.16, 0.002).chunk_tokens(12, 512) == pytest.approx((STEP_MULTIPLE - 1) * 80, abs=1)
     assert speed(12, 0.16, 0.002, target_s=0.26).chunk_tokens(12, 512) == pytest.approx(50, abs=1)
     # A device that computes a whole chunk in the time that it reads the weights is not slowed down.
-    assert speed(12, 0.16, 0.0001).chunk_tokens(12, 512) == 512
-    assert speed(12, 0.16, 0.0).chunk_tokens(12, 512) == 512
+    for token_s in (0.0001, 0.0):
+        made = speed(12, 0.16, token_s)
+        for tokens in (128, 256):
+            assert made.chunk_tokens(12, 512) == tokens, "not much more than what has been measured"
+            made.ran(12, tokens, 0.16 + tokens * token_s, beside_chunk=False)
+        assert made.chunk_tokens(12, 512) == 512
     # What is asked for cannot be kept: prompts get on all the same.
     assert speed(12, 0.16, 0.002, target_s=0.01).chunk_tokens(12, 512) == CHUNK_MIN
     assert speed(12, 0.16, 0.002, target_s=0.01).chunk_tokens(12, 7) == 7
@@ -267,6 +271,23 @@ def test_decoding_is_measured_again_though_prompts_never_end() -> None:
     some(400)
     after = some(100)
     assert 3 * before[100] < after[50]
+
+
+def test_short_chunks_that_seem_to_cost_nothing_do_not_make_a_long_one() -> None:
+    """On a busy machine decode steps came late more often than chunks of 16 tokens did, and the next chunk was of 422
+    tokens and took as long as 40 decode steps."""
+    made = StepSpeed()
+    for late_s in (0.02, 0.01, 0.0, 0.02, 0.0, 0.01, 0.02, 0.0):
+        made.ran(6, 0, 0.005 + late_s, beside_chunk=False)
+        made.ran(6, 16, 0.007, beside_chunk=False)
+    assert made.chunk_tokens(6, 512) == 2 * CHUNK_MIN
+    assert made.chunk_tokens(6, 60, lost=True) == 60, (
+        "who was interrupted gains by few steps, whatever they take"
+    )
+    for _ in range(6):
+        made.ran(6, 0, 0.005, beside_chunk=False)
+    made.ran(6, 300, 0.035, beside_chunk=False)
+    assert made.chunk_tokens(6, 512) < 40, "a long chunk tells more of tokens than many short ones"
 
 
 @pytest.mark.parametrize("slower", [1, 20])
