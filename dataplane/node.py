@@ -77,8 +77,10 @@ class Node:
         settings: str = "",
         supersedes: Collection[str] = (),
         place: Place = CPU,
+        relay: str = "",
     ) -> None:
-        """`settings`: digest of the settings as they were read, where `config` is not (its model may be elsewhere)."""
+        """`settings`: digest of the settings as they were read, where `config` is not (its model may be elsewhere).
+        `relay`: address of the host's, if it may have one."""
         self._place = place
         self._settings = settings or settings_digest(config)
         self._supersedes = supersedes
@@ -106,7 +108,7 @@ class Node:
             WeightsService(token, Path(config.model), stage, config.stages, executor.weights_digest).handler,
         )
         limits = Limits.from_config(engine, context, config.timing.orphan_grace_s, executor.config.vocab_size)
-        self._reporter = Reporter(token, config.timing.heartbeat_s, self._report, lambda: self._moving)
+        self._reporter = Reporter(token, config.timing.heartbeat_s, self._report, lambda: self._moving, relay)
         self._schedulers = Schedulers(
             me,
             limits,

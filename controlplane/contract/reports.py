@@ -89,7 +89,7 @@ class RecoveryReport(msgspec.Struct, frozen=True, gc=False):
 
 class NodeReport(msgspec.Struct, frozen=True, gc=False):
     member: Member
-    seq: int  # grows by one with each report of this member, on each stream
+    seq: int  # grows with each report of this member, whichever stream carries it
     unix_s: float
     progress: int  # steps executed since start: a node that answers but does not advance is seen
     pipelines: tuple[PipelineReport, ...] = ()
@@ -131,6 +131,17 @@ class ReportBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
     calm: bool = False  # nothing in it is news: a relay may pass it on with its next beat
 
 
+class RelayedBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A `ReportBatch` as a relay reads and sends it: reports go on as they came, with whatever newer code has added."""
+
+    reports: tuple[tuple[int, msgspec.Raw], ...] = ()
+    beats: tuple[int, ...] = ()
+    gone: tuple[int, ...] = ()
+    relay: bool = True
+    schema: int = SCHEMA
+    calm: bool = False
+
+
 class ReportHeader(msgspec.Struct, frozen=True, array_like=True):
     """What can be read of any batch, whatever newer code has changed in its reports."""
 
@@ -142,12 +153,13 @@ class ReportHeader(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReportAck(msgspec.Struct, frozen=True):
-    """Sent for the first report of a stream: the node is heard. To answer each would double what a report costs.
-    Another one follows when `beat_s` changes."""
+    """The sender is heard. A controller answers the first batch of a stream, and again when `beat_s` changes: to answer
+    each would double what a report costs. A relay answers each, and again when `heard_by` changes."""
 
-    seq: int
+    seq: int  # a relay: batches taken in so far
     # The sender need not speak more often as long as it has no news; 0: at each heartbeat.
     beat_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 0.0
+    heard_by: tuple[str, ...] = ()  # a relay: addresses of the controllers that the sender's reports reach
 
 
 def beat_every_s(senders: int, heartbeat_s: float, suspect_after_s: float) -> float:

@@ -5,6 +5,7 @@ generated classes has to be kept equal to the first (ARCHITECTURE.md, "Design de
 
     Frontdoor.Serve   gateway -> node         stream GatewayMessage <-> stream SchedulerMessage
     Control.Report    node    -> controller   stream ReportBatch    <-> stream ReportAck
+                      node -> relay of its host -> controller: the same
 
 Each call carries the cluster's secret as `authorization: Bearer <hex HMAC>` (see `auth.py`), and to a front door the
 schema of what the gateway speaks. A field that is added needs no new schema: who does not know it passes over it. The
@@ -20,7 +21,7 @@ from typing import Any
 import grpc
 import msgspec
 
-from controlplane.contract.reports import ReportAck, ReportBatch, ReportHeader
+from controlplane.contract.reports import NodeReport, RelayedBatch, ReportAck, ReportBatch, ReportHeader
 from controlplane.contract.requests import GatewayMessage, SchedulerMessage
 
 FRONTDOOR = "kevlarflow.Frontdoor"
@@ -36,6 +37,8 @@ encode = msgspec.msgpack.Encoder().encode
 decode_gateway_message = msgspec.msgpack.Decoder(GatewayMessage).decode
 decode_scheduler_message = msgspec.msgpack.Decoder(SchedulerMessage).decode
 decode_reports = msgspec.msgpack.Decoder(ReportBatch).decode
+decode_relayed = msgspec.msgpack.Decoder(RelayedBatch).decode
+decode_report = msgspec.msgpack.Decoder(NodeReport).decode
 decode_header = msgspec.msgpack.Decoder(ReportHeader).decode  # of a batch of reports
 decode_ack = msgspec.msgpack.Decoder(ReportAck).decode
 

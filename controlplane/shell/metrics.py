@@ -106,6 +106,9 @@ def _process(status: ClusterStatus, me: str, sources: Sources) -> Iterator[Famil
         runtime.step_s_max,
     )
     yield _gauge("report_streams", "Nodes that report to this controller", reports.streams)
+    yield _gauge(
+        "report_senders", "Streams that bring these reports, of nodes and of relays", reports.senders
+    )
     yield _gauge("history_healthy", "1 while the history database takes events", history.healthy)
     yield _counter("controller_steps", "Events that the core took in", runtime.steps)
     yield _counter("controller_decisions", "Times that the core decided", runtime.decisions)
