@@ -204,7 +204,7 @@ def _visit(request: Request) -> Visit:
         request.state.owner,
         headers.get("x-request-id", ""),
         headers.get("idempotency-key"),
-        headers.get("last-event-id"),
+        headers.get("last-event-id") or None,  # an empty one says that nothing has come yet
     )
 
 
