@@ -186,6 +186,13 @@ class Supervisor:
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # in case they were blocked across an exec
 
+    def send(self, name: str, number: int) -> None:
+        """A signal to this child, if it runs."""
+        child = self._children[name]
+        if child.running:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                signal.pidfd_send_signal(child.fd, number)
+
     def end(self, names: Iterable[str], grace_s: float) -> None:
         """SIGTERM to all of these at once, SIGKILL to those left after `grace_s`; returns when all are gone.
 
@@ -195,9 +202,7 @@ class Supervisor:
             child.leaving, child.due = True, None
         for number, limit_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILL_LIMIT_S)):
             for child in ending:
-                if child.running:
-                    with contextlib.suppress(ProcessLookupError):  # it has just ended
-                        signal.pidfd_send_signal(child.fd, number)
+                self.send(child.name, number)
             deadline = time.monotonic() + limit_s
             while any(child.running for child in ending) and (left := deadline - time.monotonic()) > 0:
                 self.turn(left)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 OUTBOX_MAX = 10_000  # messages that a gateway has not read: more, and its stream is closed (it resumes)
 MESSAGE_BYTES_MAX = 64 << 20
+TOLD_S = 10.0  # so long a refused gateway is a trouble; it tries again each second
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class Frontdoor:
         self._others = others
         self._sessions: dict[int, _Session] = {}
         self._next = 1
+        self._refused: tuple[str, float] | None = None  # the last gateway that was: why, and when
         self._server: grpc.aio.Server | None = None
 
     async def start(self, host: str, advertise: str = "") -> str:
@@ -78,6 +81,12 @@ class Frontdoor:
         if self._server is not None:
             await self._server.stop(grace=0.2)
 
+    def troubles(self) -> tuple[str, ...]:
+        """Which gateway could not be served lately, and why, for people."""
+        if self._refused is None or time.monotonic() - self._refused[1] > TOLD_S:
+            return ()
+        return (self._refused[0],)
+
     def send(self, session: int, message: SchedulerMessage) -> None:
         """Queue a message for a gateway; nothing happens if it has gone (the log is with it)."""
         state = self._sessions.get(session)
@@ -95,6 +104,11 @@ class Frontdoor:
         metadata = dict(context.invocation_metadata() or ())
         if not bearer_matches(metadata.get("authorization"), self._token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
+        if why := rpc.refusal(metadata):
+            if not self.troubles():  # once, however often it tries
+                log.warning("a gateway is refused (%s): %s", context.peer(), why)
+            self._refused = (f"a gateway is refused: {why}", time.monotonic())
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
         session, self._next = self._next, self._next + 1
         state = self._sessions[session] = _Session()
         reader = asyncio.create_task(self._read(session, requests))

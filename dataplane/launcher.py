@@ -1,11 +1,12 @@
-"""The launcher: starts the nodes of one host and puts a dead one back at once.
+"""The launcher: starts the nodes of one host, and its relay (`relay.py`), and puts a dead one back at once.
 
     python -m dataplane.launcher --config FILE [--nodes n0,n1]
 
 It has imported torch and the node's modules and has run no operator, so a fork is a running node within
 about 10 ms and shares its pages. (After a threaded operator a forked child hangs; the same goes for open
 gRPC channels and UCX contexts: `preload` imports and does nothing else.) How nodes are watched, adopted and started
-again, and the files of that, are in `controlplane/supervisor.py`; their ProcessFiles lie in RUN_DIR/nodes.
+again, and the files of that, are in `controlplane/supervisor.py`; their ProcessFiles lie in RUN_DIR/nodes and, of the
+relay, in RUN_DIR/relay.
 
 SIGTERM and SIGINT end the launcher and its nodes. After SIGHUP it leaves them running, for the next launcher to adopt.
 
@@ -43,6 +44,8 @@ from dataplane.accelerators import Place, assign, count_devices
 from dataplane.installed import Installed
 
 TARGET = "dataplane.main:run_node"
+RELAY = "relay"
+RELAY_TARGET = "dataplane.relay:run_relay"
 PAUSE_MAX_S = 10.0  # before the next start of what keeps dying, or has its name taken
 STOP_GRACE_S = 3.0
 LOCK_WAIT_S = 3.0
@@ -79,6 +82,7 @@ class Launcher:
         self._log = structlog.get_logger()
         self._cold = config.mode is Mode.STOP_RESTART
         self._run_node: RunNode | None = None
+        self._run_relay: RunNode | None = None
         self._places: dict[str, Place] = {}
         self._installed = Installed(self._config_path, config)
         self._children = Supervisor(
@@ -92,16 +96,22 @@ class Launcher:
 
     def run(self) -> None:
         """Start or adopt every node and keep them running; returns when all have been stopped, or left (SIGHUP)."""
-        for folder in ("nodes", "hold", "logs"):
+        for folder in ("nodes", RELAY, "hold", "logs"):
             (self._run_dir / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._only_one():
             self._children.catch(SIGNALS)
             if self._config.engine.device == "cuda":
                 self._places = assign(self._nodes, count_devices())
                 self._log.info("devices", **{node: place.device for node, place in self._places.items()})
+            if self._target == TARGET:
+                self._children.add(RELAY, RELAY, self._begin_relay)
+                # One that is adopted may run other code or settings: a fresh one takes its place, and nobody notices.
+                self._children.send(RELAY, signal.SIGTERM)
             for node in self._nodes:
                 self._children.add(node, "nodes", partial(self._begin, node))
             if not self._cold:
+                if self._target == TARGET:
+                    self._run_relay = preload(RELAY_TARGET)
                 self._run_node = preload(self._target, torch=self._config.engine.executor == "torch")
                 if (threads := len(os.listdir("/proc/self/task"))) > 1:
                     self._log.warning(
@@ -115,6 +125,7 @@ class Launcher:
                 return
             self._log.info("stopping the nodes")
             self._children.end(self._nodes, STOP_GRACE_S)
+            self._children.end([RELAY], STOP_GRACE_S)  # it has passed on that they leave
             self._log.info("all nodes have ended")
 
     @contextlib.contextmanager
@@ -139,7 +150,18 @@ class Launcher:
         if self._cold:
             return self._cold_command(node)(log)
         self._renew()
-        return self._fork(node, log)
+        assert self._run_node is not None
+        place = {"place": self._places[node]} if self._places else {}
+        return self._fork(node, partial(self._run_node, self._config, node, **place), log)
+
+    def _begin_relay(self, log: IO[bytes]) -> int:
+        if self._cold:
+            return run_command([sys.executable, "-m", "dataplane.relay", "--config", str(self._config_path)])(
+                log
+            )
+        self._renew()
+        assert self._run_relay is not None
+        return self._fork(RELAY, partial(self._run_relay, self._config), log)
 
     def _renew(self) -> None:
         """A node runs the code and the settings that are installed when it is started: if they are not this process's
@@ -158,7 +180,7 @@ class Launcher:
         sys.stderr.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
-    def _fork(self, node: str, log: IO[bytes]) -> int:
+    def _fork(self, name: str, run: Callable[[], None], log: IO[bytes]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         # Held back until the child has its own handlers, so that no signal to it is taken for the launcher's.
@@ -166,13 +188,13 @@ class Launcher:
         try:
             pid = os.fork()
             if pid == 0:
-                self._become_node(node, log.fileno())
+                self._become(name, run, log.fileno())
             return pid
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def _become_node(self, node: str, log_fd: int) -> None:
-        """In the child: let go of all that is the launcher's, then be the node. Never returns."""
+    def _become(self, name: str, run: Callable[[], None], log_fd: int) -> None:
+        """In the child: let go of all that is the launcher's, then run. Never returns."""
         status = 1
         try:
             os.setpgid(0, 0)
@@ -183,14 +205,12 @@ class Launcher:
             os.close(null)
             os.close(self._lock.fileno())  # closed, not unlocked: the lock stays the launcher's
             structlog.reset_defaults()
-            assert self._run_node is not None
-            place = {"place": self._places[node]} if self._places else {}
-            self._run_node(self._config, node, **place)
+            run()
             status = 0
         except SystemExit as exit_:
             status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
         except KevlarFlowError as error:  # said in words: nothing of ours is broken
-            structlog.get_logger().error(str(error), node=node)
+            structlog.get_logger().error(str(error), process=name)
         except BaseException:  # the process ends here: the log is the only place left to tell why
             traceback.print_exc()
         finally:

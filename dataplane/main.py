@@ -25,6 +25,7 @@ from dataplane.devices import precise_loop
 from dataplane.fetch import provision
 from dataplane.moment import MOMENT
 from dataplane.node import Node, load_executor
+from dataplane.report_stream import relay_address
 
 if TYPE_CHECKING:
     from dataplane.executor import StageExecutor
@@ -65,7 +66,9 @@ async def _serve(
     take_over: str,
     place: Place,
 ) -> None:
-    node = Node(config, me, stage, executor, settings, (take_over,), place)
+    node = Node(
+        config, me, stage, executor, settings, (take_over,), place, relay_address(Path(config.run_dir))
+    )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.stop)

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Collection, Coroutine, Iterator, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,9 @@ LINKS_LOOKED_AT_S = 1.0  # how often unused links are looked for
 GOODBYE_LIMIT_S = 0.3  # for the report that says that this node leaves
 LEAVE_LIMIT_S = 2.0  # for everything that it does before it ends
 ROWS_PER_PIPELINE = 4  # block-table rows: served and copied requests of two pipelines and their overlap
+# Counters that reports carry. (`asdict` copies each value deeply, for every report.)
+OF_COPIES = tuple(field.name for field in fields(ReplicaStats))
+OF_LINKS = tuple(field.name for field in fields(TransportStats))
 
 
 class Node:
@@ -74,8 +77,10 @@ class Node:
         settings: str = "",
         supersedes: Collection[str] = (),
         place: Place = CPU,
+        relay: str = "",
     ) -> None:
-        """`settings`: digest of the settings as they were read, where `config` is not (its model may be elsewhere)."""
+        """`settings`: digest of the settings as they were read, where `config` is not (its model may be elsewhere).
+        `relay`: address of the host's, if it may have one."""
         self._place = place
         self._settings = settings or settings_digest(config)
         self._supersedes = supersedes
@@ -103,7 +108,7 @@ class Node:
             WeightsService(token, Path(config.model), stage, config.stages, executor.weights_digest).handler,
         )
         limits = Limits.from_config(engine, context, config.timing.orphan_grace_s, executor.config.vocab_size)
-        self._reporter = Reporter(token, config.timing.heartbeat_s, self._report, lambda: self._moving)
+        self._reporter = Reporter(token, config.timing.heartbeat_s, self._report, lambda: self._moving, relay)
         self._schedulers = Schedulers(
             me,
             limits,
@@ -344,6 +349,7 @@ class Node:
             topology_counter=self._worker.topology.counter if self._worker.topology else 0,
             leaving=self._leaving,
             counters=self._counters(),
+            troubles=self._frontdoor.troubles(),
         )
         return report, total
 
@@ -370,8 +376,9 @@ class Node:
     def _counters(self) -> dict[str, int]:
         stats = self._worker.stats
         counters = {f"scheduler_{k}": v for k, v in self._schedulers.counters().items()}
-        counters |= {f"replica_{k}": v for k, v in _counts(self._worker.replicator.stats)}
-        counters |= {f"link_{k}": v for k, v in _counts(self._transport.stats)}
+        copies, links = self._worker.replicator.stats, self._transport.stats
+        counters |= {f"replica_{name}": getattr(copies, name) for name in OF_COPIES}
+        counters |= {f"link_{name}": getattr(links, name) for name in OF_LINKS}
         counters |= {f"fenced_{kind}": count for kind, count in stats.fenced.items()}
         counters["replicas_evicted"] = self._store.replicas_evicted
         counters["checksum_failures"] = self._store.checksum_failures
@@ -381,11 +388,6 @@ class Node:
         counters["steps_merged"] = stats.merged
         counters["compute_ms"] = int(self._worker.compute.total_s * 1000)
         return counters
-
-
-def _counts(stats: ReplicaStats | TransportStats) -> Iterator[tuple[str, int]]:
-    """Names and values of a flat dataclass of counters. `asdict` copies each value deeply, for every report."""
-    return ((field.name, getattr(stats, field.name)) for field in fields(stats))
 
 
 def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> StageExecutor | OracleExecutor:

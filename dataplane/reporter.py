@@ -1,33 +1,37 @@
-"""The node's reports: one stream to every controller, a heartbeat at a fixed pace and a report at once on news.
+"""The node's reports: through the relay of its host, or on one stream to every controller; a heartbeat at a fixed pace
+and a report at once on news.
 
 Most reports would say what the last one said: then a beat, a few bytes, says that it still holds (`_is_news`). Of a
 large group controllers ask for fewer beats (`ReportAck.beat_s`): whether there is news is looked at each heartbeat all
 the same.
-Each controller has its own task, so that one that hangs delays nobody. No report is queued: each is made from the
-state at the moment it is sent.
+Each stream has its own task, so that a receiver that hangs delays nobody. No report is queued: each is made from the
+state at the moment it is sent. Which controllers need a stream of their own is decided in core/paths.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
-import grpc
+from msgspec.structs import replace
 
 from controlplane.backoff import Backoff
-from controlplane.contract import rpc
 from controlplane.contract.records import ControllerRecord
-from controlplane.contract.reports import NodeReport, ReportBatch
-
-log = logging.getLogger(__name__)
+from controlplane.contract.reports import NodeReport, ReportAck, ReportBatch
+from dataplane.core.paths import Paths
+from dataplane.report_stream import keep_reporting
 
 SLOT = 0  # on a stream of its own a node is the only one
 BEAT = ReportBatch(beats=(SLOT,), calm=True)
 
 FULL_BEATS = 5  # a whole report so often while the node computes, in heartbeats ...
 FULL_IDLE_BEATS = 10  # ... and while it rests
+COUNTERS_BEATS = (
+    20  # counters go with a report so often: people look at them, and they are half of what is in it
+)
 LINK_QUIET_S = (
     0.4  # a link that was silent for so long, twice the pause between two pings, is watched as well
 )
@@ -35,39 +39,28 @@ LATE_S = 0.02  # overdue timers since the last report: who hardly gets to run is
 LONG_BEATS = 3  # a step that takes so long is watched at every heartbeat
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
-# A controller behind a path that has healed hears this node again within 3 s: TCP alone sends again, and tries to
-# connect, at intervals that double for as long as the path is cut.
-OPTIONS = [
-    ("grpc.keepalive_time_ms", 10_000),
-    (
-        "grpc.keepalive_timeout_ms",
-        2_000,
-    ),  # also the longest time without TCP's acknowledgement of a heartbeat
-    ("grpc.min_reconnect_backoff_ms", 2_000),  # the longest time that one connection attempt takes
-    # Each attempt has its own connection: the back-off is ours, and not gRPC's as well.
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_retries", 0),
-]
+RELAY_BACKOFF_FIRST_S = 0.05  # one that died is back soon, one that is not there costs little
+RELAY_BACKOFF_MAX_S = 10.0
 
 
 @dataclass(slots=True)
 class _Line:
     address: str
-    task: asyncio.Task[None]
+    task: asyncio.Task[NoReturn] | None = None
     due: asyncio.Event = field(default_factory=asyncio.Event)  # a heartbeat, or news
     news: bool = True
-    seq: int = 0
     recoveries_sent: int = 0
     told: NodeReport | None = None  # the last report on this stream
     beats: int = 0  # heartbeats since then
     quiet: int = 0  # heartbeats since anything was sent
+    uncounted: int = COUNTERS_BEATS  # heartbeats since counters were sent
     every: int = 1  # heartbeats in which something is to be sent, news or none
     said: asyncio.Event = field(default_factory=asyncio.Event)  # a report has left since it was cleared
 
 
 class Reporter:
     """`make(seq, recoveries_sent)` gives a report and the count of recoveries it brings the receiver up to; while
-    `hurried()` controllers wait for each of them."""
+    `hurried()` controllers wait for each of them. `relay`: its address, for gRPC, where the host has one."""
 
     def __init__(
         self,
@@ -75,79 +68,116 @@ class Reporter:
         heartbeat_s: float,
         make: Callable[[int, int], tuple[NodeReport, int]],
         hurried: Callable[[], bool] = lambda: False,
+        relay: str = "",
     ) -> None:
         self._token = token
         self._heartbeat_s = heartbeat_s
         self._make = make
         self._hurried = hurried
-        self._lines: dict[str, _Line] = {}
+        self._seq = 0
+        self._paths = Paths(heartbeat_s, time.monotonic(), bool(relay))
+        self._lines: dict[str, _Line] = {}  # by address
+        self._relay = _Line(relay) if relay else None
+        self._looking: asyncio.Task[None] | None = None
 
     def set_controllers(self, records: dict[str, ControllerRecord]) -> None:
         """Report to exactly these from now on."""
-        for name, line in list(self._lines.items()):
-            if name not in records or records[name].rpc_address != line.address:
-                line.task.cancel()
-                del self._lines[name]
-        for name, record in records.items():
-            if name not in self._lines:
-                task = asyncio.create_task(self._run(name, record.rpc_address), name=f"report-{name}")
-                self._lines[name] = _Line(record.rpc_address, task)
+        if self._relay is not None and self._looking is None:
+            self._looking = asyncio.create_task(self._look(), name="report-paths")
+            self._relay.task = asyncio.create_task(self._keep_relay(self._relay), name="report-relay")
+        self._paths.set_controllers([record.rpc_address for record in records.values()], time.monotonic())
+        self._settle()
 
     def kick(self) -> None:
         """There is news: report now."""
-        for line in self._lines.values():
+        for line in self._all():
             line.news = True
             line.due.set()
 
     async def flush(self, limit_s: float) -> None:
         """Report to everybody now, and wait until it has left, within `limit_s`."""
-        for line in self._lines.values():
+        lines = self._all()
+        for line in lines:
             line.said.clear()
         self.kick()
-        leaving = [asyncio.create_task(line.said.wait()) for line in self._lines.values()]
+        leaving = [asyncio.create_task(line.said.wait()) for line in lines]
         if leaving:
             _, late = await asyncio.wait(leaving, timeout=limit_s)
             for task in late:
                 task.cancel()
 
     async def close(self) -> None:
-        tasks = [line.task for line in self._lines.values()]
+        tasks = [task for task in (self._looking, *(line.task for line in self._all())) if task is not None]
         self._lines.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, name: str, address: str) -> None:
-        backoff = Backoff(BACKOFF_FIRST_S, BACKOFF_MAX_S)
-        await asyncio.sleep(0)  # let set_controllers store our line first
-        while True:
-            line = self._lines[name]
-            line.seq, line.told, line.news, line.every = 0, None, True, 1
-            try:
-                async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
-                    call = channel.stream_stream(
-                        rpc.CONTROL_REPORT,
-                        request_serializer=rpc.encode,
-                        response_deserializer=rpc.decode_ack,
-                    )(self._batches(line), metadata=(("authorization", f"Bearer {self._token}"),))
-                    async for ack in call:
-                        line.every = max(1, round(ack.beat_s / self._heartbeat_s))
-                        backoff.succeeded()
-            except grpc.aio.AioRpcError as error:
-                log.debug("reports to %s: %s", name, error.code())
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise
-                # grpc.aio cancels the call, and so this task, when a report could not be made or encoded. To
-                # end here would be to fall silent, which controllers take for death.
-                log.warning("the stream of reports to %s broke off: a report could not be made", name)
-            await backoff.pause()
+    def _all(self) -> list[_Line]:
+        return [*self._lines.values(), *([self._relay] if self._relay is not None else [])]
 
-    async def _batches(self, line: _Line) -> AsyncIterator[ReportBatch]:
+    # ---- streams
+
+    def _settle(self) -> None:
+        """Streams of our own to exactly those that need one."""
+        for address in self._lines.keys() - self._paths.own:
+            line = self._lines.pop(address)
+            if line.task is not None:
+                line.task.cancel()
+        for address in sorted(self._paths.own - self._lines.keys()):
+            line = self._lines[address] = _Line(address)
+            line.task = asyncio.create_task(self._keep(line), name=f"report-{address}")
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            self._paths.look(time.monotonic())
+            self._settle()
+
+    async def _keep(self, line: _Line) -> NoReturn:
+        def acknowledged(ack: ReportAck) -> None:
+            line.every = max(1, round(ack.beat_s / self._heartbeat_s))
+
+        backoff = Backoff(BACKOFF_FIRST_S, BACKOFF_MAX_S)
+        await keep_reporting(line.address, self._token, backoff, lambda: self._batches(line), acknowledged)
+
+    async def _keep_relay(self, line: _Line) -> NoReturn:
+        def acknowledged(ack: ReportAck) -> None:
+            now = time.monotonic()
+            late = self._paths.overdue(now)
+            if self._paths.answered(ack.seq, ack.heard_by, now):
+                line.recoveries_sent, line.news = 0, True  # a controller that was not told of them
+                line.due.set()
+            elif late:
+                line.due.set()
+            self._settle()
+
+        def broken(_why: str) -> None:
+            self._paths.broken(time.monotonic())
+            self._settle()
+
+        backoff = Backoff(RELAY_BACKOFF_FIRST_S, RELAY_BACKOFF_MAX_S)
+        await keep_reporting(
+            line.address, self._token, backoff, lambda: self._batches(line, True), acknowledged, broken
+        )
+
+    async def _batches(self, line: _Line, to_relay: bool = False) -> AsyncIterator[ReportBatch]:
+        line.told, line.news, line.recoveries_sent, line.every, line.uncounted = (
+            None,
+            True,
+            0,
+            1,
+            COUNTERS_BEATS,
+        )
+        if to_relay:
+            self._paths.opening()
         while True:
             line.due.clear()
-            if (batch := self._next(line)) is not None:
+            # To a relay that owes an answer for too long nothing more is sent: it would only wait there.
+            silent = to_relay and self._paths.overdue(time.monotonic())
+            if not silent and (batch := self._next(line)) is not None:
+                if to_relay:
+                    self._paths.sent(time.monotonic())
                 yield batch
                 line.said.set()
             timer = asyncio.get_running_loop().call_later(self._heartbeat_s, line.due.set)
@@ -155,14 +185,18 @@ class Reporter:
             timer.cancel()
 
     def _next(self, line: _Line) -> ReportBatch | None:
-        report, recoveries = self._make(line.seq, line.recoveries_sent)
+        report, recoveries = self._make(self._seq + 1, line.recoveries_sent)
         news, line.news = line.news, False
-        line.beats, line.quiet = line.beats + 1, line.quiet + 1
+        line.beats, line.quiet, line.uncounted = line.beats + 1, line.quiet + 1, line.uncounted + 1
         told = line.told
         news = news or told is None or self._is_news(report, told)
         if news or told is None or self._is_old(report, told, line.beats):
-            line.seq += 1
+            self._seq += 1
             line.recoveries_sent, line.told, line.beats, line.quiet = recoveries, report, 0, 0
+            if line.uncounted >= COUNTERS_BEATS:
+                line.uncounted = 0
+            else:
+                report = replace(report, counters={})
             return ReportBatch(reports=((SLOT, report),), calm=not news)
         if line.quiet < line.every:
             return None
@@ -188,6 +222,7 @@ class Reporter:
             self._hurried()
             or _duties(report) != _duties(told)
             or report.broken_links() != told.broken_links()
+            or report.troubles != told.troubles
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import fields
 from typing import assert_never
@@ -50,9 +50,10 @@ from dataplane.transport.frames import Send
 log = logging.getLogger(__name__)
 
 RECOVERIES_KEPT = 64
+COUNTERS = tuple(field.name for field in fields(SchedulerStats))
 # So often in so many seconds a scheduler that raised is replaced by a fresh one; then the node ends with its error.
 CRASHES_MAX, CRASHES_WITHIN_S = 3, 60.0
-UNSENT_MAX = 8  # questions kept for a member until its link is up; the scheduler asks anew anyway
+UNSENT_MAX = 32  # questions kept for a member until its link is up; the scheduler asks anew anyway
 
 
 class Schedulers:
@@ -92,6 +93,9 @@ class Schedulers:
         # A registration may be gone for a while (etcd was away); the node is not.
         self._records.update(records)
         now = time.monotonic()
+        served: Counter[NodeId] = Counter()
+        if any(pipeline.scheduler == self._me for pipeline in topology.pipelines):
+            served = served_counts(topology)
         for pipeline in topology.pipelines:
             scheduler = self.by_pipeline.get(pipeline.id)
             if pipeline.scheduler != self._me:
@@ -100,7 +104,7 @@ class Schedulers:
                     self._perform(scheduler, scheduler.close())
                 continue
             before = previous.pipeline(pipeline.id) if previous is not None else None
-            capacity = self._capacity(topology, pipeline)
+            capacity = self._capacity(topology, pipeline, served)
             hold = pipeline.move is not None and pipeline.move.phase is MovePhase.QUIESCE
             if scheduler is None:
                 scheduler = Scheduler(
@@ -160,7 +164,7 @@ class Schedulers:
     def counters(self) -> dict[str, int]:
         """Totals over present and past schedulers, by name."""
         stats = [self._past, *(s.stats for s in self.by_pipeline.values())]
-        totals = {f.name: sum(getattr(s, f.name) for s in stats) for f in fields(SchedulerStats)}
+        totals = {name: sum([getattr(s, name) for s in stats]) for name in COUNTERS}
         return totals | {"crashes": self.crashes_total}
 
     # ------------------------------------------------------------------ effects
@@ -202,7 +206,8 @@ class Schedulers:
         self.by_pipeline[fresh.pipeline] = fresh
         pipeline = self._topology.pipeline(fresh.pipeline) if self._topology is not None else None
         if self._topology is not None and pipeline is not None:
-            self._dispatch(fresh, self._capacity(self._topology, pipeline))
+            served = served_counts(self._topology)
+            self._dispatch(fresh, self._capacity(self._topology, pipeline, served))
         self._perform(fresh, fresh.start(now))
         return fresh
 
@@ -254,8 +259,11 @@ class Schedulers:
             if not self._unsent[member]:
                 del self._unsent[member]
 
-    def _capacity(self, topology: Topology, pipeline: Pipeline) -> CapacityChanged:
-        """Blocks: the least that one of its nodes can give it; the least counts, as all hold the same blocks."""
+    def _capacity(self, topology: Topology, pipeline: Pipeline, served: Counter[NodeId]) -> CapacityChanged:
+        """Blocks: the least that one of its nodes can give it; the least counts, as all hold the same blocks.
+
+        `served`: how many pipelines each node serves.
+        """
         quotas = []
         shared = 1
         # By host, for each node there: how many such nodes the host can run at once.
@@ -263,9 +271,9 @@ class Schedulers:
         for member in pipeline.members():
             record = self._records.get(member.node)
             if record is not None:
-                serves = {p for p, _ in topology.serving(member.node)}
-                quotas.append(quota_blocks(record.pool_blocks, len(serves), topology.copies))
-                shared = max(shared, len(serves))
+                serves = served[member.node]
+                quotas.append(quota_blocks(record.pool_blocks, serves, topology.copies))
+                shared = max(shared, serves)
                 on_host.setdefault(record.fault_domain.get("host", member.node), []).append(
                     record.host_parallel
                 )
@@ -273,6 +281,13 @@ class Schedulers:
         return CapacityChanged(min(quotas, default=0), self._microbatches or max(1, parallel), shared)
 
     def _remember(self, scheduler: Scheduler) -> None:
-        for f in fields(SchedulerStats):
-            total = getattr(self._past, f.name) + getattr(scheduler.stats, f.name)
-            setattr(self._past, f.name, total)
+        for name in COUNTERS:
+            setattr(self._past, name, getattr(self._past, name) + getattr(scheduler.stats, name))
+
+
+def served_counts(topology: Topology) -> Counter[NodeId]:
+    """How many pipelines each node serves: one pass over the topology."""
+    found: Counter[NodeId] = Counter()
+    for pipeline in topology.pipelines:
+        found.update({member.node for stage in pipeline.stages for member in stage.ranks})
+    return found

@@ -3,6 +3,7 @@
 A stream carries `ReportBatch`es. Its sender is one node, or the relay of a host, which speaks for all nodes there: what
 a controller pays is a message a host, and most of what is in one are numbers of slots. News leaves at once; how often a
 sender speaks although there is none is what each controller says in its acknowledgements (`beat_every_s`).
+Reports are arrays, half as long as maps: a new field goes to the end and has a default.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ BEATS_PER_S_MAX = 500  # messages without news that a controller asks for, of al
 BEATS_TO_SUSPECT = 3  # ... but so many of each within the silence that makes a member suspect
 
 
-class LinkReport(msgspec.Struct, frozen=True, gc=False):
+NO_LINK = (
+    "no link: "  # how the reason begins where the peer speaks another version, so that no link can be opened
+)
+
+
+class LinkReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a node knows of a neighbour through its links: independent evidence of life."""
 
     peer: Member
@@ -31,7 +37,7 @@ class LinkReport(msgspec.Struct, frozen=True, gc=False):
     watch: bool = False  # it is only there for the two to watch each other: no pipeline needs it
 
 
-class TargetReport(msgspec.Struct, frozen=True, gc=False):
+class TargetReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How far behind one copy of a pipeline's KV is, by what its holder acknowledged."""
 
     target: Member
@@ -49,7 +55,7 @@ class StepTimes(msgspec.Struct, frozen=True, array_like=True, gc=False):
     busy_us: int  # by the clock, not by the processor: what slows a node down counts
 
 
-class PipelineReport(msgspec.Struct, frozen=True, gc=False):
+class PipelineReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One pipeline as one of its stages sees it."""
 
     pipeline: PipelineId
@@ -68,7 +74,7 @@ class PipelineReport(msgspec.Struct, frozen=True, gc=False):
     targets: tuple[TargetReport, ...] = ()
 
 
-class RecoveryReport(msgspec.Struct, frozen=True, gc=False):
+class RecoveryReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One recovery as the pipeline's scheduler timed it (unix seconds)."""
 
     pipeline: PipelineId
@@ -82,9 +88,9 @@ class RecoveryReport(msgspec.Struct, frozen=True, gc=False):
     planned: bool  # a move, not a failure
 
 
-class NodeReport(msgspec.Struct, frozen=True, gc=False):
+class NodeReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     member: Member
-    seq: int  # grows by one with each report of this member, on each stream
+    seq: int  # grows with each report of this member, whichever stream carries it
     unix_s: float
     progress: int  # steps executed since start: a node that answers but does not advance is seen
     pipelines: tuple[PipelineReport, ...] = ()
@@ -104,7 +110,9 @@ class NodeReport(msgspec.Struct, frozen=True, gc=False):
     overdue_s: float = 0.0  # ... and of that was overdue, its loop not computing: it does not get to run
     topology_counter: int = 0  # the newest topology this node has acted on
     leaving: bool = False  # the process is about to exit on purpose
-    counters: dict[str, int] = {}  # monotonic; exported by the controllers as Prometheus counters
+    # Monotonic; exported by the controllers as Prometheus counters. Empty: as last said.
+    counters: dict[str, int] = {}
+    troubles: tuple[str, ...] = ()  # what an operator has to mend, in words
 
     def broken_links(self) -> set[Member]:
         """Neighbours to which the link is down."""
@@ -125,6 +133,17 @@ class ReportBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
     calm: bool = False  # nothing in it is news: a relay may pass it on with its next beat
 
 
+class RelayedBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A `ReportBatch` as a relay reads and sends it: reports go on as they came, with whatever newer code has added."""
+
+    reports: tuple[tuple[int, msgspec.Raw], ...] = ()
+    beats: tuple[int, ...] = ()
+    gone: tuple[int, ...] = ()
+    relay: bool = True
+    schema: int = SCHEMA
+    calm: bool = False
+
+
 class ReportHeader(msgspec.Struct, frozen=True, array_like=True):
     """What can be read of any batch, whatever newer code has changed in its reports."""
 
@@ -136,12 +155,13 @@ class ReportHeader(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReportAck(msgspec.Struct, frozen=True):
-    """Sent for the first report of a stream: the node is heard. To answer each would double what a report costs.
-    Another one follows when `beat_s` changes."""
+    """The sender is heard. A controller answers the first batch of a stream, and again when `beat_s` changes: to answer
+    each would double what a report costs. A relay answers each, and again when `heard_by` changes."""
 
-    seq: int
+    seq: int  # a relay: batches taken in so far
     # The sender need not speak more often as long as it has no news; 0: at each heartbeat.
     beat_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 0.0
+    heard_by: tuple[str, ...] = ()  # a relay: addresses of the controllers that the sender's reports reach
 
 
 def beat_every_s(senders: int, heartbeat_s: float, suspect_after_s: float) -> float:

@@ -5,18 +5,23 @@ generated classes has to be kept equal to the first (ARCHITECTURE.md, "Design de
 
     Frontdoor.Serve   gateway -> node         stream GatewayMessage <-> stream SchedulerMessage
     Control.Report    node    -> controller   stream ReportBatch    <-> stream ReportAck
+                      node -> relay of its host -> controller: the same
 
-Each call carries the cluster's secret as `authorization: Bearer <hex HMAC>` (see `auth.py`).
+Each call carries the cluster's secret as `authorization: Bearer <hex HMAC>` (see `auth.py`), and to a front door the
+schema of what the gateway speaks. A field that is added needs no new schema: who does not know it passes over it. The
+schema is raised where older code would misread or could not decode a message; then a node refuses newer gateways, and
+those older than the oldest that it still speaks with: one side decides, before a message has gone either way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
 import msgspec
 
-from controlplane.contract.reports import ReportAck, ReportBatch, ReportHeader
+from controlplane.contract.reports import NodeReport, RelayedBatch, ReportAck, ReportBatch, ReportHeader
 from controlplane.contract.requests import GatewayMessage, SchedulerMessage
 
 FRONTDOOR = "kevlarflow.Frontdoor"
@@ -24,12 +29,31 @@ FRONTDOOR_SERVE = f"/{FRONTDOOR}/Serve"
 CONTROL = "kevlarflow.Control"
 CONTROL_REPORT = f"/{CONTROL}/Report"
 
+STREAM_SCHEMA = 1  # of GatewayMessage and SchedulerMessage
+STREAM_SCHEMA_OLDEST = 1
+STREAM_SCHEMA_KEY = "kf-schema"
+
 encode = msgspec.msgpack.Encoder().encode
 decode_gateway_message = msgspec.msgpack.Decoder(GatewayMessage).decode
 decode_scheduler_message = msgspec.msgpack.Decoder(SchedulerMessage).decode
 decode_reports = msgspec.msgpack.Decoder(ReportBatch).decode
+decode_relayed = msgspec.msgpack.Decoder(RelayedBatch).decode
+decode_report = msgspec.msgpack.Decoder(NodeReport).decode
 decode_header = msgspec.msgpack.Decoder(ReportHeader).decode  # of a batch of reports
 decode_ack = msgspec.msgpack.Decoder(ReportAck).decode
+
+
+def refusal(metadata: Mapping[str, str]) -> str:
+    """Why a node cannot serve a gateway whose call has this metadata, and what to do; "" if it can."""
+    said = metadata.get(STREAM_SCHEMA_KEY, "1")
+    theirs = int(said) if said.isdecimal() else 0
+    if STREAM_SCHEMA_OLDEST <= theirs <= STREAM_SCHEMA:
+        return ""
+    older = "node" if theirs > STREAM_SCHEMA else "gateway"
+    return (
+        f"the gateway's messages have schema {said}, this node reads {STREAM_SCHEMA_OLDEST} to {STREAM_SCHEMA}: "
+        f"restart the {older} with the newer code"
+    )
 
 
 def stream_handler(service: str, method: str, behaviour: Any, decode: Any) -> grpc.GenericRpcHandler:

@@ -40,6 +40,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     counters: dict[str, int] = {}
     version: str = ""  # of its code
     settings: str = ""  # digest
+    troubles: tuple[str, ...] = ()  # what an operator has to mend, by its last report
     numerics: str = ""  # precision, device and digest of all that decides its bits (NodeRecord)
 
 

@@ -6,7 +6,7 @@ emits writes and history.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import replace as replace_situation
 from typing import assert_never
 
@@ -42,7 +42,7 @@ from controlplane.core.plan import propose
 from controlplane.core.policy import Limits, Policy, Situation, Timers
 from controlplane.core.preflight import preflight
 from controlplane.core.slot import Slot
-from controlplane.core.view import cluster_status
+from controlplane.core.view import Overview
 
 TOLD_MAX = 256  # blemishes that are remembered as told
 FINISHED_KEPT = 100  # operations that are over stay in etcd until this many newer ones are
@@ -61,6 +61,7 @@ class Controller:
         self._limits = limits or Limits()
         self._detector = Detector(config.timing)
         self._members = Membership(config, self._detector)
+        self._overview = Overview(config, me, self._members)
         self._topology: Slot[Topology] = Slot()
         self._operations: dict[str, Slot[Operation]] = {}
         self._timers = Timers(self._limits)
@@ -123,10 +124,18 @@ class Controller:
 
     def status(self, now: float) -> ClusterStatus:
         """Everything but `controllers`, `gateways`, `leader` and `etcd_age_s`, which the shell knows."""
+        pieces = self.status_in_pieces(now)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as done:
+                status: ClusterStatus = done.value
+                return status
+
+    def status_in_pieces(self, now: float) -> Generator[None, None, ClusterStatus]:
+        """The same as the generator's result: see Overview.pieces."""
         topology = self._topology.value
-        status = cluster_status(
-            self._config, self._me, self._members, topology, self._nodes(), self._known_operations(), now
-        )
+        status = yield from self._overview.pieces(topology, self._nodes(), self._known_operations(), now)
         return replace(status, blemishes=(*self._blemishes, *self._refused))
 
     def preflight(self, request: OperationRequest) -> OperationAnswer:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from msgspec import structs
+
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import Member, NodeId, PipelineId
 from controlplane.contract.records import NodeRecord
@@ -172,6 +174,7 @@ class Membership:
         default_factory=set
     )  # schedulers whose last report has a step that is overdue
     _nodes: Nodes | None = None
+    _touched: set[NodeId] = field(default_factory=set)  # of whom there was a report, or another view
     _version: int = 0
 
     @property
@@ -202,7 +205,11 @@ class Membership:
         self.detector.lease_gone(node)
 
     def reported(self, report: NodeReport) -> None:
+        before = self.reports.get(report.member)
+        if before is not None and before.counters and not report.counters:
+            report = structs.replace(report, counters=before.counters)
         self.reports[report.member] = report
+        self._touched.add(report.member.node)
         self._stalling.discard(report.member)
         for said in report.pipelines:
             if _stalls(said):
@@ -213,6 +220,7 @@ class Membership:
 
     def forget(self, topology: Topology | None, now: float) -> None:
         """Drop what nobody will ask for again, so that crash loops do not fill the memory."""
+        self._touched &= self._records.keys()
         named = set() if topology is None else named_members(topology)
         for member in self.detector.forget(frozenset(named), now):
             self.reports.pop(member, None)
@@ -246,8 +254,14 @@ class Membership:
             self._nodes.__dict__["by_stage"] = self._stages
         return self._nodes
 
+    def touched(self) -> set[NodeId]:
+        """Of whom there was news since this was asked last; silence and slowness are none."""
+        touched, self._touched = self._touched, set()
+        return touched
+
     def _renew(self, node: NodeId) -> None:
         self._stale.add(node)
+        self._touched.add(node)
         self._nodes = None
 
     def _look(self, node: NodeId) -> None:

@@ -1,12 +1,17 @@
-"""The cluster's status as this controller sees it."""
+"""The cluster's status as this controller sees it.
+
+From scratch a group of thousands would take a tenth of a second, in which nobody is heard. So a status is made in
+pieces, and it says again what the last one said of nodes and pipelines that nothing was heard of since.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 
 from controlplane.contract.config import ClusterConfig
-from controlplane.contract.ids import NodeId
+from controlplane.contract.ids import NodeId, PipelineId
 from controlplane.contract.records import Operation
+from controlplane.contract.reports import NO_LINK, NodeReport
 from controlplane.contract.status import (
     ClusterStatus,
     NodeState,
@@ -21,42 +26,100 @@ from controlplane.core.membership import Membership, Nodes
 OPERATIONS_SHOWN = 50  # open ones, and the newest of the others
 
 
-def cluster_status(
-    config: ClusterConfig,
-    me: str,
-    members: Membership,
-    topology: Topology | None,
-    nodes: Nodes,
-    operations: Mapping[str, Operation],
-    now: float,
-) -> ClusterStatus:
-    pipelines = () if topology is None else topology.pipelines
-    serving: dict[NodeId, list[str]] = {}
-    for pipeline in pipelines:
-        for index, stage in enumerate(pipeline.stages):
-            for node in {member.node for member in stage.ranks}:
-                serving.setdefault(node, []).append(f"{pipeline.id}/{index}")
-    newest = sorted(operations.values(), key=lambda o: (not o.open, -o.created_unix_s, o.id))
-    return ClusterStatus(
-        cluster=config.cluster,
-        group=config.group,
-        model=config.model_name,
-        mode=config.mode if topology is None else topology.mode,
-        available=any(_serves(p, nodes) for p in pipelines),
-        counter=0 if topology is None else topology.counter,
-        paused=topology is not None and topology.paused,
-        leader="",
-        answered_by=me,
-        etcd_age_s=0.0,
-        nodes=tuple(
-            _node(node, members, nodes, topology, tuple(serving.get(node, ())), now)
-            for node in _names(nodes, topology)
-        ),
-        pipelines=tuple(_pipeline(p, nodes) for p in pipelines),
-        controllers=(),
-        gateways=(),
-        operations=tuple(newest[:OPERATIONS_SHOWN]),
-    )
+class Overview:
+    """Makes statuses: anew only of nodes that something was heard of, of their pipelines, and of who is not green."""
+
+    def __init__(self, config: ClusterConfig, me: str, members: Membership) -> None:
+        self._config = config
+        self._me = me
+        self._members = members
+        self._newest = Nodes({})  # of the last call: an earlier one that is under way goes on with it
+        self._topology: Topology | None = None
+        self._version: object = None  # of `members`
+        self._names: list[NodeId] = []
+        self._serving: dict[NodeId, list[str]] = {}
+        self._around: dict[NodeId, list[PipelineId]] = {}  # the pipelines that a node serves
+        self._places: dict[PipelineId, Pipeline] = {}
+        self._nodes: dict[NodeId, NodeStatus] = {}
+        self._pipelines: dict[PipelineId, PipelineStatus] = {}
+        self._unsteady: set[NodeId] = set()  # for how long they have been silent changes all the time
+        self._stale_nodes: set[NodeId] = set()
+        self._stale_pipelines: set[PipelineId] = set()
+
+    def pieces(
+        self, topology: Topology | None, nodes: Nodes, operations: Mapping[str, Operation], now: float
+    ) -> Generator[None, None, ClusterStatus]:
+        """The status as the generator's result. Between its pieces, each of a constant cost, the caller may let others
+        run, and make another one: what comes later is then of a later moment."""
+        self._newest = nodes
+        self._index(topology)
+        touched = self._members.touched()
+        self._stale_nodes |= (touched | self._unsteady) & self._nodes.keys()
+        for node in touched:
+            self._stale_pipelines.update(self._around.get(node, ()))
+        while self._stale_nodes:
+            node = self._stale_nodes.pop()
+            self._look(node, now)
+            yield
+        while self._stale_pipelines:
+            pipeline = self._stale_pipelines.pop()
+            self._pipelines[pipeline] = _pipeline(self._places[pipeline], self._newest)
+            yield
+        return self._whole(operations)
+
+    def _whole(self, operations: Mapping[str, Operation]) -> ClusterStatus:
+        topology = self._topology
+        pipelines = tuple(self._pipelines[name] for name in self._places)
+        newest = sorted(operations.values(), key=lambda o: (not o.open, -o.created_unix_s, o.id))
+        return ClusterStatus(
+            cluster=self._config.cluster,
+            group=self._config.group,
+            model=self._config.model_name,
+            mode=self._config.mode if topology is None else topology.mode,
+            available=any(p.state not in (PipelineState.FORMING, PipelineState.DOWN) for p in pipelines),
+            counter=0 if topology is None else topology.counter,
+            paused=topology is not None and topology.paused,
+            leader="",
+            answered_by=self._me,
+            etcd_age_s=0.0,
+            nodes=tuple(self._nodes[name] for name in self._names),
+            pipelines=pipelines,
+            controllers=(),
+            gateways=(),
+            operations=tuple(newest[:OPERATIONS_SHOWN]),
+        )
+
+    def _index(self, topology: Topology | None) -> None:
+        """After a write of the topology, a registration, or a death, all is looked at."""
+        if topology is self._topology and self._members.version == self._version:
+            return
+        if topology is not self._topology:
+            self._topology = topology
+            self._places = {} if topology is None else {p.id: p for p in topology.pipelines}
+            self._serving, self._around = {}, {}
+            for pipeline in self._places.values():
+                for index, stage in enumerate(pipeline.stages):
+                    for node in {member.node for member in stage.ranks}:
+                        self._serving.setdefault(node, []).append(f"{pipeline.id}/{index}")
+                        self._around.setdefault(node, []).append(pipeline.id)
+        self._version = self._members.version
+        self._names = _names(self._newest, topology)
+        unknown = NodeStatus("", NodeState.ABSENT)
+        self._nodes = {node: self._nodes.get(node, unknown) for node in self._names}
+        self._unsteady &= self._nodes.keys()
+        self._stale_nodes = set(self._names)
+        self._pipelines = {name: p for name, p in self._pipelines.items() if name in self._places}
+        self._stale_pipelines = set(self._places)
+
+    def _look(self, node: NodeId, now: float) -> None:
+        cordoned = self._topology is not None and node in self._topology.cordoned
+        serving = tuple(self._serving.get(node, ()))
+        status = _node(node, self._members, self._newest, serving, cordoned, now)
+        self._nodes[node] = status
+        if status.state is NodeState.GREEN:
+            self._unsteady.discard(node)
+        else:
+            self._unsteady.add(node)
 
 
 def _names(nodes: Nodes, topology: Topology | None) -> list[NodeId]:
@@ -68,30 +131,21 @@ def _names(nodes: Nodes, topology: Topology | None) -> list[NodeId]:
 
 
 def _node(
-    node: NodeId,
-    members: Membership,
-    nodes: Nodes,
-    topology: Topology | None,
-    serving: tuple[str, ...],
-    now: float,
+    node: NodeId, members: Membership, nodes: Nodes, serving: tuple[str, ...], cordoned: bool, now: float
 ) -> NodeStatus:
     view = nodes.views.get(node)
-    cordoned = topology is not None and node in topology.cordoned
     if view is None:
-        return NodeStatus(
-            node=node,
-            state=NodeState.ABSENT,
-            evidence="never registered",
-            serving=serving,
-            cordoned=cordoned,
-        )
-    report = nodes.reports.get(view.member)
-    record = view.record
+        evidence = "never registered"
+        return NodeStatus(node, NodeState.ABSENT, evidence=evidence, serving=serving, cordoned=cordoned)
+    record, detector = view.record, members.detector
+    member = record.member
+    report = nodes.reports.get(member)
+    silent_s = detector.silent_s(member, now)
     return NodeStatus(
         node=node,
         state=view.state,
-        incarnation=record.member.incarnation,
-        evidence=members.detector.evidence(view.member) or view.why_not,
+        incarnation=member.incarnation,
+        evidence=detector.evidence(member) or view.why_not,
         stage=record.stage,
         serving=serving,
         cordoned=cordoned,
@@ -101,8 +155,10 @@ def _node(
         version=record.version,
         settings=record.settings,
         numerics=record.numerics,
-        silent_s=round(members.detector.silent_s(view.member, now), 3),
-        slowness=round(members.detector.conduct.slowness(view.member), 2),
+        troubles=() if report is None else _troubles(report),
+        # Between two heartbeats everybody is silent.
+        silent_s=0.0 if silent_s < members.config.timing.suspect_after_s else round(silent_s, 3),
+        slowness=round(detector.conduct.slowness(member), 2),
         progress=0 if report is None else report.progress,
         blocks_used=0 if report is None else report.blocks_used,
         blocks_replica=0 if report is None else report.blocks_replica,
@@ -110,6 +166,12 @@ def _node(
         fault_domain=record.fault_domain,
         counters={} if report is None else report.counters,
     )
+
+
+def _troubles(report: NodeReport) -> tuple[str, ...]:
+    """What a node says itself, and links that cannot be opened whatever happens."""
+    links = (f"{link.reason} ({link.peer.node})" for link in report.links if link.reason.startswith(NO_LINK))
+    return (*report.troubles, *links)
 
 
 def _pipeline(pipeline: Pipeline, nodes: Nodes) -> PipelineStatus:

@@ -102,7 +102,7 @@ class LocalCluster:
             if leftovers := self.run_dir.end_leftovers():
                 self._progress(f"ended processes of an earlier run: {', '.join(leftovers)}")
             self.run_dir.prepare()
-            for folder in ("pids", "nodes"):
+            for folder in ("pids", "nodes", "relay"):
                 for file in (self.run_dir.path / folder).glob("*.json"):
                     file.unlink()
             self._choose_ports()
@@ -283,12 +283,15 @@ class LocalCluster:
             return admin.status()
 
     def pids(self) -> dict[str, int]:
-        """Every process that runs now, by name: etcd0, c1, g1, launcher, n0 ..."""
-        return {**self._children.pids(), **self.node_pids()}
+        """Every process that runs now, by name: etcd0, c1, g1, launcher, relay, n0 ..."""
+        return {**self._children.pids(), **self._running("relay"), **self.node_pids()}
 
     def node_pids(self) -> dict[str, int]:
         """Nodes that run now."""
-        return {name: file.pid for name, file in self.run_dir.processes("nodes").items() if file.alive}
+        return self._running("nodes")
+
+    def _running(self, folder: str) -> dict[str, int]:
+        return {name: file.pid for name, file in self.run_dir.processes(folder).items() if file.alive}
 
     def wait(self) -> None:
         """Returns never while all is well; raises KevlarFlowError when supervision has broken down.
@@ -335,7 +338,7 @@ class LocalCluster:
             # Gateways tell their clients; then nothing is left to serve, to lead or to store.
             children.end([*self._gateways, *self._controllers], 2.5)
             children.end(["launcher"], 4.0)
-            self.run_dir.end_leftovers(1.5, ("nodes",))  # if the launcher had to be killed
+            self.run_dir.end_leftovers(1.5, ("nodes", "relay"))  # if the launcher had to be killed
             children.end([f"etcd{number}" for number in range(self._etcd_members)], 1.5)
             children.close()
 

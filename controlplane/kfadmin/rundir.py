@@ -6,7 +6,7 @@ endpoints.json    where gateways and controllers listen
 secret            the cluster's secret (0600)
 api-keys          keys that the gateway accepts, one a line (0600)
 pids/NAME.json    processes that `kfadmin up` started itself
-nodes/NODE.json   nodes, written by the launcher
+nodes/NODE.json   nodes, written by the launcher, and relay/relay.json
 hold/NAME         while this file exists NAME is not started again
 logs/NAME.log     one file a process
 etcd/             data of the etcd members; history.db: events
@@ -186,7 +186,7 @@ class RunDir:
         fresh.replace(path)
 
     def processes(self, folder: str) -> dict[str, ProcessFile]:
-        """Files of `folder` ("pids" or "nodes") by process name, dead ones included."""
+        """Files of `folder` ("pids", "nodes" or "relay") by process name, dead ones included."""
         found = {}
         for path in sorted((self.path / folder).glob("*.json")):
             with contextlib.suppress(FileNotFoundError):  # replaced between the listing and the read
@@ -203,7 +203,9 @@ class RunDir:
         except FileNotFoundError:
             return f"(there is no {path})"
 
-    def end_leftovers(self, limit_s: float = 5.0, folders: Sequence[str] = ("pids", "nodes")) -> list[str]:
+    def end_leftovers(
+        self, limit_s: float = 5.0, folders: Sequence[str] = ("pids", "nodes", "relay")
+    ) -> list[str]:
         """End processes that a killed `kfadmin up` has left behind; their names.
 
         Launcher first, because it would start the nodes again. Raises ConfigError if one cannot be ended.

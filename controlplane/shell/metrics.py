@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
-from prometheus_client.registry import Collector
 
 from controlplane.contract.status import ClusterStatus, NodeState
 from controlplane.etcd.values import EtcdCounters
 from controlplane.history.writer import HistoryWriter
+from controlplane.shell.exposition import Family, labelled, one
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.performer import Performer
 from controlplane.shell.registry import Registry
 from controlplane.shell.rpc import ReportServer
 from controlplane.shell.runtime import Runtime
 
-Family = GaugeMetricFamily | CounterMetricFamily | SummaryMetricFamily
 PREFIX = "kevlarflow_"
 _NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
 
@@ -37,61 +33,66 @@ class Sources:
     etcd: EtcdCounters
 
 
-def render(status: ClusterStatus, me: str, sources: Sources) -> bytes:
-    """Prometheus' text format."""
-    families = [*_cluster(status), *_nodes(status), *_process(status, me, sources)]
+def render(status: ClusterStatus, me: str, sources: Sources) -> Generator[None, None, bytes]:
+    """Prometheus' text format as the generator's result; it yields after each small piece of the work."""
+    families = _whole(status)
+    families += yield from _pipelines(status)
+    families += yield from _nodes(status)
+    families += _process(status, me, sources)
+    parts = []
+    for family in families:
+        parts.append(family.text().encode())
+        yield
+    return b"".join(parts)
 
-    class Once(Collector):
-        def collect(self) -> Iterator[Family]:
-            return iter(families)
 
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(Once())
-    return generate_latest(registry)
+def _whole(status: ClusterStatus) -> list[Family]:
+    return [
+        _gauge("topology_counter", "Counter of the newest topology", status.counter),
+        _gauge("blemishes", "What is wrong in the topology", len(status.blemishes)),
+        _gauge("available", "1 while at least one pipeline serves", status.available),
+    ]
 
 
-def _cluster(status: ClusterStatus) -> Iterator[Family]:
-    yield _gauge("topology_counter", "Counter of the newest topology", status.counter)
-    yield _gauge("blemishes", "What is wrong in the topology", len(status.blemishes))
-    yield _gauge("available", "1 while at least one pipeline serves", status.available)
-    epoch = GaugeMetricFamily(PREFIX + "epoch", "Epoch of a pipeline", labels=["pipeline"])
-    running = GaugeMetricFamily(PREFIX + "num_requests_running", "Requests in batches", labels=["pipeline"])
-    waiting = GaugeMetricFamily(PREFIX + "num_requests_waiting", "Requests queued", labels=["pipeline"])
-    state = GaugeMetricFamily(
-        PREFIX + "pipeline_state", "1 for the state it is in", labels=["pipeline", "state"]
-    )
-    lag = GaugeMetricFamily(
-        PREFIX + "replica_lag_tokens", "Of the slowest replica; -1: unprotected", labels=["pipeline", "stage"]
-    )
+def _pipelines(status: ClusterStatus) -> Generator[None, None, list[Family]]:
+    epoch = Family(PREFIX + "epoch", "gauge", "Epoch of a pipeline")
+    running = Family(PREFIX + "num_requests_running", "gauge", "Requests in batches")
+    waiting = Family(PREFIX + "num_requests_waiting", "gauge", "Requests queued")
+    state = Family(PREFIX + "pipeline_state", "gauge", "1 for the state it is in")
+    lag = Family(PREFIX + "replica_lag_tokens", "gauge", "Of the slowest replica; -1: unprotected")
     for pipeline in status.pipelines:
-        epoch.add_metric([pipeline.id], pipeline.epoch)
-        running.add_metric([pipeline.id], pipeline.running)
-        waiting.add_metric([pipeline.id], pipeline.waiting)
-        state.add_metric([pipeline.id, pipeline.state.value], 1)
+        labels = labelled({"pipeline": pipeline.id})
+        epoch.add(labels, pipeline.epoch)
+        running.add(labels, pipeline.running)
+        waiting.add(labels, pipeline.waiting)
+        state.add(labelled({"pipeline": pipeline.id, "state": pipeline.state.value}), 1)
         for index, stage in enumerate(pipeline.stages):
-            lag.add_metric([pipeline.id, str(index)], stage.lag_tokens)
-    yield from (epoch, running, waiting, state, lag)
+            lag.add(labelled({"pipeline": pipeline.id, "stage": str(index)}), stage.lag_tokens)
+        yield
+    return [epoch, running, waiting, state, lag]
 
 
-def _nodes(status: ClusterStatus) -> Iterator[Family]:
-    state = GaugeMetricFamily(PREFIX + "node_state", "1 for the state it is in", labels=["node", "state"])
-    blocks = GaugeMetricFamily(PREFIX + "node_kv_blocks", "KV blocks by use", labels=["node", "use"])
-    counters: dict[str, CounterMetricFamily] = {}
+def _nodes(status: ClusterStatus) -> Generator[None, None, list[Family]]:
+    state = Family(PREFIX + "node_state", "gauge", "1 for the state it is in")
+    blocks = Family(PREFIX + "node_kv_blocks", "gauge", "KV blocks by use")
+    counters: dict[str, Family] = {}  # by the nodes' name for it
+    families: dict[str, Family] = {}  # by the name that it has here
     for node in status.nodes:
         for each in NodeState:
-            state.add_metric([node.node, each.value], float(node.state is each))
-        blocks.add_metric([node.node, "own"], node.blocks_used)
-        blocks.add_metric([node.node, "replica"], node.blocks_replica)
-        blocks.add_metric([node.node, "total"], node.blocks_total)
+            state.add(labelled({"node": node.node, "state": each.value}), node.state is each)
+        uses = {"own": node.blocks_used, "replica": node.blocks_replica, "total": node.blocks_total}
+        for use, count in uses.items():
+            blocks.add(labelled({"node": node.node, "use": use}), count)
+        labels = labelled({"node": node.node})
         for name, value in node.counters.items():
-            clean = _NOT_A_NAME.sub("_", name).removesuffix("_total")
-            family = counters.setdefault(
-                clean, CounterMetricFamily(PREFIX + clean, f"Nodes' {name}", labels=["node"])
-            )
-            family.add_metric([node.node], value)
-    yield state
-    yield blocks
-    yield from counters.values()
+            family = counters.get(name)
+            if family is None:
+                clean = _NOT_A_NAME.sub("_", name).removesuffix("_total")
+                family = families.setdefault(clean, Family(PREFIX + clean, "counter", f"Nodes' {name}"))
+                counters[name] = family
+            family.add(labels, value)
+        yield
+    return [state, blocks, *families.values()]
 
 
 def _process(status: ClusterStatus, me: str, sources: Sources) -> Iterator[Family]:
@@ -105,6 +106,9 @@ def _process(status: ClusterStatus, me: str, sources: Sources) -> Iterator[Famil
         runtime.step_s_max,
     )
     yield _gauge("report_streams", "Nodes that report to this controller", reports.streams)
+    yield _gauge(
+        "report_senders", "Streams that bring these reports, of nodes and of relays", reports.senders
+    )
     yield _gauge("history_healthy", "1 while the history database takes events", history.healthy)
     yield _counter("controller_steps", "Events that the core took in", runtime.steps)
     yield _counter("controller_decisions", "Times that the core decided", runtime.decisions)
@@ -121,20 +125,21 @@ def _process(status: ClusterStatus, me: str, sources: Sources) -> Iterator[Famil
     yield _counter("etcd_unavailable", "Calls that etcd did not serve", sources.etcd.unavailable)
     yield _counter("etcd_unknown", "Writes whose outcome stayed unknown", sources.etcd.unknown)
     yield _counter("etcd_watch_reconnects", "Watches resumed", sources.etcd.watch_reconnects)
-    writes = CounterMetricFamily(PREFIX + "controller_writes", "Guarded writes", labels=["outcome"])
+    writes = Family(PREFIX + "controller_writes", "counter", "Guarded writes")
     for outcome, count in sources.performer.writes.items():
-        writes.add_metric([outcome], count)
-    failover = SummaryMetricFamily(PREFIX + "failover_seconds", "Recoveries by phase", labels=["phase"])
+        writes.add(labelled({"outcome": outcome}), count)
+    failover = Family(PREFIX + "failover_seconds", "summary", "Recoveries by phase")
     for phase, (count, total_s) in sources.performer.failover_s.items():
-        failover.add_metric([phase], count_value=count, sum_value=total_s)
-    info = GaugeMetricFamily(PREFIX + "controller_info", "Which controller this is", labels=["controller"])
-    info.add_metric([me], 1)
+        failover.add(labelled({"phase": phase}), count, "_count")
+        failover.add(labelled({"phase": phase}), total_s, "_sum")
+    info = Family(PREFIX + "controller_info", "gauge", "Which controller this is")
+    info.add(labelled({"controller": me}), 1)
     yield from (writes, failover, info)
 
 
-def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
-    return GaugeMetricFamily(PREFIX + name, text, value=float(value))
+def _gauge(name: str, text: str, value: float) -> Family:
+    return one(PREFIX + name, "gauge", text, value)
 
 
-def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
-    return CounterMetricFamily(PREFIX + name, text, value=float(value))
+def _counter(name: str, text: str, value: float) -> Family:
+    return one(PREFIX + name, "counter", text, value)

@@ -20,7 +20,7 @@ from controlplane.contract.address import join
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.config import TimingConfig
 from controlplane.contract.ids import Member
-from controlplane.contract.reports import ReportAck, ReportBatch, beat_every_s
+from controlplane.contract.reports import NodeReport, ReportAck, ReportBatch, beat_every_s
 from controlplane.contract.schema import SCHEMA
 from controlplane.core.events import CoreEvent, HeartbeatsReceived, ReportReceived, ReportStreamBroken
 from controlplane.shell.inbox import Inbox
@@ -29,8 +29,7 @@ log = structlog.get_logger()
 
 MESSAGE_BYTES_MAX = 4 << 20
 SLOTS_MAX = 4096  # members that one stream may speak for
-# How long members of a relay that ended have to be heard on another stream before they count as cut off, in heartbeats;
-# and how long ago a stream may last have carried a member to stand for it, in what it was told to leave between beats.
+# How long ago a stream may last have carried a member to stand for it, in what it was told to leave between beats.
 CARRIED_BEATS = 3
 OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -74,6 +73,7 @@ class ReportServer:
         self._senders = 0  # open streams
         self._beat_s = timing.heartbeat_s  # how often each of so many is to speak
         self._carriers: dict[Member, list[_Stream]] = {}
+        self._newest: dict[Member, tuple[int, _Stream]] = {}  # report of each, and what brought it
         self._stopping = False
         self._server: Any = None
 
@@ -81,6 +81,11 @@ class ReportServer:
     def streams(self) -> int:
         """Members that some stream speaks for."""
         return len(self._carriers)
+
+    @property
+    def senders(self) -> int:
+        """Streams, of nodes and of relays."""
+        return self._senders
 
     async def start(self, host: str, advertise: str = "") -> str:
         """Begin to listen on a free port; the address, with the host that others connect to."""
@@ -140,7 +145,8 @@ class ReportServer:
         for slot, report in batch.reports:
             if stream.members.get(slot) != report.member:
                 self._carry(stream, slot, report.member)
-            events.append(ReportReceived(report))
+            newest = self._is_newest(stream, report)
+            events.append(ReportReceived(report) if newest else HeartbeatsReceived((report.member,)))
         self.reports += len(events)
         try:
             beats = tuple([stream.members[slot] for slot in batch.beats])
@@ -169,6 +175,15 @@ class ReportServer:
         if stream.members:
             await self._inbox.put(HeartbeatsReceived(tuple(stream.members.values())))
 
+    def _is_newest(self, stream: _Stream, report: NodeReport) -> bool:
+        """Not if another way of the same member, which still stands, was faster: a relay that was stopped, or a stream
+        that was left, brings old reports. Of one stream the order is its own."""
+        newest = self._newest.get(report.member)
+        if newest is not None and newest[1] is not stream and report.seq < newest[0]:
+            return False
+        self._newest[report.member] = report.seq, stream
+        return True
+
     def _carry(self, stream: _Stream, slot: int, member: Member) -> None:
         if slot in stream.members:
             raise _Refused("one slot speaks for one member")
@@ -186,9 +201,10 @@ class ReportServer:
             for member in members:
                 self._drop(member, stream)
         elif members:
-            # A relay's death is nobody else's: its nodes report by themselves within a heartbeat.
+            # A relay's death is nobody else's: its nodes connect by themselves, all at once. As long as their silence
+            # makes nobody suspect, its reason does not either.
             asyncio.get_running_loop().call_later(
-                CARRIED_BEATS * self._timing.heartbeat_s, self._forsaken, stream, members
+                self._timing.suspect_after_s, self._forsaken, stream, members
             )
 
     def _forsaken(self, stream: _Stream, members: list[Member]) -> None:
@@ -202,6 +218,8 @@ class ReportServer:
         if stream not in carriers:
             return
         carriers.remove(stream)
+        if member in self._newest and self._newest[member][1] is stream:
+            del self._newest[member]
         if not carriers:
             del self._carriers[member]
         now = time.monotonic()

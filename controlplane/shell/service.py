@@ -28,6 +28,7 @@ from controlplane.etcd.values import Compare, Delete, KeyValue, Put
 from controlplane.history.store import Audit
 from controlplane.history.writer import HistoryWriter
 from controlplane.shell.metrics import Sources, render
+from controlplane.shell.pieces import finish
 from controlplane.shell.quorum import quorum
 from controlplane.shell.registry import Registry
 
@@ -63,12 +64,14 @@ class Service:
     def ready(self) -> bool:
         return self._registry.synced.is_set()
 
-    def status(self) -> ClusterStatus:
+    async def status(self) -> ClusterStatus:
+        status = await finish(self._controller.status_in_pieces(time.monotonic()))
         registry = self._registry
         controllers = sorted(registry.controllers.values(), key=lambda record: record.id)
         gateways = sorted(registry.gateways.values(), key=lambda record: record.id)
+        of_nodes = [f"{node.node}: {text}" for node in status.nodes for text in node.troubles]
         return msgspec.structs.replace(
-            self._controller.status(time.monotonic()),
+            status,
             leader=registry.leader,
             answered_by=self._me,
             etcd_age_s=registry.etcd_age_s(),
@@ -88,7 +91,7 @@ class Service:
                 for item in gateways
             ),
             operations=tuple(self._operations()),
-            troubles=(*self.troubles(), *self._client.health.warnings()),
+            troubles=(*self.troubles(), *of_nodes, *self._client.health.warnings()),
         )
 
     def troubles(self) -> Sequence[str]:
@@ -99,8 +102,8 @@ class Service:
         told = self._registry.troubles()
         return [f"{self._me} does not lead: {obstacle}", *told] if obstacle else told
 
-    def metrics(self) -> bytes:
-        return render(self.status(), self._me, self._sources)
+    async def metrics(self) -> bytes:
+        return await finish(render(await self.status(), self._me, self._sources))
 
     async def events(self, limit: int, after: int = 0) -> Sequence[tuple[int, Event]]:
         return await self._history.tail(limit, after)
@@ -110,7 +113,7 @@ class Service:
 
     async def quorum(self) -> Sequence[Check]:
         members = await self._client.status(timeout_s=1.0)
-        return quorum(members, self.status(), self._client.health.troubles(), self._unread())
+        return quorum(members, await self.status(), self._client.health.troubles(), self._unread())
 
     async def submit(self, request: OperationRequest) -> OperationAnswer:
         found = await self._find(request.id)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from controlplane.contract.config import EngineConfig
 from dataplane.core.request import Phase, Request
-from dataplane.core.speed import CHUNK_MIN, RESUME_MULTIPLE, STEP_MULTIPLE, StepSpeed
+from dataplane.core.speed import CHUNK_MIN, ONCE_MULTIPLE, STEP_MULTIPLE, StepSpeed
 
 # Tokens of a prompt, for each row that a step takes before rows cost time: a chunk this long computes more than it
 # reads, so to halve a longer one costs little.
@@ -160,9 +160,9 @@ class Batcher:
         room = min(self.limits.max_batch_tokens - len(rows), chunk)
         budget = 0
         if pending:
-            budget = _even(pending, self._paced(room, len(rows), in_flight, STEP_MULTIPLE))
+            budget = _even(pending, self._paced(room, len(rows), in_flight))
         if lost := sum(r.total - r.issued for r in prompts if r.output):  # in a failure: somebody reads these
-            tails = _even(lost, self._paced(room, len(rows), in_flight, RESUME_MULTIPLE))
+            tails = _even(lost, self._paced(room, len(rows), in_flight, lost=True))
             budget = max(budget, min(lost, tails))
         # Who has been reading already goes before who waits for a first token: after a recovery that is all who were
         # interrupted, those with the least to recompute first.
@@ -183,12 +183,16 @@ class Batcher:
             return 0 if self._prompts_turn else 1
         return rows - max(1, rows // 4)
 
-    def _paced(self, room: int, decodes: int, in_flight: int, multiple: float) -> int:
+    def _paced(self, room: int, decodes: int, in_flight: int, *, lost: bool = False) -> int:
         """How many tokens of prompts a step with so many decodes may have, out of `room`: while somebody reads along,
-        what keeps the step short."""
-        if room <= 0 or not any(request.output for request in self.running.values()):
+        what keeps the step short. Whose whole prompt is in flight soon reads along, and waits for all steps in front of
+        its second token: one of whole prompts is worth the others' first tokens, three were not."""
+        reading = any(request.output for request in self.running.values())
+        soon = in_flight > 1 and any(request.issued >= request.total for request in self.running.values())
+        if room <= 0 or not (reading or soon):
             return room
-        tokens = self.speed.chunk_tokens(decodes, room, multiple)
+        multiple = STEP_MULTIPLE if reading and not lost else ONCE_MULTIPLE
+        tokens = self.speed.chunk_tokens(decodes, room, multiple, lost=lost)
         return tokens if decodes or in_flight else max(tokens, min(room, CHUNK_MIN))
 
     def _admissible(self) -> Request | None:

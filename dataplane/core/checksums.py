@@ -40,11 +40,11 @@ class Checksums:
         ] = {}  # row -> blocks [first, stop) that nobody has looked at
         self._table = table
         self._of: dict[int, list[int]] = {}
-        self._covered = np.zeros(table.max_rows, np.int64)  # positions of a row that its checksums are of
+        self._covered: dict[int, int] = {}  # positions of a row that its checksums are of
 
     def of(self, row: int) -> tuple[list[int], int]:
         """Checksums of the row's first blocks, and of how many positions they are."""
-        return self._of.get(row, []), int(self._covered[row])
+        return self._of.get(row, []), self._covered.get(row, 0)
 
     def promoted(self, row: int, checksums: list[int]) -> None:
         """The row was a copy, with these checksums."""
@@ -56,8 +56,8 @@ class Checksums:
     def forget(self, row: int) -> None:
         """The row is given back, or is a copy from now on."""
         self._of.pop(row, None)
+        self._covered.pop(row, None)
         self.unverified.pop(row, None)
-        self._covered[row] = 0
 
     def copied(self, row: int, index: int, tokens: int, checksum: int) -> bool:
         """Block `index` was read while so many positions of the row were valid up to its end. False: it is not as it
@@ -75,13 +75,11 @@ class Checksums:
         self, rows: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]
     ) -> None:
         """A step is about to write these positions of these rows, of which nothing later is valid."""
-        first = starts // self._table.block_size
-        again = first * self._table.block_size < self._covered[rows]
-        for row, index in zip(rows[again].tolist(), first[again].tolist(), strict=True):
-            self._cut(row, index)
-        if self.unverified:
-            for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
-                self._narrow(row, stop=start // self._table.block_size)
+        size = self._table.block_size
+        for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
+            if start // size * size < self._covered.get(row, 0):
+                self._cut(row, start // size)
+            self._narrow(row, stop=start // size)
 
     # ------------------------------------------------------------------ what to look at
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+GATHER_S = 0.03  # after the first answer of every stage
+
 
 @dataclass(slots=True)
 class HeldCollector:
@@ -64,6 +66,11 @@ class Recovery:
     def resumed(self, recomputed: int) -> None:
         self.requests += 1
         self.tokens_recomputed += recomputed
+
+    def gathers(self, now: float) -> bool:
+        """Whether the first step still waits for open questions. After a takeover gateways bring one request after the
+        other; a step for the first one alone was one that all others waited for."""
+        return not self.restored and now - (self.connected or now) < GATHER_S
 
     def issued(self, now: float) -> bool:
         """Rows go to the stages. False: nobody was interrupted, so there is nothing to tell."""

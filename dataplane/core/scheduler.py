@@ -48,6 +48,7 @@ STALL_LIMIT_MAX_S = 60.0
 RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 1.0, 60.0  # told to whom the queue has no room for
 # Pause before the next attempt when a stage could not run a step or pass it on; doubled each time in a row.
 FAILED_RETRY_S, FAILED_RETRY_MAX_S = 0.05, 0.8
+QUESTIONS_MAX = 8  # open at a time about re-submitted requests
 # A pipeline whose stage had no room for its quota tries it again after this; doubled each time, until that changes.
 SPACE_RETRY_S, SPACE_RETRY_MAX_S = 5.0, 80.0
 
@@ -366,8 +367,8 @@ class Scheduler:
         effects.append(Ask(RejoinMeta(self.pipeline, self.fence, ask, rids, complete)))
 
     def _ask_joining(self, now: float, effects: list[Effect]) -> None:
-        """Ask about re-submitted requests, one question at a time so that they gather in batches."""
-        if self._joining and not self._asks:
+        """Ask about re-submitted requests. All that come while many questions are open share the next one."""
+        if self._joining and len(self._asks) < QUESTIONS_MAX:
             rids, self._joining = tuple(self._joining), []
             self._ask(rids, False, True, now, effects)
 
@@ -410,6 +411,8 @@ class Scheduler:
             return
         # While requests are being adopted their blocks are not counted yet: nobody new is let in.
         admit = not any(ask.adopts for ask in self._asks.values())
+        if not admit and self._recovery is not None and self._recovery.gathers(now):
+            return
         while len(self.steps) < self.batcher.microbatches:
             rows, preempted = self.batcher.next_rows(admit, len(self.steps))
             for request in preempted:

@@ -6,35 +6,42 @@ since other work on the same cores makes single steps late. Times are those that
 a step to its result: all stages, links and the sampler are in them.
 
 Chunks are rare, and decode steps are not: a chunk was often measured minutes ago, on cores that had more or less to do.
-So what a token costs is kept as a share of a decode step of that time.
+So what a token costs is kept as a share of a decode step of that time, which changes little: many are kept. A chunk
+counts by its tokens, since of a short one on a busy machine only the lateness is seen.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import median
 
 # Of a step that only decodes: what a step with a chunk may take, where no time is set. Readers are to wait at most 2.5
 # times as long as usual (p99), and steps come late without any chunk, too.
 STEP_MULTIPLE = 1.5
-# The same for a step that computes again what readers lost in a failure. All of them wait, and the last one waits for
-# the fixed part of every step before its own: few long steps are over sooner than many short ones.
-RESUME_MULTIPLE = 3.0
+# The same where it happens to a reader once: before its second token, and in a step that computes again what was lost
+# in a failure. There all wait, and the last one waits for the fixed part of every step before its own, so few long
+# steps are over sooner than many short ones.
+ONCE_MULTIPLE = 3.0
 CHUNK_START = 32  # tokens, while nothing is known: on a slow node that is four decode steps
 # Fewer tokens cost little more than the step does without any, and a prompt has to end.
 CHUNK_MIN = 16
-DECODES_KEPT, CHUNKS_KEPT = 33, 15  # measurements
+DECODES_KEPT, CHUNKS_KEPT = 33, 63  # measurements
+# No chunk is more times as long as one that was measured: half of the short ones may seem to have cost nothing.
+GROWTH_MAX = 2
 # So many steps with chunks and none that only decodes: the next ones have no prompt until one has been measured.
 # Nothing else would tell that decoding has become slower, and chunks would shrink for it.
 CHUNKS_UNPROVED_MAX = 100
+CHUNKS_UNKNOWN_MAX = 15  # the same while no step that only decodes has been measured at all
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
     """A step with a chunk of a prompt, and what a decode step was like then (zeros: unknown)."""
 
-    tokens: int  # all of the step
+    tokens: int  # of prompts
+    decodes: int
     took_s: float
     rows: float
     rows_s: float
@@ -44,7 +51,7 @@ class _Chunk:
         then, then_s = (self.rows, self.rows_s) if self.rows_s > 0 else (rows, rows_s)
         if then_s <= 0:
             return 0.0
-        share = max(0.0, self.took_s - then_s) / max(1.0, self.tokens - then) / then_s
+        share = max(0.0, self.took_s - then_s) / max(1.0, self.tokens + self.decodes - then) / then_s
         return share / max(
             1.0 + share * (rows - then), share
         )  # a step takes at least as long as one token adds
@@ -69,25 +76,37 @@ class StepSpeed:
         if prompt_tokens:
             self._unproved += 1
             if prompt_tokens >= CHUNK_MIN:
-                self._chunks.append(_Chunk(decodes + prompt_tokens, took_s, *self._decode_step()))
+                self._chunks.append(_Chunk(prompt_tokens, decodes, took_s, *self._decode_step()))
         elif decodes and not beside_chunk:
             self._unproved = 0
             self._decodes.append((decodes, took_s))
 
-    def chunk_tokens(self, decodes: int, tokens_max: int, multiple: float = STEP_MULTIPLE) -> int:
+    def chunk_tokens(
+        self, decodes: int, tokens_max: int, multiple: float = STEP_MULTIPLE, *, lost: bool = False
+    ) -> int:
         """Tokens of prompts, at most `tokens_max`, for a step beside which so many rows decode, so that it takes
-        `multiple` times a decode step, or the time that was set: 0 to measure anew."""
-        if self._unproved >= (CHUNKS_UNPROVED_MAX if self._decodes else CHUNKS_KEPT):
+        `multiple` times a decode step, or the time that was set: 0 to measure anew. `lost`: they are computed again,
+        and all wait for them."""
+        if self._unproved >= (CHUNKS_UNPROVED_MAX if self._decodes else CHUNKS_UNKNOWN_MAX):
             return 0
         if not self._decodes or not self._chunks:
-            return min(CHUNK_START, tokens_max)
+            return min(2 * CHUNK_START if lost else CHUNK_START, tokens_max)
+        if not lost:
+            tokens_max = min(tokens_max, GROWTH_MAX * max(chunk.tokens for chunk in self._chunks))
         rows, rows_s = self._decode_step()
-        token_s = rows_s * median(chunk.token_share(rows, rows_s) for chunk in self._chunks)
+        token_s = rows_s * self._token_share(rows, rows_s)
         decode_s = max(0.0, rows_s + token_s * (decodes - rows))
         left_s = (self._target_s or multiple * decode_s) - decode_s
         if left_s >= tokens_max * token_s:
             return tokens_max
         return min(tokens_max, max(CHUNK_MIN, int(left_s / token_s)))
+
+    def _token_share(self, rows: float, rows_s: float) -> float:
+        """The median over tokens, not over chunks."""
+        shares = sorted((chunk.token_share(rows, rows_s), chunk.tokens) for chunk in self._chunks)
+        half = sum(tokens for _, tokens in shares) / 2
+        sums = accumulate(tokens for _, tokens in shares)
+        return next(share for (share, _), below in zip(shares, sums, strict=True) if below >= half)
 
     def _decode_step(self) -> tuple[float, float]:
         """Rows and seconds of one, lately; zeros if none has been measured."""

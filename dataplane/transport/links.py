@@ -16,6 +16,7 @@ import structlog
 from controlplane.backoff import Backoff
 from controlplane.contract.address import join, port_of
 from controlplane.contract.ids import Member, NodeId
+from controlplane.contract.reports import NO_LINK
 
 from .base import OnLinkDown, OnLinkUp, OnMessage, Part, TransportConfig, TransportStats
 from .driver import PREFERENCE, Driver, Endpoint, parse_address
@@ -272,7 +273,7 @@ class LinkTransport:
             return
         dial.refused = True
         self._refuse(link, reason)
-        self._on_link_down(dial.peer, f"no link: {reason}")
+        self._on_link_down(dial.peer, f"{NO_LINK}{reason}")
 
     # Events of the drivers.
 

@@ -16,6 +16,7 @@ import pytest
 from controlplane.contract.config import TimingConfig
 from controlplane.contract.lifetime import EXIT_NAME_TAKEN
 from controlplane.kfadmin.loadgen import Stream, sample_prompts
+from controlplane.kfadmin.local import LocalCluster, StartFailed
 from tests.e2e.cluster import Cluster, until, while_streaming
 
 PROMPTS = sample_prompts(6, 300)
@@ -92,6 +93,15 @@ def test_a_second_launcher_controller_and_gateway_of_the_same_names(tmp_path: Pa
             ]
             launcher.send_signal(signal.SIGTERM)
             launcher.wait(30)
+            second = msgspec.structs.replace(
+                cluster.local.config, run_dir=str(tmp_path / "up"), gateway_port=0, admin_port=0
+            )
+            up = LocalCluster(second, controllers=1)
+            with pytest.raises(
+                StartFailed, match=r"is taken by another process \(incarnation .*, pid \d+ on"
+            ):
+                up.start()  # as `kfadmin up` does
+            assert up.node_pids() == {}
             streams = asyncio.run(while_streaming(cluster, PROMPTS[:2], nothing))
             asyncio.run(cluster.expect_equal(streams))
             assert cluster.local.node_pids() == pids

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from controlplane.contract.lifetime import run_to_exit
 from controlplane.contract.logs import LOG_BYTES_MAX, bound_logs
 from controlplane.contract.topology import Mode
 from controlplane.etcd.errors import NameTaken
-from controlplane.process import start_ticks
+from controlplane.process import parent_of, start_ticks
 from controlplane.supervisor import ProcessFile
 from dataplane.accelerators import Place
 from dataplane.launcher import all_nodes
@@ -62,6 +62,17 @@ def stubborn(_config: ClusterConfig, node: str) -> None:
     print(f"{node} serves", flush=True)
     while True:
         signal.pause()
+
+
+def orphaning(config: ClusterConfig, node: str) -> None:
+    """Leaves a process behind that its parent does not wait for, as a tool of a library may."""
+    if os.fork() == 0:
+        if os.fork() == 0:
+            Path(config.run_dir, "orphan").touch()
+            time.sleep(60)  # until it is killed
+        os._exit(0)
+    os.wait()
+    serve(config, node)
 
 
 def on_device(config: ClusterConfig, node: str, place: Place) -> None:
@@ -112,6 +123,7 @@ class Host:
         cwd: Path = ROOT,
         python_path: str = "",
         device: Literal["cpu", "cuda"] = "cpu",
+        prefix: Sequence[str] = (),
     ) -> None:
         timing = TimingConfig(restart_backoff_s=0.1, reload_s=0.3)
         engine = EngineConfig(device=device)
@@ -127,7 +139,7 @@ class Host:
         )
         path = self.run_dir / "cluster.json"
         path.write_bytes(msgspec.json.encode(config))
-        command = [sys.executable, "-m", "dataplane.launcher", "--config", str(path)]
+        command = [*prefix, sys.executable, "-m", "dataplane.launcher", "--config", str(path)]
         command += ["--target", f"tests.io.test_launcher:{target}" if target else "stand_in:serve"]
         with (self.run_dir / "launcher.log").open("ab") as log:
             env = {**os.environ, **({"PYTHONPATH": python_path} if python_path else {})}
@@ -321,6 +333,26 @@ def test_sigterm_leaves_nothing(host: Host) -> None:
     os.kill(pids[1], signal.SIGSTOP)
     assert 2.5 < host.stop() < 5.0  # they ignore SIGTERM: 3 s of grace, then SIGKILL
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
+def test_as_process_1_of_a_container_it_reaps_what_others_leave_behind(host: Host) -> None:
+    host.start("orphaning", prefix=("unshare", "--pid", "--fork", "--mount-proc", "--kill-child"))
+    assert host.process is not None
+    wait_for(lambda: (host.run_dir / "orphan").exists(), "there is an orphan")
+    (launcher,) = children(host.process.pid)
+    wait_for(lambda: len(children(launcher)) == 2, "it belongs to the launcher, like the node")
+    node = next(pid for pid in children(launcher) if os.getpgid(pid) == pid)
+    (orphan,) = set(children(launcher)) - {node}
+    os.kill(orphan, signal.SIGKILL)
+    wait_for(lambda: children(launcher) == [node], "it is reaped")
+    os.kill(launcher, signal.SIGTERM)
+    assert host.process.wait(12) == 0
+
+
+def children(pid: int) -> list[int]:
+    """Zombies included, as this machine's /proc has them."""
+    return [int(p.name) for p in Path("/proc").glob("[0-9]*") if parent_of(int(p.name)) == pid]
 
 
 def test_only_one_launcher_runs_in_a_directory(host: Host, tmp_path: Path) -> None:

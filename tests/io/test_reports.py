@@ -23,8 +23,8 @@ BEAT_S = 0.1
 METADATA = (("authorization", "Bearer token"),)
 
 
-def report(member: Member) -> NodeReport:
-    return NodeReport(member, 1, 0.0, 1)
+def report(member: Member, seq: int = 1) -> NodeReport:
+    return NodeReport(member, seq, 0.0, 1)
 
 
 class Stage:
@@ -133,6 +133,37 @@ def test_how_often_so_many_beat(
     senders: int, heartbeat_s: float, suspect_after_s: float, beat_s: float
 ) -> None:
     assert beat_every_s(senders, heartbeat_s, suspect_after_s) == pytest.approx(beat_s)
+
+
+def test_what_comes_late_on_a_second_way_is_no_news() -> None:
+    """A relay that was stopped brings what it had taken in before its nodes reported by themselves."""
+
+    async def body(stage: Stage) -> None:
+        async with stage.sender() as relay:
+            await relay.write(ReportBatch(((3, report(A, 5)),), relay=True))
+            assert await stage.next() == ReportReceived(report(A, 5))
+            async with stage.sender() as own:
+                await own.write(ReportBatch(((0, report(A, 7)),)))
+                assert await stage.next() == ReportReceived(report(A, 7))
+                await relay.write(ReportBatch(((3, report(A, 6)),), relay=True))
+                assert await stage.next() == HeartbeatsReceived((A,))
+                await relay.write(ReportBatch(((3, report(A, 8)),), relay=True))
+                assert await stage.next() == ReportReceived(report(A, 8))
+                await own.write(ReportBatch(((0, report(A, 7)),)))
+                assert await stage.next() == HeartbeatsReceived((A,))
+            # A process of older code counts anew on each stream: what the last way said is over with it.
+            async with stage.sender() as own:
+                await relay.write(ReportBatch(gone=(3,), relay=True))
+                await own.write(ReportBatch(((0, report(A, 1)),)))
+                assert await until_report(stage) == ReportReceived(report(A, 1))
+
+    on_stage(body)
+
+
+async def until_report(stage: Stage) -> CoreEvent | None:
+    while isinstance(event := await stage.next(), HeartbeatsReceived | ReportStreamBroken):
+        pass
+    return event
 
 
 async def until_broken(stage: Stage) -> CoreEvent | None:

@@ -27,6 +27,8 @@ import dataplane.core.peers
 import dataplane.kvcache
 import dataplane.node
 from controlplane.contract import auth, keys
+from controlplane.etcd import wire
+from controlplane.etcd.values import WatchEvent
 from tests.sim.links import open_transport
 from tests.sim.network import Network
 from tests.sim.rpc import SimChannel, SimServer
@@ -69,6 +71,7 @@ def simulated(world: World, net: Network) -> Iterator[None]:
             lambda other: any(repr(p) == other and not p.alive for p in world.processes),
         ),
         (keys, "msgspec", _Msgspec()),
+        (wire, "watch_events", _shared_events()),
         (controlplane.shell.performer, "encode", _newer(world)),
         (controlplane.shell.service, "encode", _newer(world)),
         (dataplane.node, "open_transport", transport),
@@ -120,6 +123,25 @@ class _Msgspec:
         if found is None:
             found = self._decoded[value, type] = msgspec.json.decode(value, type=type)
         return found
+
+
+SHARED_MAX = 64
+
+
+def _shared_events() -> Callable[..., tuple[WatchEvent, ...]]:
+    """Watchers that got the same message of the simulated etcd, which sends one to all, take it apart once."""
+    real = wire.watch_events
+    made: dict[tuple[int, int], tuple[Any, tuple[WatchEvent, ...]]] = {}
+
+    def watch_events(messages: Any, after_revision: int) -> tuple[WatchEvent, ...]:
+        which = id(messages), after_revision  # the message is kept, so that no other one gets its id
+        if which not in made:
+            if len(made) >= SHARED_MAX:
+                made.clear()
+            made[which] = messages, real(messages, after_revision)
+        return made[which][1]
+
+    return watch_events
 
 
 @contextlib.contextmanager

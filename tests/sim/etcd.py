@@ -340,10 +340,10 @@ class SimEtcd:
             )
             self._reply(watch.end, watch.call, gone)
             return
-        events = store.since(watch.seen + 1, watch.key, watch.range_end)
+        response = store.news(watch.seen, watch.key, watch.range_end)
         watch.seen = store.revision
-        if events:
-            self._reply(watch.end, watch.call, rpc_pb2.WatchResponse(header=store.header(), events=events))
+        if response is not None:
+            self._reply(watch.end, watch.call, response)
 
     def _changed(self) -> None:
         """Members that are with the majority tell their watchers; the others when they are back: _reconsider."""

@@ -59,6 +59,8 @@ class Store:
         self.latest: list[kv_pb2.KeyValue] = []  # what the newest revision changed; deleted: without a value
         self.changed: Callable[[], None] = lambda: None
         self._next_lease = 7000
+        self._news: dict[tuple[int, bytes, bytes], rpc_pb2.WatchResponse | None] = {}  # at this revision:
+        self._news_revision = 0
 
     def header(self) -> rpc_pb2.ResponseHeader:
         return rpc_pb2.ResponseHeader(cluster_id=1, revision=self.revision, raft_term=2)
@@ -143,6 +145,17 @@ class Store:
         """Events of these keys from `revision` on, which must not be compacted."""
         first = bisect_right(self.history, revision - 1, key=lambda entry: entry[0])
         return [e for _, each in self.history[first:] for e in each if within(e.kv.key, key, end)]
+
+    def news(self, seen: int, key: bytes, end: bytes) -> rpc_pb2.WatchResponse | None:
+        """What a watcher of these keys has not seen; one message for all who have seen as much."""
+        if self._news_revision != self.revision:
+            self._news, self._news_revision = {}, self.revision
+        asked = seen, key, end
+        if asked not in self._news:
+            events = self.since(seen + 1, key, end)
+            made = rpc_pb2.WatchResponse(header=self.header(), events=events) if events else None
+            self._news[asked] = made
+        return self._news[asked]
 
     # Within.
 

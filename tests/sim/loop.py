@@ -52,6 +52,8 @@ class Timer(Handle):
 class SimLoop(asyncio.AbstractEventLoop):
     """As much of an event loop as production code uses, in virtual time."""
 
+    get_debug = bool  # False, without a call of Python for every future and task
+
     def __init__(self, world: World, process: Process) -> None:
         self.ready: deque[Handle] = deque()
         self.tasks: dict[asyncio.Task[Any], None] = {}
@@ -75,7 +77,10 @@ class SimLoop(asyncio.AbstractEventLoop):
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, context: Any = None
     ) -> Timer:
-        return self.call_at(self.time() + delay, callback, *args)
+        world, process = self._world, self._process
+        timer = Timer(callback, args, world.now + process.monotonic_s + delay)
+        world.push(max(world.now, timer._when - process.monotonic_s), process, timer, None)
+        return timer
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: Any = None
@@ -119,9 +124,6 @@ class SimLoop(asyncio.AbstractEventLoop):
         text = describe(error) if error is not None else str(context.get("message"))
         if self._process.alive:
             self._world.fail(f"{self._process}: {text}")
-
-    def get_debug(self) -> bool:
-        return False
 
     def is_running(self) -> bool:
         return True

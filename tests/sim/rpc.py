@@ -108,8 +108,7 @@ class SimChannel:
             call = Call(self, path, codec, metadata)
             timer = None
             if timeout is not None:
-                late = rpc_error(Status.DEADLINE_EXCEEDED, "Deadline Exceeded")
-                timer = self.process.loop.call_later(timeout, call.finish, late)
+                timer = self.process.loop.call_later(timeout, call.too_late)
             try:
                 call.send(request)
                 reply = await call.box.take()
@@ -266,6 +265,9 @@ class Call:
 
     def received(self, data: Any) -> None:
         self.box.put(data if self._decode is None else self._decode(data))
+
+    def too_late(self) -> None:
+        self.finish(rpc_error(Status.DEADLINE_EXCEEDED, "Deadline Exceeded"))
 
     def finish(self, error: BaseException | None) -> None:
         self._channel.calls.pop(self._id, None)

@@ -13,7 +13,7 @@ import heapq
 import random
 import sys
 import time
-from asyncio import events
+from asyncio import events, tasks
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
@@ -80,8 +80,8 @@ class Process:
             turns = 0
             while ready and self.alive:
                 handle = ready.popleft()
-                if handle.callback is not None:
-                    handle.callback(*handle.args)
+                if (callback := handle.callback) is not None:
+                    callback(*handle.args)
                 turns += 1
                 if turns > READY_MAX:
                     raise Violation(f"{self} never comes to rest")
@@ -131,6 +131,10 @@ def _nothing() -> None:
     pass
 
 
+def _forget(_: object) -> None:
+    pass
+
+
 class World:
     """The clock, the heap of what is to come, and the only source of chance."""
 
@@ -163,21 +167,22 @@ class World:
         heapq.heappush(self._heap, (when, self._seq, process, call, args))
 
     def enter(self, process: Process) -> None:
-        """From now on this process runs. (asyncio's own note of the running loop is a call of the kernel.)"""
+        """From now on this process runs."""
         self.current = process
         if self._entered is not process:
             self._entered = process
             schema.SCHEMA = SCHEMA + (process.code == NEWER_SCHEMA)
-            events._set_running_loop(process.loop)
 
     def leave(self) -> None:
         self.current = self._entered = None
-        events._set_running_loop(None)
 
     def running_loop(self) -> SimLoop | None:
         return self.current.loop if self.current is not None else None
 
-    def must_run_loop(self) -> SimLoop:
+    def current_task(self, loop: Any = None) -> asyncio.Task[Any] | None:
+        return tasks._current_tasks.get(loop or self.must_run_loop())  # type: ignore[attr-defined]
+
+    def must_run_loop(self, stacklevel: int = 0) -> SimLoop:
         if self.current is None:
             raise RuntimeError("no running event loop")
         return self.current.loop
@@ -194,12 +199,9 @@ class World:
 
     def run_until(self, until: float) -> None:
         """Let everything happen that happens up to `until`, or up to the first violation."""
-        heap, after = self._heap, self.after
-        while heap and not self.failure:
-            when, _, process, call, args = heap[0]
-            if when > until:
-                break
-            heapq.heappop(heap)
+        heap, after, pop = self._heap, self.after, heapq.heappop
+        while heap and not self.failure and heap[0][0] <= until:
+            when, _, process, call, args = pop(heap)
             if not process.alive or (args is None and call.callback is None):
                 continue
             self.now = when
@@ -252,11 +254,16 @@ def virtual_time(world: World) -> Iterator[None]:
     time.thread_time = lambda: 0.0  # to compute takes no time
     random.seed(world.random.getrandbits(32))
     try:
-        # In Python 3.11, asyncio asks the kernel for the process' id each time that it is asked for the loop.
+        # In Python 3.11, asyncio asks the kernel for the process' id each time that it notes, or is asked for, the
+        # running loop. It also keeps weak references to all tasks, which nobody asks for.
         asked = (
             (events, "get_running_loop", world.must_run_loop),
             (events, "_get_running_loop", world.running_loop),
+            (events, "_get_event_loop", world.must_run_loop),
+            (tasks, "current_task", world.current_task),
+            (asyncio, "current_task", world.current_task),
             (asyncio, "get_running_loop", world.must_run_loop),
+            (tasks._all_tasks, "add", _forget),  # type: ignore[attr-defined]
         )
         with replaced(asked):
             yield

@@ -119,13 +119,13 @@ class MemoryService:
     def troubles(self) -> Sequence[str]:
         return self.cluster.troubles
 
-    def status(self) -> ClusterStatus:
+    async def status(self) -> ClusterStatus:
         return msgspec.structs.replace(self.cluster, operations=tuple(self.known.values()))
 
     async def quorum(self) -> Sequence[Check]:
         return self.quorum_checks
 
-    def metrics(self) -> bytes:
+    async def metrics(self) -> bytes:
         return b"kevlarflow_epoch 1\n"
 
     async def events(self, limit: int, after: int = 0) -> Sequence[tuple[int, Event]]:

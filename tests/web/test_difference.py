@@ -58,3 +58,12 @@ def test_another_set_of_nodes_is_sent_whole() -> None:
     status = shown(healthy())
     assert difference(status, replace(status, nodes=status.nodes[1:]), figures=False) is None
     assert difference(status, replace(status, pipelines=status.pipelines[1:]), figures=False) is None
+
+
+def test_what_has_not_changed_is_not_looked_at_again() -> None:
+    first = healthy()
+    seen = first, shown(first)
+    second = with_node(first, 3, blocks_used=411)
+    after = shown(second, seen)
+    assert after == shown(second)
+    assert [i for i, (a, b) in enumerate(zip(seen[1].nodes, after.nodes, strict=True)) if a is not b] == [3]

@@ -100,7 +100,7 @@ def _add_health(app: FastAPI, service: AdminService) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _add_page(app: FastAPI, token: str) -> None:
@@ -147,7 +147,7 @@ def _add_reads(app: FastAPI, service: AdminService) -> None:
 
     @app.get("/admin/v1/status")
     async def status() -> Response:
-        return _json(service.status())
+        return _json(await service.status())
 
     @app.get("/admin/v1/quorum")
     async def quorum() -> Response:

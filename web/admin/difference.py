@@ -15,9 +15,12 @@ LISTS = ("nodes", "pipelines")
 FIELDS = tuple(field for field in ClusterStatus.__struct_fields__ if field not in LISTS)
 
 
-def shown(status: ClusterStatus) -> ClusterStatus:
-    """The status without what no dashboard shows."""
-    return msgspec.structs.replace(status, nodes=tuple(map(_shown, status.nodes)))
+def shown(status: ClusterStatus, seen: tuple[ClusterStatus, ClusterStatus] | None = None) -> ClusterStatus:
+    """The status without what no dashboard shows. `seen`: an earlier one, and what was shown of it; nodes that are the
+    same objects in both are the same objects in what is shown."""
+    known = {} if seen is None else {id(n): out for n, out in zip(seen[0].nodes, seen[1].nodes, strict=True)}
+    nodes = tuple(known.get(id(node)) or _shown(node) for node in status.nodes)
+    return msgspec.structs.replace(status, nodes=nodes)
 
 
 def difference(before: ClusterStatus, after: ClusterStatus, figures: bool) -> ClusterStatus | None:
@@ -28,11 +31,11 @@ def difference(before: ClusterStatus, after: ClusterStatus, figures: bool) -> Cl
     if [p.id for p in before.pipelines] != [p.id for p in after.pipelines]:
         return None
     nodes = tuple(
-        old if old == new or (not figures and _calm_node(old, new) == old) else new
+        old if old is new or old == new or (not figures and _calm_node(old, new) == old) else new
         for old, new in zip(before.nodes, after.nodes, strict=True)
     )
     pipelines = tuple(
-        old if old == new or (not figures and _calm_pipeline(old, new) == old) else new
+        old if old is new or old == new or (not figures and _calm_pipeline(old, new) == old) else new
         for old, new in zip(before.pipelines, after.pipelines, strict=True)
     )
     return msgspec.structs.replace(after, nodes=nodes, pipelines=pipelines)

@@ -50,7 +50,10 @@ class Feed:
         self._version = 0
         self._closed = False
         self._status: ClusterStatus | None = None  # as of `_version`
-        self._whole = b""  # the same in JSON, made when somebody needs it
+        self._seen: tuple[ClusterStatus, ClusterStatus] | None = (
+            None  # the newest one, and what is shown of it
+        )
+        self._whole = b""  # `_status` in JSON, made when somebody needs it
         self._differences: deque[tuple[int, bytes]] = deque(
             maxlen=DIFFERENCES_KEPT
         )  # the newest ones, by version
@@ -126,7 +129,9 @@ class Feed:
             figures = began >= figures_at
             if figures:
                 figures_at = began + FIGURES_S
-            self._advance(shown(self._service.status()), figures)
+            made = await self._service.status()
+            self._seen = made, shown(made, self._seen)
+            self._advance(self._seen[1], figures)
             self._wake()
             await asyncio.sleep(max(PERIOD_S, REST * (time.monotonic() - began)))
 

@@ -24,10 +24,10 @@ class AdminService(Protocol):
     def troubles(self) -> Sequence[str]:
         """Why the cluster cannot be changed, or not wholly, and what to do; empty: all is well."""
 
-    def status(self) -> ClusterStatus:
-        """The cluster as this controller sees it now; never waits."""
+    async def status(self) -> ClusterStatus:
+        """The cluster as this controller sees it now. Waits for nobody, and lets others run where it is large."""
 
-    def metrics(self) -> bytes:
+    async def metrics(self) -> bytes:
         """Prometheus text."""
 
     async def events(self, limit: int, after: int = 0) -> Sequence[tuple[int, Event]]:

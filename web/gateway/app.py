@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from web.manners import HEAD, Manners
 log = structlog.get_logger()
 
 DETOKENIZE_MAX = 1 << 18  # tokens
+INLINE_TOKENS_MAX = 4096  # more take milliseconds, in which no stream would go on
 BODY_S = 30.0  # a client that takes longer to send its request is not waited for
 
 
@@ -53,11 +55,10 @@ def _health_routes(app: FastAPI, service: Service) -> None:
         """200 only while a request could be served: a pipeline is up and its scheduler can be reached."""
         if router.closing:
             raise ApiError(503, "this gateway is shutting down", retry_after_s=1)
-        reasons = router.troubles(time.monotonic())
+        reasons = [*router.troubles(time.monotonic()), *service.troubles()]
         if not router.reachable:
             raise ApiError(503, f"no pipeline is up and reachable: {'; '.join(reasons)}", retry_after_s=1)
-        reasons += service.troubles()  # requests are served, but nothing would be repaired
-        status = "degraded" if reasons else "ok"
+        status = "degraded" if reasons else "ok"  # requests are served, but not everything is mended
         return _json({"status": status, "pipelines": router.reachable, "reasons": reasons})
 
     @app.get("/livez")
@@ -160,7 +161,10 @@ def _token_routes(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         if len(body.tokens) > DETOKENIZE_MAX:
             raise ApiError(400, f"at most {DETOKENIZE_MAX} tokens at once", "tokens")
-        return _json({"prompt": model.decode(list(check_tokens(model, body.tokens, "tokens")))})
+        ids = list(check_tokens(model, body.tokens, "tokens"))
+        if len(ids) <= INLINE_TOKENS_MAX:
+            return _json({"prompt": model.decode(ids)})
+        return _json({"prompt": await asyncio.to_thread(model.decode, ids)})
 
 
 def _error_handlers(app: FastAPI, service: Service) -> None:
@@ -200,7 +204,7 @@ def _visit(request: Request) -> Visit:
         request.state.owner,
         headers.get("x-request-id", ""),
         headers.get("idempotency-key"),
-        headers.get("last-event-id"),
+        headers.get("last-event-id") or None,  # an empty one says that nothing has come yet
     )
 
 

@@ -61,7 +61,7 @@ class Readers:
 class Channel:
     """Items of one HTTP request, in order, until its reader takes them. `hold` grows with what waits."""
 
-    __slots__ = ("_called", "_hold", "_items", "_reader", "_readers", "_waiting", "full")
+    __slots__ = ("_called", "_held", "_hold", "_items", "_reader", "_readers", "_waiting", "full")
 
     def __init__(self, readers: Readers, hold: Hold) -> None:
         self._items: deque[Item] = deque()
@@ -70,6 +70,7 @@ class Channel:
         self._called = False
         self._hold = hold
         self._waiting = 0  # bytes, about
+        self._held = 0  # of these
         self.full = (
             False  # what waited has been given up, and nothing more is taken in: there is only the error
         )
@@ -78,12 +79,10 @@ class Channel:
         if isinstance(item, tuple):
             if self.full:
                 return
-            try:
-                self._weigh(self._waiting + _size(item))
-                self._items.append(item)
-            except ApiError as error:
-                text = f"the answer has to wait for its client, and there is no room for it: {error.message}"
-                self._give_up(ApiError(error.status, text, retry_after_s=error.retry_after_s))
+            self._waiting += _size(item)
+            self._items.append(item)
+            if self._waiting > WAITING_FREE:
+                self._weigh()
         elif isinstance(item, Gone):
             self._give_up(item)
         else:
@@ -100,7 +99,8 @@ class Channel:
         while self._items and size < WAITING_FREE:
             taken.append(item := self._items.popleft())
             size += _size(item)
-        self._weigh(self._waiting - size)
+        self._waiting -= size
+        self._weigh()
         if self._items:
             self._call()
         return taken
@@ -126,22 +126,25 @@ class Channel:
 
     def _give_up(self, item: Item) -> None:
         """Nothing but `item` is left to be said."""
-        self._weigh(0)
-        self.full, self._items = True, deque([item])
+        self.full, self._items, self._waiting = True, deque([item]), 0
+        self._weigh()
 
-    def _weigh(self, waiting: int) -> None:
-        """So many bytes wait now. Raises ApiError if there is no room for them."""
-        more = max(0, waiting - WAITING_FREE) - max(0, self._waiting - WAITING_FREE)
-        if more > 0:
-            self._hold.grow(more)
-        elif more < 0:
-            self._hold.shrink(-more)
-        self._waiting = waiting
+    def _weigh(self) -> None:
+        """Hold what waits now; where there is no room for it, give it up."""
+        held = max(0, self._waiting - WAITING_FREE)
+        try:
+            if held > self._held:
+                self._hold.grow(held - self._held)
+            elif held < self._held:
+                self._hold.shrink(self._held - held)
+            self._held = held
+        except ApiError as error:
+            text = f"the answer has to wait for its client, and there is no room for it: {error.message}"
+            self._give_up(ApiError(error.status, text, retry_after_s=error.retry_after_s))
 
 
 def _size(item: Item) -> int:
     """Bytes, about."""
-    if not isinstance(item, tuple) or isinstance(item[1], Fail) or not item[1].tokens:
-        return 0
-    tokens = item[1].tokens
-    return len(tokens) * (TOKEN_BYTES + TOP_BYTES * len(tokens[0].top))
+    if isinstance(item, tuple) and isinstance(item[1], Deliver) and (tokens := item[1].tokens):
+        return len(tokens) * (TOKEN_BYTES + TOP_BYTES * len(tokens[0].top))
+    return 0

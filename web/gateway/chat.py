@@ -62,7 +62,7 @@ def _asked(service: Service, request: ChatRequest, plans: list[Plan], digest: by
     return Asked(
         request,
         plans,
-        text_rules(request, bool(request.logprobs)),
+        text_rules(request, service.model, bool(request.logprobs)),
         lambda generation, request_id, created: ChatFormat(
             service, request, generation, f"chatcmpl-{request_id}", created
         ),

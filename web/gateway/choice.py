@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
@@ -32,7 +32,8 @@ class TextRules:
     include_stop: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0
-    stop_token_ids: frozenset[int] = frozenset()  # those that the client named
+    # Those that the client named, and how it did.
+    stop_tokens: Mapping[int, str | int] = field(default_factory=dict)
     # Each token is told with the part of the text that is its own (log probabilities): text and tokens then leave
     # together, when both are certain.
     spans: bool = False
@@ -95,8 +96,8 @@ class Choice:
         elif token.finish is not None:
             piece.text += self._stop.finish()
             piece.finish = token.finish.value
-            if stopped and token.token in self._rules.stop_token_ids:
-                piece.stop_reason = token.token
+            if stopped:
+                piece.stop_reason = self._rules.stop_tokens.get(token.token)
         self.finished = piece.finish is not None
 
     def _text(self, token: Token, hidden: bool = False) -> str:

@@ -31,6 +31,7 @@ CONNECT_S = 2.0
 WRITE_S = 5.0
 BACKOFF_FIRST_S = 0.02
 BACKOFF_MAX_S = 1.0
+REFUSED = f"{grpc.StatusCode.FAILED_PRECONDITION.name}: "
 STEADY_S = 1.0  # a stream that lived this long was a good one: the back-off starts anew
 OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -50,7 +51,10 @@ class Links:
 
     def __init__(self, token: str, emit: Callable[[Event], None]) -> None:
         self.reconnects = 0
-        self._metadata = (("authorization", f"Bearer {token}"),)
+        self._metadata = (
+            ("authorization", f"Bearer {token}"),
+            (rpc.STREAM_SCHEMA_KEY, str(rpc.STREAM_SCHEMA)),
+        )
         self._emit = emit
         self._addresses: dict[Member, str] = {}
         self._newest: dict[NodeId, Member] = {}
@@ -68,6 +72,10 @@ class Links:
         keep = members | self._links.keys() | set(self._newest.values())
         for member in self._addresses.keys() - keep:
             del self._addresses[member]
+
+    def troubles(self) -> list[str]:
+        """Which nodes do not speak with this gateway, and why."""
+        return [f"{member.node}: {link.refused}" for member, link in self._links.items() if link.refused]
 
     def open(self, member: Member) -> None:
         if member not in self._links:
@@ -96,6 +104,7 @@ class _Link:
 
     def __init__(self, links: Links, member: Member) -> None:
         self.located = asyncio.Event()
+        self.refused = ""  # why the node does not speak with a gateway of this version
         self._links = links
         self._member = member
         self._outbox: deque[GatewayMessage] = deque()
@@ -135,6 +144,7 @@ class _Link:
             if was_up or error != last_error:  # once per cause
                 log.warning("scheduler stream down", member=str(self._member), error=error, was_up=was_up)
             last_error = error
+            self.refused = error.removeprefix(REFUSED) if error.startswith(REFUSED) else ""
             self._links.reconnects += 1
             if loop.time() - started > STEADY_S:
                 backoff.succeeded()
@@ -172,6 +182,7 @@ class _Link:
                 return
             if message is None:
                 raise ConnectionError("the peer sent a message that cannot be decoded")
+            self.refused = ""
             match message:
                 case Tokens():
                     emit(TokensReceived(member, message))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from msgspec.structs import replace
@@ -30,6 +31,7 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Asked:
     plans: list[Plan] = []
     for prompt in request.prompts:
         ids = await prompt_ids(service, request, prompt)
+        await asyncio.sleep(0)  # other streams go on meanwhile
         seed = request.seed if request.seed is not None else seed
         # What nobody asked for is not refused for being too much.
         max_tokens = request.max_tokens or max(1, min(default, service.model.max_model_len - len(ids)))
@@ -60,7 +62,7 @@ def _asked(service: Service, request: CompletionRequest, plans: list[Plan], dige
     return Asked(
         request,
         plans,
-        text_rules(request, request.logprobs is not None),
+        text_rules(request, service.model, request.logprobs is not None),
         lambda generation, request_id, created: CompletionFormat(
             service, request, generation, f"cmpl-{request_id}", created
         ),

@@ -149,7 +149,7 @@ def _service(
         metrics=metrics,
         started_unix_s=int(time.time()),
         etcd_age_s=watch.age_s,
-        troubles=watch.troubles,
+        troubles=lambda: [*watch.troubles(), *dispatcher.links.troubles()],
         tickets=tickets,
         memory=Memory(limits.memory_bytes, limits.client_share),
         priority_floor=limits.priority_floor,

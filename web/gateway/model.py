@@ -112,7 +112,7 @@ def load_model(config: ClusterConfig) -> Model:
         )
     max_model_len = config.engine.context_len(limit)
     vocabulary = vocabulary_of(tokenizer)
-    eos = generation.token_ids("eos_token_id")
+    eos = generation.token_ids("eos_token_id") or settings.token_ids("eos_token_id")
     template, no_template = load_template(folder, chars_max=max_model_len * vocabulary.longest_chars)
     if no_template:
         log.warning("no chat", reason=no_template)
@@ -122,12 +122,19 @@ def load_model(config: ClusterConfig) -> Model:
         vocabulary=vocabulary,
         context=ServedContext(max_model_len),
         vocab_size=settings.count("vocab_size") or tokenizer.get_vocab_size(),
-        eos_token_ids=settings.token_ids("eos_token_id") or () if eos is None else eos,
+        eos_token_ids=eos or _end_of(folder, tokenizer),
         template=template,
         no_template=no_template,
         defaults=_sampling_defaults(generation),
         max_new_tokens=generation.count("max_new_tokens"),
     )
+
+
+def _end_of(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokenizer's own end, where the model's files name none: else a stream ends at its length only."""
+    name = Settings.read(folder / "tokenizer_config.json").values.get("eos_token")
+    token = tokenizer.token_to_id(str(name.get("content") if isinstance(name, dict) else name))
+    return () if token is None else (token,)
 
 
 def _sampling_defaults(generation: Settings) -> dict[str, float]:

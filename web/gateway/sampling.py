@@ -23,7 +23,7 @@ def make_sampling(
         raise ApiError(400, f"min_tokens ({min_tokens}) exceeds max_tokens ({max_tokens})", "min_tokens")
     defaults = model.defaults
     top_k = request.top_k if request.top_k is not None else int(defaults.get("top_k", 0))
-    stop_ids = _token_ids(request.stop_token_ids or [], model, "stop_token_ids")
+    check_tokens(model, request.stop_token_ids or [], "stop_token_ids")
     return Sampling(
         max_tokens=max_tokens,
         seed=seed & INT64_MAX,
@@ -37,13 +37,13 @@ def make_sampling(
         logit_bias=_logit_bias(request.logit_bias, model),
         min_tokens=min_tokens,
         stop_token_ids=tuple(
-            dict.fromkeys((*(() if request.ignore_eos else model.eos_token_ids), *stop_ids))
+            dict.fromkeys((*(() if request.ignore_eos else model.eos_token_ids), *_named(request, model)))
         ),
         logprobs=logprobs,
     )
 
 
-def text_rules(request: Common, spans: bool) -> TextRules:
+def text_rules(request: Common, model: Model, spans: bool) -> TextRules:
     """`spans`: log probabilities are asked for, which name the text of each token."""
     return TextRules(
         spans=spans,
@@ -51,8 +51,20 @@ def text_rules(request: Common, spans: bool) -> TextRules:
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,
         min_tokens=request.min_tokens or 0,
-        stop_token_ids=frozenset(request.stop_token_ids or ()),
+        stop_tokens=_named(request, model),
     )
+
+
+def _named(request: Common, model: Model) -> dict[int, str | int]:
+    """Tokens that end the output for this client, and how it named them: by id, or special ones as stop strings,
+    which are never found in a text that does not show them."""
+    named: dict[int, str | int] = {token: token for token in request.stop_token_ids or ()}
+    if request.skip_special_tokens is not False:
+        for stop in request.stops:
+            token = model.tokenizer.token_to_id(stop)
+            if token in model.vocabulary.special:
+                named.setdefault(token, stop)
+    return named
 
 
 def check_length(model: Model, prompt_len: int, max_tokens: int) -> None:

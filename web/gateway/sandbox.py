@@ -24,6 +24,7 @@ from jinja2.utils import Namespace
 
 WORK_MAX = 200_000  # look-ups, calls and pieces of output of one rendering, about a microsecond each
 REPEAT_MAX = 1_000_000  # characters or items that one multiplication may make
+BASE_MAX, EXPONENT_MAX = 1_000_000, 64  # of a power
 COPIED_CHARS_PER_WORK = 4096
 COPIED_ITEMS_PER_WORK = 1024
 FILTERED_PER_WORK = 8
@@ -142,8 +143,8 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self.spend()
-        if operator == "**":
-            raise SecurityError("a chat template may not use **")
+        if operator == "**" and not (abs(left) <= BASE_MAX and abs(right) <= EXPONENT_MAX):
+            raise SecurityError("the chat template computes too large a power")
         if operator == "*":
             for value, times in ((left, right), (right, left)):
                 too_long = isinstance(value, str | list | tuple) and isinstance(times, int)

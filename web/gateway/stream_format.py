@@ -13,7 +13,19 @@ from web.gateway.choice import Piece
 from web.gateway.generation import Generation
 from web.gateway.openai import Common
 
-_encode = msgspec.json.Encoder().encode
+_to_json = msgspec.json.Encoder().encode
+
+
+def _encode(value: Any) -> bytes:
+    """JSON of one line, also for clients that take what Unicode calls a line end for one (Python's splitlines)."""
+    data = _to_json(value)
+    if data.isascii():
+        return data
+    return (
+        data.replace(b"\xe2\x80\xa8", b"\\u2028")
+        .replace(b"\xe2\x80\xa9", b"\\u2029")
+        .replace(b"\xc2\x85", b"\\u0085")
+    )
 
 
 class ChunkWriter:

@@ -6,11 +6,15 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
+from msgspec.structs import replace
+
 from controlplane.contract.ids import Member
 from controlplane.contract.records import NodeRecord
 from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport, StepTimes, TargetReport
+from controlplane.contract.status import ClusterStatus, NodeState
 from controlplane.core import events
 from controlplane.core.controller import Controller
+from controlplane.core.view import Overview
 from tests.core.control.world import make_config, make_record
 
 STAGES = 4
@@ -162,3 +166,87 @@ def test_a_report_is_taken_in_at_a_constant_cost_while_something_moves() -> None
         one()
         costs[nodes] = calls(one)
     assert costs[512] < 1.5 * costs[64]
+
+
+def fresh(group: Group) -> ClusterStatus:
+    """The status by one that has never made any."""
+    members, topology = group.core._members, group.core.topology
+    pieces = Overview(group.core._config, "c1", members).pieces(
+        topology, members.nodes(topology), {}, group.now
+    )
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as done:
+            return replace(done.value, blemishes=group.core.status(group.now).blemishes)
+
+
+def test_a_status_looks_at_those_that_were_heard_of() -> None:
+    costs, pieces = {}, {}
+    for nodes in (64, 512):
+        group = Group(nodes)
+        group.core.status(group.now)
+        for record in group.records[:8]:
+            group.take(events.ReportReceived(group.report(record)))
+        before = group.core.status_in_pieces(group.now)
+        pieces[nodes] = sum(1 for _ in before)
+        for record in group.records[:8]:
+            group.take(events.ReportReceived(group.report(record)))
+        costs[nodes] = calls(lambda group=group: group.core.status(group.now))
+    assert pieces[64] == pieces[512] == 8 + 2  # theirs, and their two pipelines'
+    assert costs[512] < 1.2 * costs[64] + 2 * 512  # putting it together is one small step for each
+
+
+def test_no_piece_of_a_status_grows_with_the_group() -> None:
+    longest = {}
+    for nodes in (64, 512):
+        group = Group(nodes)
+        pieces = group.core.status_in_pieces(group.now)
+        next(pieces)  # after a write of the topology names are sorted anew
+        costs = []
+        for _ in range(nodes):
+            costs.append(calls(lambda pieces=pieces: next(pieces)))
+        longest[nodes] = max(costs)
+    assert longest[512] == longest[64]
+
+
+def test_a_status_is_what_one_from_scratch_would_be() -> None:
+    group = Group(64)
+    assert group.core.status(group.now) == fresh(group)
+    dead = group.kill(20)
+    assert group.core.status(group.now) == fresh(group)
+    group.second()
+    found = group.core.status(group.now)
+    assert found == fresh(group)
+    states = {node.node: node.state for node in found.nodes}
+    assert {node for node, state in states.items() if state is NodeState.RED} == {m.node for m in dead}
+    first = group.records[0]
+    report = group.report(first)
+    group.take(events.ReportReceived(replace(report, blocks_used=7, counters={"steps": 3})))
+    group.take(events.NodeRegistered(make_record(make_config(16, STAGES), "n1000", "a", 1)))
+    for gone in dead:
+        group.take(events.NodeGone(gone.node))
+    found = group.core.status(group.now)
+    assert found == fresh(group)
+    assert found.nodes[0].blocks_used == 7
+    assert found.nodes[-1].node == "n1000"
+    for _ in range(30):  # nobody says anything for longer than makes one suspect
+        group.now += 0.05
+        group.decide(events.Tick())
+    found = group.core.status(group.now)
+    assert found == fresh(group)
+    assert found.nodes[0].silent_s > 1.0
+
+
+def test_two_statuses_that_are_made_at_once_know_what_the_later_one_knows() -> None:
+    group = Group(64)
+    early = group.core.status_in_pieces(group.now)
+    next(early)
+    group.kill(20)
+    late = group.core.status_in_pieces(group.now)
+    next(late)
+    for _ in early:
+        pass
+    for _ in late:
+        pass
+    assert group.core.status(group.now) == fresh(group)

@@ -22,8 +22,12 @@ from controlplane.contract.records import (
     ProcessKind,
     Target,
 )
+from controlplane.contract.reports import NO_LINK, LinkReport, NodeReport
 from controlplane.contract.schema import SCHEMA, schema_of
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Stage, Topology
+from controlplane.core import events
+from tests.core.control.sim import Sim
+from tests.core.control.world import make_config
 
 A, B, C, D = (Member(f"n{k}", f"i{k}") for k in range(4))
 
@@ -170,3 +174,19 @@ def test_records_read_what_newer_code_registers() -> None:
     record = NodeRecord(A, "default", 0, 2, "", "", "d", 64, 16, 1)
     later = newer(encode(record), fault_domain={})  # that one is no record: its keys are labels
     assert decode(msgspec.json.encode(later), NodeRecord, "k") == record
+
+
+def test_what_a_node_cannot_speak_with_is_a_trouble_in_its_status() -> None:
+    sim = Sim(make_config(2, 2))
+    sim.run_until(sim.home, limit_s=30)
+    node = sim.nodes["n0"]
+    links = (
+        LinkReport(Member("n1", "x"), False, 0.0, f"{NO_LINK}the peer speaks protocol 2, we speak 1"),
+        LinkReport(Member("n2", "x"), False, 0.0, "outgoing link: reset"),
+    )
+    report = NodeReport(node.member, node.seq + 1, 1.0, 1, links=links, troubles=("a gateway is refused",))
+    sim.tell(events.ReportReceived(report))
+    status = sim.cores[sim.leader].status(sim.now)
+    told = {found.node: found.troubles for found in status.nodes}
+    assert told["n0"] == ("a gateway is refused", "no link: the peer speaks protocol 2, we speak 1 (n1)")
+    assert told["n1"] == ()

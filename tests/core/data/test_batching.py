@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from controlplane.contract.requests import Sampling, Token
 from dataplane.core.batching import Batcher, Limits
 from dataplane.core.request import Phase, Request
-from dataplane.core.speed import CHUNK_MIN, CHUNK_START, RESUME_MULTIPLE, STEP_MULTIPLE, StepSpeed
+from dataplane.core.speed import CHUNK_MIN, CHUNK_START, ONCE_MULTIPLE, STEP_MULTIPLE, StepSpeed
 
 LIMITS = Limits(
     block_size=4,
@@ -173,8 +173,12 @@ def test_chunks_keep_a_step_to_a_multiple_of_a_decode_step() -> None:
     assert speed(12, 0.16, 0.002).chunk_tokens(12, 512) == pytest.approx((STEP_MULTIPLE - 1) * 80, abs=1)
     assert speed(12, 0.16, 0.002, target_s=0.26).chunk_tokens(12, 512) == pytest.approx(50, abs=1)
     # A device that computes a whole chunk in the time that it reads the weights is not slowed down.
-    assert speed(12, 0.16, 0.0001).chunk_tokens(12, 512) == 512
-    assert speed(12, 0.16, 0.0).chunk_tokens(12, 512) == 512
+    for token_s in (0.0001, 0.0):
+        made = speed(12, 0.16, token_s)
+        for tokens in (128, 256):
+            assert made.chunk_tokens(12, 512) == tokens, "not much more than what has been measured"
+            made.ran(12, tokens, 0.16 + tokens * token_s, beside_chunk=False)
+        assert made.chunk_tokens(12, 512) == 512
     # What is asked for cannot be kept: prompts get on all the same.
     assert speed(12, 0.16, 0.002, target_s=0.01).chunk_tokens(12, 512) == CHUNK_MIN
     assert speed(12, 0.16, 0.002, target_s=0.01).chunk_tokens(12, 7) == 7
@@ -229,6 +233,24 @@ def test_a_lone_prompt_goes_whole() -> None:
     assert line.prompt_tokens[0] == 500
 
 
+def test_a_burst_from_idle_does_not_hold_its_own_first_readers_up() -> None:
+    """Nobody reads yet when the first step is chosen; with several in flight the next ones are chosen before its result
+    is there, and each of them was a whole batch of prompts in front of the first readers' second token."""
+    batcher = Batcher(replace(LIMITS, max_batch_tokens=512))
+    batcher.microbatches, batcher.quota_blocks = 4, 1 << 20
+    batcher.speed = speed(4, 0.05, 0.004)
+    for rid in range(12):
+        batcher.enqueue(request(rid, 160, 48))
+    sizes = []
+    for in_flight in range(4):
+        rows, _ = batcher.next_rows(True, in_flight)
+        for chosen, count in rows:
+            chosen.issued += count
+        sizes.append(sum(count for _, count in rows))
+    assert min(sizes[:2]) > 300, "first tokens do not wait for it"
+    assert all(0 < size * 0.004 <= (ONCE_MULTIPLE - 1) * 0.05 for size in sizes[2:])
+
+
 def test_decoding_is_measured_again_though_prompts_never_end() -> None:
     """Chunks in all steps: nothing would tell that decodes have become slower, and chunks would shrink for it."""
     line = Line(replace(LIMITS, max_batch_tokens=512, max_running=40), 2, 1 << 20, 0.01, 0.001)
@@ -249,6 +271,23 @@ def test_decoding_is_measured_again_though_prompts_never_end() -> None:
     some(400)
     after = some(100)
     assert 3 * before[100] < after[50]
+
+
+def test_short_chunks_that_seem_to_cost_nothing_do_not_make_a_long_one() -> None:
+    """On a busy machine decode steps came late more often than chunks of 16 tokens did, and the next chunk was of 422
+    tokens and took as long as 40 decode steps."""
+    made = StepSpeed()
+    for late_s in (0.02, 0.01, 0.0, 0.02, 0.0, 0.01, 0.02, 0.0):
+        made.ran(6, 0, 0.005 + late_s, beside_chunk=False)
+        made.ran(6, 16, 0.007, beside_chunk=False)
+    assert made.chunk_tokens(6, 512) == 2 * CHUNK_MIN
+    assert made.chunk_tokens(6, 60, lost=True) == 60, (
+        "who was interrupted gains by few steps, whatever they take"
+    )
+    for _ in range(6):
+        made.ran(6, 0, 0.005, beside_chunk=False)
+    made.ran(6, 300, 0.035, beside_chunk=False)
+    assert made.chunk_tokens(6, 512) < 40, "a long chunk tells more of tokens than many short ones"
 
 
 @pytest.mark.parametrize("slower", [1, 20])
@@ -300,6 +339,6 @@ def test_who_was_interrupted_goes_first_and_in_few_steps() -> None:
         sizes.append(sum(count for _, count in rows))
         took_s += 0.16 + 0.002 * sizes[-1]
     assert sum(sizes) <= 2 * sum(range(1, 13)) + CHUNK_MIN, "the fresh prompt has what is left"
-    assert max(sizes) * 0.002 <= (RESUME_MULTIPLE - 1) * 0.16
+    assert max(sizes) * 0.002 <= (ONCE_MULTIPLE - 1) * 0.16
     assert took_s < 4 * 0.16
     assert list(dict.fromkeys(began))[:12] == list(range(1, 13))

@@ -11,13 +11,15 @@ from dataplane.core.events import (
     Ask,
     Cancelled,
     CapacityChanged,
+    Effect,
     EpochBegan,
     Refuse,
     RunStep,
     Submitted,
     Tick,
 )
-from dataplane.core.messages import Fence, HeldMeta, ResultMeta, StepFailedMeta
+from dataplane.core.messages import Fence, HeldMeta, RejoinMeta, ResultMeta, StepFailedMeta
+from dataplane.core.recovery import GATHER_S
 from dataplane.core.request import pack_tokens
 from dataplane.core.scheduler import FAILED_RETRY_S, STALL_LIMIT_S, Scheduler
 from dataplane.core.stage import Stage
@@ -80,3 +82,34 @@ def test_a_request_that_would_break_a_stage_is_refused_and_others_go_on(event: S
     step = next(e for e in made.step(submitted(1), 0.0) if isinstance(e, RunStep)).meta
     assert Rows(step.rows).rids.tolist() == [1]
     assert made.step(ResultMeta("p0", step.fence, step.step, pack_tokens([9])), 0.1)
+
+
+def test_requests_that_gateways_bring_one_after_the_other_resume_in_one_step() -> None:
+    """After a takeover the first one was asked about alone and had a step alone, and all others waited for both."""
+    made = Scheduler("p0", 5, 1, LIMITS, takeover=True, now=0.0)
+    made.step(CapacityChanged(64, 1), 0.0)
+    asks = [e.meta for e in made.start(0.0) if isinstance(e, Ask)]
+    for rid in range(1, 5):
+        effects = made.step(submitted(rid, emitted=(7, 7), admitted=True), 0.001 * rid)
+        asks += [e.meta for e in effects if isinstance(e, Ask)]
+    assert [ask.rids for ask in asks] == [(), (1,), (2,), (3,), (4,)], "nobody waits for another one's answer"
+    effects = [e for number, ask in enumerate(asks) for e in answered(made, ask, 0.01 + 0.001 * number)]
+    (step,) = [e for e in effects if isinstance(e, RunStep)]
+    assert len(step.meta.admits) == 4
+    assert len(step.tokens) == 4 * 2, "of six tokens each stage holds four"
+
+
+def test_who_resumes_does_not_wait_for_gateways_that_are_late() -> None:
+    made = Scheduler("p0", 5, 1, LIMITS, takeover=True, now=0.0)
+    made.step(CapacityChanged(64, 1), 0.0)
+    asks = [e.meta for e in made.start(0.0) if isinstance(e, Ask)]
+    for rid in (1, 2):
+        effects = made.step(submitted(rid, emitted=(7, 7), admitted=True), 0.0)
+        asks += [e.meta for e in effects if isinstance(e, Ask)]
+    assert not [e for e in answered(made, asks[0], 0.01) if isinstance(e, RunStep)]
+    assert not [e for e in answered(made, asks[1], 0.01) if isinstance(e, RunStep)]
+    assert [e for e in made.step(Tick(), 0.01 + GATHER_S) if isinstance(e, RunStep)]
+
+
+def answered(made: Scheduler, ask: RejoinMeta, at: float) -> list[Effect]:
+    return made.step(HeldMeta("p0", ask.fence, ask.ask, 0, tuple((rid, 4) for rid in ask.rids)), at)

@@ -23,6 +23,7 @@ TALK: list[dict[str, Any]] = [
     {"role": "user", "content": "And {{ now }} {% if %}?"},
 ]
 TEMPLATES = {
+    "powers": "{{ 2 ** 10 }} {{ 1.5 ** 2 }} {{ 10 ** -1 }}{% if messages|length ** 2 > 4 %} long{% endif %}",
     "chatml": (
         "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
         " + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -226,6 +226,26 @@ def test_stop_tokens() -> None:
     with_stack(body)
 
 
+def test_a_special_token_may_be_a_stop_string() -> None:
+    """Its text is not shown, so that it would never be found there."""
+
+    async def body(stack: Stack) -> None:
+        end = stack.service.model.tokenizer.token_to_id("<|user|>")
+        for node in stack.nodes:
+            node.speak = lambda submit, position: end if position == 3 else 400 + position
+        async with stack.http() as client:
+            asked = {"prompt": PROMPT, "max_tokens": 6, "stop": ["zzz", "<|user|>"]}
+            events = await stream(client, asked)
+            assert events.text() == stack.service.model.decode([400, 401, 402])
+            assert (events.finish(), events.chunks[-1]["choices"][0]["stop_reason"]) == ("stop", "<|user|>")
+            shown = await stream(client, asked | {"skip_special_tokens": False, "stop": ["er|>"]})
+            assert shown.text().endswith("<|us")
+            assert shown.finish() == "stop"
+            assert (await stream(client, asked | {"stop": ["<|us"]})).finish() == "length"
+
+    with_stack(body)
+
+
 def test_characters_split_over_tokens_stay_whole() -> None:
     text = "naïve 你好 🎉 żółć"
     ids = demo_model().tokenizer.encode(text, add_special_tokens=False).ids
@@ -243,6 +263,22 @@ def test_characters_split_over_tokens_stay_whole() -> None:
             assert cut.text() == text[:-1]
 
     with_stack(body, speak=speak)
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_an_event_is_one_line_whatever_a_client_takes_for_lines(logprobs: int | None) -> None:
+    text = "a\u2028b\u2029c\x85d\x0b\x1c\r\n😀"
+
+    async def body(stack: Stack) -> None:
+        ids = stack.service.model.tokenizer.encode(text, add_special_tokens=False).ids
+        for node in stack.nodes:
+            node.speak = lambda submit, position: ids[position]
+        async with stack.http() as client:  # reads lines as Python does
+            asked = {"prompt": PROMPT, "max_tokens": len(ids), "logprobs": logprobs}
+            events = await stream(client, asked)
+        assert (events.text(), events.done) == (text, True)
+
+    with_stack(body)
 
 
 def test_echo() -> None:

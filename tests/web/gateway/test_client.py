@@ -6,7 +6,9 @@ import asyncio
 
 import pytest
 
+from controlplane.contract import rpc
 from controlplane.contract.ids import Member
+from dataplane.frontdoor import Frontdoor
 from web.gateway.client import Links, _Link
 from web.gateway.events import Event
 
@@ -56,5 +58,32 @@ def test_a_link_ends_although_its_call_breaks_in_the_moment_in_which_it_is_close
             assert ended
         assert tries == 2
         assert not events
+
+    asyncio.run(run())
+
+
+def test_a_node_that_refuses_this_gateways_version_is_told_and_not_asked_in_a_hot_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        node = Frontdoor("token", lambda *_: None, lambda _: None)
+        address = await node.start("127.0.0.1")
+        with monkeypatch.context() as newer:
+            newer.setattr(rpc, "STREAM_SCHEMA", 2)
+            links = Links("token", lambda _: None)
+        links.locate(NODE, address)
+        links.open(NODE)
+        async with asyncio.timeout(10):
+            while not links.troubles():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert links.troubles() == [
+            "n0: the gateway's messages have schema 2, this node reads 1 to 1: restart the node with the newer code"
+        ]
+        assert node.troubles()
+        assert links.reconnects <= 3
+        links.close(NODE)
+        assert links.troubles() == []
+        await links.aclose()
+        await node.close()
 
     asyncio.run(run())

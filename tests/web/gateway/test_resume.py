@@ -236,6 +236,16 @@ def test_a_running_stream_is_taken_over_and_not_computed_again() -> None:
     with_two(body)
 
 
+def test_an_empty_event_id_says_that_nothing_has_come() -> None:
+    async def body(one: Stack, two: Stack) -> None:
+        path, asked = request("all of it")
+        async with one.http() as client:
+            answer = await client.post(path, json=asked, headers={"last-event-id": ""})
+            assert (answer.status_code, answer.text.count("[DONE]")) == (200, 1)
+
+    with_two(body)
+
+
 def test_ids_of_others_and_nonsense() -> None:
     async def body(one: Stack, two: Stack) -> None:
         path, asked = request("all of it")

@@ -95,6 +95,18 @@ def test_null_says_nothing(tmp_path: Path) -> None:
     assert (model.defaults, model.max_new_tokens) == ({}, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "ids"), [("<|eos|>", (1,)), ({"content": "<|end|>"}, (2,)), (None, ()), ("<|other|>", ())]
+)
+def test_the_tokenizers_end_counts_where_the_model_names_none(
+    tmp_path: Path, name: object, ids: tuple[int, ...]
+) -> None:
+    copy_model(tmp_path, max_position_embeddings=512, eos_token_id=None)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
+    assert load_model(settings(tmp_path)).eos_token_ids == ids
+
+
 def test_the_context_that_the_pool_holds_is_the_one_that_is_served(tmp_path: Path) -> None:
     """131,072 by config.json, and streams ended at 16,384 with `length`: half of the default pool."""
     copy_model(tmp_path, max_position_embeddings=131072)

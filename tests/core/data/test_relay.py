@@ -1,0 +1,162 @@
+"""What a host's relay passes on, to whom and when."""
+
+from __future__ import annotations
+
+import msgspec
+
+from controlplane.contract import rpc
+from controlplane.contract.ids import Member
+from controlplane.contract.reports import NodeReport, RelayedBatch, ReportBatch
+from dataplane.core.relay import Line, Relay, Source
+
+A, B = Member("n0", "a"), Member("n1", "b")
+BEAT_S = 0.1
+
+
+def raw(member: Member, seq: int = 1) -> msgspec.Raw:
+    return msgspec.Raw(rpc.encode(NodeReport(member, seq, 0.0, 7)))
+
+
+class Host:
+    """A relay with two nodes and a controller that has heard them."""
+
+    def __init__(self) -> None:
+        self.relay = Relay(BEAT_S)
+        self.line = self.relay.open("c", 0.0)
+        self.a, self.b = self.relay.join(A), self.relay.join(B)
+        for source in (self.a, self.b):
+            self.relay.report(source, raw(source.member))
+        assert slots(self.line.next(0.0)) == [self.a.slot, self.b.slot]
+        self.line.acknowledge(BEAT_S)
+
+
+def slots(batch: RelayedBatch | None) -> list[int]:
+    return [] if batch is None else [slot for slot, _ in batch.reports]
+
+
+def test_a_batch_reads_as_a_batch_of_reports_and_keeps_what_is_new_in_them() -> None:
+    assert RelayedBatch.__struct_fields__ == ReportBatch.__struct_fields__
+    newer = msgspec.msgpack.encode([*msgspec.to_builtins(NodeReport(A, 1, 0.0, 7)), "later"])
+    relay = Relay(BEAT_S)
+    line = relay.open("c", 0.0)
+    relay.report(relay.join(A), msgspec.Raw(newer))
+    encoded = rpc.encode(line.next(0.0))
+    batch = rpc.decode_reports(encoded)
+    assert batch.relay
+    assert batch.reports[0][1] == NodeReport(A, 1, 0.0, 7)
+    assert newer in encoded
+
+
+def test_news_go_at_once_and_all_else_at_the_heartbeat() -> None:
+    host = Host()
+    relay, line = host.relay, host.line
+    relay.report(host.a, raw(A, 2), urgent=False)
+    relay.beat(host.b)
+    assert line.next(0.05) is None
+    assert line.due_at() == BEAT_S
+    relay.report(host.b, raw(B, 2))
+    assert line.due_at() == 0.0
+    batch = line.next(0.06)
+    assert slots(batch) == [host.a.slot, host.b.slot]  # what waited goes along
+    assert batch is not None
+    assert batch.beats == ()
+    relay.beat(host.a)
+    batch = line.next(BEAT_S)
+    assert batch is not None
+    assert batch.beats == (host.a.slot, host.b.slot)
+    assert line.next(2 * BEAT_S) is None  # nobody was heard since: nobody beats
+
+
+def test_a_silent_node_does_not_beat_behind_its_relay() -> None:
+    host = Host()
+    beats = []
+    for turn in range(1, 4):
+        host.relay.beat(host.a)
+        batch = host.line.next(turn * BEAT_S)
+        assert batch is not None
+        beats.append(batch.beats)
+    assert beats == [(host.a.slot,)] * 3
+
+
+def test_beats_come_as_rarely_as_the_controller_wants_and_never_in_a_burst() -> None:
+    host = Host()
+    host.line.acknowledge(2 * BEAT_S)
+    sent = []
+    for turn in range(1, 9):
+        host.relay.beat(host.a)
+        sent.append(host.line.next(turn * BEAT_S) is not None)
+    assert sent == [True, False, True, False, True, False, True, False]
+    host.relay.beat(host.a)
+    assert host.line.next(5.0) is not None  # the relay was away
+    host.relay.beat(host.a)
+    assert host.line.due_at() >= 5.0
+    assert host.line.next(5.0) is not None
+    assert host.line.due_at() > 5.0
+
+
+def test_a_node_whose_stream_ends_is_gone_at_once_after_its_last_words() -> None:
+    host = Host()
+    host.relay.report(host.a, raw(A, 2), urgent=False)
+    host.relay.leave(host.a)
+    assert host.line.due_at() == 0.0
+    batch = host.line.next(0.01)
+    assert batch is not None
+    assert (slots(batch), batch.gone) == ([host.a.slot], (host.a.slot,))
+    host.relay.beat(host.a)  # too late
+    assert host.line.next(BEAT_S) is None
+
+
+def test_a_member_that_is_back_is_reported_after_its_old_slot_is_gone() -> None:
+    """A receiver refuses two slots of one member, and takes reports before it lets go of slots."""
+    host = Host()
+    host.relay.leave(host.a)
+    fresh = host.relay.join(A)
+    host.relay.report(fresh, raw(A, 2))
+    assert fresh.slot != host.a.slot
+    first, second = host.line.next(0.01), host.line.next(0.01)
+    assert first is not None
+    assert (slots(first), first.gone) == ([], (host.a.slot,))
+    assert second is not None
+    assert (slots(second), second.gone) == ([fresh.slot], ())
+
+
+def test_the_newest_stream_of_a_member_speaks_for_it() -> None:
+    host = Host()
+    fresh = host.relay.join(A)
+    assert fresh.slot == host.a.slot
+    host.relay.report(host.a, raw(A, 2))
+    host.relay.leave(host.a)  # the end of the old one says nothing
+    assert host.line.next(0.01) is None
+    host.relay.report(fresh, raw(A, 3))
+    assert slots(host.line.next(0.01)) == [fresh.slot]
+
+
+def test_a_new_controller_is_told_everything_and_counts_once_it_has_answered() -> None:
+    host = Host()
+    line = host.relay.open("d", 0.5)
+    assert host.relay.heard_by(host.a) == ("c",)
+    assert slots(line.next(0.5)) == [host.a.slot, host.b.slot]
+    assert host.relay.heard_by(host.a) == ("c",)
+    line.acknowledge(BEAT_S)
+    assert host.relay.heard_by(host.a) == ("c", "d")
+    late = host.relay.join(Member("n2", "c"))
+    assert host.relay.heard_by(late) == ()
+    host.relay.close("c")
+    assert host.relay.heard_by(host.a) == ("d",)
+
+
+def waiting(line: Line) -> int:
+    return len(line.waiting) + len(line.heard) + len(line.gone)
+
+
+def test_a_controller_that_takes_nothing_costs_a_bounded_memory() -> None:
+    host = Host()
+    source: Source = host.a
+    for turn in range(1000):
+        host.relay.report(source, raw(A, turn))
+        host.relay.report(host.b, raw(B, turn))
+        host.relay.beat(host.b)
+        if turn % 3 == 0:
+            host.relay.leave(source)
+            source = host.relay.join(A)
+    assert waiting(host.line) <= 5
