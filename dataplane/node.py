@@ -357,6 +357,7 @@ class Node:
         reports = []
         for pipeline_id, stage in self._worker.stages.items():
             scheduler = self._schedulers.by_pipeline.get(pipeline_id)
+            stalled_s, unanswered = scheduler.held_up(now) if scheduler else (0.0, -1)
             reports.append(
                 PipelineReport(
                     pipeline=pipeline_id,
@@ -366,7 +367,8 @@ class Node:
                     running=scheduler.running if scheduler else 0,
                     waiting=scheduler.waiting if scheduler else 0,
                     quiesced_step=scheduler.quiesced_step if scheduler else -2,
-                    stalled_s=scheduler.stalled_s(now) if scheduler else 0.0,
+                    stalled_s=stalled_s,
+                    unanswered=unanswered,
                     round_s=scheduler.steps.round_s if scheduler else 0.0,
                     targets=self._worker.replicator.targets(pipeline_id),
                 )

@@ -122,7 +122,8 @@ class Nodes:
         only: Collection[PipelineId] | None = None,
     ) -> dict[Member, float]:
         """Who holds a pipeline up, and for how long: the first stage that lacks a step which its predecessor has
-        executed. Where all have the same steps it is the first one, whose scheduler issued the oldest in flight.
+        executed. Where all have the same steps it is the first one, whose scheduler issued the oldest in flight. While
+        the scheduler waits to hear what the stages hold, it is the first that has not said so.
 
         What a member has done since its last report is not known. So the scheduler has to be heard, and of the one
         that is blamed and its predecessor at least one; else nobody is blamed."""
@@ -137,6 +138,11 @@ class Nodes:
             if not _stalls(first) or not speaks(scheduler):
                 continue
             blamed, before = scheduler, scheduler
+            if 0 <= first.unanswered < len(pipeline.stages):
+                owes = pipeline.stages[first.unanswered].leader
+                if owes is not None:
+                    guilty[owes] = max(guilty.get(owes, 0.0), first.stalled_s)
+                continue
             for index, stage in enumerate(pipeline.stages[1:], start=1):
                 if stage.leader is None:
                     continue

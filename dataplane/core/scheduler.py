@@ -162,8 +162,15 @@ class Scheduler:
         request = self.requests.get(rid) or self.kept.get(rid)
         return None if request is None else request.log(self.pipeline)
 
-    def stalled_s(self, now: float) -> float:
-        return now - self.steps.oldest(now)
+    def held_up(self, now: float) -> tuple[float, int]:
+        """For how long the oldest step is in flight, or a stage has not said what it holds if that is longer; and which
+        stage (-1: it is a step)."""
+        step = self.steps.oldest(now)
+        asks = [ask for ask in self._asks.values() if ask.adopts]
+        oldest = min(asks, key=lambda ask: ask.since, default=None)
+        if oldest is None or oldest.since >= step:
+            return now - step, -1
+        return now - oldest.since, min(oldest.stages_missing)
 
     # ------------------------------------------------------------------ requests
 

@@ -77,9 +77,10 @@ def test_the_stage_that_lacks_a_step_its_predecessor_has_is_to_blame() -> None:
         pipeline = with_stage(pipeline, index, ranks=(Member(f"n{index}", "i"),))
     topology = successor(topology, pipeline)
 
-    def blame(steps: tuple[int, int], stalled_s: float = 3.0) -> dict[Member, float]:
+    def blame(steps: tuple[int, int], stalled_s: float = 3.0, unanswered: int = -1) -> dict[Member, float]:
         for index, last in enumerate(steps):
-            said = PipelineReport("p0", 2, index, last, stalled_s=stalled_s if index == 0 else 0.0)
+            own = {"stalled_s": stalled_s, "unanswered": unanswered} if index == 0 else {}
+            said = PipelineReport("p0", 2, index, last, **own)
             member = Member(f"n{index}", "i")
             membership.reports[member] = NodeReport(member, 1, 0.0, 1, pipelines=(said,))
         return membership.nodes(topology).stalled(topology)
@@ -87,6 +88,7 @@ def test_the_stage_that_lacks_a_step_its_predecessor_has_is_to_blame() -> None:
     assert blame((5, 4)) == {Member("n1", "i"): 3.0}
     assert blame((5, 5)) == {Member("n0", "i"): 3.0}
     assert blame((5, 4), stalled_s=0.0) == {}
+    assert blame((-1, -1), unanswered=1) == {Member("n1", "i"): 3.0}, "it has not said what it holds"
 
 
 def test_counters_that_a_report_does_not_bring_stand_as_last_said() -> None:

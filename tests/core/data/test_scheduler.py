@@ -326,6 +326,18 @@ def test_a_stalled_step_is_given_up_and_asked_about() -> None:
     assert next(e for e in effects if isinstance(e, Ask)).meta.fence == Fence(5, 1)
 
 
+def test_a_scheduler_says_which_stage_it_waits_for_in_a_recovery() -> None:
+    made = scheduler(stages=3)
+    made.step(submit(1), 0.0)
+    assert made.held_up(0.2) == (0.2, -1), "a step is in flight"
+    ask = next(e for e in made.step(EpochBegan(6, planned=False), 0.2) if isinstance(e, Ask)).meta
+    for stage, owes in ((0, 1), (2, 1)):
+        made.step(HeldMeta("p0", Fence(6, 0), ask.ask, stage, ((1, 4),)), 0.3)
+        assert made.held_up(1.2) == (1.0, owes)
+    made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, ((1, 4),)), 1.3)
+    assert made.held_up(1.4) == (pytest.approx(0.1), -1), "the first step of the new epoch"
+
+
 def test_a_step_that_failed_on_its_way_is_repeated_after_a_pause() -> None:
     made = scheduler(stages=1)
     step = steps(made.step(submit(1), 0.0))[0]
