@@ -70,9 +70,11 @@ class PipelineReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
         -2
     )  # scheduler only: last step issued once none is in flight and none will start; -2: not quiesced
     stalled_s: float = 0.0  # scheduler only: age of the oldest step in flight, or question to the stages
-    unanswered: int = -1  # scheduler only: if it is a question, the first stage that owes an answer
     round_s: float = 0.0  # scheduler only: the longest that one of the last steps took
     targets: tuple[TargetReport, ...] = ()
+    unanswered: int = (
+        -1
+    )  # scheduler only: if it is a question that is oldest, the first stage that owes an answer
 
 
 class RecoveryReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
