@@ -37,6 +37,7 @@ from controlplane.etcd.proto import rpc_pb2
 
 NODES_PER_HOST = 8
 FULL_BEATS = 5  # a serving node sends a whole report so often, in heartbeats; as dataplane/reporter.py
+COUNTERS_BEATS = 20  # ... and its counters
 COUNTERS = {f"counter_number_{k}": k * 1000 for k in range(30)}
 TIMES = tuple(StepTimes(k << 8 | 3, 1000 + k, 20_000_000) for k in range(8))
 REGISTERING_MAX = 64
@@ -56,6 +57,7 @@ class Node:
     slot: int = -1
     seq: int = 0
     beats: int = 0
+    uncounted: int = COUNTERS_BEATS  # heartbeats since it sent its counters
     hurried: bool = False  # a pipeline of ours is being moved
     news: bool = True
     progress: int = 0
@@ -85,8 +87,14 @@ class Node:
             timed_s=self.seq * 0.5,
             overdue_s=self.seq * 0.001,
             topology_counter=counter,
-            counters=COUNTERS,
+            counters=self._counted(),
         )
+
+    def _counted(self) -> dict[str, int]:
+        if self.uncounted < COUNTERS_BEATS:
+            return {}
+        self.uncounted = 0
+        return COUNTERS
 
     def _duties(self) -> Iterator[PipelineReport]:
         for pipeline in self.pipelines:
@@ -126,6 +134,7 @@ class Host:
             if not node.alive:
                 continue
             node.beats += beats_passed
+            node.uncounted += beats_passed
             if node.news or (beats_passed and (node.hurried or node.beats >= FULL_BEATS)):
                 if node.slot < 0:
                     node.slot, self.slots = self.slots, self.slots + 1

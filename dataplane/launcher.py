@@ -105,8 +105,6 @@ class Launcher:
                 self._log.info("devices", **{node: place.device for node, place in self._places.items()})
             if self._target == TARGET:
                 self._children.add(RELAY, RELAY, self._begin_relay)
-                # One that is adopted may run other code or settings: a fresh one takes its place, and nobody notices.
-                self._children.send(RELAY, signal.SIGTERM)
             for node in self._nodes:
                 self._children.add(node, "nodes", partial(self._begin, node))
             if not self._cold:
@@ -117,6 +115,9 @@ class Launcher:
                     self._log.warning(
                         "threads run before the first fork: forked nodes may hang", threads=threads
                     )
+            if self._target == TARGET:
+                # One that is adopted may run other code or settings: a fresh one takes its place, and nobody notices.
+                self._children.send(RELAY, signal.SIGTERM)
             self._log.info("launcher is up", nodes=self._nodes, pid=os.getpid(), cold=self._cold)
             while not self._children.signals:
                 self._children.turn()

@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+from msgspec.structs import replace
+
 from controlplane.backoff import Backoff
 from controlplane.contract.records import ControllerRecord
 from controlplane.contract.reports import NodeReport, ReportAck, ReportBatch
@@ -27,6 +29,9 @@ BEAT = ReportBatch(beats=(SLOT,), calm=True)
 
 FULL_BEATS = 5  # a whole report so often while the node computes, in heartbeats ...
 FULL_IDLE_BEATS = 10  # ... and while it rests
+COUNTERS_BEATS = (
+    20  # counters go with a report so often: people look at them, and they are half of what is in it
+)
 LINK_QUIET_S = (
     0.4  # a link that was silent for so long, twice the pause between two pings, is watched as well
 )
@@ -48,6 +53,7 @@ class _Line:
     told: NodeReport | None = None  # the last report on this stream
     beats: int = 0  # heartbeats since then
     quiet: int = 0  # heartbeats since anything was sent
+    uncounted: int = COUNTERS_BEATS  # heartbeats since counters were sent
     every: int = 1  # heartbeats in which something is to be sent, news or none
     said: asyncio.Event = field(default_factory=asyncio.Event)  # a report has left since it was cleared
 
@@ -156,7 +162,13 @@ class Reporter:
         )
 
     async def _batches(self, line: _Line, to_relay: bool = False) -> AsyncIterator[ReportBatch]:
-        line.told, line.news, line.recoveries_sent, line.every = None, True, 0, 1
+        line.told, line.news, line.recoveries_sent, line.every, line.uncounted = (
+            None,
+            True,
+            0,
+            1,
+            COUNTERS_BEATS,
+        )
         if to_relay:
             self._paths.opening()
         while True:
@@ -175,12 +187,16 @@ class Reporter:
     def _next(self, line: _Line) -> ReportBatch | None:
         report, recoveries = self._make(self._seq + 1, line.recoveries_sent)
         news, line.news = line.news, False
-        line.beats, line.quiet = line.beats + 1, line.quiet + 1
+        line.beats, line.quiet, line.uncounted = line.beats + 1, line.quiet + 1, line.uncounted + 1
         told = line.told
         news = news or told is None or self._is_news(report, told)
         if news or told is None or self._is_old(report, told, line.beats):
             self._seq += 1
             line.recoveries_sent, line.told, line.beats, line.quiet = recoveries, report, 0, 0
+            if line.uncounted >= COUNTERS_BEATS:
+                line.uncounted = 0
+            else:
+                report = replace(report, counters={})
             return ReportBatch(reports=((SLOT, report),), calm=not news)
         if line.quiet < line.every:
             return None

@@ -3,6 +3,7 @@
 A stream carries `ReportBatch`es. Its sender is one node, or the relay of a host, which speaks for all nodes there: what
 a controller pays is a message a host, and most of what is in one are numbers of slots. News leaves at once; how often a
 sender speaks although there is none is what each controller says in its acknowledgements (`beat_every_s`).
+Reports are arrays, half as long as maps: a new field goes to the end and has a default.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NO_LINK = (
 )
 
 
-class LinkReport(msgspec.Struct, frozen=True, gc=False):
+class LinkReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a node knows of a neighbour through its links: independent evidence of life."""
 
     peer: Member
@@ -36,7 +37,7 @@ class LinkReport(msgspec.Struct, frozen=True, gc=False):
     watch: bool = False  # it is only there for the two to watch each other: no pipeline needs it
 
 
-class TargetReport(msgspec.Struct, frozen=True, gc=False):
+class TargetReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How far behind one copy of a pipeline's KV is, by what its holder acknowledged."""
 
     target: Member
@@ -54,7 +55,7 @@ class StepTimes(msgspec.Struct, frozen=True, array_like=True, gc=False):
     busy_us: int  # by the clock, not by the processor: what slows a node down counts
 
 
-class PipelineReport(msgspec.Struct, frozen=True, gc=False):
+class PipelineReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One pipeline as one of its stages sees it."""
 
     pipeline: PipelineId
@@ -73,7 +74,7 @@ class PipelineReport(msgspec.Struct, frozen=True, gc=False):
     targets: tuple[TargetReport, ...] = ()
 
 
-class RecoveryReport(msgspec.Struct, frozen=True, gc=False):
+class RecoveryReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One recovery as the pipeline's scheduler timed it (unix seconds)."""
 
     pipeline: PipelineId
@@ -87,7 +88,7 @@ class RecoveryReport(msgspec.Struct, frozen=True, gc=False):
     planned: bool  # a move, not a failure
 
 
-class NodeReport(msgspec.Struct, frozen=True, gc=False):
+class NodeReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     member: Member
     seq: int  # grows with each report of this member, whichever stream carries it
     unix_s: float
@@ -109,7 +110,8 @@ class NodeReport(msgspec.Struct, frozen=True, gc=False):
     overdue_s: float = 0.0  # ... and of that was overdue, its loop not computing: it does not get to run
     topology_counter: int = 0  # the newest topology this node has acted on
     leaving: bool = False  # the process is about to exit on purpose
-    counters: dict[str, int] = {}  # monotonic; exported by the controllers as Prometheus counters
+    # Monotonic; exported by the controllers as Prometheus counters. Empty: as last said.
+    counters: dict[str, int] = {}
     troubles: tuple[str, ...] = ()  # what an operator has to mend, in words
 
     def broken_links(self) -> set[Member]:

@@ -11,6 +11,8 @@ from controlplane.contract.ids import Member, NodeId, PipelineId
 from controlplane.contract.records import Operation, OperationKind
 from controlplane.contract.topology import Mode, Move
 
+NAMED_MAX = 16  # names in one line
+
 
 class NodeState(StrEnum):
     GREEN = "green"
@@ -149,9 +151,14 @@ def mixtures(status: ClusterStatus) -> list[str]:
 
 
 def who_has_what(having: Mapping[str, Sequence[str]]) -> str:
-    """ "1+a in n0, n1; 2+b in n2", the most frequent first."""
+    """ "1+a in n0, n1; 2+b in n2", the most frequent first; of many only some are named."""
     groups = sorted(having.items(), key=lambda item: -len(item[1]))
-    return "; ".join(f"{found} in {', '.join(who)}" for found, who in groups)
+    return "; ".join(f"{found} in {_some(who)}" for found, who in groups)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - NAMED_MAX
+    return ", ".join(names[:NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
 class Check(msgspec.Struct, frozen=True):

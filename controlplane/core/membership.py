@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from msgspec import structs
+
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import Member, NodeId, PipelineId
 from controlplane.contract.records import NodeRecord
@@ -203,6 +205,9 @@ class Membership:
         self.detector.lease_gone(node)
 
     def reported(self, report: NodeReport) -> None:
+        before = self.reports.get(report.member)
+        if before is not None and before.counters and not report.counters:
+            report = structs.replace(report, counters=before.counters)
         self.reports[report.member] = report
         self._touched.add(report.member.node)
         self._stalling.discard(report.member)

@@ -27,6 +27,7 @@ from controlplane.contract.status import (
 )
 from controlplane.kfadmin.client import EventRow
 
+SHOWN_MAX = 40  # lines of a kind in a status; what is wrong goes first
 PIPE_WIDTH = 200  # columns when stdout is not a terminal: tables are for reading, not for wrapping
 
 GOOD, WARN, BAD, DIM = "green", "yellow", "bold red", "dim"
@@ -93,19 +94,28 @@ def print_status(status: ClusterStatus) -> None:
         out.print(Text("automation is PAUSED: nothing is repaired or moved until `kfadmin resume`", BAD))
     out.print()
     pipelines = table("PIPELINE", "STATE", "EPOCH", "RUNNING", "WAITING", "STAGES", "REPLICA LAG")
-    for p in status.pipelines:
+    told = status.pipelines
+    if len(told) > SHOWN_MAX:  # what is as it should be would hide what is not
+        told = tuple(p for p in told if p.state is not PipelineState.UP)
+    for p in told[:SHOWN_MAX]:
         stages = "  ".join(_served_by(stage) for stage in p.stages)
         lags = " ".join("-" if stage.lag_tokens < 0 else str(stage.lag_tokens) for stage in p.stages)
         pipelines.add_row(p.id, state(p.state), str(p.epoch), str(p.running), str(p.waiting), stages, lags)
-    out.print(pipelines)
+    if told:
+        out.print(pipelines)
+    if others := len(status.pipelines) - len(told[:SHOWN_MAX]):
+        up = sum(p.state is PipelineState.UP for p in status.pipelines)
+        out.print(f"{others} pipelines are not shown ({up} are up): `kfadmin topology` shows all")
     trouble = [node for node in status.nodes if node.state is not NodeState.GREEN or node.cordoned]
     green = sum(node.state is NodeState.GREEN for node in status.nodes)
     out.print(f"\n{green} of {len(status.nodes)} nodes are green")
     for stage, having in numerics_of_stages(status).items():
         out.print(f"stage {stage} computes as {who_has_what(having)}")
-    for node in trouble:
+    for node in trouble[:SHOWN_MAX]:
         cordoned = " cordoned" if node.cordoned else ""
         out.print(Text(f"  {node.node} ").append(state(node.state)).append(f"{cordoned}  {node.evidence}"))
+    if len(trouble) > SHOWN_MAX:
+        out.print(f"  and {len(trouble) - SHOWN_MAX} more: `kfadmin nodes` shows all")
     for operation in status.operations:
         if operation.open:
             out.print(

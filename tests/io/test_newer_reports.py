@@ -24,7 +24,7 @@ REPORT = NodeReport(ME, 1, 0.0, 7)
 def changed(batch: ReportBatch, schema: int) -> bytes:
     """The same batch with reports in another shape."""
     raw: list[Any] = msgspec.msgpack.decode(rpc.encode(batch))
-    raw[0] = [[slot, report | {"progress": {"steps": 7}}] for slot, report in raw[0]]
+    raw[0] = [[slot, [*report[:3], {"steps": 7}, *report[4:]]] for slot, report in raw[0]]
     return msgspec.msgpack.encode([*raw[:4], schema, False, "and one thing more"])
 
 
@@ -34,7 +34,7 @@ def test_what_is_added_is_ignored_and_what_is_changed_counts_as_a_sign_of_life()
         server, stream = ReportServer("t", inbox, TimingConfig()), _Stream()
         good = ReportBatch(reports=((0, REPORT),))
         raw: list[Any] = msgspec.msgpack.decode(rpc.encode(good))
-        raw[0][0][1]["added"] = {"by": "newer code"}
+        raw[0][0][1].append({"by": "newer code"})
         await server._take(
             stream, msgspec.msgpack.encode([*raw[:4], SCHEMA + 1, False, "and one thing more"])
         )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -10,6 +14,7 @@ from tests.sim.safeguards import SAFEGUARDS
 from tests.sim.soaking import simulator
 
 SEEDS_MAX = 1000
+LIMIT_S = 500.0
 
 # By which invariant each absence is noticed.
 NOTICED = {
@@ -25,10 +30,29 @@ NOTICED = {
 }
 
 
+@pytest.fixture(scope="module")
+def soaks(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[CompletedProcess[str]]]]:
+    """A soak without each of the safeguards that are asked about, one a core. Each has one process, so that which seed
+    it finds first does not depend on who is fast."""
+    asked = [
+        item.callspec.params["safeguard"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.module is request.module
+    ]
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    arguments = ("soak", str(SEEDS_MAX), "--stop", "--jobs", "1", "--without")
+    try:
+        yield {name: pool.submit(simulator, *arguments, name, limit_s=LIMIT_S) for name in asked}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("safeguard", sorted(SAFEGUARDS))
-def test_without_a_safeguard_a_violation_is_found(safeguard: str) -> None:
-    ended = simulator("soak", str(SEEDS_MAX), "--stop", "--jobs", "1", "--without", safeguard, limit_s=500.0)
+def test_without_a_safeguard_a_violation_is_found(
+    safeguard: str, soaks: dict[str, Future[CompletedProcess[str]]]
+) -> None:
+    ended = soaks[safeguard].result()
     found = re.search(r"^seed (\d+): at (.*)$", ended.stdout, re.MULTILINE)
     assert found is not None, ended.stdout + ended.stderr
     assert re.search(NOTICED[safeguard], found[2]), found[2]

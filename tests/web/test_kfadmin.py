@@ -383,6 +383,27 @@ def test_up_says_what_is_wrong_with_its_run_directory(tmp_path: Path) -> None:
     assert kfadmin("down", "--run-dir", str(file / "x")).exit_code in (0, 1)
 
 
+def test_the_status_of_a_thousand_nodes_shows_what_is_wrong(
+    target: list[str], service: MemoryService
+) -> None:
+    large = admin_service.healthy(instances=250)
+    nodes = [msgspec.structs.replace(node, version="1+a", settings="") for node in large.nodes]
+    for index in range(500, 560):
+        nodes[index] = msgspec.structs.replace(nodes[index], state=NodeState.RED, evidence="silent")
+    nodes[7] = msgspec.structs.replace(nodes[7], version="2+b")
+    pipelines = list(large.pipelines)
+    pipelines[130] = msgspec.structs.replace(pipelines[130], state=PipelineState.DOWN)
+    service.cluster = msgspec.structs.replace(large, nodes=tuple(nodes), pipelines=tuple(pipelines))
+    said = kfadmin("status", *target).stdout
+    lines = said.splitlines()
+    assert len(lines) < 60
+    assert any(line.startswith("p130") and "down" in line for line in lines)
+    assert "249 pipelines are not shown (249 are up)" in said
+    assert "and 20 more: `kfadmin nodes` shows all" in said
+    assert any("mixed versions: 1+a in n0, n1" in line and "and 923 more" in line for line in lines)
+    assert len(kfadmin("topology", *target).stdout.splitlines()) > 250
+
+
 def test_mixtures_are_shown(target: list[str], service: MemoryService) -> None:
     assert "mixed" not in kfadmin("status", *target).stdout
     nodes = [msgspec.structs.replace(node, version="1+a", settings="s") for node in service.cluster.nodes]

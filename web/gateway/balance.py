@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from controlplane.contract.ids import PipelineId
@@ -10,6 +10,8 @@ from controlplane.contract.topology import Pipeline
 from web.gateway.live import Live
 
 LONG = 2  # times the mean length of prompts
+LOOKED_AT = 16  # pipelines at a time ...
+LOOKS = 4  # ... so often while all their places are taken
 
 
 @dataclass(slots=True)
@@ -50,6 +52,30 @@ class Loads:
         if before is not None:
             self._prompt_tokens -= len(live.log.prompt)
             self._add(before, -1)
+
+    def choose(
+        self,
+        pipelines: Sequence[Pipeline],
+        fits: Callable[[Pipeline], bool],
+        rid: int,
+        places: int,
+        prompt_tokens: int,
+    ) -> Pipeline | None:
+        """The `least` of those that fit; None: none does. Of many a few are looked at, from a place on that the
+        request's id decides, and more while none of them has room: the best of a few is hardly worse than the best of
+        all, and when a pipeline goes down hundreds of requests are placed at once."""
+        count, found = len(pipelines), list[Pipeline]()
+        chosen = None
+        for start in range(0, count, LOOKED_AT):
+            around = range(rid + start, rid + min(start + LOOKED_AT, count))
+            found += [pipelines[at % count] for at in around if fits(pipelines[at % count])]
+            if not found:
+                continue
+            chosen = self.least(found, places, prompt_tokens)
+            load = self._loads.get(chosen.id)
+            if load is None or load.streams < places or start >= LOOKED_AT * (LOOKS - 1):
+                break
+        return chosen
 
     def least(self, pipelines: Sequence[Pipeline], places: int, prompt_tokens: int) -> Pipeline:
         """For a prompt of so many tokens: of `pipelines` (at least one), one with a free place; of these the one with

@@ -61,8 +61,10 @@ class Router:
         self._loads = Loads()
         self._again: dict[int, Live] = {}  # those that wait to ask for missing tokens
         self._pipelines: dict[PipelineId, Pipeline] = {}
+        self._reached: list[Pipeline] | None = None  # those that can be reached; None: to be listed anew
         self._streams: dict[Member, bool] = {}  # wanted streams: is it up?
         self._recalls = Recalls()
+        self.pipelines_up = 0
         self.closing = False
         self._told: dict[int, None] = {}  # rids whose end was told to a scheduler, newest last, bounded
 
@@ -74,10 +76,6 @@ class Router:
     def restless(self) -> bool:
         """Whether ticks are needed now."""
         return bool(self._held or self._again or self._recalls)
-
-    @property
-    def pipelines_up(self) -> int:
-        return sum(p.scheduler is not None for p in self._pipelines.values())
 
     @property
     def reachable(self) -> int:
@@ -175,6 +173,7 @@ class Router:
         self.topology = topology
         self._wake()
         old, self._pipelines = self._pipelines, {p.id: p for p in topology.pipelines}
+        self.pipelines_up = sum(p.scheduler is not None for p in topology.pipelines)
         hosts = {p.stages[0].leader for p in topology.pipelines} - {None}
         for member in sorted(m for m in hosts if m is not None and m not in self._streams):
             self._streams[member] = False
@@ -326,6 +325,7 @@ class Router:
 
     def _wake(self) -> None:
         """The world has changed: whoever waits for it is looked at once this event has been taken in."""
+        self._reached = None
         self._held.wake()
         self._recalls.wake()
 
@@ -386,17 +386,19 @@ class Router:
             patience_s = self.policy.unreachable_s if home.up else self.policy.move_after_s
             if held_s < patience_s and (home.up or not self._from_scratch):
                 return None
-        reachable = [
-            p
-            for p in self._pipelines.values()
-            if p.id not in live.full and self._fit(live, p) and self._reachable(p)
-        ]
-        if not reachable:
-            return None
         self._loads.drop(live)
-        chosen = self._loads.least(reachable, self.policy.places, len(live.log.prompt))
+        chosen = self._choose(live)
         self._loads.count(live)
         return chosen
+
+    def _choose(self, live: Live) -> Pipeline | None:
+        if self._reached is None:
+            self._reached = [p for p in self._pipelines.values() if self._reachable(p)]
+
+        def fits(pipeline: Pipeline) -> bool:
+            return pipeline.id not in live.full and self._fit(live, pipeline)
+
+        return self._loads.choose(self._reached, fits, live.log.rid, self.policy.places, len(live.log.prompt))
 
     def _send(self, live: Live, pipeline: Pipeline, now: float, out: list[Effect]) -> None:
         member = pipeline.scheduler

@@ -87,3 +87,10 @@ def test_the_stage_that_lacks_a_step_its_predecessor_has_is_to_blame() -> None:
     assert blame((5, 4)) == {Member("n1", "i"): 3.0}
     assert blame((5, 5)) == {Member("n0", "i"): 3.0}
     assert blame((5, 4), stalled_s=0.0) == {}
+
+
+def test_counters_that_a_report_does_not_bring_stand_as_last_said() -> None:
+    membership, member = members(), Member("n0", "i")
+    membership.reported(NodeReport(member, 1, 0.0, 1, counters={"x": 3}))
+    membership.reported(NodeReport(member, 2, 0.0, 2))
+    assert (membership.reports[member].progress, membership.reports[member].counters) == (2, {"x": 3})

@@ -36,7 +36,7 @@ def slots(batch: RelayedBatch | None) -> list[int]:
 
 def test_a_batch_reads_as_a_batch_of_reports_and_keeps_what_is_new_in_them() -> None:
     assert RelayedBatch.__struct_fields__ == ReportBatch.__struct_fields__
-    newer = msgspec.msgpack.encode(msgspec.to_builtins(NodeReport(A, 1, 0.0, 7)) | {"later": 5})
+    newer = msgspec.msgpack.encode([*msgspec.to_builtins(NodeReport(A, 1, 0.0, 7)), "later"])
     relay = Relay(BEAT_S)
     line = relay.open("c", 0.0)
     relay.report(relay.join(A), msgspec.Raw(newer))

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from controlplane.contract.ids import Member
 from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport
-from dataplane.reporter import FULL_BEATS, FULL_IDLE_BEATS, Reporter, _Line
+from dataplane.reporter import COUNTERS_BEATS, FULL_BEATS, FULL_IDLE_BEATS, Reporter, _Line
 
 ME, PEER = Member("n0", "a"), Member("n1", "b")
 TOLD = NodeReport(ME, 1, 0.0, 7, pipelines=(PipelineReport("p0", 3, 0, 5),), overdue_s=4.0)
@@ -66,3 +66,13 @@ def test_news_is_told_at_once(now: dict[str, Any]) -> None:
 def test_controllers_that_wait_are_told_each_time() -> None:
     assert is_news(hurried=True)
     assert not is_news(overdue_s=4.01, links=(LinkReport(PEER, True, 0.1),))
+
+
+def test_counters_go_with_few_reports_and_with_the_first() -> None:
+    counted = [replace(TOLD, poisoned=number, counters={"x": number}) for number in range(2 * COUNTERS_BEATS)]
+    reporter, line = reporter_of(False, *counted), _Line("", cast(Any, None))
+    sent = [batch.reports[0][1].counters for _ in counted if (batch := reporter._next(line)) is not None]
+    assert [(at, counters) for at, counters in enumerate(sent) if counters] == [
+        (0, {"x": 0}),
+        (COUNTERS_BEATS, {"x": COUNTERS_BEATS}),
+    ]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+from controlplane.contract.ids import Member
 from controlplane.contract.topology import Pipeline, Stage
-from tests.core.gateway.routing import TAIL, A, B, Bench, sent
-from web.gateway.events import CancelAsked, StreamUp
+from tests.core.gateway.routing import TAIL, A, B, Bench, pipeline, sent
+from tests.core.gateway.test_held import calls
+from web.gateway.events import CancelAsked, StreamDown, StreamUp
 from web.gateway.live import Policy
 
 
@@ -55,3 +59,49 @@ def test_a_long_prompt_goes_where_no_stage_is_borrowed() -> None:
     assert went == [A, B, A, B, B, B, A]
     assert sent(bench.submit(8, prompt=(7,) * 300))[0][0] == B
     assert sent(bench.submit(9, prompt=(7,) * 300))[0][0] == A, "a prompt waits there"
+
+
+def crowd(pipelines: int, places: int = 2, up: int | None = None) -> Bench:
+    """Many pipelines, of which the first `up` can be reached."""
+    bench = Bench(Policy(places=places))
+    heads = [Member(f"m{index}", "1") for index in range(pipelines)]
+    bench.topology(*(pipeline(f"p{index}", head, 1) for index, head in enumerate(heads)))
+    for head in heads[: pipelines if up is None else up]:
+        bench.do(StreamUp(head))
+    return bench
+
+
+def test_to_place_a_request_costs_the_same_among_hundreds_of_pipelines() -> None:
+    cost = {}
+    for pipelines in (32, 512):
+        bench = crowd(pipelines)
+        bench.submit(999_983)
+        cost[pipelines] = calls(lambda bench=bench: bench.submit(7_919))
+    assert cost[512] <= cost[32] + 20
+
+
+def test_many_that_wait_while_nobody_can_be_reached_look_at_nobody() -> None:
+    cost = {}
+    for pipelines in (32, 512):
+        bench = crowd(pipelines, up=0)
+        for rid in range(1, 200):
+            bench.submit(rid * 7_919)
+        cost[pipelines] = calls(lambda bench=bench: bench.do(StreamDown(Member("m0", "1"))))
+    assert cost[512] <= cost[32] + 12 * 480  # who can be reached is listed once
+
+
+def test_a_free_place_among_many_is_found_and_all_places_are_used() -> None:
+    bench = crowd(40, places=2)
+    for rid in range(1, 65):
+        bench.submit(rid * 7_919)
+    streams = Counter(member for member, _ in sent(bench.effects))
+    assert sum(streams.values()) == 64
+    assert max(streams.values()) <= 2, "four fifths of the places: nobody waits for one"
+
+
+def test_the_only_ones_that_can_be_reached_among_many_are_found() -> None:
+    bench = crowd(200, up=3)
+    for rid in range(1, 7):
+        bench.submit(rid * 7_919)
+    streams = Counter(member.node for member, _ in sent(bench.effects))
+    assert streams == {"m0": 2, "m1": 2, "m2": 2}

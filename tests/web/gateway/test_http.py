@@ -1,99 +1,26 @@
-"""HTTP as clients and proxies speak it: versions, methods, codings, ends, other origins. Over raw sockets."""
+"""HTTP as clients and proxies speak it: versions, methods, heads, ends, other origins. Over raw sockets."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import gzip
 import json
-import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 
-from tests.web.gateway.stack import KEY, Stack, running, stream
-from web.gateway.guard import BODY_BYTES_MAX
-
-AUTH = b"authorization: Bearer " + KEY.encode() + b"\r\n"
-ASK = json.dumps({"prompt": "a", "max_tokens": 3, "seed": 1}).encode()
-STREAM = json.dumps({"prompt": "a", "max_tokens": 3, "seed": 1, "stream": True}).encode()
-CLOSE = b"connection: close\r\n"
-H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
-
-
-def with_stack(body: Callable[[Stack], Awaitable[None]], **knobs: Any) -> None:
-    async def run() -> None:
-        async with running(**knobs) as stack, asyncio.timeout(20):
-            await body(stack)
-
-    asyncio.run(run())
-
-
-@dataclass
-class Reply:
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-def split(data: bytes, head: bool = False) -> list[Reply]:
-    """All answers of a connection, bodies as their headers say."""
-    replies = []
-    while data:
-        top, _, data = data.partition(b"\r\n\r\n")
-        first, *lines = top.decode().split("\r\n")
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-        status, body = int(first.split()[1]), b""
-        if head or status in (100, 204):
-            pass
-        elif "content-length" in headers:
-            size = int(headers["content-length"])
-            body, data = data[:size], data[size:]
-        elif headers.get("transfer-encoding") == "chunked":
-            while (size := int((line := data.partition(b"\r\n"))[0], 16)) > 0:
-                body, data = body + line[2][:size], line[2][size + 2 :]
-            data = line[2][2:]
-        else:
-            body, data = data, b""
-        replies.append(Reply(status, headers, body))
-    return replies
-
-
-def request(
-    method: bytes, path: bytes, more: bytes = b"", body: bytes = b"", version: bytes = b"1.1"
-) -> bytes:
-    length = b"content-length: %d\r\n" % len(body) if body else b""
-    return b"%b %b HTTP/%b\r\nhost: x\r\n%b%b%b\r\n%b" % (method, path, version, AUTH, length, more, body)
-
-
-def post(body: bytes, more: bytes = b"", version: bytes = b"1.1") -> bytes:
-    return request(b"POST", b"/v1/completions", more, body, version)
-
-
-@contextlib.asynccontextmanager
-async def connected(stack: Stack) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    host, port = stack.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    try:
-        yield reader, writer
-    finally:
-        writer.close()
-
-
-async def talk(stack: Stack, sent: bytes, half_close: bool = False) -> bytes:
-    """All that comes until the gateway ends the connection."""
-    async with connected(stack) as (reader, writer):
-        writer.write(sent)
-        if half_close:
-            writer.write_eof()
-        return await reader.read()
-
+from tests.web.gateway.raw_http import (
+    ASK,
+    AUTH,
+    CLOSE,
+    H2C,
+    STREAM,
+    connected,
+    post,
+    request,
+    split,
+    talk,
+    with_stack,
+)
+from tests.web.gateway.stack import Stack, stream
 
 GETS = [
     "/livez",
@@ -184,64 +111,6 @@ def test_targets(target: bytes, status: int) -> None:
     async def body(stack: Stack) -> None:
         (reply,) = split(await talk(stack, request(b"GET", target, CLOSE)))
         assert reply.status == status
-
-    with_stack(body)
-
-
-@pytest.mark.parametrize(
-    ("coding", "encode"),
-    [
-        (b"gzip", gzip.compress),
-        (b"x-gzip", gzip.compress),
-        (b"identity, gzip", gzip.compress),
-        (b"GZIP", gzip.compress),
-        (b"gzip", lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:])),
-        (b"deflate", zlib.compress),
-        (b"deflate", lambda data: zlib.compress(data)[2:-4]),
-        (b"identity", bytes),
-    ],
-)
-@pytest.mark.parametrize("step", [1, 1000])
-def test_compressed_bodies(coding: bytes, encode: Callable[[bytes], bytes], step: int) -> None:
-    async def body(stack: Stack) -> None:
-        data = encode(ASK)
-        chunks = b"".join(
-            b"%x\r\n%b\r\n" % (len(p), p) for p in (data[k : k + step] for k in range(0, len(data), step))
-        )
-        head = b"transfer-encoding: chunked\r\ncontent-encoding: " + coding + b"\r\n" + CLOSE
-        sent = request(b"POST", b"/v1/completions", head) + chunks + b"0\r\n\r\n"
-        (reply,) = split(await talk(stack, sent))
-        assert (reply.status, reply.json["usage"]["completion_tokens"]) == (200, 3)
-
-    with_stack(body)
-
-
-BOMB = gzip.compress(b" " * (BODY_BYTES_MAX + 1))
-
-
-@pytest.mark.parametrize(
-    ("coding", "data", "status", "words"),
-    [
-        (b"br", ASK, 415, "br"),
-        (b"gzip, gzip", ASK, 415, "gzip, gzip"),
-        (b"zstd", ASK, 415, "gzip, deflate, identity"),
-        (b"gzip\r\ncontent-encoding: gzip", ASK, 415, "gzip, gzip"),
-        (b"gzip", ASK, 400, "not valid gzip"),
-        (b"deflate", b"\xff" * 50, 400, "not valid deflate"),
-        (b"gzip", gzip.compress(ASK)[:-9], 400, "not whole gzip"),
-        (b"gzip", b"\x1f", 400, "not whole gzip"),
-        (b"gzip", gzip.compress(ASK) + b"junk", 400, "not valid gzip"),
-        (b"gzip", BOMB, 413, str(BODY_BYTES_MAX)),
-        (b"gzip", gzip.compress(BOMB), 400, "JSON"),
-        (b"deflate", zlib.compress(b" " * (BODY_BYTES_MAX * 20)), 413, str(BODY_BYTES_MAX)),
-    ],
-)
-def test_bodies_that_are_refused(coding: bytes, data: bytes, status: int, words: str) -> None:
-    async def body(stack: Stack) -> None:
-        for path in (b"/v1/completions", b"/tokenize"):
-            sent = request(b"POST", path, b"content-encoding: " + coding + b"\r\n" + CLOSE, data)
-            (reply,) = split(await talk(stack, sent))
-            assert (reply.status, words in reply.json["error"]["message"]) == (status, True), reply.body
 
     with_stack(body)
 
@@ -376,59 +245,6 @@ def test_versions_and_hosts(sent: bytes, status: int) -> None:
         assert (reply.status, reply.headers["connection"]) == (status, "close")
 
     with_stack(body)
-
-
-@pytest.mark.parametrize("chunk", [b"zz\r\n", b"5\nhello\n", b"5\r\nhelloX\r\n0\r\n\r\n", b"-1\r\n"])
-def test_a_broken_body_is_told_so(chunk: bytes) -> None:
-    async def body(stack: Stack) -> None:
-        async with connected(stack) as (reader, writer):
-            writer.write(request(b"POST", b"/v1/completions", b"transfer-encoding: chunked\r\n"))
-            await stack.until(lambda: stack.server.server_state.tasks)
-            writer.write(chunk)
-            (reply,) = split(await reader.read())
-        assert (reply.status, reply.headers["connection"]) == (400, "close")
-        # Never as the answer to a request that was whole.
-        for node in stack.nodes:
-            node.held = True
-        async with connected(stack) as (reader, writer):
-            writer.write(post(ASK) + b"nonsense\r\n\r\n")
-            assert await reader.read() == b""
-
-    with_stack(body)
-
-
-def test_expect_continue() -> None:
-    async def body(stack: Stack) -> None:
-        async with connected(stack) as (reader, writer):
-            head, _, _ = post(ASK, b"expect: 100-continue\r\n" + CLOSE).rpartition(ASK)
-            writer.write(head)
-            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-            writer.write(ASK)
-            (reply,) = split(await reader.read())
-            assert reply.status == 200
-        refused = (
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 9\r\n\r\n"
-        )
-        (reply,) = split(await talk(stack, refused))
-        assert (reply.status, reply.headers["connection"]) == (401, "close"), (
-            "it need not send its body any more"
-        )
-
-    with_stack(body)
-
-
-def test_bodies_where_none_is_expected_and_pipelines() -> None:
-    async def body(stack: Stack) -> None:
-        sent = request(b"GET", b"/v1/models", body=b"hello") + request(b"HEAD", b"/livez", body=b"hello")
-        data = await talk(stack, sent + request(b"GET", b"/version", CLOSE))
-        assert data.count(b"HTTP/1.1 200 OK") == 3
-        replies = split(await talk(stack, post(STREAM) + post(ASK) + post(STREAM, CLOSE)))
-        assert [reply.status for reply in replies] == [200, 200, 200]
-
-    with_stack(body)
-
-
-# Other origins
 
 
 def preflight(origin: bytes, path: bytes = b"/v1/chat/completions") -> bytes:
