@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from controlplane.contract.ids import NodeId
 from controlplane.contract.topology import Mode, Pipeline, Topology
+from controlplane.core.membership import NodeView
 from controlplane.core.placement import served_counts, takers
 from controlplane.core.policy import GATHER, Situation, Want
 
@@ -33,11 +34,25 @@ def gather(s: Situation) -> Iterator[Want]:
         return
     begun = [p for p in s.pipelines if p.move is not None and p.move.reason == GATHER]
     sharing = _Sharing(s.topology)
+    helpers: dict[int, list[NodeView]] = {}
     for place in _borrowed(s, begun or s.pipelines):
+        if not sharing.may_gain(place):
+            continue
+        if place.stage not in helpers:
+            views = s.nodes.by_stage.get(place.stage, {})
+            helpers[place.stage] = [
+                view for node, view in views.items() if not view.demoted and sharing.may_help(node)
+            ]
         able = [
             member.node
-            for member in takers(s, place.pipeline, place.stage, keep_kv=True)
-            if member.node not in s.nodes.demoted and sharing.may_help(member.node)
+            for member in takers(
+                s,
+                place.pipeline,
+                place.stage,
+                keep_kv=True,
+                counts=sharing.counts,
+                among=helpers[place.stage],
+            )
         ]
         gains = {node: sharing.gain(place, node) for node in able}
         best = max(gains.values(), default=0)
@@ -56,37 +71,47 @@ class _Sharing:
     """How many pipelines have a stage on a node that serves more than one, and what a move would change of it."""
 
     def __init__(self, topology: Topology) -> None:
-        self._counts = served_counts(topology)
+        self.counts = served_counts(topology)
         self._on: dict[NodeId, list[Pipeline]] = {}
         for pipeline in topology.pipelines:
             for member in pipeline.members():
                 self._on.setdefault(member.node, []).append(pipeline)
-        self.slowed = {p.id for p in topology.pipelines if self._shares([m.node for m in p.members()])}
+        # Where each pipeline that is slowed shares a node.
+        self._shared = {
+            p.id: shared
+            for p in topology.pipelines
+            if (shared := {m.node for m in p.members() if self.counts[m.node] > 1})
+        }
+        self.slowed = self._shared.keys()
+
+    def may_gain(self, place: _Place) -> bool:
+        """False where nobody is slowed by that place's node alone: then no move away from it helps anybody."""
+        return any(self._shared.get(p.id) == {place.node} for p in self._on.get(place.node, ()))
 
     def may_help(self, node: NodeId) -> bool:
         """False for those on which a stage would slow one more pipeline down: at best another one less is slowed."""
-        if self._counts[node] == 0:
+        if self.counts[node] == 0:
             return True
-        return self._counts[node] == 1 and self._on[node][0].id in self.slowed
+        return self.counts[node] == 1 and self._on[node][0].id in self.slowed
 
     def gain(self, place: _Place, to: NodeId) -> int:
         """How many pipelines fewer would be slowed if `to` served that place."""
         near = {p.id: p for p in (*self._on.get(place.node, ()), *self._on.get(to, ()), place.pipeline)}
         before = sum(p in self.slowed for p in near)
-        self._counts[place.node] -= 1
-        self._counts[to] += 1
+        self.counts[place.node] -= 1
+        self.counts[to] += 1
         after = 0
         for pipeline in near.values():
             nodes = [m.node for m in pipeline.members()]
             if pipeline.id == place.pipeline.id:
                 nodes = [to if node == place.node else node for node in nodes]
             after += self._shares(nodes)
-        self._counts[place.node] += 1
-        self._counts[to] -= 1
+        self.counts[place.node] += 1
+        self.counts[to] -= 1
         return before - after
 
     def _shares(self, nodes: list[NodeId]) -> bool:
-        return any(self._counts[node] > 1 for node in nodes)
+        return any(self.counts[node] > 1 for node in nodes)
 
 
 def _borrowed(s: Situation, pipelines: Sequence[Pipeline]) -> Iterator[_Place]:

@@ -18,7 +18,7 @@ import bisect
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.topology import Mode, Pipeline, Topology
@@ -130,18 +130,24 @@ def _reweigh(nodes: list[tuple[bool, int, NodeId]], node: NodeId, before: int, a
 
 
 def takers(
-    s: Situation, pipeline: Pipeline, stage: int, *, keep_kv: bool, layout: Layout | None = None
+    s: Situation,
+    pipeline: Pipeline,
+    stage: int,
+    *,
+    keep_kv: bool,
+    counts: Counter[NodeId] | None = None,
+    among: Iterable[NodeView] | None = None,
 ) -> list[Member]:
     """Who may serve this stage instead of who serves it now, best first.
 
     With `keep_kv` a holder of the copy goes before a home that is back but blank: requests run, and what is not in a
     copy has to be computed again. Nobody serves more than two pipelines while another way is left, because half of a
-    pool is the quota of one pipeline (contract.topology.quota_blocks). `layout`: what has been decided so far.
+    pool is the quota of one pipeline (contract.topology.quota_blocks). `counts`: how many stages each node serves;
+    `among`: only these.
     """
-    rank = _rank(s, served_counts(s.topology) if layout is None else layout.counts, pipeline, stage, keep_kv)
-    return sorted(
-        (m for m in map(_member, s.nodes.by_stage.get(stage, {}).values()) if able(s, pipeline, m)), key=rank
-    )
+    rank = _rank(s, served_counts(s.topology) if counts is None else counts, pipeline, stage, keep_kv)
+    views = s.nodes.by_stage.get(stage, {}).values() if among is None else among
+    return sorted((view.member for view in views if able(s, pipeline, view.member)), key=rank)
 
 
 def first_takers(
@@ -163,10 +169,6 @@ def able(s: Situation, pipeline: Pipeline, member: Member) -> bool:
     if not view.usable or not _free(s, view):
         return False
     return not any(m.node == member.node and not s.nodes.is_dead(m) for m in pipeline.members())
-
-
-def _member(view: NodeView) -> Member:
-    return view.member
 
 
 def _rank(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -14,6 +15,7 @@ from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport
 from controlplane.contract.status import ClusterStatus, NodeState
 from controlplane.core import events
 from controlplane.core.controller import Controller
+from controlplane.core.gather import gather
 from controlplane.core.view import Overview
 from tests.core.control.world import make_config, make_record
 
@@ -142,6 +144,19 @@ def test_a_storm_is_one_write_and_grows_with_the_dead_alone() -> None:
         assert group.core.topology is not None
         assert not set(dead) & {m for p in group.core.topology.pipelines for m in p.members()}
         assert group.writes - writes <= 2
+    assert each[512] < 1.5 * each[128]
+
+
+def test_where_borrowed_stages_may_gather_is_looked_for_at_a_cost_that_grows_with_the_group_alone() -> None:
+    each = {}
+    for nodes in (128, 512):
+        group = Group(nodes)
+        group.kill(20)
+        topology = group.core.topology
+        assert topology is not None
+        situation = group.core._situation(topology, group.core._nodes())
+        situation = dataclasses.replace(situation, now=group.now + situation.policy.limits.gather_s)
+        each[nodes] = calls(lambda situation=situation: list(gather(situation))) / nodes
     assert each[512] < 1.5 * each[128]
 
 
