@@ -179,12 +179,15 @@ class Fleet:
             self.nodes[name] = node
 
     async def start(self) -> None:
-        """Everybody registers, and reports."""
+        """Everybody registers, and reports as soon as all of its host are registered."""
         self._tasks.append(asyncio.create_task(self._follow()))
         self._tasks.append(asyncio.create_task(self._renew()))
-        await asyncio.gather(*map(self._register, self.nodes.values()))
-        for number, host in enumerate(self._hosts):
+
+        async def join(number: int, host: Host) -> None:
+            await asyncio.gather(*map(self._register, host.nodes))
             self._tasks.append(asyncio.create_task(self._report(host, number / len(self._hosts))))
+
+        await asyncio.gather(*(join(number, host) for number, host in enumerate(self._hosts)))
 
     async def stop(self) -> None:
         for task in self._tasks:

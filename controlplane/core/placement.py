@@ -45,10 +45,11 @@ class Layout:
         self.order = {p.id: i for i, p in enumerate(topology.pipelines)}
         self._homes: dict[int, dict[NodeId, int]] = {}
         self._rings: dict[int, set[NodeId]] = {}
-        self._places: dict[
-            int, list[tuple[int, NodeId]]
-        ] = {}  # the rings in their order, by places of pipelines
-        self._lightest: dict[int, list[tuple[bool, int, NodeId]]] = {}
+        # The rings in their order: by places of pipelines.
+        self._places: dict[int, list[tuple[int, NodeId]]] = {}
+        self._by_name: dict[int, _Weighed] = {}
+        self._by_place: dict[int, _Weighed] = {}
+        self._common: dict[int, int] = {}
 
     def homes(self, stage: int) -> dict[NodeId, int]:
         """Which pipeline, by its place in the topology, each node is home to."""
@@ -80,9 +81,9 @@ class Layout:
         before = {node: self.counts[node] for node in touched}
         self.counts.subtract(m.node for m in old.members())
         self.counts.update(m.node for m in pipeline.members())
-        for nodes in self._lightest.values():
+        for weighed in (*self._by_name.values(), *self._by_place.values()):
             for node in touched:
-                _reweigh(nodes, node, before[node], self.counts[node])
+                weighed.move(node, before[node], self.counts[node])
         for stage, ring in self._rings.items():
             homes = self.homes(stage)
             for node in touched & homes.keys():
@@ -109,24 +110,68 @@ class Layout:
             yield node
 
     def lightest(self, s: Situation, stage: int) -> Iterator[NodeId]:
-        """Nodes with the stage's weights: first those that are not on probation, and of these who serves least."""
-        if stage not in self._lightest:
-            views = s.nodes.by_stage.get(stage, {})
-            self._lightest[stage] = sorted(
-                (v.demoted, self.counts[n], n) for n, v in views.items() if v.usable
+        """Usable nodes with the stage's weights: first those that are not on probation, and of these who serves least;
+        by name."""
+        if stage not in self._by_name:
+            self._by_name[stage] = _Weighed(s, stage, self.counts, {}, 0)
+        for _, nodes in self._by_name[stage].classes():
+            yield from (node for _, node in nodes)
+
+    def nearest(self, s: Situation, pipeline: Pipeline, stage: int) -> Iterator[tuple[bool, NodeId]]:
+        """The same (on probation or not, node), but of those that serve as much the next one in the ring's order first,
+        whose home is with this pipeline or after it; who is nobody's home comes last."""
+        count = len(self.order)
+        if stage not in self._by_place:
+            self._by_place[stage] = _Weighed(s, stage, self.counts, self.homes(stage), count)
+        for demoted, nodes in self._by_place[stage].classes():
+            start = bisect.bisect_left(nodes, (self.order[pipeline.id], ""))
+            homeless = bisect.bisect_left(nodes, (count, ""))
+            for part in ((start, homeless), (0, start), (homeless, len(nodes))):
+                yield from ((demoted, node) for _, node in itertools.islice(nodes, *part))
+
+    def common(self, s: Situation, stage: int) -> int:
+        """How many fault-domain labels, outermost first, all nodes of a stage share: nobody is further away."""
+        if stage not in self._common:
+            domains = [view.record.fault_domain for view in s.nodes.by_stage.get(stage, {}).values()]
+            same = zip(*(domain.items() for domain in domains), strict=False)
+            self._common[stage] = sum(
+                1 for _ in itertools.takewhile(lambda labels: len(set(labels)) == 1, same)
             )
-        for _, _, node in self._lightest[stage]:
-            yield node
+        return self._common[stage]
 
 
-def _reweigh(nodes: list[tuple[bool, int, NodeId]], node: NodeId, before: int, after: int) -> None:
-    """Move a node, if it is there, to where it belongs when it serves `after` stages."""
-    for demoted in (False, True):
-        at = bisect.bisect_left(nodes, (demoted, before, node))
-        if at < len(nodes) and nodes[at] == (demoted, before, node):
-            del nodes[at]
-            bisect.insort(nodes, (demoted, after, node))
-            return
+class _Weighed:
+    """The usable nodes of a stage by what they serve; among those that serve as much in a fixed order."""
+
+    def __init__(
+        self, s: Situation, stage: int, counts: Counter[NodeId], places: dict[NodeId, int], elsewhere: int
+    ) -> None:
+        self._places = places
+        self._elsewhere = elsewhere  # the place of who has none
+        self._classes: dict[tuple[bool, int], list[tuple[int, NodeId]]] = {}  # on probation, stages served
+        for node, view in s.nodes.by_stage.get(stage, {}).items():
+            if view.usable:
+                self._classes.setdefault((view.demoted, counts[node]), []).append(self._entry(node))
+        for nodes in self._classes.values():
+            nodes.sort()
+
+    def classes(self) -> Iterator[tuple[bool, list[tuple[int, NodeId]]]]:
+        for demoted, served in sorted(self._classes):
+            yield demoted, self._classes[demoted, served]
+
+    def move(self, node: NodeId, before: int, after: int) -> None:
+        """It serves `after` stages now; nothing happens if it is not here."""
+        entry = self._entry(node)
+        for demoted in (False, True):
+            nodes = self._classes.get((demoted, before), [])
+            at = bisect.bisect_left(nodes, entry)
+            if at < len(nodes) and nodes[at] == entry:
+                del nodes[at]
+                bisect.insort(self._classes.setdefault((demoted, after), []), entry)
+                return
+
+    def _entry(self, node: NodeId) -> tuple[int, NodeId]:
+        return self._places.get(node, self._elsewhere), node
 
 
 def takers(
@@ -215,15 +260,25 @@ def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int)
         return view.usable or kept
 
     views = s.nodes.by_stage.get(stage, {})
+    least = layout.common(s, stage)
     # Who is in the ring goes before all others, and the next one elsewhere before those: few have to be asked.
-    strict: list[NodeView] = []
+    found: list[NodeView] = []
     for node in layout.around(pipeline, stage):
         view = views.get(node)
         if view is not None and not view.demoted and fit(view):
-            strict.append(view)
-            if not _shared(here, view):
+            found.append(view)
+            if _shared(here, view) <= least:
                 break
-    found = strict or [view for view in views.values() if fit(view)]
+    if not found:
+        kept = [views[m.node] for m in current if m.node in views]
+        found = [view for view in kept if fit(view)]
+        for demoted, node in layout.nearest(s, pipeline, stage):
+            if demoted and any(not view.demoted for view in found):
+                break
+            if fit(views[node]):
+                found.append(views[node])
+                if not demoted and _shared(here, views[node]) <= least:
+                    break
     return min(found, key=key).member if found else None
 
 

@@ -13,9 +13,11 @@ from controlplane.contract.ids import Member
 from controlplane.contract.records import NodeRecord
 from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport, StepTimes, TargetReport
 from controlplane.contract.status import ClusterStatus, NodeState
+from controlplane.contract.topology import Stage
 from controlplane.core import events
 from controlplane.core.controller import Controller
 from controlplane.core.gather import gather
+from controlplane.core.placement import Layout, replica_target
 from controlplane.core.view import Overview
 from tests.core.control.world import make_config, make_record
 
@@ -158,6 +160,30 @@ def test_where_borrowed_stages_may_gather_is_looked_for_at_a_cost_that_grows_wit
         situation = dataclasses.replace(situation, now=group.now + situation.policy.limits.gather_s)
         each[nodes] = calls(lambda situation=situation: list(gather(situation))) / nodes
     assert each[512] < 1.5 * each[128]
+
+
+def test_a_copy_where_nobody_serves_at_home_is_placed_without_a_look_at_everybody() -> None:
+    costs = {}
+    for nodes in (64, 512):
+        group = Group(nodes)
+        topology = group.core.topology
+        assert topology is not None
+        pipelines = topology.pipelines  # each served by the nodes of the next one
+        shifted = [
+            replace(p, stages=tuple(map(_served_by, p.stages, n.stages)))
+            for p, n in zip(pipelines, (*pipelines[1:], pipelines[0]), strict=True)
+        ]
+        topology = replace(topology, pipelines=tuple(shifted))
+        situation = group.core._situation(topology, group.core._nodes())
+        layout = Layout(topology)
+        first, then = topology.pipelines[:2]
+        assert replica_target(situation, layout, first, 0) is not None
+        costs[nodes] = calls(lambda s=situation, layout=layout, then=then: replica_target(s, layout, then, 0))
+    assert costs[512] < 1.2 * costs[64]
+
+
+def _served_by(stage: Stage, other: Stage) -> Stage:
+    return replace(stage, ranks=other.ranks, replicas=())
 
 
 def test_a_report_is_taken_in_at_a_constant_cost_while_something_moves() -> None:
