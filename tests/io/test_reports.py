@@ -160,6 +160,18 @@ def test_what_comes_late_on_a_second_way_is_no_news() -> None:
     on_stage(body)
 
 
+def test_several_reports_of_one_node_in_a_batch_are_taken_in_their_order() -> None:
+    """A relay brings them if they had to wait: of those that tell recoveries none may be left out."""
+
+    async def body(stage: Stage) -> None:
+        async with stage.sender() as relay:
+            await relay.write(ReportBatch(((3, report(A, 5)), (3, report(A, 6))), relay=True))
+            assert await stage.next() == ReportReceived(report(A, 5))
+            assert await stage.next() == ReportReceived(report(A, 6))
+
+    on_stage(body)
+
+
 async def until_report(stage: Stage) -> CoreEvent | None:
     while isinstance(event := await stage.next(), HeartbeatsReceived | ReportStreamBroken):
         pass
