@@ -103,6 +103,7 @@ async def serve(token: str, epoch: int) -> None:
         metadata = dict(context.invocation_metadata() or ())
         if not bearer_matches(metadata.get("authorization"), token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
+        await context.send_initial_metadata(rpc.ACCEPTED)
         session = Session(epoch)
         reader = asyncio.create_task(session.read(requests))
         try:

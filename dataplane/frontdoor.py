@@ -109,6 +109,7 @@ class Frontdoor:
                 log.warning("a gateway is refused (%s): %s", context.peer(), why)
             self._refused = (f"a gateway is refused: {why}", time.monotonic())
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
+        await context.send_initial_metadata(rpc.ACCEPTED)
         session, self._next = self._next, self._next + 1
         state = self._sessions[session] = _Session()
         reader = asyncio.create_task(self._read(session, requests))

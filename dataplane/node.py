@@ -108,7 +108,9 @@ class Node:
             WeightsService(token, Path(config.model), stage, config.stages, executor.weights_digest).handler,
         )
         limits = Limits.from_config(engine, context, config.timing.orphan_grace_s, executor.config.vocab_size)
-        self._reporter = Reporter(token, config.timing.heartbeat_s, self._report, lambda: self._moving, relay)
+        self._reporter = Reporter(
+            token, config.timing.heartbeat_s, self._report, lambda: self._moving, relay, self._counters
+        )
         self._schedulers = Schedulers(
             me,
             limits,
@@ -348,7 +350,6 @@ class Node:
             overdue_s=self._timeliness.overdue_s,
             topology_counter=self._worker.topology.counter if self._worker.topology else 0,
             leaving=self._leaving,
-            counters=self._counters(),
             troubles=self._frontdoor.troubles(),
         )
         return report, total

@@ -181,23 +181,24 @@ class RelayServer:
 
     def _take(self, node: _Node, message: bytes) -> None:
         """Raises _Refused for what a controller would refuse the whole host for, or might: what newer code says."""
+        now = time.monotonic()
         try:
             batch = rpc.decode_relayed(message)
             if batch.schema > SCHEMA:
                 raise _Refused(f"it speaks schema {batch.schema}, this relay knows {SCHEMA}")
             for _, raw in batch.reports:
-                member = rpc.decode_report(raw).member
+                report = rpc.decode_report(raw)
                 if node.source is None:
-                    node.source = self.relay.join(member)
-                elif node.source.member != member:
-                    raise _Refused(f"one stream speaks for one node, not for {member} as well")
-                self.relay.report(node.source, raw, urgent=not batch.calm)
+                    node.source = self.relay.join(report.member)
+                elif node.source.member != report.member:
+                    raise _Refused(f"one stream speaks for one node, not for {report.member} as well")
+                self.relay.report(node.source, raw, now, not batch.calm, bool(report.recoveries))
         except msgspec.MsgspecError as error:
             raise _Refused(f"not a batch of reports: {error}") from error
         if batch.beats:
             if node.source is None:
                 raise _Refused("a beat before the first report")
-            self.relay.beat(node.source)
+            self.relay.beat(node.source, now)
         if batch.reports:
             self._kick()
 
@@ -235,8 +236,16 @@ class RelayServer:
 
     async def _batches(self, controller: _Controller) -> AsyncIterator[RelayedBatch]:
         line = controller.line = self.relay.open(controller.address, time.monotonic())
+        dropped = 0
         while True:
             controller.due.clear()
+            if line.dropped > dropped:
+                log.warning(
+                    "a controller took nothing for so long that its history lacks recoveries",
+                    address=controller.address,
+                    reports=line.dropped - dropped,
+                )
+                dropped = line.dropped
             batch = line.next(time.monotonic())
             if batch is not None:
                 yield batch

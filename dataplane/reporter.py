@@ -60,7 +60,8 @@ class _Line:
 
 class Reporter:
     """`make(seq, recoveries_sent)` gives a report and the count of recoveries it brings the receiver up to; while
-    `hurried()` controllers wait for each of them. `relay`: its address, for gRPC, where the host has one."""
+    `hurried()` controllers wait for each of them. Its counters come of `counters()`, when they are to be sent.
+    `relay`: its address, for gRPC, where the host has one."""
 
     def __init__(
         self,
@@ -69,11 +70,13 @@ class Reporter:
         make: Callable[[int, int], tuple[NodeReport, int]],
         hurried: Callable[[], bool] = lambda: False,
         relay: str = "",
+        counters: Callable[[], dict[str, int]] = dict,
     ) -> None:
         self._token = token
         self._heartbeat_s = heartbeat_s
         self._make = make
         self._hurried = hurried
+        self._counters = counters
         self._seq = 0
         self._paths = Paths(heartbeat_s, time.monotonic(), bool(relay))
         self._lines: dict[str, _Line] = {}  # by address
@@ -195,8 +198,7 @@ class Reporter:
             line.recoveries_sent, line.told, line.beats, line.quiet = recoveries, report, 0, 0
             if line.uncounted >= COUNTERS_BEATS:
                 line.uncounted = 0
-            else:
-                report = replace(report, counters={})
+                report = replace(report, counters=self._counters())
             return ReportBatch(reports=((SLOT, report),), calm=not news)
         if line.quiet < line.every:
             return None

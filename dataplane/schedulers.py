@@ -22,7 +22,7 @@ from controlplane.contract.requests import (
     Submit,
     Tokens,
 )
-from controlplane.contract.topology import MovePhase, Pipeline, Topology, quota_blocks
+from controlplane.contract.topology import MovePhase, Pipeline, Topology, quota_blocks, switched
 from dataplane.core.batching import Limits
 from dataplane.core.events import (
     Ask,
@@ -106,9 +106,16 @@ class Schedulers:
             before = previous.pipeline(pipeline.id) if previous is not None else None
             capacity = self._capacity(topology, pipeline, served)
             hold = pipeline.move is not None and pipeline.move.phase is MovePhase.QUIESCE
+            planned = before is not None and switched(before, pipeline)
             if scheduler is None:
                 scheduler = Scheduler(
-                    pipeline.id, pipeline.epoch, len(pipeline.stages), self._limits, takeover=True, now=now
+                    pipeline.id,
+                    pipeline.epoch,
+                    len(pipeline.stages),
+                    self._limits,
+                    takeover=True,
+                    planned=planned,
+                    now=now,
                 )
                 for other in self.by_pipeline.values():  # the same model, on nodes like ours
                     scheduler.batcher.speed.learn(other.batcher.speed)
@@ -117,7 +124,6 @@ class Schedulers:
                 self._perform(scheduler, scheduler.start(now))
             elif scheduler.fence.epoch < pipeline.epoch:
                 self._forget_unsent(pipeline.id)
-                planned = before is not None and before.move is not None and pipeline.move is None
                 # Before the hold is lifted: nothing may be issued in the epoch that is over.
                 scheduler = self._dispatch(scheduler, EpochBegan(pipeline.epoch, planned))
             scheduler = self._dispatch(scheduler, capacity)

@@ -8,9 +8,10 @@ generated classes has to be kept equal to the first (ARCHITECTURE.md, "Design de
                       node -> relay of its host -> controller: the same
 
 Each call carries the cluster's secret as `authorization: Bearer <hex HMAC>` (see `auth.py`), and to a front door the
-schema of what the gateway speaks. A field that is added needs no new schema: who does not know it passes over it. The
-schema is raised where older code would misread or could not decode a message; then a node refuses newer gateways, and
-those older than the oldest that it still speaks with: one side decides, before a message has gone either way.
+schema of what the gateway speaks. A front door that serves it answers with its own, as initial metadata. A field that
+is added needs no new schema: who does not know it passes over it. The schema is raised where older code would misread
+or could not decode a message; then a node refuses newer gateways, and those older than the oldest that it still speaks
+with: one side decides, before a message has gone either way.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ CONTROL_REPORT = f"/{CONTROL}/Report"
 STREAM_SCHEMA = 1  # of GatewayMessage and SchedulerMessage
 STREAM_SCHEMA_OLDEST = 1
 STREAM_SCHEMA_KEY = "kf-schema"
+ACCEPTED = ((STREAM_SCHEMA_KEY, str(STREAM_SCHEMA)),)  # the front door's first answer
 
 encode = msgspec.msgpack.Encoder().encode
 decode_gateway_message = msgspec.msgpack.Decoder(GatewayMessage).decode

@@ -117,6 +117,15 @@ class Topology(msgspec.Struct, frozen=True, gc=False):
         return self.mode is Mode.REPLICATE and len(self.pipelines) > 1
 
 
+def switched(before: Pipeline, after: Pipeline) -> bool:
+    """Whether the switch of a planned move leads from one to the other. A death calls a move off, or finds its target
+    still copying."""
+    move = before.move
+    if move is None or move.phase is not MovePhase.QUIESCE or after.move is not None:
+        return False
+    return after.stages[move.stage].ranks == (move.to,)
+
+
 def quota_blocks(pool_blocks: int, pipelines_served: int, copies: bool = True) -> int:
     """KV blocks that one pipeline may use on a node: its share among those that the node serves, and half the pool at
     most where such nodes hold copies of others.

@@ -7,7 +7,7 @@ emits writes and history.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from dataclasses import replace as replace_situation
+from dataclasses import replace as replace_value
 from typing import assert_never
 
 from msgspec.structs import replace
@@ -238,8 +238,7 @@ class Controller:
         if self._topology.value is not None:  # who died while nobody led
             for member in sorted(named_members(self._topology.value) & self._detector.red()):
                 why, silent_s = self._detector.evidence(member), self._detector.silent_s(member, self._now)
-                verdict = Verdict(member, NodeState.GREEN, NodeState.RED, why, silent_s)
-                self._record(narrate.of_verdict(verdict, self._unix_now), effects)
+                self._tell_verdict(Verdict(member, NodeState.GREEN, NodeState.RED, why, silent_s), effects)
 
     def _written(self, write: Write, mod_revision: int, effects: list[Effect]) -> None:
         match write:
@@ -279,7 +278,7 @@ class Controller:
                 self._waiting.discard(pipeline.id)
         # Where nothing was wrong before, only what changed can be.
         only = None if self._blemishes or before is None else frozenset(p.id for p in changed)
-        situation = replace_situation(self._situation(after, self._members.nodes(after)), only=only)
+        situation = replace_value(self._situation(after, self._members.nodes(after)), only=only)
         self._blemishes = tuple(blemishes(situation))
         if self._leader and before is not None:
             for event in narrate.of_topology(before, after, self._died_s(), self._unix_now):
@@ -293,7 +292,14 @@ class Controller:
             if (
                 verdict.known or verdict.after is not NodeState.GREEN
             ):  # first heard is "joined", told elsewhere
-                self._record(narrate.of_verdict(verdict, self._unix_now), effects)
+                self._tell_verdict(verdict, effects)
+
+    def _tell_verdict(self, verdict: Verdict, effects: list[Effect]) -> None:
+        """Who was asked to exit has left, also if its goodbye came late or never."""
+        topology, member = self._topology.value, verdict.member
+        asked = topology is not None and member in topology.retired and member not in self._detector.faulty()
+        verdict = replace_value(verdict, left=verdict.left or asked)
+        self._record(narrate.of_verdict(verdict, self._unix_now), effects)
 
     def _decide(self, effects: list[Effect]) -> None:
         self._tell(self._blemishes, effects)
@@ -330,7 +336,7 @@ class Controller:
             if self._lost is not None:  # who serves goes on serving, in the same epochs
                 after = replace(self._lost, counter=after.counter)
         else:
-            proposal = propose(replace_situation(self._situation(topology, nodes), only=only))
+            proposal = propose(replace_value(self._situation(topology, nodes), only=only))
             self._refused = proposal.refused
             self._tell(proposal.refused, effects)
             if proposal.transition is None:

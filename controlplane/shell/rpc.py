@@ -218,8 +218,10 @@ class ReportServer:
         if stream not in carriers:
             return
         carriers.remove(stream)
-        if member in self._newest and self._newest[member][1] is stream:
-            del self._newest[member]
+        # Older code, which no relay speaks for, counts its reports anew on each stream.
+        ended = member in self._newest and self._newest[member][1] is stream
+        if not carriers or (ended and not any(other.relay for other in carriers)):
+            self._newest.pop(member, None)
         if not carriers:
             del self._carriers[member]
         now = time.monotonic()

@@ -2,19 +2,24 @@
 
     a node's stream: join, report, beat, leave  ->  Relay  ->  Line.next(now): a RelayedBatch for each controller
 
-News go at once, everything else at the relay's own heartbeat. A beat is passed on only of a node that was heard since
-the last one, so that a stopped node falls silent behind a relay as well. What waits for a controller that does not take
-it is bounded: the newest report of each node.
+News go at once, everything else at the pace that a controller asks for. Only who was heard just before is passed on
+then, so that a stopped node falls silent behind a relay as well. What waits for a controller that does not take it is
+bounded: the newest report of each node, and those that tell recoveries, since no later one repeats them.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 import msgspec
 
 from controlplane.contract.ids import Member
 from controlplane.contract.reports import RelayedBatch
+
+HEARD_BEATS = 1.5  # of a node's own: it speaks at each of them, and may be half of one late
+RECOVERIES_MAX = 256  # reports that tell some and wait for one controller; then the oldest is dropped
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,16 +30,26 @@ class Source:
     slot: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Waiting:
+    report: msgspec.Raw
+    recoveries: bool = False  # it tells some
+
+
 @dataclass(slots=True, eq=False)
 class Line:
     """One controller. `due_at`: call `next` then, or as soon as something was taken in."""
 
-    beat_s: float  # pause between two beats, as the controller wants it
+    heartbeat_s: float  # pause between two beats of a node ...
+    beat_s: float  # ... and of the relay, as the controller wants it
     beat_at: float  # when the next one is due
     acknowledged: bool = False  # the controller has answered on this stream
     urgent: bool = False
-    waiting: dict[int, msgspec.Raw] = field(default_factory=dict)  # slot -> the report that is to be sent
-    heard: set[int] = field(default_factory=set)  # since the last heartbeat
+    waiting: dict[int, Waiting] = field(default_factory=dict)  # slot -> the report that is to be sent
+    # Reports that tell recoveries and are no longer the newest of their slot: sent before that one.
+    recoveries: deque[tuple[int, msgspec.Raw]] = field(default_factory=deque)
+    dropped: int = 0  # of those
+    heard: dict[int, float] = field(default_factory=dict)  # slot -> when; none of what is sent already
     gone: list[int] = field(default_factory=list)
     told: set[int] = field(default_factory=set)  # whose report is on this stream
 
@@ -48,14 +63,27 @@ class Line:
             return self._goodbye()
         if not self.urgent and now < self.beat_at:
             return None
-        reports, self.waiting, self.urgent = self.waiting, {}, False
-        self.told.update(reports)
+        # The relay's own lateness is not the nodes': who was heard before the beat was due is passed on.
+        since = min(now, self.beat_at) - HEARD_BEATS * self.heartbeat_s
+        heard = {slot for slot, when in self.heard.items() if when >= since}
+        reports = self._take(set(self.waiting) if self.urgent else heard.intersection(self.waiting))
+        self.urgent = False
         beats: tuple[int, ...] = ()
         if now >= self.beat_at:
-            beats = tuple(sorted(self.heard.difference(reports)))
+            beats = tuple(sorted(heard & self.heard.keys()))
             self.heard.clear()
             self.beat_at = max(self.beat_at + self.beat_s, now)
-        return RelayedBatch(tuple(reports.items()), beats) if reports or beats else None
+        return RelayedBatch(reports, beats) if reports or beats else None
+
+    def _take(self, slots: Set[int]) -> tuple[tuple[int, msgspec.Raw], ...]:
+        """What waits of these; it is on its way from now on."""
+        earlier = [each for each in self.recoveries if each[0] in slots]
+        if earlier:
+            self.recoveries = deque(each for each in self.recoveries if each[0] not in slots)
+        for slot in slots:
+            self.heard.pop(slot, None)
+        self.told.update(slots)
+        return *earlier, *((slot, self.waiting.pop(slot).report) for slot in sorted(slots))
 
     def acknowledge(self, beat_s: float) -> None:
         """The controller hears what is said here, and wants to hear beats so often, seconds."""
@@ -64,20 +92,28 @@ class Line:
     def _goodbye(self) -> RelayedBatch:
         """Alone, since a receiver takes reports before it lets go of slots: a member that is back has another slot."""
         gone, self.gone = tuple(self.gone), []
-        last = tuple((slot, self.waiting.pop(slot)) for slot in gone if slot in self.waiting)
+        last = self._take({slot for slot in gone if slot in self.waiting})
+        self.told.difference_update(gone)
         return RelayedBatch(last, gone=gone)
 
-    def report(self, slot: int, report: msgspec.Raw, urgent: bool) -> None:
-        self.waiting[slot] = report
+    def report(self, slot: int, report: Waiting, now: float, urgent: bool) -> None:
+        self.heard[slot] = now
         self.urgent = self.urgent or urgent
+        before = self.waiting.get(slot)
+        self.waiting[slot] = report
+        if before is not None and before.recoveries:
+            self.recoveries.append((slot, before.report))
+            if len(self.recoveries) > RECOVERIES_MAX:
+                self.recoveries.popleft()
+                self.dropped += 1
 
     def leave(self, slot: int) -> None:
-        self.heard.discard(slot)
+        self.heard.pop(slot, None)
         if slot in self.told:
             self.told.remove(slot)
             self.gone.append(slot)
-        else:
-            self.waiting.pop(slot, None)
+        elif self.waiting.pop(slot, None) is not None:
+            self.recoveries = deque(each for each in self.recoveries if each[0] != slot)
 
 
 class Relay:
@@ -101,17 +137,21 @@ class Relay:
         self._sources[member] = source
         return source
 
-    def report(self, source: Source, report: msgspec.Raw, urgent: bool = True) -> None:
+    def report(
+        self, source: Source, report: msgspec.Raw, now: float, urgent: bool = True, recoveries: bool = False
+    ) -> None:
+        """`recoveries`: the report tells some, so that it is to be sent even if it is not the newest any more."""
         if self._speaks(source):
+            waiting = Waiting(report, recoveries)
             self._reports[source.slot] = report
             for line in self.lines.values():
-                line.report(source.slot, report, urgent)
+                line.report(source.slot, waiting, now, urgent)
 
-    def beat(self, source: Source) -> None:
+    def beat(self, source: Source, now: float) -> None:
         """It is heard, and its last report still holds."""
         if self._speaks(source):
             for line in self.lines.values():
-                line.heard.add(source.slot)
+                line.heard[source.slot] = now
 
     def leave(self, source: Source) -> None:
         """Its stream ended: each controller is told at once."""
@@ -135,9 +175,10 @@ class Relay:
     # ---- controllers
 
     def open(self, address: str, now: float) -> Line:
-        """A stream to a controller began: it is told everything, whatever was said on one before."""
-        line = self.lines[address] = Line(self._heartbeat_s, now)
-        line.waiting.update(self._reports)
+        """A stream to a controller began: it is told everything, whatever was said on one before. Nodes tell all their
+        recoveries again once it is among those that hear them."""
+        line = self.lines[address] = Line(self._heartbeat_s, self._heartbeat_s, now)
+        line.waiting.update((slot, Waiting(report)) for slot, report in self._reports.items())
         line.urgent = bool(line.waiting)
         return line
 

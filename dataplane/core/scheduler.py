@@ -70,9 +70,18 @@ class SchedulerStats:
 
 class Scheduler:
     def __init__(
-        self, pipeline: str, epoch: int, num_stages: int, limits: Limits, *, takeover: bool, now: float
+        self,
+        pipeline: str,
+        epoch: int,
+        num_stages: int,
+        limits: Limits,
+        *,
+        takeover: bool,
+        planned: bool = False,
+        now: float,
     ) -> None:
-        """`takeover`: an earlier scheduler may have left KV of requests that gateways will re-submit.
+        """`takeover`: an earlier scheduler may have left KV of requests that gateways will re-submit; `planned`: it was
+        alive, and moved here.
 
         What nobody claims within the orphan grace is then given back on every stage.
         """
@@ -98,7 +107,7 @@ class Scheduler:
         self._quota_retry_s = SPACE_RETRY_S
         self._quota_retry_at: float | None = None
         self._stall_limit_s = STALL_LIMIT_S
-        self._recovery: Recovery | None = Recovery(epoch, False, now) if takeover else None
+        self._recovery: Recovery | None = Recovery(epoch, planned, now) if takeover else None
         self._sweep_at: float | None = now + limits.orphan_grace_s if takeover else None
 
     # ------------------------------------------------------------------ events

@@ -17,6 +17,7 @@ from controlplane.contract.reports import BEATS_PER_S_MAX, NodeReport, ReportAck
 from controlplane.core.events import CoreEvent, HeartbeatsReceived, ReportReceived, ReportStreamBroken
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.rpc import ReportServer
+from tests.io.etcd_proxy import eventually
 
 A, B = Member("n0", "a"), Member("n1", "b")
 BEAT_S = 0.1
@@ -156,6 +157,33 @@ def test_what_comes_late_on_a_second_way_is_no_news() -> None:
                 await relay.write(ReportBatch(gone=(3,), relay=True))
                 await own.write(ReportBatch(((0, report(A, 1)),)))
                 assert await until_report(stage) == ReportReceived(report(A, 1))
+
+    on_stage(body)
+
+
+def test_what_waited_in_a_relay_is_no_news_once_the_nodes_own_stream_has_ended() -> None:
+    async def body(stage: Stage) -> None:
+        async with stage.sender() as relay:
+            await relay.write(ReportBatch(((3, report(A, 5)),), relay=True))
+            assert await stage.next() == ReportReceived(report(A, 5))
+            async with stage.sender() as own:
+                await own.write(ReportBatch(((0, report(A, 7)),)))
+                assert await stage.next() == ReportReceived(report(A, 7))
+            await eventually(lambda: stage.server.senders == 1, 10.0, "its own stream has ended")
+            await relay.write(ReportBatch(((3, report(A, 6)), (3, report(A, 8))), relay=True))
+            assert await until_report(stage) == ReportReceived(report(A, 8))
+
+    on_stage(body)
+
+
+def test_several_reports_of_one_node_in_a_batch_are_taken_in_their_order() -> None:
+    """A relay brings them if they had to wait: of those that tell recoveries none may be left out."""
+
+    async def body(stage: Stage) -> None:
+        async with stage.sender() as relay:
+            await relay.write(ReportBatch(((3, report(A, 5)), (3, report(A, 6))), relay=True))
+            assert await stage.next() == ReportReceived(report(A, 5))
+            assert await stage.next() == ReportReceived(report(A, 6))
 
     on_stage(body)
 

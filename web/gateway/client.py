@@ -28,11 +28,12 @@ log = structlog.get_logger()
 MESSAGE_BYTES_MAX = 16 << 20
 OUTBOX_MAX = 8192  # messages; more than all live requests ever need
 CONNECT_S = 2.0
+ANSWER_S = 10.0  # a node that is busy is late; one that is gone is noticed by keepalive
 WRITE_S = 5.0
 BACKOFF_FIRST_S = 0.02
 BACKOFF_MAX_S = 1.0
 REFUSED = f"{grpc.StatusCode.FAILED_PRECONDITION.name}: "
-STEADY_S = 1.0  # a stream that lived this long was a good one: the back-off starts anew
+STEADY_S = 1.0  # a stream that was up for so long was a good one: the back-off starts anew
 OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -109,13 +110,13 @@ class _Link:
         self._member = member
         self._outbox: deque[GatewayMessage] = deque()
         self._filled = asyncio.Event()
-        self._up = False
+        self._up_at: float | None = None  # since when the node serves us, on the loop's clock
         if member in links._addresses:
             self.located.set()
         self.task = asyncio.create_task(self._run(), name=f"link-{member}")
 
     def send(self, message: GatewayMessage) -> None:
-        if self._up:
+        if self._up_at is not None:
             self._outbox.append(message)
             self._filled.set()
 
@@ -126,27 +127,27 @@ class _Link:
         last_error = ""
         while True:
             await self.located.wait()
-            started = loop.time()
             try:
                 await self._once(self._links._addresses[self._member])
                 error = "the peer ended the stream"
             except* (grpc.aio.AioRpcError, TimeoutError, ConnectionError, asyncio.InvalidStateError) as group:
                 error = _describe(group.exceptions[0])
             finally:
-                was_up, self._up = self._up, False
+                up_at, self._up_at = self._up_at, None
                 self._outbox.clear()
-                if was_up and self._links._links.get(self._member) is self:
+                if up_at is not None and self._links._links.get(self._member) is self:
                     self._links._emit(StreamDown(self._member))
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 # The call broke in the moment in which we were cancelled, and a TaskGroup tells of the former alone.
                 raise asyncio.CancelledError
+            was_up = up_at is not None
             if was_up or error != last_error:  # once per cause
                 log.warning("scheduler stream down", member=str(self._member), error=error, was_up=was_up)
             last_error = error
             self.refused = error.removeprefix(REFUSED) if error.startswith(REFUSED) else ""
             self._links.reconnects += 1
-            if loop.time() - started > STEADY_S:
+            if up_at is not None and loop.time() - up_at > STEADY_S:
                 backoff.succeeded()
             await backoff.pause()
 
@@ -162,7 +163,12 @@ class _Link:
             try:
                 async with asyncio.timeout(CONNECT_S):
                     await _unless_cancelled_there(call.wait_for_connection())
-                self._up = True
+                async with asyncio.timeout(ANSWER_S):
+                    answer = await _unless_cancelled_there(call.initial_metadata())
+                    if rpc.STREAM_SCHEMA_KEY not in answer:
+                        await _unless_cancelled_there(call.read())  # raises why the node refuses us
+                        raise ConnectionError("the peer does not say that it serves gateways")
+                self._up_at = asyncio.get_running_loop().time()
                 log.info("scheduler stream up", member=str(self._member), address=address)
                 self._links._emit(StreamUp(self._member))
                 async with asyncio.TaskGroup() as group:

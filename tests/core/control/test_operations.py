@@ -122,6 +122,23 @@ def test_replace_starts_a_fresh_process_and_hands_everything_back() -> None:
     sim.run_until(sim.home, limit_s=20)
 
 
+@pytest.mark.parametrize("another_leads", [False, True])
+def test_a_node_that_was_asked_to_exit_has_left_although_nobody_heard_its_goodbye(
+    another_leads: bool,
+) -> None:
+    sim = formed(controllers=2)
+    assert sim.submit("replace", "n1").accepted
+    sim.run_until(lambda: sim.topology is not None and bool(sim.topology.retired), limit_s=20)
+    assert sim.nodes["n1"].alive
+    if another_leads:
+        sim.kill_leader()
+    sim.kill("n1")
+    sim.run_until(lambda: done(sim), limit_s=30)
+    told = [event.kind for event in sim.history if event.subject == "n1"]
+    assert EventKind.LEFT in told
+    assert EventKind.DIED not in told
+
+
 def test_a_new_leader_resumes_a_replace_wherever_it_was() -> None:
     for turns in range(0, 40, 3):
         sim = formed(2, 2)

@@ -7,7 +7,7 @@ import msgspec
 from controlplane.contract import rpc
 from controlplane.contract.ids import Member
 from controlplane.contract.reports import NodeReport, RelayedBatch, ReportBatch
-from dataplane.core.relay import Line, Relay, Source
+from dataplane.core.relay import RECOVERIES_MAX, Line, Relay, Source
 
 A, B = Member("n0", "a"), Member("n1", "b")
 BEAT_S = 0.1
@@ -25,7 +25,7 @@ class Host:
         self.line = self.relay.open("c", 0.0)
         self.a, self.b = self.relay.join(A), self.relay.join(B)
         for source in (self.a, self.b):
-            self.relay.report(source, raw(source.member))
+            self.relay.report(source, raw(source.member), 0.0)
         assert slots(self.line.next(0.0)) == [self.a.slot, self.b.slot]
         self.line.acknowledge(BEAT_S)
 
@@ -39,7 +39,7 @@ def test_a_batch_reads_as_a_batch_of_reports_and_keeps_what_is_new_in_them() -> 
     newer = msgspec.msgpack.encode([*msgspec.to_builtins(NodeReport(A, 1, 0.0, 7)), "later"])
     relay = Relay(BEAT_S)
     line = relay.open("c", 0.0)
-    relay.report(relay.join(A), msgspec.Raw(newer))
+    relay.report(relay.join(A), msgspec.Raw(newer), 0.0)
     encoded = rpc.encode(line.next(0.0))
     batch = rpc.decode_reports(encoded)
     assert batch.relay
@@ -50,20 +50,20 @@ def test_a_batch_reads_as_a_batch_of_reports_and_keeps_what_is_new_in_them() -> 
 def test_news_go_at_once_and_all_else_at_the_heartbeat() -> None:
     host = Host()
     relay, line = host.relay, host.line
-    relay.report(host.a, raw(A, 2), urgent=False)
-    relay.beat(host.b)
+    relay.report(host.a, raw(A, 2), 0.04, urgent=False)
+    relay.beat(host.b, 0.04)
     assert line.next(0.05) is None
     assert line.due_at() == BEAT_S
-    relay.report(host.b, raw(B, 2))
+    relay.report(host.b, raw(B, 2), 0.06)
     assert line.due_at() == 0.0
     batch = line.next(0.06)
     assert slots(batch) == [host.a.slot, host.b.slot]  # what waited goes along
     assert batch is not None
     assert batch.beats == ()
-    relay.beat(host.a)
+    relay.beat(host.a, 0.08)
     batch = line.next(BEAT_S)
     assert batch is not None
-    assert batch.beats == (host.a.slot, host.b.slot)
+    assert batch.beats == (host.a.slot,)  # what the other one said is sent
     assert line.next(2 * BEAT_S) is None  # nobody was heard since: nobody beats
 
 
@@ -71,7 +71,7 @@ def test_a_silent_node_does_not_beat_behind_its_relay() -> None:
     host = Host()
     beats = []
     for turn in range(1, 4):
-        host.relay.beat(host.a)
+        host.relay.beat(host.a, turn * BEAT_S)
         batch = host.line.next(turn * BEAT_S)
         assert batch is not None
         beats.append(batch.beats)
@@ -83,12 +83,12 @@ def test_beats_come_as_rarely_as_the_controller_wants_and_never_in_a_burst() -> 
     host.line.acknowledge(2 * BEAT_S)
     sent = []
     for turn in range(1, 9):
-        host.relay.beat(host.a)
+        host.relay.beat(host.a, turn * BEAT_S)
         sent.append(host.line.next(turn * BEAT_S) is not None)
     assert sent == [True, False, True, False, True, False, True, False]
-    host.relay.beat(host.a)
+    host.relay.beat(host.a, 5.0)
     assert host.line.next(5.0) is not None  # the relay was away
-    host.relay.beat(host.a)
+    host.relay.beat(host.a, 5.0)
     assert host.line.due_at() >= 5.0
     assert host.line.next(5.0) is not None
     assert host.line.due_at() > 5.0
@@ -96,13 +96,13 @@ def test_beats_come_as_rarely_as_the_controller_wants_and_never_in_a_burst() -> 
 
 def test_a_node_whose_stream_ends_is_gone_at_once_after_its_last_words() -> None:
     host = Host()
-    host.relay.report(host.a, raw(A, 2), urgent=False)
+    host.relay.report(host.a, raw(A, 2), 0.0, urgent=False)
     host.relay.leave(host.a)
     assert host.line.due_at() == 0.0
     batch = host.line.next(0.01)
     assert batch is not None
     assert (slots(batch), batch.gone) == ([host.a.slot], (host.a.slot,))
-    host.relay.beat(host.a)  # too late
+    host.relay.beat(host.a, 0.02)  # too late
     assert host.line.next(BEAT_S) is None
 
 
@@ -111,7 +111,7 @@ def test_a_member_that_is_back_is_reported_after_its_old_slot_is_gone() -> None:
     host = Host()
     host.relay.leave(host.a)
     fresh = host.relay.join(A)
-    host.relay.report(fresh, raw(A, 2))
+    host.relay.report(fresh, raw(A, 2), 0.0)
     assert fresh.slot != host.a.slot
     first, second = host.line.next(0.01), host.line.next(0.01)
     assert first is not None
@@ -124,10 +124,10 @@ def test_the_newest_stream_of_a_member_speaks_for_it() -> None:
     host = Host()
     fresh = host.relay.join(A)
     assert fresh.slot == host.a.slot
-    host.relay.report(host.a, raw(A, 2))
+    host.relay.report(host.a, raw(A, 2), 0.0)
     host.relay.leave(host.a)  # the end of the old one says nothing
     assert host.line.next(0.01) is None
-    host.relay.report(fresh, raw(A, 3))
+    host.relay.report(fresh, raw(A, 3), 0.0)
     assert slots(host.line.next(0.01)) == [fresh.slot]
 
 
@@ -145,6 +145,56 @@ def test_a_new_controller_is_told_everything_and_counts_once_it_has_answered() -
     assert host.relay.heard_by(host.a) == ("d",)
 
 
+def test_a_stopped_node_is_not_passed_on_because_the_controller_is_in_no_hurry() -> None:
+    """What it said last counts for one and a half of its own heartbeats, however rarely the relay speaks."""
+    host = Host()
+    host.line.acknowledge(5 * BEAT_S)
+    assert host.line.next(BEAT_S) is None
+    host.relay.report(host.a, raw(A, 2), 4.2 * BEAT_S, urgent=False)  # and stops
+    host.relay.beat(host.b, 4.7 * BEAT_S)
+    batch = host.line.next(6 * BEAT_S)
+    assert batch is not None
+    assert (slots(batch), batch.beats) == ([], (host.b.slot,))
+    host.relay.beat(host.a, 8.2 * BEAT_S)  # once more, by chance
+    host.relay.beat(host.b, 10.9 * BEAT_S)
+    batch = host.line.next(11 * BEAT_S)
+    assert batch is not None
+    assert (slots(batch), batch.beats) == ([], (host.b.slot,))
+    host.relay.beat(host.a, 15.9 * BEAT_S)  # it goes on, and its report with it
+    assert slots(host.line.next(16 * BEAT_S)) == [host.a.slot]
+
+
+def test_who_was_heard_before_a_beat_of_the_relay_is_in_it_however_late_it_is() -> None:
+    host = Host()
+    host.line.acknowledge(2 * BEAT_S)
+    host.line.next(BEAT_S)
+    for moment in (1.9, 2.9):
+        host.relay.beat(host.a, moment * BEAT_S)
+    batch = host.line.next(9 * BEAT_S)
+    assert batch is not None
+    assert batch.beats == (host.a.slot,)
+
+
+def test_reports_that_tell_recoveries_are_all_sent_in_their_order_and_before_a_goodbye() -> None:
+    host = Host()
+    told = [raw(A, seq) for seq in range(2, 7)]
+    for seq, report in enumerate(told):
+        host.relay.report(host.a, report, 0.0, recoveries=seq % 2 == 0)
+    host.relay.report(host.b, raw(B, 2), 0.0, recoveries=True)
+    batch = host.line.next(0.0)
+    assert batch is not None
+    assert batch.reports == ((1, told[0]), (1, told[2]), (1, told[4]), (2, raw(B, 2)))
+
+    host.relay.report(host.a, raw(A, 7), 0.0, recoveries=True)
+    host.relay.report(host.a, raw(A, 8), 0.0)
+    host.relay.report(host.b, raw(B, 3), 0.0)
+    host.relay.leave(host.a)
+    batch = host.line.next(0.0)
+    assert batch is not None
+    assert (batch.reports, batch.gone) == (((1, raw(A, 7)), (1, raw(A, 8))), (host.a.slot,))
+    assert slots(host.line.next(0.0)) == [host.b.slot]
+
+
 def waiting(line: Line) -> int:
     return len(line.waiting) + len(line.heard) + len(line.gone)
 
@@ -153,10 +203,17 @@ def test_a_controller_that_takes_nothing_costs_a_bounded_memory() -> None:
     host = Host()
     source: Source = host.a
     for turn in range(1000):
-        host.relay.report(source, raw(A, turn))
-        host.relay.report(host.b, raw(B, turn))
-        host.relay.beat(host.b)
+        host.relay.report(source, raw(A, turn), turn)
+        host.relay.report(host.b, raw(B, turn), turn, recoveries=True)
+        host.relay.beat(host.b, turn)
         if turn % 3 == 0:
             host.relay.leave(source)
             source = host.relay.join(A)
     assert waiting(host.line) <= 5
+    assert (len(host.line.recoveries), host.line.dropped) == (RECOVERIES_MAX, 999 - RECOVERIES_MAX)
+    assert slots(host.line.next(1000.0)) == [host.a.slot]  # its goodbye
+    batch = host.line.next(1000.0)
+    assert batch is not None
+    assert [report for _, report in batch.reports] == [
+        raw(B, turn) for turn in range(999 - RECOVERIES_MAX, 1000)
+    ]

@@ -68,11 +68,25 @@ def test_controllers_that_wait_are_told_each_time() -> None:
     assert not is_news(overdue_s=4.01, links=(LinkReport(PEER, True, 0.1),))
 
 
-def test_counters_go_with_few_reports_and_with_the_first() -> None:
-    counted = [replace(TOLD, poisoned=number, counters={"x": number}) for number in range(2 * COUNTERS_BEATS)]
-    reporter, line = reporter_of(False, *counted), _Line("", cast(Any, None))
-    sent = [batch.reports[0][1].counters for _ in counted if (batch := reporter._next(line)) is not None]
+def test_counters_go_with_few_reports_and_with_the_first_and_are_made_for_these_alone() -> None:
+    made: list[int] = []
+
+    def counters() -> dict[str, int]:
+        made.append(len(made))
+        return {"x": made[-1]}
+
+    news = iter([replace(TOLD, poisoned=number) for number in range(2 * COUNTERS_BEATS)])
+    reporter = Reporter("token", 0.1, lambda seq, sent: (next(news, TOLD), sent), counters=counters)
+    line = _Line("", cast(Any, None))
+    sent = [
+        batch.reports[0][1].counters
+        for _ in range(2 * COUNTERS_BEATS)
+        if (batch := reporter._next(line)) is not None
+    ]
     assert [(at, counters) for at, counters in enumerate(sent) if counters] == [
         (0, {"x": 0}),
-        (COUNTERS_BEATS, {"x": COUNTERS_BEATS}),
+        (COUNTERS_BEATS, {"x": 1}),
     ]
+    for _ in range(COUNTERS_BEATS):  # mostly beats
+        reporter._next(line)
+    assert len(made) == 3

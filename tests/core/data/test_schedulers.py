@@ -65,6 +65,39 @@ def test_questions_of_one_pipeline_outlive_a_new_epoch_of_another() -> None:
     assert ("p0", Fence(1)) not in asked
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize(
+    ("phase", "target_serves", "planned"),
+    [
+        (MovePhase.QUIESCE, True, True),
+        (MovePhase.COPY, True, False),  # who served died, and its copy took over
+        (MovePhase.QUIESCE, False, False),  # the same, and another one took over
+        (None, True, False),
+    ],
+)
+def test_only_the_switch_of_a_move_is_a_planned_recovery(
+    stage: int, phase: MovePhase | None, target_serves: bool, planned: bool
+) -> None:
+    """Also where it is the scheduler that moved: here, from a member that is not asked."""
+    host = Host(ME, NEXT)
+    other, third = Member("n8", "i8"), Member("n9", "i9")
+    homes, duties = ("n0", "n1"), [ME, NEXT]
+    to = duties[stage] if stage == 0 else other
+    duties[stage] = other if stage == 0 else NEXT
+
+    def at(epoch: int, members: list[Member], move: Move | None = None) -> Pipeline:
+        stages = (StageDuty((home,), (member,)) for home, member in zip(homes, members, strict=True))
+        return Pipeline("p0", epoch, tuple(stages), move)
+
+    move = None if phase is None else Move(stage if target_serves else 1 - stage, to, phase, "hand-back")
+    host.schedulers.on_topology(topology(1, at(1, duties, move)), RECORDS)
+    duties[stage] = to if target_serves or stage == 0 else third
+    host.schedulers.on_topology(topology(2, at(2, duties)), RECORDS)
+    recovery = host.schedulers.by_pipeline["p0"]._recovery
+    assert recovery is not None
+    assert recovery.planned is planned
+
+
 def test_registrations_that_are_gone_do_not_shrink_the_pool_to_nothing() -> None:
     """etcd was away, every lease ran out, and the topology changes before the nodes are back in it. All of the pool, as
     there is nobody to copy to.

@@ -105,6 +105,7 @@ class FakeNode:
         metadata = dict(context.invocation_metadata() or ())
         if not bearer_matches(metadata.get("authorization"), self.token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
+        await context.send_initial_metadata(rpc.ACCEPTED)
         self.streams += 1
         session = self.streams
         outbox = self._outboxes[session] = asyncio.Queue()

@@ -6,13 +6,25 @@ import asyncio
 
 import pytest
 
+from controlplane.backoff import Backoff
 from controlplane.contract import rpc
 from controlplane.contract.ids import Member
 from dataplane.frontdoor import Frontdoor
+from web.gateway import client
 from web.gateway.client import Links, _Link
 from web.gateway.events import Event
 
 NODE = Member("n0", "i0")
+
+
+class Recorded(Backoff):
+    def __init__(self, first_s: float, max_s: float) -> None:
+        super().__init__(first_s, max_s)
+        self.paused: list[int] = []  # attempts in a row at each pause
+
+    async def pause(self, limit_s: float | None = None) -> None:
+        self.paused.append(self.attempts + 1)
+        await super().pause(limit_s)
 
 
 def test_a_link_ends_although_its_call_breaks_in_the_moment_in_which_it_is_closed(
@@ -65,22 +77,28 @@ def test_a_link_ends_although_its_call_breaks_in_the_moment_in_which_it_is_close
 def test_a_node_that_refuses_this_gateways_version_is_told_and_not_asked_in_a_hot_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    backoffs: list[Recorded] = []
+    monkeypatch.setattr(client, "Backoff", lambda *spans: backoffs.append(Recorded(*spans)) or backoffs[-1])
+    monkeypatch.setattr(client, "STEADY_S", 0.0)  # a slow machine: each refusal takes longer than that
+    events: list[Event] = []
+
     async def run() -> None:
         node = Frontdoor("token", lambda *_: None, lambda _: None)
         address = await node.start("127.0.0.1")
         with monkeypatch.context() as newer:
             newer.setattr(rpc, "STREAM_SCHEMA", 2)
-            links = Links("token", lambda _: None)
+            links = Links("token", events.append)
         links.locate(NODE, address)
         links.open(NODE)
-        async with asyncio.timeout(10):
-            while not links.troubles():  # noqa: ASYNC110
+        async with asyncio.timeout(20):
+            while not backoffs or len(backoffs[0].paused) < 5:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert links.troubles() == [
             "n0: the gateway's messages have schema 2, this node reads 1 to 1: restart the node with the newer code"
         ]
         assert node.troubles()
-        assert links.reconnects <= 3
+        assert events == [], "a stream that is refused was never up"
+        assert backoffs[0].paused == [1, 2, 3, 4, 5], "each pause is longer than the one before"
         links.close(NODE)
         assert links.troubles() == []
         await links.aclose()
