@@ -58,6 +58,7 @@ class Router:
         self.counts: Counter[str] = Counter()  # monotonic, by kind: exported as metrics
         self._live: dict[int, Live] = {}
         self._held = Held()  # those of _live that are with no scheduler
+        self._placed: dict[Member, dict[int, Live]] = {}  # ... and the others, by the scheduler that has them
         self._loads = Loads()
         self._again: dict[int, Live] = {}  # those that wait to ask for missing tokens
         self._pipelines: dict[PipelineId, Pipeline] = {}
@@ -214,13 +215,13 @@ class Router:
     def _on_stream_down(self, member: Member, now: float) -> None:
         if member not in self._streams:
             return
+        # Nobody who waits gains by it: those that it had are looked at, and the others when their time has come.
         self._streams[member] = False
-        self._wake()
+        self._reached = None
         self._recalls.lost(member)
-        for live in self._live.values():
-            if live.sent_to == member:
-                self._hold(live, now, "resubmitted")
-                live.torn = True
+        for live in list(self._placed.get(member, {}).values()):
+            self._hold(live, now, "resubmitted")
+            live.torn = True
 
     def _on_refusal(self, member: Member, refusal: Refused, now: float, out: list[Effect]) -> None:
         live = self._live.get(refusal.rid)
@@ -335,10 +336,19 @@ class Router:
             # A scheduler that had it for a while had accepted it: only then does its grace start anew.
             if live.held_since is None or now - live.sent_at > 1.0:
                 live.held_since = now
-            live.sent_to = None
+            self._take(live)
         live.retry_at, live.again_at, live.how = 0.0, None, how
         self._again.pop(live.log.rid, None)
         self._held.put(live)
+
+    def _take(self, live: Live) -> None:
+        """From the scheduler that has it, if any."""
+        if live.sent_to is not None:
+            placed = self._placed[live.sent_to]
+            del placed[live.log.rid]
+            if not placed:
+                del self._placed[live.sent_to]
+            live.sent_to = None
 
     def _miss(self, live: Live) -> None:
         """Tokens of a stream went missing: have them sent again, not more often than `again_s`."""
@@ -409,7 +419,9 @@ class Router:
         scratch = self._from_scratch and live.last_member is not None and live.last_member != member
         if live.pipeline != pipeline.id:
             live.log.rebase(pipeline.epoch)
+        self._take(live)
         live.pipeline, live.sent_to, live.last_member, live.sent_at = pipeline.id, member, member, now
+        self._placed.setdefault(member, {})[live.log.rid] = live
         live.torn = False
         out.append(SendSubmit(member, self._submit(live, scratch)))
         self._held.pop(live.log.rid)
@@ -455,6 +467,7 @@ class Router:
         self._again.pop(rid, None)
         live = self._live.pop(rid, None)
         if live is not None:
+            self._take(live)
             self._loads.drop(live)
         return live
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from controlplane.contract.ids import Member
 from controlplane.contract.requests import RefusalCode, Sampling
 from tests.core.gateway.routing import A, B, Bench, only, pipeline, sent
 from web.gateway.balance import Loads
@@ -30,6 +31,24 @@ def calls(action: Callable[[], Any]) -> int:
         action()
     finally:
         sys.setprofile(None)
+    return count
+
+
+def lines(action: Callable[[], Any]) -> int:
+    """Lines of Python that are executed: also those of loops that call nothing."""
+    count = 0
+
+    def note(_frame: FrameType, what: str, _argument: object) -> Any:
+        nonlocal count
+        count += what == "line"
+        return note
+
+    before = sys.gettrace()
+    sys.settrace(note)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
     return count
 
 
@@ -64,6 +83,30 @@ def test_the_move_of_all_of_them_costs_the_same_for_each() -> None:
         moved = [effect.submit.rid for effect in only(bench.effects, SendSubmit) if effect.member == B]
         assert sorted(moved) == [1, *range(10, 10 + many)]
     assert cost[1] < 9 * cost[0], "linear: eight times as many cost eight times as much"
+
+
+def test_when_all_streams_break_each_costs_the_same_however_many_there_are() -> None:
+    cost = {}
+    for heads in (32, 256):
+        bench = Bench(Policy(places=3))
+        members = [Member(f"m{index}", "1") for index in range(heads)]
+        bench.topology(*(pipeline(f"p{index}", head, 1) for index, head in enumerate(members)))
+        for head in members:
+            bench.do(StreamUp(head))
+        for rid in range(3 * heads):
+            bench.submit(rid)
+        assert sum(map(len, bench.router._placed.values())) == 3 * heads
+
+        def break_all(bench: Bench = bench, members: list[Member] = members) -> None:
+            for head in members:
+                bench.do(StreamDown(head), after_s=0.001)
+
+        cost[heads] = lines(break_all)
+        assert len(bench.router._held) == 3 * heads
+        assert bench.router._placed == {}
+        back = [member for head in members for member, _ in sent(bench.do(StreamUp(head)))]
+        assert len(back) == 3 * heads, "each goes on where it was"
+    assert cost[256] < 9 * cost[32], "linear: eight times as many cost eight times as much"
 
 
 def test_each_is_failed_when_its_own_grace_is_over() -> None:
@@ -122,3 +165,5 @@ def test_what_is_counted_is_what_is_there() -> None:
         assert anew._loads == bench.router._loads._loads
         assert anew._prompt_tokens == bench.router._loads._prompt_tokens
         assert anew._counted == bench.router._loads._counted
+        placed = {(live.sent_to, rid) for rid, live in bench.router._live.items() if live.sent_to is not None}
+        assert placed == {(member, rid) for member, lives in bench.router._placed.items() for rid in lives}
