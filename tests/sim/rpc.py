@@ -165,6 +165,8 @@ class SimChannel:
             return
         if item[0] == "message":
             call.received(item[2])
+        elif item[0] == "metadata":
+            call.answered(item[2])
         else:
             code, details = item[2]
             call.finish(None if code is Status.OK else rpc_error(code, details))
@@ -200,6 +202,7 @@ class Call:
         self._unsent: list[Any] = []
         self._is_open = False
         self._connected: asyncio.Future[None] = channel.process.loop.create_future()
+        self._answer: asyncio.Future[dict[str, str]] = channel.process.loop.create_future()
         self._feeder: asyncio.Task[None] | None = None
         self._id = channel.register(self)
         if channel.state is State.SHUTDOWN:
@@ -213,6 +216,10 @@ class Call:
 
     async def wait_for_connection(self) -> None:
         await asyncio.shield(self._connected)
+
+    async def initial_metadata(self) -> dict[str, str]:
+        """The server's; empty if the call ended without any."""
+        return await asyncio.shield(self._answer)
 
     async def read(self) -> Any:
         return await self.box.take()
@@ -266,12 +273,17 @@ class Call:
     def received(self, data: Any) -> None:
         self.box.put(data if self._decode is None else self._decode(data))
 
+    def answered(self, metadata: Any) -> None:
+        if not self._answer.done():
+            self._answer.set_result(dict(metadata))
+
     def too_late(self) -> None:
         self.finish(rpc_error(Status.DEADLINE_EXCEEDED, "Deadline Exceeded"))
 
     def finish(self, error: BaseException | None) -> None:
         self._channel.calls.pop(self._id, None)
         self.box.end(error)
+        self.answered(())
         if not self._connected.done():
             if isinstance(error, Exception):
                 self._connected.set_exception(error)
@@ -306,6 +318,9 @@ class Context:
     async def write(self, message: Any) -> None:
         encode = self._handler.response_serializer
         self._end.send(("message", self._call, message if encode is None else encode(message)))
+
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        self._end.send(("metadata", self._call, metadata))
 
     async def abort(self, code: Status, details: str) -> None:
         self._end.send(("end", self._call, (code, details)))
