@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -46,6 +47,9 @@ from web.protocol import BoundedProtocol
 log = structlog.get_logger()
 
 EXIT_LIMIT_S = 1.2
+# Objects between two collections. The reports of a large group are many objects, none in a cycle: with Python's 700 the
+# collector took a fifth to a quarter of the time.
+YOUNG_MAX = 50_000
 
 
 class AdminServer(uvicorn.Server):
@@ -105,6 +109,8 @@ async def serve(
             timeout_graceful_shutdown=1,
         )
     )
+    gc.freeze()  # what start-up made stays: collections need not look at it again
+    gc.set_threshold(YOUNG_MAX, *gc.get_threshold()[1:])
     log.info("controller starts", id=me, admin=record.admin_address, rpc=record.rpc_address, pid=record.pid)
     jobs = {
         "runtime": runtime.run(),

@@ -28,7 +28,7 @@ class MovePhase(StrEnum):
     QUIESCE = "quiesce"  # the scheduler holds new steps back, the source flushes its last KV
 
 
-class Move(msgspec.Struct, frozen=True):
+class Move(msgspec.Struct, frozen=True, gc=False):
     """A planned change of the node that serves one stage: copy, quiesce, then a switch of the epoch."""
 
     stage: int
@@ -40,7 +40,7 @@ class Move(msgspec.Struct, frozen=True):
     identity: ClassVar[tuple[str, ...]] = ("stage", "to")
 
 
-class Stage(msgspec.Struct, frozen=True):
+class Stage(msgspec.Struct, frozen=True, gc=False):
     """One stage of a pipeline, known by its place.
 
     `ranks` has one member for each tensor-parallel rank; empty: nobody serves.
@@ -56,7 +56,7 @@ class Stage(msgspec.Struct, frozen=True):
         return self.ranks[0] if self.ranks else None
 
 
-class Pipeline(msgspec.Struct, frozen=True):
+class Pipeline(msgspec.Struct, frozen=True, gc=False):
     """One instance of the model. `epoch` is the counter of the write that last changed who serves it."""
 
     id: PipelineId
@@ -83,7 +83,7 @@ class Pipeline(msgspec.Struct, frozen=True):
         return [index for index, stage in enumerate(self.stages) if member in stage.ranks]
 
 
-class Topology(msgspec.Struct, frozen=True):
+class Topology(msgspec.Struct, frozen=True, gc=False):
     """The whole value. `counter` grows by one with each write and is never used twice."""
 
     group: str

@@ -8,7 +8,7 @@ duty as long as anybody else is there.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from controlplane.contract.config import TimingConfig
@@ -89,9 +89,9 @@ class Conduct:
         self._slow.discard(member)
         self._paces.forget(member)
 
-    def compare(self, now: float, doubtful: Iterable[Member]) -> None:
+    def compare(self, now: float, doubtful: Iterable[Member], demoted: Collection[Member] = ()) -> None:
         """Once for each evaluation, before `symptoms`; `told` then has of whom something is to be said."""
-        self._paces.compare(now, doubtful)
+        self._paces.compare(now, doubtful, demoted)
         self._slow.update(self._paces.told)
         passed_s, self._compared = min(now - self._compared, EVERY_S), now
         for member in list(self._poisoned):

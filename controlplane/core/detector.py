@@ -197,7 +197,7 @@ class Detector:
         """Judge who may have changed; what changed, in a fixed order. `stalled`: who holds a pipeline up, seconds."""
         self._news.update(self._silent(now))
         deaf = self.deaf(now)
-        self.conduct.compare(now, self._doubtful())
+        self.conduct.compare(now, self._doubtful(), self._demoted)
         news, self._news = self._news, set()
         news.update(self._unusual, stalled, self.conduct.told)
         verdicts: list[Verdict] = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -170,9 +170,12 @@ class Paces:
     def found(self, member: Member) -> Slowness:
         return self._found.get(member, CALM)
 
-    def compare(self, now: float, doubtful: Iterable[Member]) -> Mapping[Member, Slowness]:
+    def compare(
+        self, now: float, doubtful: Iterable[Member], demoted: Collection[Member] = ()
+    ) -> Mapping[Member, Slowness]:
         """Everybody as of the last comparison; `told` has who is slow, or was until now. `doubtful` members are no
-        measure for others."""
+        measure for others, but those of them that are only `demoted` are for how late timers are: on a full machine
+        all may be on probation, and with nobody to be compared with none would ever be cleared."""
         self.told = []
         if now < self._next_at:
             return self._found
@@ -183,7 +186,7 @@ class Paces:
             return self._found
         for member in looked:
             self._runners[member].look(now)
-        measure = _Measure(self._runners, set(doubtful), now)
+        measure = _Measure(self._runners, set(doubtful), set(demoted), now)
         self.told = [member for member in looked if self._tell(member, measure)]
         for member in looked:
             runner = self._runners[member]
@@ -221,14 +224,20 @@ class _Measure:
     """What a member is compared with: medians over the others, of all and of its stage. Each list is sorted once, and a
     member's own value is left out of it without another pass."""
 
-    def __init__(self, runners: Mapping[Member, _Runner], apart: set[Member], now: float) -> None:
+    def __init__(
+        self, runners: Mapping[Member, _Runner], doubtful: set[Member], demoted: set[Member], now: float
+    ) -> None:
         self._runners = runners
-        self._apart = apart
+        self._apart = doubtful
+        self._mute = doubtful - demoted  # of whom it is not even known how late their timers are
         self._now = now
         self._stages: dict[int, list[_Runner]] = {}
+        self._lates: dict[int, list[float]] = {}
         for member, runner in runners.items():
-            if member not in apart:
+            if member not in self._apart:
                 self._stages.setdefault(runner.stage, []).append(runner)
+            if member not in self._mute:
+                self._lates.setdefault(runner.stage, []).append(runner.late)
         self._late: dict[int | None, list[float]] = {}
         self._own: list[float] | None = None
         self._means: dict[tuple[int, int], list[float]] = {}
@@ -236,9 +245,10 @@ class _Measure:
     def late(self, member: Member, stage: int | None) -> float:
         """How late the timers of the others are (of one stage; None: of all); 0 without others."""
         if stage not in self._late:
-            of = self._stages.values() if stage is None else [self._stages.get(stage, [])]
-            self._late[stage] = sorted(r.late for runners in of for r in runners)
-        return _median_without(self._late[stage], self._mine(member, self._runners[member].late)) or 0.0
+            of = self._lates.values() if stage is None else [self._lates.get(stage, [])]
+            self._late[stage] = sorted(late for lates in of for late in lates)
+        own = None if member in self._mute else self._runners[member].late
+        return _median_without(self._late[stage], own) or 0.0
 
     def others_own(self, member: Member) -> float:
         """How much slower than their own past the others are; 1: nobody knows."""

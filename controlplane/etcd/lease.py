@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import grpc
 
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 MARGIN_SHARE = 0.1
 RENEWALS_PER_TTL = 4
 RETRIES_PER_TTL = 20
+LOOKS = 20  # for an answer, spread over the time that it may take
 
 
 class LeaseKeeper:
@@ -114,9 +116,7 @@ class LeaseKeeper:
         try:
             while True:
                 sent_at = time.monotonic()
-                async with asyncio.timeout(reply_s):
-                    await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=self.lease_id))
-                    reply = await call.read()
+                reply = await _answer(_ask(call, self.lease_id), reply_s)
                 if reply is grpc.aio.EOF:
                     raise TimeoutError
                 if reply.TTL <= 0:
@@ -127,3 +127,22 @@ class LeaseKeeper:
                 await asyncio.sleep(max(0.0, sent_at + interval_s - time.monotonic()))
         finally:
             call.cancel()
+
+
+async def _ask(call: Any, lease_id: int) -> Any:
+    await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=lease_id))
+    return await call.read()
+
+
+async def _answer(asking: Coroutine[Any, Any, Any], limit_s: float) -> Any:
+    """What etcd answers within `limit_s`; raises TimeoutError. A loop that is busy looks late, and yet `LOOKS` times:
+    an answer that waits to be read is not missing, and a new stream would take still more turns of the loop."""
+    task = asyncio.create_task(asking)
+    try:
+        for _ in range(LOOKS):
+            if (await asyncio.wait({task}, timeout=limit_s / LOOKS))[0]:
+                return task.result()
+        raise TimeoutError
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

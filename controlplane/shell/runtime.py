@@ -4,6 +4,7 @@ inbox -> Controller.take(event) ... Controller.ready() -> Performer -> etcd, his
   ^---- registry, reports, leadership, answers of writes ---------'
 
 What came while the last decision was made is taken in together and decided upon once, as in raft's Step and Ready.
+Decisions leave the loop to others for half of the time (`Allowance`): leases are renewed and reports heard there, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import structlog
 from controlplane.core.controller import Controller
 from controlplane.core.events import BecameLeader, CoreEvent, LostLeadership, Tick
 from controlplane.etcd.election import Election
+from controlplane.shell.allowance import Allowance
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.performer import Performer
 from controlplane.shell.registry import Registry
@@ -52,6 +54,7 @@ class Runtime:
         self._registry = registry
         self._performer = performer
         self._election = election
+        self._allowance = Allowance()
 
     @property
     def is_leader(self) -> bool:
@@ -59,7 +62,7 @@ class Runtime:
         return leadership is not None and leadership.valid()
 
     async def run(self) -> None:
-        """Until cancelled: take in what has come, decide once. A tick at least every `TICK_S`, however much comes."""
+        """Until cancelled: take in what has come, decide once. A tick every `TICK_S`, however much comes."""
         next_tick = time.monotonic()
         while True:
             started = time.monotonic()
@@ -72,15 +75,25 @@ class Runtime:
                 if event is None:
                     break
                 self._take(event)
-            effects = self._controller.ready(time.monotonic(), time.time())
-            self.decisions += 1
-            self.step_s_max = max(self.step_s_max, time.monotonic() - started)
-            for effect in effects:
-                await self._performer.put(effect)
+            free_at = self._allowance.free_at
+            if time.monotonic() >= free_at:
+                await self._decide(started)
+                free_at = next_tick
             if len(self._inbox):
                 await asyncio.sleep(0)  # let those in who fill it
             else:
-                await self._inbox.wait(next_tick - time.monotonic())
+                await self._inbox.wait(min(next_tick, free_at) - time.monotonic())
+
+    async def _decide(self, started: float) -> None:
+        """`started`: when the events that this decides about began to be taken in."""
+        began = time.monotonic()
+        effects = self._controller.ready(began, time.time())
+        ended = time.monotonic()
+        self._allowance.spend(began, ended)
+        self.decisions += 1
+        self.step_s_max = max(self.step_s_max, ended - started)
+        for effect in effects:
+            await self._performer.put(effect)
 
     def _take(self, event: CoreEvent) -> None:
         self._controller.take(event, time.monotonic(), time.time())

@@ -88,8 +88,8 @@ REFUSALS = ("space", "busy", "rights", "corrupt")
 SIZES = ((2, 1), (2, 2), (2, 2), (2, 2), (2, 2), (2, 3), (3, 1), (3, 2))
 
 
-# One seed of so many has hosts with relays, and what befalls these on top of what else is drawn for it. None of those in
-# which only some are heard, since a relay would carry the others.
+# One seed of so many has hosts with relays, and what befalls these on top of what else is drawn for it. None of those
+# in which only some are heard, since a relay would carry the others.
 RELAYED_EVERY, RELAYED = 8, 5
 
 # Enough nodes for not everybody to be everybody's neighbour: for what goes wrong where only some hear each other. One

@@ -49,7 +49,7 @@ class Node:
     born: float = 0.0
     timed_s: float = 0.0
     overdue_s: float = 0.0
-    throttled: bool = False  # does not get to run most of the time
+    throttled: float = 0.0  # 1: its timers are overdue half of the time
     hung_at: float | None = None  # its computation does not end
     usual_s: float = 0.01  # what its computation under way usually takes
     advances: bool | None = None  # whether that gets on

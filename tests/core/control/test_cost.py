@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -10,12 +11,14 @@ from types import FrameType
 from msgspec.structs import replace
 
 from controlplane.contract.ids import Member
+from controlplane.contract.keys import decode, encode
 from controlplane.contract.records import NodeRecord
 from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport, StepTimes, TargetReport
 from controlplane.contract.status import ClusterStatus, NodeState
-from controlplane.contract.topology import Stage
+from controlplane.contract.topology import Stage, Topology
 from controlplane.core import events
 from controlplane.core.controller import Controller
+from controlplane.core.edit import initial
 from controlplane.core.gather import gather
 from controlplane.core.placement import Layout, replica_target
 from controlplane.core.view import Overview
@@ -291,3 +294,10 @@ def test_two_statuses_that_are_made_at_once_know_what_the_later_one_knows() -> N
     for _ in late:
         pass
     assert group.core.status(group.now) == fresh(group)
+
+
+def test_a_topology_is_nothing_that_the_garbage_collector_looks_at() -> None:
+    topology = initial(make_config(2, STAGES), 1)
+    topology = decode(encode(topology), Topology, "topology")
+    parts = [topology, *topology.pipelines, *(stage for p in topology.pipelines for stage in p.stages)]
+    assert not any(map(gc.is_tracked, parts))

@@ -75,6 +75,23 @@ def test_when_everybody_is_slow_nobody_is() -> None:
     assert {state(sim, name) for name in sim.nodes} == {NodeState.GREEN}
 
 
+@pytest.mark.parametrize("instances", [2, 4])
+def test_a_full_machine_does_not_keep_everybody_on_probation(instances: int) -> None:
+    """Each was slow for a moment. Then the timers of all are overdue 30 % of the time, as is usual on full cores."""
+    sim = formed(instances, stages=1)
+    detector = sim.cores[sim.leader]._detector
+    for node in sim.nodes.values():
+        node.throttled = 0.6
+    for node in sim.nodes.values():
+        node.throttled = 1.8
+        sim.run(2.5)
+        assert detector.state(node.member) is NodeState.YELLOW
+        node.throttled = 0.6
+    sim.run_until(
+        lambda: all(detector.state(n.member) is NodeState.GREEN for n in sim.nodes.values()), limit_s=15
+    )
+
+
 def test_a_slow_node_serves_when_it_is_the_only_one() -> None:
     sim = formed(restart_s=None)
     sim.nodes["n1"].throttled = True
