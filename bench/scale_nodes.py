@@ -1,8 +1,8 @@
 """Hosts full of simulated nodes: real registrations and leases, real streams of reports, no models behind them.
 
-A host is one stream, as a host's relay has it (`ReportBatch`): a batch as often as the controller asks for one, and at
-once when a node dies or has news. A node acts on the topology that it sees in etcd as a real one does: it takes duties
-up, tells its links, answers moves, and says that a neighbour's link broke when that neighbour is killed.
+A host is one stream, and the code of its relay (dataplane/core/relay.py) decides what goes on it and when. A node acts
+on the topology that it sees in etcd as a real one does: it takes duties up, tells its links, answers moves, and says
+that a neighbour's link broke when that neighbour is killed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+import msgspec
 
 from controlplane.contract import rpc
 from controlplane.contract.config import ClusterConfig
@@ -27,13 +28,14 @@ from controlplane.contract.reports import (
     NodeReport,
     PipelineReport,
     RecoveryReport,
-    ReportBatch,
+    RelayedBatch,
     StepTimes,
     TargetReport,
 )
 from controlplane.contract.topology import MovePhase, Pipeline, Topology
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.proto import rpc_pb2
+from dataplane.core.relay import Line, Relay, Source
 
 NODES_PER_HOST = 8
 FULL_BEATS = 5  # a serving node sends a whole report so often, in heartbeats; as dataplane/reporter.py
@@ -54,10 +56,10 @@ class Node:
     member: Member
     lease: int = 0
     alive: bool = True
-    slot: int = -1
+    source: Source | None = None  # since it has reported
     seq: int = 0
-    beats: int = 0
-    uncounted: int = COUNTERS_BEATS  # heartbeats since it sent its counters
+    report_at: float = 0.0  # it sends a whole report then, news or none
+    counters_at: float = 0.0  # its next report from then on brings its counters
     hurried: bool = False  # a pipeline of ours is being moved
     news: bool = True
     progress: int = 0
@@ -66,7 +68,21 @@ class Node:
     down: set[Member] = field(default_factory=set)
     recoveries: list[RecoveryReport] = field(default_factory=list)
 
-    def report(self, counter: int) -> NodeReport:
+    def speak(self, relay: Relay, counter: int, now: float, heartbeat_s: float) -> None:
+        """A whole report if there is news or one is due, else a beat."""
+        if self.source is None or self.news or now >= self.report_at:
+            if self.source is None:
+                self.source = relay.join(self.member)
+            report = self.report(counter, now >= self.counters_at)
+            raw = msgspec.Raw(rpc.encode(report))
+            relay.report(self.source, raw, now, self.news or self.hurried, bool(report.recoveries))
+            self.news, self.report_at = False, now + (1 if self.hurried else FULL_BEATS) * heartbeat_s
+            if report.counters:
+                self.counters_at = now + COUNTERS_BEATS * heartbeat_s
+        else:
+            relay.beat(self.source, now)
+
+    def report(self, counter: int, counters: bool) -> NodeReport:
         self.seq += 1
         self.progress += 25
         recoveries, self.recoveries = tuple(self.recoveries), []
@@ -87,14 +103,8 @@ class Node:
             timed_s=self.seq * 0.5,
             overdue_s=self.seq * 0.001,
             topology_counter=counter,
-            counters=self._counted(),
+            counters=COUNTERS if counters else {},
         )
-
-    def _counted(self) -> dict[str, int]:
-        if self.uncounted < COUNTERS_BEATS:
-            return {}
-        self.uncounted = 0
-        return COUNTERS
 
     def _duties(self) -> Iterator[PipelineReport]:
         for pipeline in self.pipelines:
@@ -120,34 +130,22 @@ class Node:
 
 @dataclass(slots=True, eq=False)
 class Host:
+    relay: Relay
     nodes: list[Node] = field(default_factory=list)
-    gone: list[int] = field(default_factory=list)
-    slots: int = 0
     due: asyncio.Event = field(default_factory=asyncio.Event)
-    beat_s: float = 0.0  # as its controller asks
 
-    def batch(self, counter: int, beats_passed: int) -> ReportBatch:
-        """What is new; once heartbeats have passed, also who is alive."""
-        reports: list[tuple[int, NodeReport]] = []
-        beats: list[int] = []
+    def wake_at(self, line: Line) -> float:
+        """When the controller is due to hear from this host, were there no news."""
+        hurried = [node.report_at for node in self.nodes if node.alive and node.hurried]
+        return min([line.beat_at, *hurried])
+
+    def batches(self, line: Line, counter: int, now: float, heartbeat_s: float) -> Iterator[RelayedBatch]:
+        """What is to be sent now."""
         for node in self.nodes:
-            if not node.alive:
-                continue
-            node.beats += beats_passed
-            node.uncounted += beats_passed
-            if node.news or (beats_passed and (node.hurried or node.beats >= FULL_BEATS)):
-                if node.slot < 0:
-                    node.slot, self.slots = self.slots, self.slots + 1
-                reports.append((node.slot, node.report(counter)))
-                node.news, node.beats = False, 0
-            elif beats_passed:
-                beats.append(node.slot)
-        gone, self.gone = tuple(self.gone), []
-        return ReportBatch(tuple(reports), tuple(beats), gone, relay=True)
-
-    def heartbeats(self, heartbeat_s: float) -> int:
-        """In how many of them one batch is enough."""
-        return max(1, round(self.beat_s / heartbeat_s))
+            if node.alive:
+                node.speak(self.relay, counter, now, heartbeat_s)
+        while (batch := line.next(now)) is not None:
+            yield batch
 
 
 class Fleet:
@@ -172,7 +170,7 @@ class Fleet:
         self._room = asyncio.Semaphore(REGISTERING_MAX)
         for index in range(config.instances * config.stages):
             if index % NODES_PER_HOST == 0:
-                self._hosts.append(Host())
+                self._hosts.append(Host(Relay(config.timing.heartbeat_s)))
             name = f"n{index}"
             node = Node(name, index % config.stages, self._hosts[-1], Member(name, new_incarnation()))
             self._hosts[-1].nodes.append(node)
@@ -209,7 +207,8 @@ class Fleet:
         for node in victims:
             node.alive = False
             self.killed[node.member] = now
-            node.host.gone.append(node.slot)
+            if node.source is not None:
+                node.host.relay.leave(node.source)
             node.host.due.set()
         for node in victims:
             for peer in node.neighbours:
@@ -224,7 +223,7 @@ class Fleet:
 
         async def one(node: Node) -> None:
             node.member = Member(node.name, new_incarnation())
-            node.slot, node.pipelines, node.neighbours, node.news = -1, [], [], True
+            node.source, node.pipelines, node.neighbours, node.news = None, [], [], True
             node.down.clear()
             await self._register(node)
             node.alive = True
@@ -340,30 +339,25 @@ class Fleet:
             call: Any = channel.stream_stream(rpc.CONTROL_REPORT, rpc.encode, rpc.decode_ack)(
                 metadata=headers
             )
-            acks = asyncio.create_task(_obey(host, call))
-            next_beat = time.monotonic() + phase * heartbeat_s
+            line = host.relay.open(self._address, time.monotonic() + phase * heartbeat_s)
+            acks = asyncio.create_task(_obey(line, heartbeat_s, call))
             while True:
-                timer = asyncio.get_running_loop().call_at(next_beat, host.due.set)
+                timer = asyncio.get_running_loop().call_at(host.wake_at(line), host.due.set)
                 await host.due.wait()
                 host.due.clear()
                 timer.cancel()
                 now = time.monotonic()
-                passed = 0
-                if now >= next_beat:
-                    self.late_s = max(self.late_s, now - next_beat)
-                    passed = 1 if any(node.hurried for node in host.nodes) else host.heartbeats(heartbeat_s)
-                    next_beat = max(next_beat + passed * heartbeat_s, now)
+                self.late_s = max(self.late_s, now - line.beat_at)
                 counter = 0 if self.topology is None else self.topology.counter
-                batch = host.batch(counter, passed)
-                if batch.reports or batch.beats or batch.gone:
+                for batch in host.batches(line, counter, now, heartbeat_s):
                     await call.write(batch)
                 if acks.done():
                     acks.result()
 
 
-async def _obey(host: Host, call: Any) -> None:
+async def _obey(line: Line, heartbeat_s: float, call: Any) -> None:
     while (ack := await call.read()) is not grpc.aio.EOF:
-        host.beat_s = ack.beat_s
+        line.acknowledge(max(ack.beat_s, heartbeat_s))
 
 
 async def _drain(call: Any) -> None:

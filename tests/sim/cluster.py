@@ -11,7 +11,7 @@ from typing import Any
 from controlplane.contract.errors import Unavailable
 from controlplane.contract.keys import Keys
 from controlplane.contract.status import OperationRequest
-from tests.sim import parts
+from tests.sim import parts, relays
 from tests.sim.border import simulated
 from tests.sim.checks import Checks, picture
 from tests.sim.etcd import SimEtcd
@@ -90,7 +90,12 @@ class Cluster:
     def names(self) -> list[str]:
         shape = self.schedule.shape
         controllers = [f"c{k + 1}" for k in range(shape.controllers)]
-        return [*controllers, *shape.nodes, *(f"g{k + 1}" for k in range(shape.gateways))]
+        return [
+            *controllers,
+            *relays.names(shape),
+            *shape.nodes,
+            *(f"g{k + 1}" for k in range(shape.gateways)),
+        ]
 
     # ------------------------------------------------------------------ phases
 
@@ -229,7 +234,10 @@ class Cluster:
         process.code = self.codes.get(name, OURS)
         process.exited = lambda: self.world.post(0.0, self.fate, self._exited, process)
         if name[0] == "n":
-            main = parts.node_main(process, self.config, int(name[1:]) % self.config.stages)
+            relay = relays.address_for(name, self.schedule.shape)
+            main = parts.node_main(process, self.config, int(name[1:]) % self.config.stages, relay)
+        elif name[0] == "r":
+            main = parts.relay_main(process, self.config)
         elif name[0] == "c":
             main = parts.controller_main(process, self.config)
         else:

@@ -45,6 +45,7 @@ from dataplane.devices import DeviceProfile
 from dataplane.model.config import ModelConfig, RopeConfig
 from dataplane.node import Node
 from dataplane.oracle import OracleExecutor
+from dataplane.relay import RelayServer
 from tests.sim.world import Process
 from web.gateway.dispatch import Dispatcher
 from web.gateway.events import SubmitAsked
@@ -157,10 +158,11 @@ async def named(main: Coroutine[Any, Any, None], process: Process) -> None:
         process.fenced = True
 
 
-async def node_main(process: Process, config: ClusterConfig, stage: int) -> None:
+async def node_main(process: Process, config: ClusterConfig, stage: int, relay: str = "") -> None:
+    """`relay`: address of its host's, if it has one."""
     executor = make_executor(stage, config.stages, config.engine.pool_blocks)
     me = Member(process.name, process.incarnation)
-    node = process.part = Node(config, me, stage, cast(Any, executor))
+    node = process.part = Node(config, me, stage, cast(Any, executor), relay=relay)
     if config.engine.microbatches > 1:
         node._worker._rhythm = Patient(node)
     await node.run()
@@ -199,6 +201,19 @@ def sources_of(node: Node) -> Iterator[tuple[PipelineId, ReplicaSource]]:
 def acknowledged_of(source: ReplicaSource) -> dict[int, int]:
     """What a source counts as held by its target, by request."""
     return {rid: progress.acked for rid, progress in source._progress.items()}
+
+
+# ---------------------------------------------------------------------------------- a host's relay
+
+
+async def relay_main(process: Process, config: ClusterConfig) -> None:
+    server = process.part = RelayServer(config, auth.derive(auth.load_secret(config.secret_file), "grpc"))
+    await server.run()
+
+
+def reports_by_itself(node: Node) -> bool:
+    """To some controller, whatever its host's relay does."""
+    return bool(node._reporter._lines)
 
 
 # ---------------------------------------------------------------------------------- a controller

@@ -356,7 +356,10 @@ class SimServer:
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
         self._handlers.extend(handlers)
 
-    def add_insecure_port(self, _: str) -> int:
+    def add_insecure_port(self, address: str) -> int:
+        if address.startswith("unix:"):
+            self._address = address
+            return 1
         self._address = self._net.address()
         return int(self._address.rpartition(":")[2])
 

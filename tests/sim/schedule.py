@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.sim.requests import LONG, TEMPLATES
 
@@ -29,6 +29,7 @@ class Shape:
     gateways: int
     pool_blocks: int
     microbatches: int
+    relays: int = 0  # hosts that have one; 0: nodes report by themselves
 
     @property
     def nodes(self) -> list[str]:
@@ -87,6 +88,10 @@ REFUSALS = ("space", "busy", "rights", "corrupt")
 SIZES = ((2, 1), (2, 2), (2, 2), (2, 2), (2, 2), (2, 3), (3, 1), (3, 2))
 
 
+# One seed of so many has hosts with relays, and what befalls these on top of what else is drawn for it. None of those
+# in which only some are heard, since a relay would carry the others.
+RELAYED_EVERY, RELAYED = 8, 5
+
 # Enough nodes for not everybody to be everybody's neighbour: for what goes wrong where only some hear each other. One
 # seed of so many is such a run, and from the second number on each is.
 LARGE = ((2, 4), (2, 4), (3, 4))
@@ -94,6 +99,48 @@ PARTIAL_EVERY, PARTIAL_FROM = 12, 10_000_000
 
 
 def generate(seed: int) -> Schedule:
+    schedule = _drawn(seed)
+    return _relayed(schedule) if seed % RELAYED_EVERY == RELAYED and seed < PARTIAL_FROM else schedule
+
+
+def _relayed(schedule: Schedule) -> Schedule:
+    """With relays and faults of theirs, which have to be masked whatever else happens; in one of three such runs there
+    is nothing else, and nobody may lose a duty."""
+    chance = random.Random(f"relays {schedule.seed}")
+    shape = replace(schedule.shape, relays=chance.choice((1, 2, 2)))
+    steps = schedule.steps
+    calm = chance.random() < 1 / 3
+    if calm:
+        steps = tuple(step for step in steps if step.what in ("submit", "cancel"))
+    window_s = max((step.at for step in schedule.steps), default=1.0)
+    faults = [_of_relay(chance, shape, chance.uniform(0.0, window_s)) for _ in range(chance.randrange(1, 5))]
+    return Schedule(
+        schedule.seed,
+        shape,
+        tuple(sorted((*steps, *faults), key=lambda step: step.at)),
+        schedule.mild or calm,
+        schedule.calm or calm,
+    )
+
+
+def _of_relay(chance: random.Random, shape: Shape, at: float) -> Step:
+    relay = f"r{chance.randrange(shape.relays) + 1}"
+    controller = f"c{chance.randrange(shape.controllers) + 1}"
+    span = chance.choice((chance.uniform(0.05, 0.5), chance.uniform(0.5, 3.0)))
+    return chance.choice(
+        (
+            Step(at, "kill", (relay, chance.choice((0.05, 0.5, 3.0)))),
+            Step(at, "pause", (relay, span)),
+            Step(at, "cut", (relay, controller, span)),
+            Step(at, "one_way", (*chance.choice(((relay, controller), (controller, relay))), span)),
+            Step(at, "deaf", (relay, span)),
+            Step(at, "reset", (relay, controller)),
+            Step(at, "reset", (chance.choice(shape.nodes), relay)),
+        )
+    )
+
+
+def _drawn(seed: int) -> Schedule:
     if seed % PARTIAL_EVERY == PARTIAL_EVERY - 1 or seed >= PARTIAL_FROM:
         return _partial(seed)
     chance = random.Random(f"schedule {seed}")
