@@ -262,7 +262,7 @@ def test_etcd_and_the_launcher_are_restarted_under_load(home: Cluster) -> None:
 
     streams = asyncio.run(under_load(home, restart))
     asyncio.run(home.expect_equal(streams))
-    assert changed(before, home.local.pids()) == {*ETCD, "launcher", "n2"}
+    assert changed(before, home.local.pids()) == {*ETCD, "launcher", "relay", "n2"}
 
 
 def test_check_says_what_would_be_refused_and_changes_nothing(home: Cluster) -> None:
