@@ -48,13 +48,8 @@ def waits(item: pytest.Item) -> bool:
 
 
 class Beside:
-    """Begins the outage with the first test of the simulator, if somebody will ask for it: those take minutes and
-    measure no time."""
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
-        if item.path.parent.name == "sim" and waits(item.session.items[-1]):
-            OUTAGE.begin()
+    """Ends the outage with the session. It is not begun beside other tests: in five minutes they may be given the ports
+    of an etcd that is away, and then it cannot come back."""
 
     def pytest_sessionfinish(self) -> None:
         OUTAGE.close()  # the session may have been cut short
