@@ -1,7 +1,4 @@
-"""The relay of a host fails while streams run: nobody is suspected, and no client sees anything.
-
-Silence makes a node suspect later here than by default, since on a busy machine eight nodes may need long to connect.
-"""
+"""The relay of a host fails while streams run: nobody is suspected, and no client sees anything."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from controlplane.contract.config import TimingConfig
 from controlplane.contract.events import Event, EventKind
 from controlplane.kfadmin.loadgen import Stream, sample_prompts
 from tests.e2e.cluster import Cluster, until, while_streaming
@@ -23,7 +19,7 @@ PROMPTS = sample_prompts(16, 192)
 
 @pytest.fixture(scope="module")
 def cluster(etcd_binary: None) -> Iterator[Cluster]:
-    with Cluster(timing=TimingConfig(suspect_after_s=3.0, dead_after_s=4.0)) as cluster:
+    with Cluster() as cluster:
         yield cluster
 
 
@@ -54,10 +50,11 @@ def senders(cluster: Cluster) -> list[int]:
 
 
 async def until_relayed(cluster: Cluster) -> None:
-    """Some node relies on the relay alone. All do, unless the machine is so busy that the relay was late for some."""
+    """Every controller hears several nodes on one stream. All are on it, unless the machine is so busy that the relay
+    was late for some."""
     nodes = len(cluster.local.node_pids())
     async with asyncio.timeout(120):
-        while all(count > nodes for count in await asyncio.to_thread(senders, cluster)):  # noqa: ASYNC110
+        while not all(0 < n < nodes for n in await asyncio.to_thread(senders, cluster)):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
 
 
@@ -96,7 +93,8 @@ def test_a_stopped_relay_is_nobodys_death(home: Cluster) -> None:
         try:
             own = len(home.local.node_pids())
             await asyncio.sleep(3.0)  # the length of the fault
-            assert all(count >= own for count in await asyncio.to_thread(senders, home))
+            counts = await asyncio.to_thread(senders, home)
+            assert all(count > own for count in counts), f"one of each node beside the relay's: {counts}"
         finally:
             home.kill("relay", signal.SIGCONT)
 
@@ -120,7 +118,6 @@ def test_a_killed_node_is_found_at_once_behind_a_relay(home: Cluster, victim: st
     asyncio.run(until_relayed(home))
     newest = newest_event(home)
     home.kill(victim)
-    asyncio.run(home.wait_for(lambda s: any(p.epoch for p in s.pipelines), "a status"))
 
     async def died() -> Event:
         async with asyncio.timeout(20):
