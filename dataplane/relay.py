@@ -33,8 +33,7 @@ from controlplane.contract.errors import ConfigError, KevlarFlowError
 from controlplane.contract.keys import Keys
 from controlplane.contract.lifetime import begin, run_to_exit
 from controlplane.contract.logs import configure_logging
-from controlplane.contract.reports import RelayedBatch, ReportAck
-from controlplane.contract.schema import SCHEMA
+from controlplane.contract.reports import REPORT_SCHEMA, RelayedBatch, ReportAck
 from controlplane.etcd.client import EtcdClient
 from controlplane.keyspace.view import View
 from dataplane.core.relay import Line, Relay, Source
@@ -180,12 +179,12 @@ class RelayServer:
             await context.write(ReportAck(node.taken, heard_by=heard_by))
 
     def _take(self, node: _Node, message: bytes) -> None:
-        """Raises _Refused for what a controller would refuse the whole host for, or might: what newer code says."""
+        """Raises _Refused for what a controller would refuse the whole host for, or might: another schema, too."""
         now = time.monotonic()
         try:
             batch = rpc.decode_relayed(message)
-            if batch.schema > SCHEMA:
-                raise _Refused(f"it speaks schema {batch.schema}, this relay knows {SCHEMA}")
+            if batch.schema != REPORT_SCHEMA:
+                raise _Refused(rpc.refusal_of_reports(batch.schema))
             for _, raw in batch.reports:
                 report = rpc.decode_report(raw)
                 if node.source is None:

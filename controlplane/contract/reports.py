@@ -3,7 +3,8 @@
 A stream carries `ReportBatch`es. Its sender is one node, or the relay of a host, which speaks for all nodes there: what
 a controller pays is a message a host, and most of what is in one are numbers of slots. News leaves at once; how often a
 sender speaks although there is none is what each controller says in its acknowledgements (`beat_every_s`).
-Reports are arrays, half as long as maps: a new field goes to the end and has a default.
+Reports are arrays, half as long as maps: a new field goes to the end, has a default and needs no new schema. The schema
+is of its own: it says nothing of values in etcd, whose older writers would step back.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Annotated
 import msgspec
 
 from controlplane.contract.ids import Member, PipelineId
-from controlplane.contract.schema import SCHEMA
+
+REPORT_SCHEMA = 2  # of ReportBatch; 1: reports were maps
 
 BEATS_PER_S_MAX = 500  # messages without news that a controller asks for, of all senders together ...
 BEATS_TO_SUSPECT = 3  # ... but so many of each within the silence that makes a member suspect
@@ -132,7 +134,7 @@ class ReportBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
     ] = ()  # slots of members that are heard and whose last report on this stream still holds
     gone: tuple[int, ...] = ()  # slots of members whose own stream to the sender broke
     relay: bool = False  # the sender is no node: its end says nothing of those that it spoke for
-    schema: int = SCHEMA
+    schema: int = REPORT_SCHEMA
     calm: bool = False  # nothing in it is news: a relay may pass it on with its next beat
 
 
@@ -143,7 +145,7 @@ class RelayedBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
     beats: tuple[int, ...] = ()
     gone: tuple[int, ...] = ()
     relay: bool = True
-    schema: int = SCHEMA
+    schema: int = REPORT_SCHEMA
     calm: bool = False
 
 

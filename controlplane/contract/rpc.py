@@ -22,7 +22,14 @@ from typing import Any
 import grpc
 import msgspec
 
-from controlplane.contract.reports import NodeReport, RelayedBatch, ReportAck, ReportBatch, ReportHeader
+from controlplane.contract.reports import (
+    REPORT_SCHEMA,
+    NodeReport,
+    RelayedBatch,
+    ReportAck,
+    ReportBatch,
+    ReportHeader,
+)
 from controlplane.contract.requests import GatewayMessage, SchedulerMessage
 
 FRONTDOOR = "kevlarflow.Frontdoor"
@@ -54,6 +61,15 @@ def refusal(metadata: Mapping[str, str]) -> str:
     older = "node" if theirs > STREAM_SCHEMA else "gateway"
     return (
         f"the gateway's messages have schema {said}, this node reads {STREAM_SCHEMA_OLDEST} to {STREAM_SCHEMA}: "
+        f"restart the {older} with the newer code"
+    )
+
+
+def refusal_of_reports(schema: int) -> str:
+    """Why batches of another schema cannot be taken, and what to do."""
+    older = "receiver" if schema > REPORT_SCHEMA else "sender"
+    return (
+        f"the reports have schema {schema}, their receiver reads {REPORT_SCHEMA}: "
         f"restart the {older} with the newer code"
     )
 

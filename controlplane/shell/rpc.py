@@ -20,8 +20,7 @@ from controlplane.contract.address import join
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.config import TimingConfig
 from controlplane.contract.ids import Member
-from controlplane.contract.reports import NodeReport, ReportAck, ReportBatch, beat_every_s
-from controlplane.contract.schema import SCHEMA
+from controlplane.contract.reports import REPORT_SCHEMA, NodeReport, ReportAck, ReportBatch, beat_every_s
 from controlplane.core.events import CoreEvent, HeartbeatsReceived, ReportReceived, ReportStreamBroken
 from controlplane.shell.inbox import Inbox
 
@@ -163,12 +162,15 @@ class ReportServer:
                 self._drop(member, stream)
 
     async def _take_unread(self, stream: _Stream, message: bytes, error: msgspec.MsgspecError) -> None:
-        """A batch of newer code cannot be read, but whoever it speaks for is heard. Raises _Refused for junk."""
+        """A batch of newer code cannot be read, but whoever it speaks for is heard. Raises _Refused for one of older
+        code, and for junk."""
         try:
             schema = rpc.decode_header(message).schema
         except msgspec.MsgspecError:
             schema = 0
-        if schema <= SCHEMA:
+        if 0 < schema < REPORT_SCHEMA:
+            raise _Refused(rpc.refusal_of_reports(schema)) from error
+        if schema <= REPORT_SCHEMA:
             raise _Refused(f"not a ReportBatch: {error}") from error
         self.unread += 1
         stream.heard = time.monotonic()

@@ -25,8 +25,7 @@ from controlplane.contract.config import ClusterConfig, TimingConfig
 from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.records import ControllerRecord
-from controlplane.contract.reports import NodeReport, PipelineReport, ReportBatch
-from controlplane.contract.schema import SCHEMA
+from controlplane.contract.reports import REPORT_SCHEMA, NodeReport, PipelineReport, ReportBatch
 from controlplane.core.events import CoreEvent, HeartbeatsReceived, ReportReceived, ReportStreamBroken
 from controlplane.etcd.client import EtcdClient
 from controlplane.shell.inbox import Inbox
@@ -364,13 +363,14 @@ class FirstStuck(EtcdProxy):
         writer.transport.abort()
 
 
-def test_newer_nodes_and_strangers_are_refused(tmp_path: Path, etcd: EtcdMember) -> None:
+def test_nodes_of_another_schema_and_strangers_are_refused(tmp_path: Path, etcd: EtcdMember) -> None:
     async def body(host: Host) -> None:
         await host.up()
         me = NodeReport(Member("n9", "z"), 1, 0.0, 0)
-        newer = ReportBatch(((0, me),), schema=SCHEMA + 1)
+        newer, older = (ReportBatch(((0, me),), schema=REPORT_SCHEMA + by) for by in (1, -1))
         for token, batch, code in (
             (host.token, newer, grpc.StatusCode.FAILED_PRECONDITION),
+            (host.token, older, grpc.StatusCode.FAILED_PRECONDITION),
             (host.token, ReportBatch(beats=(0,)), grpc.StatusCode.FAILED_PRECONDITION),
             (host.token, {"no": "batch"}, grpc.StatusCode.FAILED_PRECONDITION),
             ("wrong", ReportBatch(((0, me),)), grpc.StatusCode.UNAUTHENTICATED),
