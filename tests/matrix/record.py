@@ -15,6 +15,7 @@ from tests.matrix.streams import Result
 from tests.sim.record import ROOT, code_digest
 
 PLAYED = ("controlplane", "dataplane", "kernels", "web", "tests/matrix")  # what runs in a cell, or plays it
+ALSO = ("tests/e2e/cluster.py", "tests/e2e/faults.py")  # which the last imports
 JUDGES = ("__main__.py", "record.py", "table.py")  # of the last, what only reads results
 
 
@@ -26,6 +27,7 @@ def played_digest() -> str:
     """Of the sources that decide how a cell ends: what passed with other code says nothing of this one."""
 
     def modules() -> Iterator[Path]:
+        yield from (ROOT / file for file in ALSO)
         for path in (file for folder in PLAYED for file in (ROOT / folder).rglob("*.py*")):
             judge = path.parent == Path(__file__).parent and path.name in JUDGES
             if path.suffix in (".py", ".pyx") and not judge:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from controlplane.contract.requests import Sampling, Token
 from dataplane.core.batching import Batcher, Limits
 from dataplane.core.request import Phase, Request
-from dataplane.core.speed import CHUNK_MIN, CHUNK_START, ONCE_MULTIPLE, STEP_MULTIPLE, StepSpeed
+from dataplane.core.speed import StepSpeed
 
 LIMITS = Limits(
     block_size=4,
@@ -170,7 +170,7 @@ def speed(decodes: int, decode_s: float, token_s: float, **settings: float) -> S
 
 
 def test_chunks_keep_a_step_to_a_multiple_of_a_decode_step() -> None:
-    assert speed(12, 0.16, 0.002).chunk_tokens(12, 512) == pytest.approx((STEP_MULTIPLE - 1) * 80, abs=1)
+    assert speed(12, 0.16, 0.002).chunk_tokens(12, 512) == pytest.approx(40, abs=1)
     assert speed(12, 0.16, 0.002, target_s=0.26).chunk_tokens(12, 512) == pytest.approx(50, abs=1)
     # A device that computes a whole chunk in the time that it reads the weights is not slowed down.
     for token_s in (0.0001, 0.0):
@@ -180,14 +180,14 @@ def test_chunks_keep_a_step_to_a_multiple_of_a_decode_step() -> None:
             made.ran(12, tokens, 0.16 + tokens * token_s, beside_chunk=False)
         assert made.chunk_tokens(12, 512) == 512
     # What is asked for cannot be kept: prompts get on all the same.
-    assert speed(12, 0.16, 0.002, target_s=0.01).chunk_tokens(12, 512) == CHUNK_MIN
+    assert speed(12, 0.16, 0.002, target_s=0.01).chunk_tokens(12, 512) == 16
     assert speed(12, 0.16, 0.002, target_s=0.01).chunk_tokens(12, 7) == 7
-    assert StepSpeed().chunk_tokens(12, 512) == CHUNK_START
+    assert StepSpeed().chunk_tokens(12, 512) == 32
 
 
 def test_more_rows_take_longer() -> None:
     """One row was measured, 30 decode now: they take what their tokens take, and a chunk may take as long again."""
-    assert speed(1, 0.02, 0.002).chunk_tokens(31, 512) == pytest.approx((STEP_MULTIPLE - 1) * 40, abs=1)
+    assert speed(1, 0.02, 0.002).chunk_tokens(31, 512) == pytest.approx(20, abs=1)
 
 
 def test_single_late_steps_change_nothing() -> None:
@@ -198,7 +198,7 @@ def test_single_late_steps_change_nothing() -> None:
     made.ran(12, 0, 3.0, beside_chunk=False)
     made.ran(12, 80, 9.0, beside_chunk=False)
     made.ran(12, 0, 9.0, beside_chunk=True)  # it waited behind a chunk: that says nothing of decoding
-    assert made.chunk_tokens(12, 512) == pytest.approx((STEP_MULTIPLE - 1) * 80, abs=1)
+    assert made.chunk_tokens(12, 512) == pytest.approx(40, abs=1)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 4])
@@ -221,8 +221,8 @@ def test_readers_do_not_wait_for_others_prompts(microbatches: int) -> None:
         line.land()
     first = line.prompt_tokens[0]
     # 32 rows take 0.2 s in the end, and so may a chunk.
-    assert max(line.prompt_tokens) * 0.002 <= (STEP_MULTIPLE - 1) * (0.136 + 0.002 * 32) * 1.01
-    assert first > 2 * CHUNK_MIN
+    assert max(line.prompt_tokens) * 0.002 <= 0.5 * (0.136 + 0.002 * 32) * 1.01
+    assert first > 32
 
 
 def test_a_lone_prompt_goes_whole() -> None:
@@ -248,7 +248,7 @@ def test_a_burst_from_idle_does_not_hold_its_own_first_readers_up() -> None:
             chosen.issued += count
         sizes.append(sum(count for _, count in rows))
     assert min(sizes[:2]) > 300, "first tokens do not wait for it"
-    assert all(0 < size * 0.004 <= (ONCE_MULTIPLE - 1) * 0.05 for size in sizes[2:])
+    assert all(0 < size * 0.004 <= 2 * 0.05 for size in sizes[2:])
 
 
 def test_decoding_is_measured_again_though_prompts_never_end() -> None:
@@ -280,7 +280,7 @@ def test_short_chunks_that_seem_to_cost_nothing_do_not_make_a_long_one() -> None
     for late_s in (0.02, 0.01, 0.0, 0.02, 0.0, 0.01, 0.02, 0.0):
         made.ran(6, 0, 0.005 + late_s, beside_chunk=False)
         made.ran(6, 16, 0.007, beside_chunk=False)
-    assert made.chunk_tokens(6, 512) == 2 * CHUNK_MIN
+    assert made.chunk_tokens(6, 512) == 32
     assert made.chunk_tokens(6, 60, lost=True) == 60, (
         "who was interrupted gains by few steps, whatever they take"
     )
@@ -297,7 +297,7 @@ def test_what_a_token_costs_follows_the_load(slower: int) -> None:
     made = speed(12, 0.01 * slower, 0.0001 * slower)
     for _ in range(40):
         made.ran(12, 0, 0.01, beside_chunk=False)
-    assert made.chunk_tokens(12, 512) == pytest.approx((STEP_MULTIPLE - 1) * 100, abs=1)
+    assert made.chunk_tokens(12, 512) == pytest.approx(50, abs=1)
 
 
 @pytest.mark.parametrize("now", [4, 48])
@@ -305,13 +305,13 @@ def test_what_a_token_costs_does_not_follow_the_rows(now: int) -> None:
     made = speed(16, 0.1 + 16 * 0.002, 0.002)
     for _ in range(40):
         made.ran(now, 0, 0.1 + now * 0.002, beside_chunk=False)
-    assert made.chunk_tokens(now, 512) == pytest.approx((STEP_MULTIPLE - 1) * (50 + now), abs=1)
+    assert made.chunk_tokens(now, 512) == pytest.approx((50 + now) / 2, abs=1)
 
 
 def test_a_scheduler_that_takes_over_begins_with_what_its_node_knows() -> None:
     fresh = StepSpeed()
     fresh.learn(speed(12, 0.16, 0.002))
-    assert fresh.chunk_tokens(12, 512) == pytest.approx((STEP_MULTIPLE - 1) * 80, abs=1)
+    assert fresh.chunk_tokens(12, 512) == pytest.approx(40, abs=1)
     fresh.learn(speed(12, 0.16, 0.0))
     assert fresh.chunk_tokens(12, 512) < 512, "what it knows itself goes before"
 
@@ -338,7 +338,7 @@ def test_who_was_interrupted_goes_first_and_in_few_steps() -> None:
             began.append(chosen.rid)
         sizes.append(sum(count for _, count in rows))
         took_s += 0.16 + 0.002 * sizes[-1]
-    assert sum(sizes) <= 2 * sum(range(1, 13)) + CHUNK_MIN, "the fresh prompt has what is left"
-    assert max(sizes) * 0.002 <= (ONCE_MULTIPLE - 1) * 0.16
+    assert sum(sizes) <= 2 * sum(range(1, 13)) + 16, "the fresh prompt has what is left"
+    assert max(sizes) * 0.002 <= 2 * 0.16
     assert took_s < 4 * 0.16
     assert list(dict.fromkeys(began))[:12] == list(range(1, 13))

@@ -11,7 +11,6 @@ from controlplane.contract.requests import RefusalCode, Refused, SchedulerMessag
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topology
 from controlplane.contract.topology import Stage as StageDuty
 from dataplane.core.messages import Fence, HeldMeta, Meta, RejoinMeta
-from dataplane.core.speed import CHUNK_MIN
 from dataplane.frontdoor import Frontdoor
 from dataplane.schedulers import CRASHES_MAX, Schedulers
 from dataplane.worker import Message
@@ -210,6 +209,6 @@ def test_a_scheduler_that_takes_over_knows_how_long_steps_take_here() -> None:
     known = host.schedulers.by_pipeline["p0"].batcher.speed
     known.ran(4, 0, 0.2, beside_chunk=False)
     known.ran(4, 64, 1.4, beside_chunk=False)
-    assert known.chunk_tokens(4, 512) == CHUNK_MIN
+    assert known.chunk_tokens(4, 512) == 16
     host.schedulers.on_topology(topology(2, pipeline("p0", 1), pipeline("p1", 1)), RECORDS)
-    assert host.schedulers.by_pipeline["p1"].batcher.speed.chunk_tokens(4, 512) == CHUNK_MIN
+    assert host.schedulers.by_pipeline["p1"].batcher.speed.chunk_tokens(4, 512) == 16
