@@ -52,14 +52,16 @@ def home(cluster: Cluster) -> Iterator[Cluster]:
     asyncio.run(cluster.wait_all_home(60.0))
 
 
-async def under_load(cluster: Cluster, act: Callable[[], Awaitable[None]]) -> list[Stream]:
+async def under_load(
+    cluster: Cluster, act: Callable[[], Awaitable[None]], prompts: list[Prompt] = PROMPTS
+) -> list[Stream]:
     """Run `act` beside streams that never cease: each half of the prompts is asked for again when it has ended."""
     ended: list[Stream] = []
     stop = asyncio.Event()
 
-    async def load(prompts: list[Prompt]) -> None:
+    async def load(half: list[Prompt]) -> None:
         while not stop.is_set():
-            ended.extend(await cluster.resuming.streams(prompts))
+            ended.extend(await cluster.resuming.streams(half))
 
     async def acting() -> None:
         await until(lambda: ended, "streams flow")
@@ -68,10 +70,10 @@ async def under_load(cluster: Cluster, act: Callable[[], Awaitable[None]]) -> li
         finally:
             stop.set()
 
-    half = len(PROMPTS) // 2
+    middle = len(prompts) // 2
     async with asyncio.TaskGroup() as group:
-        group.create_task(load(PROMPTS[:half]))
-        group.create_task(load(PROMPTS[half:]))
+        group.create_task(load(prompts[:middle]))
+        group.create_task(load(prompts[middle:]))
         group.create_task(acting())
     return ended
 
