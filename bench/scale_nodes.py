@@ -43,7 +43,7 @@ NODES_PER_HOST = 8
 COUNTERS_BEATS = 20  # a node's counters go with a report so often, in heartbeats; as dataplane/reporter.py
 COUNTERS = {f"counter_number_{k}": k * 1000 for k in range(30)}
 TIMES = tuple(StepTimes(k << 8 | 3, 1000 + k, 20_000_000) for k in range(8))
-REGISTERING_MAX = 64
+REGISTERING_MAX = 8  # hosts at a time
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 
 
@@ -191,7 +191,7 @@ class Fleet:
             async with self._room:
                 ttl_s = self._config.timing.node_lease_s
                 host.lease, _ = await self._client.lease_grant(ttl_s, timeout_s=20.0)
-            await asyncio.gather(*map(self._register, host.nodes))
+                await asyncio.gather(*map(self._register, host.nodes))
             self._tasks.append(asyncio.create_task(self._report(host, number / len(self._hosts))))
 
         await asyncio.gather(*(join(number, host) for number, host in enumerate(self._hosts)))
@@ -317,10 +317,7 @@ class Fleet:
             fault_domain={"host": node.host.name, "node": node.name},
             started_unix_s=time.time(),
         )
-        async with self._room:
-            await self._client.put(
-                self._keys.node(node.name), encode(record), node.host.lease, timeout_s=20.0
-            )
+        await self._client.put(self._keys.node(node.name), encode(record), node.host.lease, timeout_s=20.0)
 
     async def _expire(self, members: dict[Node, Member]) -> None:
         """What etcd does when a dead node's lease ends, unless a fresh process has taken the key over."""
