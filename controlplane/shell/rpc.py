@@ -47,6 +47,8 @@ OPTIONS = [
     ("grpc.http2.max_ping_strikes", 0),
 ]
 
+NOTHING_TOLD = ReportAck(0)
+
 
 class _Refused(Exception):
     """A sender broke the protocol; the text says how."""
@@ -60,7 +62,7 @@ class _Stream:
     members: dict[int, Member] = field(default_factory=dict)  # by slot
     slots: dict[Member, int] = field(default_factory=dict)
     heard: float = 0.0  # when the last batch came
-    told: ReportAck | None = None  # the last acknowledgement
+    told: ReportAck = NOTHING_TOLD  # the last acknowledgement
 
 
 class ReportServer:
@@ -165,7 +167,8 @@ class ReportServer:
         if beats:
             self.beats += len(beats)
             events.append(HeartbeatsReceived(beats))
-        await self._inbox.put(*events)
+        if events:  # who only leaves does not wait for room
+            await self._inbox.put(*events)
         for slot in batch.gone:
             member = stream.members.pop(slot, None)
             if member is not None:
@@ -227,7 +230,8 @@ class ReportServer:
                 self._drop(member, stream)
 
     def _drop(self, member: Member, stream: _Stream) -> None:
-        """`stream` carries `member` no longer. Another one that has just carried it stands for it."""
+        """`stream` carries `member` no longer. Another one that has just carried it stands for it; it beats as often as
+        it was told the last time, which it hears of with its next batch only."""
         carriers = self._carriers.get(member, [])
         if stream not in carriers:
             return
@@ -240,5 +244,5 @@ class ReportServer:
             del self._carriers[member]
             self._count()
         now = time.monotonic()
-        if not any(now - other.heard < CARRIED_BEATS * self._ack.beat_s for other in carriers):
+        if not any(now - o.heard < CARRIED_BEATS * max(o.told.beat_s, self._ack.beat_s) for o in carriers):
             self._inbox.put_own(ReportStreamBroken(member))
