@@ -131,6 +131,7 @@ async def _phases(
     metrics[f"kill_to_write_p99_s_{size}"] = percentile(delays, 0.99)
     metrics[f"kill_to_write_max_s_{size}"] = max(delays)
     metrics[f"storm_writes_{size}"] = fleet.writes - before
+    metrics[f"streams_broken_{size}"] = fleet.broken
     line = ", ".join(
         f"{k.removesuffix(f'_{size}')} {v:.4g}" for k, v in metrics.items() if k.endswith(f"_{size}")
     )

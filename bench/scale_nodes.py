@@ -1,6 +1,7 @@
 """Hosts full of simulated nodes: real registrations and leases, real streams of reports, no models behind them.
 
-A host is one stream, and the code of its relay (dataplane/core/relay.py) decides what goes on it and when. A node acts
+A host is one stream, and the code of its relay (dataplane/core/relay.py, report_stream.py) decides what goes on it and
+when. A node acts
 on the topology that it sees in etcd as a real one does: it takes duties up, tells its links, answers moves, and says
 that a neighbour's link broke when that neighbour is killed.
 """
@@ -11,16 +12,16 @@ import asyncio
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import msgspec
 
+from controlplane.backoff import Backoff
 from controlplane.contract import rpc
 from controlplane.contract.config import ClusterConfig
-from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, decode, encode
 from controlplane.contract.records import NodeRecord
@@ -31,6 +32,7 @@ from controlplane.contract.reports import (
     PipelineReport,
     RecoveryReport,
     RelayedBatch,
+    ReportAck,
     StepTimes,
     TargetReport,
 )
@@ -38,17 +40,13 @@ from controlplane.contract.topology import MovePhase, Pipeline, Topology
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.proto import rpc_pb2
 from dataplane.core.relay import Line, Relay, Source
+from dataplane.report_stream import keep_reporting
 
 NODES_PER_HOST = 8
 COUNTERS_BEATS = 20  # a node's counters go with a report so often, in heartbeats; as dataplane/reporter.py
 COUNTERS = {f"counter_number_{k}": k * 1000 for k in range(30)}
 TIMES = tuple(StepTimes(k << 8 | 3, 1000 + k, 20_000_000) for k in range(8))
 REGISTERING_MAX = 8  # hosts at a time
-OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
-
-
-class StreamEnded(KevlarFlowError):
-    """The controller hears a host no longer."""
 
 
 @dataclass(slots=True, eq=False)
@@ -164,6 +162,7 @@ class Fleet:
         self.writes = 0
         self.killed: dict[Member, float] = {}
         self.written: dict[Member, float] = {}
+        self.broken = 0  # streams of reports that ended: each was opened anew, as by a real relay
         self.late_s = 0.0  # the longest that a heartbeat left after its time: how busy this side was
         self._config = config
         self._client = client
@@ -350,17 +349,25 @@ class Fleet:
 
     async def _report(self, host: Host, phase: float) -> None:
         heartbeat_s = self._config.timing.heartbeat_s
-        headers = (("authorization", f"Bearer {self._token}"),)
-        async with grpc.aio.insecure_channel(self._address, options=OWN_CONNECTION) as channel:
-            call: Any = channel.stream_stream(rpc.CONTROL_REPORT, rpc.encode, rpc.decode_ack)(
-                metadata=headers
-            )
-            line = host.relay.open(self._address, time.monotonic() + phase * heartbeat_s)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(_obey(line, heartbeat_s, call))
-                group.create_task(self._speak(host, line, call, heartbeat_s))
 
-    async def _speak(self, host: Host, line: Line, call: Any, heartbeat_s: float) -> None:
+        def acknowledged(ack: ReportAck) -> None:
+            host.relay.lines[self._address].acknowledge(max(ack.beat_s, heartbeat_s), ack.report_s)
+
+        def broken(_why: str) -> None:
+            self.broken += 1
+            host.relay.close(self._address)
+
+        await keep_reporting(
+            self._address,
+            self._token,
+            Backoff(0.05, 1.0),
+            lambda: self._batches(host, phase * heartbeat_s, heartbeat_s),
+            acknowledged,
+            broken,
+        )
+
+    async def _batches(self, host: Host, phase_s: float, heartbeat_s: float) -> AsyncIterator[RelayedBatch]:
+        line = host.relay.open(self._address, time.monotonic() + phase_s)
         while True:
             timer = asyncio.get_running_loop().call_at(host.wake_at(line), host.due.set)
             await host.due.wait()
@@ -370,13 +377,7 @@ class Fleet:
             self.late_s = max(self.late_s, now - line.beat_at)
             counter = 0 if self.topology is None else self.topology.counter
             for batch in host.batches(line, counter, now, heartbeat_s):
-                await call.write(batch)
-
-
-async def _obey(line: Line, heartbeat_s: float, call: Any) -> None:
-    while (ack := await call.read()) is not grpc.aio.EOF:
-        line.acknowledge(max(ack.beat_s, heartbeat_s), ack.report_s)
-    raise StreamEnded(f"{await call.code()}: {await call.details()}")
+                yield batch
 
 
 async def _drain(call: Any) -> None:
