@@ -9,8 +9,8 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from tests.web.gateway.raw_http import ASK, AUTH, CLOSE, STREAM, post, request, split, talk, with_stack
-from tests.web.gateway.stack import Stack
+from tests.web.gateway.raw_http import ASK, AUTH, CLOSE, STREAM, post, request, split, talk
+from tests.web.gateway.stack import Stack, with_stack
 
 MADE = re.compile("[0-9a-f]{32}")
 ASKED = [
