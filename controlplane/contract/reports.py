@@ -37,6 +37,7 @@ class LinkReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     )
     reason: str = ""  # why the link is down
     watch: bool = False  # it is only there for the two to watch each other: no pipeline needs it
+    refused: bool = False  # the peer answers in another version (NO_LINK): no sign of its death
 
 
 class TargetReport(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -30,6 +30,9 @@ class NodeView:
     usable: bool  # may be given a new duty, as far as the process itself goes (cordons are not looked at)
     why_not: str = ""
     demoted: bool = False  # usable when nobody else is
+    unfit: bool = (
+        False  # not usable because of what it is made of: waiting helps only if another process comes
+    )
 
     @property
     def member(self) -> Member:
@@ -285,20 +288,23 @@ class Membership:
         state = self.detector.state(record.member)
         demoted = record.member in self.detector.demoted()
         registered = node in self._registered
-        why_not = ""
-        if record.num_stages != self.config.stages or not 0 <= record.stage < self.config.stages:
-            why_not = f"holds stage {record.stage} of {record.num_stages}, the group has {self.config.stages}"
-        elif record.block_size != self.config.engine.block_size:
-            why_not = (
-                f"KV blocks of {record.block_size} tokens, the group's have {self.config.engine.block_size}"
-            )
-        elif record.weights_digest != self._digests[record.stage]:
-            why_not = f"its weights are not those that serve stage {record.stage}"
-        elif not registered:
+        unfit = why_not = self._unfit(record)
+        if not unfit and not registered:
             why_not = "not registered"
-        elif state is not NodeState.GREEN and not demoted:
+        elif not unfit and state is not NodeState.GREEN and not demoted:
             why_not = self.detector.evidence(record.member)
-        return NodeView(record, state, registered, not why_not, why_not, demoted)
+        return NodeView(record, state, registered, not why_not, why_not, demoted, bool(unfit))
+
+    def _unfit(self, record: NodeRecord) -> str:
+        """Why no process that registers this can serve the group."""
+        stages, block_size = self.config.stages, self.config.engine.block_size
+        if record.num_stages != stages or not 0 <= record.stage < stages:
+            return f"holds stage {record.stage} of {record.num_stages}, the group has {stages}"
+        if record.block_size != block_size:
+            return f"KV blocks of {record.block_size} tokens, the controller's settings say {block_size}"
+        if record.weights_digest != self._digests[record.stage]:
+            return f"its weights are not those that serve stage {record.stage}"
+        return ""
 
     def _unvote(self, record: NodeRecord) -> None:
         votes = self._votes[record.stage]

@@ -34,7 +34,7 @@ SLOW = 4.0  # times as long for the same steps ...
 SLOW_BESIDE = 20.0  # ... and more on a machine on which all timers are late: there times say less
 LATE = 0.35  # share of time in which a timer is overdue, beyond the others'
 
-TELLING = 0.5  # a degree of slowness below this is nothing, also to who is on probation (conduct.py)
+TELLING = 0.5  # a degree of slowness below this is nothing, also to who is on probation
 
 Totals = dict[int, tuple[int, float]]  # size -> steps, seconds
 
@@ -48,7 +48,7 @@ class Slowness:
     @property
     def degree(self) -> float:
         """1 and above is slow."""
-        late = self.late / (LATE + self.others_late)
+        late = (self.late - self.others_late) / LATE
         return max(self.slower / (SLOW * (1.0 + SLOW_BESIDE * self.others_late)), late)
 
     def __str__(self) -> str:
@@ -237,7 +237,7 @@ class _Measure:
             if member not in self._apart:
                 self._stages.setdefault(runner.stage, []).append(runner)
             if member not in self._mute:
-                self._lates.setdefault(runner.stage, []).append(runner.late)
+                self._lates.setdefault(runner.stage, []).append(self._lateness(member))
         self._late: dict[int | None, list[float]] = {}
         self._own: list[float] | None = None
         self._means: dict[tuple[int, int], list[float]] = {}
@@ -247,8 +247,14 @@ class _Measure:
         if stage not in self._late:
             of = self._lates.values() if stage is None else [self._lates.get(stage, [])]
             self._late[stage] = sorted(late for lates in of for late in lates)
-        own = None if member in self._mute else self._runners[member].late
+        own = None if member in self._mute else self._lateness(member)
         return _median_without(self._late[stage], own) or 0.0
+
+    def _lateness(self, member: Member) -> float:
+        """What a member says of how late timers are here. One that is demoted may be late by its own fault: it excuses
+        as much as a sound one on a full machine would, and not a second slow one."""
+        late = self._runners[member].late
+        return min(late, LATE) if member in self._apart else late
 
     def others_own(self, member: Member) -> float:
         """How much slower than their own past the others are; 1: nobody knows."""

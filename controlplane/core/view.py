@@ -11,7 +11,7 @@ from collections.abc import Generator, Mapping
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import NodeId, PipelineId
 from controlplane.contract.records import Operation
-from controlplane.contract.reports import NO_LINK, NodeReport
+from controlplane.contract.reports import NodeReport
 from controlplane.contract.status import (
     ClusterStatus,
     NodeState,
@@ -170,7 +170,7 @@ def _node(
 
 def _troubles(report: NodeReport) -> tuple[str, ...]:
     """What a node says itself, and links that cannot be opened whatever happens."""
-    links = (f"{link.reason} ({link.peer.node})" for link in report.links if link.reason.startswith(NO_LINK))
+    links = (f"{link.reason} ({link.peer.node})" for link in report.links if link.refused)
     return (*report.troubles, *links)
 
 

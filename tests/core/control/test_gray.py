@@ -76,17 +76,18 @@ def test_when_everybody_is_slow_nobody_is() -> None:
 
 
 @pytest.mark.parametrize("instances", [2, 4])
-def test_a_full_machine_does_not_keep_everybody_on_probation(instances: int) -> None:
-    """Each was slow for a moment. Then the timers of all are overdue 30 % of the time, as is usual on full cores."""
+@pytest.mark.parametrize("full", [0.6, 1.0])
+def test_a_full_machine_does_not_keep_everybody_on_probation(instances: int, full: float) -> None:
+    """Each was slow for a moment. Then the timers of all are overdue 30 or 50 % of the time, as on full cores."""
     sim = formed(instances, stages=1)
     detector = sim.cores[sim.leader]._detector
     for node in sim.nodes.values():
-        node.throttled = 0.6
+        node.throttled = full
     for node in sim.nodes.values():
         node.throttled = 1.8
         sim.run(2.5)
         assert detector.state(node.member) is NodeState.YELLOW
-        node.throttled = 0.6
+        node.throttled = full
     sim.run_until(
         lambda: all(detector.state(n.member) is NodeState.GREEN for n in sim.nodes.values()), limit_s=15
     )
@@ -275,6 +276,23 @@ def test_on_an_overloaded_machine_times_say_less() -> None:
 )
 def test_late_timers(late: float, others: float, slow: bool) -> None:
     assert (Slowness(0.0, late, others).degree >= 1) is slow
+
+
+def test_what_is_only_as_late_as_the_others_is_no_slowness() -> None:
+    """On probation half the limit is slow: it has to be half of what is beyond the others."""
+    assert Slowness(0.0, 0.5, 0.5).degree == 0.0
+    assert Slowness(0.0, 0.675, 0.5).degree == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("late", "degree"), [(0.8, (0.8 - 0.35) / 0.35), (0.3, 0.0)])
+def test_a_slow_node_on_probation_excuses_no_second_one(late: float, degree: float) -> None:
+    paces, a, b = Paces(), Member("a", "1"), Member("b", "1")
+    for k in range(10):
+        for member, share in ((a, 0.95), (b, late)):
+            ran_s = 0.1 * k
+            report = NodeReport(member, k, 0.0, 1, timed_s=ran_s, overdue_s=share * ran_s)
+            paces.reported(report, 10.0 + ran_s)
+    assert max(paces.compare(11.0, [a], [a])[b].degree, 0.0) == pytest.approx(degree)
 
 
 # Lateness of 50 ms timers and processor time of the loop between them, in ms, on two cores that were full. A busy

@@ -22,7 +22,7 @@ from controlplane.contract.records import (
     ProcessKind,
     Target,
 )
-from controlplane.contract.reports import NO_LINK, LinkReport, NodeReport
+from controlplane.contract.reports import LinkReport, NodeReport
 from controlplane.contract.schema import SCHEMA, schema_of
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Stage, Topology
 from controlplane.core import events
@@ -181,7 +181,9 @@ def test_what_a_node_cannot_speak_with_is_a_trouble_in_its_status() -> None:
     sim.run_until(sim.home, limit_s=30)
     node = sim.nodes["n0"]
     links = (
-        LinkReport(Member("n1", "x"), False, 0.0, f"{NO_LINK}the peer speaks protocol 2, we speak 1"),
+        LinkReport(
+            Member("n1", "x"), False, 0.0, "no link: the peer speaks protocol 2, we speak 1", refused=True
+        ),
         LinkReport(Member("n2", "x"), False, 0.0, "outgoing link: reset"),
     )
     report = NodeReport(node.member, node.seq + 1, 1.0, 1, links=links, troubles=("a gateway is refused",))
