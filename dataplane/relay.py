@@ -191,7 +191,14 @@ class RelayServer:
                     node.source = self.relay.join(report.member)
                 elif node.source.member != report.member:
                     raise _Refused(f"one stream speaks for one node, not for {report.member} as well")
-                self.relay.report(node.source, raw, now, not batch.calm, bool(report.recoveries))
+                self.relay.report(
+                    node.source,
+                    raw,
+                    now,
+                    urgent=not batch.calm,
+                    recoveries=bool(report.recoveries),
+                    counters=bool(report.counters),
+                )
         except msgspec.MsgspecError as error:
             raise _Refused(f"not a batch of reports: {error}") from error
         if batch.beats:

@@ -72,6 +72,7 @@ class Reporter:
         relay: str = "",
         counters: Callable[[], dict[str, int]] = dict,
     ) -> None:
+        self.broken_off = 0  # streams of reports that ended, or could not be opened
         self._token = token
         self._heartbeat_s = heartbeat_s
         self._make = make
@@ -140,29 +141,43 @@ class Reporter:
     async def _keep(self, line: _Line) -> NoReturn:
         def acknowledged(ack: ReportAck) -> None:
             line.every = max(1, round(ack.beat_s / self._heartbeat_s))
-
-        backoff = Backoff(BACKOFF_FIRST_S, BACKOFF_MAX_S)
-        await keep_reporting(line.address, self._token, backoff, lambda: self._batches(line), acknowledged)
-
-    async def _keep_relay(self, line: _Line) -> NoReturn:
-        def acknowledged(ack: ReportAck) -> None:
-            now = time.monotonic()
-            late = self._paths.overdue(now)
-            if self._paths.answered(ack.seq, ack.heard_by, now):
-                line.recoveries_sent, line.news = 0, True  # a controller that was not told of them
-                line.due.set()
-            elif late:
-                line.due.set()
-            self._settle()
+            self._paths.paced(line.address, line.every * self._heartbeat_s)
 
         def broken(_why: str) -> None:
+            self.broken_off += 1
+
+        backoff = Backoff(BACKOFF_FIRST_S, BACKOFF_MAX_S)
+        await keep_reporting(
+            line.address, self._token, backoff, lambda: self._batches(line), acknowledged, broken
+        )
+
+    async def _keep_relay(self, line: _Line) -> NoReturn:
+        def broken(_why: str) -> None:
+            self.broken_off += 1
             self._paths.broken(time.monotonic())
             self._settle()
 
         backoff = Backoff(RELAY_BACKOFF_FIRST_S, RELAY_BACKOFF_MAX_S)
         await keep_reporting(
-            line.address, self._token, backoff, lambda: self._batches(line, True), acknowledged, broken
+            line.address,
+            self._token,
+            backoff,
+            lambda: self._batches(line, True),
+            lambda ack: self._answered(line, ack),
+            broken,
         )
+
+    def _answered(self, line: _Line, ack: ReportAck) -> None:
+        """By the relay."""
+        now = time.monotonic()
+        late = self._paths.overdue(now)
+        if self._paths.answered(ack.seq, ack.heard_by, now):
+            # A controller that was not told of them.
+            line.recoveries_sent, line.uncounted, line.news = 0, COUNTERS_BEATS, True
+            line.due.set()
+        elif late:
+            line.due.set()
+        self._settle()
 
     async def _batches(self, line: _Line, to_relay: bool = False) -> AsyncIterator[ReportBatch]:
         line.told, line.news, line.recoveries_sent, line.every, line.uncounted = (

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from controlplane.backoff import Backoff
 from controlplane.contract import rpc
 from controlplane.contract.config import TimingConfig
 from controlplane.contract.ids import Member
@@ -18,6 +19,7 @@ from controlplane.contract.reports import BEATS_PER_S_MAX, NodeReport, ReportAck
 from controlplane.core.events import CoreEvent, HeartbeatsReceived, ReportReceived, ReportStreamBroken
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.rpc import ReportServer
+from dataplane.report_stream import keep_reporting
 from tests.io.etcd_proxy import eventually
 
 A, B = Member("n0", "a"), Member("n1", "b")
@@ -259,5 +261,35 @@ def test_a_sender_that_breaks_the_protocol_is_refused(batch: ReportBatch) -> Non
             await own.write(batch)
             assert await own.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert stage.server.refused == 1
+
+    on_stage(body)
+
+
+def test_an_answer_that_cannot_be_taken_in_costs_one_stream_and_not_all_further_reports() -> None:
+    """Any exception but those of gRPC ended the task: the node was silent from then on."""
+
+    async def body(stage: Stage) -> None:
+        answers: list[ReportAck] = []
+        broken: list[str] = []
+
+        async def batches() -> AsyncIterator[ReportBatch]:
+            yield ReportBatch(((0, report(A)),))
+            await asyncio.Event().wait()
+
+        def acknowledged(ack: ReportAck) -> None:
+            answers.append(ack)
+            if len(answers) < 3:
+                raise ValueError("not for me")
+
+        backoff = Backoff(0.01, 0.02)
+        reporting = asyncio.create_task(
+            keep_reporting(stage.address, "token", backoff, batches, acknowledged, broken.append)
+        )
+        await eventually(lambda: len(answers) == 3 or reporting.done(), 10.0, "the third stream stands")
+        assert not reporting.done()
+        assert broken == ["ValueError: not for me"] * 2
+        assert backoff.total == 2
+        reporting.cancel()
+        await asyncio.gather(reporting, return_exceptions=True)
 
     on_stage(body)

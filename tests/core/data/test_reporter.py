@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from controlplane.contract.ids import Member
-from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport
+from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport, ReportAck
 from dataplane.reporter import COUNTERS_BEATS, FULL_BEATS, FULL_IDLE_BEATS, Reporter, _Line
 
 ME, PEER = Member("n0", "a"), Member("n1", "b")
@@ -90,3 +90,18 @@ def test_counters_go_with_few_reports_and_with_the_first_and_are_made_for_these_
     for _ in range(COUNTERS_BEATS):  # mostly beats
         reporter._next(line)
     assert len(made) == 3
+
+
+def test_a_controller_that_is_new_to_the_relay_is_told_counters_too() -> None:
+    reporter = Reporter("token", 0.1, lambda seq, sent: (TOLD, sent), relay="r", counters=lambda: {"x": 1})
+    line = _Line("")
+
+    def counted() -> list[bool]:
+        batches = [reporter._next(line) for _ in range(3)]
+        return [bool(batch and batch.reports and batch.reports[0][1].counters) for batch in batches]
+
+    assert counted() == [True, False, False]
+    reporter._answered(line, ReportAck(1, heard_by=("c:1",)))
+    assert counted() == [True, False, False]
+    reporter._answered(line, ReportAck(1, heard_by=("c:1", "d:1")))
+    assert counted() == [True, False, False]
