@@ -1,9 +1,8 @@
 """Hosts full of simulated nodes: real registrations and leases, real streams of reports, no models behind them.
 
 A host is one stream, and the code of its relay (dataplane/core/relay.py, report_stream.py) decides what goes on it and
-when. A node acts
-on the topology that it sees in etcd as a real one does: it takes duties up, tells its links, answers moves, and says
-that a neighbour's link broke when that neighbour is killed.
+when. A node acts on the topology that it sees in etcd as a real one does: it takes duties up, tells its links, answers
+moves, and says that a neighbour's link broke when that neighbour is killed.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.proto import rpc_pb2
 from dataplane.core.relay import Line, Relay, Source
 from dataplane.report_stream import keep_reporting
+from dataplane.reporter import COUNTERS_REPORTS
 
 NODES_PER_HOST = 8
-COUNTERS_BEATS = 20  # a node's counters go with a report so often, in heartbeats; as dataplane/reporter.py
 COUNTERS = {f"counter_number_{k}": k * 1000 for k in range(30)}
 TIMES = tuple(StepTimes(k << 8 | 3, 1000 + k, 20_000_000) for k in range(8))
 REGISTERING_MAX = 8  # hosts at a time
@@ -78,10 +77,10 @@ class Node:
             report = self.report(counter, now >= self.counters_at)
             raw = msgspec.Raw(rpc.encode(report))
             relay.report(self.source, raw, now, self.news or self.hurried, bool(report.recoveries))
-            every_s = heartbeat_s if self.hurried else max(REPORT_BEATS * heartbeat_s, relay.report_s())
-            self.news, self.report_at = False, now + every_s
+            every_s = max(REPORT_BEATS * heartbeat_s, relay.report_s())
+            self.news, self.report_at = False, now + (heartbeat_s if self.hurried else every_s)
             if report.counters:
-                self.counters_at = now + COUNTERS_BEATS * heartbeat_s
+                self.counters_at = now + COUNTERS_REPORTS * every_s
         else:
             relay.beat(self.source, now)
 
