@@ -24,7 +24,7 @@ import msgspec
 from bench.contract import Result, percentile, progress
 from bench.scale_nodes import NODES_PER_HOST, Fleet, settled
 from controlplane.contract.auth import create_secret, derive
-from controlplane.contract.config import ClusterConfig
+from controlplane.contract.config import ClusterConfig, TimingConfig
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.keys import Keys, decode
 from controlplane.contract.records import ControllerRecord
@@ -72,6 +72,8 @@ async def _measure(size: int, folder: Path, calm_s: float, result: Result) -> No
         instances=size // STAGES,
         stages=STAGES,
         admin_port=0,
+        # Thousands on one core take longer to register than the default grace, after which nobody waits for homes.
+        timing=TimingConfig(form_grace_s=FORM_LIMIT_S),
     )
     (folder / "cluster.json").write_bytes(msgspec.json.encode(config))
     secret = create_secret(config.secret_file)
@@ -95,12 +97,14 @@ async def _phases(
     await _until(lambda: settled(fleet.topology), FORM_LIMIT_S, "the group formed", fleet)
     metrics[f"form_s_{size}"] = time.monotonic() - began
     metrics[f"form_writes_{size}"] = fleet.writes
+    _tell(size, "formed", metrics)
     await asyncio.sleep(REST_S)
 
     fleet.late_s = 0.0
     metrics[f"cpu_share_{size}"] = await _cpu_share(pid, calm_s)
     metrics[f"memory_bytes_{size}"] = _memory_bytes(pid)
     metrics[f"heartbeat_late_max_s_{size}"] = fleet.late_s
+    _tell(size, "calm", metrics)
 
     chosen = random.Random(size)
     # One of an instance, and no two neighbours in the ring: each has somebody to go to.
@@ -117,6 +121,7 @@ async def _phases(
     metrics[f"move_cpu_share_{size}"] = (_cpu_s(pid) - used) / took_s
     metrics[f"move_s_{size}"] = took_s
     metrics[f"move_writes_{size}"] = fleet.writes - before
+    _tell(size, "hand-backs", metrics)
     await asyncio.sleep(REST_S)
 
     storm = chosen.sample(sorted(fleet.nodes), max(1, round(size * STORM_SHARE)))
@@ -132,10 +137,13 @@ async def _phases(
     metrics[f"kill_to_write_max_s_{size}"] = max(delays)
     metrics[f"storm_writes_{size}"] = fleet.writes - before
     metrics[f"streams_broken_{size}"] = fleet.broken
-    line = ", ".join(
-        f"{k.removesuffix(f'_{size}')} {v:.4g}" for k, v in metrics.items() if k.endswith(f"_{size}")
-    )
-    progress(f"{size} nodes: {line}")
+    _tell(size, "storm", metrics)
+
+
+def _tell(size: int, phase: str, metrics: dict[str, float]) -> None:
+    """All that is known after a phase, so that a run which fails later has not been for nothing."""
+    known = (f"{k.removesuffix(f'_{size}')} {v:.4g}" for k, v in metrics.items() if k.endswith(f"_{size}"))
+    progress(f"{size} nodes, {phase}: {', '.join(known)}")
 
 
 def free_port() -> int:
