@@ -74,7 +74,7 @@ class Layout:
         return self._rings[stage]
 
     def put(self, pipeline: Pipeline) -> None:
-        """In place of the one of that name. What it costs depends on its own length alone."""
+        """In place of the one of that name. What it looks at depends on its own length, not on the group's size."""
         index = self.order[pipeline.id]
         old, self.pipelines[index] = self.pipelines[index], pipeline
         touched = {m.node for p in (old, pipeline) for m in p.members()}
@@ -97,7 +97,7 @@ class Layout:
                     bisect.insort(self._places[stage], place)
                 else:
                     ring.remove(node)
-                    self._places[stage].remove(place)
+                    del self._places[stage][bisect.bisect_left(self._places[stage], place)]
 
     def around(self, pipeline: Pipeline, stage: int) -> Iterator[NodeId]:
         """The ring of a stage from the pipeline's successor on, once round."""
