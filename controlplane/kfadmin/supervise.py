@@ -25,7 +25,7 @@ import msgspec
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.logs import bound_logs
 from controlplane.kfadmin.rundir import RunDir
-from controlplane.supervisor import Supervisor, run_command
+from controlplane.supervisor import ProcessFile, Supervisor, run_command
 
 T = TypeVar("T")
 
@@ -62,13 +62,17 @@ class SupervisorThread:
         self._thread.start()
 
     def start(self, name: str, command: list[str]) -> None:
-        """From now on keep this child running. What keeps it from starting is in `kfadmin.log`."""
+        """From now on keep this child running. What keeps it from starting is in `processes`, and in `kfadmin.log`."""
         tied = [sys.executable, "-S", "-E", str(SHIM), str(os.getpid()), *command]
         self._call(lambda: self._supervisor.add(name, "pids", run_command(tied, self._env)))
 
     def pids(self) -> dict[str, int]:
         """Of those that run now."""
         return self._supervisor.pids()
+
+    def processes(self) -> dict[str, ProcessFile]:
+        """Of those that were started, or could not be."""
+        return self._supervisor.processes()
 
     def end(self, names: list[str], grace_s: float) -> None:
         """SIGTERM to all of these at once, SIGKILL to those left after `grace_s`; returns when all are gone.
@@ -90,6 +94,8 @@ class SupervisorThread:
         self._supervisor.close()
 
     def _call(self, act: Callable[[], T]) -> T:
+        if not self._thread.is_alive():
+            raise KevlarFlowError("the supervisor's thread has ended")
         future: Future[T] = Future()
 
         def perform() -> None:

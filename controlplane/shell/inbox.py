@@ -29,7 +29,7 @@ class Inbox:
         return len(self._events)
 
     async def put(self, *events: CoreEvent) -> None:
-        """All of them at once, as soon as there is room for one: a message brings few."""
+        """All of them at once, as soon as there is room for one: the bound is exceeded by a message of each source."""
         while self._outside >= self._len_max:
             self._room.clear()
             await self._room.wait()

@@ -154,7 +154,8 @@ class ReportServer:
         if beats:
             self.beats += len(beats)
             events.append(HeartbeatsReceived(beats))
-        await self._inbox.put(*events)
+        if events:  # who only leaves does not wait for room
+            await self._inbox.put(*events)
         for slot in batch.gone:
             member = stream.members.pop(slot, None)
             if member is not None:
@@ -215,7 +216,8 @@ class ReportServer:
                 self._drop(member, stream)
 
     def _drop(self, member: Member, stream: _Stream) -> None:
-        """`stream` carries `member` no longer. Another one that has just carried it stands for it."""
+        """`stream` carries `member` no longer. Another one that has just carried it stands for it; it beats as often as
+        it was told the last time, which it hears of with its next batch only."""
         carriers = self._carriers.get(member, [])
         if stream not in carriers:
             return
@@ -227,5 +229,5 @@ class ReportServer:
         if not carriers:
             del self._carriers[member]
         now = time.monotonic()
-        if not any(now - other.heard < CARRIED_BEATS * self._beat_s for other in carriers):
+        if not any(now - o.heard < CARRIED_BEATS * max(o.told_s, self._beat_s) for o in carriers):
             self._inbox.put_own(ReportStreamBroken(member))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -114,6 +115,50 @@ def test_many_senders_are_told_to_beat_more_rarely_and_few_again_to_beat_as_befo
                 await first.write(ReportBatch(beats=(0,)))
                 await asyncio.wait({told}, timeout=BEAT_S)
             assert told.result() == ReportAck(0, BEAT_S)
+
+    on_stage(body)
+
+
+def test_who_was_told_to_beat_rarely_is_not_silent_when_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(stage: Stage) -> None:
+        now = [100.0]
+        monkeypatch.setattr("controlplane.shell.rpc.time", SimpleNamespace(monotonic=lambda: now[0]))
+        async with stage.sender() as own, stage.sender() as relay:
+            async with AsyncExitStack() as many:
+                for _ in range(50):
+                    sender = await many.enter_async_context(stage.sender())
+                    await sender.write(ReportBatch())
+                    await sender.read()
+                await own.write(ReportBatch(((0, report(A)),)))
+                assert await own.read() == ReportAck(0, 0.2)
+                await relay.write(ReportBatch(((0, report(A)), (1, report(B))), relay=True))
+                assert await relay.read() == ReportAck(0, 0.2)
+            await eventually(lambda: stage.server.senders == 2, 5, "the others have left")
+            now[0] += 0.5  # two of its beats and a half
+            await relay.write(ReportBatch(beats=(1,), gone=(0,), relay=True))
+            await relay.write(ReportBatch(beats=(1,), relay=True))
+            seen = [await stage.next() for _ in range(5)]
+            assert seen == [
+                *map(ReportReceived, (report(A), report(A), report(B))),
+                *[HeartbeatsReceived((B,))] * 2,
+            ]
+            now[0] += 0.5
+            await own.done_writing()
+            assert await stage.next() == ReportStreamBroken(A)
+
+    on_stage(body)
+
+
+def test_who_leaves_does_not_wait_for_room() -> None:
+    async def body(stage: Stage) -> None:
+        async with stage.sender() as relay:
+            await relay.write(ReportBatch(((0, report(A)),), relay=True))
+            assert await relay.read() == ReportAck(0, BEAT_S)
+            await stage.inbox.put(*[HeartbeatsReceived((B,))] * 4095)
+            assert len(stage.inbox) == 4096
+            await relay.write(ReportBatch(gone=(0,), relay=True))
+            await eventually(lambda: len(stage.inbox) == 4097, 5, "it has left")
+            assert [await stage.next() for _ in range(4097)][-1] == ReportStreamBroken(A)
 
     on_stage(body)
 
