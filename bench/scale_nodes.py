@@ -1,6 +1,7 @@
 """Hosts full of simulated nodes: real registrations and leases, real streams of reports, no models behind them.
 
-A host is one stream, and the code of its relay (dataplane/core/relay.py) decides what goes on it and when. A node acts
+A host is one stream, and the code of its relay (dataplane/core/relay.py, report_stream.py) decides what goes on it and
+when. A node acts
 on the topology that it sees in etcd as a real one does: it takes duties up, tells its links, answers moves, and says
 that a neighbour's link broke when that neighbour is killed.
 """
@@ -11,24 +12,27 @@ import asyncio
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import msgspec
 
+from controlplane.backoff import Backoff
 from controlplane.contract import rpc
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, decode, encode
 from controlplane.contract.records import NodeRecord
 from controlplane.contract.reports import (
+    REPORT_BEATS,
     LinkReport,
     NodeReport,
     PipelineReport,
     RecoveryReport,
     RelayedBatch,
+    ReportAck,
     StepTimes,
     TargetReport,
 )
@@ -36,14 +40,13 @@ from controlplane.contract.topology import MovePhase, Pipeline, Topology
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.proto import rpc_pb2
 from dataplane.core.relay import Line, Relay, Source
+from dataplane.report_stream import keep_reporting
 
 NODES_PER_HOST = 8
-FULL_BEATS = 5  # a serving node sends a whole report so often, in heartbeats; as dataplane/reporter.py
-COUNTERS_BEATS = 20  # ... and its counters
+COUNTERS_BEATS = 20  # a node's counters go with a report so often, in heartbeats; as dataplane/reporter.py
 COUNTERS = {f"counter_number_{k}": k * 1000 for k in range(30)}
 TIMES = tuple(StepTimes(k << 8 | 3, 1000 + k, 20_000_000) for k in range(8))
-REGISTERING_MAX = 64
-OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
+REGISTERING_MAX = 8  # hosts at a time
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +57,6 @@ class Node:
     stage: int
     host: Host
     member: Member
-    lease: int = 0
     alive: bool = True
     source: Source | None = None  # since it has reported
     seq: int = 0
@@ -76,7 +78,8 @@ class Node:
             report = self.report(counter, now >= self.counters_at)
             raw = msgspec.Raw(rpc.encode(report))
             relay.report(self.source, raw, now, self.news or self.hurried, bool(report.recoveries))
-            self.news, self.report_at = False, now + (1 if self.hurried else FULL_BEATS) * heartbeat_s
+            every_s = heartbeat_s if self.hurried else max(REPORT_BEATS * heartbeat_s, relay.report_s())
+            self.news, self.report_at = False, now + every_s
             if report.counters:
                 self.counters_at = now + COUNTERS_BEATS * heartbeat_s
         else:
@@ -130,7 +133,9 @@ class Node:
 
 @dataclass(slots=True, eq=False)
 class Host:
+    name: str
     relay: Relay
+    lease: int = 0
     nodes: list[Node] = field(default_factory=list)
     due: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -157,8 +162,8 @@ class Fleet:
         self.writes = 0
         self.killed: dict[Member, float] = {}
         self.written: dict[Member, float] = {}
+        self.broken = 0  # streams of reports that ended: each was opened anew, as by a real relay
         self.late_s = 0.0  # the longest that a heartbeat left after its time: how busy this side was
-        self.failed: list[str] = []
         self._config = config
         self._client = client
         self._keys = Keys(config.cluster)
@@ -170,7 +175,7 @@ class Fleet:
         self._room = asyncio.Semaphore(REGISTERING_MAX)
         for index in range(config.instances * config.stages):
             if index % NODES_PER_HOST == 0:
-                self._hosts.append(Host(Relay(config.timing.heartbeat_s)))
+                self._hosts.append(Host(f"h{len(self._hosts)}", Relay(config.timing.heartbeat_s)))
             name = f"n{index}"
             node = Node(name, index % config.stages, self._hosts[-1], Member(name, new_incarnation()))
             self._hosts[-1].nodes.append(node)
@@ -182,7 +187,10 @@ class Fleet:
         self._tasks.append(asyncio.create_task(self._renew()))
 
         async def join(number: int, host: Host) -> None:
-            await asyncio.gather(*map(self._register, host.nodes))
+            async with self._room:
+                ttl_s = self._config.timing.node_lease_s
+                host.lease, _ = await self._client.lease_grant(ttl_s, timeout_s=20.0)
+                await asyncio.gather(*map(self._register, host.nodes))
             self._tasks.append(asyncio.create_task(self._report(host, number / len(self._hosts))))
 
         await asyncio.gather(*(join(number, host) for number, host in enumerate(self._hosts)))
@@ -201,7 +209,7 @@ class Fleet:
     # -- faults -----------------------------------------------------------------------------------------------
 
     def kill(self, names: Iterable[str]) -> None:
-        """At one moment. Streams and links of these nodes break; their leases stay until they expire."""
+        """At one moment. Streams and links of these nodes break; their keys stay for as long as a lease lasts."""
         victims = [self.nodes[name] for name in names]
         now = time.monotonic()
         for node in victims:
@@ -210,6 +218,7 @@ class Fleet:
             if node.source is not None:
                 node.host.relay.leave(node.source)
             node.host.due.set()
+        self._tasks.append(asyncio.create_task(self._expire({node: node.member for node in victims})))
         for node in victims:
             for peer in node.neighbours:
                 other = self.nodes[peer.node]
@@ -304,15 +313,21 @@ class Fleet:
             pool_blocks=config.engine.pool_blocks,
             block_size=config.engine.block_size,
             pid=os.getpid(),
-            fault_domain={"host": f"h{self._hosts.index(node.host)}", "node": node.name},
+            fault_domain={"host": node.host.name, "node": node.name},
             started_unix_s=time.time(),
         )
-        async with self._room:
-            node.lease, _ = await self._client.lease_grant(config.timing.node_lease_s, timeout_s=20.0)
-            await self._client.put(self._keys.node(node.name), encode(record), node.lease, timeout_s=20.0)
+        await self._client.put(self._keys.node(node.name), encode(record), node.host.lease, timeout_s=20.0)
+
+    async def _expire(self, members: dict[Node, Member]) -> None:
+        """What etcd does when a dead node's lease ends, unless a fresh process has taken the key over."""
+        await asyncio.sleep(self._config.timing.node_lease_s)
+        for node, member in members.items():
+            if node.member == member:
+                await self._client.delete(self._keys.node(node.name), timeout_s=20.0)
 
     async def _renew(self) -> None:
-        """One stream for all leases, each renewed three times in its life; a dead node's is not."""
+        """One stream for all leases, each renewed three times in its life. Nodes of a host share one: 4,000 leases are
+        more than etcd and this process can renew beside all else on one core, and no controller sees them."""
         interval_s = self._config.timing.node_lease_s / 3
         endpoint = self._client._endpoints.preferred
         call = endpoint.lease.LeaseKeepAlive()
@@ -320,11 +335,11 @@ class Fleet:
         try:
             while True:
                 began = time.monotonic()
-                for count, node in enumerate(list(self.nodes.values())):
-                    if node.alive and node.lease:
-                        await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=node.lease))
-                    if count % 64 == 63:  # spread over the interval
-                        due = began + interval_s * 0.9 * count / len(self.nodes)
+                for count, host in enumerate(self._hosts):
+                    if host.lease:
+                        await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=host.lease))
+                    if count % 8 == 7:  # spread over the interval
+                        due = began + interval_s * 0.9 * count / len(self._hosts)
                         await asyncio.sleep(max(0.0, due - time.monotonic()))
                 await asyncio.sleep(max(0.0, began + interval_s - time.monotonic()))
         finally:
@@ -334,30 +349,35 @@ class Fleet:
 
     async def _report(self, host: Host, phase: float) -> None:
         heartbeat_s = self._config.timing.heartbeat_s
-        headers = (("authorization", f"Bearer {self._token}"),)
-        async with grpc.aio.insecure_channel(self._address, options=OWN_CONNECTION) as channel:
-            call: Any = channel.stream_stream(rpc.CONTROL_REPORT, rpc.encode, rpc.decode_ack)(
-                metadata=headers
-            )
-            line = host.relay.open(self._address, time.monotonic() + phase * heartbeat_s)
-            acks = asyncio.create_task(_obey(line, heartbeat_s, call))
-            while True:
-                timer = asyncio.get_running_loop().call_at(host.wake_at(line), host.due.set)
-                await host.due.wait()
-                host.due.clear()
-                timer.cancel()
-                now = time.monotonic()
-                self.late_s = max(self.late_s, now - line.beat_at)
-                counter = 0 if self.topology is None else self.topology.counter
-                for batch in host.batches(line, counter, now, heartbeat_s):
-                    await call.write(batch)
-                if acks.done():
-                    acks.result()
 
+        def acknowledged(ack: ReportAck) -> None:
+            host.relay.lines[self._address].acknowledge(max(ack.beat_s, heartbeat_s), ack.report_s)
 
-async def _obey(line: Line, heartbeat_s: float, call: Any) -> None:
-    while (ack := await call.read()) is not grpc.aio.EOF:
-        line.acknowledge(max(ack.beat_s, heartbeat_s))
+        def broken(_why: str) -> None:
+            self.broken += 1
+            host.relay.close(self._address)
+
+        await keep_reporting(
+            self._address,
+            self._token,
+            Backoff(0.05, 1.0),
+            lambda: self._batches(host, phase * heartbeat_s, heartbeat_s),
+            acknowledged,
+            broken,
+        )
+
+    async def _batches(self, host: Host, phase_s: float, heartbeat_s: float) -> AsyncIterator[RelayedBatch]:
+        line = host.relay.open(self._address, time.monotonic() + phase_s)
+        while True:
+            timer = asyncio.get_running_loop().call_at(host.wake_at(line), host.due.set)
+            await host.due.wait()
+            host.due.clear()
+            timer.cancel()
+            now = time.monotonic()
+            self.late_s = max(self.late_s, now - line.beat_at)
+            counter = 0 if self.topology is None else self.topology.counter
+            for batch in host.batches(line, counter, now, heartbeat_s):
+                yield batch
 
 
 async def _drain(call: Any) -> None:

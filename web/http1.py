@@ -3,6 +3,7 @@
 - HTTP/1.0 has no chunks: an answer without a length ends with the connection.
 - A client may shut its sending side after its request, and read on.
 - A client that offers another protocol (h2c, as Java's does) is answered in this one, body and all.
+- Trailers are no headers: nobody has agreed that they may be taken for such.
 - A transfer coding other than chunked is refused instead of taken for the body; so are other versions, and HTTP/1.1
   without one Host.
 """
@@ -40,6 +41,8 @@ class _UnchunkedCycle(RequestResponseCycle):
 class Http1Protocol(HttpToolsProtocol):
     """One connection. Subclasses say how what must not be is refused."""
 
+    _refused = False  # answered, once and for all; whatever else comes is dropped
+    _head_ended = False  # what the parser still brings are trailers
     _declining = False  # the parser has stopped before the body of a request that offers another protocol
     _probe_timer: asyncio.TimerHandle | None = None
     _answering: RequestResponseCycle | None = (
@@ -68,10 +71,26 @@ class Http1Protocol(HttpToolsProtocol):
             if self._declining:
                 self._decline(data[offer.args[0] :])
         except httptools.HttpParserError:
-            if not self.transport.is_closing():
+            if not self.has_ended:
                 self.refuse(400, "this is not valid HTTP/1.1")
 
+    @property
+    def has_ended(self) -> bool:
+        """Nothing of what the client sends is listened to any more."""
+        return self._refused or self.transport.is_closing()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_ended = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._head_ended:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
+        self._head_ended = True
+        if self.has_ended:
+            return None
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
             return self.refuse(505, "HTTP/1.1 and HTTP/1.0 are understood")
@@ -103,12 +122,13 @@ class Http1Protocol(HttpToolsProtocol):
         return True
 
     def on_body(self, body: bytes) -> None:
-        if not (self._declining or self.transport.is_closing()):
+        if not (self._declining or self.has_ended):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not (self._declining or self.transport.is_closing()):
+        if not (self._declining or self.has_ended):
             super().on_message_complete()
+            self.headers = []  # what follows is not this request
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends no more. What it has asked for whole is still answered; then the connection ends."""

@@ -97,7 +97,8 @@ class Layout:
                     bisect.insort(self._places[stage], place)
                 else:
                     ring.remove(node)
-                    del self._places[stage][bisect.bisect_left(self._places[stage], place)]
+                    places = self._places[stage]
+                    del places[bisect.bisect_left(places, place)]
 
     def around(self, pipeline: Pipeline, stage: int) -> Iterator[NodeId]:
         """The ring of a stage from the pipeline's successor on, once round."""

@@ -23,18 +23,18 @@ from controlplane.core.policy import Situation
 
 
 def targets(s: Situation, scope: RestartScope) -> tuple[Target, ...]:
-    """Who runs now: controllers (the leader last), then gateways, then nodes."""
+    """Who runs now: controllers (the leader last), then nodes, then gateways: nodes refuse gateways of newer code."""
     peers = s.policy.peers
     leader = peers.candidates[:1]
     found: list[Target] = []
     if scope in (RestartScope.CONTROLLERS, RestartScope.ALL):
         last = sorted(peers.controllers, key=lambda m: (m.node in leader, m))
         found += [Target(ProcessKind.CONTROLLER, m) for m in last]
-    if scope in (RestartScope.GATEWAYS, RestartScope.ALL):
-        found += [Target(ProcessKind.GATEWAY, m) for m in sorted(peers.gateways)]
     if scope in (RestartScope.NODES, RestartScope.ALL):
         live = sorted(s.nodes.views.items(), key=lambda item: (len(item[0]), item[0]))
         found += [Target(ProcessKind.NODE, view.member) for _, view in live if view.registered]
+    if scope in (RestartScope.GATEWAYS, RestartScope.ALL):
+        found += [Target(ProcessKind.GATEWAY, m) for m in sorted(peers.gateways)]
     return tuple(found)
 
 

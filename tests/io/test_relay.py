@@ -30,6 +30,7 @@ from controlplane.core.events import CoreEvent, HeartbeatsReceived, ReportReceiv
 from controlplane.etcd.client import EtcdClient
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.rpc import ReportServer
+from dataplane.main import _relay
 from dataplane.report_stream import SOCKET, SOCKET_PATH_BYTES_MAX, relay_address
 from dataplane.reporter import Reporter
 from tests.io.etcd_proxy import EtcdProxy, eventually
@@ -425,3 +426,11 @@ def test_a_socket_that_cannot_be_made_is_said_in_words(tmp_path: Path, etcd: Etc
         assert f"cannot make the socket {in_the_way}" in host.log()
 
     on_host(tmp_path, etcd, body)
+
+
+def test_a_node_whose_run_directory_cannot_be_opened_reports_by_itself(tmp_path: Path) -> None:
+    folder = tmp_path / ("deep" * 30)  # a long path is opened, to have a short name for it
+    config = ClusterConfig(str(folder), "none", ("127.0.0.1:1",), instances=1, stages=1)
+    assert _relay(config) == ""
+    folder.mkdir()
+    assert _relay(config).startswith("unix:")

@@ -70,6 +70,9 @@ def test_everything_is_restarted_the_leader_last_of_the_controllers() -> None:
         "restart c3",
         "transfer leadership, restart c1",
     ]
+    assert answer.operation is not None
+    rest = [target.member.node for target in answer.operation.targets[3:]]
+    assert rest == ["n0", "n1", "n2", "n3", "g1", "g2"]  # nodes refuse gateways of newer code
     sim.run_until(lambda: done(sim), limit_s=120)
     assert fresh(sim, before) == set(before)
     assert sim.led == ["c1", "c2"]  # handed over once

@@ -18,9 +18,8 @@ from tests.web.gateway.raw_http import (
     request,
     split,
     talk,
-    with_stack,
 )
-from tests.web.gateway.stack import Stack, stream
+from tests.web.gateway.stack import Stack, stream, with_stack
 
 GETS = [
     "/livez",
@@ -243,6 +242,81 @@ def test_versions_and_hosts(sent: bytes, status: int) -> None:
     async def body(stack: Stack) -> None:
         (reply,) = split(await talk(stack, sent))
         assert (reply.status, reply.headers["connection"]) == (status, "close")
+
+    with_stack(body)
+
+
+def test_who_is_refused_can_read_why_although_more_is_on_its_way() -> None:
+    """What is closed with bytes unread is reset: the answer was lost with the connection."""
+
+    async def body(stack: Stack) -> None:
+        async with connected(stack) as (reader, writer):
+            writer.write(b"nonsense\r\n\r\n" + bytes(8 << 20))
+            (reply,) = split(await reader.read())
+        assert reply.status == 400
+
+    with_stack(body)
+
+
+def test_what_follows_a_refused_request_is_not_done() -> None:
+    async def body(stack: Stack) -> None:
+        bad = request(b"POST", b"/v1/completions", b"transfer-encoding: gzip\r\ncontent-length: 0\r\n")
+        replies = split(await talk(stack, bad.replace(b"content-length: 0\r\n", b"") + post(ASK)))
+        assert [reply.status for reply in replies] == [501]
+        double = b"GET /livez HTTP/1.1\r\nhost: x\r\nhost: y\r\n\r\n"
+        replies = split(await talk(stack, double + post(ASK)))
+        assert [reply.status for reply in replies] == [400]
+        assert not any(node.submits for node in stack.nodes)
+
+    with_stack(body)
+
+
+CHUNKED = b"transfer-encoding: chunked\r\n"
+
+
+def chunked(body: bytes, extension: bytes = b"", trailers: bytes = b"", size: int = 5) -> bytes:
+    parts = [body[at : at + size] for at in range(0, len(body), size)]
+    chunks = b"".join(b"%X%b\r\n%b\r\n" % (len(part), extension, part) for part in parts)
+    return chunks + b"0%b\r\n%b\r\n" % (extension, trailers)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        chunked(ASK),
+        chunked(ASK, size=1),
+        chunked(ASK, b';name=value;other="a b"'),
+        chunked(ASK, trailers=b"checksum: abc\r\n"),
+        b"0000" + chunked(ASK, size=9),
+    ],
+)
+def test_chunks_in_all_forms(sent: bytes) -> None:
+    async def body(stack: Stack) -> None:
+        head = request(b"POST", b"/v1/completions", CHUNKED)
+        replies = split(await talk(stack, head + sent + request(b"GET", b"/livez", CLOSE)))
+        assert [reply.status for reply in replies] == [200, 200]
+        assert replies[0].json["usage"]["completion_tokens"] == 3
+
+    with_stack(body)
+
+
+def test_trailers_are_no_headers() -> None:
+    """A key, an encoding or an event id that comes behind the body is nothing that anybody has let through."""
+
+    async def body(stack: Stack) -> None:
+        for trailer, status in (
+            (AUTH, 401),
+            (b"content-encoding: br\r\n", 200),
+            (b"x-request-id: behind\r\n", 200),
+            (b"last-event-id: nonsense\r\n", 200),
+            (b"expect: 100-continue\r\n", 200),
+        ):
+            head = request(b"POST", b"/v1/completions", CHUNKED + CLOSE)
+            if trailer == AUTH:
+                head = head.replace(AUTH, b"")
+            (reply,) = split(await talk(stack, head + chunked(ASK, trailers=trailer)))
+            assert reply.status == status
+            assert reply.headers["x-request-id"] != "behind"
 
     with_stack(body)
 
