@@ -58,8 +58,8 @@ class SupervisorThread:
         )
         self._calls: deque[Callable[[], None]] = deque()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()  # Ctrl-C in `Thread.join` makes Python 3.11 take a thread for ended
+        threading.Thread(target=self._run, name="supervisor", daemon=True).start()
 
     def start(self, name: str, command: list[str]) -> None:
         """From now on keep this child running. What keeps it from starting is in `processes`, and in `kfadmin.log`."""
@@ -82,8 +82,7 @@ class SupervisorThread:
 
     def join(self, limit_s: float) -> bool:
         """Whether the thread has ended (`close`, or an error of its own) within so many seconds."""
-        self._thread.join(limit_s)
-        return not self._thread.is_alive()
+        return self._ended.wait(limit_s)
 
     def close(self) -> None:
         """End the thread; children must have been ended before."""
@@ -94,7 +93,7 @@ class SupervisorThread:
         self._supervisor.close()
 
     def _call(self, act: Callable[[], T]) -> T:
-        if not self._thread.is_alive():
+        if self._ended.is_set():
             raise KevlarFlowError("the supervisor's thread has ended")
         future: Future[T] = Future()
 
@@ -109,10 +108,13 @@ class SupervisorThread:
         return future.result(CALL_LIMIT_S)
 
     def _run(self) -> None:
-        while not self._closing:
-            self._supervisor.turn()
-            while self._calls:
-                self._calls.popleft()()
+        try:
+            while not self._closing:
+                self._supervisor.turn()
+                while self._calls:
+                    self._calls.popleft()()
+        finally:
+            self._ended.set()
 
 
 class _LogFile:

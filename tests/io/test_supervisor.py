@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 import msgspec
@@ -18,6 +20,8 @@ from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError, KevlarFlowError
 from controlplane.kfadmin import local, supervise
 from controlplane.kfadmin.local import LocalCluster, StartFailed
+from controlplane.kfadmin.rundir import RunDir
+from controlplane.kfadmin.supervise import SupervisorThread
 from controlplane.supervisor import ProcessFile, Supervisor, run_command
 from dataplane.launcher import Launcher
 
@@ -190,6 +194,36 @@ def test_stopping_goes_on_after_one_that_does_not_end(tmp_path: Path) -> None:
     with pytest.raises(KevlarFlowError, match="did not die of SIGKILL: c1"):
         up.stop()
     assert keeper.ended == ["g1", "c1", "c2", "launcher", "etcd0", "the thread"]
+
+
+class Interrupted(BaseException):
+    """What Ctrl-C raises, without ending the test run."""
+
+
+def test_ctrl_c_while_the_thread_is_watched_does_not_end_it(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.prepare()
+    keeper = SupervisorThread(run_dir)
+    sleeper = [sys.executable, "-S", "-c", "import signal; signal.pause()"]
+    keeper.start("a", sleeper)
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(Interrupted):
+            keeper.join(60.0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not keeper.join(0.0)
+    keeper.end(["a"], 10.0)
+    assert not keeper.pids()
+    keeper.close()
+    assert keeper.join(0.0)
+    with pytest.raises(KevlarFlowError, match="the supervisor's thread has ended"):
+        keeper.start("b", sleeper)
 
 
 # ---- in the launcher

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def simulator(*arguments: str, limit_s: float = 170.0) -> subprocess.CompletedProcess[str]:
-    """Run `python -m tests.sim` with these arguments."""
+    """Run `python -m tests.sim` with these arguments. Real clusters beside it (tests/e2e/outage.py) go first."""
     return subprocess.run(
-        [sys.executable, "-m", "tests.sim", *arguments],
+        ["nice", sys.executable, "-m", "tests.sim", *arguments],
         cwd=ROOT,
         env=os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)},
         capture_output=True,

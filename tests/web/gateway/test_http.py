@@ -18,9 +18,8 @@ from tests.web.gateway.raw_http import (
     request,
     split,
     talk,
-    with_stack,
 )
-from tests.web.gateway.stack import Stack, stream
+from tests.web.gateway.stack import Stack, stream, with_stack
 
 GETS = [
     "/livez",

@@ -19,9 +19,8 @@ from tests.web.gateway.raw_http import (
     request,
     split,
     talk,
-    with_stack,
 )
-from tests.web.gateway.stack import Stack
+from tests.web.gateway.stack import Stack, with_stack
 
 MADE = re.compile("[0-9a-f]{32}")
 ASKED = [
