@@ -1,9 +1,8 @@
 """Hosts full of simulated nodes: real registrations and leases, real streams of reports, no models behind them.
 
 A host is one stream, and the code of its relay (dataplane/core/relay.py, report_stream.py) decides what goes on it and
-when. A node acts
-on the topology that it sees in etcd as a real one does: it takes duties up, tells its links, answers moves, and says
-that a neighbour's link broke when that neighbour is killed.
+when. A node acts on the topology that it sees in etcd as a real one does: it takes duties up, tells its links, answers
+moves, and says that a neighbour's link broke when that neighbour is killed.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-import grpc
 import msgspec
 
 from controlplane.backoff import Backoff
@@ -38,14 +35,16 @@ from controlplane.contract.reports import (
 )
 from controlplane.contract.topology import MovePhase, Pipeline, Topology
 from controlplane.etcd.client import EtcdClient
-from controlplane.etcd.proto import rpc_pb2
+from controlplane.etcd.errors import EtcdLeaseGone
+from controlplane.etcd.lease import LeaseKeeper
 from dataplane.core.relay import Line, Relay, Source
 from dataplane.report_stream import keep_reporting
+from dataplane.reporter import COUNTERS_REPORTS
 
 NODES_PER_HOST = 8
-COUNTERS_BEATS = 20  # a node's counters go with a report so often, in heartbeats; as dataplane/reporter.py
 COUNTERS = {f"counter_number_{k}": k * 1000 for k in range(30)}
 TIMES = tuple(StepTimes(k << 8 | 3, 1000 + k, 20_000_000) for k in range(8))
+LEASE_S = 30
 REGISTERING_MAX = 8  # hosts at a time
 
 
@@ -78,10 +77,10 @@ class Node:
             report = self.report(counter, now >= self.counters_at)
             raw = msgspec.Raw(rpc.encode(report))
             relay.report(self.source, raw, now, self.news or self.hurried, bool(report.recoveries))
-            every_s = heartbeat_s if self.hurried else max(REPORT_BEATS * heartbeat_s, relay.report_s())
-            self.news, self.report_at = False, now + every_s
+            every_s = max(REPORT_BEATS * heartbeat_s, relay.report_s())
+            self.news, self.report_at = False, now + (heartbeat_s if self.hurried else every_s)
             if report.counters:
-                self.counters_at = now + COUNTERS_BEATS * heartbeat_s
+                self.counters_at = now + COUNTERS_REPORTS * every_s
         else:
             relay.beat(self.source, now)
 
@@ -135,7 +134,6 @@ class Node:
 class Host:
     name: str
     relay: Relay
-    lease: int = 0
     nodes: list[Node] = field(default_factory=list)
     due: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -172,6 +170,9 @@ class Fleet:
         self._hosts: list[Host] = []
         self.nodes: dict[str, Node] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._lease: LeaseKeeper | None = (
+            None  # of all: each node's own would be etcd's work and ours, and no controller's
+        )
         self._room = asyncio.Semaphore(REGISTERING_MAX)
         for index in range(config.instances * config.stages):
             if index % NODES_PER_HOST == 0:
@@ -184,12 +185,10 @@ class Fleet:
     async def start(self) -> None:
         """Everybody registers, and reports as soon as all of its host are registered."""
         self._tasks.append(asyncio.create_task(self._follow()))
-        self._tasks.append(asyncio.create_task(self._renew()))
+        self._lease = await self._client.lease_keeper(LEASE_S)
 
         async def join(number: int, host: Host) -> None:
             async with self._room:
-                ttl_s = self._config.timing.node_lease_s
-                host.lease, _ = await self._client.lease_grant(ttl_s, timeout_s=20.0)
                 await asyncio.gather(*map(self._register, host.nodes))
             self._tasks.append(asyncio.create_task(self._report(host, number / len(self._hosts))))
 
@@ -198,10 +197,14 @@ class Fleet:
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
+        if self._lease is not None:
+            await self._lease.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def check(self) -> None:
-        """Raise what a task of this side raised."""
+        """Raise what a task of this side raised, or EtcdLeaseGone."""
+        if self._lease is not None and self._lease.lost.is_set():
+            raise EtcdLeaseGone(f"the nodes' lease: {self._lease.lost_reason}")
         for task in self._tasks:
             if task.done():
                 task.result()
@@ -302,6 +305,7 @@ class Fleet:
 
     async def _register(self, node: Node) -> None:
         config = self._config
+        lease = 0 if self._lease is None else self._lease.lease_id
         record = NodeRecord(
             member=node.member,
             group=config.group,
@@ -316,7 +320,7 @@ class Fleet:
             fault_domain={"host": node.host.name, "node": node.name},
             started_unix_s=time.time(),
         )
-        await self._client.put(self._keys.node(node.name), encode(record), node.host.lease, timeout_s=20.0)
+        await self._client.put(self._keys.node(node.name), encode(record), lease, timeout_s=20.0)
 
     async def _expire(self, members: dict[Node, Member]) -> None:
         """What etcd does when a dead node's lease ends, unless a fresh process has taken the key over."""
@@ -324,26 +328,6 @@ class Fleet:
         for node, member in members.items():
             if node.member == member:
                 await self._client.delete(self._keys.node(node.name), timeout_s=20.0)
-
-    async def _renew(self) -> None:
-        """One stream for all leases, each renewed three times in its life. Nodes of a host share one: 4,000 leases are
-        more than etcd and this process can renew beside all else on one core, and no controller sees them."""
-        interval_s = self._config.timing.node_lease_s / 3
-        endpoint = self._client._endpoints.preferred
-        call = endpoint.lease.LeaseKeepAlive()
-        reader = asyncio.create_task(_drain(call))
-        try:
-            while True:
-                began = time.monotonic()
-                for count, host in enumerate(self._hosts):
-                    if host.lease:
-                        await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=host.lease))
-                    if count % 8 == 7:  # spread over the interval
-                        due = began + interval_s * 0.9 * count / len(self._hosts)
-                        await asyncio.sleep(max(0.0, due - time.monotonic()))
-                await asyncio.sleep(max(0.0, began + interval_s - time.monotonic()))
-        finally:
-            reader.cancel()
 
     # -- reports ------------------------------------------------------------------------------------------------
 
@@ -378,11 +362,6 @@ class Fleet:
             counter = 0 if self.topology is None else self.topology.counter
             for batch in host.batches(line, counter, now, heartbeat_s):
                 yield batch
-
-
-async def _drain(call: Any) -> None:
-    while await call.read() is not grpc.aio.EOF:
-        pass
 
 
 def _named(pipeline: Pipeline) -> set[Member]:

@@ -28,8 +28,8 @@ SLOT = 0  # on a stream of its own a node is the only one
 BEAT = ReportBatch(beats=(SLOT,), calm=True)
 
 IDLE_BEATS = 10  # a node that rests sends a whole report so often, in heartbeats
-COUNTERS_BEATS = (
-    20  # counters go with a report so often: people look at them, and they are half of what is in it
+COUNTERS_REPORTS = (
+    4  # counters go with each fourth of them: people look at them, and they are half of a report
 )
 LINK_QUIET_S = (
     0.4  # a link that was silent for so long, twice the pause between two pings, is watched as well
@@ -52,7 +52,7 @@ class _Line:
     told: NodeReport | None = None  # the last report on this stream
     beats: int = 0  # heartbeats since then
     quiet: int = 0  # heartbeats since anything was sent
-    uncounted: int = COUNTERS_BEATS  # heartbeats since counters were sent
+    counters_in: int = 0  # heartbeats until counters are sent
     every: int = 1  # heartbeats in which something is to be sent, news or none ...
     whole: int = REPORT_BEATS  # ... and a whole report, if the node computes
     said: asyncio.Event = field(default_factory=asyncio.Event)  # a report has left since it was cleared
@@ -178,7 +178,7 @@ class Reporter:
         late = self._paths.overdue(now)
         if self._paths.answered(ack.seq, ack.heard_by, now):
             # A controller that was not told of them.
-            line.recoveries_sent, line.uncounted, line.news = 0, COUNTERS_BEATS, True
+            line.recoveries_sent, line.counters_in, line.news = 0, 0, True
             line.due.set()
         elif late:
             line.due.set()
@@ -186,7 +186,7 @@ class Reporter:
 
     async def _batches(self, line: _Line, to_relay: bool = False) -> AsyncIterator[ReportBatch]:
         line.told, line.news, line.recoveries_sent = None, True, 0
-        line.every, line.whole, line.uncounted = 1, REPORT_BEATS, COUNTERS_BEATS
+        line.every, line.whole, line.counters_in = 1, REPORT_BEATS, 0
         if to_relay:
             self._paths.opening()
         while True:
@@ -205,14 +205,14 @@ class Reporter:
     def _next(self, line: _Line) -> ReportBatch | None:
         report, recoveries = self._make(self._seq + 1, line.recoveries_sent)
         news, line.news = line.news, False
-        line.beats, line.quiet, line.uncounted = line.beats + 1, line.quiet + 1, line.uncounted + 1
+        line.beats, line.quiet, line.counters_in = line.beats + 1, line.quiet + 1, line.counters_in - 1
         told = line.told
         news = news or told is None or self._is_news(report, told)
         if news or told is None or self._is_old(report, told, line):
             self._seq += 1
             line.recoveries_sent, line.told, line.beats, line.quiet = recoveries, report, 0, 0
-            if line.uncounted >= COUNTERS_BEATS:
-                line.uncounted = 0
+            if line.counters_in <= 0:
+                line.counters_in = COUNTERS_REPORTS * line.whole
                 report = replace(report, counters=self._counters())
             return ReportBatch(reports=((SLOT, report),), calm=not news)
         if line.quiet < line.every:

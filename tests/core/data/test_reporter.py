@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from controlplane.contract.ids import Member
 from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport, ReportAck, report_every_s
-from dataplane.reporter import COUNTERS_BEATS, Reporter, _Line
+from dataplane.reporter import Reporter, _Line
 
 ME, PEER = Member("n0", "a"), Member("n1", "b")
 TOLD = NodeReport(ME, 1, 0.0, 7, pipelines=(PipelineReport("p0", 3, 0, 5),), overdue_s=4.0)
@@ -80,26 +80,28 @@ def test_controllers_that_wait_are_told_each_time() -> None:
     assert not is_news(overdue_s=4.01, links=(LinkReport(PEER, True, 0.1),))
 
 
-def test_counters_go_with_few_reports_and_with_the_first_and_are_made_for_these_alone() -> None:
+@pytest.mark.parametrize(("report_s", "every"), [(0.0, 20), (2.0, 80)])
+def test_counters_go_with_few_reports_and_with_the_first_and_are_made_for_these_alone(
+    report_s: float, every: int
+) -> None:
     made: list[int] = []
 
     def counters() -> dict[str, int]:
         made.append(len(made))
         return {"x": made[-1]}
 
-    news = iter([replace(TOLD, poisoned=number) for number in range(2 * COUNTERS_BEATS)])
+    news = iter([replace(TOLD, poisoned=number) for number in range(2 * every)])
     reporter = Reporter("token", 0.1, lambda seq, sent: (next(news, TOLD), sent), counters=counters)
     line = _Line("", cast(Any, None))
+    reporter._heed(line, ReportAck(0, report_s=report_s))
     sent = [
-        batch.reports[0][1].counters
-        for _ in range(2 * COUNTERS_BEATS)
-        if (batch := reporter._next(line)) is not None
+        batch.reports[0][1].counters for _ in range(2 * every) if (batch := reporter._next(line)) is not None
     ]
     assert [(at, counters) for at, counters in enumerate(sent) if counters] == [
         (0, {"x": 0}),
-        (COUNTERS_BEATS, {"x": 1}),
+        (every, {"x": 1}),
     ]
-    for _ in range(COUNTERS_BEATS):  # mostly beats
+    for _ in range(every):  # mostly beats
         reporter._next(line)
     assert len(made) == 3
 
