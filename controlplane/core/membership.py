@@ -69,7 +69,7 @@ class Nodes:
     def is_dead(self, member: Member) -> bool:
         """Dead by evidence, or outlived by a newer process of the same node."""
         view = self.views.get(member.node)
-        return member in self.dead or (view is not None and view.member != member)
+        return member in self.dead or (view is not None and view.record.member != member)
 
     def is_gone(self, member: Member) -> bool:
         """Dead beyond doubt: a place that nobody can take is not kept for it."""

@@ -19,6 +19,7 @@ from controlplane.contract.ids import Member
 from controlplane.contract.reports import NodeReport, StepTimes
 
 WINDOW_S = 0.5  # what "now" means: who once lost its core for a moment is soon cleared
+PAUSE_S_MAX = 3.0  # who is asked for a report more rarely: what ran between the last two of them is "now"
 EVERY_S = 0.2  # between two comparisons
 MARKS_MAX = 256
 TIMED_MIN_S = 0.2  # less in a window says nothing
@@ -79,14 +80,16 @@ class _Runner:
     own: float | None = None  # times slower than its own past
 
     def look(self, now: float) -> None:
-        while len(self.marks) > 1 and self.marks[1].at <= now - WINDOW_S:
+        while len(self.marks) > 2 and self.marks[1].at <= now - WINDOW_S:
             self.marks.popleft()
         first, last = self.marks[0], self.marks[-1]
-        if last.at <= now - WINDOW_S:
-            first, self.step = last, (0.0, 0.0)  # it is silent: that is not for us to judge
-        timed_s = last.timed_s - first.timed_s
+        timed_s, silent_s = last.timed_s - first.timed_s, now - last.at
+        if silent_s >= WINDOW_S:  # its step has ended, and its timers ring: else it would have said so
+            self.step, timed_s = (0.0, 0.0), 0.0
         self.late = (last.overdue_s - first.overdue_s) / timed_s if timed_s >= TIMED_MIN_S else 0.0
-        self.window = {} if first is last else _since(first.times, last.times)
+        pause_s = 0.0 if first is last else last.at - self.marks[-2].at
+        falls_silent = silent_s >= max(WINDOW_S, min(pause_s, PAUSE_S_MAX))  # that is not for us to judge
+        self.window = {} if falls_silent else _since(first.times, last.times)
         self.own = self.times_slower(self._usual(now)) if self.window else None
 
     def _usual(self, now: float) -> dict[int, float]:

@@ -46,6 +46,9 @@ class Line:
     heartbeat_s: float  # pause between two beats of a node ...
     beat_s: float  # ... and of the relay, as the controller wants it
     beat_at: float  # when the next one is due
+    report_s: float = (
+        0.0  # pause between two whole reports of a node without news, as the controller wants it
+    )
     acknowledged: bool = False  # the controller has answered on this stream
     urgent: set[int] = field(default_factory=set)  # slots whose report is to be sent at once
     waiting: dict[int, Waiting] = field(default_factory=dict)  # slot -> the report that is to be sent
@@ -89,9 +92,9 @@ class Line:
         self.told.update(slots)
         return *earlier, *((slot, self.waiting.pop(slot).report) for slot in sorted(slots))
 
-    def acknowledge(self, beat_s: float) -> None:
-        """The controller hears what is said here, and wants to hear beats so often, seconds."""
-        self.acknowledged, self.beat_s = True, beat_s
+    def acknowledge(self, beat_s: float, report_s: float = 0.0) -> None:
+        """The controller hears what is said here, and wants to hear beats and whole reports so often, seconds."""
+        self.acknowledged, self.beat_s, self.report_s = True, beat_s, report_s
 
     def _goodbye(self) -> RelayedBatch:
         """Alone, since a receiver takes reports before it lets go of slots: a member that is back has another slot."""
@@ -189,6 +192,10 @@ class Relay:
             for address, line in self.lines.items()
             if line.acknowledged and source.slot in line.told and self._speaks(source)
         )
+
+    def report_s(self) -> float:
+        """How often a node has to send a whole report although it has no news, for each controller to have enough."""
+        return min((line.report_s for line in self.lines.values()), default=0.0)
 
     def _speaks(self, source: Source) -> bool:
         return self._sources.get(source.member) is source

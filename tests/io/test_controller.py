@@ -18,7 +18,14 @@ from controlplane.contract import rpc
 from controlplane.contract.auth import derive
 from controlplane.contract.keys import Keys
 from controlplane.contract.topology import Mode, Topology
-from controlplane.core.events import OperationGone, WriteConflict, WriteDone, WriteTopology, WriteUnknown
+from controlplane.core.events import (
+    HeartbeatsReceived,
+    OperationGone,
+    WriteConflict,
+    WriteDone,
+    WriteTopology,
+    WriteUnknown,
+)
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.election import Election
 from controlplane.etcd.values import Delete
@@ -322,6 +329,28 @@ def test_a_write_after_the_leadership_is_gone_changes_nothing(tmp_path: Path) ->
 
     with etcd_member(tmp_path / "etcd") as etcd:
         asyncio.run(main(etcd))
+
+
+def test_what_etcd_tells_does_not_compete_with_reports_for_room() -> None:
+    """A watch that did would get one event in for each message of each of hundreds of streams."""
+
+    async def main() -> None:
+        inbox = Inbox(len_max=2)
+        await inbox.put(*[HeartbeatsReceived(())] * 3)
+        more = asyncio.create_task(inbox.put(HeartbeatsReceived(())))
+        told = asyncio.create_task(inbox.put_watched(OperationGone("1")))
+        await asyncio.sleep(0)
+        assert (more.done(), told.done()) == (False, True)
+        await inbox.put_watched(OperationGone("2"))
+        waiting = asyncio.create_task(inbox.put_watched(OperationGone("3")))
+        await asyncio.sleep(0)
+        assert not waiting.done(), "its own bound"
+        assert [inbox.pop() for _ in range(3)] == [HeartbeatsReceived(())] * 3
+        await more
+        assert [inbox.pop(), inbox.pop()] == [OperationGone("1"), OperationGone("2")]
+        await waiting
+
+    asyncio.run(main())
 
 
 def test_the_inbox_is_bounded_and_keeps_order() -> None:

@@ -118,8 +118,10 @@ class Host:
             self.nodes.append(node)
 
     async def up(self) -> subprocess.Popen[bytes]:
-        """The nodes report through a relay, the one that is returned."""
+        """The nodes report through a relay, the one that is returned. It listens before they start: on a busy machine
+        that takes so long that they would try again only 10 s later."""
         relay = self.start_relay()
+        await eventually((self.run_dir / SOCKET).exists, LIMIT_S, "the relay listens")
         self.start_nodes()
         await self.until_up()
         return relay
@@ -226,10 +228,7 @@ def test_a_host_is_one_stream_for_each_controller_and_news_pass_at_once(
     tmp_path: Path, etcd: EtcdMember
 ) -> None:
     async def body(host: Host) -> None:
-        host.start_relay()
-        await eventually((host.run_dir / SOCKET).exists, LIMIT_S, "the relay listens")
-        host.start_nodes()
-        await host.until_up()
+        await host.up()
         assert (host.run_dir / SOCKET).stat().st_mode & 0o777 == 0o600
 
         def told(node: Node, step: int) -> bool:

@@ -24,6 +24,7 @@ from tests.io.etcd_proxy import eventually
 
 A, B = Member("n0", "a"), Member("n1", "b")
 BEAT_S = 0.1
+REPORT_S = 0.5  # between two whole reports, of a few
 METADATA = (("authorization", "Bearer token"),)
 
 
@@ -104,19 +105,33 @@ def test_many_senders_are_told_to_beat_more_rarely_and_few_again_to_beat_as_befo
     async def body(stage: Stage) -> None:
         async with stage.sender() as first:
             await first.write(ReportBatch(((0, report(A)),)))
-            assert await first.read() == ReportAck(0, BEAT_S)
+            assert await first.read() == ReportAck(0, BEAT_S, report_s=REPORT_S)
             async with AsyncExitStack() as many:
                 for _ in range(int(BEATS_PER_S_MAX * BEAT_S)):
                     sender = await many.enter_async_context(stage.sender())
                     await sender.write(ReportBatch())
                     await sender.read()
                 await first.write(ReportBatch(beats=(0,)))
-                assert await first.read() == ReportAck(0, 2 * BEAT_S)
+                assert await first.read() == ReportAck(0, 2 * BEAT_S, report_s=REPORT_S)
             told = asyncio.ensure_future(first.read())
             while not told.done():
                 await first.write(ReportBatch(beats=(0,)))
                 await asyncio.wait({told}, timeout=BEAT_S)
-            assert told.result() == ReportAck(0, BEAT_S)
+            assert told.result() == ReportAck(0, BEAT_S, report_s=REPORT_S)
+
+    on_stage(body)
+
+
+def test_very_many_nodes_are_asked_for_fewer_whole_reports_and_few_again_for_as_many() -> None:
+    async def body(stage: Stage) -> None:
+        async with stage.sender() as relay:
+            many = [Member(f"n{k}", "a") for k in range(501)]
+            reports = tuple((slot, report(member)) for slot, member in enumerate(many))
+            await relay.write(ReportBatch(reports, relay=True))
+            assert await relay.read() == ReportAck(0, BEAT_S, report_s=1.0)
+            await relay.write(ReportBatch(gone=(0,), relay=True))
+            await relay.write(ReportBatch(relay=True))
+            assert await relay.read() == ReportAck(0, BEAT_S, report_s=0.5)
 
     on_stage(body)
 
@@ -132,9 +147,9 @@ def test_who_was_told_to_beat_rarely_is_not_silent_when_others_leave(monkeypatch
                     await sender.write(ReportBatch())
                     await sender.read()
                 await own.write(ReportBatch(((0, report(A)),)))
-                assert await own.read() == ReportAck(0, 0.2)
+                assert await own.read() == ReportAck(0, 0.2, report_s=REPORT_S)
                 await relay.write(ReportBatch(((0, report(A)), (1, report(B))), relay=True))
-                assert await relay.read() == ReportAck(0, 0.2)
+                assert await relay.read() == ReportAck(0, 0.2, report_s=REPORT_S)
             await eventually(lambda: stage.server.senders == 2, 5, "the others have left")
             now[0] += 0.5  # two of its beats and a half
             await relay.write(ReportBatch(beats=(1,), gone=(0,), relay=True))
@@ -155,7 +170,7 @@ def test_who_leaves_does_not_wait_for_room() -> None:
     async def body(stage: Stage) -> None:
         async with stage.sender() as relay:
             await relay.write(ReportBatch(((0, report(A)),), relay=True))
-            assert await relay.read() == ReportAck(0, BEAT_S)
+            assert await relay.read() == ReportAck(0, BEAT_S, report_s=REPORT_S)
             await stage.inbox.put(*[HeartbeatsReceived((B,))] * 4095)
             assert len(stage.inbox) == 4096
             await relay.write(ReportBatch(gone=(0,), relay=True))

@@ -234,6 +234,41 @@ def test_ten_times_slower_than_peers_from_its_first_step_on() -> None:
     assert max(track.degree("b"), track.degree("c")) < 0.5
 
 
+def test_who_is_asked_for_few_reports_is_found_and_cleared_all_the_same() -> None:
+    """A controller of thousands asks for one in two seconds, and looks at each five times a second."""
+    conduct, now = Conduct(TimingConfig()), 0.0
+    found: list[float] = []
+    for turn in range(240):
+        now = turn * 0.05
+        if turn % 40 == 0:
+            for phase, name in enumerate("abc"):
+                slow = name == "a" and turn < 120
+                times = (StepTimes(DECODE, 10 * turn, 300_000 * turn if slow else 30_000 * turn),)
+                served = (PipelineReport("p0", 1, 0, 0),)
+                report = NodeReport(Member(name, "1"), turn, 0.0, turn, pipelines=served, times=times)
+                conduct.reported(report, now + phase / 100)
+        conduct.compare(now, ())
+        found.append(conduct.slowness(Member("a", "1")))
+        assert conduct.probation("b", now) is conduct.probation("c", now) is None
+    assert [degree > 1 for degree in found[48:120]] == [True] * 72, (
+        "known for as long as the next report takes"
+    )
+    assert conduct.probation("a", 4.0) is not None
+    assert found[-1] < 0.5
+
+
+def test_one_look_into_a_step_says_nothing_two_seconds_later() -> None:
+    conduct = Conduct(TimingConfig())
+    served = (PipelineReport("p0", 1, 0, 0),)
+    for turn in range(120):
+        if turn % 40 == 0:
+            step = {"busy_s": 0.29, "usual_s": 0.02} if turn == 40 else {}
+            report = NodeReport(Member("a", "1"), turn, 0.0, turn, pipelines=served, **step)
+            conduct.reported(report, turn * 0.05)
+        conduct.compare(turn * 0.05, ())
+    assert conduct.probation("a", 6.0) is None
+
+
 def test_without_a_peer_its_own_past_counts() -> None:
     track = Track()
     stages = {"a": 0, "b": 1}

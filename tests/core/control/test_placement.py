@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
+import pytest
 from msgspec.structs import replace
 
 from controlplane.contract.topology import Mode
 from controlplane.core.edit import initial, successor, with_stage
+from controlplane.core.placement import Layout, is_target, replica_target
 from controlplane.core.plan import plan
 from tests.core.control.world import LIMITS, World, make_config
 
@@ -214,3 +218,37 @@ def test_everybody_on_probation_stays_where_he_is() -> None:
     world.demoted = {"n0", "n1"}
     world.settle()
     assert world.all_home()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_copy_that_is_told_to_be_right_without_a_search_is_what_the_search_finds(seed: int) -> None:
+    chosen = random.Random(seed)
+    world = World(make_config(6, 2, spares=chosen.randrange(2)))
+    for node in world.all_nodes:
+        world.start(node, domain={"rack": f"r{chosen.randrange(1 + seed % 3)}", "node": node})
+    told = 0
+    for _ in range(10):
+        nodes = world.all_nodes
+        match chosen.randrange(5):
+            case 0:
+                world.kill(chosen.choice(nodes))
+            case 1:
+                world.yellow = set(chosen.sample(nodes, 2))
+            case 2:
+                cordoned = tuple(sorted(chosen.sample(nodes, 2)))
+                world.topology = successor(world.topology, cordoned=cordoned)
+            case 3:
+                node = chosen.choice(nodes)
+                world.start(node, domain={"rack": "r0", "node": node})
+            case _:
+                world.now += 16.0
+        for _ in range(chosen.randrange(4)):
+            world.step()
+        situation, layout = world.situation(), Layout(world.topology)
+        for pipeline in world.topology.pipelines:
+            for index, stage in enumerate(pipeline.stages):
+                for member in {*stage.replicas, *(view.member for view in situation.nodes.views.values())}:
+                    if is_target(situation, layout, pipeline, index, member):
+                        told += member in stage.replicas
+                        assert replica_target(situation, layout, pipeline, index) == member
+    assert told > 0

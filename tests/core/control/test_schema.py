@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import NewerSchema, PeerError
 from controlplane.contract.ids import Member
-from controlplane.contract.keys import decode, encode
+from controlplane.contract.keys import Keys, decode, encode
 from controlplane.contract.records import (
     NodeRecord,
     Operation,
@@ -26,6 +26,8 @@ from controlplane.contract.reports import LinkReport, NodeReport
 from controlplane.contract.schema import SCHEMA, schema_of
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Stage, Topology
 from controlplane.core import events
+from controlplane.shell.inbox import Inbox
+from controlplane.shell.performer import Performer
 from tests.core.control.sim import Sim
 from tests.core.control.world import make_config
 
@@ -128,6 +130,30 @@ def test_operations_keep_what_they_have(tmp_path: object) -> None:
     assert [t["member"]["added"] for t in written["targets"]] == [
         t["member"]["added"] for t in before["targets"]
     ]
+
+
+def test_a_writer_keeps_unknown_fields_and_looks_for_them_only_in_what_others_wrote(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[bytes] = []
+
+    def look(value: msgspec.Struct, before: bytes | None = None) -> bytes:
+        looked.extend([before] if before is not None else [])
+        return encode(value, before)
+
+    monkeypatch.setattr("controlplane.shell.performer.encode", look)
+    performer = Performer(cast(Any, None), Keys("k"), "default", Inbox(), cast(Any, None))
+    first, second, third, fourth = (Topology("default", k, Mode.REPLICATE, ()) for k in range(4))
+    mine = performer._encode("t", second, encode(first))
+    assert (mine, looked) == (encode(second), [encode(first)])
+    mine = performer._encode("t", third, mine)
+    assert (mine, looked) == (encode(third), [encode(first)])
+    theirs = msgspec.json.encode(msgspec.json.decode(mine) | {"later": 5})
+    mine = performer._encode("t", fourth, theirs)
+    assert msgspec.json.decode(mine)["later"] == 5
+    mine = performer._encode("t", first, mine)
+    assert msgspec.json.decode(mine)["later"] == 5
+    assert looked[1:] == [theirs, encode(fourth, theirs)]
 
 
 def test_newer_code_s_values_are_not_rewritten() -> None:

@@ -94,6 +94,19 @@ def test_beats_come_as_rarely_as_the_controller_wants_and_never_in_a_burst() -> 
     assert host.line.due_at() > 5.0
 
 
+def test_nodes_send_whole_reports_as_often_as_the_controller_that_wants_most() -> None:
+    host = Host()
+    assert host.relay.report_s() == 0.0  # as often as by themselves: nobody has asked for fewer
+    host.line.acknowledge(BEAT_S, 2.0)
+    assert host.relay.report_s() == 2.0
+    other = host.relay.open("d", 0.5)
+    assert host.relay.report_s() == 0.0
+    other.acknowledge(BEAT_S, 1.5)
+    assert host.relay.report_s() == 1.5
+    host.relay.close("d")
+    assert host.relay.report_s() == 2.0
+
+
 def test_a_node_whose_stream_ends_is_gone_at_once_after_its_last_words() -> None:
     host = Host()
     host.relay.report(host.a, raw(A, 2), 0.0, urgent=False)
