@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from bench.cluster import generator, run_streams, running, wait_settled
 from bench.contract import Result, percentile, progress
-from controlplane.contract.events import EventKind
+from controlplane.contract.events import Event, EventKind
 from controlplane.contract.topology import Mode
 from controlplane.kfadmin.client import EventRow
 from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
@@ -202,23 +202,51 @@ def _phases(tally: Tally, kill: Kill, cluster: LocalCluster, killed_unix: float)
     died = _first(rows, EventKind.DIED, kill.node)
     if died is None:
         return
+    detect = died.event.unix_s - killed_unix
+    tally.phases.setdefault("detect", []).append(detect)
+    kill.parts["detect"] = detect
+    recovered = [
+        row.event
+        for row in rows
+        if row.event.kind is EventKind.RECOVERED and not row.event.details.get("planned")
+    ]
+    kill.tokens_recomputed = sum(int(event.details["tokens_recomputed"]) for event in recovered)
+    slowest = that_ended_before(recovered, killed_unix + kill.ended)
+    for event in recovered:
+        plan = next((_plan_s(row.event) for row in rows if _is_plan(row.event, event.subject)), None)
+        parts = parts_of(event, killed_unix + detect, plan)
+        for name, seconds in parts.items():
+            tally.phases.setdefault(name, []).append(seconds)
+        if event is slowest:
+            kill.parts |= parts
 
-    def note(name: str, seconds: float) -> None:
-        tally.phases.setdefault(name, []).append(max(0.0, seconds))
-        kill.parts.setdefault(name, max(0.0, seconds))
 
-    note("detect", died.event.unix_s - killed_unix)
-    for row in rows:
-        details = row.event.details
-        if row.event.kind is EventKind.EPOCH and "plan_s" in details:
-            note("plan", float(details["plan_s"]))
-        if row.event.kind is EventKind.RECOVERED and not details.get("planned"):
-            written = killed_unix + sum(kill.parts[name] for name in ("detect", "plan") if name in kill.parts)
-            note("watch", float(details["seen_unix_s"]) - written)
-            kill.tokens_recomputed += int(details["tokens_recomputed"])
-            for phase in ("connect", "restore", "first_token"):
-                if f"{phase}_s" in details:
-                    note(phase, float(details[f"{phase}_s"]))
+def _is_plan(event: Event, pipeline: str) -> bool:
+    return event.kind is EventKind.EPOCH and event.subject == pipeline and "plan_s" in event.details
+
+
+def _plan_s(event: Event) -> float:
+    return float(event.details["plan_s"])
+
+
+def parts_of(recovered: Event, died_unix: float, plan_s: float | None) -> dict[str, float]:
+    """What one pipeline's recovery was made of, after the death was known."""
+    details = recovered.details
+    parts = {} if plan_s is None else {"plan": plan_s}
+    parts["watch"] = max(0.0, float(details["seen_unix_s"]) - died_unix - (plan_s or 0.0))
+    names = [name for name in ("connect", "restore", "first_token") if f"{name}_s" in details]
+    return parts | {name: max(0.0, float(details[f"{name}_s"])) for name in names}
+
+
+def that_ended_before(recovered: list[Event], unix_s: float) -> Event | None:
+    """The recovery that brought the token which came then: the one with the latest first token of those before it."""
+
+    def first_token(event: Event) -> float:
+        parts = ("seen_unix_s", "connect_s", "restore_s", "first_token_s")
+        return sum(float(event.details.get(part, 0.0)) for part in parts)
+
+    before = [event for event in recovered if first_token(event) <= unix_s]
+    return max(before, key=first_token) if before else min(recovered, key=first_token, default=None)
 
 
 def _first(rows: list[EventRow], kind: EventKind, subject: str) -> EventRow | None:

@@ -37,6 +37,8 @@ STAGES = 4
 HAND_BACKS = 10
 STORM_SHARE = 0.05
 REST_S = 7.0  # longer than every pause of the planner (policy.Limits), and one lease
+FORM_LIMIT_S = 300.0
+MOVES_LIMIT_S = 120.0
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -90,7 +92,7 @@ async def _phases(
     metrics, pid = result.metrics, controller.pid
     began = time.monotonic()
     await fleet.start()
-    await _until(lambda: settled(fleet.topology), 120.0, "the group formed", fleet)
+    await _until(lambda: settled(fleet.topology), FORM_LIMIT_S, "the group formed", fleet)
     metrics[f"form_s_{size}"] = time.monotonic() - began
     metrics[f"form_writes_{size}"] = fleet.writes
     await asyncio.sleep(REST_S)
@@ -110,7 +112,7 @@ async def _phases(
     before = fleet.writes
     used, began = _cpu_s(pid), time.monotonic()
     await fleet.restart(victims)
-    await _until(lambda: settled(fleet.topology), 120.0, "ten hand-backs", fleet)
+    await _until(lambda: settled(fleet.topology), MOVES_LIMIT_S, "ten hand-backs", fleet)
     took_s = time.monotonic() - began
     metrics[f"move_cpu_share_{size}"] = (_cpu_s(pid) - used) / took_s
     metrics[f"move_s_{size}"] = took_s
@@ -129,6 +131,7 @@ async def _phases(
     metrics[f"kill_to_write_p99_s_{size}"] = percentile(delays, 0.99)
     metrics[f"kill_to_write_max_s_{size}"] = max(delays)
     metrics[f"storm_writes_{size}"] = fleet.writes - before
+    metrics[f"streams_broken_{size}"] = fleet.broken
     line = ", ".join(
         f"{k.removesuffix(f'_{size}')} {v:.4g}" for k, v in metrics.items() if k.endswith(f"_{size}")
     )

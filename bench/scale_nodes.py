@@ -1,8 +1,8 @@
 """Hosts full of simulated nodes: real registrations and leases, real streams of reports, no models behind them.
 
-A host is one stream, and the code of its relay (dataplane/core/relay.py) decides what goes on it and when. A node acts
-on the topology that it sees in etcd as a real one does: it takes duties up, tells its links, answers moves, and says
-that a neighbour's link broke when that neighbour is killed.
+A host is one stream, and the code of its relay (dataplane/core/relay.py, report_stream.py) decides what goes on it and
+when. A node acts on the topology that it sees in etcd as a real one does: it takes duties up, tells its links, answers
+moves, and says that a neighbour's link broke when that neighbour is killed.
 """
 
 from __future__ import annotations
@@ -11,39 +11,41 @@ import asyncio
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-import grpc
 import msgspec
 
+from controlplane.backoff import Backoff
 from controlplane.contract import rpc
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, decode, encode
 from controlplane.contract.records import NodeRecord
 from controlplane.contract.reports import (
+    REPORT_BEATS,
     LinkReport,
     NodeReport,
     PipelineReport,
     RecoveryReport,
     RelayedBatch,
+    ReportAck,
     StepTimes,
     TargetReport,
 )
 from controlplane.contract.topology import MovePhase, Pipeline, Topology
 from controlplane.etcd.client import EtcdClient
-from controlplane.etcd.proto import rpc_pb2
+from controlplane.etcd.errors import EtcdLeaseGone
+from controlplane.etcd.lease import LeaseKeeper
 from dataplane.core.relay import Line, Relay, Source
+from dataplane.report_stream import keep_reporting
+from dataplane.reporter import COUNTERS_REPORTS
 
 NODES_PER_HOST = 8
-FULL_BEATS = 5  # a serving node sends a whole report so often, in heartbeats; as dataplane/reporter.py
-COUNTERS_BEATS = 20  # ... and its counters
 COUNTERS = {f"counter_number_{k}": k * 1000 for k in range(30)}
 TIMES = tuple(StepTimes(k << 8 | 3, 1000 + k, 20_000_000) for k in range(8))
-REGISTERING_MAX = 64
-OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
+LEASE_S = 30
+REGISTERING_MAX = 8  # hosts at a time
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +56,6 @@ class Node:
     stage: int
     host: Host
     member: Member
-    lease: int = 0
     alive: bool = True
     source: Source | None = None  # since it has reported
     seq: int = 0
@@ -76,9 +77,10 @@ class Node:
             report = self.report(counter, now >= self.counters_at)
             raw = msgspec.Raw(rpc.encode(report))
             relay.report(self.source, raw, now, self.news or self.hurried, bool(report.recoveries))
-            self.news, self.report_at = False, now + (1 if self.hurried else FULL_BEATS) * heartbeat_s
+            every_s = max(REPORT_BEATS * heartbeat_s, relay.report_s())
+            self.news, self.report_at = False, now + (heartbeat_s if self.hurried else every_s)
             if report.counters:
-                self.counters_at = now + COUNTERS_BEATS * heartbeat_s
+                self.counters_at = now + COUNTERS_REPORTS * every_s
         else:
             relay.beat(self.source, now)
 
@@ -130,6 +132,7 @@ class Node:
 
 @dataclass(slots=True, eq=False)
 class Host:
+    name: str
     relay: Relay
     nodes: list[Node] = field(default_factory=list)
     due: asyncio.Event = field(default_factory=asyncio.Event)
@@ -157,8 +160,8 @@ class Fleet:
         self.writes = 0
         self.killed: dict[Member, float] = {}
         self.written: dict[Member, float] = {}
+        self.broken = 0  # streams of reports that ended: each was opened anew, as by a real relay
         self.late_s = 0.0  # the longest that a heartbeat left after its time: how busy this side was
-        self.failed: list[str] = []
         self._config = config
         self._client = client
         self._keys = Keys(config.cluster)
@@ -167,10 +170,13 @@ class Fleet:
         self._hosts: list[Host] = []
         self.nodes: dict[str, Node] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._lease: LeaseKeeper | None = (
+            None  # of all: each node's own would be etcd's work and ours, and no controller's
+        )
         self._room = asyncio.Semaphore(REGISTERING_MAX)
         for index in range(config.instances * config.stages):
             if index % NODES_PER_HOST == 0:
-                self._hosts.append(Host(Relay(config.timing.heartbeat_s)))
+                self._hosts.append(Host(f"h{len(self._hosts)}", Relay(config.timing.heartbeat_s)))
             name = f"n{index}"
             node = Node(name, index % config.stages, self._hosts[-1], Member(name, new_incarnation()))
             self._hosts[-1].nodes.append(node)
@@ -179,10 +185,11 @@ class Fleet:
     async def start(self) -> None:
         """Everybody registers, and reports as soon as all of its host are registered."""
         self._tasks.append(asyncio.create_task(self._follow()))
-        self._tasks.append(asyncio.create_task(self._renew()))
+        self._lease = await self._client.lease_keeper(LEASE_S)
 
         async def join(number: int, host: Host) -> None:
-            await asyncio.gather(*map(self._register, host.nodes))
+            async with self._room:
+                await asyncio.gather(*map(self._register, host.nodes))
             self._tasks.append(asyncio.create_task(self._report(host, number / len(self._hosts))))
 
         await asyncio.gather(*(join(number, host) for number, host in enumerate(self._hosts)))
@@ -190,10 +197,14 @@ class Fleet:
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
+        if self._lease is not None:
+            await self._lease.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def check(self) -> None:
-        """Raise what a task of this side raised."""
+        """Raise what a task of this side raised, or EtcdLeaseGone."""
+        if self._lease is not None and self._lease.lost.is_set():
+            raise EtcdLeaseGone(f"the nodes' lease: {self._lease.lost_reason}")
         for task in self._tasks:
             if task.done():
                 task.result()
@@ -201,7 +212,7 @@ class Fleet:
     # -- faults -----------------------------------------------------------------------------------------------
 
     def kill(self, names: Iterable[str]) -> None:
-        """At one moment. Streams and links of these nodes break; their leases stay until they expire."""
+        """At one moment. Streams and links of these nodes break; their keys stay for as long as a lease lasts."""
         victims = [self.nodes[name] for name in names]
         now = time.monotonic()
         for node in victims:
@@ -210,6 +221,7 @@ class Fleet:
             if node.source is not None:
                 node.host.relay.leave(node.source)
             node.host.due.set()
+        self._tasks.append(asyncio.create_task(self._expire({node: node.member for node in victims})))
         for node in victims:
             for peer in node.neighbours:
                 other = self.nodes[peer.node]
@@ -293,6 +305,7 @@ class Fleet:
 
     async def _register(self, node: Node) -> None:
         config = self._config
+        lease = 0 if self._lease is None else self._lease.lease_id
         record = NodeRecord(
             member=node.member,
             group=config.group,
@@ -304,65 +317,51 @@ class Fleet:
             pool_blocks=config.engine.pool_blocks,
             block_size=config.engine.block_size,
             pid=os.getpid(),
-            fault_domain={"host": f"h{self._hosts.index(node.host)}", "node": node.name},
+            fault_domain={"host": node.host.name, "node": node.name},
             started_unix_s=time.time(),
         )
-        async with self._room:
-            node.lease, _ = await self._client.lease_grant(config.timing.node_lease_s, timeout_s=20.0)
-            await self._client.put(self._keys.node(node.name), encode(record), node.lease, timeout_s=20.0)
+        await self._client.put(self._keys.node(node.name), encode(record), lease, timeout_s=20.0)
 
-    async def _renew(self) -> None:
-        """One stream for all leases, each renewed three times in its life; a dead node's is not."""
-        interval_s = self._config.timing.node_lease_s / 3
-        endpoint = self._client._endpoints.preferred
-        call = endpoint.lease.LeaseKeepAlive()
-        reader = asyncio.create_task(_drain(call))
-        try:
-            while True:
-                began = time.monotonic()
-                for count, node in enumerate(list(self.nodes.values())):
-                    if node.alive and node.lease:
-                        await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=node.lease))
-                    if count % 64 == 63:  # spread over the interval
-                        due = began + interval_s * 0.9 * count / len(self.nodes)
-                        await asyncio.sleep(max(0.0, due - time.monotonic()))
-                await asyncio.sleep(max(0.0, began + interval_s - time.monotonic()))
-        finally:
-            reader.cancel()
+    async def _expire(self, members: dict[Node, Member]) -> None:
+        """What etcd does when a dead node's lease ends, unless a fresh process has taken the key over."""
+        await asyncio.sleep(self._config.timing.node_lease_s)
+        for node, member in members.items():
+            if node.member == member:
+                await self._client.delete(self._keys.node(node.name), timeout_s=20.0)
 
     # -- reports ------------------------------------------------------------------------------------------------
 
     async def _report(self, host: Host, phase: float) -> None:
         heartbeat_s = self._config.timing.heartbeat_s
-        headers = (("authorization", f"Bearer {self._token}"),)
-        async with grpc.aio.insecure_channel(self._address, options=OWN_CONNECTION) as channel:
-            call: Any = channel.stream_stream(rpc.CONTROL_REPORT, rpc.encode, rpc.decode_ack)(
-                metadata=headers
-            )
-            line = host.relay.open(self._address, time.monotonic() + phase * heartbeat_s)
-            acks = asyncio.create_task(_obey(line, heartbeat_s, call))
-            while True:
-                timer = asyncio.get_running_loop().call_at(host.wake_at(line), host.due.set)
-                await host.due.wait()
-                host.due.clear()
-                timer.cancel()
-                now = time.monotonic()
-                self.late_s = max(self.late_s, now - line.beat_at)
-                counter = 0 if self.topology is None else self.topology.counter
-                for batch in host.batches(line, counter, now, heartbeat_s):
-                    await call.write(batch)
-                if acks.done():
-                    acks.result()
 
+        def acknowledged(ack: ReportAck) -> None:
+            host.relay.lines[self._address].acknowledge(max(ack.beat_s, heartbeat_s), ack.report_s)
 
-async def _obey(line: Line, heartbeat_s: float, call: Any) -> None:
-    while (ack := await call.read()) is not grpc.aio.EOF:
-        line.acknowledge(max(ack.beat_s, heartbeat_s))
+        def broken(_why: str) -> None:
+            self.broken += 1
+            host.relay.close(self._address)
 
+        await keep_reporting(
+            self._address,
+            self._token,
+            Backoff(0.05, 1.0),
+            lambda: self._batches(host, phase * heartbeat_s, heartbeat_s),
+            acknowledged,
+            broken,
+        )
 
-async def _drain(call: Any) -> None:
-    while await call.read() is not grpc.aio.EOF:
-        pass
+    async def _batches(self, host: Host, phase_s: float, heartbeat_s: float) -> AsyncIterator[RelayedBatch]:
+        line = host.relay.open(self._address, time.monotonic() + phase_s)
+        while True:
+            timer = asyncio.get_running_loop().call_at(host.wake_at(line), host.due.set)
+            await host.due.wait()
+            host.due.clear()
+            timer.cancel()
+            now = time.monotonic()
+            self.late_s = max(self.late_s, now - line.beat_at)
+            counter = 0 if self.topology is None else self.topology.counter
+            for batch in host.batches(line, counter, now, heartbeat_s):
+                yield batch
 
 
 def _named(pipeline: Pipeline) -> set[Member]:

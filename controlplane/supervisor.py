@@ -58,12 +58,12 @@ class Log(Protocol):
 class ProcessFile(msgspec.Struct, frozen=True):
     """FOLDER/NAME.json: one process for certain. A pid may be used again, a pid with its start time may not."""
 
-    pid: int
+    pid: int  # 0: it could not be started, and `said` has why
     started: float  # unix seconds
     restarts: int
-    start_ticks: int  # field 22 of /proc/PID/stat
+    start_ticks: int  # field 22 of /proc/PID/stat; 0: it has ended
     ended: int | None = None  # exit code of the last one that ended (negative: its signal); None: not known
-    said: str = ""  # the last line of its log, if it failed
+    said: str = ""  # the last line of its log, if it failed; what kept it from starting
 
     @property
     def alive(self) -> bool:
@@ -83,6 +83,7 @@ class Child:
     begin: Begin
     file: Path
     backoff: Backoff
+    pause_s: float = 0.0  # before each restart, besides
     due: float | None = 0.0
     pid: int = 0
     fd: int = -1  # pidfd
@@ -93,6 +94,7 @@ class Child:
     leaving: bool = False
     ended: int | None = None
     said: str = ""
+    last: ProcessFile | None = None  # what its file says, or would if it could be written
 
     @property
     def running(self) -> bool:
@@ -109,18 +111,16 @@ class Supervisor:
         *,
         pause_first_s: float,
         pause_max_s: float,
-        pause_always_s: float = 0.0,
         restart: bool = True,
         orphans: bool = False,
     ) -> None:
-        """`pause_first_s` to `pause_max_s`: before starts of what keeps dying; `pause_always_s`: before each restart.
+        """`pause_first_s` to `pause_max_s`: before starts of what keeps dying.
         `orphans`: no other thread of this process starts processes, and what its children leave behind is its own, as
         it is process 1's. Raises OSError where the kernel does not give them to it."""
         self._run_dir = run_dir
         self._log = log
         self._pause_first_s = min(pause_first_s, pause_max_s)
         self._pause_max_s = pause_max_s
-        self._pause_always_s = pause_always_s
         self._restart = restart
         self._orphans = orphans
         if orphans:
@@ -137,16 +137,22 @@ class Supervisor:
 
     # ---- for its owner
 
-    def add(self, name: str, folder: str, begin: Begin) -> None:
-        """From now on keep this child running. It is adopted if it runs already, else the next `turn` starts it."""
+    def add(self, name: str, folder: str, begin: Begin, pause_s: float = 0.0) -> None:
+        """From now on keep this child running. It is adopted if it runs already, else the next `turn` starts it.
+
+        `pause_s`: before each restart, also the first."""
         file = self._run_dir / folder / f"{name}.json"
-        child = Child(name, begin, file, Backoff(self._pause_first_s, self._pause_max_s))
+        child = Child(name, begin, file, Backoff(self._pause_first_s, self._pause_max_s), pause_s)
         self._children[name] = child
         self._adopt(child)
 
     def pids(self) -> dict[str, int]:
         """Of those that run now."""
         return {child.name: child.pid for child in list(self._children.values()) if child.running}
+
+    def processes(self) -> dict[str, ProcessFile]:
+        """Of those that were started, or could not be: what the files say, or would if they could be written."""
+        return {child.name: child.last for child in list(self._children.values()) if child.last}
 
     def turn(self, limit_s: float = LOG_LOOK_S) -> None:
         """Wait until something happens, `limit_s` at most, and do what is due."""
@@ -232,20 +238,24 @@ class Supervisor:
     def _adopt(self, child: Child) -> None:
         try:
             file = msgspec.json.decode(child.file.read_bytes(), type=ProcessFile)
-            fd = os.pidfd_open(file.pid)
         except FileNotFoundError:
-            return
-        except ProcessLookupError:
-            child.starts = file.restarts + 1
             return
         except msgspec.MsgspecError as error:
             self._log.warning("a process file is not readable", file=str(child.file), error=str(error))
             return
         child.starts = file.restarts + 1
-        if not file.alive:  # compared after the pidfd has pinned the process
+        if not file.pid:
+            return
+        try:
+            fd = os.pidfd_open(file.pid)
+        except ProcessLookupError:
+            return
+        # Compared after the pidfd has pinned the process. One that died while this process was executed anew is still
+        # its zombie: its death is seen, and reaped, in the next turn.
+        if not file.alive and not _is_our_zombie(fd):
             os.close(fd)
             return
-        child.pid, child.fd, child.due = file.pid, fd, None
+        child.pid, child.fd, child.due, child.last = file.pid, fd, None, file
         child.since = time.monotonic() - max(0.0, time.time() - file.started)
         child.ours = parent_of(file.pid) == os.getpid()  # where this process supervised it before, as well
         self._selector.register(fd, selectors.EVENT_READ, child)
@@ -268,7 +278,10 @@ class Supervisor:
                 pid = child.begin(log)
             fd = _watched(pid)
         except OSError as error:  # no memory, no disk, too many processes: the others go on
+            child.pid, child.since, child.starts = 0, before, child.starts + 1
+            child.ended, child.said = None, f"{child.name} cannot be started: {error}"
             child.due = before + child.backoff.next_s()
+            self._record(child)
             self._log.error("cannot start", child=child.name, error=str(error))
             return
         child.pid, child.fd, child.ours, child.due = pid, fd, True, None
@@ -280,11 +293,12 @@ class Supervisor:
 
     def _record(self, child: Child) -> None:
         started = time.time() - (time.monotonic() - child.since)
-        ticks = start_ticks(child.pid) or 0  # 0: it has ended
-        file = ProcessFile(child.pid, started, child.starts - 1, ticks, child.ended, child.said)
+        # Once it is reaped its pid may be another process's, which nobody may take for it.
+        ticks = (start_ticks(child.pid) or 0) if child.running else 0
+        child.last = ProcessFile(child.pid, started, child.starts - 1, ticks, child.ended, child.said)
         fresh = child.file.with_suffix(".new")
         try:
-            fresh.write_bytes(msgspec.json.encode(file))
+            fresh.write_bytes(msgspec.json.encode(child.last))
             fresh.replace(child.file)
         except OSError as error:  # the child can still serve, but a next supervisor will not find it
             self._log.error("cannot write the process file", child=child.name, error=str(error))
@@ -304,7 +318,7 @@ class Supervisor:
         else:
             child.quick_deaths += 1
         pause_s = child.backoff.next_s() if taken or child.quick_deaths > 1 else 0.0
-        pause_s = 0.0 if self._held(child) else round(pause_s + self._pause_always_s, 3)
+        pause_s = 0.0 if self._held(child) else round(pause_s + child.pause_s, 3)
         restarts = self._restart and not child.leaving
         child.due = time.monotonic() + pause_s if restarts else None
         self._record(child)
@@ -372,6 +386,13 @@ def last_line(log: Path) -> str:
 
 class _LogLine(msgspec.Struct):
     event: str
+
+
+def _is_our_zombie(fd: int) -> bool:
+    try:
+        return os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # somebody else's
+        return False
 
 
 def _watched(pid: int) -> int:

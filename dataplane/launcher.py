@@ -90,7 +90,6 @@ class Launcher:
             self._log,
             pause_first_s=config.timing.restart_backoff_s,
             pause_max_s=PAUSE_MAX_S,
-            pause_always_s=config.timing.reload_s if self._cold else 0.0,
             orphans=os.getpid() == 1,
         )
 
@@ -105,8 +104,9 @@ class Launcher:
                 self._log.info("devices", **{node: place.device for node, place in self._places.items()})
             if self._target == TARGET:
                 self._children.add(RELAY, RELAY, self._begin_relay)
+            reload_s = self._config.timing.reload_s if self._cold else 0.0
             for node in self._nodes:
-                self._children.add(node, "nodes", partial(self._begin, node))
+                self._children.add(node, "nodes", partial(self._begin, node), reload_s)
             if not self._cold:
                 if self._target == TARGET:
                     self._run_relay = preload(RELAY_TARGET)
@@ -124,10 +124,16 @@ class Launcher:
             if set(self._children.signals) == {signal.SIGHUP}:
                 self._log.info("leaving the nodes to the next launcher")
                 return
-            self._log.info("stopping the nodes")
+            self._end()
+
+    def _end(self) -> None:
+        """Raises KevlarFlowError if a node cannot be ended."""
+        self._log.info("stopping the nodes")
+        try:
             self._children.end(self._nodes, STOP_GRACE_S)
+        finally:
             self._children.end([RELAY], STOP_GRACE_S)  # it has passed on that they leave
-            self._log.info("all nodes have ended")
+        self._log.info("all nodes have ended")
 
     @contextlib.contextmanager
     def _only_one(self) -> Iterator[None]:
@@ -176,10 +182,15 @@ class Launcher:
         if not changed:
             return
         self._log.info("a fresh launcher takes over", installed=changed)
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it can handle them
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it can handle them
+        try:
+            for number in self._children.signals:  # came since the turn began: pending ones survive the exec
+                os.kill(os.getpid(), number)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        finally:  # it could not be executed
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _fork(self, name: str, run: Callable[[], None], log: IO[bytes]) -> int:
         sys.stdout.flush()

@@ -66,13 +66,22 @@ async def _serve(
     take_over: str,
     place: Place,
 ) -> None:
-    node = Node(
-        config, me, stage, executor, settings, (take_over,), place, relay_address(Path(config.run_dir))
-    )
+    node = Node(config, me, stage, executor, settings, (take_over,), place, _relay(config))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.stop)
     await node.run()
+
+
+def _relay(config: ClusterConfig) -> str:
+    """Its address, or nothing where there can be none: nothing depends on it."""
+    try:
+        return relay_address(Path(config.run_dir))
+    except OSError as error:
+        structlog.get_logger().warning(
+            "no relay can be reached: reporting by itself", run_dir=config.run_dir, error=error.strerror
+        )
+        return ""
 
 
 def _place(config: ClusterConfig, arguments: argparse.Namespace) -> Place:

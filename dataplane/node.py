@@ -386,6 +386,7 @@ class Node:
         counters["replicas_evicted"] = self._store.replicas_evicted
         counters["checksum_failures"] = self._store.checksum_failures
         counters["bad_frames"] = self._bad_frames
+        counters["reports_broken_off"] = self._reporter.broken_off
         counters["copy_check_wait_ms"] = int(stats.check_wait_s * 1000)
         counters["inbox_dropped"] = stats.dropped_full
         counters["steps_merged"] = stats.merged

@@ -176,7 +176,7 @@ class RelayServer:
             await node.due.wait()
             node.due.clear()
             heard_by = () if node.source is None else self.relay.heard_by(node.source)
-            await context.write(ReportAck(node.taken, heard_by=heard_by))
+            await context.write(ReportAck(node.taken, heard_by=heard_by, report_s=self.relay.report_s()))
 
     def _take(self, node: _Node, message: bytes) -> None:
         """Raises _Refused for what a controller would refuse the whole host for, or might: another schema, too."""
@@ -191,7 +191,14 @@ class RelayServer:
                     node.source = self.relay.join(report.member)
                 elif node.source.member != report.member:
                     raise _Refused(f"one stream speaks for one node, not for {report.member} as well")
-                self.relay.report(node.source, raw, now, not batch.calm, bool(report.recoveries))
+                self.relay.report(
+                    node.source,
+                    raw,
+                    now,
+                    urgent=not batch.calm,
+                    recoveries=bool(report.recoveries),
+                    counters=bool(report.counters),
+                )
         except msgspec.MsgspecError as error:
             raise _Refused(f"not a batch of reports: {error}") from error
         if batch.beats:
@@ -255,7 +262,7 @@ class RelayServer:
 
     def _acknowledged(self, controller: _Controller, ack: ReportAck) -> None:
         if controller.line is not None:
-            controller.line.acknowledge(max(ack.beat_s, self._config.timing.heartbeat_s))
+            controller.line.acknowledge(max(ack.beat_s, self._config.timing.heartbeat_s), ack.report_s)
             self._tell()
 
     def _broken(self, address: str) -> None:

@@ -47,7 +47,9 @@ async def keep_reporting(
     broken: Callable[[str], None] = lambda _: None,
     options: tuple[tuple[str, int], ...] = OPTIONS,
 ) -> NoReturn:
-    """Until cancelled: send what `batches()` gives, anew on each stream. `broken(why)` follows the end of each."""
+    """Until cancelled: send what `batches()` gives, anew on each stream. `broken(why)` follows the end of each.
+
+    To end for any other reason would be to fall silent, which controllers take for death."""
     while True:
         why = "it ended the stream"
         try:
@@ -65,10 +67,14 @@ async def keep_reporting(
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            # grpc.aio cancels the call, and so this task, when a report could not be made or encoded. To
-            # end here would be to fall silent, which controllers take for death.
+            # grpc.aio cancels the call, and so this task, when a report could not be made or encoded.
             why = "a report could not be made"
             log.warning("the stream of reports to %s broke off: %s", address, why)
+        except Exception as error:  # an answer that cannot be read (None to grpc), or taken in
+            why = f"{type(error).__name__}: {error}"
+            log.exception(
+                "the stream of reports to %s broke off (%d in a row)", address, backoff.attempts + 1
+            )
         broken(why)
         await backoff.pause()
 

@@ -2,8 +2,8 @@
 and a report at once on news.
 
 Most reports would say what the last one said: then a beat, a few bytes, says that it still holds (`_is_news`). Of a
-large group controllers ask for fewer beats (`ReportAck.beat_s`): whether there is news is looked at each heartbeat all
-the same.
+large group controllers ask for fewer beats and reports (`ReportAck`): whether there is news is looked at each heartbeat
+all the same.
 Each stream has its own task, so that a receiver that hangs delays nobody. No report is queued: each is made from the
 state at the moment it is sent. Which controllers need a stream of their own is decided in core/paths.py.
 """
@@ -20,17 +20,16 @@ from msgspec.structs import replace
 
 from controlplane.backoff import Backoff
 from controlplane.contract.records import ControllerRecord
-from controlplane.contract.reports import NodeReport, ReportAck, ReportBatch
+from controlplane.contract.reports import REPORT_BEATS, NodeReport, ReportAck, ReportBatch
 from dataplane.core.paths import Paths
 from dataplane.report_stream import keep_reporting
 
 SLOT = 0  # on a stream of its own a node is the only one
 BEAT = ReportBatch(beats=(SLOT,), calm=True)
 
-FULL_BEATS = 5  # a whole report so often while the node computes, in heartbeats ...
-FULL_IDLE_BEATS = 10  # ... and while it rests
-COUNTERS_BEATS = (
-    20  # counters go with a report so often: people look at them, and they are half of what is in it
+IDLE_BEATS = 10  # a node that rests sends a whole report so often, in heartbeats
+COUNTERS_REPORTS = (
+    4  # counters go with each fourth of them: people look at them, and they are half of a report
 )
 LINK_QUIET_S = (
     0.4  # a link that was silent for so long, twice the pause between two pings, is watched as well
@@ -53,8 +52,9 @@ class _Line:
     told: NodeReport | None = None  # the last report on this stream
     beats: int = 0  # heartbeats since then
     quiet: int = 0  # heartbeats since anything was sent
-    uncounted: int = COUNTERS_BEATS  # heartbeats since counters were sent
-    every: int = 1  # heartbeats in which something is to be sent, news or none
+    counters_in: int = 0  # heartbeats until counters are sent
+    every: int = 1  # heartbeats in which something is to be sent, news or none ...
+    whole: int = REPORT_BEATS  # ... and a whole report, if the node computes
     said: asyncio.Event = field(default_factory=asyncio.Event)  # a report has left since it was cleared
 
 
@@ -72,6 +72,7 @@ class Reporter:
         relay: str = "",
         counters: Callable[[], dict[str, int]] = dict,
     ) -> None:
+        self.broken_off = 0  # streams of reports that ended, or could not be opened
         self._token = token
         self._heartbeat_s = heartbeat_s
         self._make = make
@@ -140,38 +141,52 @@ class Reporter:
     async def _keep(self, line: _Line) -> NoReturn:
         def acknowledged(ack: ReportAck) -> None:
             line.every = max(1, round(ack.beat_s / self._heartbeat_s))
-
-        backoff = Backoff(BACKOFF_FIRST_S, BACKOFF_MAX_S)
-        await keep_reporting(line.address, self._token, backoff, lambda: self._batches(line), acknowledged)
-
-    async def _keep_relay(self, line: _Line) -> NoReturn:
-        def acknowledged(ack: ReportAck) -> None:
-            now = time.monotonic()
-            late = self._paths.overdue(now)
-            if self._paths.answered(ack.seq, ack.heard_by, now):
-                line.recoveries_sent, line.news = 0, True  # a controller that was not told of them
-                line.due.set()
-            elif late:
-                line.due.set()
-            self._settle()
+            self._heed(line, ack)
+            self._paths.paced(line.address, line.every * self._heartbeat_s)
 
         def broken(_why: str) -> None:
+            self.broken_off += 1
+
+        backoff = Backoff(BACKOFF_FIRST_S, BACKOFF_MAX_S)
+        await keep_reporting(
+            line.address, self._token, backoff, lambda: self._batches(line), acknowledged, broken
+        )
+
+    async def _keep_relay(self, line: _Line) -> NoReturn:
+        def broken(_why: str) -> None:
+            self.broken_off += 1
             self._paths.broken(time.monotonic())
             self._settle()
 
         backoff = Backoff(RELAY_BACKOFF_FIRST_S, RELAY_BACKOFF_MAX_S)
         await keep_reporting(
-            line.address, self._token, backoff, lambda: self._batches(line, True), acknowledged, broken
+            line.address,
+            self._token,
+            backoff,
+            lambda: self._batches(line, True),
+            lambda ack: self._answered(line, ack),
+            broken,
         )
 
+    def _heed(self, line: _Line, ack: ReportAck) -> None:
+        line.whole = max(REPORT_BEATS, round(ack.report_s / self._heartbeat_s))
+
+    def _answered(self, line: _Line, ack: ReportAck) -> None:
+        """By the relay."""
+        now = time.monotonic()
+        self._heed(line, ack)
+        late = self._paths.overdue(now)
+        if self._paths.answered(ack.seq, ack.heard_by, now):
+            # A controller that was not told of them.
+            line.recoveries_sent, line.counters_in, line.news = 0, 0, True
+            line.due.set()
+        elif late:
+            line.due.set()
+        self._settle()
+
     async def _batches(self, line: _Line, to_relay: bool = False) -> AsyncIterator[ReportBatch]:
-        line.told, line.news, line.recoveries_sent, line.every, line.uncounted = (
-            None,
-            True,
-            0,
-            1,
-            COUNTERS_BEATS,
-        )
+        line.told, line.news, line.recoveries_sent = None, True, 0
+        line.every, line.whole, line.counters_in = 1, REPORT_BEATS, 0
         if to_relay:
             self._paths.opening()
         while True:
@@ -190,14 +205,14 @@ class Reporter:
     def _next(self, line: _Line) -> ReportBatch | None:
         report, recoveries = self._make(self._seq + 1, line.recoveries_sent)
         news, line.news = line.news, False
-        line.beats, line.quiet, line.uncounted = line.beats + 1, line.quiet + 1, line.uncounted + 1
+        line.beats, line.quiet, line.counters_in = line.beats + 1, line.quiet + 1, line.counters_in - 1
         told = line.told
         news = news or told is None or self._is_news(report, told)
-        if news or told is None or self._is_old(report, told, line.beats):
+        if news or told is None or self._is_old(report, told, line):
             self._seq += 1
             line.recoveries_sent, line.told, line.beats, line.quiet = recoveries, report, 0, 0
-            if line.uncounted >= COUNTERS_BEATS:
-                line.uncounted = 0
+            if line.counters_in <= 0:
+                line.counters_in = COUNTERS_REPORTS * line.whole
                 report = replace(report, counters=self._counters())
             return ReportBatch(reports=((SLOT, report),), calm=not news)
         if line.quiet < line.every:
@@ -205,9 +220,10 @@ class Reporter:
         line.quiet = 0
         return BEAT
 
-    def _is_old(self, report: NodeReport, told: NodeReport, beats: int) -> bool:
+    def _is_old(self, report: NodeReport, told: NodeReport, line: _Line) -> bool:
         """Whether `told` is to be renewed although there is no news."""
-        return beats >= FULL_IDLE_BEATS or (report.progress != told.progress and beats >= FULL_BEATS)
+        rests = report.progress == told.progress
+        return line.beats >= (max(IDLE_BEATS, line.whole) if rests else line.whole)
 
     def _is_news(self, report: NodeReport, told: NodeReport) -> bool:
         """Whether a controller has to know now that `told` no longer holds."""

@@ -29,9 +29,14 @@ PATH_CHARS_MAX = 200  # of a client's path, in logs
 Pairs = list[tuple[bytes, bytes]]
 
 
+def own_request_id(given: str | None) -> str:
+    """What a client calls its request, if that can be an id, else ""."""
+    return given if given is not None and REQUEST_ID.fullmatch(given) else ""
+
+
 def request_id_of(given: str | None) -> str:
     """The client's own `X-Request-Id` if it can be one, else a new one."""
-    return given if given is not None and REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return own_request_id(given) or uuid.uuid4().hex
 
 
 class Manners:

@@ -8,7 +8,9 @@ descriptors with heads that never end.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import resource
+import select
 
 import msgspec
 import structlog
@@ -30,6 +32,7 @@ ERRORS = {
 }
 UNREAD_S = 60.0  # a client that takes nothing for so long of what waits for it is gone
 DESCRIPTORS_KEPT = 128  # for etcd, nodes, logs and the like
+CANDIDATES_MAX = 16  # idle connections that are looked at to make room for one
 
 
 def connections_max() -> int:
@@ -44,6 +47,7 @@ class BoundedProtocol(Http1Protocol):
     Where there are as many as there may be, the one that has asked for nothing for longest makes room for a new one; if
     all are being answered, the new one is: with 503."""
 
+    _refusal: tuple[int, str] | None = None  # to be told once all that was asked before is answered
     _waits_since = 0.0  # for a head
     _cut = False  # it has made room for another
     _unheard = 0  # bytes since the parser last had something whole: a head, a piece of a body, an end
@@ -53,7 +57,7 @@ class BoundedProtocol(Http1Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._waits_since = self.loop.time()
-        if len(self.connections) > connections_max() and not self._make_room():
+        if len(self.connections) - self._lingering > connections_max() and not self._make_room():
             self.refuse(503, "this server has as many connections as it can bear; try again")
             return
         self._await_head()
@@ -72,11 +76,11 @@ class BoundedProtocol(Http1Protocol):
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
-            return  # it has been refused already: nothing more of it is kept
+        if self.has_ended:
+            return  # nothing more of it is kept
         self._unheard += len(data)
         super().data_received(data)
-        if self.transport.is_closing():
+        if self.has_ended:
             return
         if self._unheard > HEAD_BYTES_MAX:
             self.refuse(431, TOO_LONG)
@@ -104,6 +108,8 @@ class BoundedProtocol(Http1Protocol):
     def on_response_complete(self) -> None:
         self._waits_since = self.loop.time()
         super().on_response_complete()
+        if self._refusal is not None and not (self.is_answering or self.transport.is_closing()):
+            self._tell(*self._refusal)
 
     def _watch_unread(self) -> None:
         size = self.transport.get_write_buffer_size()
@@ -123,18 +129,28 @@ class BoundedProtocol(Http1Protocol):
 
     def _make_room(self) -> bool:
         """Cut the other connection that has been idle, or has not ended, for longest; False if each has a request."""
-        idle = [c for c in self.connections if isinstance(c, BoundedProtocol) and c is not self and c.is_idle]
-        if not idle:
-            return False
-        oldest = min(idle, key=lambda c: c._waits_since)
-        oldest._cut = True
-        oldest.transport.abort()
-        return True
+        idle = (c for c in self.connections if isinstance(c, BoundedProtocol) and c is not self and c.is_idle)
+        for oldest in heapq.nsmallest(CANDIDATES_MAX, idle, key=lambda c: c._waits_since):
+            if not oldest._has_sent():
+                oldest._cut = True
+                oldest.transport.abort()
+                return True
+        return False
+
+    def _has_sent(self) -> bool:
+        """Something that has not been read yet: where many connect at once, all do before the first one is heard."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket"), select.POLLIN)
+        return bool(poll.poll(0))
 
     @property
     def is_idle(self) -> bool:
         """Nothing is being answered, or the last bytes have been waiting for its client for long."""
-        if self._cut or not (self.cycle is None or self.cycle.response_complete):
+        if (
+            self._cut
+            or self._linger_timer is not None
+            or not (self.cycle is None or self.cycle.response_complete)
+        ):
             return False
         return not self.transport.is_closing() or self.loop.time() - self._waits_since > UNREAD_S
 
@@ -150,7 +166,7 @@ class BoundedProtocol(Http1Protocol):
 
     def _too_slow(self) -> None:
         self._head_timer = None
-        if self.transport.is_closing():
+        if self.has_ended:
             return
         if self.cycle is None and self._unheard:
             self.refuse(408, f"the head of the request did not arrive within {HEAD_S:g} s")
@@ -158,18 +174,28 @@ class BoundedProtocol(Http1Protocol):
             self.transport.close()  # nothing was asked, or it has been answered
 
     def refuse(self, status: int, message: str) -> None:
-        """Answer and close; on a connection with an answer under way, only close."""
+        """Answer, once all that was asked before is answered, and close; where that cannot be said any more, close."""
+        if self.has_ended:
+            return
+        self._refused = True
         self._stop_timer()
-        if self.interrupt():
-            kind = ERRORS.get(status, "BadRequestError")
-            error = {"message": message, "type": kind, "param": None, "code": status}
-            body = msgspec.json.encode({"error": error})
-            # What the head would have named is not known, or not to be trusted.
-            request_id = request_id_of(None)
-            log.info("no request", status=status, reason=message, request_id=request_id)
-            head = (
-                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-                f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
-            )
-            self.transport.write(STATUS_LINE[status] + head.encode() + body)
-        self.transport.close()
+        if not self.interrupt():
+            self.transport.close()
+        elif self.is_answering:
+            self._refusal = status, message
+        else:
+            self._tell(status, message)
+
+    def _tell(self, status: int, message: str) -> None:
+        kind = ERRORS.get(status, "BadRequestError")
+        error = {"message": message, "type": kind, "param": None, "code": status}
+        body = msgspec.json.encode({"error": error})
+        given = next((value for name, value in self.headers or () if name == b"x-request-id"), b"")
+        request_id = request_id_of(given.decode("latin-1"))
+        log.info("no request", status=status, reason=message, request_id=request_id)
+        head = (
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(STATUS_LINE[status] + head.encode() + body)
+        self.linger()

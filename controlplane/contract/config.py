@@ -59,7 +59,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # 0: 4 on a CPU, 64 on a GPU.
     microbatch_rows: Annotated[int, Range(0, 1 << 16)] = 0
     # Seconds that a step may take, from the first stage to its result, while somebody reads along: prompts go in chunks
-    # that keep to it. 0: 1.5 times what a step that only decodes has been taking.
+    # that keep to it, of 16 tokens at least. 0: 1.5 times what a step that only decodes has been taking, 3 times where
+    # that happens to a reader once (before a second token, after a failure).
     step_target_s: Annotated[float, Range(0, 60)] = 0.0
 
     def __post_init__(self) -> None:

@@ -20,6 +20,11 @@ REPORT_SCHEMA = 2  # of ReportBatch; 1: reports were maps
 
 BEATS_PER_S_MAX = 500  # messages without news that a controller asks for, of all senders together ...
 BEATS_TO_SUSPECT = 3  # ... but so many of each within the silence that makes a member suspect
+REPORT_BEATS = (
+    5  # a node that computes sends a whole report so often although it has no news, in heartbeats ...
+)
+REPORT_STRETCH_MAX = 4  # ... and to a controller of very many so many times as rarely
+REPORTS_PER_S_MAX = 1000  # that a controller asks for without news, of all nodes together
 
 
 NO_LINK = (
@@ -37,6 +42,7 @@ class LinkReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     )
     reason: str = ""  # why the link is down
     watch: bool = False  # it is only there for the two to watch each other: no pipeline needs it
+    refused: bool = False  # the peer answers in another version (NO_LINK): no sign of its death
 
 
 class TargetReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -160,13 +166,15 @@ class ReportHeader(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReportAck(msgspec.Struct, frozen=True):
-    """The sender is heard. A controller answers the first batch of a stream, and again when `beat_s` changes: to answer
-    each would double what a report costs. A relay answers each, and again when `heard_by` changes."""
+    """The sender is heard. A controller answers the first batch of a stream, and again when it asks for something else:
+    to answer each would double what a report costs. A relay answers each, and again when what it says has changed."""
 
     seq: int  # a relay: batches taken in so far
     # The sender need not speak more often as long as it has no news; 0: at each heartbeat.
     beat_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 0.0
     heard_by: tuple[str, ...] = ()  # a relay: addresses of the controllers that the sender's reports reach
+    # A node need not send whole reports more often as long as it has no news; 0: every REPORT_BEATS heartbeats.
+    report_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0
 
 
 def beat_every_s(senders: int, heartbeat_s: float, suspect_after_s: float) -> float:
@@ -176,3 +184,10 @@ def beat_every_s(senders: int, heartbeat_s: float, suspect_after_s: float) -> fl
     came. What it takes away are beats that may be lost before a member is suspected, so that three are left."""
     beats = math.ceil(senders / BEATS_PER_S_MAX / heartbeat_s)
     return heartbeat_s * max(1, min(beats, int(suspect_after_s / BEATS_TO_SUSPECT / heartbeat_s + 1e-9)))
+
+
+def report_every_s(nodes: int, heartbeat_s: float) -> float:
+    """How often each of so many nodes is to send a whole report while it computes and has no news: a whole number of
+    REPORT_BEATS. What such a report brings and a beat does not, is how long its steps take, and figures for people."""
+    every_s = REPORT_BEATS * heartbeat_s
+    return every_s * max(1, min(math.ceil(nodes / REPORTS_PER_S_MAX / every_s), REPORT_STRETCH_MAX))

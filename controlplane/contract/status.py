@@ -186,6 +186,11 @@ class OperationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     def is_for(self, known: Operation) -> bool:
         """Whether `known` is what is asked for here. Who is to lead may have been left to the cluster."""
         node = self.node or (known.node if self.kind == OperationKind.TRANSFER else "")
+        if self.kind == OperationKind.RESTART and (known.version, known.settings) != (
+            self.version,
+            self.settings,
+        ):
+            return False
         return (known.kind.value, known.node, known.substitute) == (self.kind, node, self.substitute)
 
 

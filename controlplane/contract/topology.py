@@ -118,12 +118,13 @@ class Topology(msgspec.Struct, frozen=True, gc=False):
 
 
 def switched(before: Pipeline, after: Pipeline) -> bool:
-    """Whether the switch of a planned move leads from one to the other. A death calls a move off, or finds its target
-    still copying."""
+    """Whether the switch of a planned move leads from one to the other. A death while the pipeline is quiescing looks
+    the same if the move's destination takes over: its copy lacks hardly anything by then. No other death does."""
     move = before.move
     if move is None or move.phase is not MovePhase.QUIESCE or after.move is not None:
         return False
-    return after.stages[move.stage].ranks == (move.to,)
+    # None, where a topology is not what it should be.
+    return any(at.ranks == (move.to,) for at in after.stages[move.stage : move.stage + 1])
 
 
 def quota_blocks(pool_blocks: int, pipelines_served: int, copies: bool = True) -> int:

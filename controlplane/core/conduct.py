@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from controlplane.contract.config import TimingConfig
 from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.reports import NodeReport
-from controlplane.core.pace import EVERY_S, Paces, Slowness
+from controlplane.core.pace import EVERY_S, TELLING, Paces, Slowness
 
-SLOW_NO_MORE = 0.5  # degree of slowness, on probation
 SLOW_FOR_S = 0.8  # more time slow than not ...
 SLOW_SURELY = 2.0  # ... of which what is this many times over the limit counts so many times
 STUCK = 20.0  # times as long as such a computation usually takes
@@ -105,7 +104,7 @@ class Conduct:
             figures = self._figures[member]
             figures.slowness = self._paces.found(member)
             degree = figures.slowness.degree
-            slow = degree >= (1.0 if self.probation(member.node, now) is None else SLOW_NO_MORE)
+            slow = degree >= (1.0 if self.probation(member.node, now) is None else TELLING)
             weighs_s = passed_s * min(max(degree, 1.0), SLOW_SURELY) if slow else -passed_s
             figures.slow_s = min(max(figures.slow_s + weighs_s, 0.0), SLOW_FOR_S)
             if figures.slow_s >= SLOW_FOR_S:

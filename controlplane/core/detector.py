@@ -402,7 +402,7 @@ class Detector:
                 if link.peer != member:
                     continue
                 silent_s = link.silent_s + now - (watched.heard or now)
-                if not link.up:
+                if not link.up and not link.refused:  # who refuses it, as in an upgrade, is alive
                     about.down = about.down or link.reason or f"says {reporter.node}"
                 elif link.silent_s > 0.0:  # 0: it is not expected to speak, which is no sign of life
                     about.silent_s = max(about.silent_s, silent_s)

@@ -30,6 +30,7 @@ class NodeView:
     usable: bool  # may be given a new duty, as far as the process itself goes (cordons are not looked at)
     why_not: str = ""
     demoted: bool = False  # usable when nobody else is
+    unfit: bool = False  # not usable for what it is made of: only a fresh process can be
 
     @property
     def member(self) -> Member:
@@ -66,7 +67,7 @@ class Nodes:
     def is_dead(self, member: Member) -> bool:
         """Dead by evidence, or outlived by a newer process of the same node."""
         view = self.views.get(member.node)
-        return member in self.dead or (view is not None and view.member != member)
+        return member in self.dead or (view is not None and view.record.member != member)
 
     def is_gone(self, member: Member) -> bool:
         """Dead beyond doubt: a place that nobody can take is not kept for it."""
@@ -125,8 +126,10 @@ class Nodes:
         executed. Where all have the same steps it is the first one, whose scheduler issued the oldest in flight. While
         the scheduler waits to hear what the stages hold, it is the first that has not said so.
 
-        What a member has done since its last report is not known. So the scheduler has to be heard, and of the one
-        that is blamed and its predecessor at least one; else nobody is blamed."""
+        The scheduler has to be heard (`speaks`), since what a member has done after its last report is not known. For
+        a step, so has the one that is blamed or its predecessor: who of the two lacks it is read off their reports.
+        For an answer the scheduler's word is enough: it asks each stage itself and knows who owes one, and that is one
+        kind of evidence, which alone makes nobody red (evidence.py) before `STUCK_S`."""
         guilty: dict[Member, float] = {}
         for pipeline in topology.pipelines:
             if only is not None and pipeline.id not in only:
@@ -285,20 +288,23 @@ class Membership:
         state = self.detector.state(record.member)
         demoted = record.member in self.detector.demoted()
         registered = node in self._registered
-        why_not = ""
-        if record.num_stages != self.config.stages or not 0 <= record.stage < self.config.stages:
-            why_not = f"holds stage {record.stage} of {record.num_stages}, the group has {self.config.stages}"
-        elif record.block_size != self.config.engine.block_size:
-            why_not = (
-                f"KV blocks of {record.block_size} tokens, the group's have {self.config.engine.block_size}"
-            )
-        elif record.weights_digest != self._digests[record.stage]:
-            why_not = f"its weights are not those that serve stage {record.stage}"
-        elif not registered:
+        unfit = why_not = self._unfit(record)
+        if not unfit and not registered:
             why_not = "not registered"
-        elif state is not NodeState.GREEN and not demoted:
+        elif not unfit and state is not NodeState.GREEN and not demoted:
             why_not = self.detector.evidence(record.member)
-        return NodeView(record, state, registered, not why_not, why_not, demoted)
+        return NodeView(record, state, registered, not why_not, why_not, demoted, bool(unfit))
+
+    def _unfit(self, record: NodeRecord) -> str:
+        """Why no process that registers this can serve the group."""
+        stages, block_size = self.config.stages, self.config.engine.block_size
+        if record.num_stages != stages or not 0 <= record.stage < stages:
+            return f"holds stage {record.stage} of {record.num_stages}, the group has {stages}"
+        if record.block_size != block_size:
+            return f"KV blocks of {record.block_size} tokens, the controller's settings say {block_size}"
+        if record.weights_digest != self._digests[record.stage]:
+            return f"its weights are not those that serve stage {record.stage}"
+        return ""
 
     def _unvote(self, record: NodeRecord) -> None:
         votes = self._votes[record.stage]

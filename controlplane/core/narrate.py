@@ -9,7 +9,7 @@ from controlplane.contract.ids import Member
 from controlplane.contract.records import Operation, OperationKind, OperationState
 from controlplane.contract.reports import RecoveryReport
 from controlplane.contract.status import NodeState
-from controlplane.contract.topology import MovePhase, Pipeline, Topology
+from controlplane.contract.topology import MovePhase, Pipeline, Topology, switched
 from controlplane.core.detector import Verdict
 
 
@@ -84,8 +84,7 @@ def _move(old: Pipeline, new: Pipeline, unix_now: float) -> Iterator[Event]:
     if was is None:
         text = f"moving {place}"
     elif now is None:
-        moved = any(at.ranks == (move.to,) for at in new.stages[move.stage : move.stage + 1])
-        text = f"moved {place}" if moved else f"called off: {place}"
+        text = f"moved {place}" if switched(old, new) else f"called off: {place}"
     elif now.phase is MovePhase.QUIESCE:
         text = f"quiescing to move {place}"
     else:

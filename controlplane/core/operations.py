@@ -116,8 +116,8 @@ def progress(s: Situation, op: Operation, unix_now: float) -> Operation:
         return _closed(op, OperationState.FAILED, "mode stop-restart moves nothing", unix_now)
     present = next((now for now in s.operations if now.id == op.id), None)
     if present is not None and op.kind is OperationKind.RESTART:
-        before, op = op.turn, restart.next_turn(s, op)
-        if op.turn > before and (why := restart.amiss(s, op)):
+        op = restart.next_turn(s, op)
+        if why := restart.amiss(s, op):
             return _closed(op, OperationState.FAILED, why, unix_now)
     if present is not None and is_done(s, op):
         return _closed(op, OperationState.DONE, _DONE[op.kind].format(node=op.node), unix_now)
@@ -180,7 +180,11 @@ def _doing(s: Situation, op: Operation) -> str:
         return f"moving the copies on {op.node} elsewhere"
     if op.kind is OperationKind.REPLACE and op.substitute is None:
         if s.nodes.usable(op.node) is None or makes_way(op, s.nodes):
-            return f"waiting for a fresh process of {op.node}"
+            view = s.nodes.views.get(op.node)
+            unfit = (
+                f": {view.why_not}" if view is not None and view.unfit and not makes_way(op, s.nodes) else ""
+            )
+            return f"waiting for a fresh process of {op.node}{unfit}"
         if not drain.is_done(op, s.topology, s.nodes):
             return f"handing back to {op.node}"
         return f"waiting for the copies of what {op.node} serves"

@@ -19,6 +19,7 @@ from controlplane.contract.ids import Member
 from controlplane.contract.reports import NodeReport, StepTimes
 
 WINDOW_S = 0.5  # what "now" means: who once lost its core for a moment is soon cleared
+PAUSE_S_MAX = 3.0  # who is asked for a report more rarely: what ran between the last two of them is "now"
 EVERY_S = 0.2  # between two comparisons
 MARKS_MAX = 256
 TIMED_MIN_S = 0.2  # less in a window says nothing
@@ -34,7 +35,7 @@ SLOW = 4.0  # times as long for the same steps ...
 SLOW_BESIDE = 20.0  # ... and more on a machine on which all timers are late: there times say less
 LATE = 0.35  # share of time in which a timer is overdue, beyond the others'
 
-TELLING = 0.5  # a degree of slowness below this is nothing, also to who is on probation (conduct.py)
+TELLING = 0.5  # a degree of slowness below this is nothing, also to who is on probation
 
 Totals = dict[int, tuple[int, float]]  # size -> steps, seconds
 
@@ -48,7 +49,7 @@ class Slowness:
     @property
     def degree(self) -> float:
         """1 and above is slow."""
-        late = self.late / (LATE + self.others_late)
+        late = (self.late - self.others_late) / LATE
         return max(self.slower / (SLOW * (1.0 + SLOW_BESIDE * self.others_late)), late)
 
     def __str__(self) -> str:
@@ -79,14 +80,16 @@ class _Runner:
     own: float | None = None  # times slower than its own past
 
     def look(self, now: float) -> None:
-        while len(self.marks) > 1 and self.marks[1].at <= now - WINDOW_S:
+        while len(self.marks) > 2 and self.marks[1].at <= now - WINDOW_S:
             self.marks.popleft()
         first, last = self.marks[0], self.marks[-1]
-        if last.at <= now - WINDOW_S:
-            first, self.step = last, (0.0, 0.0)  # it is silent: that is not for us to judge
-        timed_s = last.timed_s - first.timed_s
+        timed_s, silent_s = last.timed_s - first.timed_s, now - last.at
+        if silent_s >= WINDOW_S:  # its step has ended, and its timers ring: else it would have said so
+            self.step, timed_s = (0.0, 0.0), 0.0
         self.late = (last.overdue_s - first.overdue_s) / timed_s if timed_s >= TIMED_MIN_S else 0.0
-        self.window = {} if first is last else _since(first.times, last.times)
+        pause_s = 0.0 if first is last else last.at - self.marks[-2].at
+        falls_silent = silent_s >= max(WINDOW_S, min(pause_s, PAUSE_S_MAX))  # that is not for us to judge
+        self.window = {} if falls_silent else _since(first.times, last.times)
         self.own = self.times_slower(self._usual(now)) if self.window else None
 
     def _usual(self, now: float) -> dict[int, float]:
@@ -237,7 +240,7 @@ class _Measure:
             if member not in self._apart:
                 self._stages.setdefault(runner.stage, []).append(runner)
             if member not in self._mute:
-                self._lates.setdefault(runner.stage, []).append(runner.late)
+                self._lates.setdefault(runner.stage, []).append(self._lateness(member))
         self._late: dict[int | None, list[float]] = {}
         self._own: list[float] | None = None
         self._means: dict[tuple[int, int], list[float]] = {}
@@ -247,8 +250,14 @@ class _Measure:
         if stage not in self._late:
             of = self._lates.values() if stage is None else [self._lates.get(stage, [])]
             self._late[stage] = sorted(late for lates in of for late in lates)
-        own = None if member in self._mute else self._runners[member].late
+        own = None if member in self._mute else self._lateness(member)
         return _median_without(self._late[stage], own) or 0.0
+
+    def _lateness(self, member: Member) -> float:
+        """What a member says of how late timers are here. One that is demoted may be late by its own fault: it excuses
+        as much as a sound one on a full machine would, and not a second slow one."""
+        late = self._runners[member].late
+        return min(late, LATE) if member in self._apart else late
 
     def others_own(self, member: Member) -> float:
         """How much slower than their own past the others are; 1: nobody knows."""

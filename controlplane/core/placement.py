@@ -25,6 +25,9 @@ from controlplane.contract.topology import Mode, Pipeline, Topology
 from controlplane.core.membership import NodeView
 from controlplane.core.policy import Situation
 
+NEAR_MAX = (
+    4  # nodes of one fault domain that are next to each other in the ring and passed over without a search
+)
 FAR_BEHIND = 1 << 40  # tokens; a copy of unknown age
 
 
@@ -74,7 +77,7 @@ class Layout:
         return self._rings[stage]
 
     def put(self, pipeline: Pipeline) -> None:
-        """In place of the one of that name. What it costs depends on its own length alone."""
+        """In place of the one of that name. What it looks at depends on its own length, not on the group's size."""
         index = self.order[pipeline.id]
         old, self.pipelines[index] = self.pipelines[index], pipeline
         touched = {m.node for p in (old, pipeline) for m in p.members()}
@@ -97,17 +100,16 @@ class Layout:
                     bisect.insort(self._places[stage], place)
                 else:
                     ring.remove(node)
-                    self._places[stage].remove(place)
+                    places = self._places[stage]
+                    del places[bisect.bisect_left(places, place)]
 
     def around(self, pipeline: Pipeline, stage: int) -> Iterator[NodeId]:
         """The ring of a stage from the pipeline's successor on, once round."""
         self.ring(stage)
         places = self._places[stage]
         start = bisect.bisect_left(places, (self.order[pipeline.id] + 1, ""))
-        for _, node in itertools.chain(
-            itertools.islice(places, start, None), itertools.islice(places, start)
-        ):
-            yield node
+        for at in range(start, start + len(places)):
+            yield places[at % len(places)][1]
 
     def lightest(self, s: Situation, stage: int) -> Iterator[NodeId]:
         """Usable nodes with the stage's weights: first those that are not on probation, and of these who serves least;
@@ -280,6 +282,36 @@ def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int)
                 if not demoted and _shared(here, views[node]) <= least:
                     break
     return min(found, key=key).member if found else None
+
+
+def is_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int, member: Member) -> bool:
+    """Whether a living copy is where `replica_target` wants one, told without a search: in the ring its node is the
+    next of those that are furthest away. So are nearly all copies; False means only that a search has to tell."""
+    source = pipeline.stages[stage].leader
+    if layout.topology.mode is not Mode.REPLICATE or source is None:
+        return False
+    here, least = s.nodes.views.get(source.node), layout.common(s, stage)
+    for node in itertools.islice(layout.around(pipeline, stage), NEAR_MAX):
+        if node == member.node:
+            break
+        other = s.nodes.views.get(node)
+        if other is not None and _shared(here, other) <= least:
+            return False
+    else:
+        return False
+    view = s.nodes.views.get(member.node)
+    return (
+        view is not None
+        and view.record.stage == stage
+        and view.member == member
+        and view.usable
+        and not view.demoted
+        and member not in s.nodes.dead
+        and _free(s, view)
+        and not any(m.node == member.node for m in pipeline.members())
+        and s.nodes.exchange(source, member)
+        and _shared(here, view) <= least
+    )
 
 
 def _holders(s: Situation, pipeline: Pipeline, stage: int) -> dict[Member, int]:

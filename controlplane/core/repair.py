@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from controlplane.contract.ids import Member
 from controlplane.contract.topology import Mode, Move, Pipeline, Topology
 from controlplane.core.edit import successor, with_stage
-from controlplane.core.placement import Layout, first_takers, replica_target
+from controlplane.core.placement import Layout, first_takers, is_target, replica_target
 from controlplane.core.policy import Situation
 
 
@@ -173,6 +173,8 @@ def _staffed(s: Situation, draft: _Draft, pipeline: Pipeline, stages: list[int])
 def _replicas(s: Situation, layout: Layout, pipeline: Pipeline, index: int) -> tuple[Member, ...]:
     """Copies of one stage after the next small step: at most the old one and the right one."""
     stage = pipeline.stages[index]
+    if len(stage.replicas) == 1 and is_target(s, layout, pipeline, index, stage.replicas[0]):
+        return stage.replicas
     serving = {m.node for m in pipeline.members()}
     held = [
         m

@@ -23,18 +23,18 @@ from controlplane.core.policy import Situation
 
 
 def targets(s: Situation, scope: RestartScope) -> tuple[Target, ...]:
-    """Who runs now: controllers (the leader last), then gateways, then nodes."""
+    """Who runs now: controllers (the leader last), then nodes, then gateways: nodes refuse gateways of newer code."""
     peers = s.policy.peers
     leader = peers.candidates[:1]
     found: list[Target] = []
     if scope in (RestartScope.CONTROLLERS, RestartScope.ALL):
         last = sorted(peers.controllers, key=lambda m: (m.node in leader, m))
         found += [Target(ProcessKind.CONTROLLER, m) for m in last]
-    if scope in (RestartScope.GATEWAYS, RestartScope.ALL):
-        found += [Target(ProcessKind.GATEWAY, m) for m in sorted(peers.gateways)]
     if scope in (RestartScope.NODES, RestartScope.ALL):
         live = sorted(s.nodes.views.items(), key=lambda item: (len(item[0]), item[0]))
         found += [Target(ProcessKind.NODE, view.member) for _, view in live if view.registered]
+    if scope in (RestartScope.GATEWAYS, RestartScope.ALL):
+        found += [Target(ProcessKind.GATEWAY, m) for m in sorted(peers.gateways)]
     return tuple(found)
 
 
@@ -78,7 +78,11 @@ def _over(s: Situation, op: Operation, target: Target) -> bool:
 
 
 def _fresh(s: Situation, target: Target) -> bool:
-    newest = s.policy.peers.find(target.member.node)
+    name = target.member.node
+    if target.kind is ProcessKind.NODE:
+        newest = s.nodes.views[name].member if name in s.nodes.views else None
+    else:
+        newest = s.policy.peers.find(name)
     return newest is not None and newest != target.member
 
 
@@ -98,11 +102,14 @@ def _protected(s: Situation, stage: int) -> bool:
 
 
 def amiss(s: Situation, op: Operation) -> str:
-    """What the processes restarted so far are made of that they should not be, in words."""
+    """What the fresh processes are made of that they should not be, in words. The one whose turn it is counts from its
+    registration on: it may never be fit to end its turn."""
     made = {name: (version, settings) for name, version, settings in s.policy.peers.made_of}
-    made |= {name: (view.record.version, view.record.settings) for name, view in s.nodes.views.items()}
-    restarted = [target.member.node for target in op.targets[: op.turn] if target.member.node in made]
-    told = []
+    fresh = [target for target in op.targets[: op.turn + 1] if _fresh(s, target)]
+    views = {t.member.node: s.nodes.views[t.member.node] for t in fresh if t.kind is ProcessKind.NODE}
+    made |= {name: (view.record.version, view.record.settings) for name, view in views.items()}
+    restarted = [target.member.node for target in fresh if target.member.node in made]
+    told = [f"{name} cannot serve: {view.why_not}" for name, view in views.items() if view.unfit]
     for column, (what, wanted) in enumerate((("code", op.version), ("settings", op.settings))):
         having: dict[str, list[str]] = {}
         for name in restarted:

@@ -116,22 +116,26 @@ class LeaseKeeper:
         try:
             while True:
                 sent_at = time.monotonic()
-                reply = await _answer(_ask(call, self.lease_id), reply_s)
+                reply = await _answer(self._ask(call), reply_s)
                 if reply is grpc.aio.EOF:
                     raise TimeoutError
                 if reply.TTL <= 0:
                     self.declare_lost("etcd says that it has expired or was revoked")
                     return
-                self._deadline = max(self._deadline, sent_at + reply.TTL * (1 - MARGIN_SHARE))
-                self.renewals += 1
                 await asyncio.sleep(max(0.0, sent_at + interval_s - time.monotonic()))
         finally:
             call.cancel()
 
-
-async def _ask(call: Any, lease_id: int) -> Any:
-    await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=lease_id))
-    return await call.read()
+    async def _ask(self, call: Any) -> Any:
+        """The answer. It counts as soon as it is read: until whoever waits for it has a turn, a busy loop may take as
+        long as is left of the lease."""
+        sent_at = time.monotonic()
+        await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=self.lease_id))
+        reply = await call.read()
+        if reply is not grpc.aio.EOF and reply.TTL > 0:
+            self._deadline = max(self._deadline, sent_at + reply.TTL * (1 - MARGIN_SHARE))
+            self.renewals += 1
+        return reply
 
 
 async def _answer(asking: Coroutine[Any, Any, Any], limit_s: float) -> Any:

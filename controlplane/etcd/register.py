@@ -28,7 +28,7 @@ BACKOFF_MAX_S = 1.0
 # A dead holder's lease ends within its TTL, or twice that when etcd elects a leader meanwhile.
 WAIT_TTLS = 3.0
 TELL_AT = 0.4  # of the wait: then no dead holder's lease is left, usually, and etcd is told who waits
-TOLD_S = 60  # so long it stands there: until the next try of whoever supervises this process
+TOLD_S = 60  # so long it stands there after it was last told: until the next try of this process's supervisor
 TAKE_OVER = "take the name from this incarnation at once, although it may live: it ends when it sees that"
 
 
@@ -93,6 +93,7 @@ class Registration:
         self._other = ""  # who has the name now
         self._last_error = ""
         self._told = 0  # lease of the key that says that we wait; 0: there is none
+        self._tell_at = 0.0  # when to say it again; monotonic
 
     async def run(self) -> None:
         """Until cancelled. Raises NameTaken when another process has the name; an etcd that refuses is waited for."""
@@ -152,8 +153,9 @@ class Registration:
                 else:
                     now = time.monotonic()
                     waiting_since = self._wait(found, waiting_since, now)
-                    if not self._told and now - waiting_since > TELL_AT * self._wait_s:
+                    if now - waiting_since > TELL_AT * self._wait_s and now >= self._tell_at:
                         await self._tell(found)
+                        self._tell_at = now + TOLD_S / 2
             except EtcdError as error:
                 if str(error) != self._last_error:  # once per cause: an outage must not fill the log
                     log.warning("cannot register %s: %s; trying again", self.key, error)
@@ -183,9 +185,10 @@ class Registration:
         """Let the cluster's status say that two processes want one name: beside the name's folder, under "waiting"."""
         *root, folder, name = self.key.split("/")
         value = {"who": str(holder_of(holder.value) or "unknown"), "by": str(self._mine)}
-        self._told, _ = await self._client.lease_grant(TOLD_S)
+        lease, _ = await self._client.lease_grant(TOLD_S)
         key = "/".join([*root, "waiting", folder, name])
-        await self._client.put(key, msgspec.json.encode(value), self._told)
+        await self._client.put(key, msgspec.json.encode(value), lease)
+        self._told = lease
 
     async def _untell(self) -> None:
         """It has the name now. Best effort: what was told ends by itself."""

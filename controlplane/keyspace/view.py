@@ -76,6 +76,9 @@ class View:
     newer: dict[str, int] = field(default_factory=dict)  # key -> schema
     junk: int = 0  # values that could not be read, ever
     _items: dict[str, KeyValue] = field(default_factory=dict)
+    _ours: dict[str, tuple[bytes, msgspec.Struct]] = field(
+        default_factory=dict
+    )  # key -> what is written here
     _leading: dict[str, tuple[int, str]] = field(default_factory=dict)  # key -> create revision, controller
 
     def apply(self, batch: WatchBatch) -> list[Change]:
@@ -94,6 +97,10 @@ class View:
     def item(self, key: str) -> KeyValue | None:
         """A key as etcd has it, readable or not."""
         return self._items.get(key)
+
+    def writes(self, key: str, encoded: bytes, value: msgspec.Struct) -> None:
+        """What this process writes need not be decoded when it comes back: that costs as much as to decide upon it."""
+        self._ours[key] = (encoded, value)
 
     def candidates(self) -> list[str]:
         """Controllers in the order in which they would lead, the leader first."""
@@ -124,6 +131,7 @@ class View:
         if folder not in KINDS or (folder == "groups" and event.key != self.keys.topology(self.group)):
             return None  # another group's topology, or something that an operator keeps here
         if event.now is None:
+            self._ours.pop(event.key, None)
             self.unreadable.pop(event.key, None)
             self.newer.pop(event.key, None)
             self._forget(folder, name, event.key)
@@ -134,6 +142,11 @@ class View:
         return self._keep(folder, name, value, event)
 
     def _read(self, folder: str, name: str, item: KeyValue) -> msgspec.Struct | None:
+        encoded, ours = self._ours.get(item.key, (b"", None))
+        if ours is not None and encoded == item.value:
+            self.newer.pop(item.key, None)
+            self.unreadable.pop(item.key, None)
+            return ours
         written_in = schema.schema_of(item.value)
         if written_in > schema.SCHEMA:
             self.newer[item.key] = written_in

@@ -106,11 +106,14 @@ class LocalCluster:
                 for file in (self.run_dir.path / folder).glob("*.json"):
                     file.unlink()
             self._choose_ports()
+            # Before there is a supervisor: it may reap every child of this process, and so the answer's, too.
+            etcd = self._find_etcd() if self._etcd_members else None
             direct = {name: "127.0.0.1,localhost,::1" for name in ("no_proxy", "NO_PROXY")}
             self._supervisor = SupervisorThread(
                 self.run_dir, restart=self._supervise, env=direct, orphans=self._orphans
             )
-            self._start_etcd()
+            if etcd is not None:
+                self._start_etcd(*etcd)
             self._start_rest()  # at once: what the others import takes longer than etcd does, and they wait for it
             self._wait_etcd(time.monotonic() + ETCD_LIMIT_S)
             self._wait_ready(time.monotonic() + self._start_limit_s)
@@ -143,14 +146,14 @@ class LocalCluster:
         self.run_dir.write("cluster.json", self.config)
         self.run_dir.write("endpoints.json", self.endpoints)
 
-    def _start_etcd(self) -> None:
-        if not self._etcd_members:
-            return
+    def _find_etcd(self) -> tuple[Path, tuple[int, int, int]]:
         try:
             binary = find_etcd_binary(os.environ)
-            version = etcd_version(binary)
+            return binary, etcd_version(binary)
         except EtcdBinaryError as error:
             raise ConfigError(str(error)) from error
+
+    def _start_etcd(self, binary: Path, version: tuple[int, int, int]) -> None:
         release = ".".join(map(str, version))
         self._progress(f"starting etcd {release} ({self._etcd_members} members)")
         for warning in unfit_releases([release]):
@@ -230,7 +233,8 @@ class LocalCluster:
                 if file.taken:
                     raise StartFailed(file.said)
                 if file.restarts >= STARTS_MAX:
-                    raise StartFailed(f"{name} keeps dying:\n{self.run_dir.tail(name)}")
+                    why = f"{name} keeps dying:\n{self.run_dir.tail(name)}" if file.pid else file.said
+                    raise StartFailed(why)
             if time.monotonic() > deadline:
                 name = guilty()
                 raise StartFailed(
@@ -239,7 +243,8 @@ class LocalCluster:
             time.sleep(POLL_S)
 
     def _processes(self) -> dict[str, ProcessFile]:
-        return {**self.run_dir.processes("pids"), **self.run_dir.processes("nodes")}
+        """All but the relay: the cluster can do without it."""
+        return {**self._children.processes(), **self.run_dir.processes("nodes")}
 
     def _any_controller(self) -> bool:
         return any(_answers(f"{self._url(name)}/readyz") for name in self._controllers)
@@ -296,13 +301,15 @@ class LocalCluster:
     def wait(self) -> None:
         """Returns never while all is well; raises KevlarFlowError when supervision has broken down.
 
-        What does not start because another process has its name is told, once for each holder."""
-        told: set[str] = set()
+        Why a process failed, or could not be started, is told, and again only if it is something else. Where another
+        process has its name that is said while it waits for the name, as it does most of the time."""
+        told: dict[str, str] = {}
         while not self._children.join(WATCH_S):
-            fresh = {file.said for file in self._processes().values() if file.taken and not file.alive} - told
-            for line in sorted(fresh):
-                self._progress(f"{line}. It is tried again, ever more rarely")
-            told |= fresh
+            for name, file in {**self._processes(), **self.run_dir.processes("relay")}.items():
+                if file.said and told.get(name) != file.said:
+                    told[name] = file.said
+                    who = "" if file.said.startswith(name) else f"{name} failed: "
+                    self._progress(f"{who}{file.said}. It is tried again, ever more rarely")
         raise KevlarFlowError("the supervisor's thread has ended; see the trace above")
 
     # ---- doing harm, and mending it
@@ -331,16 +338,18 @@ class LocalCluster:
     def stop(self) -> None:
         """End everything within 10 s; safe to call twice."""
         children, self._supervisor = self._supervisor, None
-        with self._stack:  # the directory is let go of last
+        with self._stack as last:  # the directory is let go of last
             if children is None:
                 return
             self._progress("stopping")
-            # Gateways tell their clients; then nothing is left to serve, to lead or to store.
-            children.end([*self._gateways, *self._controllers], 2.5)
-            children.end(["launcher"], 4.0)
-            self.run_dir.end_leftovers(1.5, ("nodes", "relay"))  # if the launcher had to be killed
-            children.end([f"etcd{number}" for number in range(self._etcd_members)], 1.5)
-            children.close()
+            # The stack calls the last one first, and each whatever became of those before: gateways tell their
+            # clients; then nothing is left to serve, to lead or to store.
+            last.callback(children.close)
+            last.callback(children.end, [f"etcd{number}" for number in range(self._etcd_members)], 1.5)
+            # If the launcher had to be killed.
+            last.callback(self.run_dir.end_leftovers, 1.5, ("nodes", "relay"))
+            last.callback(children.end, ["launcher"], 4.0)
+            last.callback(children.end, [*self._gateways, *self._controllers], 2.5)
 
 
 def _answers(url: str) -> bool:

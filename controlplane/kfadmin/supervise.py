@@ -25,7 +25,7 @@ import msgspec
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.logs import bound_logs
 from controlplane.kfadmin.rundir import RunDir
-from controlplane.supervisor import Supervisor, run_command
+from controlplane.supervisor import ProcessFile, Supervisor, run_command
 
 T = TypeVar("T")
 
@@ -58,17 +58,21 @@ class SupervisorThread:
         )
         self._calls: deque[Callable[[], None]] = deque()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()  # Ctrl-C in `Thread.join` makes Python 3.11 take a thread for ended
+        threading.Thread(target=self._run, name="supervisor", daemon=True).start()
 
     def start(self, name: str, command: list[str]) -> None:
-        """From now on keep this child running. What keeps it from starting is in `kfadmin.log`."""
+        """From now on keep this child running. What keeps it from starting is in `processes`, and in `kfadmin.log`."""
         tied = [sys.executable, "-S", "-E", str(SHIM), str(os.getpid()), *command]
         self._call(lambda: self._supervisor.add(name, "pids", run_command(tied, self._env)))
 
     def pids(self) -> dict[str, int]:
         """Of those that run now."""
         return self._supervisor.pids()
+
+    def processes(self) -> dict[str, ProcessFile]:
+        """Of those that were started, or could not be."""
+        return self._supervisor.processes()
 
     def end(self, names: list[str], grace_s: float) -> None:
         """SIGTERM to all of these at once, SIGKILL to those left after `grace_s`; returns when all are gone.
@@ -78,8 +82,7 @@ class SupervisorThread:
 
     def join(self, limit_s: float) -> bool:
         """Whether the thread has ended (`close`, or an error of its own) within so many seconds."""
-        self._thread.join(limit_s)
-        return not self._thread.is_alive()
+        return self._ended.wait(limit_s)
 
     def close(self) -> None:
         """End the thread; children must have been ended before."""
@@ -90,6 +93,8 @@ class SupervisorThread:
         self._supervisor.close()
 
     def _call(self, act: Callable[[], T]) -> T:
+        if self._ended.is_set():
+            raise KevlarFlowError("the supervisor's thread has ended")
         future: Future[T] = Future()
 
         def perform() -> None:
@@ -103,10 +108,13 @@ class SupervisorThread:
         return future.result(CALL_LIMIT_S)
 
     def _run(self) -> None:
-        while not self._closing:
-            self._supervisor.turn()
-            while self._calls:
-                self._calls.popleft()()
+        try:
+            while not self._closing:
+                self._supervisor.turn()
+                while self._calls:
+                    self._calls.popleft()()
+        finally:
+            self._ended.set()
 
 
 class _LogFile:

@@ -11,33 +11,59 @@ from controlplane.core.events import CoreEvent
 INBOX_LEN_MAX = 4096
 
 
+class _Source:
+    """What waits in the inbox of one kind of sender: its bound is its own, so that no kind takes another's room."""
+
+    __slots__ = ("_len_max", "_room", "waiting")
+
+    def __init__(self, len_max: int) -> None:
+        self.waiting = 0
+        self._len_max = len_max
+        self._room = asyncio.Event()
+
+    async def admit(self, events: int) -> None:
+        """All of them at once, as soon as there is room for one: the bound is exceeded by a message of each sender."""
+        while self.waiting >= self._len_max:
+            self._room.clear()
+            await self._room.wait()
+        self.waiting += events
+
+    def taken(self) -> None:
+        self.waiting -= 1
+        if self.waiting == self._len_max - 1:
+            self._room.set()
+
+
 class Inbox:
-    """Outside sources wait when it is full (gRPC and the watch then slow their senders down).
+    """Outside sources wait when there is too much of them (gRPC and the watch then slow their senders down): reports
+    for reports, and the watch on etcd for itself alone. Hundreds of streams compete for the room that reports have, and
+    a watch among them would get one event in each time: nodes that have registered would be known minutes later.
 
     Our own answers and news (`put_own`) never wait: there are at most as many as effects, streams and terms
     of leadership under way, and waiting for ourselves would be a deadlock.
     """
 
     def __init__(self, len_max: int = INBOX_LEN_MAX) -> None:
-        self._len_max = len_max
-        self._outside = 0  # events of outside sources
-        self._events: deque[tuple[CoreEvent, bool]] = deque()
-        self._room = asyncio.Event()
+        self._reports = _Source(len_max)
+        self._watched = _Source(len_max)
+        self._events: deque[tuple[CoreEvent, _Source | None]] = deque()
         self._filled = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._events)
 
     async def put(self, *events: CoreEvent) -> None:
-        """All of them at once, as soon as there is room for one: a message brings few."""
-        while self._outside >= self._len_max:
-            self._room.clear()
-            await self._room.wait()
-        self._outside += len(events)
-        self._append(events, outside=True)
+        """What one message of a node or relay brings."""
+        await self._reports.admit(len(events))
+        self._append(events, self._reports)
+
+    async def put_watched(self, event: CoreEvent) -> None:
+        """What etcd's watch tells."""
+        await self._watched.admit(1)
+        self._append((event,), self._watched)
 
     def put_own(self, event: CoreEvent) -> None:
-        self._append((event,), outside=False)
+        self._append((event,), None)
 
     async def wait(self, limit_s: float) -> None:
         """Until there is an event, `limit_s` at most."""
@@ -57,13 +83,11 @@ class Inbox:
         """The oldest event, or None when there is none."""
         if not self._events:
             return None
-        event, outside = self._events.popleft()
-        if outside:
-            self._outside -= 1
-            if self._outside == self._len_max - 1:
-                self._room.set()
+        event, source = self._events.popleft()
+        if source is not None:
+            source.taken()
         return event
 
-    def _append(self, events: Sequence[CoreEvent], *, outside: bool) -> None:
-        self._events.extend((event, outside) for event in events)
+    def _append(self, events: Sequence[CoreEvent], source: _Source | None) -> None:
+        self._events.extend((event, source) for event in events)
         self._filled.set()

@@ -112,21 +112,21 @@ class Registry:
             await self._tell(change)
         if (peers := self._peers_now()) != self._peers:
             self._peers = peers
-            await self._inbox.put(peers)
+            await self._inbox.put_watched(peers)
         if self._me is not None and self.view.retired(self._me):
             self.retired.set()
         if not self.synced.is_set() and self.view.item(self.view.keys.topology(self.view.group)) is None:
-            await self._inbox.put(TopologySeen(None, 0))
+            await self._inbox.put_watched(TopologySeen(None, 0))
 
     async def _tell(self, change: Change) -> None:
         match change.now:
             case NodeRecord():
                 self._nodes.add(change.name)
-                await self._inbox.put(NodeRegistered(change.now))
+                await self._inbox.put_watched(NodeRegistered(change.now))
             case Operation():
-                await self._inbox.put(OperationSeen(change.now, change.mod_revision))
+                await self._inbox.put_watched(OperationSeen(change.now, change.mod_revision))
             case Topology():
-                await self._inbox.put(TopologySeen(change.now, change.mod_revision))
+                await self._inbox.put_watched(TopologySeen(change.now, change.mod_revision))
             case None:
                 await self._tell_absent(change)
             case _:
@@ -137,13 +137,13 @@ class Registry:
         match change.folder:
             case "nodes" if not change.unreadable and change.name in self._nodes:
                 self._nodes.discard(change.name)
-                await self._inbox.put(NodeGone(change.name))
+                await self._inbox.put_watched(NodeGone(change.name))
             case "operations" if change.unreadable:
-                await self._inbox.put(OperationUnknown(change.name))
+                await self._inbox.put_watched(OperationUnknown(change.name))
             case "operations":
-                await self._inbox.put(OperationGone(change.name))
+                await self._inbox.put_watched(OperationGone(change.name))
             case "groups" if not change.unreadable:
-                await self._inbox.put(TopologySeen(None, 0))
+                await self._inbox.put_watched(TopologySeen(None, 0))
             case _:
                 pass
 

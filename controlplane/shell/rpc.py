@@ -20,7 +20,14 @@ from controlplane.contract.address import join
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.config import TimingConfig
 from controlplane.contract.ids import Member
-from controlplane.contract.reports import REPORT_SCHEMA, NodeReport, ReportAck, ReportBatch, beat_every_s
+from controlplane.contract.reports import (
+    REPORT_SCHEMA,
+    NodeReport,
+    ReportAck,
+    ReportBatch,
+    beat_every_s,
+    report_every_s,
+)
 from controlplane.core.events import CoreEvent, HeartbeatsReceived, ReportReceived, ReportStreamBroken
 from controlplane.shell.inbox import Inbox
 
@@ -40,6 +47,8 @@ OPTIONS = [
     ("grpc.http2.max_ping_strikes", 0),
 ]
 
+NOTHING_TOLD = ReportAck(0)
+
 
 class _Refused(Exception):
     """A sender broke the protocol; the text says how."""
@@ -53,7 +62,7 @@ class _Stream:
     members: dict[int, Member] = field(default_factory=dict)  # by slot
     slots: dict[Member, int] = field(default_factory=dict)
     heard: float = 0.0  # when the last batch came
-    told_s: float = -1.0  # how often it was told to beat; -1: not acknowledged yet
+    told: ReportAck = NOTHING_TOLD  # the last acknowledgement
 
 
 class ReportServer:
@@ -70,7 +79,7 @@ class ReportServer:
         self._inbox = inbox
         self._timing = timing
         self._senders = 0  # open streams
-        self._beat_s = timing.heartbeat_s  # how often each of so many is to speak
+        self._ack = ReportAck(0)  # how often each of so many is to speak
         self._carriers: dict[Member, list[_Stream]] = {}
         self._newest: dict[Member, tuple[int, _Stream]] = {}  # report of each, and what brought it
         self._stopping = False
@@ -107,13 +116,14 @@ class ReportServer:
             self.refused += 1
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
         stream = _Stream()
-        self._count_senders(1)
+        self._senders += 1
+        self._count()
         try:
             while (message := await context.read()) is not grpc.aio.EOF:
                 await self._take(stream, message)
-                if stream.told_s != self._beat_s:
-                    stream.told_s = self._beat_s
-                    await context.write(ReportAck(0, self._beat_s))
+                if stream.told is not self._ack:
+                    stream.told = self._ack
+                    await context.write(stream.told)
         except _Refused as error:
             self.refused += 1
             log.warning(
@@ -121,15 +131,18 @@ class ReportServer:
             )
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
-            self._count_senders(-1)
+            self._senders -= 1
+            self._count()
             # Also when the peer was killed: grpc cancels this task as soon as the connection breaks.
             if not self._stopping:
                 self._ended(stream)
 
-    def _count_senders(self, more: int) -> None:
-        self._senders += more
+    def _count(self) -> None:
         timing = self._timing
-        self._beat_s = beat_every_s(self._senders, timing.heartbeat_s, timing.suspect_after_s)
+        beat_s = beat_every_s(self._senders, timing.heartbeat_s, timing.suspect_after_s)
+        ack = ReportAck(0, beat_s, report_s=report_every_s(self.streams, timing.heartbeat_s))
+        if ack != self._ack:
+            self._ack = ack
 
     async def _take(self, stream: _Stream, message: bytes) -> None:
         # Decoded here rather than by grpc, whose answer to an error would be silence.
@@ -154,7 +167,8 @@ class ReportServer:
         if beats:
             self.beats += len(beats)
             events.append(HeartbeatsReceived(beats))
-        await self._inbox.put(*events)
+        if events:  # who only leaves does not wait for room
+            await self._inbox.put(*events)
         for slot in batch.gone:
             member = stream.members.pop(slot, None)
             if member is not None:
@@ -196,6 +210,7 @@ class ReportServer:
         stream.members[slot] = member
         stream.slots[member] = slot
         self._carriers.setdefault(member, []).append(stream)
+        self._count()
 
     def _ended(self, stream: _Stream) -> None:
         members = list(stream.slots)
@@ -215,7 +230,8 @@ class ReportServer:
                 self._drop(member, stream)
 
     def _drop(self, member: Member, stream: _Stream) -> None:
-        """`stream` carries `member` no longer. Another one that has just carried it stands for it."""
+        """`stream` carries `member` no longer. Another one that has just carried it stands for it; it beats as often as
+        it was told the last time, which it hears of with its next batch only."""
         carriers = self._carriers.get(member, [])
         if stream not in carriers:
             return
@@ -226,6 +242,7 @@ class ReportServer:
             self._newest.pop(member, None)
         if not carriers:
             del self._carriers[member]
+            self._count()
         now = time.monotonic()
-        if not any(now - other.heard < CARRIED_BEATS * self._beat_s for other in carriers):
+        if not any(now - o.heard < CARRIED_BEATS * max(o.told.beat_s, self._ack.beat_s) for o in carriers):
             self._inbox.put_own(ReportStreamBroken(member))

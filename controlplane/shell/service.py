@@ -33,6 +33,7 @@ from controlplane.shell.quorum import quorum
 from controlplane.shell.registry import Registry
 
 CALL_LIMIT_S = 2.0
+CANCEL_TRIES = 5  # the leader may write how far an operation is between our read and our write
 FINISHED_KEPT = 50  # operations that have ended and stay in etcd; all of them stay in the history
 
 
@@ -147,32 +148,35 @@ class Service:
 
     async def cancel(self, operation_id: str) -> Operation | None:
         """See AdminService. The leader calls the operation's move off when it sees the new state."""
-        found = await self._find(operation_id)
-        if found is None or not found[0].open:
-            return found[0] if found else None
+        for _ in range(CANCEL_TRIES):
+            found = await self._find(operation_id)
+            if found is None or not found[0].open:  # also if it has ended in this very moment
+                return found[0] if found else None
+            cancelled = await self._cancel(*found)
+            if cancelled is not None:
+                self._audit("cancelled", cancelled)
+                return cancelled
+        raise Unavailable("the operation changed each time that it was being cancelled; ask again")
+
+    async def _cancel(self, operation: Operation, revision: int, value: bytes) -> Operation | None:
+        """None if it is not at this revision any more. Raises Unavailable."""
         cancelled = msgspec.structs.replace(
-            found[0],
+            operation,
             state=OperationState.CANCELLED,
             message="cancelled by an operator",
             finished_unix_s=time.time(),
         )
-        key = self._keys.operation(operation_id)
+        key = self._keys.operation(operation.id)
         try:
-            unchanged, put = Compare.mod_revision(key, found[1]), Put(key, encode(cancelled, found[2]))
+            unchanged, put = Compare.mod_revision(key, revision), Put(key, encode(cancelled, value))
             result = await self._client.txn([unchanged], [put], timeout_s=CALL_LIMIT_S)
         except NewerSchema as error:
             raise Unavailable(
-                f"operation {operation_id}: {error}; ask a controller of the newer version"
+                f"operation {operation.id}: {error}; ask a controller of the newer version"
             ) from error
         except EtcdError as error:
             raise Unavailable(f"the operation may not be cancelled yet; ask again: {error}") from error
-        if result.succeeded:
-            self._audit("cancelled", cancelled)
-            return cancelled
-        found = await self._find(operation_id)  # it ended, or moved on, in this very moment
-        if found is not None and found[0].open:
-            raise Unavailable("the operation changed while it was being cancelled; ask again")
-        return found[0] if found else None
+        return cancelled if result.succeeded else None
 
     async def _find(self, operation_id: str) -> tuple[Operation, int, bytes] | None:
         """The operation, its revision, and its bytes, straight from etcd: our own view may be a moment old.

@@ -108,6 +108,7 @@ class Batcher:
         if len(self.running) >= self.limits.max_running or not self._reserve(request, request.total):
             return False
         self.running[request.rid] = request
+        request.interrupted = True
         return True
 
     def preempt_until_fits(self) -> list[Request]:
@@ -134,7 +135,9 @@ class Batcher:
         # More wait than there are places. They wait for decodes to end, so what counts is how much the stages get done,
         # and that is the most when all of them always have a step, and steps are alike.
         short = len(self._queued) > self.limits.max_running - len(self.running)
-        decodes_max = self._decodes_max(bool(prompts) or (new and self._admissible() is not None))
+        # Whose tokens a step may have besides decodes.
+        coming = [*prompts, *(self._queued.values() if new and self._admissible() is not None else ())]
+        decodes_max = self._decodes_max(bool(coming))
         decoding = len(self.running) - len(prompts)  # also those whose last token is on its way
         useful = max(1, -(-len(self.running) // self.limits.rows_min), -(-decoding // max(1, decodes_max)))
         worth = self.microbatches if short else min(self.microbatches, useful)
@@ -158,11 +161,12 @@ class Batcher:
         if rows and short:
             chunk = self._spread(prompts)
         room = min(self.limits.max_batch_tokens - len(rows), chunk)
+        reading = any(r.output for r in self.running.values()) or any(r.output for r in coming)
         budget = 0
         if pending:
-            budget = _even(pending, self._paced(room, len(rows), in_flight))
-        if lost := sum(r.total - r.issued for r in prompts if r.output):  # in a failure: somebody reads these
-            tails = _even(lost, self._paced(room, len(rows), in_flight, lost=True))
+            budget = _even(pending, self._paced(room, len(rows), in_flight, reading))
+        if lost := sum(r.total - r.issued for r in coming if r.lost):
+            tails = _even(lost, self._paced(room, len(rows), in_flight, reading, lost=True))
             budget = max(budget, min(lost, tails))
         # Who has been reading already goes before who waits for a first token: after a recovery that is all who were
         # interrupted, those with the least to recompute first.
@@ -183,16 +187,19 @@ class Batcher:
             return 0 if self._prompts_turn else 1
         return rows - max(1, rows // 4)
 
-    def _paced(self, room: int, decodes: int, in_flight: int, *, lost: bool = False) -> int:
+    def _paced(self, room: int, decodes: int, in_flight: int, reading: bool, *, lost: bool = False) -> int:
         """How many tokens of prompts a step with so many decodes may have, out of `room`: while somebody reads along,
-        what keeps the step short. Whose whole prompt is in flight soon reads along, and waits for all steps in front of
-        its second token: one of whole prompts is worth the others' first tokens, three were not."""
-        reading = any(request.output for request in self.running.values())
-        soon = in_flight > 1 and any(request.issued >= request.total for request in self.running.values())
-        if room <= 0 or not (reading or soon):
+        what keeps the step short. Readers of other pipelines wait for it, too, where they share a node. Whose whole
+        prompt is in flight soon reads along, and waits for all steps in front of its second token: one of whole prompts
+        is worth the others' first tokens, three were not."""
+        reading = reading or self.shared > 1
+        started = any(request.issued >= request.total for request in self.running.values())
+        if room <= 0 or not (reading or (in_flight > 1 and started)):
             return room
         multiple = STEP_MULTIPLE if reading and not lost else ONCE_MULTIPLE
         tokens = self.speed.chunk_tokens(decodes, room, multiple, lost=lost)
+        if self.speed.unproved and (decodes or started):  # otherwise there is nothing to measure
+            tokens = 0
         return tokens if decodes or in_flight else max(tokens, min(room, CHUNK_MIN))
 
     def _admissible(self) -> Request | None:

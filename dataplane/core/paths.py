@@ -2,18 +2,47 @@
 
 The relay is trusted while it answers, and for the controllers that it names in its answers. Where it fails, the node
 reports by itself at once; it returns after a quiet while, which doubles each time, so that a relay that comes and goes
-costs a few streams and no flapping. For that while a controller hears the node on both ways. No clock and no socket.
+costs a few streams and no flapping. Each controller has a while of its own, since a relay may be cut off from one. For
+that while it hears the node on both ways. No clock and no socket.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 ANSWER_BEATS = 2  # an answer that is due for so many heartbeats will not come
 NEW_BEATS = 5  # a relay finds a controller as soon as its nodes do; it gets so long to be heard by it
 QUIET_FIRST_S = 1.0
 QUIET_MAX_S = 60.0
+# A relay that was stopped answers before the controllers hear it. They are to have heard it when the node's own stream
+# ends: that takes one of its beats.
+QUIET_BEATS = 3
+
+
+@dataclass(slots=True)
+class _Way:
+    """To one controller."""
+
+    since: float  # it may be waited for
+    beat_s: float  # how often it wants to hear a sender
+    carried: float | None = None  # since when the relay is heard there without a break
+    alone: float | None = None  # since when the relay does it alone
+    failures: int = 0  # of that
+
+    def lose(self, now: float) -> bool:
+        """The relay is not heard there. Returns whether it was."""
+        if self.alone is not None:
+            self.failures = 1 if now - self.alone >= QUIET_MAX_S else self.failures + 1
+        lost = self.carried is not None
+        self.carried = self.alone = None
+        return lost
+
+    @property
+    def quiet_s(self) -> float:
+        doubled_s = QUIET_FIRST_S * 2.0 ** min(max(self.failures - 1, 0), 30)
+        return max(min(doubled_s, QUIET_MAX_S), QUIET_BEATS * self.beat_s)
 
 
 class Paths:
@@ -22,23 +51,26 @@ class Paths:
     def __init__(self, heartbeat_s: float, now: float, relay: bool = True) -> None:
         self.own: set[str] = set()
         self._heartbeat_s = heartbeat_s
-        self._controllers: dict[str, float] = {}  # address -> since when it may be waited for
+        self._ways: dict[str, _Way] = {}  # by address
         self._heard_by: frozenset[str] = frozenset()
-        self._carried: dict[str, float] = {}  # since when the relay is heard there without a break
         self._relay = relay  # its stream stands, or is just being opened
         self._owed: deque[float] = deque()  # when each batch that it has not answered was sent
         self._answered = 0
         self._looked = now
-        self._failures = 0
-        self._alone_since: float | None = None  # the relay does it all
 
     def overdue(self, now: float) -> bool:
         """Whether the relay owes an answer for too long. Until it comes, nothing more is sent to it."""
         return bool(self._owed) and now - self._owed[0] >= ANSWER_BEATS * self._heartbeat_s
 
     def set_controllers(self, addresses: Iterable[str], now: float) -> None:
-        self._controllers = {address: self._controllers.get(address, now) for address in addresses}
+        ways = self._ways
+        self._ways = {address: ways.get(address) or _Way(now, self._heartbeat_s) for address in addresses}
         self._settle(now)
+
+    def paced(self, address: str, beat_s: float) -> None:
+        """This controller wants to hear each of its senders so often."""
+        if address in self._ways:
+            self._ways[address].beat_s = beat_s
 
     def opening(self) -> None:
         """A stream to the relay is being opened."""
@@ -52,7 +84,8 @@ class Paths:
         """The relay has taken `count` batches of this stream. True if a controller is new to it."""
         if not self._relay:
             self._relay = True
-            self._controllers = dict.fromkeys(self._controllers, now)
+            for way in self._ways.values():
+                way.since = now
         for _ in range(min(count - self._answered, len(self._owed))):
             self._owed.popleft()
         self._answered = max(count, self._answered)
@@ -76,27 +109,16 @@ class Paths:
 
     def _settle(self, now: float) -> None:
         answers = self._relay and not self.overdue(now)
-        for address, since in self._controllers.items():
-            if answers and address in self._heard_by:
-                carried_s = now - self._carried.setdefault(address, now)
-                if address in self.own and carried_s >= self._quiet_s():
-                    self.own.remove(address)
+        for address, way in self._ways.items():
+            if not answers or address not in self._heard_by:
+                lost = way.lose(now)
+                if lost or not answers or now - way.since >= NEW_BEATS * self._heartbeat_s:
+                    self.own.add(address)
                 continue
-            lost = self._carried.pop(address, None) is not None
-            if lost or not answers or now - since >= NEW_BEATS * self._heartbeat_s:
-                self._fall_back(address, lost, now)
-        self.own.intersection_update(self._controllers)
-        self._carried = {a: since for a, since in self._carried.items() if a in self._controllers}
-        if self.own:
-            self._alone_since = None
-        elif self._alone_since is None:
-            self._alone_since = now
-
-    def _fall_back(self, address: str, lost: bool, now: float) -> None:
-        if lost and not self.own:
-            long = self._alone_since is not None and now - self._alone_since >= QUIET_MAX_S
-            self._failures = 1 if long else self._failures + 1
-        self.own.add(address)
-
-    def _quiet_s(self) -> float:
-        return min(QUIET_FIRST_S * 2.0 ** min(max(self._failures - 1, 0), 30), QUIET_MAX_S)
+            if way.carried is None:
+                way.carried = now
+            if address in self.own and now - way.carried >= way.quiet_s:
+                self.own.remove(address)
+            if address not in self.own and way.alone is None:
+                way.alone = now
+        self.own.intersection_update(self._ways)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.records import NodeRecord
-from controlplane.contract.reports import LinkReport
+from controlplane.contract.reports import NO_LINK, LinkReport
 from controlplane.contract.topology import Pipeline, Topology
 
 PING_S = 0.2  # a link that had nothing to carry for this long carries a ping
@@ -100,7 +100,8 @@ class Peers:
 
     def report(self, heard: Heard, now: float) -> Iterator[LinkReport]:
         for member, why in self._down.items():
-            yield LinkReport(member, False, 0.0, why, watch=member.node not in self._named)
+            watch, refused = member.node not in self._named, why.startswith(NO_LINK)
+            yield LinkReport(member, False, 0.0, why, watch, refused)
         for member, since in self._neighbours.items():
             if member not in self._down:
                 yield LinkReport(member, True, now - max(heard(member.node) or since, since))

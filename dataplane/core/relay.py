@@ -3,8 +3,9 @@
     a node's stream: join, report, beat, leave  ->  Relay  ->  Line.next(now): a RelayedBatch for each controller
 
 News go at once, everything else at the pace that a controller asks for. Only who was heard just before is passed on
-then, so that a stopped node falls silent behind a relay as well. What waits for a controller that does not take it is
-bounded: the newest report of each node, and those that tell recoveries, since no later one repeats them.
+then, and along with others' news, so that a stopped node falls silent behind a relay as well. What waits for a
+controller that does not take it is bounded: of each node the newest report and the newest that has counters, and those
+that tell recoveries, since no later one repeats them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from controlplane.contract.ids import Member
 from controlplane.contract.reports import RelayedBatch
 
 HEARD_BEATS = 1.5  # of a node's own: it speaks at each of them, and may be half of one late
+LATE_BEATS = 3  # the relay's own lateness, which is not the nodes', counts for so many of them at most
 RECOVERIES_MAX = 256  # reports that tell some and wait for one controller; then the oldest is dropped
 
 
@@ -34,6 +36,7 @@ class Source:
 class Waiting:
     report: msgspec.Raw
     recoveries: bool = False  # it tells some
+    counters: bool = False  # it has them
 
 
 @dataclass(slots=True, eq=False)
@@ -43,12 +46,15 @@ class Line:
     heartbeat_s: float  # pause between two beats of a node ...
     beat_s: float  # ... and of the relay, as the controller wants it
     beat_at: float  # when the next one is due
+    report_s: float = (
+        0.0  # pause between two whole reports of a node without news, as the controller wants it
+    )
     acknowledged: bool = False  # the controller has answered on this stream
-    urgent: bool = False
+    urgent: set[int] = field(default_factory=set)  # slots whose report is to be sent at once
     waiting: dict[int, Waiting] = field(default_factory=dict)  # slot -> the report that is to be sent
-    # Reports that tell recoveries and are no longer the newest of their slot: sent before that one.
-    recoveries: deque[tuple[int, msgspec.Raw]] = field(default_factory=deque)
-    dropped: int = 0  # of those
+    # Reports with recoveries or counters that are no longer the newest of their slot: sent before that one.
+    earlier: deque[tuple[int, Waiting]] = field(default_factory=deque)
+    dropped: int = 0  # of those that tell recoveries
     heard: dict[int, float] = field(default_factory=dict)  # slot -> when; none of what is sent already
     gone: list[int] = field(default_factory=list)
     told: set[int] = field(default_factory=set)  # whose report is on this stream
@@ -63,11 +69,11 @@ class Line:
             return self._goodbye()
         if not self.urgent and now < self.beat_at:
             return None
-        # The relay's own lateness is not the nodes': who was heard before the beat was due is passed on.
-        since = min(now, self.beat_at) - HEARD_BEATS * self.heartbeat_s
+        # Who was heard before the beat was due is passed on, unless that is so long ago that he may have died since.
+        due = max(self.beat_at, now - LATE_BEATS * self.heartbeat_s)
+        since = min(now, due) - HEARD_BEATS * self.heartbeat_s
         heard = {slot for slot, when in self.heard.items() if when >= since}
-        reports = self._take(set(self.waiting) if self.urgent else heard.intersection(self.waiting))
-        self.urgent = False
+        reports = self._take((heard | self.urgent) & self.waiting.keys())
         beats: tuple[int, ...] = ()
         if now >= self.beat_at:
             beats = tuple(sorted(heard & self.heard.keys()))
@@ -77,17 +83,18 @@ class Line:
 
     def _take(self, slots: Set[int]) -> tuple[tuple[int, msgspec.Raw], ...]:
         """What waits of these; it is on its way from now on."""
-        earlier = [each for each in self.recoveries if each[0] in slots]
+        earlier = [(slot, each.report) for slot, each in self.earlier if slot in slots]
         if earlier:
-            self.recoveries = deque(each for each in self.recoveries if each[0] not in slots)
+            self.earlier = deque(each for each in self.earlier if each[0] not in slots)
         for slot in slots:
             self.heard.pop(slot, None)
+        self.urgent -= slots
         self.told.update(slots)
         return *earlier, *((slot, self.waiting.pop(slot).report) for slot in sorted(slots))
 
-    def acknowledge(self, beat_s: float) -> None:
-        """The controller hears what is said here, and wants to hear beats so often, seconds."""
-        self.acknowledged, self.beat_s = True, beat_s
+    def acknowledge(self, beat_s: float, report_s: float = 0.0) -> None:
+        """The controller hears what is said here, and wants to hear beats and whole reports so often, seconds."""
+        self.acknowledged, self.beat_s, self.report_s = True, beat_s, report_s
 
     def _goodbye(self) -> RelayedBatch:
         """Alone, since a receiver takes reports before it lets go of slots: a member that is back has another slot."""
@@ -98,14 +105,23 @@ class Line:
 
     def report(self, slot: int, report: Waiting, now: float, urgent: bool) -> None:
         self.heard[slot] = now
-        self.urgent = self.urgent or urgent
+        if urgent:
+            self.urgent.add(slot)
         before = self.waiting.get(slot)
         self.waiting[slot] = report
-        if before is not None and before.recoveries:
-            self.recoveries.append((slot, before.report))
-            if len(self.recoveries) > RECOVERIES_MAX:
-                self.recoveries.popleft()
-                self.dropped += 1
+        if before is None:
+            return
+        if report.counters and not before.counters:  # those of an earlier one are of no use any more
+            self.earlier = deque(each for each in self.earlier if each[0] != slot or each[1].recoveries)
+        if before.recoveries or (before.counters and not report.counters):
+            self.earlier.append((slot, before))
+            self._bound()
+
+    def _bound(self) -> None:
+        told = [each for each in self.earlier if each[1].recoveries]
+        if len(told) > RECOVERIES_MAX:
+            self.earlier.remove(told[0])
+            self.dropped += 1
 
     def leave(self, slot: int) -> None:
         self.heard.pop(slot, None)
@@ -113,7 +129,8 @@ class Line:
             self.told.remove(slot)
             self.gone.append(slot)
         elif self.waiting.pop(slot, None) is not None:
-            self.recoveries = deque(each for each in self.recoveries if each[0] != slot)
+            self.urgent.discard(slot)
+            self.earlier = deque(each for each in self.earlier if each[0] != slot)
 
 
 class Relay:
@@ -138,11 +155,18 @@ class Relay:
         return source
 
     def report(
-        self, source: Source, report: msgspec.Raw, now: float, urgent: bool = True, recoveries: bool = False
+        self,
+        source: Source,
+        report: msgspec.Raw,
+        now: float,
+        urgent: bool = True,
+        recoveries: bool = False,
+        counters: bool = False,
     ) -> None:
-        """`recoveries`: the report tells some, so that it is to be sent even if it is not the newest any more."""
+        """`recoveries`, `counters`: the report has some, so that it is to be sent even if it is not the newest any
+        more (of those with counters alone, the newest)."""
         if self._speaks(source):
-            waiting = Waiting(report, recoveries)
+            waiting = Waiting(report, recoveries, counters)
             self._reports[source.slot] = report
             for line in self.lines.values():
                 line.report(source.slot, waiting, now, urgent)
@@ -169,6 +193,10 @@ class Relay:
             if line.acknowledged and source.slot in line.told and self._speaks(source)
         )
 
+    def report_s(self) -> float:
+        """How often a node has to send a whole report although it has no news, for each controller to have enough."""
+        return min((line.report_s for line in self.lines.values()), default=0.0)
+
     def _speaks(self, source: Source) -> bool:
         return self._sources.get(source.member) is source
 
@@ -176,10 +204,10 @@ class Relay:
 
     def open(self, address: str, now: float) -> Line:
         """A stream to a controller began: it is told everything, whatever was said on one before. Nodes tell all their
-        recoveries again once it is among those that hear them."""
+        recoveries and counters again once it is among those that hear them."""
         line = self.lines[address] = Line(self._heartbeat_s, self._heartbeat_s, now)
         line.waiting.update((slot, Waiting(report)) for slot, report in self._reports.items())
-        line.urgent = bool(line.waiting)
+        line.urgent = set(line.waiting)
         return line
 
     def close(self, address: str) -> None:

@@ -80,6 +80,7 @@ class Request:
     announced: bool = False  # the last stage knows the token log, in the present fence
     blocks: int = 0  # KV blocks reserved on every stage
     turn: int = 0  # of the batcher, when it last had rows
+    interrupted: bool = False  # by a failure or a move, and since then it has had no token
     orphaned_at: float | None = None
     context: bytes | None = None  # of the gateway that may resume it; None: nobody may
     reader: int = 0
@@ -114,6 +115,11 @@ class Request:
     def finished(self) -> bool:
         return bool(self.output) and self.output[-1].finish is not None
 
+    @property
+    def lost(self) -> bool:
+        """Somebody reads it and has had no token since a failure: all wait until what it lost is computed again."""
+        return self.interrupted and bool(self.output)
+
     def lacks_logprobs(self, start: int) -> bool:
         """Whether output from `start` on came from an earlier scheduler's log, without what the client asked for."""
         return self.sampling.logprobs is not None and any(t.logprob is None for t in self.output[start:])
@@ -136,6 +142,7 @@ class Request:
     def append(self, token: Token) -> None:
         self.ids.append(token.token)
         self.output.append(token)
+        self.interrupted = False
 
     def rewind(self, phase: Phase, position: int = 0) -> None:
         """Forget what is in flight and start again from `position`."""

@@ -279,6 +279,7 @@ class Scheduler:
         self.stats.preemptions += 1
         self._frees.append(request.rid)
         request.rewind(Phase.WAITING)
+        request.interrupted = False  # others go on meanwhile
         self.batcher.enqueue(request)
 
     def _tick(self, now: float, effects: list[Effect]) -> None:
@@ -417,6 +418,7 @@ class Scheduler:
             else:
                 # Nothing is left of it, or there is no room: it waits like a new one, in front by its order.
                 request.rewind(Phase.WAITING)
+                request.interrupted = True
                 self._frees.append(rid)
                 self.batcher.enqueue(request)
 

@@ -30,6 +30,7 @@ CHUNK_MIN = 16
 DECODES_KEPT, CHUNKS_KEPT = 33, 63  # measurements
 # No chunk is more times as long as one that was measured: half of the short ones may seem to have cost nothing.
 GROWTH_MAX = 2
+LOST_GROWTH = 4  # the same for what was lost in a failure, where no time is set
 # So many steps with chunks and none that only decodes: the next ones have no prompt until one has been measured.
 # Nothing else would tell that decoding has become slower, and chunks would shrink for it.
 CHUNKS_UNPROVED_MAX = 100
@@ -59,7 +60,7 @@ class _Chunk:
 
 class StepSpeed:
     def __init__(self, target_s: float = 0.0) -> None:
-        """`target_s`: what a step may take; 0: STEP_MULTIPLE times one that only decodes."""
+        """`target_s`: what a step may take; 0: a multiple of what one that only decodes takes."""
         self._target_s = target_s
         self._decodes: deque[tuple[int, float]] = deque(maxlen=DECODES_KEPT)  # rows, seconds
         self._chunks: deque[_Chunk] = deque(maxlen=CHUNKS_KEPT)
@@ -81,25 +82,31 @@ class StepSpeed:
             self._unproved = 0
             self._decodes.append((decodes, took_s))
 
+    @property
+    def unproved(self) -> bool:
+        """The next steps are to have no prompt, until one that only decodes has been measured."""
+        return self._unproved >= (CHUNKS_UNPROVED_MAX if self._decodes else CHUNKS_UNKNOWN_MAX)
+
     def chunk_tokens(
         self, decodes: int, tokens_max: int, multiple: float = STEP_MULTIPLE, *, lost: bool = False
     ) -> int:
         """Tokens of prompts, at most `tokens_max`, for a step beside which so many rows decode, so that it takes
-        `multiple` times a decode step, or the time that was set: 0 to measure anew. `lost`: they are computed again,
-        and all wait for them."""
-        if self._unproved >= (CHUNKS_UNPROVED_MAX if self._decodes else CHUNKS_UNKNOWN_MAX):
-            return 0
+        `multiple` times a decode step, or the time that was set. `lost`: they are computed again, and all wait for
+        them."""
         if not self._decodes or not self._chunks:
             return min(2 * CHUNK_START if lost else CHUNK_START, tokens_max)
-        if not lost:
-            tokens_max = min(tokens_max, GROWTH_MAX * max(chunk.tokens for chunk in self._chunks))
+        growth = LOST_GROWTH if lost and not self._target_s else GROWTH_MAX
+        tokens_max = min(tokens_max, growth * max(chunk.tokens for chunk in self._chunks))
         rows, rows_s = self._decode_step()
         token_s = rows_s * self._token_share(rows, rows_s)
         decode_s = max(0.0, rows_s + token_s * (decodes - rows))
         left_s = (self._target_s or multiple * decode_s) - decode_s
         if left_s >= tokens_max * token_s:
             return tokens_max
-        return min(tokens_max, max(CHUNK_MIN, int(left_s / token_s)))
+        # What is asked for cannot be kept, even where tokens seem to cost nothing.
+        if left_s <= CHUNK_MIN * token_s:
+            return min(tokens_max, CHUNK_MIN)
+        return int(left_s / token_s)
 
     def _token_share(self, rows: float, rows_s: float) -> float:
         """The median over tokens, not over chunks."""

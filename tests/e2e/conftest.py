@@ -10,6 +10,9 @@ import pytest
 
 from controlplane.etcd.server import EtcdBinaryError, find_etcd_binary
 from tests.e2e.cluster import Cluster
+from tests.e2e.outage import OUTAGE, Outage
+
+MEANWHILE = ("parity", "sim")
 
 
 class Held:
@@ -41,8 +44,37 @@ def shares(item: pytest.Item | None) -> bool:
     return item.path.parent.name == "e2e" and not hasattr(item.module, "cluster")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class Beside:
+    """Begins the outage before tests that compute and judge nothing by the clock. Ends it with the session, which may
+    have been cut short."""
+
+    def __init__(self, first: pytest.Item) -> None:
+        self._first = first
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if item is self._first:
+            OUTAGE.begin()
+
+    def pytest_sessionfinish(self) -> None:
+        OUTAGE.close()
+
+
+def waits_beside(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Who waits for the outage's end comes behind what can be done meanwhile."""
+    waits = [item for item in items if "outage" in getattr(item, "fixturenames", ())]
+    meanwhile = [item for item in items if item.path.parent.name in MEANWHILE]
+    if waits and etcd_problem() is None:
+        config.pluginmanager.register(Beside((meanwhile or waits)[0]))
+        if meanwhile:
+            items[:] = [item for item in items if item not in waits]
+            behind = items.index(meanwhile[-1]) + 1
+            items[behind:behind] = waits
+
+
+@pytest.hookimpl(trylast=True)  # of what is left to run
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Those that share the cluster one after another, at the place of the first of them."""
+    waits_beside(config, items)
     places = [place for place, item in enumerate(items) if shares(item)]
     if places:
         together = [items[place] for place in places]
@@ -65,13 +97,25 @@ def pytest_sessionfinish() -> None:
     held.clear()  # the session may have been cut short
 
 
-@pytest.fixture(scope="session")
-def etcd_binary() -> None:
-    """Skips with the reason when there is no etcd to run."""
+def etcd_problem() -> str | None:
+    """Why there is no etcd to run; None: there is."""
     try:
         find_etcd_binary(os.environ)
     except EtcdBinaryError as error:
-        pytest.skip(str(error))
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="session")
+def etcd_binary() -> None:
+    """Skips with the reason when there is no etcd to run."""
+    if problem := etcd_problem():
+        pytest.skip(problem)
+
+
+@pytest.fixture
+def outage(etcd_binary: None) -> Outage:
+    return OUTAGE
 
 
 @pytest.fixture

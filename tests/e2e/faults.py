@@ -68,6 +68,14 @@ def frozen_thread(pid: int, tid: int) -> Iterator[None]:
             tracer.submit(thaw).result()
 
 
+def thread_state(pid: int, tid: int) -> str:
+    """One letter as in proc(5), "t" while it is frozen; "" if there is no such thread any more."""
+    try:
+        return Path(f"/proc/{pid}/task/{tid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def thread_times(pid: int) -> dict[int, float]:
     """Processor seconds that each thread of a process has used; of Python's own threads only."""
     times = {}

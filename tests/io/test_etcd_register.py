@@ -16,7 +16,7 @@ import pytest
 from controlplane import process
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.election import Election
-from controlplane.etcd.errors import NameTaken
+from controlplane.etcd.errors import EtcdUnavailable, NameTaken
 from controlplane.etcd.register import Registration, holder_of
 from tests.io.controllers import until
 from tests.io.etcd_server import EtcdMember, etcd_member
@@ -147,6 +147,38 @@ def test_an_expired_lease_frees_the_name_and_a_dead_process_at_once(etcd: EtcdMe
             await until(after.holds, 5, "the name of a process that died here is free at once")
             assert time.monotonic() - killed_at < 2
             await after.end()
+
+    asyncio.run(body())
+
+
+def test_who_waits_is_told_for_as_long_as_it_waits(etcd: EtcdMember, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where etcd does not take it the first time, and longer than one lease of what is told."""
+    monkeypatch.setattr("controlplane.etcd.register.TOLD_S", 2)
+    monkeypatch.setattr("controlplane.etcd.register.TELL_AT", 0.0)
+
+    async def body() -> None:
+        async with clean(etcd) as client:
+            put, refused = client.put, []
+
+            async def refuse_once(*args: Any, **more: Any) -> Any:
+                if not refused:
+                    refused.append(args)
+                    raise EtcdUnavailable("not now")
+                return await put(*args, **more)
+
+            await client.put(KEY, record("a"))
+            monkeypatch.setattr(client, "put", refuse_once)
+            one = One(client, "b", wait_s=60)
+            seen: set[int] = set()
+
+            async def told_three_times() -> bool:
+                found = await client.get(WAITING)
+                seen.update([found.lease] if found is not None else [])
+                return len(seen) == 3
+
+            await until(told_three_times, 30, "it is told under one lease after the other")
+            assert refused
+            await one.end()
 
     asyncio.run(body())
 

@@ -140,7 +140,7 @@ class Host:
         path = self.run_dir / "cluster.json"
         path.write_bytes(msgspec.json.encode(config))
         command = [*prefix, sys.executable, "-m", "dataplane.launcher", "--config", str(path)]
-        command += ["--target", f"tests.io.test_launcher:{target}" if target else "stand_in:serve"]
+        command += ["--target", target if ":" in target else f"tests.io.test_launcher:{target}"]
         with (self.run_dir / "launcher.log").open("ab") as log:
             env = {**os.environ, **({"PYTHONPATH": python_path} if python_path else {})}
             self.process = subprocess.Popen(command, cwd=cwd, env=env, stderr=log, process_group=0)
@@ -405,6 +405,22 @@ def test_stop_restart_starts_cold_processes_after_the_reload_time(host: Host) ->
     host.stop()
 
 
+def test_stop_restart_puts_the_relay_back_without_that_pause(host: Host) -> None:
+    host.start("dataplane.main:run_node", mode=Mode.STOP_RESTART)
+
+    def of_the_relay(event: str) -> list[dict[str, object]]:
+        return [line for line in host.log() if line["event"] == event and line["child"] == "relay"]
+
+    wait_for(lambda: of_the_relay("started"), "the relay is started")
+    pid = of_the_relay("started")[0]["child_pid"]
+    assert isinstance(pid, int)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: of_the_relay("died"), "its death was seen")
+    host.stop()
+    assert of_the_relay("died")[0]["restart_in_s"] == 0.0
+
+
 STAND_IN = """
 import json, signal
 from pathlib import Path
@@ -424,7 +440,7 @@ def test_a_node_runs_what_is_installed_when_it_is_started(host: Host, tmp_path: 
     for package in ("controlplane", "dataplane", "kernels", "web", "migrations"):
         shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__", "demo"))
     (code / "stand_in.py").write_text(STAND_IN)
-    host.start(nodes=2, target="", cwd=code, python_path=str(code))
+    host.start(nodes=2, target="stand_in:serve", cwd=code, python_path=str(code))
     assert host.process is not None
 
     def runs(node: str) -> dict[str, str]:

@@ -30,6 +30,7 @@ from controlplane.core.events import CoreEvent, HeartbeatsReceived, ReportReceiv
 from controlplane.etcd.client import EtcdClient
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.rpc import ReportServer
+from dataplane.main import _relay
 from dataplane.report_stream import SOCKET, SOCKET_PATH_BYTES_MAX, relay_address
 from dataplane.reporter import Reporter
 from tests.io.etcd_proxy import EtcdProxy, eventually
@@ -117,8 +118,10 @@ class Host:
             self.nodes.append(node)
 
     async def up(self) -> subprocess.Popen[bytes]:
-        """The nodes report through a relay, the one that is returned."""
+        """The nodes report through a relay, the one that is returned. It listens before they start: on a busy machine
+        that takes so long that they would try again only 10 s later."""
         relay = self.start_relay()
+        await eventually((self.run_dir / SOCKET).exists, LIMIT_S, "the relay listens")
         self.start_nodes()
         await self.until_up()
         return relay
@@ -225,10 +228,7 @@ def test_a_host_is_one_stream_for_each_controller_and_news_pass_at_once(
     tmp_path: Path, etcd: EtcdMember
 ) -> None:
     async def body(host: Host) -> None:
-        host.start_relay()
-        await eventually((host.run_dir / SOCKET).exists, LIMIT_S, "the relay listens")
-        host.start_nodes()
-        await host.until_up()
+        await host.up()
         assert (host.run_dir / SOCKET).stat().st_mode & 0o777 == 0o600
 
         def told(node: Node, step: int) -> bool:
@@ -425,3 +425,11 @@ def test_a_socket_that_cannot_be_made_is_said_in_words(tmp_path: Path, etcd: Etc
         assert f"cannot make the socket {in_the_way}" in host.log()
 
     on_host(tmp_path, etcd, body)
+
+
+def test_a_node_whose_run_directory_cannot_be_opened_reports_by_itself(tmp_path: Path) -> None:
+    folder = tmp_path / ("deep" * 30)  # a long path is opened, to have a short name for it
+    config = ClusterConfig(str(folder), "none", ("127.0.0.1:1",), instances=1, stages=1)
+    assert _relay(config) == ""
+    folder.mkdir()
+    assert _relay(config).startswith("unix:")

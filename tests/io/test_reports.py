@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
+from controlplane.backoff import Backoff
 from controlplane.contract import rpc
 from controlplane.contract.config import TimingConfig
 from controlplane.contract.ids import Member
@@ -17,10 +19,12 @@ from controlplane.contract.reports import BEATS_PER_S_MAX, NodeReport, ReportAck
 from controlplane.core.events import CoreEvent, HeartbeatsReceived, ReportReceived, ReportStreamBroken
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.rpc import ReportServer
+from dataplane.report_stream import keep_reporting
 from tests.io.etcd_proxy import eventually
 
 A, B = Member("n0", "a"), Member("n1", "b")
 BEAT_S = 0.1
+REPORT_S = 0.5  # between two whole reports, of a few
 METADATA = (("authorization", "Bearer token"),)
 
 
@@ -101,19 +105,77 @@ def test_many_senders_are_told_to_beat_more_rarely_and_few_again_to_beat_as_befo
     async def body(stage: Stage) -> None:
         async with stage.sender() as first:
             await first.write(ReportBatch(((0, report(A)),)))
-            assert await first.read() == ReportAck(0, BEAT_S)
+            assert await first.read() == ReportAck(0, BEAT_S, report_s=REPORT_S)
             async with AsyncExitStack() as many:
                 for _ in range(int(BEATS_PER_S_MAX * BEAT_S)):
                     sender = await many.enter_async_context(stage.sender())
                     await sender.write(ReportBatch())
                     await sender.read()
                 await first.write(ReportBatch(beats=(0,)))
-                assert await first.read() == ReportAck(0, 2 * BEAT_S)
+                assert await first.read() == ReportAck(0, 2 * BEAT_S, report_s=REPORT_S)
             told = asyncio.ensure_future(first.read())
             while not told.done():
                 await first.write(ReportBatch(beats=(0,)))
                 await asyncio.wait({told}, timeout=BEAT_S)
-            assert told.result() == ReportAck(0, BEAT_S)
+            assert told.result() == ReportAck(0, BEAT_S, report_s=REPORT_S)
+
+    on_stage(body)
+
+
+def test_very_many_nodes_are_asked_for_fewer_whole_reports_and_few_again_for_as_many() -> None:
+    async def body(stage: Stage) -> None:
+        async with stage.sender() as relay:
+            many = [Member(f"n{k}", "a") for k in range(501)]
+            reports = tuple((slot, report(member)) for slot, member in enumerate(many))
+            await relay.write(ReportBatch(reports, relay=True))
+            assert await relay.read() == ReportAck(0, BEAT_S, report_s=1.0)
+            await relay.write(ReportBatch(gone=(0,), relay=True))
+            await relay.write(ReportBatch(relay=True))
+            assert await relay.read() == ReportAck(0, BEAT_S, report_s=0.5)
+
+    on_stage(body)
+
+
+def test_who_was_told_to_beat_rarely_is_not_silent_when_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(stage: Stage) -> None:
+        now = [100.0]
+        monkeypatch.setattr("controlplane.shell.rpc.time", SimpleNamespace(monotonic=lambda: now[0]))
+        async with stage.sender() as own, stage.sender() as relay:
+            async with AsyncExitStack() as many:
+                for _ in range(50):
+                    sender = await many.enter_async_context(stage.sender())
+                    await sender.write(ReportBatch())
+                    await sender.read()
+                await own.write(ReportBatch(((0, report(A)),)))
+                assert await own.read() == ReportAck(0, 0.2, report_s=REPORT_S)
+                await relay.write(ReportBatch(((0, report(A)), (1, report(B))), relay=True))
+                assert await relay.read() == ReportAck(0, 0.2, report_s=REPORT_S)
+            await eventually(lambda: stage.server.senders == 2, 5, "the others have left")
+            now[0] += 0.5  # two of its beats and a half
+            await relay.write(ReportBatch(beats=(1,), gone=(0,), relay=True))
+            await relay.write(ReportBatch(beats=(1,), relay=True))
+            seen = [await stage.next() for _ in range(5)]
+            assert seen == [
+                *map(ReportReceived, (report(A), report(A), report(B))),
+                *[HeartbeatsReceived((B,))] * 2,
+            ]
+            now[0] += 0.5
+            await own.done_writing()
+            assert await stage.next() == ReportStreamBroken(A)
+
+    on_stage(body)
+
+
+def test_who_leaves_does_not_wait_for_room() -> None:
+    async def body(stage: Stage) -> None:
+        async with stage.sender() as relay:
+            await relay.write(ReportBatch(((0, report(A)),), relay=True))
+            assert await relay.read() == ReportAck(0, BEAT_S, report_s=REPORT_S)
+            await stage.inbox.put(*[HeartbeatsReceived((B,))] * 4095)
+            assert len(stage.inbox) == 4096
+            await relay.write(ReportBatch(gone=(0,), relay=True))
+            await eventually(lambda: len(stage.inbox) == 4097, 5, "it has left")
+            assert [await stage.next() for _ in range(4097)][-1] == ReportStreamBroken(A)
 
     on_stage(body)
 
@@ -214,5 +276,35 @@ def test_a_sender_that_breaks_the_protocol_is_refused(batch: ReportBatch) -> Non
             await own.write(batch)
             assert await own.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert stage.server.refused == 1
+
+    on_stage(body)
+
+
+def test_an_answer_that_cannot_be_taken_in_costs_one_stream_and_not_all_further_reports() -> None:
+    """Any exception but those of gRPC ended the task: the node was silent from then on."""
+
+    async def body(stage: Stage) -> None:
+        answers: list[ReportAck] = []
+        broken: list[str] = []
+
+        async def batches() -> AsyncIterator[ReportBatch]:
+            yield ReportBatch(((0, report(A)),))
+            await asyncio.Event().wait()
+
+        def acknowledged(ack: ReportAck) -> None:
+            answers.append(ack)
+            if len(answers) < 3:
+                raise ValueError("not for me")
+
+        backoff = Backoff(0.01, 0.02)
+        reporting = asyncio.create_task(
+            keep_reporting(stage.address, "token", backoff, batches, acknowledged, broken.append)
+        )
+        await eventually(lambda: len(answers) == 3 or reporting.done(), 10.0, "the third stream stands")
+        assert not reporting.done()
+        assert broken == ["ValueError: not for me"] * 2
+        assert backoff.total == 2
+        reporting.cancel()
+        await asyncio.gather(reporting, return_exceptions=True)
 
     on_stage(body)

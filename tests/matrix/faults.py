@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import assert_never
 
-from tests.e2e.faults import frozen_thread, threads_named
+from tests.e2e.faults import frozen_thread, thread_state, threads_named
 from tests.matrix.cells import Cut, Direction, DiskFull, Fault, Hang, Kill, Refusal, Refuse, Slow, Stop, Twin
 from tests.matrix.etcd import EtcdOperator
 from tests.matrix.hosts import CLIENT, CONTROLLERS, ETCD, GATEWAYS, INSTANCES, HostCluster
@@ -127,12 +127,18 @@ class Faults:
                 self._cluster.free_disk(name)
 
     async def _hang(self, fault: Hang, whom: Sequence[str]) -> None:
+        frozen: list[tuple[int, int]] = []
         with contextlib.ExitStack() as stack:
             for name in whom:
                 pid = self._cluster.pid(name)
                 thread = threads_named(pid, fault.thread)[0] if fault.thread else pid
                 stack.enter_context(frozen_thread(pid, thread))
+                frozen.append((pid, thread))
+            assert [thread_state(*each) for each in frozen] == ["t"] * len(whom), "a thread runs on"
             await asyncio.sleep(fault.hold_s)  # the length of the fault
+            # A node whose computation hangs is ended meanwhile; its thread stays dead until its tracer lets go of it.
+            ends = {"t", "Z", "X", ""} if fault.thread else {"t"}
+            assert {thread_state(*each) for each in frozen} <= ends, "a thread went on"
 
     async def _twin(self, fault: Twin, whom: Sequence[str]) -> None:
         (name,) = whom

@@ -7,7 +7,6 @@ and what they do not have is computed, or computed again, from the body.
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from web.gateway.memory import Hold, kept_bytes
 from web.gateway.openai import INT64_MAX
 from web.gateway.service import Service
 from web.gateway.tickets import UNKNOWN, Ticket, new_nonce, rid_of, seed_of
+from web.manners import own_request_id
 
 PREPARE: dict[str, Callable[[Service, bytes, int], Awaitable[Asked]]] = {
     "completion": prepare_completion,
@@ -217,8 +217,10 @@ def _read(service: Service, text: str, visit: Visit) -> tuple[Ticket, Cursor]:
 
 
 def _context(kind: str, asked: Asked, ticket: Ticket, visit: Visit) -> Context:
-    wanted = asked.request.request_id or visit.request_id
-    request_id = wanted if re.fullmatch(r"[\w.:-]{1,128}", wanted, re.ASCII) else ticket.nonce.hex()
+    own = own_request_id(asked.request.request_id) or own_request_id(visit.request_id)
+    request_id = (
+        own or ticket.nonce.hex()
+    )  # not the one in X-Request-Id: a stream keeps its id wherever it goes on
     return Context(kind, asked.options, request_id, ticket.created_unix_s, ticket.digest)
 
 

@@ -32,7 +32,10 @@ ANSWER_S = 10.0  # a node that is busy is late; one that is gone is noticed by k
 WRITE_S = 5.0
 BACKOFF_FIRST_S = 0.02
 BACKOFF_MAX_S = 1.0
-REFUSED = f"{grpc.StatusCode.FAILED_PRECONDITION.name}: "
+UNSAID = (
+    f"it has not said within {ANSWER_S:g} s that it serves this gateway: it is overloaded, or of older code (nodes are"
+    " restarted before gateways)"
+)
 STEADY_S = 1.0  # a stream that was up for so long was a good one: the back-off starts anew
 OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -100,6 +103,10 @@ class Links:
         await asyncio.gather(*(link.task for link in links), return_exceptions=True)
 
 
+class Unsaid(ConnectionError):
+    """A node takes the connection and does not say whether it serves us."""
+
+
 class _Link:
     """The stream to one member."""
 
@@ -130,8 +137,10 @@ class _Link:
             try:
                 await self._once(self._links._addresses[self._member])
                 error = "the peer ended the stream"
+                self.refused = ""
             except* (grpc.aio.AioRpcError, TimeoutError, ConnectionError, asyncio.InvalidStateError) as group:
                 error = _describe(group.exceptions[0])
+                self.refused = _refusal(group.exceptions[0])
             finally:
                 up_at, self._up_at = self._up_at, None
                 self._outbox.clear()
@@ -145,7 +154,6 @@ class _Link:
             if was_up or error != last_error:  # once per cause
                 log.warning("scheduler stream down", member=str(self._member), error=error, was_up=was_up)
             last_error = error
-            self.refused = error.removeprefix(REFUSED) if error.startswith(REFUSED) else ""
             self._links.reconnects += 1
             if up_at is not None and loop.time() - up_at > STEADY_S:
                 backoff.succeeded()
@@ -163,11 +171,15 @@ class _Link:
             try:
                 async with asyncio.timeout(CONNECT_S):
                     await _unless_cancelled_there(call.wait_for_connection())
-                async with asyncio.timeout(ANSWER_S):
-                    answer = await _unless_cancelled_there(call.initial_metadata())
-                    if rpc.STREAM_SCHEMA_KEY not in answer:
-                        await _unless_cancelled_there(call.read())  # raises why the node refuses us
-                        raise ConnectionError("the peer does not say that it serves gateways")
+                try:
+                    async with asyncio.timeout(ANSWER_S):
+                        answer = await _unless_cancelled_there(call.initial_metadata())
+                        if rpc.STREAM_SCHEMA_KEY not in answer:
+                            await _unless_cancelled_there(call.read())  # raises why the node refuses us
+                            raise ConnectionError("the peer does not say that it serves gateways")
+                except TimeoutError:
+                    raise Unsaid(UNSAID) from None
+                self.refused = ""
                 self._up_at = asyncio.get_running_loop().time()
                 log.info("scheduler stream up", member=str(self._member), address=address)
                 self._links._emit(StreamUp(self._member))
@@ -188,7 +200,6 @@ class _Link:
                 return
             if message is None:
                 raise ConnectionError("the peer sent a message that cannot be decoded")
-            self.refused = ""
             match message:
                 case Tokens():
                     emit(TokensReceived(member, message))
@@ -217,6 +228,13 @@ async def _unless_cancelled_there(step: Awaitable[Any]) -> Any:
         if task is not None and task.cancelling():
             raise
         raise ConnectionError("the peer cancelled the stream") from None
+
+
+def _refusal(error: BaseException) -> str:
+    """Why the node does not speak with us; "" if that is not it."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return str(error.details()) if error.code() is grpc.StatusCode.FAILED_PRECONDITION else ""
+    return str(error) if isinstance(error, Unsaid) else ""
 
 
 def _describe(error: BaseException) -> str:

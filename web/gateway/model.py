@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 from pydantic import ValidationError
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError
@@ -103,6 +103,8 @@ def load_model(config: ClusterConfig) -> Model:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower type
         raise ConfigError(f"cannot read {path}: {error}") from error
+    tokenizer_settings = Settings.read(folder / "tokenizer_config.json")
+    _add_tokens(tokenizer, tokenizer_settings)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     limit = settings.count("max_position_embeddings") or config.engine.max_model_len
@@ -122,7 +124,7 @@ def load_model(config: ClusterConfig) -> Model:
         vocabulary=vocabulary,
         context=ServedContext(max_model_len),
         vocab_size=settings.count("vocab_size") or tokenizer.get_vocab_size(),
-        eos_token_ids=eos or _end_of(folder, tokenizer),
+        eos_token_ids=eos or _end_of(tokenizer, tokenizer_settings),
         template=template,
         no_template=no_template,
         defaults=_sampling_defaults(generation),
@@ -130,10 +132,24 @@ def load_model(config: ClusterConfig) -> Model:
     )
 
 
-def _end_of(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _add_tokens(tokenizer: Tokenizer, settings: Settings) -> None:
+    """Tokens that stand in tokenizer_config.json alone, and what it says otherwise of known ones: as transformers."""
+    key = "added_tokens_decoder"
+    try:
+        added = sorted((int(i), AddedToken(**token)) for i, token in (settings.values.get(key) or {}).items())
+    except (AttributeError, TypeError, ValueError) as error:
+        raise settings.error(key, f"it does not hold tokens by their ids: {error}") from error
+    for number, token in added:
+        tokenizer.add_tokens([token])
+        if (found := tokenizer.token_to_id(token.content)) != number:
+            raise settings.error(key, f"{token.content!r:.80} is token {found}, not {number}")
+
+
+def _end_of(tokenizer: Tokenizer, settings: Settings) -> tuple[int, ...]:
     """The tokenizer's own end, where the model's files name none: else a stream ends at its length only."""
-    name = Settings.read(folder / "tokenizer_config.json").values.get("eos_token")
-    token = tokenizer.token_to_id(str(name.get("content") if isinstance(name, dict) else name))
+    end = settings.values.get("eos_token")
+    name = end.get("content") if isinstance(end, dict) else end
+    token = tokenizer.token_to_id(name) if isinstance(name, str) else None
     return () if token is None else (token,)
 
 

@@ -12,7 +12,7 @@ from typing import assert_never
 
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.requests import Cancel, FinishReason, RefusalCode, Refused, Submit, Token
-from controlplane.contract.topology import Mode, Pipeline, Topology
+from controlplane.contract.topology import Mode, Pipeline, Topology, switched
 from web.gateway.balance import Loads
 from web.gateway.events import (
     CancelAsked,
@@ -179,19 +179,18 @@ class Router:
         for member in sorted(m for m in hosts if m is not None and m not in self._streams):
             self._streams[member] = False
             out.append(OpenStream(member))
-        for live in list(self._live.values()):
-            if live.pipeline is not None and live.pipeline in old:
+        changed = {p for p in old if p not in self._pipelines or self._pipelines[p].epoch != old[p].epoch}
+        for live in list(self._live.values()) if changed else ():
+            if live.pipeline is not None and live.pipeline in changed:
                 self._follow(live, old[live.pipeline], self._pipelines.get(live.pipeline), now, out)
         for member in sorted(m for m in self._streams if m not in hosts):
             del self._streams[member]
             out.append(CloseStream(member))
 
     def _follow(self, live: Live, old: Pipeline, new: Pipeline | None, now: float, out: list[Effect]) -> None:
-        """Its pipeline is `new` now and was `old`."""
-        if new is not None and new.epoch == old.epoch:
-            return None
+        """Its pipeline is `new` now and was `old`, of another epoch."""
         lost = set(old.members()) - set(new.members() if new else ())
-        planned = old.move is not None and new is not None and old.move.to in set(new.members())
+        planned = new is not None and switched(old, new)
         had, live.torn = live.sent_to is not None or live.torn, False
         if had and lost and not planned and not live.log.emitted:
             live.deaths += 1

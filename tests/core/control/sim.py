@@ -98,6 +98,7 @@ class Sim:
         "1",
         "s",
     )  # version of the code and digest of the settings that a fresh process gets
+    recorded: dict[str, object] = field(default_factory=dict)  # what else is new in a fresh process's record
     made_of: dict[str, tuple[str, str]] = field(default_factory=dict)  # controllers and gateways
     _dead_since: dict[str, float] = field(default_factory=dict)
     _revision: int = 1
@@ -124,7 +125,7 @@ class Sim:
     def start(self, node: str) -> Member:
         stage = int(node[1:]) % self.config.stages
         record = make_record(self.config, node, f"i{next(self._numbers)}", stage)
-        record = replace(record, version=self.installed[0], settings=self.installed[1])
+        record = replace(record, version=self.installed[0], settings=self.installed[1], **self.recorded)
         self.nodes[node] = Node(record, born=self.now)
         self._dead_since.pop(node, None)
         self.watch(events.NodeRegistered(record))

@@ -1,12 +1,9 @@
-"""What a decision costs as the group grows, counted in function calls: no clock, so a busy machine changes nothing."""
+"""What a decision costs as the group grows, counted in function calls and lines."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import sys
-from collections.abc import Callable
-from types import FrameType
 
 from msgspec.structs import replace
 
@@ -23,25 +20,10 @@ from controlplane.core.gather import gather
 from controlplane.core.placement import Layout, replica_target
 from controlplane.core.view import Overview
 from tests.core.control.world import make_config, make_record
+from tests.core.counting import calls, lines_of_pieces
 
 STAGES = 4
 TIMES = tuple(StepTimes(size, 1000, 20_000_000) for size in range(8))
-
-
-def calls(body: Callable[[], object]) -> int:
-    """How many Python functions `body` enters."""
-    count = 0
-
-    def note(_frame: FrameType, event: str, _arg: object) -> None:
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(note)
-    try:
-        body()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 class Group:
@@ -218,11 +200,8 @@ def fresh(group: Group) -> ClusterStatus:
     pieces = Overview(group.core._config, "c1", members).pieces(
         topology, members.nodes(topology), {}, group.now
     )
-    while True:
-        try:
-            next(pieces)
-        except StopIteration as done:
-            return replace(done.value, blemishes=group.core.status(group.now).blemishes)
+    _, whole = lines_of_pieces(pieces)
+    return replace(whole, blemishes=group.core.status(group.now).blemishes)
 
 
 def test_a_status_looks_at_those_that_were_heard_of() -> None:
@@ -242,16 +221,17 @@ def test_a_status_looks_at_those_that_were_heard_of() -> None:
 
 
 def test_no_piece_of_a_status_grows_with_the_group() -> None:
-    longest = {}
+    longest, last = {}, {}
     for nodes in (64, 512):
         group = Group(nodes)
-        pieces = group.core.status_in_pieces(group.now)
-        next(pieces)  # after a write of the topology names are sorted anew
-        costs = []
-        for _ in range(nodes):
-            costs.append(calls(lambda pieces=pieces: next(pieces)))
-        longest[nodes] = max(costs)
+        costs, status = lines_of_pieces(group.core.status_in_pieces(group.now))
+        assert len(status.nodes) == nodes
+        longest[nodes] = max(
+            costs[1:-1]
+        )  # in the first one names are sorted anew after a write of the topology
+        last[nodes] = costs[-1]
     assert longest[512] == longest[64]
+    assert last[512] - last[64] <= 2 * (512 - 64)  # putting it together is one small step for each
 
 
 def test_a_status_is_what_one_from_scratch_would_be() -> None:

@@ -167,6 +167,26 @@ def test_a_link_broken_between_two_that_are_heard_costs_the_one_that_is_waited_f
     assert bench.state(blamed) is GREEN
 
 
+def test_a_link_that_is_refused_is_no_evidence_of_death() -> None:
+    """Between two versions no link can be opened, and either is alive."""
+    bench = Bench()
+    bench.links[B] = (LinkReport(A, False, 0.0, "no link: peer speaks protocol 2", refused=True),)
+    bench.report(B)
+    bench.detector.stream_broken(A, bench.now)
+    assert bench.state(A) is YELLOW
+    bench.links[C] = (LinkReport(A, False, 0.0, "reset"),)
+    bench.report(C)
+    assert bench.state(A) is RED
+
+
+def test_a_refused_link_that_a_pipeline_waits_for_costs_the_one_that_is_waited_for() -> None:
+    bench = Bench()
+    bench.links[B] = (LinkReport(A, False, 0.0, "no link: peer speaks protocol 2", refused=True),)
+    bench.run(0.2)
+    bench.detector.evaluate(bench.now, {A: 1.3})
+    assert [m for m in (A, B, C) if bench.detector.state(m) is RED] == [A]
+
+
 def test_a_link_to_one_that_is_silent_itself_is_no_broken_path() -> None:
     bench = Bench()
     bench.links[B] = (LinkReport(A, True, 1.5),)

@@ -76,17 +76,18 @@ def test_when_everybody_is_slow_nobody_is() -> None:
 
 
 @pytest.mark.parametrize("instances", [2, 4])
-def test_a_full_machine_does_not_keep_everybody_on_probation(instances: int) -> None:
-    """Each was slow for a moment. Then the timers of all are overdue 30 % of the time, as is usual on full cores."""
+@pytest.mark.parametrize("full", [0.6, 1.0])
+def test_a_full_machine_does_not_keep_everybody_on_probation(instances: int, full: float) -> None:
+    """Each was slow for a moment. Then the timers of all are overdue 30 or 50 % of the time, as on full cores."""
     sim = formed(instances, stages=1)
     detector = sim.cores[sim.leader]._detector
     for node in sim.nodes.values():
-        node.throttled = 0.6
+        node.throttled = full
     for node in sim.nodes.values():
         node.throttled = 1.8
         sim.run(2.5)
         assert detector.state(node.member) is NodeState.YELLOW
-        node.throttled = 0.6
+        node.throttled = full
     sim.run_until(
         lambda: all(detector.state(n.member) is NodeState.GREEN for n in sim.nodes.values()), limit_s=15
     )
@@ -233,6 +234,41 @@ def test_ten_times_slower_than_peers_from_its_first_step_on() -> None:
     assert max(track.degree("b"), track.degree("c")) < 0.5
 
 
+def test_who_is_asked_for_few_reports_is_found_and_cleared_all_the_same() -> None:
+    """A controller of thousands asks for one in two seconds, and looks at each five times a second."""
+    conduct, now = Conduct(TimingConfig()), 0.0
+    found: list[float] = []
+    for turn in range(240):
+        now = turn * 0.05
+        if turn % 40 == 0:
+            for phase, name in enumerate("abc"):
+                slow = name == "a" and turn < 120
+                times = (StepTimes(DECODE, 10 * turn, 300_000 * turn if slow else 30_000 * turn),)
+                served = (PipelineReport("p0", 1, 0, 0),)
+                report = NodeReport(Member(name, "1"), turn, 0.0, turn, pipelines=served, times=times)
+                conduct.reported(report, now + phase / 100)
+        conduct.compare(now, ())
+        found.append(conduct.slowness(Member("a", "1")))
+        assert conduct.probation("b", now) is conduct.probation("c", now) is None
+    assert [degree > 1 for degree in found[48:120]] == [True] * 72, (
+        "known for as long as the next report takes"
+    )
+    assert conduct.probation("a", 4.0) is not None
+    assert found[-1] < 0.5
+
+
+def test_one_look_into_a_step_says_nothing_two_seconds_later() -> None:
+    conduct = Conduct(TimingConfig())
+    served = (PipelineReport("p0", 1, 0, 0),)
+    for turn in range(120):
+        if turn % 40 == 0:
+            step = {"busy_s": 0.29, "usual_s": 0.02} if turn == 40 else {}
+            report = NodeReport(Member("a", "1"), turn, 0.0, turn, pipelines=served, **step)
+            conduct.reported(report, turn * 0.05)
+        conduct.compare(turn * 0.05, ())
+    assert conduct.probation("a", 6.0) is None
+
+
 def test_without_a_peer_its_own_past_counts() -> None:
     track = Track()
     stages = {"a": 0, "b": 1}
@@ -275,6 +311,23 @@ def test_on_an_overloaded_machine_times_say_less() -> None:
 )
 def test_late_timers(late: float, others: float, slow: bool) -> None:
     assert (Slowness(0.0, late, others).degree >= 1) is slow
+
+
+def test_what_is_only_as_late_as_the_others_is_no_slowness() -> None:
+    """On probation half the limit is slow: it has to be half of what is beyond the others."""
+    assert Slowness(0.0, 0.5, 0.5).degree == 0.0
+    assert Slowness(0.0, 0.675, 0.5).degree == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("late", "degree"), [(0.8, (0.8 - 0.35) / 0.35), (0.3, 0.0)])
+def test_a_slow_node_on_probation_excuses_no_second_one(late: float, degree: float) -> None:
+    paces, a, b = Paces(), Member("a", "1"), Member("b", "1")
+    for k in range(10):
+        for member, share in ((a, 0.95), (b, late)):
+            ran_s = 0.1 * k
+            report = NodeReport(member, k, 0.0, 1, timed_s=ran_s, overdue_s=share * ran_s)
+            paces.reported(report, 10.0 + ran_s)
+    assert max(paces.compare(11.0, [a], [a])[b].degree, 0.0) == pytest.approx(degree)
 
 
 # Lateness of 50 ms timers and processor time of the loop between them, in ms, on two cores that were full. A busy

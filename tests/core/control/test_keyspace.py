@@ -73,6 +73,22 @@ def test_junk_keeps_the_last_good_value_until_the_key_goes() -> None:
     assert (gone.now, gone.unreadable, view.nodes) == (None, "", {})
 
 
+def test_what_is_written_here_is_not_read_again_and_what_another_writes_is() -> None:
+    store, key = Store(), KEYS.topology("default")
+    store.put(key, b"{nonsense")
+    encoded = encode(TOPOLOGY)
+    store.view.writes(key, encoded, TOPOLOGY)
+    (seen,) = store.put(key, bytes(bytearray(encoded)))
+    assert seen.now is TOPOLOGY
+    assert store.view.troubles() == []
+    another = msgspec.structs.replace(TOPOLOGY, counter=4)
+    (seen,) = store.put(key, encode(another))
+    assert seen.now == another
+    store.put(key, None)
+    (seen,) = store.put(key, encoded)
+    assert (seen.now, seen.now is TOPOLOGY) == (TOPOLOGY, False)
+
+
 def test_unreadable_topology_and_operation_are_kept_and_told() -> None:
     store = Store()
     view = store.view

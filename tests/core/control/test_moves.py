@@ -8,9 +8,12 @@ from collections.abc import Callable
 import pytest
 from msgspec.structs import replace
 
+from controlplane.contract.events import EventKind
+from controlplane.contract.ids import Member
 from controlplane.contract.reports import NodeReport, PipelineReport
-from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline
+from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Stage, Topology
 from controlplane.core.membership import Nodes
+from controlplane.core.narrate import of_topology
 from controlplane.core.plan import plan
 from tests.core.control.world import LIMITS, World, make_config
 
@@ -218,3 +221,25 @@ def test_a_new_leader_goes_on_from_the_topology_alone() -> None:
     fresh.timers.note(fresh.topology, fresh.now)
     assert fresh.step() == "advance_moves"
     assert fresh.serving()["p0/1"] == "n1"
+
+
+@pytest.mark.parametrize(
+    ("phase", "by", "text"),
+    [
+        (MovePhase.QUIESCE, "n1", "moved p0/1 to n1"),
+        (MovePhase.COPY, "n1", "called off: p0/1 to n1"),  # who served died, and the copy took over
+        (MovePhase.QUIESCE, "n3", "called off: p0/1 to n1"),
+    ],
+)
+def test_history_tells_a_switch_from_a_death_in_the_midst_of_a_move(
+    phase: MovePhase, by: str, text: str
+) -> None:
+    to = Member("n1", "b")
+
+    def at(counter: int, serves: Member, move: Move | None = None) -> Topology:
+        stages = (Stage(("n0",), (Member("n0", "a"),)), Stage(("n1",), (serves,)))
+        return Topology("g", counter, Mode.REPLICATE, (Pipeline("p0", counter, stages, move),))
+
+    before = at(1, Member("n9", "a"), Move(1, to, phase, "hand-back"))
+    told = of_topology(before, at(2, to if by == "n1" else Member(by, "a")), {}, 0.0)
+    assert [event.message for event in told if event.kind is EventKind.MOVE] == [text]

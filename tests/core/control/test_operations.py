@@ -1,28 +1,16 @@
-"""Drain, undrain, replace: to the end, interrupted, cancelled, too late."""
+"""Drain, cordon, undrain, replace: to the end, interrupted, cancelled, too late."""
 
 from __future__ import annotations
 
 import pytest
 
 from controlplane.contract.events import EventKind
-from controlplane.contract.ids import Member
 from controlplane.contract.records import Operation, OperationKind, OperationState
-from controlplane.contract.status import OperationRequest, PipelineState
+from controlplane.contract.status import OperationRequest
 from controlplane.contract.topology import Mode
 from controlplane.core import events
-from tests.core.control.sim import Sim, formed
-from tests.core.control.world import World, make_config
-
-
-def done(sim: Sim, id: str = "op") -> bool:
-    return sim.state(id) is OperationState.DONE
-
-
-def levels(sim: Sim, kind: str, node: str, substitute: str | None = None) -> dict[str, str]:
-    request = OperationRequest("dry", kind, node, substitute, dry_run=True)
-    answer = sim.cores[sim.leader].preflight(request)
-    assert not answer.accepted
-    return {check.name: check.level for check in answer.checks}
+from tests.core.control.operating import done, levels
+from tests.core.control.sim import formed
 
 
 def test_drain_moves_everything_away_and_undrain_brings_it_back() -> None:
@@ -165,6 +153,19 @@ def test_a_dead_node_is_replaced_when_a_fresh_process_serves() -> None:
     assert sim.serving()[1] == "n1"
 
 
+def test_a_replace_says_why_the_fresh_process_cannot_serve() -> None:
+    sim = formed()
+    sim.recorded = {"weights_digest": "others"}
+    sim.submit("replace", "n1")
+    sim.run_until(lambda: sim.nodes["n1"].record.weights_digest == "others", limit_s=10)
+    sim.run(1)
+    told = sim.operations["op"][0].message
+    assert told == "waiting for a fresh process of n1: its weights are not those that serve stage 1"
+    sim.recorded = {}
+    sim.kill("n1")
+    sim.run_until(lambda: done(sim), limit_s=20)
+
+
 def test_a_stopped_process_that_is_replaced_has_to_exit_when_it_wakes() -> None:
     sim = formed()
     before = sim.nodes["n1"].member
@@ -271,9 +272,6 @@ def test_mode_none_drains_by_computing_again() -> None:
     assert sim.serving()[0] == "n4"
 
 
-# ---- cordon
-
-
 def test_a_cordon_brings_nothing_new_and_takes_nothing_away() -> None:
     sim = formed()
     assert sim.submit("cordon", "n2").accepted
@@ -289,265 +287,3 @@ def test_a_cordon_brings_nothing_new_and_takes_nothing_away() -> None:
     assert sim.topology.pipelines[1].stages[2].ranks == ()
     assert sim.submit("undrain", "n2", id="back").accepted
     sim.run_until(lambda: sim.up() and sim.serving("p1")[2] == "n2", limit_s=5)
-
-
-# ---- transfer of leadership
-
-
-def test_leadership_goes_where_it_is_asked_to() -> None:
-    sim = formed(controllers=3)
-    assert sim.submit("transfer-leader", "c3").accepted
-    sim.run_until(lambda: done(sim), limit_s=2)
-    assert (sim.leader, sim.led) == ("c3", ["c1", "c2", "c3"])
-    again = sim.submit("transfer-leader", "c3")
-    assert again.accepted
-    assert sim.submit("transfer-leader", "c3", id="new").checks[0].level == "warn"
-    sim.run_until(lambda: done(sim, "new"), limit_s=2)
-    assert sim.led == ["c1", "c2", "c3"]
-    sim.run_until(sim.home, limit_s=5)
-
-
-def test_without_a_name_the_next_candidate_leads() -> None:
-    sim = formed()
-    answer = sim.submit("transfer-leader")
-    assert answer.operation is not None
-    assert answer.operation.node == "c2"
-    assert sim.submit("transfer-leader").accepted  # the same id: the same operation
-    sim.run_until(lambda: done(sim), limit_s=2)
-    assert sim.leader == "c2"
-
-
-def test_nobody_to_hand_over_to() -> None:
-    sim = formed(controllers=1)
-    assert levels(sim, "transfer-leader", "")["candidates"] == "fail"
-    sim = formed()
-    assert levels(sim, "transfer-leader", "c9")["candidates"] == "fail"
-
-
-# ---- pause and resume
-
-
-def test_while_paused_nothing_is_repaired_and_the_status_says_so() -> None:
-    sim = formed()
-    assert sim.submit("pause").accepted
-    sim.run_until(lambda: done(sim), limit_s=2)
-    sim.held.add("n1")
-    sim.kill("n1")
-    counter = sim.topology.counter if sim.topology else 0
-    sim.run(20)
-    sim.kill_leader()
-    sim.run(5)
-    assert sim.topology is not None
-    assert sim.topology.counter == counter
-    status = sim.cores[sim.leader].status(sim.now)
-    assert status.paused
-    assert status.pipelines[0].state is PipelineState.DOWN  # whatever the topology still names
-    assert status.pipelines[1].state is PipelineState.UP
-    assert levels(sim, "drain", "n2")["paused"] == "warn"
-    assert sim.submit("resume", id="on").accepted
-    sim.run_until(lambda: done(sim, "on") and sim.up() and sim.serving()[1] == "n5", limit_s=3)
-
-
-@pytest.mark.parametrize("quiet", [True, False])
-def test_a_pause_leaves_no_pipeline_quiesced(quiet: bool) -> None:
-    sim = formed()
-    sim.quiet = False
-    sim.submit("drain", "n0")
-    sim.run_until(lambda: _moving(sim), limit_s=5)
-    sim.quiet = quiet
-    sim.submit("pause", id="stop")
-    sim.run_until(lambda: done(sim, "stop"), limit_s=2)
-    assert sim.topology is not None
-    assert all(p.move is None for p in sim.topology.pipelines)
-    sim.run(1)
-    assert sim.operations["op"][0].message == "automation is paused"
-    sim.quiet = True
-    sim.submit("resume", id="on")
-    sim.run_until(lambda: done(sim), limit_s=10)
-    assert sim.serving()[0] == "n4"
-
-
-def _moving(sim: Sim) -> bool:
-    return sim.topology is not None and any(p.move is not None for p in sim.topology.pipelines)
-
-
-def test_pause_and_resume_are_taken_in_the_order_in_which_they_were_asked_for() -> None:
-    for first, last in (
-        (OperationKind.PAUSE, OperationKind.RESUME),
-        (OperationKind.RESUME, OperationKind.PAUSE),
-    ):
-        world = World(make_config())
-        world.settle()
-        for id, kind, when in (("a", last, 2.0), ("b", first, 1.0)):
-            world.operations[id] = Operation(id, kind, created_unix_s=when)
-        world.settle()
-        assert {op.state for op in world.operations.values()} == {OperationState.DONE}
-        assert world.topology.paused is (last is OperationKind.PAUSE)
-
-
-# ---- rolling restart
-
-
-def fresh(sim: Sim, before: dict[str, Member]) -> set[str]:
-    return {name for name, member in members(sim).items() if before[name] != member}
-
-
-def members(sim: Sim) -> dict[str, Member]:
-    return {**sim.peers, **{name: node.member for name, node in sim.nodes.items()}}
-
-
-def test_every_node_is_restarted_and_never_two_of_one_stage_are_away() -> None:
-    sim = formed(2, 3)
-    before = members(sim)
-    answer = sim.submit("restart", "nodes")
-    assert answer.accepted, answer
-    assert answer.plan[0] == "move p0/0 off n0, restart it, hand back"
-
-    def over() -> bool:
-        away = [
-            name
-            for name, node in sim.nodes.items()
-            if not node.alive or (sim.topology is not None and not sim.topology.serving(name))
-        ]
-        assert len(away) <= 1, away
-        assert sim.up()
-        return done(sim)
-
-    sim.run_until(over, limit_s=120)
-    assert fresh(sim, before) == {f"n{k}" for k in range(6)}
-    assert "6 of 6" in " ".join(said(sim))
-    sim.run_until(sim.home, limit_s=20)
-
-
-def said(sim: Sim) -> list[str]:
-    return [op.message for op, _ in sim.operations.values()] + sim.messages
-
-
-def test_the_next_node_waits_for_the_copies() -> None:
-    sim = formed(2, 2)
-    before = members(sim)
-    sim.submit("restart", "nodes")
-    sim.run_until(lambda: sim.nodes["n0"].member != before["n0"], limit_s=10)
-    sim.run_until(lambda: sim.serving()[0] == "n0", limit_s=10)
-    sim.lag = 10_000
-    sim.run(15)
-    assert sim.operations["op"][0].turn == 0
-    assert "copies" in sim.operations["op"][0].message
-    assert fresh(sim, before) == {"n0"}
-    sim.lag = 0
-    sim.run_until(lambda: done(sim), limit_s=60)
-
-
-def test_everything_is_restarted_the_leader_last_of_the_controllers() -> None:
-    sim = formed(2, 2, controllers=3, gateways=2)
-    before = members(sim)
-    answer = sim.submit("restart", "all")
-    assert [step for step in answer.plan if "c" in step][:3] == [
-        "restart c2",
-        "restart c3",
-        "transfer leadership, restart c1",
-    ]
-    sim.run_until(lambda: done(sim), limit_s=120)
-    assert fresh(sim, before) == set(before)
-    assert sim.led == ["c1", "c2"]  # handed over once
-    sim.run_until(sim.home, limit_s=20)
-
-
-@pytest.mark.parametrize(("wanted", "told"), [("2", "n0 came back with code 1, not 2"), ("1", "")])
-def test_a_restart_fails_at_the_first_process_of_other_code(wanted: str, told: str) -> None:
-    sim = formed(2, 2)
-    before = members(sim)
-    sim.submit("restart", "nodes", version=wanted, settings="s")
-    sim.run_until(lambda: not sim.operations["op"][0].open, limit_s=60)
-    operation = sim.operations["op"][0]
-    if told:
-        assert operation.state is OperationState.FAILED
-        assert told in operation.message
-        assert fresh(sim, before) == {"n0"}, "the others keep what they have"
-    else:
-        assert operation.state is OperationState.DONE
-        assert fresh(sim, before) == {"n0", "n1", "n2", "n3"}
-    sim.run_until(sim.home, limit_s=20)
-
-
-@pytest.mark.parametrize("what", ["code", "settings"])
-@pytest.mark.parametrize("scope", ["nodes", "controllers", "gateways", "all"])
-def test_a_restart_whose_processes_differ_fails_and_names_them(scope: str, what: str) -> None:
-    """Nobody has said what they should be: what is installed changes in the middle."""
-    sim = formed(2, 2, controllers=2, gateways=2)
-    before = members(sim)
-    answer = sim.submit("restart", scope)
-    assert answer.operation is not None
-    first, second = (target.member.node for target in answer.operation.targets[:2])
-    sim.held.add(second)
-    sim.run_until(lambda: sim.operations["op"][0].turn == 1, limit_s=30)
-    assert fresh(sim, before) == {first}
-    sim.installed = ("2", "s") if what == "code" else ("1", "t")
-    sim.held.clear()
-    sim.run_until(lambda: not sim.operations["op"][0].open, limit_s=60)
-    operation = sim.operations["op"][0]
-    assert operation.state is OperationState.FAILED, operation
-    old, new = ("1", "2") if what == "code" else ("s", "t")
-    assert f"mixed {what}: {old} in {first}, {new} in {second}" in operation.message
-    sim.run_until(sim.home, limit_s=20)
-
-
-def test_the_only_controller_restarts_itself() -> None:
-    sim = formed(controllers=1)
-    before = members(sim)
-    assert levels(sim, "restart", "controllers")["leader"] == "warn"
-    sim.submit("restart", "controllers")
-    sim.run_until(lambda: done(sim), limit_s=10)
-    assert fresh(sim, before) == {"c1"}
-
-
-@pytest.mark.parametrize("turns", range(0, 160, 8))
-def test_a_new_leader_resumes_a_restart_wherever_it_was(turns: int) -> None:
-    sim = formed(2, 2)
-    before = members(sim)
-    sim.submit("restart", "all")
-    sim.run(turns * 0.1)
-    sim.kill_leader()
-    sim.run_until(lambda: done(sim), limit_s=90)
-    assert fresh(sim, before) == set(before)
-    sim.run_until(sim.home, limit_s=20)
-
-
-@pytest.mark.parametrize("turns", range(0, 60, 6))
-def test_a_restart_that_is_cancelled_leaves_a_cluster_that_is_whole(turns: int) -> None:
-    sim = formed(2, 2)
-    sim.submit("restart", "all")
-    sim.run(turns * 0.1)
-    sim.cancel("op")
-    sim.run_until(sim.home, limit_s=30)
-
-
-@pytest.mark.parametrize("victim", ["n0", "n1", "n2", "n3"])
-@pytest.mark.parametrize("turns", range(0, 60, 12))
-def test_a_death_in_the_midst_of_a_restart(victim: str, turns: int) -> None:
-    sim = formed(2, 2)
-    before = members(sim)
-    sim.submit("restart", "nodes")
-    sim.run(turns * 0.1)
-    sim.kill(victim)
-    sim.run_until(lambda: done(sim), limit_s=90)
-    assert fresh(sim, before) == {"n0", "n1", "n2", "n3"}
-    sim.run_until(sim.home, limit_s=20)
-
-
-def test_a_restart_is_refused_where_nobody_could_take_over() -> None:
-    assert levels(formed(1, 2), "restart", "nodes")["stages"] == "fail"
-    assert levels(formed(2, 2), "restart", "nodes")["stages"] == "ok"
-    assert levels(formed(2, 2), "restart", "everything") == {"scope": "fail"}
-    hushed = formed(2, 2)
-    hushed.stop("n2")
-    hushed.run(0.8)  # n2 is suspected, which may pass
-    assert levels(hushed, "restart", "nodes")["stages"] == "warn"
-    baseline = formed(2, 2, mode=Mode.STOP_RESTART)
-    assert levels(baseline, "restart", "nodes")["mode"] == "fail"
-    assert baseline.submit("restart", "gateways").accepted
-    baseline.run_until(lambda: done(baseline), limit_s=5)
-    sim = formed(2, 2)
-    sim.quiet = False
-    sim.submit("drain", "n1")
-    assert levels(sim, "restart", "nodes")["operations"] == "fail"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
+import pytest
 from msgspec.structs import replace
 
+from controlplane.contract.ids import Member
 from controlplane.contract.topology import Mode
 from controlplane.core.edit import initial, successor, with_stage
+from controlplane.core.placement import Layout, is_target, replica_target
 from controlplane.core.plan import plan
 from tests.core.control.world import LIMITS, World, make_config
 
@@ -214,3 +219,54 @@ def test_everybody_on_probation_stays_where_he_is() -> None:
     world.demoted = {"n0", "n1"}
     world.settle()
     assert world.all_home()
+
+
+def test_a_layout_that_pipelines_were_put_into_is_the_one_made_of_them() -> None:
+    rng = random.Random(3)
+    topology = formed(6, 2).topology
+    layout = Layout(topology)
+    for stage in (0, 1):
+        layout.ring(stage)
+    for _ in range(200):
+        pipeline, index = rng.choice(layout.pipelines), rng.randrange(2)
+        ranks = tuple(Member(f"n{k}", "i") for k in rng.sample(range(index, 12, 2), rng.randrange(2)))
+        layout.put(with_stage(pipeline, index, ranks=ranks))
+        afresh = Layout(replace(topology, pipelines=tuple(layout.pipelines)))
+        for stage in (0, 1):
+            assert layout.ring(stage) == afresh.ring(stage)
+            for p in layout.pipelines:
+                assert list(layout.around(p, stage)) == list(afresh.around(p, stage))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_copy_that_is_told_to_be_right_without_a_search_is_what_the_search_finds(seed: int) -> None:
+    chosen = random.Random(seed)
+    world = World(make_config(6, 2, spares=chosen.randrange(2)))
+    for node in world.all_nodes:
+        world.start(node, domain={"rack": f"r{chosen.randrange(1 + seed % 3)}", "node": node})
+    told = 0
+    for _ in range(10):
+        nodes = world.all_nodes
+        match chosen.randrange(5):
+            case 0:
+                world.kill(chosen.choice(nodes))
+            case 1:
+                world.yellow = set(chosen.sample(nodes, 2))
+            case 2:
+                cordoned = tuple(sorted(chosen.sample(nodes, 2)))
+                world.topology = successor(world.topology, cordoned=cordoned)
+            case 3:
+                node = chosen.choice(nodes)
+                world.start(node, domain={"rack": "r0", "node": node})
+            case _:
+                world.now += 16.0
+        for _ in range(chosen.randrange(4)):
+            world.step()
+        situation, layout = world.situation(), Layout(world.topology)
+        for pipeline in world.topology.pipelines:
+            for index, stage in enumerate(pipeline.stages):
+                for member in {*stage.replicas, *(view.member for view in situation.nodes.views.values())}:
+                    if is_target(situation, layout, pipeline, index, member):
+                        told += member in stage.replicas
+                        assert replica_target(situation, layout, pipeline, index) == member
+    assert told > 0

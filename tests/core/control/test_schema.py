@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import NewerSchema, PeerError
 from controlplane.contract.ids import Member
-from controlplane.contract.keys import decode, encode
+from controlplane.contract.keys import Keys, decode, encode
 from controlplane.contract.records import (
     NodeRecord,
     Operation,
@@ -22,10 +22,12 @@ from controlplane.contract.records import (
     ProcessKind,
     Target,
 )
-from controlplane.contract.reports import NO_LINK, LinkReport, NodeReport
+from controlplane.contract.reports import LinkReport, NodeReport
 from controlplane.contract.schema import SCHEMA, schema_of
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Stage, Topology
 from controlplane.core import events
+from controlplane.shell.inbox import Inbox
+from controlplane.shell.performer import Performer
 from tests.core.control.sim import Sim
 from tests.core.control.world import make_config
 
@@ -130,6 +132,30 @@ def test_operations_keep_what_they_have(tmp_path: object) -> None:
     ]
 
 
+def test_a_writer_keeps_unknown_fields_and_looks_for_them_only_in_what_others_wrote(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[bytes] = []
+
+    def look(value: msgspec.Struct, before: bytes | None = None) -> bytes:
+        looked.extend([before] if before is not None else [])
+        return encode(value, before)
+
+    monkeypatch.setattr("controlplane.shell.performer.encode", look)
+    performer = Performer(cast(Any, None), Keys("k"), "default", Inbox(), cast(Any, None))
+    first, second, third, fourth = (Topology("default", k, Mode.REPLICATE, ()) for k in range(4))
+    mine = performer._encode("t", second, encode(first))
+    assert (mine, looked) == (encode(second), [encode(first)])
+    mine = performer._encode("t", third, mine)
+    assert (mine, looked) == (encode(third), [encode(first)])
+    theirs = msgspec.json.encode(msgspec.json.decode(mine) | {"later": 5})
+    mine = performer._encode("t", fourth, theirs)
+    assert msgspec.json.decode(mine)["later"] == 5
+    mine = performer._encode("t", first, mine)
+    assert msgspec.json.decode(mine)["later"] == 5
+    assert looked[1:] == [theirs, encode(fourth, theirs)]
+
+
 def test_newer_code_s_values_are_not_rewritten() -> None:
     before = newer(encode(topology()), schema=SCHEMA + 1)
     known = decode(msgspec.json.encode(before), Topology, "k")
@@ -181,7 +207,9 @@ def test_what_a_node_cannot_speak_with_is_a_trouble_in_its_status() -> None:
     sim.run_until(sim.home, limit_s=30)
     node = sim.nodes["n0"]
     links = (
-        LinkReport(Member("n1", "x"), False, 0.0, f"{NO_LINK}the peer speaks protocol 2, we speak 1"),
+        LinkReport(
+            Member("n1", "x"), False, 0.0, "no link: the peer speaks protocol 2, we speak 1", refused=True
+        ),
         LinkReport(Member("n2", "x"), False, 0.0, "outgoing link: reset"),
     )
     report = NodeReport(node.member, node.seq + 1, 1.0, 1, links=links, troubles=("a gateway is refused",))

@@ -106,6 +106,8 @@ class Line:
     rows_min=st.integers(1, 64),
     token=st.sampled_from([0.0, 0.001, 1.0]),
     fixed=st.sampled_from([0.0, 0.01]),
+    step_target_s=st.sampled_from([0.0, 0.001, 0.02, 60.0]),
+    shared=st.integers(1, 3),
 )
 def test_every_request_ends_and_no_step_is_too_large(
     sizes: list[tuple[int, int]],
@@ -116,9 +118,18 @@ def test_every_request_ends_and_no_step_is_too_large(
     rows_min: int,
     token: float,
     fixed: float,
+    step_target_s: float,
+    shared: int,
 ) -> None:
-    limits = replace(LIMITS, max_batch_tokens=max_batch_tokens, max_running=max_running, rows_min=rows_min)
+    limits = replace(
+        LIMITS,
+        max_batch_tokens=max_batch_tokens,
+        max_running=max_running,
+        rows_min=rows_min,
+        step_target_s=step_target_s,
+    )
     line = Line(limits, microbatches, quota, fixed, token)
+    line.batcher.shared = shared
     for rid, (prompt, tokens) in enumerate(sizes):
         line.batcher.enqueue(request(rid, prompt, tokens))
     work = sum(prompt + tokens for prompt, tokens in sizes)
@@ -183,6 +194,38 @@ def test_chunks_keep_a_step_to_a_multiple_of_a_decode_step() -> None:
     assert speed(12, 0.16, 0.002, target_s=0.01).chunk_tokens(12, 512) == 16
     assert speed(12, 0.16, 0.002, target_s=0.01).chunk_tokens(12, 7) == 7
     assert StepSpeed().chunk_tokens(12, 512) == 32
+
+
+SECONDS = st.sampled_from([0.0, 1e-9, 0.001, 0.01, 1.0, 60.0])
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    target_s=st.sampled_from([0.0, 1e-300, 0.001, 0.02, 60.0]),
+    steps=st.lists(st.tuples(st.integers(0, 64), st.integers(0, 512), SECONDS, st.booleans()), max_size=40),
+    decodes=st.integers(0, 64),
+    tokens_max=st.integers(1, 4096),
+    multiple=st.sampled_from([1.5, 3.0]),
+    lost=st.booleans(),
+)
+def test_whatever_is_set_and_measured_a_prompt_gets_on(
+    target_s: float,
+    steps: list[tuple[int, int, float, bool]],
+    decodes: int,
+    tokens_max: int,
+    multiple: float,
+    lost: bool,
+) -> None:
+    """A target below a decode step, and tokens that seemed to cost nothing: ZeroDivisionError, which ended the node."""
+    made = StepSpeed(target_s)
+    for rows, prompt_tokens, took_s, beside_chunk in steps:
+        made.ran(rows, prompt_tokens, took_s, beside_chunk=beside_chunk)
+    tokens = made.chunk_tokens(decodes, tokens_max, multiple, lost=lost)
+    assert min(16, tokens_max) <= tokens <= tokens_max
+
+
+def test_a_target_below_a_decode_step_where_tokens_cost_nothing() -> None:
+    assert speed(12, 0.01, 0.0, target_s=0.005).chunk_tokens(12, 512) == 16
 
 
 def test_more_rows_take_longer() -> None:
@@ -284,6 +327,7 @@ def test_short_chunks_that_seem_to_cost_nothing_do_not_make_a_long_one() -> None
     assert made.chunk_tokens(6, 60, lost=True) == 60, (
         "who was interrupted gains by few steps, whatever they take"
     )
+    assert made.chunk_tokens(6, 508, lost=True) == 64, "nor a tail of 508 tokens that is one step"
     for _ in range(6):
         made.ran(6, 0, 0.005, beside_chunk=False)
     made.ran(6, 300, 0.035, beside_chunk=False)
@@ -342,3 +386,89 @@ def test_who_was_interrupted_goes_first_and_in_few_steps() -> None:
     assert max(sizes) * 0.002 <= 2 * 0.16
     assert took_s < 4 * 0.16
     assert list(dict.fromkeys(began))[:12] == list(range(1, 13))
+
+
+def test_what_was_lost_keeps_to_a_target_that_is_set() -> None:
+    made = speed(6, 0.005, 0.0, target_s=0.5)
+    assert made.chunk_tokens(6, 512, lost=True) == 128
+
+
+def slow(**settings: int) -> Batcher:
+    """Of a node where 512 tokens take six decode steps."""
+    batcher = Batcher(replace(LIMITS, max_batch_tokens=512, max_running=64, **settings))
+    batcher.microbatches, batcher.quota_blocks = 1, 1 << 20
+    batcher.speed = speed(12, 0.16, 0.002)
+    batcher.speed.ran(12, 400, 0.16 + 400 * 0.002, beside_chunk=False)
+    return batcher
+
+
+def stream(rid: int, tokens: int) -> Request:
+    """Somebody reads it; nothing of it is computed."""
+    made = request(rid, tokens - 1, 100)
+    made.append(Token(rid, 0, 5))
+    return made
+
+
+def taken(batcher: Batcher, in_flight: int = 0) -> list[tuple[int, int]]:
+    rows, preempted = batcher.next_rows(True, in_flight)
+    assert not preempted
+    for chosen, count in rows:
+        chosen.issued += count
+    return [(chosen.rid, count) for chosen, count in rows]
+
+
+def test_readers_of_another_pipeline_on_the_same_node_do_not_wait_for_prompts() -> None:
+    batcher = slow()
+    batcher.enqueue(request(1, 500, 3))
+    assert taken(batcher) == [(1, 500)]
+    batcher = slow()
+    batcher.shared = 2
+    batcher.enqueue(request(1, 500, 3))
+    # No row decodes here: (0.16 - 12 * 0.002) * 1.5 of 0.002 each.
+    assert taken(batcher) == [(1, 34)]
+    for _ in range(200):  # and it does not wait for a decode step to be measured that nobody asks for
+        batcher.speed.ran(0, 34, 0.204, beside_chunk=False)
+    assert taken(batcher)[0][1] > 16
+
+
+def test_readers_whose_requests_are_queued_do_not_wait_for_one_long_step() -> None:
+    """No KV of them was left after a failure: they wait like new ones, and a step had as many of them as fit in."""
+    batcher = slow()
+    for rid in range(12):
+        batcher.enqueue(again := stream(rid, 60))
+        again.interrupted = True
+    sizes = [sum(count for _, count in taken(batcher)) for _ in range(2)]
+    assert max(sizes) * 0.002 <= 2 * 0.16, "a step may take as long as three that only decode"
+    assert min(sizes) > 60, "in few steps: all wait for them"
+    # Behind a preemption nobody waits but its reader: others' steps are as short as beside any prompt.
+    batcher = slow()
+    batcher.enqueue(stream(1, 400))
+    assert sum(count for _, count in taken(batcher)) * 0.002 <= 0.5 * 0.16
+
+
+def test_a_preempted_stream_is_no_failure() -> None:
+    """What it had is computed again beside those who read on, as slowly as a prompt: 1.5 decode steps, not 3."""
+    batcher = slow()
+    readers = [stream(rid, 8) for rid in range(12)]
+    for reader in readers:
+        assert batcher.adopt(reader)
+    batcher.enqueue(stream(20, 400))
+    for turn in (1, 2):  # when it is let in, and when it runs
+        for reader in readers:
+            reader.append(Token(reader.rid, turn, 5))
+            reader.issued = reader.total - 1
+        sizes = dict(taken(batcher))
+        assert [sizes.pop(rid) for rid in range(12)] == [1] * 12
+        assert sizes == {20: 37}  # in equal chunks of at most 40
+
+
+def test_who_has_had_a_token_since_a_failure_is_not_interrupted_any_more() -> None:
+    batcher = slow()
+    again = stream(1, 60)
+    assert batcher.adopt(again)
+    assert again.lost
+    again.append(Token(1, 1, 5))
+    assert not again.lost
+    fresh = request(2, 60, 5)
+    assert batcher.adopt(fresh)
+    assert not fresh.lost, "nobody reads it yet"

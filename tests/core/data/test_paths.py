@@ -151,3 +151,53 @@ def test_a_node_that_did_not_get_to_run_does_not_blame_the_relay() -> None:
     assert node.paths.own == set()
     node.run(ANSWER_BEATS + 1)
     assert node.paths.own == {C, D}
+
+
+def test_a_controller_that_the_relay_loses_again_and_again_costs_no_other_one_a_longer_while() -> None:
+    node = Node()
+    for _ in range(4):
+        node.run(20)
+        node.heard_by = (D,)
+        node.answer()
+        node.heard_by = (C, D)
+        node.answer()
+        node.until_alone(limit=200)
+    node.run(20)
+    node.heard_by = (C,)
+    node.answer()
+    node.heard_by = (C, D)
+    node.answer()
+    assert abs(node.until_alone(100) - QUIET_FIRST_S) < 2 * BEAT_S
+
+
+def test_each_loss_of_a_controller_counts_while_another_one_is_lost_as_well() -> None:
+    node = Node(heard_by=(C,))
+    node.run(NEW_BEATS)
+    waits = []
+    for _ in range(3):
+        node.heard_by = ()
+        node.answer()
+        node.heard_by = (C,)
+        node.answer()
+        began = node.now
+        while C in node.paths.own:
+            node.run(1)
+        waits.append(node.now - began)
+        assert node.paths.own == {D}
+        node.run(5)
+    assert all(abs(b - 2 * a) < 3 * BEAT_S for a, b in pairwise(waits))
+
+
+def test_the_nodes_own_stream_ends_when_the_controller_has_had_time_to_hear_the_relay() -> None:
+    """A relay that was stopped answers its nodes before its next beat is due. Where that is as long as the quiet while,
+    nobody had spoken for the node for too long when its own stream ended, and it was cut off."""
+    node = Node()
+    node.paths.paced(C, 1.0)
+    node.run(3)
+    node.paths.broken(node.now)
+    node.answer()
+    began = node.now
+    while C in node.paths.own:
+        node.run(1)
+    assert node.now - began >= 3.0
+    assert node.paths.own == set()

@@ -159,6 +159,8 @@ def test_a_broken_link_is_told_until_it_is_open_or_its_process_is_gone() -> None
     n1 = group.member(1)
     peers.broke(n1, "reset")
     assert group.reports("n0", {})["n1"] == LinkReport(n1, False, 0.0, "reset")
+    peers.broke(n1, "no link: the peer speaks protocol 2, we speak 1")
+    assert group.reports("n0", {})["n1"].refused
     record = group.records.pop("n1")
     assert "n1" in group.follow("n0"), "it serves with us: etcd may have been away"
     assert group.reports("n0", {})["n1"].up is False

@@ -94,6 +94,19 @@ def test_beats_come_as_rarely_as_the_controller_wants_and_never_in_a_burst() -> 
     assert host.line.due_at() > 5.0
 
 
+def test_nodes_send_whole_reports_as_often_as_the_controller_that_wants_most() -> None:
+    host = Host()
+    assert host.relay.report_s() == 0.0  # as often as by themselves: nobody has asked for fewer
+    host.line.acknowledge(BEAT_S, 2.0)
+    assert host.relay.report_s() == 2.0
+    other = host.relay.open("d", 0.5)
+    assert host.relay.report_s() == 0.0
+    other.acknowledge(BEAT_S, 1.5)
+    assert host.relay.report_s() == 1.5
+    host.relay.close("d")
+    assert host.relay.report_s() == 2.0
+
+
 def test_a_node_whose_stream_ends_is_gone_at_once_after_its_last_words() -> None:
     host = Host()
     host.relay.report(host.a, raw(A, 2), 0.0, urgent=False)
@@ -170,9 +183,42 @@ def test_who_was_heard_before_a_beat_of_the_relay_is_in_it_however_late_it_is() 
     host.line.next(BEAT_S)
     for moment in (1.9, 2.9):
         host.relay.beat(host.a, moment * BEAT_S)
-    batch = host.line.next(9 * BEAT_S)
+    batch = host.line.next(5.9 * BEAT_S)
     assert batch is not None
     assert batch.beats == (host.a.slot,)
+
+
+def test_a_relay_that_was_stopped_for_long_speaks_for_nobody_until_it_has_heard_him() -> None:
+    """It beat once more for all who were heard before it was stopped, and they may have died meanwhile."""
+    host = Host()
+    host.relay.beat(host.a, 0.9 * BEAT_S)
+    host.relay.report(host.b, raw(B, 2), 0.9 * BEAT_S, urgent=False)
+    assert host.line.next(300 * BEAT_S) is None
+    host.relay.beat(host.b, 300.1 * BEAT_S)
+    assert slots(host.line.next(301 * BEAT_S)) == [host.b.slot]
+
+
+def test_news_of_one_node_do_not_bring_what_a_silent_one_said() -> None:
+    """Its report was not news, so it waited for a beat of the relay. It was stopped then, and heard all the same."""
+    host = Host()
+    host.line.acknowledge(20 * BEAT_S)
+    host.line.next(BEAT_S)
+    host.relay.report(host.a, raw(A, 2), 2.0 * BEAT_S, urgent=False)
+    host.relay.report(host.b, raw(B, 2), 3.6 * BEAT_S)
+    assert slots(host.line.next(3.6 * BEAT_S)) == [host.b.slot]
+    host.relay.report(host.a, raw(A, 3), 3.7 * BEAT_S)  # it goes on
+    assert slots(host.line.next(3.7 * BEAT_S)) == [host.a.slot]
+
+
+def test_counters_are_sent_although_a_newer_report_has_none() -> None:
+    host = Host()
+    told = [raw(A, seq) for seq in range(2, 8)]
+    for seq, report in enumerate(told):
+        host.relay.report(host.a, report, 0.0, counters=seq in (0, 3), recoveries=seq == 2)
+    batch = host.line.next(0.0)
+    assert batch is not None
+    assert [report for _, report in batch.reports] == [told[2], told[3], told[5]]
+    assert not host.line.earlier
 
 
 def test_reports_that_tell_recoveries_are_all_sent_in_their_order_and_before_a_goodbye() -> None:
@@ -203,15 +249,17 @@ def test_a_controller_that_takes_nothing_costs_a_bounded_memory() -> None:
     host = Host()
     source: Source = host.a
     for turn in range(1000):
-        host.relay.report(source, raw(A, turn), turn)
+        host.relay.report(source, raw(A, turn), turn, counters=turn % 2 == 0)
         host.relay.report(host.b, raw(B, turn), turn, recoveries=True)
         host.relay.beat(host.b, turn)
         if turn % 3 == 0:
             host.relay.leave(source)
             source = host.relay.join(A)
     assert waiting(host.line) <= 5
-    assert (len(host.line.recoveries), host.line.dropped) == (RECOVERIES_MAX, 999 - RECOVERIES_MAX)
-    assert slots(host.line.next(1000.0)) == [host.a.slot]  # its goodbye
+    told = [each for _, each in host.line.earlier if each.recoveries]
+    assert len(host.line.earlier) <= len(told) + 1
+    assert (len(told), host.line.dropped) == (RECOVERIES_MAX, 999 - RECOVERIES_MAX)
+    assert set(slots(host.line.next(1000.0))) == {host.a.slot}  # its goodbye
     batch = host.line.next(1000.0)
     assert batch is not None
     assert [report for _, report in batch.reports] == [

@@ -24,7 +24,7 @@ from dataplane.core.events import (
     Tick,
 )
 from dataplane.core.messages import Detail, Fence, HeldMeta, ResultMeta, Row, StepFailedMeta
-from dataplane.core.request import pack_tokens
+from dataplane.core.request import Phase, pack_tokens
 from dataplane.core.scheduler import STALL_LIMIT_S, Scheduler
 
 LIMITS = Limits(
@@ -443,3 +443,18 @@ def test_what_requests_keep_is_bounded_in_bytes() -> None:
     for rid in list(made.requests):
         made.step(Cancelled(rid, 1), 0.0)
     assert made.bytes_kept == 0
+
+
+def test_who_loses_all_in_a_failure_is_interrupted_and_who_is_preempted_is_not() -> None:
+    made = scheduler(stages=1)
+    (step,) = steps(made.step(submit(1), 0.0))
+    made.step(result(step), 0.1)
+    request = made.requests[1]
+    (ask,) = [e for e in made.step(EpochBegan(6, planned=False), 0.4) if isinstance(e, Ask)]
+    made.step(Quiesce(hold=True), 0.4)
+    made.step(HeldMeta("p0", Fence(6, 0), ask.meta.ask, 0, ()), 0.5)
+    assert (request.phase, request.lost) == (Phase.WAITING, True)
+    (step,) = steps(made.step(Quiesce(hold=False), 0.6))
+    assert (request.phase, request.lost) == (Phase.RUNNING, True)
+    made.step(CapacityChanged(1, 1), 0.7)
+    assert (request.phase, request.lost) == (Phase.WAITING, False)

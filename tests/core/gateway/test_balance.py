@@ -6,8 +6,8 @@ from collections import Counter
 
 from controlplane.contract.ids import Member
 from controlplane.contract.topology import Pipeline, Stage
+from tests.core.counting import calls
 from tests.core.gateway.routing import TAIL, A, B, Bench, pipeline, sent
-from tests.core.gateway.test_held import calls
 from web.gateway.events import CancelAsked, StreamDown, StreamUp
 from web.gateway.live import Policy
 

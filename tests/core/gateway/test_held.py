@@ -3,53 +3,16 @@
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 from controlplane.contract.ids import Member
 from controlplane.contract.requests import RefusalCode, Sampling
+from tests.core.counting import calls, lines
 from tests.core.gateway.routing import A, B, Bench, only, pipeline, sent
 from web.gateway.balance import Loads
 from web.gateway.events import Fail, FailCode, SendSubmit, StreamDown, StreamUp, SubmitAsked, Tick
 from web.gateway.live import Policy
 
 MANY = 768
-
-
-def calls(action: Callable[[], Any]) -> int:
-    """Python functions that are called: a measure of work that no machine's speed changes."""
-    count = 0
-
-    def note(_frame: FrameType, what: str, _argument: object) -> None:
-        nonlocal count
-        count += what in ("call", "c_call")
-
-    sys.setprofile(note)
-    try:
-        action()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
-def lines(action: Callable[[], Any]) -> int:
-    """Lines of Python that are executed: also those of loops that call nothing."""
-    count = 0
-
-    def note(_frame: FrameType, what: str, _argument: object) -> Any:
-        nonlocal count
-        count += what == "line"
-        return note
-
-    before = sys.gettrace()
-    sys.settrace(note)
-    try:
-        action()
-    finally:
-        sys.settrace(before)
-    return count
 
 
 def loaded(many: int) -> Bench:

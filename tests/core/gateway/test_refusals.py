@@ -121,6 +121,20 @@ def test_poison_is_quarantined_and_planned_moves_do_not_count() -> None:
     assert bench.router.counts["quarantined"] == 1
 
 
+def test_a_death_whose_copy_takes_over_in_the_midst_of_a_move_counts() -> None:
+    bench = Bench()
+    x = Member("x", "1")
+    bench.topology(pipeline("p0", A, 1, Move(0, B, MovePhase.COPY, "hand-back")))
+    bench.do(StreamUp(A))
+    bench.submit()
+    for epoch, head in enumerate((B, x), start=2):
+        bench.topology(pipeline("p0", head, epoch))
+        bench.do(StreamUp(head))
+    assert not bench.failed
+    bench.topology(pipeline("p0", A, 4))
+    assert bench.failed[1].code is FailCode.QUARANTINED
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 def test_deaths_count_although_the_stream_breaks_before_the_topology_says_so(dropped: bool) -> None:
     """As it is with every scheduler that dies: its connections do so at once."""

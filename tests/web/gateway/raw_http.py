@@ -5,25 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from tests.web.gateway.stack import KEY, Stack, running
+from tests.web.gateway.stack import KEY, Stack
 
 AUTH = b"authorization: Bearer " + KEY.encode() + b"\r\n"
 ASK = json.dumps({"prompt": "a", "max_tokens": 3, "seed": 1}).encode()
 STREAM = json.dumps({"prompt": "a", "max_tokens": 3, "seed": 1, "stream": True}).encode()
 CLOSE = b"connection: close\r\n"
 H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
-
-
-def with_stack(body: Callable[[Stack], Awaitable[None]], **knobs: Any) -> None:
-    async def run() -> None:
-        async with running(**knobs) as stack, asyncio.timeout(20):
-            await body(stack)
-
-    asyncio.run(run())
 
 
 @dataclass

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +114,14 @@ async def running(
     finally:
         for fake in fakes:
             await fake.stop()
+
+
+def with_stack(body: Callable[[Stack], Awaitable[None]], **knobs: Any) -> None:
+    async def run() -> None:
+        async with running(**knobs) as stack, asyncio.timeout(20):
+            await body(stack)
+
+    asyncio.run(run())
 
 
 @contextlib.asynccontextmanager

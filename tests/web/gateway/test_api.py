@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import openai
@@ -13,18 +11,9 @@ import pytest
 from controlplane.contract.requests import Submit
 from controlplane.etcd.health import NO_SPACE
 from tests.web.gateway.fake_node import reference, token_at
-from tests.web.gateway.stack import KEY, MODEL, Stack, demo_model, running, stream
+from tests.web.gateway.stack import KEY, MODEL, Stack, demo_model, stream, with_stack
 
 PROMPT = [400, 401, 402]
-Body = Callable[[Stack], Awaitable[None]]
-
-
-def with_stack(body: Body, **knobs: Any) -> None:
-    async def run() -> None:
-        async with running(**knobs) as stack, asyncio.timeout(20):
-            await body(stack)
-
-    asyncio.run(run())
 
 
 def text_of(ids: list[int], prompt: list[int] | None = None) -> str:

@@ -17,9 +17,8 @@ from tests.web.gateway.raw_http import (
     request,
     split,
     talk,
-    with_stack,
 )
-from tests.web.gateway.stack import Stack
+from tests.web.gateway.stack import Stack, with_stack
 from web.gateway.guard import BODY_BYTES_MAX
 
 
@@ -129,6 +128,3 @@ def test_bodies_where_none_is_expected_and_pipelines() -> None:
         assert [reply.status for reply in replies] == [200, 200, 200]
 
     with_stack(body)
-
-
-# Other origins

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
+import grpc
 import pytest
 
 from controlplane.backoff import Backoff
@@ -99,9 +101,49 @@ def test_a_node_that_refuses_this_gateways_version_is_told_and_not_asked_in_a_ho
         assert node.troubles()
         assert events == [], "a stream that is refused was never up"
         assert backoffs[0].paused == [1, 2, 3, 4, 5], "each pause is longer than the one before"
+        links._metadata = Links("token", events.append)._metadata  # as if the node had been restarted
+        async with asyncio.timeout(20):
+            while not events:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert links.troubles() == [], "a node that serves us has said so by its first answer"
         links.close(NODE)
         assert links.troubles() == []
         await links.aclose()
         await node.close()
+
+    asyncio.run(run())
+
+
+def test_a_node_of_code_that_says_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before streams had a schema a node accepted one without a word."""
+    monkeypatch.setattr(client, "ANSWER_S", 0.05)
+    events: list[Event] = []
+
+    async def silent(
+        requests: AsyncIterator[object], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[object]:
+        await asyncio.Event().wait()
+        yield None
+
+    async def run() -> None:
+        server = grpc.aio.server()
+        handler = rpc.stream_handler(rpc.FRONTDOOR, "Serve", silent, rpc.decode_gateway_message)
+        server.add_generic_rpc_handlers((handler,))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        links = Links("token", events.append)
+        links.locate(NODE, f"127.0.0.1:{port}")
+        links.open(NODE)
+        async with asyncio.timeout(20):
+            while links.reconnects < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        (trouble,) = links.troubles()
+        assert trouble.startswith("n0: it has not said within 10 s that it serves this gateway")
+        assert events == []
+        await server.stop(None)
+        async with asyncio.timeout(20):
+            while links.troubles():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await links.aclose()
 
     asyncio.run(run())

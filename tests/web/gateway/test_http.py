@@ -18,9 +18,8 @@ from tests.web.gateway.raw_http import (
     request,
     split,
     talk,
-    with_stack,
 )
-from tests.web.gateway.stack import Stack, stream
+from tests.web.gateway.stack import Stack, stream, with_stack
 
 GETS = [
     "/livez",
@@ -101,6 +100,8 @@ def test_options() -> None:
         (b"/v1/%6Dodels", 200),
         (b"http://elsewhere/v1/models", 200),
         (b"/v1/models?limit=3&x", 200),
+        (b"http://elsewhere", 404),
+        (b"http://elsewhere?x", 404),
         (b"/v1/models/kevlar%2Ddemo", 200),
         (b"/v1/models/org%2Fother", 404),
         (b"/v1/%zz%ff", 404),
@@ -237,12 +238,128 @@ def test_ambiguous_heads_end_the_connection(head: bytes, status: int) -> None:
         (b"GET /livez HTTP/2.0\r\nhost: x\r\n\r\n", 505),
         (b"GET /livez\r\n\r\n", 505),
         (b"GET /livez HTTP/1.0\r\n\r\n", 200),
+        (b"CONNECT x:443 HTTP/1.1\r\nhost: x:443\r\n\r\n", 501),
     ],
 )
 def test_versions_and_hosts(sent: bytes, status: int) -> None:
     async def body(stack: Stack) -> None:
         (reply,) = split(await talk(stack, sent))
         assert (reply.status, reply.headers["connection"]) == (status, "close")
+
+    with_stack(body)
+
+
+def test_who_is_refused_can_read_why_although_more_is_on_its_way() -> None:
+    """What is closed with bytes unread is reset: the answer was lost with the connection."""
+
+    async def body(stack: Stack) -> None:
+        async with connected(stack) as (reader, writer):
+            writer.write(b"nonsense\r\n\r\n" + bytes(8 << 20))
+            (reply,) = split(await reader.read())
+        assert reply.status == 400
+
+    with_stack(body)
+
+
+def test_an_answer_is_not_lost_with_a_body_that_nobody_reads() -> None:
+    async def body(stack: Stack) -> None:
+        head = request(b"POST", b"/v1/completions", CHUNKED + CLOSE)
+        for start, status in ((head, 413), (head.replace(AUTH, b""), 401)):
+            async with connected(stack) as (reader, writer):
+                writer.write(start + b"FFFFFFF\r\n" + bytes(16 << 20))
+                (reply,) = split(await reader.read())
+            assert reply.status == status
+
+    with_stack(body)
+
+
+@pytest.mark.parametrize("nonsense", [b"nonsense\r\n\r\n", post(ASK, b"transfer-encoding: chunked\r\n")])
+def test_what_was_sent_ahead_of_nonsense_is_answered(nonsense: bytes) -> None:
+    async def body(stack: Stack) -> None:
+        for sent, statuses in (
+            (request(b"GET", b"/livez"), [200, 400]),
+            (post(ASK) + post(STREAM) + request(b"GET", b"/nowhere"), [200, 200, 404, 400]),
+            (post(STREAM, CLOSE), [200]),
+        ):
+            replies = split(await talk(stack, sent + nonsense))
+            assert [reply.status for reply in replies] == statuses
+        head = request(b"POST", b"/v1/completions", CHUNKED)
+        replies = split(await talk(stack, post(STREAM) + head + b"no size\r\n"))
+        assert [reply.status for reply in replies] == [200, 400]
+        assert replies[0].body.endswith(b"data: [DONE]\n\n")
+
+    with_stack(body)
+
+
+def test_http_1_0_is_not_told_to_continue() -> None:
+    async def body(stack: Stack) -> None:
+        replies = split(await talk(stack, post(ASK, b"expect: 100-continue\r\n", b"1.0")))
+        assert [reply.status for reply in replies] == [200]
+        replies = split(await talk(stack, post(ASK, b"expect: 100-continue\r\n" + CLOSE)))
+        assert [reply.status for reply in replies] == [100, 200]
+
+    with_stack(body)
+
+
+def test_what_follows_a_refused_request_is_not_done() -> None:
+    async def body(stack: Stack) -> None:
+        bad = request(b"POST", b"/v1/completions", b"transfer-encoding: gzip\r\ncontent-length: 0\r\n")
+        replies = split(await talk(stack, bad.replace(b"content-length: 0\r\n", b"") + post(ASK)))
+        assert [reply.status for reply in replies] == [501]
+        double = b"GET /livez HTTP/1.1\r\nhost: x\r\nhost: y\r\n\r\n"
+        replies = split(await talk(stack, double + post(ASK)))
+        assert [reply.status for reply in replies] == [400]
+        assert not any(node.submits for node in stack.nodes)
+
+    with_stack(body)
+
+
+CHUNKED = b"transfer-encoding: chunked\r\n"
+
+
+def chunked(body: bytes, extension: bytes = b"", trailers: bytes = b"", size: int = 5) -> bytes:
+    parts = [body[at : at + size] for at in range(0, len(body), size)]
+    chunks = b"".join(b"%X%b\r\n%b\r\n" % (len(part), extension, part) for part in parts)
+    return chunks + b"0%b\r\n%b\r\n" % (extension, trailers)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        chunked(ASK),
+        chunked(ASK, size=1),
+        chunked(ASK, b';name=value;other="a b"'),
+        chunked(ASK, trailers=b"checksum: abc\r\n"),
+        b"0000" + chunked(ASK, size=9),
+    ],
+)
+def test_chunks_in_all_forms(sent: bytes) -> None:
+    async def body(stack: Stack) -> None:
+        head = request(b"POST", b"/v1/completions", CHUNKED)
+        replies = split(await talk(stack, head + sent + request(b"GET", b"/livez", CLOSE)))
+        assert [reply.status for reply in replies] == [200, 200]
+        assert replies[0].json["usage"]["completion_tokens"] == 3
+
+    with_stack(body)
+
+
+def test_trailers_are_no_headers() -> None:
+    """A key, an encoding or an event id that comes behind the body is nothing that anybody has let through."""
+
+    async def body(stack: Stack) -> None:
+        for trailer, status in (
+            (AUTH, 401),
+            (b"content-encoding: br\r\n", 200),
+            (b"x-request-id: behind\r\n", 200),
+            (b"last-event-id: nonsense\r\n", 200),
+            (b"expect: 100-continue\r\n", 200),
+        ):
+            head = request(b"POST", b"/v1/completions", CHUNKED + CLOSE)
+            if trailer == AUTH:
+                head = head.replace(AUTH, b"")
+            (reply,) = split(await talk(stack, head + chunked(ASK, trailers=trailer)))
+            assert reply.status == status
+            assert reply.headers["x-request-id"] != "behind"
 
     with_stack(body)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
-from tests.web.gateway.stack import Events, Stack, stream
-from tests.web.gateway.test_api import with_stack
+from tests.web.gateway.stack import Events, Stack, stream, with_stack
 from web.gateway.memory import Memory
 
 PAD = "x" * (3 << 20)

@@ -9,8 +9,18 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from tests.web.gateway.raw_http import ASK, AUTH, CLOSE, STREAM, post, request, split, talk, with_stack
-from tests.web.gateway.stack import Stack
+from tests.web.gateway.raw_http import (
+    ASK,
+    AUTH,
+    CLOSE,
+    STREAM,
+    connected,
+    post,
+    request,
+    split,
+    talk,
+)
+from tests.web.gateway.stack import Stack, with_stack
 
 MADE = re.compile("[0-9a-f]{32}")
 ASKED = [
@@ -30,6 +40,11 @@ NO_REQUESTS = [
     (400, b"nonsense\r\n\r\n"),
     (431, b"GET / HTTP/1.1\r\nx: " + b"y" * 100_000 + b"\r\n\r\n"),
     (501, request(b"POST", b"/v1/completions", b"transfer-encoding: gzip\r\n")),
+    (501, request(b"POST", b"/v1/completions", b"transfer-encoding: gzip\r\nx-request-id: mine\r\n")),
+    (400, b"GET / HTTP/1.1\r\nx-request-id: mine\r\nx: y\r\nno header\r\n\r\n"),
+    (505, b"GET / HTTP/2.0\r\nhost: x\r\nx-request-id: mine\r\n\r\n"),
+    (431, b"GET / HTTP/1.1\r\nhost: x\r\nx-request-id: mine\r\nx: " + b"y" * 100_000 + b"\r\n\r\n"),
+    (400, b"GET / HTTP/1.1\r\nhost: x\r\nx-request-id: no good\r\nhost: y\r\n\r\n"),
 ]
 
 
@@ -60,8 +75,38 @@ def test_what_is_no_request_has_one() -> None:
             with capture_logs() as lines:
                 (reply,) = split(await talk(stack, sent))
             assert reply.status == status
-            assert MADE.fullmatch(reply.headers["x-request-id"])
-            assert [entry["request_id"] for entry in lines] == [reply.headers["x-request-id"]]
+            found = reply.headers["x-request-id"]
+            assert found == "mine" if b"mine" in sent else MADE.fullmatch(found)
+            assert [entry["request_id"] for entry in lines] == [found]
+
+    with_stack(body)
+
+
+def test_a_refusal_has_not_the_id_of_the_request_before() -> None:
+    async def body(stack: Stack) -> None:
+        async with connected(stack) as (reader, writer):
+            writer.write(request(b"GET", b"/livez", b"x-request-id: first\r\n"))
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert b"x-request-id: first" in head
+            writer.write(b"nonsense\r\n\r\n")
+            rest = await reader.read()
+        assert b"400 Bad Request" in rest
+        assert b"x-request-id: first" not in rest
+
+    with_stack(body)
+
+
+def test_the_answers_id_is_the_clients_own() -> None:
+    async def body(stack: Stack) -> None:
+        for given, said, wanted in (
+            ("abc/1=?", "", "cmpl-abc/1=?"),
+            ("a", "b+c", "cmpl-b+c"),
+            ("a", "no good", "cmpl-a"),
+        ):
+            ask = json.dumps(json.loads(ASK) | ({"request_id": said} if said else {})).encode()
+            sent = post(ask, f"x-request-id: {given}\r\n".encode() + CLOSE)
+            (reply,) = split(await talk(stack, sent))
+            assert (reply.json["id"], reply.headers["x-request-id"]) == (wanted, given)
 
     with_stack(body)
 

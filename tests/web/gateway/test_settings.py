@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def test_null_says_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "ids"), [("<|eos|>", (1,)), ({"content": "<|end|>"}, (2,)), (None, ()), ("<|other|>", ())]
+    ("name", "ids"),
+    [("<|eos|>", (1,)), ({"content": "<|end|>"}, (2,)), (None, ()), ("<|other|>", ()), ({}, ()), ([1], ())],
 )
 def test_the_tokenizers_end_counts_where_the_model_names_none(
     tmp_path: Path, name: object, ids: tuple[int, ...]
@@ -105,6 +107,53 @@ def test_the_tokenizers_end_counts_where_the_model_names_none(
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
     assert load_model(settings(tmp_path)).eos_token_ids == ids
+
+
+def test_no_end_is_not_the_token_none(tmp_path: Path) -> None:
+    copy_model(tmp_path, max_position_embeddings=512, eos_token_id=None)
+    (tmp_path / "generation_config.json").unlink()
+    added = {"2048": {"content": "None"}}
+    for end in (None, {"content": None}):
+        config = {"eos_token": end, "added_tokens_decoder": added}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert load_model(settings(tmp_path)).eos_token_ids == ()
+
+
+def test_tokens_that_stand_only_in_the_tokenizers_settings(tmp_path: Path) -> None:
+    copy_model(tmp_path, max_position_embeddings=512, vocab_size=2050)
+    added = {
+        "2049": {"content": "[note]", "special": False},
+        "1": {"content": "<|eos|>", "special": True},  # as tokenizer.json has it
+        "2048": {"content": "<|tool|>", "special": True, "lstrip": True},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    model = load_model(settings(tmp_path))
+    a = model.tokenizer.token_to_id("a")
+    assert asyncio.run(model.encode("a <|tool|>a[note]", False)) == [a, 2048, a, 2049]
+    assert model.decode([a, 2048, 2049, 1]) == "a<|tool|>[note]<|eos|>"
+    assert model.decode([a, 2048, 2049, 1], skip_special_tokens=True) == "a[note]"
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        return
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.encode("a <|tool|>a[note]", add_special_tokens=False) == [a, 2048, a, 2049]
+
+
+@pytest.mark.parametrize(
+    ("added", "told"),
+    [
+        ({"2050": {"content": "<|tool|>"}}, "'<|tool|>' is token 2048, not 2050"),
+        ({"x": {"content": "a"}}, "it does not hold tokens by their ids"),
+        ({"2048": "a"}, "it does not hold tokens by their ids"),
+        ([1], "it does not hold tokens by their ids"),
+    ],
+)
+def test_added_tokens_that_cannot_be(tmp_path: Path, added: object, told: str) -> None:
+    copy_model(tmp_path, max_position_embeddings=512)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load_model(settings(tmp_path))
 
 
 def test_the_context_that_the_pool_holds_is_the_one_that_is_served(tmp_path: Path) -> None:
