@@ -1,6 +1,10 @@
 from collections.abc import Collection, Sequence
+from typing import Any
 
+import numpy.typing as npt
 from typing_extensions import Buffer
+
+Shard = Buffer | npt.NDArray[Any]
 
 DATA_MAX: int
 PARITY_MAX: int
@@ -10,7 +14,7 @@ def set_level(level: int) -> int: ...
 def bit_matrix(factor: int) -> int: ...
 
 class Shards:
-    def __init__(self, buffers: Sequence[Buffer | None], writable: Collection[int] = ()) -> None: ...
+    def __init__(self, buffers: Sequence[Shard | None], writable: Collection[int] = ()) -> None: ...
     @property
     def count(self) -> int: ...
     @property

@@ -17,12 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy.typing as npt
 from typing_extensions import Buffer
 
 from kernels.coding import _native
 from kernels.coding.field import Matrix, generator, inverse
+
+Shard = Buffer | npt.NDArray[Any]
 
 RDP_DATA_MAX = _native.RDP_ROWS
 _RDP_ALIGNMENT = 64  # of rows
@@ -46,8 +49,8 @@ class Code(Protocol):
 
     def encode(
         self,
-        shards: Sequence[Buffer],
-        parity: Sequence[Buffer | None],
+        shards: Sequence[Shard],
+        parity: Sequence[Shard | None],
         begin: int = 0,
         end: int | None = None,
     ) -> None:
@@ -55,15 +58,15 @@ class Code(Protocol):
         ...
 
     def update(
-        self, parity: Sequence[Buffer], index: int, shard: Buffer, begin: int = 0, end: int | None = None
+        self, parity: Sequence[Shard], index: int, shard: Shard, begin: int = 0, end: int | None = None
     ) -> None:
         """Add shard `index` to parities that do not have it yet; adding it again takes it out."""
         ...
 
     def decode(
         self,
-        shards: Sequence[Buffer],
-        parity: Sequence[Buffer | None],
+        shards: Sequence[Shard],
+        parity: Sequence[Shard | None],
         lost: Collection[int],
         begin: int = 0,
         end: int | None = None,
@@ -102,8 +105,8 @@ class ReedSolomon:
 
     def encode(
         self,
-        shards: Sequence[Buffer],
-        parity: Sequence[Buffer | None],
+        shards: Sequence[Shard],
+        parity: Sequence[Shard | None],
         begin: int = 0,
         end: int | None = None,
     ) -> None:
@@ -112,7 +115,7 @@ class ReedSolomon:
         self._native.encode(held, out, *_part(begin, end, size))
 
     def update(
-        self, parity: Sequence[Buffer], index: int, shard: Buffer, begin: int = 0, end: int | None = None
+        self, parity: Sequence[Shard], index: int, shard: Shard, begin: int = 0, end: int | None = None
     ) -> None:
         held, out = _native.Shards([shard]), _native.Shards(parity, range(self.parity))
         _check_update(self, index, parity)
@@ -121,8 +124,8 @@ class ReedSolomon:
 
     def decode(
         self,
-        shards: Sequence[Buffer],
-        parity: Sequence[Buffer | None],
+        shards: Sequence[Shard],
+        parity: Sequence[Shard | None],
         lost: Collection[int],
         begin: int = 0,
         end: int | None = None,
@@ -162,8 +165,8 @@ class RowDiagonal:
 
     def encode(
         self,
-        shards: Sequence[Buffer],
-        parity: Sequence[Buffer | None],
+        shards: Sequence[Shard],
+        parity: Sequence[Shard | None],
         begin: int = 0,
         end: int | None = None,
     ) -> None:
@@ -172,7 +175,7 @@ class RowDiagonal:
         _native.rdp_encode(held, out, width, *_part(begin, end, width))
 
     def update(
-        self, parity: Sequence[Buffer], index: int, shard: Buffer, begin: int = 0, end: int | None = None
+        self, parity: Sequence[Shard], index: int, shard: Shard, begin: int = 0, end: int | None = None
     ) -> None:
         held, out = _native.Shards([shard]), _native.Shards(parity, range(2))
         _check_update(self, index, parity)
@@ -181,8 +184,8 @@ class RowDiagonal:
 
     def decode(
         self,
-        shards: Sequence[Buffer],
-        parity: Sequence[Buffer | None],
+        shards: Sequence[Shard],
+        parity: Sequence[Shard | None],
         lost: Collection[int],
         begin: int = 0,
         end: int | None = None,
@@ -203,8 +206,8 @@ class RowDiagonal:
 
     def _by_rows(
         self,
-        shards: Sequence[Buffer],
-        across: Buffer | None,
+        shards: Sequence[Shard],
+        across: Shard | None,
         lost: Sequence[int],
         begin: int,
         end: int | None,
@@ -218,7 +221,7 @@ class RowDiagonal:
             stop = width * _native.RDP_ROWS if whole else row * width + end
             self._across.decode(shards, [across], lost, row * width + begin, stop)
 
-    def _shards(self, shards: Sequence[Buffer], writable: Collection[int] = ()) -> _native.Shards:
+    def _shards(self, shards: Sequence[Shard], writable: Collection[int] = ()) -> _native.Shards:
         if len(shards) != self.data:
             raise ValueError(f"{self.data} data shards, not {len(shards)}")
         return _native.Shards(shards, writable)
@@ -248,16 +251,16 @@ def _lost(code: Code, lost: Collection[int]) -> tuple[tuple[int, ...], tuple[int
     return tuple(i for i in indices if i < code.data), tuple(i - code.data for i in indices if i >= code.data)
 
 
-def _left(parity: Sequence[Buffer | None], lost: Collection[int]) -> list[Buffer | None]:
+def _left(parity: Sequence[Shard | None], lost: Collection[int]) -> list[Shard | None]:
     return [None if i in lost else buffer for i, buffer in enumerate(parity)]
 
 
-def _check_left(parity: Sequence[Buffer | None], rows: Collection[int]) -> None:
+def _check_left(parity: Sequence[Shard | None], rows: Collection[int]) -> None:
     if any(parity[i] is None for i in rows):
         raise ValueError(f"parities {sorted(rows)} are needed, and not all of them are there")
 
 
-def _check_update(code: Code, index: int, parity: Sequence[Buffer]) -> None:
+def _check_update(code: Code, index: int, parity: Sequence[Shard]) -> None:
     if not 0 <= index < code.data:
         raise ValueError(f"shard {index} is not one of {code.data}")
     if len(parity) != code.parity or any(buffer is None for buffer in parity):

@@ -42,9 +42,10 @@ typedef struct {
 typedef struct {
     /* out = from[0] + .. + from[n - 1]; n > 0 */
     void (*sum)(uint8_t *out, const uint8_t *const *from, int n, int64_t size, int stream);
-    /* p = start_p + from[0] + .. ; q = start_q + from[0] + 2 from[1] + 4 from[2] ..; NULL in from and start counts as zeros, p may be NULL */
+    /* p = start_p + from[0] + .. ; q = start_q + from[0] + 2 from[1] + 4 from[2] ..; NULL in from and start counts as zeros, p may
+     * be NULL. With a pair, what is written is instead a = pair[0] p + pair[1] q, and p - a: two lost shards. */
     void (*powers)(uint8_t *p, uint8_t *q, const uint8_t *start_p, const uint8_t *start_q, const uint8_t *const *from, int n,
-                   int64_t size);
+                   int64_t size, int stream, const uint8_t *pair);
     /* out = start + c[0] from[0] + ..; start NULL, and NULL in from, count as zeros */
     void (*dot)(uint8_t *out, const uint8_t *start, const uint8_t *c, const uint8_t *const *from, int n, int64_t size, int stream);
 } kf_coding_ops;

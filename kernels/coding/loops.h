@@ -74,11 +74,20 @@ INL V NAME(start_n)(const uint8_t *start, int64_t at, int64_t n)
     return start == NULL ? NAME(v_zero)() : NAME(load_n)(start + at, n);
 }
 
+/* The two unknowns from the sums of both parities: pair[0] p + pair[1] q, and what p lacks then. */
+INL void NAME(solve)(const uint8_t *pair, V *p, V *q)
+{
+    V first = NAME(v_mul_add)(NAME(v_mul_add)(NAME(v_zero)(), NAME(v_factor)(pair[0]), *p), NAME(v_factor)(pair[1]), *q);
+    *q = ADD(*p, first);
+    *p = first;
+}
+
 /* q by Horner's rule: the last shard first. */
 INL void NAME(powers_of)(const int with_p, uint8_t *p, uint8_t *q, const uint8_t *start_p, const uint8_t *start_q,
-                         const uint8_t *const *from, int n, int64_t size)
+                         const uint8_t *const *from, int n, int64_t size, int stream, const uint8_t *pair)
 {
     int64_t at = 0;
+    int direct = stream && (uintptr_t)q % W == 0 && (uintptr_t)p % W == 0;
     for (; at + 4 * W <= size; at += 4 * W) {
         V sum[4], horner[4];
         for (int i = 0; i < 4; i++) {
@@ -96,9 +105,12 @@ INL void NAME(powers_of)(const int with_p, uint8_t *p, uint8_t *q, const uint8_t
         }
         for (int i = 0; i < 4; i++)
             horner[i] = ADD(horner[i], NAME(start_n)(start_q, at + i * W, W));
+        if (with_p && pair != NULL)
+            for (int i = 0; i < 4; i++)
+                NAME(solve)(pair, &sum[i], &horner[i]);
         if (with_p)
-            NAME(put4)(p + at, 0, sum);
-        NAME(put4)(q + at, 0, horner);
+            NAME(put4)(p + at, direct, sum);
+        NAME(put4)(q + at, direct, horner);
     }
     for (; at < size; at += W) {
         V sum = NAME(start_n)(start_p, at, size - at), horner = NAME(v_zero)();
@@ -108,6 +120,8 @@ INL void NAME(powers_of)(const int with_p, uint8_t *p, uint8_t *q, const uint8_t
             sum = ADD(sum, d);
         }
         horner = ADD(horner, NAME(start_n)(start_q, at, size - at));
+        if (with_p && pair != NULL)
+            NAME(solve)(pair, &sum, &horner);
         if (with_p)
             NAME(store_n)(p + at, size - at, sum);
         NAME(store_n)(q + at, size - at, horner);
@@ -115,12 +129,12 @@ INL void NAME(powers_of)(const int with_p, uint8_t *p, uint8_t *q, const uint8_t
 }
 
 TARGET static void NAME(powers)(uint8_t *p, uint8_t *q, const uint8_t *start_p, const uint8_t *start_q,
-                                const uint8_t *const *from, int n, int64_t size)
+                                const uint8_t *const *from, int n, int64_t size, int stream, const uint8_t *pair)
 {
     if (p != NULL)
-        NAME(powers_of)(1, p, q, start_p, start_q, from, n, size);
+        NAME(powers_of)(1, p, q, start_p, start_q, from, n, size, stream, pair);
     else
-        NAME(powers_of)(0, NULL, q, NULL, start_q, from, n, size);
+        NAME(powers_of)(0, NULL, q, NULL, start_q, from, n, size, stream, NULL);
 }
 
 TARGET static void NAME(dot)(uint8_t *out, const uint8_t *start, const uint8_t *c, const uint8_t *const *from, int n, int64_t size,

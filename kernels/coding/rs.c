@@ -42,24 +42,14 @@ static void sum_of_rest(const kf_coding_ops *ops, uint8_t *out, const uint8_t *s
 /* out[i] = start[i] + row i of the code times from; a row whose out is NULL is left out. */
 /* Several outputs go past the cache one after the other, each a window long: line by line in turns they were ten times slower. */
 static void rows_of(const kf_code *code, uint8_t *const *out, const uint8_t *const *start, const uint8_t *const *from,
-                    int64_t size, int stream)
+                    int64_t size, int stream, const uint8_t *pair)
 {
     const kf_coding_ops *ops = kf_coding_ops_in_use();
-    _Alignas(64) uint8_t p[KF_WINDOW], q[KF_WINDOW];
     int n = code->data;
-    if (code->parity > 1 && out[1] != NULL) {
-        const uint8_t *staged[2] = {p, q};
-        if (stream) {
-            ops->powers(out[0] != NULL ? p : NULL, q, start[0], start[1], from, n, size);
-            if (out[0] != NULL)
-                ops->sum(out[0], &staged[0], 1, size, 1);
-            ops->sum(out[1], &staged[1], 1, size, 1);
-        } else {
-            ops->powers(out[0], out[1], start[0], start[1], from, n, size);
-        }
-    } else if (out[0] != NULL) {
+    if (code->parity > 1 && out[1] != NULL)
+        ops->powers(out[0], out[1], start[0], start[1], from, n, size, stream, pair);
+    else if (out[0] != NULL)
         sum_of_rest(ops, out[0], start[0], from, n, size, stream);
-    }
     for (int i = 2; i < code->parity; i++)
         if (out[i] != NULL)
             ops->dot(out[i], start[i], code->rows[i], from, n, size, stream);
@@ -80,7 +70,7 @@ void kf_rs_encode(const kf_code *code, const kf_shard *data, const kf_shard *par
         addresses_at(from, data, code->data, begin);
         for (int i = 0; i < code->parity; i++)
             out[i] = parity[i].bytes != NULL ? parity[i].bytes + begin : NULL;
-        rows_of(code, out, nothing, from, until - begin, parity[0].size >= KF_STREAM);
+        rows_of(code, out, nothing, from, until - begin, parity[0].size >= KF_STREAM, NULL);
     }
     kf_coding_fence();
 }
@@ -135,6 +125,7 @@ void kf_rs_restore(const kf_code *code, const kf_repair *repair, const kf_shard 
     _Alignas(64) uint8_t syndromes[KF_PARITY_MAX][KF_WINDOW];
     const uint8_t *from[KF_DATA_MAX], *start[KF_PARITY_MAX] = {NULL};
     uint8_t *sums[KF_PARITY_MAX] = {NULL}, *out[KF_PARITY_MAX];
+    int pair = repair->count == 2 && repair->rows[1] == 1;
     int direct = repair->count == 1 && repair->rows[0] == 0, stream = parity[repair->rows[0]].size >= KF_STREAM;
     int64_t until, longest = 0;
     for (int i = 0; i < repair->count; i++)
@@ -152,8 +143,14 @@ void kf_rs_restore(const kf_code *code, const kf_repair *repair, const kf_shard 
             start[row] = parity[row].bytes + begin;
             sums[row] = direct ? out[i] : syndromes[i];
         }
-        rows_of(code, sums, start, from, until - begin, direct && stream);
-        if (!direct)
+        /* Both unknowns are there and nothing else: they need not go through memory. */
+        int in_place = pair && out[0] != NULL && out[1] != NULL;
+        if (in_place) {
+            sums[0] = out[0];
+            sums[1] = out[1];
+        }
+        rows_of(code, sums, start, from, until - begin, (direct || in_place) && stream, in_place ? repair->inverse[0] : NULL);
+        if (!direct && !in_place)
             solve(repair, out, syndromes, until - begin, stream);
     }
     kf_coding_fence();

@@ -12,8 +12,8 @@ INL V NAME(v_add)(V a, V b) { return _mm256_xor_si256(a, b); }
 
 INL V NAME(v_horner)(V q, V d)
 {
-    V carry = _mm256_and_si256(_mm256_cmpgt_epi8(_mm256_setzero_si256(), q), _mm256_set1_epi8(0x1d));
-    return _mm256_xor_si256(_mm256_xor_si256(_mm256_add_epi8(q, q), d), carry);
+    V shifted = _mm256_xor_si256(_mm256_add_epi8(q, q), d);
+    return _mm256_blendv_epi8(shifted, _mm256_xor_si256(shifted, _mm256_set1_epi8(0x1d)), q);
 }
 
 typedef struct { V low, high; } factor_avx2;
