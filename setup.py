@@ -33,6 +33,7 @@ SAMPLING = [
     "kernels/cpu/team.h",
 ]
 KERNELS = [f"kernels/cpu/{name}.c" for name in ("dispatch", "stage", "team")]
+CODING = [f"kernels/coding/{name}.c" for name in ("dispatch", "rs", "rdp")]
 KERNEL_HEADERS = [str(header) for header in Path("kernels/cpu").glob("*.h")]
 
 extensions = [
@@ -68,6 +69,12 @@ extensions = [
         ["kernels/cpu/_native.pyx", *KERNELS],
         depends=KERNEL_HEADERS,
         define_macros=sources_digest("kernels/cpu/_native.pyx", *KERNELS, *KERNEL_HEADERS),
+        extra_compile_args=FAST,
+    ),
+    Extension(
+        "kernels.coding._native",
+        ["kernels/coding/_native.pyx", *CODING],
+        depends=[str(header) for header in Path("kernels/coding").glob("*.h")],
         extra_compile_args=FAST,
     ),
 ]

@@ -1,6 +1,8 @@
 """What clients and proxies do with HTTP/1, and uvicorn does not know.
 
-- HTTP/1.0 has no chunks: an answer without a length ends with the connection.
+- HTTP/1.0 has no chunks and no 100 Continue: an answer without a length ends with the connection.
+- What a client sent ahead is answered, whatever nonsense follows it.
+- A connection that is closed with bytes unread is reset, and the answer may be lost: it is read on for a while.
 - A client may shut its sending side after its request, and read on.
 - A client that offers another protocol (h2c, as Java's does) is answered in this one, body and all.
 - Trailers are no headers: nobody has agreed that they may be taken for such.
@@ -12,36 +14,50 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+LINGER_S = 5.0  # for a client to read its answer and to close
+LINGERING_MAX = 64  # more are closed at once: they count for nothing else
 PROBE_S = 0.5  # between two looks whether a client that has shut its side still reads
 CONTINUE = (
     b"HTTP/1.1 100 Continue\r\n\r\n"  # says nothing, and a connection that is gone answers with a reset
 )
 
 
-class _UnchunkedCycle(RequestResponseCycle):
-    """An answer to HTTP/1.0."""
+class _Cycle(RequestResponseCycle):
+    """One answer. uvicorn names the class itself, so that its objects are given this one before their tasks run."""
 
-    _unbounded = False
+    protocol: Http1Protocol
+    _unbounded = False  # of HTTP/1.0, without a length
 
     async def send(self, message: MutableMapping[str, Any]) -> None:  # type: ignore[override]
+        last = message["type"] == "http.response.body" and not message.get("more_body", False)
         if message["type"] == "http.response.start":
             names = {name.lower() for name, _ in message.get("headers", [])}
-            if b"content-length" not in names and message["status"] not in (204, 304):
+            if (
+                self.scope["http_version"] == "1.0"
+                and b"content-length" not in names
+                and message["status"] not in (204, 304)
+            ):
                 self._unbounded, self.chunked_encoding = True, False
         elif self._unbounded and self.scope["method"] != "HEAD":
             self.expected_content_length = len(message.get("body", b""))
+        if not (last and self.more_body) or self.keep_alive or self.disconnected:
+            return await super().send(message)  # type: ignore[arg-type]
+        self.keep_alive = True  # else uvicorn would close, with a part of the body unread
         await super().send(message)  # type: ignore[arg-type]
+        return self.protocol.linger()
 
 
 class Http1Protocol(HttpToolsProtocol):
     """One connection. Subclasses say how what must not be is refused."""
 
-    _refused = False  # answered, once and for all; whatever else comes is dropped
+    _refused = False  # whatever else comes is dropped
+    _lingering: ClassVar[int] = 0  # connections of this process that only wait for their end
+    _linger_timer: asyncio.TimerHandle | None = None
     _head_ended = False  # what the parser still brings are trailers
     _declining = False  # the parser has stopped before the body of a request that offers another protocol
     _probe_timer: asyncio.TimerHandle | None = None
@@ -56,6 +72,9 @@ class Http1Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._probe_timer is not None:
             self._probe_timer.cancel()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+            Http1Protocol._lingering -= 1
         super().connection_lost(exc)
         # uvicorn tells the newest of several requests that were sent ahead, not the one that is being answered.
         self.pipeline.clear()
@@ -100,26 +119,49 @@ class Http1Protocol(HttpToolsProtocol):
         for name, value in self.headers:
             if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
                 return self.refuse(501, "the only transfer coding that is understood is chunked")
-        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+        if self.parser.get_method() == b"CONNECT":
+            return self.refuse(501, "this is no proxy")
+        if self.parser.should_upgrade():
             self._declining = True
             return None
-        super().on_headers_complete()
+        if not self.url.startswith(b"/") and not (target := httptools.parse_url(self.url)).path:
+            self.url = b"/" + (b"?" + target.query if target.query else b"")  # "http://host" is its root
         if version == "1.0":
-            self.cycle.__class__ = (
-                _UnchunkedCycle  # it has no task that ran yet; uvicorn names the class itself
-            )
+            self.expect_100_continue = False
+        super().on_headers_complete()
+        self.cycle.__class__ = _Cycle
+        cast(_Cycle, self.cycle).protocol = self
         return None
 
     def interrupt(self) -> bool:
-        """The request whose body is arriving ends here; False if something else is being answered."""
+        """The request whose body is arriving ends here; False if that cannot be said to its client any more."""
         cycle = self.cycle
-        if cycle is None or cycle.response_complete:
+        if cycle is None or not cycle.more_body or cycle.response_complete:
             return True
-        if cycle is not self._answering or cycle.response_started or not cycle.more_body:
+        if cycle.response_started:
             return False
+        if cycle is not self._answering:
+            self.pipeline.popleft()
         cycle.disconnected = True  # whatever its application still says is not sent
         cycle.message_event.set()
         return True
+
+    @property
+    def is_answering(self) -> bool:
+        cycle = self._answering
+        return cycle is not None and not (cycle.response_complete or cycle.disconnected)
+
+    def linger(self) -> None:
+        """The last word is said: close once the client has closed, or a little later."""
+        self._refused = True
+        if self._linger_timer is not None or self.transport.is_closing():
+            return None
+        if self._lingering >= LINGERING_MAX or not self.transport.can_write_eof():
+            return self.transport.close()
+        self.transport.write_eof()
+        Http1Protocol._lingering += 1
+        self._linger_timer = self.loop.call_later(LINGER_S, self.transport.abort)
+        return None
 
     def on_body(self, body: bytes) -> None:
         if not (self._declining or self.has_ended):

@@ -11,7 +11,6 @@ import asyncio
 import heapq
 import resource
 import select
-from typing import ClassVar
 
 import msgspec
 import structlog
@@ -33,8 +32,6 @@ ERRORS = {
 }
 UNREAD_S = 60.0  # a client that takes nothing for so long of what waits for it is gone
 DESCRIPTORS_KEPT = 128  # for etcd, nodes, logs and the like
-LINGER_S = 2.0  # for a client that was refused to read why
-LINGERING_MAX = DESCRIPTORS_KEPT // 2
 CANDIDATES_MAX = 16  # idle connections that are looked at to make room for one
 
 
@@ -50,8 +47,7 @@ class BoundedProtocol(Http1Protocol):
     Where there are as many as there may be, the one that has asked for nothing for longest makes room for a new one; if
     all are being answered, the new one is: with 503."""
 
-    _lingering: ClassVar[int] = 0  # connections of this process that only wait for their end
-    _linger_timer: asyncio.TimerHandle | None = None
+    _refusal: tuple[int, str] | None = None  # to be told once all that was asked before is answered
     _waits_since = 0.0  # for a head
     _cut = False  # it has made room for another
     _unheard = 0  # bytes since the parser last had something whole: a head, a piece of a body, an end
@@ -69,9 +65,6 @@ class BoundedProtocol(Http1Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._stop_watching()
-        if self._linger_timer is not None:
-            self._linger_timer.cancel()
-            BoundedProtocol._lingering -= 1
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -115,6 +108,8 @@ class BoundedProtocol(Http1Protocol):
     def on_response_complete(self) -> None:
         self._waits_since = self.loop.time()
         super().on_response_complete()
+        if self._refusal is not None and not (self.is_answering or self.transport.is_closing()):
+            self._tell(*self._refusal)
 
     def _watch_unread(self) -> None:
         size = self.transport.get_write_buffer_size()
@@ -179,30 +174,28 @@ class BoundedProtocol(Http1Protocol):
             self.transport.close()  # nothing was asked, or it has been answered
 
     def refuse(self, status: int, message: str) -> None:
-        """Answer and close; on a connection with an answer under way, only close."""
+        """Answer, once all that was asked before is answered, and close; where that cannot be said any more, close."""
         if self.has_ended:
             return
+        self._refused = True
         self._stop_timer()
-        if self.interrupt():
-            kind = ERRORS.get(status, "BadRequestError")
-            error = {"message": message, "type": kind, "param": None, "code": status}
-            body = msgspec.json.encode({"error": error})
-            given = next((value for name, value in self.headers or () if name == b"x-request-id"), b"")
-            request_id = request_id_of(given.decode("latin-1"))
-            log.info("no request", status=status, reason=message, request_id=request_id)
-            head = (
-                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-                f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
-            )
-            self.transport.write(STATUS_LINE[status] + head.encode() + body)
-            self._refused = True
-            if self._lingering < LINGERING_MAX and self.transport.can_write_eof():
-                self._linger()
-                return
-        self.transport.close()
+        if not self.interrupt():
+            self.transport.close()
+        elif self.is_answering:
+            self._refusal = status, message
+        else:
+            self._tell(status, message)
 
-    def _linger(self) -> None:
-        """Read on until the client has closed: a connection closed with bytes unread is reset, and the answer lost."""
-        self.transport.write_eof()
-        BoundedProtocol._lingering += 1
-        self._linger_timer = self.loop.call_later(LINGER_S, self.transport.abort)
+    def _tell(self, status: int, message: str) -> None:
+        kind = ERRORS.get(status, "BadRequestError")
+        error = {"message": message, "type": kind, "param": None, "code": status}
+        body = msgspec.json.encode({"error": error})
+        given = next((value for name, value in self.headers or () if name == b"x-request-id"), b"")
+        request_id = request_id_of(given.decode("latin-1"))
+        log.info("no request", status=status, reason=message, request_id=request_id)
+        head = (
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(STATUS_LINE[status] + head.encode() + body)
+        self.linger()

@@ -38,6 +38,7 @@ from controlplane.core.handover import Handover
 from controlplane.core.invariants import blemishes
 from controlplane.core.membership import Membership, Nodes, members_of, named_members
 from controlplane.core.operations import progress, should_resign, survey
+from controlplane.core.pieces import at_once
 from controlplane.core.plan import propose
 from controlplane.core.policy import Limits, Policy, Situation, Timers
 from controlplane.core.preflight import preflight
@@ -124,13 +125,7 @@ class Controller:
 
     def status(self, now: float) -> ClusterStatus:
         """Everything but `controllers`, `gateways`, `leader` and `etcd_age_s`, which the shell knows."""
-        pieces = self.status_in_pieces(now)
-        while True:
-            try:
-                next(pieces)
-            except StopIteration as done:
-                status: ClusterStatus = done.value
-                return status
+        return at_once(self.status_in_pieces(now))
 
     def status_in_pieces(self, now: float) -> Generator[None, None, ClusterStatus]:
         """The same as the generator's result: see Overview.pieces."""

@@ -30,9 +30,7 @@ class NodeView:
     usable: bool  # may be given a new duty, as far as the process itself goes (cordons are not looked at)
     why_not: str = ""
     demoted: bool = False  # usable when nobody else is
-    unfit: bool = (
-        False  # not usable because of what it is made of: waiting helps only if another process comes
-    )
+    unfit: bool = False  # not usable for what it is made of: only a fresh process can be
 
     @property
     def member(self) -> Member:
@@ -128,8 +126,10 @@ class Nodes:
         executed. Where all have the same steps it is the first one, whose scheduler issued the oldest in flight. While
         the scheduler waits to hear what the stages hold, it is the first that has not said so.
 
-        What a member has done since its last report is not known. So the scheduler has to be heard, and of the one
-        that is blamed and its predecessor at least one; else nobody is blamed."""
+        The scheduler has to be heard (`speaks`), since what a member has done after its last report is not known. For
+        a step, so has the one that is blamed or its predecessor: who of the two lacks it is read off their reports.
+        For an answer the scheduler's word is enough: it asks each stage itself and knows who owes one, and that is one
+        kind of evidence, which alone makes nobody red (evidence.py) before `STUCK_S`."""
         guilty: dict[Member, float] = {}
         for pipeline in topology.pipelines:
             if only is not None and pipeline.id not in only:

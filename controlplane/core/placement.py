@@ -77,7 +77,7 @@ class Layout:
         return self._rings[stage]
 
     def put(self, pipeline: Pipeline) -> None:
-        """In place of the one of that name. What it costs depends on its own length alone."""
+        """In place of the one of that name. What it looks at depends on its own length, not on the group's size."""
         index = self.order[pipeline.id]
         old, self.pipelines[index] = self.pipelines[index], pipeline
         touched = {m.node for p in (old, pipeline) for m in p.members()}

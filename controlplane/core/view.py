@@ -49,8 +49,10 @@ class Overview:
     def pieces(
         self, topology: Topology | None, nodes: Nodes, operations: Mapping[str, Operation], now: float
     ) -> Generator[None, None, ClusterStatus]:
-        """The status as the generator's result. Between its pieces, each of a constant cost, the caller may let others
-        run, and make another one: what comes later is then of a later moment."""
+        """The status as the generator's result. Between its pieces the caller may let others run, and make another one:
+        what comes later is then of a later moment. A piece looks at one node or pipeline; but the first one sorts all
+        names anew, if the topology, a registration or a death has changed them, and the last one takes a small step for
+        each name."""
         self._newest = nodes
         self._index(topology)
         touched = self._members.touched()

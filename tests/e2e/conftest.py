@@ -12,7 +12,7 @@ from controlplane.etcd.server import EtcdBinaryError, find_etcd_binary
 from tests.e2e.cluster import Cluster
 from tests.e2e.outage import OUTAGE, Outage
 
-SEEDS = ("test_safeguards.py", "test_seeds.py", "test_simulator.py")
+MEANWHILE = ("parity", "sim")
 
 
 class Held:
@@ -45,8 +45,8 @@ def shares(item: pytest.Item | None) -> bool:
 
 
 class Beside:
-    """Begins the outage before the simulator's seeds, which bind no port and look at no clock. Ends it with the
-    session, which may have been cut short."""
+    """Begins the outage before tests that compute and judge nothing by the clock. Ends it with the session, which may
+    have been cut short."""
 
     def __init__(self, first: pytest.Item) -> None:
         self._first = first
@@ -60,14 +60,14 @@ class Beside:
 
 
 def waits_beside(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Who waits for the outage's end comes behind the simulator's seeds, if they are played, too."""
+    """Who waits for the outage's end comes behind what can be done meanwhile."""
     waits = [item for item in items if "outage" in getattr(item, "fixturenames", ())]
-    seeds = [item for item in items if item.path.parent.name == "sim" and item.path.name in SEEDS]
+    meanwhile = [item for item in items if item.path.parent.name in MEANWHILE]
     if waits and etcd_problem() is None:
-        config.pluginmanager.register(Beside((seeds or waits)[0]))
-        if seeds:
+        config.pluginmanager.register(Beside((meanwhile or waits)[0]))
+        if meanwhile:
             items[:] = [item for item in items if item not in waits]
-            behind = items.index(seeds[-1]) + 1
+            behind = items.index(meanwhile[-1]) + 1
             items[behind:behind] = waits
 
 

@@ -1,6 +1,6 @@
 """Five minutes without etcd, on a cluster of their own: `python -m tests.e2e.outage` ends with 0 if nobody noticed.
 
-A process of its own, since it runs beside the simulator's tests, which replace the clocks of theirs. Streams are seldom
+A process of its own, since it runs beside tests of the simulator, which replace the clocks of theirs. Streams are rare
 while etcd stays away: it is the time that matters then, not the load.
 """
 
@@ -28,6 +28,7 @@ LIMIT_S = 590.0
 
 def main() -> None:
     """No request fails, nothing is restarted; `check quorum` tells; then an operation works again."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("the session has ended"))  # the cluster with it
     with Cluster(instances=2, stages=2, controllers=3, etcd_members=3, gateways=2) as cluster:
         asyncio.run(cluster.wait_all_home())
         asyncio.run(cluster.references(PROMPTS))
@@ -91,7 +92,7 @@ class Outage:
     def close(self) -> None:
         """With its cluster, if it still runs: the session may have been cut short."""
         if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
+            self._process.terminate()
             self._process.wait(60.0)
 
 

@@ -8,15 +8,35 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)}
+
+
+def command(*arguments: str) -> list[str]:
+    """`python -m tests.sim` with these arguments. Other tests and their clusters beside it go first."""
+    return ["nice", sys.executable, "-m", "tests.sim", *arguments]
 
 
 def simulator(*arguments: str, limit_s: float = 170.0) -> subprocess.CompletedProcess[str]:
-    """Run `python -m tests.sim` with these arguments. Real clusters beside it (tests/e2e/outage.py) go first."""
+    """Run it to its end."""
     return subprocess.run(
-        ["nice", sys.executable, "-m", "tests.sim", *arguments],
+        command(*arguments),
         cwd=ROOT,
-        env=os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)},
+        env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=limit_s,
+    )
+
+
+def started(*arguments: str) -> subprocess.Popen[str]:
+    """The same, running, in a process group of its own; errors stand with what it says."""
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,
     )

@@ -264,6 +264,35 @@ def test_what_nodes_say_is_text_and_never_markup(page: Page) -> None:
         assert page.locator("img").count() == 0
 
 
+KEYED = """async ([dead]) => {
+  const { Page } = await import("/ui/view.js");
+  const status = await (await fetch("/admin/v1/status")).json();
+  const keyed = (nodes) => {
+    const found = new Map();
+    const walk = (view) => {
+      if (Array.isArray(view)) return view.forEach(walk);
+      if (!view?.props) return;
+      if (view.key) found.set(view.key, view);
+      walk(view.props.children);
+    };
+    walk(Page({ status: { ...status, nodes }, events: [], link: { state: "up" } }));
+    return found;
+  };
+  const kill = (node) => (node.node === dead ? { ...node, state: "red" } : node);
+  const [before, same, after] = [status.nodes, status.nodes, status.nodes.map(kill)].map(keyed);
+  const differ = (a, b) => [...a.keys()].filter((key) => a.get(key) !== b.get(key) && b.has(key)).sort();
+  return [before.size, differ(before, same), differ(before, after)];
+}"""
+
+
+def test_what_has_not_changed_is_not_drawn_again(page: Page) -> None:
+    with serving(MemoryService()) as url:
+        page.goto(f"{url}/#token={TOKEN}")
+        expect(page.get_by_role("heading", level=1)).to_have_text("All is well")
+        # Two pipelines and eight nodes; of p0 a node is shown as dead.
+        assert page.evaluate(KEYED, ["n1"]) == [10, [], ["n1", "p0"]]
+
+
 def test_a_thousand_nodes_stay_usable(page: Page) -> None:
     """One change among a thousand nodes is on the page, and the others are not sent or drawn again."""
     service = MemoryService()

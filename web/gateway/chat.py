@@ -34,7 +34,7 @@ async def prepare_chat(service: Service, body: bytes, seed: int) -> Asked:
         request.messages,
         request.add_generation_prompt is not False,
         bool(request.add_special_tokens),
-        request.chat_template_kwargs,
+        request.template_variables,
     )
     max_tokens = request.max_completion_tokens or request.max_tokens
     if max_tokens is None:

@@ -27,12 +27,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "reasoning_effort": ("none", "medium"),
+    "reasoning_effort": ("none", "medium"),  # of the completions API: the chat API has it
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM's
     "allowed_token_ids": ([],),
@@ -81,6 +80,7 @@ IGNORED = frozenset(
         "service_tier",
         "store",
         "user",
+        "verbosity",  # no model that is served here was taught what it says
         # vLLM's: caches, the size of chunks, and what belongs to something that is refused itself
         "cache_salt",
         "guided_decoding_backend",
@@ -250,6 +250,15 @@ class CompletionRequest(Common):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
+def _without_hints(kind: type[Strict], data: dict[str, Any]) -> dict[str, Any]:
+    """Of a message, or a part of one. What is null says nothing, whatever its name."""
+    return {
+        name: value
+        for name, value in data.items()
+        if name in kind.model_fields or not (value is None or name in CACHE_HINTS)
+    }
+
+
 class TextPart(Strict):
     type: Literal["text"]
     text: str
@@ -257,9 +266,7 @@ class TextPart(Strict):
     @model_validator(mode="before")
     @classmethod
     def _drop_hints(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {name: value for name, value in data.items() if name not in CACHE_HINTS}
+        return _without_hints(cls, data) if isinstance(data, dict) else data
 
 
 class Message(Strict):
@@ -274,7 +281,7 @@ class Message(Strict):
         if not isinstance(data, dict):
             return data
         kept = {name: value for name, value in data.items() if value or name not in ANSWER_FIELDS}
-        return {name: value for name, value in kept.items() if name not in CACHE_HINTS}
+        return _without_hints(cls, kept)
 
     @property
     def text(self) -> str:
@@ -307,7 +314,14 @@ class ChatRequest(Common):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
     add_generation_prompt: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """A template that knows of efforts writes the one that is asked for into the prompt."""
+        effort = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort is not None else {}
+        return effort | (self.chat_template_kwargs or {})
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:

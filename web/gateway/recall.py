@@ -50,10 +50,12 @@ class Recalls:
             search.best = log
 
     def lost(self, member: Member) -> None:
-        """Its stream broke: what it has not answered, it has to be asked again."""
-        for search in self._searches.values():
+        """Its stream broke: what it has not answered, it has to be asked again. A search may be over by that only if it
+        has found something."""
+        for rid, search in self._searches.items():
             search.asked.discard(member)
-        self.wake()
+            if search.best is not None:
+                self._news[rid] = None
 
     def wake(self) -> None:
         """Who can be asked has changed."""
@@ -71,10 +73,9 @@ class Recalls:
             search = self._searches.get(rid)
             if search is None:
                 continue
-            for member in streams:
-                if member in reachable and member not in search.asked and member not in search.answered:
-                    search.asked.add(member)
-                    out.append(SendRecall(member, Recall(rid)))
+            for member in sorted(reachable - search.asked - search.answered):
+                search.asked.add(member)
+                out.append(SendRecall(member, Recall(rid)))
             sure = bool(streams) and streams.keys() <= search.answered
             # Once it is found, only those who can be asked may have a longer log of it.
             found = search.best is not None and reachable <= search.answered

@@ -20,7 +20,7 @@ export function Page({ status, events, link, signIn }) {
       <main>
         <section aria-label="Pipelines">
           <h2>Pipelines</h2>
-          ${status.pipelines.map((item) => html`<${Pipeline} key=${item.id} pipeline=${item} mode=${status.mode} dead=${dead} />`)}
+          ${status.pipelines.map((item) => drawPipeline(item, status.mode, dead))}
         </section>
         <${Operations} operations=${status.operations} />
         <section aria-label="Nodes">
@@ -33,15 +33,30 @@ export function Page({ status, events, link, signIn }) {
     </div>`;
 }
 
-// A node that did not change is not drawn again: Preact leaves alone what it is given twice.
+// What did not change is not drawn again: Preact leaves alone what it is given twice.
 const drawn = new WeakMap();
 
-function drawNode(node, doing) {
-  const last = drawn.get(node);
-  if (last && last.doing === doing) return last.view;
-  const view = html`<${Node} key=${node.node} node=${node} doing=${doing} />`;
-  drawn.set(node, { doing, view });
+// The view of `item`, made anew if it or `beside`, whatever else is shown with it, is another one.
+function unlessDrawn(item, beside, make) {
+  const last = drawn.get(item);
+  if (last && last.beside === beside) return last.view;
+  const view = make();
+  drawn.set(item, { beside, view });
   return view;
+}
+
+function drawNode(node, doing) {
+  return unlessDrawn(node, doing, () => html`<${Node} key=${node.node} node=${node} doing=${doing} />`);
+}
+
+function drawPipeline(pipeline, mode, dead) {
+  const named = pipeline.stages.flatMap((stage) => stage.serving.map((member) => member.node));
+  const beside = [mode, ...named.filter((node) => dead.has(node))].join(" ");
+  return unlessDrawn(
+    pipeline,
+    beside,
+    () => html`<${Pipeline} key=${pipeline.id} pipeline=${pipeline} mode=${mode} dead=${dead} />`,
+  );
 }
 
 function SignIn({ problem, onToken }) {
@@ -192,7 +207,7 @@ function Events({ events, error }) {
       <h2>Events</h2>
       ${error && html`<p class="problem" role="alert">${error}. What happens is still acted on, but not shown here.</p>`}
       ${events.length === 0 && !error && html`<p class="quiet">Nothing has happened yet.</p>`}
-      <ol class="events">${events.map((event) => html`<${EventRow} key=${event.id} event=${event} />`)}</ol>
+      <ol class="events">${events.map((event) => unlessDrawn(event, "", () => html`<${EventRow} key=${event.id} event=${event} />`))}</ol>
     </section>`;
 }
 

@@ -91,6 +91,39 @@ def test_the_stage_that_lacks_a_step_its_predecessor_has_is_to_blame() -> None:
     assert blame((-1, -1), unanswered=1) == {Member("n1", "i"): 3.0}, "it has not said what it holds"
 
 
+@pytest.mark.parametrize(
+    ("heard", "of_a_step", "of_an_answer"),
+    [
+        ("n0 n1 n2", ["n2"], ["n2"]),
+        ("n0 n1", ["n2"], ["n2"]),
+        ("n0 n2", ["n2"], ["n2"]),
+        (
+            "n0",
+            [],
+            ["n2"],
+        ),  # the scheduler knows who owes an answer; who lacks a step is read off others' reports
+        ("n1 n2", [], []),
+    ],
+)
+def test_whose_word_it_takes_to_blame(heard: str, of_a_step: list[str], of_an_answer: list[str]) -> None:
+    config = make_config(1, 3)
+    topology = initial(config, 1)
+    pipeline = topology.pipelines[0]
+    for index in range(3):
+        pipeline = with_stage(pipeline, index, ranks=(Member(f"n{index}", "i"),))
+    topology = successor(topology, pipeline)
+    for unanswered, blamed in ((-1, of_a_step), (2, of_an_answer)):
+        membership = Membership(config, Detector(config.timing))
+        for index, last_step in enumerate((5, 5, 4)):
+            own = {"stalled_s": 3.0, "unanswered": unanswered} if index == 0 else {}
+            said = PipelineReport("p0", 2, index, last_step, **own)
+            report = NodeReport(Member(f"n{index}", "i"), 1, 0.0, 1, pipelines=(said,))
+            membership.register(make_record(config, f"n{index}", "i", index), 10.0)
+            membership.detector.reported(report, 20.0 if f"n{index}" in heard else 10.0)
+            membership.reported(report)
+        assert [member.node for member in membership.stalled(topology, 20.0)] == blamed
+
+
 def test_counters_that_a_report_does_not_bring_stand_as_last_said() -> None:
     membership, member = members(), Member("n0", "i")
     membership.reported(NodeReport(member, 1, 0.0, 1, counters={"x": 3}))

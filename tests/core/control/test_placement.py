@@ -7,6 +7,7 @@ import random
 import pytest
 from msgspec.structs import replace
 
+from controlplane.contract.ids import Member
 from controlplane.contract.topology import Mode
 from controlplane.core.edit import initial, successor, with_stage
 from controlplane.core.placement import Layout, is_target, replica_target
@@ -218,6 +219,23 @@ def test_everybody_on_probation_stays_where_he_is() -> None:
     world.demoted = {"n0", "n1"}
     world.settle()
     assert world.all_home()
+
+
+def test_a_layout_that_pipelines_were_put_into_is_the_one_made_of_them() -> None:
+    rng = random.Random(3)
+    topology = formed(6, 2).topology
+    layout = Layout(topology)
+    for stage in (0, 1):
+        layout.ring(stage)
+    for _ in range(200):
+        pipeline, index = rng.choice(layout.pipelines), rng.randrange(2)
+        ranks = tuple(Member(f"n{k}", "i") for k in rng.sample(range(index, 12, 2), rng.randrange(2)))
+        layout.put(with_stage(pipeline, index, ranks=ranks))
+        afresh = Layout(replace(topology, pipelines=tuple(layout.pipelines)))
+        for stage in (0, 1):
+            assert layout.ring(stage) == afresh.ring(stage)
+            for p in layout.pipelines:
+                assert list(layout.around(p, stage)) == list(afresh.around(p, stage))
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -127,6 +127,17 @@ def test_who_cannot_be_asked_is_waited_for_unless_another_has_it() -> None:
     assert bench.do(RecalledReceived(A, Recalled(3, log(1)))) == [RecallDone(3, log(1), False)]
 
 
+def test_a_stream_that_breaks_ends_the_search_for_what_was_found_and_no_other() -> None:
+    bench = Bench()
+    bench.two_up()
+    for rid in (1, 2):
+        bench.do(RecallAsked(rid, 2.0))
+    bench.do(RecalledReceived(A, Recalled(1, log(2))))
+    bench.do(RecalledReceived(A, Recalled(2, None)))
+    assert bench.do(StreamDown(B)) == [RecallDone(1, log(2), False)]
+    assert recalls(bench.do(StreamUp(B))) == [B], "what it has not answered, it is asked again"
+
+
 def test_searches_are_bounded() -> None:
     bench = Bench(Policy(live_max=2))
     bench.two_up()

@@ -100,6 +100,8 @@ def test_options() -> None:
         (b"/v1/%6Dodels", 200),
         (b"http://elsewhere/v1/models", 200),
         (b"/v1/models?limit=3&x", 200),
+        (b"http://elsewhere", 404),
+        (b"http://elsewhere?x", 404),
         (b"/v1/models/kevlar%2Ddemo", 200),
         (b"/v1/models/org%2Fother", 404),
         (b"/v1/%zz%ff", 404),
@@ -236,6 +238,7 @@ def test_ambiguous_heads_end_the_connection(head: bytes, status: int) -> None:
         (b"GET /livez HTTP/2.0\r\nhost: x\r\n\r\n", 505),
         (b"GET /livez\r\n\r\n", 505),
         (b"GET /livez HTTP/1.0\r\n\r\n", 200),
+        (b"CONNECT x:443 HTTP/1.1\r\nhost: x:443\r\n\r\n", 501),
     ],
 )
 def test_versions_and_hosts(sent: bytes, status: int) -> None:
@@ -254,6 +257,46 @@ def test_who_is_refused_can_read_why_although_more_is_on_its_way() -> None:
             writer.write(b"nonsense\r\n\r\n" + bytes(8 << 20))
             (reply,) = split(await reader.read())
         assert reply.status == 400
+
+    with_stack(body)
+
+
+def test_an_answer_is_not_lost_with_a_body_that_nobody_reads() -> None:
+    async def body(stack: Stack) -> None:
+        head = request(b"POST", b"/v1/completions", CHUNKED + CLOSE)
+        for start, status in ((head, 413), (head.replace(AUTH, b""), 401)):
+            async with connected(stack) as (reader, writer):
+                writer.write(start + b"FFFFFFF\r\n" + bytes(16 << 20))
+                (reply,) = split(await reader.read())
+            assert reply.status == status
+
+    with_stack(body)
+
+
+@pytest.mark.parametrize("nonsense", [b"nonsense\r\n\r\n", post(ASK, b"transfer-encoding: chunked\r\n")])
+def test_what_was_sent_ahead_of_nonsense_is_answered(nonsense: bytes) -> None:
+    async def body(stack: Stack) -> None:
+        for sent, statuses in (
+            (request(b"GET", b"/livez"), [200, 400]),
+            (post(ASK) + post(STREAM) + request(b"GET", b"/nowhere"), [200, 200, 404, 400]),
+            (post(STREAM, CLOSE), [200]),
+        ):
+            replies = split(await talk(stack, sent + nonsense))
+            assert [reply.status for reply in replies] == statuses
+        head = request(b"POST", b"/v1/completions", CHUNKED)
+        replies = split(await talk(stack, post(STREAM) + head + b"no size\r\n"))
+        assert [reply.status for reply in replies] == [200, 400]
+        assert replies[0].body.endswith(b"data: [DONE]\n\n")
+
+    with_stack(body)
+
+
+def test_http_1_0_is_not_told_to_continue() -> None:
+    async def body(stack: Stack) -> None:
+        replies = split(await talk(stack, post(ASK, b"expect: 100-continue\r\n", b"1.0")))
+        assert [reply.status for reply in replies] == [200]
+        replies = split(await talk(stack, post(ASK, b"expect: 100-continue\r\n" + CLOSE)))
+        assert [reply.status for reply in replies] == [100, 200]
 
     with_stack(body)
 

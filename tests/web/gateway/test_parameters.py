@@ -57,6 +57,7 @@ HINTS: dict[str, list[Any]] = {
     "service_tier": ["auto", "default", "flex", "priority"],
     "parallel_tool_calls": [True, False],
     "safety_identifier": ["s"],
+    "verbosity": ["low", "medium", "high"],
     "prompt_cache_key": ["k"],
     "prompt_cache_retention": ["24h", "in_memory"],
     "prompt_cache_options": [{"mode": "x"}],
@@ -142,6 +143,8 @@ def test_defaults_may_be_said(name: str, kind: type[Any], body: dict[str, Any]) 
                 {"role": "assistant", "content": "x", "reasoning": None, "provider_specific_fields": {}}
             ]
         },
+        {"messages": [{"role": "assistant", "content": "x", "parsed": None, "id": None}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "annotations": None}]}]},
     ],
 )
 def test_what_clients_send_along(body: dict[str, Any]) -> None:
@@ -160,6 +163,17 @@ def test_what_clients_send_along(body: dict[str, Any]) -> None:
 def test_what_nobody_knows_is_refused(body: dict[str, Any]) -> None:
     with pytest.raises(ApiError, match="unknown parameter"):
         accepts(ChatRequest, body)
+
+
+@pytest.mark.parametrize("effort", ["none", "minimal", "low", "medium", "high", "xhigh"])
+def test_a_template_that_knows_of_efforts_is_told(effort: str) -> None:
+    request = accepts(ChatRequest, CHAT | {"reasoning_effort": effort})
+    assert request.template_variables == {"reasoning_effort": effort}
+    own = accepts(ChatRequest, CHAT | {"reasoning_effort": effort, "chat_template_kwargs": {"a": 1}})
+    assert own.template_variables == {"reasoning_effort": effort, "a": 1}
+    assert accepts(ChatRequest, CHAT | {"reasoning_effort": None}).template_variables == {}
+    with pytest.raises(ApiError, match="reasoning_effort"):
+        accepts(ChatRequest, CHAT | {"reasoning_effort": "hardly"})
 
 
 def test_tokenizing_knows_the_same_hints() -> None:

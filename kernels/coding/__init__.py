@@ -1,0 +1,1 @@
+"""Erasure codes over shards of bytes. `codes` is what others use."""
