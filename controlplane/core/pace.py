@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -152,6 +152,7 @@ class Paces:
         self._telling: set[Member] = (
             set()
         )  # of whom something was found: it ends by itself when they fall silent
+        self._measure = _Measure(self._runners)
         self._next_at = 0.0
 
     def reported(self, report: NodeReport, now: float) -> None:
@@ -166,6 +167,7 @@ class Paces:
 
     def forget(self, member: Member) -> None:
         self._runners.pop(member, None)
+        self._measure.forget(member)
         self._found.pop(member, None)
         self._fresh.discard(member)
         self._telling.discard(member)
@@ -189,18 +191,18 @@ class Paces:
             return self._found
         for member in looked:
             self._runners[member].look(now)
-        measure = _Measure(self._runners, set(doubtful), set(demoted), now)
-        self.told = [member for member in looked if self._tell(member, measure)]
+        self._measure.renew(looked, set(doubtful), set(demoted), now)
+        self.told = [member for member in looked if self._tell(member)]
         for member in looked:
             runner = self._runners[member]
             if runner.window and (runner.own or 0.0) < LEARN_BELOW:
                 runner.learn(now)
         return self._found
 
-    def _tell(self, member: Member, measure: _Measure) -> bool:
+    def _tell(self, member: Member) -> bool:
         """Compare one; whether anything is to be told of it."""
         before = self.found(member)
-        self._found[member] = found = self._slowness(member, measure)
+        self._found[member] = found = self._slowness(member)
         busy = found.degree >= TELLING
         if busy:
             self._telling.add(member)
@@ -208,8 +210,8 @@ class Paces:
             self._telling.discard(member)
         return busy or before.degree >= TELLING
 
-    def _slowness(self, member: Member, measure: _Measure) -> Slowness:
-        runner = self._runners[member]
+    def _slowness(self, member: Member) -> Slowness:
+        runner, measure = self._runners[member], self._measure
         age_s, usual_s = runner.step
         if not (runner.window or runner.late or usual_s):
             return CALM
@@ -223,46 +225,77 @@ class Paces:
         return Slowness(max(slower or 0.0, unfinished), runner.late, late)
 
 
-class _Measure:
-    """What a member is compared with: medians over the others, of all and of its stage. Each list is sorted once, and a
-    member's own value is left out of it without another pass."""
+class _Place(NamedTuple):
+    """How a member counts as a measure for others."""
 
-    def __init__(
-        self, runners: Mapping[Member, _Runner], doubtful: set[Member], demoted: set[Member], now: float
-    ) -> None:
+    stage: int
+    late: float | None  # None: of whom it is not even known how late their timers are
+    peer: bool  # its steps are a measure, too
+
+
+class _Measure:
+    """What a member is compared with: medians over the others, of all and of its stage. Lists are sorted, and a
+    member's own value is left out of them without another pass. How late timers are is kept from one comparison to the
+    next, so that it costs what those cost who reported since; of steps there is only what somebody asks for."""
+
+    def __init__(self, runners: Mapping[Member, _Runner]) -> None:
         self._runners = runners
-        self._apart = doubtful
-        self._mute = doubtful - demoted  # of whom it is not even known how late their timers are
-        self._now = now
-        self._stages: dict[int, list[_Runner]] = {}
-        self._lates: dict[int, list[float]] = {}
-        for member, runner in runners.items():
-            if member not in self._apart:
-                self._stages.setdefault(runner.stage, []).append(runner)
-            if member not in self._mute:
-                self._lates.setdefault(runner.stage, []).append(self._lateness(member))
-        self._late: dict[int | None, list[float]] = {}
+        self._apart: set[Member] = set()
+        self._mute: set[Member] = set()
+        self._now = 0.0
+        self._places: dict[Member, _Place] = {}
+        self._peers: dict[int, dict[Member, _Runner]] = {}  # by stage
+        self._late: dict[int | None, list[float]] = {None: []}  # by stage, and of all
         self._own: list[float] | None = None
         self._means: dict[tuple[int, int], list[float]] = {}
 
+    def renew(self, looked: Set[Member], doubtful: set[Member], demoted: set[Member], now: float) -> None:
+        """`looked`: whose figures have changed."""
+        mute = doubtful - demoted
+        moved = looked | (doubtful ^ self._apart) | (mute ^ self._mute)
+        self._apart, self._mute, self._now = doubtful, mute, now
+        self._own, self._means = None, {}
+        for member in moved:
+            runner = self._runners.get(member)
+            if runner is not None:
+                late = None if member in mute else self._lateness(member, runner)
+                self._put(member, _Place(runner.stage, late, member not in doubtful))
+
+    def forget(self, member: Member) -> None:
+        self._put(member, None)
+
+    def _put(self, member: Member, place: _Place | None) -> None:
+        before = self._places.get(member)
+        if before == place:
+            return
+        if before is not None:
+            del self._places[member]
+            self._peers[before.stage].pop(member, None)
+            if before.late is not None:
+                for lates in (self._late[None], self._late[before.stage]):
+                    del lates[bisect.bisect_left(lates, before.late)]
+        if place is not None:
+            self._places[member] = place
+            peers = self._peers.setdefault(place.stage, {})
+            if place.peer:
+                peers[member] = self._runners[member]
+            if place.late is not None:
+                for lates in (self._late[None], self._late.setdefault(place.stage, [])):
+                    bisect.insort(lates, place.late)
+
     def late(self, member: Member, stage: int | None) -> float:
         """How late the timers of the others are (of one stage; None: of all); 0 without others."""
-        if stage not in self._late:
-            of = self._lates.values() if stage is None else [self._lates.get(stage, [])]
-            self._late[stage] = sorted(late for lates in of for late in lates)
-        own = None if member in self._mute else self._lateness(member)
-        return _median_without(self._late[stage], own) or 0.0
+        return _median_without(self._late.get(stage, []), self._places[member].late) or 0.0
 
-    def _lateness(self, member: Member) -> float:
+    def _lateness(self, member: Member, runner: _Runner) -> float:
         """What a member says of how late timers are here. One that is demoted may be late by its own fault: it excuses
         as much as a sound one on a full machine would, and not a second slow one."""
-        late = self._runners[member].late
-        return min(late, LATE) if member in self._apart else late
+        return min(runner.late, LATE) if member in self._apart else runner.late
 
     def others_own(self, member: Member) -> float:
         """How much slower than their own past the others are; 1: nobody knows."""
         if self._own is None:
-            every = (r.own for runners in self._stages.values() for r in runners)
+            every = (r.own for peers in self._peers.values() for r in peers.values())
             self._own = sorted(own for own in every if own is not None)
         found = _median_without(self._own, self._mine(member, self._runners[member].own))
         return 1.0 if found is None else found
@@ -273,8 +306,8 @@ class _Measure:
         for size in runner.window:
             key = (runner.stage, size)
             if key not in self._means:
-                peers = self._stages.get(runner.stage, [])
-                means = (peer.mean_s(size, self._now) for peer in peers)
+                peers = self._peers.get(runner.stage, {})
+                means = (peer.mean_s(size, self._now) for peer in peers.values())
                 self._means[key] = sorted(mean_s for mean_s in means if mean_s is not None)
             own = self._mine(member, runner.mean_s(size, self._now))
             if (found := _median_without(self._means[key], own)) is not None:
