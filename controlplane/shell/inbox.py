@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from controlplane.core.events import CoreEvent
 
 INBOX_LEN_MAX = 4096
+# What is no news may wait so long for more of its kind: hundreds of hosts beat at a time of their own each, and to wake
+# the controller costs as much as to take a beat in. It adds to a silence, and is short beside all limits of one.
+CALM_S = 0.01
 
 
 class _Source:
@@ -48,14 +51,21 @@ class Inbox:
         self._watched = _Source(len_max)
         self._events: deque[tuple[CoreEvent, _Source | None]] = deque()
         self._filled = asyncio.Event()
+        self._waking = False  # for what is no news
 
     def __len__(self) -> int:
         return len(self._events)
 
-    async def put(self, *events: CoreEvent) -> None:
-        """What one message of a node or relay brings."""
+    async def put(self, *events: CoreEvent, calm: bool = False) -> None:
+        """What one message of a node or relay brings. `calm`: nothing in it is news."""
         await self._reports.admit(len(events))
-        self._append(events, self._reports)
+        if calm and not self._filled.is_set():
+            self._events.extend([(event, self._reports) for event in events])
+            if not self._waking:
+                self._waking = True
+                asyncio.get_running_loop().call_later(CALM_S, self._wake)
+        else:
+            self._append(events, self._reports)
 
     async def put_watched(self, event: CoreEvent) -> None:
         """What etcd's watch tells."""
@@ -87,6 +97,11 @@ class Inbox:
         if source is not None:
             source.taken()
         return event
+
+    def _wake(self) -> None:
+        self._waking = False
+        if self._events:
+            self._filled.set()
 
     def _append(self, events: Sequence[CoreEvent], source: _Source | None) -> None:
         self._events.extend((event, source) for event in events)

@@ -168,7 +168,7 @@ class ReportServer:
             self.beats += len(beats)
             events.append(HeartbeatsReceived(beats))
         if events:  # who only leaves does not wait for room
-            await self._inbox.put(*events)
+            await self._inbox.put(*events, calm=batch.calm or not batch.reports)
         for slot in batch.gone:
             member = stream.members.pop(slot, None)
             if member is not None:

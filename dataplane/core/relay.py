@@ -73,13 +73,14 @@ class Line:
         due = max(self.beat_at, now - LATE_BEATS * self.heartbeat_s)
         since = min(now, due) - HEARD_BEATS * self.heartbeat_s
         heard = {slot for slot, when in self.heard.items() if when >= since}
+        calm = not self.urgent
         reports = self._take((heard | self.urgent) & self.waiting.keys())
         beats: tuple[int, ...] = ()
         if now >= self.beat_at:
             beats = tuple(sorted(heard & self.heard.keys()))
             self.heard.clear()
             self.beat_at = max(self.beat_at + self.beat_s, now)
-        return RelayedBatch(reports, beats) if reports or beats else None
+        return RelayedBatch(reports, beats, calm=calm) if reports or beats else None
 
     def _take(self, slots: Set[int]) -> tuple[tuple[int, msgspec.Raw], ...]:
         """What waits of these; it is on its way from now on."""

@@ -60,9 +60,11 @@ def test_news_go_at_once_and_all_else_at_the_heartbeat() -> None:
     assert slots(batch) == [host.a.slot, host.b.slot]  # what waited goes along
     assert batch is not None
     assert batch.beats == ()
+    assert not batch.calm
     relay.beat(host.a, 0.08)
     batch = line.next(BEAT_S)
     assert batch is not None
+    assert batch.calm
     assert batch.beats == (host.a.slot,)  # what the other one said is sent
     assert line.next(2 * BEAT_S) is None  # nobody was heard since: nobody beats
 
