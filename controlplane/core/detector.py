@@ -101,7 +101,6 @@ class Detector:
     _leased: dict[NodeId, Member] = field(default_factory=dict)
     _newest: dict[NodeId, Member] = field(default_factory=dict)  # the last one registered, leased or not
     _last_event: float | None = None
-    _last_heard: float | None = None  # anybody
     _about: dict[Member, set[Member]] = field(default_factory=dict)  # whose links have to do with a member
     _news: set[Member] = field(default_factory=set)  # to be judged at the next evaluation
     _unusual: set[Member] = field(default_factory=set)  # ... and at each
@@ -174,15 +173,18 @@ class Detector:
 
     def _hear(self, member: Member, now: float) -> _Watched:
         watched = self._watched.get(member) or self._watch(member, now)
-        gap_s = now - max(watched.since, watched.heard or 0.0)
         if watched.broken_at is not None:
             watched.arrivals.restart()
             watched.broken_at, watched.abrupt = None, False
             watched.steady_since = None
-        if watched.steady_since is None or gap_s >= self.timing.suspect_after_s:
+        limit_s = (
+            self.timing.suspect_after_s
+        )  # two comparisons cost less than a maximum, and one is mostly enough
+        gap = now - (watched.heard or 0.0) >= limit_s and now - watched.since >= limit_s
+        if gap or watched.steady_since is None:
             watched.steady_since = now
         watched.arrivals.heard(now)
-        watched.heard = self._last_heard = now
+        watched.heard = now
         if watched.state is not NodeState.GREEN:
             self._news.add(member)
         return watched

@@ -17,41 +17,37 @@ PHI_MAX = 100.0
 class Arrivals:
     """The last intervals between one member's heartbeats."""
 
-    __slots__ = ("_cap_s", "_expected_s", "_intervals", "_last", "_squares", "_sum")
+    __slots__ = ("_cap_s", "_expected_s", "_intervals", "_last")
 
     def __init__(self, expected_s: float, cap_s: float) -> None:
         """`expected_s`: the interval that is agreed; `cap_s`: longer ones are outages and count as this."""
         self._expected_s = expected_s
         self._cap_s = cap_s
         self._intervals: deque[float] = deque([expected_s] * 4, maxlen=WINDOW_LEN)
-        self._sum = expected_s * 4
-        self._squares = expected_s * expected_s * 4
         self._last: float | None = None
 
     def heard(self, now: float) -> None:
+        """This runs for every heartbeat of everybody: `phi`, for which few are ever asked, does the sums."""
         last, self._last = self._last, now
         if last is None:
             return
-        interval = now - last  # without min and max: this runs for every heartbeat of everybody
+        interval = now - last  # without min and max, which are calls
         if interval < 0.0:
             interval = 0.0
         elif interval > self._cap_s:
             interval = self._cap_s
-        intervals = self._intervals
-        old = intervals[0] if len(intervals) == WINDOW_LEN else 0.0
-        intervals.append(interval)  # the oldest one leaves
-        self._sum += interval - old
-        self._squares += interval * interval - old * old
+        self._intervals.append(interval)  # the oldest one leaves
 
     def restart(self) -> None:
         """The next interval says nothing about the member (this process slept, or the stream was reopened)."""
         self._last = None
 
     def phi(self, silent_s: float) -> float:
-        count = len(self._intervals)
+        intervals = self._intervals
+        usual_s = sum(intervals) / len(intervals)
+        variance = sum([(interval - usual_s) ** 2 for interval in intervals]) / len(intervals)
         # Reports sent at once on news make short intervals: they must not make the next full one suspect.
-        mean = max(self._sum / count, self._expected_s)
-        variance = max(self._squares / count - (self._sum / count) ** 2, 0.0)
+        mean = max(usual_s, self._expected_s)
         deviation = max(math.sqrt(variance), self._expected_s / 2)
         y = (silent_s - mean) / deviation
         exponent = y * (1.5976 + 0.070566 * y * y)

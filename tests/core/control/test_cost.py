@@ -281,3 +281,10 @@ def test_a_topology_is_nothing_that_the_garbage_collector_looks_at() -> None:
     topology = decode(encode(topology), Topology, "topology")
     parts = [topology, *topology.pipelines, *(stage for p in topology.pipelines for stage in p.stages)]
     assert not any(map(gc.is_tracked, parts))
+
+
+def test_a_beat_that_says_nothing_costs_a_few_calls() -> None:
+    group = Group(64)
+    group.now += 0.05
+    beats = events.HeartbeatsReceived(tuple(record.member for record in group.records))
+    assert calls(lambda: group.take(beats)) <= 64 * 5 + 20
