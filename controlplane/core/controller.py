@@ -50,6 +50,9 @@ FINISHED_KEPT = 100  # operations that are over stay in etcd until this many new
 FORGET_EVERY_S = 5.0
 OPERATIONS_EVERY_S = 0.2  # how often operations under way are looked at when nothing else happens
 RESYNC_S = 10.0  # a plan is made so often although nothing that is known of asks for one
+# From a suspicion on only what is urgent is planned for so long. A storm begins with hundreds of them, and a look at
+# the places of all copies after each one would keep its deaths waiting.
+SUSPICION_S = 0.25
 
 
 class Controller:
@@ -83,8 +86,10 @@ class Controller:
         self._replan = True  # ... namely another topology
         self._progressed: set[PipelineId] = set()  # of those `_waiting`, who reported
         self._waiting: set[PipelineId] = set()  # what is to become of them depends on reports
-        self._planned: object = None  # the membership's version that the last plan was made from
-        self._plan_at = 0.0  # time alone may ask for a plan then
+        self._version: object = None  # of the membership, at the last decision
+        self._suspected = False  # nothing changed since then but that somebody is under suspicion
+        self._urgent_until: float | None = None  # then the rest is planned, once at least
+        self._plan_at = 0.0  # a plan is made then although nothing changed
         self._operations_at = 0.0
         self._forget_at = 0.0
 
@@ -283,7 +288,9 @@ class Controller:
 
     def _observe(self, effects: list[Effect]) -> None:
         stalled = self._members.stalled(self._topology.value, self._now)
-        for verdict in self._detector.evaluate(self._now, stalled):
+        verdicts = self._detector.evaluate(self._now, stalled)
+        self._suspected = bool(verdicts) and all(v.after is NodeState.YELLOW for v in verdicts)
+        for verdict in verdicts:
             if (
                 verdict.known or verdict.after is not NodeState.GREEN
             ):  # first heard is "joined", told elsewhere
@@ -302,15 +309,13 @@ class Controller:
             effects.append(Reread())
         topology = self._topology.value
         nodes = self._nodes()
-        version = self._members.version
-        everything = self._replan or version != self._planned or self._now >= self._plan_at
+        self._weigh_news()
+        everything = self._replan or self._now >= self._plan_at
         if not self._topology.busy and (everything or self._progressed):
             self._next_topology(topology, nodes, None if everything else frozenset(self._progressed), effects)
             self._progressed.clear()
             if everything:
-                self._replan, self._planned = False, version
-                deadline = self._timers.next_deadline(self._config, self._now)
-                self._plan_at = min(deadline, self._now + RESYNC_S)
+                self._planned()
         if topology is not None and (everything or self._now >= self._operations_at):
             self._operations_at = self._now + OPERATIONS_EVERY_S
             situation = self._situation(topology, nodes)
@@ -318,6 +323,32 @@ class Controller:
             if why := should_resign(situation) or self._outheard(effects):
                 self._resigning = True
                 effects.append(Resign(why))
+
+    def _weigh_news(self) -> None:
+        """Whether what is known of the members now asks for a plan at once, or for one soon."""
+        version = self._members.version
+        if version == self._version:
+            return
+        self._version = version
+        if not self._suspected:
+            self._replan = True
+            return
+        if self._urgent_until is None:
+            self._urgent_until = self._now + SUSPICION_S
+        self._plan_at = min(self._plan_at, self._urgent_until)
+
+    @property
+    def _urgent(self) -> bool:
+        return self._urgent_until is not None and self._now < self._urgent_until
+
+    def _planned(self) -> None:
+        """For all pipelines."""
+        self._replan = False
+        self._plan_at = min(self._timers.next_deadline(self._config, self._now), self._now + RESYNC_S)
+        if self._urgent_until is not None and self._urgent:
+            self._plan_at = min(self._plan_at, self._urgent_until)
+        else:
+            self._urgent_until = None
 
     def _next_topology(
         self,
@@ -331,7 +362,7 @@ class Controller:
             if self._lost is not None:  # who serves goes on serving, in the same epochs
                 after = replace(self._lost, counter=after.counter)
         else:
-            proposal = propose(replace_value(self._situation(topology, nodes), only=only))
+            proposal = propose(replace_value(self._situation(topology, nodes), only=only), self._urgent)
             self._refused = proposal.refused
             self._tell(proposal.refused, effects)
             if proposal.transition is None:

@@ -46,13 +46,14 @@ def plan(topology: Topology, nodes: Nodes, policy: Policy, now: float) -> Transi
     return propose(survey(topology, nodes, policy, now)).transition
 
 
-def propose(s: Situation) -> Proposal:
+def propose(s: Situation, urgent: bool = False) -> Proposal:
     """The same, with what was refused. Of a situation with `only`, nothing has happened but reports of these pipelines.
+    `urgent`: what only tidies up waits.
 
     A pipeline for which a rule wants what would break something, or with which it cannot cope at all, is set aside for
     that rule, and the others are planned for: one that is beyond help costs the others nothing."""
     refused: list[str] = []
-    rules = RULES if s.only is None else REPORTED
+    rules = REPORTED if s.only is not None else URGENT if urgent else RULES
     for rule in (resume,) if s.topology.paused else rules:
         left: Situation | None = s
         while left is not None:
@@ -177,7 +178,7 @@ def _newest(s: Situation, member: Member) -> bool:
     return view.member == member if view is not None else peer_is_newest(s, member)
 
 
-RULES: tuple[Rule, ...] = (
+URGENT: tuple[Rule, ...] = (
     pause,
     repair,
     adopt_mode,
@@ -186,9 +187,6 @@ RULES: tuple[Rule, ...] = (
     restart_faulty,
     call_off_unwanted,
     advance_moves,
-    operate,
-    start_move,
-    retarget,
-    tidy,
 )
+RULES: tuple[Rule, ...] = (*URGENT, operate, start_move, retarget, tidy)
 REPORTED: tuple[Rule, ...] = (advance_moves, release)  # what depends on how far copies are

@@ -134,6 +134,31 @@ def test_a_storm_is_one_write_and_grows_with_the_dead_alone() -> None:
     assert each[512] < 1.5 * each[128]
 
 
+def test_a_storm_that_has_only_made_suspects_yet_is_no_reason_to_look_at_all_copies() -> None:
+    """Ends of streams come first, and what the neighbours say of their links makes deaths of them a moment later."""
+    each = {}
+    for nodes in (64, 512):
+        group = Group(nodes)
+        writes = group.writes
+        for record in group.records[3:35:8]:
+            group.take(events.ReportStreamBroken(record.member))
+        each[nodes] = calls(lambda group=group: group.decide(events.Tick()))
+        assert group.writes == writes
+    assert each[512] < 1.5 * each[64]
+
+
+def test_what_is_not_urgent_is_planned_soon_after_a_suspicion_that_comes_to_nothing() -> None:
+    group = Group(64)
+    group.take(events.ReportStreamBroken(group.records[3].member))
+    group.decide(events.Tick())
+    group.take(events.ReportReceived(group.report(group.records[3])))
+    assert group.core._urgent_until is not None
+    for _ in range(6):
+        group.now += 0.05
+        group.decide(events.Tick())
+    assert group.core._urgent_until is None
+
+
 def test_where_borrowed_stages_may_gather_is_looked_for_at_a_cost_that_grows_with_the_group_alone() -> None:
     each = {}
     for nodes in (128, 512):
