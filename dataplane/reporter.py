@@ -28,9 +28,8 @@ SLOT = 0  # on a stream of its own a node is the only one
 BEAT = ReportBatch(beats=(SLOT,), calm=True)
 
 IDLE_BEATS = 10  # a node that rests sends a whole report so often, in heartbeats
-COUNTERS_REPORTS = (
-    4  # counters go with each fourth of them: people look at them, and they are half of a report
-)
+# Counters go with each fourth of them: people look at them, and they are half of a report.
+COUNTERS_REPORTS = 4
 LINK_QUIET_S = (
     0.4  # a link that was silent for so long, twice the pause between two pings, is watched as well
 )

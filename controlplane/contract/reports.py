@@ -20,9 +20,8 @@ REPORT_SCHEMA = 2  # of ReportBatch; 1: reports were maps
 
 BEATS_PER_S_MAX = 500  # messages without news that a controller asks for, of all senders together ...
 BEATS_TO_SUSPECT = 3  # ... but so many of each within the silence that makes a member suspect
-REPORT_BEATS = (
-    5  # a node that computes sends a whole report so often although it has no news, in heartbeats ...
-)
+# A node that computes sends a whole report so often although it has no news, in heartbeats ...
+REPORT_BEATS = 5
 REPORT_STRETCH_MAX = 4  # ... and to a controller of very many so many times as rarely
 REPORTS_PER_S_MAX = 1000  # that a controller asks for without news, of all nodes together
 

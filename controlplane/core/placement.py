@@ -25,9 +25,8 @@ from controlplane.contract.topology import Mode, Pipeline, Topology
 from controlplane.core.membership import NodeView
 from controlplane.core.policy import Situation
 
-NEAR_MAX = (
-    4  # nodes of one fault domain that are next to each other in the ring and passed over without a search
-)
+# Nodes of one fault domain that are next to each other in the ring, and passed over without a search.
+NEAR_MAX = 4
 FAR_BEHIND = 1 << 40  # tokens; a copy of unknown age
 
 

@@ -76,9 +76,8 @@ class View:
     newer: dict[str, int] = field(default_factory=dict)  # key -> schema
     junk: int = 0  # values that could not be read, ever
     _items: dict[str, KeyValue] = field(default_factory=dict)
-    _ours: dict[str, tuple[bytes, msgspec.Struct]] = field(
-        default_factory=dict
-    )  # key -> what is written here
+    # What is written here, by key.
+    _ours: dict[str, tuple[bytes, msgspec.Struct]] = field(default_factory=dict)
     _leading: dict[str, tuple[int, str]] = field(default_factory=dict)  # key -> create revision, controller
 
     def apply(self, batch: WatchBatch) -> list[Change]:

@@ -46,9 +46,7 @@ class Line:
     heartbeat_s: float  # pause between two beats of a node ...
     beat_s: float  # ... and of the relay, as the controller wants it
     beat_at: float  # when the next one is due
-    report_s: float = (
-        0.0  # pause between two whole reports of a node without news, as the controller wants it
-    )
+    report_s: float = 0.0  # pause between two whole reports of a node without news, as it wants them
     acknowledged: bool = False  # the controller has answered on this stream
     urgent: set[int] = field(default_factory=set)  # slots whose report is to be sent at once
     waiting: dict[int, Waiting] = field(default_factory=dict)  # slot -> the report that is to be sent

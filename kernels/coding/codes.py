@@ -137,9 +137,7 @@ class ReedSolomon:
             _check_left(parity, rows)
             part = _part(begin, end, _parity_size(held, left))
             self._native.restore(data_lost, rows, _solution(self._rows, data_lost, rows), held, left, *part)
-        wanted = [buffer if i in parity_lost else None for i, buffer in enumerate(parity)]
-        if any(buffer is not None for buffer in wanted):
-            self.encode(shards, wanted, begin, end)
+        _encode_lost(self, shards, parity, parity_lost, begin, end)
 
 
 class RowDiagonal:
@@ -200,9 +198,7 @@ class RowDiagonal:
             last = data_lost[1] if len(data_lost) == 2 else _native.RDP_ROWS
             _native.rdp_restore(data_lost[0], last, held, both, width, *_part(begin, end, width))
             return
-        wanted = [buffer if i in parity_lost else None for i, buffer in enumerate(parity)]
-        if any(buffer is not None for buffer in wanted):
-            self.encode(shards, wanted, begin, end)
+        _encode_lost(self, shards, parity, parity_lost, begin, end)
 
     def _by_rows(
         self,
@@ -249,6 +245,20 @@ def _lost(code: Code, lost: Collection[int]) -> tuple[tuple[int, ...], tuple[int
     if indices and not 0 <= indices[0] <= indices[-1] < code.data + code.parity:
         raise ValueError(f"shards {indices} of {code.data + code.parity}")
     return tuple(i for i in indices if i < code.data), tuple(i - code.data for i in indices if i >= code.data)
+
+
+def _encode_lost(
+    code: Code,
+    shards: Sequence[Shard],
+    parity: Sequence[Shard | None],
+    lost: Collection[int],
+    begin: int,
+    end: int | None,
+) -> None:
+    """The lost parities, once all data is there."""
+    wanted = [buffer if i in lost else None for i, buffer in enumerate(parity)]
+    if any(buffer is not None for buffer in wanted):
+        code.encode(shards, wanted, begin, end)
 
 
 def _left(parity: Sequence[Shard | None], lost: Collection[int]) -> list[Shard | None]:

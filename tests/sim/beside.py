@@ -18,9 +18,8 @@ class Pieces:
     """One piece after the other, in a process group that is stopped while it may not run."""
 
     def __init__(self) -> None:
-        self.ended: dict[
-            int, Future[tuple[int, str]]
-        ] = {}  # by the first seed: exit status, and what was said
+        # By the first seed: exit status, and what was said.
+        self.ended: dict[int, Future[tuple[int, str]]] = {}
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._may = threading.Event()

@@ -6,6 +6,8 @@ import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from controlplane.contract.ids import Member
 from controlplane.contract.requests import Log, Recall, Recalled
 from web.gateway.events import Effect, RecallDone, SendRecall
@@ -45,9 +47,13 @@ class Recalls:
             return
         self._news[recalled.rid] = None
         search.answered.add(member)
-        log = recalled.log
-        if log is not None and (search.best is None or len(log.emitted) > len(search.best.emitted)):
-            search.best = log
+        log, best = recalled.log, search.best
+        if log is None or best is None:
+            search.best = log or best
+            return
+        # A scheduler that has been left may have the longer log, and the one that runs the request the later reader.
+        longer = log if len(log.emitted) > len(best.emitted) else best
+        search.best = replace(longer, reader=max(log.reader, best.reader))
 
     def lost(self, member: Member) -> None:
         """Its stream broke: what it has not answered, it has to be asked again. A search may be over by that only if it

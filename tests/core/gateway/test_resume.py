@@ -107,6 +107,18 @@ def test_every_scheduler_is_asked_and_the_longest_log_wins() -> None:
     assert bench.do(RecalledReceived(B, Recalled(1, log(3)))) == [], "it is over"
 
 
+@pytest.mark.parametrize("first", [A, B])
+def test_whoever_takes_a_stream_up_comes_after_every_reader_that_a_scheduler_knows(first: Member) -> None:
+    """A scheduler that has been left may have more of the stream, and not know who took it up since."""
+    bench = Bench()
+    bench.two_up()
+    bench.do(RecallAsked(1, 2.0))
+    logs = {A: log(3, reader=1), B: log(2, "p1", reader=4)}
+    for member in (first, B if first is A else A):
+        done = bench.do(RecalledReceived(member, Recalled(1, logs[member])))
+    assert done == [RecallDone(1, log(3, reader=4), True)]
+
+
 def test_who_cannot_be_asked_is_waited_for_unless_another_has_it() -> None:
     bench = Bench()
     bench.two_up()
