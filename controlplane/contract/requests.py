@@ -104,6 +104,9 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     message: str
     retry_after_s: float = 0.0
     node: NodeId = ""  # POISONED: where
+    # SUPERSEDED: the later reader that the scheduler knows, where it has not accepted the Submit. None: it had, and a
+    # newer connection has come since (or its code is older, and does not say).
+    reader: int | None = None
 
 
 class Log(msgspec.Struct, frozen=True):

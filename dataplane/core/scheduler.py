@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import assert_never
 
+from msgspec.structs import replace
+
 from controlplane.contract.ids import NodeId
 from controlplane.contract.requests import Log, RefusalCode, Refused, Submit, Token
 from dataplane.core.admission import no_room, refusal
@@ -212,7 +214,8 @@ class Scheduler:
         text = "another connection reads this stream now"
         superseded = Refused(known.rid, self.pipeline, RefusalCode.SUPERSEDED, text)
         if message.reader < known.reader:
-            effects.append(Refuse(session, superseded))
+            # The sender may not have been able to ask here which readers there were: it is told.
+            effects.append(Refuse(session, replace(superseded, reader=known.reader)))
             return
         if known.session is not None and known.session != session:
             effects.append(Refuse(known.session, superseded))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from controlplane.contract.ids import Member, NodeId, PipelineId
+from controlplane.contract.requests import Refused
 from web.gateway.tokenlog import TokenLog
 
 
@@ -47,3 +48,16 @@ class Live:
     full: set[PipelineId] = field(default_factory=set)  # pipelines that refused it for load
     context: bytes | None = None  # see Submit
     reader: int = 0
+    may_overtake: bool = True  # once, and as long as no scheduler can have accepted it: see `overtake`
+
+    def overtake(self, refusal: Refused) -> bool:
+        """Come after the reader that a SUPERSEDED names; False: it has the last word.
+
+        The scheduler that knew that reader may have been out of reach when all were asked for it. Whoever was accepted
+        before is the older connection and gives way, and so does who has overtaken once: two gateways of one stream
+        would take it from each other for ever.
+        """
+        if refusal.reader is None or not self.may_overtake:
+            return False
+        self.reader, self.may_overtake = refusal.reader + 1, False
+        return True

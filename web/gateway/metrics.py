@@ -29,6 +29,12 @@ FENCED = {
     "mismatch": "mismatch",
 }
 RECOVERED = ("resubmitted", "continued", "moved", "resumed")
+# The router's count -> name of a metric of its own.
+COUNTED = {
+    "quarantined": "quarantined_requests",
+    "asked_again": "resubmits_for_missing_tokens",
+    "overtaken": "readers_overtaken",
+}
 
 
 class Tokens(Collector):
@@ -119,6 +125,5 @@ class _RouterCollector(Collector):
         for how in RECOVERED:
             recovered.add_metric([how], router.counts[f"recovered_{how}"])
         yield recovered
-        for name in ("quarantined", "asked_again"):
-            label = "quarantined_requests" if name == "quarantined" else "resubmits_for_missing_tokens"
+        for name, label in COUNTED.items():
             yield CounterMetricFamily(PREFIX + label, "See the router's policy", value=router.counts[name])

@@ -265,9 +265,20 @@ class Router:
             case RefusalCode.INVALID:
                 self._fail(refusal.rid, FailCode.INVALID, refusal.message, out)
             case RefusalCode.SUPERSEDED:
-                self._fail(refusal.rid, FailCode.SUPERSEDED, refusal.message, out)
+                self._on_superseded(live, refusal, now, out)
             case _:
                 assert_never(refusal.code)
+
+    def _on_superseded(self, live: Live, refusal: Refused, now: float, out: list[Effect]) -> None:
+        if refusal.reader is not None and refusal.reader <= live.reader:
+            self.counts["stale_refusal"] += (
+                1  # of a Submit before the last one, which named an earlier reader
+            )
+        elif live.overtake(refusal):
+            self.counts["overtaken"] += 1
+            self._hold(live, now, live.how)
+        else:
+            self._fail(refusal.rid, FailCode.SUPERSEDED, refusal.message, out)
 
     def _on_tokens(self, event: TokensReceived, now: float, out: list[Effect]) -> None:
         member, pipeline, epoch = event.member, event.tokens.pipeline, event.tokens.epoch
@@ -316,6 +327,7 @@ class Router:
             self.counts[f"recovered_{live.how}"] += 1
         out.append(Deliver(live.log.rid, tuple(tokens), gap_s, live.how))
         live.last_token_at, live.how, live.again_at, live.held_since = now, "", None, None
+        live.may_overtake = False
         live.full.clear()
         self._loads.count(live)
         if live.log.finish is not None:
@@ -336,6 +348,8 @@ class Router:
             if live.held_since is None or now - live.sent_at > 1.0:
                 live.held_since = now
             self._take(live)
+        if how == "resubmitted":
+            live.may_overtake = False  # who had it did not refuse it, and may have accepted it
         live.retry_at, live.again_at, live.how = 0.0, None, how
         self._again.pop(live.log.rid, None)
         self._held.put(live)
@@ -351,6 +365,7 @@ class Router:
 
     def _miss(self, live: Live) -> None:
         """Tokens of a stream went missing: have them sent again, not more often than `again_s`."""
+        live.may_overtake = False
         if live.again_at is None:
             live.again_at = live.asked_at + self.policy.again_s
         self._again[live.log.rid] = live

@@ -143,6 +143,18 @@ def test_the_newest_reader_counts() -> None:
     assert refused(made.step(resumable(session=3, emitted=(0, 1), admitted=True), 0.5)) == refused(late)
 
 
+def test_who_comes_too_late_is_told_of_the_later_reader_and_who_is_displaced_is_not() -> None:
+    """The first may not have known of it; the second was accepted, and another one has come."""
+    made = scheduler(stages=1)
+    run(made, made.step(resumable(reader=4), 0.0), 1)
+    late = made.step(resumable(session=2, reader=3), 0.1)
+    assert [(e.session, e.message.reader) for e in late if isinstance(e, Refuse)] == [(2, 4)]
+    assert made.requests[1].session == 1
+    newer = made.step(resumable(session=2, reader=5), 0.2)
+    assert [(e.session, e.message.reader) for e in newer if isinstance(e, Refuse)] == [(1, None)]
+    assert made.requests[1].session == 2
+
+
 def test_a_gateways_second_stream_may_cancel_what_the_first_one_began() -> None:
     made = scheduler(stages=1)
     made.step(resumable(), 0.0)

@@ -140,8 +140,12 @@ class FakeNode:
 
     def _accept(self, message: Submit, session: int) -> None:
         old = self.running.get(message.rid)
+        code = RefusalCode.SUPERSEDED
+        if old is not None and message.reader < old.submit.reader:
+            late = Refused(message.rid, message.pipeline, code, "superseded", reader=old.submit.reader)
+            self._outboxes[session].put_nowait(late)
+            return
         if old is not None and old.session != session and old.session in self._outboxes:
-            code = RefusalCode.SUPERSEDED
             self._outboxes[old.session].put_nowait(Refused(message.rid, message.pipeline, code, "superseded"))
         run = Running(message, session, len(message.emitted))
         self.running[message.rid] = run

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import httpx
@@ -234,6 +235,43 @@ def test_a_running_stream_is_taken_over_and_not_computed_again() -> None:
             assert text == one.service.model.decode(reference(tuple(PROMPT), 1, 300))
 
     with_two(body)
+
+
+def test_whoever_could_not_be_told_of_the_last_connection_comes_after_it_all_the_same() -> None:
+    """That one is still open. The search finds nothing, as when its scheduler cannot be reached meanwhile."""
+
+    async def body(one: Stack, two: Stack) -> None:
+        asked = {"model": MODEL, "prompt": PROMPT, "seed": 1, "max_tokens": 300, "stream": True}
+        seen: list[Event] = []
+        async with one.http() as first, two.http() as second:
+            events = await read(first, "POST", COMPLETIONS, asked, limit=4)
+            events += await read(second, "POST", COMPLETIONS, asked, last_event_id=events[-1][0], limit=4)
+            last = events[-1][0]
+            old = asyncio.create_task(
+                read(
+                    second,
+                    "POST",
+                    COMPLETIONS,
+                    asked,
+                    last_event_id=last,
+                    on_event=lambda events: seen.__init__(events),  # type: ignore[misc]
+                )
+            )
+            await one.until(lambda: len(seen) > 2)
+            for node in one.nodes:
+                node.known.clear()
+            rest = await read(first, "POST", COMPLETIONS, asked, last_event_id=last)
+            error = json.loads((await old)[-2][1])["error"]
+            assert (error["code"], error["type"]) == (409, "ConflictError")
+            # What was on its way to an earlier connection may make the next one at that gateway ask twice.
+            readers = [reader for reader, _ in groupby(submit.reader for submit in one.nodes[0].submits)]
+            assert readers == [0, 1, 2, 1, 3]
+            assert one.dispatcher.router.counts["overtaken"] == 1
+            text = merged(events + rest).text[0]
+            assert text == one.service.model.decode(reference(tuple(PROMPT), 1, 300))
+            assert one.dispatcher.router.live == two.dispatcher.router.live == 0
+
+    with_two(body, nodes=1)  # so that it comes to the scheduler that knows
 
 
 def test_an_empty_event_id_says_that_nothing_has_come() -> None:
