@@ -140,6 +140,7 @@ class Relay:
         self._heartbeat_s = heartbeat_s
         self._sources: dict[Member, Source] = {}
         self._reports: dict[int, msgspec.Raw] = {}  # slot -> the last one
+        self._heard: dict[int, float] = {}  # slot -> when, of those that have reported
         self._next_slot = 0
 
     # ---- nodes
@@ -166,13 +167,14 @@ class Relay:
         more (of those with counters alone, the newest)."""
         if self._speaks(source):
             waiting = Waiting(report, recoveries, counters)
-            self._reports[source.slot] = report
+            self._reports[source.slot], self._heard[source.slot] = report, now
             for line in self.lines.values():
                 line.report(source.slot, waiting, now, urgent)
 
     def beat(self, source: Source, now: float) -> None:
         """It is heard, and its last report still holds."""
         if self._speaks(source):
+            self._heard[source.slot] = now
             for line in self.lines.values():
                 line.heard[source.slot] = now
 
@@ -181,6 +183,7 @@ class Relay:
         if self._speaks(source):
             del self._sources[source.member]
             self._reports.pop(source.slot, None)
+            self._heard.pop(source.slot, None)
             for line in self.lines.values():
                 line.leave(source.slot)
 
@@ -203,10 +206,14 @@ class Relay:
 
     def open(self, address: str, now: float) -> Line:
         """A stream to a controller began: it is told everything, whatever was said on one before. Nodes tell all their
-        recoveries and counters again once it is among those that hear them."""
+        recoveries and counters again once it is among those that hear them.
+
+        What a silent node said last waits until it is heard again: the controller takes a report for a sign of life.
+        """
         line = self.lines[address] = Line(self._heartbeat_s, self._heartbeat_s, now)
         line.waiting.update((slot, Waiting(report)) for slot, report in self._reports.items())
-        line.urgent = set(line.waiting)
+        since = now - HEARD_BEATS * self._heartbeat_s
+        line.urgent = {slot for slot in line.waiting if self._heard[slot] >= since}
         return line
 
     def close(self, address: str) -> None:

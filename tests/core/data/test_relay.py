@@ -148,6 +148,8 @@ def test_the_newest_stream_of_a_member_speaks_for_it() -> None:
 
 def test_a_new_controller_is_told_everything_and_counts_once_it_has_answered() -> None:
     host = Host()
+    for source in (host.a, host.b):
+        host.relay.beat(source, 0.4)
     line = host.relay.open("d", 0.5)
     assert host.relay.heard_by(host.a) == ("c",)
     assert slots(line.next(0.5)) == [host.a.slot, host.b.slot]
@@ -158,6 +160,23 @@ def test_a_new_controller_is_told_everything_and_counts_once_it_has_answered() -
     assert host.relay.heard_by(late) == ()
     host.relay.close("c")
     assert host.relay.heard_by(host.a) == ("d",)
+
+
+def test_a_new_stream_to_a_controller_says_nothing_of_a_silent_node_until_it_is_heard() -> None:
+    """The controller would count its silence from then on, and from the next stream again."""
+    host = Host()
+    host.relay.beat(host.b, 4 * BEAT_S)
+    for address in ("c", "d"):  # one that lost its stream, and one that is new
+        line = host.relay.open(address, 5 * BEAT_S)
+        assert slots(line.next(5 * BEAT_S)) == [host.b.slot]
+        line.acknowledge(BEAT_S)
+    assert host.relay.heard_by(host.a) == ()
+    host.relay.beat(host.a, 5.5 * BEAT_S)  # it goes on
+    for line in host.relay.lines.values():
+        batch = line.next(6 * BEAT_S)
+        assert batch is not None
+        assert (batch.reports, batch.beats) == (((host.a.slot, raw(A)),), ())
+    assert host.relay.heard_by(host.a) == ("c", "d")
 
 
 def test_a_stopped_node_is_not_passed_on_because_the_controller_is_in_no_hurry() -> None:
