@@ -83,6 +83,7 @@ class Controller:
         self._unix_now = 0.0
         self._effects: list[Effect] = []  # of what was taken
         self._eventful = False  # something was taken that a decision may follow from
+        self._news = False  # ... and it was not only time that passed
         self._replan = True  # ... namely another topology
         self._progressed: set[PipelineId] = set()  # of those `_waiting`, who reported
         self._waiting: set[PipelineId] = set()  # what is to become of them depends on reports
@@ -106,6 +107,16 @@ class Controller:
     def topology(self) -> Topology | None:
         return self._topology.value
 
+    @property
+    def news(self) -> bool:
+        """Something was taken that a decision may follow from, and it was not only time that passed."""
+        return self._news
+
+    @property
+    def writing(self) -> bool:
+        """A topology is being written, or read again: no decision writes another one before the answer."""
+        return self._topology.busy
+
     def step(self, event: CoreEvent, now: float, unix_now: float) -> list[Effect]:
         """Take one event in. `now`: a monotonic clock, seconds; `unix_now`: for people and deadlines of operations."""
         self.take(event, now, unix_now)
@@ -115,14 +126,16 @@ class Controller:
         """Note an event; what follows from it is decided by `ready`."""
         self._now, self._unix_now = now, unix_now
         self._detector.advance(now)
-        self._eventful |= self._take(event, self._effects)
+        if self._take(event, self._effects):
+            self._eventful = True
+            self._news |= not isinstance(event, events.Tick)
 
     def ready(self, now: float, unix_now: float) -> list[Effect]:
         """What is to be done about everything that was taken, in the order in which it is to be done."""
         self._now, self._unix_now = now, unix_now
         effects, self._effects = self._effects, []
         if self._eventful:
-            self._eventful = False
+            self._eventful = self._news = False
             self._observe(effects)
             if self._leader and not self._resigning:
                 self._decide(effects)
@@ -164,13 +177,13 @@ class Controller:
             case events.ReportStreamBroken(member):
                 self._detector.stream_broken(member, self._now)
                 return True
-            case events.TopologySeen(topology, mod_revision):
+            case events.TopologySeen(topology, mod_revision, read):
                 before = self._topology.value
                 after = None if topology is None else interned(before, topology)
-                if self._topology.seen(after, mod_revision):
+                if self._topology.seen(after, mod_revision, read):
                     self._adopt(before, after, effects)
-            case events.OperationSeen(operation, mod_revision):
-                self._slot(operation.id).seen(operation, mod_revision)
+            case events.OperationSeen(operation, mod_revision, read):
+                self._slot(operation.id).seen(operation, mod_revision, read)
             case events.OperationUnknown(operation_id):
                 self._slot(operation_id).unreadable()
             case events.OperationGone(operation_id):

@@ -77,16 +77,18 @@ class ReportStreamBroken:
 
 @dataclass(frozen=True, slots=True)
 class TopologySeen:
-    """The group's topology as etcd has it (None: there is none), by watch or by read."""
+    """The group's topology as etcd has it (None: there is none), by watch or, if `read`, by the read asked for."""
 
     topology: Topology | None
     mod_revision: int
+    read: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class OperationSeen:
     operation: Operation
     mod_revision: int
+    read: bool = False  # by the read asked for, not by watch
 
 
 @dataclass(frozen=True, slots=True)

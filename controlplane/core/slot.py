@@ -26,12 +26,14 @@ class Slot(Generic[T]):
     def busy(self) -> bool:
         return self.pending is not None or self.asked_at is not None or self.unknown
 
-    def seen(self, value: T | None, mod_revision: int) -> bool:
+    def seen(self, value: T | None, mod_revision: int, read: bool = False) -> bool:
         """A watch or a read brought this. False: it is older than what is known.
 
-        While a read is awaited anything is believed: etcd may have been restored from a backup.
+        A read that is awaited is believed whatever it brings: etcd may have been restored from a backup. A watch is
+        not: it may only lag, and what it brings late does not end the wait.
         """
-        if self.asked_at is None and value is not None and mod_revision <= self.mod_revision:
+        awaited = read and self.asked_at is not None
+        if not awaited and value is not None and mod_revision <= self.mod_revision:
             return False
         self.asked_at = None
         self.unknown = False

@@ -200,7 +200,7 @@ class Performer:
             self._note("the topology cannot be read", key, error)
             await self._backoff.pause()
             return
-        self._inbox.put_own(TopologySeen(topology, found.mod_revision if found else 0))
+        self._inbox.put_own(TopologySeen(topology, found.mod_revision if found else 0, read=True))
 
     async def _reread_operation(self, operation_id: str) -> None:
         key = self._keys.operation(operation_id)
@@ -218,7 +218,7 @@ class Performer:
         if found is None or operation is None:
             self._inbox.put_own(OperationGone(operation_id))
         else:
-            self._inbox.put_own(OperationSeen(operation, found.mod_revision))
+            self._inbox.put_own(OperationSeen(operation, found.mod_revision, read=True))
 
     def _count_failover(self, details: dict[str, float | int | str]) -> None:
         for name, value in details.items():

@@ -3,8 +3,9 @@
 inbox -> Controller.take(event) ... Controller.ready() -> Performer -> etcd, history
   ^---- registry, reports, leadership, answers of writes ---------'
 
-What came while the last decision was made is taken in together and decided upon once, as in raft's Step and Ready.
-Decisions leave the loop to others for half of the time (`Allowance`): leases are renewed and reports heard there, too.
+What came while the last decision was made is taken in together and decided upon once, as in raft's Step and Ready,
+and news waits a little for more of it (`Coalescing`). Decisions leave the loop to others for half of the time
+(`Allowance`): leases are renewed and reports heard there, too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from controlplane.core.controller import Controller
 from controlplane.core.events import BecameLeader, CoreEvent, LostLeadership, Tick
 from controlplane.etcd.election import Election
 from controlplane.shell.allowance import Allowance
+from controlplane.shell.coalescing import Coalescing
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.performer import Performer
 from controlplane.shell.registry import Registry
@@ -55,6 +57,7 @@ class Runtime:
         self._performer = performer
         self._election = election
         self._allowance = Allowance()
+        self._coalescing = Coalescing()
 
     @property
     def is_leader(self) -> bool:
@@ -75,14 +78,16 @@ class Runtime:
                 if event is None:
                     break
                 self._take(event)
-            free_at = self._allowance.free_at
-            if time.monotonic() >= free_at:
+            now, due_at = time.monotonic(), self._allowance.free_at
+            if self._controller.news:
+                due_at = max(due_at, self._coalescing.due_at(now, self._controller.writing))
+            if now >= due_at:
                 await self._decide(started)
-                free_at = next_tick
+                due_at = next_tick
             if len(self._inbox):
                 await asyncio.sleep(0)  # let those in who fill it
             else:
-                await self._inbox.wait(min(next_tick, free_at) - time.monotonic())
+                await self._inbox.wait(min(next_tick, due_at) - time.monotonic())
 
     async def _decide(self, started: float) -> None:
         """`started`: when the events that this decides about began to be taken in."""
@@ -90,6 +95,7 @@ class Runtime:
         effects = self._controller.ready(began, time.time())
         ended = time.monotonic()
         self._allowance.spend(began, ended)
+        self._coalescing.decided(began, ended, bool(effects))
         self.decisions += 1
         self.step_s_max = max(self.step_s_max, ended - started)
         for effect in effects:

@@ -27,12 +27,15 @@ LIMIT_S = 30.0
 class Busy:
     """A core to which every decision is a reason for the next one."""
 
+    news = False
+    writing = False
+
     def __init__(self, inbox: Inbox) -> None:
         self.decisions = 0
         self._inbox = inbox
 
     def take(self, event: object, now: float, unix_now: float) -> None:
-        pass
+        self.news = True
 
     def ready(self, now: float, unix_now: float) -> list[Effect]:
         time.sleep(DECISION_S)

@@ -291,12 +291,12 @@ class Sim:
                     self.leader = ""  # nobody can be elected without etcd
                 return events.LostLeadership()
             case Reread(None):
-                return events.TopologySeen(self.topology, self.topology_revision) if self.etcd_up else None
+                return self._read_topology() if self.etcd_up else None
             case Reread(str() as id):
                 if not self.etcd_up:
                     return None
                 known = self.operations.get(id)
-                return events.OperationSeen(*known) if known else events.OperationGone(id)
+                return events.OperationSeen(*known, read=True) if known else events.OperationGone(id)
             case WriteTopology():
                 return self._write_topology(name, effect)
             case WriteOperation(operation, expected):
@@ -308,6 +308,9 @@ class Sim:
                 self.put_operation(operation)
                 return events.WriteDone(effect, self._revision)
         raise AssertionError(effect)
+
+    def _read_topology(self) -> CoreEvent:
+        return events.TopologySeen(self.topology, self.topology_revision, read=True)
 
     def _write_topology(self, name: str, write: WriteTopology) -> CoreEvent:
         topology, expected = write.topology, write.expected_mod_revision
