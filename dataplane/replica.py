@@ -14,6 +14,7 @@ from controlplane.contract.reports import TargetReport
 from dataplane._fast.blocktable import Rows
 from dataplane.core.blocks import Key, KvStore
 from dataplane.core.messages import (
+    KEPT,
     Block,
     Fence,
     HeldMeta,
@@ -23,6 +24,7 @@ from dataplane.core.messages import (
     KvQueryMeta,
     RejoinMeta,
 )
+from dataplane.core.prefix import unpack_names
 from dataplane.core.replication import Copy, ReplicaSource
 from dataplane.core.stage import Stage
 from dataplane.kvwork import RunInThread, blocks_as_bytes
@@ -45,6 +47,7 @@ class ReplicaStats:
     """Monotonic counts."""
 
     blocks_sent: int = 0
+    blocks_shared: int = 0  # of which the holder was only told: it has a block of that content
     blocks_stored: int = 0
     blocks_refused: int = 0
     copies_refused: int = 0  # of ours, by a holder
@@ -141,16 +144,27 @@ class Replicator:
         elif filled:
             self.wrote(pipeline, filled)
 
-    def freed(self, pipeline: PipelineId, rids: tuple[int, ...]) -> None:
+    def freed(self, pipeline: PipelineId, rids: tuple[int, ...], evicts: bytes = b"") -> None:
+        """These requests have ended here or make room, and blocks of these names are kept no longer."""
         state = self._protected.get(pipeline)
-        if state is None or not rids:
+        if state is None or not (rids or evicts):
             return
         for source in state.sources.values():
-            self._drop(pipeline, state.fence, source, rids)
+            self._drop(pipeline, state.fence, source, rids, evicts)
 
-    def _drop(self, pipeline: PipelineId, fence: Fence, source: ReplicaSource, rids: tuple[int, ...]) -> None:
+    def _drop(
+        self,
+        pipeline: PipelineId,
+        fence: Fence,
+        source: ReplicaSource,
+        rids: tuple[int, ...],
+        evicts: bytes = b"",
+    ) -> None:
         source.freed(rids)
-        if not self._send_later(source.target, KvDropMeta(pipeline, fence, rids), b""):
+        for name in unpack_names(evicts):
+            source.there.discard(name)
+            source.kept.pop(name, None)
+        if not self._send_later(source.target, KvDropMeta(pipeline, fence, rids, evicts), b""):
             source.restart()  # what it holds of them comes to light with its next answer
 
     def rejoin(self, stage: Stage, meta: RejoinMeta) -> HeldMeta:
@@ -192,40 +206,91 @@ class Replicator:
                     return
                 if not sent:
                     break
+            if source.kept and source.known and not source.kept_waits:
+                await self._send_kept(pipeline, state, source)
+                if others_wait():
+                    return
 
     async def _send_copies(
         self, pipeline: PipelineId, state: _Protected, source: ReplicaSource, copies: list[Copy]
     ) -> bool:
-        """Copied out: a block may be freed and written again before it has been sent. False: nothing more now."""
+        """Copied out: a block may be freed and written again before it has been sent. Of content that the holder has
+        already it is only told. False: nothing more now."""
         fence, own, table, size = (
             state.fence,
             self._store.own[pipeline],
             self._store.table,
-            self._bytes.block_bytes,
+            self._store.block_size,
         )
-        rows = [own[copy.rid] for copy in copies]
-        data, sums = await self._thread(
-            self._bytes.gather, [table.block(row, copy.index) for row, copy in zip(rows, copies, strict=True)]
-        )
+        blocks: list[tuple[Block, int]] = []  # with the block here
+        for copy in copies:
+            here = table.block(own[copy.rid], copy.index)
+            name = self._store.name_of(here)
+            checksum = self._store.checksums.of(here)
+            shared = bool(name) and name in source.there and checksum is not None
+            block = Block(copy.rid, copy.index, copy.tokens, checksum or 0, name, not shared)
+            blocks.append((block, here))
+        data, sums = await self._thread(self._bytes.gather, [here for block, here in blocks if block.data])
         if state.fence != fence or state.sources.get(source.target) is not source:
             return False
-        blocks = []
-        for copy, row, checksum in zip(copies, rows, sums.tolist(), strict=True):
-            if not self._store.checksums.copied(row, copy.index, copy.tokens, checksum):
-                log.error(
-                    "block %d of request %x of %s has changed in memory", copy.index, copy.rid, pipeline
-                )
-                source.restart()  # from what the holder says it goes on, as far as our own is valid
-                return False
-            blocks.append(Block(copy.rid, copy.index, copy.tokens, checksum))
-        parts = memoryview(data)
+        checksums = iter(sums.tolist())
+        ready: list[Block] = []
+        for block, here in blocks:
+            if block.data:
+                checksum = next(checksums)
+                tokens = block.tokens - block.index * size
+                if not self._store.copied(here, checksum, tokens):
+                    log.error(
+                        "block %d of request %x of %s has changed in memory", block.index, block.rid, pipeline
+                    )
+                    source.restart()  # from what the holder says it goes on, as far as our own is valid
+                    return False
+                block = Block(block.rid, block.index, block.tokens, checksum, block.name)
+                if block.name:
+                    source.there.add(block.name)
+            ready.append(block)
+        return self._ship(pipeline, fence, source, ready, memoryview(data))
+
+    async def _send_kept(self, pipeline: PipelineId, state: _Protected, source: ReplicaSource) -> None:
+        """Some of what belongs to no request, when there is nothing else to send. The next ones follow its
+        acknowledgement."""
+        fence, kept, chosen = state.fence, self._store.kept[pipeline], dict[bytes, int]()
+        while source.kept and len(chosen) < self._company:
+            name = next(iter(source.kept))
+            del source.kept[name]
+            here = kept.get(name)
+            if here is not None and name not in source.there and here not in self._store.checksums.unverified:
+                chosen[name] = here
+        if not chosen:
+            return
+        data, sums = await self._thread(self._bytes.gather, list(chosen.values()))
+        if state.fence != fence or state.sources.get(source.target) is not source:
+            return
+        size, ready = self._store.block_size, []
+        for (name, here), checksum in zip(chosen.items(), sums.tolist(), strict=True):
+            if not self._store.copied(here, checksum, size):
+                log.error("a block that %s keeps has changed in memory", pipeline)
+                source.restart()
+                return
+            source.there.add(name)
+            ready.append(Block(KEPT, 0, size, checksum, name))
+        source.kept_waits = True
+        self._ship(pipeline, fence, source, ready, memoryview(data))
+
+    def _ship(
+        self, pipeline: PipelineId, fence: Fence, source: ReplicaSource, blocks: list[Block], data: memoryview
+    ) -> bool:
+        """In messages of bounded size. False: the link does not take them."""
+        at = 0
         for first in range(0, len(blocks), self._company):
             some = tuple(blocks[first : first + self._company])
-            part = parts[first * size : (first + len(some)) * size]
-            if not self._send_later(source.target, KvMeta(pipeline, fence, some), part):
+            end = at + sum(block.data for block in some) * self._bytes.block_bytes
+            if not self._send_later(source.target, KvMeta(pipeline, fence, some), data[at:end]):
                 source.restart()
                 return False
+            at = end
             self.stats.blocks_sent += len(some)
+            self.stats.blocks_shared += sum(not block.data for block in some)
         return True
 
     def acknowledged(self, peer: Member, meta: KvAckMeta, now: float) -> None:
@@ -238,10 +303,16 @@ class Replicator:
         unknown = source.acknowledged(meta.held, meta.whole, meta.refused, now)
         if meta.refused:
             self.stats.copies_refused += len(meta.held)
+            for rid, _ in meta.held:  # perhaps since it lacks what it was told that it has
+                source.there.difference_update(self._names(meta.pipeline, rid))
         # What waits here to be promoted may still be claimed: its other copies must not go before.
         unknown = [rid for rid in unknown if (meta.pipeline, rid) not in self._store.replicas]
         if meta.whole:
             source.wrote(self._rids(meta.pipeline))
+            source.there = set(unpack_names(meta.names))
+            for rid, tokens in meta.held:
+                source.there.update(self._names(meta.pipeline, rid)[: tokens // self._store.block_size])
+            source.kept = dict.fromkeys(n for n in self._store.kept[meta.pipeline] if n not in source.there)
         if unknown:
             self._drop(meta.pipeline, state.fence, source, tuple(unknown))
 
@@ -262,36 +333,51 @@ class Replicator:
     async def store_copies(self, peer: Member, meta: KvMeta, payload: memoryview) -> None:
         self._sources[meta.pipeline] = (peer, meta.fence)
         sums = await self._thread(self._bytes.sums_of, payload)
+        news: dict[int, None] = {}
         refused: dict[int, None] = {}
         blocks: list[int] = []
         places: list[int] = []
-        for place, copy in enumerate(meta.blocks):
-            sound = place < len(sums) and sums[place] == copy.checksum
-            block = self._block_for((meta.pipeline, copy.rid), copy, sound)
-            if block is None:
-                refused[copy.rid] = None
+        place = 0
+        for copy in meta.blocks:
+            key = (meta.pipeline, copy.rid)
+            if not copy.data:
+                stored = self._store.share_with_replica(
+                    key, copy.index, copy.tokens, copy.name, copy.checksum
+                )
             else:
-                blocks.append(block)
-                places.append(place)
+                sound = place < len(sums) and sums[place] == copy.checksum
+                block = self._block_for(key, copy, sound)
+                if block is not None:
+                    blocks.append(block)
+                    places.append(place)
+                stored = block is not None
+                place += 1
+            if stored:
+                self.stats.blocks_stored += 1
+            elif copy.rid != KEPT:
+                self.stats.blocks_refused += 1
+                refused[copy.rid] = None
+            if stored or copy.rid == KEPT:
+                news[copy.rid] = None
         if blocks:
             # They count already, so that the next block of the same request finds its place. Nobody looks before this
             # returns, and nothing is acknowledged before the next turn.
             await self._thread(self._bytes.scatter, blocks, payload, places)
-        for place in places:
-            self._news.setdefault((peer, meta.pipeline, meta.fence), {})[meta.blocks[place].rid] = None
+        if news:
+            self._news.setdefault((peer, meta.pipeline, meta.fence), {}).update(news)
         if refused:
             self._refuse(peer, meta, list(refused))
 
     def _block_for(self, key: Key, copy: Block, sound: bool) -> int | None:
         """The block that a copy belongs into, which counts as written from here on; None: it is refused."""
-        block = self._store.replica_block(key, copy.index, copy.tokens)
         if not sound:
             self.stats.checksum_failures += 1
+        if copy.rid == KEPT:
+            return self._store.spare_block(key[0], copy.name, copy.checksum) if sound and copy.name else None
+        block = self._store.replica_block(key, copy.index, copy.tokens)
         if block is None or not sound:
-            self.stats.blocks_refused += 1
             return None
-        self._store.replica_written(key, copy.index, copy.tokens, copy.checksum)
-        self.stats.blocks_stored += 1
+        self._store.replica_written(key, copy.index, copy.tokens, copy.checksum, copy.name)
         return block
 
     def _refuse(self, peer: Member, meta: KvMeta, rids: list[int]) -> None:
@@ -342,15 +428,22 @@ class Replicator:
             for key in self._store.replicas
             if key[0] == meta.pipeline
         )
-        self._send(peer, KvAckMeta(meta.pipeline, meta.fence, held, whole=True), b"")
+        spare = b"".join(name for name, (_, owner) in self._store.spare.items() if owner == meta.pipeline)
+        self._send(peer, KvAckMeta(meta.pipeline, meta.fence, held, whole=True, names=spare), b"")
 
     def drop_copies(self, peer: Member, meta: KvDropMeta) -> None:
         news = self._news.setdefault((peer, meta.pipeline, meta.fence), {})
         for rid in meta.rids:
             self._store.drop_replica((meta.pipeline, rid))
             news[rid] = None
+        self._store.evict_spare(unpack_names(meta.evicts))
 
     # ------------------------------------------------------------------
+
+    def _names(self, pipeline: PipelineId, rid: int) -> list[bytes]:
+        """Of the blocks of a request that is served here; b"" for one that has none."""
+        row = self._store.own[pipeline].get(rid)
+        return [] if row is None else self._store.names_of(row)
 
     def _rids(self, pipeline: PipelineId) -> list[int]:
         return list(self._store.own[pipeline])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -115,6 +117,7 @@ class Schedulers:
                     self._limits,
                     takeover=True,
                     planned=planned,
+                    salt=self._salt(pipeline),
                     now=now,
                 )
                 for other in self.by_pipeline.values():  # the same model, on nodes like ours
@@ -125,7 +128,9 @@ class Schedulers:
             elif scheduler.fence.epoch < pipeline.epoch:
                 self._forget_unsent(pipeline.id)
                 # Before the hold is lifted: nothing may be issued in the epoch that is over.
-                scheduler = self._dispatch(scheduler, EpochBegan(pipeline.epoch, planned))
+                scheduler = self._dispatch(
+                    scheduler, EpochBegan(pipeline.epoch, planned, self._salt(pipeline))
+                )
             scheduler = self._dispatch(scheduler, capacity)
             self._dispatch(scheduler, Quiesce(hold))
             self._news()
@@ -285,6 +290,17 @@ class Schedulers:
                 )
         parallel = sum(min(len(limits), *limits) for limits in on_host.values())
         return CapacityChanged(min(quotas, default=0), self._microbatches or max(1, parallel), shared)
+
+    def _salt(self, pipeline: Pipeline) -> bytes:
+        """What decides the bits of the pipeline's KV besides tokens: the numerics of all its stages. If those of one
+        are not known, nothing is shared with what was computed before or elsewhere."""
+        numerics = []
+        for member in pipeline.members():
+            record = self._records.get(member.node)
+            if record is None or record.member != member or not record.numerics:
+                return os.urandom(16)
+            numerics.append(record.numerics)
+        return hashlib.blake2b("\n".join(numerics).encode(), digest_size=16).digest()
 
     def _remember(self, scheduler: Scheduler) -> None:
         for name in COUNTERS:

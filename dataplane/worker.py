@@ -247,11 +247,7 @@ class Worker:
         """Another node serves our stage now. What we hold becomes its replica, if it copies to us."""
         stage = self.stages.pop(pipeline.id)
         self.replicator.unprotect(pipeline.id)
-        if self._me in pipeline.stages[stage.index].replicas:
-            for rid in list(self._store.own[pipeline.id]):
-                self._store.demote((pipeline.id, rid))
-        else:
-            self._store.release_pipeline(pipeline.id)
+        self._store.leave(pipeline.id, demote=self._me in pipeline.stages[stage.index].replicas)
 
     def _holds(self, pipeline: Pipeline | None) -> bool:
         """Whether some stage of the pipeline copies its KV to this node."""
@@ -343,7 +339,7 @@ class Worker:
         """Read what these steps use and nobody has read since it was promoted, on another core while they compute."""
         if not self._store.checksums.unverified:
             return None
-        checks = [c for work in works for c in self._store.checksums.below(work.step.table_rows.tolist())]
+        checks = self._store.unverified(row for work in works for row in work.step.table_rows.tolist())
         return asyncio.create_task(self._look_at(checks)) if checks else None
 
     async def _look_at(self, checks: list[Check]) -> set[int]:
@@ -351,9 +347,10 @@ class Worker:
         if not checks:
             return set()
         sums = await self._thread(self._bytes.sums, [check.block for check in checks])
-        damaged = self._store.checksums.looked_at(checks, sums)
-        if damaged:
-            log.error("%d of %d blocks of copies had changed in memory", len(damaged), len(checks))
+        failures = self._store.checksum_failures
+        damaged = self._store.looked_at(checks, sums)
+        if failures := self._store.checksum_failures - failures:
+            log.error("%d of %d blocks of copies had changed in memory", failures, len(checks))
         return damaged
 
     # ------------------------------------------------------------------
@@ -369,7 +366,7 @@ class Worker:
         assert isinstance(meta, StepMeta)
         stage = self.stages[meta.pipeline]
         prepared = stage.prepare(meta)
-        self.replicator.freed(meta.pipeline, meta.frees)
+        self.replicator.freed(meta.pipeline, meta.frees, meta.evicts)
         if isinstance(prepared, str):
             log.warning("step %d of %s: %s", meta.step, meta.pipeline, prepared)
             self._fail(stage, meta, prepared, missing=self._store.missing if prepared == "space" else 0)

@@ -62,6 +62,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # that keep to it, of 16 tokens at least. 0: 1.5 times what a step that only decodes has been taking, 3 times where
     # that happens to a reader once (before a second token, after a failure).
     step_target_s: Annotated[float, Range(0, 60)] = 0.0
+    prefix_caching: bool = True  # KV of prompts that begin alike is computed once
 
     def __post_init__(self) -> None:
         check_bounds(self, "engine.")

@@ -51,6 +51,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     context: bytes | None = None
     # Grows each time a client takes its stream up again: who reads for a lower one is told SUPERSEDED.
     reader: int = 0
+    # Cached KV is shared among requests of equal salts only.
+    cache_salt: bytes = b""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -78,6 +80,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None  # this is the last token
+    cached: int = 0  # with the first one: tokens of the prompt whose KV was here already
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):

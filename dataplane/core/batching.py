@@ -1,7 +1,7 @@
 """Which rows the next step computes: running requests first, then prompts in chunks, then who waits.
 
-Every request reserves the KV blocks it needs before it is given rows, against the pipeline's quota; all stages
-hold the same number of blocks a request, so the scheduler's count is every stage's count.
+Every request has the KV blocks it needs in the pipeline's account before it is given rows; all stages hold the same
+blocks, so the scheduler's account is every stage's. What is cached of its prompt is not computed again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import heapq
 from dataclasses import dataclass
 
 from controlplane.contract.config import EngineConfig
+from dataplane.core.account import Account
 from dataplane.core.request import Phase, Request
 from dataplane.core.speed import CHUNK_MIN, ONCE_MULTIPLE, STEP_MULTIPLE, StepSpeed
 
@@ -32,6 +33,7 @@ class Limits:
     rows_min: int = 4  # so few rows cost what one costs: while all have places they are not split
     request_bytes: int = 1 << 30  # that requests keep beside their KV; more are refused
     step_target_s: float = 0.0  # what a step may take while somebody reads along; 0: as StepSpeed finds
+    prefix_caching: bool = True
 
     @classmethod
     def from_config(
@@ -48,6 +50,7 @@ class Limits:
             engine.rows_min,
             engine.request_bytes,
             engine.step_target_s,
+            engine.prefix_caching,
         )
 
     def blocks_for(self, tokens: int) -> int:
@@ -67,14 +70,25 @@ class Batcher:
         self.limits = limits
         self.microbatches = 1  # that the pipeline's stages can compute at the same time
         self.shared = 1  # pipelines among which the busiest of its nodes divides its time
-        self.quota_blocks = 0
-        self.used_blocks = 0
+        self.account = Account(keeps=limits.prefix_caching)
         self.running: dict[int, Request] = {}  # in order of admission
         self._waiting: list[tuple[int, int, int]] = []  # heap of (priority, order, rid)
         self._queued: dict[int, Request] = {}
         self.speed = StepSpeed(limits.step_target_s)
         self._turn = 0  # steps whose rows were chosen
         self._prompts_turn = False  # where a step has one row, decodes and prompts take turns
+
+    @property
+    def quota_blocks(self) -> int:
+        return self.account.quota
+
+    @quota_blocks.setter
+    def quota_blocks(self, blocks: int) -> None:
+        self.account.set_quota(blocks)
+
+    @property
+    def used_blocks(self) -> int:
+        return self.account.used
 
     @property
     def max_waiting(self) -> int:
@@ -103,9 +117,13 @@ class Batcher:
         self._queued.pop(request.rid, None)
         self._release(request)
 
-    def adopt(self, request: Request) -> bool:
-        """Run a request whose KV the stages already hold. False when the quota has no room for it."""
-        if len(self.running) >= self.limits.max_running or not self._reserve(request, request.total):
+    def adopt(self, request: Request, position: int) -> bool:
+        """Run a request of which the stages already hold so many positions. False when the quota has no room for it."""
+        names = request.names[: position // self.limits.block_size]
+        if len(self.running) >= self.limits.max_running or not self.account.adopt(request.rid, names):
+            return False
+        if not self._reserve(request, request.total):
+            self.account.release(request.rid)
             return False
         self.running[request.rid] = request
         request.interrupted = True
@@ -114,7 +132,7 @@ class Batcher:
     def preempt_until_fits(self) -> list[Request]:
         """The requests, youngest first, that must give their blocks back for the quota to hold."""
         victims = []
-        while self.used_blocks > self.quota_blocks and self.running:
+        while self.account.available < 0 and self.running:
             victims.append(self._preempt_youngest())
         return victims
 
@@ -210,8 +228,8 @@ class Batcher:
         if not self._waiting or len(self.running) >= self.limits.max_running:
             return None
         request = self._queued[self._waiting[0][2]]
-        need = self.limits.blocks_for(request.total + 1) - request.blocks
-        return request if self.used_blocks + need <= self.quota_blocks else None
+        need = self.account.needed(request.shareable, self.limits.blocks_for(request.total + 1))
+        return request if need <= self.account.available else None
 
     def _spread(self, prompts: list[Request]) -> int:
         """Tokens of prompts for a step where each prompt goes with the decodes of all microbatches in turn, not with
@@ -239,29 +257,24 @@ class Batcher:
 
     def _admit(self, rows: list[Chunk], budget: int) -> None:
         while budget > 0 and (request := self._admissible()) is not None:
+            found = self.account.begin(request.rid, request.shareable)
             self._reserve(request, request.total + 1)
             heapq.heappop(self._waiting)
             del self._queued[request.rid]
             request.phase = Phase.RUNNING
+            request.issued = request.cached = found * self.limits.block_size
             self.running[request.rid] = request
-            count = min(request.total, budget)
+            count = min(request.total - request.issued, budget)
             request.turn = self._turn
             rows.append((request, count))
             budget -= count
 
     def _reserve(self, request: Request, tokens: int) -> bool:
-        need = self.limits.blocks_for(tokens) - request.blocks
-        if need > 0:
-            if self.used_blocks + need > self.quota_blocks:
-                return False
-            self.used_blocks += need
-            request.blocks += need
-        return True
+        return self.account.grow(request.rid, self.limits.blocks_for(tokens))
 
     def _release(self, request: Request) -> None:
         self.running.pop(request.rid, None)
-        self.used_blocks -= request.blocks
-        request.blocks = 0
+        self.account.release(request.rid)
 
     def _preempt_youngest(self) -> Request:
         victim = max(self.running.values(), key=lambda r: (r.priority, r.order))

@@ -1,150 +1,115 @@
-"""Which bytes the blocks of served requests should have, and which of them nobody has looked at yet.
+"""Which bytes the blocks of a node's pool should have, and which of them nobody has looked at yet.
 
-A copy is checked when it arrives. When it is promoted nothing is read: its checksums come along, and its blocks are
-`unverified` until somebody has read them: the first step that needs them does, while it computes, and before anything
-that it has computed leaves the node. What idle time there is before is used as well. Promoting a gigabyte takes
-as long as promoting a block, and a bit that turned in a copy's memory is still no wrong token.
+A copy is checked when it arrives. When it is taken into service nothing is read: the block is `unverified` until
+somebody has read it: the first step that needs it does, while it computes, and before anything that it has computed
+leaves the node. What idle time there is before is used as well. Taking a gigabyte into service takes as long as taking
+a block, and a bit that turned in a copy's memory is still no wrong token.
 
 Blocks that are copied out get a checksum at that moment; it stays with them, so that to demote a request means reading
-nothing either. A step ends the checksums of the blocks that it writes to: it goes on in a part-filled one, or computes
-positions again, with the same bits unless a stage before it has other numerics now."""
+nothing either. A full block never changes. A step that goes on in a part-filled one ends its checksum."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from dataplane._fast.blocktable import BlockTable
-
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Block `index` of a row of the block table ought to have this CRC-32."""
+    """A block ought to have this CRC-32."""
 
-    row: int
-    index: int
     block: int
     checksum: int
 
 
 class Checksums:
-    """Of rows of served requests: their first blocks, as many as are known. Single-threaded: no bytes are read here."""
+    """By block of the pool. Single-threaded: no bytes are read here."""
 
-    def __init__(self, table: BlockTable) -> None:
+    def __init__(self) -> None:
         self.failures = 0
-        self.unverified: dict[
-            int, tuple[int, int]
-        ] = {}  # row -> blocks [first, stop) that nobody has looked at
-        self._table = table
-        self._of: dict[int, list[int]] = {}
-        self._covered: dict[int, int] = {}  # positions of a row that its checksums are of
+        self.unverified: OrderedDict[int, None] = OrderedDict()  # in service, and nobody has looked at them
+        self._of: dict[int, int] = {}
+        self._tokens: dict[int, int] = {}  # of part-filled ones: positions that their checksum is of
+        self._copies: set[int] = set()  # written by others, and not looked at in service since
 
-    def of(self, row: int) -> tuple[list[int], int]:
-        """Checksums of the row's first blocks, and of how many positions they are."""
-        return self._of.get(row, []), self._covered.get(row, 0)
+    def of(self, block: int) -> int | None:
+        return self._of.get(block)
 
-    def promoted(self, row: int, checksums: list[int]) -> None:
-        """The row was a copy, with these checksums."""
-        if checksums:
-            self._of[row] = checksums
-            self._covered[row] = self._table.valid(row)
-            self.unverified[row] = (0, len(checksums))
+    def tokens(self, block: int, full: int) -> int:
+        """How many positions of the block its checksum is of, `full` for a full block; 0 without one."""
+        return self._tokens.get(block, full) if block in self._of else 0
 
-    def forget(self, row: int) -> None:
-        """The row is given back, or is a copy from now on."""
-        self._of.pop(row, None)
-        self._covered.pop(row, None)
-        self.unverified.pop(row, None)
+    def arrived(self, block: int, checksum: int, tokens: int, full: int) -> None:
+        """A copy with so many positions was written into the block."""
+        self._set(block, checksum, tokens, full)
+        self._copies.add(block)
 
-    def copied(self, row: int, index: int, tokens: int, checksum: int) -> bool:
-        """Block `index` was read while so many positions of the row were valid up to its end. False: it is not as it
-        was when it was read before, and no longer valid."""
-        known = self._of.setdefault(row, [])
-        if index < len(known) and known[index] != checksum:
-            self._damaged(row, index)
+    def copied(self, block: int, checksum: int, tokens: int, full: int) -> bool:
+        """The block was read to be copied, with so many valid positions. False: it is not as it was before."""
+        known = self._of.get(block)
+        if known is not None and known != checksum and self._tokens.get(block, full) == tokens:
+            self.failures += 1
             return False
-        if index == len(known):
-            known.append(checksum)
-            self._covered[row] = tokens
+        self._set(block, checksum, tokens, full)
         return True
 
-    def written(
-        self, rows: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]
-    ) -> None:
-        """A step is about to write these positions of these rows, of which nothing later is valid."""
-        size = self._table.block_size
-        for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
-            if start // size * size < self._covered.get(row, 0):
-                self._cut(row, start // size)
-            self._narrow(row, stop=start // size)
+    def is_copy(self, block: int) -> bool:
+        """Whether it was written by others, and nobody has looked at it in service since."""
+        return block in self._copies
+
+    def in_service(self, block: int) -> None:
+        """From now on somebody computes with it."""
+        if block in self._copies:
+            self.unverified[block] = None
+
+    def written(self, block: int) -> None:
+        """A step goes on in this block, or it is free: it is not what it was."""
+        self._of.pop(block, None)
+        self._tokens.pop(block, None)
+        self._copies.discard(block)
+        self.unverified.pop(block, None)
+
+    @property
+    def part_filled(self) -> bool:
+        """Whether any block that a step may go on in has a checksum."""
+        return bool(self._tokens)
 
     # ------------------------------------------------------------------ what to look at
 
-    def straddled(self, rows: Iterable[int], starts: Iterable[int]) -> list[Check]:
-        """What is to be looked at before a step that begins there may write: blocks whose beginning it keeps."""
-        size = self._table.block_size
-        found = []
-        for row, start in zip(rows, starts, strict=True):
-            first, stop = self.unverified.get(row, (0, 0))
-            if start % size and first <= start // size < stop:
-                found.append(self._check(row, start // size))
-        return found
-
-    def below(self, rows: Iterable[int]) -> list[Check]:
-        """All of these rows that nobody has looked at."""
-        return [self._check(row, i) for row in rows for i in range(*self.unverified.get(row, (0, 0)))]
+    def checks(self, blocks: Iterable[int]) -> list[Check]:
+        """Those of these blocks that nobody has looked at, each once."""
+        wanted = dict.fromkeys(block for block in blocks if block in self.unverified)
+        return [Check(block, self._of[block]) for block in wanted]
 
     def next(self, blocks: int) -> list[Check]:
-        """Up to so many checks, of whichever row."""
+        """Up to so many checks, of whichever blocks."""
         found: list[Check] = []
-        for row, (first, stop) in self.unverified.items():
-            found += [self._check(row, i) for i in range(first, min(stop, first + blocks - len(found)))]
-            if len(found) >= blocks:
+        for block in self.unverified:
+            if len(found) == blocks:
                 break
+            found.append(Check(block, self._of[block]))
         return found
 
-    def looked_at(self, checks: Sequence[Check], sums: npt.NDArray[np.uint32]) -> set[int]:
-        """What the blocks of `checks` have, in their order. Returns rows of which one is not as it ought to be: from it
-        on, their positions are no longer valid."""
-        damaged: set[int] = set()
+    def looked_at(self, checks: Sequence[Check], sums: npt.NDArray[np.uint32]) -> list[int]:
+        """What the blocks of `checks` have, in their order. Returns the blocks that are not as they ought to be."""
+        damaged = []
         for check, found in zip(checks, sums.tolist(), strict=True):
-            if check.row in damaged:
-                continue
+            if self._of.get(check.block) != check.checksum:
+                continue  # it was freed or written meanwhile
             if found != check.checksum:
-                self._damaged(check.row, check.index)
-                damaged.add(check.row)
-            elif self.unverified.get(check.row, (-1, -1))[0] == check.index:
-                self._narrow(check.row, first=check.index + 1)
+                self.failures += 1
+                damaged.append(check.block)
+            self.unverified.pop(check.block, None)
+            self._copies.discard(check.block)
         return damaged
 
-    def verified(self, row: int, tokens: int) -> int:
-        """How many of so many positions may be copied to others."""
-        first, _ = self.unverified.get(row, (None, 0))
-        return tokens if first is None else min(tokens, first * self._table.block_size)
-
-    # ------------------------------------------------------------------
-
-    def _check(self, row: int, index: int) -> Check:
-        return Check(row, index, self._table.block(row, index), self._of[row][index])
-
-    def _damaged(self, row: int, index: int) -> None:
-        self.failures += 1
-        self._table.set_valid(row, min(self._table.valid(row), index * self._table.block_size))
-        self._cut(row, index)
-
-    def _cut(self, row: int, blocks: int) -> None:
-        del self._of[row][blocks:]
-        self._covered[row] = min(self._covered[row], blocks * self._table.block_size)
-        self._narrow(row, stop=blocks)
-
-    def _narrow(self, row: int, *, first: int = 0, stop: int | None = None) -> None:
-        if row in self.unverified:
-            was_first, was_stop = self.unverified[row]
-            first, stop = max(first, was_first), was_stop if stop is None else min(stop, was_stop)
-            if first < stop:
-                self.unverified[row] = (first, stop)
-            else:
-                del self.unverified[row]
+    def _set(self, block: int, checksum: int, tokens: int, full: int) -> None:
+        self._of[block] = checksum
+        if tokens < full:
+            self._tokens[block] = tokens
+        else:
+            self._tokens.pop(block, None)

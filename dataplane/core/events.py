@@ -32,6 +32,7 @@ class SessionLost:
 class EpochBegan:
     epoch: int
     planned: bool
+    salt: bytes = b""  # what decides the bits of KV besides tokens: see PrefixHasher
 
 
 @dataclass(frozen=True, slots=True)

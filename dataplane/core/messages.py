@@ -14,6 +14,7 @@ import numpy as np
 
 from controlplane.contract.ids import NodeId, PipelineId
 from controlplane.contract.requests import Sampling
+from dataplane.core.prefix import NAME_BYTES
 
 
 class Fence(msgspec.Struct, frozen=True, order=True, array_like=True):
@@ -44,19 +45,36 @@ class Admit(msgspec.Struct, frozen=True, array_like=True):
     output: bytes  # int32, little endian: generated so far
 
 
+class Begin(msgspec.Struct, frozen=True, array_like=True):
+    """A request's KV where its first row after a change of fence begins: full blocks by name, and of the open one
+    behind them so many tokens, which the stage said that it has of this request."""
+
+    rid: int
+    names: bytes = b""  # NAME_BYTES each
+    tail: int = 0
+
+
 class StepMeta(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """One microbatch. The payload is its activations, [sum of counts, hidden], after the previous stage."""
+    """One microbatch. The payload is its activations, [sum of counts, hidden], after the previous stage.
+
+    A stage does `frees`, `begins`, `evicts`, then makes room for the rows, runs them, and names the blocks that they
+    have filled."""
 
     pipeline: PipelineId
     fence: Fence
     step: int
     rows: bytes  # see pack_rows
     admits: tuple[Admit, ...] = ()
-    frees: tuple[int, ...] = ()  # requests whose KV is given back, before the rows run
+    frees: tuple[int, ...] = ()  # requests that have ended or make room: what is named of theirs is kept
+    begins: tuple[Begin, ...] = ()
+    evicts: bytes = b""  # names of blocks that are kept and are not to be any more, NAME_BYTES each
+    seals: bytes = b""  # names of the blocks that the rows fill, in the order of rows and of positions
 
     def __post_init__(self) -> None:
         if len(self.rows) % (8 * len(ROW_FIELDS)):
             raise ValueError(f"{len(self.rows)} bytes are no rows of a step")
+        if (len(self.evicts) | len(self.seals)) % NAME_BYTES:
+            raise ValueError("names of blocks are cut short")
 
 
 class Detail(msgspec.Struct, frozen=True, array_like=True):
@@ -93,8 +111,8 @@ class StepFailedMeta(msgspec.Struct, frozen=True, array_like=True, tag=3):
 class RejoinMeta(msgspec.Struct, frozen=True, array_like=True, tag=4):
     """The scheduler to each stage: how much KV do you hold of these requests?
 
-    A stage promotes the replicas it has of them. `complete` says that no other request of the pipeline is
-    alive: what else the stage holds of it is given back.
+    A stage takes up what it has of them, copies and kept blocks included. `complete` says that no other request of the
+    pipeline is alive: what else the stage holds of it is kept as far as it is named, and it says what that is.
     """
 
     pipeline: PipelineId
@@ -102,6 +120,9 @@ class RejoinMeta(msgspec.Struct, frozen=True, array_like=True, tag=4):
     ask: int
     rids: tuple[int, ...]
     complete: bool
+    names: tuple[
+        bytes, ...
+    ] = ()  # of the full blocks of each of `rids`; none: nothing of it is to be found by name
 
 
 class HeldMeta(msgspec.Struct, frozen=True, array_like=True, tag=5):
@@ -110,6 +131,12 @@ class HeldMeta(msgspec.Struct, frozen=True, array_like=True, tag=5):
     ask: int
     stage: int
     held: tuple[tuple[int, int], ...]  # (rid, tokens)
+    kept: bytes = (
+        b""  # to a `complete` question: names of the other blocks that are here, least recently used first
+    )
+
+
+KEPT = -1  # in the place of a request: a block that belongs to none, and is kept for those to come
 
 
 class Block(msgspec.Struct, frozen=True, array_like=True):
@@ -117,10 +144,15 @@ class Block(msgspec.Struct, frozen=True, array_like=True):
     index: int  # block number within the request
     tokens: int  # valid tokens in the request once this block is stored
     checksum: int  # CRC-32 of its bytes
+    name: bytes = b""  # of a full one
+    data: bool = (
+        True  # its bytes are in the payload; else the holder has a block of this name, as far as is known
+    )
 
 
 class KvMeta(msgspec.Struct, frozen=True, array_like=True, tag=6):
-    """KV blocks for the peer that keeps copies of them; the payload is their bytes, one after the other."""
+    """KV blocks for the peer that keeps copies of them; the payload is the bytes of those with `data`, one after the
+    other."""
 
     pipeline: PipelineId
     fence: Fence
@@ -136,6 +168,7 @@ class KvAckMeta(msgspec.Struct, frozen=True, array_like=True, tag=7):
     whole: bool = False
     refused: bool = False  # blocks of these were not stored (no room, a gap): go on from the watermark, later
     room: bool = False  # there is room again for what was refused
+    names: bytes = b""  # `whole`: of the blocks that are here and belong to no request
 
 
 class KvQueryMeta(msgspec.Struct, frozen=True, array_like=True, tag=8):
@@ -147,11 +180,13 @@ class KvQueryMeta(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
 
 class KvDropMeta(msgspec.Struct, frozen=True, array_like=True, tag=9):
-    """The holder is to drop its copies of these; it acknowledges that nothing is left of them."""
+    """The holder is to drop its copies of these; it acknowledges that nothing is left of them. What is named of them it
+    keeps as far as it has room, until it is among `evicts`."""
 
     pipeline: PipelineId
     fence: Fence
     rids: tuple[int, ...]
+    evicts: bytes = b""  # names, NAME_BYTES each
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=10):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from controlplane.contract.ids import Member
+from dataplane.core.messages import KEPT
 
 WINDOW_BLOCKS = 64  # sent and not acknowledged ...
 WINDOW_BYTES = 64 << 20  # ... and no more bytes than that, but two blocks in any case
@@ -60,6 +61,13 @@ class ReplicaSource:
         self.block_size = block_size
         self.known = False  # the holder has said what it has
         self.refusals = 0  # ever
+        self.there: set[bytes] = (
+            set()
+        )  # names of blocks that were sent there, or that the holder has said it has
+        self.kept: dict[
+            bytes, None
+        ] = {}  # names of blocks of no request that are to be sent, when nothing else is
+        self.kept_waits = False  # some of them are on their way
         self._window = (
             max(2, min(WINDOW_BLOCKS, WINDOW_BYTES // block_bytes)) if block_bytes else WINDOW_BLOCKS
         )
@@ -96,6 +104,9 @@ class ReplicaSource:
         """The link or the fence changed: what was in flight may be lost."""
         self.known = False
         self._asked_at = None
+        self.there.clear()
+        self.kept.clear()
+        self.kept_waits = False
         self._dropped.clear()
         self._leaving.clear()  # the answer names what is left
 
@@ -176,6 +187,9 @@ class ReplicaSource:
             self._progress.clear()
             self._unacked.clear()
         for rid, tokens in held:
+            if rid == KEPT:
+                self.kept_waits = False
+                continue
             valid = self._tokens_of(rid)
             if tokens == 0:
                 self._leaving.pop(rid, None)

@@ -9,10 +9,12 @@ from enum import Enum
 
 from controlplane.contract.ids import PipelineId
 from controlplane.contract.requests import FinishReason, Log, Sampling, Submit, Token
-from dataplane.core.messages import Admit
+from dataplane.core.messages import Admit, Begin
+from dataplane.core.prefix import NAME_BYTES, PrefixHasher
 
 TOKEN_BYTES = 40  # an int and its place in a list
 BIAS_BYTES = 150  # of one logit_bias entry
+NAMED_BYTES = 64 + NAME_BYTES  # of the name of a block
 REQUEST_BYTES = 2048  # all else
 
 
@@ -78,13 +80,15 @@ class Request:
     computed: int = 0  # positions that had run before a recovery, as far as is known here
     attempt: int = 0  # preemptions and recoveries: results of an older attempt are not for this one
     announced: bool = False  # the last stage knows the token log, in the present fence
-    blocks: int = 0  # KV blocks reserved on every stage
+    cached: int = 0  # positions that it began with, found in the cache
     turn: int = 0  # of the batcher, when it last had rows
     interrupted: bool = False  # by a failure or a move, and since then it has had no token
     orphaned_at: float | None = None
     context: bytes | None = None  # of the gateway that may resume it; None: nobody may
     reader: int = 0
     arrived: float = 0.0  # monotonic seconds
+    salt: bytes = b""  # what it shares KV under
+    hasher: PrefixHasher = field(default_factory=lambda: PrefixHasher(1 << 30))
 
     @classmethod
     def from_submit(cls, message: Submit, order: int, session: int) -> Request:
@@ -101,6 +105,7 @@ class Request:
             computed=len(message.prompt) + len(output) - 1 if output else 0,
             context=message.context,
             reader=message.reader,
+            salt=message.cache_salt,
         )
 
     @property
@@ -127,6 +132,23 @@ class Request:
     def truncate(self, generated: int) -> None:
         """Forget the output from there on: it will be computed again, the same."""
         del self.ids[self.prompt_len + generated :], self.output[generated:]
+        self.hasher.cut(self.total)
+
+    @property
+    def names(self) -> list[bytes]:
+        """Of the blocks that its tokens fill."""
+        self.hasher.extend(self.ids)
+        return self.hasher.names
+
+    @property
+    def shareable(self) -> list[bytes]:
+        """Names of the blocks that need not be computed if they are there: the last token always is."""
+        return self.names[: (self.total - 1) // self.hasher.block_size]
+
+    def begin(self) -> Begin:
+        """What a stage is to take up of it before its next row."""
+        full, tail = divmod(self.issued, self.hasher.block_size)
+        return Begin(self.rid, b"".join(self.names[:full]), tail)
 
     def log(self, pipeline: PipelineId) -> Log | None:
         """For a gateway that resumes it."""

@@ -39,6 +39,7 @@ from dataplane.core.messages import (
     ResultMeta,
     StepFailedMeta,
 )
+from dataplane.core.prefix import PrefixHasher, unpack_names
 from dataplane.core.recovery import HeldCollector, Recovery
 from dataplane.core.request import Phase, Request, unpack_tokens
 from dataplane.core.steps import Steps
@@ -68,6 +69,8 @@ class SchedulerStats:
     orphans_dropped: int = 0
     steps_failed: int = 0  # that a stage could not run or pass on
     space_failures: int = 0  # of these, for want of KV blocks
+    prefix_cache_queries: int = 0  # tokens of prompts whose KV might have been cached ...
+    prefix_cache_hits: int = 0  # ... and was
 
 
 class Scheduler:
@@ -80,10 +83,11 @@ class Scheduler:
         *,
         takeover: bool,
         planned: bool = False,
+        salt: bytes = b"",
         now: float,
     ) -> None:
         """`takeover`: an earlier scheduler may have left KV of requests that gateways will re-submit; `planned`: it was
-        alive, and moved here.
+        alive, and moved here. `salt`: what decides the bits of KV besides tokens.
 
         What nobody claims within the orphan grace is then given back on every stage.
         """
@@ -91,6 +95,7 @@ class Scheduler:
         self.num_stages = num_stages
         self.fence = Fence(epoch, 0)
         self.limits = limits
+        self._salt = salt
         self.stats = SchedulerStats()
         self.requests: dict[int, Request] = {}
         self.bytes_kept = 0  # of `requests`
@@ -126,7 +131,8 @@ class Scheduler:
                     self._retire(request, now)
             case SessionLost(session):
                 self._lose_session(session, now)
-            case EpochBegan(epoch, planned):
+            case EpochBegan(epoch, planned, salt):
+                self._rename(salt)
                 self._recovery = Recovery(epoch, planned, now)
                 self._stall_limit_s = STALL_LIMIT_S
                 self._resync(Fence(epoch, 0), now, effects)
@@ -199,6 +205,7 @@ class Scheduler:
             return
         request = Request.from_submit(message, self._order, session)
         request.arrived = now
+        request.hasher = self._hasher(request)
         self._order += 1
         self._add(request)
         # After a takeover stages may hold KV of a stream that its client takes up from the start.
@@ -229,6 +236,7 @@ class Scheduler:
         if known.rid not in self.requests and (again or not known.finished):
             self.kept.pop(known.rid)
             self._add(known)
+            known.hasher = self._hasher(known)
             known.rewind(Phase.WAITING)
             self.batcher.enqueue(known)
         if known.rid in self.requests:
@@ -271,6 +279,18 @@ class Scheduler:
         for request in self.requests.values():
             if request.session == session:
                 request.session, request.orphaned_at = None, now
+
+    def _hasher(self, request: Request) -> PrefixHasher:
+        return PrefixHasher(
+            self.limits.block_size, len(self._salt).to_bytes(4, "little") + self._salt + request.salt
+        )
+
+    def _rename(self, salt: bytes) -> None:
+        """Blocks that are computed from now on are equal to those of before only if nothing else decides their bits."""
+        if salt != self._salt:
+            self._salt = salt
+            for request in self.requests.values():
+                request.hasher = self._hasher(request)
 
     def _set_quota(self, blocks: int) -> None:
         self.batcher.quota_blocks = blocks
@@ -344,6 +364,7 @@ class Scheduler:
                 if request.phase is Phase.RUNNING:
                     request.computed = min(request.issued, request.total - 1)
                 request.rewind(Phase.RECOVERING)
+        self.batcher.account.reset()
         # While gateways may still bring requests of an earlier scheduler, what nobody claims yet must stay.
         complete = self._sweep_at is None
         if complete:
@@ -359,7 +380,13 @@ class Scheduler:
     def successor(self, now: float) -> Scheduler:
         """One that takes over from this one, which is broken: in the next round, so that nothing of this one counts."""
         fresh = Scheduler(
-            self.pipeline, self.fence.epoch, self.num_stages, self.limits, takeover=True, now=now
+            self.pipeline,
+            self.fence.epoch,
+            self.num_stages,
+            self.limits,
+            takeover=True,
+            salt=self._salt,
+            now=now,
         )
         fresh.fence = Fence(self.fence.epoch, self.fence.round + 1)
         fresh._holding = self._holding
@@ -384,7 +411,8 @@ class Scheduler:
         ask = self._next_ask
         self._next_ask += 1
         self._asks[ask] = HeldCollector(ask, rids, set(range(self.num_stages)), now, adopts)
-        effects.append(Ask(RejoinMeta(self.pipeline, self.fence, ask, rids, complete)))
+        names = tuple(b"".join(self.requests[rid].names) for rid in rids)
+        effects.append(Ask(RejoinMeta(self.pipeline, self.fence, ask, rids, complete, names)))
 
     def _ask_joining(self, now: float, effects: list[Effect]) -> None:
         """Ask about re-submitted requests. All that come while many questions are open share the next one."""
@@ -394,10 +422,13 @@ class Scheduler:
 
     def _held(self, meta: HeldMeta, now: float) -> None:
         collector = self._asks.get(meta.ask)
-        if meta.fence != self.fence or collector is None or not collector.answer(meta.stage, meta.held):
+        if meta.fence != self.fence or collector is None:
+            return
+        if not collector.answer(meta.stage, meta.held, meta.kept):
             return
         del self._asks[meta.ask]
         if not collector.adopts:
+            self._keep(collector)
             return
         if self._recovery is not None:
             self._recovery.answered(now)
@@ -410,13 +441,13 @@ class Scheduler:
                 continue
             if request.phase is not Phase.RECOVERING:
                 continue
-            position = collector.resume_at(rid, request.total)
+            position = collector.resume_at(rid, request.total, self.limits.block_size)
             recomputed = max(0, request.computed - position)
             self.stats.requests_recovered += 1
             self.stats.tokens_recomputed += recomputed
             if self._recovery is not None:
                 self._recovery.resumed(recomputed)
-            if position > 0 and self.batcher.adopt(request):
+            if position > 0 and self.batcher.adopt(request, position):
                 request.rewind(Phase.RUNNING, position)
             else:
                 # Nothing is left of it, or there is no room: it waits like a new one, in front by its order.
@@ -424,6 +455,14 @@ class Scheduler:
                 request.interrupted = True
                 self._frees.append(rid)
                 self.batcher.enqueue(request)
+        self._keep(collector)
+
+    def _keep(self, collector: HeldCollector) -> None:
+        """What all stages have besides requests is cached; what only some have is of no use to anybody."""
+        common, others = collector.kept()
+        account = self.batcher.account
+        account.keep(common)
+        account.evictions += [name for name in others if not account.found([name])]
 
     # ------------------------------------------------------------------ steps
 
@@ -438,12 +477,18 @@ class Scheduler:
             rows, preempted = self.batcher.next_rows(admit, len(self.steps))
             for request in preempted:
                 self._preempted(request)
-            if not rows and not self._frees:
+            account = self.batcher.account
+            self.stats.prefix_cache_queries = account.queries * self.limits.block_size
+            self.stats.prefix_cache_hits = account.hits * self.limits.block_size
+            if not (rows or self._frees or account.evictions):
                 return
             if rows and self._recovery is not None and not self._recovery.issued(now):
                 self._recovery = None
             frees, self._frees = self._frees, []
-            effects.append(self.steps.launch(self.fence, rows, frees, now))
+            step = self.steps.launch(self.fence, rows, frees, account, now)
+            for ask in self._asks.values():
+                ask.evicted.update(unpack_names(step.meta.evicts))
+            effects.append(step)
 
     def _result(self, meta: ResultMeta, now: float, effects: list[Effect], news: list[Effect]) -> None:
         flight = self.steps.land(meta.step, now) if meta.fence == self.fence else None
@@ -480,7 +525,8 @@ class Scheduler:
         self, request: Request, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]
     ) -> Token:
         finish = request.finish_of(token, self.limits.context_len)
-        item = Token(request.rid, len(request.output), token, logprob, top, finish)
+        cached = 0 if request.output else min(request.cached, request.prompt_len)
+        item = Token(request.rid, len(request.output), token, logprob, top, finish, cached)
         request.append(item)
         self.stats.tokens_generated += 1
         return item

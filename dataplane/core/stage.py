@@ -12,6 +12,7 @@ from controlplane.contract.ids import PipelineId
 from dataplane._fast.blocktable import BlockTable, KvGap, Rows, StepArrays, lookup
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import Admit, Fence, HeldMeta, RejoinMeta, StepMeta
+from dataplane.core.prefix import unpack_names
 from dataplane.model.sampler import SamplingTable
 
 
@@ -23,6 +24,7 @@ class Prepared:
     rows: Rows
     table_rows: npt.NDArray[np.int32]  # [B] of the block table
     slots: npt.NDArray[np.int32]  # [K] of the sampling table; last stage only
+    names: list[bytes]  # of the blocks that the rows fill
 
     @property
     def unfinished(self) -> bool:
@@ -108,9 +110,18 @@ class Stage:
         for rid in meta.frees:
             self.store.release((self.pipeline, rid))
             self._forget(rid)
+        for begin in meta.begins:
+            if not self.store.resume(self.pipeline, begin.rid, unpack_names(begin.names), begin.tail):
+                return "gap"
+        self.store.evict(self.pipeline, unpack_names(meta.evicts))
         for admit in meta.admits:
             self._admit(admit)
         rows = Rows(meta.rows)
+        names = unpack_names(meta.seals)
+        if names and len(names) != self.store.fills(rows):
+            raise ValueError(
+                f"{len(names)} names for {self.store.fills(rows)} blocks that step {meta.step} fills"
+            )
         try:
             table_rows = self.store.begin(self.pipeline, rows)
         except KvGap:
@@ -120,7 +131,7 @@ class Stage:
         slots, unknown = lookup(self._slots, rows.sample_rids)
         if self.is_last and unknown:
             return "gap"
-        return Prepared(meta, rows, table_rows, slots)
+        return Prepared(meta, rows, table_rows, slots, names)
 
     def commit(self, step: Prepared, tokens: npt.NDArray[np.int64] | None) -> list[int]:
         """The step has run: the KV of its rows is valid, and `tokens` [K] were drawn (last stage).
@@ -129,26 +140,20 @@ class Stage:
         self.last_step = step.meta.step
         if tokens is not None and self.sampling is not None:
             self.sampling.append_many(step.slots, tokens)
-        filled = self.store.commit(step.table_rows, step.rows)
+        filled = self.store.commit(step.table_rows, step.rows, step.names)
         return [int(step.rows.rids[index]) for index in filled]
 
     def rejoin(self, meta: RejoinMeta) -> HeldMeta:
-        """Enter the message's fence, promote what copies there are, and say what is held of each request."""
+        """Enter the message's fence, take up what there is of each request, and say how much that is."""
         if meta.fence > self.fence:
             self.enter(meta.fence)
-        for rid in meta.rids:
-            key = (self.pipeline, rid)
-            if not self.store.serves(key) and key in self.store.replicas:
-                self.store.promote(key)
-        if meta.complete:
-            self.store.release_pipeline(self.pipeline, keep=meta.rids)
-            self.store.drop_replicas(self.pipeline)
-        held = tuple(
-            (rid, self.store.tokens((self.pipeline, rid)))
-            for rid in meta.rids
-            if self.store.serves((self.pipeline, rid))
-        )
-        return HeldMeta(self.pipeline, meta.fence, meta.ask, self.index, held)
+        held = []
+        for index, rid in enumerate(meta.rids):
+            names = unpack_names(meta.names[index]) if meta.names else ()
+            if tokens := self.store.take_up(self.pipeline, rid, names):
+                held.append((rid, tokens))
+        kept = self.store.settle(self.pipeline, meta.rids) if meta.complete else ()
+        return HeldMeta(self.pipeline, meta.fence, meta.ask, self.index, tuple(held), b"".join(kept))
 
     def _admit(self, admit: Admit) -> None:
         if self.sampling is not None:

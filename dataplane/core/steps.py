@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from controlplane.contract.ids import PipelineId
+from dataplane.core.account import Account
 from dataplane.core.batching import Chunk
 from dataplane.core.events import RunStep
-from dataplane.core.messages import Admit, Fence, Row, StepMeta, pack_rows
+from dataplane.core.messages import Admit, Begin, Fence, Row, StepMeta, pack_rows
 from dataplane.core.request import Request
 
 ROUNDS_KEPT = 64  # steps whose times tell what is usual
@@ -39,19 +40,30 @@ class Steps:
     def __len__(self) -> int:
         return len(self.in_flight)
 
-    def launch(self, fence: Fence, rows: Sequence[Chunk], frees: Sequence[int], now: float) -> RunStep:
-        """The next step, of these rows; they count as issued from here on. `frees`: what stages give back with it."""
+    def launch(
+        self, fence: Fence, rows: Sequence[Chunk], frees: Sequence[int], account: Account, now: float
+    ) -> RunStep:
+        """The next step, of these rows; they count as issued from here on, and the blocks that they fill as sealed:
+        what comes later is computed later. `frees`: requests that stages release with it."""
         metas: list[Row] = []
         admits: list[Admit] = []
+        begins: list[Begin] = []
+        seals: list[bytes] = []
         tokens: list[int] = []
         flying: list[tuple[Request, int, bool]] = []
         decodes = 0
         for request, count in rows:
             if not request.announced:
                 admits.append(request.admit())
+                begins.append(request.begin())
                 request.announced = True
             start = request.issued
             end = request.issued = start + count
+            size = request.hasher.block_size
+            for index in range(start // size, end // size):
+                name = request.names[index]
+                account.seal(request.rid, index, name)
+                seals.append(name)
             sample = end == len(request.ids)
             decodes += count == 1 and sample and bool(request.output)
             metas.append((request.rid, start, count, sample))
@@ -64,7 +76,18 @@ class Steps:
             other.beside_chunk |= flight.prompt_tokens > 0
             flight.beside_chunk |= other.prompt_tokens > 0
         self.in_flight[step] = flight
-        meta = StepMeta(self._pipeline, fence, step, pack_rows(metas), tuple(admits), tuple(frees))
+        evicts, account.evictions = account.evictions, []
+        meta = StepMeta(
+            self._pipeline,
+            fence,
+            step,
+            pack_rows(metas),
+            tuple(admits),
+            tuple(frees),
+            tuple(begins),
+            b"".join(evicts),
+            b"".join(seals),
+        )
         return RunStep(meta, tuple(tokens))
 
     def land(self, step: int, now: float) -> InFlight | None:

@@ -131,11 +131,7 @@ class Node:
     def leave(self, demote: bool) -> None:
         self.stage = None
         self.replicator.unprotect(PIPELINE)
-        if demote:
-            for rid in list(self.store.own[PIPELINE]):
-                self.store.demote((PIPELINE, rid))
-        else:
-            self.store.release_pipeline(PIPELINE)
+        self.store.leave(PIPELINE, demote)
 
     def handle(self, peer: Member, meta: Meta, payload: bytes) -> None:
         fence: Fence = meta.fence  # type: ignore[union-attr]
@@ -164,7 +160,7 @@ class Node:
     def run(self, stage: Stage, meta: StepMeta, payload: bytes) -> None:
         self.look_at(self.store.straddled(PIPELINE, Rows(meta.rows)))
         prepared = stage.prepare(meta)
-        self.replicator.freed(PIPELINE, meta.frees)
+        self.replicator.freed(PIPELINE, meta.frees, meta.evicts)
         if isinstance(prepared, str):
             self.cluster.to_scheduler(
                 self.me, StepFailedMeta(PIPELINE, meta.fence, meta.step, stage.index, prepared)
@@ -173,7 +169,7 @@ class Node:
         # The worst moment to copy: blocks are there, their contents are not.
         done(self.replicator.pump(self.cluster.now))
         hidden = self.compute(stage, prepared, np.frombuffer(payload, np.uint64))
-        if self.look_at(self.store.checksums.below(prepared.table_rows.tolist())):
+        if self.look_at(self.store.unverified(prepared.table_rows.tolist())):
             failed = StepFailedMeta(PIPELINE, meta.fence, meta.step, stage.index, "gap")
             self.cluster.to_scheduler(self.me, failed)
             return
@@ -190,7 +186,7 @@ class Node:
 
     def look_at(self, checks: list[Check]) -> set[int]:
         sums = done(here(self.replicator._bytes.sums, [check.block for check in checks]))
-        return self.store.checksums.looked_at(checks, sums)
+        return self.store.looked_at(checks, sums)
 
     def compute(self, stage: Stage, prepared: Prepared, hidden: np.ndarray) -> np.ndarray:
         out = np.zeros(len(hidden), np.uint64)

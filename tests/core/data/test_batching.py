@@ -367,12 +367,12 @@ def test_who_was_interrupted_goes_first_and_in_few_steps() -> None:
     batcher.microbatches, batcher.quota_blocks = 1, 1 << 20
     batcher.speed = speed(12, 0.16, 0.002)
     fresh = request(0, 400, 5)
-    assert batcher.adopt(fresh)
+    assert batcher.adopt(fresh, 0)
     fresh.issued = 100
     streams = [request(rid, 50, 100) for rid in range(1, 13)]
     for stream in streams:
         stream.append(Token(stream.rid, 0, 5))
-        assert batcher.adopt(stream)
+        assert batcher.adopt(stream, 0)
         stream.issued = stream.total - 2 * stream.rid  # so many have to be computed again
     sizes, began, took_s = [], [], 0.0
     while any(stream.total > stream.issued for stream in streams):
@@ -451,7 +451,7 @@ def test_a_preempted_stream_is_no_failure() -> None:
     batcher = slow()
     readers = [stream(rid, 8) for rid in range(12)]
     for reader in readers:
-        assert batcher.adopt(reader)
+        assert batcher.adopt(reader, 0)
     batcher.enqueue(stream(20, 400))
     for turn in (1, 2):  # when it is let in, and when it runs
         for reader in readers:
@@ -465,10 +465,10 @@ def test_a_preempted_stream_is_no_failure() -> None:
 def test_who_has_had_a_token_since_a_failure_is_not_interrupted_any_more() -> None:
     batcher = slow()
     again = stream(1, 60)
-    assert batcher.adopt(again)
+    assert batcher.adopt(again, 0)
     assert again.lost
     again.append(Token(1, 1, 5))
     assert not again.lost
     fresh = request(2, 60, 5)
-    assert batcher.adopt(fresh)
+    assert batcher.adopt(fresh, 0)
     assert not fresh.lost, "nobody reads it yet"

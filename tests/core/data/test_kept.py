@@ -68,11 +68,11 @@ def test_a_hang_up_frees_everything_but_the_log_and_a_return_goes_on() -> None:
     made.step(result(*steps(freed)), 0.2)
     log = made.recall(1)
     assert log is not None
-    assert (log.prompt, log.emitted, log.context) == ((0, 1, 2, 3), (0, 1, 2), CONTEXT)
+    assert (log.prompt, log.emitted, log.context) == ((1000, 1001, 1002, 1003), (0, 1, 2), CONTEXT)
     back = made.step(resumable(session=2, emitted=(0,), admitted=True, reader=1), 0.3)
     assert delivered(back, 2) == [(1, 1), (2, 2)]
     (step,) = steps(back)
-    assert rows(step) == [(1, 0, 7, True)], "all of it anew, in one prefill"
+    assert rows(step) == [(1, 4, 3, True)], "all of it but a full block that is still there, in one prefill"
     assert [admit.rid for admit in step.meta.admits] == [1]
     assert delivered(run(made, back, 1, 3), 2) == [(3, 3)]
     assert not made.kept

@@ -20,6 +20,7 @@ from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import (
     Admit,
+    Begin,
     Block,
     Fence,
     HeldMeta,
@@ -33,6 +34,7 @@ from dataplane.core.messages import (
     StepMeta,
     pack_rows,
 )
+from dataplane.core.prefix import PrefixHasher
 from dataplane.inbox import Message
 from dataplane.kvwork import KvBytes
 from dataplane.worker import Worker
@@ -40,6 +42,7 @@ from tests.core.data.line import BLOCK, LIMIT_S, Line, oracles, step
 
 ME, PEER, OTHER = Member("n0", "a"), Member("n1", "a"), Member("n2", "a")
 PROMPT = list(range(100, 112))  # three whole blocks
+NAMES = PrefixHasher(BLOCK).extend(PROMPT)
 TICKS = 20  # of the loop, while a call on KV is held up
 
 
@@ -98,16 +101,18 @@ class Alone:
         await line.run([step("p", 0, [(1, 0, PROMPT)])], 1)
         (kv,) = line.kv("p")
         line.close()
-        blocks = tuple(Block(1, i, BLOCK * (i + 1), zlib.crc32(data)) for i, data in enumerate(kv[1]))
+        blocks = tuple(
+            Block(1, i, BLOCK * (i + 1), zlib.crc32(data), NAMES[i]) for i, data in enumerate(kv[1])
+        )
         copies = Message(PEER, KvMeta("p", Fence(1), blocks), memoryview(bytearray(b"".join(kv[1]))))
         await self.until(lambda: self.metas(KvAckMeta), serves(PEER, ME, 1), copies)
         assert self.metas(KvAckMeta) == [KvAckMeta("p", Fence(1), ((1, len(PROMPT)),))]
         if damage is not None:
-            row = self.store.replicas["p", 1].row
+            row = self.store.replicas["p", 1]
             self.executor.kv.view(self.store.table.block(row, damage))[3] ^= 4
 
     def rejoin(self, ask: int, round_: int = 0) -> Message:
-        return Message(ME, RejoinMeta("p", Fence(2, round_), ask, (1,), False))
+        return Message(ME, RejoinMeta("p", Fence(2, round_), ask, (1,), False, (b"".join(NAMES),)))
 
 
 def held_up(monkeypatch: pytest.MonkeyPatch, name: str, ticks: list[int]) -> list[str]:
@@ -160,17 +165,17 @@ async def test_a_promotion_reads_nothing() -> None:
     alone = Alone()
     await alone.hold_copies()
     store = alone.store
-    blocks = store.table.blocks(store.replicas["p", 1].row)
+    blocks = store.table.blocks(store.replicas["p", 1])
     alone.executor.kv._blocks = None  # whoever reads now fails
-    assert store.promote(("p", 1)) == len(PROMPT)
+    assert store.take_up("p", 1, NAMES) == len(PROMPT)
     assert store.table.blocks(store.own["p"][1]) == blocks
     assert store.verified_tokens(("p", 1)) == 0  # of it nothing goes to others yet
-    store.demote(("p", 1))
+    store.leave("p", demote=True)
     assert store.replica_tokens(("p", 1)) == len(PROMPT)
     alone.worker.close()
 
 
-@pytest.mark.parametrize("start", [len(PROMPT), len(PROMPT) - 1, BLOCK + 2])
+@pytest.mark.parametrize("start", [len(PROMPT), 2 * BLOCK, BLOCK])
 @pytest.mark.parametrize("damage", [None, 0, 1, 2])
 @on_a_loop
 async def test_nothing_computed_from_a_damaged_copy_leaves_the_node(damage: int | None, start: int) -> None:
@@ -195,7 +200,7 @@ async def test_nothing_computed_from_a_damaged_copy_leaves_the_node(damage: int 
         alone.sent.clear()
         await alone.until(lambda: alone.metas(HeldMeta), alone.rejoin(2, 1))
         (held,) = alone.metas(HeldMeta)
-        assert held.held == ((1, BLOCK * damage),)
+        assert held.held == (((1, BLOCK * damage),) if damage else ())
         lost = [*PROMPT[BLOCK * damage :], 7]
         await alone.until(lambda: alone.answers, resumed(first, BLOCK * damage, lost, Fence(2, 1)))
     (result,) = alone.metas(ResultMeta)
@@ -209,7 +214,8 @@ async def test_nothing_computed_from_a_damaged_copy_leaves_the_node(damage: int 
 def resumed(first: ResultMeta, start: int, tokens: list[int], fence: Fence) -> Message:
     """The request's next step after a change of fence: its last stage is told what it must know again."""
     admit = Admit(1, Sampling(100, seed=1, logprobs=8), b"", first.tokens)
-    meta = StepMeta("p", fence, 0, pack_rows([(1, start, len(tokens), True)]), (admit,))
+    rows, begin = pack_rows([(1, start, len(tokens), True)]), Begin(1, b"".join(NAMES[: start // BLOCK]))
+    meta = StepMeta("p", fence, 0, rows, (admit,), begins=(begin,))
     return Message(ME, meta, b"", tuple(tokens))
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from tests.core.data.pipeline import Cluster
+from tests.core.data.pipeline import PIPELINE, Cluster
 
 
-def start(stages: int, seed: int, requests: int = 5, **kwargs: int) -> Cluster:
+def start(stages: int, seed: int, requests: int = 5, alike: bool = False, **kwargs: int) -> Cluster:
+    """`alike`: many prompts begin as others do."""
     cluster = Cluster(stages, seed, **kwargs)
     for rid in range(1, requests + 1):
         prompt = [cluster.random.randrange(1000) for _ in range(cluster.random.randrange(1, 30))]
+        if alike and rid % 4:
+            prompt = [rid % 2] * cluster.random.randrange(1, 40) + prompt[:5]
         cluster.submit(rid, prompt, max_tokens=cluster.random.randrange(5, 25))
     return cluster
 
@@ -27,7 +30,7 @@ def test_streams_equal_the_reference(stages: int, seed: int) -> None:
 @pytest.mark.parametrize("after", [3, 20, 60, 150, 300])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_killed_stage_costs_no_token(stage: int, after: int, seed: int) -> None:
-    cluster = start(3, seed)
+    cluster = start(3, seed, 5 + seed % 2 * 5, alike=seed % 2 == 1)
     cluster.run(after)
     cluster.kill(stage)
     cluster.run_to_end()
@@ -105,8 +108,8 @@ def test_a_corrupt_replica_is_recomputed_not_used() -> None:
     while len(cluster.received[1]) < 15:
         cluster.run(1)
     peer = cluster.nodes[cluster.peers[1]]
-    kv = next(iter(peer.store.replicas.values()))
-    peer.kv.data[peer.store.table.blocks(kv.row)[2]] ^= 1
+    row = next(iter(peer.store.replicas.values()))
+    peer.kv.data[peer.store.table.blocks(row)[2]] ^= 1
     cluster.kill(1)
     cluster.run_to_end()
     cluster.check()
@@ -120,9 +123,9 @@ def test_without_the_checksum_the_corruption_would_show() -> None:
     while len(cluster.received[1]) < 15:
         cluster.run(1)
     peer = cluster.nodes[cluster.peers[1]]
-    kv = next(iter(peer.store.replicas.values()))
-    kv.checksums.clear()
-    peer.kv.data[peer.store.table.blocks(kv.row)[2]] ^= 1
+    row = next(iter(peer.store.replicas.values()))
+    peer.store.checksums._copies.clear()
+    peer.kv.data[peer.store.table.blocks(row)[2]] ^= 1
     cluster.kill(1)
     cluster.run_to_end()
     with pytest.raises(AssertionError, match="position"):
@@ -151,4 +154,5 @@ def test_nothing_is_left_behind(stage: int) -> None:
         node = cluster.nodes[member]
         assert not any(node.store.own.values())
         assert not node.store.replicas
-        assert node.store.blocks_free == node.store.num_blocks
+        assert set(node.store.kept[PIPELINE]) == set(cluster.scheduler.batcher.account._cached)
+        assert node.store.blocks_free + node.store.blocks_kept == node.store.num_blocks

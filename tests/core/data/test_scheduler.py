@@ -40,7 +40,8 @@ def scheduler(stages: int = 2, quota: int = 64, microbatches: int = 0, limits: L
 
 def submit(rid: int, length: int = 4, max_tokens: int = 8, **fields: object) -> Submitted:
     sampling = fields.pop("sampling", Sampling(max_tokens, seed=1))
-    return Submitted(Submit(rid, "p0", tuple(range(length)), sampling, **fields), session=1)  # type: ignore[arg-type]
+    prompt = tuple(range(1000 * rid, 1000 * rid + length))  # no two begin alike
+    return Submitted(Submit(rid, "p0", prompt, sampling, **fields), session=1)  # type: ignore[arg-type]
 
 
 def steps(effects: list[Effect]) -> list[RunStep]:

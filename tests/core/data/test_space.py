@@ -75,7 +75,7 @@ class Pipeline:
         self._todo += self.scheduler.step(event, self.now)
 
     def submit(self, rid: int, prompt: int, tokens: int) -> None:
-        message = Submit(rid, "p0", tuple(range(1, prompt + 1)), Sampling(tokens, seed=1))
+        message = Submit(rid, "p0", tuple(range(100 * rid, 100 * rid + prompt)), Sampling(tokens, seed=1))
         self.tell(Submitted(message, session=1))
 
     def run(self, turns: int) -> None:
