@@ -144,13 +144,13 @@ class Replicator:
         elif filled:
             self.wrote(pipeline, filled)
 
-    def freed(self, pipeline: PipelineId, rids: tuple[int, ...], evicts: bytes = b"") -> None:
-        """These requests have ended here or make room, and blocks of these names are kept no longer."""
+    def freed(self, pipeline: PipelineId, rids: tuple[int, ...]) -> None:
+        """These requests have ended here or make room."""
         state = self._protected.get(pipeline)
-        if state is None or not (rids or evicts):
+        if state is None or not rids:
             return
         for source in state.sources.values():
-            self._drop(pipeline, state.fence, source, rids, evicts)
+            self._drop(pipeline, state.fence, source, rids)
 
     def _drop(
         self,
@@ -159,12 +159,10 @@ class Replicator:
         source: ReplicaSource,
         rids: tuple[int, ...],
         evicts: bytes = b"",
+        keep: bool = True,
     ) -> None:
         source.freed(rids)
-        for name in unpack_names(evicts):
-            source.there.discard(name)
-            source.kept.pop(name, None)
-        if not self._send_later(source.target, KvDropMeta(pipeline, fence, rids, evicts), b""):
+        if not self._send_later(source.target, KvDropMeta(pipeline, fence, rids, evicts, keep), b""):
             source.restart()  # what it holds of them comes to light with its next answer
 
     def rejoin(self, stage: Stage, meta: RejoinMeta) -> HeldMeta:
@@ -192,6 +190,7 @@ class Replicator:
         """Send what is to be sent: all of it, or one piece of it if others wait for this node."""
         self._acknowledge()
         self._tell_evicted()
+        self._tell_gone()
         self._tell_room()
         lines = [(p, s, source) for p, s in self._protected.items() for source in s.sources.values()]
         for pipeline, state, source in lines:
@@ -305,16 +304,25 @@ class Replicator:
             self.stats.copies_refused += len(meta.held)
             for rid, _ in meta.held:  # perhaps since it lacks what it was told that it has
                 source.there.difference_update(self._names(meta.pipeline, rid))
-        # What waits here to be promoted may still be claimed: its other copies must not go before.
+        # What waits here to be taken up may still be claimed: its other copies must not go before.
         unknown = [rid for rid in unknown if (meta.pipeline, rid) not in self._store.replicas]
+        gone = b""
         if meta.whole:
             source.wrote(self._rids(meta.pipeline))
-            source.there = set(unpack_names(meta.names))
-            for rid, tokens in meta.held:
-                source.there.update(self._names(meta.pipeline, rid)[: tokens // self._store.block_size])
-            source.kept = dict.fromkeys(n for n in self._store.kept[meta.pipeline] if n not in source.there)
-        if unknown:
-            self._drop(meta.pipeline, state.fence, source, tuple(unknown))
+            gone = self._compare_kept(meta, source)
+        if unknown or gone:
+            self._drop(meta.pipeline, state.fence, source, tuple(unknown), gone, keep=False)
+
+    def _compare_kept(self, meta: KvAckMeta, source: ReplicaSource) -> bytes:
+        """What the holder has of what is kept here is not sent again, and what it lacks is. Returns names of what it has
+        and nobody here does."""
+        kept = self._store.kept[meta.pipeline]
+        there = unpack_names(meta.names)
+        source.there = set(there)
+        for rid, tokens in meta.held:
+            source.there.update(self._names(meta.pipeline, rid)[: tokens // self._store.block_size])
+        source.kept = dict.fromkeys(name for name in kept if name not in source.there)
+        return b"".join(name for name in there if not self._store.has(name))
 
     def targets(self, pipeline: PipelineId) -> tuple[TargetReport, ...]:
         """How far behind each copy is."""
@@ -417,6 +425,18 @@ class Replicator:
                 self._refused.setdefault((peer, pipeline, fence), self._store.blocks_free)
                 self._send(peer, KvAckMeta(pipeline, fence, tuple(held), refused=True), b"")
 
+    def _tell_gone(self) -> None:
+        """Holders need not keep what is not here any more."""
+        gone, self._store.gone = self._store.gone, []
+        if not gone:
+            return
+        for pipeline, state in self._protected.items():
+            for source in state.sources.values():
+                there = [name for name in gone if name in source.there and not self._store.has(name)]
+                if there:
+                    source.there.difference_update(there)
+                    self._drop(pipeline, state.fence, source, (), b"".join(there))
+
     def answer_query(self, peer: Member, meta: KvQueryMeta) -> None:
         """A source sends copies only after this answer: one whose numerics are others gets none."""
         if meta.numerics != self.numerics:
@@ -434,7 +454,7 @@ class Replicator:
     def drop_copies(self, peer: Member, meta: KvDropMeta) -> None:
         news = self._news.setdefault((peer, meta.pipeline, meta.fence), {})
         for rid in meta.rids:
-            self._store.drop_replica((meta.pipeline, rid))
+            self._store.drop_replica((meta.pipeline, rid), meta.keep)
             news[rid] = None
         self._store.evict_spare(unpack_names(meta.evicts))
 

@@ -366,7 +366,7 @@ class Worker:
         assert isinstance(meta, StepMeta)
         stage = self.stages[meta.pipeline]
         prepared = stage.prepare(meta)
-        self.replicator.freed(meta.pipeline, meta.frees, meta.evicts)
+        self.replicator.freed(meta.pipeline, (*meta.drops, *meta.frees))
         if isinstance(prepared, str):
             log.warning("step %d of %s: %s", meta.step, meta.pipeline, prepared)
             self._fail(stage, meta, prepared, missing=self._store.missing if prepared == "space" else 0)

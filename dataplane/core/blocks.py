@@ -41,6 +41,7 @@ class KvStore:
         self.idle: frozenset[PipelineId] = frozenset()
         self.missing = 0  # blocks that the last `begin` which found no room would have needed more
         self.evicted: list[Key] = []  # copies whose sources do not know yet: for the replicator to take
+        self.gone: list[bytes] = []  # names that are not here any more: for the replicator to take
         self.checksums = Checksums()
         self._named: dict[bytes, int] = {}
         self._names: dict[int, bytes] = {}
@@ -119,6 +120,10 @@ class KvStore:
         row = self.own[key[0]].get(key[1])
         return self.table.valid(row) if row is not None else 0
 
+    def has(self, name: bytes) -> bool:
+        """Whether a block of that name is here, whoever has it."""
+        return name in self._named
+
     def name_of(self, block: int) -> bytes:
         """Its name, b"" if it has none."""
         return self._names.get(block, b"")
@@ -132,6 +137,12 @@ class KvStore:
         row = self.own[key[0]].pop(key[1], None)
         if row is not None:
             self._keep(key[0], self._give_row_back(row))
+
+    def drop(self, key: Key) -> None:
+        """Nothing counts that is here of the request."""
+        row = self.own[key[0]].pop(key[1], None)
+        if row is not None:
+            self._drop_all(self._give_row_back(row))
 
     def release_pipeline(self, pipeline: PipelineId, keep: Iterable[int] = ()) -> None:
         """Release everything served for `pipeline` but the requests to keep."""
@@ -195,12 +206,14 @@ class KvStore:
         self._set_row(row, blocks, tokens)
         return tokens
 
-    def settle(self, pipeline: PipelineId, rids: Iterable[int]) -> list[bytes]:
-        """No request of the pipeline is alive but these. What is named of the others is kept, copies included. Returns
-        names of all that is kept, least recently used first."""
+    def settle(self, pipeline: PipelineId, rids: Iterable[int]) -> None:
+        """No request of the pipeline is alive but these. What is named of the others is kept, copies included."""
         self.release_pipeline(pipeline, keep=rids)
         for key in [key for key in self.replicas if key[0] == pipeline]:
             self._keep(pipeline, self._give_row_back(self.replicas.pop(key)))
+
+    def keeps(self, pipeline: PipelineId) -> list[bytes]:
+        """Names of all that is kept of a pipeline that is served here from now on, least recently used first."""
         for name, (block, owner) in list(self.spare.items()):
             if owner == pipeline:
                 del self.spare[name]
@@ -274,14 +287,14 @@ class KvStore:
         row = self.replicas.get(key)
         return self.table.valid(row) if row is not None else 0
 
-    def drop_replica(self, key: Key) -> None:
-        """The request has ended: what is named of its copy is spare."""
+    def drop_replica(self, key: Key, keep: bool = True) -> None:
+        """The request has ended: what is named of its copy is spare, if that is to be kept."""
         row = self.replicas.pop(key, None)
         if row is None:
             return
         for block in reversed(self._give_row_back(row)):
             name = self._names.get(block)
-            if name is None or name in self.spare:
+            if name is None or name in self.spare or not keep:
                 self._drop(block)
             else:
                 self.spare[name] = block, key[0]
@@ -333,6 +346,7 @@ class KvStore:
             name = self._names.pop(block, None)
             if name is not None:
                 del self._named[name]
+                self.gone.append(name)
                 for kept in self.kept.values():
                     if kept.pop(name, None) is not None:
                         self._drop(block)
@@ -409,6 +423,8 @@ class KvStore:
         assert sorted([*holders, *self._free]) == list(range(self.num_blocks)), "a block is lost"
         assert {b: n - 1 for b, n in holders.items() if n > 1} == self._more, "holders are miscounted"
         assert {name: block for block, name in self._names.items()} == self._named
+        for keeps in (*self.kept.values(), {name: block for name, (block, _) in self.spare.items()}):
+            assert keeps.items() <= self._named.items(), "what is kept is not what its name says"
         assert self._names.keys() <= holders.keys(), "a free block has a name"
         assert self.checksums.unverified.keys() <= holders.keys(), "a free block waits to be looked at"
 
@@ -467,11 +483,24 @@ class KvStore:
         other = self._named.get(name)
         if other is None or (other != block and self.checksums.is_copy(other)):
             if other is not None:
-                del self._names[other]
+                self._supersede(name, other, block)
             self._named[name], self._names[block] = block, name
         elif other != block:
             self._add(other)
             self._replace(row, index, other)
+
+    def _supersede(self, name: bytes, other: int, block: int) -> None:
+        """Who keeps `name` keeps `block` from now on; rows that have `other` have it still."""
+        del self._names[other]
+        for kept in self.kept.values():
+            if name in kept:
+                kept[name] = block
+                self._add(block)
+                self._drop(other)
+        if name in self.spare:
+            self.spare[name] = block, self.spare[name][1]
+            self._add(block)
+            self._drop(other)
 
     def _written(self, table_rows: npt.NDArray[np.int32], rows: Rows) -> None:
         """A step writes to these rows: the checksum of an open block that it goes on in is over."""
@@ -514,6 +543,7 @@ class KvStore:
             name = self._names.pop(block, None)
             if name is not None:
                 del self._named[name]
+                self.gone.append(name)
             self.checksums.written(block)
             self._free.append(block)
 

@@ -57,8 +57,8 @@ class Begin(msgspec.Struct, frozen=True, array_like=True):
 class StepMeta(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """One microbatch. The payload is its activations, [sum of counts, hidden], after the previous stage.
 
-    A stage does `frees`, `begins`, `evicts`, then makes room for the rows, runs them, and names the blocks that they
-    have filled."""
+    A stage does `drops`, `frees`, `begins`, `evicts`, then makes room for the rows, runs them, and names the blocks
+    that they have filled."""
 
     pipeline: PipelineId
     fence: Fence
@@ -69,6 +69,7 @@ class StepMeta(msgspec.Struct, frozen=True, array_like=True, tag=1):
     begins: tuple[Begin, ...] = ()
     evicts: bytes = b""  # names of blocks that are kept and are not to be any more, NAME_BYTES each
     seals: bytes = b""  # names of the blocks that the rows fill, in the order of rows and of positions
+    drops: tuple[int, ...] = ()  # requests of which nothing counts that is here: it is not kept either
 
     def __post_init__(self) -> None:
         if len(self.rows) % (8 * len(ROW_FIELDS)):
@@ -112,7 +113,7 @@ class RejoinMeta(msgspec.Struct, frozen=True, array_like=True, tag=4):
     """The scheduler to each stage: how much KV do you hold of these requests?
 
     A stage takes up what it has of them, copies and kept blocks included. `complete` says that no other request of the
-    pipeline is alive: what else the stage holds of it is kept as far as it is named, and it says what that is.
+    pipeline is alive: what else the stage holds of it is kept as far as it is named. `kept`: it is to say what is kept.
     """
 
     pipeline: PipelineId
@@ -120,9 +121,8 @@ class RejoinMeta(msgspec.Struct, frozen=True, array_like=True, tag=4):
     ask: int
     rids: tuple[int, ...]
     complete: bool
-    names: tuple[
-        bytes, ...
-    ] = ()  # of the full blocks of each of `rids`; none: nothing of it is to be found by name
+    names: tuple[bytes, ...] = ()  # of the full blocks of each of `rids`
+    kept: bool = False
 
 
 class HeldMeta(msgspec.Struct, frozen=True, array_like=True, tag=5):
@@ -131,9 +131,7 @@ class HeldMeta(msgspec.Struct, frozen=True, array_like=True, tag=5):
     ask: int
     stage: int
     held: tuple[tuple[int, int], ...]  # (rid, tokens)
-    kept: bytes = (
-        b""  # to a `complete` question: names of the other blocks that are here, least recently used first
-    )
+    kept: bytes = b""  # if asked for: names of the blocks that are kept, least recently used first
 
 
 KEPT = -1  # in the place of a request: a block that belongs to none, and is kept for those to come
@@ -181,12 +179,13 @@ class KvQueryMeta(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
 class KvDropMeta(msgspec.Struct, frozen=True, array_like=True, tag=9):
     """The holder is to drop its copies of these; it acknowledges that nothing is left of them. What is named of them it
-    keeps as far as it has room, until it is among `evicts`."""
+    keeps as far as it has room, until it is among `evicts`: then the source has it no longer."""
 
     pipeline: PipelineId
     fence: Fence
     rids: tuple[int, ...]
     evicts: bytes = b""  # names, NAME_BYTES each
+    keep: bool = True  # False: the source knows nothing of these requests, so nothing of them is kept
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=10):

@@ -106,7 +106,8 @@ class Scheduler:
         self._asks: dict[int, HeldCollector] = {}
         self._next_ask = 0
         self._joining: list[int] = []  # re-submitted, not asked about yet
-        self._frees: list[int] = []
+        self._frees: list[int] = []  # whose blocks the account has released
+        self._drops: list[int] = []  # of which stages may have blocks that the account does not know
         self._holding = False
         self._hold_until = 0.0
         self._retry_s = FAILED_RETRY_S
@@ -263,10 +264,10 @@ class Scheduler:
         if request is None:
             return
         self.bytes_kept -= request.bytes_kept
+        (self._frees if rid in self.batcher.account else self._drops).append(rid)
         self.batcher.remove(request)
         if rid in self._joining:
             self._joining.remove(rid)
-        self._frees.append(rid)
 
     def _retire(self, request: Request, now: float) -> None:
         """It has finished or nobody reads it: what its client may still come back for is the log."""
@@ -324,7 +325,7 @@ class Scheduler:
                 effects.append(Refuse(request.session, refused))
         if self._sweep_at is not None and now >= self._sweep_at:
             self._sweep_at = None
-            self._ask(tuple(self._alive()), True, False, now, effects)
+            self._ask(tuple(self._alive()), True, False, now, effects, kept=True)
         since = min([self.steps.oldest(now), *(ask.since for ask in self._asks.values())])
         if now - since > self._stall_limit_s:
             self._stall_limit_s = min(2 * self._stall_limit_s, STALL_LIMIT_MAX_S)
@@ -369,12 +370,13 @@ class Scheduler:
         complete = self._sweep_at is None
         if complete:
             self._frees.clear()
-        self._ask(tuple(self._alive()), complete, True, now, effects)
+            self._drops.clear()
+        self._ask(tuple(self._alive()), complete, True, now, effects, kept=True)
 
     def start(self, now: float) -> list[Effect]:
         """The first effects of a scheduler that takes over: see that every stage answers."""
         effects: list[Effect] = []
-        self._ask((), False, True, now, effects)
+        self._ask((), False, True, now, effects, kept=True)
         return effects
 
     def successor(self, now: float) -> Scheduler:
@@ -406,13 +408,19 @@ class Scheduler:
         ]
 
     def _ask(
-        self, rids: tuple[int, ...], complete: bool, adopts: bool, now: float, effects: list[Effect]
+        self,
+        rids: tuple[int, ...],
+        complete: bool,
+        adopts: bool,
+        now: float,
+        effects: list[Effect],
+        kept: bool = False,
     ) -> None:
         ask = self._next_ask
         self._next_ask += 1
         self._asks[ask] = HeldCollector(ask, rids, set(range(self.num_stages)), now, adopts)
         names = tuple(b"".join(self.requests[rid].names) for rid in rids)
-        effects.append(Ask(RejoinMeta(self.pipeline, self.fence, ask, rids, complete, names)))
+        effects.append(Ask(RejoinMeta(self.pipeline, self.fence, ask, rids, complete, names, kept)))
 
     def _ask_joining(self, now: float, effects: list[Effect]) -> None:
         """Ask about re-submitted requests. All that come while many questions are open share the next one."""
@@ -437,7 +445,7 @@ class Scheduler:
             if request is None:
                 # It ended meanwhile. The order to free it may have overtaken the question, which then promoted
                 # a copy of it.
-                self._frees.append(rid)
+                self._drops.append(rid)
                 continue
             if request.phase is not Phase.RECOVERING:
                 continue
@@ -453,7 +461,7 @@ class Scheduler:
                 # Nothing is left of it, or there is no room: it waits like a new one, in front by its order.
                 request.rewind(Phase.WAITING)
                 request.interrupted = True
-                self._frees.append(rid)
+                self._drops.append(rid)
                 self.batcher.enqueue(request)
         self._keep(collector)
 
@@ -480,12 +488,13 @@ class Scheduler:
             account = self.batcher.account
             self.stats.prefix_cache_queries = account.queries * self.limits.block_size
             self.stats.prefix_cache_hits = account.hits * self.limits.block_size
-            if not (rows or self._frees or account.evictions):
+            if not (rows or self._frees or self._drops or account.evictions):
                 return
             if rows and self._recovery is not None and not self._recovery.issued(now):
                 self._recovery = None
             frees, self._frees = self._frees, []
-            step = self.steps.launch(self.fence, rows, frees, account, now)
+            drops, self._drops = self._drops, []
+            step = self.steps.launch(self.fence, rows, frees, drops, account, now)
             for ask in self._asks.values():
                 ask.evicted.update(unpack_names(step.meta.evicts))
             effects.append(step)

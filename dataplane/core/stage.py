@@ -107,6 +107,9 @@ class Stage:
         """Free, admit, and find blocks for a step. A string says why it cannot run: "space" or "gap"."""
         if meta.fence > self.fence:  # it came before the question that begins its round
             self.enter(meta.fence)
+        for rid in meta.drops:
+            self.store.drop((self.pipeline, rid))
+            self._forget(rid)
         for rid in meta.frees:
             self.store.release((self.pipeline, rid))
             self._forget(rid)
@@ -152,7 +155,9 @@ class Stage:
             names = unpack_names(meta.names[index]) if meta.names else ()
             if tokens := self.store.take_up(self.pipeline, rid, names):
                 held.append((rid, tokens))
-        kept = self.store.settle(self.pipeline, meta.rids) if meta.complete else ()
+        if meta.complete:
+            self.store.settle(self.pipeline, meta.rids)
+        kept = self.store.keeps(self.pipeline) if meta.kept else ()
         return HeldMeta(self.pipeline, meta.fence, meta.ask, self.index, tuple(held), b"".join(kept))
 
     def _admit(self, admit: Admit) -> None:

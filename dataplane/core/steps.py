@@ -41,10 +41,16 @@ class Steps:
         return len(self.in_flight)
 
     def launch(
-        self, fence: Fence, rows: Sequence[Chunk], frees: Sequence[int], account: Account, now: float
+        self,
+        fence: Fence,
+        rows: Sequence[Chunk],
+        frees: Sequence[int],
+        drops: Sequence[int],
+        account: Account,
+        now: float,
     ) -> RunStep:
         """The next step, of these rows; they count as issued from here on, and the blocks that they fill as sealed:
-        what comes later is computed later. `frees`: requests that stages release with it."""
+        what comes later is computed later. `frees`: requests that stages release with it; `drops`: see StepMeta."""
         metas: list[Row] = []
         admits: list[Admit] = []
         begins: list[Begin] = []
@@ -87,6 +93,7 @@ class Steps:
             tuple(begins),
             b"".join(evicts),
             b"".join(seals),
+            tuple(drops),
         )
         return RunStep(meta, tuple(tokens))
 

@@ -160,7 +160,7 @@ class Node:
     def run(self, stage: Stage, meta: StepMeta, payload: bytes) -> None:
         self.look_at(self.store.straddled(PIPELINE, Rows(meta.rows)))
         prepared = stage.prepare(meta)
-        self.replicator.freed(PIPELINE, meta.frees, meta.evicts)
+        self.replicator.freed(PIPELINE, (*meta.drops, *meta.frees))
         if isinstance(prepared, str):
             self.cluster.to_scheduler(
                 self.me, StepFailedMeta(PIPELINE, meta.fence, meta.step, stage.index, prepared)
@@ -344,6 +344,7 @@ class Cluster:
         self.dispatch(Quiesce(True))
         for _ in range(20_000):
             assert source.stage is not None
+            source.look_at(source.store.checksums.next(1))  # a worker does in idle time
             quiet = self.scheduler.quiesced_step == source.stage.last_step
             lag = {t.target: t.lag_tokens for t in source.replicator.targets(PIPELINE)}
             if quiet and lag[to] == 0:

@@ -57,6 +57,8 @@ class Storm(Cluster):
         match event:
             case "submit":
                 prompt = [pick.randrange(1000) for _ in range(pick.randrange(1, 30))]
+                if pick.random() < 0.6:  # many begin alike
+                    prompt = [pick.randrange(2)] * pick.randrange(1, 26) + prompt[:4]
                 self.submit(len(self.submitted) + 1, prompt, pick.randrange(1, 25))
             case "cancel" if self.live():
                 rid = pick.choice(self.live())
@@ -130,9 +132,15 @@ class Storm(Cluster):
         assert not made.requests
         assert not made._asks
         assert made.batcher.used_blocks == 0
+        cached = set(made.batcher.account._cached)
+        for member in self.serving:
+            assert set(self.nodes[member].store.kept[PIPELINE]) == cached, "one account for all stages"
         for member in (*self.serving, *self.peers):
             node = self.nodes[member]
             if node.alive:
+                assert node.store.spare.keys() <= cached, "copies of what is kept no longer"
+                here = node.store.kept[PIPELINE].keys() | node.store.spare.keys()
+                assert node.store.blocks_free == node.store.num_blocks - len(here)
                 assert not any(node.store.own.values())
                 assert not node.store.replicas
                 sources = [s for p in node.replicator._protected.values() for s in p.sources.values()]
