@@ -383,7 +383,7 @@ class Node:
         counters |= {f"replica_{name}": getattr(copies, name) for name in OF_COPIES}
         counters |= {f"link_{name}": getattr(links, name) for name in OF_LINKS}
         counters |= {f"fenced_{kind}": count for kind, count in stats.fenced.items()}
-        counters["replicas_evicted"] = self._store.replicas_evicted
+        counters["replicas_evicted"] = self._store.copies.evictions
         counters["checksum_failures"] = self._store.checksum_failures
         counters["bad_frames"] = self._bad_frames
         counters["reports_broken_off"] = self._reporter.broken_off

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.reports import TargetReport
 from dataplane._fast.blocktable import Rows
-from dataplane.core.blocks import Key, KvStore
+from dataplane.core.blocks import KvStore
+from dataplane.core.copies import Key
 from dataplane.core.messages import (
     KEPT,
     Block,
@@ -224,7 +225,7 @@ class Replicator:
         blocks: list[tuple[Block, int]] = []  # with the block here
         for copy in copies:
             here = table.block(own[copy.rid], copy.index)
-            name = self._store.name_of(here)
+            name = self._store.pool.name_of(here)
             checksum = self._store.checksums.of(here)
             shared = bool(name) and name in source.there and checksum is not None
             block = Block(copy.rid, copy.index, copy.tokens, checksum or 0, name, not shared)
@@ -305,7 +306,7 @@ class Replicator:
             for rid, _ in meta.held:  # perhaps since it lacks what it was told that it has
                 source.there.difference_update(self._names(meta.pipeline, rid))
         # What waits here to be taken up may still be claimed: its other copies must not go before.
-        unknown = [rid for rid in unknown if (meta.pipeline, rid) not in self._store.replicas]
+        unknown = [rid for rid in unknown if (meta.pipeline, rid) not in self._store.copies.rows]
         gone = b""
         if meta.whole:
             source.wrote(self._rids(meta.pipeline))
@@ -314,15 +315,15 @@ class Replicator:
             self._drop(meta.pipeline, state.fence, source, tuple(unknown), gone, keep=False)
 
     def _compare_kept(self, meta: KvAckMeta, source: ReplicaSource) -> bytes:
-        """What the holder has of what is kept here is not sent again, and what it lacks is. Returns names of what it has
-        and nobody here does."""
+        """What the holder has of what is kept here is not sent again, and what it lacks is. Returns names of what it
+        has and nobody here does."""
         kept = self._store.kept[meta.pipeline]
         there = unpack_names(meta.names)
         source.there = set(there)
         for rid, tokens in meta.held:
             source.there.update(self._names(meta.pipeline, rid)[: tokens // self._store.block_size])
         source.kept = dict.fromkeys(name for name in kept if name not in source.there)
-        return b"".join(name for name in there if not self._store.has(name))
+        return b"".join(name for name in there if not self._store.pool.has(name))
 
     def targets(self, pipeline: PipelineId) -> tuple[TargetReport, ...]:
         """How far behind each copy is."""
@@ -349,9 +350,7 @@ class Replicator:
         for copy in meta.blocks:
             key = (meta.pipeline, copy.rid)
             if not copy.data:
-                stored = self._store.share_with_replica(
-                    key, copy.index, copy.tokens, copy.name, copy.checksum
-                )
+                stored = self._store.copies.share(key, copy.index, copy.tokens, copy.name, copy.checksum)
             else:
                 sound = place < len(sums) and sums[place] == copy.checksum
                 block = self._block_for(key, copy, sound)
@@ -381,15 +380,21 @@ class Replicator:
         if not sound:
             self.stats.checksum_failures += 1
         if copy.rid == KEPT:
-            return self._store.spare_block(key[0], copy.name, copy.checksum) if sound and copy.name else None
-        block = self._store.replica_block(key, copy.index, copy.tokens)
-        if block is None or not sound:
+            return (
+                self._store.copies.place_spare(key[0], copy.name, copy.checksum)
+                if sound and copy.name
+                else None
+            )
+        if not sound or self._store.serves(key):
             return None
-        self._store.replica_written(key, copy.index, copy.tokens, copy.checksum, copy.name)
+        block = self._store.copies.place(key, copy.index, copy.tokens)
+        if block is None:
+            return None
+        self._store.copies.written(key, copy.index, copy.tokens, copy.checksum, copy.name)
         return block
 
     def _refuse(self, peer: Member, meta: KvMeta, rids: list[int]) -> None:
-        held = tuple((rid, self._store.replica_tokens((meta.pipeline, rid))) for rid in rids)
+        held = tuple((rid, self._store.copies.tokens((meta.pipeline, rid))) for rid in rids)
         self._refused.setdefault((peer, meta.pipeline, meta.fence), self._store.blocks_free)
         self._send(peer, KvAckMeta(meta.pipeline, meta.fence, held, refused=True), b"")
 
@@ -410,12 +415,12 @@ class Replicator:
         """One message for all that was stored or dropped since the last time."""
         news, self._news = self._news, {}
         for (peer, pipeline, fence), rids in news.items():
-            held = tuple((rid, self._store.replica_tokens((pipeline, rid))) for rid in rids)
+            held = tuple((rid, self._store.copies.tokens((pipeline, rid))) for rid in rids)
             self._send(peer, KvAckMeta(pipeline, fence, held), b"")
 
     def _tell_evicted(self) -> None:
         """A source must not count on copies that made room for served KV. It sends them again after a pause."""
-        evicted, self._store.evicted = self._store.evicted, []
+        evicted, self._store.copies.evicted = self._store.copies.evicted, []
         gone: dict[PipelineId, list[tuple[int, int]]] = {}
         for pipeline, rid in evicted:
             gone.setdefault(pipeline, []).append((rid, 0))
@@ -427,12 +432,12 @@ class Replicator:
 
     def _tell_gone(self) -> None:
         """Holders need not keep what is not here any more."""
-        gone, self._store.gone = self._store.gone, []
+        gone, self._store.pool.gone = self._store.pool.gone, []
         if not gone:
             return
         for pipeline, state in self._protected.items():
             for source in state.sources.values():
-                there = [name for name in gone if name in source.there and not self._store.has(name)]
+                there = [name for name in gone if name in source.there and not self._store.pool.has(name)]
                 if there:
                     source.there.difference_update(there)
                     self._drop(pipeline, state.fence, source, (), b"".join(there))
@@ -443,20 +448,17 @@ class Replicator:
             self.stats.queries_refused += 1
             return
         self._sources[meta.pipeline] = (peer, meta.fence)  # it counts on what we say here
-        held = tuple(
-            (key[1], self._store.replica_tokens(key))
-            for key in self._store.replicas
-            if key[0] == meta.pipeline
-        )
-        spare = b"".join(name for name, (_, owner) in self._store.spare.items() if owner == meta.pipeline)
+        copies = self._store.copies
+        held = tuple((rid, copies.tokens((meta.pipeline, rid))) for rid in copies.of(meta.pipeline))
+        spare = b"".join(self._store.copies.spare_of(meta.pipeline))
         self._send(peer, KvAckMeta(meta.pipeline, meta.fence, held, whole=True, names=spare), b"")
 
     def drop_copies(self, peer: Member, meta: KvDropMeta) -> None:
         news = self._news.setdefault((peer, meta.pipeline, meta.fence), {})
         for rid in meta.rids:
-            self._store.drop_replica((meta.pipeline, rid), meta.keep)
+            self._store.copies.drop((meta.pipeline, rid), meta.keep)
             news[rid] = None
-        self._store.evict_spare(unpack_names(meta.evicts))
+        self._store.copies.evict_spare(unpack_names(meta.evicts))
 
     # ------------------------------------------------------------------
 
@@ -470,5 +472,5 @@ class Replicator:
 
     def _here(self, pipeline: PipelineId) -> dict[int, bool]:
         """The requests that this node has KV of, and whether it serves it (else it is a copy)."""
-        here = {rid: False for owner, rid in self._store.replicas if owner == pipeline}
+        here = dict.fromkeys(self._store.copies.of(pipeline), False)
         return here | dict.fromkeys(self._rids(pipeline), True)

@@ -223,7 +223,7 @@ class Worker:
                 if stage is not None:
                     self._leave(pipeline)
                 if not self._holds(pipeline):
-                    self._store.drop_replicas(pipeline.id)
+                    self._store.copies.drop_pipeline(pipeline.id)
 
     def _stage(self, pipeline: Pipeline, index: int) -> Stage:
         stages = len(pipeline.stages)

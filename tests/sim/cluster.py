@@ -194,6 +194,20 @@ class Cluster:
     def _all_ended(self) -> bool:
         return all(stream.ended for stream in self.streams.values())
 
+    def _unaccounted(self, pipeline: str, cached: set[bytes]) -> list[str]:
+        """Stages that keep other blocks than the scheduler has cached."""
+        topology = self.checks.topology
+        served = topology.pipeline(pipeline) if topology is not None else None
+        leaders = {member.node for member in served.members()} if served is not None else set()
+        found = []
+        for name, node in self.nodes():
+            kept = parts.store_of(node).kept[pipeline].keys()
+            if name in leaders and kept != cached:
+                found.append(
+                    f"{name} keeps {len(kept - cached)} blocks of {pipeline} too many, lacks {len(cached - kept)}"
+                )
+        return found
+
     def _left_behind(self) -> list[str]:
         """Blocks, requests, questions and slots that nobody will ask for again."""
         found = []
@@ -202,12 +216,14 @@ class Cluster:
             store.check()
             for pipeline, rids in store.own.items():
                 found += [f"{name} serves {rid:x} of {pipeline}" for rid in rids]
-            found += [f"{name} has a copy of {rid:x} of {pipeline}" for pipeline, rid in store.replicas]
-            if store.table.rows_in_use or store.blocks_free != store.num_blocks:
+            found += [f"{name} has a copy of {rid:x} of {pipeline}" for pipeline, rid in store.copies.rows]
+            kept = {key for names in (*store.kept.values(), store.copies.spare) for key in names}
+            if store.table.rows_in_use or store.blocks_free + len(kept) != store.num_blocks:
                 found.append(f"{name} has {store.table.rows_in_use} rows, {store.blocks_free} free blocks")
             for pipeline, scheduler in parts.schedulers_of(node).items():
                 if scheduler.requests or scheduler.batcher.used_blocks or scheduler.steps:
                     found.append(f"{name} schedules {list(scheduler.requests)} of {pipeline}")
+                found += self._unaccounted(pipeline, parts.cached_of(scheduler))
             for pipeline, stage in parts.stages_of(node).items():
                 if stage.sampling is not None and stage.sampling.slots_in_use:
                     found.append(f"{name} samples {stage.sampling.slots_in_use} of {pipeline}")
@@ -460,7 +476,7 @@ class Cluster:
         nodes = sorted(self.nodes(), key=lambda pair: (pair[0] < name, pair[0]))
         for _, node in nodes:
             store = parts.store_of(node)
-            blocks = [b for copy in store.replicas.values() for b in store.table.blocks(copy.row)]
+            blocks = sorted(store.copies.holders())
             if blocks:
                 parts.corrupt(node, blocks[pick % len(blocks)], bit)
                 self.outcome.faults["bit of a copy"] += 1

@@ -192,6 +192,11 @@ def schedulers_of(node: Node) -> dict[PipelineId, Scheduler]:
     return node._schedulers.by_pipeline
 
 
+def cached_of(scheduler: Scheduler) -> set[bytes]:
+    """Names of the blocks that no request has and that are kept."""
+    return set(scheduler.batcher.account._cached)
+
+
 def sources_of(node: Node) -> Iterator[tuple[PipelineId, ReplicaSource]]:
     for pipeline, state in node._worker.replicator._protected.items():
         for source in state.sources.values():

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataplane._fast.blocktable import Rows
-from dataplane.core.blocks import Key, KvStore
+from dataplane.core.blocks import KvStore
+from dataplane.core.copies import Key
 from dataplane.core.messages import pack_rows
 
 
@@ -29,38 +30,38 @@ def grow(store: KvStore, key: Key, tokens: int) -> bool:
 def test_replicas_give_way_to_serving_requests() -> None:
     store = KvStore(8, 4, 8, 8)
     for index in range(4):
-        block = store.replica_block(("p1", 1), index, (index + 1) * 4)
+        block = store.copies.place(("p1", 1), index, (index + 1) * 4)
         assert block is not None
-        store.replica_written(("p1", 1), index, (index + 1) * 4, checksum=0)
+        store.copies.written(("p1", 1), index, (index + 1) * 4, checksum=0)
     assert grow(store, ("p0", 7), 6 * 4)
-    assert ("p1", 1) not in store.replicas
-    assert store.replicas_evicted == 1
+    assert ("p1", 1) not in store.copies.rows
+    assert store.copies.evictions == 1
     store.check()
 
 
 def test_a_copy_never_evicts_anything() -> None:
     store = KvStore(4, 4, 8, 8)
     assert grow(store, ("p0", 7), 16)
-    assert store.replica_block(("p1", 1), 0, 4) is None
+    assert store.copies.place(("p1", 1), 0, 4) is None
     assert not grow(store, ("p0", 8), 1)
 
 
 def test_a_gap_in_a_copy_is_refused() -> None:
     store = KvStore(8, 4, 8, 8)
-    assert store.replica_block(("p1", 1), 1, 8) is None
-    assert store.replica_block(("p1", 1), 0, 4) is not None
-    store.replica_written(("p1", 1), 0, 4, checksum=0)
-    assert store.replica_block(("p1", 1), 2, 12) is None
-    assert store.replica_block(("p1", 1), 1, 6) is not None
+    assert store.copies.place(("p1", 1), 1, 8) is None
+    assert store.copies.place(("p1", 1), 0, 4) is not None
+    store.copies.written(("p1", 1), 0, 4, checksum=0)
+    assert store.copies.place(("p1", 1), 2, 12) is None
+    assert store.copies.place(("p1", 1), 1, 6) is not None
 
 
 def copied(store: KvStore, key: Key, blocks: int, names: Sequence[bytes] = ()) -> list[int]:
     """A copy of so many full blocks has come; where they are."""
     found = []
     for index in range(blocks):
-        block = store.replica_block(key, index, (index + 1) * 4)
+        block = store.copies.place(key, index, (index + 1) * 4)
         assert block is not None
-        store.replica_written(key, index, (index + 1) * 4, index, names[index] if names else b"")
+        store.copies.written(key, index, (index + 1) * 4, index, names[index] if names else b"")
         found.append(block)
     return found
 
@@ -82,7 +83,7 @@ def test_who_leaves_keeps_copies_of_blocks_with_checksums() -> None:
         assert store.copied(block, index, 4)
     store.table.set_valid(row, 9)
     store.leave("p0", demote=True)
-    assert store.replica_tokens(("p0", 1)) == 8
+    assert store.copies.tokens(("p0", 1)) == 8
     assert store.blocks_free == 6
     store.check()
 
@@ -134,7 +135,7 @@ def test_what_was_just_computed_is_better_than_a_copy_that_nobody_has_looked_at(
     assert store.table.blocks(store.own["p0"][1]) != [copy]
     assert store.resume("p0", 2, NAMES[:1], 0)
     assert store.table.blocks(store.own["p0"][2]) == store.table.blocks(store.own["p0"][1])
-    assert store.replica_tokens(("p1", 1)) == 4
+    assert store.copies.tokens(("p1", 1)) == 4
     store.check()
 
 
@@ -166,12 +167,12 @@ def test_it_is_taken_up_as_far_as_its_names_say() -> None:
 def test_what_copies_have_is_copied_once() -> None:
     store = KvStore(8, 4, 8, 8)
     copied(store, ("p1", 1), 2, NAMES)
-    assert store.share_with_replica(("p1", 2), 0, 4, NAMES[0], 0)
-    assert not store.share_with_replica(("p1", 2), 1, 8, NAMES[4], 0), "it is not here"
-    assert not store.share_with_replica(("p1", 2), 1, 8, NAMES[1], 7), "it is not what its source has"
-    assert store.share_with_replica(("p1", 2), 1, 8, NAMES[1], 1)
+    assert store.copies.share(("p1", 2), 0, 4, NAMES[0], 0)
+    assert not store.copies.share(("p1", 2), 1, 8, NAMES[4], 0), "it is not here"
+    assert not store.copies.share(("p1", 2), 1, 8, NAMES[1], 7), "it is not what its source has"
+    assert store.copies.share(("p1", 2), 1, 8, NAMES[1], 1)
     assert store.blocks_free == 6
-    store.drop_replica(("p1", 1))
+    store.copies.drop(("p1", 1))
     assert store.take_up("p1", 2, NAMES[:2]) == 8
     store.check()
 
@@ -180,13 +181,13 @@ def test_copies_of_what_is_kept_go_first() -> None:
     store = KvStore(4, 4, 8, 8)
     copied(store, ("p1", 1), 2, NAMES)
     copied(store, ("p1", 2), 2, NAMES[4:])
-    store.drop_replica(("p1", 1))
-    assert list(store.spare) == [NAMES[1], NAMES[0]]
+    store.copies.drop(("p1", 1))
+    assert list(store.copies.spare) == [NAMES[1], NAMES[0]]
     copied(store, ("p1", 3), 1, NAMES[2:])
-    assert list(store.spare) == [NAMES[0]]
+    assert list(store.copies.spare) == [NAMES[0]]
     assert grow(store, ("p0", 1), 8)
-    assert not store.spare
-    assert list(store.replicas) == [("p1", 3)]
+    assert not store.copies.spare
+    assert list(store.copies.rows) == [("p1", 3)]
     store.check()
 
 
@@ -194,8 +195,8 @@ def test_what_nobody_claims_is_kept_if_it_has_a_name() -> None:
     store = KvStore(12, 4, 8, 8)
     copied(store, ("p0", 1), 2, NAMES)
     copied(store, ("p0", 2), 2)
-    assert store.spare_block("p0", NAMES[3], 9) is not None
-    assert store.spare_block("p1", NAMES[4], 9) is not None
+    assert store.copies.place_spare("p0", NAMES[3], 9) is not None
+    assert store.copies.place_spare("p1", NAMES[4], 9) is not None
     computed(store, ("p0", 3), 10, NAMES[5:])
     store.settle("p0", [3])
     assert store.keeps("p0") == [NAMES[1], NAMES[0], NAMES[3]]
@@ -208,11 +209,11 @@ def test_damage_is_everybodys_who_has_the_block() -> None:
     blocks = copied(store, ("p0", 1), 2, NAMES)
     assert store.take_up("p0", 1, NAMES[:2]) == 8
     assert store.resume("p0", 2, NAMES[:2], 0)
-    assert store.share_with_replica(("p1", 7), 0, 4, NAMES[0], 0)
+    assert store.copies.share(("p1", 7), 0, 4, NAMES[0], 0)
     store.release(("p0", 2))
     assert store.damaged([blocks[0]]) == {store.own["p0"][1]}
     assert store.tokens(("p0", 1)) == 0
-    assert store.evicted == [("p1", 7)]
+    assert store.copies.evicted == [("p1", 7)]
     assert list(store.kept["p0"]) == [NAMES[1]]
     assert store.take_up("p0", 1, NAMES[:2]) == 0
     store.check()
@@ -253,7 +254,7 @@ def test_no_block_is_lost_or_miscounted(operations: list[tuple[str, str, int, in
             bytes([rid % 2 if i < 3 else rid, i]) * 8 for i in range(8)
         ]  # two families, three blocks each
         match what:
-            case "grow" if key not in store.replicas:
+            case "grow" if key not in store.copies.rows:
                 start = min(store.tokens(key), tokens - 1)
                 start -= start % 4 if start // 4 < store.tokens(key) // 4 else 0
                 if store.resume(pipeline, rid, names[: start // 4], start % 4):
@@ -262,36 +263,36 @@ def test_no_block_is_lost_or_miscounted(operations: list[tuple[str, str, int, in
                     if table_rows is not None:
                         store.commit(table_rows, rows, names[start // 4 : tokens // 4])
             case "copy":
-                index = store.replica_tokens(key) // 4
-                if index < 8 and store.replica_block(key, index, index * 4 + 4) is not None:
-                    store.replica_written(key, index, index * 4 + 4, 1, names[index])
+                index = store.copies.tokens(key) // 4
+                if index < 8 and store.copies.place(key, index, index * 4 + 4) is not None:
+                    store.copies.written(key, index, index * 4 + 4, 1, names[index])
             case "share":
-                index = store.replica_tokens(key) // 4
+                index = store.copies.tokens(key) // 4
                 if index < 8:
-                    store.share_with_replica(key, index, index * 4 + 4, names[index], 1)
+                    store.copies.share(key, index, index * 4 + 4, names[index], 1)
             case "release":
                 store.release(key)
             case "drop":
-                store.drop_replica(key)
+                store.copies.drop(key)
             case "take up" if not store.serves(key):
                 store.take_up(pipeline, rid, names[: tokens // 4])
             case "leave":
                 store.leave(pipeline, demote=tokens % 2 == 0)
             case "sweep":
                 store.settle(pipeline, [rid])
-            case "begin" if key not in store.replicas:
+            case "begin" if key not in store.copies.rows:
                 store.resume(pipeline, rid, names[: tokens // 4], 0)
             case "evict":
                 store.evict(pipeline, names[: tokens // 4])
-                store.evict_spare(names[: tokens // 4])
+                store.copies.evict_spare(names[: tokens // 4])
             case "spoil":
-                store.damaged([tokens % 12] if tokens % 12 not in store._free else [])
+                store.damaged([tokens % 12] if tokens % 12 not in store.pool.free else [])
         store.check()
 
 
 def test_the_check_can_fail() -> None:
     store = KvStore(4, 4, 4, 4)
     grow(store, ("p0", 1), 4)
-    store._free.append(store.table.blocks(store.own["p0"][1])[0])
+    store.pool.free.append(store.table.blocks(store.own["p0"][1])[0])
     with pytest.raises(AssertionError, match="free and somebody's"):
         store.check()

@@ -32,7 +32,7 @@ def test_the_old_nodes_copy_survives_until_gateways_submit_again() -> None:
     cluster.perform(cluster.scheduler.start(cluster.now))
     cluster.run(20)
     sent = cluster.nodes[new].replicator.stats.blocks_sent
-    assert ("p0", 1) in cluster.nodes[old].store.replicas
+    assert ("p0", 1) in cluster.nodes[old].store.copies.rows
     cluster.resubmit_all()
     before = len(cluster.received[1])
     while len(cluster.received[1]) < before + 4:
@@ -51,7 +51,7 @@ def test_what_a_sweep_gives_back_is_given_back_by_the_holders_too() -> None:
     for node in cluster.nodes.values():
         if node.alive:
             assert not any(node.store.own.values())
-            assert not node.store.replicas
+            assert not node.store.copies.rows
             assert all(
                 not s._unacked for p in node.replicator._protected.values() for s in p.sources.values()
             )
@@ -100,12 +100,12 @@ def test_an_answer_that_crossed_an_order_to_drop_counts_for_nothing() -> None:
 def test_a_copy_that_makes_no_sense_is_refused(index: int, tokens: int) -> None:
     store = KvStore(8, 4, 4, 3)
     for at in range(3):
-        assert store.replica_block(("p0", 1), at, 4 * at + 4) is not None
-        store.replica_written(("p0", 1), at, 4 * at + 4, 0)
+        assert store.copies.place(("p0", 1), at, 4 * at + 4) is not None
+        store.copies.written(("p0", 1), at, 4 * at + 4, 0)
     for rid in (1, 2):
-        assert store.replica_block(("p0", rid), index, tokens) is None
+        assert store.copies.place(("p0", rid), index, tokens) is None
         store.check()
-    assert list(store.replicas) == [("p0", 1)]
+    assert list(store.copies.rows) == [("p0", 1)]
 
 
 def test_an_order_to_drop_that_could_not_be_sent_is_made_good() -> None:
@@ -117,4 +117,4 @@ def test_an_order_to_drop_that_could_not_be_sent_is_made_good() -> None:
     source.replicator._send = send
     for _ in range(60):
         cluster.run(20)
-    assert not cluster.nodes[cluster.peers[1]].store.replicas
+    assert not cluster.nodes[cluster.peers[1]].store.copies.rows

@@ -108,7 +108,7 @@ class Alone:
         await self.until(lambda: self.metas(KvAckMeta), serves(PEER, ME, 1), copies)
         assert self.metas(KvAckMeta) == [KvAckMeta("p", Fence(1), ((1, len(PROMPT)),))]
         if damage is not None:
-            row = self.store.replicas["p", 1]
+            row = self.store.copies.rows["p", 1]
             self.executor.kv.view(self.store.table.block(row, damage))[3] ^= 4
 
     def rejoin(self, ask: int, round_: int = 0) -> Message:
@@ -165,13 +165,13 @@ async def test_a_promotion_reads_nothing() -> None:
     alone = Alone()
     await alone.hold_copies()
     store = alone.store
-    blocks = store.table.blocks(store.replicas["p", 1])
+    blocks = store.table.blocks(store.copies.rows["p", 1])
     alone.executor.kv._blocks = None  # whoever reads now fails
     assert store.take_up("p", 1, NAMES) == len(PROMPT)
     assert store.table.blocks(store.own["p"][1]) == blocks
     assert store.verified_tokens(("p", 1)) == 0  # of it nothing goes to others yet
     store.leave("p", demote=True)
-    assert store.replica_tokens(("p", 1)) == len(PROMPT)
+    assert store.copies.tokens(("p", 1)) == len(PROMPT)
     alone.worker.close()
 
 

@@ -38,7 +38,7 @@ def test_a_holder_of_other_numerics_gets_no_copies(stage: int) -> None:
     assert any(isinstance(meta, KvQueryMeta) for meta in sent)
     assert not any(isinstance(meta, KvMeta) for meta in sent)
     assert peer.replicator.stats.queries_refused > 0
-    assert not peer.store.replicas
+    assert not peer.store.copies.rows
     others = [node for node in cluster.nodes.values() if node.stage_index != stage]
     assert any(node.replicator.stats.blocks_stored for node in others), "equal numerics are copied"
 
@@ -105,7 +105,7 @@ def test_a_rewound_request_has_new_copies(start: int) -> None:
     cluster = Cluster(1, seed=start)
     server, peer = cluster.nodes[cluster.serving[0]], cluster.nodes[cluster.peers[0]]
     cluster.submit(0, [5] * 9, 60)
-    while len(cluster.received[0]) < 6 or not peer.store.replicas:
+    while len(cluster.received[0]) < 6 or not peer.store.copies.rows:
         cluster.run(1)
     cluster.run(20)
     key = ("p0", 0)
@@ -130,7 +130,7 @@ def test_a_rewound_request_has_new_copies(start: int) -> None:
             meta, payload = cluster.links[peer.me, server.me].popleft()
             server.handle(peer.me, meta, payload)
     first = start // 4
-    copied = peer.store.table.blocks(peer.store.replicas[key])
+    copied = peer.store.table.blocks(peer.store.copies.rows[key])
     assert len(copied) == tokens // 4
     for index in range(first, tokens // 4):
         assert np.array_equal(peer.kv.data[copied[index]], server.kv.data[row[index]])
@@ -171,9 +171,9 @@ def test_a_store_takes_a_copy_of_less() -> None:
     store = KvStore(8, 4, 4, 8)
     key = ("p0", 1)
     for index in range(3):
-        assert store.replica_block(key, index, 4 * index + 4) is not None
-        store.replica_written(key, index, 4 * index + 4, index)
-    assert store.replica_tokens(key) == 12
-    assert store.replica_block(key, 1, 8) is not None
-    store.replica_written(key, 1, 8, 7)
-    assert store.replica_tokens(key) == 8
+        assert store.copies.place(key, index, 4 * index + 4) is not None
+        store.copies.written(key, index, 4 * index + 4, index)
+    assert store.copies.tokens(key) == 12
+    assert store.copies.place(key, 1, 8) is not None
+    store.copies.written(key, 1, 8, 7)
+    assert store.copies.tokens(key) == 8

@@ -108,7 +108,7 @@ def test_a_corrupt_replica_is_recomputed_not_used() -> None:
     while len(cluster.received[1]) < 15:
         cluster.run(1)
     peer = cluster.nodes[cluster.peers[1]]
-    row = next(iter(peer.store.replicas.values()))
+    row = next(iter(peer.store.copies.rows.values()))
     peer.kv.data[peer.store.table.blocks(row)[2]] ^= 1
     cluster.kill(1)
     cluster.run_to_end()
@@ -123,7 +123,7 @@ def test_without_the_checksum_the_corruption_would_show() -> None:
     while len(cluster.received[1]) < 15:
         cluster.run(1)
     peer = cluster.nodes[cluster.peers[1]]
-    row = next(iter(peer.store.replicas.values()))
+    row = next(iter(peer.store.copies.rows.values()))
     peer.store.checksums._copies.clear()
     peer.kv.data[peer.store.table.blocks(row)[2]] ^= 1
     cluster.kill(1)
@@ -153,6 +153,6 @@ def test_nothing_is_left_behind(stage: int) -> None:
     for member in cluster.serving:
         node = cluster.nodes[member]
         assert not any(node.store.own.values())
-        assert not node.store.replicas
+        assert not node.store.copies.rows
         assert set(node.store.kept[PIPELINE]) == set(cluster.scheduler.batcher.account._cached)
         assert node.store.blocks_free + node.store.blocks_kept == node.store.num_blocks

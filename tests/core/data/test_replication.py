@@ -144,7 +144,7 @@ def test_a_holder_says_that_copies_are_gone() -> None:
     holder.drop_copies(HOLDER, KvDropMeta("p0", Fence(1), (1, 2)))
     done(holder.pump(0.0))
     assert sent == [KvAckMeta("p0", Fence(1), ((1, 0), (2, 0)))]
-    assert not store.replicas
+    assert not store.copies.rows
 
 
 def test_a_refused_block_is_tried_again_after_a_pause() -> None:

@@ -53,8 +53,8 @@ def hold(store: KvStore, pipeline: str, rid: int, blocks: int) -> None:
 
 def copy(store: KvStore, pipeline: str, rid: int, blocks: int) -> None:
     for index in range(blocks):
-        assert store.replica_block((pipeline, rid), index, (index + 1) * BLOCK) is not None
-        store.replica_written((pipeline, rid), index, (index + 1) * BLOCK, 0)
+        assert store.copies.place((pipeline, rid), index, (index + 1) * BLOCK) is not None
+        store.copies.written((pipeline, rid), index, (index + 1) * BLOCK, 0)
 
 
 class Pipeline:
@@ -153,7 +153,7 @@ def test_the_quota_is_tried_again_and_less_often_each_time() -> None:
         assert line.scheduler.batcher.quota_blocks < 32
         line.run(int(SPACE_RETRY_S * 2**round_ * 100))
         assert line.scheduler.batcher.quota_blocks == 32
-    store.release_pipeline("p1")
+    store.leave("p1", demote=False)
     line.submit(9, prompt=20, tokens=8)
     line.run(50)
     assert line.ended == {9: FinishReason.LENGTH}
@@ -186,7 +186,7 @@ def test_kv_of_a_pipeline_that_is_down_makes_room() -> None:
     line.run(30)
     assert line.ended == {1: FinishReason.LENGTH}
     assert line.failures == 0
-    assert ("p3", 1) not in store.replicas, "copies go first"
+    assert ("p3", 1) not in store.copies.rows, "copies go first"
     assert list(store.own["p1"]) == [0, 1, 2, 3], "and then no more than has to, the youngest first"
     assert store.tokens(("p2", 1)) == 20 * BLOCK
     store.check()
@@ -198,7 +198,7 @@ def test_copies_are_not_evicted_for_a_step_that_cannot_run() -> None:
     copy(store, "p3", 1, 4)
     assert store.begin("p0", rows_of((5, 0, 15 * BLOCK, False))) is None
     assert store.missing == 15 - 12
-    assert store.replica_tokens(("p3", 1)) == 4 * BLOCK
+    assert store.copies.tokens(("p3", 1)) == 4 * BLOCK
     store.check()
 
 

@@ -114,10 +114,10 @@ class Storm(Cluster):
                 for target, source in protected.sources.items():
                     busy = self.links.get((member, target)) or self.links.get((target, member))
                     store = self.nodes[target].store
-                    if busy or not source.known or store.evicted:
+                    if busy or not source.known or store.copies.evicted:
                         continue
                     for rid, progress in source._progress.items():
-                        assert progress.acked <= store.replica_tokens((PIPELINE, rid)), f"request {rid}"
+                        assert progress.acked <= store.copies.tokens((PIPELINE, rid)), f"request {rid}"
 
     def check_streams(self) -> None:
         for rid, first in self.submitted.items():
@@ -138,11 +138,11 @@ class Storm(Cluster):
         for member in (*self.serving, *self.peers):
             node = self.nodes[member]
             if node.alive:
-                assert node.store.spare.keys() <= cached, "copies of what is kept no longer"
-                here = node.store.kept[PIPELINE].keys() | node.store.spare.keys()
+                assert node.store.copies.spare.keys() <= cached, "copies of what is kept no longer"
+                here = node.store.kept[PIPELINE].keys() | node.store.copies.spare.keys()
                 assert node.store.blocks_free == node.store.num_blocks - len(here)
                 assert not any(node.store.own.values())
-                assert not node.store.replicas
+                assert not node.store.copies.rows
                 sources = [s for p in node.replicator._protected.values() for s in p.sources.values()]
                 assert not any(s._progress or s._dirty or s._unacked for s in sources)
 

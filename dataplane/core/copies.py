@@ -1,0 +1,209 @@
+"""Copies of others' KV on one node: of requests that run elsewhere, and of what is kept there for requests to come.
+
+They take what room there is and give it back when served KV needs it: first what belongs to no request any more, then
+requests' copies, least recently written first. A copy's source learns of that (`evicted`)."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
+
+from controlplane.contract.ids import PipelineId
+from dataplane._fast.blocktable import BlockTable
+from dataplane.core.pool import Pool
+
+Key = tuple[PipelineId, int]  # pipeline, rid
+
+
+class Copies:
+    """`table`, `pool`: the node's, shared with what it serves."""
+
+    def __init__(self, table: BlockTable, pool: Pool) -> None:
+        self.rows: OrderedDict[Key, int] = OrderedDict()  # of requests, in the block table
+        self.spare: OrderedDict[bytes, tuple[int, PipelineId]] = OrderedDict()  # of what others keep, by name
+        self.evictions = 0
+        self.evicted: list[Key] = []  # copies whose sources do not know yet: for the replicator to take
+        self._table = table
+        self._pool = pool
+        self._size: int = table.block_size
+
+    # ------------------------------------------------------------------ storing
+
+    def place(self, key: Key, index: int, tokens: int) -> int | None:
+        """The block to write copy `index` of a request into, `tokens` being valid once it is written.
+
+        None when it makes no sense, would leave a gap or there is no room: served KV is never evicted for a
+        copy, nor is another request's copy, since each of them is somebody's only one.
+        """
+        row = self._row(key, index, tokens)
+        if row is None:
+            return None
+        if index < self._table.num_blocks(row):
+            block: int = self._table.block(row, index)
+            if not self._pool.name_of(block):
+                return block
+        if not self._make_room():
+            if self._table.num_blocks(row) == 0:
+                self._table.free_row(self.rows.pop(key))
+            return None
+        # One that has a name others may have, too, and it does not change.
+        block = self._pool.free.pop()
+        self._set(row, index, block)
+        return block
+
+    def written(self, key: Key, index: int, tokens: int, checksum: int, name: bytes = b"") -> None:
+        """The block of `place` is written, or will be before anybody looks. `name`: of a full block."""
+        row = self.rows[key]
+        block = self._table.block(row, index)
+        self._pool.checksums.arrived(block, checksum, tokens - index * self._size, self._size)
+        if name and self._pool.find(name) is None:
+            self._pool.call(block, name)
+        self._table.set_valid(row, tokens)
+        self.rows.move_to_end(key)
+
+    def share(self, key: Key, index: int, tokens: int, name: bytes, checksum: int) -> bool:
+        """Copy `index` of a request is the block of this name, if that is here. False: it is not, or makes no sense."""
+        block = self._pool.find(name)
+        if block is None or tokens != (index + 1) * self._size:
+            return False
+        known = self._pool.checksums.of(block)
+        row = self._row(key, index, tokens) if known in (None, checksum) else None
+        if row is None:
+            return False
+        self._pool.add(block)
+        self._set(row, index, block)
+        if known is None:
+            self._pool.checksums.copied(block, checksum, self._size, self._size)
+        self._table.set_valid(row, tokens)
+        self.rows.move_to_end(key)
+        return True
+
+    def place_spare(self, pipeline: PipelineId, name: bytes, checksum: int) -> int | None:
+        """The block to write a copy of what `pipeline` keeps into; None: it is here already, or there is no room."""
+        if self._pool.find(name) is not None or not self._pool.free:
+            return None
+        block = self._pool.free.pop()
+        self._pool.call(block, name)
+        self._pool.checksums.arrived(block, checksum, self._size, self._size)
+        self.spare[name] = block, pipeline
+        return block
+
+    # ------------------------------------------------------------------ who has what
+
+    def tokens(self, key: Key) -> int:
+        """Valid positions of a copy; 0 without one."""
+        row = self.rows.get(key)
+        return self._table.valid(row) if row is not None else 0
+
+    def of(self, pipeline: PipelineId) -> list[int]:
+        """Requests of the pipeline that have a copy here."""
+        return [rid for owner, rid in self.rows if owner == pipeline]
+
+    def spare_of(self, pipeline: PipelineId) -> list[bytes]:
+        return [name for name, (_, owner) in self.spare.items() if owner == pipeline]
+
+    def holders(self) -> Counter[int]:
+        """How often each block is held here."""
+        found = Counter(block for block, _ in self.spare.values())
+        for row in self.rows.values():
+            found.update(self._table.blocks(row))
+        return found
+
+    # ------------------------------------------------------------------ giving back
+
+    def drop(self, key: Key, keep: bool = True) -> None:
+        """The request has ended: what is named of its copy is spare, if that is to be kept."""
+        row = self.rows.pop(key, None)
+        if row is None:
+            return
+        for block in reversed(self._table.free_row(row)):
+            name = self._pool.name_of(block)
+            if not keep or not name or name in self.spare:
+                self._pool.drop(block)
+            else:
+                self.spare[name] = block, key[0]
+
+    def drop_pipeline(self, pipeline: PipelineId) -> None:
+        """Nobody copies this pipeline's KV to us any more."""
+        for rid in self.of(pipeline):
+            self.drop((pipeline, rid), keep=False)
+        self.evict_spare(self.spare_of(pipeline))
+
+    def evict_spare(self, names: Iterable[bytes]) -> None:
+        """Their original is kept no longer."""
+        for name in names:
+            found = self.spare.pop(name, None)
+            if found is not None:
+                self._pool.drop(found[0])
+
+    def take(self, pipeline: PipelineId) -> Iterator[list[int]]:
+        """The pipeline is served here: blocks of all that there is of it, as they stand in rows, which count as held by
+        who takes them."""
+        for rid in self.of(pipeline):
+            yield self._table.free_row(self.rows.pop((pipeline, rid)))
+        yield from self.take_spare(pipeline)
+
+    def take_spare(self, pipeline: PipelineId) -> Iterator[list[int]]:
+        for name in self.spare_of(pipeline):
+            yield [self.spare.pop(name)[0]]
+
+    def evict(self) -> bool:
+        """What goes first. False: there is nothing."""
+        if self.spare:
+            self.evict_spare([next(iter(self.spare))])
+        elif self.rows:
+            self._evict_row(next(iter(self.rows)))
+            self.evictions += 1
+        else:
+            return False
+        return True
+
+    def damaged(self, blocks: set[int]) -> None:
+        """These have changed in memory. Their sources are told, and send them again."""
+        self.evict_spare([name for name, (block, _) in self.spare.items() if block in blocks])
+        for key, row in list(self.rows.items()):
+            if not blocks.isdisjoint(self._table.blocks(row)):
+                self._evict_row(key)
+
+    def superseded(self, name: bytes, block: int) -> None:
+        """Another block has the content of this name from now on."""
+        found = self.spare.get(name)
+        if found is not None:
+            self.spare[name] = block, found[1]
+            self._pool.add(block)
+            self._pool.drop(found[0])
+
+    # ------------------------------------------------------------------
+
+    def _row(self, key: Key, index: int, tokens: int) -> int | None:
+        """The row of a copy that is to have `tokens` once its block `index` is there."""
+        if (
+            not 0 <= index < self._table.max_blocks_per_row
+            or not 0 < tokens - index * self._size <= self._size
+        ):
+            return None
+        row = self.rows.get(key)
+        if row is None:
+            if index != 0 or self._table.rows_in_use == self._table.max_rows:
+                return None
+            row = self.rows[key] = self._table.new_row()
+        reached = min(self._table.valid(row) // self._size, self._table.num_blocks(row))
+        return row if index <= reached else None
+
+    def _set(self, row: int, index: int, block: int) -> None:
+        if index == self._table.num_blocks(row):
+            self._table.extend(row, [block])
+        else:
+            before = self._table.block(row, index)
+            self._table.set_block(row, index, block)
+            self._pool.drop(before)
+
+    def _make_room(self) -> bool:
+        """A copy of a running request goes before what belongs to none."""
+        while not self._pool.free and self.spare:
+            self.evict()
+        return bool(self._pool.free)
+
+    def _evict_row(self, key: Key) -> None:
+        self._pool.drop_all(self._table.free_row(self.rows.pop(key)))
+        self.evicted.append(key)
