@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,41 +15,17 @@ from tokenizers import AddedToken, Tokenizer
 
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError
-from controlplane.contract.ids import NodeId
-from web.gateway.detok import text_of
 from web.gateway.errors import ApiError
-from web.gateway.openai import Common
-from web.gateway.template import ChatTemplate, load_template
-from web.gateway.vocabulary import Vocabulary, vocabulary_of
+from web.gateway.openai.requests import Common
+from web.gateway.routing.served_context import ServedContext
+from web.gateway.text.detok import text_of
+from web.gateway.text.template import ChatTemplate, load_template
+from web.gateway.text.vocabulary import Vocabulary, vocabulary_of
 
 log = structlog.get_logger()
 
 INLINE_CHARS_MAX = 4096  # longer texts are tokenized in a thread, so that they do not stall other streams
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-
-class ServedContext:
-    """The tokens that one request may have, prompt and output together: the least that any node of the group serves,
-    since a request may come to any of them."""
-
-    def __init__(self, limit: int) -> None:
-        """`limit`: by model and settings, before a node has said what it serves."""
-        self._limit = limit
-        self._by_node: dict[NodeId, int] = {}
-
-    @property
-    def tokens(self) -> int:
-        return min(self._limit, *self._by_node.values()) if self._by_node else self._limit
-
-    def registered(self, node: NodeId, tokens: int) -> None:
-        """A node says what it serves; 0: it does not say. A lease that is lost takes nothing back."""
-        if tokens > 0:
-            self._by_node[node] = tokens
-
-    def keep(self, nodes: Collection[NodeId]) -> None:
-        """Forget all others: they have left the group."""
-        for node in self._by_node.keys() - set(nodes):
-            del self._by_node[node]
 
 
 @dataclass(frozen=True, slots=True)
