@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from web.gateway.text.held_back import possible_start
 from web.gateway.text.vocabulary import Kind, Vocabulary, vocabulary_of
 
 REPLACEMENT = "\ufffd"
@@ -131,7 +132,7 @@ class StopFinder:
             at, length, stop = min(found)
             self._held = ""
             return text[: at + length if self._include else at], stop
-        keep = self._possible_start(text)
+        keep = possible_start(text, self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], None
 
@@ -148,12 +149,3 @@ class StopFinder:
         """The stream ended otherwise: what was held back was no stop string."""
         out, self._held = self._held, ""
         return out
-
-    def _possible_start(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop string begins."""
-        longest = min(len(text), max(map(len, self._stops)) - 1)
-        for length in range(longest, 0, -1):
-            tail = text[-length:]
-            if any(stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0
