@@ -13,12 +13,13 @@ import structlog
 from pydantic import ValidationError
 from tokenizers import AddedToken, Tokenizer
 
-from controlplane.contract.config import ClusterConfig
+from controlplane.contract.config import ClusterConfig, GatewayConfig
 from controlplane.contract.errors import ConfigError
 from web.gateway.errors import ApiError
 from web.gateway.openai.requests import Common
 from web.gateway.routing.served_context import ServedContext
 from web.gateway.text.detok import text_of
+from web.gateway.text.output_format import OutputFormat, output_format
 from web.gateway.text.template import ChatTemplate, load_template
 from web.gateway.text.vocabulary import Vocabulary, vocabulary_of
 
@@ -40,6 +41,7 @@ class Model:
     eos_token_ids: tuple[int, ...]
     template: ChatTemplate | None
     no_template: str = field(default="", kw_only=True)  # why there is none
+    output: OutputFormat = field(default=OutputFormat(), kw_only=True)  # of calls and reasoning
     defaults: Mapping[str, float] = field(default_factory=dict)  # of generation_config.json
     max_new_tokens: int | None = None  # of generation_config.json
 
@@ -47,6 +49,12 @@ class Model:
     def max_model_len(self) -> int:
         """Tokens of one request, prompt and output together."""
         return self.context.tokens
+
+    @property
+    def marks_shown(self) -> frozenset[int]:
+        """Special tokens whose text tells parts of the output apart."""
+        ids = (self.tokenizer.token_to_id(mark) for mark in self.output.marks)
+        return frozenset(i for i in ids if i in self.vocabulary.special)
 
     @property
     def chars_max(self) -> int:
@@ -103,9 +111,16 @@ def load_model(config: ClusterConfig) -> Model:
         eos_token_ids=eos or _end_of(tokenizer, tokenizer_settings),
         template=template,
         no_template=no_template,
+        output=_output_format(template, config.gateway),
         defaults=_sampling_defaults(generation),
         max_new_tokens=generation.count("max_new_tokens"),
     )
+
+
+def _output_format(template: ChatTemplate | None, settings: GatewayConfig) -> OutputFormat:
+    if template is None:
+        return OutputFormat()
+    return output_format(template.for_tools.source, settings.tool_parser, settings.reasoning_parser)
 
 
 def _add_tokens(tokenizer: Tokenizer, settings: Settings) -> None:

@@ -47,6 +47,11 @@ def calls_of(parsed: Parsed) -> list[tuple[str, str]]:
 WEATHER = '{"city": "Köln }{ \\" </tool_call>", "days": [1, {"x": null}]}'
 ADD = '{"a": -1.5e3, "b": true}'
 
+LLAMA_TWO = (
+    '{"type": "function", "name": "add", "parameters": {}}; {"name": "get_weather", "parameters": '
+    f"{WEATHER}}};"
+)
+
 WHOLE: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
     (HERMES, "Just text.\n", "Just text.\n", []),
     (HERMES, f'<tool_call>\n{{"name": "add", "arguments": {ADD}}}\n</tool_call>', "", [("add", ADD)]),
@@ -81,7 +86,7 @@ WHOLE: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
     (LLAMA, ' <|python_tag|>{"name": "add", "parameters": {}}', "", [("add", "{}")]),
     (
         LLAMA,
-        f'{{"type": "function", "name": "add", "parameters": {{}}}}; {{"name": "get_weather", "parameters": {WEATHER}}};',
+        LLAMA_TWO,
         "",
         [("add", "{}"), ("get_weather", WEATHER)],
     ),

@@ -222,5 +222,5 @@ def test_names_of_tokens_differ() -> None:
 def test_what_was_shown_is_not_looked_at_again() -> None:
     finder = StopFinder(["abc"])
     assert finder.push("xab")[0] == "x"
-    finder.forget()
+    finder.finish()
     assert finder.push("c") == ("c", None)

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from web.gateway.text.held_back import possible_start
-from web.gateway.text.vocabulary import Kind, Vocabulary, vocabulary_of
+from web.gateway.text.vocabulary import Kind, Table, vocabulary_of
 
 REPLACEMENT = "\ufffd"
 CHAR_BYTES_MAX = 4
+ENDING_TOKENS = 4  # of white space
 CONTEXT_TOKENS = 64  # of the prompt, for what only the library can decode: some words
 
 
@@ -27,23 +28,32 @@ class Detokenizer:
     is held back until it is whole (also one that the prompt began), so U+FFFD is never seen for one that is
     merely incomplete, and one that is incomplete at the end is left out. Bytes that can never become a character
     do appear as U+FFFD.
+
+    `shown`: special tokens that are not skipped. Where only the library can decode, none are then.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
         self._vocabulary = vocabulary = vocabulary_of(tokenizer)
-        self._table = vocabulary.table(skip_special_tokens)
-        self._skip = skip_special_tokens
+        self._table = vocabulary.table(skip_special_tokens, shown)
+        if shown and vocabulary.kind is Kind.OTHER:
+            skip_special_tokens = False
         self._library: DecodeStream | None = None
         if vocabulary.kind is Kind.OTHER:
             self._library = DecodeStream(
                 _context(tokenizer, prompt, skip_special_tokens), skip_special_tokens
             )
         # No token has come yet that counts, not even in the prompt.
-        self.opening = vocabulary.beginning(prompt, skip_special_tokens) == len(prompt)
+        self.opening = vocabulary.beginning(prompt, self._table.hidden) == len(prompt)
         self._plain = self._library is None and not self.opening
         self.pending = b""  # of a character that is not whole yet; a valid beginning of one
         if self._library is None:
-            self.pending = _unfinished(vocabulary, prompt, skip_special_tokens)
+            self.pending = _unfinished(self._table, prompt)
 
     def push(self, token: int) -> str:
         """The text that `token` completes, often one word, sometimes none."""
@@ -60,7 +70,7 @@ class Detokenizer:
             text = self._library.step(self._vocabulary.tokenizer, token) or ""
             return text, text.encode()
         raw = self._table[token][0]
-        if self.opening and self._vocabulary.beginning((token,), self._skip) == 0:
+        if self.opening and self._vocabulary.beginning((token,), self._table.hidden) == 0:
             raw = self._vocabulary.raw(token, first=True)
             self.opening, self._plain = False, True
         return self._feed(raw), raw
@@ -91,9 +101,15 @@ def text_of(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool)
     return "".join(map(detok.push, ids)), detok.pending
 
 
-def _unfinished(vocabulary: Vocabulary, prompt: Sequence[int], skip_special_tokens: bool) -> bytes:
+def ends_with(tokenizer: Tokenizer, ids: Sequence[int], mark: str) -> bool:
+    """Whether the text of `ids` ends with `mark`; white space may follow."""
+    tail: str = tokenizer.decode(list(ids[-len(mark) - ENDING_TOKENS :]), skip_special_tokens=False)
+    return tail.rstrip().endswith(mark)
+
+
+def _unfinished(table: Table, prompt: Sequence[int]) -> bytes:
     """The beginning of a character with which the prompt ends."""
-    table, tail = vocabulary.table(skip_special_tokens), b""
+    tail = b""
     for token in reversed(prompt):
         tail = table[token][0] + tail
         if len(tail) >= CHAR_BYTES_MAX:
@@ -140,10 +156,6 @@ class StopFinder:
         """Let a piece pass without looking at it (before min_tokens)."""
         out, self._held = self._held + piece, ""
         return out
-
-    def forget(self) -> None:
-        """What was held back has been shown."""
-        self._held = ""
 
     def finish(self) -> str:
         """The stream ended otherwise: what was held back was no stop string."""

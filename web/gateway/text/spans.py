@@ -85,12 +85,13 @@ class Spans:
         self._left = until
         return text, [token for token, _ in taken], [span for _, span in taken]
 
-    def forget(self) -> None:
-        """All tokens so far have left, with their text."""
+    def forget(self) -> str:
+        """All tokens so far have left, with their text: returns what of it was still here."""
         self._held.clear()
         self._ends.clear()
-        self._ready = ""
+        ready, self._ready = self._ready, ""
         self._last = self._left = _End(self._tokens, self._chars, self._detok.pending)
+        return ready
 
     def _finish(self) -> Leaving:
         text, end = self._ready, self._left.chars + len(self._ready)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 
 from controlplane.contract.errors import ConfigError, RequestError
 from web.gateway.text.template_sandbox import Environment
@@ -35,6 +35,9 @@ class ChatTemplate:
             ArithmeticError,
         ) as error:
             raise ConfigError(f"the model's chat template is not valid: {error}") from error
+        self.source = source
+        self.takes_tools = "tools" in meta.find_undeclared_variables(tree)
+        self.for_tools = self  # what renders a conversation with tools
         # Most templates want a message's text as one string, some go through its parts, and some can do both.
         self.goes_through_parts = _loops_over_content(tree)
         self.takes_strings = not self.goes_through_parts or any(
@@ -46,14 +49,18 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         extra: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The prompt for `messages` (role, content). Raises RequestError if the template refuses them."""
+        """The prompt for `messages` (role, content). Raises RequestError if the template refuses them.
+
+        `tools`: functions as OpenAI's API describes them.
+        """
         self._environment.begin()
         pieces: list[str] = []
         left = self._chars_max
         variables: dict[str, Any] = {
             "messages": [dict(message) for message in messages],
-            "tools": None,
+            "tools": [dict(tool) for tool in tools] if tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -79,27 +86,35 @@ def load_template(folder: Path, chars_max: int) -> tuple[ChatTemplate | None, st
     """The model's template, or None and why chat cannot be had: that costs nothing else."""
     try:
         settings = _settings(folder / "tokenizer_config.json")
-        source = _source(folder, settings)
-        if source is None:
+        sources = _sources(folder, settings)
+        if sources is None:
             return None, "this model has no chat template"
-        return ChatTemplate(source, _special_tokens(folder, settings), chars_max), ""
+        special = _special_tokens(folder, settings)
+        template = ChatTemplate(sources["default"], special, chars_max)
+        if "tool_use" in sources:
+            template.for_tools = ChatTemplate(sources["tool_use"], special, chars_max)
+        return template, ""
     except (ConfigError, OSError, ValueError) as error:
         return None, f"the model's chat template cannot be used: {error}"
 
 
-def _source(folder: Path, settings: dict[str, Any]) -> str | None:
-    """As transformers looks for it: files of their own, then the tokenizer's settings, then the processor's."""
+def _sources(folder: Path, settings: dict[str, Any]) -> dict[str, str] | None:
+    """By name, as transformers looks for them: files of their own, then the tokenizer's settings, then the
+    processor's."""
     found = settings.get("chat_template") or _settings(folder / "chat_template.json").get("chat_template")
     if (file := folder / "chat_template.jinja").exists():
         found = file.read_text(encoding="utf-8")
     if isinstance(found, list):  # several, by name
         found = {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
-    if isinstance(found, dict):
-        if "default" not in found:
-            raise ConfigError(f"there are several, and none is the default: {', '.join(sorted(found))[:200]}")
-        found = found["default"]
-    if found is not None and not isinstance(found, str):
-        raise ConfigError(f"it is not a text but a {type(found).__name__}")
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        found = {"default": found}
+    if "default" not in found:
+        raise ConfigError(f"there are several, and none is the default: {', '.join(sorted(found))[:200]}")
+    for source in found.values():
+        if not isinstance(source, str):
+            raise ConfigError(f"it is not a text but a {type(source).__name__}")
     return found
 
 

@@ -36,13 +36,13 @@ class Kind(Enum):
 class Table(dict[int, tuple[bytes, str | None]]):
     """token -> (its bytes, their text unless they are part of a character); a look-up costs a stream no call."""
 
-    def __init__(self, vocabulary: Vocabulary, skip_special_tokens: bool) -> None:
+    def __init__(self, vocabulary: Vocabulary, hidden: frozenset[int]) -> None:
         super().__init__()
         self._vocabulary = vocabulary
-        self._hidden = vocabulary.special if skip_special_tokens else frozenset()
+        self.hidden = hidden
 
     def __missing__(self, token: int) -> tuple[bytes, str | None]:
-        raw = b"" if token in self._hidden else self._vocabulary.raw(token)
+        raw = b"" if token in self.hidden else self._vocabulary.raw(token)
         found = self[token] = (raw, whole(raw))
         return found
 
@@ -61,10 +61,15 @@ class Vocabulary:
         self.kind = _kind(decoder)
         if self.kind is Kind.TOKENWISE and self._anchor is None:
             self.kind = Kind.OTHER
-        self._tables = (Table(self, False), Table(self, True))
+        self._tables: dict[frozenset[int], Table] = {}
+        self._whole = self.table(False)
 
-    def table(self, skip_special_tokens: bool) -> Table:
-        return self._tables[skip_special_tokens]
+    def table(self, skip_special_tokens: bool, shown: frozenset[int] = frozenset()) -> Table:
+        """`shown`: special tokens that are not skipped; a model has one such set."""
+        hidden = self.special - shown if skip_special_tokens else frozenset()
+        if hidden not in self._tables:
+            self._tables[hidden] = Table(self, hidden)
+        return self._tables[hidden]
 
     def raw(self, token: int, first: bool = False) -> bytes:
         """Exact bytes of the token within a text, or as the `first` one that counts: decoders strip a space there."""
@@ -88,13 +93,12 @@ class Vocabulary:
             return str(self.tokenizer.id_to_token(token))
         if self.tokenizer.id_to_token(token) is None:
             return f"token_id:{token}"
-        raw = self.raw(token, True) if first else self._tables[False][token][0]
+        raw = self.raw(token, True) if first else self._whole[token][0]
         text = whole(raw)
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw) if text is None else text
 
-    def beginning(self, ids: Sequence[int], skip_special_tokens: bool) -> int:
+    def beginning(self, ids: Sequence[int], hidden: frozenset[int]) -> int:
         """Where the first token is that counts; len(ids) if none does."""
-        hidden = self.special if skip_special_tokens else frozenset()
         counts = (
             at for at, t in enumerate(ids) if t not in hidden and self.tokenizer.id_to_token(t) is not None
         )

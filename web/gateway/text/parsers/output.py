@@ -35,6 +35,7 @@ class OutputRules:
     tools: ToolFormat | None = None
     names: frozenset[str] = frozenset()  # of the request's tools
     calls_max: int | None = None
+    named: bool = False  # the client named the function: its call is no reason to finish
 
 
 class OutputParser:
