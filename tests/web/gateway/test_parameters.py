@@ -13,7 +13,7 @@ from openai.types.chat import completion_create_params as of_chat
 
 from tests.web.gateway.stack import running
 from web.gateway.errors import ApiError
-from web.gateway.openai import (
+from web.gateway.openai.requests import (
     CACHE_HINTS,
     IGNORED,
     UNSUPPORTED,

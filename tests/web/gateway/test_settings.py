@@ -14,7 +14,7 @@ import dataplane.demo
 from controlplane.contract.config import ClusterConfig, EngineConfig
 from controlplane.contract.errors import ConfigError
 from tests.web.gateway.stack import running
-from web.gateway.guard import ApiKeys
+from web.gateway.http.guard import ApiKeys
 from web.gateway.main import policy_of
 from web.gateway.model import load_model
 
