@@ -13,9 +13,11 @@ from web.gateway.model import INLINE_CHARS_MAX
 from web.gateway.openai import answers
 from web.gateway.openai.events import ChunkWriter
 from web.gateway.openai.generation import Generation, Plan
+from web.gateway.openai.grammar_check import grammar_of
 from web.gateway.openai.prepared import PreparedRequest, digest_of
 from web.gateway.openai.requests import INT64_MAX, ChatRequest, Message, parse, plain
 from web.gateway.openai.sampling import check_chars, check_length, make_sampling, text_rules
+from web.gateway.openai.structured import DEMANDS
 from web.gateway.openai.whole_answer import Whole
 from web.gateway.service import Service
 from web.gateway.text.choice_decoder import Piece
@@ -42,7 +44,8 @@ async def prepare_chat(service: Service, body: bytes, seed: int) -> PreparedRequ
         max_tokens = min(model.max_model_len - len(prompt), model.max_new_tokens or model.max_model_len)
     seed = request.seed if request.seed is not None else seed
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    sampling = make_sampling(request, model, len(prompt), max_tokens, seed, logprobs)
+    grammar = await grammar_of(model, request)
+    sampling = make_sampling(request, model, len(prompt), max_tokens, seed, logprobs, grammar)
     plans = [Plan(prompt, replace(sampling, seed=(seed + n) & INT64_MAX)) for n in range(request.choices)]
     return _prepared(service, slim(request), plans, digest_of(request, plans))
 
@@ -50,7 +53,8 @@ async def prepare_chat(service: Service, body: bytes, seed: int) -> PreparedRequ
 def slim(request: ChatRequest) -> ChatRequest:
     """The request without what its plans say."""
     nothing = [Message(role="user", content="")]
-    return request.model_copy(update={"messages": nothing, "chat_template_kwargs": None, "logit_bias": None})
+    spoken = {"messages": nothing, "chat_template_kwargs": None, "logit_bias": None}
+    return request.model_copy(update=spoken | dict.fromkeys(DEMANDS))
 
 
 def kept_chat(service: Service, options: bytes) -> PreparedRequest:

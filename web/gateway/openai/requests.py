@@ -13,6 +13,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from web.gateway.errors import ApiError, shorten
+from web.gateway.openai.structured import Choices, ResponseFormat, Schema, Source, StructuredOutputs
 
 CHOICES_MAX = 128
 STOPS_MAX = 64
@@ -28,7 +29,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "moderation": (),
     "reasoning_effort": ("none", "medium"),  # of the completions API: the chat API has it
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -43,10 +43,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
     "echo": (False,),  # of the chat API: the completions API has it
     "ec_transfer_params": ({},),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_reasoning": (True,),
     "kv_transfer_params": ({},),
     "length_penalty": (1, 1.0),
@@ -59,7 +55,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,),
     "routed_experts_prompt_start": (0,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "thinking_token_budget": (-1,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
@@ -84,7 +79,6 @@ IGNORED = frozenset(
         # vLLM's: caches, the size of chunks, and what belongs to something that is refused itself
         "cache_salt",
         "guided_decoding_backend",
-        "guided_whitespace_pattern",
         "media_io_kwargs",
         "mm_processor_kwargs",
         "return_mm_kwargs",
@@ -189,6 +183,13 @@ class Common(Request):
     return_token_ids: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: Source | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Source | None = None
+    guided_whitespace_pattern: Source | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
