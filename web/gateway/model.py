@@ -19,6 +19,7 @@ from web.gateway.errors import ApiError
 from web.gateway.openai.requests import Common
 from web.gateway.routing.served_context import ServedContext
 from web.gateway.text.detok import text_of
+from web.gateway.text.grammars import GrammarChecker
 from web.gateway.text.output_format import OutputFormat, output_format
 from web.gateway.text.template import ChatTemplate, load_template
 from web.gateway.text.vocabulary import Vocabulary, vocabulary_of
@@ -42,6 +43,7 @@ class Model:
     template: ChatTemplate | None
     no_template: str = field(default="", kw_only=True)  # why there is none
     output: OutputFormat = field(default=OutputFormat(), kw_only=True)  # of calls and reasoning
+    grammars: GrammarChecker = field(kw_only=True)
     defaults: Mapping[str, float] = field(default_factory=dict)  # of generation_config.json
     max_new_tokens: int | None = None  # of generation_config.json
 
@@ -102,13 +104,16 @@ def load_model(config: ClusterConfig) -> Model:
     template, no_template = load_template(folder, chars_max=max_model_len * vocabulary.longest_chars)
     if no_template:
         log.warning("no chat", reason=no_template)
+    vocab_size = settings.count("vocab_size") or tokenizer.get_vocab_size()
+    ends = eos or _end_of(tokenizer, tokenizer_settings)
     return Model(
         name=config.model_name,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         context=ServedContext(max_model_len),
-        vocab_size=settings.count("vocab_size") or tokenizer.get_vocab_size(),
-        eos_token_ids=eos or _end_of(tokenizer, tokenizer_settings),
+        vocab_size=vocab_size,
+        eos_token_ids=ends,
+        grammars=GrammarChecker(tokenizer, vocab_size, ends),
         template=template,
         no_template=no_template,
         output=_output_format(template, config.gateway),

@@ -15,10 +15,12 @@ from web.gateway.openai import answers
 from web.gateway.openai.call_ids import CallIds
 from web.gateway.openai.events import ChunkWriter
 from web.gateway.openai.generation import Generation, Plan
+from web.gateway.openai.grammar_check import grammar_of
 from web.gateway.openai.messages import Message, plain
 from web.gateway.openai.prepared import PreparedRequest, digest_of
 from web.gateway.openai.requests import INT64_MAX, ChatRequest, parse
 from web.gateway.openai.sampling import check_chars, check_length, make_sampling, text_rules
+from web.gateway.openai.structured import DEMANDS
 from web.gateway.openai.tools import Function, Tool, ToolUse, tool_use
 from web.gateway.openai.whole_answer import Whole
 from web.gateway.service import Service
@@ -51,7 +53,8 @@ async def prepare_chat(service: Service, body: bytes, seed: int) -> PreparedRequ
         max_tokens = min(model.max_model_len - len(prompt), model.max_new_tokens or model.max_model_len)
     seed = request.seed if request.seed is not None else seed
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    sampling = make_sampling(request, model, len(prompt), max_tokens, seed, logprobs)
+    grammar = await grammar_of(model, request)
+    sampling = make_sampling(request, model, len(prompt), max_tokens, seed, logprobs, grammar)
     plans = [Plan(prompt, replace(sampling, seed=(seed + n) & INT64_MAX)) for n in range(request.choices)]
     return _prepared(service, slim(request), plans, digest_of(request, plans))
 
@@ -63,8 +66,8 @@ def slim(request: ChatRequest) -> ChatRequest:
     tools = [
         Tool(type="function", function=Function(name=tool.function.name)) for tool in request.tools or ()
     ]
-    update = {"messages": nothing, "chat_template_kwargs": None, "logit_bias": None, "tools": tools or None}
-    return request.model_copy(update=update)
+    spoken = {"messages": nothing, "chat_template_kwargs": None, "logit_bias": None, "tools": tools or None}
+    return request.model_copy(update=spoken | dict.fromkeys(DEMANDS))
 
 
 def kept_chat(service: Service, options: bytes) -> PreparedRequest:

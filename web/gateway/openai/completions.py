@@ -11,9 +11,11 @@ from web.gateway.errors import ApiError
 from web.gateway.openai import answers
 from web.gateway.openai.events import ChunkWriter
 from web.gateway.openai.generation import Generation, Plan
+from web.gateway.openai.grammar_check import grammar_of
 from web.gateway.openai.prepared import PreparedRequest, digest_of
 from web.gateway.openai.requests import INT64_MAX, CompletionRequest, parse
 from web.gateway.openai.sampling import check_chars, check_tokens, make_sampling, text_rules
+from web.gateway.openai.structured import DEMANDS
 from web.gateway.openai.whole_answer import Whole
 from web.gateway.service import Service
 from web.gateway.text.choice_decoder import Piece
@@ -28,6 +30,7 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Prepar
     service.check_model(request.model)
     service.check_priority(request.priority)
     default = min(MAX_TOKENS, service.model.max_new_tokens or MAX_TOKENS)
+    grammar = await grammar_of(service.model, request)
     plans: list[Plan] = []
     for prompt in request.prompts:
         ids = await prompt_ids(service, request, prompt)
@@ -35,7 +38,9 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Prepar
         seed = request.seed if request.seed is not None else seed
         # What nobody asked for is not refused for being too much.
         max_tokens = request.max_tokens or max(1, min(default, service.model.max_model_len - len(ids)))
-        sampling = make_sampling(request, service.model, len(ids), max_tokens, seed, request.logprobs)
+        sampling = make_sampling(
+            request, service.model, len(ids), max_tokens, seed, request.logprobs, grammar
+        )
         for n in range(request.choices):
             plans.append(Plan(ids, replace(sampling, seed=(seed + n) & INT64_MAX)))
     return _prepared(service, slim(service, request), plans, digest_of(request, plans))
@@ -50,7 +55,7 @@ def slim(service: Service, request: CompletionRequest) -> CompletionRequest:
         texts = [
             p if isinstance(p, str) else text_of(service.model.tokenizer, p, skip)[0] for p in request.prompts
         ]
-    return request.model_copy(update={"prompt": texts, "logit_bias": None})
+    return request.model_copy(update={"prompt": texts, "logit_bias": None, **dict.fromkeys(DEMANDS)})
 
 
 def kept_completion(service: Service, options: bytes) -> PreparedRequest:

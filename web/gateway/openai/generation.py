@@ -174,10 +174,12 @@ def kept_bytes(plans: Sequence[Plan], blobs: Iterable[bytes]) -> int:
     """About what a request keeps until its answer is over. Choices of one prompt share it, and their logit_bias."""
     prompts = {id(plan.prompt): len(plan.prompt) for plan in plans}
     biases = {id(plan.sampling.logit_bias): len(plan.sampling.logit_bias) for plan in plans}
+    grammars = {id(plan.sampling.grammar): len(plan.sampling.grammar) for plan in plans}
     contexts = {id(blob): len(blob) for blob in blobs}
     return (
         CHOICE_BYTES * len(plans)
         + TOKEN_BYTES * sum(prompts.values())
         + BIAS_BYTES * sum(biases.values())
+        + sum(grammars.values())
         + sum(contexts.values())
     )

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 from web.gateway.errors import ApiError, shorten
 from web.gateway.openai.messages import Messages
 from web.gateway.openai.strict import Strict
+from web.gateway.openai.structured import Choices, ResponseFormat, Schema, Source, StructuredOutputs
 from web.gateway.openai.tools import ToolChoice, Tools, tool_use
 
 CHOICES_MAX = 128
@@ -31,7 +32,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "moderation": (),
     "reasoning_effort": ("none", "medium"),  # of the completions API: the chat API has it
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -46,10 +46,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
     "echo": (False,),  # of the chat API: the completions API has it
     "ec_transfer_params": ({},),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_reasoning": (True,),
     "kv_transfer_params": ({},),
     "length_penalty": (1, 1.0),
@@ -62,7 +58,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,),
     "routed_experts_prompt_start": (0,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "thinking_token_budget": (-1,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
@@ -87,7 +82,6 @@ IGNORED = frozenset(
         # vLLM's: caches, the size of chunks, and what belongs to something that is refused itself
         "cache_salt",
         "guided_decoding_backend",
-        "guided_whitespace_pattern",
         "media_io_kwargs",
         "mm_processor_kwargs",
         "return_mm_kwargs",
@@ -173,6 +167,13 @@ class Common(Request):
     return_token_ids: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: Source | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Source | None = None
+    guided_whitespace_pattern: Source | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

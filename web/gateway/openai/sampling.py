@@ -15,9 +15,17 @@ BIAS_MAX = 100.0
 
 
 def make_sampling(
-    request: Common, model: Model, prompt_len: int, max_tokens: int, seed: int, logprobs: int | None
+    request: Common,
+    model: Model,
+    prompt_len: int,
+    max_tokens: int,
+    seed: int,
+    logprobs: int | None,
+    grammar: str = "",
 ) -> Sampling:
-    """Sampling of one choice; `seed` is the choice's own. Raises ApiError 400 naming the parameter."""
+    """Sampling of one choice; `seed` is the choice's own, `grammar` as it was checked.
+
+    Raises ApiError 400 naming the parameter."""
     check_length(model, prompt_len, max_tokens)
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
@@ -41,6 +49,7 @@ def make_sampling(
             dict.fromkeys((*(() if request.ignore_eos else model.eos_token_ids), *_named(request, model)))
         ),
         logprobs=logprobs,
+        grammar=grammar,
     )
 
 

@@ -77,7 +77,8 @@ class ClusterWatch:
             case NodeRecord():
                 self._dispatcher.locate(change.now.member, change.now.rpc_address)
                 if self._context is not None and change.now.group == self.view.group:
-                    self._context.registered(change.now.member.node, change.now.context_len)
+                    node = change.now
+                    self._context.registered(node.member.node, node.context_len, node.grammars)
             case Topology():
                 self._dispatcher.feed(TopologySeen(change.now))
                 members = {member for pipeline in change.now.pipelines for member in pipeline.members()}
