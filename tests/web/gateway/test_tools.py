@@ -163,6 +163,53 @@ def test_tool_choice(tmp_path: Path) -> None:
     with_model(model, [call], body, nodes=1)
 
 
+def test_calls_that_have_to_come(tmp_path: Path) -> None:
+    """They are held to a grammar, behind the reasoning; what the schema says of the answer goes into it."""
+    model = scripted_model(tmp_path, QWEN)
+    tail = '</think>\n\n<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+    one: Any = {"type": "function", "function": {"name": "add"}}
+
+    async def body(stack: Stack) -> None:
+        async with stack.openai() as client:
+
+            async def ask(**more: Any) -> tuple[Any, str]:
+                answer = await client.chat.completions.create(
+                    model=MODEL, messages=ASK, tools=[TOOL, ADD], seed=0, **more
+                )
+                return answer.choices[0], stack.nodes[0].submits[-1].sampling.grammar
+
+            choice, grammar = await ask(tool_choice="required")
+            assert (choice.finish_reason, choice.message.tool_calls[0].function.name) == ("tool_calls", "add")
+            assert "get_weather" in grammar
+            assert "call)*" in grammar
+            assert "thought" in grammar
+            choice, grammar = await ask(tool_choice=one, reasoning_effort="none")
+            assert (choice.finish_reason, choice.message.tool_calls[0].function.name) == ("stop", "add")
+            assert "get_weather" not in grammar
+            assert "call)*" not in grammar
+            assert "thought" not in grammar, "the prompt says that the model has thought"
+            assert "# Tools" in model.decode(list(stack.nodes[0].submits[-1].prompt))
+            _, grammar = await ask(tool_choice="required", parallel_tool_calls=False)
+            assert "call)*" not in grammar
+            _, grammar = await ask(response_format={"type": "json_object"})
+            assert "get_weather" in grammar
+            assert "@answer" in grammar
+            assert (await ask())[1] == ""
+            for more, why in [
+                ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "give one of them"),
+                ({"tool_choice": "required", "extra_body": {"ignore_eos": True}}, "ignore_eos"),
+            ]:
+                with pytest.raises(openai.BadRequestError, match=why):
+                    await ask(**more)
+            broken: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}
+            with pytest.raises(openai.BadRequestError, match="no object"):
+                await client.chat.completions.create(
+                    model=MODEL, messages=ASK, tools=[broken], tool_choice="required"
+                )
+
+    with_model(model, ["<think>So." + tail], body, nodes=1)
+
+
 @pytest.mark.parametrize("options", [{}, {"logprobs": True, "top_logprobs": 1}], ids=["plain", "logprobs"])
 def test_one_call_at_a_time(tmp_path: Path, options: dict[str, Any]) -> None:
     """The output ends with the first call: nothing more is computed."""
