@@ -53,6 +53,12 @@ class Model:
         return self.context.tokens
 
     @property
+    def calls_tools(self) -> bool:
+        """Whether its template knows of tools, and how it calls them is known."""
+        takes = self.template is not None and self.template.for_tools.takes_tools
+        return takes and self.output.tools is not None
+
+    @property
     def special_marks(self) -> Mapping[str, int]:
         """Special tokens that tell parts of the output apart, by name."""
         ids = {mark: self.tokenizer.token_to_id(mark) for mark in self.output.marks}
