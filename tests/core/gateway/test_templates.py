@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from controlplane.contract.errors import ConfigError, RequestError
-from web.gateway.openai.requests import ChatRequest, parse, plain
+from web.gateway.openai.messages import plain
+from web.gateway.openai.requests import ChatRequest, parse
 from web.gateway.text.template import ChatTemplate, load_template
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -19,10 +19,11 @@ from web.gateway.errors import ApiError, shorten
 from web.gateway.http.generation_response import EVENT_HEADERS, GenerationResponse
 from web.gateway.http.guard import BODY_BYTES_MAX, ApiKeys, Guard
 from web.gateway.http.openapi import document
-from web.gateway.openai.chat import chat_prompt
+from web.gateway.openai.chat import chat_prompt, check_tools
 from web.gateway.openai.generation import count_error
 from web.gateway.openai.requests import DetokenizeRequest, TokenizeRequest, parse
 from web.gateway.openai.sampling import check_chars, check_tokens
+from web.gateway.openai.tools import tool_use
 from web.gateway.request_memory import Hold
 from web.gateway.resume.start_or_resume import Visit, reopen, start_or_resume
 from web.gateway.service import Service
@@ -144,6 +145,9 @@ def _token_routes(app: FastAPI, service: Service) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "either prompt or messages is required", "prompt")
         if body.messages is not None:
+            use = tool_use(body.tools, None)
+            if use is not None:
+                check_tools(model, use)
             ids = list(
                 await chat_prompt(
                     service,
@@ -151,6 +155,7 @@ def _token_routes(app: FastAPI, service: Service) -> None:
                     body.add_generation_prompt,
                     bool(body.add_special_tokens),
                     body.chat_template_kwargs,
+                    use,
                 )
             )
         else:

@@ -80,7 +80,10 @@ class EventStream:
             opening = self.id() + event
         if not data:
             return opening
-        self._marks[index] = str(Mark(self._taken[index], True)) if piece.finish else str(self._taken[index])
+        self._marks[index] = str(self._taken[index])
+        if piece.finish:
+            reasoning = self._generation.choices[index].reasoning_tokens
+            self._marks[index] = str(Mark(self._taken[index], True, reasoning))
         return opening + self.id() + data
 
     def id(self) -> bytes:

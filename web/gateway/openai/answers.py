@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from controlplane.contract.requests import Token
 from web.gateway.text.choice_decoder import Piece
+from web.gateway.text.parsers.parsed import CallDelta
 from web.gateway.text.spans import Span
 from web.gateway.text.vocabulary import Vocabulary
 
 LOGPROB_MIN = -9999.0  # JSON has no infinity
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def usage(prompt_tokens: int, completion_tokens: int, reasoning_tokens: int | None) -> dict[str, Any]:
+    """`reasoning_tokens`: of the completion; None: the model is none that reasons."""
+    details = {} if reasoning_tokens is None else {"reasoning_tokens": reasoning_tokens}
     return {
         "prompt_tokens": prompt_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "completion_tokens": completion_tokens,
-    }
+    } | ({"completion_tokens_details": details} if details else {})
 
 
 def completion_choice(index: int, piece: Piece, logprobs: dict[str, Any] | None) -> dict[str, Any]:
@@ -31,17 +34,38 @@ def completion_choice(index: int, piece: Piece, logprobs: dict[str, Any] | None)
     }
 
 
-def chat_delta(index: int, delta: dict[str, str], piece: Piece, logprobs: Any) -> dict[str, Any]:
+def chat_delta(index: int, delta: dict[str, Any], piece: Piece, logprobs: Any) -> dict[str, Any]:
     choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish}
     if piece.finish is not None:
         choice["stop_reason"] = piece.stop_reason
     return choice
 
 
-def chat_choice(index: int, piece: Piece, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+def tool_call_delta(part: CallDelta, new_id: Callable[[int], str]) -> dict[str, Any]:
+    """One entry of a delta's `tool_calls`. The first one of a call has its name, and an id."""
+    if not part.name:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    return {"index": part.index} | tool_call(part, new_id)
+
+
+def tool_call(part: CallDelta, new_id: Callable[[int], str]) -> dict[str, Any]:
+    function = {"name": part.name, "arguments": part.arguments}
+    return {"id": new_id(part.index), "type": "function", "function": function}
+
+
+def chat_choice(
+    index: int, piece: Piece, calls: list[dict[str, Any]], logprobs: dict[str, Any] | None
+) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": piece.text}
+    if not piece.text and (calls or piece.reasoning):
+        message["content"] = None
+    if piece.reasoning:
+        message["reasoning_content"] = piece.reasoning
+    if calls:
+        message["tool_calls"] = calls
     return {
         "index": index,
-        "message": {"role": "assistant", "content": piece.text},
+        "message": message,
         "logprobs": logprobs,
         "finish_reason": piece.finish,
         "stop_reason": piece.stop_reason,

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
 
 from controlplane.contract.errors import RequestError
 from web.gateway.errors import ApiError
-from web.gateway.model import INLINE_CHARS_MAX
+from web.gateway.model import INLINE_CHARS_MAX, Model
 from web.gateway.openai import answers
+from web.gateway.openai.call_ids import CallIds
 from web.gateway.openai.events import ChunkWriter
 from web.gateway.openai.generation import Generation, Plan
 from web.gateway.openai.grammar_check import grammar_of
+from web.gateway.openai.messages import Message, plain
 from web.gateway.openai.prepared import PreparedRequest, digest_of
-from web.gateway.openai.requests import INT64_MAX, ChatRequest, Message, parse, plain
+from web.gateway.openai.requests import INT64_MAX, ChatRequest, parse
 from web.gateway.openai.sampling import check_chars, check_length, make_sampling, text_rules
 from web.gateway.openai.structured import DEMANDS
+from web.gateway.openai.tools import Function, Tool, ToolUse, tool_use
 from web.gateway.openai.whole_answer import Whole
 from web.gateway.service import Service
 from web.gateway.text.choice_decoder import Piece
+from web.gateway.text.parsers.output import OutputRules
 
 INLINE_MESSAGES_MAX = 64  # longer conversations are rendered in a thread
 
@@ -31,12 +36,16 @@ async def prepare_chat(service: Service, body: bytes, seed: int) -> PreparedRequ
     service.check_model(request.model)
     service.check_priority(request.priority)
     model = service.model
+    use = tool_use(request.tools, request.tool_choice)
+    if use is not None:
+        check_tools(model, use)
     prompt = await chat_prompt(
         service,
         request.messages,
         request.add_generation_prompt is not False,
         bool(request.add_special_tokens),
         request.template_variables,
+        use,
     )
     max_tokens = request.max_completion_tokens or request.max_tokens
     if max_tokens is None:
@@ -53,7 +62,11 @@ async def prepare_chat(service: Service, body: bytes, seed: int) -> PreparedRequ
 def slim(request: ChatRequest) -> ChatRequest:
     """The request without what its plans say."""
     nothing = [Message(role="user", content="")]
-    spoken = {"messages": nothing, "chat_template_kwargs": None, "logit_bias": None}
+    # Parsers know tools by their names.
+    tools = [
+        Tool(type="function", function=Function(name=tool.function.name)) for tool in request.tools or ()
+    ]
+    spoken = {"messages": nothing, "chat_template_kwargs": None, "logit_bias": None, "tools": tools or None}
     return request.model_copy(update=spoken | dict.fromkeys(DEMANDS))
 
 
@@ -66,12 +79,33 @@ def _prepared(service: Service, request: ChatRequest, plans: list[Plan], digest:
     return PreparedRequest(
         request,
         plans,
-        text_rules(request, service.model, bool(request.logprobs)),
+        text_rules(request, service.model, bool(request.logprobs), output_rules(request, service.model)),
         lambda generation, request_id, created: ChatFormat(
             service, request, generation, f"chatcmpl-{request_id}", created
         ),
         digest,
     )
+
+
+def output_rules(request: ChatRequest, model: Model) -> OutputRules | None:
+    """What is told apart in the answer to `request`; None: nothing is."""
+    use, reasoning = tool_use(request.tools, request.tool_choice), model.output.reasoning
+    if use is None:
+        return OutputRules(reasoning) if reasoning is not None else None
+    calls_max = 1 if use.named or request.parallel_tool_calls is False else None
+    return OutputRules(reasoning, model.output.tools, use.names, calls_max, use.named)
+
+
+def check_tools(model: Model, use: ToolUse) -> None:
+    """Raises ApiError 400: the model cannot be told of tools, or it is not known how it calls them."""
+    if model.template is not None and not model.template.for_tools.takes_tools:
+        raise ApiError(400, "tools: this model's chat template knows of no tools", "tools")
+    if model.output.tools is None:
+        text = "tools: it is not known how this model writes calls (gateway.tool_parser)"
+        raise ApiError(400, text, "tools")
+    if use.must:
+        text = "tool_choice: only auto and none are supported, as the output is not constrained by a grammar"
+        raise ApiError(400, text, "tool_choice")
 
 
 async def chat_prompt(
@@ -80,18 +114,22 @@ async def chat_prompt(
     add_generation_prompt: bool,
     add_special_tokens: bool,
     extra: dict[str, Any] | None = None,
+    use: ToolUse | None = None,
 ) -> tuple[int, ...]:
     """Token ids of a conversation. Raises ApiError."""
     model = service.model
     template = model.template
     if template is None:
         raise ApiError(400, f"{model.no_template}: use /v1/completions", "messages")
+    tools = None
+    if use is not None:
+        template, tools = template.for_tools, use.described
     chars = sum(len(message.text) for message in messages)
     check_chars(model, chars, "messages")
     try:
         given = plain(messages, template.goes_through_parts, template.takes_strings)
-        if extra or len(messages) > INLINE_MESSAGES_MAX or chars > INLINE_CHARS_MAX:
-            text = await asyncio.to_thread(template.render, given, add_generation_prompt, extra)
+        if extra or tools or len(messages) > INLINE_MESSAGES_MAX or chars > INLINE_CHARS_MAX:
+            text = await asyncio.to_thread(template.render, given, add_generation_prompt, extra, tools)
         else:
             text = template.render(given, add_generation_prompt)
     except RequestError as error:
@@ -115,21 +153,36 @@ class ChatFormat:
         self._vocabulary = service.model.vocabulary
         self._request = request
         self._generation = generation
+        self._ids = CallIds(answer_id, created_unix_s, service.model.output.tools, generation.plans)
+        self._reasoning = request.include_reasoning is not False
         self._wholes = [Whole() for _ in generation.plans]
         self._writer = ChunkWriter(head | {"object": "chat.completion.chunk"}, generation, request, 1)
 
     def chunk(self, index: int, piece: Piece) -> bytes:
         request = self._request
+        if not self._reasoning:
+            piece.reasoning = ""
+        parts = bool(piece.reasoning or piece.calls)
         if not (
-            piece.text or piece.finish or (piece.tokens and (request.return_token_ids or request.logprobs))
+            parts
+            or piece.text
+            or piece.finish
+            or (piece.tokens and (request.return_token_ids or request.logprobs))
         ):
             return b""  # all of it is held back
-        if piece.finish is None and not request.logprobs:
+        if piece.finish is None and not request.logprobs and not parts:
             return self._writer.plain_event(index, piece, lambda: self._delta(index, Piece()))
         return self._writer.event(index, self._delta(index, piece))
 
     def _delta(self, index: int, piece: Piece) -> dict[str, Any]:
-        delta = {"content": piece.text} if piece.text or piece.finish is None else {}
+        delta: dict[str, Any] = {}
+        if piece.reasoning:
+            delta["reasoning_content"] = piece.reasoning
+        if piece.text or not (piece.finish or piece.reasoning or piece.calls):
+            delta["content"] = piece.text
+        if piece.calls:
+            new_id = partial(self._ids.new, index)
+            delta["tool_calls"] = [answers.tool_call_delta(part, new_id) for part in piece.calls]
         choice = answers.chat_delta(index, delta, piece, self._logprobs(piece))
         if self._request.return_token_ids:
             choice["token_ids"] = [token.token for token in piece.tokens]
@@ -147,12 +200,16 @@ class ChatFormat:
         return self._writer.usage_event()
 
     def keep(self, index: int, piece: Piece) -> int:
+        if not self._reasoning:
+            piece.reasoning = ""
         return self._wholes[index].add(piece, self._logprobs(piece))
 
     def body(self) -> dict[str, Any]:
         choices = []
         for index, whole in enumerate(self._wholes):
-            choice = answers.chat_choice(index, whole.piece, whole.logprobs)
+            piece = whole.piece
+            calls = [answers.tool_call(call, partial(self._ids.new, index)) for call in piece.calls]
+            choice = answers.chat_choice(index, piece, calls, whole.logprobs)
             if self._request.return_token_ids:
                 choice["token_ids"] = whole.ids
             choices.append(choice)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -11,7 +11,7 @@ import msgspec
 from web.gateway.openai import answers
 from web.gateway.openai.generation import Generation
 from web.gateway.openai.requests import Common
-from web.gateway.text.choice_decoder import Piece
+from web.gateway.text.choice_decoder import ChoiceDecoder, Piece
 
 _to_json = msgspec.json.Encoder().encode
 
@@ -62,17 +62,25 @@ class ChunkWriter:
             return b""
         return self._prefix + b'],"usage":' + _encode(self.usage()) + b"}\n\n"
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Of the whole request: each prompt counts once, however many choices were made of it."""
         plans = self._generation.plans
         prompt = sum(len(plans[i].prompt) for i in range(0, len(plans), self._per_prompt))
-        return answers.usage(prompt, sum(choice.tokens for choice in self._generation.choices))
+        return self._usage(prompt, self._generation.choices)
 
     def _tail_of(self, index: int) -> bytes:
         if self._continuous:
             return b'],"usage":%b}\n\n' % _encode(self._usage_of(index))
         return self._tail
 
-    def _usage_of(self, index: int) -> dict[str, int]:
+    def _usage_of(self, index: int) -> dict[str, Any]:
         generation = self._generation
-        return answers.usage(len(generation.plans[index].prompt), generation.choices[index].tokens)
+        return self._usage(len(generation.plans[index].prompt), [generation.choices[index]])
+
+    def _usage(self, prompt_tokens: int, choices: Sequence[ChoiceDecoder]) -> dict[str, Any]:
+        reasons = any(choice.reasons for choice in choices)
+        return answers.usage(
+            prompt_tokens,
+            sum(choice.tokens for choice in choices),
+            sum(choice.reasoning_tokens for choice in choices) if reasons else None,
+        )

@@ -42,6 +42,7 @@ class Start:
     log: Log | None = None  # as its scheduler has it
     have: int = 0  # tokens that the client has
     finished: bool = False  # it has all of them
+    reasoning_tokens: int = 0  # of these, if it is finished
 
 
 class Generation:
@@ -67,7 +68,7 @@ class Generation:
         self._last_at = [self._started] * len(plans)
         for choice, start in zip(self.choices, starts, strict=True):
             if start.finished:
-                choice.restore_end(start.have)
+                choice.restore_end(start.have, start.reasoning_tokens)
 
     @property
     def finished(self) -> bool:

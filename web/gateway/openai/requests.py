@@ -10,10 +10,13 @@ import math
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from web.gateway.errors import ApiError, shorten
+from web.gateway.openai.messages import Messages
+from web.gateway.openai.strict import Strict
 from web.gateway.openai.structured import Choices, ResponseFormat, Schema, Source, StructuredOutputs
+from web.gateway.openai.tools import ToolChoice, Tools, tool_use
 
 CHOICES_MAX = 128
 STOPS_MAX = 64
@@ -88,21 +91,6 @@ IGNORED = frozenset(
         "truncation_side",
     }
 )
-# Of a text part, or of a message: where others may cache.
-CACHE_HINTS = frozenset({"cache_control", "prompt_cache_breakpoint"})
-# Of a message that another server gave as an answer: null or empty, they say nothing.
-ANSWER_FIELDS = frozenset(
-    {
-        "annotations",
-        "audio",
-        "function_call",
-        "provider_specific_fields",
-        "reasoning",
-        "reasoning_content",
-        "refusal",
-        "tool_calls",
-    }
-)
 # Variables of a chat template that the request's own parameters set.
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
 ERRORS_MAX = 100  # more are not told apart: each costs memory, and a body has room for a million
@@ -114,10 +102,6 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=STOPS_MAX)]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class StreamOptions(Strict):
@@ -251,64 +235,6 @@ class CompletionRequest(Common):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-def _without_hints(kind: type[Strict], data: dict[str, Any]) -> dict[str, Any]:
-    """Of a message, or a part of one. What is null says nothing, whatever its name."""
-    return {
-        name: value
-        for name, value in data.items()
-        if name in kind.model_fields or not (value is None or name in CACHE_HINTS)
-    }
-
-
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_hints(cls, data: Any) -> Any:
-        return _without_hints(cls, data) if isinstance(data, dict) else data
-
-
-class Message(Strict):
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-    name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, data: Any) -> Any:
-        """Clients send back what they were given, with every field of an answer that was empty."""
-        if not isinstance(data, dict):
-            return data
-        kept = {name: value for name, value in data.items() if value or name not in ANSWER_FIELDS}
-        return _without_hints(cls, kept)
-
-    @property
-    def text(self) -> str:
-        if isinstance(self.content, list):
-            return "\n".join(part.text for part in self.content)
-        return self.content or ""
-
-
-Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-
-
-def plain(messages: list[Message], parts: bool, strings: bool) -> list[dict[str, Any]]:
-    """What a chat template gets to see: `parts` of text as such, or as one; and a text as a string, or as one part."""
-
-    def content(message: Message) -> Any:
-        if parts and (isinstance(message.content, list) or not strings):
-            texts = [p.text for p in message.content] if isinstance(message.content, list) else [message.text]
-            return [{"type": "text", "text": text} for text in texts]
-        return message.text
-
-    return [
-        {"role": m.role, "content": content(m)} | ({"name": m.name} if m.name is not None else {})
-        for m in messages
-    ]
-
-
 class ChatRequest(Common):
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -316,18 +242,31 @@ class ChatRequest(Common):
     top_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
     add_generation_prompt: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    enable_thinking: bool | None = None
+    include_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """A template that knows of efforts writes the one that is asked for into the prompt."""
-        effort = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort is not None else {}
-        return effort | (self.chat_template_kwargs or {})
+        """A template that knows of efforts writes the one that is asked for into the prompt; others know only whether
+        to think."""
+        own: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            own["reasoning_effort"] = self.reasoning_effort
+            if self.reasoning_effort == "none":
+                own["enable_thinking"] = False
+        if self.enable_thinking is not None:
+            own["enable_thinking"] = self.enable_thinking
+        return own | (self.chat_template_kwargs or {})
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        tool_use(self.tools, self.tool_choice)
         _check_template_kwargs(self.chat_template_kwargs)
         return self
 
@@ -344,6 +283,7 @@ class TokenizeRequest(Request):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from web.gateway.errors import ApiError, shorten
 from web.gateway.model import Model
 from web.gateway.openai.requests import INT64_MAX, Common
 from web.gateway.text.choice_decoder import TextRules
+from web.gateway.text.parsers.output import OutputRules
 
 BIAS_MAX = 100.0
 
@@ -52,9 +53,11 @@ def make_sampling(
     )
 
 
-def text_rules(request: Common, model: Model, spans: bool) -> TextRules:
-    """`spans`: log probabilities are asked for, which name the text of each token."""
+def text_rules(request: Common, model: Model, spans: bool, output: OutputRules | None = None) -> TextRules:
+    """`spans`: log probabilities are asked for, which name the text of each token. `output`: what is told apart."""
     return TextRules(
+        output=output,
+        shown=model.marks_shown if output is not None else frozenset(),
         spans=spans,
         stops=request.stops,
         include_stop=bool(request.include_stop_str_in_output),

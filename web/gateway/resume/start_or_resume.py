@@ -226,10 +226,10 @@ def _starts(
     rids: list[int], logs: list[Log | None], context: Context, marks: list[Mark | None], resumed: bool
 ) -> list[Start]:
     blobs = _blobs(context, len(rids))
-    have = [(0, False) if mark is None else (mark.tokens, mark.finished) for mark in marks]
+    have = [mark or Mark(0) for mark in marks]
     return [
-        Start(rid, blob, resumed or log is not None, log, tokens, finished)
-        for rid, blob, log, (tokens, finished) in zip(rids, blobs, logs, have, strict=True)
+        Start(rid, blob, resumed or log is not None, log, mark.tokens, mark.finished, mark.reasoning_tokens)
+        for rid, blob, log, mark in zip(rids, blobs, logs, have, strict=True)
     ]
 
 

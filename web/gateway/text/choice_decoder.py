@@ -78,6 +78,11 @@ class ChoiceDecoder:
             if marks is not None:
                 self._thinking = ReasoningSplitter(marks, inside)
 
+    @property
+    def reasons(self) -> bool:
+        """Whether reasoning is told apart."""
+        return self._thinking is not None
+
     def restore_end(self, tokens: int, reasoning_tokens: int = 0) -> None:
         """All of it was sent by an earlier gateway."""
         self.tokens, self.reasoning_tokens, self.finished = tokens, reasoning_tokens, True
