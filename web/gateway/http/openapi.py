@@ -33,6 +33,7 @@ from web.gateway.openai.requests import (
     TokenizeRequest,
 )
 from web.gateway.openai.sampling import BIAS_MAX
+from web.gateway.openai.structured import DEMANDS
 
 ROLES = ("system", "developer", "user", "assistant", "tool")  # a template may know others
 BODIES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
@@ -152,6 +153,7 @@ def _relate(schemas: dict[str, Schema], model: Model) -> None:
     below = f"^0{{0,{zeros}}}(?:{_below(model.vocab_size)})$"
     for name in ("CompletionRequest", "ChatRequest"):
         properties = schemas[name]["properties"]
+        _demands(schemas[name])
         _items(properties["stop_token_ids"], model.vocab_size - 1)
         del properties["min_tokens"]  # no schema can say that it is at most max_tokens: the description does
         for branch in properties["logit_bias"]["anyOf"]:
@@ -168,6 +170,24 @@ def _relate(schemas: dict[str, Schema], model: Model) -> None:
             if branch["items"]["type"] != "integer":
                 branch["maxItems"] = CHOICES_MAX
     _items(schemas["DetokenizeRequest"]["properties"]["tokens"], model.vocab_size - 1)
+
+
+def _demands(schema: Schema) -> None:
+    """No schema can say which grammars compile, nor that one is enough: the description does."""
+    for name in set(DEMANDS) - {"response_format"}:
+        del schema["properties"][name]
+    kinds = {"properties": {"type": {"enum": ["text", "json_object"]}}, "required": ["type"]}
+    free = {"type": "object", **kinds, "additionalProperties": False}
+    schema["properties"]["response_format"] = {"anyOf": [free, {"type": "null"}]}
+    any_text = {"anyOf": [{"type": "null"}, {"properties": {"type": {"const": "text"}}}]}
+    schema["allOf"].append(
+        {
+            "anyOf": [
+                {"properties": {"response_format": any_text}},
+                {"properties": {"ignore_eos": {"enum": [None, False]}}},
+            ]
+        }
+    )
 
 
 def _below(limit: int) -> str:
@@ -218,7 +238,9 @@ def _schemas(model: Model, priority_floor: int) -> dict[str, Schema]:
     for name in ("CompletionRequest", "ChatRequest"):
         schemas[name]["description"] = (
             f"Prompt and output together have at most {model.max_model_len} tokens. There is also min_tokens, an"
-            " integer from 0 to max_tokens: before so many tokens nothing stops the output."
+            " integer from 0 to max_tokens: before so many tokens nothing stops the output. And response_format takes"
+            " OpenAI's json_schema; instead of it one of structured_outputs, guided_json, guided_regex, guided_choice"
+            " and guided_grammar may say what the output has to be, as with vLLM (docs/structured-output.md)."
         )
     for holder, name in (
         ("CompletionRequest", "max_tokens"),

@@ -127,7 +127,9 @@ def text_of(asked: Asked) -> str:
             text = LLMatcher.grammar_from_regex(_bounded(asked.source))
         case "choice":
             choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in asked.source)
-            text = _bounded(f"start: {choices}")
+            text = _bounded(
+                f"start: CHOICE\nCHOICE: {choices}"
+            )  # a terminal: of rules there may be 2,000 at a place
         case "grammar":
             try:
                 text = any_to_lark(_bounded(asked.source))
@@ -171,14 +173,10 @@ def depth_of(value: Any) -> int:
     """Of objects and lists in one another, at most DEPTH_MAX + 1."""
     level = [value]
     for depth in range(DEPTH_MAX + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        level = [outer for outer in level if isinstance(outer, dict | list)]
         if not level:
             return depth
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
     return DEPTH_MAX + 1
 
 

@@ -8,12 +8,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from controlplane.grammar import Compiler, DeepThreads, GrammarError, error_of
 
 THREADS = 2
 WAITING_MAX = 64  # grammars that are compiled or wait for it
+TRIED_TOKENS = 8  # of an output that a new grammar allows
 KNOWN_MAX = 1024  # grammars whose check is remembered: some 100 bytes each
 
 
@@ -79,7 +81,12 @@ def _refusal(compiler: Compiler, text: str) -> str:
     """Why a grammar cannot be used; "" if it can."""
     try:
         matcher = compiler.compile(text)
-        matcher.compute_bitmask()  # some are found to be too large only here
+        # Some are found to be too large only on their way.
+        for _ in range(TRIED_TOKENS):
+            bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+            if matcher.is_error() or matcher.is_stopped() or not bits.any():
+                break
+            matcher.consume_token(int(bits.argmax()))
     except GrammarError as error:
         return str(error)
     return error_of(matcher)
