@@ -140,7 +140,7 @@ class Compute:
             if not len(work.step.slots):
                 return Computed()
             logits = output[part.samples].astype(np.float32, copy=False)
-            drawn = work.stage.sampling.sample(logits, work.step.slots)
+            drawn = work.stage.draw(work.step, logits)
             return Computed(b"", drawn, tuple(rows.sample_rids[list(drawn.poisoned)].tolist()))
         activations = output[part.tokens]
         poisoned: tuple[int, ...] = ()

@@ -24,11 +24,12 @@ from dataplane.accelerators import CPU, Place, assign, count_devices
 from dataplane.devices import precise_loop
 from dataplane.fetch import provision
 from dataplane.moment import MOMENT
-from dataplane.node import Node, load_executor
+from dataplane.node import Node, load_executor, load_grammars
 from dataplane.report_stream import relay_address
 
 if TYPE_CHECKING:
     from dataplane.executor import StageExecutor
+    from dataplane.grammars import Grammars
     from dataplane.oracle import OracleExecutor
 
 
@@ -46,12 +47,13 @@ def run_node(config: ClusterConfig, node: str, take_over: str = "", place: Place
     config = msgspec.structs.replace(config, model=str(provision(config, node, stage)))
     executor = load_executor(config, stage, place)
     executor.warm_up()
+    grammars = load_grammars(config, stage, executor)
     emulated = config.emulation != EmulationConfig()
     MOMENT.time_scale = config.emulation.time_scale
     member = Member(node, new_incarnation())
     run_to_exit(
         node,
-        lambda: _serve(config, member, stage, executor, settings, take_over, place),
+        lambda: _serve(config, member, stage, executor, settings, take_over, place, grammars),
         precise_loop if emulated else None,
         name_taken=(NameTaken,),
     )
@@ -65,8 +67,9 @@ async def _serve(
     settings: str,
     take_over: str,
     place: Place,
+    grammars: Grammars | None,
 ) -> None:
-    node = Node(config, me, stage, executor, settings, (take_over,), place, _relay(config))
+    node = Node(config, me, stage, executor, settings, (take_over,), place, _relay(config), grammars)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.stop)

@@ -29,10 +29,11 @@ from controlplane.contract.topology import Pipeline, Topology
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.register import Registration
+from controlplane.grammar import GrammarError, library_version, load_compiler
 from dataplane.accelerators import CPU, Place
 from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
-from dataplane.core.messages import HeldMeta, Meta, Ping, ResultMeta, StepFailedMeta
+from dataplane.core.messages import HeldMeta, Meta, Ping, ReadyMeta, ResultMeta, StepFailedMeta
 from dataplane.core.pace import Timeliness
 from dataplane.core.peers import Peers, engages, pipelines_of
 from dataplane.devices import emulate_network, profile_of
@@ -54,6 +55,7 @@ from dataplane.world import World
 
 if TYPE_CHECKING:
     from dataplane.executor import StageExecutor
+    from dataplane.grammars import Grammars
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +80,10 @@ class Node:
         supersedes: Collection[str] = (),
         place: Place = CPU,
         relay: str = "",
+        grammars: Grammars | None = None,
     ) -> None:
         """`settings`: digest of the settings as they were read, where `config` is not (its model may be elsewhere).
-        `relay`: address of the host's, if it may have one."""
+        `relay`: address of the host's, if it may have one. `grammars`: of a last stage."""
         self._place = place
         self._settings = settings or settings_digest(config)
         self._supersedes = supersedes
@@ -99,7 +102,7 @@ class Node:
             -(-context // engine.block_size),
         )
         self._store = store
-        self._worker = Worker(me, executor, store, self._send, self._send_later)
+        self._worker = Worker(me, executor, store, self._send, self._send_later, grammars)
         token = auth.derive(secret, "grpc")
         self._frontdoor = Frontdoor(
             token,
@@ -214,6 +217,7 @@ class Node:
             or max(1, len(os.sched_getaffinity(0)) // config.engine.threads),
             context_len=self._context_len,
             numerics=self._executor.numerics,
+            grammars=library_version(),
             version=code_version(),
             settings=self._settings,
             process=process.identity(),
@@ -294,7 +298,7 @@ class Node:
         match meta:
             case Ping():
                 pass
-            case ResultMeta() | StepFailedMeta() | HeldMeta():
+            case ResultMeta() | StepFailedMeta() | HeldMeta() | ReadyMeta():
                 self._schedulers.on_message(meta)
             case _:
                 self._worker.put(Message(peer, meta, payload, came=MOMENT.now()))
@@ -427,3 +431,22 @@ def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> Stag
         attention=engine.attention,
         digest_file=Path(config.run_dir) / "digests" / f"stage{stage}of{config.stages}.json",
     )
+
+
+def load_grammars(
+    config: ClusterConfig, stage: int, executor: StageExecutor | OracleExecutor
+) -> Grammars | None:
+    """Who follows grammars at a last stage. None: no other stage needs it, or this model's tokens cannot be used.
+
+    Takes about a second for 128,000 tokens, in which no other thread runs: to be done before anybody is served."""
+    if stage != config.stages - 1:
+        return None
+    from dataplane.grammars import Grammars
+
+    model = executor.config
+    try:
+        compiler = load_compiler(Path(config.model), model.vocab_size, model.eos_token_ids)
+    except GrammarError as error:
+        log.warning("no structured output: %s", error)
+        return None
+    return Grammars(compiler, config.engine.threads)

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from controlplane.grammar import library_version
 from dataplane._fast import sampling
 from dataplane.model.config import ModelConfig
 from kernels.cpu import _native
@@ -87,8 +88,8 @@ def device_kind(device: str) -> str:
 
 
 def _libraries(device: str) -> list[str]:
-    """Those whose arithmetic is used: numpy's sines and cosines, and on a GPU the compiler of its kernels."""
-    used = [f"numpy {np.__version__}"]
+    """Those whose results are: sines and cosines, what a grammar allows, and on a GPU the compiler of its kernels."""
+    used = [f"numpy {np.__version__}", f"llguidance {library_version()}"]
     if device != "cpu":
         used += [f"{name} {metadata.version(name)}" for name in ("torch", "triton") if util.find_spec(name)]
     return used

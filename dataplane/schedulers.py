@@ -42,8 +42,9 @@ from dataplane.core.events import (
     Submitted,
     Tick,
 )
-from dataplane.core.messages import HeldMeta, RejoinMeta, ResultMeta, StepFailedMeta
-from dataplane.core.scheduler import Scheduler, SchedulerStats
+from dataplane.core.messages import HeldMeta, ReadyMeta, RejoinMeta, ResultMeta, StepFailedMeta
+from dataplane.core.scheduler import Scheduler
+from dataplane.core.stats import SchedulerStats
 from dataplane.frontdoor import Frontdoor
 from dataplane.inbox import Message
 from dataplane.moment import MOMENT
@@ -159,7 +160,7 @@ class Schedulers:
         for scheduler in list(self.by_pipeline.values()):
             self._dispatch(scheduler, SessionLost(session))
 
-    def on_message(self, meta: ResultMeta | StepFailedMeta | HeldMeta) -> None:
+    def on_message(self, meta: ResultMeta | StepFailedMeta | HeldMeta | ReadyMeta) -> None:
         scheduler = self.by_pipeline.get(meta.pipeline)
         if scheduler is not None:
             self._dispatch(scheduler, meta)

@@ -31,6 +31,7 @@ from dataplane.core.messages import (
     KvMeta,
     KvQueryMeta,
     Meta,
+    ReadyMeta,
     RejoinMeta,
     ResultMeta,
     StepFailedMeta,
@@ -48,6 +49,7 @@ from dataplane.transport.frames import Buffer, Send
 
 if TYPE_CHECKING:
     from dataplane.executor import StageExecutor
+    from dataplane.grammars import Grammars
     from dataplane.oracle import OracleExecutor
 
 log = logging.getLogger(__name__)
@@ -84,8 +86,10 @@ class Worker:
         store: KvStore,
         send: Send,
         send_later: Send | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
-        """`send_later`: for copies of KV, behind all else; as everything else if it is not given."""
+        """`send_later`: for copies of KV, behind all else; as everything else if it is not given. `grammars`: of a node
+        that serves last stages."""
         self.stats = WorkerStats()
         self.stages: dict[PipelineId, Stage] = {}
         self._thread = KvThread()
@@ -102,6 +106,7 @@ class Worker:
         self._executor = executor
         self._store = store
         self._send = send
+        self._grammars = grammars
         self._unsent: deque[tuple[Member, HeldMeta]] = deque(maxlen=UNSENT_MAX)  # for want of a link
         self.compute = Compute(executor)
         self._inbox = Inbox()
@@ -116,6 +121,9 @@ class Worker:
             self.stats.dropped_full += 1
 
     async def run(self) -> None:
+        if self._grammars is not None:
+            loop = asyncio.get_running_loop()
+            self._grammars.settled = lambda: loop.call_soon_threadsafe(self._tell_settled)
         handled = 0
         while True:
             while self._store.checksums.unverified and not self._inbox:
@@ -134,6 +142,8 @@ class Worker:
     def close(self) -> None:
         self.compute.close()
         self._thread.close()
+        if self._grammars is not None:
+            self._grammars.close()
 
     # ------------------------------------------------------------------ dispatch
 
@@ -231,7 +241,7 @@ class Worker:
         if index == stages - 1:
             rows, executor = self._store.table.max_rows, self._executor
             sampling = SamplingTable(rows, executor.config.vocab_size, executor.team)
-        return Stage(pipeline.id, index, stages, pipeline.epoch, self._store, sampling)
+        return Stage(pipeline.id, index, stages, pipeline.epoch, self._store, sampling, self._grammars)
 
     def _protect(self, pipeline: Pipeline, index: int) -> None:
         targets = list(pipeline.stages[index].replicas)
@@ -383,6 +393,9 @@ class Worker:
         drawn = computed.drawn
         if stage.is_last:
             self._to_scheduler(meta.pipeline, self._result(meta, drawn))
+            if drawn is not None and drawn.waiting:  # behind the result that says so
+                stage.rules.ask([int(work.step.rows.sample_rids[row]) for row in drawn.waiting])
+                self._tell_settled()
         else:
             self._forward(stage, meta, computed.output)  # first of all: the next stage waits for it
         filled = stage.commit(work.step, drawn.tokens if drawn is not None else None)
@@ -393,7 +406,14 @@ class Worker:
         if drawn is None:
             return ResultMeta(meta.pipeline, meta.fence, meta.step, b"")
         details = tuple(Detail(row, logprob, drawn.top[row]) for row, logprob in drawn.logprobs.items())
-        return ResultMeta(meta.pipeline, meta.fence, meta.step, drawn.tokens.astype("<i4").tobytes(), details)
+        tokens = drawn.tokens.astype("<i4").tobytes()
+        return ResultMeta(meta.pipeline, meta.fence, meta.step, tokens, details, drawn.waiting, drawn.failed)
+
+    def _tell_settled(self) -> None:
+        """Schedulers that wait for grammars learn of those that are compiled, or cannot be."""
+        for pipeline, stage in self.stages.items():
+            if rids := stage.rules.answers():
+                self._to_scheduler(pipeline, ReadyMeta(pipeline, stage.fence, tuple(rids)))
 
     def _forward(self, stage: Stage, meta: StepMeta, output: Buffer) -> None:
         pipeline = self.topology.pipeline(meta.pipeline) if self.topology is not None else None

@@ -117,6 +117,11 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # The most urgent priority that clients may ask for. Lower ones run first, and preempt.
     priority_floor: Annotated[int, Range(-(1 << 31), (1 << 31) - 1)] = 0
 
+    # How the model writes tool calls and reasoning; auto: as its chat template shows.
+    tool_parser: Literal[
+        "auto", "none", "hermes", "llama3_json", "pythonic", "mistral", "mistral_named", "mistral_args"
+    ] = "auto"
+    reasoning_parser: Literal["auto", "none", "think", "mistral"] = "auto"
     # Whose pages a browser lets read answers: "https://example.org", or "*" for all. They need keys like others.
     cors_origins: tuple[Annotated[str, ORIGIN], ...] = ()
 

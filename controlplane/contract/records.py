@@ -32,6 +32,7 @@ class NodeRecord(msgspec.Struct, frozen=True):
     version: str = ""  # of the installed code: `version.code_version`
     settings: str = ""  # `version.settings_digest` of what the process runs with
     process: str = ""  # `controlplane.process.identity`: whose record this is, and whether it has died
+    grammars: str = ""  # version of the library that constrains outputs; "": its code passes over grammars
 
 
 class ControllerRecord(msgspec.Struct, frozen=True):

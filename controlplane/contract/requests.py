@@ -8,6 +8,8 @@ import msgspec
 
 from controlplane.contract.ids import NodeId, PipelineId
 
+GRAMMAR_BYTES_MAX = 128 << 10  # of a grammar's text: stages get it anew after each failure
+
 
 class Sampling(msgspec.Struct, frozen=True):
     """What decides the next token beside the token log. Resolved by the gateway: no defaults from elsewhere."""
@@ -25,6 +27,9 @@ class Sampling(msgspec.Struct, frozen=True):
     min_tokens: int = 0  # stop tokens are masked before
     stop_token_ids: tuple[int, ...] = ()  # end-of-sequence tokens included, unless the client said ignore_eos
     logprobs: int | None = None  # None: off; k: the chosen token and the k most likely
+    # What the output has to match, as llguidance has it (Lark, or JSON with Lark or JSON schemas in it); "": anything.
+    # A stop token is drawn only where the grammar may end.
+    grammar: str = ""
 
 
 class FinishReason(StrEnum):

@@ -39,6 +39,7 @@ class Prompt:
     temperature: float = 0.8
     ignore_eos: bool = True
     details: bool = False  # logprobs and usage, too
+    schema: str = ""  # JSON schema of the output, as text; it ends where that does, so not with ignore_eos
 
 
 @dataclass(slots=True)
@@ -164,6 +165,8 @@ class LoadGenerator:
         }
         if prompt.details:
             body |= {"logprobs": 0, "stream_options": {"include_usage": True}}
+        if prompt.schema:
+            body |= {"structured_outputs": {"json": prompt.schema}}
         stream.sent = time.monotonic()
         try:
             async with asyncio.timeout(STREAM_LIMIT_S):

@@ -26,6 +26,7 @@ typedef struct {
     int64_t num_bias, num_stops;
     const int32_t *bias_tokens, *stops; /* owned by the caller */
     const float *bias;
+    const int32_t *mask; /* a bit for each token that may be drawn, the first in the lowest; NULL: all; the caller's */
     int64_t num_seen, seen_room;
     int32_t *seen, *counts; /* distinct tokens, ascending, and how often each is in the output */
 } kf_row;
@@ -80,10 +81,20 @@ static inline int kf_adjusts(const kf_row *row)
     return row->num_bias > 0 || row->num_seen > 0 || (row->num_stops > 0 && row->length < row->min_tokens);
 }
 
-/* min_tokens, logit bias, then penalties, in float32. */
-static void kf_adjust(const kf_row *row, float *x)
+/* Whether a mask that allows so many tokens leaves any but stop tokens: where it does not, the text ends there. */
+static int kf_may_go_on(const kf_row *row, int64_t allowed)
 {
-    if (row->length < row->min_tokens)
+    if (row->mask == NULL)
+        return 1;
+    for (int64_t i = 0; i < row->num_stops; i++) /* each is in the list once */
+        allowed -= (uint32_t)row->mask[row->stops[i] / 32] >> (row->stops[i] % 32) & 1;
+    return allowed > 0;
+}
+
+/* min_tokens, logit bias, then penalties, in float32. `allowed`: how many tokens the mask leaves. */
+static void kf_adjust(const kf_row *row, float *x, int64_t allowed)
+{
+    if (row->length < row->min_tokens && kf_may_go_on(row, allowed))
         for (int64_t i = 0; i < row->num_stops; i++)
             x[row->stops[i]] = -INFINITY;
     for (int64_t i = 0; i < row->num_bias; i++)
@@ -189,8 +200,11 @@ static double kf_log_sum_exp(const float *x, const kf_scratch *s)
 
 /* ---- a batch */
 
-/* Row r of logits [rows, vocab] is that of states[slots[r]]. tokens[r] is -1 if it is not finite. Else norms[r] is the log
- * of the sum of its exponentials if it has `tops`, and the wanted largest are at top + r * top_stride. */
+#define KF_POISONED (-1) /* in the place of a token: the logits are not finite */
+#define KF_NONE_LEFT (-2) /* the mask allows no token */
+
+/* Row r of logits [rows, vocab] is that of states[slots[r]]. Where a token was drawn, norms[r] is the log of the sum of the
+ * exponentials that the mask leaves if it has `tops`, and the wanted largest are at top + r * top_stride. */
 typedef struct {
     const float *logits;
     int64_t rows, vocab, top_stride;
@@ -208,10 +222,19 @@ static void kf_sample_row(const kf_batch *batch, int64_t r, const kf_scratch *s)
     const kf_row *row = batch->states + batch->slots[r];
     const float *x = batch->logits + r * s->vocab;
     int finite;
-    int64_t best = s->passes->best(x, s->vocab, &finite, s->tops), all = 0;
+    int64_t best = s->passes->best(x, s->vocab, &finite, s->tops), all = 0, allowed = s->vocab;
     if (!finite) {
-        batch->tokens[r] = -1;
+        batch->tokens[r] = KF_POISONED;
         return;
+    }
+    if (row->mask != NULL) {
+        allowed = s->passes->mask(x, s->vocab, row->mask, s->logits);
+        if (allowed == 0) {
+            batch->tokens[r] = KF_NONE_LEFT;
+            return;
+        }
+        x = s->logits;
+        best = s->passes->best(x, s->vocab, &finite, s->tops);
     }
     const int greedy = row->temperature < KF_GREEDY_BELOW, adjusts = kf_adjusts(row);
     /* A plain draw weighs the tokens as their probabilities do. */
@@ -222,8 +245,9 @@ static void kf_sample_row(const kf_batch *batch, int64_t r, const kf_scratch *s)
     if (row->logprobs >= 0 && !shared)
         batch->norms[r] = kf_log_sum(raw_best, s->passes->sum(x, s->vocab, raw_best, KF_LOG2E, s->sums));
     if (adjusts) {
-        memcpy(s->logits, x, (size_t)s->vocab * sizeof(float));
-        kf_adjust(row, s->logits);
+        if (x != s->logits)
+            memcpy(s->logits, x, (size_t)s->vocab * sizeof(float));
+        kf_adjust(row, s->logits, allowed);
         x = s->logits;
         best = s->passes->best(x, s->vocab, &finite, s->tops);
     }

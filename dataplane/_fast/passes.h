@@ -151,8 +151,30 @@ TARGET static int64_t NAME(kf_keep)(const int64_t *w, int64_t n, int64_t least, 
     return count;
 }
 
+/* The logits of the tokens whose bit is set, minus infinity for all others. Returns how many are set. */
+TARGET static int64_t NAME(kf_mask)(const float *x, int64_t n, const int32_t *mask, float *out)
+{
+    int64_t allowed = 0;
+    for (int64_t i = 0; i < n; i += 32) {
+        const int64_t count = i + 32 < n ? 32 : n - i;
+        uint32_t bits = (uint32_t)mask[i / 32];
+        if (count < 32)
+            bits &= (1u << count) - 1;
+        allowed += __builtin_popcount(bits);
+        if (count == 32 && bits == UINT32_MAX)
+            memcpy(out + i, x + i, 32 * sizeof *x);
+        else if (count == 32) /* a fixed count, so that the compiler finds the vectors */
+            for (int j = 0; j < 32; j++)
+                out[i + j] = bits >> j & 1 ? x[i + j] : -INFINITY;
+        else
+            for (int64_t j = 0; j < count; j++)
+                out[i + j] = bits >> j & 1 ? x[i + j] : -INFINITY;
+    }
+    return allowed;
+}
+
 static const kf_passes NAME(kf_passes) = {
-    NAME(kf_best), NAME(kf_weigh), NAME(kf_sum), NAME(kf_maxima), NAME(kf_keep),
+    NAME(kf_best), NAME(kf_weigh), NAME(kf_sum), NAME(kf_maxima), NAME(kf_keep), NAME(kf_mask),
 };
 #undef VD
 #undef VI

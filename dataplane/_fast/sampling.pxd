@@ -17,6 +17,7 @@ cdef extern from "draw.h" nogil:
         const int32_t *bias_tokens
         const int32_t *stops
         const float *bias
+        const int32_t *mask
 
     ctypedef struct kf_passes:
         pass

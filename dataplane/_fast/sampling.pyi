@@ -6,6 +6,8 @@ from kernels.cpu._native import Team
 
 SOURCES: str
 TOP: np.dtype[np.void]
+POISONED: int
+NONE_LEFT: int
 
 class SlotsFull(MemoryError):
     """No free slot."""
@@ -18,7 +20,13 @@ class DrawTable:
     def vocab_size(self) -> int: ...
     @property
     def in_use(self) -> int: ...
-    def admit(self, spec: Sampling, prompt: npt.NDArray[np.int32], output: npt.NDArray[np.int32]) -> int: ...
+    def admit(
+        self,
+        spec: Sampling,
+        prompt: npt.NDArray[np.int32],
+        output: npt.NDArray[np.int32],
+        masks: npt.NDArray[np.int32] | None = None,
+    ) -> int: ...
     def append(self, slots: npt.NDArray[np.int32], tokens: npt.NDArray[np.int64]) -> None: ...
     def length(self, slot: int) -> int: ...
     def release(self, slot: int) -> None: ...

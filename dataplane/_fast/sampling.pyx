@@ -12,11 +12,15 @@ import numpy as np
 
 cdef extern from *:
     const char *KF_SOURCES
+    int KF_POISONED, KF_NONE_LEFT
 
 SOURCES = KF_SOURCES.decode()  # digest of what this was built from: see setup.py
 
 # Logits that are weighed before another thread has woken up, about.
 cdef Py_ssize_t ALONE = 1 << 17
+
+# In the place of a token: see draw.h.
+POISONED, NONE_LEFT = KF_POISONED, KF_NONE_LEFT
 
 # kf_top of weights.h: one of a row's largest logits.
 TOP = np.dtype([("token", np.int32), ("logit", np.float32)])
@@ -80,13 +84,22 @@ cdef class DrawTable:
                 raise ValueError(f"token id {tokens[i]} is outside the vocabulary of {self.vocab_size}")
         return 0
 
-    def admit(self, spec, const int32_t[::1] prompt, const int32_t[::1] output):
-        """A slot for a request of this contract.requests.Sampling and token log.
+    def admit(
+        self, spec, const int32_t[::1] prompt, const int32_t[::1] output, const int32_t[:, ::1] masks=None
+    ):
+        """A slot for a request of this contract.requests.Sampling and token log. `masks` [max_rows, vocab / 32 rounded
+        up]: row `slot` of it is read at each draw, a bit for each token that may be drawn.
 
-        Raises SlotsFull, ValueError for a token id outside the vocabulary."""
+        Raises SlotsFull, ValueError for a token id outside the vocabulary or masks of another shape."""
         cdef const int32_t[::1] bias_tokens = np.array([t for t, _ in spec.logit_bias], np.int32)
         cdef const float[::1] bias = np.array([b for _, b in spec.logit_bias], np.float32)
-        cdef const int32_t[::1] stops = np.array(spec.stop_token_ids if spec.min_tokens > 0 else (), np.int32)
+        cdef const int32_t[::1] stops = np.unique(
+            np.array(spec.stop_token_ids if spec.min_tokens > 0 else (), np.int32)
+        )
+        if masks is not None and not (
+            masks.shape[0] == self.max_rows and masks.shape[1] == (self.vocab_size + 31) // 32
+        ):
+            raise ValueError(f"masks of shape {masks.shape[0], masks.shape[1]} do not fit the table")
         self.check(prompt)
         self.check(output)
         self.check(bias_tokens)
@@ -121,7 +134,9 @@ cdef class DrawTable:
             seen = np.concatenate([prompt, output]) if row.counts_prompt else np.asarray(output)
             self.see(row, np.unique(seen), 0)  # ascending: nothing moves
             self.see(row, output, 1)
-        self.held[slot] = (bias_tokens, bias, stops)  # the row points into them
+        if masks is not None:
+            row.mask = &masks[slot, 0]
+        self.held[slot] = (bias_tokens, bias, stops, masks)  # the row points into them
         self.free.pop()
         row.in_use = 1
         return slot
@@ -158,9 +173,9 @@ cdef class DrawTable:
         return self.team.room(kf_scratch_place(&s, self.vocab_size, NULL))
 
     def sample(self, const float[:, ::1] logits, const int32_t[::1] slots):
-        """Tokens int64 [K] drawn from logits [K, vocab], -1 for a row that is not finite; and, for those that asked for
-        log probabilities, the logarithms of the sums of exponentials float64 [K] and the largest logits TOP [K, most].
-        No state changes.
+        """Tokens int64 [K] drawn from logits [K, vocab], POISONED for a row that is not finite, NONE_LEFT for one whose
+        mask allows no token; and, for those that asked for log probabilities, the logarithms of the sums of exponentials
+        float64 [K] and the largest logits TOP [K, most], of the tokens that a mask leaves. No state changes.
 
         Raises IndexError for a slot not in use, ValueError for shapes that do not fit."""
         cdef Py_ssize_t k = slots.shape[0], i

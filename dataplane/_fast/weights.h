@@ -44,6 +44,7 @@ typedef struct {
     int64_t (*sum)(const float *x, int64_t n, double best, double scale, int64_t *sums);
     int64_t (*maxima)(const int64_t *w, int64_t n, int64_t *maxima);
     int64_t (*keep)(const int64_t *w, int64_t n, int64_t least, int32_t *kept);
+    int64_t (*mask)(const float *x, int64_t n, const int32_t *mask, float *out);
 } kf_passes;
 
 /* What one thread needs for one row. */
@@ -54,7 +55,7 @@ typedef struct {
     int64_t *sums;    /* [blocks] weight of each block */
     int64_t *maxima;  /* [groups] */
     int64_t *buckets; /* [KF_BUCKETS] */
-    float *logits;    /* [vocab] of a row after penalties */
+    float *logits;    /* [vocab] of a row after its mask and penalties */
     int32_t *kept;    /* [vocab] tokens that may be drawn, ascending */
     int32_t *list;    /* [vocab] what kf_select still looks at */
     int32_t *tops;    /* [blocks] the largest logit of each block, as kf_order has it */

@@ -129,6 +129,12 @@ class Batcher:
         request.interrupted = True
         return True
 
+    def unblock(self, before: float) -> None:
+        """Try again those whose grammars have been waited for since `before`."""
+        for request in self.running.values():
+            if request.blocked_at is not None and request.blocked_at < before:
+                request.unblock()
+
     def preempt_until_fits(self) -> list[Request]:
         """The requests, youngest first, that must give their blocks back for the quota to hold."""
         victims = []

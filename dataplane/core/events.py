@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from controlplane.contract.requests import Refused, Submit, Token
-from dataplane.core.messages import HeldMeta, RejoinMeta, ResultMeta, StepFailedMeta, StepMeta
+from dataplane.core.messages import HeldMeta, ReadyMeta, RejoinMeta, ResultMeta, StepFailedMeta, StepMeta
 from dataplane.core.recovery import RecoveryTiming
 
 
@@ -67,6 +67,7 @@ Event = (
     | ResultMeta
     | StepFailedMeta
     | HeldMeta
+    | ReadyMeta
 )
 
 

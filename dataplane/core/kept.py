@@ -33,7 +33,8 @@ class Kept:
         self.pop(request.rid)
         logprobs = request.sampling.logprobs
         per_token = 1 if logprobs is None else 1 + logprobs
-        cost = request.prompt_len + len(request.output) * per_token + len(request.context or b"") // 128
+        text = len(request.context or b"") + len(request.sampling.grammar)
+        cost = request.prompt_len + len(request.output) * per_token + text // 128
         self._entries[request.rid] = _Entry(request, now + self._grace_s, cost)
         self._cost += cost
         while self._cost > self._cost_max or len(self._entries) > self._requests_max:

@@ -94,6 +94,10 @@ class ResultMeta(msgspec.Struct, frozen=True, array_like=True, tag=2):
     step: int
     tokens: bytes  # int32, little endian, of the rows that sampled, in their order
     details: tuple[Detail, ...] = ()
+    # Of the rows that sampled, by index: whose grammar is still compiled (ReadyMeta says when it is), and who can have
+    # no token any more, and why. Their token is -1.
+    waiting: tuple[int, ...] = ()
+    failed: tuple[tuple[int, str], ...] = ()
 
 
 class StepFailedMeta(msgspec.Struct, frozen=True, array_like=True, tag=3):
@@ -192,6 +196,14 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=10):
     """Says nothing but "I am here": sent on links that would otherwise be silent."""
 
 
+class ReadyMeta(msgspec.Struct, frozen=True, array_like=True, tag=11):
+    """The last stage to the scheduler: these requests, which a result said were waiting, can be drawn for."""
+
+    pipeline: PipelineId
+    fence: Fence
+    rids: tuple[int, ...]
+
+
 Meta = (
     StepMeta
     | ResultMeta
@@ -203,4 +215,5 @@ Meta = (
     | KvQueryMeta
     | KvDropMeta
     | Ping
+    | ReadyMeta
 )

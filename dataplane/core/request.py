@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from controlplane.contract.ids import PipelineId
-from controlplane.contract.requests import FinishReason, Log, Sampling, Submit, Token
+from controlplane.contract.requests import GRAMMAR_BYTES_MAX, FinishReason, Log, Sampling, Submit, Token
 from dataplane.core.messages import Admit, Begin
 from dataplane.core.prefix import NAME_BYTES, PrefixHasher
 
@@ -48,6 +48,8 @@ def fault_of(message: Submit, vocab_size: int) -> str | None:
         return f"token id {wrong} is outside the model's vocabulary of {vocab_size}"
     if not 0.0 <= sampling.min_p <= 1.0:
         return f"min_p {sampling.min_p} is not in [0, 1]"
+    if len(sampling.grammar) > GRAMMAR_BYTES_MAX:
+        return f"its grammar has {len(sampling.grammar)} characters, at most {GRAMMAR_BYTES_MAX} are taken"
     return None
 
 
@@ -57,6 +59,7 @@ def bytes_of(prompt_len: int, sampling: Sampling, context: bytes | None) -> int:
         REQUEST_BYTES
         + TOKEN_BYTES * prompt_len
         + BIAS_BYTES * len(sampling.logit_bias)
+        + len(sampling.grammar)
         + (0 if context is None else len(context))
     )
 
@@ -82,6 +85,9 @@ class Request:
     announced: bool = False  # the last stage knows the token log, in the present fence
     cached: int = 0  # positions that it began with, found in the cache
     turn: int = 0  # of the batcher, when it last had rows
+    blocked_at: float | None = (
+        None  # since when the last stage compiles its grammar: it has no rows until then
+    )
     interrupted: bool = False  # by a failure or a move, and since then it has had no token
     orphaned_at: float | None = None
     context: bytes | None = None  # of the gateway that may resume it; None: nobody may
@@ -172,11 +178,20 @@ class Request:
         self.issued = position
         self.attempt += 1
         self.announced = False
+        self.blocked_at = None
+
+    def unblock(self) -> None:
+        """Its grammar is there: the last position is computed again, and its next token drawn."""
+        if self.blocked_at is not None:
+            self.blocked_at = None
+            self.issued = self.total - 1
 
     def finish_of(self, token: int, context_len: int) -> FinishReason | None:
         """Why `token`, as the next one, would be the last; None if it would not. `context_len` in tokens."""
         generated = len(self.output) + 1
-        if token in self.sampling.stop_token_ids and generated > self.sampling.min_tokens:
+        # With a grammar a stop token may come earlier: where nothing else was allowed (draw.h).
+        early = bool(self.sampling.grammar)
+        if token in self.sampling.stop_token_ids and (early or generated > self.sampling.min_tokens):
             return FinishReason.STOP
         if generated >= self.sampling.max_tokens or self.total + 1 >= context_len:
             return FinishReason.LENGTH

@@ -7,7 +7,6 @@ ask every stage how much KV it holds, resume each request at the minimum, recomp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import assert_never
 
 from msgspec.structs import replace
@@ -32,16 +31,11 @@ from dataplane.core.events import (
     Tick,
 )
 from dataplane.core.kept import Kept
-from dataplane.core.messages import (
-    Fence,
-    HeldMeta,
-    RejoinMeta,
-    ResultMeta,
-    StepFailedMeta,
-)
+from dataplane.core.messages import Fence, HeldMeta, ReadyMeta, RejoinMeta, ResultMeta, StepFailedMeta
 from dataplane.core.prefix import PrefixHasher, unpack_names
 from dataplane.core.recovery import HeldCollector, Recovery
 from dataplane.core.request import Phase, Request, unpack_tokens
+from dataplane.core.stats import SchedulerStats
 from dataplane.core.steps import Steps
 
 # An unanswered step or question is given up after this; doubled each time in a row. Deaths are the controllers'
@@ -52,25 +46,10 @@ RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 1.0, 60.0  # told to whom the queue has n
 # Pause before the next attempt when a stage could not run a step or pass it on; doubled each time in a row.
 FAILED_RETRY_S, FAILED_RETRY_MAX_S = 0.05, 0.8
 QUESTIONS_MAX = 8  # open at a time about re-submitted requests
+# A request whose grammar the last stage compiles is tried again after this if nothing is heard: its word may be lost.
+BLOCKED_RETRY_S = 1.0
 # A pipeline whose stage had no room for its quota tries it again after this; doubled each time, until that changes.
 SPACE_RETRY_S, SPACE_RETRY_MAX_S = 5.0, 80.0
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Monotonic counts, exported as Prometheus counters."""
-
-    requests_recovered: int = 0
-    tokens_recomputed: int = 0
-    tokens_generated: int = 0
-    preemptions: int = 0
-    resyncs: int = 0
-    poisoned: int = 0
-    orphans_dropped: int = 0
-    steps_failed: int = 0  # that a stage could not run or pass on
-    space_failures: int = 0  # of these, for want of KV blocks
-    prefix_cache_queries: int = 0  # tokens of prompts whose KV might have been cached ...
-    prefix_cache_hits: int = 0  # ... and was
 
 
 class Scheduler:
@@ -153,6 +132,10 @@ class Scheduler:
                     self._failed(event, now, effects)
             case HeldMeta():
                 self._held(event, now)
+            case ReadyMeta():
+                for rid in event.rids if event.fence == self.fence else ():
+                    if (request := self.requests.get(rid)) is not None:
+                        request.unblock()
             case _:
                 assert_never(event)
         self._ask_joining(now, effects)
@@ -317,6 +300,7 @@ class Scheduler:
             if request.orphaned_at is not None and now - request.orphaned_at > grace:
                 self.stats.orphans_dropped += 1
                 self._drop(request.rid)
+        self.batcher.unblock(now - BLOCKED_RETRY_S)
         for request in self.batcher.never_fits():
             self._drop(request.rid)
             if request.session is not None:
@@ -514,10 +498,19 @@ class Scheduler:
             self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
             return
         details = {detail.index: (detail.logprob, detail.top) for detail in meta.details}
+        failed = dict(meta.failed)
         by_session: dict[int, list[Token]] = {}
         for index, (request, attempt) in enumerate(sampled):
             if request.attempt != attempt or self.requests.get(request.rid) is not request:
                 continue  # it was preempted or has ended since
+            if index in failed:
+                self.stats.grammars_failed += 1
+                self._refuse(request, RefusalCode.INVALID, failed[index], news)
+                continue
+            if index in meta.waiting:
+                request.blocked_at = now
+                self.stats.grammar_waits += 1
+                continue
             item = self._append(request, tokens[index], *details.get(index, (None, ())))
             if request.session is not None:
                 by_session.setdefault(request.session, []).append(item)
@@ -546,8 +539,14 @@ class Scheduler:
         if request is None:
             return
         self.stats.poisoned += 1
-        self._drop(rid)
+        text = f"the model's numbers for this request were not finite on {node}"
+        self._refuse(request, RefusalCode.POISONED, text, effects, node)
+
+    def _refuse(
+        self, request: Request, code: RefusalCode, text: str, effects: list[Effect], node: NodeId = ""
+    ) -> None:
+        """It ends here, and whoever reads it is told why."""
+        self._drop(request.rid)
         if request.session is not None:
-            text = f"the model's numbers for this request were not finite on {node}"
-            refused = Refused(rid, self.pipeline, RefusalCode.POISONED, text, node=node)
+            refused = Refused(request.rid, self.pipeline, code, text, node=node)
             effects.append(Refuse(request.session, refused))

@@ -13,7 +13,8 @@ from dataplane._fast.blocktable import BlockTable, KvGap, Rows, StepArrays, look
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import Admit, Fence, HeldMeta, RejoinMeta, StepMeta
 from dataplane.core.prefix import unpack_names
-from dataplane.model.sampler import SamplingTable
+from dataplane.core.rules import Follower, Rules
+from dataplane.model.sampler import Drawn, SamplingTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def join(steps: Sequence[Prepared], table: BlockTable) -> Batch:
 
 
 class Stage:
-    """`sampling`: the table to keep requests' token logs in, for the last stage."""
+    """`sampling`: the table to keep requests' token logs in, for the last stage; `follower`: of their grammars."""
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class Stage:
         epoch: int,
         store: KvStore,
         sampling: SamplingTable | None = None,
+        follower: Follower | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.index = index
@@ -91,6 +93,7 @@ class Stage:
         self.last_step = -1  # executed in this fence
         self.store = store
         self.sampling = sampling
+        self.rules = Rules(follower)
         self._slots: dict[int, int] = {}  # of the sampling table, by request
 
     def enter(self, fence: Fence) -> None:
@@ -136,13 +139,28 @@ class Stage:
             return "gap"
         return Prepared(meta, rows, table_rows, slots, names)
 
+    def draw(self, step: Prepared, logits: npt.NDArray[np.float32]) -> Drawn:
+        """The next tokens [K] of a step's rows, of their logits [K, vocab]; for a last stage. Changes nothing."""
+        assert self.sampling is not None
+        if not self.rules:
+            return self.sampling.sample(logits, step.slots)
+        rids = step.rows.sample_rids.tolist()
+        waiting = self.rules.waiting(rids)
+        return self.rules.judge(self.sampling.sample(logits, step.slots), rids, waiting)
+
     def commit(self, step: Prepared, tokens: npt.NDArray[np.int64] | None) -> list[int]:
-        """The step has run: the KV of its rows is valid, and `tokens` [K] were drawn (last stage).
+        """The step has run: the KV of its rows is valid, and `tokens` [K] were drawn (last stage), below 0 where there
+        is none.
 
         Returns the requests that have filled a block with it."""
         self.last_step = step.meta.step
         if tokens is not None and self.sampling is not None:
-            self.sampling.append_many(step.slots, tokens)
+            if self.rules:
+                self.rules.advance(step.rows.sample_rids.tolist(), tokens.tolist())
+                drawn = tokens >= 0
+                self.sampling.append_many(step.slots[drawn], tokens[drawn])
+            else:
+                self.sampling.append_many(step.slots, tokens)
         filled = self.store.commit(step.table_rows, step.rows, step.names)
         return [int(step.rows.rids[index]) for index in filled]
 
@@ -164,9 +182,12 @@ class Stage:
         if self.sampling is not None:
             self._forget(admit.rid)
             prompt, output = (np.frombuffer(data, "<i4") for data in (admit.prompt, admit.output))
-            self._slots[admit.rid] = self.sampling.admit(admit.sampling, prompt, output)
+            slot = self._slots[admit.rid] = self.sampling.admit(admit.sampling, prompt, output)
+            if admit.sampling.grammar:
+                self.rules.admit(admit.rid, admit.sampling.grammar, output.tolist(), self.sampling, slot)
 
     def _forget(self, rid: int) -> None:
+        self.rules.forget(rid)
         slot = self._slots.pop(rid, None)
         if slot is not None and self.sampling is not None:
             self.sampling.release(slot)

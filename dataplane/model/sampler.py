@@ -1,7 +1,8 @@
 """From logits to tokens for a whole batch; a row's token depends on nothing but its logits and its token log.
 
-The order is vLLM's: logprobs of the raw logits; then min_tokens, logit bias, penalties; then greedy, or
-temperature, min-p, top-k, top-p and a draw. The draw's randomness is a function of (seed, position) alone, and
+The order is vLLM's: a grammar's mask; logprobs of what it leaves; then min_tokens, logit bias, penalties; then greedy,
+or temperature, min-p, top-k, top-p and a draw. So logprobs are of the model's own distribution over the tokens that the
+grammar allows, and the others have none. The draw's randomness is a function of (seed, position) alone, and
 everything else of the token log, so a request that goes on elsewhere draws the same tokens."""
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from controlplane.contract.requests import Sampling
-from dataplane._fast.sampling import DrawTable
+from dataplane._fast.sampling import NONE_LEFT, POISONED, DrawTable
 from kernels.cpu._native import Team
 
 Floats = npt.NDArray[np.float32]
@@ -20,22 +21,31 @@ TokenIds = Sequence[int] | npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The tokens of one batch. `logprobs` and `top` have the rows that asked for logprobs and are not poisoned."""
+    """The tokens of one batch. `logprobs` and `top` have the rows that asked for logprobs and have a token."""
 
-    tokens: npt.NDArray[np.int64]  # [K]; undefined for poisoned rows
+    tokens: npt.NDArray[np.int64]  # [K]; below 0 where there is none
     poisoned: tuple[int, ...]  # rows whose logits are not finite
     logprobs: dict[int, float]  # row -> logprob of its token
     top: dict[int, tuple[tuple[int, float], ...]]  # row -> the best (token, logprob), best first
+    dead_ends: tuple[int, ...] = ()  # rows whose mask allows no token
+    # Of requests with a grammar (core/rules.py): whose mask is not there yet, and who can have no token, and why.
+    waiting: tuple[int, ...] = ()
+    failed: tuple[tuple[int, str], ...] = ()
 
 
 class SamplingTable:
     """Sampling state of every running request in one of max_rows slots; the memory of a slot is bounded by the
-    distinct tokens of a request that uses penalties. Not for several threads at once."""
+    distinct tokens of a request that uses penalties. Not for several threads at once.
+
+    `masks` int32 [max_rows, vocab / 32 rounded up]: what the next tokens of requests with a grammar may be, by slot,
+    a bit a token, the first in the lowest. Whoever follows the grammar writes a row between two calls of sample(). None
+    before the first such request."""
 
     def __init__(self, max_rows: int, vocab_size: int, team: Team | None = None) -> None:
         """`team`: threads that rows are shared among, idle while sample() runs; none: the caller's only."""
         self._table = DrawTable(max_rows, vocab_size, team)
         self._asked: dict[int, int] = {}  # slot -> how many of the best tokens it wants to see
+        self.masks: npt.NDArray[np.int32] | None = None
 
     @property
     def slots_in_use(self) -> int:
@@ -44,10 +54,16 @@ class SamplingTable:
     def admit(self, spec: Sampling, prompt: TokenIds, output: TokenIds = ()) -> int:
         """A slot for a request with this token log. Raises SlotsFull (a MemoryError), ValueError for a token id
         that is not in the vocabulary."""
-        slot = self._table.admit(spec, np.asarray(prompt, np.int32), np.asarray(output, np.int32))
+        masks = self._make_masks() if spec.grammar else None
+        slot = self._table.admit(spec, np.asarray(prompt, np.int32), np.asarray(output, np.int32), masks)
         if spec.logprobs is not None:
             self._asked[slot] = min(spec.logprobs, self._table.vocab_size)
         return slot
+
+    def _make_masks(self) -> npt.NDArray[np.int32]:
+        if self.masks is None:
+            self.masks = np.zeros((self._table.max_rows, -(-self._table.vocab_size // 32)), np.int32)
+        return self.masks
 
     def append(self, slot: int, token: int) -> None:
         """See append_many."""
@@ -68,12 +84,14 @@ class SamplingTable:
         state is: `append_many` moves on. Raises IndexError for a slot not in use, ValueError for wrong shapes."""
         values = np.ascontiguousarray(logits, np.float32)
         tokens, norms, largest = self._table.sample(values, slots)
-        drawn = Drawn(tokens, tuple(np.flatnonzero(tokens < 0).tolist()), {}, {})
+        poisoned, dead_ends = (tuple(np.flatnonzero(tokens == why).tolist()) for why in (POISONED, NONE_LEFT))
+        drawn = Drawn(tokens, poisoned, {}, {}, dead_ends)
         if not self._asked:
             return drawn
         for row, slot in enumerate(slots.tolist()):
             if slot in self._asked and tokens[row] >= 0:
                 norm, best = norms[row], largest[row, : self._asked[slot]]
+                best = best[best["logit"] > -np.inf]  # what a mask leaves may be fewer
                 drawn.logprobs[row] = float(values[row, tokens[row]] - norm)
                 logprobs = best["logit"] - norm  # float64
                 drawn.top[row] = tuple(zip(best["token"].tolist(), logprobs.tolist(), strict=True))

@@ -19,6 +19,7 @@ class Row:
     spec: Sampling
     prompt: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
+    allowed: tuple[int, ...] | None = None  # by a grammar's mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ def draw(table: SamplingTable, logits: Floats, slots: list[int]) -> list[Sampled
 
 
 def oracle(raw: Floats, row: Row) -> Sampled:
+    raw = masked(raw, row.allowed)
     logits = processed(raw, row)
     if row.spec.temperature < 1e-5:
         token = int(logits.argmax())
@@ -45,8 +47,16 @@ def oracle(raw: Floats, row: Row) -> Sampled:
         return Sampled(token, None, ())
     wide = raw.astype(np.float64)
     logprobs = wide - (wide.max() + math.log(np.exp(wide - wide.max()).sum()))
-    best = np.argsort(-raw, kind="stable")[: row.spec.logprobs]
+    best = [t for t in np.argsort(-raw, kind="stable")[: row.spec.logprobs] if raw[t] > -np.inf]
     return Sampled(token, float(logprobs[token]), tuple((int(t), float(logprobs[t])) for t in best))
+
+
+def masked(raw: Floats, allowed: tuple[int, ...] | None) -> Floats:
+    if allowed is None:
+        return raw
+    left = np.full_like(raw, -np.inf)
+    left[list(allowed)] = raw[list(allowed)]
+    return left
 
 
 def uniform(seed: int, position: int) -> float:
@@ -58,7 +68,8 @@ def uniform(seed: int, position: int) -> float:
 def processed(raw: Floats, row: Row) -> Floats:
     """Logits after min_tokens, bias and penalties."""
     spec, logits = row.spec, raw.copy()
-    if len(row.output) < spec.min_tokens:
+    ends = row.allowed is not None and set(row.allowed) <= set(spec.stop_token_ids)
+    if len(row.output) < spec.min_tokens and not ends:
         logits[list(spec.stop_token_ids)] = -np.inf
     for token, bias in spec.logit_bias:
         logits[token] += np.float32(bias)

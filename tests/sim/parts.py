@@ -47,13 +47,13 @@ from dataplane.node import Node
 from dataplane.oracle import OracleExecutor
 from dataplane.relay import RelayServer
 from tests.sim.world import Process
-from web.gateway.dispatch import Dispatcher
-from web.gateway.events import SubmitAsked
-from web.gateway.live import Policy
 from web.gateway.main import policy_of
 from web.gateway.metrics import Metrics
-from web.gateway.tickets import new_nonce, rid_of
-from web.gateway.watch import ClusterWatch
+from web.gateway.resume.tickets import new_nonce, rid_of
+from web.gateway.routing.cluster_watch import ClusterWatch
+from web.gateway.routing.dispatch import Dispatcher
+from web.gateway.routing.events import SubmitAsked
+from web.gateway.routing.policy import Policy
 
 BLOCK = 4
 VOCAB = 512

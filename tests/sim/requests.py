@@ -14,7 +14,7 @@ from dataplane._fast.blocktable import BlockTable
 from dataplane.model.sampler import SamplingTable
 from tests.sim.parts import BLOCK, CONTEXT, VOCAB, make_executor
 from tests.sim.world import World
-from web.gateway.events import Deliver, Fail, FailCode
+from web.gateway.routing.events import Deliver, Fail, FailCode
 
 TEMPLATES = 40
 # Errors that a storm may end a request with. The others mean that the engine or the gateway is wrong.
@@ -88,7 +88,7 @@ def expected(number: int, stages: int) -> tuple[tuple[int, ...], FinishReason]:
 
 @dataclass
 class Stream:
-    """One client. It takes what the gateway gives it, in the place of web/gateway/channel.Channel."""
+    """One client. It takes what the gateway gives it, in the place of a DeliveryQueue."""
 
     world: World
     number: int  # of its template

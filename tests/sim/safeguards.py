@@ -27,7 +27,7 @@ from dataplane.core.stage import Stage
 from dataplane.inbox import Message
 from dataplane.kvwork import KvBytes, Sums
 from dataplane.worker import Worker
-from web.gateway.tokenlog import TokenLog, Verdict
+from web.gateway.routing.tokenlog import TokenLog, Verdict
 
 
 @contextlib.contextmanager

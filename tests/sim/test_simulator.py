@@ -135,7 +135,7 @@ def test_the_digest_is_of_what_a_seed_runs_and_of_nothing_else() -> None:
         *(
             "dataplane/core/scheduler.py",
             "controlplane/core/plan.py",
-            "web/gateway/router.py",
+            "web/gateway/routing/router.py",
             "tests/sim/rpc.py",
         ),
         *(

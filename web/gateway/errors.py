@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from web.gateway.events import FailCode
+from web.gateway.routing.events import FailCode
 
 ECHO_CHARS_MAX = 80  # of a client's own bad input, in messages
 

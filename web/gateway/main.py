@@ -25,17 +25,17 @@ from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import TAKE_OVER, Registration
-from web.gateway.app import build_app
-from web.gateway.dispatch import Dispatcher
-from web.gateway.guard import ApiKeys
-from web.gateway.live import Policy
-from web.gateway.memory import Memory
+from web.gateway.http.app import build_app
+from web.gateway.http.guard import ApiKeys
+from web.gateway.http.server import listen, make_server, serve, stop
 from web.gateway.metrics import Metrics
 from web.gateway.model import Model, load_model
-from web.gateway.server import listen, make_server, serve, stop
+from web.gateway.request_memory import Memory
+from web.gateway.resume.tickets import Tickets
+from web.gateway.routing.cluster_watch import ClusterWatch
+from web.gateway.routing.dispatch import Dispatcher
+from web.gateway.routing.policy import Policy
 from web.gateway.service import Service
-from web.gateway.tickets import Tickets
-from web.gateway.watch import ClusterWatch
 
 log = structlog.get_logger()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,43 +13,21 @@ import structlog
 from pydantic import ValidationError
 from tokenizers import AddedToken, Tokenizer
 
-from controlplane.contract.config import ClusterConfig
+from controlplane.contract.config import ClusterConfig, GatewayConfig
 from controlplane.contract.errors import ConfigError
-from controlplane.contract.ids import NodeId
-from web.gateway.detok import text_of
 from web.gateway.errors import ApiError
-from web.gateway.openai import Common
-from web.gateway.template import ChatTemplate, load_template
-from web.gateway.vocabulary import Vocabulary, vocabulary_of
+from web.gateway.openai.requests import Common
+from web.gateway.routing.served_context import ServedContext
+from web.gateway.text.detok import text_of
+from web.gateway.text.grammars import GrammarChecker
+from web.gateway.text.output_format import OutputFormat, output_format
+from web.gateway.text.template import ChatTemplate, load_template
+from web.gateway.text.vocabulary import Vocabulary, vocabulary_of
 
 log = structlog.get_logger()
 
 INLINE_CHARS_MAX = 4096  # longer texts are tokenized in a thread, so that they do not stall other streams
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-
-class ServedContext:
-    """The tokens that one request may have, prompt and output together: the least that any node of the group serves,
-    since a request may come to any of them."""
-
-    def __init__(self, limit: int) -> None:
-        """`limit`: by model and settings, before a node has said what it serves."""
-        self._limit = limit
-        self._by_node: dict[NodeId, int] = {}
-
-    @property
-    def tokens(self) -> int:
-        return min(self._limit, *self._by_node.values()) if self._by_node else self._limit
-
-    def registered(self, node: NodeId, tokens: int) -> None:
-        """A node says what it serves; 0: it does not say. A lease that is lost takes nothing back."""
-        if tokens > 0:
-            self._by_node[node] = tokens
-
-    def keep(self, nodes: Collection[NodeId]) -> None:
-        """Forget all others: they have left the group."""
-        for node in self._by_node.keys() - set(nodes):
-            del self._by_node[node]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +42,8 @@ class Model:
     eos_token_ids: tuple[int, ...]
     template: ChatTemplate | None
     no_template: str = field(default="", kw_only=True)  # why there is none
+    output: OutputFormat = field(default=OutputFormat(), kw_only=True)  # of calls and reasoning
+    grammars: GrammarChecker = field(kw_only=True)
     defaults: Mapping[str, float] = field(default_factory=dict)  # of generation_config.json
     max_new_tokens: int | None = None  # of generation_config.json
 
@@ -71,6 +51,18 @@ class Model:
     def max_model_len(self) -> int:
         """Tokens of one request, prompt and output together."""
         return self.context.tokens
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether its template knows of tools, and how it calls them is known."""
+        takes = self.template is not None and self.template.for_tools.takes_tools
+        return takes and self.output.tools is not None
+
+    @property
+    def special_marks(self) -> Mapping[str, int]:
+        """Special tokens that tell parts of the output apart, by name."""
+        ids = {mark: self.tokenizer.token_to_id(mark) for mark in self.output.marks}
+        return {mark: i for mark, i in ids.items() if i in self.vocabulary.special}
 
     @property
     def chars_max(self) -> int:
@@ -118,18 +110,28 @@ def load_model(config: ClusterConfig) -> Model:
     template, no_template = load_template(folder, chars_max=max_model_len * vocabulary.longest_chars)
     if no_template:
         log.warning("no chat", reason=no_template)
+    vocab_size = settings.count("vocab_size") or tokenizer.get_vocab_size()
+    ends = eos or _end_of(tokenizer, tokenizer_settings)
     return Model(
         name=config.model_name,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         context=ServedContext(max_model_len),
-        vocab_size=settings.count("vocab_size") or tokenizer.get_vocab_size(),
-        eos_token_ids=eos or _end_of(tokenizer, tokenizer_settings),
+        vocab_size=vocab_size,
+        eos_token_ids=ends,
+        grammars=GrammarChecker(tokenizer, vocab_size, ends),
         template=template,
         no_template=no_template,
+        output=_output_format(template, config.gateway),
         defaults=_sampling_defaults(generation),
         max_new_tokens=generation.count("max_new_tokens"),
     )
+
+
+def _output_format(template: ChatTemplate | None, settings: GatewayConfig) -> OutputFormat:
+    if template is None:
+        return OutputFormat()
+    return output_format(template.for_tools.source, settings.tool_parser, settings.reasoning_parser)
 
 
 def _add_tokens(tokenizer: Tokenizer, settings: Settings) -> None:

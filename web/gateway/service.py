@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from web.describe import package_version
-from web.gateway.dispatch import Dispatcher
 from web.gateway.errors import ApiError, shorten
-from web.gateway.memory import Memory
 from web.gateway.metrics import Metrics
 from web.gateway.model import Model
-from web.gateway.tickets import Tickets
+from web.gateway.request_memory import Memory
+from web.gateway.resume.tickets import Tickets
+from web.gateway.routing.dispatch import Dispatcher
 
 KEEP_ALIVE_S = 5.0
 

@@ -60,7 +60,7 @@ class Returning(Storm):
                 super().strike(event)
 
     def come_back(self, rid: int) -> None:
-        """What web/gateway/begin.py does."""
+        """What web/gateway/resume/start_or_resume.py does."""
         self.away.remove(rid)
         del self.received[rid][self.random.randrange(len(self.received[rid]) + 1) :]
         if len(self.received[rid]) == self.submitted[rid].sampling.max_tokens:

@@ -7,7 +7,7 @@ from typing import TypeVar
 from controlplane.contract.ids import Member
 from controlplane.contract.requests import FinishReason, RefusalCode, Refused, Sampling, Submit, Token, Tokens
 from controlplane.contract.topology import Mode, Move, Pipeline, Stage, Topology
-from web.gateway.events import (
+from web.gateway.routing.events import (
     Deliver,
     Effect,
     Event,
@@ -19,8 +19,8 @@ from web.gateway.events import (
     TokensReceived,
     TopologySeen,
 )
-from web.gateway.live import Policy
-from web.gateway.router import Router
+from web.gateway.routing.policy import Policy
+from web.gateway.routing.router import Router
 
 A, B, C, TAIL = (Member(name, "1") for name in "abct")
 PROMPT = (5, 6, 7)

@@ -8,8 +8,8 @@ from controlplane.contract.ids import Member
 from controlplane.contract.topology import Pipeline, Stage
 from tests.core.counting import calls
 from tests.core.gateway.routing import TAIL, A, B, Bench, pipeline, sent
-from web.gateway.events import CancelAsked, StreamDown, StreamUp
-from web.gateway.live import Policy
+from web.gateway.routing.events import CancelAsked, StreamDown, StreamUp
+from web.gateway.routing.policy import Policy
 
 
 def test_the_fewest_prompt_tokens_that_wait() -> None:

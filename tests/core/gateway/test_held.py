@@ -8,9 +8,9 @@ from controlplane.contract.ids import Member
 from controlplane.contract.requests import RefusalCode, Sampling
 from tests.core.counting import calls, lines
 from tests.core.gateway.routing import A, B, Bench, only, pipeline, sent
-from web.gateway.balance import Loads
-from web.gateway.events import Fail, FailCode, SendSubmit, StreamDown, StreamUp, SubmitAsked, Tick
-from web.gateway.live import Policy
+from web.gateway.routing.balance import Loads
+from web.gateway.routing.events import Fail, FailCode, SendSubmit, StreamDown, StreamUp, SubmitAsked, Tick
+from web.gateway.routing.policy import Policy
 
 MANY = 768
 

@@ -11,8 +11,8 @@ from controlplane.contract.ids import Member
 from controlplane.contract.requests import RefusalCode
 from controlplane.contract.topology import Mode
 from tests.core.gateway.routing import LENGTH, A, B, Bench, C, pipeline, right
-from web.gateway.events import CancelAsked, Fail, SendCancel, SendSubmit, StreamDown, StreamUp, Tick
-from web.gateway.live import Policy
+from web.gateway.routing.events import CancelAsked, Fail, SendCancel, SendSubmit, StreamDown, StreamUp, Tick
+from web.gateway.routing.policy import Policy
 
 HEADS = (A, B, C)
 MOVES = st.one_of(

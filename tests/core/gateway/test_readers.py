@@ -30,7 +30,7 @@ from dataplane.core.events import (
 )
 from tests.core.data.test_scheduler import result, rows, scheduler
 from tests.core.gateway.routing import PROMPT, A, B, Bench, only, pipeline, right, sent
-from web.gateway.events import (
+from web.gateway.routing.events import (
     Deliver,
     Effect,
     Fail,

@@ -8,8 +8,8 @@ from controlplane.contract.ids import Member
 from controlplane.contract.requests import RefusalCode
 from controlplane.contract.topology import Move, MovePhase, Pipeline, Stage
 from tests.core.gateway.routing import TAIL, A, B, Bench, C, only, pipeline, sent
-from web.gateway.events import Fail, FailCode, StreamDown, StreamUp, Tick
-from web.gateway.live import Policy
+from web.gateway.routing.events import Fail, FailCode, StreamDown, StreamUp, Tick
+from web.gateway.routing.policy import Policy
 
 
 def test_not_here() -> None:

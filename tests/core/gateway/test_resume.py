@@ -7,9 +7,10 @@ import pytest
 from controlplane.contract.ids import Member
 from controlplane.contract.requests import Log, Recalled, RefusalCode, Sampling
 from tests.core.gateway.routing import LENGTH, PROMPT, A, B, Bench, C, only, pipeline, right, sent
-from web.gateway.cursor import Cursor, Mark
 from web.gateway.errors import ApiError
-from web.gateway.events import (
+from web.gateway.resume.cursor import Cursor, Mark
+from web.gateway.resume.tickets import Tickets, new_nonce, rid_of, seed_of
+from web.gateway.routing.events import (
     CancelAsked,
     Closing,
     Deliver,
@@ -26,8 +27,7 @@ from web.gateway.events import (
     SubmitAsked,
     Tick,
 )
-from web.gateway.live import Policy
-from web.gateway.tickets import Tickets, new_nonce, rid_of, seed_of
+from web.gateway.routing.policy import Policy
 
 OWNER = bytes(32)
 

@@ -7,7 +7,7 @@ import pytest
 from controlplane.contract.requests import FinishReason, Token, Tokens
 from controlplane.contract.topology import Mode, Pipeline, Stage
 from tests.core.gateway.routing import TAIL, A, B, Bench, C, only, pipeline, right, sent, topology
-from web.gateway.events import (
+from web.gateway.routing.events import (
     CancelAsked,
     CloseStream,
     Deliver,
@@ -22,7 +22,7 @@ from web.gateway.events import (
     TokensReceived,
     TopologySeen,
 )
-from web.gateway.live import Policy
+from web.gateway.routing.policy import Policy
 
 
 def test_streams_follow_the_topology() -> None:

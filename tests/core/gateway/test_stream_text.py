@@ -11,9 +11,9 @@ from tokenizers.decoders import DecodeStream
 
 from controlplane.contract.requests import FinishReason, Token
 from tests.core.gateway.tokenizers_of_kinds import KINDS, SPECIAL, Kind
-from web.gateway.choice import Choice, Piece, TextRules
-from web.gateway.detok import Detokenizer, StopFinder, text_of
-from web.gateway.vocabulary import vocabulary_of
+from web.gateway.text.choice_decoder import ChoiceDecoder, Piece, TextRules
+from web.gateway.text.detok import Detokenizer, StopFinder, text_of
+from web.gateway.text.vocabulary import vocabulary_of
 
 FALLBACK = KINDS["byte fallback"].tokenizer
 OK, FINE, DONE, HELLO, S, A = (FALLBACK.token_to_id(t) for t in ("▁ok", "▁fine", "▁done", "▁Hello", "s", "A"))
@@ -75,7 +75,7 @@ def test_a_prompt_that_ends_within_a_character() -> None:
 def test_thai_by_bytes() -> None:
     ids = of_bytes("กข".encode())
     for count, text in [(1, ""), (2, ""), (3, "ก"), (4, "ก"), (5, "ก"), (6, "กข")]:
-        choice = Choice(FALLBACK, [BOS], TextRules())
+        choice = ChoiceDecoder(FALLBACK, [BOS], TextRules())
         assert choice.push(tokens_of(ids[:count], FinishReason.LENGTH)).text == text
     detok = Detokenizer(FALLBACK, [])
     assert [detok.push(token) for token in [*ids[:4], OK]] == ["", "", "ก", "", "� ok"]
@@ -123,14 +123,14 @@ def run(
     resume_at: int | None = None,
 ) -> list[Piece]:
     """All pieces; with `resume_at`, another gateway goes on after that piece, with what its client has."""
-    choice, pieces = Choice(kind.tokenizer, prompt, rules), []
+    choice, pieces = ChoiceDecoder(kind.tokenizer, prompt, rules), []
     for at in range(0, len(tokens), batch):
         pieces.append(choice.push(tokens[at : at + batch]))
         if choice.finished:
             break
         if resume_at == len(pieces):
             have = sum(len(piece.tokens) for piece in pieces)
-            choice = Choice(kind.tokenizer, prompt, rules)
+            choice = ChoiceDecoder(kind.tokenizer, prompt, rules)
             for first in range(0, have, 3):
                 piece = choice.restore(tokens[first : min(first + 3, have)])
                 assert piece.silent
@@ -190,7 +190,7 @@ def test_tokens_and_text_leave_together(name: str, data: st.DataObject) -> None:
 
 
 def test_offsets_and_bytes_of_words() -> None:
-    choice = Choice(FALLBACK, [BOS, HELLO], TextRules(spans=True))
+    choice = ChoiceDecoder(FALLBACK, [BOS, HELLO], TextRules(spans=True))
     piece = choice.push(tokens_of([FINE, DONE, EOS], FinishReason.STOP))
     assert (piece.text, [span.offset for span in piece.spans]) == (" fine done", [0, 5, 10])
     assert [span.raw for span in piece.spans] == [b" fine", b" done", b""]
@@ -199,7 +199,7 @@ def test_offsets_and_bytes_of_words() -> None:
 
 
 def test_a_character_of_many_tokens_has_one_offset() -> None:
-    choice = Choice(FALLBACK, [BOS, HELLO], TextRules(spans=True))
+    choice = ChoiceDecoder(FALLBACK, [BOS, HELLO], TextRules(spans=True))
     ids = [FINE, *of_bytes("🎉".encode()), DONE, *of_bytes(b"\xe0\xe0"), OK, *of_bytes(b"\xe0\xb8")]
     pieces = [choice.push([token]) for token in tokens_of(ids, FinishReason.LENGTH)]
     text, _, raws, offsets = shown(pieces)
@@ -222,5 +222,5 @@ def test_names_of_tokens_differ() -> None:
 def test_what_was_shown_is_not_looked_at_again() -> None:
     finder = StopFinder(["abc"])
     assert finder.push("xab")[0] == "x"
-    finder.forget()
+    finder.finish()
     assert finder.push("c") == ("c", None)

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from controlplane.contract.errors import ConfigError, RequestError
-from web.gateway.openai import ChatRequest, parse, plain
-from web.gateway.template import ChatTemplate, load_template
+from web.gateway.openai.messages import plain
+from web.gateway.openai.requests import ChatRequest, parse
+from web.gateway.text.template import ChatTemplate, load_template
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 TALK: list[dict[str, Any]] = [

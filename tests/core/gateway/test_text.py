@@ -9,10 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from controlplane.contract.errors import ConfigError, RequestError
 from controlplane.contract.requests import FinishReason, Token
-from web.gateway.choice import Choice, TextRules
-from web.gateway.detok import REPLACEMENT, Detokenizer, StopFinder
-from web.gateway.template import ChatTemplate
-from web.gateway.vocabulary import Vocabulary
+from web.gateway.text.choice_decoder import ChoiceDecoder, TextRules
+from web.gateway.text.detok import REPLACEMENT, Detokenizer, StopFinder
+from web.gateway.text.template import ChatTemplate
+from web.gateway.text.vocabulary import Vocabulary
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -105,7 +105,7 @@ def test_nothing_that_may_become_a_stop_string_is_shown() -> None:
 
 
 def generate(text: str, rules: TextRules, batch: int, finish: FinishReason) -> tuple[str, str | None, int]:
-    choice = Choice(BYTES, (), rules)
+    choice = ChoiceDecoder(BYTES, (), rules)
     data = text.encode()
     tokens = [Token(1, n, NUMBER[bytes([byte])]) for n, byte in enumerate(data)]
     tokens[-1] = Token(1, len(data) - 1, tokens[-1].token, finish=finish)

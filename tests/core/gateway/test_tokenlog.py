@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlplane.contract.requests import FinishReason, Sampling, Token
-from web.gateway.tokenlog import TokenLog, Verdict
+from web.gateway.routing.tokenlog import TokenLog, Verdict
 
 LENGTH = 12
 

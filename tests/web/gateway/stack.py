@@ -18,16 +18,16 @@ from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import Member
 from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
 from tests.web.gateway.fake_node import FakeNode
-from web.gateway.app import build_app
-from web.gateway.dispatch import Dispatcher
-from web.gateway.events import TopologySeen
-from web.gateway.guard import ApiKeys
-from web.gateway.live import Policy
+from web.gateway.http.app import build_app
+from web.gateway.http.guard import ApiKeys
+from web.gateway.http.server import GatewayServer, listen, make_server, stop
 from web.gateway.metrics import Metrics
 from web.gateway.model import Model, load_model
-from web.gateway.server import GatewayServer, listen, make_server, stop
+from web.gateway.resume.tickets import Tickets
+from web.gateway.routing.dispatch import Dispatcher
+from web.gateway.routing.events import TopologySeen
+from web.gateway.routing.policy import Policy
 from web.gateway.service import Service
-from web.gateway.tickets import Tickets
 
 KEY = "sk-test"
 MODEL = "kevlar-demo"

@@ -19,7 +19,7 @@ from tests.web.gateway.raw_http import (
     talk,
 )
 from tests.web.gateway.stack import Stack, with_stack
-from web.gateway.guard import BODY_BYTES_MAX
+from web.gateway.http.guard import BODY_BYTES_MAX
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from controlplane.contract import rpc
 from controlplane.contract.ids import Member
 from dataplane.frontdoor import Frontdoor
 from web.gateway import client
-from web.gateway.client import Links, _Link
-from web.gateway.events import Event
+from web.gateway.routing.events import Event
+from web.gateway.routing.scheduler_streams import Links, _Link
 
 NODE = Member("n0", "i0")
 

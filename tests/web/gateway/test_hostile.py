@@ -14,7 +14,7 @@ import web.protocol
 from controlplane.contract import rpc
 from tests.web.gateway.stack import KEY, MODEL, Stack, running, stream
 from web.gateway.errors import ApiError
-from web.gateway.openai import INT64_MAX, ChatRequest, CompletionRequest, DetokenizeRequest, parse
+from web.gateway.openai.requests import INT64_MAX, ChatRequest, CompletionRequest, DetokenizeRequest, parse
 from web.protocol import HEAD_BYTES_MAX
 
 LIMIT_S = 20

@@ -13,7 +13,7 @@ import pytest
 from controlplane.contract.requests import Submit
 from tests.core.gateway.tokenizers_of_kinds import byte_fallback
 from tests.web.gateway.stack import Stack, beside, demo_model, running, stream
-from web.gateway.vocabulary import vocabulary_of
+from web.gateway.text.vocabulary import vocabulary_of
 
 TOKENIZER = byte_fallback()
 OK, FINE, DONE, HELLO = (TOKENIZER.token_to_id(t) for t in ("▁ok", "▁fine", "▁done", "▁Hello"))

@@ -6,7 +6,7 @@ import asyncio
 import json
 
 from tests.web.gateway.stack import Events, Stack, stream, with_stack
-from web.gateway.memory import Memory
+from web.gateway.request_memory import Memory
 
 PAD = "x" * (3 << 20)
 CHAT = "/v1/chat/completions"

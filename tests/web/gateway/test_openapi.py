@@ -11,7 +11,7 @@ import pytest
 
 from tests.web.gateway.stack import KEY, Stack, running
 from tests.web.schemathesis_run import check_by_document
-from web.gateway.openai import IGNORED, UNSUPPORTED
+from web.gateway.openai.requests import IGNORED, UNSUPPORTED
 
 EXAMPLES = 5
 

@@ -13,18 +13,18 @@ from openai.types.chat import completion_create_params as of_chat
 
 from tests.web.gateway.stack import running
 from web.gateway.errors import ApiError
-from web.gateway.openai import (
-    CACHE_HINTS,
+from web.gateway.openai.messages import TextPart
+from web.gateway.openai.requests import (
     IGNORED,
     UNSUPPORTED,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     StreamOptions,
-    TextPart,
     TokenizeRequest,
     parse,
 )
+from web.gateway.openai.strict import CACHE_HINTS
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
 COMPLETION: dict[str, Any] = {"prompt": "x"}
@@ -70,8 +70,14 @@ HINTS: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(IGNORED))
-@pytest.mark.parametrize(("kind", "body"), [(ChatRequest, CHAT), (CompletionRequest, COMPLETION)])
+@pytest.mark.parametrize(
+    ("kind", "body", "name"),
+    [
+        (kind, body, name)
+        for kind, body in ((ChatRequest, CHAT), (CompletionRequest, COMPLETION))
+        for name in sorted(IGNORED - set(kind.model_fields))
+    ],
+)
 def test_hints_are_ignored(name: str, kind: type[Any], body: dict[str, Any]) -> None:
     plain = accepts(kind, body)
     for value in [*HINTS.get(name, []), None, "x", 1, {"a": [1]}]:
@@ -168,12 +174,28 @@ def test_what_nobody_knows_is_refused(body: dict[str, Any]) -> None:
 @pytest.mark.parametrize("effort", ["none", "minimal", "low", "medium", "high", "xhigh"])
 def test_a_template_that_knows_of_efforts_is_told(effort: str) -> None:
     request = accepts(ChatRequest, CHAT | {"reasoning_effort": effort})
-    assert request.template_variables == {"reasoning_effort": effort}
+    said = {"reasoning_effort": effort} | ({"enable_thinking": False} if effort == "none" else {})
+    assert request.template_variables == said
     own = accepts(ChatRequest, CHAT | {"reasoning_effort": effort, "chat_template_kwargs": {"a": 1}})
-    assert own.template_variables == {"reasoning_effort": effort, "a": 1}
+    assert own.template_variables == said | {"a": 1}
     assert accepts(ChatRequest, CHAT | {"reasoning_effort": None}).template_variables == {}
     with pytest.raises(ApiError, match="reasoning_effort"):
         accepts(ChatRequest, CHAT | {"reasoning_effort": "hardly"})
+
+
+def test_a_template_is_told_whether_to_think() -> None:
+    for body, said in [
+        ({"enable_thinking": False}, {"enable_thinking": False}),
+        (
+            {"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}},
+            {"enable_thinking": False},
+        ),
+        (
+            {"enable_thinking": True, "reasoning_effort": "none"},
+            {"enable_thinking": True, "reasoning_effort": "none"},
+        ),
+    ]:
+        assert accepts(ChatRequest, CHAT | body).template_variables == said
 
 
 def test_tokenizing_knows_the_same_hints() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.web.gateway.fake_node import reference
 from tests.web.gateway.stack import MODEL, Stack, beside, running
-from web.gateway.tickets import Tickets
+from web.gateway.resume.tickets import Tickets
 
 PROMPT = [400, 401, 402]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -11,7 +11,7 @@ import pytest
 from tests.web.gateway.fake_node import reference
 from tests.web.gateway.stack import MODEL, Stack, beside, running
 from tests.web.gateway.test_resume import CHAT, COMPLETIONS, Event, merged, read, stream_of
-from web.gateway.live import Policy
+from web.gateway.routing.policy import Policy
 
 STREAMS, TOKENS = 8, 150
 

@@ -11,12 +11,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-
 import web.gateway.stream
+
 import web.protocol
 from tests.web.gateway.fake_node import reference
 from tests.web.gateway.stack import KEY, MODEL, Stack, running
-from web.gateway.memory import Memory
+from web.gateway.request_memory import Memory
 
 PROMPT = (400, 401)
 TOKENS = 1500

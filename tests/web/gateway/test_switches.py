@@ -12,7 +12,7 @@ from controlplane.contract.requests import RefusalCode
 from controlplane.contract.topology import Mode
 from tests.web.gateway.fake_node import reference
 from tests.web.gateway.stack import Events, Stack, running, stream
-from web.gateway.live import Policy
+from web.gateway.routing.policy import Policy
 
 PROMPT = (400, 401, 402)
 STREAMS = 6

@@ -1,0 +1,185 @@
+"""What a request demands of its output, and the grammar that comes of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from controlplane.contract.requests import GRAMMAR_BYTES_MAX
+from controlplane.grammar import Compiler, GrammarError, load_compiler
+from dataplane.demo import model_dir
+from web.gateway.errors import ApiError
+from web.gateway.openai.requests import CompletionRequest, parse
+from web.gateway.openai.structured import (
+    DEPTH_MAX,
+    SOURCE_BYTES_MAX,
+    WHITESPACE,
+    Asked,
+    asked_of,
+    depth_of,
+    json_grammar,
+    text_of,
+)
+
+OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+def asked(**fields: Any) -> Asked | None:
+    return asked_of(parse(CompletionRequest, json.dumps({"prompt": "x", **fields}).encode()))
+
+
+def grammar(**fields: Any) -> str:
+    found = asked(**fields)
+    assert found is not None
+    return text_of(found)
+
+
+def schema_in(text: str) -> Any:
+    (only,) = json.loads(text)["grammars"]
+    return only["json_schema"]
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Compiler:
+    return load_compiler(model_dir(), 2048, (1, 2))
+
+
+def accepts(compiler: Compiler, text: str, output: str) -> bool:
+    """Whether an output is all of what the grammar wants, byte by byte."""
+    matcher = compiler.compile(text)
+    tokens = compiler._tokenizer.tokenize_str(output)
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+def test_who_asks_for_nothing_gets_no_grammar() -> None:
+    for fields in (
+        {},
+        {"response_format": None},
+        {"response_format": {"type": "text"}},
+        {"guided_json": None, "structured_outputs": None},
+        {"guided_whitespace_pattern": " *", "guided_decoding_backend": "xgrammar"},
+    ):
+        assert asked(**fields) is None, fields
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "n", "schema": OBJECT, "strict": True},
+            }
+        },
+        {"structured_outputs": {"json": OBJECT}},
+        {"structured_outputs": {"json": json.dumps(OBJECT), "disable_fallback": True}},
+        {"guided_json": OBJECT},
+        {"guided_json": json.dumps(OBJECT)},
+    ],
+)
+def test_every_way_to_give_a_schema_is_the_same_grammar(fields: dict[str, Any], compiler: Compiler) -> None:
+    text = grammar(**fields)
+    assert schema_in(text) == OBJECT | {"x-guidance": WHITESPACE}
+    assert accepts(compiler, text, '{"a": 5}')
+    assert accepts(compiler, text, '{\n  "a":5\n}')
+    assert not accepts(compiler, text, '{"a": "5"}')
+    assert not accepts(compiler, text, '{\n\n"a":5}')
+
+
+@pytest.mark.parametrize(
+    ("fields", "good", "bad"),
+    [
+        ({"response_format": {"type": "json_object"}}, '{"x": [1, null]}', "[1]"),
+        ({"structured_outputs": {"json_object": True}}, "{}", '"x"'),
+        ({"structured_outputs": {"json": True}}, "[1]", "x"),
+        ({"structured_outputs": {"regex": "[ab]{2}c?"}}, "abc", "abcc"),
+        ({"guided_regex": "[ab]{2}c?"}, "ba", "b"),
+        ({"structured_outputs": {"choice": ["yes", 'a "quote"', "é\n"]}}, 'a "quote"', "a"),
+        ({"guided_choice": ["yes", "é\n"]}, "é\n", "no"),
+        ({"structured_outputs": {"grammar": 'start: "a" /[0-9]+/'}}, "a12", "a"),
+        ({"guided_grammar": 'root ::= "a" | "b" rest\nrest ::= [0-9]+'}, "b7", "a7"),
+    ],
+)
+def test_every_kind_holds_the_output_to_what_it_says(
+    fields: dict[str, Any], good: str, bad: str, compiler: Compiler
+) -> None:
+    assert accepts(compiler, grammar(**fields), good)
+    assert not accepts(compiler, grammar(**fields), bad)
+
+
+def test_whitespace_is_as_the_client_wants_it(compiler: Compiler) -> None:
+    tight = grammar(structured_outputs={"json": OBJECT, "disable_any_whitespace": True})
+    assert accepts(compiler, tight, '{"a":5}')
+    assert not accepts(compiler, tight, '{"a": 5}')
+    for fields in (
+        {"structured_outputs": {"json": OBJECT, "whitespace_pattern": "_*"}},
+        {"guided_json": OBJECT, "guided_whitespace_pattern": "_*"},
+    ):
+        assert accepts(compiler, grammar(**fields), '{__"a":5}')
+    own = OBJECT | {"x-guidance": {"whitespace_pattern": "-?"}}
+    assert accepts(compiler, grammar(guided_json=own), '{-"a":5}')
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "why"),
+    [
+        ({"guided_json": OBJECT, "guided_regex": "a"}, "guided_regex", "guided_json and guided_regex"),
+        (
+            {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+            "structured_outputs",
+            "give one of them",
+        ),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "more than one"),
+        ({"structured_outputs": {}}, "structured_outputs", "needs one of"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "structural_tag"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "schema is required"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format",
+            "required",
+        ),
+        ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
+        ({"response_format": "json_object"}, "response_format", "response_format"),
+        ({"guided_choice": []}, "guided_choice", "at least 1"),
+        ({"guided_choice": [""]}, "guided_choice", "at least 1"),
+        ({"guided_regex": ""}, "guided_regex", "at least 1"),
+        ({"guided_regex": 5}, "guided_regex", "string"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(fields: dict[str, Any], param: str, why: str) -> None:
+    with pytest.raises(ApiError, match=why) as caught:
+        asked(**fields)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"guided_json": "{"}, "not JSON"),
+        ({"guided_json": "[" * 100_000}, "not JSON"),
+        ({"guided_json": '{"a": NaN}'}, "number that JSON does not know"),
+        ({"guided_json": " " * (GRAMMAR_BYTES_MAX + 1)}, "bytes"),
+        ({"guided_json": {"enum": ["x" * GRAMMAR_BYTES_MAX]}}, "bytes"),
+        ({"guided_regex": "x" * (SOURCE_BYTES_MAX + 1)}, "bytes"),
+        ({"guided_grammar": "x" * (SOURCE_BYTES_MAX + 1)}, "bytes"),
+        ({"guided_choice": ["x" * SOURCE_BYTES_MAX]}, "bytes"),
+        ({"guided_grammar": "S -> a"}, "neither Lark nor GBNF"),
+    ],
+)
+def test_what_is_too_large_or_not_readable_says_so(fields: dict[str, Any], why: str) -> None:
+    with pytest.raises(GrammarError, match=why):
+        grammar(**fields)
+
+
+def test_depth_is_bounded() -> None:
+    deep: Any = {}
+    for depth in range(1, DEPTH_MAX + 1):
+        assert depth_of(deep) == depth
+        json_grammar(deep if isinstance(deep, dict) else {})
+        deep = {"items": deep}
+    with pytest.raises(GrammarError, match=f"nested {DEPTH_MAX + 1} deep"):
+        json_grammar(deep)
+    assert depth_of(5) == 0
+    assert depth_of([[], {"a": [1]}]) == 3

@@ -1,0 +1,225 @@
+"""The FastAPI application: routes, and how errors become answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import structlog
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from web import bodies
+from web.gateway.errors import ApiError, shorten
+from web.gateway.http.generation_response import EVENT_HEADERS, GenerationResponse
+from web.gateway.http.guard import BODY_BYTES_MAX, ApiKeys, Guard
+from web.gateway.http.openapi import document
+from web.gateway.openai.chat import chat_prompt
+from web.gateway.openai.chat_output import check_tools
+from web.gateway.openai.generation import count_error
+from web.gateway.openai.requests import DetokenizeRequest, TokenizeRequest, parse
+from web.gateway.openai.sampling import check_chars, check_tokens
+from web.gateway.openai.tools import tool_use
+from web.gateway.request_memory import Hold
+from web.gateway.resume.start_or_resume import Visit, reopen, start_or_resume
+from web.gateway.service import Service
+from web.manners import HEAD, Manners
+
+log = structlog.get_logger()
+
+DETOKENIZE_MAX = 1 << 18  # tokens
+INLINE_TOKENS_MAX = 4096  # more take milliseconds, in which no stream would go on
+BODY_S = 30.0  # a client that takes longer to send its request is not waited for
+
+
+def build_app(service: Service, keys: ApiKeys, origins: Sequence[str] = ()) -> ASGIApp:
+    """The whole application, guarded. `origins`: see Manners."""
+    app = FastAPI(title="KevlarFlow gateway", version=service.version, docs_url=None, redoc_url=None)
+    _health_routes(app, service)
+    _model_routes(app, service)
+    _generation_routes(app, service)
+    _token_routes(app, service)
+    _error_handlers(app, service)
+    described = document(service.model, service.version, service.priority_floor)
+    app.openapi = lambda: described  # type: ignore[method-assign]
+    return Manners(Guard(app, keys), lambda: app.routes, origins)
+
+
+def _health_routes(app: FastAPI, service: Service) -> None:
+    router = service.dispatcher.router
+
+    def state() -> Response:
+        """200 only while a request could be served: a pipeline is up and its scheduler can be reached."""
+        if router.closing:
+            raise ApiError(503, "this gateway is shutting down", retry_after_s=1)
+        reasons = [*router.troubles(time.monotonic()), *service.troubles()]
+        if not router.reachable:
+            raise ApiError(503, f"no pipeline is up and reachable: {'; '.join(reasons)}", retry_after_s=1)
+        status = "degraded" if reasons else "ok"  # requests are served, but not everything is mended
+        return _json({"status": status, "pipelines": router.reachable, "reasons": reasons})
+
+    @app.get("/livez")
+    async def livez() -> Response:
+        return _json({"status": "ok"})
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        return state()
+
+    @app.get("/health")
+    async def health() -> Response:
+        return state()
+
+    @app.get("/version")
+    async def version() -> Response:
+        return _json({"version": service.version})
+
+    @app.get("/load")
+    async def load() -> Response:
+        return _json({"server_load": router.live})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _model_routes(app: FastAPI, service: Service) -> None:
+    model = {
+        "id": service.model.name,
+        "object": "model",
+        "created": service.started_unix_s,
+        "owned_by": "kevlarflow",
+        "root": service.model.name,
+        "parent": None,
+        "max_model_len": service.model.max_model_len,
+    }
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return _json({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        service.check_model(name)
+        return _json(model)
+
+
+def _generation_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions", response_model=None)
+    async def completions(request: Request) -> GenerationResponse:
+        hold = service.memory.hold(request.state.owner)
+        started = await start_or_resume(
+            service, "completion", await read_body(request, hold), _visit(request), hold
+        )
+        return GenerationResponse(service, started)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(request: Request) -> GenerationResponse:
+        hold = service.memory.hold(request.state.owner)
+        started = await start_or_resume(
+            service, "chat", await read_body(request, hold), _visit(request), hold
+        )
+        return GenerationResponse(service, started)
+
+    @app.get("/v1/streams/{stream}", response_model=None)
+    async def streams(stream: str, request: Request) -> Response:
+        if getattr(request.state, HEAD, False):  # nothing is taken from whoever reads it
+            service.tickets.read(stream.partition(".")[0], request.state.owner)
+            return Response(headers={name.decode(): value.decode() for name, value in EVENT_HEADERS})
+        hold = service.memory.hold(request.state.owner)
+        return GenerationResponse(service, await reopen(service, stream, _visit(request), hold))
+
+
+def _token_routes(app: FastAPI, service: Service) -> None:
+    model = service.model
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        hold = service.memory.hold(request.state.owner)
+        body = parse(TokenizeRequest, await read_body(request, hold))
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "either prompt or messages is required", "prompt")
+        if body.messages is not None:
+            use = tool_use(body.tools, None)
+            if use is not None:
+                check_tools(model, use)
+            ids = list(
+                await chat_prompt(
+                    service,
+                    body.messages,
+                    body.add_generation_prompt,
+                    bool(body.add_special_tokens),
+                    body.chat_template_kwargs,
+                    use,
+                )
+            )
+        else:
+            text = body.prompt or ""
+            check_chars(model, len(text), "prompt")
+            ids = await model.encode(text, body.add_special_tokens is not False)
+        names = [model.tokenizer.id_to_token(i) for i in ids] if body.return_token_strs else None
+        limit = model.max_model_len
+        return _json({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": names})
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        hold = service.memory.hold(request.state.owner)
+        body = parse(DetokenizeRequest, await read_body(request, hold))
+        service.check_model(body.model)
+        if len(body.tokens) > DETOKENIZE_MAX:
+            raise ApiError(400, f"at most {DETOKENIZE_MAX} tokens at once", "tokens")
+        ids = list(check_tokens(model, body.tokens, "tokens"))
+        if len(ids) <= INLINE_TOKENS_MAX:
+            return _json({"prompt": model.decode(ids)})
+        return _json({"prompt": await asyncio.to_thread(model.decode, ids)})
+
+
+def _error_handlers(app: FastAPI, service: Service) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        count_error(service, error)
+        return _json(error.body, error.status, error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        text = f"{request.method} {shorten(request.url.path)}: {error.detail}"
+        wrapped = ApiError(error.status_code, text)
+        count_error(service, wrapped)
+        return _json(wrapped.body, error.status_code, dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def defect(_: Request, error: Exception) -> Response:
+        log.error("a request failed", exc_info=error)
+        wrapped = ApiError(500, "internal error of the gateway")
+        count_error(service, wrapped)
+        return _json(wrapped.body, 500, wrapped.headers)
+
+
+async def read_body(request: Request, hold: Hold) -> bytes:
+    """The body, refused as soon as it exceeds its bound or its client's memory. Raises ApiError."""
+    try:
+        return await bodies.read_body(request, BODY_BYTES_MAX, BODY_S, hold.grow)
+    except bodies.BodyError as error:
+        raise ApiError(error.status, error.message) from None
+
+
+def _visit(request: Request) -> Visit:
+    headers = request.headers
+    return Visit(
+        request.state.owner,
+        headers.get("x-request-id", ""),
+        headers.get("idempotency-key"),
+        headers.get("last-event-id") or None,  # an empty one says that nothing has come yet
+    )
+
+
+def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(data), status, headers, "application/json")

@@ -1,0 +1,133 @@
+"""A generation as server-sent events: from a scheduler's message to the client's socket in one chain of calls.
+
+No task runs for a token. What a message brings is written at once if the client takes it. A slow client's tokens wait
+in the queue, and leave when it reads again. The request's task is called for what needs one: the first
+bytes (status and headers go before them), the end, and whatever goes wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from web.gateway.http.connection import Wire
+from web.gateway.openai.answer_format import AnswerFormat
+from web.gateway.openai.generation import Generation
+from web.gateway.resume.cursor import Cursor, Mark
+from web.gateway.text.choice_decoder import Piece
+
+# No empty line after it: the openai client takes one for an event once it has seen an id.
+KEEP_ALIVE = b": keep-alive\n"
+
+
+class EventStream:
+    """Each event has an id: the stream's ticket, and how far the client has come with it (`cursor`)."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        form: AnswerFormat,
+        ticket: str,
+        cursor: Cursor,
+        wire: Wire,
+        keep_alive_s: float,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._generation = generation
+        self._form = form
+        self._id_head = f"id: {ticket}."
+        self._cursor = cursor
+        self._marks = ["" if mark is None else str(mark) for mark in cursor.marks]
+        self._taken = [0] * len(cursor.marks)  # tokens of each choice, up to the last piece
+        self._wire = wire
+        self._keep_alive_s = keep_alive_s
+        self._begun = False
+        self._said = 0.0  # when something was sent last
+        self._turn: asyncio.Future[bytes] = self._loop.create_future()
+        self._quiet: asyncio.TimerHandle | None = None
+
+    async def turn(self, begun: bool) -> bytes:
+        """Write what comes until the task is needed: returns what it has to send.
+
+        That is the first bytes if not yet `begun`, and else those before the end (see `generation`). Raises
+        ApiError and ClientGone.
+        """
+        self._begun = begun
+        self._turn = self._loop.create_future()
+        if self._quiet is None:
+            self._said = self._loop.time()
+            self._quiet = self._loop.call_later(self._keep_alive_s, self._keep_alive)
+            self._wire.watch(self._advance, self._say_something)
+            self._generation.queue.attach(self._advance)
+        self._advance()
+        return await self._turn
+
+    def close(self) -> None:
+        self._generation.queue.attach(None)
+        self._wire.watch(None, None)
+        self._turn.cancel()
+        if self._quiet is not None:
+            self._quiet.cancel()
+
+    def events(self, index: int, piece: Piece) -> bytes:
+        """The events of a piece with their ids; none when the client has them already."""
+        self._taken[index] += len(piece.tokens)
+        data = self._form.chunk(index, piece)
+        if piece.silent:
+            return b""
+        opening = b""
+        if not self._marks[index] and (event := self._form.opening(index)):
+            self._marks[index] = "0"
+            opening = self.id() + event
+        if not data:
+            return opening
+        self._marks[index] = str(self._taken[index])
+        if piece.finish:
+            reasoning = self._generation.choices[index].reasoning_tokens
+            self._marks[index] = str(Mark(self._taken[index], True, reasoning))
+        return opening + self.id() + data
+
+    def id(self) -> bytes:
+        return f"{self._id_head}{'-'.join(self._marks)}{'u' if self._cursor.usage else ''}\n".encode()
+
+    def last(self) -> bytes:
+        """Usage, when asked for and not sent yet."""
+        data = b"" if self._cursor.usage else self._form.last()
+        self._cursor.usage = True
+        return self.id() + data if data else b""
+
+    def _advance(self) -> None:
+        """Take in what has come."""
+        turn, generation = self._turn, self._generation
+        if turn.done():
+            return  # the task comes first, and looks here again
+        if self._wire.paused and not generation.queue.full:
+            return  # called again when the client reads
+        try:
+            pieces = generation.take()
+            out = b"".join([self.events(index, piece) for index, piece in pieces])
+        except Exception as error:  # ends this stream, and no other: the task tells the client
+            turn.set_exception(error)
+            return
+        if generation.finished or generation.leaving or (out and not self._begun):
+            turn.set_result(out)
+        elif out:
+            self._wire.write(out)
+            self._said = self._loop.time()
+
+    def _say_something(self) -> None:
+        """The client may be gone: only writing shows it."""
+        if self._begun and not (self._turn.done() or self._wire.paused):
+            self._said = self._loop.time()
+            self._wire.write(KEEP_ALIVE)
+
+    def _keep_alive(self) -> None:
+        now = self._loop.time()
+        if now >= self._said + self._keep_alive_s:
+            self._said = now
+            if self._turn.done() or self._wire.paused:
+                pass  # something is about to be sent
+            elif self._begun:
+                self._wire.write(KEEP_ALIVE)
+            else:
+                self._turn.set_result(KEEP_ALIVE)
+        self._quiet = self._loop.call_at(self._said + self._keep_alive_s, self._keep_alive)

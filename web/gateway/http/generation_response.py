@@ -1,0 +1,159 @@
+"""The HTTP answer of a generation: one JSON body, or a stream of server-sent events.
+
+A stream ends with `data: [DONE]`; whatever goes wrong before is told in an error event first. Clients take a bare end
+of stream for success, so there is none. Only a gateway that was told to stop ends a stream without [DONE], by a
+`reconnect` event: the stream itself is not over. Each event has an id, by which its client goes on at any gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import structlog
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from web.gateway.errors import ApiError
+from web.gateway.http.connection import wire_of
+from web.gateway.http.event_stream import EventStream
+from web.gateway.openai.generation import ClientGone, count_error
+from web.gateway.resume.start_or_resume import StartedAnswer
+from web.gateway.routing.delivery_queue import Gone
+from web.gateway.service import Service
+
+log = structlog.get_logger()
+
+DONE = b"data: [DONE]\n\n"
+RETRY_MS = 100  # a pause for EventSource; other gateways are ready, so there is no reason to wait longer
+PIECE_BYTES = 64 << 10
+STOPPING = "this gateway is shutting down"
+EVENT_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class GenerationResponse(Response):
+    """Runs the generation of `started` while it is sent; frees it whatever happens."""
+
+    def __init__(self, service: Service, started: StartedAnswer) -> None:
+        self.status_code = 200  # Starlette's own fields are not used beyond this one
+        self.background = None
+        self._service = service
+        self._generation = started.generation
+        self._form = started.form
+        self._ticket = started.ticket
+        self._cursor = started.cursor
+        self._hold = started.hold
+        self._begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watcher = asyncio.create_task(self._watch(receive))
+        stream = EventStream(
+            self._generation,
+            self._form,
+            self._ticket,
+            self._cursor,
+            wire_of(scope),
+            self._service.keep_alive_s,
+        )
+        try:
+            await self._run(stream, send)
+        except ClientGone:
+            return  # counted where it was noticed; `finally` frees everything
+        finally:
+            stream.close()
+            self._generation.close()
+            self._hold.release()
+            watcher.cancel()
+
+    async def _run(self, stream: EventStream, send: Send) -> None:
+        """Answer; what goes wrong is told to the client. Raises ClientGone."""
+        try:
+            for index, piece in self._generation.known():
+                stream.events(index, piece)
+                await asyncio.sleep(0)  # other streams go on meanwhile
+            self._generation.start()
+            await (self._send_stream(stream, send) if self._ticket else self._send_body(send))
+        except ApiError as error:
+            self._generation.close()  # a client that reads slowly may keep us here for long
+            await self._send_error(send, error)
+        except ClientGone:
+            raise
+        except Exception:
+            log.exception("a generation failed")
+            await self._send_error(send, ApiError(500, "internal error of the gateway"))
+
+    async def _watch(self, receive: Receive) -> None:
+        """The request's body has been read: the next message is the client's leaving."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._generation.queue.put(Gone())
+
+    async def _send_stream(self, stream: EventStream, send: Send) -> None:
+        generation = self._generation
+        while True:
+            # Nothing is sent before there is something to say, so that a refusal can still be a 429 or a 503.
+            out = await stream.turn(self._begun)
+            if generation.finished:
+                return await self._write(send, out + stream.last() + DONE, more=False)
+            if generation.leaving:
+                return await self._hand_over(stream, send, out)
+            await self._write(send, out)
+
+    async def _hand_over(self, stream: EventStream, send: Send, out: bytes) -> None:
+        """Send the client to another gateway. Raises ApiError when it has nothing yet: then it just asks again."""
+        if not (self._begun or out):
+            raise ApiError(503, STOPPING, retry_after_s=1)
+        self._generation.leave()
+        self._service.metrics.handed_over.inc()
+        error = ApiError(503, f"{STOPPING}: send the request again, with Last-Event-ID, to any other")
+        event = b"event: reconnect\nretry: %d\ndata: %s\n\n" % (RETRY_MS, error.encode())
+        await self._write(send, out + stream.id() + event, more=False)
+
+    async def _send_body(self, send: Send) -> None:
+        generation = self._generation
+        ended = asyncio.get_running_loop().create_future()
+
+        def collect() -> None:
+            if ended.done():
+                return
+            try:
+                for index, piece in generation.take():
+                    self._hold.grow(self._form.keep(index, piece))
+            except Exception as error:  # the task tells the client
+                ended.set_exception(error)
+            else:
+                if generation.finished:
+                    ended.set_result(None)
+
+        generation.queue.attach(collect)
+        collect()
+        await ended
+        await self._send_json(send, 200, msgspec.json.encode(self._form.body()), {})
+
+    async def _write(self, send: Send, data: bytes, more: bool = True) -> None:
+        if not self._begun:
+            self._begun = True
+            where = (b"content-location", f"/v1/streams/{self._ticket}".encode())
+            await send({"type": "http.response.start", "status": 200, "headers": [*EVENT_HEADERS, where]})
+        message: Message = {"type": "http.response.body", "body": data, "more_body": more}
+        await send(message)
+
+    async def _send_error(self, send: Send, error: ApiError) -> None:
+        """As a status while that is possible, else as an event."""
+        count_error(self._service, error)
+        if self._begun:
+            await self._write(send, b"data: " + error.encode() + b"\n\n" + DONE, more=False)
+        else:
+            await self._send_json(send, error.status, error.encode(), error.headers)
+
+    async def _send_json(self, send: Send, status: int, body: bytes, headers: dict[str, str]) -> None:
+        pairs = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        pairs += [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": pairs})
+        for at in range(0, len(body), PIECE_BYTES):  # the server waits between them for a slow client
+            piece, more = body[at : at + PIECE_BYTES], at + PIECE_BYTES < len(body)
+            await send({"type": "http.response.body", "body": piece, "more_body": more})

@@ -1,0 +1,284 @@
+"""The gateway's OpenAPI document (pure)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from web.describe import (
+    ANY,
+    EVENTS,
+    INTEGER,
+    JSON,
+    STRING,
+    TEXT,
+    Api,
+    Endpoint,
+    Schema,
+    array,
+    nullable,
+    parameter,
+    record,
+    ref,
+)
+from web.gateway.model import Model
+from web.gateway.openai.requests import (
+    CHOICES_MAX,
+    IGNORED,
+    UNSUPPORTED,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from web.gateway.openai.sampling import BIAS_MAX
+from web.gateway.openai.structured import DEMANDS
+
+ROLES = ("system", "developer", "user", "assistant", "tool")  # a template may know others
+BODIES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+GENERATION_ERRORS = (404, 409, 410, 422, 429)
+LAST_EVENT_ID = parameter(
+    "Last-Event-ID", "header", STRING, "The id of the last event that came: the stream goes on after it."
+)
+# Said in words: a second body under the same key is refused, which no schema of one request can say.
+IDEMPOTENCY_KEY = (
+    "The header Idempotency-Key (1 to 255 printable ASCII characters, best a UUID) makes it safe to send the same body"
+    " again: it is computed once, and answered the same. Another body under the same key is refused with 422."
+)
+REQUEST_ID = parameter("X-Request-Id", "header", STRING, "What the answer's id is made of, if it can be.")
+
+
+def document(model: Model, version: str, priority_floor: int) -> dict[str, Any]:
+    error = record({"message": STRING, "type": STRING, "param": nullable(STRING), "code": INTEGER})
+    return Api(
+        "KevlarFlow gateway", version, _endpoints(), _schemas(model, priority_floor), record({"error": error})
+    ).document()
+
+
+def _endpoints() -> list[Endpoint]:
+    health = {200: {JSON: record({"status": STRING}, {"pipelines": INTEGER, "reasons": array(STRING)})}}
+    model = {200: {JSON: ref("Model")}}
+    name = parameter("name", "path", STRING, "The model's.")
+    stream = parameter("stream", "path", STRING, "As Content-Location had it.")
+    headers = (LAST_EVENT_ID, REQUEST_ID)
+    return [
+        Endpoint("GET", "/livez", "Whether the process answers", health, open=True),
+        Endpoint("GET", "/readyz", "Whether a request could be served", health, open=True),
+        Endpoint("GET", "/health", "Whether a request could be served", health, open=True),
+        Endpoint("GET", "/version", "The release", {200: {JSON: record({"version": STRING})}}, open=True),
+        Endpoint("GET", "/load", "Requests under way", {200: {JSON: record({"server_load": INTEGER})}}),
+        Endpoint("GET", "/metrics", "For Prometheus", {200: {TEXT: STRING}}),
+        Endpoint("GET", "/v1/models", "The model", {200: {JSON: record({"data": array(ref("Model"))})}}),
+        Endpoint("GET", "/v1/models/{name}", "The model", model, (404,), parameters=(name,)),
+        Endpoint(
+            "POST",
+            "/v1/completions",
+            "Complete prompts",
+            _generated("Completion"),
+            GENERATION_ERRORS,
+            ref("CompletionRequest"),
+            headers,
+            description=IDEMPOTENCY_KEY,
+        ),
+        Endpoint(
+            "POST",
+            "/v1/chat/completions",
+            "Answer a conversation",
+            _generated("ChatCompletion"),
+            GENERATION_ERRORS,
+            ref("ChatRequest"),
+            headers,
+            description=IDEMPOTENCY_KEY,
+        ),
+        Endpoint(
+            "GET",
+            "/v1/streams/{stream}",
+            "The rest of a stream",
+            {200: {EVENTS: ANY}},
+            (403, *GENERATION_ERRORS),
+            parameters=(stream, LAST_EVENT_ID),
+        ),
+        Endpoint(
+            "POST",
+            "/tokenize",
+            "Token ids of a text",
+            {200: {JSON: ref("Tokens")}},
+            (404, 429),
+            ref("TokenizeRequest"),
+        ),
+        Endpoint(
+            "POST",
+            "/detokenize",
+            "The text of token ids",
+            {200: {JSON: record({"prompt": STRING})}},
+            (404, 429),
+            ref("DetokenizeRequest"),
+        ),
+    ]
+
+
+def _relate(schemas: dict[str, Schema], model: Model) -> None:
+    """What the types do not say: the model's numbers, and which parameters go together."""
+    null, true, no = {"type": "null"}, {"const": True}, {"enum": [None, False]}
+    no_usage = {"anyOf": [null, {"properties": {"include_usage": no}}]}
+    streaming = [
+        {"properties": {"stream": true}, "required": ["stream"]},
+        {"properties": {"stream_options": no_usage}},
+    ]
+    best_of = [
+        {"properties": {"best_of": null}},
+        {"properties": {"best_of": {"const": 1}, "n": {"enum": [None, 1]}}},
+    ]
+    top = [
+        {"properties": {"logprobs": true}, "required": ["logprobs"]},
+        {"properties": {"top_logprobs": {"enum": [None, 0]}}},
+    ]
+    echo = [{"properties": {"echo": no}}, {"properties": {"logprobs": null}}]
+    schemas["CompletionRequest"]["allOf"] = [{"anyOf": choice} for choice in (streaming, best_of, echo)]
+    schemas["ChatRequest"]["allOf"] = [{"anyOf": choice} for choice in (streaming, best_of, top)]
+    schemas["TokenizeRequest"]["oneOf"] = [
+        {"properties": {"prompt": STRING, "messages": null}, "required": ["prompt"]},
+        {"properties": {"prompt": null, "messages": {"type": "array"}}, "required": ["messages"]},
+    ]
+    schemas["Message"]["properties"]["role"] = {"enum": list(ROLES)}
+    if not model.calls_tools:
+        for name in ("ChatRequest", "TokenizeRequest"):
+            schemas[name]["properties"]["tools"] = {
+                "enum": [None, []],
+                "description": "This model cannot be told of tools.",
+            }
+        schemas["ChatRequest"]["properties"]["tool_choice"] = {"enum": [None, "none", "auto"]}
+    zeros = 9 - len(str(model.vocab_size))  # that may stand before
+    below = f"^0{{0,{zeros}}}(?:{_below(model.vocab_size)})$"
+    for name in ("CompletionRequest", "ChatRequest"):
+        properties = schemas[name]["properties"]
+        _demands(schemas[name])
+        _items(properties["stop_token_ids"], model.vocab_size - 1)
+        del properties["min_tokens"]  # no schema can say that it is at most max_tokens: the description does
+        for branch in properties["logit_bias"]["anyOf"]:
+            if branch.get("type") == "object":
+                branch["propertyNames"] = {"pattern": below}
+                branch["additionalProperties"] |= {"minimum": -BIAS_MAX, "maximum": BIAS_MAX}
+    prompt = schemas["CompletionRequest"]["properties"]["prompt"]
+    _items(prompt, model.vocab_size - 1)
+    for branch in prompt["anyOf"]:
+        if branch["type"] == "array":
+            branch["minItems"] = 1
+            if branch["items"]["type"] == "array":
+                branch["items"]["minItems"] = 1
+            if branch["items"]["type"] != "integer":
+                branch["maxItems"] = CHOICES_MAX
+    _items(schemas["DetokenizeRequest"]["properties"]["tokens"], model.vocab_size - 1)
+
+
+def _demands(schema: Schema) -> None:
+    """No schema can say which grammars compile, nor that one is enough: the description does."""
+    for name in set(DEMANDS) - {"response_format"}:
+        del schema["properties"][name]
+    kinds = {"properties": {"type": {"enum": ["text", "json_object"]}}, "required": ["type"]}
+    free = {"type": "object", **kinds, "additionalProperties": False}
+    schema["properties"]["response_format"] = {"anyOf": [free, {"type": "null"}]}
+    any_text = {"anyOf": [{"type": "null"}, {"properties": {"type": {"const": "text"}}}]}
+    schema["allOf"].append(
+        {
+            "anyOf": [
+                {"properties": {"response_format": any_text}},
+                {"properties": {"ignore_eos": {"enum": [None, False]}}},
+            ]
+        }
+    )
+
+
+def _below(limit: int) -> str:
+    """A regular expression for the decimal numbers below `limit` (at least 1)."""
+    digits, parts = str(limit), []
+    for at, digit in enumerate(map(int, digits)):
+        lowest = 1 if at == 0 and len(digits) > 1 else 0
+        if digit > lowest:
+            rest = len(digits) - at - 1
+            parts.append(f"{digits[:at]}[{lowest}-{digit - 1}]" + (f"[0-9]{{{rest}}}" if rest else ""))
+    if len(digits) > 1:
+        parts.append(f"[0-9]{{1,{len(digits) - 1}}}")
+    return "|".join(parts)
+
+
+def _items(schema: Schema, maximum: int) -> None:
+    """Bound the integers in (lists of) lists."""
+    for branch in [*schema.get("anyOf", []), *([schema["items"]] if "items" in schema else [])]:
+        _items(branch, maximum)
+    if schema.get("type") == "integer":
+        schema["maximum"] = maximum
+
+
+def _generated(schema: str) -> dict[int, dict[str, Schema]]:
+    return {200: {JSON: ref(schema), EVENTS: ANY}}
+
+
+def _schemas(model: Model, priority_floor: int) -> dict[str, Schema]:
+    _, bodies = models_json_schema(
+        [(kind, "validation") for kind in BODIES], ref_template="#/components/schemas/{model}"
+    )
+    schemas: dict[str, Schema] = bodies["$defs"]
+    for kind in BODIES:
+        properties = schemas[kind.__name__]["properties"]
+        for name in sorted(IGNORED - set(properties)):
+            properties[name] = {"description": "Accepted, and without effect here."}
+        for name in sorted(set(UNSUPPORTED) - set(properties)):
+            neutral = [value for value in UNSUPPORTED[name] if not isinstance(value, float)]
+            properties[name] = {
+                "enum": [None, *neutral],
+                "description": "Not supported but for what says nothing.",
+            }
+    _relate(schemas, model)
+    for name in ("CompletionRequest", "ChatRequest"):
+        for branch in schemas[name]["properties"]["priority"]["anyOf"]:
+            if branch["type"] == "integer":
+                branch["minimum"] = priority_floor
+    for name in ("CompletionRequest", "ChatRequest"):
+        schemas[name]["description"] = (
+            f"Prompt and output together have at most {model.max_model_len} tokens. There is also min_tokens, an"
+            " integer from 0 to max_tokens: before so many tokens nothing stops the output. And response_format takes"
+            " OpenAI's json_schema; instead of it one of structured_outputs, guided_json, guided_regex, guided_choice"
+            " and guided_grammar may say what the output has to be, as with vLLM (docs/structured-output.md)."
+        )
+    for holder, name in (
+        ("CompletionRequest", "max_tokens"),
+        ("ChatRequest", "max_tokens"),
+        ("ChatRequest", "max_completion_tokens"),
+    ):
+        _bound(schemas[holder]["properties"][name], model.max_model_len - 1)
+    usage = record(
+        {"prompt_tokens": INTEGER, "total_tokens": INTEGER, "completion_tokens": INTEGER},
+        {"completion_tokens_details": record({"reasoning_tokens": INTEGER})},
+    )
+    choice = record(
+        {"index": INTEGER, "finish_reason": nullable(STRING), "logprobs": ANY},
+        {"stop_reason": ANY, "token_ids": array(INTEGER)},
+    )
+    answer = {"id": STRING, "object": STRING, "created": INTEGER, "model": STRING, "usage": usage}
+    function = record({"name": STRING, "arguments": STRING})
+    call = record({"id": STRING, "type": STRING, "function": function})
+    spoken = record(
+        {"role": STRING, "content": nullable(STRING)},
+        {"reasoning_content": STRING, "tool_calls": array(call)},
+    )
+    return schemas | {
+        "Model": record({"id": STRING, "object": STRING, "created": INTEGER, "max_model_len": INTEGER}),
+        "Tokens": record(
+            {"count": INTEGER, "max_model_len": INTEGER, "tokens": array(INTEGER)},
+            {"token_strs": nullable(array(nullable(STRING)))},
+        ),
+        "Completion": record({**answer, "choices": array(_with(choice, "text", STRING))}),
+        "ChatCompletion": record({**answer, "choices": array(_with(choice, "message", spoken))}),
+    }
+
+
+def _with(schema: Schema, name: str, member: Schema) -> Schema:
+    return record({**{key: schema["properties"][key] for key in schema["required"]}, name: member})
+
+
+def _bound(schema: Schema, maximum: int) -> None:
+    for branch in schema.get("anyOf", [schema]):
+        if branch.get("type") == "integer":
+            branch["maximum"] = maximum

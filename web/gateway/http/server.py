@@ -1,0 +1,76 @@
+"""uvicorn, with an end that leaves no stream hanging."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import signal
+import socket
+from collections.abc import Iterator
+
+import structlog
+import uvicorn
+from starlette.types import ASGIApp
+
+from controlplane.contract.address import bound
+from web.gateway.http.connection import StreamProtocol
+from web.gateway.routing.dispatch import Dispatcher
+
+log = structlog.get_logger()
+
+STOP_GRACE_S = 5.0  # answers in one piece may finish for so long
+TELL_S = 2.0  # after that they are told within this, then connections are cut
+
+
+class GatewayServer(uvicorn.Server):
+    """Signals are ours: uvicorn's own handling would wait for open streams before telling them anything."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 picks a free one."""
+    return bound(host, port)
+
+
+def make_server(app: ASGIApp, stop_grace_s: float = STOP_GRACE_S) -> GatewayServer:
+    config = uvicorn.Config(
+        app,
+        http=StreamProtocol,
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=math.ceil(stop_grace_s + TELL_S),
+        backlog=1024,
+    )
+    return GatewayServer(config)
+
+
+async def serve(
+    server: GatewayServer, sock: socket.socket, dispatcher: Dispatcher, stop_grace_s: float = STOP_GRACE_S
+) -> None:
+    """Serve until SIGTERM or SIGINT (or `stop`)."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, server, dispatcher, stop_grace_s)
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def stop(server: GatewayServer, dispatcher: Dispatcher, grace_s: float = STOP_GRACE_S) -> None:
+    """Take nothing new, send streams to other gateways, and end when the other answers are out, or the grace is."""
+    if not server.should_exit:
+        log.info("shutting down", live=dispatcher.router.live)
+        dispatcher.hand_over()
+        asyncio.get_running_loop().call_later(grace_s, dispatcher.shut_down)
+    server.should_exit = True

@@ -1,0 +1,172 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from msgspec.structs import replace
+
+from web.gateway.errors import ApiError
+from web.gateway.openai import answers
+from web.gateway.openai.events import ChunkWriter
+from web.gateway.openai.generation import Generation, Plan
+from web.gateway.openai.grammar_check import grammar_of
+from web.gateway.openai.prepared import PreparedRequest, digest_of
+from web.gateway.openai.requests import INT64_MAX, CompletionRequest, parse
+from web.gateway.openai.sampling import check_chars, check_tokens, make_sampling, text_rules
+from web.gateway.openai.structured import DEMANDS
+from web.gateway.openai.whole_answer import Whole
+from web.gateway.service import Service
+from web.gateway.text.choice_decoder import Piece
+from web.gateway.text.detok import text_of
+
+MAX_TOKENS = 16  # OpenAI's and vLLM's default
+
+
+async def prepare_completion(service: Service, body: bytes, seed: int) -> PreparedRequest:
+    """Check everything. Raises ApiError."""
+    request = parse(CompletionRequest, body)
+    service.check_model(request.model)
+    service.check_priority(request.priority)
+    default = min(MAX_TOKENS, service.model.max_new_tokens or MAX_TOKENS)
+    grammar = await grammar_of(service.model, request)
+    plans: list[Plan] = []
+    for prompt in request.prompts:
+        ids = await prompt_ids(service, request, prompt)
+        await asyncio.sleep(0)  # other streams go on meanwhile
+        seed = request.seed if request.seed is not None else seed
+        # What nobody asked for is not refused for being too much.
+        max_tokens = request.max_tokens or max(1, min(default, service.model.max_model_len - len(ids)))
+        sampling = make_sampling(
+            request, service.model, len(ids), max_tokens, seed, request.logprobs, grammar
+        )
+        for n in range(request.choices):
+            plans.append(Plan(ids, replace(sampling, seed=(seed + n) & INT64_MAX)))
+    return _prepared(service, slim(service, request), plans, digest_of(request, plans))
+
+
+def slim(service: Service, request: CompletionRequest) -> CompletionRequest:
+    """The request without what its plans say. Of the prompts there is only their text, if it is to be echoed."""
+    texts = [""] * len(request.prompts)
+    if request.echo:
+        skip = request.skip_special_tokens is not False
+        # Up to a character that the answer goes on with.
+        texts = [
+            p if isinstance(p, str) else text_of(service.model.tokenizer, p, skip)[0] for p in request.prompts
+        ]
+    return request.model_copy(update={"prompt": texts, "logit_bias": None, **dict.fromkeys(DEMANDS)})
+
+
+def kept_completion(service: Service, options: bytes) -> PreparedRequest:
+    """What `PreparedRequest.options` was made of, with no plans: the logs have them."""
+    return _prepared(service, slim(service, parse(CompletionRequest, options)), [], b"")
+
+
+def _prepared(
+    service: Service, request: CompletionRequest, plans: list[Plan], digest: bytes
+) -> PreparedRequest:
+    return PreparedRequest(
+        request,
+        plans,
+        text_rules(request, service.model, request.logprobs is not None),
+        lambda generation, request_id, created: CompletionFormat(
+            service, request, generation, f"cmpl-{request_id}", created
+        ),
+        digest,
+        prompts=len(request.prompts),
+    )
+
+
+async def prompt_ids(
+    service: Service, request: CompletionRequest, prompt: str | list[int]
+) -> tuple[int, ...]:
+    """Token ids of one prompt, checked. Raises ApiError."""
+    if isinstance(prompt, list):
+        if not prompt:
+            raise ApiError(400, "a prompt has no tokens", "prompt")
+        return check_tokens(service.model, prompt, "prompt")
+    check_chars(service.model, len(prompt), "prompt")
+    return tuple(await service.model.encode(prompt, request.add_special_tokens is not False))
+
+
+class CompletionFormat:
+    """OpenAI's text_completion objects, with vLLM's stop_reason and, when asked for, token ids."""
+
+    def __init__(
+        self,
+        service: Service,
+        request: CompletionRequest,
+        generation: Generation,
+        answer_id: str,
+        created_unix_s: int,
+    ) -> None:
+        self._head = {
+            "id": answer_id,
+            "object": "text_completion",
+            "created": created_unix_s,
+            "model": service.model.name,
+        }
+        self._request = request
+        self._generation = generation
+        self._writer = ChunkWriter(self._head, generation, request, len(request.prompts))
+        count = len(generation.plans)
+        self._begun = [False] * count
+        self._echo = [str(request.prompts[index // request.choices]) for index in range(count)]
+        self._wholes = [Whole(echo) for echo in self._echo]
+        self._vocabulary = service.model.vocabulary
+
+    def opening(self, index: int) -> bytes:
+        return b""
+
+    def chunk(self, index: int, piece: Piece) -> bytes:
+        if not (piece.tokens or piece.finish):
+            return b""  # all of it is held back
+        ids, logprobs = self._request.return_token_ids, self._request.logprobs is not None
+        if self._begun[index] and piece.finish is None and not logprobs and (piece.text or ids):
+            return self._writer.plain_event(index, piece, lambda: self._later(index, Piece()))
+        if not self._begun[index]:
+            piece.text = self._echo[index] + piece.text
+        if not (piece.text or piece.finish or ids or logprobs):
+            return b""
+        choice = self._later(index, piece) if self._begun[index] else self._event(index, piece)
+        self._begun[index] = True
+        return self._writer.event(index, choice)
+
+    def last(self) -> bytes:
+        return self._writer.usage_event()
+
+    def keep(self, index: int, piece: Piece) -> int:
+        return self._wholes[index].add(piece, self._logprobs(index, piece))
+
+    def body(self) -> dict[str, Any]:
+        choices = [
+            self._choice(index, whole.piece, whole.logprobs, whole.ids)
+            for index, whole in enumerate(self._wholes)
+        ]
+        return self._head | {"choices": choices, "usage": self._writer.usage()}
+
+    def _event(self, index: int, piece: Piece) -> dict[str, Any]:
+        ids = [token.token for token in piece.tokens]
+        return self._choice(index, piece, self._logprobs(index, piece), ids)
+
+    def _later(self, index: int, piece: Piece) -> dict[str, Any]:
+        """In any but the first chunk: that one has the ids of the prompt."""
+        choice = self._event(index, piece)
+        if self._request.return_token_ids:
+            choice["prompt_token_ids"] = None
+        return choice
+
+    def _choice(
+        self, index: int, piece: Piece, logprobs: dict[str, Any] | None, ids: list[int]
+    ) -> dict[str, Any]:
+        choice = answers.completion_choice(index, piece, logprobs)
+        if self._request.return_token_ids:
+            choice["token_ids"] = ids
+            choice["prompt_token_ids"] = self._generation.plans[index].prompt
+        return choice
+
+    def _logprobs(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        if self._request.logprobs is None:
+            return None
+        return answers.completion_logprobs(self._vocabulary, piece, len(self._echo[index]))

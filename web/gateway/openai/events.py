@@ -1,0 +1,86 @@
+"""What the chunks of both APIs share: the fixed beginning, the usage, the encoding."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from web.gateway.openai import answers
+from web.gateway.openai.generation import Generation
+from web.gateway.openai.requests import Common
+from web.gateway.text.choice_decoder import ChoiceDecoder, Piece
+
+_to_json = msgspec.json.Encoder().encode
+
+
+def _encode(value: Any) -> bytes:
+    """JSON of one line, also for clients that take what Unicode calls a line end for one (Python's splitlines)."""
+    data = _to_json(value)
+    if data.isascii():
+        return data
+    return (
+        data.replace(b"\xe2\x80\xa8", b"\\u2028")
+        .replace(b"\xe2\x80\xa9", b"\\u2029")
+        .replace(b"\xc2\x85", b"\\u0085")
+    )
+
+
+class ChunkWriter:
+    """Writes one event for one choice; only the choice itself is encoded anew each time."""
+
+    def __init__(self, head: dict[str, Any], generation: Generation, request: Common, prompts: int) -> None:
+        self._head = head
+        self._prefix = b"data: " + _encode(head)[:-1] + b',"choices":['
+        self._generation = generation
+        self._per_prompt = len(generation.plans) // prompts
+        self._plain: list[list[bytes] | None] = [None] * len(generation.plans)
+        self._include = request.include_usage
+        self._tail = b'],"usage":null}\n\n' if self._include else b"]}\n\n"
+        self._continuous = request.continuous_usage
+
+    def event(self, index: int, choice: dict[str, Any]) -> bytes:
+        return self._prefix + _encode(choice) + self._tail_of(index)
+
+    def plain_event(self, index: int, piece: Piece, like: Callable[[], dict[str, Any]]) -> bytes:
+        """As `event`, for a choice of which nothing but text and token ids differs from one event to the next.
+
+        `like`: such a choice with an empty text, and an empty list of token ids if there is to be one.
+        """
+        holes = self._plain[index]
+        if holes is None:
+            holes = self._plain[index] = re.split(rb'""|\[\]', _encode(like()))
+        out = self._prefix + holes[0] + _encode(piece.text) + holes[1]
+        if len(holes) > 2:
+            out += _encode([token.token for token in piece.tokens]) + holes[2]
+        return out + self._tail_of(index)
+
+    def usage_event(self) -> bytes:
+        if not self._include:
+            return b""
+        return self._prefix + b'],"usage":' + _encode(self.usage()) + b"}\n\n"
+
+    def usage(self) -> dict[str, Any]:
+        """Of the whole request: each prompt counts once, however many choices were made of it."""
+        plans = self._generation.plans
+        prompt = sum(len(plans[i].prompt) for i in range(0, len(plans), self._per_prompt))
+        return self._usage(prompt, self._generation.choices)
+
+    def _tail_of(self, index: int) -> bytes:
+        if self._continuous:
+            return b'],"usage":%b}\n\n' % _encode(self._usage_of(index))
+        return self._tail
+
+    def _usage_of(self, index: int) -> dict[str, Any]:
+        generation = self._generation
+        return self._usage(len(generation.plans[index].prompt), [generation.choices[index]])
+
+    def _usage(self, prompt_tokens: int, choices: Sequence[ChoiceDecoder]) -> dict[str, Any]:
+        reasons = any(choice.reasons for choice in choices)
+        return answers.usage(
+            prompt_tokens,
+            sum(choice.tokens for choice in choices),
+            sum(choice.reasoning_tokens for choice in choices) if reasons else None,
+        )

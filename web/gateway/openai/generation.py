@@ -1,0 +1,185 @@
+"""All choices of one HTTP request while they are generated, and how they end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from controlplane.contract.requests import Log, Sampling, Token
+from web.gateway.errors import ApiError, of_fail
+from web.gateway.request_memory import Hold
+from web.gateway.routing.delivery_queue import DeliveryQueue, Gone, Leaving
+from web.gateway.routing.events import Fail, SubmitAsked
+from web.gateway.service import Service
+from web.gateway.text.choice_decoder import ChoiceDecoder, Piece, TextRules
+
+CHOICE_BYTES = 8 << 10  # a request's objects in router, queue, detokenizer
+TOKEN_BYTES = 40  # an int and its place in a tuple
+BIAS_BYTES = 150  # of one logit_bias entry
+REPLAY_TOKENS = 256  # detokenized in one go, a few milliseconds
+
+
+class ClientGone(Exception):
+    """The client disconnected: there is nobody to answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One choice that is to be generated."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where the generation of one choice begins."""
+
+    rid: int
+    context: bytes | None = None  # see Submit
+    resumed: bool = False
+    log: Log | None = None  # as its scheduler has it
+    have: int = 0  # tokens that the client has
+    finished: bool = False  # it has all of them
+    reasoning_tokens: int = 0  # of these, if it is finished
+
+
+class Generation:
+    """Submits every choice, turns what comes back into pieces, and frees everything on `close`."""
+
+    def __init__(
+        self,
+        service: Service,
+        plans: Sequence[Plan],
+        rules: TextRules,
+        priority: int,
+        starts: Sequence[Start],
+        hold: Hold,
+    ) -> None:
+        self.queue = DeliveryQueue(service.dispatcher.readers, hold)
+        self.plans = plans
+        self.leaving = False  # the gateway was told to stop
+        self._service = service
+        self._priority = priority
+        self._starts = starts
+        self.choices = [ChoiceDecoder(service.model.tokenizer, plan.prompt, rules) for plan in plans]
+        self._started = time.perf_counter()
+        self._last_at = [self._started] * len(plans)
+        for choice, start in zip(self.choices, starts, strict=True):
+            if start.finished:
+                choice.restore_end(start.have, start.reasoning_tokens)
+
+    @property
+    def finished(self) -> bool:
+        for choice in self.choices:  # noqa: SIM110 - asked for each token, and `all` costs three times as much
+            if not choice.finished:
+                return False
+        return True
+
+    def known(self) -> Iterator[tuple[int, Piece]]:
+        """What the client has and we know: text and format go on from there. Before `start`."""
+        for index, start in enumerate(self._starts):
+            for first in range(0, len(known := self._known(start)), REPLAY_TOKENS):
+                tokens = [Token(start.rid, first + k, t) for k, t in enumerate(known[first:][:REPLAY_TOKENS])]
+                yield index, self._push_silent(index, tokens)
+
+    def start(self) -> None:
+        """Hand all choices to the router. Raises ApiError when one is refused at once (after `close`)."""
+        for index, (plan, start) in enumerate(zip(self.plans, self._starts, strict=True)):
+            if self.choices[index].finished:
+                continue
+            asked = SubmitAsked(
+                start.rid,
+                plan.prompt,
+                plan.sampling,
+                self._priority,
+                start.context,
+                resumed=start.resumed,
+                emitted=self._known(start),
+                home=start.log.pipeline if start.log else None,
+                reader=start.log.reader + 1 if start.log else int(start.resumed),
+            )
+            self._service.dispatcher.submit(self.queue, index, asked)
+
+    @staticmethod
+    def _known(start: Start) -> tuple[int, ...]:
+        return start.log.emitted[: start.have] if start.log and not start.finished else ()
+
+    def take(self) -> list[tuple[int, Piece]]:
+        """What has come since. Raises ApiError and ClientGone."""
+        pieces = []
+        for item in self.queue.take():
+            if isinstance(item, Gone):
+                self._service.metrics.disconnects.inc()
+                raise ClientGone
+            if isinstance(item, ApiError):
+                raise item
+            if isinstance(item, Leaving):
+                self.leaving = True
+                continue
+            index, effect = item
+            if isinstance(effect, Fail):
+                raise of_fail(effect.code, effect.message, effect.retry_after_s)
+            tokens = effect.tokens
+            if (silent := self._starts[index].have - self.choices[index].tokens) > 0:
+                pieces.append((index, self._push_silent(index, tokens[:silent])))
+                tokens = tokens[silent:]
+            if tokens and not self.choices[index].finished:
+                pieces.append((index, self._push(index, tokens)))
+        return pieces
+
+    def close(self) -> None:
+        """Free what is still running, and what waits: on a disconnect, an error, or a stop string in another choice."""
+        for start in self._starts:
+            self._service.dispatcher.cancel(start.rid, self.queue)
+        self.queue.close()
+
+    def leave(self) -> None:
+        """What is still running goes on for the client's next gateway."""
+        for start in self._starts:
+            self._service.dispatcher.leave(start.rid, self.queue)
+
+    def _push_silent(self, index: int, tokens: Sequence[Token]) -> Piece:
+        return self.choices[index].restore(tokens)
+
+    def _push(self, index: int, tokens: Sequence[Token]) -> Piece:
+        choice, metrics = self.choices[index], self._service.metrics
+        first = choice.tokens == 0
+        piece = choice.push(tokens)
+        now = time.perf_counter()
+        if first:
+            metrics.ttft.observe(now - self._started)
+            metrics.prompt_tokens.inc(len(self.plans[index].prompt))
+        else:
+            metrics.tokens.waited(now - self._last_at[index])
+        self._last_at[index] = now
+        metrics.tokens.given += len(piece.tokens)
+        if piece.finish is not None:
+            metrics.success.labels(piece.finish).inc()
+            metrics.e2e.observe(now - self._started)
+            # A stop string ends it here, not there.
+            self._service.dispatcher.cancel(self._starts[index].rid, self.queue)
+        return piece
+
+
+def count_error(service: Service, error: ApiError) -> None:
+    """Every error answer passes here once."""
+    service.metrics.errors.labels(str(error.status)).inc()
+    if error.status in (429, 503):
+        service.metrics.rejections.labels("overloaded" if error.status == 429 else "unavailable").inc()
+
+
+def kept_bytes(plans: Sequence[Plan], blobs: Iterable[bytes]) -> int:
+    """About what a request keeps until its answer is over. Choices of one prompt share it, and their logit_bias."""
+    prompts = {id(plan.prompt): len(plan.prompt) for plan in plans}
+    biases = {id(plan.sampling.logit_bias): len(plan.sampling.logit_bias) for plan in plans}
+    grammars = {id(plan.sampling.grammar): len(plan.sampling.grammar) for plan in plans}
+    contexts = {id(blob): len(blob) for blob in blobs}
+    return (
+        CHOICE_BYTES * len(plans)
+        + TOKEN_BYTES * sum(prompts.values())
+        + BIAS_BYTES * sum(biases.values())
+        + sum(grammars.values())
+        + sum(contexts.values())
+    )

@@ -1,0 +1,40 @@
+"""The grammar of a request, checked before the request goes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from controlplane.grammar import GrammarError
+from web.gateway.errors import ApiError
+from web.gateway.model import Model
+from web.gateway.openai.structured import Asked, Fields, asked_of, text_of
+from web.gateway.text.grammars import TooManyGrammars
+
+
+async def grammar_of(model: Model, request: Fields) -> str:
+    """`Sampling.grammar` of a request, checked; "" if it asks for nothing. Raises ApiError naming the parameter."""
+    asked = demand_of(request)
+    return "" if asked is None else await checked(model, lambda: text_of(asked), asked.param)
+
+
+def demand_of(request: Fields) -> Asked | None:
+    """What a request demands of its output. Raises ApiError."""
+    asked = asked_of(request)
+    if asked is not None and request.ignore_eos:
+        text = f"ignore_eos cannot go with {asked.param}, which says where the text ends"
+        raise ApiError(400, text, "ignore_eos")
+    return asked
+
+
+async def checked(model: Model, make: Callable[[], str], param: str) -> str:
+    """The grammar that `make` returns, once every node can follow it. Raises ApiError naming `param`."""
+    if old := model.context.without_grammars:
+        text = f"{param}: node {min(old)} runs code that cannot hold an output to a grammar: it has to be restarted"
+        raise ApiError(503, text, param, retry_after_s=5)
+    try:
+        return await model.grammars.check(make)
+    except GrammarError as error:
+        raise ApiError(400, f"{param}: {error}", param) from error
+    except TooManyGrammars:
+        text = "too many grammars are being compiled: try again"
+        raise ApiError(429, text, param, retry_after_s=1) from None

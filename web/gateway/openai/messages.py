@@ -1,0 +1,107 @@
+"""Conversations: what clients send, and what a chat template gets to see of it (pure)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from web.gateway.openai.strict import Lenient, Strict, without_hints
+
+# Of a message that another server gave as an answer: null or empty, they say nothing.
+ANSWER_FIELDS = frozenset(
+    {
+        "annotations",
+        "audio",
+        "function_call",
+        "provider_specific_fields",
+        "reasoning",
+        "reasoning_content",
+        "refusal",
+        "tool_calls",
+    }
+)
+
+
+class TextPart(Lenient):
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Lenient):
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    arguments: str  # JSON
+
+
+class ToolCall(Lenient):
+    id: Annotated[str, Field(max_length=256)] | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None  # of a call that was put together from a stream
+
+
+class Message(Strict):
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    reasoning_content: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, data: Any) -> Any:
+        """Clients send back what they were given, with every field of an answer that was empty."""
+        if not isinstance(data, dict):
+            return data
+        unknown = ANSWER_FIELDS - set(cls.model_fields)
+        kept = {name: value for name, value in data.items() if value or name not in unknown}
+        if "reasoning" in kept and not kept.get("reasoning_content"):
+            kept["reasoning_content"] = kept.pop("reasoning")  # vLLM's other name for it
+        return without_hints(cls, kept)
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "\n".join(part.text for part in self.content)
+        return self.content or ""
+
+
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+
+
+def plain(messages: list[Message], parts: bool, strings: bool) -> list[dict[str, Any]]:
+    """What a chat template gets to see: `parts` of text as such, or as one; and a text as a string, or as one part."""
+
+    def content(message: Message) -> Any:
+        if parts and (isinstance(message.content, list) or not strings):
+            texts = [p.text for p in message.content] if isinstance(message.content, list) else [message.text]
+            return [{"type": "text", "text": text} for text in texts]
+        return message.text
+
+    return [{"role": m.role, "content": content(m)} | _beside(m) for m in messages]
+
+
+def _beside(message: Message) -> dict[str, Any]:
+    """What templates ask for with `is defined`: it is there only if the client sent it."""
+    beside: dict[str, Any] = {}
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if value := getattr(message, name):
+            beside[name] = value
+    if message.tool_calls:
+        beside["tool_calls"] = [_call(call) for call in message.tool_calls]
+    return beside
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    """Templates want arguments as an object, and most of them take a text for what it is."""
+    arguments: Any = call.function.arguments
+    with contextlib.suppress(ValueError, RecursionError):  # a model wrote it so, and its client sends it back
+        arguments = json.loads(arguments) if arguments.strip() else {}
+    return {
+        "id": call.id,
+        "type": call.type,
+        "function": {"name": call.function.name, "arguments": arguments},
+    }

@@ -1,0 +1,47 @@
+"""What a body asks for, checked: the same whether it comes for the first time or again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from web.gateway.openai.answer_format import AnswerFormat
+from web.gateway.openai.generation import Generation, Plan
+from web.gateway.openai.requests import Common
+from web.gateway.text.choice_decoder import TextRules
+
+_encode = msgspec.msgpack.Encoder().encode
+NOT_IN_DIGEST = {"prompt", "messages", "request_id", "priority"}  # prompts count as tokens
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """`request` without what the plans say already: prompts as tokens, the sampling."""
+
+    request: Common
+    plans: list[Plan]
+    rules: TextRules
+    form: Callable[
+        [Generation, str, int], AnswerFormat
+    ]  # of a generation, the answer's id and its time (unix seconds)
+    digest: bytes = b""  # see `digest_of`
+    prompts: int = 1
+
+    @property
+    def count(self) -> int:
+        """Choices of all prompts."""
+        return self.prompts * self.request.choices
+
+    @property
+    def options(self) -> bytes:
+        """All that a gateway needs beside the logs to go on with the answer; what `KEPT` reads."""
+        return self.request.model_dump_json(exclude_unset=True, exclude_none=True).encode()
+
+
+def digest_of(request: Common, plans: Sequence[Plan]) -> bytes:
+    """Equal for equal answers: of the prompts' tokens, the sampling with its seeds, and what shapes the text."""
+    options = request.model_dump_json(exclude=NOT_IN_DIGEST, exclude_none=True)
+    return hashlib.sha256(_encode((type(request).__name__, options, plans))).digest()[:8]

@@ -1,0 +1,362 @@
+"""Request bodies of the OpenAI-compatible API, as strict types: whatever is not understood is refused by name.
+
+Silently ignoring a parameter would give another answer than the client asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import pydantic
+from pydantic import BaseModel, Field, model_validator
+
+from web.gateway.errors import ApiError, shorten
+from web.gateway.openai.messages import Messages
+from web.gateway.openai.strict import Strict
+from web.gateway.openai.structured import Choices, ResponseFormat, Schema, Source, StructuredOutputs
+from web.gateway.openai.tools import ToolChoice, Tools, tool_use
+
+CHOICES_MAX = 128
+STOPS_MAX = 64
+LOGPROBS_MAX = 20
+INT64_MAX = 2**63 - 1
+
+# Parameters that are known but not supported, with the values that mean "as if absent".
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    # OpenAI's
+    "audio": (),
+    "function_call": ("none", "auto"),  # without functions both say the same
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "reasoning_effort": ("none", "medium"),  # of the completions API: the chat API has it
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "web_search_options": (),
+    # vLLM's
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "detokenize": (True,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "echo": (False,),  # of the chat API: the completions API has it
+    "ec_transfer_params": ({},),
+    "include_reasoning": (True,),
+    "kv_transfer_params": ({},),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "logprob_token_ids": ([],),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "routed_experts_prompt_start": (0,),
+    "spaces_between_special_tokens": (True,),
+    "thinking_token_budget": (-1,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
+}
+# Accepted and without effect here, whatever they say: they do not change the answer.
+IGNORED = frozenset(
+    {
+        # OpenAI's: who asks, what for, and how fast it is to go
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",  # no model that is served here was taught what it says
+        # vLLM's: caches, the size of chunks, and what belongs to something that is refused itself
+        "cache_salt",
+        "guided_decoding_backend",
+        "media_io_kwargs",
+        "mm_processor_kwargs",
+        "return_mm_kwargs",
+        "return_token_offsets",
+        "session_id",
+        "stream_interval",
+        "truncation_side",
+    }
+)
+# Variables of a chat template that the request's own parameters set.
+RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
+ERRORS_MAX = 100  # more are not told apart: each costs memory, and a body has room for a million
+
+TokenId = Annotated[int, Field(ge=0)]
+# A list is given up at its first wrong item: otherwise a long one makes a million errors, and stops all streams
+# for seconds.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=STOPS_MAX)]
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = (
+        None  # padding against those who look at the size of packets: it is no text
+    )
+
+
+class Request(Strict):
+    """A body: what says nothing may be in it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, data: Any) -> Any:
+        """Take out what changes nothing; refuse, by name, what is known but not supported."""
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if name not in cls.model_fields:
+                if name in IGNORED:
+                    continue
+                if name in UNSUPPORTED:
+                    if value is not None and not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
+                        raise ApiError(400, f"{name} is not supported", name)
+                    continue
+            kept[name] = value
+        return kept
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Python takes 0 for False; JSON does not."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+class Common(Request):
+    """What both APIs share. None: the client did not say."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
+    best_of: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT64_MAX)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
+    stop: Stop | Stops | None = None
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: Source | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Source | None = None
+    guided_whitespace_pattern: Source | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.best_of is not None and self.best_of != self.choices:
+            raise ApiError(400, "best_of other than n is not supported", "best_of")
+        if self.include_usage and not self.stream:
+            raise ApiError(400, "stream_options needs stream: true", "stream_options")
+        for name in ("temperature", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ApiError(400, f"{name} must be finite", name)
+        return self
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return (
+            self.include_usage
+            and self.stream_options is not None
+            and bool(self.stream_options.continuous_usage_stats)
+        )
+
+
+class CompletionRequest(Common):
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            raise ApiError(400, "echo together with logprobs is not supported", "echo")
+        if isinstance(self.prompt, list) and not self.prompt:
+            raise ApiError(400, "prompt must not be empty", "prompt")
+        if len(self.prompts) * self.choices > CHOICES_MAX:
+            raise ApiError(400, f"prompts times n must be at most {CHOICES_MAX}", "n")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One entry a prompt: its text or its token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class ChatRequest(Common):
+    messages: Messages
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
+    add_generation_prompt: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    enable_thinking: bool | None = None
+    include_reasoning: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """A template that knows of efforts writes the one that is asked for into the prompt; others know only whether
+        to think."""
+        own: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            own["reasoning_effort"] = self.reasoning_effort
+            if self.reasoning_effort == "none":
+                own["enable_thinking"] = False
+        if self.enable_thinking is not None:
+            own["enable_thinking"] = self.enable_thinking
+        return own | (self.chat_template_kwargs or {})
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        tool_use(self.tools, self.tool_choice)
+        _check_template_kwargs(self.chat_template_kwargs)
+        return self
+
+
+def _check_template_kwargs(variables: dict[str, Any] | None) -> None:
+    if RESERVED & set(variables or ()):
+        raise ApiError(400, "chat_template_kwargs names a reserved variable", "chat_template_kwargs")
+
+
+class TokenizeRequest(Request):
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_template_kwargs(self.chat_template_kwargs)
+        return self
+
+
+class DetokenizeRequest(Request):
+    model: str | None = None
+    tokens: TokenIds
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse(kind: type[Body], raw: bytes) -> Body:
+    """Read a body. Raises ApiError 400 naming the parameter; the client's input is not echoed."""
+    raw = _utf8(raw)
+    try:
+        return kind.model_validate_json(raw)
+    except pydantic.ValidationError as error:
+        first = error
+    if first.error_count() <= ERRORS_MAX and any(_is_whole(e) for e in first.errors(include_url=False)):
+        # JSON has one kind of number: 3.0 is an integer. Only those who write it so pay for reading twice.
+        try:
+            return kind.model_validate(json.loads(raw, parse_float=_number))
+        except pydantic.ValidationError as error:
+            first = error
+        except RecursionError:
+            raise ApiError(400, "the body is nested too deeply") from None
+    raise _bad_request(first) from None
+
+
+def _utf8(raw: bytes) -> bytes:
+    """JSON is UTF-8; some clients send a mark before it, or UTF-16. What the Content-Type says of it does not count."""
+    coding = json.detect_encoding(raw)
+    if coding == "utf-8":
+        return raw
+    try:
+        return raw.decode(coding).encode()
+    except UnicodeError:
+        raise ApiError(400, f"the body is not valid {coding}") from None
+
+
+def _is_whole(error: Any) -> bool:
+    value = error["input"]
+    return bool(error["type"] == "int_type" and isinstance(value, float) and value.is_integer())
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) <= 2**53 else value
+
+
+def _bad_request(error: pydantic.ValidationError) -> ApiError:
+    if error.error_count() > ERRORS_MAX:
+        return ApiError(400, f"the body has {error.error_count()} mistakes: too many to name them")
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    # Of a union's branches the one that fits but for a name says most.
+    same = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
+    first = next((e for e in same if e["type"] == "extra_forbidden"), errors[0])
+    # `loc` of a union goes on with the names of its branches: the client knows only the parameter's path.
+    path = [str(part) for part in first["loc"]]
+    name = path[0][:64] if path else None
+    match first["type"]:
+        case "json_invalid":
+            why = str(first["msg"]).removeprefix("Invalid JSON: ")
+            return ApiError(400, f"the body is not valid JSON: {why[:200]}")
+        case "missing":
+            return ApiError(400, f"{'.'.join(path)} is required", name)
+        case "extra_forbidden":
+            where = f" in {path[0]}" if len(path) > 1 else ""
+            return ApiError(400, f"unknown parameter {shorten(path[-1])}{where}", name)
+    wanted = "; or: ".join(sorted({str(branch["msg"]) for branch in same}))
+    return ApiError(400, f"{name or 'the body'}: {wanted[:300]}", name)

@@ -1,0 +1,64 @@
+"""An answer that leaves in one piece, while it grows (pure).
+
+Log probabilities are nearly all of it. They are encoded as they come, so that neither their objects are kept nor the
+event loop stands still at the end for all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from web.gateway.text.choice_decoder import Piece
+from web.gateway.text.parsers.parsed import CallDelta
+
+ENTRY_BYTES = 250  # of a token's part in the lists, without what is encoded
+ENCODED = ("content", "top_logprobs")  # lists whose entries are large
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Whole:
+    """One choice: `ids` are its tokens, `logprobs` the lists of either API."""
+
+    def __init__(self, text: str = "") -> None:
+        self._texts = [text]
+        self._reasoning: list[str] = []
+        self._calls: list[CallDelta] = []
+        self._last = Piece()
+        self.ids: list[int] = []
+        self.logprobs: dict[str, list[Any]] | None = None
+
+    @property
+    def piece(self) -> Piece:
+        """All that it says, and how it ended."""
+        return Piece(
+            "".join(self._texts),
+            "".join(self._reasoning),
+            self._calls,
+            finish=self._last.finish,
+            stop_reason=self._last.stop_reason,
+        )
+
+    def add(self, piece: Piece, logprobs: dict[str, Any] | None) -> int:
+        """Returns about how many bytes that keeps."""
+        self._texts.append(piece.text)
+        self._reasoning.append(piece.reasoning)
+        for part in piece.calls:
+            if part.name:
+                self._calls.append(CallDelta(part.index, part.name))
+            self._calls[part.index].arguments += part.arguments
+        self._last = piece
+        self.ids += [token.token for token in piece.tokens]
+        size = len(piece.text) + len(piece.reasoning) + ENTRY_BYTES * len(piece.tokens)
+        if logprobs is None:
+            return size
+        if self.logprobs is None:
+            self.logprobs = {name: [] for name in logprobs}
+        for name, entries in logprobs.items():
+            if name in ENCODED:
+                entries = [msgspec.Raw(_encode(entry)) for entry in entries]
+                size += 2 * sum(len(entry) for entry in entries)  # once more in the body
+            self.logprobs[name] += entries
+        return size

@@ -1,0 +1,94 @@
+"""The bytes that clients' requests keep in this process: bounded in sum, and for each client (pure).
+
+A request counts from the first byte of its body until its answer is over: first as what has been read, then as what is
+kept to go on with it, and beside that as what is there of its answer and cannot leave yet: since its client does not
+read, or since the answer is one piece.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from web.gateway.errors import ApiError
+
+TOTAL_MAX = 2 << 30
+SHARE = 0.5
+RETRY_S = 1.0
+
+
+class Memory:
+    """Who holds how much. A client is known by the hash of its API key."""
+
+    def __init__(self, total_max: int = TOTAL_MAX, share: float = SHARE) -> None:
+        self.total_max = total_max
+        self.client_max = max(1, int(total_max * share))
+        self.total = 0
+        self.refused = 0
+        self._of: Counter[bytes] = Counter()
+
+    def of(self, owner: bytes) -> int:
+        return self._of[owner]
+
+    def hold(self, owner: bytes) -> Hold:
+        return Hold(self, owner)
+
+    def take(self, owner: bytes, size: int, has: int = 0) -> None:
+        """`has`: what the same request has already. Raises ApiError: 413 if that is too much even alone, 429 while the
+        client has too much, 503 while all have."""
+        if has + size > self.client_max:
+            self.refused += 1
+            raise ApiError(
+                413, f"this request would keep {has + size} bytes, and a client may keep {self.client_max}"
+            )
+        if self._of[owner] + size > self.client_max:
+            self.refused += 1
+            text = f"the requests of this API key keep {self._of[owner]} of {self.client_max} bytes: try again later"
+            raise ApiError(429, text, retry_after_s=RETRY_S)
+        if self.total + size > self.total_max:
+            self.refused += 1
+            raise ApiError(
+                503, "this gateway's memory for requests is full: try again later", retry_after_s=RETRY_S
+            )
+        self._of[owner] += size
+        self.total += size
+
+    def give(self, owner: bytes, size: int) -> None:
+        self.total -= size
+        self._of[owner] -= size
+        if not self._of[owner]:
+            del self._of[owner]
+
+
+class Hold:
+    """What one request holds. Given back by `release`, at the latest with the object itself."""
+
+    __slots__ = ("_memory", "_owner", "size")
+
+    def __init__(self, memory: Memory, owner: bytes) -> None:
+        self._memory = memory
+        self._owner = owner
+        self.size = 0
+
+    def grow(self, size: int) -> None:
+        """Hold `size` bytes more. Raises ApiError, and then holds what it held."""
+        self._memory.take(self._owner, size, self.size)
+        self.size += size
+
+    def become(self, size: int) -> None:
+        """Hold `size` bytes in place of what it held. Raises ApiError, and then holds what it held."""
+        if size > self.size:
+            self.grow(size - self.size)
+        else:
+            self._memory.give(self._owner, self.size - size)
+            self.size = size
+
+    def shrink(self, size: int) -> None:
+        """Give `size` bytes back, or all there are."""
+        self.become(max(0, self.size - size))
+
+    def release(self) -> None:
+        self._memory.give(self._owner, self.size)
+        self.size = 0
+
+    def __del__(self) -> None:
+        self.release()

@@ -1,0 +1,156 @@
+"""The router's shell: feeds it events and performs its effects, in order."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import assert_never
+
+import structlog
+
+from controlplane.contract.ids import Member
+from controlplane.contract.requests import Log
+from web.gateway.metrics import Metrics
+from web.gateway.routing.delivery_queue import DeliveryQueue, Leaving, Readers
+from web.gateway.routing.events import (
+    CancelAsked,
+    CloseStream,
+    Closing,
+    Deliver,
+    Event,
+    Fail,
+    FailCode,
+    LeaveAsked,
+    OpenStream,
+    RecallAsked,
+    RecallDone,
+    SendCancel,
+    SendRecall,
+    SendSubmit,
+    ShutDown,
+    SubmitAsked,
+    Tick,
+)
+from web.gateway.routing.policy import Policy
+from web.gateway.routing.router import Router
+from web.gateway.routing.scheduler_streams import Links
+
+logger = structlog.get_logger()
+
+TICK_S = 0.02
+
+
+class Dispatcher:
+    """All live requests of one gateway process. Belongs to one event loop."""
+
+    def __init__(self, policy: Policy, token: str, metrics: Metrics) -> None:
+        self.router = Router(policy)
+        self.links = Links(token, self.feed)
+        self.readers = Readers()
+        self._metrics = metrics
+        self._sinks: dict[int, tuple[DeliveryQueue, int]] = {}
+        self._recalls: dict[int, asyncio.Future[tuple[Log | None, bool]]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def submit(self, queue: DeliveryQueue, index: int, asked: SubmitAsked) -> None:
+        """Start a request whose tokens, or failure, arrive on `queue` as choice `index`.
+
+        If another queue waits for the same request, its client has come back: that one ends.
+        """
+        if (old := self._sinks.get(asked.rid)) is not None:
+            text = "another connection reads this stream now"
+            old[0].put((old[1], Fail(asked.rid, FailCode.SUPERSEDED, text)))
+        self._sinks[asked.rid] = (queue, index)
+        self.feed(asked)
+
+    def cancel(self, rid: int, queue: DeliveryQueue) -> None:
+        """`queue` waits for it no more: free it everywhere. Idempotent."""
+        if self._release(rid, queue):
+            self.feed(CancelAsked(rid))
+
+    def leave(self, rid: int, queue: DeliveryQueue) -> None:
+        """`queue` waits for it no more, but its client goes on at another gateway."""
+        if self._release(rid, queue):
+            self.feed(LeaveAsked(rid))
+
+    async def recall(self, rid: int, limit_s: float) -> tuple[Log | None, bool]:
+        """What a scheduler knows of a request, and whether all have answered; takes `limit_s` at most."""
+        waiting = self._recalls.get(rid)
+        if waiting is None:
+            waiting = self._recalls[rid] = asyncio.get_running_loop().create_future()
+            self.feed(RecallAsked(rid, limit_s))
+        return await asyncio.shield(waiting)
+
+    def hand_over(self) -> None:
+        """Take no new requests, and send the clients of all streams to other gateways; the rest may finish."""
+        self.feed(Closing())
+        for queue in {queue for queue, _ in self._sinks.values()}:
+            queue.put(Leaving())
+
+    def shut_down(self) -> None:
+        """End every live request with an error; new ones fail at once."""
+        self.feed(ShutDown())
+
+    async def aclose(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        await self.links.aclose()
+
+    def feed(self, event: Event) -> None:
+        loop = asyncio.get_running_loop()
+        for effect in self.router.step(event, loop.time()):
+            match effect:
+                case Deliver():
+                    self._deliver(effect)
+                case SendSubmit(member, submit):
+                    self.links.send(member, submit)
+                case SendCancel(member, cancel):
+                    self.links.send(member, cancel)
+                case SendRecall(member, recall):
+                    self.links.send(member, recall)
+                case RecallDone(rid, log, sure):
+                    self._recalls.pop(rid).set_result((log, sure))
+                case Fail():
+                    self._fail(effect)
+                case OpenStream(member):
+                    self.links.open(member)
+                case CloseStream(member):
+                    self.links.close(member)
+                case _:
+                    assert_never(effect)
+        if self._timer is None and self.router.restless:
+            self._timer = loop.call_later(TICK_S, self._tick)
+
+    def _release(self, rid: int, queue: DeliveryQueue) -> bool:
+        sink = self._sinks.get(rid)
+        if sink is None or sink[0] is not queue:
+            return False
+        del self._sinks[rid]
+        return True
+
+    def locate(self, member: Member, address: str) -> None:
+        self.links.locate(member, address)
+
+    def _deliver(self, effect: Deliver) -> None:
+        if effect.gap_s is not None:
+            self._metrics.failover_gap.labels(effect.how).observe(effect.gap_s)
+        sink = self._sinks.get(effect.rid)
+        if sink is not None:
+            queue, index = sink
+            queue.put((index, effect))
+            if effect.tokens[-1].finish is not None:
+                del self._sinks[effect.rid]
+
+    def _fail(self, effect: Fail) -> None:
+        if effect.code not in (
+            FailCode.OVERLOADED,
+            FailCode.SUPERSEDED,
+        ):  # the former come in floods, and are counted
+            logger.warning("request failed", rid=effect.rid, code=effect.code.value, reason=effect.message)
+        sink = self._sinks.pop(effect.rid, None)
+        if sink is not None:
+            queue, index = sink
+            queue.put((index, effect))
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.feed(Tick())

@@ -1,0 +1,1 @@
+"""Between text and tokens: chat templates before the model; vocabulary, detokenizer, stop strings after it (pure)."""

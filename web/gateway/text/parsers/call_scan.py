@@ -1,0 +1,39 @@
+"""One tool call while its text comes (pure)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from enum import Enum
+
+from web.gateway.text.parsers.parsed import Parsed
+
+
+class Status(Enum):
+    OPEN = "open"
+    ENDED = "ended"
+    ENDED_BEFORE = "ended_before"  # the last character is not part of it
+    BROKEN = "broken"  # with the last character
+
+
+class CallScan(ABC):
+    """Takes in characters until the call has ended, or is none. Until it is `begun` nothing has been said."""
+
+    def __init__(self, index: int) -> None:
+        self.begun = False
+        self.status = Status.OPEN
+        self._index = index
+
+    def feed(self, text: str, out: Parsed) -> int:
+        """Returns how many characters were taken in; see `status`."""
+        for at, char in enumerate(text):
+            self.status = self._feed(char, out)
+            if self.status is not Status.OPEN:
+                return at + (self.status is Status.ENDED)
+        return len(text)
+
+    @abstractmethod
+    def _feed(self, char: str, out: Parsed) -> Status: ...
+
+    def _emit(self, out: Parsed, name: str, arguments: str) -> None:
+        out.call(self._index, "" if self.begun else name, arguments)
+        self.begun = True

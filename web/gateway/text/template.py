@@ -1,0 +1,164 @@
+"""Chat templates: the model's own Jinja text, from messages to a prompt (pure but for reading the files)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import meta, nodes
+
+from controlplane.contract.errors import ConfigError, RequestError
+from web.gateway.text.template_sandbox import Environment
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class ChatTemplate:
+    """One compiled template. Raises ConfigError if it cannot be compiled."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], chars_max: int) -> None:
+        self._environment = Environment()
+        self._special_tokens = dict(special_tokens)
+        self._chars_max = chars_max
+        try:
+            self._template = self._environment.from_string(source)
+            tree = self._environment.parse(source)
+        except (
+            jinja2.TemplateError,
+            SyntaxError,
+            RecursionError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+        ) as error:
+            raise ConfigError(f"the model's chat template is not valid: {error}") from error
+        self.source = source
+        self.takes_tools = "tools" in meta.find_undeclared_variables(tree)
+        self.for_tools = self  # what renders a conversation with tools
+        # Most templates want a message's text as one string, some go through its parts, and some can do both.
+        self.goes_through_parts = _loops_over_content(tree)
+        self.takes_strings = not self.goes_through_parts or any(
+            t.name == "string" for t in tree.find_all(nodes.Test)
+        )
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        extra: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The prompt for `messages` (role, content). Raises RequestError if the template refuses them.
+
+        `tools`: functions as OpenAI's API describes them.
+        """
+        self._environment.begin()
+        pieces: list[str] = []
+        left = self._chars_max
+        variables: dict[str, Any] = {
+            "messages": [dict(message) for message in messages],
+            "tools": [dict(tool) for tool in tools] if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            # `generate` and not `render`: a runaway output is stopped while it is made.
+            for piece in self._template.generate(self._special_tokens | dict(extra or {}) | variables):
+                self._environment.spend()
+                left -= len(piece)
+                if left < 0:
+                    raise RequestError(
+                        f"the prompt made from these messages exceeds {self._chars_max} characters"
+                    )
+                pieces.append(piece)
+        except RequestError:
+            raise
+        except Exception as error:  # whatever the template's own code raises
+            text = str(error)[:300] or type(error).__name__
+            raise RequestError(f"the model's chat template refuses these messages: {text}") from error
+        return "".join(pieces)
+
+
+def load_template(folder: Path, chars_max: int) -> tuple[ChatTemplate | None, str]:
+    """The model's template, or None and why chat cannot be had: that costs nothing else."""
+    try:
+        settings = _settings(folder / "tokenizer_config.json")
+        sources = _sources(folder, settings)
+        if sources is None:
+            return None, "this model has no chat template"
+        special = _special_tokens(folder, settings)
+        template = ChatTemplate(sources["default"], special, chars_max)
+        if "tool_use" in sources:
+            template.for_tools = ChatTemplate(sources["tool_use"], special, chars_max)
+        return template, ""
+    except (ConfigError, OSError, ValueError) as error:
+        return None, f"the model's chat template cannot be used: {error}"
+
+
+def _sources(folder: Path, settings: dict[str, Any]) -> dict[str, str] | None:
+    """By name, as transformers looks for them: files of their own, then the tokenizer's settings, then the
+    processor's."""
+    found = settings.get("chat_template") or _settings(folder / "chat_template.json").get("chat_template")
+    if (file := folder / "chat_template.jinja").exists():
+        found = file.read_text(encoding="utf-8")
+    if isinstance(found, list):  # several, by name
+        found = {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        found = {"default": found}
+    if "default" not in found:
+        raise ConfigError(f"there are several, and none is the default: {', '.join(sorted(found))[:200]}")
+    for source in found.values():
+        if not isinstance(source, str):
+            raise ConfigError(f"it is not a text but a {type(source).__name__}")
+    return found
+
+
+def _special_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    special = _settings(folder / "special_tokens_map.json") | settings
+    found = {}
+    for name in SPECIAL_TOKENS:
+        token = special.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    data = json.loads(path.read_bytes())
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} does not hold an object")
+    return data
+
+
+def _loops_over_content(tree: nodes.Template) -> bool:
+    """Whether some loop goes over a message's `content`, or over a variable made of it."""
+    names = {"content"}
+    for assign in tree.find_all(nodes.Assign):
+        if isinstance(assign.target, nodes.Name) and any(map(_is_content, _and_below(assign.node))):
+            names.add(assign.target.name)
+    return any(
+        _is_content(loop.iter) or (isinstance(loop.iter, nodes.Name) and loop.iter.name in names)
+        for loop in tree.find_all(nodes.For)
+    )
+
+
+def _is_content(node: nodes.Node) -> bool:
+    match node:
+        case nodes.Getattr(attr="content"):
+            return True
+        case nodes.Getitem(arg=nodes.Const(value="content")):
+            return True
+    return False
+
+
+def _and_below(node: nodes.Node) -> Iterator[nodes.Node]:
+    yield node
+    yield from node.find_all(nodes.Node)
