@@ -30,6 +30,7 @@ class Sampling(msgspec.Struct, frozen=True):
     # What the output has to match, as llguidance has it (Lark, or JSON with Lark or JSON schemas in it); "": anything.
     # A stop token is drawn only where the grammar may end.
     grammar: str = ""
+    cache_salt: str = ""  # cached KV is shared among requests of equal salts only
 
 
 class FinishReason(StrEnum):
@@ -56,8 +57,6 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     context: bytes | None = None
     # Grows each time a client takes its stream up again: who reads for a lower one is told SUPERSEDED.
     reader: int = 0
-    # Cached KV is shared among requests of equal salts only.
-    cache_salt: bytes = b""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

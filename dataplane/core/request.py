@@ -111,7 +111,7 @@ class Request:
             computed=len(message.prompt) + len(output) - 1 if output else 0,
             context=message.context,
             reader=message.reader,
-            salt=message.cache_salt,
+            salt=message.sampling.cache_salt.encode(),
         )
 
     @property

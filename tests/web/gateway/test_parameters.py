@@ -63,7 +63,6 @@ HINTS: dict[str, list[Any]] = {
     "prompt_cache_options": [{"mode": "x"}],
     "prediction": [{"type": "content", "content": "x"}],
     "session_id": ["s"],
-    "cache_salt": ["s"],
     "stream_interval": [4],
     "truncation_side": ["left"],
     "media_io_kwargs": [{"image": {}}],

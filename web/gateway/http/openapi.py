@@ -250,7 +250,10 @@ def _schemas(model: Model, priority_floor: int) -> dict[str, Schema]:
         _bound(schemas[holder]["properties"][name], model.max_model_len - 1)
     usage = record(
         {"prompt_tokens": INTEGER, "total_tokens": INTEGER, "completion_tokens": INTEGER},
-        {"completion_tokens_details": record({"reasoning_tokens": INTEGER})},
+        {
+            "prompt_tokens_details": record({"cached_tokens": INTEGER}),
+            "completion_tokens_details": record({"reasoning_tokens": INTEGER}),
+        },
     )
     choice = record(
         {"index": INTEGER, "finish_reason": nullable(STRING), "logprobs": ANY},

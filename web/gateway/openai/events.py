@@ -65,8 +65,11 @@ class ChunkWriter:
     def usage(self) -> dict[str, Any]:
         """Of the whole request: each prompt counts once, however many choices were made of it."""
         plans = self._generation.plans
-        prompt = sum(len(plans[i].prompt) for i in range(0, len(plans), self._per_prompt))
-        return self._usage(prompt, self._generation.choices)
+        prompts = range(0, len(plans), self._per_prompt)
+        choices = self._generation.choices
+        return self._usage(
+            sum(len(plans[i].prompt) for i in prompts), sum(choices[i].cached for i in prompts), choices
+        )
 
     def _tail_of(self, index: int) -> bytes:
         if self._continuous:
@@ -75,12 +78,16 @@ class ChunkWriter:
 
     def _usage_of(self, index: int) -> dict[str, Any]:
         generation = self._generation
-        return self._usage(len(generation.plans[index].prompt), [generation.choices[index]])
+        choice = generation.choices[index]
+        return self._usage(len(generation.plans[index].prompt), choice.cached, [choice])
 
-    def _usage(self, prompt_tokens: int, choices: Sequence[ChoiceDecoder]) -> dict[str, Any]:
+    def _usage(
+        self, prompt_tokens: int, cached_tokens: int, choices: Sequence[ChoiceDecoder]
+    ) -> dict[str, Any]:
         reasons = any(choice.reasons for choice in choices)
         return answers.usage(
             prompt_tokens,
+            cached_tokens,
             sum(choice.tokens for choice in choices),
             sum(choice.reasoning_tokens for choice in choices) if reasons else None,
         )

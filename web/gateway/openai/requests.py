@@ -80,7 +80,6 @@ IGNORED = frozenset(
         "user",
         "verbosity",  # no model that is served here was taught what it says
         # vLLM's: caches, the size of chunks, and what belongs to something that is refused itself
-        "cache_salt",
         "guided_decoding_backend",
         "media_io_kwargs",
         "mm_processor_kwargs",
@@ -174,6 +173,7 @@ class Common(Request):
     guided_choice: Choices | None = None
     guided_grammar: Source | None = None
     guided_whitespace_pattern: Source | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

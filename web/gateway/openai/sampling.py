@@ -50,6 +50,7 @@ def make_sampling(
         ),
         logprobs=logprobs,
         grammar=grammar,
+        cache_salt=request.cache_salt or "",
     )
 
 

@@ -68,6 +68,7 @@ class ChoiceDecoder:
         self._spans = Spans(self._detok) if rules.spans else None
         self.tokens = 0  # generated, those of a stop included
         self.reasoning_tokens = 0  # of these
+        self.cached = 0  # tokens of the prompt whose KV was there already
         self.finished = False
         self._parser: OutputParser | None = None
         self._thinking: ReasoningSplitter | None = None
@@ -106,6 +107,7 @@ class ChoiceDecoder:
             if self.finished:
                 break
             self.tokens += 1
+            self.cached = token.cached or self.cached
             if self._spans is None:
                 piece.tokens.append(token)
             self._push(token, piece)
