@@ -53,10 +53,16 @@ class Model:
         return self.context.tokens
 
     @property
-    def marks_shown(self) -> frozenset[int]:
-        """Special tokens whose text tells parts of the output apart."""
-        ids = (self.tokenizer.token_to_id(mark) for mark in self.output.marks)
-        return frozenset(i for i in ids if i in self.vocabulary.special)
+    def calls_tools(self) -> bool:
+        """Whether its template knows of tools, and how it calls them is known."""
+        takes = self.template is not None and self.template.for_tools.takes_tools
+        return takes and self.output.tools is not None
+
+    @property
+    def special_marks(self) -> Mapping[str, int]:
+        """Special tokens that tell parts of the output apart, by name."""
+        ids = {mark: self.tokenizer.token_to_id(mark) for mark in self.output.marks}
+        return {mark: i for mark, i in ids.items() if i in self.vocabulary.special}
 
     @property
     def chars_max(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +79,52 @@ def says(model: Model, *texts: str) -> Callable[[Submit, int], int]:
         return ids[position] if position < len(ids) else model.eos_token_ids[0]
 
     return speak
+
+
+@dataclass
+class JoinedChoice:
+    text: str = ""
+    reasoning: str = ""
+    tokens: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    arguments: list[str] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list, compare=False)  # of each call: each stream has its own
+    finish: list[str] = field(default_factory=list)
+
+    def add(self, choice: dict[str, Any]) -> None:
+        delta = choice["delta"]
+        self.text += delta.get("content") or ""
+        self.reasoning += delta.get("reasoning_content") or ""
+        self.tokens += choice.get("token_ids") or []
+        self.finish += [choice["finish_reason"]] if choice["finish_reason"] else []
+        for part in delta.get("tool_calls", ()):
+            if "id" in part:
+                assert part["index"] == len(self.ids), "it is told once"
+                self.ids.append(part["id"])
+                self.names.append(part["function"]["name"])
+                self.arguments.append("")
+            self.arguments[part["index"]] += part["function"]["arguments"]
+
+
+@dataclass
+class Joined:
+    """All that a client of a chat stream has in the end, however it was cut into events."""
+
+    choices: dict[int, JoinedChoice] = field(default_factory=dict)
+    usage: dict[str, Any] | None = None
+    done: int = 0
+
+
+def joined(events: Sequence[tuple[str, str]]) -> Joined:
+    """`events`: of each its id and its data."""
+    made = Joined()
+    for _, data in events:
+        if data == "[DONE]":
+            made.done += 1
+            continue
+        chunk = json.loads(data)
+        assert "error" not in chunk, chunk
+        made.usage = chunk.get("usage") or made.usage
+        for choice in chunk["choices"]:
+            made.choices.setdefault(choice["index"], JoinedChoice()).add(choice)
+    return made

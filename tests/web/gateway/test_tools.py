@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import openai
 import pydantic
 import pytest
 
-from tests.web.gateway.scripted import LLAMA, MISTRAL, PYTHONIC, QWEN, REASONER, says, scripted_model
+from tests.web.gateway.scripted import LLAMA, MISTRAL, PYTHONIC, QWEN, REASONER, joined, says, scripted_model
 from tests.web.gateway.stack import MODEL, Stack, beside, running
 from tests.web.gateway.test_resume import read
 from web.gateway.model import Model
@@ -163,6 +162,53 @@ def test_tool_choice(tmp_path: Path) -> None:
     with_model(model, [call], body, nodes=1)
 
 
+def test_calls_that_have_to_come(tmp_path: Path) -> None:
+    """They are held to a grammar, behind the reasoning; what the schema says of the answer goes into it."""
+    model = scripted_model(tmp_path, QWEN)
+    tail = '</think>\n\n<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+    one: Any = {"type": "function", "function": {"name": "add"}}
+
+    async def body(stack: Stack) -> None:
+        async with stack.openai() as client:
+
+            async def ask(**more: Any) -> tuple[Any, str]:
+                answer = await client.chat.completions.create(
+                    model=MODEL, messages=ASK, tools=[TOOL, ADD], seed=0, **more
+                )
+                return answer.choices[0], stack.nodes[0].submits[-1].sampling.grammar
+
+            choice, grammar = await ask(tool_choice="required")
+            assert (choice.finish_reason, choice.message.tool_calls[0].function.name) == ("tool_calls", "add")
+            assert "get_weather" in grammar
+            assert "call)*" in grammar
+            assert "thought" in grammar
+            choice, grammar = await ask(tool_choice=one, reasoning_effort="none")
+            assert (choice.finish_reason, choice.message.tool_calls[0].function.name) == ("stop", "add")
+            assert "get_weather" not in grammar
+            assert "call)*" not in grammar
+            assert "thought" not in grammar, "the prompt says that the model has thought"
+            assert "# Tools" in model.decode(list(stack.nodes[0].submits[-1].prompt))
+            _, grammar = await ask(tool_choice="required", parallel_tool_calls=False)
+            assert "call)*" not in grammar
+            _, grammar = await ask(response_format={"type": "json_object"})
+            assert "get_weather" in grammar
+            assert "@answer" in grammar
+            assert (await ask())[1] == ""
+            for more, why in [
+                ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "give one of them"),
+                ({"tool_choice": "required", "extra_body": {"ignore_eos": True}}, "ignore_eos"),
+            ]:
+                with pytest.raises(openai.BadRequestError, match=why):
+                    await ask(**more)
+            broken: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}
+            with pytest.raises(openai.BadRequestError, match="no object"):
+                await client.chat.completions.create(
+                    model=MODEL, messages=ASK, tools=[broken], tool_choice="required"
+                )
+
+    with_model(model, ["<think>So." + tail], body, nodes=1)
+
+
 @pytest.mark.parametrize("options", [{}, {"logprobs": True, "top_logprobs": 1}], ids=["plain", "logprobs"])
 def test_one_call_at_a_time(tmp_path: Path, options: dict[str, Any]) -> None:
     """The output ends with the first call: nothing more is computed."""
@@ -266,32 +312,6 @@ def test_a_parser_by_setting(tmp_path: Path) -> None:
 # Across gateways
 
 
-def joined(events: list[tuple[str, str]]) -> dict[str, Any]:
-    """All that a client has in the end, however it was cut into events."""
-    made: dict[str, Any] = {"usage": None, "done": 0}
-    for _, data in events:
-        if data == "[DONE]":
-            made["done"] += 1
-            continue
-        chunk = json.loads(data)
-        assert "error" not in chunk, chunk
-        made["usage"] = chunk.get("usage") or made["usage"]
-        for choice in chunk["choices"]:
-            own = made.setdefault(choice["index"], {"calls": {}, "text": "", "reasoning": "", "finish": []})
-            delta = choice["delta"]
-            own["text"] += delta.get("content") or ""
-            own["reasoning"] += delta.get("reasoning_content") or ""
-            own["tokens"] = own.get("tokens", []) + choice["token_ids"] if "token_ids" in choice else []
-            if choice["finish_reason"]:
-                own["finish"].append(choice["finish_reason"])
-            for part in delta.get("tool_calls", ()):
-                call = own["calls"].setdefault(part["index"], {"arguments": "", "id": [], "name": []})
-                call["arguments"] += part["function"]["arguments"]
-                call["id"] += [part["id"]] if "id" in part else []
-                call["name"] += [part["function"]["name"]] if "name" in part["function"] else []
-    return made
-
-
 @pytest.mark.parametrize("template", CALLS, ids=["qwen", "llama", "pythonic", "mistral"])
 @pytest.mark.parametrize(
     "options", [{}, {"logprobs": True, "return_token_ids": True}], ids=["plain", "logprobs"]
@@ -314,9 +334,9 @@ def test_a_stream_goes_on_at_another_gateway_after_every_event(
         async with beside(one) as two, one.http() as first, two.http() as second:
             whole = await read(first, "POST", CHAT, asked)
             want = joined(whole)
-            assert want[0]["finish"] == ["tool_calls"]
-            assert [call["name"] for call in want[0]["calls"].values()] == [["get_weather"], ["add"]]
-            assert (want["usage"].get("completion_tokens_details") is not None) == (template == QWEN)
+            assert want.choices[0].finish == ["tool_calls"]
+            assert want.choices[0].names == ["get_weather", "add"]
+            assert ("completion_tokens_details" in (want.usage or {})) == (template == QWEN)
             for cut in range(1, len(whole), 1 if template == QWEN and options else 4):
                 events = await read(first, "POST", CHAT, asked, limit=cut)
                 last = events[-1][0]
@@ -327,11 +347,7 @@ def test_a_stream_goes_on_at_another_gateway_after_every_event(
                         second, "GET", f"/v1/streams/{last.partition('.')[0]}", last_event_id=last
                     )
                 got = joined([*events, *rest])
-                assert {k: v for k, v in got.items() if k != 0} == {k: v for k, v in want.items() if k != 0}
-                for call, wanted in zip(got[0]["calls"].values(), want[0]["calls"].values(), strict=True):
-                    assert len(call["id"]) == len(call["name"]) == 1, "it is told once"
-                    wanted["id"] = call["id"]  # another stream, another id
-                assert got[0] == want[0], cut
+                assert got == want, cut
 
     with_model(model, [CALLS[template]], body)
 
@@ -354,17 +370,12 @@ def test_all_choices_go_on(tmp_path: Path) -> None:
         async with beside(one) as two, one.http() as first, two.http() as second:
             whole = await read(first, "POST", CHAT, asked)
             want = joined(whole)
-            assert [want[k]["finish"] for k in range(3)] == [["stop"], ["tool_calls"], ["stop"]]
+            assert [want.choices[k].finish for k in range(3)] == [["stop"], ["tool_calls"], ["stop"]]
             for cut in range(5, len(whole), 9):
                 events = await read(first, "POST", CHAT, asked, limit=cut)
                 last = events[-1][0]
                 got = joined([*events, *await read(second, "POST", CHAT, asked, last_event_id=last)])
-                assert got["usage"] == want["usage"]
-                for k in range(3):
-                    assert (got[k]["text"], got[k]["reasoning"]) == (want[k]["text"], want[k]["reasoning"])
-                    assert [c["arguments"] for c in got[k]["calls"].values()] == [
-                        c["arguments"] for c in want[k]["calls"].values()
-                    ]
+                assert got == want, cut
 
     with_model(model, texts, body)
 

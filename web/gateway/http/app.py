@@ -19,7 +19,8 @@ from web.gateway.errors import ApiError, shorten
 from web.gateway.http.generation_response import EVENT_HEADERS, GenerationResponse
 from web.gateway.http.guard import BODY_BYTES_MAX, ApiKeys, Guard
 from web.gateway.http.openapi import document
-from web.gateway.openai.chat import chat_prompt, check_tools
+from web.gateway.openai.chat import chat_prompt
+from web.gateway.openai.chat_output import check_tools
 from web.gateway.openai.generation import count_error
 from web.gateway.openai.requests import DetokenizeRequest, TokenizeRequest, parse
 from web.gateway.openai.sampling import check_chars, check_tokens

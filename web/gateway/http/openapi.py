@@ -142,6 +142,13 @@ def _relate(schemas: dict[str, Schema], model: Model) -> None:
         {"properties": {"prompt": null, "messages": {"type": "array"}}, "required": ["messages"]},
     ]
     schemas["Message"]["properties"]["role"] = {"enum": list(ROLES)}
+    if not model.calls_tools:
+        for name in ("ChatRequest", "TokenizeRequest"):
+            schemas[name]["properties"]["tools"] = {
+                "enum": [None, []],
+                "description": "This model cannot be told of tools.",
+            }
+        schemas["ChatRequest"]["properties"]["tool_choice"] = {"enum": [None, "none", "auto"]}
     zeros = 9 - len(str(model.vocab_size))  # that may stand before
     below = f"^0{{0,{zeros}}}(?:{_below(model.vocab_size)})$"
     for name in ("CompletionRequest", "ChatRequest"):
@@ -241,13 +248,21 @@ def _schemas(model: Model, priority_floor: int) -> dict[str, Schema]:
         ("ChatRequest", "max_completion_tokens"),
     ):
         _bound(schemas[holder]["properties"][name], model.max_model_len - 1)
-    usage = record({"prompt_tokens": INTEGER, "total_tokens": INTEGER, "completion_tokens": INTEGER})
+    usage = record(
+        {"prompt_tokens": INTEGER, "total_tokens": INTEGER, "completion_tokens": INTEGER},
+        {"completion_tokens_details": record({"reasoning_tokens": INTEGER})},
+    )
     choice = record(
         {"index": INTEGER, "finish_reason": nullable(STRING), "logprobs": ANY},
         {"stop_reason": ANY, "token_ids": array(INTEGER)},
     )
     answer = {"id": STRING, "object": STRING, "created": INTEGER, "model": STRING, "usage": usage}
-    spoken = record({"role": STRING, "content": STRING})
+    function = record({"name": STRING, "arguments": STRING})
+    call = record({"id": STRING, "type": STRING, "function": function})
+    spoken = record(
+        {"role": STRING, "content": nullable(STRING)},
+        {"reasoning_content": STRING, "tool_calls": array(call)},
+    )
     return schemas | {
         "Model": record({"id": STRING, "object": STRING, "created": INTEGER, "max_model_len": INTEGER}),
         "Tokens": record(

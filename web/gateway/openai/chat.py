@@ -10,12 +10,12 @@ from msgspec.structs import replace
 
 from controlplane.contract.errors import RequestError
 from web.gateway.errors import ApiError
-from web.gateway.model import INLINE_CHARS_MAX, Model
+from web.gateway.model import INLINE_CHARS_MAX
 from web.gateway.openai import answers
 from web.gateway.openai.call_ids import CallIds
+from web.gateway.openai.chat_output import chat_grammar, check_tools, output_rules
 from web.gateway.openai.events import ChunkWriter
 from web.gateway.openai.generation import Generation, Plan
-from web.gateway.openai.grammar_check import grammar_of
 from web.gateway.openai.messages import Message, plain
 from web.gateway.openai.prepared import PreparedRequest, digest_of
 from web.gateway.openai.requests import INT64_MAX, ChatRequest, parse
@@ -25,7 +25,6 @@ from web.gateway.openai.tools import Function, Tool, ToolUse, tool_use
 from web.gateway.openai.whole_answer import Whole
 from web.gateway.service import Service
 from web.gateway.text.choice_decoder import Piece
-from web.gateway.text.parsers.output import OutputRules
 
 INLINE_MESSAGES_MAX = 64  # longer conversations are rendered in a thread
 
@@ -53,7 +52,7 @@ async def prepare_chat(service: Service, body: bytes, seed: int) -> PreparedRequ
         max_tokens = min(model.max_model_len - len(prompt), model.max_new_tokens or model.max_model_len)
     seed = request.seed if request.seed is not None else seed
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    grammar = await grammar_of(model, request)
+    grammar = await chat_grammar(model, request, prompt)
     sampling = make_sampling(request, model, len(prompt), max_tokens, seed, logprobs, grammar)
     plans = [Plan(prompt, replace(sampling, seed=(seed + n) & INT64_MAX)) for n in range(request.choices)]
     return _prepared(service, slim(request), plans, digest_of(request, plans))
@@ -85,27 +84,6 @@ def _prepared(service: Service, request: ChatRequest, plans: list[Plan], digest:
         ),
         digest,
     )
-
-
-def output_rules(request: ChatRequest, model: Model) -> OutputRules | None:
-    """What is told apart in the answer to `request`; None: nothing is."""
-    use, reasoning = tool_use(request.tools, request.tool_choice), model.output.reasoning
-    if use is None:
-        return OutputRules(reasoning) if reasoning is not None else None
-    calls_max = 1 if use.named or request.parallel_tool_calls is False else None
-    return OutputRules(reasoning, model.output.tools, use.names, calls_max, use.named)
-
-
-def check_tools(model: Model, use: ToolUse) -> None:
-    """Raises ApiError 400: the model cannot be told of tools, or it is not known how it calls them."""
-    if model.template is not None and not model.template.for_tools.takes_tools:
-        raise ApiError(400, "tools: this model's chat template knows of no tools", "tools")
-    if model.output.tools is None:
-        text = "tools: it is not known how this model writes calls (gateway.tool_parser)"
-        raise ApiError(400, text, "tools")
-    if use.must:
-        text = "tool_choice: only auto and none are supported, as the output is not constrained by a grammar"
-        raise ApiError(400, text, "tool_choice")
 
 
 async def chat_prompt(

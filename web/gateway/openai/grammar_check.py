@@ -7,19 +7,23 @@ from collections.abc import Callable
 from controlplane.grammar import GrammarError
 from web.gateway.errors import ApiError
 from web.gateway.model import Model
-from web.gateway.openai.structured import Fields, asked_of, text_of
+from web.gateway.openai.structured import Asked, Fields, asked_of, text_of
 from web.gateway.text.grammars import TooManyGrammars
 
 
 async def grammar_of(model: Model, request: Fields) -> str:
     """`Sampling.grammar` of a request, checked; "" if it asks for nothing. Raises ApiError naming the parameter."""
+    asked = demand_of(request)
+    return "" if asked is None else await checked(model, lambda: text_of(asked), asked.param)
+
+
+def demand_of(request: Fields) -> Asked | None:
+    """What a request demands of its output. Raises ApiError."""
     asked = asked_of(request)
-    if asked is None:
-        return ""
-    if request.ignore_eos:
+    if asked is not None and request.ignore_eos:
         text = f"ignore_eos cannot go with {asked.param}, which says where the text ends"
         raise ApiError(400, text, "ignore_eos")
-    return await checked(model, lambda: text_of(asked), asked.param)
+    return asked
 
 
 async def checked(model: Model, make: Callable[[], str], param: str) -> str:

@@ -56,8 +56,9 @@ class Message(Strict):
         """Clients send back what they were given, with every field of an answer that was empty."""
         if not isinstance(data, dict):
             return data
-        kept = {name: value for name, value in data.items() if value or name not in ANSWER_FIELDS}
-        if "reasoning" in kept and kept.get("reasoning_content", kept["reasoning"]) == kept["reasoning"]:
+        unknown = ANSWER_FIELDS - set(cls.model_fields)
+        kept = {name: value for name, value in data.items() if value or name not in unknown}
+        if "reasoning" in kept and not kept.get("reasoning_content"):
             kept["reasoning_content"] = kept.pop("reasoning")  # vLLM's other name for it
         return without_hints(cls, kept)
 
@@ -87,7 +88,7 @@ def _beside(message: Message) -> dict[str, Any]:
     """What templates ask for with `is defined`: it is there only if the client sent it."""
     beside: dict[str, Any] = {}
     for name in ("name", "tool_call_id", "reasoning_content"):
-        if (value := getattr(message, name)) is not None:
+        if value := getattr(message, name):
             beside[name] = value
     if message.tool_calls:
         beside["tool_calls"] = [_call(call) for call in message.tool_calls]

@@ -57,7 +57,7 @@ def text_rules(request: Common, model: Model, spans: bool, output: OutputRules |
     """`spans`: log probabilities are asked for, which name the text of each token. `output`: what is told apart."""
     return TextRules(
         output=output,
-        shown=model.marks_shown if output is not None else frozenset(),
+        shown=frozenset(model.special_marks.values()) if output is not None else frozenset(),
         spans=spans,
         stops=request.stops,
         include_stop=bool(request.include_stop_str_in_output),

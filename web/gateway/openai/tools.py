@@ -42,15 +42,20 @@ ToolChoice = Literal["none", "auto", "required"] | NamedChoice
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """`tools`: those that the model may call, as its template gets to see them."""
+    """`tools`: those that the model is told of."""
 
     tools: tuple[Tool, ...]
     must: bool = False  # it has to call at least one
-    named: bool = False  # the client said which
+    named: str | None = None  # the only one that it may call
+
+    @property
+    def functions(self) -> list[Function]:
+        """Those that it may call."""
+        return [tool.function for tool in self.tools if self.named in (None, tool.function.name)]
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(tool.function.name for tool in self.tools)
+        return frozenset(function.name for function in self.functions)
 
     @property
     def described(self) -> list[dict[str, Any]]:
@@ -67,7 +72,7 @@ def tool_use(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> ToolUse
         wanted = choice.function.name
         if wanted not in names:
             raise ApiError(400, f"tool_choice: no tool has the name {shorten(wanted)}", "tool_choice")
-        return ToolUse(tuple(tools or ()), must=True, named=True)
+        return ToolUse(tuple(tools or ()), must=True, named=wanted)
     if not tools:
         if choice == "required":
             raise ApiError(400, "tool_choice: required needs tools", "tool_choice")
