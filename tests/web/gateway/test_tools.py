@@ -82,8 +82,7 @@ def test_calls_of_each_family(tmp_path: Path, template: str) -> None:
             streamed = final.message.tool_calls
             assert streamed is not None
             assert [(c.function.name, c.function.arguments) for c in streamed] == [
-                (c.function.name, c.function.arguments)
-                for c in calls
+                (c.function.name, c.function.arguments) for c in calls
             ]
             assert streamed[0].function.parsed_arguments == GetWeather(city="Köln", days=[1, 2])
             parsed = await client.chat.completions.parse(**asked)
