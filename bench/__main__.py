@@ -16,6 +16,7 @@ BENCHES = {
     "overhead": "latency with replication against latency without",
     "kevlarflow": "the paper's evaluation: nodes fail under load, emulated A10s; Table 1 and figures; --scene, --rate",
     "decode": "tokens/s of one node and of a 4-stage pipeline, against the engines that install beside us",
+    "structured": "JSON held to a schema: its share of the decode rate, time to first token with a cold schema",
     "profile": "where a decode step of one node goes: kernels, threads, Python",
     "prefill": "prompt tokens/s of the same systems",
     "falsealarms": "full load and no fault: how often a node is suspected or taken for dead, per hour",

@@ -130,6 +130,43 @@ static uint64_t kf_noise(uint64_t seed, uint64_t position)
 
 /* ---- a draw */
 
+/* The passes' sum and weigh for a row of which a mask may have left little: most blocks have no token, and are not looked
+ * at. Sums of weights are exact, so they are the same. Expects the row's tops. */
+static int64_t kf_sum_left(const kf_row *row, const kf_scratch *s, const float *x, double best, double scale)
+{
+    const int64_t n = s->vocab;
+    if (row->mask == NULL)
+        return s->passes->sum(x, n, best, scale, s->sums);
+    const int32_t nothing = kf_order(-INFINITY);
+    int64_t total = 0;
+    for (int64_t b = 0; b < s->blocks; b++) {
+        const int64_t i = b * KF_BLOCK, count = i + KF_BLOCK < n ? KF_BLOCK : n - i;
+        s->sums[b] = 0;
+        if (s->tops[b] > nothing)
+            total += s->passes->sum(x + i, count, best, scale, s->sums + b);
+    }
+    return total;
+}
+
+static int64_t kf_weigh_left(const kf_row *row, const kf_scratch *s, const float *x, double best, double scale,
+                             double floor)
+{
+    const int64_t n = s->vocab;
+    if (row->mask == NULL)
+        return s->passes->weigh(x, n, best, scale, floor, s->weights, s->sums);
+    const int32_t nothing = kf_order(-INFINITY);
+    int64_t total = 0;
+    for (int64_t b = 0; b < s->blocks; b++) {
+        const int64_t i = b * KF_BLOCK, count = i + KF_BLOCK < n ? KF_BLOCK : n - i;
+        s->sums[b] = 0;
+        if (s->tops[b] > nothing)
+            total += s->passes->weigh(x + i, count, best, scale, floor, s->weights + i, s->sums + b);
+        else
+            memset(s->weights + i, 0, (size_t)count * sizeof *s->weights);
+    }
+    return total;
+}
+
 /* The token at place `pick` of the weights of one block, in order of token id. */
 static int64_t kf_in_block(const int64_t *weights, int64_t pick)
 {
@@ -147,8 +184,7 @@ static int64_t kf_draw(const kf_row *row, const float *x, int64_t best, const kf
     const int top_k = row->top_k > 0 && row->top_k < n, top_p = row->top_p < 1.0;
     const double scale = KF_LOG2E / row->temperature, floor = ceil(row->min_p * (double)(1LL << KF_ONE));
     const int whole = !top_k && !top_p && floor <= 0.0; /* any token may be drawn */
-    int64_t total = whole ? s->passes->sum(x, n, x[best], scale, s->sums)
-                          : s->passes->weigh(x, n, x[best], scale, floor, s->weights, s->sums);
+    int64_t total = whole ? kf_sum_left(row, s, x, x[best], scale) : kf_weigh_left(row, s, x, x[best], scale, floor);
     *all = total;
     if (total == 0) /* the best is not finite: penalties or masks left nothing to draw from */
         return best;
@@ -243,7 +279,7 @@ static void kf_sample_row(const kf_batch *batch, int64_t r, const kf_scratch *s)
     if (row->logprobs > 0)
         kf_largest(s, x, row->logprobs, batch->top + r * batch->top_stride);
     if (row->logprobs >= 0 && !shared)
-        batch->norms[r] = kf_log_sum(raw_best, s->passes->sum(x, s->vocab, raw_best, KF_LOG2E, s->sums));
+        batch->norms[r] = kf_log_sum(raw_best, kf_sum_left(row, s, x, raw_best, KF_LOG2E));
     if (adjusts) {
         if (x != s->logits)
             memcpy(s->logits, x, (size_t)s->vocab * sizeof(float));

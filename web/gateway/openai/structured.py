@@ -31,6 +31,12 @@ WHITESPACE = {"whitespace_pattern": r"( |\n[ \t]{0,40})?"}
 NO_WHITESPACE = {"whitespace_flexible": False}
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
+# Where a schema holds others.
+MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+LISTS_OF_SCHEMAS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems", "items"})
+SCHEMAS = frozenset({"items", "additionalItems", "additionalProperties"})
+SECONDS = "[0-9]{2}:[0-9]{2}:[0-5][0-9]"  # only a time has three parts, an offset has two
+
 Schema = dict[str, Any] | bool
 Source = Annotated[str, Field(min_length=1)]
 Choices = Annotated[list[Source], Field(min_length=1, max_length=CHOICES_MAX, fail_fast=True)]
@@ -155,7 +161,9 @@ def json_grammar(schema: Schema | str, whitespace: Mapping[str, Any] = WHITESPAC
         raise GrammarError(f"it is nested {depth} deep, at most {DEPTH_MAX} is taken")
     if isinstance(schema, dict):
         own = schema.get("x-guidance")
-        schema = schema | {"x-guidance": {**whitespace, **(own if isinstance(own, dict) else {})}}
+        schema = without_leap_seconds(schema) | {
+            "x-guidance": {**whitespace, **(own if isinstance(own, dict) else {})}
+        }
     elif schema is True:
         schema = {"x-guidance": dict(whitespace)}
     try:
@@ -167,6 +175,25 @@ def json_grammar(schema: Schema | str, whitespace: Mapping[str, Any] = WHITESPAC
         )
     except ValueError as error:
         raise GrammarError("it has a number that JSON does not know") from error
+
+
+def without_leap_seconds(schema: Any) -> Any:
+    """A schema whose times have no 60th second: llguidance writes one at any minute, clients' types read none."""
+    if not isinstance(schema, dict):
+        return schema
+    changed = dict(schema)
+    for key, inner in schema.items():
+        if key in MAPS_OF_SCHEMAS and isinstance(inner, dict):
+            changed[key] = {name: without_leap_seconds(one) for name, one in inner.items()}
+        elif key in LISTS_OF_SCHEMAS and isinstance(inner, list):
+            changed[key] = [without_leap_seconds(one) for one in inner]
+        elif key in SCHEMAS:
+            changed[key] = without_leap_seconds(inner)
+    if schema.get("format") in ("time", "date-time"):
+        if "pattern" in schema:
+            return {"allOf": [changed, {"type": "string", "pattern": SECONDS}]}
+        changed["pattern"] = SECONDS
+    return changed
 
 
 def depth_of(value: Any) -> int:

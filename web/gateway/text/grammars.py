@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from controlplane.grammar import Compiler, DeepThreads, GrammarError, error_of
 
 THREADS = 2
-WAITING_MAX = 64  # grammars that are compiled or wait for it
+WAITING_MAX = 1024  # grammars that are compiled or wait for it
 TRIED_TOKENS = 8  # of an output that a new grammar allows
 KNOWN_MAX = 1024  # grammars whose check is remembered: some 100 bytes each
 
