@@ -106,6 +106,7 @@ def test_several_prompts_and_n() -> None:
                 "prompt_tokens": 5,
                 "completion_tokens": 32,
                 "total_tokens": 37,
+                "prompt_tokens_details": {"cached_tokens": 0},
             }
             texts = (
                 await client.post("/v1/completions", json={"prompt": ["Hello", "World"], "max_tokens": 4})
@@ -314,7 +315,7 @@ def test_request_id_and_model_routes() -> None:
 BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": "x", "suffix": "y"}, "suffix"),
     ({"prompt": "x", "tools": [{"type": "function"}]}, "tools"),
-    ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format"),
+    ({"prompt": "x", "response_format": {"type": "xml"}}, "response_format"),
     ({"prompt": "x", "logit_bias": {"abc": 1}}, "logit_bias"),
     ({"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias"),
     ({"prompt": "x", "logit_bias": {"5": 101}}, "logit_bias"),
