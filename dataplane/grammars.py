@@ -119,23 +119,25 @@ class Grammars:
 
     def _advance(self, moves: Moves) -> None:
         moves = [(rule, token) for rule, token in moves if not rule.closed and not rule.error]
+        rules = [rule for rule, _ in moves]
         try:
-            self._follow(moves)
-        except BaseException:
-            log.exception("the masks of a step failed")
-            for move in moves:  # whose fault it is, is found out one by one
-                try:
-                    self._mask([move[0]])
-                except BaseException as error:
-                    self._fail([move[0]], f"the grammar failed: {error}")
-
-    def _follow(self, moves: Moves) -> None:
-        if self._executor is None:
-            self._executor = LLExecutor(self._threads)
-        self._executor.consume_token_par([(rule.matcher, token) for rule, token in moves])
-        tables = {id(rule.masks): rule.masks for rule, _ in moves}
+            if self._executor is None:
+                self._executor = LLExecutor(self._threads)
+            self._executor.consume_token_par([(rule.matcher, token) for rule, token in moves])
+        except BaseException as error:  # nobody can say which of them have taken their tokens
+            self._fail(rules, _told(error))
+            return
+        tables = {id(rule.masks) for rule in rules}
         for table in tables:  # a borrowed node's stages have one each
-            self._mask([rule for rule, _ in moves if id(rule.masks) == table])
+            own = [rule for rule in rules if id(rule.masks) == table]
+            try:
+                self._mask(own)
+            except BaseException:
+                for rule in own:  # whose fault it is, is found out one by one
+                    try:
+                        self._mask([rule])
+                    except BaseException as error:
+                        self._fail([rule], _told(error))
 
     def _mask(self, rules: Sequence[Rule]) -> None:
         assert self._executor is not None
@@ -146,5 +148,11 @@ class Grammars:
 
     def _fail(self, rules: Sequence[Rule], error: str) -> None:
         for rule in rules:
-            rule.error = error or "the grammar failed"
+            rule.error = error
         self.settled()
+
+
+def _told(error: BaseException) -> str:
+    """Its text may have some of the grammar in it, which is no log's."""
+    log.error("following a grammar failed: %s", type(error).__name__)
+    return f"the grammar failed: {error}"

@@ -123,7 +123,9 @@ class Worker:
     async def run(self) -> None:
         if self._grammars is not None:
             loop = asyncio.get_running_loop()
-            self._grammars.settled = lambda: loop.call_soon_threadsafe(self._tell_settled)
+            self._grammars.settled = lambda: (
+                None if loop.is_closed() else loop.call_soon_threadsafe(self._tell_settled)
+            )
         handled = 0
         while True:
             while self._store.checksums.unverified and not self._inbox:

@@ -25,7 +25,7 @@ OnLinkUp = Callable[[Member], None]
 OnLinkDown = Callable[[Member, str], None]
 
 # Of dataplane/transport/frames.py. Here, as a link needs no more of it, and no numpy with threads of its own.
-FRAMES_VERSION = 2
+FRAMES_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

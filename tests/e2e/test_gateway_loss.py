@@ -13,6 +13,7 @@ import pytest
 from controlplane.contract.status import PipelineState
 from controlplane.kfadmin.loadgen import LoadGenerator, Prompt, Stream, sample_prompts
 from tests.e2e.cluster import Cluster, until, while_streaming
+from tests.e2e.test_structured import documents
 
 STREAMS = 12
 GATEWAYS = ("g1", "g2")
@@ -250,3 +251,20 @@ def test_a_repeated_post_is_answered_once(cluster: Cluster) -> None:
             assert (await client.post(urls[1], json=longer)).json() == answer
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("nodes", [(), ("n0", "n3")])
+def test_documents_of_a_schema_go_on_at_another_gateway(cluster: Cluster, nodes: tuple[str, ...]) -> None:
+    """With it, or with the last stage and the scheduler, all that knew where a document was in its grammar is gone."""
+    prompts = documents(STREAMS, details=True)
+    asyncio.run(cluster.references(prompts))
+    asyncio.run(serving(cluster))
+
+    async def kill(streams: list[Stream]) -> None:
+        await until(lambda: tokens_each(streams, 15), "15 tokens a stream")
+        for name in ("g1", *nodes):
+            cluster.kill(name)
+
+    streams = asyncio.run(while_streaming(cluster, prompts, kill, starting_at(cluster, 0)))
+    asyncio.run(cluster.expect_equal(streams))
+    assert all(stream.resumes for stream in streams)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
 from tests.e2e.cluster import Cluster, until, while_streaming
 from tests.e2e.test_clients import client
+from tests.e2e.test_moves import kfadmin
 
 TOKENS = 500
 SCHEMA = {
@@ -86,6 +87,24 @@ def test_a_kill_changes_no_document(home: Cluster, victim: str, tokens: int) -> 
         home.kill(victim)
 
     streams = asyncio.run(while_streaming(home, prompts, kill))
+    asyncio.run(home.expect_equal(streams))
+    asyncio.run(home.wait_all_home())
+
+
+def test_a_drain_of_the_last_stage_changes_no_document(home: Cluster) -> None:
+    prompts = documents(16, details=True)
+    asyncio.run(home.references(prompts))
+
+    async def drain(streams: list[Stream]) -> None:
+        await until(lambda: sum(len(s.tokens) for s in streams) >= 160, "tokens flow")
+        done = await asyncio.to_thread(kfadmin, home, "drain", "n3", "-o", "json")
+        assert done.returncode == 0, done.stderr
+
+    try:
+        streams = asyncio.run(while_streaming(home, prompts, drain))
+    finally:
+        back = kfadmin(home, "undrain", "n3")
+    assert back.returncode == 0, back.stderr
     asyncio.run(home.expect_equal(streams))
     asyncio.run(home.wait_all_home())
 

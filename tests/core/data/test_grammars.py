@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from controlplane.contract.requests import GRAMMAR_BYTES_MAX
 from controlplane.grammar import Compiler, GrammarError, load_compiler
+from dataplane import grammars as grammars_module
 from dataplane.core.rules import Rule
 from dataplane.demo import model_dir
 from dataplane.grammars import COMPILED_MAX, Grammars
@@ -273,6 +274,28 @@ def test_what_is_kept_compiled_is_bounded(grammars: Grammars) -> None:
     for number in range(40):
         settled(begin(grammars, f"start: {long} // {number}", []))
     assert sum(size for size, _ in grammars._compiled.values()) <= 4 << 20
+
+
+def test_a_panic_at_a_step_costs_who_caused_it(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = np.zeros((4, WORDS), np.int32)
+    bad, good = (begin(grammars, GRAMMARS["choice"], [], slot, table) for slot in range(2))
+    settled(bad, good)
+    fill = grammars_module.fill_next_token_bitmask_par
+
+    def panics(executor: Any, places: Any, masks: Any) -> None:
+        if any(slot == bad.slot for _, slot in places):
+            raise KeyboardInterrupt("index out of bounds")
+        fill(executor, places, masks)
+
+    monkeypatch.setattr(grammars_module, "fill_next_token_bitmask_par", panics)
+    token = allowed(good)[0]
+    grammars.advance([(bad, token), (good, token)])
+    grammars.settle()
+    assert "index out of bounds" in bad.error
+    assert good.error == ""
+    monkeypatch.undo()
+    settled(other := begin(grammars, GRAMMARS["choice"], [token]))
+    assert allowed(good) == allowed(other)
 
 
 def test_a_panic_of_the_library_costs_its_request(
