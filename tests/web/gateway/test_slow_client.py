@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import web.gateway.http.event_stream
 
+import web.gateway.http.event_stream
 import web.protocol
 from tests.web.gateway.fake_node import reference
 from tests.web.gateway.stack import KEY, MODEL, Stack, running
