@@ -51,6 +51,7 @@ def numerics_of(
     device: str,
     attention: str,
     block_size: int,
+    weights: str = "model",
     sources: str | None = None,
     libraries: Iterable[str] | None = None,
 ) -> str:
@@ -65,6 +66,7 @@ def numerics_of(
         "device": device,
         "attention": attention,
         "block_size": block_size,
+        "weights": weights,
         "sources": kernel_sources() if sources is None else sources,
         "libraries": sorted(_libraries(device) if libraries is None else libraries),
     }

@@ -65,8 +65,20 @@ typedef struct {
     const kf_step *step;
     const kf_io *io;
     const kf_ops *ops;
+    const kf_q_ops *q_ops;
     size_t row_bytes; /* of [hidden] */
 } forward_args;
+
+static void linear(kf_worker *w, const kf_ops *ops, const kf_q_ops *q_ops, const kf_linear_args *a)
+{
+    if (a->w.format == KF_DENSE) {
+        ops->linear(w, a);
+        return;
+    }
+    q_ops->prepare(w, a);
+    kf_barrier(w);
+    q_ops->linear(w, a);
+}
 
 static void load(kf_worker *w, const forward_args *f)
 {
@@ -113,8 +125,8 @@ static void logits(kf_worker *w, const forward_args *f)
     const kf_norm_args norm = {s->picked, s->norm, s->normed, rows, s->hidden, s->eps};
     f->ops->rms_norm(w, &norm);
     kf_barrier(w);
-    const kf_linear_args head = {s->normed, s->head, NULL, f->io->out, rows, s->hidden, s->vocab, KF_FLOAT};
-    f->ops->linear(w, &head);
+    const kf_linear_args head = {s->normed, s->head, f->io->out, s->prepared, rows, s->hidden, s->vocab, KF_FLOAT};
+    linear(w, f->ops, f->q_ops, &head);
 }
 
 static void run_layer(kf_worker *w, const forward_args *f, int64_t index)
@@ -127,8 +139,8 @@ static void run_layer(kf_worker *w, const forward_args *f, int64_t index)
     const kf_norm_args before = {s->residual, layer->attention_norm, s->normed, rows, s->hidden, s->eps};
     f->ops->rms_norm(w, &before);
     kf_barrier(w);
-    const kf_linear_args project = {s->normed, layer->qkv.w, layer->qkv.bias, s->qkv, rows, s->hidden, qkv, KF_STORE};
-    f->ops->linear(w, &project);
+    const kf_linear_args project = {s->normed, layer->qkv, s->qkv, s->prepared, rows, s->hidden, qkv, KF_STORE};
+    linear(w, f->ops, f->q_ops, &project);
     kf_barrier(w);
     const kf_rope_args rope = {f->kv, f->step, index, s->heads, qkv, s->cos, s->sin, layer->q_norm, layer->k_norm,
                                s->eps, s->qkv, s->q};
@@ -137,20 +149,20 @@ static void run_layer(kf_worker *w, const forward_args *f, int64_t index)
     const kf_attention_args attend = {f->kv, f->step, index, s->heads, layer->window, s->scale, s->q, s->attended};
     f->ops->attention(w, &attend);
     kf_barrier(w);
-    const kf_linear_args out = {s->attended, layer->o.w, layer->o.bias, s->residual, rows, s->heads * hd, s->hidden,
+    const kf_linear_args out = {s->attended, layer->o, s->residual, s->prepared, rows, s->heads * hd, s->hidden,
                                 KF_ADD};
-    f->ops->linear(w, &out);
+    linear(w, f->ops, f->q_ops, &out);
     kf_barrier(w);
     const kf_norm_args after = {s->residual, layer->mlp_norm, s->normed, rows, s->hidden, s->eps};
     f->ops->rms_norm(w, &after);
     kf_barrier(w);
-    const kf_linear_args gate_up = {s->normed, layer->gate_up.w, layer->gate_up.bias, s->activated, rows, s->hidden,
+    const kf_linear_args gate_up = {s->normed, layer->gate_up, s->activated, s->prepared, rows, s->hidden,
                                     s->intermediate, KF_SILU_MUL};
-    f->ops->linear(w, &gate_up);
+    linear(w, f->ops, f->q_ops, &gate_up);
     kf_barrier(w);
-    const kf_linear_args down = {s->activated, layer->down.w, layer->down.bias, s->residual, rows, s->intermediate,
-                                 s->hidden, KF_ADD};
-    f->ops->linear(w, &down);
+    const kf_linear_args down = {s->activated, layer->down, s->residual, s->prepared, rows, s->intermediate, s->hidden,
+                                 KF_ADD};
+    linear(w, f->ops, f->q_ops, &down);
     kf_barrier(w);
 }
 
@@ -160,7 +172,7 @@ static void forward(kf_worker *w, const void *arg)
     load(w, f);
     for (int64_t i = 0; i < f->stage->num_layers; i++)
         run_layer(w, f, i);
-    if (f->stage->head == NULL)
+    if (f->stage->head.w == NULL)
         store(w, f);
     else if (f->io->num_picked)
         logits(w, f);
@@ -178,7 +190,8 @@ int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, c
     if (bad)
         return bad;
     const size_t row_bytes = (size_t)stage->hidden * (kv->is_bf16 ? 2 : 4);
-    const forward_args f = {stage, kv, step, io, kf_ops_for(kv->is_bf16), row_bytes};
+    const forward_args f = {stage, kv, step, io, kf_ops_for(kv->is_bf16), kf_q_ops_for(kv->is_bf16),
+                            row_bytes};
     kf_team_run(team, forward, &f);
     return KF_OK;
 }
@@ -188,6 +201,7 @@ int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, c
 typedef struct {
     const kf_ops *ops;
     const void *args;
+    const kf_q_ops *q_ops;
 } one_args;
 
 static void one_attention(kf_worker *w, const void *arg)
@@ -211,7 +225,7 @@ static void one_rms_norm(kf_worker *w, const void *arg)
 static void one_linear(kf_worker *w, const void *arg)
 {
     const one_args *one = arg;
-    one->ops->linear(w, one->args);
+    linear(w, one->ops, one->q_ops, one->args);
 }
 
 int kf_attention(kf_team *team, const kf_attention_args *a)
@@ -221,7 +235,7 @@ int kf_attention(kf_team *team, const kf_attention_args *a)
         bad = reserve_scratch(team, a->kv, a->step);
     if (bad)
         return bad;
-    kf_team_run(team, one_attention, &(one_args){kf_ops_for(a->kv->is_bf16), a});
+    kf_team_run(team, one_attention, &(one_args){kf_ops_for(a->kv->is_bf16), a, NULL});
     return KF_OK;
 }
 
@@ -232,16 +246,16 @@ int kf_rope_write(kf_team *team, const kf_rope_args *a, int64_t table_rows)
         bad = check_positions(a->kv, a->step, table_rows);
     if (bad)
         return bad;
-    kf_team_run(team, one_rope_write, &(one_args){kf_ops_for(a->kv->is_bf16), a});
+    kf_team_run(team, one_rope_write, &(one_args){kf_ops_for(a->kv->is_bf16), a, NULL});
     return KF_OK;
 }
 
 void kf_rms_norm(kf_team *team, const kf_norm_args *a, int is_bf16)
 {
-    kf_team_run(team, one_rms_norm, &(one_args){kf_ops_for(is_bf16), a});
+    kf_team_run(team, one_rms_norm, &(one_args){kf_ops_for(is_bf16), a, NULL});
 }
 
 void kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16)
 {
-    kf_team_run(team, one_linear, &(one_args){kf_ops_for(is_bf16), a});
+    kf_team_run(team, one_linear, &(one_args){kf_ops_for(is_bf16), a, kf_q_ops_for(is_bf16)});
 }
