@@ -15,7 +15,7 @@ from dataplane.model.config import ModelConfig, ModelDtype, load_config
 from dataplane.model.digests import digest_as, digest_once, identities
 from dataplane.model.errors import ModelError
 from dataplane.model.layers import Weights, build_layer, matrix
-from dataplane.model.quantised import values_of, weight_of
+from dataplane.model.quantised import UnsupportedWeight, values_of, weight_of
 from dataplane.model.rotary import RotaryTable
 from dataplane.model.split import split_layers
 from dataplane.model.weights import EMBED, HEAD, NORM, load_weights, stage_files, stage_shapes, weights_digest
@@ -99,9 +99,12 @@ class StageExecutor:
         digest = digest_once(lambda: weights_digest(tensors), tensors, seen, digest_file)
         self.weights_digest: str = digest_as(digest, weights)
         with torch.inference_mode():
-            embed = values_of(c, EMBED, tensors).to(kind) if self.is_first else None
-            head = self._head(tensors, embed, kind, weights) if self.is_last else None
-            layers = tuple(build_layer(c, i, tensors, kind, weights) for i in self.layers)
+            try:
+                embed = values_of(c, EMBED, tensors).to(kind) if self.is_first else None
+                head = self._head(tensors, embed, kind, weights) if self.is_last else None
+                layers = tuple(build_layer(c, i, tensors, kind, weights) for i in self.layers)
+            except UnsupportedWeight as error:
+                raise ModelError(model_dir, None, str(error)) from error
             rotary = RotaryTable(c.rope, c.head_dim, c.max_positions)
             sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.rms_norm_eps)
             spec = StageSpec(*sizes, rotary, layers, embed, head)

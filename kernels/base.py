@@ -113,8 +113,8 @@ class Rotary(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """The layers of one stage; all tensors but those of quantised weights have the dtype of the KV cache. embed [vocab, hidden]: first stage only;
-    head: last stage only."""
+    """The layers of one stage; all tensors but those of quantised weights have the dtype of the KV cache.
+    embed [vocab, hidden]: first stage only; head: last stage only."""
 
     hidden: int
     intermediate: int

@@ -183,7 +183,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def model_name(self) -> str:
-        return self.served_model_name or Path(self.model).name
+        return self.served_model_name or Path(self.model).name.removesuffix(".gguf")
 
     @property
     def secret_file(self) -> Path:

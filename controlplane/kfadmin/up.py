@@ -40,7 +40,7 @@ def up(
         Path | None, typer.Option(help="Settings (TOML or JSON); options below override it.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Hugging Face checkpoint (default: the demo model).")
+        Path | None, typer.Option(help="Hugging Face checkpoint or GGUF file (default: the demo model).")
     ] = None,
     instances: Annotated[int | None, typer.Option(min=1, help="Pipelines (default: 2).")] = None,
     stages: Annotated[int | None, typer.Option(min=1, help="Stages of each (default: 4).")] = None,

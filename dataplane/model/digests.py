@@ -52,8 +52,8 @@ def identities(files: Iterable[Path]) -> tuple[FileIdentity, ...]:
 
 
 def digest_as(digest: str, weights: str) -> str:
-    """The digest of tensors of this digest that are served as `engine.weights` says: what is quantised when it is loaded
-    stands in for nothing but its like."""
+    """The digest of tensors of this digest that are served as `engine.weights` says: what is quantised when it is
+    loaded stands in for nothing but its like."""
     if weights == "model":
         return digest
     return hashlib.blake2b(f"{weights} {digest}".encode(), digest_size=len(digest) // 2).hexdigest()
