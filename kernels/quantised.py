@@ -92,10 +92,10 @@ class Quantised:
         return each[0], each[1] if len(each) > 1 else torch.zeros_like(each[0])
 
     def dense(self) -> torch.Tensor:
-        """float32 [n, k]."""
-        scale, low = (values[:, :, None] for values in self.scale_and_min())
-        q = self.q.view(len(self.q), self.groups, GROUP).float() - self.format.offset
-        return (q * scale + low).flatten(1)[:, : self.k]
+        """float32 [n, k]: rounded once, as the kernels do."""
+        scale, low = (values[:, :, None].double() for values in self.scale_and_min())
+        q = self.q.view(len(self.q), self.groups, GROUP).double() - self.format.offset
+        return (q * scale + low).flatten(1)[:, : self.k].float()
 
 
 Weight = torch.Tensor | Quantised

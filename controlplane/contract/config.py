@@ -35,7 +35,8 @@ ENDPOINT = Text(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", "host:port"
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     executor: Literal["torch", "oracle"] = "torch"  # oracle: hashes in place of a model, timed by `emulation`
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: what the checkpoint says
-    # int8: eight bits with a scale for each output, made when the checkpoint is loaded; model: as it has them.
+    # model: as the checkpoint has them; int8: those that are not quantised there become eight bits with a scale for
+    # each output when they are loaded.
     weights: Literal["model", "int8"] = "model"
     block_size: Annotated[int, Range(1, 1024)] = 16  # tokens in a KV block
     # KV blocks on a node: own, borrowed and replicas together. 0: 2,048 on a CPU; on a GPU as many as fit beside

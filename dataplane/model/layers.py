@@ -10,7 +10,7 @@ import torch
 from dataplane.model.config import ModelConfig
 from dataplane.model.quantised import values_of, weight_of
 from kernels.base import Layer, Linear
-from kernels.quantised import Weight, int8_rows, joined
+from kernels.quantised import Quantised, Weight, int8_rows, joined
 
 Weights = Literal["model", "int8"]
 
@@ -18,11 +18,13 @@ Weights = Literal["model", "int8"]
 def matrix(
     config: ModelConfig, names: list[str], weights: dict[str, torch.Tensor], dtype: torch.dtype, kind: Weights
 ) -> Weight:
-    """The checkpoint's weights of these names, their outputs one after another, as the settings want them."""
+    """The checkpoint's weights of these names, their outputs one after another. Of kind "int8", those that are not
+    quantised yet become so."""
     found = [weight_of(config, name, weights) for name in names]
-    if kind == "int8":
-        return int8_rows(torch.cat([Linear(weight).dense(torch.float32) for weight in found]))
-    return joined(found, dtype)
+    if kind == "model":
+        return joined(found, dtype)
+    whole = joined(found, torch.float32)
+    return whole if isinstance(whole, Quantised) else int8_rows(whole)
 
 
 def build_layer(

@@ -59,6 +59,7 @@ cdef extern from "kernels.h" nogil:
         void *prepared
         int64_t rows, k, n
         kf_epilogue epilogue
+        int64_t first_panel
     ctypedef struct kf_layer:
         const void *attention_norm
         const void *mlp_norm
@@ -95,9 +96,9 @@ cdef extern from "kernels.h" nogil:
     int kf_attention(kf_team *team, const kf_attention_args *a)
     int kf_rope_write(kf_team *team, const kf_rope_args *a, int64_t table_rows)
     void kf_rms_norm(kf_team *team, const kf_norm_args *a, int is_bf16)
-    void kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16)
+    int kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16)
     int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, const kf_step *step, const kf_io *io)
-    int64_t kf_prepared_size(int64_t k, int is_bf16)
+    int64_t kf_prepared_size(int64_t k)
     int64_t kf_panel_size(kf_format format, int64_t k, int64_t span)
     int kf_set_isa(int isa)
     int64_t kf_team_beats(const kf_team *team)
@@ -340,14 +341,16 @@ def linear(Team team, size_t x, weight, size_t out, size_t prepared, int64_t row
     """out[rows, n] = x[rows, k] W^T + bias; see kf_epilogue for what is done with it. weight: as one of set_layer();
     prepared: room for prepared_size() bytes a row where it is quantised."""
     cdef kf_linear_args a = kf_linear_args(<void *>x, weight_of(weight), <void *>out, <void *>prepared, rows, k, n,
-                                           <kf_epilogue>epilogue)
+                                           <kf_epilogue>epilogue, 0)
+    cdef int code
     with nogil:
-        kf_linear(team.c, &a, is_bf16)
+        code = kf_linear(team.c, &a, is_bf16)
+    check(code)
 
 
-def prepared_size(int64_t k, bint is_bf16):
-    """Bytes of a row of k inputs, as the products of quantised weights take it."""
-    return kf_prepared_size(k, is_bf16)
+def prepared_size(int64_t k):
+    """Bytes of a bfloat16 row of k inputs, as the products of quantised weights take it."""
+    return kf_prepared_size(k)
 
 
 def panel_size(int format, int64_t k, int64_t span):

@@ -91,13 +91,15 @@ typedef struct {
     int64_t span;
 } kf_weight;
 
-/* x[rows, k]. A quantised weight takes them from `prepared`, kf_prepared_bytes() a row, which it fills itself. */
+/* x[rows, k]. The product of a quantised weight with bfloat16 rows uses `prepared`, kf_prepared_size() bytes a row.
+ * first_panel: the panel that w begins with. */
 typedef struct {
     const void *x;
     kf_weight w;
     void *out, *prepared;
     int64_t rows, k, n;
     kf_epilogue epilogue;
+    int64_t first_panel;
 } kf_linear_args;
 
 typedef struct {
@@ -135,8 +137,8 @@ typedef struct {
 int kf_attention(kf_team *team, const kf_attention_args *a);
 int kf_rope_write(kf_team *team, const kf_rope_args *a, int64_t table_rows);
 void kf_rms_norm(kf_team *team, const kf_norm_args *a, int is_bf16);
-void kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16);
-int64_t kf_prepared_size(int64_t k, int is_bf16); /* bytes of a row of k inputs for quantised weights */
+int kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16);
+int64_t kf_prepared_size(int64_t k); /* bytes of a bfloat16 row of k inputs for quantised weights */
 int64_t kf_panel_size(kf_format format, int64_t k, int64_t span); /* of a panel of such a weight */
 
 /* A whole step: every thread walks through all its operations, with a barrier after each. */

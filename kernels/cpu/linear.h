@@ -36,7 +36,7 @@ INL void FN(linear_tile)(const int VR, const int FETCH, const kf_linear_args *a,
                          const char *ahead)
 {
     const int NC = WIDE || VR == 1 ? 4 : VR <= 3 ? 2 : 1;
-    const T *x = (const T *)a->x + row * a->k, *w = (const T *)a->w.w + panel * KF_PANEL * a->k;
+    const T *x = (const T *)a->x + row * a->k, *w = (const T *)a->w.w + (panel - a->first_panel) * KF_PANEL * a->k;
     VF sums[6 * 4], some[6 * 4];
 UNROLL(4)
     for (int c = 0; c < 4; c += NC) {

@@ -103,7 +103,7 @@ def linear(team: _native.Team, x: torch.Tensor, weight: Packed, out: torch.Tenso
             f"[{weight.n}, {weight.k}] does not map {x.shape[1]} to {out.shape[1]} values of {x.dtype}"
         )
     is_bf16 = x.dtype is torch.bfloat16
-    prepared = torch.empty(rows, _native.prepared_size(weight.k, is_bf16), dtype=torch.uint8)
+    prepared = torch.empty(rows, _native.prepared_size(weight.k), dtype=torch.uint8)
     addresses = (x.data_ptr(), weight.place, out.data_ptr(), prepared.data_ptr())
     _native.linear(team, *addresses, rows, weight.k, weight.n, epilogue, is_bf16)
 

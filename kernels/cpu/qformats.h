@@ -11,8 +11,8 @@
 #define KF_K_GROUPS 8     /* groups that share the two scales of Q4_K */
 #define KF_SCALES_BYTES (KF_PANEL * 4)
 
-/* What a prepared row has of one group: for bfloat16 rows x is scale * an integer, of which `total` is the sum; `sum` is
- * that of the values, scale * total. For float rows only `sum` is used. */
+/* What a prepared row has of one group: x is scale * an integer, of which `total` is the sum; `sum` is that of the
+ * values, scale * total. */
 typedef struct {
     float scale, sum;
     int32_t total, unused;
@@ -39,9 +39,6 @@ static inline int64_t kf_panel_bytes(kf_format format, int64_t groups, int64_t s
 
 static inline int64_t kf_groups(int64_t k) { return (k + KF_QGROUP - 1) / KF_QGROUP; }
 
-/* Bytes of a prepared row: the values, then the groups. */
-static inline int64_t kf_prepared_bytes(int64_t k, int is_bf16)
-{
-    return kf_groups(k) * (KF_QGROUP * (is_bf16 ? 1 : (int64_t)sizeof(float)) + (int64_t)sizeof(kf_group));
-}
+/* Bytes of a prepared row: the integers, then the groups. */
+static inline int64_t kf_prepared_bytes(int64_t k) { return kf_groups(k) * (KF_QGROUP + (int64_t)sizeof(kf_group)); }
 #endif

@@ -1,62 +1,10 @@
-/* x W^T of quantised weights for one element type and one instruction set.
+/* x W^T of quantised weights for bfloat16 rows and one instruction set.
  *
- * bfloat16 rows are rounded to eight bits first, each group of 32 inputs with a scale of its own: a group's sum is one of
- * integers, exact. Float rows stay what they are; a group's sum is a chain of multiply-adds from its first input to its last.
- * Each output is then
- *   fma(group's sum, scale, acc), with a min also fma(min, sum of x, acc), group by group,
- * whatever tile of rows it is computed in: the bits of a row do not depend on the other rows. */
+ * Rows are rounded to eight bits first, each group of 32 inputs with a scale of its own: the sum of a group is one of
+ * integers, exact. Each output is then
+ *   fma(the group's sum, scale of the weight * scale of x, acc), with a min also fma(min, sum of x, acc),
+ * group by group (where groups share a scale: their sums times the scales of x first, then once for all of them), whatever tile of rows it is computed in: the bits of a row do not depend on the other rows. */
 
-/* The scales of group `g` for vectors [c0, c0 + NC) of a panel, whose data is at `p`; returns where its values are. `ds`
- * and `dm` keep those that several groups of Q4_K share. */
-INL const uint8_t *FN(q_scales)(const int F, const int NC, int c0, int64_t g, int64_t span, const uint8_t *p, VF *s,
-                                VF *m, VF *ds, VF *dm)
-{
-    const int at = 16 * c0;
-    switch (F) {
-    case KF_INT8_F16:
-    case KF_INT4_F16:
-UNROLL(4)
-        for (int c = 0; c < NC; c++)
-            s[c] = NAME(q_halves)(p + 2 * (at + 16 * c));
-        return p + 2 * KF_PANEL;
-    case KF_INT4_F16_MIN:
-UNROLL(4)
-        for (int c = 0; c < NC; c++) {
-            s[c] = NAME(q_halves)(p + 2 * (at + 16 * c));
-            m[c] = NAME(q_halves)(p + 2 * (KF_PANEL + at + 16 * c));
-        }
-        return p + 4 * KF_PANEL;
-    case KF_INT4_F32_MIN:
-        if (g % span)
-            return p;
-UNROLL(4)
-        for (int c = 0; c < NC; c++) {
-            s[c] = NAME(v_load)((const float *)p + at + 16 * c);
-            m[c] = NAME(v_load)((const float *)p + KF_PANEL + at + 16 * c);
-        }
-        return p + 8 * KF_PANEL;
-    case KF_INT4_K:
-        if (g % KF_K_GROUPS == 0) {
-UNROLL(4)
-            for (int c = 0; c < NC; c++) {
-                ds[c] = NAME(q_halves)(p + 2 * (at + 16 * c));
-                dm[c] = NAME(q_halves)(p + 2 * (KF_PANEL + at + 16 * c));
-            }
-            p += 4 * KF_PANEL;
-        }
-UNROLL(4)
-        for (int c = 0; c < NC; c++) {
-            s[c] = NAME(v_mul)(ds[c], NAME(q_small)(p + at + 16 * c));
-            m[c] = NAME(v_sub)(NAME(v_set1)(0.0f),
-                               NAME(v_mul)(dm[c], NAME(q_small)(p + KF_PANEL + at + 16 * c)));
-        }
-        return p + 2 * KF_PANEL;
-    default:
-        return p;
-    }
-}
-
-#if Q_INTEGERS
 /* One group of VR prepared rows by NC vectors: sums[r * NC + c] = sum of x (q - offset). */
 INL void FN(q_group)(const int F, const int VR, const int NC, const char *x, int64_t stride, const uint8_t *p,
                      const kf_group *info, VF *sums)
@@ -108,74 +56,53 @@ UNROLL(4)
                 Q_IS8(F) ? acc[r * NC + c] : NAME(q4_end)(acc[r * NC + c], -Q_OFFSET(F) * of->total));
     }
 }
-#else
-INL void FN(q_group)(const int F, const int VR, const int NC, const char *x, int64_t stride, const uint8_t *p,
-                     const kf_group *info, VF *sums)
-{
-    const int PER_WORD = Q_IS8(F) ? 4 : 8;
-    (void)info;
-UNROLL(16)
-    for (int i = 0; i < VR * NC; i++)
-        sums[i] = NAME(v_set1)(0.0f);
-    for (int quad = 0; quad < 8; quad += Q_IS8(F) ? 1 : 2) {
-        VP w[4];
-UNROLL(4)
-        for (int c = 0; c < NC; c++)
-            w[c] = NAME(q_load)(p + (quad / (Q_IS8(F) ? 1 : 2) * KF_PANEL + 16 * c) * 4);
-UNROLL(8)
-        for (int i = 0; i < PER_WORD; i++) {
-            VF value[4];
-UNROLL(4)
-            for (int c = 0; c < NC; c++)
-                value[c] = Q_IS8(F) ? NAME(q_bytes)(w[c], 8 * i)
-                                    : NAME(q_nibbles)(w[c], 8 * (i & 3) + 4 * (i >> 2), Q_OFFSET(F));
-UNROLL(4)
-            for (int r = 0; r < VR; r++) {
-                const VF xv = NAME(v_set1)(*((const float *)(x + r * stride) + 4 * quad + i));
-UNROLL(4)
-                for (int c = 0; c < NC; c++)
-                    sums[r * NC + c] = NAME(v_fma)(xv, value[c], sums[r * NC + c]);
-            }
-        }
-    }
-}
-#endif
 
 /* Adds up VR prepared rows by NC vectors of one panel, whose first is c0; VR, NC and the format F are constants at every
  * call. On the way, `fetch` cache lines a group are asked for from `ahead` on. */
 INL void FN(q_sums)(const int F, const int VR, const int NC, int c0, const char *x, int64_t groups, int64_t span,
                     const uint8_t *p, const char *ahead, int fetch, VF *acc)
 {
-    const int64_t info_at = groups * KF_QGROUP * (Q_INTEGERS ? 1 : (int64_t)sizeof(float));
+    const int64_t info_at = groups * KF_QGROUP;
     const int64_t stride = info_at + groups * (int64_t)sizeof(kf_group);
     const float *row_scales = (const float *)p + 16 * c0;
-    VF s[4], m[4], ds[4], dm[4], sums[16];
+    VF s[4], m[4], ds[4], dm[4], sums[16], part[16]; /* part, left: of groups that share a scale */
+    float left[4] = {0};
 UNROLL(4)
     for (int c = 0; c < 4; c++)
         s[c] = m[c] = ds[c] = dm[c] = NAME(v_set1)(0.0f);
 UNROLL(16)
     for (int i = 0; i < VR * NC; i++)
-        acc[i] = NAME(v_set1)(0.0f);
+        acc[i] = part[i] = NAME(v_set1)(0.0f);
     if (F == KF_INT8_ROW)
         p += KF_SCALES_BYTES;
     for (int64_t g = 0; g < groups; g++) {
-        p = FN(q_scales)(F, NC, c0, g, span, p, s, m, ds, dm);
+        p = NAME(q_scales)(F, NC, c0, g, span, p, s, m, ds, dm);
         const kf_group *info = (const kf_group *)(x + info_at) + g;
-        const char *values = x + g * KF_QGROUP * (Q_INTEGERS ? 1 : (int64_t)sizeof(float));
+        const char *values = x + g * KF_QGROUP;
         FN(q_group)(F, VR, NC, values, stride, p + 16 * c0 * 4, info, sums);
         for (int i = 0; i < fetch; i++)
             __builtin_prefetch(ahead + (g * fetch + i) * 64, 0, 2);
+        const int spans = F == KF_INT4_F32_MIN, ends = spans && ((g + 1) % span == 0 || g + 1 == groups);
 UNROLL(4)
         for (int r = 0; r < VR; r++) {
             const kf_group *of = (const kf_group *)((const char *)info + r * stride);
-            const VF scale = NAME(v_set1)(of->scale), sum = NAME(v_set1)(of->sum);
+            const VF scale = NAME(v_set1)(of->scale), sum = NAME(v_set1)(spans ? left[r] + of->sum : of->sum);
+            left[r] = ends ? 0.0f : left[r] + of->sum;
 UNROLL(4)
             for (int c = 0; c < NC; c++) {
                 const int i = r * NC + c;
+                if (spans) {
+                    part[i] = NAME(v_fma)(sums[i], scale, part[i]);
+                    if (ends) {
+                        acc[i] = NAME(v_fma)(m[c], sum, NAME(v_fma)(part[i], s[c], acc[i]));
+                        part[i] = NAME(v_set1)(0.0f);
+                    }
+                    continue;
+                }
                 if (F == KF_INT8_ROW)
-                    acc[i] = Q_INTEGERS ? NAME(v_fma)(sums[i], scale, acc[i]) : NAME(v_add)(sums[i], acc[i]);
+                    acc[i] = NAME(v_fma)(sums[i], scale, acc[i]);
                 else
-                    acc[i] = NAME(v_fma)(sums[i], Q_INTEGERS ? NAME(v_mul)(s[c], scale) : s[c], acc[i]);
+                    acc[i] = NAME(v_fma)(sums[i], NAME(v_mul)(s[c], scale), acc[i]);
                 if (Q_HAS_MIN(F))
                     acc[i] = NAME(v_fma)(m[c], sum, acc[i]);
             }
@@ -195,7 +122,7 @@ INL void FN(q_tile)(const int F, const int VR, const kf_linear_args *a, int64_t 
 {
     const int NC = WIDE || VR == 1 ? 4 : VR == 2 ? 2 : 1;
     const int64_t groups = kf_groups(a->k);
-    const char *x = (const char *)a->prepared + row * kf_prepared_bytes(a->k, Q_INTEGERS);
+    const char *x = (const char *)a->prepared + row * kf_prepared_bytes(a->k);
     const uint8_t *p = (const uint8_t *)a->w.w + panel * kf_panel_bytes(F, groups, a->w.span);
     VF sums[4 * 4], some[4 * 4];
 UNROLL(4)
@@ -267,13 +194,11 @@ static TARGET void FN(q_linear)(kf_worker *worker, const kf_linear_args *a)
 }
 
 /* One group: values, scale and sums. A group with a number that is not finite becomes one, so that its row does. */
-INL void FN(prepare_group)(const T *from, int64_t n, char *values, kf_group *info)
+INL void FN(prepare_group)(const T *from, int64_t n, int8_t *q, kf_group *info)
 {
     float x[KF_QGROUP];
     NAME(v_store)(x, n > 0 ? LDN(from, n) : NAME(v_set1)(0.0f));
     NAME(v_store)(x + 16, n > 16 ? LDN(from + 16, n - 16) : NAME(v_set1)(0.0f));
-#if Q_INTEGERS
-    int8_t *q = (int8_t *)values;
     int32_t bits[KF_QGROUP], most = 0, total = 0;
     memcpy(bits, x, sizeof bits);
     for (int i = 0; i < KF_QGROUP; i++)
@@ -293,24 +218,18 @@ INL void FN(prepare_group)(const T *from, int64_t n, char *values, kf_group *inf
     info->scale = finite ? some ? largest / 127.0f : 0.0f : NAN;
     info->total = total;
     info->sum = info->scale * (float)total;
-#else
-    memcpy(values, x, sizeof x);
-    info->scale = 1.0f;
-    info->total = 0;
-    info->sum = NAME(v_hsum)(NAME(v_add)(NAME(v_load)(x), NAME(v_load)(x + 16)));
-#endif
     info->unused = 0;
 }
 
 static TARGET void FN(q_prepare)(kf_worker *worker, const kf_linear_args *a)
 {
-    const int64_t groups = kf_groups(a->k), size = KF_QGROUP * (Q_INTEGERS ? 1 : (int64_t)sizeof(float));
+    const int64_t groups = kf_groups(a->k);
     for (int64_t row, end; kf_next(worker, a->rows, 4, &row, &end);)
         for (; row < end; row++) {
-            char *to = (char *)a->prepared + row * kf_prepared_bytes(a->k, Q_INTEGERS);
-            kf_group *info = (kf_group *)(to + groups * size);
+            char *to = (char *)a->prepared + row * kf_prepared_bytes(a->k);
+            kf_group *info = (kf_group *)(to + groups * KF_QGROUP);
             for (int64_t g = 0; g < groups; g++)
-                FN(prepare_group)((const T *)a->x + row * a->k + g * KF_QGROUP, a->k - g * KF_QGROUP, to + g * size,
+                FN(prepare_group)((const T *)a->x + row * a->k + g * KF_QGROUP, a->k - g * KF_QGROUP, (int8_t *)to + g * KF_QGROUP,
                                   info + g);
         }
 }

@@ -75,7 +75,7 @@ class CpuStage:
         sizes = (hidden, hidden, heads + 2 * kv_heads, heads, heads, self._intermediate, hidden)
         self._buffers = [torch.empty(self._rows, size, dtype=self._dtype) for size in sizes]
         widest = max(hidden, heads, self._intermediate)
-        prepared = _native.prepared_size(widest, self._dtype is torch.bfloat16)
+        prepared = _native.prepared_size(widest) if self._dtype is torch.bfloat16 else 0
         self._buffers.append(torch.empty(self._rows, prepared, dtype=torch.uint8))
         self._native.set_buffers(*(buffer.data_ptr() for buffer in self._buffers))
 

@@ -80,6 +80,20 @@ def test_product(dtype: torch.dtype, format: Format, count: int, k: int, n: int,
     assert (out[count] == 7.0).all()
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_float_rows_have_the_product_of_the_values(format: Format) -> None:
+    """Bit for bit: a stage in float32 computes what it does with a checkpoint of the values."""
+    weight, bias, x = (
+        random_weight(format, 129, 290),
+        rows(1, 129, torch.float32)[0],
+        rows(200, 290, torch.float32),
+    )
+    got, want = torch.empty(200, 129), torch.empty(200, 129)
+    ops.linear(TEAM, x, pack(Linear(weight, bias), Arena()), got, ops.STORE)
+    ops.linear(TEAM, x, pack(Linear(weight.dense(), bias), Arena()), want, ops.STORE)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", FORMATS)
 def test_gate_up(dtype: torch.dtype, format: Format) -> None:
