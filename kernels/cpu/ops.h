@@ -13,11 +13,13 @@ typedef struct {
 } kf_ops;
 
 /* Of quantised weights. For bfloat16 rows linear() takes what prepare(), by all threads, has made of them before; floats()
- * writes the values of a panel, [k][64], of which linear_panel() makes the product with float rows. */
+ * writes the values of a panel, [k][64], of which linear_panel() makes the product with float rows, and rows() makes that
+ * of a few float rows at once, with the same bits. */
 typedef struct {
     void (*prepare)(kf_worker *, const kf_linear_args *);
     void (*linear)(kf_worker *, const kf_linear_args *);
     void (*floats)(const kf_weight *, int64_t k, int64_t panel, float *out);
+    void (*rows)(const kf_linear_args *, int64_t panel);
 } kf_q_ops;
 
 /* The best of what the processor has, or what kf_set_isa() allows. */

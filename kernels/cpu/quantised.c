@@ -12,6 +12,7 @@
 
 #define KF_PRAGMA(x) _Pragma(#x)
 #define KF_ROW_BLOCK 96 /* rows of a long step that one thread computes of a panel */
+#define KF_FEW_ROWS 8   /* float rows for which it does not pay to write a panel's values down */
 
 #include "vec_plain.h"
 #include "qvec_plain.h"
@@ -61,11 +62,15 @@ static void linear_f32(kf_worker *worker, const kf_linear_args *a)
         int64_t made = -1;
         for (; unit < end; unit++) {
             const int64_t panel = unit / blocks, block = unit % blocks;
+            kf_beat(worker);
+            if (a->rows <= KF_FEW_ROWS) {
+                q_ops->rows(a, panel);
+                continue;
+            }
             if (panel != made)
                 q_ops->floats(&a->w, a->k, panel, worker->scratch);
             made = dense.first_panel = panel;
             ops->linear_panel(&dense, block * a->rows / blocks, (block + 1) * a->rows / blocks, panel, 0);
-            kf_beat(worker);
         }
     }
 }
