@@ -84,11 +84,10 @@ def _made(final: Path, write: Callable[[Path], None]) -> Path:
     return final
 
 
-def four_bits(name: str, cache: Path | None = None) -> Path:
-    """The bfloat16 checkpoint with its layers' weights in four bits, as compressed-tensors keeps them."""
-    parent = cache or cache_dir()
-    source, final = checkpoint(name, "bfloat16", cache), parent / f"{name}-int4-{FORMAT}"
-    return _made(final, lambda scratch: _write_four_bits(source, scratch))
+def four_bits(source: Path) -> Path:
+    """Beside a checkpoint, the same one with its layers' weights in four bits."""
+    final = source.with_name(f"{source.name}-int4")
+    return _made(final, lambda scratch: write_four_bits(source, scratch, GROUP))
 
 
 def weight_bytes(model_dir: Path) -> int:
@@ -150,23 +149,23 @@ def _weights(shape: Shape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _write_four_bits(source: Path, into: Path) -> None:
-    """Symmetric, to the nearest, a scale for each GROUP inputs."""
+def write_four_bits(source: Path, into: Path, group: int) -> None:
+    """The checkpoint with its layers' weights in four bits: symmetric, a scale for each `group` inputs."""
     kept = {}
     for name, weight in load_file(source / "model.safetensors").items():
         if "_proj.weight" not in name:
             kept[name] = weight
             continue
-        groups = weight.float().unflatten(1, (-1, GROUP))
+        groups = weight.float().view(len(weight), -1, group)
         scale = groups.abs().amax(-1) / 7
         q = (groups / scale[..., None]).round().clamp(-8, 7).long() + 8
-        words = (q.flatten(1).unflatten(1, (-1, 8)) << torch.arange(0, 32, 4)).sum(-1)
+        words = (q.view(len(q), -1, 8) << torch.arange(0, 32, 4)).sum(-1)
         base = name.removesuffix(".weight")
         kept[f"{base}.weight_packed"] = torch.where(words >= 1 << 31, words - (1 << 32), words).int()
         kept[f"{base}.weight_scale"] = scale.bfloat16()
     save_file(kept, into / "model.safetensors", metadata={"format": "pt"})
     config = msgspec.json.decode((source / "config.json").read_bytes())
-    weights = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": GROUP, "symmetric": True}
+    weights = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": group, "symmetric": True}
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

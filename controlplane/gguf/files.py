@@ -106,7 +106,7 @@ def config_of(path: Path, header: Header) -> Json:
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "attention_bias": model_type == "llama" and "blk.0.attn_output.bias" in header.tensors,
         "hidden_act": "silu",
-        "dtype": "bfloat16",
+        "dtype": "float32",  # GGUF names none; in float32 a stage computes with exactly the values that it holds
         "quantization_config": QUANTIZATION,
     }
     ends = {fields.get(f"tokenizer.ggml.{end}_token_id") for end in ENDS}
