@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[1]
 # Beside the C sources, of which the extensions carry the digest that they were built with.
 PYTHON = (
     "kernels/**/*.py",
+    "dataplane/model/blocks.py",
     "dataplane/model/layers.py",
+    "dataplane/model/quantised.py",
     "dataplane/model/rotary.py",
     "dataplane/model/sampler.py",
 )
