@@ -1,9 +1,10 @@
-"""Decode rate: our node, our 4-stage pipeline, and the engines that a user would run without us (see map.py)."""
+"""Decode rate: our node, our 4-stage pipeline, our node with quantised weights, and the engines that a user would run
+without us (see map.py)."""
 
 from __future__ import annotations
 
 from bench import map as measured
-from bench import sampling
+from bench import quantised, sampling
 from bench.contract import Result
 from bench.map import BATCHES, PROMPT, Case, Plan, every_model
 
@@ -26,4 +27,5 @@ def run(quick: bool, device: str = "cpu", only: frozenset[str] = frozenset()) ->
     result = measured.run(plan)
     if device == "cpu" and (not only or "node" in only):
         sampling.measure(result)
+        quantised.measure(result)
     return result

@@ -28,7 +28,7 @@ from bench.limits import matrix_rate, our_matrix_rate, read_bandwidth
 from bench.models import MODELS, Dtype, checkpoint, weight_bytes
 from bench.peers.client import PEERS, PeerAbsent
 from bench.peers.protocol import Answer, Setup
-from bench.systems import OURS, OurSystem, System, started
+from bench.systems import OURS, QUANTISED, OurSystem, System, started
 
 BATCHES = (1, 8, 32)
 PROMPT = 512  # of prefill
@@ -139,7 +139,7 @@ def _measure_model(plan: Plan, model: str, dtype: Dtype, result: Result, begun: 
             getattr(result, into)[f"{name}_peak_bytes{label}"] = system.peak_bytes
             if isinstance(system, OurSystem):
                 result.metrics[f"{name}_idle_cpu_share{label}"] = system.idle_cpu_share(IDLE_S)
-                if plan.mixed:
+                if plan.mixed and name not in QUANTISED:
                     _measure_mixed(result, name, system, MODELS[model].vocab_size, label)
     result.absent.update({f"{name}{label}": reason for name, reason in absent.items()})
     result.settings[f"peer_precisions{label}"] = tried  # seconds of a probe, the fastest was measured
@@ -227,8 +227,8 @@ def _record(result: Result, case: Case, rates: Mapping[Case, Rates], label: str)
         if name == "node" or not ours:
             continue
         # Round by round, since those of a round met the machine in the same mood.
-        if name == "pipeline4":
-            name, pairs = "pipeline4_node", zip(values, ours, strict=False)
+        if name in OURS:
+            name, pairs = f"{name}_node", zip(values, ours, strict=False)
         else:
             pairs = zip(ours, values, strict=False)
         pairwise = [a / b for a, b in pairs]

@@ -12,13 +12,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -28,6 +29,7 @@ MAX_POSITIONS = 4096
 SEED = 20
 WEIGHT_STD = 0.02
 LLAMA3_VOCAB = 128256
+GROUP = 128  # inputs that share a scale of four bits
 QUERY_STD = 2.5  # of the values of queries and keys
 FORMAT = 2  # in the directory's name: raise it when a change below makes other files
 
@@ -63,13 +65,16 @@ def cache_dir() -> Path:
 def checkpoint(name: str, dtype: Dtype, cache: Path | None = None) -> Path:
     """The checkpoint directory of a model of MODELS; written, whole or not at all, if it is not there yet."""
     parent = cache or cache_dir()
-    final = parent / f"{name}-{dtype}-{FORMAT}"
+    return _made(parent / f"{name}-{dtype}-{FORMAT}", lambda scratch: _write(MODELS[name], dtype, scratch))
+
+
+def _made(final: Path, write: Callable[[Path], None]) -> Path:
     if final.exists():
         return final
-    parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=parent, prefix=f".{name}-"))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
     try:
-        _write(MODELS[name], dtype, scratch)
+        write(scratch)
         scratch.rename(final)
     except OSError:
         if not final.exists():  # else another process was faster, with the same files
@@ -77,6 +82,12 @@ def checkpoint(name: str, dtype: Dtype, cache: Path | None = None) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)  # there only if it was not renamed
     return final
+
+
+def four_bits(source: Path) -> Path:
+    """Beside a checkpoint, the same one with its layers' weights in four bits."""
+    final = source.with_name(f"{source.name}-int4")
+    return _made(final, lambda scratch: write_four_bits(source, scratch, GROUP))
 
 
 def weight_bytes(model_dir: Path) -> int:
@@ -136,3 +147,31 @@ def _weights(shape: Shape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             weights[f"{prefix}{name}.weight"] = normal(rows, columns)
     weights["model.norm.weight"] = torch.ones(hidden, dtype=dtype)
     return weights
+
+
+def write_four_bits(source: Path, into: Path, group: int) -> None:
+    """The checkpoint with its layers' weights in four bits: symmetric, a scale for each `group` inputs."""
+    kept = {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        if "_proj.weight" not in name:
+            kept[name] = weight
+            continue
+        groups = weight.float().view(len(weight), -1, group)
+        scale = groups.abs().amax(-1) / 7
+        q = (groups / scale[..., None]).round().clamp(-8, 7).long() + 8
+        words = (q.view(len(q), -1, 8) << torch.arange(0, 32, 4)).sum(-1)
+        base = name.removesuffix(".weight")
+        kept[f"{base}.weight_packed"] = torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+        kept[f"{base}.weight_scale"] = scale.bfloat16()
+    save_file(kept, into / "model.safetensors", metadata={"format": "pt"})
+    config = msgspec.json.decode((source / "config.json").read_bytes())
+    weights = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": group, "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    (into / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, into / name)

@@ -14,6 +14,7 @@ from typing import Protocol
 from bench.cluster import running
 from bench.contract import progress
 from bench.frontdoor import FrontDoor
+from bench.models import four_bits
 from bench.peers.client import PEERS, Kind, PeerAbsent, PeerProcess
 from bench.peers.protocol import Answer, Setup, peak_bytes
 from controlplane.contract.config import EngineConfig
@@ -21,7 +22,9 @@ from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.topology import Mode
 from controlplane.kfadmin.local import LocalCluster
 
-OURS = {"node": 1, "pipeline4": 4}  # stages
+OURS = {"node": 1, "pipeline4": 4, "node_int8": 1, "node_int4": 1}  # stages
+# Of bfloat16 checkpoints, on CPUs. int4: the layers; what is not in four bits has eight there.
+QUANTISED = ("node_int8", "node_int4")
 BLOCK_SIZE = 16
 CUDA_PEERS = ("transformers",)
 PROBE_ROWS, PROBE_PROMPT, PROBE_TOKENS = 8, 32, 24
@@ -74,6 +77,8 @@ def started(
     systems: dict[str, System] = {}
     with ExitStack() as stack:
         for name, stages in OURS.items():
+            if name in QUANTISED and (setup.device != "cpu" or setup.dtype != "bfloat16"):
+                continue
             if wanted(name) and (setup.device == "cpu" or stages == 1):
                 systems[name] = stack.enter_context(_ours(name, stages, setup))
         for kind in kinds:
@@ -93,11 +98,15 @@ def _ours(name: str, stages: int, setup: Setup) -> Iterator[OurSystem]:
         pool_blocks=2 * blocks,  # half of a pool is one pipeline's
         threads=setup.threads,
         device="cuda" if setup.device == "cuda" else "cpu",
+        weights="int8" if name in QUANTISED else "model",
     )
+    model = Path(setup.model)
+    if name == "node_int4":
+        model = four_bits(model)
     begun = time.monotonic()
     try:
         with running(
-            Mode.NONE, instances=1, stages=stages, engine=engine, model=Path(setup.model), controllers=1
+            Mode.NONE, instances=1, stages=stages, engine=engine, model=model, controllers=1
         ) as cluster:
             system = OurSystem(name, cluster, 0.0)
             system.generate([[3] * 16], 2)

@@ -12,9 +12,10 @@ from dataplane._fast.blocktable import StepArrays
 from dataplane.core import activations
 from dataplane.kvcache import KVCache
 from dataplane.model.config import ModelConfig, ModelDtype, load_config
-from dataplane.model.digests import digest_once, identities
+from dataplane.model.digests import digest_as, digest_once, identities
 from dataplane.model.errors import ModelError
-from dataplane.model.layers import build_layer
+from dataplane.model.layers import Weights, build_layer, matrix
+from dataplane.model.quantised import UnsupportedWeight, values_of, weight_of
 from dataplane.model.rotary import RotaryTable
 from dataplane.model.split import split_layers
 from dataplane.model.weights import EMBED, HEAD, NORM, load_weights, stage_files, stage_shapes, weights_digest
@@ -23,6 +24,7 @@ from kernels.base import DTYPES, Head, StageKernels, StageSpec
 from kernels.cpu._native import Team
 from kernels.cpu.stage import CpuStage
 from kernels.dispatch import CacheShape, build_cpu_stage, build_cuda_stage
+from kernels.quantised import Weight
 
 if TYPE_CHECKING:
     from kernels.cuda.cache import DeviceCache
@@ -55,6 +57,7 @@ class StageExecutor:
         memory_share: float = 0.9,
         block_size: int = 16,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        weights: Weights = "model",
         device: str = "cpu",
         threads: int = 1,
         attention: Literal["exact", "xformers"] = "exact",
@@ -86,21 +89,22 @@ class StageExecutor:
             device=device_kind(device),
             attention=attention,
             block_size=block_size,
+            weights=weights,
         )
         kind = DTYPES[self.dtype]
         # Weights are packed into memory of the kernels'; the mapping of the files ends with this constructor, except
         # for the embedding, of which a step reads a few rows.
         seen = identities(stage_files(model_dir, list(stage_shapes(c, self.layers))))
-        weights = load_weights(model_dir, c, self.layers)
-        self.weights_digest: str = digest_once(lambda: weights_digest(weights), weights, seen, digest_file)
+        tensors = load_weights(model_dir, c, self.layers)
+        digest = digest_once(lambda: weights_digest(tensors), tensors, seen, digest_file)
+        self.weights_digest: str = digest_as(digest, weights)
         with torch.inference_mode():
-            embed = weights[EMBED].to(kind) if self.is_first else None
-            head = None
-            if self.is_last:
-                tied = embed if c.tie_embeddings else None  # one tensor, so that a device has it once
-                output = weights[EMBED if c.tie_embeddings else HEAD].to(kind) if tied is None else tied
-                head = Head(weights[NORM].to(kind), output)
-            layers = tuple(build_layer(c, i, weights, kind) for i in self.layers)
+            try:
+                embed = values_of(c, EMBED, tensors).to(kind) if self.is_first else None
+                head = self._head(tensors, embed, kind, weights) if self.is_last else None
+                layers = tuple(build_layer(c, i, tensors, kind, weights) for i in self.layers)
+            except UnsupportedWeight as error:
+                raise ModelError(model_dir, None, str(error)) from error
             rotary = RotaryTable(c.rope, c.head_dim, c.max_positions)
             sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.rms_norm_eps)
             spec = StageSpec(*sizes, rotary, layers, embed, head)
@@ -125,6 +129,23 @@ class StageExecutor:
         self.block_wire_bytes = self.kv.block_bytes
         # Threads of this host that are idle between two calls of forward(): sampling has them then.
         self.team = self._stage.team if isinstance(self._stage, CpuStage) else Team(threads)
+
+    def _head(
+        self,
+        tensors: dict[str, torch.Tensor],
+        embed: torch.Tensor | None,
+        kind: torch.dtype,
+        weights: Weights,
+    ) -> Head:
+        c = self.config
+        name = EMBED if c.tie_embeddings else HEAD
+        tied = embed if c.tie_embeddings and weights == "model" else None
+        output: Weight
+        if tied is not None and isinstance(weight_of(c, name, tensors), torch.Tensor):
+            output = tied  # one tensor, so that a device has it once
+        else:
+            output = matrix(c, [name], tensors, kind, weights)
+        return Head(tensors[NORM].to(kind), output)
 
     def warm_up(self) -> None:
         """Does whatever a first step would have to wait for: to be called before anybody is served."""

@@ -33,6 +33,7 @@ from controlplane.contract.records import NodeRecord
 from controlplane.etcd.client import EtcdClient
 from dataplane.model.bundle import SMALL, holds_stage
 from dataplane.model.config import load_config
+from dataplane.model.digests import digest_as
 from dataplane.model.errors import ModelError
 from dataplane.model.split import split_layers
 from dataplane.model.weights import SINGLE, load_weights, weights_digest
@@ -134,7 +135,7 @@ async def _fetch(config: ClusterConfig, peers: Sequence[NodeRecord], target: Pat
         began = time.monotonic()
         try:
             size = await _fetch_from(peer, token, partial)
-            await asyncio.to_thread(_verify, partial, peer)
+            await asyncio.to_thread(_verify, partial, peer, config.engine.weights)
         except (PeerError, ModelError, grpc.aio.AioRpcError, TimeoutError) as error:
             reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error) or "no answer"
             troubles.append(f"{peer.member.node}: {reason}")
@@ -217,12 +218,12 @@ async def _answer(call: Any) -> Manifest | Chunk:
     return answer
 
 
-def _verify(partial: Path, peer: NodeRecord) -> None:
+def _verify(partial: Path, peer: NodeRecord, weights: str) -> None:
     """The tensors are those that the group serves. If not, nothing of them is worth keeping."""
     config = load_config(partial)
     layers = split_layers(config.num_layers, peer.num_stages)[peer.stage]
     try:
-        found = weights_digest(load_weights(partial, config, layers))
+        found = digest_as(weights_digest(load_weights(partial, config, layers)), weights)
     except ModelError:
         (partial / SINGLE).unlink()
         raise

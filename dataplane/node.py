@@ -426,6 +426,7 @@ def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> Stag
         memory_share=engine.memory_utilization * place.share,
         block_size=engine.block_size,
         dtype=engine.dtype,
+        weights=engine.weights,
         device=place.device,
         threads=engine.threads,
         attention=engine.attention,

@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[1]
 # Beside the C sources, of which the extensions carry the digest that they were built with.
 PYTHON = (
     "kernels/**/*.py",
+    "dataplane/model/blocks.py",
     "dataplane/model/layers.py",
+    "dataplane/model/quantised.py",
     "dataplane/model/rotary.py",
     "dataplane/model/sampler.py",
 )
@@ -52,6 +54,7 @@ def numerics_of(
     device: str,
     attention: str,
     block_size: int,
+    weights: str = "model",
     sources: str | None = None,
     libraries: Iterable[str] | None = None,
 ) -> str:
@@ -66,6 +69,7 @@ def numerics_of(
         "device": device,
         "attention": attention,
         "block_size": block_size,
+        "weights": weights,
         "sources": kernel_sources() if sources is None else sources,
         "libraries": sorted(_libraries(device) if libraries is None else libraries),
     }

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from typing_extensions import Buffer
 
+from kernels.quantised import Quantised, Weight
+
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -46,12 +48,28 @@ class StepArrays(Protocol):
     def tables(self) -> npt.NDArray[np.int32]: ...  # [B, W]
 
 
+def tensor_of(weight: Weight) -> torch.Tensor:
+    if isinstance(weight, Quantised):
+        raise TypeError(f"a weight of the format {weight.format.name} where only dense ones are")
+    return weight
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """weight [n, k] and optional bias [n]."""
 
-    weight: torch.Tensor
+    weight: Weight
     bias: torch.Tensor | None = None
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The weight where it is not quantised. Raises TypeError where it is."""
+        return tensor_of(self.weight)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight's values, [n, k]."""
+        values = self.weight.dense() if isinstance(self.weight, Quantised) else self.weight
+        return values.to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +93,12 @@ class Head:
     """The final norm [hidden] and the output weight [vocab, hidden]."""
 
     norm: torch.Tensor
-    weight: torch.Tensor
+    weight: Weight
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """As Linear.tensor."""
+        return tensor_of(self.weight)
 
 
 class Rotary(Protocol):
@@ -90,8 +113,8 @@ class Rotary(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """The layers of one stage; all tensors have the dtype of the KV cache. embed [vocab, hidden]: first stage only;
-    head: last stage only."""
+    """The layers of one stage; all tensors but those of quantised weights have the dtype of the KV cache.
+    embed [vocab, hidden]: first stage only; head: last stage only."""
 
     hidden: int
     intermediate: int

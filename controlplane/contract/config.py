@@ -35,6 +35,9 @@ ENDPOINT = Text(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", "host:port"
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     executor: Literal["torch", "oracle"] = "torch"  # oracle: hashes in place of a model, timed by `emulation`
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: what the checkpoint says
+    # model: as the checkpoint has them; int8: those that are not quantised there become eight bits with a scale for
+    # each output when they are loaded.
+    weights: Literal["model", "int8"] = "model"
     block_size: Annotated[int, Range(1, 1024)] = 16  # tokens in a KV block
     # KV blocks on a node: own, borrowed and replicas together. 0: 2,048 on a CPU; on a GPU as many as fit beside
     # weights and the largest step into `memory_utilization` of the device, which nodes that share it divide.
@@ -187,7 +190,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def model_name(self) -> str:
-        return self.served_model_name or Path(self.model).name
+        return self.served_model_name or Path(self.model).name.removesuffix(".gguf")
 
     @property
     def secret_file(self) -> Path:
@@ -229,6 +232,8 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
         )
     if engine.max_model_len == 1:
         yield "engine.max_model_len = 1 has no room for a prompt and a token: allowed are 0 and 2 or more"
+    if engine.weights == "int8" and engine.device != "cpu":
+        yield f"engine.weights = 'int8' has kernels for engine.device = 'cpu' only, not {engine.device!r}"
     if engine.attention == "xformers" and engine.device != "cuda":
         yield f"engine.attention = 'xformers' needs engine.device = 'cuda', not {engine.device!r}"
     if engine.attention == "xformers" and engine.block_size % XFORMERS_BLOCK:

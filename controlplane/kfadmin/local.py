@@ -20,6 +20,7 @@ from controlplane.contract.errors import ConfigError, KevlarFlowError, PeerError
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
 from controlplane.etcd.health import unfit_releases
 from controlplane.etcd.server import EtcdBinaryError, etcd_command, etcd_version, find_etcd_binary
+from controlplane.gguf.header import is_gguf
 from controlplane.kfadmin.client import AdminClient, Unreachable
 from controlplane.kfadmin.rundir import Endpoints, RunDir, free_port, port_is_free, usable
 from controlplane.kfadmin.supervise import SupervisorThread
@@ -63,8 +64,10 @@ class LocalCluster:
             run_dir=str(Path(config.run_dir).absolute()),
             model=str(Path(config.model).expanduser().absolute()),
         )
-        if not os.path.isfile(os.path.join(config.model, "config.json")):
-            raise ConfigError(f"{config.model} is not a Hugging Face checkpoint: it has no config.json")
+        if not is_gguf(Path(config.model)) and not os.path.isfile(os.path.join(config.model, "config.json")):
+            raise ConfigError(
+                f"{config.model} is not a Hugging Face checkpoint (it has no config.json), nor a GGUF file"
+            )
         self.config = config
         self.run_dir = RunDir(Path(config.run_dir))
         self._draft = config

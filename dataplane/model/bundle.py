@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from controlplane.gguf.files import small_files
+from controlplane.gguf.header import GgufError, is_gguf
 from dataplane.model.config import load_config
 from dataplane.model.errors import ModelError
+from dataplane.model.gguf import place_of
 from dataplane.model.split import split_layers
-from dataplane.model.weights import SINGLE, stage_files, stage_shapes
+from dataplane.model.weights import SINGLE, kept_names, stage_files, stage_shapes
 
 # Besides the tensors: small, copied whole.
 SMALL = (
@@ -27,6 +30,7 @@ SMALL = (
 SMALL_BYTES_MAX = 64 << 20
 HEADER_BYTES_MAX = 100 << 20  # what the safetensors library takes
 ALIGN = 8
+SAFETENSORS_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}  # blocks are bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,8 @@ class Bundle:
 
 def holds_stage(model_dir: Path, stage: int, num_stages: int) -> bool:
     """Whether the directory has the files that the stage's tensors should be in. What is in them is not looked at."""
+    if is_gguf(model_dir):
+        return True
     if not (model_dir / "config.json").is_file():
         return False
     try:
@@ -84,15 +90,24 @@ def holds_stage(model_dir: Path, stage: int, num_stages: int) -> bool:
 
 def open_bundle(model_dir: Path, stage: int, num_stages: int) -> Bundle:
     """The bundle of one stage. Raises ModelError for a checkpoint that cannot be served."""
-    small = {}
+    small = {name: (Piece(len(text), text=text),) for name, text in _small(model_dir).items()}
+    return Bundle({**small, SINGLE: _tensors(_where(model_dir, stage, num_stages))})
+
+
+def _small(model_dir: Path) -> Mapping[str, bytes]:
+    if is_gguf(model_dir):
+        try:
+            return small_files(model_dir)
+        except GgufError as error:
+            raise ModelError(model_dir, None, str(error)) from error
+    found = {}
     for name in SMALL:
         path = model_dir / name
         if path.is_file():
             if path.stat().st_size > SMALL_BYTES_MAX:
                 raise ModelError(path, None, f"is larger than {SMALL_BYTES_MAX} bytes")
-            text = path.read_bytes()
-            small[name] = (Piece(len(text), text=text),)
-    return Bundle({**small, SINGLE: _tensors(_where(model_dir, stage, num_stages))})
+            found[name] = path.read_bytes()
+    return found
 
 
 def _where(model_dir: Path, stage: int, num_stages: int) -> dict[Path, list[str]]:
@@ -105,12 +120,17 @@ def _tensors(where: Mapping[Path, list[str]]) -> tuple[Piece, ...]:
     """One safetensors file of all the tensors, in the order of their names."""
     found: dict[str, tuple[dict[str, Any], Piece]] = {}
     for path, names in where.items():
+        if is_gguf(path):
+            found |= _of_gguf(path, names)
+            continue
         header, start = _header(path)
+        keys = kept_names(header)
         for name in names:
-            if name not in header:
+            if name not in keys:
                 raise ModelError(path, name, "the tensor is missing")
-            begin, end = header[name]["data_offsets"]
-            found[name] = (header[name], Piece(end - begin, path, start + begin))
+            entry = header[keys[name]]
+            begin, end = entry["data_offsets"]
+            found[keys[name]] = (entry, Piece(end - begin, path, start + begin))
     entries, at = {}, 0
     for name in sorted(found):
         entry, piece = found[name]
@@ -120,6 +140,15 @@ def _tensors(where: Mapping[Path, list[str]]) -> tuple[Piece, ...]:
     text += b" " * (-len(text) % ALIGN)
     head = struct.pack("<Q", len(text)) + text
     return (Piece(len(head), text=head), *(found[name][1] for name in sorted(found)))
+
+
+def _of_gguf(path: Path, names: list[str]) -> dict[str, tuple[dict[str, Any], Piece]]:
+    found = {}
+    for key, tensor in place_of(path, names).items():
+        plain = SAFETENSORS_DTYPES.get(tensor.block.name)
+        shape = list(tensor.shape) if plain else [*tensor.shape[:-1], tensor.row_bytes]
+        found[key] = ({"dtype": plain or "U8", "shape": shape}, Piece(tensor.bytes, path, tensor.offset))
+    return found
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

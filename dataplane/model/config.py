@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from controlplane.gguf.files import config_of
+from controlplane.gguf.header import GgufError, is_gguf, read_header
 from dataplane.model.errors import ModelError
+from dataplane.model.schemes import Scheme, scheme_of
 
 ModelDtype = Literal["float32", "bfloat16"]
 
@@ -50,6 +53,7 @@ class ModelConfig:
     windows: tuple[int | None, ...]
     dtype: ModelDtype
     eos_token_ids: tuple[int, ...]
+    scheme: Scheme | None = None  # how weights are quantised in the checkpoint
 
 
 FAMILIES = {
@@ -115,10 +119,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _values(model: Path) -> tuple[Path, dict[str, Any]]:
+    """Of config.json, or what a GGUF file says in its place."""
+    if not is_gguf(model):
+        return model / "config.json", read_json(model / "config.json")
+    try:
+        return model, config_of(model, read_header(model))
+    except (GgufError, OSError) as error:
+        raise ModelError(model, None, str(error)) from error
+
+
 def load_config(model_dir: Path) -> ModelConfig:
-    """Reads config.json (and the end tokens of generation_config.json). Raises ModelError."""
-    path = model_dir / "config.json"
-    f = _Fields(path, read_json(path))
+    """Reads config.json (and the end tokens of generation_config.json), or a GGUF file. Raises ModelError."""
+    path, values = _values(model_dir)
+    f = _Fields(path, values)
     family = _family(f)
     layers = f.integer("num_hidden_layers", high=4096)
     hidden, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
@@ -133,12 +147,14 @@ def load_config(model_dir: Path) -> ModelConfig:
     if head_dim % 2 or head_dim > 512:
         raise f.error("head_dim", f"must be even and at most 512, found {head_dim}")
     vocab, bias = f.integer("vocab_size"), f.flag("attention_bias")
+    intermediate = f.integer("intermediate_size")
+    outputs = (hidden, heads * head_dim, kv_heads * head_dim, intermediate)
     max_positions = f.integer("max_position_embeddings", MAX_POSITIONS[family])
     return ModelConfig(
         family=family,
         vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=f.integer("intermediate_size"),
+        intermediate_size=intermediate,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -154,6 +170,7 @@ def load_config(model_dir: Path) -> ModelConfig:
         windows=_windows(f, family, layers),
         dtype=_dtype(f),
         eos_token_ids=_eos(f, model_dir / "generation_config.json", vocab),
+        scheme=_scheme(f, (hidden, heads * head_dim, intermediate), outputs),
     )
 
 
@@ -167,14 +184,24 @@ def _family(f: _Fields) -> str:
     if f.values.get("model_type", family) != family:
         found = f.values["model_type"]
         raise f.error("model_type", f"{found!r:.80} does not fit the architecture {names[0]}")
-    for key in ("quantization_config", "compression_config"):
-        if f.values.get(key) is not None:
-            raise f.error(key, "quantized checkpoints are not supported")
     if f.values.get("text_config") is not None:
         raise f.error("text_config", "models with a configuration inside the configuration are not supported")
     if f.values.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         raise f.error("hidden_act", f"only silu is supported, found {f.values['hidden_act']!r:.80}")
     return family
+
+
+def _scheme(f: _Fields, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Scheme | None:
+    for key in ("quantization_config", "compression_config"):
+        if (section := f.section(key)) is not None:
+            try:
+                scheme = scheme_of(section.values)
+            except ValueError as error:
+                raise f.error(key, str(error)) from error
+            if fault := scheme.fault(inputs, outputs):
+                raise f.error(key, fault)
+            return scheme
+    return None
 
 
 def _rope(f: _Fields, max_positions: int) -> RopeConfig:

@@ -5,6 +5,7 @@ times of change), so are the tensors in them, and the digest that was computed o
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -48,6 +49,14 @@ def identity(path: Path) -> FileIdentity:
 def identities(files: Iterable[Path]) -> tuple[FileIdentity, ...]:
     """To be taken before the files are read. Raises ModelError."""
     return tuple(map(identity, sorted(files)))
+
+
+def digest_as(digest: str, weights: str) -> str:
+    """The digest of tensors of this digest that are served as `engine.weights` says: what is quantised when it is
+    loaded stands in for nothing but its like."""
+    if weights == "model":
+        return digest
+    return hashlib.blake2b(f"{weights} {digest}".encode(), digest_size=len(digest) // 2).hexdigest()
 
 
 def digest_once(

@@ -3,14 +3,36 @@
 The rule of equal bits (a token's numbers are the same in any chunk, step and batch) is kept by construction:
 every operation on rows is a kernel of ours whose arithmetic for a row does not look at the row count."""
 
+from typing import Literal
+
 import torch
 
 from dataplane.model.config import ModelConfig
+from dataplane.model.quantised import values_of, weight_of
 from kernels.base import Layer, Linear
+from kernels.quantised import Quantised, Weight, int8_rows, joined
+
+Weights = Literal["model", "int8"]
+
+
+def matrix(
+    config: ModelConfig, names: list[str], weights: dict[str, torch.Tensor], dtype: torch.dtype, kind: Weights
+) -> Weight:
+    """The checkpoint's weights of these names, their outputs one after another. Of kind "int8", those that are not
+    quantised yet become so."""
+    found = [weight_of(config, name, weights) for name in names]
+    if kind == "model":
+        return joined(found, dtype)
+    whole = joined(found, torch.float32)
+    return whole if isinstance(whole, Quantised) else int8_rows(whole)
 
 
 def build_layer(
-    config: ModelConfig, index: int, weights: dict[str, torch.Tensor], dtype: torch.dtype
+    config: ModelConfig,
+    index: int,
+    weights: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    kind: Weights = "model",
 ) -> Layer:
     """Layer `index` from the checkpoint's tensors (see weights.stage_shapes)."""
     prefix = f"model.layers.{index}."
@@ -19,9 +41,11 @@ def build_layer(
         return weights[prefix + name].to(dtype)
 
     def merged(*names: str) -> Linear:
-        biases = [b for b in (weights.get(f"{prefix}{name}.bias") for name in names) if b is not None]
-        weight = torch.cat([weights[f"{prefix}{name}.weight"] for name in names])
-        return Linear(weight.to(dtype), torch.cat(biases).to(dtype) if biases else None)
+        given = [f"{prefix}{name}.bias" for name in names if f"{prefix}{name}.bias" in weights]
+        bias = torch.cat([values_of(config, name, weights) for name in given]).to(dtype) if given else None
+        return Linear(
+            matrix(config, [f"{prefix}{name}.weight" for name in names], weights, dtype, kind), bias
+        )
 
     return Layer(
         attention_norm=vector("input_layernorm.weight"),

@@ -5,13 +5,16 @@ torch is imported by what loads tensors, not by what only names them: a node of 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
+from controlplane.gguf.header import BLOCKS, is_gguf
 from dataplane.model.config import ModelConfig, read_json
 from dataplane.model.errors import ModelError
+from dataplane.model.gguf import PLAIN, place_of
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +25,9 @@ EMBED = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
+PACKED = {"qweight": "torch.int32", "qzeros": "torch.int32", "g_idx": "torch.int32", "weight_packed": "torch.int32",
+          "weight_zero_point": "torch.int32"}  # fmt: skip
+BLOCKS_BY_NAME = {block.name: block for block in BLOCKS.values() if block.name not in PLAIN}
 
 
 def stage_shapes(config: ModelConfig, layers: range) -> dict[str, tuple[int, ...]]:
@@ -44,7 +50,8 @@ def stage_shapes(config: ModelConfig, layers: range) -> dict[str, tuple[int, ...
         ]
         linears += [("mlp.down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias)]
         for name, rows, columns, bias in linears:
-            shapes[f"{p}{name}.weight"] = (rows, columns)
+            full = f"{p}{name}.weight"
+            shapes |= c.scheme.shapes(full, rows, columns) if c.scheme else {full: (rows, columns)}
             if bias:
                 shapes[f"{p}{name}.bias"] = (rows,)
         if c.qk_norm:
@@ -57,6 +64,8 @@ def stage_shapes(config: ModelConfig, layers: range) -> dict[str, tuple[int, ...
 
 def stage_files(model_dir: Path, names: list[str]) -> dict[Path, list[str]]:
     """Which file holds which of the tensors."""
+    if is_gguf(model_dir):
+        return {model_dir: names}
     index = model_dir / INDEX
     if not index.exists():
         if not (model_dir / SINGLE).exists():
@@ -77,27 +86,75 @@ def stage_files(model_dir: Path, names: list[str]) -> dict[Path, list[str]]:
     return files
 
 
+def kept_names(present: Iterable[str]) -> dict[str, str]:
+    """The keys of a file by the names of the tensors: of what is kept in blocks, their type is behind the name."""
+    names = {}
+    for key in present:
+        name, _, kind = key.rpartition(".")
+        names[name if kind in BLOCKS_BY_NAME else key] = key
+    return names
+
+
 def load_weights(model_dir: Path, config: ModelConfig, layers: range) -> dict[str, torch.Tensor]:
     """The stage's tensors as stored (mapped, read-only by convention). Raises ModelError."""
     shapes = stage_shapes(config, layers)
     weights: dict[str, torch.Tensor] = {}
     for path, names in stage_files(model_dir, list(shapes)).items():
-        try:
-            with safe_open(path, framework="pt") as file:
-                present = set(file.keys())
-                for name in names:
-                    if name not in present:
-                        raise ModelError(path, name, "the tensor is missing")
-                    weights[name] = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(path, None, f"cannot be read: {error}") from error
+        found = _from_gguf(path, names) if is_gguf(path) else _from_safetensors(path, names)
+        keys = kept_names(found)
         for name in names:
-            tensor = weights[name]
-            if tuple(tensor.shape) != shapes[name]:
-                raise ModelError(path, name, f"expected shape {shapes[name]}, found {tuple(tensor.shape)}")
-            if str(tensor.dtype) not in DTYPES:
-                raise ModelError(path, name, f"{tensor.dtype} is not supported")
+            _check(path, keys[name], found[keys[name]], shapes[name])
+        weights |= found
     return weights
+
+
+def _from_safetensors(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    found = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = kept_names(file.keys())
+            for name in names:
+                if name not in keys:
+                    raise ModelError(path, name, "the tensor is missing")
+                found[keys[name]] = file.get_tensor(keys[name])
+    except (OSError, SafetensorError) as error:
+        raise ModelError(path, None, f"cannot be read: {error}") from error
+    return found
+
+
+def _from_gguf(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    import numpy as np
+    import torch
+
+    plain = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+    data = torch.from_numpy(
+        np.memmap(path, np.uint8, "c")
+    )  # "c": torch wants memory that could be written to
+    found = {}
+    for key, tensor in place_of(path, names).items():
+        raw = data[tensor.offset : tensor.offset + tensor.bytes]
+        if kind := plain.get(tensor.block.name):
+            found[key] = raw.clone().view(kind).view(tensor.shape)
+        else:
+            found[key] = raw.view(*tensor.shape[:-1], tensor.row_bytes)
+    return found
+
+
+def _check(path: Path, key: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Type and shape of a tensor that stands for one of `shape`. Raises ModelError."""
+    last = key.rpartition(".")[2]
+    dtypes: tuple[str, ...] = (PACKED[last],) if last in PACKED else DTYPES
+    if block := BLOCKS_BY_NAME.get(last):
+        dtypes = ("torch.uint8",)
+        if shape[-1] % block.values:
+            raise ModelError(path, key, f"{shape[-1]} inputs are no multiple of {block.values}")
+        shape = (*shape[:-1], shape[-1] // block.values * block.bytes)
+    elif str(tensor.dtype) == "torch.int8" and last == "weight":
+        dtypes = ("torch.int8",)
+    if tuple(tensor.shape) != shape:
+        raise ModelError(path, key, f"expected shape {shape}, found {tuple(tensor.shape)}")
+    if str(tensor.dtype) not in dtypes:
+        raise ModelError(path, key, f"{tensor.dtype} is not supported")
 
 
 def weights_digest(weights: dict[str, torch.Tensor]) -> str:

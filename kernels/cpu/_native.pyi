@@ -9,6 +9,13 @@ STORE: int
 ADD: int
 SILU_MUL: int
 FLOAT: int
+DENSE: int
+INT8_ROW: int
+INT8_F16: int
+INT4_F16: int
+INT4_F16_MIN: int
+INT4_F32_MIN: int
+INT4_K: int
 
 class Team:
     def __init__(self, threads: int) -> None: ...
@@ -61,12 +68,20 @@ class Stage:
         mlp_norm: int,
         q_norm: int,
         k_norm: int,
-        weights: Sequence[tuple[int, int]],
+        weights: Sequence[tuple[int, int, int, int]],
         window: int,
     ) -> None: ...
-    def set_ends(self, vocab: int, embed: int, norm: int, head: int) -> None: ...
+    def set_ends(self, vocab: int, embed: int, norm: int, head: tuple[int, int, int, int]) -> None: ...
     def set_buffers(
-        self, residual: int, normed: int, qkv: int, q: int, attended: int, activated: int, picked: int
+        self,
+        residual: int,
+        normed: int,
+        qkv: int,
+        q: int,
+        attended: int,
+        activated: int,
+        picked: int,
+        prepared: int,
     ) -> None: ...
     def set_rotary(self, cos: int, sin: int, table_rows: int) -> None: ...
     def forward(
@@ -106,13 +121,15 @@ def rms_norm(
 def linear(
     team: Team,
     x: int,
-    w: int,
-    bias: int,
+    weight: tuple[int, int, int, int],
     out: int,
+    prepared: int,
     rows: int,
     k: int,
     n: int,
     epilogue: int,
     is_bf16: bool,
 ) -> None: ...
+def prepared_size(k: int) -> int: ...
+def panel_size(format: int, k: int, span: int) -> int: ...
 def set_isa(isa: int) -> int: ...

@@ -45,16 +45,21 @@ cdef extern from "kernels.h" nogil:
         void *out
         int64_t rows, n
         float eps
-    ctypedef struct kf_linear_args:
-        const void *x
-        const void *w
-        const void *bias
-        void *out
-        int64_t rows, k, n
-        kf_epilogue epilogue
+    ctypedef enum kf_format:
+        KF_DENSE, KF_INT8_ROW, KF_INT8_F16, KF_INT4_F16, KF_INT4_F16_MIN, KF_INT4_F32_MIN, KF_INT4_K
     ctypedef struct kf_weight:
         const void *w
         const void *bias
+        kf_format format
+        int64_t span
+    ctypedef struct kf_linear_args:
+        const void *x
+        kf_weight w
+        void *out
+        void *prepared
+        int64_t rows, k, n
+        kf_epilogue epilogue
+        int64_t first_panel
     ctypedef struct kf_layer:
         const void *attention_norm
         const void *mlp_norm
@@ -68,7 +73,7 @@ cdef extern from "kernels.h" nogil:
         float eps, scale
         const void *embed
         const void *norm
-        const void *head
+        kf_weight head
         const float *cos
         const float *sin
         int64_t table_rows
@@ -79,6 +84,7 @@ cdef extern from "kernels.h" nogil:
         void *attended
         void *activated
         void *picked
+        void *prepared
     ctypedef struct kf_io:
         const int64_t *tokens
         const void *hidden
@@ -90,8 +96,10 @@ cdef extern from "kernels.h" nogil:
     int kf_attention(kf_team *team, const kf_attention_args *a)
     int kf_rope_write(kf_team *team, const kf_rope_args *a, int64_t table_rows)
     void kf_rms_norm(kf_team *team, const kf_norm_args *a, int is_bf16)
-    void kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16)
+    int kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16)
     int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, const kf_step *step, const kf_io *io)
+    int64_t kf_prepared_size(int64_t k)
+    int64_t kf_panel_size(kf_format format, int64_t k, int64_t span)
     int kf_set_isa(int isa)
     int64_t kf_team_beats(const kf_team *team)
     int kf_isa()
@@ -101,6 +109,8 @@ cdef extern from *:
 
 SOURCES = KF_SOURCES.decode()  # digest of what this was built from: see setup.py
 STORE, ADD, SILU_MUL, FLOAT = KF_STORE, KF_ADD, KF_SILU_MUL, KF_FLOAT
+DENSE, INT8_ROW, INT8_F16, INT4_F16 = KF_DENSE, KF_INT8_ROW, KF_INT8_F16, KF_INT4_F16
+INT4_F16_MIN, INT4_F32_MIN, INT4_K = KF_INT4_F16_MIN, KF_INT4_F32_MIN, KF_INT4_K
 
 
 cdef int check(int code) except -1:
@@ -117,6 +127,12 @@ cdef int check(int code) except -1:
     if code == KF_BAD_ROW:
         raise IndexError("logits are asked of a row that this step does not have")
     raise ValueError("layer, context lengths, cu_q and tables of this step do not fit together")
+
+
+cdef kf_weight weight_of(place):
+    """Of (address, address of the bias or 0, format, span)."""
+    address, bias, format, span = place
+    return kf_weight(<void *><size_t>address, <void *><size_t>bias, <kf_format><int>format, span)
 
 
 cdef class Team:
@@ -224,7 +240,7 @@ cdef class Stage:
 
     def set_layer(self, int64_t index, size_t attention_norm, size_t mlp_norm, size_t q_norm, size_t k_norm, weights,
                   int64_t window):
-        """weights: (address, address of the bias or 0) of qkv, o, gate_up and down; window 0: all keys."""
+        """weights: (address, address of the bias or 0, format, span) of qkv, o, gate_up and down; window 0: all keys."""
         if not 0 <= index < self.c.num_layers:
             raise IndexError(f"layer {index} is not one of {self.c.num_layers}")
         cdef kf_layer *layer = &self.layers[index]
@@ -232,22 +248,20 @@ cdef class Stage:
         layer.mlp_norm = <void *>mlp_norm
         layer.q_norm = <void *>q_norm
         layer.k_norm = <void *>k_norm
-        cdef kf_weight *slots[4]
-        slots[0], slots[1], slots[2], slots[3] = &layer.qkv, &layer.o, &layer.gate_up, &layer.down
-        for i, (weight, bias) in enumerate(weights):
-            slots[i].w = <void *><size_t>weight
-            slots[i].bias = <void *><size_t>bias
+        qkv, o, gate_up, down = weights
+        layer.qkv, layer.o = weight_of(qkv), weight_of(o)
+        layer.gate_up, layer.down = weight_of(gate_up), weight_of(down)
         layer.window = window
 
-    def set_ends(self, int64_t vocab, size_t embed, size_t norm, size_t head):
-        """What a first or a last stage has besides layers; 0: it is none."""
+    def set_ends(self, int64_t vocab, size_t embed, size_t norm, head):
+        """What a first or a last stage has besides layers; 0: it is none. head: as a weight of set_layer()."""
         self.c.vocab = vocab
         self.c.embed = <void *>embed
         self.c.norm = <void *>norm
-        self.c.head = <void *>head
+        self.c.head = weight_of(head)
 
     def set_buffers(self, size_t residual, size_t normed, size_t qkv, size_t q, size_t attended, size_t activated,
-                    size_t picked):
+                    size_t picked, size_t prepared):
         self.c.residual = <void *>residual
         self.c.normed = <void *>normed
         self.c.qkv = <void *>qkv
@@ -255,6 +269,7 @@ cdef class Stage:
         self.c.attended = <void *>attended
         self.c.activated = <void *>activated
         self.c.picked = <void *>picked
+        self.c.prepared = <void *>prepared
 
     def set_rotary(self, size_t cos, size_t sin, int64_t table_rows):
         self.c.cos = <float *>cos
@@ -279,7 +294,7 @@ cdef class Stage:
             if hidden.shape[0] != size:
                 raise ValueError(f"expected {size} bytes of activations, got {hidden.shape[0]}")
             io.hidden = &hidden[0]
-        if self.c.head != NULL and picked.shape[0]:
+        if self.c.head.w != NULL and picked.shape[0]:
             io.picked = &picked[0]
             io.num_picked = picked.shape[0]
         cdef int code
@@ -321,13 +336,26 @@ def rms_norm(Team team, size_t x, size_t weight, size_t out, int64_t rows, int64
         kf_rms_norm(team.c, &a, is_bf16)
 
 
-def linear(Team team, size_t x, size_t w, size_t bias, size_t out, int64_t rows, int64_t k, int64_t n, int epilogue,
+def linear(Team team, size_t x, weight, size_t out, size_t prepared, int64_t rows, int64_t k, int64_t n, int epilogue,
            bint is_bf16):
-    """out[rows, n] = x[rows, k] W^T + bias (0 = none), W packed in panels; see kf_epilogue for what is done with it."""
-    cdef kf_linear_args a = kf_linear_args(<void *>x, <void *>w, <void *>bias, <void *>out, rows, k, n,
-                                           <kf_epilogue>epilogue)
+    """out[rows, n] = x[rows, k] W^T + bias; see kf_epilogue for what is done with it. weight: as one of set_layer();
+    prepared: room for prepared_size() bytes a row where it is quantised."""
+    cdef kf_linear_args a = kf_linear_args(<void *>x, weight_of(weight), <void *>out, <void *>prepared, rows, k, n,
+                                           <kf_epilogue>epilogue, 0)
+    cdef int code
     with nogil:
-        kf_linear(team.c, &a, is_bf16)
+        code = kf_linear(team.c, &a, is_bf16)
+    check(code)
+
+
+def prepared_size(int64_t k):
+    """Bytes of a bfloat16 row of k inputs, as the products of quantised weights take it."""
+    return kf_prepared_size(k)
+
+
+def panel_size(int format, int64_t k, int64_t span):
+    """Bytes of 64 outputs of a quantised weight with k inputs."""
+    return kf_panel_size(<kf_format>format, k, span)
 
 
 cdef int isa_in_use() noexcept nogil:

@@ -274,4 +274,5 @@ static TARGET void FN(attention)(kf_worker *worker, const kf_attention_args *a)
         }
 }
 
-static const kf_ops FN(ops) = {FN(attention), FN(rope_write), FN(rms_norm), FN(linear)};
+static const kf_ops FN(ops) = {FN(attention), FN(rope_write), FN(rms_norm), FN(linear),
+                                 FN(linear_panel)};

@@ -72,17 +72,35 @@ typedef enum {
     KF_FLOAT     /* out[rows, n] = x W^T + bias, as floats */
 } kf_epilogue;
 
-/* x[rows, k] and W, packed as [panels][k][64] in float and [panels][k / 2][64][2] in bfloat16, zeros beyond n. */
-typedef struct {
-    const void *x, *w, *bias;
-    void *out;
-    int64_t rows, k, n;
-    kf_epilogue epilogue;
-} kf_linear_args;
+/* How a weight is kept: as values of the activations' type, or quantised (qformats.h). Q8_0 of GGUF is KF_INT8_F16, Q4_0
+ * KF_INT4_F16, Q4_1 KF_INT4_F16_MIN, Q4_K KF_INT4_K. */
+typedef enum {
+    KF_DENSE,
+    KF_INT8_ROW,     /* eight bits, a float scale for each output */
+    KF_INT8_F16,     /* eight bits, a half scale for each group */
+    KF_INT4_F16,     /* four bits less 8, a half scale for each group */
+    KF_INT4_F16_MIN, /* four bits, half scale and min for each group */
+    KF_INT4_F32_MIN, /* four bits, float scale and min for each `span` groups */
+    KF_INT4_K        /* four bits, scale and min of six bits for each group, times two halves for each eight groups */
+} kf_format;
 
+/* Dense: packed as [panels][k][64] in float and [panels][k / 2][64][2] in bfloat16, zeros beyond n. */
 typedef struct {
     const void *w, *bias;
+    kf_format format;
+    int64_t span;
 } kf_weight;
+
+/* x[rows, k]. The product of a quantised weight with bfloat16 rows uses `prepared`, kf_prepared_size() bytes a row.
+ * first_panel: the panel that w begins with. */
+typedef struct {
+    const void *x;
+    kf_weight w;
+    void *out, *prepared;
+    int64_t rows, k, n;
+    kf_epilogue epilogue;
+    int64_t first_panel;
+} kf_linear_args;
 
 typedef struct {
     const void *attention_norm, *mlp_norm, *q_norm, *k_norm;
@@ -96,10 +114,11 @@ typedef struct {
     const kf_layer *layers;
     int64_t num_layers, hidden, intermediate, heads, vocab;
     float eps, scale;
-    const void *embed, *norm, *head;
+    const void *embed, *norm;
+    kf_weight head; /* its w is NULL where there is none */
     const float *cos, *sin;
     int64_t table_rows;
-    void *residual, *normed, *qkv, *q, *attended, *activated, *picked;
+    void *residual, *normed, *qkv, *q, *attended, *activated, *picked, *prepared;
 } kf_stage;
 
 /* Where a step's values come from, tokens [T] or activations [T, hidden], and where they go: activations [T, hidden]
@@ -118,7 +137,9 @@ typedef struct {
 int kf_attention(kf_team *team, const kf_attention_args *a);
 int kf_rope_write(kf_team *team, const kf_rope_args *a, int64_t table_rows);
 void kf_rms_norm(kf_team *team, const kf_norm_args *a, int is_bf16);
-void kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16);
+int kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16);
+int64_t kf_prepared_size(int64_t k); /* bytes of a bfloat16 row of k inputs for quantised weights */
+int64_t kf_panel_size(kf_format format, int64_t k, int64_t span); /* of a panel of such a weight */
 
 /* A whole step: every thread walks through all its operations, with a barrier after each. */
 int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, const kf_step *step, const kf_io *io);

@@ -31,48 +31,12 @@ UNROLL(4)
     }
 }
 
-/* What becomes of the sums of one row of a panel. */
-static TARGET void FN(linear_finish)(const kf_linear_args *a, const VF *sums, int64_t row, int64_t panel)
-{
-    const T *bias = a->bias;
-    for (int c = 0; c < 4; c++) {
-        const int64_t at = panel * KF_PANEL + 16 * c, left = a->n - at;
-        if (left <= 0)
-            return;
-        VF sum = bias ? NAME(v_add)(sums[c], LDN(bias + at, left)) : sums[c];
-        T *out = (T *)a->out + row * a->n + at;
-        if (a->epilogue == KF_FLOAT)
-            NAME(v_store_n)((float *)a->out + row * a->n + at, left, sum);
-        else if (a->epilogue == KF_ADD)
-            STN(out, left, NAME(v_add)(LDN(out, left), RND(sum)));
-        else
-            STN(out, left, sum);
-    }
-}
-
-/* The same for gate (vectors 0 and 1) and up (2 and 3) of 32 columns; bias holds all gates, then all ups. */
-static TARGET void FN(silu_mul_finish)(const kf_linear_args *a, const VF *sums, int64_t row, int64_t panel)
-{
-    const T *bias = a->bias;
-    for (int c = 0; c < 2; c++) {
-        const int64_t at = panel * KF_PANEL / 2 + 16 * c, left = a->n - at;
-        if (left <= 0)
-            return;
-        VF gate = sums[c], up = sums[c + 2];
-        if (bias) {
-            gate = NAME(v_add)(gate, LDN(bias + at, left));
-            up = NAME(v_add)(up, LDN(bias + a->n + at, left));
-        }
-        STN((T *)a->out + row * a->n + at, left, NAME(v_mul)(RND(NAME(v_silu)(RND(gate))), RND(up)));
-    }
-}
-
 /* VR rows of one panel, as many of its vectors at a time as fill the registers. */
 INL void FN(linear_tile)(const int VR, const int FETCH, const kf_linear_args *a, int64_t row, int64_t panel,
                          const char *ahead)
 {
     const int NC = WIDE || VR == 1 ? 4 : VR <= 3 ? 2 : 1;
-    const T *x = (const T *)a->x + row * a->k, *w = (const T *)a->w + panel * KF_PANEL * a->k;
+    const T *x = (const T *)a->x + row * a->k, *w = (const T *)a->w.w + (panel - a->first_panel) * KF_PANEL * a->k;
     VF sums[6 * 4], some[6 * 4];
 UNROLL(4)
     for (int c = 0; c < 4; c += NC) {
@@ -116,7 +80,7 @@ static TARGET void FN(linear_panel)(const kf_linear_args *a, int64_t begin, int6
 #endif
 #undef ALL
     const int64_t panel_bytes = KF_PANEL * a->k * (int64_t)sizeof(T), tiles = (end - begin + 5) / 6;
-    const char *ahead = (const char *)a->w + (panel + 1) * panel_bytes, *stop = ahead + (fetch_next ? panel_bytes : 0);
+    const char *ahead = (const char *)a->w.w + (panel + 1) * panel_bytes, *stop = ahead + (fetch_next ? panel_bytes : 0);
     const int lines = !WIDE || tiles < 3 ? 0 : tiles < 5 ? 2 : 1;
     for (int64_t row = begin; row < end;) {
         const int64_t left = end - row, rows = (left + (left + 5) / 6 - 1) / ((left + 5) / 6);

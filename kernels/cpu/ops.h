@@ -8,10 +8,27 @@ typedef struct {
     void (*rope_write)(kf_worker *, const kf_rope_args *);
     void (*rms_norm)(kf_worker *, const kf_norm_args *);
     void (*linear)(kf_worker *, const kf_linear_args *);
+    /* Rows [begin, end) of one panel, by one thread; fetch_next: the next panel lies behind it, and comes next. */
+    void (*linear_panel)(const kf_linear_args *, int64_t begin, int64_t end, int64_t panel, int fetch_next);
 } kf_ops;
+
+/* Of quantised weights. For bfloat16 rows linear() takes what prepare(), by all threads, has made of them before; floats()
+ * writes the values of a panel, [k][64], of which linear_panel() makes the product with float rows, and rows() makes that
+ * of a few float rows at once, with the same bits. */
+typedef struct {
+    void (*prepare)(kf_worker *, const kf_linear_args *);
+    void (*linear)(kf_worker *, const kf_linear_args *);
+    void (*floats)(const kf_weight *, int64_t k, int64_t panel, float *out);
+    void (*rows)(const kf_linear_args *, int64_t panel);
+} kf_q_ops;
 
 /* The best of what the processor has, or what kf_set_isa() allows. */
 const kf_ops *kf_ops_for(int is_bf16);
+
+/* The product of a quantised weight, called by every thread of a team. For float rows each needs so many bytes of scratch
+ * space. */
+void kf_q_linear(kf_worker *worker, const kf_linear_args *a, int is_bf16);
+int64_t kf_q_scratch(int64_t k);
 
 int64_t kf_attention_floats(int64_t head_dim, int64_t longest);
 int64_t kf_head_dim_max(void);

@@ -98,15 +98,14 @@ def linear(team: _native.Team, x: torch.Tensor, weight: Packed, out: torch.Tenso
     rows = len(x)
     _check(x.dtype, rows, x)
     _check(torch.float32 if epilogue == FLOAT else x.dtype, rows, out)
-    if x.shape[1] != weight.k or out.shape[1] != weight.n or weight.weight.dtype is not x.dtype:
+    if x.shape[1] != weight.k or out.shape[1] != weight.n or not weight.fits(x.dtype):
         raise ValueError(
             f"[{weight.n}, {weight.k}] does not map {x.shape[1]} to {out.shape[1]} values of {x.dtype}"
         )
     is_bf16 = x.dtype is torch.bfloat16
-    addresses = weight.addresses
-    _native.linear(
-        team, x.data_ptr(), *addresses, out.data_ptr(), rows, weight.k, weight.n, epilogue, is_bf16
-    )
+    prepared = torch.empty(rows, _native.prepared_size(weight.k), dtype=torch.uint8)
+    addresses = (x.data_ptr(), weight.place, out.data_ptr(), prepared.data_ptr())
+    _native.linear(team, *addresses, rows, weight.k, weight.n, epilogue, is_bf16)
 
 
 def _check(dtype: torch.dtype, rows: int, *tensors: torch.Tensor) -> None:

@@ -57,6 +57,23 @@ static int reserve_scratch(kf_team *team, const kf_cache *kv, const kf_step *ste
     return kf_team_scratch(team, bytes) ? KF_OK : KF_NO_MEMORY;
 }
 
+/* Room for a panel of the widest weight that is quantised, which float rows need. */
+static int reserve_floats(kf_team *team, const kf_stage *s, const kf_cache *kv)
+{
+    int64_t widest = s->head.format != KF_DENSE ? s->hidden : 0;
+#define WIDER(w, k)                              \
+    if ((w).format != KF_DENSE && (k) > widest) \
+        widest = (k);
+    for (int64_t i = 0; i < s->num_layers; i++) {
+        WIDER(s->layers[i].qkv, s->hidden)
+        WIDER(s->layers[i].o, s->heads * kv->head_dim)
+        WIDER(s->layers[i].gate_up, s->hidden)
+        WIDER(s->layers[i].down, s->intermediate)
+    }
+#undef WIDER
+    return kv->is_bf16 || kf_team_scratch(team, kf_q_scratch(widest)) ? KF_OK : KF_NO_MEMORY;
+}
+
 /* ------------------------------------------------------------------ a whole step */
 
 typedef struct {
@@ -67,6 +84,14 @@ typedef struct {
     const kf_ops *ops;
     size_t row_bytes; /* of [hidden] */
 } forward_args;
+
+static void linear(kf_worker *w, const kf_ops *ops, const kf_linear_args *a, int is_bf16)
+{
+    if (a->w.format == KF_DENSE)
+        ops->linear(w, a);
+    else
+        kf_q_linear(w, a, is_bf16);
+}
 
 static void load(kf_worker *w, const forward_args *f)
 {
@@ -113,8 +138,8 @@ static void logits(kf_worker *w, const forward_args *f)
     const kf_norm_args norm = {s->picked, s->norm, s->normed, rows, s->hidden, s->eps};
     f->ops->rms_norm(w, &norm);
     kf_barrier(w);
-    const kf_linear_args head = {s->normed, s->head, NULL, f->io->out, rows, s->hidden, s->vocab, KF_FLOAT};
-    f->ops->linear(w, &head);
+    const kf_linear_args head = {s->normed, s->head, f->io->out, s->prepared, rows, s->hidden, s->vocab, KF_FLOAT, 0};
+    linear(w, f->ops, &head, f->kv->is_bf16);
 }
 
 static void run_layer(kf_worker *w, const forward_args *f, int64_t index)
@@ -127,8 +152,8 @@ static void run_layer(kf_worker *w, const forward_args *f, int64_t index)
     const kf_norm_args before = {s->residual, layer->attention_norm, s->normed, rows, s->hidden, s->eps};
     f->ops->rms_norm(w, &before);
     kf_barrier(w);
-    const kf_linear_args project = {s->normed, layer->qkv.w, layer->qkv.bias, s->qkv, rows, s->hidden, qkv, KF_STORE};
-    f->ops->linear(w, &project);
+    const kf_linear_args project = {s->normed, layer->qkv, s->qkv, s->prepared, rows, s->hidden, qkv, KF_STORE, 0};
+    linear(w, f->ops, &project, f->kv->is_bf16);
     kf_barrier(w);
     const kf_rope_args rope = {f->kv, f->step, index, s->heads, qkv, s->cos, s->sin, layer->q_norm, layer->k_norm,
                                s->eps, s->qkv, s->q};
@@ -137,20 +162,20 @@ static void run_layer(kf_worker *w, const forward_args *f, int64_t index)
     const kf_attention_args attend = {f->kv, f->step, index, s->heads, layer->window, s->scale, s->q, s->attended};
     f->ops->attention(w, &attend);
     kf_barrier(w);
-    const kf_linear_args out = {s->attended, layer->o.w, layer->o.bias, s->residual, rows, s->heads * hd, s->hidden,
-                                KF_ADD};
-    f->ops->linear(w, &out);
+    const kf_linear_args out = {s->attended, layer->o, s->residual, s->prepared, rows, s->heads * hd, s->hidden,
+                                KF_ADD, 0};
+    linear(w, f->ops, &out, f->kv->is_bf16);
     kf_barrier(w);
     const kf_norm_args after = {s->residual, layer->mlp_norm, s->normed, rows, s->hidden, s->eps};
     f->ops->rms_norm(w, &after);
     kf_barrier(w);
-    const kf_linear_args gate_up = {s->normed, layer->gate_up.w, layer->gate_up.bias, s->activated, rows, s->hidden,
-                                    s->intermediate, KF_SILU_MUL};
-    f->ops->linear(w, &gate_up);
+    const kf_linear_args gate_up = {s->normed, layer->gate_up, s->activated, s->prepared, rows, s->hidden,
+                                    s->intermediate, KF_SILU_MUL, 0};
+    linear(w, f->ops, &gate_up, f->kv->is_bf16);
     kf_barrier(w);
-    const kf_linear_args down = {s->activated, layer->down.w, layer->down.bias, s->residual, rows, s->intermediate,
-                                 s->hidden, KF_ADD};
-    f->ops->linear(w, &down);
+    const kf_linear_args down = {s->activated, layer->down, s->residual, s->prepared, rows, s->intermediate, s->hidden,
+                                 KF_ADD, 0};
+    linear(w, f->ops, &down, f->kv->is_bf16);
     kf_barrier(w);
 }
 
@@ -160,7 +185,7 @@ static void forward(kf_worker *w, const void *arg)
     load(w, f);
     for (int64_t i = 0; i < f->stage->num_layers; i++)
         run_layer(w, f, i);
-    if (f->stage->head == NULL)
+    if (f->stage->head.w == NULL)
         store(w, f);
     else if (f->io->num_picked)
         logits(w, f);
@@ -175,6 +200,8 @@ int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, c
         bad = check_io(stage, step, io);
     if (!bad)
         bad = reserve_scratch(team, kv, step);
+    if (!bad)
+        bad = reserve_floats(team, stage, kv);
     if (bad)
         return bad;
     const size_t row_bytes = (size_t)stage->hidden * (kv->is_bf16 ? 2 : 4);
@@ -188,6 +215,7 @@ int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, c
 typedef struct {
     const kf_ops *ops;
     const void *args;
+    int is_bf16;
 } one_args;
 
 static void one_attention(kf_worker *w, const void *arg)
@@ -211,7 +239,7 @@ static void one_rms_norm(kf_worker *w, const void *arg)
 static void one_linear(kf_worker *w, const void *arg)
 {
     const one_args *one = arg;
-    one->ops->linear(w, one->args);
+    linear(w, one->ops, one->args, one->is_bf16);
 }
 
 int kf_attention(kf_team *team, const kf_attention_args *a)
@@ -221,7 +249,7 @@ int kf_attention(kf_team *team, const kf_attention_args *a)
         bad = reserve_scratch(team, a->kv, a->step);
     if (bad)
         return bad;
-    kf_team_run(team, one_attention, &(one_args){kf_ops_for(a->kv->is_bf16), a});
+    kf_team_run(team, one_attention, &(one_args){kf_ops_for(a->kv->is_bf16), a, 0});
     return KF_OK;
 }
 
@@ -232,16 +260,19 @@ int kf_rope_write(kf_team *team, const kf_rope_args *a, int64_t table_rows)
         bad = check_positions(a->kv, a->step, table_rows);
     if (bad)
         return bad;
-    kf_team_run(team, one_rope_write, &(one_args){kf_ops_for(a->kv->is_bf16), a});
+    kf_team_run(team, one_rope_write, &(one_args){kf_ops_for(a->kv->is_bf16), a, 0});
     return KF_OK;
 }
 
 void kf_rms_norm(kf_team *team, const kf_norm_args *a, int is_bf16)
 {
-    kf_team_run(team, one_rms_norm, &(one_args){kf_ops_for(is_bf16), a});
+    kf_team_run(team, one_rms_norm, &(one_args){kf_ops_for(is_bf16), a, 0});
 }
 
-void kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16)
+int kf_linear(kf_team *team, const kf_linear_args *a, int is_bf16)
 {
-    kf_team_run(team, one_linear, &(one_args){kf_ops_for(is_bf16), a});
+    if (a->w.format != KF_DENSE && !is_bf16 && !kf_team_scratch(team, kf_q_scratch(a->k)))
+        return KF_NO_MEMORY;
+    kf_team_run(team, one_linear, &(one_args){kf_ops_for(is_bf16), a, is_bf16});
+    return KF_OK;
 }

@@ -74,6 +74,9 @@ class CpuStage:
         hidden = self._hidden
         sizes = (hidden, hidden, heads + 2 * kv_heads, heads, heads, self._intermediate, hidden)
         self._buffers = [torch.empty(self._rows, size, dtype=self._dtype) for size in sizes]
+        widest = max(hidden, heads, self._intermediate)
+        prepared = _native.prepared_size(widest) if self._dtype is torch.bfloat16 else 0
+        self._buffers.append(torch.empty(self._rows, prepared, dtype=torch.uint8))
         self._native.set_buffers(*(buffer.data_ptr() for buffer in self._buffers))
 
     def _cover(self, positions: int) -> None:
@@ -91,7 +94,7 @@ class CpuStage:
             embed = table.data_ptr()
         vocab = 0 if spec.embed is None else len(spec.embed)
         if spec.head is None:
-            self._native.set_ends(vocab, embed, 0, 0)
+            self._native.set_ends(vocab, embed, 0, (0, 0, 0, 1))
             return 0
         norm, head = (
             self._checked(spec.head.norm.clone(), "the last norm"),
@@ -100,7 +103,7 @@ class CpuStage:
         self._kept += [norm, head]
         if spec.embed is not None and head.n != vocab:
             raise ValueError(f"the embedding has {vocab} tokens, the head {head.n}")
-        self._native.set_ends(head.n, embed, norm.data_ptr(), head.addresses[0])
+        self._native.set_ends(head.n, embed, norm.data_ptr(), head.place)
         return head.n
 
     def _checked(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
@@ -118,9 +121,11 @@ class CpuStage:
             pack_gate_up(layer.gate_up, arena),
             pack(layer.down, arena),
         )
-        for tensor in (*vectors, *(w.weight for w in weights), *(w.bias for w in weights)):
+        for tensor in vectors:
             if tensor is not None:
-                self._checked(tensor, f"a weight of layer {index}")
+                self._checked(tensor, f"a norm of layer {index}")
+        if not all(weight.fits(self._dtype) for weight in weights):
+            raise ValueError(f"a weight of layer {index} is not {self._dtype}")
         heads, kv_heads = (n * self._kv.head_dim for n in (self._heads, self._kv.kv_heads))
         wanted = (
             (heads + 2 * kv_heads, self._hidden),
@@ -138,6 +143,6 @@ class CpuStage:
             mlp_norm,
             q_norm,
             k_norm,
-            [w.addresses for w in weights],
+            [w.place for w in weights],
             layer.window or 0,
         )

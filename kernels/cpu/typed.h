@@ -15,6 +15,7 @@
 #define LDN(p, n) NAME(v_load_n)(p, n)
 #define STN(p, n, a) NAME(v_store_n)(p, n, a)
 #define RND(a) (a)
+#include "finish.h"
 #include "linear.h"
 #include "rowops.h"
 #include "attend.h"
@@ -32,6 +33,7 @@
 #define LDN(p, n) NAME(v_load16_n)(p, n)
 #define STN(p, n, a) NAME(v_store16_n)(p, n, a)
 #define RND(a) NAME(v_round16)(a)
+#include "finish.h"
 #include "linear.h"
 #include "rowops.h"
 #include "attend.h"

@@ -143,7 +143,7 @@ class CudaStage:
 
     def _logits(self, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
         assert self._head is not None
-        norm, weight = self._head.norm, self._head.weight
+        norm, weight = self._head.norm, self._head.tensor
         rows = len(hidden)
         out = torch.empty(rows, len(weight), dtype=torch.float32, device=self._device)
         if rows:
@@ -191,7 +191,7 @@ class CudaStage:
         for index, layer in enumerate(self._layers):
             keys, values = self.kv.layer(index)
             add_rms_norm(x, w.residual, layer.attention_norm, eps, w.normed, rows)
-            linear(w.normed, layer.qkv.weight, layer.qkv.bias, w.qkv, rows)
+            linear(w.normed, layer.qkv.tensor, layer.qkv.bias, w.qkv, rows)
             rope_write(
                 w.qkv, step.positions, step.slots, self._cos, self._sin, layer.q_norm, layer.k_norm, eps,
                 w.q, keys, values,
@@ -201,11 +201,11 @@ class CudaStage:
                     w.q, keys, values, step.positions, step.tables, step.tiles, step.slabs, step.partials,
                     step.splits, self._scale, layer.window, w.attended,
                 )  # fmt: skip
-            linear(w.attended, layer.o.weight, layer.o.bias, w.x, rows)
+            linear(w.attended, layer.o.tensor, layer.o.bias, w.x, rows)
             add_rms_norm(w.x, w.residual, layer.mlp_norm, eps, w.normed, rows)
-            linear(w.normed, layer.gate_up.weight, layer.gate_up.bias, w.gate_up, rows)
+            linear(w.normed, layer.gate_up.tensor, layer.gate_up.bias, w.gate_up, rows)
             silu_mul(w.gate_up, w.activated, rows)
-            linear(w.activated, layer.down.weight, layer.down.bias, w.x, rows)
+            linear(w.activated, layer.down.tensor, layer.down.bias, w.x, rows)
             x = w.x
         add_rms_norm(x, w.residual, None, eps, None, rows)
 

@@ -24,18 +24,22 @@ class DeviceWeights:
         head = None
         if spec.head is not None:
             tied = embed if spec.head.weight is spec.embed else None
-            head = Head(spec.head.norm.to(device), spec.head.weight.to(device) if tied is None else tied)
+            norm = spec.head.norm.to(device)
+            output = Linear(spec.head.weight).dense(norm.dtype).to(device) if tied is None else tied
+            head = Head(norm, output)
         spec.rotary.cover(min(spec.rotary.max_positions, positions))
         layers = tuple(to_device(layer, device) for layer in spec.layers)
         return cls(layers, embed, head, spec.rotary.cos.to(device), spec.rotary.sin.to(device))
 
 
 def to_device(layer: Layer, device: torch.device) -> Layer:
-    """The same layer with its tensors on `device`."""
+    """The same layer with its tensors on `device`. There are no kernels for quantised weights there: they become the
+    values that they stand for."""
+    dtype = layer.attention_norm.dtype
 
     def matrix(m: Linear) -> Linear:
         bias = None if m.bias is None else m.bias.to(device)
-        return Linear(m.weight.to(device).contiguous(), bias)
+        return Linear(m.dense(dtype).to(device).contiguous(), bias)
 
     return replace(
         layer,

@@ -14,11 +14,12 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from safetensors.torch import load_file, save_file
 
 from controlplane.contract import auth
-from controlplane.contract.config import ClusterConfig
+from controlplane.contract.config import ClusterConfig, EngineConfig
 from controlplane.contract.errors import ConfigError, Unavailable
 from controlplane.contract.ids import Member
 from controlplane.contract.records import NodeRecord
@@ -28,6 +29,7 @@ from dataplane.frontdoor import Frontdoor
 from dataplane.model import digests
 from dataplane.model.bundle import Bundle, holds_stage, open_bundle
 from dataplane.model.config import load_config
+from dataplane.model.digests import digest_as
 from dataplane.model.split import split_layers
 from dataplane.model.weights import INDEX, SINGLE, load_weights, stage_shapes, weights_digest
 from dataplane.weights_service import Ask, Chunk, Manifest, WeightsService, checksum
@@ -93,6 +95,17 @@ def fetched(config: ClusterConfig, **more: Any) -> Path:
 
     asyncio.run(run())
     return target
+
+
+def test_weights_that_are_quantised_when_they_are_loaded(tmp_path: Path) -> None:
+    """A peer of the same settings registers another digest of the same tensors."""
+    config = msgspec.structs.replace(settings(tmp_path), engine=EngineConfig(weights="int8"))
+    digest = digest_as(digest_of(demo_model()), "int8")
+    assert digest != digest_of(demo_model())
+    assert digest_of(fetched(config, digest=digest)) == digest_of(demo_model())
+    shutil.rmtree(tmp_path / "weights")
+    with pytest.raises(Unavailable, match="the digest of what came"):
+        fetched(config, digest=digest_of(demo_model()))
 
 
 def test_what_was_fetched_is_the_stage_and_nothing_else(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class Chain:
         block_size: int = 16,
         num_blocks: int = 64,
         threads: int = 1,
+        weights: Literal["model", "int8"] = "model",
     ) -> None:
         self.block_size = block_size
         self.stages = [
@@ -36,6 +37,7 @@ class Chain:
                 block_size=block_size,
                 dtype=dtype,
                 threads=threads,
+                weights=weights,
             )
             for s in range(num_stages)
         ]

