@@ -19,10 +19,10 @@ SHAPES = [
     ("xor", 1, 1),
     ("xor", 5, 1),
     ("rdp", 1, 2),
-    ("rdp", 5, 2),
+    ("rdp", 3, 2),
     ("rs", 1, 1),
     ("rs", 3, 2),
-    ("rs", 4, 3),
+    ("rs", 3, 3),
 ]
 
 
@@ -87,9 +87,10 @@ def test_sixteen_shards_of_rdp(device, lost) -> None:
 
 
 @pytest.mark.parametrize(("name", "data", "parity"), [("xor", 3, 1), ("rdp", 3, 2), ("rs", 4, 3)])
-def test_several_tiles_equal_the_c_kernels(device, name, data, parity) -> None:
-    code, plain = make_device_code(name, data, parity), make_shards(data, (80_004, 70_000), 5)
-    checks = zeros(device, parity, code.parity_bytes(80_004))
+def test_several_tiles_equal_the_c_kernels(device, name, data, parity, monkeypatch) -> None:
+    monkeypatch.setattr("kernels.triton.coding.TILE", 128)
+    code, plain = make_device_code(name, data, parity), make_shards(data, (10_004, 7_000), 5)
+    checks = zeros(device, parity, code.parity_bytes(10_004))
     shards = [on(device, shard) for shard in plain]
     code.encode(shards, checks)
     want = [bytearray(len(checks[0])) for _ in range(parity)]
@@ -103,20 +104,20 @@ def test_several_tiles_equal_the_c_kernels(device, name, data, parity) -> None:
 
 @pytest.mark.parametrize("sizes", [(400, 132, 400, 0), (331, 17, 330)], ids=["words", "bytes"])
 @pytest.mark.parametrize(
-    ("name", "data", "parity"), [("xor", 4, 1), ("rdp", 4, 2), ("rs", 4, 2), ("rs", 3, 4)]
+    ("name", "data", "parity"), [("xor", 4, 1), ("rdp", 3, 2), ("rs", 4, 2), ("rs", 3, 4)]
 )
 def test_updates_in_any_order_equal_an_encoding(device, name, data, parity, sizes) -> None:
     code, plain = make_device_code(name, data, parity), make_shards(data, sizes, 1)
     shards, size = [on(device, shard) for shard in plain], code.parity_bytes(sizes[0])
     want = expected(name, plain, parity, size)
-    for order in itertools.islice(itertools.permutations(range(data)), 0, None, 5):
+    for order in itertools.islice(itertools.permutations(range(data)), 0, None, 4):
         checks = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(parity)]
         for index in order:
             code.update(checks, index, shards[index])
         assert contents(checks) == want, order
-        for index in order:
-            code.update(checks, index, shards[index])
-        assert not any(check.any() for check in checks), "what is added twice is gone"
+    for index in order:
+        code.update(checks, index, shards[index])
+    assert not any(check.any() for check in checks), "what is added twice is gone"
 
 
 def test_parities_that_are_lost_need_no_buffer(device) -> None:
@@ -133,12 +134,13 @@ def test_parities_that_are_lost_need_no_buffer(device) -> None:
 
 def test_any_type_of_element_is_lossless(device) -> None:
     """Not a number, infinities and denormals keep their bits; a view that begins between words is right, too."""
-    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).to(device)
+    patterns = torch.arange(-(1 << 15), 1 << 15, 8, dtype=torch.int32).to(torch.int16).to(device)
+    patterns[::2] += 7  # every exponent, low and high bits
     shards = [patterns.view(torch.bfloat16), patterns.view(torch.float16), patterns.view(torch.float32)]
     shards.append(patterns[1:].view(torch.bfloat16))
     for name, parity in (("xor", 1), ("rdp", 2), ("rs", 2)):
         code = make_device_code(name, 4, parity)
-        checks = zeros(device, parity, code.parity_bytes(1 << 17))
+        checks = zeros(device, parity, code.parity_bytes(patterns.nbytes))
         code.encode(shards, checks)
         for index, shard in enumerate(shards):
             restored = torch.zeros_like(shard)
