@@ -1,10 +1,11 @@
-"""Intel ISA-L (Debian: libisal2), called through ctypes."""
+"""Intel ISA-L (Debian: libisal2; LD_LIBRARY_PATH chooses another), called through ctypes."""
 
 from __future__ import annotations
 
 import ctypes
 import ctypes.util
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ class Isal:
         name = ctypes.util.find_library("isal") or "libisal.so.2"
         self._library = ctypes.CDLL(name)
         self._keep: list[object] = []
+        mapped = Path("/proc/self/maps").read_text().split()
+        self.version = next((Path(word).name for word in mapped if "libisal" in word), name)
 
     def xor(self, sources: Sequence[Shard], out: Shard) -> Call:
         """`xor_gen`: its addresses must be multiples of 32."""
@@ -32,6 +35,16 @@ class Isal:
         def call(size: int) -> None:
             if function(count, size, pointers):
                 raise RuntimeError("xor_gen refuses these shards")
+
+        return call
+
+    def pq(self, sources: Sequence[Shard], out: Sequence[Shard]) -> Call:
+        """`pq_gen`, for RAID 6: the sum, and the sum with powers of two. Addresses and sizes: multiples of 32."""
+        pointers, count, function = self._pointers([*sources, *out]), len(sources) + 2, self._library.pq_gen
+
+        def call(size: int) -> None:
+            if function(count, size, pointers):
+                raise RuntimeError("pq_gen refuses these shards")
 
         return call
 

@@ -25,11 +25,12 @@ cdef extern from "coding.h" nogil:
     kf_product kf_products[256]
     void kf_coding_init()
     int kf_coding_set_level(int level)
-    void kf_rs_encode(const kf_code *code, const kf_shard *data, const kf_shard *parity, int64_t begin, int64_t end)
+    void kf_rs_encode(const kf_code *code, const kf_shard *data, const kf_shard *parity, int64_t begin, int64_t end,
+                      int stream)
     void kf_rs_update(const kf_code *code, int index, kf_shard shard, const kf_shard *parity, int64_t begin,
                       int64_t end)
     void kf_rs_restore(const kf_code *code, const kf_repair *repair, const kf_shard *data, const kf_shard *parity,
-                       int64_t begin, int64_t end)
+                       int64_t begin, int64_t end, int stream)
     void kf_rdp_encode(int n, const kf_shard *data, const kf_shard *parity, int64_t width, int64_t begin, int64_t end)
     void kf_rdp_update(int index, kf_shard shard, const kf_shard *parity, int64_t width, int64_t begin, int64_t end)
     void kf_rdp_restore(int n, int x, int y, const kf_shard *data, const kf_shard *parity, int64_t width,
@@ -104,16 +105,17 @@ cdef class Code:
                              f"not {data.count} and {parity.count}")
         return 0
 
-    def encode(self, Shards data, Shards parity, int64_t begin, int64_t end):
+    def encode(self, Shards data, Shards parity, int64_t begin, int64_t end, int stream=-1):
+        """stream: 1, parities go past the cache; 0, they do not; -1, if they are long."""
         self.check(data, parity)
         with nogil:
-            kf_rs_encode(&self.c, data.shards, parity.shards, begin, end)
+            kf_rs_encode(&self.c, data.shards, parity.shards, begin, end, stream)
 
     def update(self, int index, Shards shard, Shards parity, int64_t begin, int64_t end):
         with nogil:
             kf_rs_update(&self.c, index, shard.shards[0], parity.shards, begin, end)
 
-    def restore(self, lost, rows, inverse, Shards data, Shards parity, int64_t begin, int64_t end):
+    def restore(self, lost, rows, inverse, Shards data, Shards parity, int64_t begin, int64_t end, int stream=-1):
         """The data shards `lost` from the parities `rows`; inverse: of the part of the generator that they share."""
         cdef kf_repair repair
         cdef const uint8_t[::1] row
@@ -124,7 +126,7 @@ cdef class Code:
             row = inverse[i]
             memcpy(repair.inverse[i], &row[0], repair.count)
         with nogil:
-            kf_rs_restore(&self.c, &repair, data.shards, parity.shards, begin, end)
+            kf_rs_restore(&self.c, &repair, data.shards, parity.shards, begin, end, stream)
 
 
 def rdp_encode(Shards data, Shards parity, int64_t width, int64_t begin, int64_t end):

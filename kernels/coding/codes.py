@@ -130,13 +130,12 @@ class ReedSolomon:
         begin: int = 0,
         end: int | None = None,
     ) -> None:
-        data_lost, parity_lost = _lost(self, lost)
+        data_lost, parity_lost = split_lost(self.data, self.parity, lost)
         if data_lost:
             held, left = _native.Shards(shards, data_lost), _native.Shards(_left(parity, parity_lost))
-            rows = tuple(i for i in range(self.parity) if i not in parity_lost)[: len(data_lost)]
-            _check_left(parity, rows)
+            rows = parities_left(parity, parity_lost, len(data_lost))
             part = _part(begin, end, _parity_size(held, left))
-            self._native.restore(data_lost, rows, _solution(self._rows, data_lost, rows), held, left, *part)
+            self._native.restore(data_lost, rows, solution(self._rows, data_lost, rows), held, left, *part)
         _encode_lost(self, shards, parity, parity_lost, begin, end)
 
 
@@ -188,11 +187,11 @@ class RowDiagonal:
         begin: int = 0,
         end: int | None = None,
     ) -> None:
-        data_lost, parity_lost = _lost(self, lost)
+        data_lost, parity_lost = split_lost(self.data, self.parity, lost)
         if len(data_lost) == 1 and 0 not in parity_lost:
             self._by_rows(shards, parity[0], data_lost, begin, end)
         elif data_lost:
-            _check_left(parity, [i for i in range(2) if i not in parity_lost])
+            parities_left(parity, parity_lost, len(data_lost))
             held, both = self._shards(shards, data_lost), _native.Shards(parity, parity_lost)
             width = self._width(held, both)
             last = data_lost[1] if len(data_lost) == 2 else _native.RDP_ROWS
@@ -209,7 +208,7 @@ class RowDiagonal:
         end: int | None,
     ) -> None:
         """One lost shard from the row parity, which is a XOR of the others."""
-        _check_left([across], [0])
+        parities_left([across], (), 1)
         width = self._width(self._shards(shards), _native.Shards([across]))
         begin, end = _part(begin, end, width)
         whole = (begin, end) == (0, width)
@@ -232,19 +231,27 @@ class RowDiagonal:
 
 
 @lru_cache(maxsize=1024)
-def _solution(rows: Matrix, lost: tuple[int, ...], parities: tuple[int, ...]) -> Matrix:
+def solution(rows: Matrix, lost: tuple[int, ...], parities: tuple[int, ...]) -> Matrix:
     """What the syndromes of these parities are multiplied with to give the lost shards."""
     return inverse([bytes(rows[i][j] for j in lost) for i in parities])
 
 
-def _lost(code: Code, lost: Collection[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Indices of data and of parities, sorted."""
+def split_lost(data: int, parity: int, lost: Collection[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Indices of data and of parities, sorted. Raises TooManyLost, ValueError."""
     indices = sorted(set(lost))
-    if len(indices) > code.parity:
-        raise TooManyLost(f"{len(indices)} shards are lost, and {code.parity} can be restored")
-    if indices and not 0 <= indices[0] <= indices[-1] < code.data + code.parity:
-        raise ValueError(f"shards {indices} of {code.data + code.parity}")
-    return tuple(i for i in indices if i < code.data), tuple(i - code.data for i in indices if i >= code.data)
+    if len(indices) > parity:
+        raise TooManyLost(f"{len(indices)} shards are lost, and {parity} can be restored")
+    if indices and not 0 <= indices[0] <= indices[-1] < data + parity:
+        raise ValueError(f"shards {indices} of {data + parity}")
+    return tuple(i for i in indices if i < data), tuple(i - data for i in indices if i >= data)
+
+
+def parities_left(parity: Sequence[object], lost: Collection[int], count: int) -> tuple[int, ...]:
+    """The first `count` parities that are not lost. Raises ValueError if one of them is None."""
+    rows = tuple(i for i in range(len(parity)) if i not in lost)[:count]
+    if any(parity[i] is None for i in rows):
+        raise ValueError(f"parities {list(rows)} are needed, and not all of them are there")
+    return rows
 
 
 def _encode_lost(
@@ -263,11 +270,6 @@ def _encode_lost(
 
 def _left(parity: Sequence[Shard | None], lost: Collection[int]) -> list[Shard | None]:
     return [None if i in lost else buffer for i, buffer in enumerate(parity)]
-
-
-def _check_left(parity: Sequence[Shard | None], rows: Collection[int]) -> None:
-    if any(parity[i] is None for i in rows):
-        raise ValueError(f"parities {sorted(rows)} are needed, and not all of them are there")
 
 
 def _check_update(code: Code, index: int, parity: Sequence[Shard]) -> None:

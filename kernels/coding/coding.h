@@ -9,9 +9,7 @@
 
 #define KF_DATA_MAX 256
 #define KF_PARITY_MAX 8
-#define KF_WINDOW 4096       /* bytes of each shard that several passes go over while they are in the cache */
-#define KF_SINGLE (1 << 16)  /* of each shard, where one pass does */
-#define KF_STREAM (1 << 20)  /* an output of so many bytes goes past the cache */
+#define KF_STREAM (1 << 20) /* outputs of so many bytes go past the cache, unless the caller knows better */
 
 /* One factor of GF(2^8) over x^8 + x^4 + x^3 + x^2 + 1, in the two forms that processors multiply bytes with. */
 typedef struct {
@@ -37,32 +35,42 @@ typedef struct {
     uint8_t inverse[KF_PARITY_MAX][KF_PARITY_MAX];
 } kf_repair;
 
-/* The loops that depend on the instruction set. `from` is read and `out` written at [0, size); `stream`: past the cache, where
- * addresses allow. An output may be one of the inputs. */
+/* One pass over `n` shards that makes several outputs at once, each start + a row of factors times the shards: first, if `sum`, the
+ * sum; then, if `powers`, d0 + 2 d1 + 4 d2 ..; then `others` with factors[other]. With `inverse`, what is written is not these sums a
+ * but inverse times a. NULL in start is zeros; what is NULL in out is not written. An output may be its own start. */
 typedef struct {
-    /* out = from[0] + .. + from[n - 1]; n > 0 */
+    int n, sum, powers, others;
+    const uint8_t *from[KF_DATA_MAX]; /* of a shard that is not there: kf_zeros */
+    int64_t there[KF_DATA_MAX];       /* -1, or 0 for kf_zeros, which begins again and again */
+    const uint8_t *start[KF_PARITY_MAX];
+    uint8_t *out[KF_PARITY_MAX];
+    const uint8_t *factors[KF_PARITY_MAX]; /* of each output; n of them */
+    const uint8_t (*inverse)[KF_PARITY_MAX];
+    int64_t size; /* bytes of each */
+    int stream;   /* outputs go past the cache, where their addresses allow */
+} kf_pass;
+
+/* The loops that depend on the instruction set. */
+typedef struct {
+    void (*pass)(const kf_pass *pass);
+    /* out = from[0] + .. + from[n - 1]; out may be one of them */
     void (*sum)(uint8_t *out, const uint8_t *const *from, int n, int64_t size, int stream);
-    /* p = start_p + from[0] + .. ; q = start_q + from[0] + 2 from[1] + 4 from[2] ..; NULL in from and start counts as zeros, p may
-     * be NULL. With a pair, what is written is instead a = pair[0] p + pair[1] q, and p - a: two lost shards. */
-    void (*powers)(uint8_t *p, uint8_t *q, const uint8_t *start_p, const uint8_t *start_q, const uint8_t *const *from, int n,
-                   int64_t size, int stream, const uint8_t *pair);
-    /* out = start + c[0] from[0] + ..; start NULL, and NULL in from, count as zeros */
-    void (*dot)(uint8_t *out, const uint8_t *start, const uint8_t *c, const uint8_t *const *from, int n, int64_t size, int stream);
 } kf_coding_ops;
 
 extern kf_product kf_products[256];
+extern const uint8_t kf_zeros[256]; /* as much as a loop takes at a time */
 
 void kf_coding_init(void); /* once, before anything else here */
 int kf_coding_set_level(int level); /* 0 C, 1 AVX2, 2 AVX-512, 3 with GFNI, -1 the best. Returns what is in use. */
 const kf_coding_ops *kf_coding_ops_in_use(void);
 void kf_coding_fence(void); /* what went past the cache is seen before what is written next */
 
-/* XOR (K = 1) and Reed-Solomon. A parity of NULL is not computed. */
-void kf_rs_encode(const kf_code *code, const kf_shard *data, const kf_shard *parity, int64_t begin, int64_t end);
+/* XOR (K = 1) and Reed-Solomon. A parity of NULL is not computed. `stream`: outputs go past the cache; -1: if they are long. */
+void kf_rs_encode(const kf_code *code, const kf_shard *data, const kf_shard *parity, int64_t begin, int64_t end, int stream);
 /* Adds data shard `index` to parities that did not have it. */
 void kf_rs_update(const kf_code *code, int index, kf_shard shard, const kf_shard *parity, int64_t begin, int64_t end);
 void kf_rs_restore(const kf_code *code, const kf_repair *repair, const kf_shard *data, const kf_shard *parity, int64_t begin,
-                   int64_t end);
+                   int64_t end, int stream);
 
 /* Row-diagonal parity: a parity is KF_RDP_ROWS rows of `width` bytes; [begin, end) are positions in a row. */
 #define KF_RDP_PRIME 17

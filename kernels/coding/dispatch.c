@@ -24,6 +24,7 @@
 #endif
 
 kf_product kf_products[256];
+_Alignas(64) const uint8_t kf_zeros[256];
 static int level_in_use;
 
 static uint8_t product(int a, int b)

@@ -2,6 +2,9 @@
 #define W ((int64_t)sizeof(V))
 #define LOAD NAME(v_load)
 #define ADD NAME(v_add)
+#define OPERAND NAME(operand)
+#define SUM_UNITS (W < 64 ? 8 : 4)
+#define UNROLL _Pragma("GCC unroll 8")
 
 INL V NAME(load_n)(const uint8_t *p, int64_t n)
 {
@@ -23,27 +26,48 @@ INL void NAME(store_n)(uint8_t *p, int64_t n, V a)
     memcpy(p, whole, (size_t)n);
 }
 
-INL void NAME(put4)(uint8_t *p, int stream, const V a[4])
+/* `units` vectors, of which `n` bytes are there; `whole`: all. */
+INL void NAME(get)(const int units, const int whole, V *a, const uint8_t *p, int64_t n)
 {
-    for (int i = 0; i < 4; i++)
-        if (stream)
+    UNROLL for (int i = 0; i < units; i++)
+        a[i] = whole ? LOAD(p + i * W) : NAME(load_n)(p, n);
+}
+
+INL void NAME(put)(const int units, const int whole, uint8_t *p, int64_t n, int stream, const V *a)
+{
+    UNROLL for (int i = 0; i < units; i++)
+        if (!whole)
+            NAME(store_n)(p, n, a[i]);
+        else if (stream)
             NAME(v_stream)(p + i * W, a[i]);
         else
             NAME(v_store)(p + i * W, a[i]);
 }
 
-INL void NAME(sum_of)(const int n, uint8_t *out, const uint8_t *const *from, int64_t size, int stream)
+/* What comes from memory is fetched so many bytes ahead. */
+INL void NAME(fetch)(const int units, int64_t ahead, const uint8_t *p)
 {
+    if (ahead)
+        UNROLL for (int i = 0; i < units * W; i += 64)
+            __builtin_prefetch(p + ahead + i);
+}
+
+INL void NAME(sum_of)(const int units, const int n, uint8_t *out, const uint8_t *const *from, int64_t size, int stream)
+{
+    const int ahead = stream;
     int64_t at = 0;
     stream = stream && (uintptr_t)out % W == 0;
-    for (; at + 4 * W <= size; at += 4 * W) {
-        V sum[4];
-        for (int i = 0; i < 4; i++)
-            sum[i] = LOAD(from[0] + at + i * W);
-        for (int j = 1; j < n; j++)
-            for (int i = 0; i < 4; i++)
-                sum[i] = ADD(sum[i], LOAD(from[j] + at + i * W));
-        NAME(put4)(out + at, stream, sum);
+    for (; at + units * W <= size; at += units * W) {
+        V sum[8], a[8];
+        NAME(get)(units, 1, sum, from[0] + at, 0);
+        NAME(fetch)(units, ahead ? AHEAD_SUM : 0, from[0] + at);
+        for (int j = 1; j < n; j++) {
+            NAME(get)(units, 1, a, from[j] + at, 0);
+            NAME(fetch)(units, ahead ? AHEAD_SUM : 0, from[j] + at);
+            UNROLL for (int i = 0; i < units; i++)
+                sum[i] = ADD(sum[i], a[i]);
+        }
+        NAME(put)(units, 1, out + at, 0, stream, sum);
     }
     for (; at < size; at += W) {
         V sum = NAME(v_zero)();
@@ -53,118 +77,176 @@ INL void NAME(sum_of)(const int n, uint8_t *out, const uint8_t *const *from, int
     }
 }
 
-/* A loop of its own for each small n: a tenth faster. */
+/* A loop of its own for each small n: a tenth faster. Shards are read in pieces of 256 bytes at least, 512 if there are few of them:
+ * where they come from memory, that is what counts. */
 TARGET static void NAME(sum)(uint8_t *out, const uint8_t *const *from, int n, int64_t size, int stream)
 {
+#ifdef STREAM_SUM
+    if (stream) {
+        STREAM_SUM(out, from, n, size, stream);
+        return;
+    }
+#endif
     switch (n) {
-    case 1: NAME(sum_of)(1, out, from, size, stream); break;
-    case 2: NAME(sum_of)(2, out, from, size, stream); break;
-    case 3: NAME(sum_of)(3, out, from, size, stream); break;
-    case 4: NAME(sum_of)(4, out, from, size, stream); break;
-    case 5: NAME(sum_of)(5, out, from, size, stream); break;
-    case 6: NAME(sum_of)(6, out, from, size, stream); break;
-    case 7: NAME(sum_of)(7, out, from, size, stream); break;
-    case 8: NAME(sum_of)(8, out, from, size, stream); break;
-    default: NAME(sum_of)(n, out, from, size, stream);
+    case 0: memset(out, 0, (size_t)size); break;
+    case 1: NAME(sum_of)(8, 1, out, from, size, stream); break;
+    case 2: NAME(sum_of)(8, 2, out, from, size, stream); break;
+    case 3: NAME(sum_of)(8, 3, out, from, size, stream); break;
+    case 4: NAME(sum_of)(8, 4, out, from, size, stream); break;
+    case 5: NAME(sum_of)(SUM_UNITS, 5, out, from, size, stream); break;
+    case 6: NAME(sum_of)(SUM_UNITS, 6, out, from, size, stream); break;
+    case 7: NAME(sum_of)(SUM_UNITS, 7, out, from, size, stream); break;
+    case 8: NAME(sum_of)(SUM_UNITS, 8, out, from, size, stream); break;
+    default: NAME(sum_of)(SUM_UNITS, n, out, from, size, stream);
     }
 }
 
-INL V NAME(start_n)(const uint8_t *start, int64_t at, int64_t n)
+/* What is written instead of k sums: inverse times them. If the first one is the sum of all unknowns (`sum`), the last unknown is what
+ * it lacks then, and takes no factors. */
+INL void NAME(solve_of)(const int units, const int k, const int sum, const uint8_t (*inverse)[KF_PARITY_MAX], V (*a)[4])
 {
-    return start == NULL ? NAME(v_zero)() : NAME(load_n)(start + at, n);
-}
-
-/* The two unknowns from the sums of both parities: pair[0] p + pair[1] q, and what p lacks then. */
-INL void NAME(solve)(const uint8_t *pair, V *p, V *q)
-{
-    V first = NAME(v_mul_add)(NAME(v_mul_add)(NAME(v_zero)(), NAME(v_factor)(pair[0]), *p), NAME(v_factor)(pair[1]), *q);
-    *q = ADD(*p, first);
-    *p = first;
-}
-
-/* q by Horner's rule: the last shard first. */
-INL void NAME(powers_of)(const int with_p, uint8_t *p, uint8_t *q, const uint8_t *start_p, const uint8_t *start_q,
-                         const uint8_t *const *from, int n, int64_t size, int stream, const uint8_t *pair)
-{
-    int64_t at = 0;
-    int direct = stream && (uintptr_t)q % W == 0 && (uintptr_t)p % W == 0;
-    for (; at + 4 * W <= size; at += 4 * W) {
-        V sum[4], horner[4];
-        for (int i = 0; i < 4; i++) {
-            sum[i] = with_p ? NAME(start_n)(start_p, at + i * W, W) : NAME(v_zero)();
-            horner[i] = NAME(v_zero)();
+    UNROLL for (int i = 0; i < units; i++) {
+        OPERAND known[KF_PARITY_MAX];
+        V left = a[0][i];
+        UNROLL for (int c = 0; c < k; c++)
+            known[c] = NAME(v_operand)(a[c][i]);
+        UNROLL for (int r = 0; r < k - sum; r++) {
+            V found = NAME(v_zero)();
+            UNROLL for (int c = 0; c < k; c++)
+                found = NAME(v_mul_add)(found, NAME(v_factor)(inverse[r][c]), known[c]);
+            left = ADD(left, found);
+            a[r][i] = found;
         }
-        for (int j = n - 1; j >= 0; j--) {
-            const uint8_t *shard = from[j];
-            for (int i = 0; i < 4; i++) {
-                V d = shard == NULL ? NAME(v_zero)() : LOAD(shard + at + i * W);
-                horner[i] = NAME(v_horner)(horner[i], d);
-                if (with_p)
-                    sum[i] = ADD(sum[i], d);
+        if (sum)
+            a[k - 1][i] = left;
+    }
+}
+
+TARGET static __attribute__((noinline)) void NAME(solve_any)(int units, int k, int sum, const uint8_t (*inverse)[KF_PARITY_MAX], V (*a)[4])
+{
+    for (int i = 0; i < units; i++) {
+        V known[KF_PARITY_MAX];
+        V left = a[0][i];
+        for (int c = 0; c < k; c++)
+            known[c] = a[c][i];
+        for (int r = 0; r < k - sum; r++) {
+            V found = NAME(v_zero)();
+            for (int c = 0; c < k; c++)
+                found = NAME(v_mul_add)(found, NAME(v_factor)(inverse[r][c]), NAME(v_operand)(known[c]));
+            left = ADD(left, found);
+            a[r][i] = found;
+        }
+        if (sum)
+            a[k - 1][i] = left;
+    }
+}
+
+/* In registers where there are few unknowns, else by way of memory. */
+INL void NAME(solve)(const int units, const int k, const int sum, const uint8_t (*inverse)[KF_PARITY_MAX], V (*a)[4])
+{
+    V copy[KF_PARITY_MAX][4];
+    if (__builtin_constant_p(k) && k <= 2) {
+        NAME(solve_of)(units, k, sum, inverse, a);
+        return;
+    }
+    UNROLL for (int c = 0; c < k; c++)
+        UNROLL for (int i = 0; i < units; i++)
+            copy[c][i] = a[c][i];
+    NAME(solve_any)(units, k, sum, inverse, copy);
+    UNROLL for (int c = 0; c < k; c++)
+        UNROLL for (int i = 0; i < units; i++)
+            a[c][i] = copy[c][i];
+}
+
+/* `units` vectors of all outputs at `at`. Powers by Horner's rule: the last shard first. */
+INL void NAME(block)(const int units, const int whole, const int sum, const int powers, const int others, const kf_pass *pass,
+                     int64_t at, int64_t n, int stream)
+{
+    const int k = sum + powers + others;
+    V a[KF_PARITY_MAX][4];
+    UNROLL for (int c = 0; c < k; c++)
+        UNROLL for (int i = 0; i < units; i++)
+            a[c][i] = NAME(v_zero)();
+    for (int j = pass->n - 1; j >= 0; j--) {
+        V d[4];
+        NAME(get)(units, whole, d, pass->from[j] + (at & pass->there[j]), n);
+        UNROLL for (int i = 0; i < units; i++) {
+            if (sum)
+                a[0][i] = ADD(a[0][i], d[i]);
+            if (powers)
+                a[sum][i] = NAME(v_horner)(a[sum][i], d[i]);
+        }
+        if (others)
+            UNROLL for (int i = 0; i < units; i++) {
+                OPERAND operand = NAME(v_operand)(d[i]);
+                UNROLL for (int c = sum + powers; c < k; c++)
+                    a[c][i] = NAME(v_mul_add)(a[c][i], NAME(v_factor)(pass->factors[c][j]), operand);
             }
-        }
-        for (int i = 0; i < 4; i++)
-            horner[i] = ADD(horner[i], NAME(start_n)(start_q, at + i * W, W));
-        if (with_p && pair != NULL)
-            for (int i = 0; i < 4; i++)
-                NAME(solve)(pair, &sum[i], &horner[i]);
-        if (with_p)
-            NAME(put4)(p + at, direct, sum);
-        NAME(put4)(q + at, direct, horner);
     }
-    for (; at < size; at += W) {
-        V sum = NAME(start_n)(start_p, at, size - at), horner = NAME(v_zero)();
-        for (int j = n - 1; j >= 0; j--) {
-            V d = NAME(start_n)(from[j], at, size - at);
-            horner = NAME(v_horner)(horner, d);
-            sum = ADD(sum, d);
+    UNROLL for (int c = 0; c < k; c++)
+        if (pass->start[c] != NULL) {
+            V d[4];
+            NAME(get)(units, whole, d, pass->start[c] + at, n);
+            UNROLL for (int i = 0; i < units; i++)
+                a[c][i] = ADD(a[c][i], d[i]);
         }
-        horner = ADD(horner, NAME(start_n)(start_q, at, size - at));
-        if (with_p && pair != NULL)
-            NAME(solve)(pair, &sum, &horner);
-        if (with_p)
-            NAME(store_n)(p + at, size - at, sum);
-        NAME(store_n)(q + at, size - at, horner);
-    }
+    if (pass->inverse != NULL)
+        NAME(solve)(units, k, sum, pass->inverse, a);
+    UNROLL for (int c = 0; c < k; c++)
+        if (pass->out[c] != NULL)
+            NAME(put)(units, whole, pass->out[c] + at, n, stream, a[c]);
 }
 
-TARGET static void NAME(powers)(uint8_t *p, uint8_t *q, const uint8_t *start_p, const uint8_t *start_q,
-                                const uint8_t *const *from, int n, int64_t size, int stream, const uint8_t *pair)
+/* As many vectors at a time as the registers hold: sums, what is added, and factors. */
+#define UNITS(k) ((k) <= REGISTERS / 8 + 1 && REGISTERS == 32 ? 4 : (k) <= 2 ? 4 : (k) <= REGISTERS / 4 ? 2 : 1)
+
+INL void NAME(fetch_all)(const int units, const int k, const kf_pass *pass, int64_t at)
 {
-    if (p != NULL)
-        NAME(powers_of)(1, p, q, start_p, start_q, from, n, size, stream, pair);
-    else
-        NAME(powers_of)(0, NULL, q, NULL, start_q, from, n, size, stream, NULL);
+    for (int j = 0; j < pass->n; j++)
+        NAME(fetch)(units, AHEAD, pass->from[j] + (at & pass->there[j]));
+    for (int c = 0; c < k; c++)
+        if (pass->start[c] != NULL)
+            NAME(fetch)(units, AHEAD, pass->start[c] + at);
 }
 
-TARGET static void NAME(dot)(uint8_t *out, const uint8_t *start, const uint8_t *c, const uint8_t *const *from, int n, int64_t size,
-                             int stream)
+INL int64_t NAME(blocks)(const int units, const int sum, const int powers, const int others, const kf_pass *pass)
 {
     int64_t at = 0;
-    int direct = stream && (uintptr_t)out % W == 0;
-    for (; at + 4 * W <= size; at += 4 * W) {
-        V sum[4];
-        for (int i = 0; i < 4; i++)
-            sum[i] = NAME(start_n)(start, at + i * W, W);
-        for (int j = 0; j < n; j++) {
-            if (from[j] == NULL)
-                continue;
-            const NAME(factor) factor = NAME(v_factor)(c[j]);
-            for (int i = 0; i < 4; i++)
-                sum[i] = NAME(v_mul_add)(sum[i], factor, LOAD(from[j] + at + i * W));
-        }
-        NAME(put4)(out + at, direct, sum);
+    int stream = pass->stream;
+    for (int c = 0; c < sum + powers + others; c++)
+        stream = stream && (uintptr_t)pass->out[c] % W == 0;
+    for (; at + units * W <= pass->size; at += units * W) {
+        if (pass->stream)
+            NAME(fetch_all)(units, sum + powers + others, pass, at);
+        NAME(block)(units, 1, sum, powers, others, pass, at, units * W, stream);
     }
-    for (; at < size; at += W) {
-        V sum = NAME(start_n)(start, at, size - at);
-        for (int j = 0; j < n; j++)
-            if (from[j] != NULL)
-                sum = NAME(v_mul_add)(sum, NAME(v_factor)(c[j]), NAME(load_n)(from[j] + at, size - at));
-        NAME(store_n)(out + at, size - at, sum);
-    }
+    return at;
 }
 
-static const kf_coding_ops NAME(ops) = {NAME(sum), NAME(powers), NAME(dot)};
+#define PASS(sum, powers, others) \
+    case 100 * sum + 10 * powers + others: at = NAME(blocks)(UNITS(sum + powers + others), sum, powers, others, pass); break
+
+/* What is common has a loop of its own, whose sums stay in registers. */
+TARGET static void NAME(pass)(const kf_pass *pass)
+{
+    int64_t at;
+    switch (100 * pass->sum + 10 * pass->powers + pass->others) {
+        PASS(1, 0, 0);
+        PASS(0, 1, 0);
+        PASS(1, 1, 0);
+        PASS(1, 0, 1);
+        PASS(0, 1, 1);
+        PASS(0, 0, 1);
+        PASS(0, 0, 2);
+        PASS(1, 1, 1);
+        PASS(1, 1, 2);
+    default: at = NAME(blocks)(4, pass->sum, pass->powers, pass->others, pass);
+    }
+    for (; at < pass->size; at += W)
+        NAME(block)(1, 0, pass->sum, pass->powers, pass->others, pass, at, pass->size - at, 0);
+}
+
+static const kf_coding_ops NAME(ops) = {NAME(pass), NAME(sum)};
 
 #undef NAME
 #undef TARGET
@@ -173,3 +255,11 @@ static const kf_coding_ops NAME(ops) = {NAME(sum), NAME(powers), NAME(dot)};
 #undef W
 #undef LOAD
 #undef ADD
+#undef UNROLL
+#undef SUM_UNITS
+#undef AHEAD
+#undef AHEAD_SUM
+#undef OPERAND
+#undef UNITS
+#undef PASS
+#undef REGISTERS

@@ -29,12 +29,7 @@ static int64_t window_end(const kf_shard *data, int n, int64_t width, int64_t be
 
 static void sum_into(uint8_t *out, const uint8_t *const *terms, int count, int64_t size, int stream)
 {
-    static const uint8_t one = 1;
-    const kf_coding_ops *ops = kf_coding_ops_in_use();
-    if (count)
-        ops->sum(out, terms, count, size, stream);
-    else
-        ops->dot(out, NULL, &one, NULL, 0, size, stream); /* zeros */
+    kf_coding_ops_in_use()->sum(out, terms, count, size, stream);
 }
 
 /* The data cells of a row, or of a diagonal. Columns x and y are left out. */

@@ -3,6 +3,9 @@
 #define TARGET __attribute__((target("avx2")))
 #define INL static inline __attribute__((always_inline)) TARGET
 #define V __m256i
+#define REGISTERS 16
+#define AHEAD 384
+#define AHEAD_SUM 128
 
 INL V NAME(v_load)(const uint8_t *p) { return _mm256_loadu_si256((const V *)p); }
 INL void NAME(v_store)(uint8_t *p, V a) { _mm256_storeu_si256((V *)p, a); }
@@ -22,10 +25,14 @@ INL factor_avx2 NAME(v_factor)(uint8_t c)
     return (factor_avx2){_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)kf_products[c].low)),
                          _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)kf_products[c].high))};
 }
-INL V NAME(v_mul_add)(V sum, factor_avx2 c, V a)
+typedef struct { V low, high; } operand_avx2;
+INL operand_avx2 NAME(v_operand)(V a)
 {
     const V half = _mm256_set1_epi8(15);
-    V low = _mm256_shuffle_epi8(c.low, _mm256_and_si256(a, half));
-    V high = _mm256_shuffle_epi8(c.high, _mm256_and_si256(_mm256_srli_epi16(a, 4), half));
+    return (operand_avx2){_mm256_and_si256(a, half), _mm256_and_si256(_mm256_srli_epi16(a, 4), half)};
+}
+INL V NAME(v_mul_add)(V sum, factor_avx2 c, operand_avx2 a)
+{
+    V low = _mm256_shuffle_epi8(c.low, a.low), high = _mm256_shuffle_epi8(c.high, a.high);
     return _mm256_xor_si256(sum, _mm256_xor_si256(low, high));
 }

@@ -19,10 +19,11 @@ from dataplane.model.config import RopeConfig
 from dataplane.model.rotary import RotaryTable
 from kernels.base import DTYPES, Head, Layer, Linear, StageSpec
 from kernels.cuda.cache import DeviceCache
+from kernels.cuda.coding import make_device_code
 from kernels.cuda.stage import CudaStage
 from kernels.cuda.transfer import BlockTransfer
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 4096, 32, 8, 128, 14336, 32000
 
 
@@ -85,6 +86,18 @@ def stage(dtype: Any) -> CudaStage:
     return CudaStage(spec, DeviceCache(256, 2, KV_HEADS, 16, HEAD_DIM, dtype, "cpu"), 128)
 
 
+def code() -> None:
+    """Every kernel of the erasure codes, over whole words and over single bytes."""
+    for size in (1024, 1023):
+        shards = [torch.empty(size, dtype=torch.uint8) for _ in range(4)]
+        for name, parity in (("xor", 1), ("rdp", 2), ("rs", 3)):
+            built = make_device_code(name, 4, parity)
+            checks = [torch.empty(built.parity_bytes(size), dtype=torch.uint8) for _ in range(parity)]
+            built.encode(shards, checks)
+            built.update(checks, 1, shards[1])
+            built.decode(shards, checks, range(parity))
+
+
 def main() -> None:
     compiler = Compiler(int(sys.argv[1]))
     JITFunction.run = lambda self, *args, **kwargs: compiler.run(self, *args, **kwargs)  # type: ignore[assignment]
@@ -102,6 +115,8 @@ def main() -> None:
     data, _ = transfer.gather([2])
     transfer.sums_of(data)
     transfer.scatter([3], data, [0])
+    compiler.phase = "coding"
+    code()
     for kernel in compiler.found.values():
         print(json.dumps(kernel))
 
