@@ -7,7 +7,7 @@ subtracted: bindings are not what is compared. Time is the thread's processor ti
 Decoding: as many data shards as the code has parities. Updating: one shard is added to all parities. `pq` is ISA-L's
 function for RAID 6, which has the same two parities as our Reed-Solomon code and, like that, no tables.
 
-A ratio such as `encode_rs42` is the least of its sizes; for XOR, of 4 and 8 shards, too. """
+A ratio such as `encode_rs42` is the least of its sizes; for XOR, of 4 and 8 shards, too."""
 
 from __future__ import annotations
 

@@ -372,14 +372,20 @@ class KvStore:
         return bool(self.table.rows_in_use < self.table.max_rows)
 
     def _make_room(self, blocks: int) -> bool:
-        """Free that many blocks more; nothing is evicted if that would not do."""
+        """Free that many blocks more. If that cannot be done no request loses anything for it, nor its copy."""
         goal = self.blocks_free + blocks
+        while (
+            self.copies.spare and self.blocks_free < goal
+        ):  # nearly always enough: spare blocks fill what is free
+            self.copies.evict()
+        if self.blocks_free >= goal:
+            return True
         holders = self.copies.holders()
         for pipeline, rid in self._evictable():
             holders.update(self.table.blocks(self.own[pipeline][rid]))
         for pipeline in self.idle:
             holders.update(self.kept[pipeline].values())
-        self.missing = max(0, blocks - len(self.pool.only(holders)))
+        self.missing = max(0, goal - self.blocks_free - len(self.pool.only(holders)))
         while not self.missing and self.blocks_free < goal:
             self._evict()
         return not self.missing
