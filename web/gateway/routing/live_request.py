@@ -31,6 +31,7 @@ class LiveRequest:
     full: set[PipelineId] = field(default_factory=set)  # pipelines that refused it for load
     context: bytes | None = None  # see Submit
     reader: int = 0
+    prefix: tuple[bytes, ...] | None = None  # how its prompt begins: see prefixes.py
     may_overtake: bool = True  # once, and as long as no scheduler can have accepted it: see `overtake`
 
     def overtake(self, refusal: Refused) -> bool:

@@ -427,7 +427,7 @@ class Router:
         def fits(pipeline: Pipeline) -> bool:
             return pipeline.id not in live.full and self._fit(live, pipeline)
 
-        return self._loads.choose(self._reached, fits, live.log.rid, self.policy.places, len(live.log.prompt))
+        return self._loads.choose(self._reached, fits, live, self.policy.places)
 
     def _send(self, live: LiveRequest, pipeline: Pipeline, now: float, out: list[Effect]) -> None:
         member = pipeline.scheduler
