@@ -121,7 +121,9 @@ def test_marks_that_are_special_tokens_are_seen() -> None:
     )
     text = f'Hm.<|user|><tool_call>{{"name": "get_weather", "arguments": {WEATHER}}}</tool_call>'
     tokens = tokens_of([*made.encode(text, add_special_tokens=False).ids, EOS], FinishReason.STOP)
-    marks = frozenset(made.token_to_id(mark) for mark in ("<tool_call>", "</tool_call>"))
+    marks = frozenset(
+        i for mark in ("<tool_call>", "</tool_call>") if (i := made.token_to_id(mark)) is not None
+    )
     output = OutputRules(None, ToolFormat.HERMES, NAMES)
     seen = ChoiceDecoder(made, [], TextRules(output=output, shown=marks)).push(tokens)
     assert (seen.text, [(c.name, c.arguments) for c in seen.calls]) == ("Hm.", [("get_weather", WEATHER)])

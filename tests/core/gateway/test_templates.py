@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from controlplane.contract.errors import ConfigError, RequestError
+from tests.web.gateway.scripted import LLAMA, MISTRAL, QWEN
 from web.gateway.openai.messages import plain
 from web.gateway.openai.requests import ChatRequest, parse
+from web.gateway.openai.tools import tool_use
 from web.gateway.text.template import ChatTemplate, load_template
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -163,6 +165,59 @@ def test_what_transformers_refuses_is_refused(source: str) -> None:
         ChatTemplate(source, SPECIAL, 10_000).render(TALK)
 
 
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {"name": "f", "description": "ü", "parameters": {"type": "object", "properties": {}}},
+    },
+    {"type": "function", "function": {"name": "g"}},
+]
+CALLED: list[dict[str, Any]] = [
+    {"role": "user", "content": "How is it?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "Hm.",
+        "tool_calls": [
+            {
+                "id": "abcdefgh1",
+                "type": "function",
+                "function": {"name": "f", "arguments": '{"a": ["ü", null]}'},
+            }
+        ],
+    },
+    {"role": "tool", "tool_call_id": "abcdefgh1", "content": "rain"},
+]
+
+
+@pytest.mark.parametrize("source", [QWEN, LLAMA, MISTRAL], ids=["qwen", "llama", "mistral"])
+def test_tools_as_transformers_renders_them(source: str) -> None:
+    """Of a conversation as a client sends it: arguments are text there, and an object for templates."""
+    request = parse(ChatRequest, json.dumps({"messages": CALLED, "tools": TOOLS}).encode())
+    use = tool_use(request.tools, request.tool_choice)
+    assert use is not None
+    assert use.described == TOOLS
+    template = ChatTemplate(source, SPECIAL, 10_000)
+    assert template.takes_tools
+    ours = template.render(plain(request.messages, False, True), True, None, use.described)
+    theirs = [CALLED[0], CALLED[1] | {"content": ""}, CALLED[2]]
+    call = theirs[1]["tool_calls"][0]
+    theirs[1]["tool_calls"] = [call | {"function": {"name": "f", "arguments": {"a": ["ü", None]}}}]
+    rendered, _ = render_jinja_template(
+        [theirs], tools=TOOLS, chat_template=source, add_generation_prompt=True, **SPECIAL
+    )
+    assert ours == rendered[0]
+    assert "ü" in ours
+
+
+@pytest.mark.parametrize("arguments", ["{'a': 1}", '{"a": ', "[" * 100_000])
+def test_arguments_that_are_no_json_stay_text(arguments: str) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    body = {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}
+    seen = plain(parse(ChatRequest, json.dumps(body).encode()).messages, False, True)
+    assert seen[0]["tool_calls"][0]["function"]["arguments"] == arguments
+
+
 MANY = [{"role": "user", "content": "x" * 40}] * 20_000
 
 
@@ -251,6 +306,14 @@ def test_files_as_transformers_finds_them(tmp_path: Path, files: dict[str, Any])
     assert template.render(TALK) == theirs.apply_chat_template(
         TALK, tokenize=False, add_generation_prompt=True
     )
+
+
+def test_a_template_of_its_own_for_tools(tmp_path: Path) -> None:
+    template, _ = load_template(
+        folder_with(tmp_path, {"tokenizer_config.json": {"chat_template": NAMED}}), 1000
+    )
+    assert template is not None
+    assert (template.render(TALK), template.for_tools.render(TALK, tools=TOOLS)) == ("D", "T")
 
 
 def test_a_processors_template(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from controlplane.backoff import Backoff
 from controlplane.contract import rpc
 from controlplane.contract.ids import Member
 from dataplane.frontdoor import Frontdoor
-from web.gateway import client
+from web.gateway.routing import scheduler_streams
 from web.gateway.routing.events import Event
 from web.gateway.routing.scheduler_streams import Links, _Link
 
@@ -80,8 +80,12 @@ def test_a_node_that_refuses_this_gateways_version_is_told_and_not_asked_in_a_ho
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     backoffs: list[Recorded] = []
-    monkeypatch.setattr(client, "Backoff", lambda *spans: backoffs.append(Recorded(*spans)) or backoffs[-1])
-    monkeypatch.setattr(client, "STEADY_S", 0.0)  # a slow machine: each refusal takes longer than that
+    monkeypatch.setattr(
+        scheduler_streams, "Backoff", lambda *spans: backoffs.append(Recorded(*spans)) or backoffs[-1]
+    )
+    monkeypatch.setattr(
+        scheduler_streams, "STEADY_S", 0.0
+    )  # a slow machine: each refusal takes longer than that
     events: list[Event] = []
 
     async def run() -> None:
@@ -116,7 +120,7 @@ def test_a_node_that_refuses_this_gateways_version_is_told_and_not_asked_in_a_ho
 
 def test_a_node_of_code_that_says_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before streams had a schema a node accepted one without a word."""
-    monkeypatch.setattr(client, "ANSWER_S", 0.05)
+    monkeypatch.setattr(scheduler_streams, "ANSWER_S", 0.05)
     events: list[Event] = []
 
     async def silent(

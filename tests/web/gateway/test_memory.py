@@ -15,6 +15,15 @@ BODIES: list[tuple[str, dict[str, object]]] = [
     ("/v1/completions", {"prompt": [400, 401], "metadata": {"note": PAD}}),
     (CHAT, {"messages": [{"role": "user", "content": "Hello", "name": PAD}]}),
     (CHAT, {"messages": [{"role": "user", "content": "Hello"}], "chat_template_kwargs": {"pad": PAD}}),
+    (CHAT, {"messages": [{"role": "assistant", "content": "Hello", "reasoning_content": PAD}]}),
+    (
+        CHAT,
+        {
+            "messages": [{"role": "user", "content": "Hello"}],
+            "tools": [{"type": "function", "function": {"name": "f", "description": PAD}}],
+            "tool_choice": "none",
+        },
+    ),
 ]
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import web.gateway.stream
 
+import web.gateway.http.event_stream
 import web.protocol
 from tests.web.gateway.fake_node import reference
 from tests.web.gateway.stack import KEY, MODEL, Stack, running
@@ -178,14 +178,14 @@ def test_a_client_that_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 def test_a_defect_in_one_stream_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         async with running(1) as stack, stack.openai() as client, asyncio.timeout(30):
-            take = web.gateway.stream.EventStream.events
+            take = web.gateway.http.event_stream.EventStream.events
 
             def broken(self: Any, index: int, piece: Any) -> bytes:
                 if piece.tokens[0].position == 5 and piece.tokens[0].token == reference(PROMPT, 7, 6)[5]:
                     raise RuntimeError("a defect")
                 return take(self, index, piece)
 
-            monkeypatch.setattr(web.gateway.stream.EventStream, "events", broken)
+            monkeypatch.setattr(web.gateway.http.event_stream.EventStream, "events", broken)
 
             async def text(seed: int) -> str:
                 stream = await client.completions.create(

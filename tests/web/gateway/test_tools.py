@@ -61,7 +61,7 @@ def test_calls_of_each_family(tmp_path: Path, template: str) -> None:
             assert answer.finish_reason == "tool_calls"
             calls = answer.message.tool_calls
             assert calls is not None
-            assert [(c.function.name, c.function.arguments) for c in calls] == [  # type: ignore[union-attr]
+            assert [(c.function.name, c.function.arguments) for c in calls] == [
                 ("get_weather", WEATHER),
                 ("add", "{}"),
             ]
@@ -82,8 +82,7 @@ def test_calls_of_each_family(tmp_path: Path, template: str) -> None:
             streamed = final.message.tool_calls
             assert streamed is not None
             assert [(c.function.name, c.function.arguments) for c in streamed] == [
-                (c.function.name, c.function.arguments)  # type: ignore[union-attr]
-                for c in calls
+                (c.function.name, c.function.arguments) for c in calls
             ]
             assert streamed[0].function.parsed_arguments == GetWeather(city="Köln", days=[1, 2])
             parsed = await client.chat.completions.parse(**asked)
@@ -262,13 +261,14 @@ def test_thinking_through_the_template(tmp_path: Path) -> None:
 
     async def body(stack: Stack) -> None:
         async with stack.http() as client:
-            for more, off in [
+            options: list[tuple[dict[str, Any], bool]] = [
                 ({}, False),
                 ({"enable_thinking": False}, True),
                 ({"chat_template_kwargs": {"enable_thinking": False}}, True),
                 ({"reasoning_effort": "none"}, True),
                 ({"reasoning_effort": "high"}, False),
-            ]:
+            ]
+            for more, off in options:
                 answer = await client.post(CHAT, json={"messages": ASK} | more)
                 assert answer.json()["choices"][0]["message"]["content"] == "Yes."
                 prompt = model.decode(list(stack.nodes[0].submits[-1].prompt))

@@ -161,7 +161,9 @@ def json_grammar(schema: Schema | str, whitespace: Mapping[str, Any] = WHITESPAC
         raise GrammarError(f"it is nested {depth} deep, at most {DEPTH_MAX} is taken")
     if isinstance(schema, dict):
         own = schema.get("x-guidance")
-        schema = without_leap_seconds(schema) | {"x-guidance": {**whitespace, **(own if isinstance(own, dict) else {})}}
+        schema = without_leap_seconds(schema) | {
+            "x-guidance": {**whitespace, **(own if isinstance(own, dict) else {})}
+        }
     elif schema is True:
         schema = {"x-guidance": dict(whitespace)}
     try:

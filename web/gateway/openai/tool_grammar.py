@@ -14,7 +14,7 @@ from typing import Any, assert_never
 
 from controlplane.contract.requests import GRAMMAR_BYTES_MAX
 from controlplane.grammar import GrammarError
-from web.gateway.openai.structured import DEPTH_MAX, WHITESPACE, depth_of
+from web.gateway.openai.structured import DEPTH_MAX, WHITESPACE, depth_of, without_leap_seconds
 from web.gateway.openai.tools import Function
 from web.gateway.text.parsers.output import ToolFormat
 from web.gateway.text.parsers.reasoning import ReasoningMarks
@@ -214,11 +214,12 @@ def parameters_of(function: Function) -> dict[str, Any]:
     return schema
 
 
-def _json(schema: Mapping[str, Any]) -> str:
+def _json(schema: dict[str, Any]) -> str:
     own = schema.get("x-guidance")
     guidance = {**WHITESPACE, **(own if isinstance(own, dict) else {})}
     try:
-        return f"%json {json.dumps({**schema, 'x-guidance': guidance}, allow_nan=False)}"
+        held = {**without_leap_seconds(schema), "x-guidance": guidance}
+        return f"%json {json.dumps(held, allow_nan=False)}"
     except ValueError as error:
         raise GrammarError("a schema has a number that JSON does not know") from error
 

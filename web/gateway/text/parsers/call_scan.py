@@ -31,6 +31,10 @@ class CallScan(ABC):
                 return at + (self.status is Status.ENDED)
         return len(text)
 
+    def unsaid(self) -> str:
+        """What has been taken in and not said, of a call that has begun and broke."""
+        return ""
+
     @abstractmethod
     def _feed(self, char: str, out: Parsed) -> Status: ...
 

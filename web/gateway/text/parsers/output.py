@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from web.gateway.text.parsers.parsed import Parsed
-from web.gateway.text.parsers.reasoning import ReasoningMarks, ReasoningSplitter
-from web.gateway.text.parsers.tool_calls import (
+from web.gateway.text.parsers.families import (
     HermesParser,
     LlamaJsonParser,
     MistralParser,
     PythonicParser,
-    ToolParser,
 )
+from web.gateway.text.parsers.parsed import Parsed
+from web.gateway.text.parsers.reasoning import ReasoningMarks, ReasoningSplitter
+from web.gateway.text.parsers.tool_parser import ToolParser
 
 
 class ToolFormat(StrEnum):

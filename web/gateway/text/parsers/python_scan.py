@@ -107,6 +107,5 @@ class PythonCall(CallScan):
         self._emit(out, self._name, "}")
         return Status.ENDED
 
-    def rest(self) -> str:
-        """What has been taken in and not said, when it turns out to be no literal."""
+    def unsaid(self) -> str:
         return f"{self._key}={self._text}" if self._at is _At.VALUE else self._text
