@@ -174,8 +174,9 @@ cdef class DrawTable:
 
     def sample(self, const float[:, ::1] logits, const int32_t[::1] slots):
         """Tokens int64 [K] drawn from logits [K, vocab], POISONED for a row that is not finite, NONE_LEFT for one whose
-        mask allows no token; and, for those that asked for log probabilities, the logarithms of the sums of exponentials
-        float64 [K] and the largest logits TOP [K, most], of the tokens that a mask leaves. No state changes.
+        mask allows no token; and, for those that asked for log probabilities, the logarithms of the sums of
+        exponentials float64 [K] and the largest logits TOP [K, most], of the tokens that a mask leaves. No state
+        changes.
 
         Raises IndexError for a slot not in use, ValueError for shapes that do not fit."""
         cdef Py_ssize_t k = slots.shape[0], i
