@@ -1,6 +1,6 @@
 """What quantised weights bring in speed: a stage of all layers of model S, alone in this process, so that no scheduler
-divides its steps. And what they cost in accuracy: the demo model's perplexity, and how often its likeliest token is that
-of float32.
+divides its steps. And what they cost in accuracy: the demo model's perplexity, and how often its likeliest token is
+that of float32.
 
 The text is what the float32 model itself draws at temperature 1: it knows nothing better, so that whatever is lost is
 the quantisation's. The corpus that it was trained on is not part of the project."""
