@@ -216,8 +216,12 @@ def _record(result: Result, case: Case, rates: Mapping[Case, Rates], label: str)
     where = label + ("" if case.context in (256, PROMPT) else f"_c{case.context}")
     mixed = result.bench == "decode" and case.kind == "prefill"  # acceptance reads it from there, too
     prefix = "prefill_" if mixed else ""
-    for name, values in rates[case].items():
+    for name, measured in rates[case].items():
         into = "metrics" if name in OURS else "baseline"
+        values = [value for value in measured if value > 0]
+        if not values:
+            result.absent[f"{name}_{case.kind}_b{case.batch}{where}"] = "its streams never decoded together"
+            continue
         result.measure(f"{name}_{prefix}tokens_per_s_b{case.batch}{where}", values, into)
     ratios = [] if mixed else [f"b{case.batch}"]
     if case.kind == "prefill" and case.batch == 1:
@@ -231,8 +235,8 @@ def _record(result: Result, case: Case, rates: Mapping[Case, Rates], label: str)
             name, pairs = f"{name}_node", zip(values, ours, strict=False)
         else:
             pairs = zip(ours, values, strict=False)
-        pairwise = [a / b for a, b in pairs]
-        for ratio in ratios:
+        pairwise = [a / b for a, b in pairs if a > 0 and b > 0]
+        for ratio in ratios if pairwise else ():
             result.measure(f"{ratio}_{name}{where}", pairwise, "ratios")
 
 

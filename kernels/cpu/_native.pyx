@@ -240,7 +240,7 @@ cdef class Stage:
 
     def set_layer(self, int64_t index, size_t attention_norm, size_t mlp_norm, size_t q_norm, size_t k_norm, weights,
                   int64_t window):
-        """weights: (address, address of the bias or 0, format, span) of qkv, o, gate_up and down; window 0: all keys."""
+        """weights: (address, address of bias or 0, format, span) of qkv, o, gate_up and down; window 0: all keys."""
         if not 0 <= index < self.c.num_layers:
             raise IndexError(f"layer {index} is not one of {self.c.num_layers}")
         cdef kf_layer *layer = &self.layers[index]
