@@ -55,6 +55,8 @@ typedef struct {
     void (*pass)(const kf_pass *pass);
     /* out = from[0] + .. + from[n - 1]; out may be one of them */
     void (*sum)(uint8_t *out, const uint8_t *const *from, int n, int64_t size, int stream);
+    /* out[i] += factors[i] from, for k > 0 outputs */
+    void (*update)(uint8_t *const *out, const uint8_t *factors, int k, const uint8_t *from, int64_t size);
 } kf_coding_ops;
 
 extern kf_product kf_products[256];

@@ -122,23 +122,10 @@ INL void NAME(solve_of)(const int units, const int k, const int sum, const uint8
     }
 }
 
-TARGET static __attribute__((noinline)) void NAME(solve_any)(int units, int k, int sum, const uint8_t (*inverse)[KF_PARITY_MAX], V (*a)[4])
+TARGET static __attribute__((noinline)) void NAME(solve_any)(int units, int k, int sum, const uint8_t (*inverse)[KF_PARITY_MAX],
+                                                             V (*a)[4])
 {
-    for (int i = 0; i < units; i++) {
-        V known[KF_PARITY_MAX];
-        V left = a[0][i];
-        for (int c = 0; c < k; c++)
-            known[c] = a[c][i];
-        for (int r = 0; r < k - sum; r++) {
-            V found = NAME(v_zero)();
-            for (int c = 0; c < k; c++)
-                found = NAME(v_mul_add)(found, NAME(v_factor)(inverse[r][c]), NAME(v_operand)(known[c]));
-            left = ADD(left, found);
-            a[r][i] = found;
-        }
-        if (sum)
-            a[k - 1][i] = left;
-    }
+    NAME(solve_of)(units, k, sum, inverse, a);
 }
 
 /* In registers where there are few unknowns, else by way of memory. */
@@ -246,7 +233,56 @@ TARGET static void NAME(pass)(const kf_pass *pass)
         NAME(block)(1, 0, pass->sum, pass->powers, pass->others, pass, at, pass->size - at, 0);
 }
 
-static const kf_coding_ops NAME(ops) = {NAME(pass), NAME(sum)};
+/* Factors stay in registers: there is one for each output. `ones`: the first of them is 1. */
+INL void NAME(update_of)(const int k, const int ones, uint8_t *const *out, const uint8_t *factors, const uint8_t *from, int64_t size)
+{
+    const int units = 2;
+    NAME(factor) f[4];
+    int64_t at = 0;
+    UNROLL for (int c = ones; c < k; c++)
+        f[c] = NAME(v_factor)(factors[c]);
+    for (; at + units * W <= size; at += units * W) {
+        V d[2], a[2];
+        OPERAND operand[2];
+        NAME(get)(units, 1, d, from + at, 0);
+        NAME(fetch)(units, AHEAD, from + at);
+        UNROLL for (int i = 0; i < units; i++)
+            operand[i] = NAME(v_operand)(d[i]);
+        UNROLL for (int c = 0; c < k; c++) {
+            NAME(get)(units, 1, a, out[c] + at, 0);
+            NAME(fetch)(units, AHEAD, out[c] + at);
+            UNROLL for (int i = 0; i < units; i++)
+                a[i] = c < ones ? ADD(a[i], d[i]) : NAME(v_mul_add)(a[i], f[c], operand[i]);
+            NAME(put)(units, 1, out[c] + at, 0, 0, a);
+        }
+    }
+    for (; at < size; at += W)
+        for (int c = 0; c < k; c++) {
+            V d = NAME(load_n)(from + at, size - at), a = NAME(load_n)(out[c] + at, size - at);
+            NAME(store_n)(out[c] + at, size - at, NAME(v_mul_add)(a, NAME(v_factor)(factors[c]), NAME(v_operand)(d)));
+        }
+}
+
+TARGET static void NAME(update)(uint8_t *const *out, const uint8_t *factors, int k, const uint8_t *from, int64_t size)
+{
+    for (; k > 4; k -= 4) {
+        NAME(update_of)(4, 0, out, factors, from, size);
+        out += 4;
+        factors += 4;
+    }
+    switch (10 * k + (factors[0] == 1)) {
+    case 11: NAME(update_of)(1, 1, out, factors, from, size); break;
+    case 21: NAME(update_of)(2, 1, out, factors, from, size); break;
+    case 31: NAME(update_of)(3, 1, out, factors, from, size); break;
+    case 41: NAME(update_of)(4, 1, out, factors, from, size); break;
+    case 10: NAME(update_of)(1, 0, out, factors, from, size); break;
+    case 20: NAME(update_of)(2, 0, out, factors, from, size); break;
+    case 30: NAME(update_of)(3, 0, out, factors, from, size); break;
+    case 40: NAME(update_of)(4, 0, out, factors, from, size); break;
+    }
+}
+
+static const kf_coding_ops NAME(ops) = {NAME(pass), NAME(sum), NAME(update)};
 
 #undef NAME
 #undef TARGET

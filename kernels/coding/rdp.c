@@ -8,7 +8,7 @@
 
 #define P KF_RDP_PRIME
 #define ROWS KF_RDP_ROWS
-#define KF_RDP_WINDOW 1024
+#define KF_RDP_WINDOW 2048
 
 static uint8_t *cell(kf_shard shard, int64_t width, int row, int64_t at)
 {
