@@ -4,17 +4,19 @@ Both sides code the same shards, in turns, each into outputs of its own; results
 measured. Both are called with buffers that were looked up before, and what a call costs without any bytes is
 subtracted: bindings are not what is compared. Time is the thread's processor time, since the machine may be shared.
 
-Shards of 64 KB and of 4 MB come from memory, as they do when they arrive: many sets of them are coded in turn, more
-than the caches hold. `64KB_cached` is one set, again and again, out of the second-level cache; `cached_read` is how
-fast that can be read at all. Decoding: as many data shards as the code has parities. Updating: one shard is added to
-all parities. `pq` is ISA-L's function for RAID 6, which has the parities of our Reed-Solomon code for K = 2 and, like
-that, no tables.
+`64KB` and `4MB` are one set of shards, coded again and again: out of the second-level cache, and out of what the last
+one holds of it. With `_memory`, many sets are coded in turn, more than the caches hold: as shards are when they have
+just arrived. Decoding: as many data shards as the code has parities. Updating: one shard is added to all parities.
+`pq` is ISA-L's function for RAID 6, which has the parities of our Reed-Solomon code for K = 2 and, like that, no
+tables.
 
 On a processor with more than AVX2 all is measured a second time with what AVX2 has, on both sides. A ratio such as
-`encode_rs42` is the least of those from memory; for XOR, of 4 and 8 shards, too."""
+`encode_rs42` is the geometric mean of the four cases; for XOR, of 4 and 8 shards, too. The single ones say where it
+is less."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,28 +34,32 @@ LEVELS = ("C", "AVX2", "AVX-512", "GFNI")
 AVX2 = LEVELS.index("AVX2")
 CALL_BYTES = 32 << 20  # about so many are coded in one measurement
 MEMORY_BYTES = 192 << 20  # of shards, so that caches have none that will be needed soon
-READ_BYTES = 1 << 19  # in the second-level cache, and not in the first
 
 
 @dataclass(frozen=True)
 class Case:
     label: str
     size: int  # of a shard
-    cached: bool = False
+    memory: bool = False  # shards come from there
 
     def sets(self, shards: int) -> int:
-        return 1 if self.cached else MEMORY_BYTES // (shards * self.size)
+        return MEMORY_BYTES // (shards * self.size) if self.memory else 1
 
 
-CASES = (Case("64KB", 64 << 10), Case("4MB", 4 << 20), Case("64KB_cached", 64 << 10, cached=True))
+CASES = (
+    Case("64KB", 64 << 10),
+    Case("4MB", 4 << 20),
+    Case("64KB_memory", 64 << 10, memory=True),
+    Case("4MB_memory", 4 << 20, memory=True),
+)
 
 
 class Turns:
     """The same operation on several sets of shards, one after the other. A call codes so many bytes of each shard."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[Call], first: int = 0) -> None:
         self._calls = calls
-        self._next = 0
+        self._next = first
 
     def seconds(self, size: int, count: int) -> float:
         """Of one call, without what one of nothing takes. The first one is not counted: it writes back what the other
@@ -92,7 +98,7 @@ class Ours:
     def encode(self, shards: list[Shard], parity: list[Shard], stream: int) -> Call:
         held, out = _native.Shards(shards), _native.Shards(parity, range(len(parity)))
         if self._rdp:
-            return self._in_rows(lambda width, end: _native.rdp_encode(held, out, width, 0, end))
+            return self._in_rows(lambda width, end: _native.rdp_encode(held, out, width, 0, end, stream))
         return lambda size: self._code.encode(held, out, 0, size, stream)
 
     def update(self, parity: list[Shard], index: int, shard: Shard) -> Call:
@@ -105,7 +111,9 @@ class Ours:
         held, left = _native.Shards(shards, lost), _native.Shards(parity)
         if self._rdp:
             x, y = lost
-            return self._in_rows(lambda width, end: _native.rdp_restore(x, y, held, left, width, 0, end))
+            return self._in_rows(
+                lambda width, end: _native.rdp_restore(x, y, held, left, width, 0, end, stream)
+            )
         rows = tuple(range(len(lost)))
         inverse = solution(self.rows, lost, rows)
         return lambda size: self._code.restore(lost, rows, inverse, held, left, 0, size, stream)
@@ -130,18 +138,18 @@ def run(quick: bool) -> Result:
             result.absent["isal"] = f"{error} (Debian: apt-get install libisal2)"
             isal = None
         _native.set_level(level)
+        progress(f"{LEVELS[level]}:")
         for case in CASES:
             for shape in SHAPES:
                 for contest in _contests(*shape, case, isal):
                     _measure(result, f"{contest.name}_{case.label}{suffix}", contest, case.size, rounds)
-        _least(result, suffix)
+        _summarise(result, suffix)
     _native.set_level(-1)
-    result.measure("cached_read_bytes_per_s", [_read_speed() for _ in range(rounds)])
     return result
 
 
-def _least(result: Result, suffix: str) -> None:
-    labels = [case.label + suffix for case in CASES if not case.cached]
+def _summarise(result: Result, suffix: str) -> None:
+    labels = [case.label + suffix for case in CASES]
     for name in ("xor", "rdp82", "rs42", "rs82", "rs83"):
         for what in ("encode", "decode"):
             found = [
@@ -150,17 +158,7 @@ def _least(result: Result, suffix: str) -> None:
                 if key.startswith(f"{what}_{name}") and any(key.endswith(f"_{label}") for label in labels)
             ]
             if found:
-                result.ratios[f"{what}_{name}{suffix}"] = min(found)
-
-
-def _read_speed() -> float:
-    """The second-level cache's, in bytes/s: of a loop that does nothing but read."""
-    room = np.ones(READ_BYTES // 8, np.int64)
-    room.max()
-    begun = time.thread_time()
-    for _ in range(64):
-        room.max()
-    return 64 * READ_BYTES / (time.thread_time() - begun)
+                result.ratios[f"{what}_{name}{suffix}"] = statistics.geometric_mean(found)
 
 
 def _shards(count: int, size: int, content: Sequence[Shard] = ()) -> list[Shard]:
@@ -188,7 +186,7 @@ def _contests(name: str, data: int, parity: int, case: Case, isal: Isal | None) 
         contest = Contest(
             f"{operation}_{name}{data}{parity}",
             Turns([call for call, _ in pairs]),
-            Turns(theirs) if theirs else None,
+            Turns(theirs, len(theirs) // 2) if theirs else None,
             coded,
         )
         contests.append(contest)
@@ -204,7 +202,7 @@ def _calls(
     shards = _shards(data, size, content)
     ours, theirs = _shards(parity, mine.parity_bytes), _shards(parity, size)
     restored, their_restored = _shards(parity, size), _shards(parity, size)
-    lost, stream = (0, data // 2, data - 1)[:parity], -1 if case.cached else 1
+    lost, stream = (0, data // 2, data - 1)[:parity], 1 if case.memory else -1
     left = [shard for i, shard in enumerate(shards) if i not in lost]
     gaps = [restored[lost.index(i)] if i in lost else shard for i, shard in enumerate(shards)]
     calls: dict[str, tuple[Call, Call | None]] = {}

@@ -77,8 +77,9 @@ void kf_rs_restore(const kf_code *code, const kf_repair *repair, const kf_shard 
 /* Row-diagonal parity: a parity is KF_RDP_ROWS rows of `width` bytes; [begin, end) are positions in a row. */
 #define KF_RDP_PRIME 17
 #define KF_RDP_ROWS (KF_RDP_PRIME - 1)
-void kf_rdp_encode(int n, const kf_shard *data, const kf_shard *parity, int64_t width, int64_t begin, int64_t end);
+void kf_rdp_encode(int n, const kf_shard *data, const kf_shard *parity, int64_t width, int64_t begin, int64_t end, int stream);
 void kf_rdp_update(int index, kf_shard shard, const kf_shard *parity, int64_t width, int64_t begin, int64_t end);
 /* Two lost columns x < y, of which y may be KF_RDP_ROWS: the row parity. */
-void kf_rdp_restore(int n, int x, int y, const kf_shard *data, const kf_shard *parity, int64_t width, int64_t begin, int64_t end);
+void kf_rdp_restore(int n, int x, int y, const kf_shard *data, const kf_shard *parity, int64_t width, int64_t begin, int64_t end,
+                    int stream);
 #endif

@@ -218,15 +218,17 @@ TARGET static void NAME(pass)(const kf_pass *pass)
 {
     int64_t at;
     switch (100 * pass->sum + 10 * pass->powers + pass->others) {
+        PASS(1, 1, 0);
+#if !FEW_LOOPS
         PASS(1, 0, 0);
         PASS(0, 1, 0);
-        PASS(1, 1, 0);
         PASS(1, 0, 1);
         PASS(0, 1, 1);
         PASS(0, 0, 1);
         PASS(0, 0, 2);
         PASS(1, 1, 1);
         PASS(1, 1, 2);
+#endif
     default: at = NAME(blocks)(4, pass->sum, pass->powers, pass->others, pass);
     }
     for (; at < pass->size; at += W)
@@ -294,6 +296,7 @@ static const kf_coding_ops NAME(ops) = {NAME(pass), NAME(sum), NAME(update)};
 #undef UNROLL
 #undef SUM_UNITS
 #undef AHEAD
+#undef FEW_LOOPS
 #undef AHEAD_SUM
 #undef OPERAND
 #undef UNITS
