@@ -19,9 +19,11 @@ Call = Callable[[int], None]  # codes so many bytes of each shard
 class Isal:
     """Raises OSError if the library is not there."""
 
-    def __init__(self) -> None:
+    def __init__(self, avx2: bool = False) -> None:
+        """`avx2`: its functions for processors that have no more than that."""
         name = ctypes.util.find_library("isal") or "libisal.so.2"
         self._library = ctypes.CDLL(name)
+        self._avx2 = avx2
         self._keep: list[object] = []
         mapped = Path("/proc/self/maps").read_text().split()
         self.version = next((Path(word).name for word in mapped if "libisal" in word), name)
@@ -30,7 +32,7 @@ class Isal:
         """`xor_gen`: its addresses must be multiples of 32."""
         pointers = self._pointers([*sources, out])
         count = len(sources) + 1
-        function = self._library.xor_gen
+        function = self._library.xor_gen_avx if self._avx2 else self._library.xor_gen
 
         def call(size: int) -> None:
             if function(count, size, pointers):
@@ -40,7 +42,8 @@ class Isal:
 
     def pq(self, sources: Sequence[Shard], out: Sequence[Shard]) -> Call:
         """`pq_gen`, for RAID 6: the sum, and the sum with powers of two. Addresses and sizes: multiples of 32."""
-        pointers, count, function = self._pointers([*sources, *out]), len(sources) + 2, self._library.pq_gen
+        pointers, count = self._pointers([*sources, *out]), len(sources) + 2
+        function = self._library.pq_gen_avx2 if self._avx2 else self._library.pq_gen
 
         def call(size: int) -> None:
             if function(count, size, pointers):
@@ -51,7 +54,7 @@ class Isal:
     def dot(self, rows: Sequence[bytes], sources: Sequence[Shard], out: Sequence[Shard]) -> Call:
         """`ec_encode_data`: each output is a row times the sources."""
         tables, read, written = self._tables(rows), self._pointers(sources), self._pointers(out)
-        function = self._library.ec_encode_data
+        function = self._library.ec_encode_data_avx2 if self._avx2 else self._library.ec_encode_data
         function.argtypes = [ctypes.c_int] * 3 + [ctypes.c_void_p] * 3
         return lambda size: function(size, len(sources), len(out), tables, read, written)
 
@@ -59,6 +62,8 @@ class Isal:
         """`ec_encode_data_update`"""
         tables, written = self._tables(rows), self._pointers(out)
         function = self._library.ec_encode_data_update
+        if self._avx2:
+            function = self._library.ec_encode_data_update_avx2
         function.argtypes = [ctypes.c_int] * 4 + [ctypes.c_void_p] * 3
         address = source.ctypes.data
         self._keep.append(source)

@@ -31,10 +31,11 @@ cdef extern from "coding.h" nogil:
                       int64_t end)
     void kf_rs_restore(const kf_code *code, const kf_repair *repair, const kf_shard *data, const kf_shard *parity,
                        int64_t begin, int64_t end, int stream)
-    void kf_rdp_encode(int n, const kf_shard *data, const kf_shard *parity, int64_t width, int64_t begin, int64_t end)
+    void kf_rdp_encode(int n, const kf_shard *data, const kf_shard *parity, int64_t width, int64_t begin, int64_t end,
+                       int stream)
     void kf_rdp_update(int index, kf_shard shard, const kf_shard *parity, int64_t width, int64_t begin, int64_t end)
     void kf_rdp_restore(int n, int x, int y, const kf_shard *data, const kf_shard *parity, int64_t width,
-                        int64_t begin, int64_t end)
+                        int64_t begin, int64_t end, int stream)
 
 DATA_MAX, PARITY_MAX, RDP_ROWS = KF_DATA_MAX, KF_PARITY_MAX, KF_RDP_ROWS
 kf_coding_init()
@@ -129,9 +130,9 @@ cdef class Code:
             kf_rs_restore(&self.c, &repair, data.shards, parity.shards, begin, end, stream)
 
 
-def rdp_encode(Shards data, Shards parity, int64_t width, int64_t begin, int64_t end):
+def rdp_encode(Shards data, Shards parity, int64_t width, int64_t begin, int64_t end, int stream=-1):
     with nogil:
-        kf_rdp_encode(<int>data.count, data.shards, parity.shards, width, begin, end)
+        kf_rdp_encode(<int>data.count, data.shards, parity.shards, width, begin, end, stream)
 
 
 def rdp_update(int index, Shards shard, Shards parity, int64_t width, int64_t begin, int64_t end):
@@ -139,7 +140,7 @@ def rdp_update(int index, Shards shard, Shards parity, int64_t width, int64_t be
         kf_rdp_update(index, shard.shards[0], parity.shards, width, begin, end)
 
 
-def rdp_restore(int x, int y, Shards data, Shards parity, int64_t width, int64_t begin, int64_t end):
+def rdp_restore(int x, int y, Shards data, Shards parity, int64_t width, int64_t begin, int64_t end, int stream=-1):
     """Two lost columns x < y of the array; y = RDP_ROWS is the row parity."""
     with nogil:
-        kf_rdp_restore(<int>data.count, x, y, data.shards, parity.shards, width, begin, end)
+        kf_rdp_restore(<int>data.count, x, y, data.shards, parity.shards, width, begin, end, stream)

@@ -7,7 +7,8 @@
 
 A shard that is shorter than the others counts as if zeros followed. All parities of a set have one size. A call may do
 a part only: positions [begin, end) of `positions(size)`; parts are independent and may run in several threads. A buffer
-that is written must overlap none that is read.
+that is written must overlap none that is read. `stream`: what is written goes past the caches, which is faster where
+shards come from memory and nobody soon reads what is written; None: if it is long (1 MB) anyway.
 
 Here is what is done with whole shards; which bytes are added to which is in `_native` (rs.c, rdp.c), and how fast in
 the loops of `kf_coding_ops`, one set for each instruction set. Kernels for another device have the same three calls.
@@ -53,6 +54,7 @@ class Code(Protocol):
         parity: Sequence[Shard | None],
         begin: int = 0,
         end: int | None = None,
+        stream: bool | None = None,
     ) -> None:
         """Compute the parities, but not those that are None."""
         ...
@@ -70,6 +72,7 @@ class Code(Protocol):
         lost: Collection[int],
         begin: int = 0,
         end: int | None = None,
+        stream: bool | None = None,
     ) -> None:
         """Fill the shards whose indices are in `lost`: data 0 .. N - 1, then parities (not filled if None). A lost data
         shard has the size of its buffer. Raises TooManyLost."""
@@ -109,10 +112,11 @@ class ReedSolomon:
         parity: Sequence[Shard | None],
         begin: int = 0,
         end: int | None = None,
+        stream: bool | None = None,
     ) -> None:
         held, out = _native.Shards(shards), _native.Shards(parity, range(self.parity))
         size = _parity_size(held, out)
-        self._native.encode(held, out, *_part(begin, end, size))
+        self._native.encode(held, out, *_part(begin, end, size), _hint(stream))
 
     def update(
         self, parity: Sequence[Shard], index: int, shard: Shard, begin: int = 0, end: int | None = None
@@ -129,14 +133,17 @@ class ReedSolomon:
         lost: Collection[int],
         begin: int = 0,
         end: int | None = None,
+        stream: bool | None = None,
     ) -> None:
         data_lost, parity_lost = split_lost(self.data, self.parity, lost)
         if data_lost:
             held, left = _native.Shards(shards, data_lost), _native.Shards(_left(parity, parity_lost))
             rows = parities_left(parity, parity_lost, len(data_lost))
             part = _part(begin, end, _parity_size(held, left))
-            self._native.restore(data_lost, rows, solution(self._rows, data_lost, rows), held, left, *part)
-        _encode_lost(self, shards, parity, parity_lost, begin, end)
+            self._native.restore(
+                data_lost, rows, solution(self._rows, data_lost, rows), held, left, *part, _hint(stream)
+            )
+        _encode_lost(self, shards, parity, parity_lost, begin, end, stream)
 
 
 class RowDiagonal:
@@ -166,10 +173,11 @@ class RowDiagonal:
         parity: Sequence[Shard | None],
         begin: int = 0,
         end: int | None = None,
+        stream: bool | None = None,
     ) -> None:
         held, out = self._shards(shards), _native.Shards(parity, range(2))
         width = self._width(held, out)
-        _native.rdp_encode(held, out, width, *_part(begin, end, width))
+        _native.rdp_encode(held, out, width, *_part(begin, end, width), _hint(stream))
 
     def update(
         self, parity: Sequence[Shard], index: int, shard: Shard, begin: int = 0, end: int | None = None
@@ -186,18 +194,20 @@ class RowDiagonal:
         lost: Collection[int],
         begin: int = 0,
         end: int | None = None,
+        stream: bool | None = None,
     ) -> None:
         data_lost, parity_lost = split_lost(self.data, self.parity, lost)
         if len(data_lost) == 1 and 0 not in parity_lost:
-            self._by_rows(shards, parity[0], data_lost, begin, end)
+            self._by_rows(shards, parity[0], data_lost, begin, end, stream)
         elif data_lost:
             parities_left(parity, parity_lost, len(data_lost))
             held, both = self._shards(shards, data_lost), _native.Shards(parity, parity_lost)
             width = self._width(held, both)
             last = data_lost[1] if len(data_lost) == 2 else _native.RDP_ROWS
-            _native.rdp_restore(data_lost[0], last, held, both, width, *_part(begin, end, width))
+            part = _part(begin, end, width)
+            _native.rdp_restore(data_lost[0], last, held, both, width, *part, _hint(stream))
             return
-        _encode_lost(self, shards, parity, parity_lost, begin, end)
+        _encode_lost(self, shards, parity, parity_lost, begin, end, stream)
 
     def _by_rows(
         self,
@@ -206,6 +216,7 @@ class RowDiagonal:
         lost: Sequence[int],
         begin: int,
         end: int | None,
+        stream: bool | None,
     ) -> None:
         """One lost shard from the row parity, which is a XOR of the others."""
         parities_left([across], (), 1)
@@ -214,7 +225,7 @@ class RowDiagonal:
         whole = (begin, end) == (0, width)
         for row in range(1 if whole else _native.RDP_ROWS):
             stop = width * _native.RDP_ROWS if whole else row * width + end
-            self._across.decode(shards, [across], lost, row * width + begin, stop)
+            self._across.decode(shards, [across], lost, row * width + begin, stop, stream)
 
     def _shards(self, shards: Sequence[Shard], writable: Collection[int] = ()) -> _native.Shards:
         if len(shards) != self.data:
@@ -261,11 +272,12 @@ def _encode_lost(
     lost: Collection[int],
     begin: int,
     end: int | None,
+    stream: bool | None,
 ) -> None:
     """The lost parities, once all data is there."""
     wanted = [buffer if i in lost else None for i, buffer in enumerate(parity)]
     if any(buffer is not None for buffer in wanted):
-        code.encode(shards, wanted, begin, end)
+        code.encode(shards, wanted, begin, end, stream)
 
 
 def _left(parity: Sequence[Shard | None], lost: Collection[int]) -> list[Shard | None]:
@@ -287,6 +299,10 @@ def _parity_size(data: _native.Shards, parity: _native.Shards) -> int:
             f"a shard of {data.longest} bytes is longer than its parity of {max(parity.longest, 0)}"
         )
     return max(parity.longest, 0)
+
+
+def _hint(stream: bool | None) -> int:
+    return -1 if stream is None else int(stream)
 
 
 def _part(begin: int, end: int | None, positions: int) -> tuple[int, int]:

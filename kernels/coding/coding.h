@@ -55,6 +55,8 @@ typedef struct {
     void (*pass)(const kf_pass *pass);
     /* out = from[0] + .. + from[n - 1]; out may be one of them */
     void (*sum)(uint8_t *out, const uint8_t *const *from, int n, int64_t size, int stream);
+    /* out[i] += factors[i] from, for k > 0 outputs */
+    void (*update)(uint8_t *const *out, const uint8_t *factors, int k, const uint8_t *from, int64_t size);
 } kf_coding_ops;
 
 extern kf_product kf_products[256];
@@ -75,8 +77,9 @@ void kf_rs_restore(const kf_code *code, const kf_repair *repair, const kf_shard 
 /* Row-diagonal parity: a parity is KF_RDP_ROWS rows of `width` bytes; [begin, end) are positions in a row. */
 #define KF_RDP_PRIME 17
 #define KF_RDP_ROWS (KF_RDP_PRIME - 1)
-void kf_rdp_encode(int n, const kf_shard *data, const kf_shard *parity, int64_t width, int64_t begin, int64_t end);
+void kf_rdp_encode(int n, const kf_shard *data, const kf_shard *parity, int64_t width, int64_t begin, int64_t end, int stream);
 void kf_rdp_update(int index, kf_shard shard, const kf_shard *parity, int64_t width, int64_t begin, int64_t end);
 /* Two lost columns x < y, of which y may be KF_RDP_ROWS: the row parity. */
-void kf_rdp_restore(int n, int x, int y, const kf_shard *data, const kf_shard *parity, int64_t width, int64_t begin, int64_t end);
+void kf_rdp_restore(int n, int x, int y, const kf_shard *data, const kf_shard *parity, int64_t width, int64_t begin, int64_t end,
+                    int stream);
 #endif

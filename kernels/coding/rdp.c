@@ -8,7 +8,7 @@
 
 #define P KF_RDP_PRIME
 #define ROWS KF_RDP_ROWS
-#define KF_RDP_WINDOW 1024
+#define KF_RDP_WINDOW 2048
 
 static uint8_t *cell(kf_shard shard, int64_t width, int row, int64_t at)
 {
@@ -45,7 +45,7 @@ static int line_of(const uint8_t **terms, const kf_shard *data, int n, int64_t w
     return count;
 }
 
-void kf_rdp_encode(int n, const kf_shard *data, const kf_shard *parity, int64_t width, int64_t begin, int64_t end)
+void kf_rdp_encode(int n, const kf_shard *data, const kf_shard *parity, int64_t width, int64_t begin, int64_t end, int stream)
 {
     _Alignas(64) uint8_t scratch[ROWS][KF_RDP_WINDOW];
     const uint8_t *terms[P];
@@ -62,7 +62,7 @@ void kf_rdp_encode(int n, const kf_shard *data, const kf_shard *parity, int64_t 
             int count = line_of(terms, data, n, width, line, 1, -1, -1, begin);
             if (line + 1 < ROWS)
                 terms[count++] = rows[line + 1]; /* of the row parity */
-            sum_into(cell(parity[1], width, line, begin), terms, count, size, parity[1].size >= KF_STREAM);
+            sum_into(cell(parity[1], width, line, begin), terms, count, size, stream < 0 ? parity[1].size >= KF_STREAM : stream);
         }
     }
     kf_coding_fence();
@@ -114,7 +114,7 @@ static void syndromes(int n, int x, int y, const kf_shard *data, const kf_shard 
 /* Begins at the diagonal that has nothing of column `second`: what it lacks is a cell of `first`, by which the row gives one of
  * `second`, and that what the next diagonal lacks. */
 static void walk(int first, int second, kf_shard first_shard, kf_shard second_shard, int64_t width, int64_t at, int64_t size,
-                 uint8_t (*across)[KF_RDP_WINDOW], uint8_t (*along)[KF_RDP_WINDOW])
+                 uint8_t (*across)[KF_RDP_WINDOW], uint8_t (*along)[KF_RDP_WINDOW], int stream)
 {
     int diagonal = (second + P - 1) % P;
     while (diagonal != ROWS) {
@@ -122,12 +122,12 @@ static void walk(int first, int second, kf_shard first_shard, kf_shard second_sh
         uint8_t *out = cell(first_shard, width, row, at);
         const uint8_t *terms[2] = {along[diagonal], across[row]};
         if (out != NULL)
-            sum_into(out, terms, 1, size, first_shard.size >= KF_STREAM);
+            sum_into(out, terms, 1, size, stream < 0 ? first_shard.size >= KF_STREAM : stream);
         sum_into(across[row], terms, 2, size, 0);
         terms[0] = across[row];
         out = cell(second_shard, width, row, at);
         if (out != NULL)
-            sum_into(out, terms, 1, size, second_shard.size >= KF_STREAM);
+            sum_into(out, terms, 1, size, stream < 0 ? second_shard.size >= KF_STREAM : stream);
         diagonal = (row + second) % P;
         if (diagonal != ROWS) {
             terms[1] = along[diagonal];
@@ -136,7 +136,8 @@ static void walk(int first, int second, kf_shard first_shard, kf_shard second_sh
     }
 }
 
-void kf_rdp_restore(int n, int x, int y, const kf_shard *data, const kf_shard *parity, int64_t width, int64_t begin, int64_t end)
+void kf_rdp_restore(int n, int x, int y, const kf_shard *data, const kf_shard *parity, int64_t width, int64_t begin, int64_t end,
+                     int stream)
 {
     _Alignas(64) uint8_t across[ROWS][KF_RDP_WINDOW], along[ROWS][KF_RDP_WINDOW];
     kf_shard second = y == ROWS ? parity[0] : data[y];
@@ -144,8 +145,8 @@ void kf_rdp_restore(int n, int x, int y, const kf_shard *data, const kf_shard *p
     for (; begin < end; begin = until) {
         until = window_end(data, n, width, begin, end);
         syndromes(n, x, y, data, parity, width, begin, until - begin, across, along);
-        walk(x, y, data[x], second, width, begin, until - begin, across, along);
-        walk(y, x, second, data[x], width, begin, until - begin, across, along);
+        walk(x, y, data[x], second, width, begin, until - begin, across, along, stream);
+        walk(y, x, second, data[x], width, begin, until - begin, across, along, stream);
     }
     kf_coding_fence();
 }

@@ -78,20 +78,15 @@ void kf_rs_encode(const kf_code *code, const kf_shard *data, const kf_shard *par
 
 void kf_rs_update(const kf_code *code, int index, kf_shard shard, const kf_shard *parity, int64_t begin, int64_t end)
 {
-    kf_pass pass = {.n = 1, .sum = 1, .others = code->parity - 1};
+    uint8_t *out[KF_PARITY_MAX], factors[KF_PARITY_MAX];
     if (end > shard.size)
         end = shard.size;
-    if (begin >= end)
-        return;
-    pass.from[0] = shard.bytes + begin;
-    pass.there[0] = -1;
-    pass.size = end - begin;
     for (int i = 0; i < code->parity; i++) {
-        pass.out[i] = parity[i].bytes + begin;
-        pass.start[i] = pass.out[i];
-        pass.factors[i] = &code->rows[i][index]; /* of powers of two, too: there is one shard, which is not the first */
+        out[i] = parity[i].bytes + begin;
+        factors[i] = code->rows[i][index];
     }
-    run(&pass);
+    if (begin < end)
+        kf_coding_ops_in_use()->update(out, factors, code->parity, shard.bytes + begin, end - begin);
 }
 
 void kf_rs_restore(const kf_code *code, const kf_repair *repair, const kf_shard *data, const kf_shard *parity, int64_t begin,

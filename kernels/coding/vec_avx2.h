@@ -4,6 +4,7 @@
 #define INL static inline __attribute__((always_inline)) TARGET
 #define V __m256i
 #define REGISTERS 16
+#define FEW_LOOPS 0
 #define AHEAD 384
 #define AHEAD_SUM 128
 

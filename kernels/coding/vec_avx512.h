@@ -9,6 +9,7 @@
 #define INL static inline __attribute__((always_inline)) TARGET
 #define V __m512i
 #define REGISTERS 32
+#define FEW_LOOPS 0
 #define AHEAD 256
 #define AHEAD_SUM 0
 #undef STREAM_SUM

@@ -71,6 +71,45 @@ def test_every_pattern_of_losses_is_restored(name: str, data: int, parity: int) 
             assert [bytes(shard) for shard in left] == whole, lost
 
 
+@pytest.mark.parametrize(("data", "parity"), [(6, 4), (6, 5), (9, 6), (3, 8)])
+def test_many_parities(data: int, parity: int) -> None:
+    """More outputs than registers: some patterns of losses, whole vectors and a tail, and updates."""
+    code, shards, numbers = make_code("rs", data, parity), _shards(data, 1_300, parity), random.Random(parity)
+    checks = _parity(code, shards)
+    code.encode(shards, checks)
+    assert [bytes(check) for check in checks] == _expected("rs", shards, parity, len(checks[0]))
+    added = [bytearray(len(check)) for check in checks]
+    for index, shard in enumerate(shards):
+        code.update(added, index, shard)
+    assert added == checks
+    whole = [*shards, *checks]
+    for _ in range(20):
+        lost = numbers.sample(range(data + parity), numbers.randrange(1, parity + 1))
+        left = [bytearray(b"\x55" * len(shard)) if i in lost else shard for i, shard in enumerate(whole)]
+        code.decode(left[:data], left[data:], lost)
+        assert left == whole, lost
+
+
+@pytest.mark.parametrize("offset", [0, 32, 64, 13])
+@pytest.mark.parametrize(
+    ("name", "data", "parity"), [("xor", 9, 1), ("xor", 2, 1), ("rdp", 3, 2), ("rs", 5, 3)]
+)
+def test_outputs_go_past_the_cache_when_the_caller_says_so(
+    name: str, data: int, parity: int, offset: int
+) -> None:
+    code, shards = make_code(name, data, parity), _shards(data, 3_000, 8)
+    expected = _parity(code, shards)
+    code.encode(shards, expected, stream=False)
+    room = [np.zeros(len(check) + 128, np.uint8) for check in expected]
+    checks = [space[-space.ctypes.data % 64 + offset :][: len(expected[0])] for space in room]
+    code.encode(shards, checks, stream=True)
+    assert [bytes(check) for check in checks] == expected
+    for lost in itertools.combinations(range(data), min(parity, data)):
+        left = [bytearray(len(shard)) if i in lost else shard for i, shard in enumerate(shards)]
+        code.decode(left, checks, lost, stream=True)
+        assert left == shards, lost
+
+
 @pytest.mark.parametrize("lost", [(0, 15), (3, 4), (7, 16), (15, 16), (0, 17), (16, 17)])
 def test_sixteen_shards_of_rdp(lost: tuple[int, int]) -> None:
     code, shards = make_code("rdp", 16, 2), _shards(16, 20_000, 3)
