@@ -16,7 +16,6 @@ from controlplane.contract.requests import Log, RefusalCode, Refused, Submit, To
 from dataplane.core.admission import no_room, refusal
 from dataplane.core.batching import Batcher, Limits
 from dataplane.core.events import (
-    Ask,
     Cancelled,
     CapacityChanged,
     Deliver,
@@ -31,8 +30,9 @@ from dataplane.core.events import (
     Tick,
 )
 from dataplane.core.kept import Kept
-from dataplane.core.messages import Fence, HeldMeta, ReadyMeta, RejoinMeta, ResultMeta, StepFailedMeta
+from dataplane.core.messages import Fence, HeldMeta, ReadyMeta, ResultMeta, StepFailedMeta
 from dataplane.core.prefix import PrefixHasher, unpack_names
+from dataplane.core.questions import Questions
 from dataplane.core.recovery import HeldCollector, Recovery
 from dataplane.core.request import Phase, Request, unpack_tokens
 from dataplane.core.stats import SchedulerStats
@@ -45,7 +45,6 @@ STALL_LIMIT_MAX_S = 60.0
 RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 1.0, 60.0  # told to whom the queue has no room for
 # Pause before the next attempt when a stage could not run a step or pass it on; doubled each time in a row.
 FAILED_RETRY_S, FAILED_RETRY_MAX_S = 0.05, 0.8
-QUESTIONS_MAX = 8  # open at a time about re-submitted requests
 # A request whose grammar the last stage compiles is tried again after this if nothing is heard: its word may be lost.
 BLOCKED_RETRY_S = 1.0
 # A pipeline whose stage had no room for its quota tries it again after this; doubled each time, until that changes.
@@ -82,9 +81,7 @@ class Scheduler:
         self.batcher = Batcher(limits)
         self.steps = Steps(pipeline)
         self._order = 0
-        self._asks: dict[int, HeldCollector] = {}
-        self._next_ask = 0
-        self._joining: list[int] = []  # re-submitted, not asked about yet
+        self.questions = Questions(pipeline, num_stages)
         self._frees: list[int] = []  # whose blocks the account has released
         self._drops: list[int] = []  # of which stages may have blocks that the account does not know
         self._holding = False
@@ -138,7 +135,8 @@ class Scheduler:
                         request.unblock()
             case _:
                 assert_never(event)
-        self._ask_joining(now, effects)
+        if joining := self.questions.next_joining():
+            effects.append(self.questions.ask(self.fence, [self.requests[rid] for rid in joining], now))
         self._issue(now, effects)
         return effects + news
 
@@ -155,7 +153,7 @@ class Scheduler:
     @property
     def quiesced_step(self) -> int:
         """Last step issued in this fence (-1: none) once none is in flight and none will start; else -2."""
-        idle = self._holding and not self.steps and not self._asks
+        idle = self._holding and not self.steps and not self.questions
         return self.steps.last_issued if idle else -2
 
     def recall(self, rid: int) -> Log | None:
@@ -167,8 +165,7 @@ class Scheduler:
         """For how long the oldest step is in flight, or a stage has not said what it holds if that is longer; and which
         stage (-1: it is a step)."""
         step = self.steps.oldest(now)
-        asks = [ask for ask in self._asks.values() if ask.adopts]
-        oldest = min(asks, key=lambda ask: ask.since, default=None)
+        oldest = self.questions.waited_for()
         if oldest is None or oldest.since >= step:
             return now - step, -1
         return now - oldest.since, min(oldest.stages_missing)
@@ -196,7 +193,7 @@ class Scheduler:
         left_over = self._sweep_at is not None and message.context is not None
         if message.admitted or message.emitted or left_over:
             request.phase = Phase.RECOVERING
-            self._joining.append(request.rid)
+            self.questions.joining.append(request.rid)
         else:
             self.batcher.enqueue(request)
 
@@ -249,8 +246,8 @@ class Scheduler:
         self.bytes_kept -= request.bytes_kept
         (self._frees if rid in self.batcher.account else self._drops).append(rid)
         self.batcher.remove(request)
-        if rid in self._joining:
-            self._joining.remove(rid)
+        if rid in self.questions.joining:
+            self.questions.joining.remove(rid)
 
     def _retire(self, request: Request, now: float) -> None:
         """It has finished or nobody reads it: what its client may still come back for is the log."""
@@ -309,8 +306,9 @@ class Scheduler:
                 effects.append(Refuse(request.session, refused))
         if self._sweep_at is not None and now >= self._sweep_at:
             self._sweep_at = None
-            self._ask(tuple(self._alive()), True, False, now, effects, kept=True)
-        since = min([self.steps.oldest(now), *(ask.since for ask in self._asks.values())])
+            ask = self.questions.ask(self.fence, self._alive(), now, complete=True, adopts=False, kept=True)
+            effects.append(ask)
+        since = min(self.steps.oldest(now), self.questions.oldest(now))
         if now - since > self._stall_limit_s:
             self._stall_limit_s = min(2 * self._stall_limit_s, STALL_LIMIT_MAX_S)
             self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
@@ -333,16 +331,15 @@ class Scheduler:
             self._quota_retry_at = now + self._quota_retry_s
         self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
 
-    def _alive(self) -> list[int]:
-        return [r.rid for r in self.requests.values() if r.phase is not Phase.WAITING]
+    def _alive(self) -> list[Request]:
+        return [r for r in self.requests.values() if r.phase is not Phase.WAITING]
 
     def _resync(self, fence: Fence, now: float, effects: list[Effect]) -> None:
         """Everything in flight is void; ask the stages what they hold."""
         self.stats.resyncs += 1
         self.fence = fence
         self.steps.void()
-        self._asks.clear()
-        self._joining.clear()
+        self.questions.void()
         for request in self.requests.values():
             if request.phase is not Phase.WAITING:
                 self.batcher.remove(request)
@@ -355,13 +352,11 @@ class Scheduler:
         if complete:
             self._frees.clear()
             self._drops.clear()
-        self._ask(tuple(self._alive()), complete, True, now, effects, kept=True)
+        effects.append(self.questions.ask(fence, self._alive(), now, complete=complete, kept=True))
 
     def start(self, now: float) -> list[Effect]:
         """The first effects of a scheduler that takes over: see that every stage answers."""
-        effects: list[Effect] = []
-        self._ask((), False, True, now, effects, kept=True)
-        return effects
+        return [self.questions.ask(self.fence, (), now, kept=True)]
 
     def successor(self, now: float) -> Scheduler:
         """One that takes over from this one, which is broken: in the next round, so that nothing of this one counts."""
@@ -391,34 +386,10 @@ class Scheduler:
             if r.session is not None
         ]
 
-    def _ask(
-        self,
-        rids: tuple[int, ...],
-        complete: bool,
-        adopts: bool,
-        now: float,
-        effects: list[Effect],
-        kept: bool = False,
-    ) -> None:
-        ask = self._next_ask
-        self._next_ask += 1
-        self._asks[ask] = HeldCollector(ask, rids, set(range(self.num_stages)), now, adopts)
-        names = tuple(b"".join(self.requests[rid].names) for rid in rids)
-        effects.append(Ask(RejoinMeta(self.pipeline, self.fence, ask, rids, complete, names, kept)))
-
-    def _ask_joining(self, now: float, effects: list[Effect]) -> None:
-        """Ask about re-submitted requests. All that come while many questions are open share the next one."""
-        if self._joining and len(self._asks) < QUESTIONS_MAX:
-            rids, self._joining = tuple(self._joining), []
-            self._ask(rids, False, True, now, effects)
-
     def _held(self, meta: HeldMeta, now: float) -> None:
-        collector = self._asks.get(meta.ask)
-        if meta.fence != self.fence or collector is None:
+        collector = self.questions.answer(meta) if meta.fence == self.fence else None
+        if collector is None:
             return
-        if not collector.answer(meta.stage, meta.held, meta.kept):
-            return
-        del self._asks[meta.ask]
         if not collector.adopts:
             self._keep(collector)
             return
@@ -462,7 +433,7 @@ class Scheduler:
         if self._holding or now < self._hold_until:
             return
         # While requests are being adopted their blocks are not counted yet: nobody new is let in.
-        admit = not any(ask.adopts for ask in self._asks.values())
+        admit = not self.questions.adopting
         if not admit and self._recovery is not None and self._recovery.gathers(now):
             return
         while len(self.steps) < self.batcher.microbatches:
@@ -479,8 +450,7 @@ class Scheduler:
             frees, self._frees = self._frees, []
             drops, self._drops = self._drops, []
             step = self.steps.launch(self.fence, rows, frees, drops, account, now)
-            for ask in self._asks.values():
-                ask.evicted.update(unpack_names(step.meta.evicts))
+            self.questions.evicted(unpack_names(step.meta.evicts))
             effects.append(step)
 
     def _result(self, meta: ResultMeta, now: float, effects: list[Effect], news: list[Effect]) -> None:

@@ -78,7 +78,7 @@ def test_a_word_of_an_earlier_fence_counts_for_nothing() -> None:
     ask = made.step(Tick(), 0.2)
     assert steps(ask) == []
     assert steps(made.step(ReadyMeta("p0", Fence(1), (1,)), 0.3)) == []
-    effects = made.step(HeldMeta("p0", Fence(2), max(made._asks), 0, ((1, 4),)), 0.4)
+    effects = made.step(HeldMeta("p0", Fence(2), max(made.questions.open), 0, ((1, 4),)), 0.4)
     (again,) = steps(effects)
     assert rows(again) == [(1, 0, 4, 1)], "in a full block nothing goes on after a change of fence"
     assert again.admits[0].sampling.grammar == "start: /a*/"

@@ -130,7 +130,7 @@ class Storm(Cluster):
     def check_nothing_left(self) -> None:
         made = self.scheduler
         assert not made.requests
-        assert not made._asks
+        assert not made.questions
         assert made.batcher.used_blocks == 0
         cached = set(made.batcher.account._cached)
         for member in self.serving:
