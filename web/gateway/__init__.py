@@ -4,5 +4,5 @@ http     connections, routes, server-sent events     openai   requests, generati
 text     templates, tokens, detokenizer              routing  which scheduler runs which request
 resume   a stream's identity, and how it goes on elsewhere
 
-A request passes them in that order; `routing` and `text` know nothing of the others.
+Imports run http -> resume -> openai -> routing and text; the last two know nothing of the others, nor of each other.
 """

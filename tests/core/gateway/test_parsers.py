@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from web.gateway.text.parsers.output import OutputParser, OutputRules, ToolFormat
 from web.gateway.text.parsers.parsed import Parsed
 from web.gateway.text.parsers.python_literal import NotLiteral, to_json
-from web.gateway.text.parsers.reasoning import MISTRAL_THINK, THINK
+from web.gateway.text.parsers.reasoning import MISTRAL_THINK, THINK, ReasoningMeter, ReasoningSplitter
 
 NAMES = frozenset({"get_weather", "add", "ns.tool-x"})
 HERMES, LLAMA, PYTHONIC, MISTRAL = (
@@ -219,6 +219,17 @@ def test_cuts_change_nothing(
     before, after = read(how, [prefix], inside, False), read(how, [text], inside, False)
     assert after.content.startswith(before.content)
     assert after.reasoning.startswith(before.reasoning)
+
+
+@settings(max_examples=500, deadline=None)
+@given(TEXTS, st.booleans())
+def test_the_meter_says_what_the_splitter_says(text: str, inside: bool) -> None:
+    splitter, meter = ReasoningSplitter(THINK, inside), ReasoningMeter(THINK, inside)
+    for char in text:
+        before = splitter.inside
+        splitter.push(char, Parsed())
+        assert meter.push(char) == (before or splitter.inside)
+        assert meter.inside == splitter.inside
 
 
 @settings(max_examples=300, deadline=None)

@@ -315,7 +315,7 @@ def test_request_id_and_model_routes() -> None:
 BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": "x", "suffix": "y"}, "suffix"),
     ({"prompt": "x", "tools": [{"type": "function"}]}, "tools"),
-    ({"prompt": "x", "response_format": {"type": "json_schema"}}, "response_format"),
+    ({"prompt": "x", "response_format": {"type": "xml"}}, "response_format"),
     ({"prompt": "x", "logit_bias": {"abc": 1}}, "logit_bias"),
     ({"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias"),
     ({"prompt": "x", "logit_bias": {"5": 101}}, "logit_bias"),

@@ -43,7 +43,7 @@ def with_model(
     model: Model, texts: list[str], body: Callable[[Stack], Awaitable[None]], **knobs: Any
 ) -> None:
     async def run() -> None:
-        async with running(model=model, speak=says(model, *texts), **knobs) as stack, asyncio.timeout(60):
+        async with running(model=model, speak=says(model, *texts), **knobs) as stack, asyncio.timeout(150):
             await body(stack)
 
     asyncio.run(run())
@@ -316,7 +316,7 @@ def test_a_parser_by_setting(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"logprobs": True, "return_token_ids": True}], ids=["plain", "logprobs"]
 )
-def test_a_stream_goes_on_at_another_gateway_after_every_event(
+def test_a_stream_goes_on_at_another_gateway_wherever_it_was_cut(
     tmp_path: Path, template: str, options: dict[str, Any]
 ) -> None:
     model = scripted_model(tmp_path, template)
@@ -337,10 +337,10 @@ def test_a_stream_goes_on_at_another_gateway_after_every_event(
             assert want.choices[0].finish == ["tool_calls"]
             assert want.choices[0].names == ["get_weather", "add"]
             assert ("completion_tokens_details" in (want.usage or {})) == (template == QWEN)
-            for cut in range(1, len(whole), 1 if template == QWEN and options else 4):
+            for cut in range(1, len(whole), 2 if template == QWEN and options else 5):
                 events = await read(first, "POST", CHAT, asked, limit=cut)
                 last = events[-1][0]
-                if cut % 8 == 1:
+                if cut % 4 == 1:
                     rest = await read(second, "POST", CHAT, asked, last_event_id=last)
                 else:
                     rest = await read(
@@ -349,7 +349,7 @@ def test_a_stream_goes_on_at_another_gateway_after_every_event(
                 got = joined([*events, *rest])
                 assert got == want, cut
 
-    with_model(model, [CALLS[template]], body)
+    with_model(model, [CALLS[template]], body, step_s=0.0005)
 
 
 def test_all_choices_go_on(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from controlplane.contract.requests import FinishReason, Token
 from web.gateway.text.detok import Detokenizer, StopFinder, ends_with
 from web.gateway.text.parsers.output import OutputParser, OutputRules
-from web.gateway.text.parsers.parsed import CallDelta, Parsed
-from web.gateway.text.parsers.reasoning import ReasoningSplitter
+from web.gateway.text.parsers.parsed import CallDelta, Parsed, add_call
+from web.gateway.text.parsers.reasoning import ReasoningMeter
 from web.gateway.text.spans import Span, Spans
 
 
@@ -30,9 +30,10 @@ class Piece:
 
     def say(self, parsed: Parsed) -> None:
         """`parsed` comes next."""
-        said = Parsed(self.text, self.reasoning, self.calls)
-        said.add(parsed)
-        self.text, self.reasoning = said.content, said.reasoning
+        self.text += parsed.content
+        self.reasoning += parsed.reasoning
+        for part in parsed.calls:
+            add_call(self.calls, part)
 
     def add(self, other: Piece) -> None:
         """`other` comes next."""
@@ -71,18 +72,18 @@ class ChoiceDecoder:
         self.cached = 0  # tokens of the prompt whose KV was there already
         self.finished = False
         self._parser: OutputParser | None = None
-        self._thinking: ReasoningSplitter | None = None
+        self._meter: ReasoningMeter | None = None
         if rules.output is not None:
             marks = rules.output.reasoning
             inside = marks is not None and ends_with(tokenizer, prompt, marks.begin)
             self._parser = OutputParser(rules.output, inside)
             if marks is not None:
-                self._thinking = ReasoningSplitter(marks, inside)
+                self._meter = ReasoningMeter(marks, inside)
 
     @property
     def reasons(self) -> bool:
         """Whether reasoning is told apart."""
-        return self._thinking is not None
+        return self._meter is not None
 
     def restore_end(self, tokens: int, reasoning_tokens: int = 0) -> None:
         """All of it was sent by an earlier gateway."""
@@ -92,12 +93,17 @@ class ChoiceDecoder:
         """Take in the next tokens. After a finish, the rest of them is not part of the choice."""
         if self._parser is None:
             return self._push_all(tokens)
+        if len(tokens) == 1 and not self.finished:
+            piece = self._push_all(tokens)
+            self._parse(self._parser, piece)
+            return piece
         piece = Piece()
         for token in tokens:  # one by one, as a call may be the end of the output
             if self.finished:
                 break
             one = self._push_all((token,))
-            self._parse(self._parser, one)
+            if self._parser is not None:
+                self._parse(self._parser, one)
             piece.add(one)
         return piece
 
@@ -145,6 +151,8 @@ class ChoiceDecoder:
                 and not self._rules.output.named
             ):
                 piece.finish = "tool_calls"
+        if parser.idle:
+            self._parser = None
 
     def _push(self, token: Token, piece: Piece) -> None:
         if token.finish is None and not self._rules.stops:
@@ -172,10 +180,8 @@ class ChoiceDecoder:
 
     def _counted(self, text: str) -> str:
         """`text` is a token's: of the reasoning, if it begins or ends within it."""
-        if self._thinking is not None:
-            before = self._thinking.inside
-            self._thinking.push(text, Parsed())
-            self.reasoning_tokens += before or self._thinking.inside
+        if self._meter is not None and not self._meter.over:
+            self.reasoning_tokens += self._meter.push(text)
         return text
 
     def _text(self, token: Token, hidden: bool = False) -> str:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 def possible_start(text: str, marks: Sequence[str]) -> int:
     """Length of the longest end of `text` with which one of `marks` begins, and which is not all of it."""
-    longest = min(len(text), max(map(len, marks)) - 1)
-    for length in range(longest, 0, -1):
-        tail = text[-length:]
-        if any(mark.startswith(tail) for mark in marks):
-            return length
-    return 0
+    longest, size = 0, len(text)
+    for mark in marks:
+        at = text.find(mark[0], max(0, size - len(mark) + 1))
+        while at >= 0 and not mark.startswith(text[at:]):
+            at = text.find(mark[0], at + 1)
+        if at >= 0:
+            longest = max(longest, size - at)
+    return longest
 
 
 def first_of(text: str, marks: Sequence[str]) -> tuple[int, str] | None:

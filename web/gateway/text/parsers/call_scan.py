@@ -22,22 +22,30 @@ class CallScan(ABC):
         self.begun = False
         self.status = Status.OPEN
         self._index = index
+        self._new_name = ""  # to be said
+        self._new_arguments: list[str] = []  # ... and what comes after it
 
     def feed(self, text: str, out: Parsed) -> int:
         """Returns how many characters were taken in; see `status`."""
+        used = len(text)
         for at, char in enumerate(text):
-            self.status = self._feed(char, out)
+            self.status = self._feed(char)
             if self.status is not Status.OPEN:
-                return at + (self.status is Status.ENDED)
-        return len(text)
+                used = at + (self.status is Status.ENDED)
+                break
+        if self._new_arguments:
+            out.call(self._index, self._new_name, "".join(self._new_arguments))
+            self._new_name, self._new_arguments = "", []
+        return used
 
     def unsaid(self) -> str:
         """What has been taken in and not said, of a call that has begun and broke."""
         return ""
 
     @abstractmethod
-    def _feed(self, char: str, out: Parsed) -> Status: ...
+    def _feed(self, char: str) -> Status: ...
 
-    def _emit(self, out: Parsed, name: str, arguments: str) -> None:
-        out.call(self._index, "" if self.begun else name, arguments)
-        self.begun = True
+    def _emit(self, name: str, arguments: str) -> None:
+        if not self.begun:
+            self.begun, self._new_name = True, name
+        self._new_arguments.append(arguments)

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from enum import Enum
 
 from web.gateway.text.parsers.call_scan import CallScan, Status
-from web.gateway.text.parsers.parsed import Parsed
 
 SPACE = " \t\r\n"
 _OPENERS = {"{": "}", "[": "]"}
@@ -86,15 +85,15 @@ class JsonCall(CallScan):
         self._waiting = ""  # arguments that came before the name
         self._complete = False  # the arguments are
 
-    def _feed(self, char: str, out: Parsed) -> Status:
-        status = self._step(char, out)
+    def _feed(self, char: str) -> Status:
+        status = self._step(char)
         if status is Status.BROKEN and self._complete and self.begun:
             return Status.ENDED_BEFORE  # it has all that a call needs
         return status
 
-    def _step(self, char: str, out: Parsed) -> Status:
+    def _step(self, char: str) -> Status:
         if self._value is not None:
-            return self._feed_value(self._value, char, out)
+            return self._feed_value(self._value, char)
         if char in SPACE:
             return Status.OPEN
         match self._at, char:
@@ -105,39 +104,39 @@ class JsonCall(CallScan):
             case (_At.COMMA, ","):
                 self._at = _At.KEY
             case (_At.KEY | _At.COMMA, "}"):
-                return self._end(out)
+                return self._end()
             case (_At.VALUE, _):
-                return self._begin_value(char, out)
+                return self._begin_value(char)
             case (_At.KEY, '"'):
-                return self._begin_value(char, out)
+                return self._begin_value(char)
             case _:
                 return Status.BROKEN
         return Status.OPEN
 
-    def _begin_value(self, char: str, out: Parsed) -> Status:
+    def _begin_value(self, char: str) -> Status:
         self._value, self._text = JsonValue(), ""
         self._streams = (
             self._at is _At.VALUE and self._key in ARGUMENTS and char == "{" and not self._complete
         )
-        return self._feed_value(self._value, char, out)
+        return self._feed_value(self._value, char)
 
-    def _feed_value(self, value: JsonValue, char: str, out: Parsed) -> Status:
+    def _feed_value(self, value: JsonValue, char: str) -> Status:
         scan = value.feed(char)
         if scan is Scan.BAD:
             return Status.BROKEN
         if scan is not Scan.BEFORE:
             if self._streams:
-                self._say(char, out)
+                self._say(char)
             else:
                 self._text += char
         if scan is Scan.MORE:
             return Status.OPEN
         self._value = None
-        if not self._take_value(out):
+        if not self._take_value():
             return Status.BROKEN
-        return self._step(char, out) if scan is Scan.BEFORE else Status.OPEN
+        return self._step(char) if scan is Scan.BEFORE else Status.OPEN
 
-    def _take_value(self, out: Parsed) -> bool:
+    def _take_value(self) -> bool:
         """A key or a value is complete; False: that is no call."""
         if self._at is _At.KEY:
             self._at = _At.COLON
@@ -151,24 +150,24 @@ class JsonCall(CallScan):
             self._name = name
             if self._waiting:
                 waiting, self._waiting = self._waiting, ""
-                self._say(waiting, out)
+                self._say(waiting)
         elif self._key in ARGUMENTS and not self._complete:
             if not self._streams:
-                self._say(_object_text(self._text), out)
+                self._say(_object_text(self._text))
             self._complete = True
         return True
 
-    def _say(self, arguments: str, out: Parsed) -> None:
+    def _say(self, arguments: str) -> None:
         if not self._name:
             self._waiting += arguments
             return
-        self._emit(out, self._name, arguments)
+        self._emit(self._name, arguments)
 
-    def _end(self, out: Parsed) -> Status:
+    def _end(self) -> Status:
         if not self._name or not (self._complete or self._known is None):
             return Status.BROKEN
         if not self._complete:
-            self._say("{}", out)
+            self._say("{}")
         return Status.ENDED
 
 
@@ -180,7 +179,7 @@ class NamedCall(CallScan):
         self._head = ""
         self._value: JsonValue | None = None
 
-    def _feed(self, char: str, out: Parsed) -> Status:
+    def _feed(self, char: str) -> Status:
         if self._value is None:
             if char != "{":
                 self._head += char
@@ -192,7 +191,7 @@ class NamedCall(CallScan):
         name = self._head.partition("[ARGS]")[0].partition("[CALL_ID]")[0].strip()
         if not name or any(c in SPACE for c in name):
             return Status.BROKEN
-        self._emit(out, name, char)
+        self._emit(name, char)
         return Status.ENDED if scan is Scan.LAST else Status.OPEN
 
 

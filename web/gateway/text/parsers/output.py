@@ -54,6 +54,11 @@ class OutputParser:
         """There are as many calls as there may be."""
         return self._tools is not None and self._tools.done
 
+    @property
+    def idle(self) -> bool:
+        """All that comes is content as it stands."""
+        return self._tools is None and (self._reasoning is None or self._reasoning.over)
+
     def push(self, text: str) -> Parsed:
         out = Parsed()
         answer = text if self._reasoning is None else self._reasoning.push(text, out)

@@ -22,15 +22,20 @@ class Parsed:
 
     def call(self, index: int, name: str = "", arguments: str = "") -> None:
         """Call `index` goes on."""
-        if self.calls and self.calls[-1].index == index:
-            self.calls[-1].name += name
-            self.calls[-1].arguments += arguments
-        else:
-            self.calls.append(CallDelta(index, name, arguments))
+        add_call(self.calls, CallDelta(index, name, arguments))
 
     def add(self, other: Parsed) -> None:
         """What came after."""
         self.content += other.content
         self.reasoning += other.reasoning
         for part in other.calls:
-            self.call(part.index, part.name, part.arguments)
+            add_call(self.calls, part)
+
+
+def add_call(calls: list[CallDelta], part: CallDelta) -> None:
+    """`part` comes after `calls`, which keep one entry for each call."""
+    if calls and calls[-1].index == part.index:
+        calls[-1].name += part.name
+        calls[-1].arguments += part.arguments
+    else:
+        calls.append(CallDelta(part.index, part.name, part.arguments))

@@ -8,7 +8,6 @@ from collections.abc import Collection
 from enum import Enum
 
 from web.gateway.text.parsers.call_scan import CallScan, Status
-from web.gateway.text.parsers.parsed import Parsed
 from web.gateway.text.parsers.python_literal import NotLiteral, to_json
 
 NAME_CHARS_MAX = 128
@@ -36,16 +35,16 @@ class PythonCall(CallScan):
         self._quote = ""
         self._escaped = False
 
-    def _feed(self, char: str, out: Parsed) -> Status:
+    def _feed(self, char: str) -> Status:
         match self._at:
             case _At.NAME:
-                return self._feed_name(char, out)
+                return self._feed_name(char)
             case _At.KEY:
-                return self._feed_key(char, out)
+                return self._feed_key(char)
             case _At.VALUE:
-                return self._feed_value(char, out)
+                return self._feed_value(char)
 
-    def _feed_name(self, char: str, out: Parsed) -> Status:
+    def _feed_name(self, char: str) -> Status:
         if char != "(":
             self._text += char
             fits = len(self._text) <= NAME_CHARS_MAX and (
@@ -55,13 +54,13 @@ class PythonCall(CallScan):
         self._name, self._text = self._text.strip(), ""
         if not self._name or (self._known is not None and self._name not in self._known):
             return Status.BROKEN
-        self._emit(out, self._name, "{")
+        self._emit(self._name, "{")
         self._at = _At.KEY
         return Status.OPEN
 
-    def _feed_key(self, char: str, out: Parsed) -> Status:
+    def _feed_key(self, char: str) -> Status:
         if char == ")" and not self._text.strip():
-            self._emit(out, self._name, "}")
+            self._emit(self._name, "}")
             return Status.ENDED
         if char != "=":
             text = self._text + char
@@ -73,9 +72,9 @@ class PythonCall(CallScan):
         self._at = _At.VALUE
         return Status.OPEN if self._key else Status.BROKEN
 
-    def _feed_value(self, char: str, out: Parsed) -> Status:
+    def _feed_value(self, char: str) -> Status:
         if not (self._quote or self._closers) and char in ",)":
-            return self._end_value(char, out)
+            return self._end_value(char)
         if not self._quote and char in ")]}" and (not self._closers or self._closers.pop() != char):
             return Status.BROKEN
         self._text += char
@@ -92,19 +91,19 @@ class PythonCall(CallScan):
             self._closers.append(_CLOSERS[char])
         return Status.OPEN
 
-    def _end_value(self, char: str, out: Parsed) -> Status:
+    def _end_value(self, char: str) -> Status:
         try:
             value = to_json(self._text)
         except NotLiteral:
             return Status.BROKEN
         comma = ", " if self._count else ""
-        self._emit(out, self._name, f"{comma}{json.dumps(self._key, ensure_ascii=False)}: {value}")
+        self._emit(self._name, f"{comma}{json.dumps(self._key, ensure_ascii=False)}: {value}")
         self._count += 1
         self._text = ""
         self._at = _At.KEY
         if char == ",":
             return Status.OPEN
-        self._emit(out, self._name, "}")
+        self._emit(self._name, "}")
         return Status.ENDED
 
     def unsaid(self) -> str:

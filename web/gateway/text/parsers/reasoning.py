@@ -19,6 +19,33 @@ THINK = ReasoningMarks("<think>", "</think>")
 MISTRAL_THINK = ReasoningMarks("[THINK]", "[/THINK]")
 
 
+class ReasoningMeter:
+    """Whether a text is within the reasoning, piece by piece: what ReasoningSplitter says, at less cost."""
+
+    def __init__(self, marks: ReasoningMarks, inside: bool) -> None:
+        self._marks = marks
+        self.inside = inside
+        self.over = False
+        self._tail = ""  # the beginning, before it is known; then what may be the beginning of the end mark
+
+    def push(self, text: str) -> bool:
+        """Whether `text`, or a part of it, belongs to the reasoning."""
+        if self.over:
+            return False
+        begun = self.inside
+        text, begin, end = self._tail + text, self._marks.begin, self._marks.end
+        if not begun:
+            bare = text.lstrip()
+            if not bare.startswith(begin):
+                self._tail, self.over = text, not begin.startswith(bare)
+                return False
+            self.inside, text = True, bare[len(begin) :]
+        self._tail = text[-len(end) + 1 :]
+        if end in text:
+            self.inside, self.over = False, True
+        return begun or self.inside
+
+
 class _At(Enum):
     START = "start"  # nothing but white space, or the beginning of the first mark
     INSIDE = "inside"
@@ -41,6 +68,11 @@ class ReasoningSplitter:
     @property
     def inside(self) -> bool:
         return self._at is _At.INSIDE
+
+    @property
+    def over(self) -> bool:
+        """All that comes is the answer's."""
+        return self._at is _At.ANSWER
 
     def push(self, text: str, out: Parsed) -> str:
         """Say the reasoning in `text` to `out`; returns what is part of the answer."""
