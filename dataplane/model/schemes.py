@@ -37,10 +37,14 @@ class Scheme:
     one_less: bool = False
     skipped: tuple[str, ...] = ()
 
+    def skips(self, name: str) -> bool:
+        """Whether the weight of this name is dense."""
+        return any(part in name.removesuffix(".weight") for part in self.skipped)
+
     def shapes(self, name: str, n: int, k: int) -> Shapes:
         """The tensors that stand for the weight `name` [n, k] of a layer."""
         base = name.removesuffix(".weight")
-        if self.method == "gguf" or any(part in base for part in self.skipped):
+        if self.method == "gguf" or self.skips(name):
             return {name: (n, k)}
         groups = 1 if not self.group else k // self.group
         match self.method:

@@ -15,6 +15,7 @@ from controlplane.gguf.header import BLOCKS, is_gguf
 from dataplane.model.config import ModelConfig, read_json
 from dataplane.model.errors import ModelError
 from dataplane.model.gguf import PLAIN, place_of
+from dataplane.model.schemes import Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +104,7 @@ def load_weights(model_dir: Path, config: ModelConfig, layers: range) -> dict[st
         found = _from_gguf(path, names) if is_gguf(path) else _from_safetensors(path, names)
         keys = kept_names(found)
         for name in names:
-            _check(path, keys[name], found[keys[name]], shapes[name])
+            _check(path, keys[name], found[keys[name]], shapes[name], config.scheme)
         weights |= found
     return weights
 
@@ -140,17 +141,18 @@ def _from_gguf(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _check(path: Path, key: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+def _check(path: Path, key: str, tensor: torch.Tensor, shape: tuple[int, ...], scheme: Scheme | None) -> None:
     """Type and shape of a tensor that stands for one of `shape`. Raises ModelError."""
     last = key.rpartition(".")[2]
     dtypes: tuple[str, ...] = (PACKED[last],) if last in PACKED else DTYPES
-    if block := BLOCKS_BY_NAME.get(last):
+    block = BLOCKS_BY_NAME.get(last)
+    if block and scheme and scheme.method == "gguf":
         dtypes = ("torch.uint8",)
         if shape[-1] % block.values:
             raise ModelError(path, key, f"{shape[-1]} inputs are no multiple of {block.values}")
         shape = (*shape[:-1], shape[-1] // block.values * block.bytes)
-    elif str(tensor.dtype) == "torch.int8" and last == "weight":
-        dtypes = ("torch.int8",)
+    elif scheme and scheme.bits == 8 and last == "weight" and "_proj" in key:
+        dtypes = DTYPES if scheme.skips(key) else ("torch.int8",)
     if tuple(tensor.shape) != shape:
         raise ModelError(path, key, f"expected shape {shape}, found {tuple(tensor.shape)}")
     if str(tensor.dtype) not in dtypes:

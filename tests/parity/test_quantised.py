@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernels.base import Linear
+from kernels.base import Layer, Linear
 from kernels.cpu import _native, ops
 from kernels.cpu.pack import pack, pack_gate_up
+from kernels.cuda.weights import to_device
 from kernels.memory import Arena
 from kernels.quantised import GROUP, K_GROUPS, Format, Plane, Quantised, int8_rows, joined
 
@@ -167,6 +168,18 @@ def test_only_what_is_alike_is_joined() -> None:
     mixed = joined([four, other], torch.float32)
     assert isinstance(mixed, torch.Tensor)
     assert torch.equal(mixed, torch.cat([four.dense(), other.dense()]))
+
+
+def test_a_device_without_kernels_for_them_has_the_values() -> None:
+    """So GPUs serve quantised checkpoints as well, at the size of dense ones."""
+    weights = [random_weight(Format.INT4_K, n, 64) for n in (96, 32, 128, 32)]
+    qkv, o, gate_up, down = (Linear(weight) for weight in weights)
+    norm = torch.ones(64, dtype=torch.bfloat16)
+    layer = to_device(Layer(norm, qkv, None, None, o, norm, gate_up, down, None), torch.device("cpu"))
+    for weight, linear in zip(weights, (layer.qkv, layer.o, layer.gate_up, layer.down), strict=True):
+        assert torch.equal(linear.tensor, weight.dense().bfloat16())
+    with pytest.raises(TypeError, match="INT4_K"):
+        _ = qkv.tensor
 
 
 def test_formats_are_those_of_the_kernels() -> None:

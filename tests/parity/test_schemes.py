@@ -230,6 +230,16 @@ def test_groups_that_are_not_in_order_are_refused(original: Path, tmp_path: Path
         StageExecutor(there, 1, 2, num_blocks=4)
 
 
+def test_integers_that_no_scheme_speaks_of_are_refused(original: Path, tmp_path: Path) -> None:
+    """Without their scales they would be served as if they were the values."""
+    there, _ = made(original, "int8", tmp_path)
+    config = json.loads((there / "config.json").read_text())
+    del config["quantization_config"]
+    (there / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="int8 is not supported"):
+        StageExecutor(there, 0, 2, num_blocks=4)
+
+
 def test_tensors_of_another_type_or_size_are_refused(original: Path, tmp_path: Path) -> None:
     there, _ = made(original, "awq", tmp_path)
     good = load_file(there / "model.safetensors")
