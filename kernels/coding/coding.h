@@ -52,6 +52,7 @@ typedef struct {
 
 /* The loops that depend on the instruction set. */
 typedef struct {
+    int cheap_products; /* a product takes no longer than reading a shard */
     void (*pass)(const kf_pass *pass);
     /* out = from[0] + .. + from[n - 1]; out may be one of them */
     void (*sum)(uint8_t *out, const uint8_t *const *from, int n, int64_t size, int stream);

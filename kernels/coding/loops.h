@@ -225,6 +225,7 @@ TARGET static void NAME(pass)(const kf_pass *pass)
         PASS(0, 1, 1);
         PASS(0, 0, 1);
         PASS(0, 0, 2);
+        PASS(0, 0, 3);
         PASS(1, 1, 1);
         PASS(1, 1, 2);
 #endif
@@ -283,7 +284,7 @@ TARGET static void NAME(update)(uint8_t *const *out, const uint8_t *factors, int
     }
 }
 
-static const kf_coding_ops NAME(ops) = {NAME(pass), NAME(sum), NAME(update)};
+static const kf_coding_ops NAME(ops) = {CHEAP_PRODUCTS, NAME(pass), NAME(sum), NAME(update)};
 
 #undef NAME
 #undef TARGET
@@ -296,6 +297,7 @@ static const kf_coding_ops NAME(ops) = {NAME(pass), NAME(sum), NAME(update)};
 #undef SUM_UNITS
 #undef AHEAD
 #undef FEW_LOOPS
+#undef CHEAP_PRODUCTS
 #undef AHEAD_SUM
 #undef OPERAND
 #undef UNITS

@@ -89,10 +89,32 @@ void kf_rs_update(const kf_code *code, int index, kf_shard shard, const kf_shard
         kf_coding_ops_in_use()->update(out, factors, code->parity, shard.bytes + begin, end - begin);
 }
 
+static uint8_t product(uint8_t a, uint8_t b) { return kf_products[a].low[b & 15] ^ kf_products[a].high[b >> 4]; }
+
+/* What the data that is left, and the parities in the places of what is lost, are multiplied with to give what is lost. */
+static void restoring_rows(const kf_code *code, const kf_repair *repair, uint8_t (*rows)[KF_DATA_MAX])
+{
+    for (int i = 0; i < repair->count; i++) {
+        for (int j = 0; j < code->data; j++) {
+            rows[i][j] = 0;
+            for (int r = 0; r < repair->count; r++)
+                rows[i][j] ^= product(repair->inverse[i][r], code->rows[repair->rows[r]][j]);
+        }
+        for (int r = 0; r < repair->count; r++)
+            rows[i][repair->lost[r]] = repair->inverse[i][r];
+    }
+}
+
 void kf_rs_restore(const kf_code *code, const kf_repair *repair, const kf_shard *data, const kf_shard *parity, int64_t begin,
                    int64_t end, int stream)
 {
+    uint8_t rows[KF_PARITY_MAX][KF_DATA_MAX];
+    int single = repair->count == 1 && repair->rows[0] == 0;
+    /* Syndromes need few products; where these are cheap, it is better to read everything in one way. */
+    int direct = !single && kf_coding_ops_in_use()->cheap_products;
     int64_t until, longest = 0;
+    if (direct)
+        restoring_rows(code, repair, rows);
     for (int i = 0; i < repair->count; i++)
         if (data[repair->lost[i]].size > longest)
             longest = data[repair->lost[i]].size;
@@ -104,13 +126,19 @@ void kf_rs_restore(const kf_code *code, const kf_repair *repair, const kf_shard 
         pass.size = until - begin;
         shards_at(&pass, data, code->data, begin);
         for (int i = 0; i < repair->count; i++) {
-            kf_shard lost = data[repair->lost[i]];
-            pass.from[repair->lost[i]] = kf_zeros;
-            pass.there[repair->lost[i]] = 0;
-            add_row(&pass, i, code, repair->rows[i], parity[repair->rows[i]].bytes + begin,
-                    begin < lost.size ? lost.bytes + begin : NULL);
+            int lost = repair->lost[i];
+            const uint8_t *check = parity[repair->rows[i]].bytes + begin;
+            uint8_t *out = begin < data[lost].size ? data[lost].bytes + begin : NULL;
+            pass.from[lost] = direct ? check : kf_zeros;
+            pass.there[lost] = -direct;
+            if (direct) {
+                pass.out[i] = out;
+                pass.factors[i] = rows[i];
+                pass.others++;
+            } else
+                add_row(&pass, i, code, repair->rows[i], check, out);
         }
-        if (repair->count > 1 || repair->rows[0] != 0)
+        if (!single && !direct)
             pass.inverse = repair->inverse;
         run(&pass);
     }

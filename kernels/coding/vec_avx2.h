@@ -5,6 +5,7 @@
 #define V __m256i
 #define REGISTERS 16
 #define FEW_LOOPS 0
+#define CHEAP_PRODUCTS 0
 #define AHEAD 384
 #define AHEAD_SUM 128
 

@@ -10,6 +10,7 @@
 #define V __m512i
 #define REGISTERS 32
 #define FEW_LOOPS 0
+#define CHEAP_PRODUCTS KF_GFNI
 #define AHEAD 256
 #define AHEAD_SUM 0
 #undef STREAM_SUM
