@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer
-from web.gateway.template import ChatTemplate
 
 from controlplane.gguf.files import small_files
 from controlplane.kfadmin.up import packaged_model
@@ -17,6 +16,7 @@ from dataplane.model.config import load_config
 from dataplane.model.gguf import place_of
 from dataplane.model.weights import kept_names, stage_shapes
 from tests.parity.chain import Chain
+from web.gateway.text.template import ChatTemplate
 
 TOKENS = 64
 QUESTIONS = [
