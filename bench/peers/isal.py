@@ -71,7 +71,10 @@ class Isal:
 
     def _tables(self, rows: Sequence[bytes]) -> ctypes.Array[ctypes.c_char]:
         tables = ctypes.create_string_buffer(32 * len(rows) * len(rows[0]))
-        self._library.ec_init_tables(len(rows[0]), len(rows), b"".join(rows), tables)
+        # From 2.31 on, tables are made for the best processor level, unless one asks for those of all others.
+        plain = self._avx2 and hasattr(self._library, "ec_init_tables_base")
+        init = self._library.ec_init_tables_base if plain else self._library.ec_init_tables
+        init(len(rows[0]), len(rows), b"".join(rows), tables)
         return tables
 
     def _pointers(self, shards: Sequence[Shard]) -> ctypes.Array[ctypes.c_void_p]:
