@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 from bench import systems
+from bench.contract import Result
+from bench.map import Case, _record
 from bench.peers.client import Kind, PeerAbsent
 from bench.peers.protocol import Answer, Setup
 from bench.systems import fastest_peer
@@ -88,3 +90,13 @@ def test_absent_is_who_runs_in_none(monkeypatch: pytest.MonkeyPatch) -> None:
         fastest_peer(KIND, SETUP, PRECISIONS, tried),
     ):
         raise AssertionError("it was started")
+
+
+def test_a_batch_that_never_decoded_together_is_absent() -> None:
+    """Its rate is nothing: a slow machine's first stream ended before the last one began."""
+    case, result = Case("decode", 8, 256), Result("decode")
+    rates = {case: {"node": [100.0, -0.0], "node_int8": [180.0, 190.0], "node_int4": [-0.0, 0.0]}}
+    _record(result, case, rates, "")
+    assert result.metrics == {"node_tokens_per_s_b8": 100.0, "node_int8_tokens_per_s_b8": 185.0}
+    assert result.ratios == {"b8_node_int8_node": 1.8}
+    assert "node_int4_decode_b8" in result.absent
