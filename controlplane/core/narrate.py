@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.ids import Member
-from controlplane.contract.records import Operation, OperationKind, OperationState
+from controlplane.contract.records import Operation, OperationState
 from controlplane.contract.reports import RecoveryReport
 from controlplane.contract.status import NodeState
 from controlplane.contract.topology import MovePhase, Pipeline, Topology, switched
+from controlplane.core import kinds
 from controlplane.core.detector import Verdict
 
 
@@ -114,10 +115,7 @@ def of_recovery(report: RecoveryReport, node: str, unix_now: float) -> Event:
 
 
 def of_operation(op: Operation, unix_now: float) -> Event:
-    kind = EventKind.OPERATION
-    if op.state is OperationState.DONE:
-        done = {OperationKind.DRAIN: EventKind.DRAINED, OperationKind.REPLACE: EventKind.REPLACED}
-        kind = done.get(op.kind, EventKind.OPERATION)
+    kind = kinds.of(op).done_event if op.state is OperationState.DONE else EventKind.OPERATION
     details: dict[str, float | int | str] = {
         "operation": op.id,
         "kind": op.kind.value,
