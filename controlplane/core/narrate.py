@@ -55,6 +55,7 @@ def of_topology(
 
 def _epoch(old: Pipeline, new: Pipeline, died_s: Mapping[Member, float], unix_now: float) -> Iterator[Event]:
     parts: list[str] = []
+    died: list[str] = []
     details: dict[str, float | int | str] = {}
     for index, (was, now) in enumerate(zip(old.stages, new.stages, strict=True)):
         if was.ranks == now.ranks:
@@ -64,7 +65,9 @@ def _epoch(old: Pipeline, new: Pipeline, died_s: Mapping[Member, float], unix_no
             if member in died_s and member not in now.ranks:
                 # From the death being known to the new topology being written.
                 details["plan_s"] = round(max(died_s[member], float(details.get("plan_s", 0.0))), 4)
-                details["died"] = str(member)
+                died.append(str(member))
+    if died:
+        details["died"] = ", ".join(died)
     yield Event(EventKind.EPOCH, new.id, f"{new.id}: {'; '.join(parts)}", unix_now, new.epoch, details)
     empty = [i for i, stage in enumerate(new.stages) if not stage.ranks]
     if empty and old.up:

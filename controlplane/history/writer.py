@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from controlplane.backoff import Backoff
+from controlplane.contract.audit import AuditEntry
 from controlplane.contract.errors import ConfigError, Unavailable
 from controlplane.contract.events import Event
+from controlplane.contract.incidents import Incident
 from controlplane.history.store import Audit, HistoryStore
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 QUEUE_LEN_MAX = 4096
 BATCH_LEN_MAX = 256
@@ -73,12 +77,23 @@ class HistoryWriter:
             log.warning("history records lost at exit", records=len(self._queue), error=repr(error))
 
     async def tail(self, limit: int, after: int) -> list[tuple[int, Event]]:
-        """Events as stored. Raises Unavailable while the database is away."""
+        """Events as stored. Raises Unavailable while the database is away, as the other reads do."""
+        return await self._read(lambda: self._store.tail(limit, after))
+
+    async def incidents(self, limit: int) -> list[Incident]:
+        """The newest failures, oldest first."""
+        return await self._read(lambda: self._store.incidents(limit))
+
+    async def audit(self, limit: int, after: int, operation_id: str) -> list[AuditEntry]:
+        """The newest entries, oldest first; of one operation, if one is named."""
+        return await self._read(lambda: self._store.audit(limit, after, operation_id))
+
+    async def _read(self, query: Callable[[], Awaitable[T]]) -> T:
         if not self.healthy:
             raise Unavailable("the history database is away; see the controller's log")
         try:
             async with asyncio.timeout(CALL_LIMIT_S):
-                return await self._store.tail(limit, after)
+                return await query()
         except (SQLAlchemyError, OSError, TimeoutError) as error:
             raise Unavailable(f"the history database is away: {type(error).__name__}") from error
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from controlplane.contract.auth import ADMIN_CALLER
 from controlplane.contract.errors import Unavailable
 from controlplane.contract.keys import Keys
 from controlplane.contract.status import OperationRequest
@@ -530,9 +531,9 @@ class Cluster:
         if service is not None:
             self.operations += 1
             request = OperationRequest(f"op-{self.operations}", kind, node, substitute or None)
-            self._ask(service[0], service[1].submit(request))
+            self._ask(service[0], service[1].submit(request, ADMIN_CALLER))
 
     def cancel_operation(self) -> None:
         service = self._service()
         if service is not None and self.operations:
-            self._ask(service[0], service[1].cancel(f"op-{self.operations}"))
+            self._ask(service[0], service[1].cancel(f"op-{self.operations}", ADMIN_CALLER))
