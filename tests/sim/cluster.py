@@ -317,7 +317,7 @@ class Cluster:
         for node in topology.cordoned:
             self.operations += 1
             request = OperationRequest(f"last-{self.operations}", "undrain", node)
-            self._ask(process, at.submit(request))
+            self._ask(process, at.submit(request, ADMIN_CALLER))
 
     def _service(self) -> tuple[Process, Any] | None:
         """A controller that is there to be asked."""
