@@ -313,7 +313,7 @@ class Cluster:
         process, at = service
         for operation in at._operations():
             if operation.open and operation.kind != "undrain":
-                self._ask(process, at.cancel(operation.id))
+                self._ask(process, at.cancel(operation.id, ADMIN_CALLER))
         for node in topology.cordoned:
             self.operations += 1
             request = OperationRequest(f"last-{self.operations}", "undrain", node)
