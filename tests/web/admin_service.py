@@ -118,6 +118,7 @@ class MemoryService:
         self.cluster = healthy()
         self.history: list[Event] = []
         self.history_away = False
+        self.looks = 0  # statuses and events that were asked for
         self.known: dict[str, Operation] = {}
         self.callers: list[Caller] = []
         self.requests: list[OperationRequest] = []
@@ -129,6 +130,7 @@ class MemoryService:
         return self.cluster.troubles
 
     async def status(self) -> ClusterStatus:
+        self.looks += 1
         return msgspec.structs.replace(self.cluster, operations=tuple(self.known.values()))
 
     async def quorum(self) -> Sequence[Check]:
@@ -138,6 +140,7 @@ class MemoryService:
         return b"kevlarflow_epoch 1\n"
 
     async def events(self, limit: int, after: int = 0) -> Sequence[tuple[int, Event]]:
+        self.looks += 1
         if self.history_away:
             raise Unavailable("the history database is away")
         return [row for row in enumerate(self.history, 1) if row[0] > after][-limit:]

@@ -91,6 +91,15 @@ def kfadmin(*arguments: str) -> Result:
     return result
 
 
+def looked_at(service: MemoryService, times: int = 1) -> None:
+    """Wait until kfadmin has asked so often."""
+    deadline = time.monotonic() + 20
+    while service.looks < times:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)  # the answer is on its way
+
+
 # ---- every verb in every form
 
 LOOKS = {
@@ -161,7 +170,7 @@ def test_a_description_has_what_happened_and_is_under_way(target: list[str], ser
 
 def test_top_counts_steps_in_between(target: list[str], service: MemoryService) -> None:
     def advance() -> None:
-        time.sleep(0.5)
+        looked_at(service)
         nodes = tuple(
             msgspec.structs.replace(node, progress=node.progress + 100 * k)
             for k, node in enumerate(service.cluster.nodes)
@@ -185,7 +194,7 @@ def test_top_counts_steps_in_between(target: list[str], service: MemoryService) 
 
 def test_watching_prints_what_changes(target: list[str], service: MemoryService) -> None:
     def change() -> None:
-        time.sleep(0.7)
+        looked_at(service)
         service.cluster = msgspec.structs.replace(service.cluster, counter=13)
 
     thread = threading.Thread(target=change)
@@ -199,7 +208,7 @@ def test_watching_prints_what_changes(target: list[str], service: MemoryService)
 
 def test_following_events_prints_each_once(target: list[str], service: MemoryService) -> None:
     def add() -> None:
-        time.sleep(0.5)
+        looked_at(service)
         service.history = [*service.history, Event(EventKind.JOINED, "n1", "n1 joined")]
 
     thread = threading.Thread(target=add)
@@ -211,15 +220,15 @@ def test_following_events_prints_each_once(target: list[str], service: MemorySer
 
 def test_following_waits_for_a_history_that_is_away(target: list[str], service: MemoryService) -> None:
     def outage() -> None:
-        time.sleep(0.4)
+        looked_at(service)
         service.history_away = True
-        time.sleep(1.2)
+        looked_at(service, service.looks + 2)
         service.history = [*service.history, Event(EventKind.JOINED, "n1", "n1 joined")]
         service.history_away = False
 
     thread = threading.Thread(target=outage)
     thread.start()
-    result = kfadmin("events", "-f", "--timeout", "4.5", "-o", "name", *target)
+    result = kfadmin("events", "-f", "--timeout", "6", "-o", "name", *target)
     thread.join()
     assert (result.exit_code, result.stdout.split()) == (0, ["1", "2", "3", "4"])
     assert result.stderr.count("waiting for a controller") == 1
