@@ -32,7 +32,8 @@ PRUNE_EVERY_ROWS = 5_000
 class HistoryWriter:
     """Takes records at once, writes them in order in the background.
 
-    While the database is away records wait; above `QUEUE_LEN_MAX` the oldest ones are dropped and counted.
+    While the database is away records wait; above `QUEUE_LEN_MAX` the oldest events are dropped and counted, before
+    anything of the audit.
     """
 
     def __init__(
@@ -52,10 +53,15 @@ class HistoryWriter:
     def put(self, record: Event | Audit) -> None:
         """Never waits, never fails."""
         while len(self._queue) >= self._queue_len_max:
-            self._queue.popleft()
-            self.dropped += 1
+            self._drop_oldest()
         self._queue.append(record)
         self._news.set()
+
+    def _drop_oldest(self) -> None:
+        """The oldest event; of the audit only what is left when there are no events."""
+        found = next((i for i, record in enumerate(self._queue) if isinstance(record, Event)), 0)
+        del self._queue[found]
+        self.dropped += 1
 
     async def run(self) -> None:
         """Upgrade the schema, then write until cancelled."""
@@ -105,8 +111,7 @@ class HistoryWriter:
             # Back to the front, so that order is kept; beyond the bound the oldest go first.
             self._queue.extendleft(reversed(batch))
             while len(self._queue) > self._queue_len_max:
-                self._queue.popleft()
-                self.dropped += 1
+                self._drop_oldest()
             raise
         self.written += len(batch)
         self._since_prune += len(batch)

@@ -29,8 +29,8 @@ def checking(make: Callable[..., tuple[Check, ...]]) -> Callable[..., None]:
     def run(run_dir: Any, admin: Any, token_file: Any, output: Output, timeout: float, **own: Any) -> None:
         with connect(run_dir, admin, token_file, timeout) as client:
             checks = make(client, **own)
-        draw = lambda _wide: print_checks(checks)  # noqa: E731
-        show(View({"checks": checks}, draw, checks, [check.name for check in checks]), output)
+        names = [check.name for check in checks]
+        show(View({"checks": checks}, lambda _wide: print_checks(checks), checks, names), output)
         raise typer.Exit(Exit.REFUSED if any(check.level == "fail" for check in checks) else Exit.DONE)
 
     shared = CLUSTER | {"output": (OutputOption, Output.TABLE), "timeout": (Patience, 0.0)}

@@ -286,6 +286,29 @@ def test_the_writer_survives_a_database_that_comes_late(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_events_make_room_for_the_audit(tmp_path: Path) -> None:
+    async def main() -> None:
+        folder = tmp_path / "later"
+        store = HistoryStore(url(folder / "h.db"), "c", "c1")
+        writer = HistoryWriter(store, queue_len_max=4)
+        for number in range(3):
+            operation = Operation(id=f"op-{number}", kind=OperationKind.DRAIN, node="n2")
+            writer.put(Audit(Action.SUBMITTED, operation, float(number)))
+            writer.put(event(number))
+            writer.put(event(10 + number))
+        assert writer.dropped == 5
+        folder.mkdir()
+        task = asyncio.create_task(writer.run())
+        await until(lambda: writer.written == 4)
+        assert [entry.operation for entry in await writer.audit(10, 0, "")] == ["op-0", "op-1", "op-2"]
+        assert [item.subject for _, item in await writer.tail(10, 0)] == ["n12"]
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await store.close()
+
+    asyncio.run(main())
+
+
 def test_putting_never_waits_for_the_database(tmp_path: Path) -> None:
     async def main() -> None:
         path = tmp_path / "h.db"

@@ -498,7 +498,12 @@ def test_what_roles_are_for(client: httpx.Client, service: MemoryService) -> Non
     assert client.get("/metrics", headers=minted(Role.METRICS)).status_code == 200
     assert client.get("/admin/v1/status", headers=minted(Role.METRICS)).status_code == 403
     assert client.get("/admin/v1/status", headers=minted(Role.VIEWER)).status_code == 200
-    assert client.get("/admin/v1/audit", headers=minted(Role.VIEWER)).status_code == 403
+    for path in ("/admin/v1/audit", "//admin//v1/audit", "/admin/v1/%61udit", "/admin/v1/audit?limit=1"):
+        assert client.get(f"{client.base_url}{path}", headers=minted(Role.VIEWER)).status_code == 403, path
+        assert client.head(f"{client.base_url}{path}", headers=minted(Role.VIEWER)).status_code == 403, path
+        assert client.get(f"{client.base_url}{path}", headers=minted(Role.OPERATOR)).status_code == 200, path
+    slash = client.get(f"{client.base_url}/admin/v1/audit/", headers=minted(Role.VIEWER))
+    assert slash.status_code == 403
     body = drain("n2")
     assert client.post("/admin/v1/operations", json=body, headers=minted(Role.VIEWER)).status_code == 403
     assert service.known == {}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import socket
 import subprocess
 import sys
 import tarfile
@@ -206,6 +210,25 @@ def test_watching_prints_what_changes(target: list[str], service: MemoryService)
     assert [line.split()[2] for line in counters] == ["12,", "13,"]
 
 
+def test_a_terminal_is_painted_over(target: list[str], service: MemoryService) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "controlplane.kfadmin.main", "topology", "--watch", "--timeout", "2.5"]
+    process = subprocess.Popen([*command, *target], stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    text = b""
+    with (
+        contextlib.suppress(OSError),
+        os.fdopen(ours, "rb", buffering=0) as screen,
+    ):  # its end is an error there
+        while some := screen.read(65536):
+            text += some
+    assert process.wait(20) == 0
+    assert text.count(b"\x1b[H\x1b[2J") >= 2
+    assert text.count(b"epoch counter 12") >= 2
+    assert process.stderr is not None
+    process.stderr.close()
+
+
 def test_following_events_prints_each_once(target: list[str], service: MemoryService) -> None:
     def add() -> None:
         looked_at(service)
@@ -236,8 +259,6 @@ def test_following_waits_for_a_history_that_is_away(target: list[str], service: 
 
 def test_a_look_gives_up_in_time(tmp_path: Path, token: Path) -> None:
     """The controller takes the connection and says nothing."""
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         began = time.monotonic()
