@@ -51,7 +51,9 @@ class HistoryWriter:
         self.healthy = False  # the schema is there, and the last write went well
 
     def put(self, record: Event | Audit) -> None:
-        """Never waits, never fails."""
+        """Never waits, never fails. What is for the audit is logged, too: so it is told while the database is away."""
+        if isinstance(record, Audit):
+            _log(record)
         while len(self._queue) >= self._queue_len_max:
             self._drop_oldest()
         self._queue.append(record)
@@ -138,3 +140,12 @@ class HistoryWriter:
                     dropped=self.dropped,
                 )
             await backoff.pause()
+
+
+def _log(record: Audit) -> None:
+    op, caller = record.operation, record.caller
+    log.info(
+        "audit", action=record.action.value, operation=op.id, kind=op.kind.value, node=op.node,
+        who=caller.name if caller else "", role=caller.role.value if caller else "",
+        address=caller.address if caller else "", epoch=record.epoch, reason=record.reason,
+    )  # fmt: skip

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
-import structlog
 
 from controlplane.contract.audit import Action, AuditEntry
 from controlplane.contract.auth import Caller
@@ -36,8 +35,6 @@ from controlplane.shell.metrics import Sources, render
 from controlplane.shell.pieces import finish
 from controlplane.shell.quorum import quorum
 from controlplane.shell.registry import Registry
-
-log = structlog.get_logger()
 
 CALL_LIMIT_S = 2.0
 CANCEL_TRIES = 5  # the leader may write how far an operation is between our read and our write
@@ -251,12 +248,6 @@ class Service:
         epoch = 0 if topology is None else topology.counter
         said = msgspec.structs.replace(operation, message=message or operation.message)
         self._history.put(Audit(action, said, time.time(), epoch, caller, reason))
-        # Also where the database is away for so long that the writer has to drop what waits.
-        log.info(
-            "audit", action=action.value, operation=operation.id, kind=operation.kind.value,
-            node=operation.node, who=caller.name, role=caller.role.value, address=caller.address,
-            epoch=epoch, reason=reason,
-        )  # fmt: skip
 
 
 def _refused(answer: OperationAnswer, check: Check) -> OperationAnswer:

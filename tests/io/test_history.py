@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import structlog
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
@@ -287,7 +288,7 @@ def test_the_writer_survives_a_database_that_comes_late(tmp_path: Path) -> None:
 
 
 def test_events_make_room_for_the_audit(tmp_path: Path) -> None:
-    async def main() -> None:
+    async def main(logged: list[structlog.typing.EventDict]) -> None:
         folder = tmp_path / "later"
         store = HistoryStore(url(folder / "h.db"), "c", "c1")
         writer = HistoryWriter(store, queue_len_max=4)
@@ -297,6 +298,8 @@ def test_events_make_room_for_the_audit(tmp_path: Path) -> None:
             writer.put(event(number))
             writer.put(event(10 + number))
         assert writer.dropped == 5
+        told = [line for line in logged if line["event"] == "audit"]  # at once, not when the database is back
+        assert [line["operation"] for line in told] == ["op-0", "op-1", "op-2"]
         folder.mkdir()
         task = asyncio.create_task(writer.run())
         await until(lambda: writer.written == 4)
@@ -306,7 +309,8 @@ def test_events_make_room_for_the_audit(tmp_path: Path) -> None:
         await asyncio.gather(task, return_exceptions=True)
         await store.close()
 
-    asyncio.run(main())
+    with structlog.testing.capture_logs() as logged:
+        asyncio.run(main(logged))
 
 
 def test_putting_never_waits_for_the_database(tmp_path: Path) -> None:
