@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
+from enum import StrEnum
 from pathlib import Path
+
+import msgspec
 
 from controlplane.contract.errors import ConfigError
 
@@ -44,3 +48,74 @@ def bearer_matches(header: str | None, token: str) -> bool:
     if header is None or not header.startswith("Bearer "):
         return False
     return hmac.compare_digest(header.removeprefix("Bearer ").encode(), token.encode())
+
+
+# -- tokens with a name, a role and an expiry -----------------------------------------------------------------
+
+
+class Role(StrEnum):
+    """Each may do what those before it may."""
+
+    METRICS = "metrics"  # read /metrics
+    VIEWER = "viewer"  # read the cluster
+    OPERATOR = "operator"  # change it, read its audit and settings
+    ADMIN = "admin"  # the cluster's own token, which also makes others; never minted
+
+    def includes(self, other: Role) -> bool:
+        order = list(Role)
+        return order.index(self) >= order.index(other)
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """Who asks."""
+
+    name: str
+    role: Role
+    address: str = ""  # host that the request came from
+    expiry_unix_s: int = 0  # of the token; 0: it has none
+
+
+ADMIN_CALLER = Caller("admin", Role.ADMIN)
+MINTED = frozenset({Role.METRICS, Role.VIEWER, Role.OPERATOR})
+TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_@-]{0,62}")
+TOKEN_CHARS_MAX = 256
+
+
+def mint(admin_token: str, name: str, role: Role, expiry_unix_s: int) -> str:
+    """A token that every controller knows by its signature: "kf.ROLE.NAME.EXPIRY.HMAC". Nothing is stored, so that it
+    cannot be called back before it expires: keep the time short. Raises ConfigError."""
+    if role not in MINTED:
+        raise ConfigError(f"role {role.value!r} is not given away: one of {', '.join(sorted(MINTED))}")
+    if not TOKEN_NAME.fullmatch(name) or name == ADMIN_CALLER.name:
+        raise ConfigError(
+            f"{name!r} is no name for a token: up to 63 letters, digits, '_', '-' and '@', and not 'admin'"
+        )
+    said = f"kf.{role.value}.{name}.{expiry_unix_s}"
+    return f"{said}.{_signature(admin_token, said)}"
+
+
+def identify(token: str, admin_token: str, now_unix_s: float) -> Caller | None:
+    """Whose token it is; None: nobody's, or it has expired. Signatures are compared in constant time."""
+    if hmac.compare_digest(token.encode(), admin_token.encode()):
+        return ADMIN_CALLER
+    if len(token) > TOKEN_CHARS_MAX:
+        return None
+    said, _, signature = token.rpartition(".")
+    if not hmac.compare_digest(signature.encode(), _signature(admin_token, said).encode()):
+        return None
+    parts = said.split(".")
+    if len(parts) != 4 or parts[0] != "kf" or parts[1] not in MINTED:
+        return None
+    expiry = int(parts[3])
+    return Caller(parts[2], Role(parts[1]), expiry_unix_s=expiry) if expiry > now_unix_s else None
+
+
+def identify_bearer(header: str | None, admin_token: str, now_unix_s: float) -> Caller | None:
+    """As `identify`, of an Authorization header."""
+    if header is None or not header.startswith("Bearer "):
+        return None
+    return identify(header.removeprefix("Bearer "), admin_token, now_unix_s)
+
+
+def _signature(admin_token: str, said: str) -> str:
+    return hmac.new(admin_token.encode(), f"token/{said}".encode(), hashlib.sha256).hexdigest()

@@ -210,6 +210,15 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"n{instance * self.stages + stage}"
 
 
+def redacted(config: ClusterConfig) -> ClusterConfig:
+    """The settings without passwords: `database_url` may have one before its host, or in its query (left out)."""
+    scheme, slashes, rest = config.database_url.partition("?")[0].partition("://")
+    account, at, place = rest.rpartition("@")
+    user, colon, _ = account.partition(":")
+    hidden = f"{scheme}{slashes}{user}{colon and ':***'}{at}{place}"
+    return msgspec.structs.replace(config, database_url=hidden)
+
+
 def conflict(config: ClusterConfig) -> str | None:
     """Two settings that do not fit together, each being allowed alone; None if all do. Names both and their values."""
     return next(_conflicts(config), None)

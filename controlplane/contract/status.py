@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 
@@ -12,6 +13,7 @@ from controlplane.contract.records import Operation, OperationKind
 from controlplane.contract.topology import Mode, Move
 
 NAMED_MAX = 16  # names in one line
+REASON_CHARS_MAX = 500
 
 
 class NodeState(StrEnum):
@@ -182,6 +184,10 @@ class OperationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     deadline_s: float = 0.0
     version: str = ""  # restart: of the code that the fresh processes have to run; "": they have to be equal
     settings: str = ""  # restart: digest of the settings that they have to have
+    if_epoch: int | None = (
+        None  # refused unless the topology's counter is this one as the operation is written
+    )
+    reason: Annotated[str, msgspec.Meta(max_length=REASON_CHARS_MAX)] = ""  # for the audit
 
     def is_for(self, known: Operation) -> bool:
         """Whether `known` is what is asked for here. Who is to lead may have been left to the cluster."""

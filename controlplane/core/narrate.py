@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.ids import Member
-from controlplane.contract.records import Operation, OperationKind, OperationState
+from controlplane.contract.records import Operation, OperationState
 from controlplane.contract.reports import RecoveryReport
 from controlplane.contract.status import NodeState
 from controlplane.contract.topology import MovePhase, Pipeline, Topology, switched
+from controlplane.core import kinds
 from controlplane.core.detector import Verdict
 
 
@@ -54,6 +55,7 @@ def of_topology(
 
 def _epoch(old: Pipeline, new: Pipeline, died_s: Mapping[Member, float], unix_now: float) -> Iterator[Event]:
     parts: list[str] = []
+    died: list[str] = []
     details: dict[str, float | int | str] = {}
     for index, (was, now) in enumerate(zip(old.stages, new.stages, strict=True)):
         if was.ranks == now.ranks:
@@ -63,7 +65,9 @@ def _epoch(old: Pipeline, new: Pipeline, died_s: Mapping[Member, float], unix_no
             if member in died_s and member not in now.ranks:
                 # From the death being known to the new topology being written.
                 details["plan_s"] = round(max(died_s[member], float(details.get("plan_s", 0.0))), 4)
-                details["died"] = str(member)
+                died.append(str(member))
+    if died:
+        details["died"] = ", ".join(died)
     yield Event(EventKind.EPOCH, new.id, f"{new.id}: {'; '.join(parts)}", unix_now, new.epoch, details)
     empty = [i for i, stage in enumerate(new.stages) if not stage.ranks]
     if empty and old.up:
@@ -114,10 +118,7 @@ def of_recovery(report: RecoveryReport, node: str, unix_now: float) -> Event:
 
 
 def of_operation(op: Operation, unix_now: float) -> Event:
-    kind = EventKind.OPERATION
-    if op.state is OperationState.DONE:
-        done = {OperationKind.DRAIN: EventKind.DRAINED, OperationKind.REPLACE: EventKind.REPLACED}
-        kind = done.get(op.kind, EventKind.OPERATION)
+    kind = kinds.of(op).done_event if op.state is OperationState.DONE else EventKind.OPERATION
     details: dict[str, float | int | str] = {
         "operation": op.id,
         "kind": op.kind.value,

@@ -16,7 +16,6 @@ from msgspec.structs import replace
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topology
 from controlplane.core.demote import restart_faulty
-from controlplane.core.drain import wants
 from controlplane.core.edit import successor
 from controlplane.core.invariants import broken
 from controlplane.core.membership import Nodes
@@ -24,7 +23,7 @@ from controlplane.core.operations import operate, pause, resume, survey
 from controlplane.core.policy import Policy, Situation
 from controlplane.core.reconfigure import advance
 from controlplane.core.repair import drop_dead, fill, release, repair, retarget
-from controlplane.core.restart import peer_is_newest
+from controlplane.core.wants import wants
 
 Rule = Callable[[Situation], Topology | None]
 
@@ -175,7 +174,10 @@ def tidy(s: Situation) -> Topology | None:
 
 def _newest(s: Situation, member: Member) -> bool:
     view = s.nodes.views.get(member.node)
-    return view.member == member if view is not None else peer_is_newest(s, member)
+    if view is not None:
+        return view.member == member
+    newest = s.policy.peers.find(member.node)  # a controller or a gateway
+    return newest is None or newest == member
 
 
 URGENT: tuple[Rule, ...] = (

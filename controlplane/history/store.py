@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,13 +10,20 @@ import msgspec
 from sqlalchemy import Row, delete, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from controlplane.contract.audit import Action, AuditEntry
+from controlplane.contract.auth import Caller
 from controlplane.contract.events import Event, EventKind
+from controlplane.contract.incidents import Incident
 from controlplane.contract.records import Operation
-from controlplane.history import schema
+from controlplane.history import incidents, schema
 from controlplane.history.tables import events, operations
 
 LIMIT_MAX = 1000
+# That are looked through for incidents, the newest ones. 2,000: 5 ms of the loop's own thread, some 200 ms of others.
+INCIDENT_EVENTS_MAX = 2000
+CONTROLLER_ROLE = "controller"
 _KINDS = frozenset(kind.value for kind in EventKind)
+_ACTIONS = frozenset(action.value for action in Action)  # a newer release may have written others
 _details_type = dict[str, float | int | str]
 
 
@@ -23,9 +31,12 @@ _details_type = dict[str, float | int | str]
 class Audit:
     """One line of the audit: what was asked of, or decided about, an operation."""
 
-    action: str  # submitted, refused, cancelled, done, failed
+    action: Action
     operation: Operation
     unix_s: float
+    epoch: int = 0  # counter of the topology at that time
+    caller: Caller | None = None  # None: a controller did it by itself
+    reason: str = ""
 
 
 class HistoryStore:
@@ -67,30 +78,55 @@ class HistoryStore:
         # A newer release may have written kinds that this one does not know.
         return [(row.id, _event(row)) for row in reversed(rows) if row.kind in _KINDS]
 
-    async def audit(self, operation_id: str) -> list[tuple[str, float]]:
-        """What happened to one operation, oldest first, as (action, unix seconds)."""
+    async def incidents(self, limit: int) -> list[Incident]:
+        """The newest `limit` failures, oldest first. One whose beginning is no longer among the newest
+        `INCIDENT_EVENTS_MAX` events that tell of failures is not told."""
         query = (
-            select(operations.c.action, operations.c.unix_s)
-            .where(operations.c.cluster == self._cluster, operations.c.operation_id == operation_id)
-            .order_by(operations.c.id)
+            select(events)
+            .where(events.c.cluster == self._cluster, events.c.kind.in_(incidents.TOLD_BY))
+            .order_by(events.c.id.desc())
+            .limit(INCIDENT_EVENTS_MAX)
         )
         async with self._reader.connect() as connection:
-            return [(row.action, row.unix_s) for row in await connection.execute(query)]
+            rows = (await connection.execute(query)).all()
+        # Thousands of rows: in a thread, so that a controller goes on meanwhile.
+        found = await asyncio.to_thread(
+            lambda: incidents.incidents((row.id, _event(row)) for row in reversed(rows))
+        )
+        return found[-max(1, min(limit, LIMIT_MAX)) :]
+
+    async def audit(self, limit: int, after: int = 0, operation_id: str = "") -> list[AuditEntry]:
+        """The newest `limit` entries (at most 1,000) with an id above `after`, oldest first; of one operation, if one
+        is named."""
+        begun = (
+            func.first_value(operations.c.epoch)
+            .over(partition_by=operations.c.operation_id, order_by=operations.c.id)
+            .label("epoch_before")
+        )
+        known = select(operations, begun).where(operations.c.cluster == self._cluster)
+        if operation_id:
+            known = known.where(operations.c.operation_id == operation_id)
+        every = known.subquery()
+        query = (
+            select(every)
+            .where(every.c.id > after, every.c.action.in_(_ACTIONS))
+            .order_by(every.c.id.desc())
+            .limit(max(1, min(limit, LIMIT_MAX)))
+        )
+        async with self._reader.connect() as connection:
+            rows = (await connection.execute(query)).all()
+        return [_entry(row) for row in reversed(rows)]
 
     async def prune(self, keep: int) -> int:
-        """Keep the newest `keep` rows of each table; returns how many were deleted."""
-        deleted = 0
+        """Keep the newest `keep` events; returns how many were deleted. The audit is kept: one row for each thing
+        that an operator did, and its end."""
+        ids = select(events.c.id).where(events.c.cluster == self._cluster)
+        oldest_kept = ids.order_by(events.c.id.desc()).offset(keep).limit(1).scalar_subquery()
+        old = delete(events).where(
+            events.c.cluster == self._cluster, events.c.id <= func.coalesce(oldest_kept, 0)
+        )
         async with self._engine.begin() as connection:
-            for table in (events, operations):
-                ids = select(table.c.id).where(table.c.cluster == self._cluster)
-                oldest_kept = ids.order_by(table.c.id.desc()).offset(keep).limit(1).scalar_subquery()
-                done = await connection.execute(
-                    delete(table).where(
-                        table.c.cluster == self._cluster, table.c.id <= func.coalesce(oldest_kept, 0)
-                    )
-                )
-                deleted += done.rowcount
-        return deleted
+            return (await connection.execute(old)).rowcount
 
     async def close(self) -> None:
         await self._engine.dispose()
@@ -113,13 +149,38 @@ class HistoryStore:
             "cluster": self._cluster,
             "unix_s": item.unix_s,
             "operation_id": operation.id[:200],
-            "action": item.action,
+            "action": item.action.value,
             "kind": operation.kind.value,
             "node": operation.node[:200],
             "substitute": (operation.substitute or "")[:200],
             "message": operation.message,
             "recorded_by": self._recorded_by,
+            "who": item.caller.name if item.caller else self._recorded_by,
+            "role": item.caller.role.value if item.caller else CONTROLLER_ROLE,
+            "address": item.caller.address[:200] if item.caller else "",
+            "reason": item.reason,
+            "epoch": item.epoch,
         }
+
+
+def _entry(row: Row[tuple[object, ...]]) -> AuditEntry:
+    return AuditEntry(
+        id=row.id,
+        unix_s=row.unix_s,
+        action=Action(row.action),
+        operation=row.operation_id,
+        kind=row.kind,
+        node=row.node,
+        substitute=row.substitute,
+        message=row.message,
+        reason=row.reason,
+        who=row.who,
+        role=row.role,
+        address=row.address,
+        epoch_before=row.epoch_before,
+        epoch_after=row.epoch,
+        recorded_by=row.recorded_by,
+    )
 
 
 def _event(row: Row[tuple[object, ...]]) -> Event:

@@ -25,6 +25,7 @@ events = Table(
     sqlite_autoincrement=True,  # an id is never used twice, also after pruning
 )
 
+# Append-only: triggers refuse to change or delete a row.
 operations = Table(
     "operations_audit",
     metadata,
@@ -38,6 +39,11 @@ operations = Table(
     Column("substitute", String(200), nullable=False),
     Column("message", Text, nullable=False),
     Column("recorded_by", String(200), nullable=False),
+    Column("who", String(200), nullable=False, server_default=""),
+    Column("role", String(40), nullable=False, server_default=""),
+    Column("address", String(200), nullable=False, server_default=""),  # where the request came from
+    Column("reason", Text, nullable=False, server_default=""),  # in the operator's words
+    Column("epoch", BigInteger, nullable=False, server_default="0"),  # counter of the topology at that time
     Index("operations_audit_by_operation", "cluster", "operation_id"),
     sqlite_autoincrement=True,
 )

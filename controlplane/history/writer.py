@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from controlplane.backoff import Backoff
+from controlplane.contract.audit import AuditEntry
 from controlplane.contract.errors import ConfigError, Unavailable
 from controlplane.contract.events import Event
+from controlplane.contract.incidents import Incident
 from controlplane.history.store import Audit, HistoryStore
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 QUEUE_LEN_MAX = 4096
 BATCH_LEN_MAX = 256
@@ -28,7 +32,8 @@ PRUNE_EVERY_ROWS = 5_000
 class HistoryWriter:
     """Takes records at once, writes them in order in the background.
 
-    While the database is away records wait; above `QUEUE_LEN_MAX` the oldest ones are dropped and counted.
+    While the database is away records wait; above `QUEUE_LEN_MAX` the oldest events are dropped and counted, before
+    anything of the audit.
     """
 
     def __init__(
@@ -46,12 +51,19 @@ class HistoryWriter:
         self.healthy = False  # the schema is there, and the last write went well
 
     def put(self, record: Event | Audit) -> None:
-        """Never waits, never fails."""
+        """Never waits, never fails. What is for the audit is logged, too: so it is told while the database is away."""
+        if isinstance(record, Audit):
+            _log(record)
         while len(self._queue) >= self._queue_len_max:
-            self._queue.popleft()
-            self.dropped += 1
+            self._drop_oldest()
         self._queue.append(record)
         self._news.set()
+
+    def _drop_oldest(self) -> None:
+        """The oldest event; of the audit only what is left when there are no events."""
+        found = next((i for i, record in enumerate(self._queue) if isinstance(record, Event)), 0)
+        del self._queue[found]
+        self.dropped += 1
 
     async def run(self) -> None:
         """Upgrade the schema, then write until cancelled."""
@@ -73,12 +85,23 @@ class HistoryWriter:
             log.warning("history records lost at exit", records=len(self._queue), error=repr(error))
 
     async def tail(self, limit: int, after: int) -> list[tuple[int, Event]]:
-        """Events as stored. Raises Unavailable while the database is away."""
+        """Events as stored. Raises Unavailable while the database is away, as the other reads do."""
+        return await self._read(lambda: self._store.tail(limit, after))
+
+    async def incidents(self, limit: int) -> list[Incident]:
+        """The newest failures, oldest first."""
+        return await self._read(lambda: self._store.incidents(limit))
+
+    async def audit(self, limit: int, after: int, operation_id: str) -> list[AuditEntry]:
+        """The newest entries, oldest first; of one operation, if one is named."""
+        return await self._read(lambda: self._store.audit(limit, after, operation_id))
+
+    async def _read(self, query: Callable[[], Awaitable[T]]) -> T:
         if not self.healthy:
             raise Unavailable("the history database is away; see the controller's log")
         try:
             async with asyncio.timeout(CALL_LIMIT_S):
-                return await self._store.tail(limit, after)
+                return await query()
         except (SQLAlchemyError, OSError, TimeoutError) as error:
             raise Unavailable(f"the history database is away: {type(error).__name__}") from error
 
@@ -90,8 +113,7 @@ class HistoryWriter:
             # Back to the front, so that order is kept; beyond the bound the oldest go first.
             self._queue.extendleft(reversed(batch))
             while len(self._queue) > self._queue_len_max:
-                self._queue.popleft()
-                self.dropped += 1
+                self._drop_oldest()
             raise
         self.written += len(batch)
         self._since_prune += len(batch)
@@ -118,3 +140,12 @@ class HistoryWriter:
                     dropped=self.dropped,
                 )
             await backoff.pause()
+
+
+def _log(record: Audit) -> None:
+    op, caller = record.operation, record.caller
+    log.info(
+        "audit", action=record.action.value, operation=op.id, kind=op.kind.value, node=op.node,
+        who=caller.name if caller else "", role=caller.role.value if caller else "",
+        address=caller.address if caller else "", epoch=record.epoch, reason=record.reason,
+    )  # fmt: skip

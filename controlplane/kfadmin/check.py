@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -10,9 +11,11 @@ from controlplane.contract.records import OperationKind
 from controlplane.contract.status import Check
 from controlplane.kfadmin.client import AdminClient
 from controlplane.kfadmin.exits import Exit
-from controlplane.kfadmin.operate import Node, asked
-from controlplane.kfadmin.output import Output, OutputOption, print_checks, print_json
-from controlplane.kfadmin.target import AdminOption, RunDirOption, TokenFileOption, connect
+from controlplane.kfadmin.formats import Output, OutputOption, View, show
+from controlplane.kfadmin.look import CLUSTER, Patience, with_options
+from controlplane.kfadmin.operate import Node, Wish
+from controlplane.kfadmin.output import print_checks
+from controlplane.kfadmin.target import connect
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,56 +23,50 @@ app = typer.Typer(
 )
 
 
+def checking(make: Callable[..., tuple[Check, ...]]) -> Callable[..., None]:
+    """The verb of `make(client, its own options) -> checks`."""
+
+    def run(run_dir: Any, admin: Any, token_file: Any, output: Output, timeout: float, **own: Any) -> None:
+        with connect(run_dir, admin, token_file, timeout) as client:
+            checks = make(client, **own)
+        names = [check.name for check in checks]
+        show(View({"checks": checks}, lambda _wide: print_checks(checks), checks, names), output)
+        raise typer.Exit(Exit.REFUSED if any(check.level == "fail" for check in checks) else Exit.DONE)
+
+    shared = CLUSTER | {"output": (OutputOption, Output.TABLE), "timeout": (Patience, 0.0)}
+    return with_options(make, run, 1, **shared)
+
+
 @app.command()
-def drain(
-    node: Node,
-    run_dir: RunDirOption = None,
-    admin: AdminOption = None,
-    token_file: TokenFileOption = None,
-    output: OutputOption = Output.TABLE,
-) -> None:
+@checking
+def drain(client: AdminClient, node: Node) -> tuple[Check, ...]:
     """Could NODE be drained now?"""
-    with connect(run_dir, admin, token_file) as client:
-        _tell(_preflight(client, OperationKind.DRAIN, node), output)
+    return _preflight(client, OperationKind.DRAIN, node)
 
 
 @app.command()
+@checking
 def replace(
+    client: AdminClient,
     node: Node,
     substitute: Annotated[
         str | None, typer.Option("--with", help="The node that would take its place.")
     ] = None,
-    run_dir: RunDirOption = None,
-    admin: AdminOption = None,
-    token_file: TokenFileOption = None,
-    output: OutputOption = Output.TABLE,
-) -> None:
+) -> tuple[Check, ...]:
     """Could NODE be replaced now?"""
-    with connect(run_dir, admin, token_file) as client:
-        _tell(_preflight(client, OperationKind.REPLACE, node, substitute), output)
+    return _preflight(client, OperationKind.REPLACE, node, substitute)
 
 
 @app.command()
-def quorum(
-    run_dir: RunDirOption = None,
-    admin: AdminOption = None,
-    token_file: TokenFileOption = None,
-    output: OutputOption = Output.TABLE,
-) -> None:
+@checking
+def quorum(client: AdminClient) -> tuple[Check, ...]:
     """Can the cluster be changed (etcd's members, the leader), and would it still after one more loss?"""
-    with connect(run_dir, admin, token_file) as client:
-        _tell(client.quorum(), output)
+    return client.quorum()
 
 
 def _preflight(
     client: AdminClient, kind: OperationKind, node: str, substitute: str | None = None
 ) -> tuple[Check, ...]:
-    return client.submit(asked(kind, node, None, dry_run=True, substitute=substitute)).checks
-
-
-def _tell(checks: tuple[Check, ...], output: Output) -> None:
-    if output is Output.JSON:
-        print_json({"checks": checks})
-    else:
-        print_checks(checks)
-    raise typer.Exit(Exit.REFUSED if any(check.level == "fail" for check in checks) else Exit.DONE)
+    client.current()  # from the leader, if it is among the endpoints
+    wish = Wish(None, None, dry_run=True, operation_id=None, deadline_s=0.0, if_epoch=None, reason="")
+    return client.submit(wish.to(kind, node, substitute)).checks

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import time
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx
 import msgspec
 
+from controlplane.contract.audit import AuditEntry
 from controlplane.contract.errors import KevlarFlowError, PeerError, RequestError, Unavailable
 from controlplane.contract.events import Event
+from controlplane.contract.incidents import Incident
 from controlplane.contract.records import Operation
 from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
 
 T = TypeVar("T")
 
-TIMEOUT = httpx.Timeout(5.0, connect=1.0)
+ANSWER_S = 5.0
+CONNECT_S = 1.0
 
 
 class Unreachable(Unavailable):
@@ -58,6 +65,14 @@ class _Checks(msgspec.Struct, frozen=True):
     checks: tuple[Check, ...]
 
 
+class _Incidents(msgspec.Struct, frozen=True):
+    incidents: list[Incident]
+
+
+class _Audit(msgspec.Struct, frozen=True):
+    entries: list[AuditEntry]
+
+
 class _Operations(msgspec.Struct, frozen=True):
     operations: list[Operation]
 
@@ -69,12 +84,13 @@ class AdminClient:
     PeerError (it answered with something that is not the admin API).
     """
 
-    def __init__(self, endpoints: Sequence[str], token: str) -> None:
+    def __init__(self, endpoints: Sequence[str], token: str, limit_s: float = 0.0) -> None:
+        """`limit_s`: after which nothing is asked any more, from now on; 0: never."""
         self._endpoints = list(endpoints)
+        self._limit_s = limit_s
+        self._until = time.monotonic() + limit_s if limit_s else math.inf
         # Loopback and management networks are not reached through a proxy of the environment.
-        self._http = httpx.Client(
-            headers={"authorization": f"Bearer {token}"}, timeout=TIMEOUT, trust_env=False
-        )
+        self._http = httpx.Client(headers={"authorization": f"Bearer {token}"}, trust_env=False)
 
     def __enter__(self) -> AdminClient:
         return self
@@ -87,6 +103,38 @@ class AdminClient:
 
     def status(self) -> ClusterStatus:
         return self._read("/admin/v1/status", ClusterStatus)
+
+    def current(self) -> ClusterStatus:
+        """The status as the leader has it, who is asked first from now on. Only where no endpoint that was named leads,
+        as another controller has it: `answered_by` is then not `leader`.
+
+        The leader's address, of which others tell, is not gone to: the token is for the endpoints that were named."""
+        first = found = self.status()
+        for endpoint in list(self._endpoints):
+            if not found.leader or found.answered_by == found.leader:
+                return found
+            with contextlib.suppress(Unreachable):
+                found = self._read("/admin/v1/status", ClusterStatus, (endpoint,))
+                if found.answered_by == found.leader:
+                    self._endpoints.remove(endpoint)
+                    self._endpoints.insert(0, endpoint)
+        return found if found.answered_by == found.leader else first
+
+    def incidents(self, limit: int = 50) -> list[Incident]:
+        """The newest failures, oldest first."""
+        return self._read(f"/admin/v1/incidents?limit={limit}", _Incidents).incidents
+
+    def audit(self, limit: int = 50, after: int = 0, operation: str = "") -> list[AuditEntry]:
+        """The newest `limit` entries with an id above `after`, oldest first; of one operation, if one is named."""
+        query = f"limit={limit}&after={after}&operation={quote(operation, safe='')}"
+        return self._read(f"/admin/v1/audit?{query}", _Audit).entries
+
+    def settings(self) -> dict[str, Any]:
+        """What a controller runs with, without passwords."""
+        return self._read("/admin/v1/settings", dict[str, Any])
+
+    def metrics(self) -> str:
+        return _checked(self._send("GET", "/metrics")).text
 
     def events(self, limit: int = 50, after: int = 0) -> list[EventRow]:
         """The newest `limit` events with an id above `after`, oldest first."""
@@ -114,17 +162,25 @@ class AdminClient:
 
     def cancel(self, operation_id: str) -> Operation:
         return _decode(
-            _checked(self._send("DELETE", f"/admin/v1/operations/{operation_id}")).content, Operation
+            _checked(self._send("DELETE", f"/admin/v1/operations/{quote(operation_id, safe='')}")).content,
+            Operation,
         )
 
-    def _read(self, path: str, kind: type[T]) -> T:
-        return _decode(_checked(self._send("GET", path)).content, kind)
+    def _read(self, path: str, kind: type[T], endpoints: Sequence[str] = ()) -> T:
+        return _decode(_checked(self._send("GET", path, endpoints=endpoints)).content, kind)
 
-    def _send(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
+    def _send(
+        self, method: str, path: str, body: bytes | None = None, endpoints: Sequence[str] = ()
+    ) -> httpx.Response:
         troubles = []
-        for endpoint in list(self._endpoints):
+        for endpoint in list(endpoints or self._endpoints):
+            left_s = self._until - time.monotonic()
+            if left_s <= 0:
+                troubles.append(f"no answer within {self._limit_s:g} s")
+                break
+            limits = httpx.Timeout(min(ANSWER_S, left_s), connect=min(CONNECT_S, left_s))
             try:
-                response = self._http.request(method, endpoint + path, content=body)
+                response = self._http.request(method, endpoint + path, content=body, timeout=limits)
             except httpx.TransportError as error:
                 troubles.append(f"{endpoint}: {error or type(error).__name__}")
             else:

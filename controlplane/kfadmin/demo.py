@@ -24,8 +24,9 @@ from controlplane.contract.errors import ConfigError, KevlarFlowError
 from controlplane.contract.status import ClusterStatus
 from controlplane.kfadmin.client import AdminClient, Unreachable
 from controlplane.kfadmin.exits import Exit
+from controlplane.kfadmin.formats import Output, OutputOption, View, show
 from controlplane.kfadmin.loadgen import LoadGenerator, Stream, sample_prompts
-from controlplane.kfadmin.output import BAD, GOOD, Output, OutputOption, console, print_json, progress, table
+from controlplane.kfadmin.output import BAD, GOOD, console, progress, table
 from controlplane.kfadmin.rundir import RunDir
 from controlplane.kfadmin.target import RunDirOption, connect, find_run_dir
 
@@ -66,12 +67,9 @@ def demo(
 ) -> None:
     """Kill a node under load and measure what the streams notice. Exit code 1 if any token differs."""
     local = find_run_dir(run_dir)
-    with connect(run_dir, None, None) as admin:
+    with connect(local.path, None, None) as admin:
         result = asyncio.run(_demo(local, admin, streams, tokens, node))
-    if output is Output.JSON:
-        print_json(result)
-    else:
-        _print_result(result)
+    show(View(result, lambda _wide: _print_result(result), result.streams), output)
     raise typer.Exit(Exit.DONE if result.ok else Exit.FAILED)
 
 

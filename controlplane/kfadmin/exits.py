@@ -19,6 +19,18 @@ class Exit(IntEnum):
     NOT_ALLOWED = 6
 
 
+# The one table: `kfadmin --help` and docs/kfadmin.md show it.
+WORDS = {
+    Exit.DONE: "done; of a check: yes, there may be warnings",
+    Exit.FAILED: "failed, or cancelled",
+    Exit.USAGE: "wrong usage: an option, a name, a setting",
+    Exit.REFUSED: "refused, and nothing was changed; of a check: no",
+    Exit.GOES_ON: "the wait is over (--timeout, Ctrl-C), the operation goes on",
+    Exit.UNREACHABLE: "no controller answers, or etcd or the history is away",
+    Exit.NOT_ALLOWED: "not allowed: no token, a wrong one, or a role that may not",
+}
+
+
 def exit_of(error: KevlarFlowError) -> Exit:
     """The exit code for an error that ended a verb."""
     match error:

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 from msgspec.structs import replace
 
+from controlplane.contract.errors import RequestError
 from controlplane.contract.records import OperationKind, RestartScope
+from controlplane.contract.status import OperationRequest
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.kfadmin.host import restart_etcd, restart_launcher
-from controlplane.kfadmin.operate import Deadline, Detach, DryRun, OperationId, Timeout, asked, run
-from controlplane.kfadmin.output import Output, OutputOption
-from controlplane.kfadmin.target import AdminOption, RunDirOption, TokenFileOption, connect, find_run_dir
+from controlplane.kfadmin.operate import Wish, operation
+from controlplane.kfadmin.target import find_run_dir
 
 
 class Scope(StrEnum):
@@ -25,68 +26,35 @@ class Scope(StrEnum):
     ETCD = "etcd"
 
 
-def pause(
-    run_dir: RunDirOption = None,
-    admin: AdminOption = None,
-    token_file: TokenFileOption = None,
-    output: OutputOption = Output.TABLE,
-    dry_run: DryRun = False,
-    timeout: Timeout = 60.0,
-    operation_id: OperationId = None,
-) -> None:
+@operation(timeout_s=60.0)
+def pause(wish: Wish) -> OperationRequest:
     """Stop automation: nothing is repaired, moved or handed back until `kfadmin resume`. Streams go on."""
-    request = asked(OperationKind.PAUSE, "", operation_id, dry_run)
-    with connect(run_dir, admin, token_file) as client:
-        run(client, request, output, False, timeout)
+    return wish.to(OperationKind.PAUSE)
 
 
-def resume(
-    run_dir: RunDirOption = None,
-    admin: AdminOption = None,
-    token_file: TokenFileOption = None,
-    output: OutputOption = Output.TABLE,
-    dry_run: DryRun = False,
-    timeout: Timeout = 60.0,
-    operation_id: OperationId = None,
-) -> None:
+@operation(timeout_s=60.0)
+def resume(wish: Wish) -> OperationRequest:
     """Start automation again: what died meanwhile is repaired, operations go on."""
-    request = asked(OperationKind.RESUME, "", operation_id, dry_run)
-    with connect(run_dir, admin, token_file) as client:
-        run(client, request, output, False, timeout)
+    return wish.to(OperationKind.RESUME)
 
 
+@operation(timeout_s=60.0)
 def transfer_leader(
+    wish: Wish,
     controller: Annotated[str, typer.Argument(help="Who is to lead (default: the next candidate).")] = "",
-    run_dir: RunDirOption = None,
-    admin: AdminOption = None,
-    token_file: TokenFileOption = None,
-    output: OutputOption = Output.TABLE,
-    dry_run: DryRun = False,
-    timeout: Timeout = 60.0,
-    deadline: Deadline = 0.0,
-    operation_id: OperationId = None,
-) -> None:
+) -> OperationRequest:
     """Hand leadership to another controller. No stream notices."""
-    request = asked(OperationKind.TRANSFER, controller, operation_id, dry_run, deadline)
-    with connect(run_dir, admin, token_file) as client:
-        run(client, request, output, False, timeout)
+    return wish.to(OperationKind.TRANSFER, controller)
 
 
+@operation(timeout_s=3600.0)
 def restart(
+    wish: Wish,
     scope: Annotated[
         Scope,
         typer.Argument(help="nodes, controllers, gateways or all of these; on this machine: launcher, etcd."),
     ],
-    run_dir: RunDirOption = None,
-    admin: AdminOption = None,
-    token_file: TokenFileOption = None,
-    output: OutputOption = Output.TABLE,
-    dry_run: DryRun = False,
-    detach: Detach = False,
-    timeout: Timeout = 3600.0,
-    deadline: Deadline = 0.0,
-    operation_id: OperationId = None,
-) -> None:
+) -> OperationRequest | None:
     """Restart processes one after the other, without losing a token.
 
     It fails at the first one that comes back with other code or settings than this machine (--admin: the others) has.
@@ -96,12 +64,13 @@ def restart(
     cluster does not see: they are restarted through the run directory, etcd only where it has three members or more.
     """
     if scope in (Scope.LAUNCHER, Scope.ETCD):
-        local = find_run_dir(run_dir)
-        (restart_launcher if scope is Scope.LAUNCHER else restart_etcd)(local, dry_run)
-        return
-    request = asked(OperationKind.RESTART, RestartScope(scope.value), operation_id, dry_run, deadline)
-    if not admin:  # elsewhere something else may be installed
-        installed = settings_digest(find_run_dir(run_dir).config())
-        request = replace(request, version=code_version(), settings=installed)
-    with connect(run_dir, admin, token_file) as client:
-        run(client, request, output, detach, timeout)
+        if wish.admin and wish.run_dir is None:
+            raise RequestError(f"{scope.value} is restarted on its own machine: give --run-dir")
+        local = find_run_dir(wish.run_dir)
+        (restart_launcher if scope is Scope.LAUNCHER else restart_etcd)(local, wish.dry_run)
+        return None
+    request = wish.to(OperationKind.RESTART, RestartScope(scope.value))
+    if wish.admin:  # elsewhere something else may be installed
+        return request
+    installed = settings_digest(find_run_dir(wish.run_dir).config())
+    return replace(request, version=code_version(), settings=installed)

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Annotated, Any
 
 import typer
+from typer._completion_classes import completion_init
 from typer.core import TyperGroup
 
 from controlplane.contract.errors import KevlarFlowError
-from controlplane.kfadmin import check, demo, group, operate, show, up
-from controlplane.kfadmin.exits import Exit, exit_of
+from controlplane.kfadmin import (
+    about,
+    bundle,
+    check,
+    contexts,
+    demo,
+    describe,
+    group,
+    operate,
+    operations,
+    show,
+    tokens,
+    up,
+)  # fmt: skip
+from controlplane.kfadmin.about import COMPLETE
+from controlplane.kfadmin.contexts import CHOSEN
+from controlplane.kfadmin.exits import WORDS, Exit, exit_of
 from controlplane.kfadmin.output import progress
 
 
@@ -32,26 +49,48 @@ class Verbs(TyperGroup):
 app = typer.Typer(
     cls=Verbs,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=False,  # `kfadmin completion` prints it, and changes no file
     pretty_exceptions_enable=False,
-    help="Operate a KevlarFlow cluster. Exit codes: 0 done, 1 failed, 2 usage, 3 refused and nothing changed, "
-    "4 still running, 5 control plane unreachable, 6 not allowed.",
+    help="Operate a KevlarFlow cluster. Exit codes: "
+    + "; ".join(f"{code.value} {WORDS[code]}" for code in Exit)
+    + ".",
 )
+
+
+@app.callback()
+def options(
+    context: Annotated[
+        str, typer.Option(envvar="KF_CONTEXT", help="Which cluster, by name: see `kfadmin context`.")
+    ] = "",
+) -> None:
+    CHOSEN.set(context)
+
+
 for verb in (
     up.up, up.down,
-    show.status, show.nodes, show.topology, show.events,
-    operate.drain, operate.undrain, operate.cordon, operate.replace, operate.cancel,
+    show.status, show.nodes, show.topology, show.events, show.incidents, show.top, show.audit,
+    operate.drain, operate.undrain, operate.cordon, operate.replace, operations.cancel,
     group.pause, group.resume, group.transfer_leader, group.restart,
+    about.version, about.completion, bundle.support_bundle,
     demo.demo,
 ):  # fmt: skip
     app.command()(verb)
 app.command("uncordon", help="The same as undrain.")(operate.undrain)
+config = typer.Typer(no_args_is_help=True, help="The cluster's settings.")
+config.command("show")(show.config_show)
 app.add_typer(check.app, name="check")
+app.add_typer(describe.app, name="describe")
+app.add_typer(operations.app, name="operations")
+app.add_typer(config, name="config")
+app.add_typer(tokens.app, name="token")
+app.add_typer(contexts.app, name="context")
 
 
 def main() -> None:
     """Entry point of `kfadmin`."""
-    app()
+    if COMPLETE in os.environ:  # a shell asks what may follow
+        completion_init()
+    app(prog_name="kfadmin")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Verbs about one node: drain, cordon, uncordon, undrain, replace; and cancel, for any operation.
+"""Verbs about one node: drain, cordon, uncordon, undrain, replace; and what all have in common that ask for something.
 
 Each is declared to the cluster as an operation with an id and then watched. Watching may stop (Ctrl-C,
 --timeout, --detach); the operation goes on, also when the leader that began it dies.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from typing import Annotated
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -19,8 +21,10 @@ from controlplane.contract.records import Operation, OperationKind, OperationSta
 from controlplane.contract.status import ClusterStatus, OperationAnswer, OperationRequest
 from controlplane.kfadmin.client import AdminClient, Unreachable
 from controlplane.kfadmin.exits import Exit
-from controlplane.kfadmin.output import Output, OutputOption, console, print_checks, print_json, progress
-from controlplane.kfadmin.target import AdminOption, RunDirOption, TokenFileOption, connect
+from controlplane.kfadmin.formats import Output, OutputOption, View, show
+from controlplane.kfadmin.look import CLUSTER, with_options
+from controlplane.kfadmin.output import console, print_checks, progress
+from controlplane.kfadmin.target import connect, resolved
 
 POLL_S = 0.2
 MISSING_LIMIT_S = 5.0  # a new leader may need a moment to read the operations
@@ -32,110 +36,101 @@ Timeout = Annotated[float, typer.Option(min=0.0, help="Stop watching after so ma
 Deadline = Annotated[
     float, typer.Option(min=0.0, help="The cluster calls it off after so many seconds (0: never).")
 ]
+IfEpoch = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Refuse unless this is the epoch counter (see `kfadmin topology`) as it begins."
+    ),
+]
+Reason = Annotated[str, typer.Option("--reason", "-m", help="Why, for the audit.")]
 OperationId = Annotated[str | None, typer.Option(help="Its name: asking twice with one name does it once.")]
 
 
-def drain(
-    node: Node,
-    run_dir: RunDirOption = None,
-    admin: AdminOption = None,
-    token_file: TokenFileOption = None,
-    output: OutputOption = Output.TABLE,
-    dry_run: DryRun = False,
-    detach: Detach = False,
-    timeout: Timeout = 300.0,
-    deadline: Deadline = 0.0,
-    operation_id: OperationId = None,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the options of every verb say that asks for an operation."""
+
+    run_dir: Path | None
+    admin: list[str] | None
+    dry_run: bool
+    operation_id: str | None
+    deadline_s: float
+    if_epoch: int | None
+    reason: str
+
+    def to(
+        self, kind: OperationKind, node: str = "", substitute: str | None = None, **more: str
+    ) -> OperationRequest:
+        """A request under the given name, or a fresh one."""
+        name = self.operation_id or "-".join(filter(None, (kind.value, node, secrets.token_hex(4))))
+        return OperationRequest(
+            name, kind.value, node, substitute, self.dry_run, self.deadline_s,
+            if_epoch=self.if_epoch, reason=self.reason, **more,
+        )  # fmt: skip
+
+
+def operation(timeout_s: float) -> Callable[[Callable[..., OperationRequest | None]], Callable[..., None]]:
+    """Makes the verb of `make(wish, its own options) -> request`; None: there is nothing to ask the cluster for.
+    `timeout_s`: for how long the end is waited for unless --timeout says."""
+
+    def decorate(make: Callable[..., OperationRequest | None]) -> Callable[..., None]:
+        def body(
+            run_dir: Path | None, admin: list[str] | None, token_file: Path | None, output: Output,
+            dry_run: bool, detach: bool, timeout: float, deadline: float, operation_id: str | None,
+            if_epoch: int | None, reason: str, **own: Any,
+        ) -> None:  # fmt: skip
+            run_dir, admin, token_file = resolved(run_dir, admin, token_file)
+            wish = Wish(run_dir, admin, dry_run, operation_id, deadline, if_epoch, reason)
+            request = make(wish, **own)
+            if request is None:
+                return
+            with connect(run_dir, admin, token_file) as client:
+                run(client, request, output, detach, timeout)
+
+        shared = CLUSTER | {
+            "output": (OutputOption, Output.TABLE),
+            "dry_run": (DryRun, False),
+            "detach": (Detach, False),
+            "timeout": (Timeout, timeout_s),
+            "deadline": (Deadline, 0.0),
+            "operation_id": (OperationId, None),
+            "if_epoch": (IfEpoch, None),
+            "reason": (Reason, ""),
+        }
+        return with_options(make, body, 1, **shared)
+
+    return decorate
+
+
+@operation(timeout_s=300.0)
+def drain(wish: Wish, node: Node) -> OperationRequest:
     """Move what NODE serves elsewhere, KV included, and give it no new duty. Long generations go on."""
-    request = asked(OperationKind.DRAIN, node, operation_id, dry_run, deadline)
-    with connect(run_dir, admin, token_file) as client:
-        run(client, request, output, detach, timeout)
+    return wish.to(OperationKind.DRAIN, node)
 
 
-def cordon(
-    node: Node,
-    run_dir: RunDirOption = None,
-    admin: AdminOption = None,
-    token_file: TokenFileOption = None,
-    output: OutputOption = Output.TABLE,
-    dry_run: DryRun = False,
-    timeout: Timeout = 60.0,
-    operation_id: OperationId = None,
-) -> None:
+@operation(timeout_s=60.0)
+def cordon(wish: Wish, node: Node) -> OperationRequest:
     """Give NODE no new duty; what it serves stays. `uncordon` takes it back."""
-    request = asked(OperationKind.CORDON, node, operation_id, dry_run)
-    with connect(run_dir, admin, token_file) as client:
-        run(client, request, output, False, timeout)
+    return wish.to(OperationKind.CORDON, node)
 
 
-def undrain(
-    node: Node,
-    run_dir: RunDirOption = None,
-    admin: AdminOption = None,
-    token_file: TokenFileOption = None,
-    output: OutputOption = Output.TABLE,
-    dry_run: DryRun = False,
-    detach: Detach = False,
-    timeout: Timeout = 300.0,
-    deadline: Deadline = 0.0,
-    operation_id: OperationId = None,
-) -> None:
+@operation(timeout_s=300.0)
+def undrain(wish: Wish, node: Node) -> OperationRequest:
     """Lift the cordon of NODE (after a drain or a cordon), and give it its duties back."""
-    request = asked(OperationKind.UNDRAIN, node, operation_id, dry_run, deadline)
-    with connect(run_dir, admin, token_file) as client:
-        run(client, request, output, detach, timeout)
+    return wish.to(OperationKind.UNDRAIN, node)
 
 
+@operation(timeout_s=300.0)
 def replace(
+    wish: Wish,
     node: Node,
-    run_dir: RunDirOption = None,
-    admin: AdminOption = None,
-    token_file: TokenFileOption = None,
     substitute: Annotated[
         str | None,
         typer.Option("--with", help="The node that takes its place (default: a fresh process of NODE)."),
     ] = None,
-    output: OutputOption = Output.TABLE,
-    dry_run: DryRun = False,
-    detach: Detach = False,
-    timeout: Timeout = 300.0,
-    deadline: Deadline = 0.0,
-    operation_id: OperationId = None,
-) -> None:
-    """Put another node, or a fresh process of the same one, in NODE's place without losing a token."""
-    request = asked(OperationKind.REPLACE, node, operation_id, dry_run, deadline, substitute)
-    with connect(run_dir, admin, token_file) as client:
-        run(client, request, output, detach, timeout)
-
-
-def cancel(
-    operation: Annotated[str, typer.Argument(help="The operation's id.")],
-    run_dir: RunDirOption = None,
-    admin: AdminOption = None,
-    token_file: TokenFileOption = None,
-    output: OutputOption = Output.TABLE,
-) -> None:
-    """Call an operation off. What it has switched already stays switched."""
-    with connect(run_dir, admin, token_file) as client:
-        answer = client.cancel(operation)
-    if output is Output.JSON:
-        print_json(answer)
-    else:
-        console().print(_line(answer))
-
-
-def asked(
-    kind: OperationKind,
-    node: str,
-    operation_id: str | None,
-    dry_run: bool,
-    deadline_s: float = 0.0,
-    substitute: str | None = None,
 ) -> OperationRequest:
-    """A request under the given name, or a fresh one."""
-    name = operation_id or "-".join(filter(None, (kind.value, node, secrets.token_hex(4))))
-    return OperationRequest(name, kind.value, node, substitute, dry_run, deadline_s)
+    """Put another node, or a fresh process of the same one, in NODE's place without losing a token."""
+    return wish.to(OperationKind.REPLACE, node, substitute)
 
 
 def run(
@@ -146,35 +141,32 @@ def run(
     timeout_s: float,
 ) -> None:
     """Submit, show the pre-flight, watch it to its end; leaves with the exit code that tells how it went."""
-    status = client.status()
+    status = client.current()
     answer = client.submit(request)
     refused = any(check.level == "fail" for check in answer.checks) or not (
         answer.accepted or request.dry_run
     )
     nothing_changed = refused or request.dry_run
-    if output is Output.TABLE:
+    if output.for_people:
         _print_preflight(status, answer, nothing_changed)
     if nothing_changed or answer.operation is None:
-        if output is Output.JSON:
-            print_json(answer)
+        if not output.for_people:
+            show(_view(answer), output)
         raise typer.Exit(Exit.REFUSED if refused else Exit.DONE)
     operation = answer.operation
     try:  # from the first word on: who reads it may press Ctrl-C at once
         progress(f"operation {operation.id}")
         if not detach:
-            operation = _watch(client, operation, time.monotonic() + timeout_s, progress)
+            operation = follow(client, operation, time.monotonic() + timeout_s, progress)
     except KeyboardInterrupt:
         progress("stopped watching")
-    if output is Output.JSON:
-        print_json(msgspec.structs.replace(answer, operation=operation))
-    else:
-        console().print(_line(operation))
+    show(_view(msgspec.structs.replace(answer, operation=operation)), output)
     if operation.open:
         progress(f"it goes on; see `kfadmin status`, or stop it with `kfadmin cancel {operation.id}`")
-    raise typer.Exit(_exit_code(operation, detach))
+    raise typer.Exit(exit_code(operation, detach))
 
 
-def _exit_code(operation: Operation, detach: bool) -> Exit:
+def exit_code(operation: Operation, detach: bool) -> Exit:
     match operation.state:
         case OperationState.RUNNING:
             return Exit.DONE if detach else Exit.GOES_ON
@@ -184,7 +176,7 @@ def _exit_code(operation: Operation, detach: bool) -> Exit:
             return Exit.FAILED
 
 
-def _watch(
+def follow(
     client: AdminClient, operation: Operation, deadline: float, say: Callable[[str], None]
 ) -> Operation:
     """Follow it until it ends or the deadline passes; the last that was heard of it."""
@@ -208,10 +200,20 @@ def _watch(
     return operation
 
 
-def _line(operation: Operation) -> str:
+def line(operation: Operation) -> str:
     message = f": {operation.message}" if operation.message else ""
     what = f"{operation.kind.value} {operation.node}".strip()
     return f"{what} {operation.state.value}{message}  ({operation.id})"
+
+
+def _view(answer: OperationAnswer) -> View:
+    operation = answer.operation
+
+    def draw(_wide: bool) -> None:
+        if operation is not None:
+            console().print(line(operation))
+
+    return View(answer, draw, names=[operation.id] if operation else [])
 
 
 def _print_preflight(status: ClusterStatus, answer: OperationAnswer, nothing_changed: bool) -> None:

@@ -1,19 +1,18 @@
-"""What kfadmin prints: data on stdout as tables or JSON, progress on stderr."""
+"""What kfadmin prints for people: tables on stdout, progress on stderr."""
 
 from __future__ import annotations
 
 import sys
 import time
-from enum import StrEnum
-from typing import Annotated, Any
+from collections.abc import Sequence
 
-import msgspec
-import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from controlplane.contract.records import OperationState
+from controlplane.contract.audit import AuditEntry
+from controlplane.contract.incidents import Incident
+from controlplane.contract.records import Operation, OperationState
 from controlplane.contract.status import (
     Check,
     ClusterStatus,
@@ -40,14 +39,6 @@ STYLES = {
 }  # fmt: skip
 
 
-class Output(StrEnum):
-    TABLE = "table"
-    JSON = "json"
-
-
-OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print.")]
-
-
 def console() -> Console:
     """For data."""
     width = None if sys.stdout.isatty() else PIPE_WIDTH
@@ -57,10 +48,6 @@ def console() -> Console:
 def progress(line: str) -> None:
     """One line for people, on stderr."""
     print(line, file=sys.stderr, flush=True)
-
-
-def print_json(value: Any) -> None:
-    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
 def table(*headers: str) -> Table:
@@ -138,7 +125,7 @@ def print_checks(checks: tuple[Check, ...]) -> None:
         out.print(level.append(f" {check.name:<{width}}  {check.message}", "default"))
 
 
-def print_nodes(nodes: tuple[NodeStatus, ...]) -> None:
+def print_nodes(nodes: tuple[NodeStatus, ...], wide: bool = False) -> None:
     headers = (
         "NODE",
         "STATE",
@@ -151,19 +138,39 @@ def print_nodes(nodes: tuple[NodeStatus, ...]) -> None:
         "PID",
         "EVIDENCE",
     )
-    rows = table(*headers)
+    more = ("VERSION", "SETTINGS", "RPC", "LINK", "SILENT", "SLOWNESS") if wide else ()
+    rows = table(*headers, *more)
     for n in nodes:
         marked = state(n.state).append(" cordoned", WARN) if n.cordoned else state(n.state)
         blocks = (str(n.blocks_used), str(n.blocks_replica), str(n.blocks_total))
         stage = str(n.stage) if n.stage >= 0 else "-"
         process = (n.numerics or "-", str(n.pid or "-"))
-        rows.add_row(n.node, marked, stage, " ".join(n.serving) or "-", *blocks, *process, n.evidence)
+        told = (
+            n.version,
+            n.settings,
+            n.rpc_address,
+            n.link_address,
+            f"{n.silent_s:.2f} s",
+            f"{n.slowness:.2f}",
+        )
+        also = (item or "-" for item in told) if wide else ()
+        rows.add_row(n.node, marked, stage, " ".join(n.serving) or "-", *blocks, *process, n.evidence, *also)
     console().print(rows)
 
 
-def print_topology(status: ClusterStatus) -> None:
+def print_topology(status: ClusterStatus, wide: bool = False) -> None:
     console().print(f"epoch counter {status.counter}, mode {status.mode.value}")
-    rows = table("PIPELINE", "EPOCH", "STAGE", "HOME", "SERVED BY", "REPLICAS", "LAG", "MOVE")
+    rows = table(
+        "PIPELINE",
+        "EPOCH",
+        "STAGE",
+        "HOME",
+        "SERVED BY",
+        "REPLICAS",
+        "LAG",
+        "MOVE",
+        *(("RUNNING", "WAITING") if wide else ()),
+    )
     for p in status.pipelines:
         for index, stage in enumerate(p.stages):
             move = p.move if p.move is not None and p.move.stage == index else None
@@ -173,11 +180,12 @@ def print_topology(status: ClusterStatus) -> None:
                 ", ".join(stage.homes), who, ", ".join(map(str, stage.replicas)) or "-",
                 str(stage.lag_tokens) if stage.lag_tokens >= 0 else "-",
                 f"{move.phase.value} to {move.to} ({move.reason})" if move else "",
+                *((str(p.running), str(p.waiting)) if wide and index == 0 else ("", "") if wide else ()),
             )  # fmt: skip
     console().print(rows)
 
 
-def print_events(rows: list[EventRow]) -> None:
+def print_events(rows: Sequence[EventRow], wide: bool = False) -> None:
     out = table("ID", "WHEN", "KIND", "SUBJECT", "EPOCH", "WHAT")
     for row in rows:
         e = row.event
@@ -186,4 +194,54 @@ def print_events(rows: list[EventRow]) -> None:
         )
         what = f"{e.message}  {phases}".rstrip()
         out.add_row(str(row.id), clock(e.unix_s), e.kind.value, e.subject, str(e.epoch or "-"), what)
+    console().print(out)
+
+
+def seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def print_incidents(found: Sequence[Incident], wide: bool = False) -> None:
+    """One row for each failure; phases are of the pipeline that came back last."""
+    phases = ("DETECT", "PLAN", "CONNECT", "RESTORE", "FIRST TOKEN")
+    out = table(
+        "ID", "BEGAN", "NODE", *phases, "TOTAL", "STREAMS", "CHOSEN", *(("CAUSE", "EPOCHS") if wide else ())
+    )
+    for one in found:
+        last = one.slowest
+        if last is None:
+            spent, total = ["-"] * 4, Text("served nothing", DIM)
+            chosen = ["-"]
+        else:
+            spent = [seconds(s) for s in (last.plan_s, last.connect_s, last.restore_s, last.first_token_s)]
+            total = Text(seconds(one.ended_unix_s - one.began_unix_s)) if one.over else Text("goes on", BAD)
+            chosen = [f"{a.pipeline}: {'nobody is left' if a.down else a.chosen}" for a in one.affected]
+        more = (one.cause, " ".join(str(a.epoch) for a in one.affected) or "-") if wide else ()
+        row = (str(one.id), clock(one.began_unix_s), one.node, seconds(one.detect_s), *spent)
+        out.add_row(*row, total, str(one.streams), "; ".join(chosen), *more)
+    console().print(out)
+
+
+def print_audit(entries: Sequence[AuditEntry], wide: bool = False) -> None:
+    more = ("OPERATION", "ROLE", "RECORDED BY") if wide else ()
+    out = table("ID", "WHEN", "WHO", "FROM", "ACTION", "WHAT", "EPOCHS", "REASON", "MESSAGE", *more)
+    for one in entries:
+        what = " ".join(filter(None, (one.kind, one.node, one.substitute and f"with {one.substitute}")))
+        epochs = f"{one.epoch_before} -> {one.epoch_after}"
+        also = (one.operation, one.role, one.recorded_by) if wide else ()
+        out.add_row(
+            str(one.id), clock(one.unix_s), one.who or "-", one.address or "-", one.action.value, what,
+            epochs, one.reason or "-", one.message or "-", *also,
+        )  # fmt: skip
+    console().print(out)
+
+
+def print_operations(operations: Sequence[Operation], wide: bool = False) -> None:
+    more = ("BEGAN", "ENDED", "DEADLINE") if wide else ()
+    out = table("ID", "KIND", "NODE", "STATE", "MESSAGE", *more)
+    for op in operations:
+        times = (op.created_unix_s, op.finished_unix_s, op.deadline_unix_s)
+        also = [clock(at) for at in times] if wide else []
+        node = f"{op.node} with {op.substitute}" if op.substitute else op.node or "-"
+        out.add_row(op.id, op.kind.value, node, state(op.state), op.message, *also)
     console().print(out)

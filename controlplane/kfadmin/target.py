@@ -9,6 +9,7 @@ import typer
 
 from controlplane.contract.errors import ConfigError
 from controlplane.kfadmin.client import AdminClient, NotAllowed, Unreachable
+from controlplane.kfadmin.contexts import chosen
 from controlplane.kfadmin.rundir import RunDir, default_run_dir
 
 RunDirOption = Annotated[
@@ -31,11 +32,24 @@ def find_run_dir(run_dir: Path | None) -> RunDir:
     return RunDir(run_dir or default_run_dir())
 
 
-def connect(run_dir: Path | None, admin: list[str] | None, token_file: Path | None) -> AdminClient:
-    """A client of the cluster that the options name.
+def resolved(
+    run_dir: Path | None, admin: list[str] | None, token_file: Path | None
+) -> tuple[Path | None, list[str] | None, Path | None]:
+    """The same options, from the context where they do not say which cluster. Raises RequestError, ConfigError."""
+    if run_dir is not None or admin or (context := chosen()) is None:
+        return run_dir, admin, token_file
+    file = token_file or (Path(context.token_file) if context.token_file else None)
+    return (Path(context.run_dir) if context.run_dir else None), list(context.admin) or None, file
 
-    Raises Unreachable when there is none, NotAllowed when its token may not be read, ConfigError.
+
+def connect(
+    run_dir: Path | None, admin: list[str] | None, token_file: Path | None, limit_s: float = 0.0
+) -> AdminClient:
+    """A client of the cluster that the options name, else the context. `limit_s`: see AdminClient.
+
+    Raises Unreachable when there is none, NotAllowed when its token may not be read, ConfigError, RequestError.
     """
+    run_dir, admin, token_file = resolved(run_dir, admin, token_file)
     local = find_run_dir(run_dir)
     try:
         endpoints = [url.rstrip("/") for url in admin] if admin else list(local.endpoints().admin)
@@ -44,11 +58,15 @@ def connect(run_dir: Path | None, admin: list[str] | None, token_file: Path | No
     if bad := [url for url in endpoints if not url.startswith(("http://", "https://"))]:
         raise typer.BadParameter(f"{bad[0]!r} is not a URL (http://HOST:PORT)", param_hint="--admin")
     if token_file is None:
-        return AdminClient(endpoints, local.admin_token())
+        return AdminClient(endpoints, local.admin_token(), limit_s)
+    return AdminClient(endpoints, read_token(token_file), limit_s)
+
+
+def read_token(token_file: Path) -> str:
+    """Raises NotAllowed."""
     try:
-        token = token_file.read_text().strip()
+        return token_file.read_text().strip()
     except PermissionError as error:
         raise NotAllowed(f"cannot read {token_file}: {error.strerror}") from error
     except OSError as error:
         raise typer.BadParameter(f"{token_file}: {error.strerror}", param_hint="--token-file") from error
-    return AdminClient(endpoints, token)

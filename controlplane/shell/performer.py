@@ -13,6 +13,7 @@ from typing import assert_never
 import structlog
 
 from controlplane.backoff import Backoff
+from controlplane.contract.audit import Action
 from controlplane.contract.errors import PeerError
 from controlplane.contract.events import EventKind
 from controlplane.contract.keys import Keys, decode, encode
@@ -98,7 +99,9 @@ class Performer:
             case WriteOperation(operation):
                 key = self._keys.operation(operation.id)
                 if await self._write(effect, key, operation) and not operation.open:
-                    self._history.put(Audit(operation.state.value, operation, time.time()))
+                    written = self._view.topology
+                    epoch = 0 if written is None else written.counter
+                    self._history.put(Audit(Action(operation.state.value), operation, time.time(), epoch))
             case ForgetOperation(operation_id):
                 await self._forget(self._keys.operation(operation_id))
             case Reread(None):

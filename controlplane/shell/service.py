@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from controlplane.contract.config import ClusterConfig
+from controlplane.contract.audit import Action, AuditEntry
+from controlplane.contract.auth import Caller
+from controlplane.contract.config import ClusterConfig, redacted
 from controlplane.contract.errors import NewerSchema, PeerError, Unavailable
 from controlplane.contract.events import Event
+from controlplane.contract.incidents import Incident
 from controlplane.contract.keys import Keys, decode, encode
 from controlplane.contract.records import Operation, OperationKind, OperationState
 from controlplane.contract.status import (
@@ -21,6 +24,7 @@ from controlplane.contract.status import (
     OperationAnswer,
     OperationRequest,
 )
+from controlplane.contract.topology import Topology
 from controlplane.core.controller import Controller
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.errors import EtcdError, EtcdUnknown
@@ -109,6 +113,15 @@ class Service:
     async def events(self, limit: int, after: int = 0) -> Sequence[tuple[int, Event]]:
         return await self._history.tail(limit, after)
 
+    async def incidents(self, limit: int) -> Sequence[Incident]:
+        return await self._history.incidents(limit)
+
+    async def audit(self, limit: int, after: int = 0, operation: str = "") -> Sequence[AuditEntry]:
+        return await self._history.audit(limit, after, operation)
+
+    def settings(self) -> ClusterConfig:
+        return redacted(self._config)
+
     async def operations(self) -> Sequence[Operation]:
         return self._operations()
 
@@ -116,37 +129,57 @@ class Service:
         members = await self._client.status(timeout_s=1.0)
         return quorum(members, await self.status(), self._client.health.troubles(), self._unread())
 
-    async def submit(self, request: OperationRequest) -> OperationAnswer:
+    async def submit(self, request: OperationRequest, caller: Caller) -> OperationAnswer:
         found = await self._find(request.id)
         if found is not None:
             return _again(request, found[0])
         answer = self._controller.preflight(request)
+        guards = [Compare.absent(self._keys.operation(request.id))]
+        if request.if_epoch is not None:
+            topology = self._keys.topology(self._config.group)
+            counter, revision = await self._epoch_in_etcd(topology)
+            guards.append(Compare.mod_revision(topology, revision))
+            if counter != request.if_epoch:
+                answer = _refused(answer, _other_epoch(request.if_epoch, counter))
         operation = answer.operation or _operation(request)
         if request.dry_run or not answer.accepted:
             if not request.dry_run:
-                self._audit("refused", operation)
+                self._audit(Action.REFUSED, operation, caller, request.reason, _failures(answer))
             return msgspec.structs.replace(answer, accepted=False)
-        key = self._keys.operation(request.id)
+        if not await self._begin(operation, guards):
+            found = await self._find(request.id)
+            if found is not None:  # another request with this id was faster
+                return _again(request, found[0])
+            if request.if_epoch is None:
+                raise Unavailable("the operation was deleted while it was being written; ask again")
+            answer = _refused(answer, _other_epoch(request.if_epoch, None))
+            self._audit(Action.REFUSED, operation, caller, request.reason, _failures(answer))
+            return answer
+        self._audit(Action.SUBMITTED, operation, caller, request.reason)
+        await self._prune()
+        return msgspec.structs.replace(answer, operation=operation)
+
+    async def _begin(self, operation: Operation, guards: list[Compare]) -> bool:
+        """Write it, if the guards hold; whether they did. Raises Unavailable."""
+        put = Put(self._keys.operation(operation.id), encode(operation))
         try:
-            result = await self._client.txn(
-                [Compare.absent(key)], [Put(key, encode(operation))], timeout_s=CALL_LIMIT_S
-            )
+            return (await self._client.txn(guards, [put], timeout_s=CALL_LIMIT_S)).succeeded
         except EtcdUnknown as error:
             raise Unavailable(
                 "etcd did not answer: the operation may have begun; ask again with the same id"
             ) from error
         except EtcdError as error:
             raise Unavailable(f"etcd did not take the operation: {error}") from error
-        if not result.succeeded:  # another request with this id was faster
-            found = await self._find(request.id)
-            if found is None:
-                raise Unavailable("the operation was deleted while it was being written; ask again")
-            return _again(request, found[0])
-        self._audit("submitted", operation)
-        await self._prune()
-        return msgspec.structs.replace(answer, operation=operation)
 
-    async def cancel(self, operation_id: str) -> Operation | None:
+    async def _epoch_in_etcd(self, key: str) -> tuple[int, int]:
+        """The topology's counter and its revision, read from etcd itself. Raises Unavailable."""
+        try:
+            found: KeyValue | None = await self._client.get(key, timeout_s=CALL_LIMIT_S)
+            return (decode(found.value, Topology, key).counter, found.mod_revision) if found else (0, 0)
+        except (EtcdError, PeerError) as error:
+            raise Unavailable(f"the topology cannot be read: {error}") from error
+
+    async def cancel(self, operation_id: str, caller: Caller) -> Operation | None:
         """See AdminService. The leader calls the operation's move off when it sees the new state."""
         for _ in range(CANCEL_TRIES):
             found = await self._find(operation_id)
@@ -154,7 +187,7 @@ class Service:
                 return found[0] if found else None
             cancelled = await self._cancel(*found)
             if cancelled is not None:
-                self._audit("cancelled", cancelled)
+                self._audit(Action.CANCELLED, cancelled, caller)
                 return cancelled
         raise Unavailable("the operation changed each time that it was being cancelled; ask again")
 
@@ -208,8 +241,26 @@ class Service:
         every = (operation for operation, _ in self._registry.operations.values())
         return sorted(every, key=lambda operation: (operation.created_unix_s, operation.id))
 
-    def _audit(self, action: str, operation: Operation) -> None:
-        self._history.put(Audit(action, operation, time.time()))
+    def _audit(
+        self, action: Action, operation: Operation, caller: Caller, reason: str = "", message: str = ""
+    ) -> None:
+        topology = self._registry.view.topology
+        epoch = 0 if topology is None else topology.counter
+        said = msgspec.structs.replace(operation, message=message or operation.message)
+        self._history.put(Audit(action, said, time.time(), epoch, caller, reason))
+
+
+def _refused(answer: OperationAnswer, check: Check) -> OperationAnswer:
+    return msgspec.structs.replace(answer, accepted=False, checks=(*answer.checks, check), operation=None)
+
+
+def _other_epoch(wanted: int, counter: int | None) -> Check:
+    now = "has just changed" if counter is None else f"is at epoch {counter}"
+    return Check("fail", "epoch", f"the topology {now}, and --if-epoch asked for {wanted}")
+
+
+def _failures(answer: OperationAnswer) -> str:
+    return "; ".join(check.message for check in answer.checks if check.level == "fail")
 
 
 def _operation(request: OperationRequest) -> Operation:

@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from controlplane.contract.audit import Action
+from controlplane.contract.auth import Caller, Role
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import Unavailable
 from controlplane.contract.keys import Keys, encode
@@ -18,9 +20,11 @@ from controlplane.contract.records import Operation, OperationKind, OperationSta
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.values import KeyValue
 from controlplane.history.store import Audit
+from controlplane.keyspace.view import View
 from controlplane.shell.service import Service
 from tests.io.etcd_server import EtcdMember, etcd_member
 
+ALICE = Caller("alice", Role.OPERATOR, "10.0.0.7")
 KEY = Keys("kevlarflow").operation("op-1")
 DRAIN = Operation("op-1", OperationKind.DRAIN, "n1", created_unix_s=1.0, message="copying")
 
@@ -65,17 +69,18 @@ def test_the_leader_writes_meanwhile(
             parts: Any = SimpleNamespace(
                 client=client,
                 controller=None,
-                registry=None,
+                registry=SimpleNamespace(view=View(Keys("kevlarflow"), "default")),
                 sources=None,
                 history=SimpleNamespace(put=audited.append),
             )
             service = Service(ClusterConfig("r", "m", ()), "c1", parts)
             with contextlib.nullcontext() if answer else pytest.raises(Unavailable, match="ask again"):
-                operation = await service.cancel("op-1")
+                operation = await service.cancel("op-1", ALICE)
                 assert operation is not None
                 assert operation.state is answer
 
     asyncio.run(body())
     assert [audit.action for audit in audited] == (
-        ["cancelled"] if answer is OperationState.CANCELLED else []
+        [Action.CANCELLED] if answer is OperationState.CANCELLED else []
     )
+    assert all(audit.caller == ALICE for audit in audited)

@@ -9,10 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import structlog
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, text
 
+import migrations
+from controlplane.contract.audit import Action, AuditEntry
+from controlplane.contract.auth import Caller, Role
 from controlplane.contract.errors import ConfigError, Unavailable
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.records import Operation, OperationKind
@@ -94,14 +100,104 @@ def test_an_id_is_never_used_again_after_pruning(tmp_path: Path) -> None:
 def test_audit_of_an_operation(tmp_path: Path) -> None:
     async def main() -> None:
         store = HistoryStore(url(tmp_path / "h.db"), "c", "c1")
+        other = HistoryStore(url(tmp_path / "h.db"), "other", "c9")
+        await store.upgrade()
+        operation = Operation(id="op-1", kind=OperationKind.DRAIN, node="n2", message="it is empty")
+        alice = Caller("alice", Role.OPERATOR, "10.0.0.7")
+        begun = Audit(Action.SUBMITTED, operation, 1.0, 12, alice, "disk of n2 is failing")
+        await other.append([begun])
+        await store.append([begun, event(1), Audit(Action.DONE, operation, 2.0, 15)])
+        second = Operation(id="op-2", kind=OperationKind.PAUSE)
+        await store.append([Audit(Action.REFUSED, second, 3.0, 15, alice)])
+        first, done, refused = await store.audit(100)
+        assert first == AuditEntry(
+            id=first.id,
+            unix_s=1.0,
+            action=Action.SUBMITTED,
+            operation="op-1",
+            kind="drain",
+            node="n2",
+            substitute="",
+            message="it is empty",
+            reason="disk of n2 is failing",
+            who="alice",
+            role="operator",
+            address="10.0.0.7",
+            epoch_before=12,
+            epoch_after=12,
+            recorded_by="c1",
+        )
+        assert (done.action, done.who, done.role, done.address) == (Action.DONE, "c1", "controller", "")
+        assert (done.epoch_before, done.epoch_after) == (12, 15)
+        assert await store.audit(100, operation_id="op-2") == [refused]
+        # Only what is asked for comes back, and the epoch of the beginning is known all the same.
+        assert await store.audit(2) == [done, refused]
+        assert await store.audit(100, after=first.id) == [done, refused]
+        assert len(await store.tail(10)) == 1
+        await store.close()
+        await other.close()
+
+    asyncio.run(main())
+
+
+def test_the_audit_can_neither_be_changed_nor_deleted(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = HistoryStore(url(tmp_path / "h.db"), "c", "c1")
         await store.upgrade()
         operation = Operation(id="op-1", kind=OperationKind.DRAIN, node="n2")
-        await store.append([Audit("submitted", operation, 1.0), event(1), Audit("done", operation, 2.0)])
-        assert await store.audit("op-1") == [("submitted", 1.0), ("done", 2.0)]
-        assert len(await store.tail(10)) == 1
+        await store.append([event(1), Audit(Action.SUBMITTED, operation, 1.0)])
+        with sqlite3.connect(tmp_path / "h.db") as connection:
+            for change in ("update operations_audit set who = 'nobody'", "delete from operations_audit"):
+                with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                    connection.execute(change)
+        assert await store.prune(0) == 1  # the event
+        assert [entry.operation for entry in await store.audit(10)] == ["op-1"]
         await store.close()
 
     asyncio.run(main())
+
+
+def test_migrations_go_forward_and_back(tmp_path: Path) -> None:
+    """What the first release wrote is still there after each step."""
+    file = tmp_path / "h.db"
+
+    def migrate(connection: Connection, move: Callable[..., None], revision: str) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+        config.attributes["connection"] = connection
+        move(config, revision)
+
+    async def go(move: Callable[..., None], revision: str) -> None:
+        engine = schema.make_engine(url(file))
+        async with engine.begin() as connection:
+            await connection.run_sync(migrate, move, revision)
+        await engine.dispose()
+
+    def rows() -> list[tuple[object, ...]]:
+        with sqlite3.connect(file) as connection:
+            return connection.execute("select operation_id, action from operations_audit").fetchall()
+
+    asyncio.run(go(command.upgrade, "0001"))
+    with sqlite3.connect(file) as connection:
+        connection.execute(
+            "insert into operations_audit values (1, 'c', 1.0, 'op-1', 'done', 'drain', 'n2', '', '', 'c1')"
+        )
+    asyncio.run(go(command.upgrade, "head"))
+
+    async def read() -> list[AuditEntry]:
+        store = HistoryStore(url(file), "c", "c1")
+        found = await store.audit(10)
+        await store.close()
+        return found
+
+    (old,) = asyncio.run(read())
+    assert (old.operation, old.who, old.epoch_before) == ("op-1", "", 0)
+    asyncio.run(go(command.downgrade, "0001"))
+    assert rows() == [("op-1", "done")]
+    with sqlite3.connect(file) as connection:
+        connection.execute("delete from operations_audit")  # the triggers are gone with their release
+    asyncio.run(go(command.upgrade, "head"))
+    assert rows() == []
 
 
 def test_the_schema_upgrades_once_when_controllers_start_together(tmp_path: Path) -> None:
@@ -116,7 +212,7 @@ def test_the_schema_upgrades_once_when_controllers_start_together(tmp_path: Path
 
     asyncio.run(main())
     with sqlite3.connect(tmp_path / "h.db") as connection:
-        assert connection.execute("select version_num from alembic_version").fetchall() == [("0001",)]
+        assert connection.execute("select version_num from alembic_version").fetchall() == [("0002",)]
         assert connection.execute("pragma journal_mode").fetchone() == ("wal",)
 
 
@@ -189,6 +285,32 @@ def test_the_writer_survives_a_database_that_comes_late(tmp_path: Path) -> None:
         await store.close()
 
     asyncio.run(main())
+
+
+def test_events_make_room_for_the_audit(tmp_path: Path) -> None:
+    async def main(logged: list[structlog.typing.EventDict]) -> None:
+        folder = tmp_path / "later"
+        store = HistoryStore(url(folder / "h.db"), "c", "c1")
+        writer = HistoryWriter(store, queue_len_max=4)
+        for number in range(3):
+            operation = Operation(id=f"op-{number}", kind=OperationKind.DRAIN, node="n2")
+            writer.put(Audit(Action.SUBMITTED, operation, float(number)))
+            writer.put(event(number))
+            writer.put(event(10 + number))
+        assert writer.dropped == 5
+        told = [line for line in logged if line["event"] == "audit"]  # at once, not when the database is back
+        assert [line["operation"] for line in told] == ["op-0", "op-1", "op-2"]
+        folder.mkdir()
+        task = asyncio.create_task(writer.run())
+        await until(lambda: writer.written == 4)
+        assert [entry.operation for entry in await writer.audit(10, 0, "")] == ["op-0", "op-1", "op-2"]
+        assert [item.subject for _, item in await writer.tail(10, 0)] == ["n12"]
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await store.close()
+
+    with structlog.testing.capture_logs() as logged:
+        asyncio.run(main(logged))
 
 
 def test_putting_never_waits_for_the_database(tmp_path: Path) -> None:

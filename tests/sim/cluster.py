@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from controlplane.contract.auth import ADMIN_CALLER
 from controlplane.contract.errors import Unavailable
 from controlplane.contract.keys import Keys
 from controlplane.contract.status import OperationRequest
@@ -328,11 +329,11 @@ class Cluster:
         process, at = service
         for operation in at._operations():
             if operation.open and operation.kind != "undrain":
-                self._ask(process, at.cancel(operation.id))
+                self._ask(process, at.cancel(operation.id, ADMIN_CALLER))
         for node in topology.cordoned:
             self.operations += 1
             request = OperationRequest(f"last-{self.operations}", "undrain", node)
-            self._ask(process, at.submit(request))
+            self._ask(process, at.submit(request, ADMIN_CALLER))
 
     def _service(self) -> tuple[Process, Any] | None:
         """A controller that is there to be asked."""
@@ -546,9 +547,9 @@ class Cluster:
         if service is not None:
             self.operations += 1
             request = OperationRequest(f"op-{self.operations}", kind, node, substitute or None)
-            self._ask(service[0], service[1].submit(request))
+            self._ask(service[0], service[1].submit(request, ADMIN_CALLER))
 
     def cancel_operation(self) -> None:
         service = self._service()
         if service is not None and self.operations:
-            self._ask(service[0], service[1].cancel(f"op-{self.operations}"))
+            self._ask(service[0], service[1].cancel(f"op-{self.operations}", ADMIN_CALLER))

@@ -11,9 +11,13 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import uvicorn
 
+from controlplane.contract.audit import AuditEntry
+from controlplane.contract.auth import Caller
+from controlplane.contract.config import ClusterConfig, redacted
 from controlplane.contract.errors import Unavailable
 from controlplane.contract.events import Event
 from controlplane.contract.ids import Member
+from controlplane.contract.incidents import Incident
 from controlplane.contract.records import Operation, OperationKind, OperationState
 from controlplane.contract.status import (
     Check,
@@ -29,6 +33,7 @@ from controlplane.contract.status import (
     StageStatus,
 )
 from controlplane.contract.topology import Mode
+from controlplane.history.incidents import incidents
 from web.admin.app import build_app
 
 TOKEN = "test-admin-token"
@@ -113,13 +118,19 @@ class MemoryService:
         self.cluster = healthy()
         self.history: list[Event] = []
         self.history_away = False
+        self.looks = 0  # statuses and events that were asked for
         self.known: dict[str, Operation] = {}
+        self.callers: list[Caller] = []
+        self.requests: list[OperationRequest] = []
+        self.audited: list[AuditEntry] = []
+        self.config = ClusterConfig("run", "model", ("127.0.0.1:1",))
         self.quorum_checks = [Check("ok", "etcd", "3 of 3 etcd members are healthy, 2 are needed")]
 
     def troubles(self) -> Sequence[str]:
         return self.cluster.troubles
 
     async def status(self) -> ClusterStatus:
+        self.looks += 1
         return msgspec.structs.replace(self.cluster, operations=tuple(self.known.values()))
 
     async def quorum(self) -> Sequence[Check]:
@@ -129,16 +140,31 @@ class MemoryService:
         return b"kevlarflow_epoch 1\n"
 
     async def events(self, limit: int, after: int = 0) -> Sequence[tuple[int, Event]]:
+        self.looks += 1
         if self.history_away:
             raise Unavailable("the history database is away")
         return [row for row in enumerate(self.history, 1) if row[0] > after][-limit:]
 
+    async def incidents(self, limit: int) -> Sequence[Incident]:
+        return incidents(enumerate(self.history, 1))[-limit:]
+
+    async def audit(self, limit: int, after: int = 0, operation: str = "") -> Sequence[AuditEntry]:
+        told = [one for one in self.audited if one.id > after and operation in ("", one.operation)]
+        return told[-limit:]
+
+    def settings(self) -> ClusterConfig:
+        return redacted(self.config)
+
     async def operations(self) -> Sequence[Operation]:
         return list(self.known.values())
 
-    async def submit(self, request: OperationRequest) -> OperationAnswer:
+    async def submit(self, request: OperationRequest, caller: Caller) -> OperationAnswer:
+        self.callers.append(caller)
+        self.requests.append(request)
         if request.id in self.known:
             return OperationAnswer(True, (), (), self.known[request.id])
+        if request.if_epoch not in (None, self.cluster.counter):
+            return OperationAnswer(False, (Check("fail", "epoch", "another epoch"),), ())
         if request.node == "n0":
             return OperationAnswer(False, (Check("fail", "capacity", "n0 has no peer"),), ())
         checks, plan = (Check("ok", "capacity", "fine"),), (f"cordon {request.node}",)
@@ -149,7 +175,7 @@ class MemoryService:
         self.known[request.id] = operation
         return OperationAnswer(True, checks, plan, operation)
 
-    async def cancel(self, operation_id: str) -> Operation | None:
+    async def cancel(self, operation_id: str, caller: Caller) -> Operation | None:
         operation = self.known.get(operation_id)
         if operation is not None and operation.open:
             operation = msgspec.structs.replace(operation, state=OperationState.CANCELLED)

@@ -18,6 +18,8 @@ import msgspec
 import pytest
 
 import web.ui
+from controlplane.contract.auth import MINTED, Role, mint
+from controlplane.contract.errors import ConfigError
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.status import NodeState
 from tests.web.admin_service import TOKEN, MemoryService, healthy, serving
@@ -30,6 +32,9 @@ NEEDS_TOKEN = [
     ("GET", "/metrics"),
     ("GET", "/admin/v1/status"),
     ("GET", "/admin/v1/events"),
+    ("GET", "/admin/v1/incidents"),
+    ("GET", "/admin/v1/audit"),
+    ("GET", "/admin/v1/settings"),
     ("GET", "/admin/v1/operations"),
     ("POST", "/admin/v1/operations"),
     ("DELETE", "/admin/v1/operations/x"),
@@ -289,7 +294,7 @@ def test_the_openapi_document(client: httpx.Client) -> None:
 def test_schemathesis_finds_nothing(server: tuple[str, MemoryService], tmp_path: Path) -> None:
     server[1].reset()
     endless = ("--exclude-path", "/admin/v1/stream")  # each try would take as long as its patience
-    asyncio.run(check_by_document(server[0], TOKEN, 5, 13, tmp_path, *endless))
+    asyncio.run(check_by_document(server[0], TOKEN, 5, 16, tmp_path, *endless))
 
 
 def test_compressed_bodies(client: httpx.Client) -> None:
@@ -332,11 +337,12 @@ def test_a_browser_session(client: httpx.Client, service: MemoryService) -> None
 
 def test_a_session_ends_by_itself() -> None:
     cookie = auth.session_cookie(TOKEN, 1000.0)
-    assert auth.cookie_matches(cookie, TOKEN, 1000.0 + auth.SESSION_S - 1)
-    assert not auth.cookie_matches(cookie, TOKEN, 1000.0 + auth.SESSION_S + 1)
-    assert not auth.cookie_matches(cookie, "other", 1000.0)
-    longer = f"{int(cookie.split('.')[0]) + 1}.{cookie.split('.')[1]}"
-    assert not auth.cookie_matches(longer, TOKEN, 1000.0)
+    assert auth.caller_of_cookie(cookie, TOKEN, 1000.0 + auth.SESSION_S - 1)
+    assert not auth.caller_of_cookie(cookie, TOKEN, 1000.0 + auth.SESSION_S + 1)
+    assert not auth.caller_of_cookie(cookie, "other", 1000.0)
+    role, name, expiry, signature = cookie.split(".")
+    longer = f"{role}.{name}.{int(expiry) + 1}.{signature}"
+    assert not auth.caller_of_cookie(longer, TOKEN, 1000.0)
 
 
 def stream(client: httpx.Client, query: str = "") -> Generator[tuple[str, object], None, None]:
@@ -456,3 +462,111 @@ def test_streams_opened_in_one_moment_are_bounded_too(
     # Fewer when clients of an earlier test are just leaving.
     assert 0 < answers.count(b"200") <= 3
     assert answers.count(b"200") + answers.count(b"503") == 30
+
+
+# ---- roles
+
+
+def minted(role: Role, name: str = "alice", expiry: float | None = None) -> dict[str, str]:
+    until = int(time.time()) + 60 if expiry is None else int(expiry)
+    return {"authorization": f"Bearer {mint(TOKEN, name, role, until)}"}
+
+
+def test_every_route_is_denied_to_roles_below_the_one_that_it_takes(
+    client: httpx.Client, service: MemoryService
+) -> None:
+    """All routes of the app, so that a new one cannot be forgotten."""
+    document = client.get("/openapi.json", headers=BEARER).json()
+    order = list(Role)
+    for path, methods in document["paths"].items():
+        concrete = path.replace("{operation_id}", "x").replace("{path}", "x")
+        for method, operation in methods.items():
+            if not operation["security"] or path == "/admin/v1/stream":
+                continue
+            needed = auth.role_needed(method.upper(), concrete)
+            assert client.request(method, concrete).status_code == 401, path
+            for role in MINTED:
+                answer = client.request(method, concrete, headers=minted(role))
+                if order.index(role) < order.index(needed):
+                    assert answer.status_code == 403, (role, method, path)
+                    assert needed.value in answer.json()["error"]["message"]
+                else:
+                    assert answer.status_code not in {401, 403}, (role, method, path)
+
+
+def test_what_roles_are_for(client: httpx.Client, service: MemoryService) -> None:
+    assert client.get("/metrics", headers=minted(Role.METRICS)).status_code == 200
+    assert client.get("/admin/v1/status", headers=minted(Role.METRICS)).status_code == 403
+    assert client.get("/admin/v1/status", headers=minted(Role.VIEWER)).status_code == 200
+    for path in ("/admin/v1/audit", "//admin//v1/audit", "/admin/v1/%61udit", "/admin/v1/audit?limit=1"):
+        assert client.get(f"{client.base_url}{path}", headers=minted(Role.VIEWER)).status_code == 403, path
+        assert client.head(f"{client.base_url}{path}", headers=minted(Role.VIEWER)).status_code == 403, path
+        assert client.get(f"{client.base_url}{path}", headers=minted(Role.OPERATOR)).status_code == 200, path
+    slash = client.get(f"{client.base_url}/admin/v1/audit/", headers=minted(Role.VIEWER))
+    assert slash.status_code == 403
+    body = drain("n2")
+    assert client.post("/admin/v1/operations", json=body, headers=minted(Role.VIEWER)).status_code == 403
+    assert service.known == {}
+    assert client.post("/admin/v1/operations", json=body, headers=minted(Role.OPERATOR)).status_code == 200
+    caller = service.callers[-1]
+    assert (caller.name, caller.role, caller.address) == ("alice", Role.OPERATOR, "127.0.0.1")
+    client.post("/admin/v1/operations", json=drain("n3", "op-9"), headers=BEARER)
+    assert (service.callers[-1].name, service.callers[-1].role) == ("admin", Role.ADMIN)
+
+
+def test_tokens_that_are_no_good(client: httpx.Client) -> None:
+    good = mint(TOKEN, "alice", Role.OPERATOR, int(time.time()) + 60)
+    said, _, signature = good.rpartition(".")
+    kf, role, name, expiry = said.split(".")
+    forged = [
+        mint("another token", "alice", Role.OPERATOR, int(time.time()) + 60),
+        mint(TOKEN, "alice", Role.OPERATOR, int(time.time()) - 1),
+        f"{kf}.admin.{name}.{expiry}.{signature}",
+        f"{kf}.{role}.bob.{expiry}.{signature}",
+        f"{kf}.{role}.{name}.{int(expiry) + 1}.{signature}",
+        said,
+        f"{good}0",
+    ]
+    for token in forged:
+        answer = client.get("/admin/v1/status", headers={"authorization": f"Bearer {token}"})
+        assert answer.status_code == 401, token
+    assert client.get("/admin/v1/status", headers={"authorization": f"Bearer {good}"}).status_code == 200
+    for name, role in (("", Role.VIEWER), ("a.b", Role.VIEWER), ("admin", Role.VIEWER), ("a", Role.ADMIN)):
+        with pytest.raises(ConfigError):
+            mint(TOKEN, name, role, 1)
+
+
+def test_a_session_keeps_the_role_and_the_name(client: httpx.Client, service: MemoryService) -> None:
+    token = mint(TOKEN, "eve", Role.VIEWER, int(time.time()) + 60)
+    answer = client.post("/session", json={"token": token})
+    assert answer.status_code == 204
+    assert token.rpartition(".")[2] not in answer.headers["set-cookie"]  # no cookie is a token
+    assert 0 < int(answer.headers["set-cookie"].lower().partition("max-age=")[2].partition(";")[0]) <= 60
+    assert client.get("/admin/v1/status").status_code == 200
+    own = {"origin": f"http://{client.base_url.host}:{client.base_url.port}", "sec-fetch-site": "same-origin"}
+    assert client.post("/admin/v1/operations", json=drain("n2"), headers=own).status_code == 403
+    assert service.known == {}
+
+
+def test_a_cookie_of_a_release_without_roles_is_no_defect(client: httpx.Client) -> None:
+    expiry = str(int(time.time()) + 60)
+    old = f"{expiry}.{auth._sign(TOKEN, expiry)}"
+    answer = client.get("/admin/v1/status", headers={"cookie": f"{auth.COOKIE}={old}"})
+    assert answer.status_code == 401
+
+
+def test_passwords_are_not_told(client: httpx.Client, service: MemoryService) -> None:
+    url = "postgresql+asyncpg://kf:pa:ss@db.example:5432/kf?password=pass2"
+    service.config = msgspec.structs.replace(service.config, database_url=url)
+    answer = client.get("/admin/v1/settings", headers=BEARER)
+    assert answer.json()["database_url"] == "postgresql+asyncpg://kf:***@db.example:5432/kf"
+    assert "pass2" not in answer.text
+    assert "pa:ss" not in answer.text
+
+
+def test_a_reason_has_a_bound_and_an_epoch_is_a_number(client: httpx.Client) -> None:
+    for more in ({"reason": "x" * 501}, {"if_epoch": "12"}):
+        body = drain("n2", "op-1", **more)
+        assert client.post("/admin/v1/operations", json=body, headers=BEARER).status_code == 400
+    refused = client.post("/admin/v1/operations", json=drain("n2", if_epoch=11), headers=BEARER)
+    assert (refused.status_code, refused.json()["checks"][0]["name"]) == (409, "epoch")

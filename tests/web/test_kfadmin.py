@@ -43,6 +43,13 @@ def server() -> Iterator[tuple[str, MemoryService]]:
     structlog.reset_defaults()
 
 
+@pytest.fixture(autouse=True)
+def no_contexts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """None of the user who runs the tests."""
+    monkeypatch.setenv("KF_CONTEXTS", str(tmp_path / "contexts.json"))
+    monkeypatch.delenv("KF_CONTEXT", raising=False)
+
+
 @pytest.fixture
 def service(server: tuple[str, MemoryService]) -> MemoryService:
     server[1].reset()
@@ -291,7 +298,7 @@ def test_processes_of_this_machine_are_not_restarted_blindly(tmp_path: Path) -> 
 def test_usage(target: list[str]) -> None:
     assert kfadmin("drain").exit_code == 2
     assert kfadmin("no-such-verb").exit_code == 2
-    assert kfadmin("status", "-o", "yaml", *target).exit_code == 2
+    assert kfadmin("status", "-o", "xml", *target).exit_code == 2
     assert kfadmin("status", "--admin", "localhost:1").exit_code == 2
     result = kfadmin("drain", "n1;rm", *target)
     assert result.exit_code == 2

@@ -8,6 +8,9 @@
     GET    /admin/v1/status                  ClusterStatus
     GET    /admin/v1/events?limit=&after=    {"events": [{"id": ..., and Event's fields}]}, oldest first
     GET    /admin/v1/quorum                  {"checks": [Check]}
+    GET    /admin/v1/incidents?limit=        {"incidents": [Incident]}, oldest first
+    GET    /admin/v1/audit?limit=&after=&operation=    {"entries": [AuditEntry]}, oldest first; operators only
+    GET    /admin/v1/settings                ClusterConfig without passwords; operators only
     GET    /admin/v1/operations              {"operations": [Operation]}
     POST   /admin/v1/operations              OperationRequest -> OperationAnswer; 409: refused
     DELETE /admin/v1/operations/{id}         cancel -> Operation
@@ -28,12 +31,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from controlplane.contract.auth import bearer_matches
+from controlplane.contract.auth import identify
 from controlplane.contract.errors import Unavailable
 from controlplane.contract.records import GROUP_WIDE, OperationKind, OperationState
 from controlplane.contract.status import OperationAnswer, OperationRequest
 from web import bodies
-from web.admin.auth import COOKIE, SESSION_S, Guard, error, session_cookie
+from web.admin.auth import COOKIE, Guard, caller_of, error, session_cookie, session_s
 from web.admin.describe import NAME, document
 from web.admin.feed import Feed, FeedResponse, event_rows
 from web.admin.service import AdminService
@@ -122,13 +125,15 @@ def _add_page(app: FastAPI, token: str) -> None:
     @app.post("/session")
     async def log_in(request: Request) -> Response:
         given = await _body(request, SessionRequest)
-        if not bearer_matches(f"Bearer {given.token}", token):
+        now = time.time()
+        caller = identify(given.token, token, now)
+        if caller is None:
             return error(401, "the admin token is wrong")
         response = Response(status_code=204)
         response.set_cookie(
             COOKIE,
-            session_cookie(token, time.time()),
-            max_age=SESSION_S,
+            session_cookie(token, now, caller),
+            max_age=session_s(caller, now),
             httponly=True,
             samesite="strict",
             secure=request.url.scheme == "https",
@@ -159,6 +164,22 @@ def _add_reads(app: FastAPI, service: AdminService) -> None:
     ) -> Response:
         return _json({"events": event_rows(await service.events(limit, after))})
 
+    @app.get("/admin/v1/incidents")
+    async def incidents(limit: int = Query(100, ge=1, le=EVENTS_MAX)) -> Response:
+        return _json({"incidents": await service.incidents(limit)})
+
+    @app.get("/admin/v1/audit")
+    async def audit(
+        limit: int = Query(100, ge=1, le=EVENTS_MAX),
+        after: int = Query(0, ge=0, lt=2**63),
+        operation: str = Query("", max_length=100),
+    ) -> Response:
+        return _json({"entries": await service.audit(limit, after, operation)})
+
+    @app.get("/admin/v1/settings")
+    async def settings() -> Response:
+        return _json(service.settings())
+
     @app.get("/admin/v1/stream")
     async def stream(request: Request, after: int = Query(0, ge=0, lt=2**63)) -> Response:
         if getattr(request.state, HEAD, False):
@@ -183,13 +204,13 @@ def _add_operations(app: FastAPI, service: AdminService) -> None:
                 raise HTTPException(400, f"{field}: letters, digits, '.', '_' and '-' only, at most 100")
         if wanted.kind not in {kind.value for kind in OperationKind}:
             raise HTTPException(400, f"kind: one of {', '.join(kind.value for kind in OperationKind)}")
-        answer: OperationAnswer = await service.submit(wanted)
+        answer: OperationAnswer = await service.submit(wanted, caller_of(request.scope))
         refused = not answer.accepted and any(check.level == "fail" for check in answer.checks)
         return _json(answer, 409 if refused else 200)
 
     @app.delete("/admin/v1/operations/{operation_id}")
-    async def cancel(operation_id: str) -> Response:
-        operation = await service.cancel(operation_id)
+    async def cancel(operation_id: str, request: Request) -> Response:
+        operation = await service.cancel(operation_id, caller_of(request.scope))
         if operation is None:
             return error(404, f"there is no operation {operation_id[:100]}")
         if operation.state is not OperationState.CANCELLED:

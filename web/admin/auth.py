@@ -1,7 +1,8 @@
-"""Who may use the admin API: the bearer of the admin token, or a browser that has shown it once.
+"""Who may use the admin API, and for what: the bearer of the admin token or of one that was minted with it
+(`controlplane.contract.auth`), or a browser that has shown either once.
 
-The cookie is `<expiry>.<HMAC of it under the admin token>`. It needs no table, so that it is good at every
-controller (browsers send a cookie to all ports of a host) and after a controller has restarted.
+The cookie is `<role>.<name>.<expiry>.<HMAC of these under the admin token>`. It needs no table, so that it is good at
+every controller (browsers send a cookie to all ports of a host) and after a controller has restarted.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import hmac
 import time
 from http.cookies import CookieError, SimpleCookie
 
+import msgspec
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from controlplane.contract.auth import bearer_matches
+from controlplane.contract.auth import ADMIN_CALLER, Caller, Role, identify_bearer
 
 COOKIE = "kevlarflow_admin"
 SESSION_S = 12 * 3600
@@ -23,6 +25,8 @@ SESSION_S = 12 * 3600
 OPEN = {("GET", "/livez"), ("GET", "/readyz"), ("GET", "/"), ("POST", "/session")}
 OPEN_PREFIX = "/ui/"
 SAFE_METHODS = {"GET", "HEAD"}
+OPERATORS_READ = {"/admin/v1/audit", "/admin/v1/settings"}  # more than viewers need
+CALLER = "kf_caller"  # key of the scope's state
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
@@ -35,17 +39,44 @@ HEADERS = {
 }
 
 
-def session_cookie(token: str, now_unix_s: float) -> str:
-    """A cookie's value that is good for `SESSION_S` seconds."""
-    expiry = str(int(now_unix_s) + SESSION_S)
-    return f"{expiry}.{_sign(token, expiry)}"
+def session_cookie(token: str, now_unix_s: float, caller: Caller = ADMIN_CALLER) -> str:
+    """A cookie's value that is good for `SESSION_S` seconds, or as long as the caller's own token. `token`: the admin
+    token."""
+    expiry = int(now_unix_s) + session_s(caller, now_unix_s)
+    said = f"{caller.role.value}.{caller.name}.{expiry}"
+    return f"{said}.{_sign(token, said)}"
 
 
-def cookie_matches(value: str, token: str, now_unix_s: float) -> bool:
-    """Whether a cookie's value was made with `token` and has not expired."""
-    expiry, _, signature = value.partition(".")
-    good = hmac.compare_digest(signature.encode(), _sign(token, expiry).encode())
-    return good and expiry.isascii() and expiry.isdigit() and int(expiry) > now_unix_s
+def session_s(caller: Caller, now_unix_s: float) -> int:
+    """How long a session may last that begins now."""
+    return min(SESSION_S, int(caller.expiry_unix_s - now_unix_s)) if caller.expiry_unix_s else SESSION_S
+
+
+def caller_of_cookie(value: str, token: str, now_unix_s: float) -> Caller | None:
+    """Who a cookie was made for; None: it was not made with `token`, or has expired."""
+    said, _, signature = value.rpartition(".")
+    if not hmac.compare_digest(signature.encode(), _sign(token, said).encode()):
+        return None
+    parts = said.split(".")
+    if len(parts) != 3:  # of a release before there were roles
+        return None
+    role, name, expiry = parts
+    return Caller(name, Role(role), expiry_unix_s=int(expiry)) if int(expiry) > now_unix_s else None
+
+
+def role_needed(method: str, path: str) -> Role:
+    """The least role that a request needs: reading for viewers, and all else for operators unless it is named here."""
+    if method not in SAFE_METHODS:
+        return Role.VIEWER if (method, path) == ("DELETE", "/session") else Role.OPERATOR
+    if path == "/metrics":
+        return Role.METRICS
+    return Role.OPERATOR if path in OPERATORS_READ else Role.VIEWER
+
+
+def caller_of(scope: Scope) -> Caller:
+    """Who sent a request that the guard has let through."""
+    caller: Caller = scope["state"][CALLER]
+    return caller
 
 
 def same_origin(headers: Headers) -> bool:
@@ -78,15 +109,24 @@ class Guard:
         await (refusal or self._app)(scope, receive, hardened)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
+        """Why the request is not let through; a caller who is known is left in the scope's state."""
         method, path, headers = scope["method"], scope["path"], Headers(scope=scope)
         if (method, path) in OPEN or (method in SAFE_METHODS and path.startswith(OPEN_PREFIX)):
             return None
-        if bearer_matches(headers.get("authorization"), self._token):
-            return None
-        if not cookie_matches(_cookie(headers), self._token, time.time()):
+        now = time.time()
+        caller = identify_bearer(headers.get("authorization"), self._token, now)
+        by_cookie = caller is None
+        if caller is None:
+            caller = caller_of_cookie(_cookie(headers), self._token, now)
+        if caller is None:
             return error(401, "the admin token is missing or wrong", {"www-authenticate": "Bearer"})
-        if method not in SAFE_METHODS and not same_origin(headers):
+        needed = role_needed(method, path)
+        if not caller.role.includes(needed):
+            return error(403, f"{caller.name} has the role {caller.role.value}, this takes {needed.value}")
+        if by_cookie and method not in SAFE_METHODS and not same_origin(headers):
             return error(403, "changes by cookie must come from the dashboard itself")
+        address = scope["client"][0] if scope.get("client") else ""
+        scope.setdefault("state", {})[CALLER] = msgspec.structs.replace(caller, address=address)
         return None
 
 
@@ -104,5 +144,5 @@ def _cookie(headers: Headers) -> str:
     return jar[COOKIE].value if COOKIE in jar else ""
 
 
-def _sign(token: str, expiry: str) -> str:
-    return hmac.new(token.encode(), f"session/{expiry}".encode(), hashlib.sha256).hexdigest()
+def _sign(token: str, said: str) -> str:
+    return hmac.new(token.encode(), f"session/{said}".encode(), hashlib.sha256).hexdigest()

@@ -6,7 +6,9 @@ from typing import Any
 
 import msgspec
 
+from controlplane.contract.audit import AuditEntry
 from controlplane.contract.events import Event
+from controlplane.contract.incidents import Incident
 from controlplane.contract.records import GROUP_WIDE, Operation, OperationKind
 from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
 from web.describe import (
@@ -25,7 +27,9 @@ from web.describe import (
     ref,
 )
 
-KINDS = (ClusterStatus, Check, Operation, OperationAnswer, OperationRequest, Event)
+KINDS = (
+    ClusterStatus, Check, Operation, OperationAnswer, OperationRequest, Event, Incident, AuditEntry,
+)  # fmt: skip
 HTML = "text/html"
 NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 COOKIE_OR_BEARER: dict[str, Schema] = {
@@ -69,6 +73,10 @@ def _endpoints() -> list[Endpoint]:
     token = record({"token": STRING})
     operations = record({"operations": array(ref("Operation"))})
     events = record({"events": array(ref("Event"))})
+    incidents = record({"incidents": array(ref("Incident"))})
+    audit = record({"entries": array(ref("AuditEntry"))})
+    named = {"type": "string", "maxLength": 100}
+    of_operation = parameter("operation", "query", named, "Only entries of the operation with this id.")
     submitted = {200: {JSON: ref("OperationAnswer")}, 409: {JSON: ref("OperationAnswer")}}
     changes = (403, 404, 409)
     base = "/admin/v1"
@@ -95,6 +103,16 @@ def _endpoints() -> list[Endpoint]:
             "GET", f"{base}/quorum", "etcd's health", {200: {JSON: record({"checks": array(ref("Check"))})}}
         ),
         Endpoint("GET", f"{base}/events", "What happened", {200: {JSON: events}}, parameters=(limit, after)),
+        Endpoint("GET", f"{base}/incidents", "Failures", {200: {JSON: incidents}}, parameters=(limit,)),
+        Endpoint(
+            "GET",
+            f"{base}/audit",
+            "Who did what",
+            {200: {JSON: audit}},
+            (403,),
+            parameters=(limit, after, of_operation),
+        ),
+        Endpoint("GET", f"{base}/settings", "What it runs with", {200: {JSON: {"type": "object"}}}, (403,)),
         Endpoint("GET", f"{base}/operations", "What operators asked for", {200: {JSON: operations}}),
         Endpoint("POST", f"{base}/operations", "Ask for one", submitted, (403,), ref("OperationRequest")),
         Endpoint(

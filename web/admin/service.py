@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from controlplane.contract.audit import AuditEntry
+from controlplane.contract.auth import Caller
+from controlplane.contract.config import ClusterConfig
 from controlplane.contract.events import Event
+from controlplane.contract.incidents import Incident
 from controlplane.contract.records import Operation
 from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
 
@@ -33,18 +37,28 @@ class AdminService(Protocol):
     async def events(self, limit: int, after: int = 0) -> Sequence[tuple[int, Event]]:
         """History as (id, event), oldest first: the newest `limit` ones with an id above `after`."""
 
+    async def incidents(self, limit: int) -> Sequence[Incident]:
+        """The newest failures of the history, oldest first."""
+
+    async def audit(self, limit: int, after: int = 0, operation: str = "") -> Sequence[AuditEntry]:
+        """Who did what, oldest first: the newest `limit` entries with an id above `after`; of one operation, if one is
+        named."""
+
+    def settings(self) -> ClusterConfig:
+        """What this controller runs with, without passwords."""
+
     async def operations(self) -> Sequence[Operation]:
         """Every operation that is known, oldest first."""
 
     async def quorum(self) -> Sequence[Check]:
         """Whether the cluster can be changed, and would still be after one more loss. Never Unavailable."""
 
-    async def submit(self, request: OperationRequest) -> OperationAnswer:
+    async def submit(self, request: OperationRequest, caller: Caller) -> OperationAnswer:
         """Pre-flight, and unless it is a dry run or refused, begin.
 
-        An id that is known already answers with that operation; one that was used for something else is
-        refused.
+        `request.if_epoch` is compared as the operation is written. An id that is known already answers with that
+        operation; one that was used for something else is refused.
         """
 
-    async def cancel(self, operation_id: str) -> Operation | None:
+    async def cancel(self, operation_id: str, caller: Caller) -> Operation | None:
         """Call an operation off; the operation as it is then, which may have ended before. None: unknown."""

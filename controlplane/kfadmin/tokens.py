@@ -1,0 +1,82 @@
+"""`kfadmin token`: tokens with a name, a role and an expiry, in place of the cluster's own for people and scrapers."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from controlplane.contract.auth import Role, identify, mint
+from controlplane.contract.errors import RequestError
+from controlplane.kfadmin.client import NotAllowed
+from controlplane.kfadmin.formats import Output, OutputOption, View, show
+from controlplane.kfadmin.output import clock, console
+from controlplane.kfadmin.target import RunDirOption, find_run_dir, read_token, resolved
+
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+LONGEST_S = 366 * 86400  # it cannot be called back
+
+app = typer.Typer(no_args_is_help=True, help="Tokens with a name, a role and an expiry.")
+AdminTokenFile = Annotated[
+    Path | None,
+    typer.Option("--token-file", help="File with the cluster's own admin token (default: run dir)."),
+]
+
+
+def seconds_of(text: str) -> int:
+    """ "8h" as seconds. Raises RequestError."""
+    found = re.fullmatch(r"([1-9][0-9]{0,8})([smhd])", text)
+    length_s = int(found[1]) * UNITS_S[found[2]] if found else 0
+    if not 0 < length_s <= LONGEST_S:
+        raise RequestError(f"{text!r}: a time such as 30m, 8h or 7d, at most 366d")
+    return length_s
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="Whose it is: what the audit will say.")],
+    role: Annotated[Role, typer.Option(help="metrics: only /metrics; viewer: read; operator: change.")],
+    valid: Annotated[str, typer.Option("--for", help="How long it is good: 30m, 8h, 7d.")] = "8h",
+    file: Annotated[Path | None, typer.Option(help="Write it there (mode 0600), not to stdout.")] = None,
+    run_dir: RunDirOption = None,
+    token_file: AdminTokenFile = None,
+) -> None:
+    """Make a token. Nothing is stored, so that it cannot be called back before it expires: keep it short."""
+    made = mint(_admin_token(run_dir, token_file), name, role, int(time.time()) + seconds_of(valid))
+    if file is None:
+        print(made)
+        return
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+        out.write(made + "\n")
+
+
+@app.command(name="show")
+def show_(
+    file: Annotated[Path, typer.Argument(help="File with a token.")],
+    run_dir: RunDirOption = None,
+    token_file: AdminTokenFile = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Whose token it is, what it may do, and until when. Needs the cluster's own token. Exit code 6: it is no good."""
+    caller = identify(read_token(file), _admin_token(run_dir, token_file), time.time())
+    if caller is None:
+        raise NotAllowed(f"{file}: not this cluster's token, or it has expired")
+
+    def draw(_wide: bool) -> None:
+        until = clock(caller.expiry_unix_s) if caller.expiry_unix_s else "for ever"
+        console().print(f"{caller.name}, {caller.role.value}, until {until}")
+
+    show(View(caller, draw, names=[caller.name]), output)
+
+
+def _admin_token(run_dir: Path | None, token_file: Path | None) -> str:
+    run_dir, admin, token_file = resolved(run_dir, None, token_file)
+    if token_file is not None:
+        return read_token(token_file)
+    if admin:
+        raise RequestError("give --token-file: the context names no run directory")
+    return find_run_dir(run_dir).admin_token()
