@@ -334,7 +334,6 @@ class Node:
         total = self._schedulers.recoveries_total
         fresh = total - recoveries_sent
         store, pace, busy = self._store, self._worker.compute.pace, self._worker.compute.busy
-        replica = store.blocks_replica
         report = NodeReport(
             member=self._me,
             seq=seq,
@@ -343,8 +342,8 @@ class Node:
             pipelines=tuple(self._pipeline_reports(now)),
             links=tuple(self._peers.report(self._transport.last_heard, now)),
             recoveries=tuple(self._schedulers.recoveries[-fresh:]) if fresh > 0 else (),
-            blocks_used=store.num_blocks - store.blocks_free - replica - store.blocks_kept,
-            blocks_replica=replica,
+            blocks_used=store.blocks_used,
+            blocks_replica=store.blocks_replica,
             blocks_total=store.num_blocks,
             busy_s=now - busy[0] if busy is not None else 0.0,
             usual_s=pace.usual_s(busy[1]) if busy is not None else 0.0,

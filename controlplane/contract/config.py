@@ -120,6 +120,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # The most urgent priority that clients may ask for. Lower ones run first, and preempt.
     priority_floor: Annotated[int, Range(-(1 << 31), (1 << 31) - 1)] = 0
 
+    # Whether the usage tells how much of a prompt was cached. That depends on who asked before, so that the usage of a
+    # stream that is taken up elsewhere is no longer what it was.
+    prompt_tokens_details: bool = False
     # How the model writes tool calls and reasoning; auto: as its chat template shows.
     tool_parser: Literal[
         "auto", "none", "hermes", "llama3_json", "pythonic", "mistral", "mistral_named", "mistral_args"

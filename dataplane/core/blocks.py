@@ -7,7 +7,7 @@ service changes tables; no byte is read or copied. What is kept of a pipeline th
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
@@ -271,14 +271,21 @@ class KvStore:
         return len(self.pool.free)
 
     @property
+    def blocks_used(self) -> int:
+        """Blocks of requests that are served here."""
+        return len(self._blocks_of(chain.from_iterable(held.values() for held in self.own.values())))
+
+    @property
     def blocks_replica(self) -> int:
-        """Blocks that are only others' copies."""
-        return len(self.pool.only(self.copies.holders()))
+        """Blocks of copies of requests that are served elsewhere, and of none that is served here."""
+        served = self._blocks_of(chain.from_iterable(held.values() for held in self.own.values()))
+        return len(self._blocks_of(self.copies.rows.values()) - served)
 
     @property
     def blocks_kept(self) -> int:
-        """Blocks that no request has now, kept for those to come."""
-        return len(self.pool.only(Counter(chain.from_iterable(kept.values() for kept in self.kept.values()))))
+        """Blocks that no request has now, kept for those to come, or copies of such."""
+        served = self._blocks_of(chain.from_iterable(held.values() for held in self.own.values()))
+        return self.num_blocks - self.blocks_free - len(served | self._blocks_of(self.copies.rows.values()))
 
     def check(self) -> None:
         """Every block is free or has as many holders as are counted. Raises AssertionError (tests, sampled in
@@ -298,6 +305,9 @@ class KvStore:
         spare = [(name, block) for name, (block, _) in self.copies.spare.items()]
         for name, block in (*spare, *chain.from_iterable(kept.items() for kept in self.kept.values())):
             assert self.pool.find(name) == block, "what is kept is not what its name says"
+
+    def _blocks_of(self, rows: Iterable[int]) -> set[int]:
+        return set(chain.from_iterable(map(self.table.blocks, rows)))
 
     # ------------------------------------------------------------------ rows
 

@@ -153,6 +153,7 @@ def _service(
         tickets=tickets,
         memory=Memory(limits.memory_bytes, limits.client_share),
         priority_floor=limits.priority_floor,
+        prompt_tokens_details=limits.prompt_tokens_details,
     )
 
 

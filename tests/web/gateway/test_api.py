@@ -106,7 +106,6 @@ def test_several_prompts_and_n() -> None:
                 "prompt_tokens": 5,
                 "completion_tokens": 32,
                 "total_tokens": 37,
-                "prompt_tokens_details": {"cached_tokens": 0},
             }
             texts = (
                 await client.post("/v1/completions", json={"prompt": ["Hello", "World"], "max_tokens": 4})

@@ -15,17 +15,20 @@ LOGPROB_MIN = -9999.0  # JSON has no infinity
 
 
 def usage(
-    prompt_tokens: int, cached_tokens: int, completion_tokens: int, reasoning_tokens: int | None
+    prompt_tokens: int, cached_tokens: int | None, completion_tokens: int, reasoning_tokens: int | None
 ) -> dict[str, Any]:
-    """`cached_tokens`: of the prompt, that were not computed again; `reasoning_tokens`: of the completion; None: the
+    """`cached_tokens`: of the prompt, that were not computed again; None: nobody is to know. `reasoning_tokens`: of the completion; None: the
     model is none that reasons."""
     details = {} if reasoning_tokens is None else {"reasoning_tokens": reasoning_tokens}
-    return {
-        "prompt_tokens": prompt_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "completion_tokens": completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    } | ({"completion_tokens_details": details} if details else {})
+    return (
+        {
+            "prompt_tokens": prompt_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "completion_tokens": completion_tokens,
+        }
+        | ({} if cached_tokens is None else {"prompt_tokens_details": {"cached_tokens": cached_tokens}})
+        | ({"completion_tokens_details": details} if details else {})
+    )
 
 
 def completion_choice(index: int, piece: Piece, logprobs: dict[str, Any] | None) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class ChunkWriter:
         reasons = any(choice.reasons for choice in choices)
         return answers.usage(
             prompt_tokens,
-            cached_tokens,
+            cached_tokens if self._generation.tells_cached else None,
             sum(choice.tokens for choice in choices),
             sum(choice.reasoning_tokens for choice in choices) if reasons else None,
         )

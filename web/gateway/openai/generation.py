@@ -59,6 +59,7 @@ class Generation:
     ) -> None:
         self.queue = DeliveryQueue(service.dispatcher.readers, hold)
         self.plans = plans
+        self.tells_cached = service.prompt_tokens_details
         self.leaving = False  # the gateway was told to stop
         self._service = service
         self._priority = priority
