@@ -17,8 +17,8 @@ LOGPROB_MIN = -9999.0  # JSON has no infinity
 def usage(
     prompt_tokens: int, cached_tokens: int | None, completion_tokens: int, reasoning_tokens: int | None
 ) -> dict[str, Any]:
-    """`cached_tokens`: of the prompt, that were not computed again; None: nobody is to know. `reasoning_tokens`: of the completion; None: the
-    model is none that reasons."""
+    """`cached_tokens`: of the prompt, that were not computed again; None: nobody is to know. `reasoning_tokens`: of the
+    completion; None: the model is none that reasons."""
     details = {} if reasoning_tokens is None else {"reasoning_tokens": reasoning_tokens}
     return (
         {
