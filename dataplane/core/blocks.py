@@ -42,16 +42,17 @@ class KvStore:
     # ------------------------------------------------------------------ steps
 
     def resume(self, pipeline: PipelineId, rid: int, names: Sequence[bytes], tail: int) -> bool:
-        """A request goes on behind these full blocks, and behind `tail` positions of an open one that it has here. What
-        else it had is void. False: something of that is not here."""
+        """A request goes on behind these full blocks, and behind `tail` positions of the next one that it has here.
+        That one may be full, and others may have it: the positions are computed again, with the same bits. What else
+        the request had is void. False: something of that is not here.
+        """
         blocks = [self.pool.find(name) for name in names]
         row = self.own[pipeline].get(rid)
         valid = len(names) * self.block_size + tail
         if tail:
-            last = self._open_block(row, len(names)) if row is not None else None
-            if row is None or last is None or self.table.valid(row) < valid:
+            if row is None or self.table.valid(row) < valid:
                 return False
-            blocks.append(last)
+            blocks.append(self.table.block(row, len(names)))
         found = [block for block in blocks if block is not None]
         if len(found) < len(blocks) or (row is None and not self._make_row()):
             return False
@@ -124,10 +125,11 @@ class KvStore:
     # ------------------------------------------------------------------ changes of duty
 
     def take_up(self, pipeline: PipelineId, rid: int, names: Sequence[bytes]) -> int:
-        """Take into service what is here of a request: its full blocks `names`, whoever has them, and the open one
-        behind them that it has had here, or its copy. Returns how many positions that are.
+        """Take into service what is here of a request: its full blocks `names`, whoever has them, and the next one that
+        it has had here behind them, or its copy. Returns how many positions that are.
 
-        What it has had here under other names was computed where other things decided the bits."""
+        The next one may be full: whoever had the request before knew more of its tokens. What it has had here under
+        other names was computed where other things decided the bits."""
         row = self.own[pipeline].get(rid)
         if row is None and (pipeline, rid) in self.copies.rows:
             row = self.own[pipeline][rid] = self.copies.rows.pop((pipeline, rid))
@@ -138,12 +140,15 @@ class KvStore:
                 break
             blocks.append(block)
         tokens = len(blocks) * self.block_size
+        had = () if row is None else self.table.blocks(row)
         valid = 0 if row is None else self.table.valid(row)
-        if row is not None and valid // self.block_size == len(blocks):
-            last = self._open_block(row, len(blocks))
-            if last is not None:
-                tokens = valid
+        if valid > tokens:
+            last = had[len(blocks)]
+            full = valid >= tokens + self.block_size or bool(self.pool.name_of(last))
+            # Of a full one these names do not say whether it is what follows them, unless all before it is the same.
+            if not full or (len(blocks) == len(names) and list(had[: len(blocks)]) == blocks):
                 blocks.append(last)
+                tokens = min(valid, tokens + self.block_size)
         if row is None and (not blocks or not self._make_row()):
             return 0
         if row is None:
@@ -319,13 +324,6 @@ class KvStore:
         self.pool.drop_all(self.table.truncate(row, 0))
         self.table.extend(row, blocks)
         self.table.set_valid(row, valid)
-
-    def _open_block(self, row: int, index: int) -> int | None:
-        """The row's block `index` if there is one and it is not full."""
-        if index >= self.table.num_blocks(row):
-            return None
-        block: int = self.table.block(row, index)
-        return None if self.pool.name_of(block) else block
 
     def _seal(self, row: int, index: int, name: bytes) -> None:
         """The block is full. If that content is here already, the row has that block from now on; unless it is a copy

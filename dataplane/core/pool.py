@@ -35,7 +35,9 @@ class Pool:
         return self._names.get(block, b"")
 
     def call(self, block: int, name: bytes) -> None:
-        """From now on this is the block of that name; another one that was has none any more."""
+        """From now on this is the block of that name, and of no other; another one that was has none any more."""
+        if self._names.get(block, name) != name:
+            self.forget(block)
         before = self._named.get(name)
         if before is not None:
             del self._names[before]

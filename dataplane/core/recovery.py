@@ -20,7 +20,6 @@ class HeldCollector:
     adopts: bool = True  # false: only tells stages what to give back, nobody waits for the answers
     evicted: set[bytes] = field(default_factory=set)  # names that stages were told to evict meanwhile
     _least: dict[int, int] = field(default_factory=dict)
-    _most: dict[int, int] = field(default_factory=dict)
     _kept: list[list[bytes]] = field(default_factory=list)
 
     def answer(self, stage: int, held: tuple[tuple[int, int], ...], kept: bytes = b"") -> bool:
@@ -32,17 +31,12 @@ class HeldCollector:
         for rid in self.rids:
             here = tokens.get(rid, 0)
             self._least[rid] = min(self._least.get(rid, here), here)
-            self._most[rid] = max(self._most.get(rid, here), here)
         self._kept.append(unpack_names(kept))
         return not self.stages_missing
 
-    def resume_at(self, rid: int, total: int, block_size: int) -> int:
-        """Position to go on from: at least the last known token must run again, since it yields the next.
-
-        Within a block only if that block is open on every stage: a full one does not change any more."""
-        position = max(0, min(self._least.get(rid, 0), total - 1))
-        open_everywhere = self._most.get(rid, 0) // block_size == position // block_size
-        return position if open_everywhere else position - position % block_size
+    def resume_at(self, rid: int, total: int) -> int:
+        """Position to go on from: at least the last known token must run again, since it yields the next."""
+        return max(0, min(self._least.get(rid, 0), total - 1))
 
     def kept(self) -> tuple[list[bytes], set[bytes]]:
         """Blocks of no request: those of all stages, least recently used first, and those that only some have."""

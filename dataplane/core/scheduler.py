@@ -404,7 +404,7 @@ class Scheduler:
                 continue
             if request.phase is not Phase.RECOVERING:
                 continue
-            position = collector.resume_at(rid, request.total, self.limits.block_size)
+            position = collector.resume_at(rid, request.total)
             recomputed = max(0, request.computed - position)
             self.stats.requests_recovered += 1
             self.stats.tokens_recomputed += recomputed

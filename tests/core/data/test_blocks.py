@@ -139,14 +139,17 @@ def test_what_was_just_computed_is_better_than_a_copy_that_nobody_has_looked_at(
     store.check()
 
 
-def test_a_request_goes_on_in_its_open_block_and_in_no_full_one() -> None:
+def test_a_request_goes_on_in_the_block_that_it_has() -> None:
     store = KvStore(8, 4, 8, 8)
     computed(store, ("p0", 1), 10)
     assert store.resume("p0", 1, NAMES[:2], 1)
     assert store.tokens(("p0", 1)) == 9
-    assert not store.resume("p0", 1, NAMES[:1], 2), "that block is full: others may have it"
     assert not store.resume("p0", 1, NAMES[:2], 3), "so many positions of it are not here"
     assert not store.resume("p0", 1, NAMES[:3], 0)
+    assert store.resume("p0", 1, NAMES[:1], 2), "full as it is: the same bits are computed again"
+    assert store.tokens(("p0", 1)) == 6
+    computed(store, ("p0", 1), 8)
+    assert store.names_of(store.own["p0"][1]) == NAMES[:2]
     assert store.resume("p0", 1, NAMES[:1], 0)
     assert store.tokens(("p0", 1)) == 4
     assert store.blocks_free == 7
@@ -158,6 +161,8 @@ def test_it_is_taken_up_as_far_as_its_names_say() -> None:
     computed(store, ("p0", 1), 10)
     other = [NAMES[0], NAMES[6]]
     assert store.take_up("p0", 1, NAMES[:2]) == 10
+    assert store.take_up("p0", 1, NAMES[:1]) == 8, "its log is shorter where it is asked for now"
+    computed(store, ("p0", 1), 10)
     assert store.take_up("p0", 1, other) == 4, "computed where other things decided the bits"
     assert store.take_up("p0", 9, [NAMES[7]]) == 0
     assert 9 not in store.own["p0"]
