@@ -432,15 +432,14 @@ class Replicator:
 
     def _tell_gone(self) -> None:
         """Holders need not keep what is not here any more."""
-        gone, self._store.pool.gone = self._store.pool.gone, []
+        gone = [name for name in self._store.pool.gone if not self._store.pool.has(name)]
+        self._store.pool.gone.clear()
         if not gone:
             return
         for pipeline, state in self._protected.items():
             for source in state.sources.values():
-                there = [name for name in gone if name in source.there and not self._store.pool.has(name)]
-                if there:
-                    source.there.difference_update(there)
-                    self._drop(pipeline, state.fence, source, (), b"".join(there))
+                source.there.difference_update(gone)
+                self._drop(pipeline, state.fence, source, (), b"".join(gone))
 
     def answer_query(self, peer: Member, meta: KvQueryMeta) -> None:
         """A source sends copies only after this answer: one whose numerics are others gets none."""
