@@ -127,6 +127,7 @@ class RejoinMeta(msgspec.Struct, frozen=True, array_like=True, tag=4):
     complete: bool
     names: tuple[bytes, ...] = ()  # of the full blocks of each of `rids`
     kept: bool = False
+    adopts: bool = True  # False: they run already, and nothing is to be taken up for them
 
 
 class HeldMeta(msgspec.Struct, frozen=True, array_like=True, tag=5):

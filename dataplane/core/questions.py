@@ -46,7 +46,7 @@ class Questions:
         rids = tuple(request.rid for request in requests)
         self.open[number] = HeldCollector(number, rids, set(range(self._stages)), now, adopts)
         names = tuple(b"".join(request.names) for request in requests)
-        return Ask(RejoinMeta(self._pipeline, fence, number, rids, complete, names, kept))
+        return Ask(RejoinMeta(self._pipeline, fence, number, rids, complete, names, kept, adopts))
 
     def next_joining(self) -> list[int]:
         """The re-submitted requests that are to be asked about now."""

@@ -171,7 +171,11 @@ class Stage:
         held = []
         for index, rid in enumerate(meta.rids):
             names = unpack_names(meta.names[index]) if meta.names else ()
-            if tokens := self.store.take_up(self.pipeline, rid, names):
+            if meta.adopts:
+                tokens = self.store.take_up(self.pipeline, rid, names)
+            else:
+                tokens = self.store.tokens((self.pipeline, rid))
+            if tokens:
                 held.append((rid, tokens))
         if meta.complete:
             self.store.settle(self.pipeline, meta.rids)
