@@ -93,6 +93,9 @@ class Replicator:
         self._company = max(1, COMPANY_BYTES // (block_wire_bytes or kv.block_bytes))  # blocks of one message
         self._protected: dict[PipelineId, _Protected] = {}
         self._news: dict[tuple[Member, PipelineId, Fence], dict[int, None]] = {}  # requests to acknowledge
+        self._spared: dict[
+            PipelineId, list[bytes]
+        ] = {}  # what was kept of copies whose requests have ended since
         self._sources: dict[PipelineId, tuple[Member, Fence]] = {}  # who relies on our copies of a pipeline
         self._turn = 0  # which source goes first
         # Whose copies had to be refused, and how many blocks were free then.
@@ -307,23 +310,22 @@ class Replicator:
                 source.there.difference_update(self._names(meta.pipeline, rid))
         # What waits here to be taken up may still be claimed: its other copies must not go before.
         unknown = [rid for rid in unknown if (meta.pipeline, rid) not in self._store.copies.rows]
-        gone = b""
+        there = unpack_names(meta.names)
         if meta.whole:
             source.wrote(self._rids(meta.pipeline))
-            gone = self._compare_kept(meta, source)
+            self._compare_kept(meta, source)
+        # Its copy of a request may have had more than the request itself in the end.
+        gone = b"".join(name for name in there if not self._store.pool.has(name))
         if unknown or gone:
             self._drop(meta.pipeline, state.fence, source, tuple(unknown), gone, keep=False)
 
-    def _compare_kept(self, meta: KvAckMeta, source: ReplicaSource) -> bytes:
-        """What the holder has of what is kept here is not sent again, and what it lacks is. Returns names of what it
-        has and nobody here does."""
+    def _compare_kept(self, meta: KvAckMeta, source: ReplicaSource) -> None:
+        """What the holder has of what is kept here is not sent again, and what it lacks is."""
         kept = self._store.kept[meta.pipeline]
-        there = unpack_names(meta.names)
-        source.there = set(there)
+        source.there = set(unpack_names(meta.names))
         for rid, tokens in meta.held:
             source.there.update(self._names(meta.pipeline, rid)[: tokens // self._store.block_size])
         source.kept = dict.fromkeys(name for name in kept if name not in source.there)
-        return b"".join(name for name in there if not self._store.pool.has(name))
 
     def targets(self, pipeline: PipelineId) -> tuple[TargetReport, ...]:
         """How far behind each copy is."""
@@ -416,7 +418,8 @@ class Replicator:
         news, self._news = self._news, {}
         for (peer, pipeline, fence), rids in news.items():
             held = tuple((rid, self._store.copies.tokens((pipeline, rid))) for rid in rids)
-            self._send(peer, KvAckMeta(pipeline, fence, held), b"")
+            spared = b"".join(self._spared.pop(pipeline, ()))
+            self._send(peer, KvAckMeta(pipeline, fence, held, names=spared), b"")
 
     def _tell_evicted(self) -> None:
         """A source must not count on copies that made room for served KV. It sends them again after a pause."""
@@ -455,7 +458,9 @@ class Replicator:
     def drop_copies(self, peer: Member, meta: KvDropMeta) -> None:
         news = self._news.setdefault((peer, meta.pipeline, meta.fence), {})
         for rid in meta.rids:
-            self._store.copies.drop((meta.pipeline, rid), meta.keep)
+            self._spared.setdefault(meta.pipeline, []).extend(
+                self._store.copies.drop((meta.pipeline, rid), meta.keep)
+            )
             news[rid] = None
         self._store.copies.evict_spare(unpack_names(meta.evicts))
 

@@ -111,17 +111,20 @@ class Copies:
 
     # ------------------------------------------------------------------ giving back
 
-    def drop(self, key: Key, keep: bool = True) -> None:
-        """The request has ended: what is named of its copy is spare, if that is to be kept."""
+    def drop(self, key: Key, keep: bool = True) -> list[bytes]:
+        """The request has ended: what is named of its copy is spare, if that is to be kept. Returns those names."""
         row = self.rows.pop(key, None)
         if row is None:
-            return
+            return []
+        spared = []
         for block in reversed(self._table.free_row(row)):
             name = self._pool.name_of(block)
             if not keep or not name or name in self.spare:
                 self._pool.drop(block)
             else:
                 self.spare[name] = block, key[0]
+                spared.append(name)
+        return spared
 
     def drop_pipeline(self, pipeline: PipelineId) -> None:
         """Nobody copies this pipeline's KV to us any more."""

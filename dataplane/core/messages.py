@@ -171,7 +171,8 @@ class KvAckMeta(msgspec.Struct, frozen=True, array_like=True, tag=7):
     whole: bool = False
     refused: bool = False  # blocks of these were not stored (no room, a gap): go on from the watermark, later
     room: bool = False  # there is room again for what was refused
-    names: bytes = b""  # `whole`: of the blocks that are here and belong to no request
+    # Of blocks that are here and belong to no request: of all in a `whole` answer, else of those since the last one.
+    names: bytes = b""
 
 
 class KvQueryMeta(msgspec.Struct, frozen=True, array_like=True, tag=8):

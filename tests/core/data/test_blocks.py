@@ -186,7 +186,7 @@ def test_copies_of_what_is_kept_go_first() -> None:
     store = KvStore(4, 4, 8, 8)
     copied(store, ("p1", 1), 2, NAMES)
     copied(store, ("p1", 2), 2, NAMES[4:])
-    store.copies.drop(("p1", 1))
+    assert store.copies.drop(("p1", 1)) == [NAMES[1], NAMES[0]]
     assert list(store.copies.spare) == [NAMES[1], NAMES[0]]
     copied(store, ("p1", 3), 1, NAMES[2:])
     assert list(store.copies.spare) == [NAMES[0]]

@@ -138,6 +138,7 @@ class Storm(Cluster):
         for member in (*self.serving, *self.peers):
             node = self.nodes[member]
             if node.alive:
+                assert node.store.copies.spare.keys() <= cached, "copies of what is kept no longer"
                 here = node.store.kept[PIPELINE].keys() | node.store.copies.spare.keys()
                 assert node.store.blocks_free == node.store.num_blocks - len(here)
                 assert not any(node.store.own.values())
