@@ -33,7 +33,7 @@ from controlplane.grammar import GrammarError, library_version, load_compiler
 from dataplane.accelerators import CPU, Place
 from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
-from dataplane.core.messages import HeldMeta, Meta, Ping, ReadyMeta, ResultMeta, StepFailedMeta
+from dataplane.core.messages import HeldMeta, LostMeta, Meta, Ping, ReadyMeta, ResultMeta, StepFailedMeta
 from dataplane.core.pace import Timeliness
 from dataplane.core.peers import Peers, engages, pipelines_of
 from dataplane.devices import emulate_network, profile_of
@@ -298,7 +298,7 @@ class Node:
         match meta:
             case Ping():
                 pass
-            case ResultMeta() | StepFailedMeta() | HeldMeta() | ReadyMeta():
+            case ResultMeta() | StepFailedMeta() | HeldMeta() | ReadyMeta() | LostMeta():
                 self._schedulers.on_message(meta)
             case _:
                 self._worker.put(Message(peer, meta, payload, came=MOMENT.now()))

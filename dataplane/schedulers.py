@@ -42,7 +42,7 @@ from dataplane.core.events import (
     Submitted,
     Tick,
 )
-from dataplane.core.messages import HeldMeta, ReadyMeta, RejoinMeta, ResultMeta, StepFailedMeta
+from dataplane.core.messages import HeldMeta, LostMeta, ReadyMeta, RejoinMeta, ResultMeta, StepFailedMeta
 from dataplane.core.scheduler import Scheduler
 from dataplane.core.stats import SchedulerStats
 from dataplane.frontdoor import Frontdoor
@@ -160,7 +160,7 @@ class Schedulers:
         for scheduler in list(self.by_pipeline.values()):
             self._dispatch(scheduler, SessionLost(session))
 
-    def on_message(self, meta: ResultMeta | StepFailedMeta | HeldMeta | ReadyMeta) -> None:
+    def on_message(self, meta: ResultMeta | StepFailedMeta | HeldMeta | ReadyMeta | LostMeta) -> None:
         scheduler = self.by_pipeline.get(meta.pipeline)
         if scheduler is not None:
             self._dispatch(scheduler, meta)

@@ -30,6 +30,7 @@ from dataplane.core.messages import (
     KvDropMeta,
     KvMeta,
     KvQueryMeta,
+    LostMeta,
     Meta,
     ReadyMeta,
     RejoinMeta,
@@ -132,6 +133,8 @@ class Worker:
                 await self._look_at(self._store.checksums.next(self._bytes.piece_blocks))
             await self._handle(await self._inbox.get())
             handled += 1
+            if self._store.lost:
+                self._tell_lost()
             if not self._inbox or handled % PUMP_EVERY == 0:
                 await self.replicator.pump(time.monotonic(), lambda: len(self._inbox) > 0)
 
@@ -364,6 +367,17 @@ class Worker:
         if failures := self._store.checksum_failures - failures:
             log.error("%d of %d blocks of copies had changed in memory", failures, len(checks))
         return damaged
+
+    def _tell_lost(self) -> None:
+        """Of what is kept here for requests to come, something has changed in memory."""
+        lost: dict[PipelineId, list[bytes]] = {}
+        for pipeline, name in self._store.lost:
+            lost.setdefault(pipeline, []).append(name)
+        self._store.lost.clear()
+        for pipeline, names in lost.items():
+            stage = self.stages.get(pipeline)
+            if stage is not None:
+                self._to_scheduler(pipeline, LostMeta(pipeline, stage.fence, b"".join(names)))
 
     # ------------------------------------------------------------------
 

@@ -157,6 +157,14 @@ class Account:
             else:
                 self.evictions.append(name)
 
+    def forget(self, names: Iterable[bytes]) -> None:
+        """A stage has these no longer: nobody is to find them. Where a request has one, its next step shows that."""
+        for name in names:
+            if name in self._cached:
+                del self._cached[name]
+                del self._named[name]
+                self.evictions.append(name)
+
     def reset(self) -> None:
         """What stages have is not known any more. No request is here now."""
         assert not self._tables, "requests have to be released before"

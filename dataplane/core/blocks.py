@@ -37,6 +37,7 @@ class KvStore:
         self.kept: defaultdict[PipelineId, OrderedDict[bytes, int]] = defaultdict(OrderedDict)
         # Pipelines that are down: what is served of them makes room, too.
         self.idle: frozenset[PipelineId] = frozenset()
+        self.lost: list[tuple[PipelineId, bytes]] = []  # of what is kept, damaged: schedulers do not know yet
         self.missing = 0  # blocks that the last `begin` which found no room would have needed more
 
     # ------------------------------------------------------------------ steps
@@ -228,8 +229,9 @@ class KvStore:
         bad, found = set(blocks), set()
         for block in bad:
             name = self.pool.forget(block)
-            for kept in self.kept.values() if name else ():
+            for pipeline, kept in self.kept.items() if name else ():
                 if kept.pop(name, None) is not None:
+                    self.lost.append((pipeline, name))
                     self.pool.drop(block)
         if bad:
             self.copies.damaged(bad)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from controlplane.contract.requests import Refused, Submit, Token
-from dataplane.core.messages import HeldMeta, ReadyMeta, RejoinMeta, ResultMeta, StepFailedMeta, StepMeta
+from dataplane.core.messages import (
+    HeldMeta,
+    LostMeta,
+    ReadyMeta,
+    RejoinMeta,
+    ResultMeta,
+    StepFailedMeta,
+    StepMeta,
+)
 from dataplane.core.recovery import RecoveryTiming
 
 
@@ -68,6 +76,7 @@ Event = (
     | StepFailedMeta
     | HeldMeta
     | ReadyMeta
+    | LostMeta
 )
 
 

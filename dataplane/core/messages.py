@@ -206,6 +206,14 @@ class ReadyMeta(msgspec.Struct, frozen=True, array_like=True, tag=11):
     rids: tuple[int, ...]
 
 
+class LostMeta(msgspec.Struct, frozen=True, array_like=True, tag=12):
+    """A stage to the scheduler: these blocks, which it was to keep, have changed in memory."""
+
+    pipeline: PipelineId
+    fence: Fence
+    names: bytes  # NAME_BYTES each
+
+
 Meta = (
     StepMeta
     | ResultMeta
@@ -218,4 +226,5 @@ Meta = (
     | KvDropMeta
     | Ping
     | ReadyMeta
+    | LostMeta
 )

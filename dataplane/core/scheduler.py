@@ -30,7 +30,7 @@ from dataplane.core.events import (
     Tick,
 )
 from dataplane.core.kept import Kept
-from dataplane.core.messages import Fence, HeldMeta, ReadyMeta, ResultMeta, StepFailedMeta
+from dataplane.core.messages import Fence, HeldMeta, LostMeta, ReadyMeta, ResultMeta, StepFailedMeta
 from dataplane.core.prefix import PrefixHasher, unpack_names
 from dataplane.core.questions import Questions
 from dataplane.core.recovery import HeldCollector, Recovery
@@ -129,6 +129,9 @@ class Scheduler:
                     self._failed(event, now, effects)
             case HeldMeta():
                 self._held(event, now)
+            case LostMeta():
+                if event.fence == self.fence:
+                    self.batcher.account.forget(unpack_names(event.names))
             case ReadyMeta():
                 for rid in event.rids if event.fence == self.fence else ():
                     if (request := self.requests.get(rid)) is not None:

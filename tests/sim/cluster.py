@@ -204,12 +204,9 @@ class Cluster:
         for name, node in self.nodes():
             store = parts.store_of(node)
             kept = store.kept[pipeline].keys()
-            # What was found to have changed in memory is missed when somebody begins with it, and not before.
-            lacking = set() if store.checksum_failures else cached - kept
-            if name in leaders and (kept - cached or lacking):
-                found.append(
-                    f"{name} keeps {len(kept - cached)} blocks of {pipeline} too many, lacks {len(lacking)}"
-                )
+            if name in leaders and kept != cached:
+                many, few = len(kept - cached), len(cached - kept)
+                found.append(f"{name} keeps {many} blocks of {pipeline} too many, lacks {few}")
         return found
 
     def _left_behind(self) -> list[str]:

@@ -157,6 +157,18 @@ def test_after_a_change_of_fence_it_begins_with_what_all_stages_have() -> None:
     account.check()
 
 
+def test_what_a_stage_has_lost_is_found_no_more() -> None:
+    account = Account(8)
+    computed(account, 1, list(range(12)))
+    computed(account, 2, [*range(4), 9, 9, 9, 9])
+    account.release(1)
+    full = names(*range(12))
+    account.forget([full[0], full[2]])
+    assert account.found(full) == 2, "somebody has the first: the next step shows what is wrong with it"
+    assert account.evictions == [full[2]], "other stages need not keep it either"
+    account.check()
+
+
 def test_without_a_cache_everything_is_given_back() -> None:
     account = Account(8, keeps=False)
     computed(account, 1, list(range(8)))

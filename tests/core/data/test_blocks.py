@@ -220,6 +220,7 @@ def test_damage_is_everybodys_who_has_the_block() -> None:
     assert store.tokens(("p0", 1)) == 0
     assert store.copies.evicted == [("p1", 7)]
     assert list(store.kept["p0"]) == [NAMES[1]]
+    assert store.lost == [("p0", NAMES[0])]
     assert store.take_up("p0", 1, NAMES[:2]) == 0
     store.check()
 
