@@ -93,6 +93,7 @@ class Parity:
         self._topology: Topology | None = None
         self._epochs: dict[PipelineId, int] = {}
         self._clients: set[PipelineId] = set()  # whose parity may be here
+        self._encoders: dict[PipelineId, tuple[Member, ...]] = {}  # of those
         self._unsettled: set[PipelineId] = (
             set()
         )  # all that is alive has been heard of, some of it is on its way
@@ -104,6 +105,7 @@ class Parity:
         """What this node has to do from now on (level-triggered). Its stages are those of the topology already."""
         self._topology = topology
         self._clients = {pipeline.id for pipeline in clients_of(topology, self._me)}
+        self._encoders = {name: encoders_of(topology, name) for name in self._clients}
         self._forget(self.encoder.retain(self._clients))
         for pipeline in topology.pipelines:
             name, changed = pipeline.id, self._epochs.get(pipeline.id) != pipeline.epoch
@@ -252,11 +254,17 @@ class Parity:
         effects: list[Effect] = []
         for place, (name, checksum) in enumerate(zip(names, meta.sums, strict=True)):
             key = meta.pipeline, name
+            if not self._encodes(meta.pipeline, name):
+                continue  # one of us does not know the newest topology; the stage asks what is here
             if place < len(sums) and sums[place] == checksum and size <= meta.shape.longest:
                 effects += self.encoder.arrived(key, meta.stage, meta.shape, checksum, place, now)
             else:
                 self.encoder.damaged(key, meta.stage)
         await self._perform(effects, payload, size)
+
+    def _encodes(self, pipeline: PipelineId, name: bytes) -> bool:
+        encoders = self._encoders.get(pipeline)
+        return bool(encoders) and ranked(name, encoders)[0] == self._me
 
     async def _take_out(self, meta: SurvivorMeta, payload: memoryview) -> None:
         names, sums, size = await self._checked(meta.names, payload)

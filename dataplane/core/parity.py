@@ -185,7 +185,7 @@ class ShardSource:
         """Who encodes from now on; `others` may have parity from before."""
         if encoders != self._encoders:
             before, self._encoders = self._encoders, encoders
-            for name, state in self._names.items():
+            for name in self._names:
                 old = ranked(name, before)[0] if before else None
                 new = ranked(name, encoders)[0] if encoders else None
                 if old == new:
@@ -193,7 +193,7 @@ class ShardSource:
                 if old is not None and old in self._lines:
                     self._lines[old].waiting.pop(name, None)
                     self._lines[old].flying.pop(name, None)
-                    if self.leads and state in (IN, COMPLETE):
+                    if self.leads:  # other stages' shards may be there
                         self._elsewhere[name] = old
                 self._names[name] = WAITS
                 if new is not None:
