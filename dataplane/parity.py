@@ -33,7 +33,7 @@ from dataplane.core.messages import (
     ShardQueryMeta,
     SurvivorMeta,
 )
-from dataplane.core.parity import ShardSource, candidates_of, clients_of, encoders_of, ranked
+from dataplane.core.parity import ANSWER_LIMIT_S, ShardSource, candidates_of, clients_of, encoders_of, ranked
 from dataplane.core.prefix import unpack_names
 from dataplane.core.restorer import Answer, Restorer
 from dataplane.core.stage import Stage
@@ -94,6 +94,9 @@ class Parity:
         self._epochs: dict[PipelineId, int] = {}
         self._clients: set[PipelineId] = set()  # whose parity may be here
         self._encoders: dict[PipelineId, tuple[Member, ...]] = {}  # of those
+        self._moved: dict[
+            PipelineId, float
+        ] = {}  # whose encoders are others now: when its first stage is told next
         self._unsettled: set[PipelineId] = (
             set()
         )  # all that is alive has been heard of, some of it is on its way
@@ -105,7 +108,8 @@ class Parity:
         """What this node has to do from now on (level-triggered). Its stages are those of the topology already."""
         self._topology = topology
         self._clients = {pipeline.id for pipeline in clients_of(topology, self._me)}
-        self._encoders = {name: encoders_of(topology, name) for name in self._clients}
+        before, self._encoders = self._encoders, {name: encoders_of(topology, name) for name in self._clients}
+        self._moved |= {name: 0.0 for name, now in self._encoders.items() if before.get(name, now) != now}
         self._forget(self.encoder.retain(self._clients))
         for pipeline in topology.pipelines:
             name, changed = pipeline.id, self._epochs.get(pipeline.id) != pipeline.epoch
@@ -176,6 +180,7 @@ class Parity:
                 source.gone(gone)
         await self._perform(self.encoder.expire(now))
         self._tell_stages()
+        self._tell_moved(now)
         self._restore(now)
         for pipeline, source in self.sources.items():
             fence, index = Fence(self._epochs[pipeline]), self._stages[pipeline].index
@@ -342,6 +347,20 @@ class Parity:
             )
             answer = ShardAckMeta(pipeline, Fence(known.epoch), added, complete, damaged, full, gone)
             self._send(member, answer, b"")
+
+    def _tell_moved(self, now: float) -> None:
+        """Parity that belongs elsewhere now goes when it is there: the first stage sees to that, until it is done."""
+        for pipeline, at in list(self._moved.items()):
+            if now < at:
+                continue
+            known = self._topology.pipeline(pipeline) if self._topology is not None else None
+            names = self.encoder.names(pipeline)
+            if known is None or all(self._encodes(pipeline, name) for name in names):
+                del self._moved[pipeline]
+                continue
+            self._moved[pipeline] = now + ANSWER_LIMIT_S
+            if (first := known.stages[0].leader) is not None:
+                self._send(first, self.encoder.whole(pipeline, 0, Fence(known.epoch)), b"")
 
     # ------------------------------------------------------------------ a stage that lacks blocks
 
