@@ -268,7 +268,7 @@ class Parity:
         await self._perform(effects, payload, size)
 
     def _encodes(self, pipeline: PipelineId, name: bytes) -> bool:
-        encoders = self._encoders.get(pipeline)
+        encoders = self._encoders.get(pipeline, ())
         return bool(encoders) and ranked(name, encoders)[0] == self._me
 
     async def _take_out(self, meta: SurvivorMeta, payload: memoryview) -> None:
