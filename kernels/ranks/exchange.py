@@ -33,9 +33,8 @@ def make_memory(ranks: int, numbers_max: int) -> int:
     set of ranks: after an abort a new one is made. Raises OSError if there is no memory."""
     fd = os.memfd_create("kf-exchange", os.MFD_CLOEXEC)
     try:
-        os.posix_fallocate(
-            fd, 0, _native.memory_bytes(ranks, numbers_max)
-        )  # now, not as SIGBUS in the middle of a step
+        # All of it now: memory that is lacking would end a step with SIGBUS.
+        os.posix_fallocate(fd, 0, _native.memory_bytes(ranks, numbers_max))
     except OSError:
         os.close(fd)
         raise
