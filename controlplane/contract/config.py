@@ -24,6 +24,7 @@ NAME = Text(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "1 to 63 letters, digits, '.', '_' and '-', a letter or digit first"
 )
 PATH = Text(r"[^\x00]{1,4096}", "a path")
+MAYBE_PATH = Text(r"[^\x00]{0,4096}", "a path, or nothing")
 HOST = Text(r"[A-Za-z0-9:.%_\[\]-]{1,253}", "a host name or an IP address, without a port")
 ORIGIN = Text(
     r"\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9.:\[\]-]{1,253}", "an origin, such as https://example.org, or *"
@@ -154,6 +155,29 @@ class EmulationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.link_bytes_per_s > 0 or bool(self.latency_s)
 
 
+class TlsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Files in PEM; empty: connections between processes are plain. `{process}` in a path is the role and the name of
+    the process that reads it, such as node-n3. All of them are read again when they have changed."""
+
+    ca: Annotated[str, MAYBE_PATH] = ""  # authorities; two while one replaces the other
+    cert: Annotated[str, MAYBE_PATH] = ""  # names the process: `contract/identity.py`
+    key: Annotated[str, MAYBE_PATH] = ""  # mode 0600; "": in the file of `cert`
+    # Name in the certificate of etcd's members; "": the host of each endpoint.
+    etcd_name: Annotated[str, ADVERTISE] = ""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "tls.")
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.ca)
+
+    def paths(self, process: str) -> tuple[str, str, str]:
+        """Of authorities, certificate and key, for one process."""
+        ca, cert, key = (path.replace("{process}", process) for path in (self.ca, self.cert, self.key))
+        return ca, cert, key or cert
+
+
 class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run_dir: Annotated[str, PATH]  # logs, secret, sockets, database; everything that `kfadmin up` writes
     model: Annotated[str, PATH]  # a Hugging Face checkpoint directory
@@ -179,6 +203,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timing: TimingConfig = TimingConfig()
     gateway: GatewayConfig = GatewayConfig()
     emulation: EmulationConfig = EmulationConfig()
+    tls: TlsConfig = TlsConfig()
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -272,6 +297,10 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
     for endpoint in config.etcd:
         if not 0 < int(endpoint.rpartition(":")[2]) < 65536:
             yield f"etcd = {endpoint!r}: ports are 1 to 65,535"
+    # ---- certificates
+    tls = config.tls
+    if bool(tls.ca) != bool(tls.cert) or (tls.key and not tls.cert):
+        yield f"tls.ca = {tls.ca!r}, tls.cert = {tls.cert!r} and tls.key = {tls.key!r} go together"
     # ---- emulated networks
     count = len(emulation.latency_s)
     if any(len(row) != count for row in emulation.latency_s):

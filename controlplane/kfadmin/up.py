@@ -69,6 +69,9 @@ def up(
     controllers: Annotated[int, typer.Option(min=1, max=7, help="Candidates for leader.")] = 2,
     gateways: Annotated[int, typer.Option(min=1, max=16, help="Gateways; the first has the port.")] = 1,
     etcd_members: Annotated[int, typer.Option(min=1, max=7, help="Members of the etcd cluster.")] = 1,
+    tls: Annotated[
+        bool, typer.Option(help="Certificates for connections between processes, of an authority of its own.")
+    ] = False,
 ) -> None:
     """Start a cluster on this machine, stay in the foreground, stop everything on Ctrl-C."""
     given: dict[str, Any] = {
@@ -84,6 +87,7 @@ def up(
         etcd_members=etcd_members,
         progress=progress,
         orphans=True,
+        secure=tls,
     )
     raise_descriptor_limit()
     for number in SIGNALS:

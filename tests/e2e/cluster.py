@@ -34,6 +34,7 @@ class Cluster:
         controllers: int = 2,
         etcd_members: int = 1,
         gateways: int = 1,
+        secure: bool = False,
         progress: Callable[[str], None] = lambda line: None,
         **settings: Any,
     ) -> None:
@@ -45,8 +46,9 @@ class Cluster:
             engine=engine or EngineConfig(pool_blocks=1024), timing=timing or TimingConfig(), **given,
         )  # fmt: skip
         self.local = LocalCluster(
-            config, controllers=controllers, gateways=gateways, etcd_members=etcd_members, progress=progress
-        )
+            config, controllers=controllers, gateways=gateways, etcd_members=etcd_members, progress=progress,
+            secure=secure,
+        )  # fmt: skip
         self._references: dict[Prompt, Stream] = {}
 
     def __enter__(self) -> Cluster:
