@@ -58,6 +58,7 @@ from dataplane.world import World
 if TYPE_CHECKING:
     from dataplane.executor import StageExecutor
     from dataplane.grammars import Grammars
+    from dataplane.transport.sealing import LinkIdentity
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,12 @@ class Node:
         self._transport = open_transport(
             config.transport,
             TransportConfig(
-                member=me, cluster=config.cluster, secret=secret, host=config.host, advertise=config.advertise
+                member=me,
+                cluster=config.cluster,
+                secret=secret,
+                host=config.host,
+                advertise=config.advertise,
+                identity=_link_identity(identity),
             ),
             on_message=self._on_message,
             on_link_up=self._on_link_up,
@@ -408,6 +414,14 @@ class Node:
         counters["steps_merged"] = stats.merged
         counters["compute_ms"] = int(self._worker.compute.total_s * 1000)
         return counters
+
+
+def _link_identity(identity: Identity) -> LinkIdentity | None:
+    if not identity.secure:
+        return None
+    from dataplane.transport.sealing import LinkIdentity  # cryptography is only loaded where it is used
+
+    return LinkIdentity(identity)
 
 
 def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> StageExecutor | OracleExecutor:

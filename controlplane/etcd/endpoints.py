@@ -38,6 +38,7 @@ HAS_LEADER = (("hasleader", "true"),)
 BACKOFF_FIRST_S = 0.02
 BACKOFF_MAX_S = 0.2
 CLOSED = "the client was closed"
+HANDSHAKE_MS_MAX = 3_000  # of TLS on a busy machine: its two sides compute, and may wait for a core each time
 MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 
 _CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
@@ -107,6 +108,8 @@ class Endpoint:
         else:
             if tls.server_name:
                 options.append(("grpc.ssl_target_name_override", tls.server_name))
+            attempt = "grpc.min_reconnect_backoff_ms"
+            options = [option for option in options if option[0] != attempt] + [(attempt, HANDSHAKE_MS_MAX)]
             self.channel = grpc.aio.secure_channel(self.address, tls.credentials(), options=options)
         stubs: Any = rpc_pb2_grpc  # generated without types
         self.kv: Any = stubs.KVStub(self.channel)
