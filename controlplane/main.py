@@ -44,6 +44,7 @@ from controlplane.shell.rpc import ReportServer
 from controlplane.shell.runtime import Runtime
 from controlplane.shell.service import Parts, Service
 from web.admin.app import build_app
+from web.https import https_of
 from web.protocol import BoundedProtocol
 
 log = structlog.get_logger()
@@ -109,6 +110,7 @@ async def serve(
             access_log=False,
             server_header=False,
             lifespan="off",
+            ssl_context_factory=https_of(config, identity.me),
             timeout_graceful_shutdown=1,
         )
     )

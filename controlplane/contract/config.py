@@ -164,6 +164,9 @@ class TlsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key: Annotated[str, MAYBE_PATH] = ""  # mode 0600; "": in the file of `cert`
     # Name in the certificate of etcd's members; "": the host of each endpoint.
     etcd_name: Annotated[str, ADVERTISE] = ""
+    # What clients and browsers see; "": plain HTTP on loopback, elsewhere `cert`.
+    https_cert: Annotated[str, MAYBE_PATH] = ""
+    https_key: Annotated[str, MAYBE_PATH] = ""  # "": in the file of `https_cert`
 
     def __post_init__(self) -> None:
         check_bounds(self, "tls.")
@@ -204,6 +207,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gateway: GatewayConfig = GatewayConfig()
     emulation: EmulationConfig = EmulationConfig()
     tls: TlsConfig = TlsConfig()
+    # Ports on other addresses than loopback without TLS. Only for a network that nobody else can reach.
+    insecure: bool = False
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -215,6 +220,14 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def advertised(self) -> str:
         """The host in every address that is registered."""
         return self.advertise or self.host
+
+    @property
+    def https(self) -> tuple[str, str] | None:
+        """(certificate, key) that gateways and admin APIs show to clients; None: plain HTTP."""
+        tls = self.tls
+        if tls.https_cert:
+            return tls.https_cert, tls.https_key or tls.https_cert
+        return (tls.cert, tls.key or tls.cert) if tls.enabled and not is_loopback(self.host) else None
 
     @property
     def model_name(self) -> str:
@@ -301,6 +314,14 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
     tls = config.tls
     if bool(tls.ca) != bool(tls.cert) or (tls.key and not tls.cert):
         yield f"tls.ca = {tls.ca!r}, tls.cert = {tls.cert!r} and tls.key = {tls.key!r} go together"
+    if tls.https_key and not tls.https_cert:
+        yield f"tls.https_key = {tls.https_key!r} needs tls.https_cert"
+    if not is_loopback(config.host) and not tls.enabled and not config.insecure:
+        yield (
+            f"host = {config.host!r} is not loopback, and tls.ca and tls.cert are empty: tokens, prompts and KV would"
+            " pass in clear. `kfadmin up --tls` makes certificates, on several hosts `kfadmin certs init` and `kfadmin"
+            " certs issue`; insecure = true is for a network that nobody else can reach"
+        )
     # ---- emulated networks
     count = len(emulation.latency_s)
     if any(len(row) != count for row in emulation.latency_s):
@@ -310,6 +331,14 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
         yield f"emulation.latency_s = {emulation.latency_s}: {bound.fault(-1)}"
     if any(site >= count for site in emulation.sites):
         yield f"emulation.sites = {emulation.sites} names a site that emulation.latency_s has no row for ({count})"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes of this host reach it. A name other than localhost may be any address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]").partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def is_unspecified(host: str) -> bool:

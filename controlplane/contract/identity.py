@@ -153,7 +153,9 @@ class Files:
 
     def __init__(self, tls: TlsConfig, me: ProcessName) -> None:
         """Raises ConfigError."""
-        self.ca, self.cert, self.key = (Path(path) for path in tls.paths(str(me)))
+        ca, cert, key = tls.paths(str(me))
+        self.ca = Path(ca) if ca else None  # of a server that asks nobody for a certificate
+        self.cert, self.key = Path(cert), Path(key)
         self._lock = threading.Lock()
         self._seen = self._stamp()
         self._material = self._read()
@@ -174,12 +176,13 @@ class Files:
             return self._material
 
     def _stamp(self) -> tuple[tuple[int, int, int], ...]:
-        return tuple(_stamp(path) for path in (self.ca, self.cert, self.key))
+        return tuple(_stamp(path) for path in (self.ca, self.cert, self.key) if path is not None)
 
     def _read(self) -> Material:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_verify_locations(self.ca)
+            if self.ca is not None:
+                context.load_verify_locations(self.ca)
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(f"tls.ca: cannot read authorities from {self.ca}: {_why(error)}") from error
         try:
@@ -191,7 +194,11 @@ class Files:
             ) from error
         if self.key.stat().st_mode & 0o077:
             raise ConfigError(f"the key {self.key} is readable by others: chmod 600 {self.key}")
-        return Material(self.ca.read_bytes(), self.cert.read_bytes(), self.key.read_bytes())
+        return Material(
+            self.ca.read_bytes() if self.ca is not None else b"",
+            self.cert.read_bytes(),
+            self.key.read_bytes(),
+        )
 
 
 def _no_password() -> str:

@@ -24,7 +24,7 @@ from controlplane.etcd.health import unfit_releases
 from controlplane.etcd.server import EtcdBinaryError, ServerTls, etcd_command, etcd_version, find_etcd_binary
 from controlplane.gguf.header import is_gguf
 from controlplane.kfadmin.certs import FOLDER
-from controlplane.kfadmin.client import AdminClient, Unreachable
+from controlplane.kfadmin.client import AdminClient, Unreachable, trust
 from controlplane.kfadmin.rundir import Endpoints, RunDir, free_port, port_is_free, usable
 from controlplane.kfadmin.secure import certify, etcd_healthy, etcd_tls, renew
 from controlplane.kfadmin.supervise import SupervisorThread
@@ -147,7 +147,7 @@ class LocalCluster:
             ProcessRole.RELAY: [RELAY_NAME],
         }
         named = [ProcessName(role, name) for role, names in of_role.items() for name in names]
-        self._draft = msgspec.structs.replace(config, tls=certify(self._certs, config, named))
+        self._draft = msgspec.structs.replace(config, tls=certify(self._certs, config, named), insecure=False)
 
     def _choose_ports(self) -> None:
         host, taken = self.config.host, {self.config.gateway_port, self.config.admin_port}
@@ -252,7 +252,7 @@ class LocalCluster:
         self._wait(all_there, deadline, "every node has joined", lambda: min(missing))
 
     def _wait_answer(self, url: str, deadline: float, name: str) -> None:
-        self._wait(lambda: _answers(url), deadline, f"{name} is ready", lambda: name)
+        self._wait(lambda: self._answers(url), deadline, f"{name} is ready", lambda: name)
 
     def _wait(
         self, condition: Callable[[], bool], deadline: float, what: str, guilty: Callable[[], str]
@@ -280,7 +280,15 @@ class LocalCluster:
         return {**self._children.processes(), **self.run_dir.processes("nodes")}
 
     def _any_controller(self) -> bool:
-        return any(_answers(f"{self._url(name)}/readyz") for name in self._controllers)
+        return any(self._answers(f"{self._url(name)}/readyz") for name in self._controllers)
+
+    def _answers(self, url: str) -> bool:
+        """Whether a GET is answered with 200 within a second."""
+        try:
+            verify = trust(url, self.endpoints.ca)
+            return httpx.get(url, timeout=PROBE_TIMEOUT_S, trust_env=False, verify=verify).status_code == 200
+        except httpx.TransportError:
+            return False
 
     # ---- what runs where
 
@@ -291,13 +299,15 @@ class LocalCluster:
         return self._supervisor
 
     def _url(self, name: str) -> str:
-        return f"http://{join(self.config.advertised, self._ports[name])}"
+        scheme = "http" if self.config.https is None else "https"
+        return f"{scheme}://{join(self.config.advertised, self._ports[name])}"
 
     @property
     def endpoints(self) -> Endpoints:
         return Endpoints(
             gateways=tuple(self._url(name) for name in self._gateways),
             admin=tuple(self._url(name) for name in self._controllers),
+            ca=self.config.tls.ca if self.config.https is not None else "",
         )
 
     @property
@@ -314,7 +324,7 @@ class LocalCluster:
 
     def admin(self) -> AdminClient:
         """A new client of the admin API; close it (it is a context manager)."""
-        return AdminClient(self.endpoints.admin, self.admin_token)
+        return AdminClient(self.endpoints.admin, self.admin_token, ca=self.endpoints.ca)
 
     def status(self) -> ClusterStatus:
         with self.admin() as admin:
@@ -399,11 +409,3 @@ class LocalCluster:
             last.callback(self.run_dir.end_leftovers, 1.5, ("nodes", "relay"))
             last.callback(children.end, ["launcher"], 4.0)
             last.callback(children.end, [*self._gateways, *self._controllers], 2.5)
-
-
-def _answers(url: str) -> bool:
-    """Whether a GET is answered with 200 within a second."""
-    try:
-        return httpx.get(url, timeout=PROBE_TIMEOUT_S, trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False

@@ -61,13 +61,17 @@ def etcd_tls(config: ClusterConfig, member: ProcessName) -> ServerTls | None:
 
 def etcd_healthy(address: str, tls: ServerTls | None) -> bool:
     """Whether the member at "host:port" answers and knows a leader. `tls`: its own, which makes us a client."""
-    scheme, verify = "http", ssl.create_default_context()
     try:
-        if tls is not None:
-            scheme, verify = "https", ssl.create_default_context(cafile=tls.ca)
-            verify.check_hostname = False  # nothing is told to it, and its certificate may name no address
-            verify.load_cert_chain(tls.cert, tls.key)
-        url = f"{scheme}://{address}/health"
+        verify = False if tls is None else _as_client(tls)
+        url = f"{'http' if tls is None else 'https'}://{address}/health"
         return httpx.get(url, timeout=PROBE_S, trust_env=False, verify=verify).status_code == 200
     except (httpx.TransportError, OSError):
         return False
+
+
+def _as_client(tls: ServerTls) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # nothing is told to it, and its certificate may name no address
+    context.load_verify_locations(tls.ca)
+    context.load_cert_chain(tls.cert, tls.key)
+    return context

@@ -79,7 +79,14 @@ def up(
         "spares": spares, "mode": mode, "gateway_port": gateway_port, "admin_port": admin_port,
         "run_dir": str(run_dir) if run_dir else None,
     }  # fmt: skip
-    settings = settings_of(config, {name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    # Addresses other than loopback are refused without certificates, which are made only when the cluster starts.
+    settings = settings_of(config, {**given, "insecure": True} if tls else given)
+    if tls and settings.etcd and not settings.tls.enabled:
+        raise ConfigError(
+            "--tls makes certificates for an etcd of its own, and the settings name another one: give tls.ca, tls.cert"
+            " and tls.key as that one has them (`kfadmin certs`)"
+        )
     cluster = LocalCluster(
         settings,
         controllers=controllers,

@@ -63,13 +63,20 @@ class Cluster:
 
     @property
     def generator(self) -> LoadGenerator:
-        return LoadGenerator(self.local.gateway_url, self.local.api_key, self.local.config.model_name)
+        return LoadGenerator(
+            self.local.gateway_url,
+            self.local.api_key,
+            self.local.config.model_name,
+            ca=self.local.endpoints.ca,
+        )
 
     @property
     def resuming(self) -> LoadGenerator:
         """A client that knows every gateway."""
         first, *others = self.local.endpoints.gateways
-        return LoadGenerator(first, self.local.api_key, self.local.config.model_name, tuple(others))
+        return LoadGenerator(
+            first, self.local.api_key, self.local.config.model_name, tuple(others), self.local.endpoints.ca
+        )
 
     async def references(self, prompts: Sequence[Prompt]) -> list[Stream]:
         """The same requests undisturbed; run once each and remembered."""

@@ -37,6 +37,7 @@ from web.gateway.routing.cluster_watch import ClusterWatch
 from web.gateway.routing.dispatch import Dispatcher
 from web.gateway.routing.policy import Policy
 from web.gateway.service import Service
+from web.https import https_of
 
 log = structlog.get_logger()
 
@@ -107,7 +108,9 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
         tickets = Tickets(derive(secret, "streams"))
         service = _service(config.gateway, model, dispatcher, metrics, watch, tickets)
         grace_s = config.timing.stop_grace_s
-        server = make_server(build_app(service, keys, config.gateway.cors_origins), grace_s)
+        server = make_server(
+            build_app(service, keys, config.gateway.cors_origins), grace_s, https_of(config, identity.me)
+        )
         background = [
             asyncio.create_task(watch.follow(), name="watch"),
             asyncio.create_task(registration.run(), name="registration"),
