@@ -422,6 +422,8 @@ class Parity:
         if own is None:
             own = (await self._thread(self._kv.sums_of, payload)).tolist()
         for place, (name, checksum) in enumerate(zip(names, meta.sums, strict=True)):
+            if not self.restorer.wants(meta.pipeline, meta.fence, name):
+                continue  # it came too late: it is computed again
             if place >= len(sums) or sums[place] != checksum or size != self._kv.block_bytes:
                 refused.append(name)
                 continue

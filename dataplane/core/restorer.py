@@ -143,6 +143,11 @@ class Restorer:
 
     # ------------------------------------------------------------------ what comes of it
 
+    def wants(self, pipeline: PipelineId, fence: Fence, name: bytes) -> bool:
+        """Whether anybody still waits for this block."""
+        state = self._pipelines.get(pipeline)
+        return state is not None and state.fence == fence and name in state.wanted
+
     def arrived(self, pipeline: PipelineId, name: bytes, now: float) -> None:
         """The block is here."""
         state = self._pipelines.get(pipeline)

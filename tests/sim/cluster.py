@@ -270,7 +270,10 @@ class Cluster:
             )
             if stale := there.keys() - names:
                 found.append(f"there is parity of {len(stale)} blocks of {pipeline} that are not cached")
-            if twice := sum(count > 1 for count in there.values()):
+            # Without room at the new place the old one keeps it.
+            if not self.schedule.shape.parity_blocks and (
+                twice := sum(count > 1 for count in there.values())
+            ):
                 found.append(f"there is parity of {twice} blocks of {pipeline} on several nodes")
         return found
 
