@@ -158,7 +158,9 @@ class World:
                     raise AssertionError(refused.message)
 
     def turn(self) -> None:
-        self.now += 0.1  # what a step takes here: long enough for a draft model's passes to pay on any machine
+        self.now += (
+            0.1  # what a step takes here: long enough for a draft model's passes to pay on any machine
+        )
         if not self.steps:
             rids = tuple(self.stages[-1].rules.answers())
             self.perform(self.scheduler.step(ReadyMeta("p0", self.stages[-1].fence, rids), self.now))
@@ -173,7 +175,7 @@ class World:
             work = Work(stage, prepared, Message(Member("n0", "a"), meta, hidden, step.tokens, 0.0))
             computed = compute._pass([work], join([prepared], stage.store.table))[0]
             assert not computed.poisoned
-            hidden, drawn = computed.output, computed.drawn
+            hidden, drawn = bytes(computed.output), computed.drawn
             stage.commit(prepared, drawn.tokens if drawn is not None else None)
             stage.store.check()
         self.perform(self.scheduler.step(self._result(meta, drawn), self.now))
