@@ -55,7 +55,8 @@ def main() -> None:
             tensor.copy_(source)
             dist.all_reduce(tensor)
 
-        ours(), gloo()
+        ours()
+        gloo()
         if not np.array_equal(out, tensor.numpy()):
             raise SystemExit(f"the sums of {label} differ")
         calls = max(4, min(CALLS_MAX, CALL_BYTES // size))
