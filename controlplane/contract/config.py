@@ -335,7 +335,7 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
     if not is_loopback(config.host) and not tls.enabled and not config.insecure:
         yield (
             f"host = {config.host!r} is not loopback, and tls.ca and tls.cert are empty: tokens, prompts and KV would"
-            " pass in clear. `kfadmin up --tls` makes certificates, on several hosts `kfadmin certs init` and `kfadmin"
+            " pass in clear. `kfadmin up` makes certificates, on several hosts `kfadmin certs init` and `kfadmin"
             " certs issue`; insecure = true is for a network that nobody else can reach"
         )
     # ---- emulated networks

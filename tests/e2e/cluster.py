@@ -40,7 +40,8 @@ class Cluster:
     ) -> None:
         # Not pytest's tmp_path: SQLite and sockets want a short path, and a failed run's logs are printed.
         self._folder = tempfile.TemporaryDirectory(prefix="kf-e2e-", ignore_cleanup_errors=True)
-        given: dict[str, Any] = {"model": str(demo_model()), **settings}
+        # Until it starts it has no certificates.
+        given: dict[str, Any] = {"model": str(demo_model()), "insecure": secure, **settings}
         config = ClusterConfig(
             run_dir=self._folder.name, etcd=(), gateway_port=0, admin_port=0,
             engine=engine or EngineConfig(pool_blocks=1024), timing=timing or TimingConfig(), **given,
