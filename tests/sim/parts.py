@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from controlplane import process as machine
 from controlplane.contract import auth
-from controlplane.contract.config import ClusterConfig, EngineConfig, ParityConfig, TimingConfig
+from controlplane.contract.config import ClusterConfig, EngineConfig, ParityConfig, Speculation, TimingConfig
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.records import ControllerRecord, GatewayRecord
@@ -98,6 +98,7 @@ def make_config(
     spares: int,
     pool_blocks: int,
     microbatches: int,
+    speculation: Speculation = "off",
     code: str = "",
     parities: int = 0,
 ) -> ClusterConfig:
@@ -116,6 +117,8 @@ def make_config(
             max_waiting=12,
             max_model_len=CONTEXT,
             microbatches=microbatches,
+            speculation=speculation,
+            max_draft_tokens=5,
         ),
         timing=TIMING,
         mode=Mode.PARITY if code else Mode.REPLICATE,
