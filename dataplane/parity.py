@@ -91,6 +91,7 @@ class Parity:
         self._longest = longest
         self._company = max(1, COMPANY_BYTES // (block_wire_bytes or kv.block_bytes))
         self._topology: Topology | None = None
+        self._busy = False  # parity protects this group
         self._epochs: dict[PipelineId, int] = {}
         self._clients: set[PipelineId] = set()  # whose parity may be here
         self._encoders: dict[PipelineId, tuple[Member, ...]] = {}  # of those
@@ -107,6 +108,9 @@ class Parity:
     def apply(self, topology: Topology) -> None:
         """What this node has to do from now on (level-triggered). Its stages are those of the topology already."""
         self._topology = topology
+        if topology.mode is not Mode.PARITY and not self._busy:
+            return
+        self._busy = topology.mode is Mode.PARITY
         self._clients = {pipeline.id for pipeline in clients_of(topology, self._me)}
         before, self._encoders = self._encoders, {name: encoders_of(topology, name) for name in self._clients}
         self._moved |= {name: 0.0 for name, now in self._encoders.items() if before.get(name, now) != now}
@@ -174,6 +178,8 @@ class Parity:
 
     async def pump(self, now: float, others_wait: Callable[[], bool] = never) -> None:
         """Send what is to be sent. To be called before the replicator's: what is gone from the pool it forgets."""
+        if not self._busy:
+            return
         if self._store.pool.gone and self.sources:
             gone = [name for name in self._store.pool.gone if not self._store.pool.has(name)]
             for source in self.sources.values():

@@ -135,7 +135,7 @@ class ShardSource:
         self._encoders: tuple[Member, ...] = ()
         self._lines: dict[Member, _Line] = {}
         self._names: dict[bytes, int] = {}
-        self._elsewhere: dict[bytes, Member] = {}  # has the parity of a name whose encoder is another now
+        self._elsewhere: dict[bytes, set[Member]] = {}  # may have parity of a name whose encoder is another now
         self._settled = False  # all requests that are alive have been heard of in this epoch
         self._turn = 0
 
@@ -160,9 +160,7 @@ class ShardSource:
             line.waiting.pop(name, None)
             line.flying.pop(name, None)
             line.untold[name] = None
-            other = self._elsewhere.pop(name, None)
-            if other in self._lines:
-                self._lines[other].untold[name] = None
+            self._tell_elsewhere(name)
 
     def settle(self) -> None:
         """Every request that is alive has been heard of: parity of what is not here is nobody's."""
@@ -194,7 +192,7 @@ class ShardSource:
                     self._lines[old].waiting.pop(name, None)
                     self._lines[old].flying.pop(name, None)
                     if self.leads:  # other stages' shards may be there
-                        self._elsewhere[name] = old
+                        self._elsewhere.setdefault(name, set()).add(old)
                 self._names[name] = WAITS
                 if new is not None:
                     self._lines.setdefault(new, _Line()).waiting[name] = None
@@ -202,7 +200,7 @@ class ShardSource:
         self._lines = {m: line for m, line in self._lines.items() if m in wanted}
         for member in wanted:
             self._lines.setdefault(member, _Line())
-        self._elsewhere = {name: m for name, m in self._elsewhere.items() if m in wanted}
+        self._elsewhere = {name: left for name, ms in self._elsewhere.items() if (left := ms & wanted)}
 
     def restart(self, node: NodeId | None = None) -> None:
         """The fence changed, or a link did: what was on its way may be lost. Encoders are asked what they have."""
@@ -306,7 +304,7 @@ class ShardSource:
                 if self._names[name] == COMPLETE:
                     line.untold[name] = None
                 else:
-                    self._elsewhere[name] = encoder
+                    self._elsewhere.setdefault(name, set()).add(encoder)
         if self._settled:
             self._tell_strangers(line)
 
@@ -323,9 +321,14 @@ class ShardSource:
         else:
             line.waiting.pop(name, None)
         if state == COMPLETE:
-            other = self._lines.get(self._elsewhere.pop(name, Member("", "")))
-            if other is not None and other is not line:
-                other.untold[name] = None
+            self._tell_elsewhere(name)
+
+    def _tell_elsewhere(self, name: bytes) -> None:
+        """Parity of this name is needed nowhere but with its encoder."""
+        home = ranked(name, self._encoders)[0]
+        for member in sorted(self._elsewhere.pop(name, ())):
+            if member != home and member in self._lines:
+                self._lines[member].untold[name] = None
 
     def _mine(self, name: bytes, encoder: Member) -> int | None:
         """The state of a name whose encoder this is; None: it is not, or the name is not here."""
