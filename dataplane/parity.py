@@ -133,6 +133,20 @@ class Parity:
                 source.restart()
             source.place(encoders_of(topology, name), candidates_of(topology, name))
 
+    def counters(self) -> dict[str, int]:
+        """For reports, by name; all but the first two are monotonic."""
+        encoder, restorer = self.encoder, self.restorer
+        return {
+            "parity_bytes": encoder.used_bytes,
+            "parity_lag_blocks": sum(source.lag_blocks for source in self.sources.values()),
+            "parity_evicted": encoder.evictions,
+            "parity_checksum_failures": encoder.checksum_failures,
+            "parity_shards_sent": self.blocks_sent,
+            "parity_shards_restored": encoder.restored,
+            "blocks_restored": restorer.blocks_restored,
+            "blocks_not_restored": restorer.blocks_refused,
+        }
+
     def link_changed(self, node: str) -> None:
         for source in self.sources.values():
             source.restart(node)

@@ -135,7 +135,9 @@ class ShardSource:
         self._encoders: tuple[Member, ...] = ()
         self._lines: dict[Member, _Line] = {}
         self._names: dict[bytes, int] = {}
-        self._elsewhere: dict[bytes, set[Member]] = {}  # may have parity of a name whose encoder is another now
+        self._elsewhere: dict[
+            bytes, set[Member]
+        ] = {}  # may have parity of a name whose encoder is another now
         self._settled = False  # all requests that are alive have been heard of in this epoch
         self._turn = 0
 
