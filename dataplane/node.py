@@ -37,7 +37,9 @@ from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import HeldMeta, LostMeta, Meta, Ping, ReadyMeta, ResultMeta, StepFailedMeta
 from dataplane.core.pace import Timeliness
+from dataplane.core.parity import partners_of
 from dataplane.core.peers import Peers, engages, pipelines_of
+from dataplane.core.speculation import Proposer
 from dataplane.devices import emulate_network, profile_of
 from dataplane.frontdoor import Frontdoor
 from dataplane.inbox import LinkChanged, Message
@@ -84,9 +86,11 @@ class Node:
         place: Place = CPU,
         relay: str = "",
         grammars: Grammars | None = None,
+        proposer: Proposer | None = None,
     ) -> None:
         """`settings`: digest of the settings as they were read, where `config` is not (its model may be elsewhere).
-        `relay`: address of the host's, if it may have one. `grammars`: of a last stage."""
+        `relay`: address of the host's, if it may have one. `grammars`: of a last stage. `proposer`: see
+        load_proposer."""
         self._place = place
         self._settings = settings or settings_digest(config)
         self._supersedes = supersedes
@@ -106,7 +110,7 @@ class Node:
             -(-context // engine.block_size),
         )
         self._store = store
-        self._worker = Worker(me, executor, store, self._send, self._send_later, grammars)
+        self._worker = Worker(me, executor, store, self._send, self._send_later, grammars, config.parity)
         token = auth.derive(secret, "grpc")
         self._frontdoor = Frontdoor(
             token,
@@ -135,6 +139,7 @@ class Node:
             self._worker.put,
             self._send,
             self._reporter.kick,
+            proposer,
         )
         self._transport = open_transport(
             config.transport,
@@ -156,6 +161,7 @@ class Node:
         self._peers = Peers(me, stage)
         self._topology: Topology | None = None  # the one that is acted on
         self._ours: list[Pipeline] = []  # its pipelines that name us
+        self._partners: set[str] = set()  # whom shards go to or come from
         self._duties: list[Pipeline] | None = None  # of those, where we do something
         self._links_at = 0.0  # when unused links are looked for next
         self._bad_frames = 0
@@ -258,6 +264,7 @@ class Node:
                     self.stop()
                     return
                 self._ours = pipelines_of(topology, self._me)
+                self._partners = partners_of(topology, self._me)
             if "nodes" in folders or topology is not before:
                 self._open_links()
             if topology is not None and topology is not before:
@@ -276,7 +283,7 @@ class Node:
 
     def _open_links(self) -> None:
         now = time.monotonic()
-        for record in self._peers.follow(self._ours, self._world.nodes, now):
+        for record in self._peers.follow(self._ours, self._world.nodes, now, self._partners):
             self._transport.connect(record.member, record.link_address)
         self._close_links(now)
 
@@ -405,6 +412,14 @@ class Node:
         counters |= {f"replica_{name}": getattr(copies, name) for name in OF_COPIES}
         counters |= {f"link_{name}": getattr(links, name) for name in OF_LINKS}
         counters |= {f"fenced_{kind}": count for kind, count in stats.fenced.items()}
+        encoder, restorer = self._worker.parity.encoder, self._worker.parity.restorer
+        counters["parity_bytes"] = encoder.used_bytes
+        counters["parity_evicted"] = encoder.evictions
+        counters["parity_checksum_failures"] = encoder.checksum_failures
+        counters["parity_shards_sent"] = self._worker.parity.blocks_sent
+        counters["parity_shards_restored"] = encoder.restored
+        counters["blocks_restored"] = restorer.blocks_restored
+        counters["blocks_not_restored"] = restorer.blocks_refused
         counters["replicas_evicted"] = self._store.copies.evictions
         counters["checksum_failures"] = self._store.checksum_failures
         counters["bad_frames"] = self._bad_frames
@@ -458,6 +473,26 @@ def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> Stag
         attention=engine.attention,
         context_max=engine.max_model_len,
         digest_file=Path(config.run_dir) / "digests" / f"stage{stage}of{config.stages}.json",
+    )
+
+
+def load_proposer(
+    config: ClusterConfig, stage: int, executor: StageExecutor | OracleExecutor
+) -> Proposer | None:
+    """The draft model of a node that may schedule, if there is to be one. Raises ModelError."""
+    engine = config.engine
+    if stage != 0 or engine.speculation != "draft":
+        return None
+    from dataplane.drafting import load_draft_model
+
+    context = engine.context_len(executor.config.max_positions, executor.kv.num_blocks)
+    return load_draft_model(
+        Path(engine.draft_model),
+        executor.config.vocab_size,
+        engine.block_size,
+        ROWS_PER_PIPELINE * engine.max_running,
+        context,
+        engine.threads,
     )
 
 

@@ -87,6 +87,10 @@ class Cluster:
                 self._references[stream.prompt] = stream
         return [self._references[prompt] for prompt in prompts]
 
+    def know(self, references: Sequence[Stream]) -> None:
+        """What another cluster has brought undisturbed is what this one has to bring."""
+        self._references.update((stream.prompt, stream) for stream in references)
+
     async def expect_equal(self, streams: Sequence[Stream]) -> None:
         """Every stream has brought exactly what its undisturbed run brings: nothing lost, doubled or different."""
         wanted = await self.references([stream.prompt for stream in streams])
