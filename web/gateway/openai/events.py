@@ -31,7 +31,16 @@ def _encode(value: Any) -> bytes:
 class ChunkWriter:
     """Writes one event for one choice; only the choice itself is encoded anew each time."""
 
-    def __init__(self, head: dict[str, Any], generation: Generation, request: Common, prompts: int) -> None:
+    def __init__(
+        self,
+        head: dict[str, Any],
+        generation: Generation,
+        request: Common,
+        prompts: int,
+        hidden: bool = False,
+    ) -> None:
+        """`hidden`: what is generated is not shown, and does not count."""
+        self._hidden = hidden
         self._head = head
         self._prefix = b"data: " + _encode(head)[:-1] + b',"choices":['
         self._generation = generation
@@ -88,6 +97,6 @@ class ChunkWriter:
         return answers.usage(
             prompt_tokens,
             cached_tokens if self._generation.tells_cached else None,
-            sum(choice.tokens for choice in choices),
+            0 if self._hidden else sum(choice.tokens for choice in choices),
             sum(choice.reasoning_tokens for choice in choices) if reasons else None,
         )
