@@ -139,7 +139,9 @@ class Compute:
         Poisoned is what is not finite here. What came was: who sees otherwise sends nothing on."""
         rows = work.step.rows
         if work.stage.sampling is not None:
-            drawn, bad, scores = None, (), ()
+            drawn: Drawn | None = None
+            bad: tuple[int, ...] = ()
+            scores: tuple[PromptScores, ...] = ()
             if work.step.scored is not None:
                 logits = output[part.scores].astype(np.float32, copy=False)
                 scores, bad = work.stage.score(work.step.scored, logits)

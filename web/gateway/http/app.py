@@ -126,6 +126,14 @@ def _generation_routes(app: FastAPI, service: Service) -> None:
         )
         return GenerationResponse(service, started)
 
+    @app.post("/v1/responses", response_model=None)
+    async def responses(request: Request) -> GenerationResponse:
+        hold = service.memory.hold(request.state.owner)
+        started = await start_or_resume(
+            service, "responses", await read_body(request, hold), _visit(request), hold
+        )
+        return GenerationResponse(service, started)
+
     @app.get("/v1/streams/{stream}", response_model=None)
     async def streams(stream: str, request: Request) -> Response:
         if getattr(request.state, HEAD, False):  # nothing is taken from whoever reads it

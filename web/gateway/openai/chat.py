@@ -36,6 +36,12 @@ INLINE_MESSAGES_MAX = 64  # longer conversations are rendered in a thread
 async def prepare_chat(service: Service, body: bytes, seed: int) -> PreparedRequest:
     """Check everything. Raises ApiError."""
     request = parse(ChatRequest, body)
+    plans = await prepare_chat_request(service, request, seed)
+    return _prepared(service, slim(request), plans, digest_of(request, plans))
+
+
+async def prepare_chat_request(service: Service, request: ChatRequest, seed: int) -> list[Plan]:
+    """A choice each. Raises ApiError."""
     service.check_model(request.model)
     service.check_priority(request.priority)
     model = service.model
@@ -61,8 +67,7 @@ async def prepare_chat(service: Service, body: bytes, seed: int) -> PreparedRequ
     sampling = make_sampling(
         request, model, len(prompt), max_tokens, seed, logprobs, grammar, request.prompt_logprobs
     )
-    plans = [Plan(prompt, replace(sampling, seed=(seed + n) & INT64_MAX)) for n in range(request.choices)]
-    return _prepared(service, slim(request), plans, digest_of(request, plans))
+    return [Plan(prompt, replace(sampling, seed=(seed + n) & INT64_MAX)) for n in range(request.choices)]
 
 
 def slim(request: ChatRequest) -> ChatRequest:
