@@ -152,8 +152,8 @@ class Compute:
             return Computed(b"", drawn, bad, scores)
         activations = output[part.tokens]
         poisoned: tuple[int, ...] = ()
-        if self._executor.suspect and len(bad := nonfinite_rows(activations)):
-            poisoned = tuple(dict.fromkeys(np.repeat(rows.rids, rows.counts)[bad].tolist()))
+        if self._executor.suspect and len(found := nonfinite_rows(activations)):
+            poisoned = tuple(dict.fromkeys(np.repeat(rows.rids, rows.counts)[found].tolist()))
         return Computed(activations.data, None, poisoned)
 
 

@@ -23,6 +23,7 @@ class Asked(Protocol):
 
     stream: bool | None
     request_id: str | None
+    priority: int | None
 
     @property
     def choices(self) -> int: ...

@@ -45,7 +45,8 @@ class ResponsesFormat:
         self._logprobs: list[Any] = []  # of the open one
         self._open = ""  # type of the last item, while it grows
         self._calls = 0
-        self._status, self._why = "in_progress", None
+        self._status = "in_progress"
+        self._why: str | None = None
         self._tokens = 0  # before the present piece
         self._said = 0  # events of the present piece
         self._out: list[bytes] = []

@@ -187,7 +187,7 @@ def chat_of(request: ResponsesRequest) -> ChatRequest:
     choice = request.tool_choice
     if isinstance(choice, NamedTool):
         choice = NamedChoice(type="function", function=NamedFunction(name=choice.name))  # type: ignore[assignment]
-    fields = {
+    fields: dict[str, Any] = {
         "messages": messages_of(request),
         "max_completion_tokens": request.max_output_tokens,
         "logprobs": True if request.logprobs else None,
@@ -218,7 +218,7 @@ def chat_of(request: ResponsesRequest) -> ChatRequest:
         ),
     )
     fields |= {name: getattr(request, name) for name in same}
-    return ChatRequest(**{name: value for name, value in fields.items() if value is not None})
+    return ChatRequest.model_validate({name: value for name, value in fields.items() if value is not None})
 
 
 def renamed(error: ApiError) -> ApiError:
@@ -238,6 +238,8 @@ def messages_of(request: ResponsesRequest) -> list[Message]:
         match item.type:
             case "message":
                 role = "system" if item.role == "developer" else _needed(item, "role")
+                if item.content is None:
+                    raise ApiError(400, "input: a message needs content", "input")
                 said.append({"role": role, "content": item.text})
             case "function_call":
                 if not (said and said[-1]["role"] == "assistant" and not thought):
