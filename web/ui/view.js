@@ -82,7 +82,7 @@ function Lost({ status, link }) {
       <strong>Connection to controller ${status.answered_by} lost.</strong>
       ${" "}What you see is ${seconds(link.silentS)} old. Trying again ...
       ${others.length > 0 &&
-      html`${" "}Another controller:${others.map((item) => html` <a href=${`http://${item.admin_address}/`}>${item.id}</a>`)}`}
+      html`${" "}Another controller:${others.map((item) => html` <a href=${`//${item.admin_address}/`}>${item.id}</a>`)}`}
     </div>`;
 }
 
