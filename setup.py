@@ -32,7 +32,7 @@ SAMPLING = [
     "kernels/cpu/denormals.h",
     "kernels/cpu/team.h",
 ]
-KERNELS = [f"kernels/cpu/{name}.c" for name in ("dispatch", "quantised", "stage", "team")]
+KERNELS = [f"kernels/cpu/{name}.c" for name in ("dispatch", "experts", "quantised", "stage", "team")]
 CODING = [f"kernels/coding/{name}.c" for name in ("dispatch", "rs", "rdp")]
 RANKS = [f"kernels/ranks/{name}.c" for name in ("exchange", "sums")]
 KERNEL_HEADERS = [str(header) for header in Path("kernels/cpu").glob("*.h")]

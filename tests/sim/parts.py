@@ -42,7 +42,8 @@ from dataplane.core.rhythm import Rhythm
 from dataplane.core.scheduler import Scheduler
 from dataplane.core.stage import Stage
 from dataplane.devices import DeviceProfile
-from dataplane.model.config import ModelConfig, RopeConfig
+from dataplane.model.config import ModelConfig
+from dataplane.model.ropes import RopeConfig
 from dataplane.node import Node
 from dataplane.oracle import OracleExecutor
 from dataplane.relay import RelayServer
