@@ -210,7 +210,8 @@ def _simple_responses(properties: dict[str, Schema]) -> None:
     properties["include"] = {"enum": [None, [], ["message.output_text.logprobs"]]}
     properties["truncation"] = {"enum": [None, "disabled"]}
     properties["tool_choice"] = {"enum": [None, "none", "auto"]}
-    del properties["chat_template_kwargs"]
+    for beyond in ("chat_template_kwargs", "max_output_tokens"):  # what the prompt leaves room for
+        del properties[beyond]
 
 
 def _demands(schema: Schema) -> None:
@@ -286,11 +287,14 @@ def _schemas(model: Model, priority_floor: int) -> dict[str, Schema]:
             " OpenAI's json_schema; instead of it one of structured_outputs, guided_json, guided_regex, guided_choice"
             " and guided_grammar may say what the output has to be, as with vLLM (docs/structured-output.md)."
         )
+    schemas["ResponsesRequest"]["description"] = (
+        f"Input and output together have at most {model.max_model_len} tokens; max_output_tokens bounds the output."
+        " Beside texts, input takes calls and their results, tools functions, and text.format OpenAI's json_schema."
+    )
     for holder, name in (
         ("CompletionRequest", "max_tokens"),
         ("ChatRequest", "max_tokens"),
         ("ChatRequest", "max_completion_tokens"),
-        ("ResponsesRequest", "max_output_tokens"),
     ):
         _bound(schemas[holder]["properties"][name], model.max_model_len - 1)
     usage = record(
