@@ -17,6 +17,7 @@ BENCHES = {
     "kevlarflow": "the paper's evaluation: nodes fail under load, emulated A10s; Table 1 and figures; --scene, --rate",
     "decode": "tokens/s of one node and of a 4-stage pipeline, against the engines that install beside us",
     "structured": "JSON held to a schema: its share of the decode rate, time to first token with a cold schema",
+    "speculate": "drafts of a request's own text and of a draft model: tokens/s against none, batch 1 and 32",
     "profile": "where a decode step of one node goes: kernels, threads, Python",
     "prefill": "prompt tokens/s of the same systems",
     "falsealarms": "full load and no fault: how often a node is suspected or taken for dead, per hour",

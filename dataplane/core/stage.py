@@ -27,6 +27,8 @@ class Prepared:
     table_rows: npt.NDArray[np.int32]  # [B] of the block table
     slots: npt.NDArray[np.int32]  # [K] of the sampling table; last stage only
     names: list[bytes]  # of the blocks that the rows fill
+    # [K] the draft before what is sampled (0 where there is none), for the last stage of a step with drafts.
+    drafts: npt.NDArray[np.int32] | None = None
     scored: ScoreRows | None = (
         None  # tokens of prompts whose log probabilities are asked for; last stage only
     )
@@ -41,7 +43,7 @@ class Prepared:
     @property
     def unfinished(self) -> bool:
         """Whether a prompt goes on in the next step."""
-        return len(self.rows.sample_rids) < len(self.rows.rids)
+        return bool(np.count_nonzero(self.rows.depths == 0) < len(self.rows.rids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,19 @@ def join(steps: Sequence[Prepared], table: BlockTable) -> Batch:
         )
         tokens, logits = parts[-1].tokens.stop, parts[-1].scores.stop
     return Batch(arrays, np.concatenate(logit_rows), tuple(parts))
+
+
+def drafts_of(meta: StepMeta, rows: Rows) -> npt.NDArray[np.int32] | None:
+    """The draft [K] before what a step samples, 0 where there is none; None if it has no drafts. Raises ValueError if
+    they are not as many as its rows have."""
+    drafts, behind = np.frombuffer(meta.drafts, "<i4"), rows.depths > 0
+    if len(drafts) != np.count_nonzero(behind):
+        raise ValueError(f"step {meta.step} has {len(drafts)} drafts, its rows {np.count_nonzero(behind)}")
+    if not len(drafts):
+        return None
+    found = np.zeros(len(behind), np.int32)
+    found[behind] = drafts
+    return found
 
 
 class Stage:
@@ -140,33 +155,37 @@ class Stage:
         for admit in meta.admits:
             self._admit(admit)
         rows = Rows(meta.rows)
-        names = unpack_names(meta.seals)
-        if names and len(names) != self.store.fills(rows):
-            raise ValueError(
-                f"{len(names)} names for {self.store.fills(rows)} blocks that step {meta.step} fills"
-            )
+        drafts = drafts_of(meta, rows)
         try:
             table_rows = self.store.begin(self.pipeline, rows)
         except KvGap:
             return "gap"
         if table_rows is None:
             return "space"
+        names = unpack_names(meta.seals)
+        if names and len(names) != (filled := self.store.fills(table_rows, rows)):
+            raise ValueError(f"{len(names)} names for {filled} blocks that step {meta.step} fills")
         slots, unknown = lookup(self._slots, rows.sample_rids)
         if self.is_last and unknown:
             return "gap"
-        return Prepared(meta, rows, table_rows, slots, names, self._scores.of_step(rows))
+        scored = self._scores.of_step(rows)
+        return Prepared(meta, rows, table_rows, slots, names, drafts if self.is_last else None, scored)
 
     def draw(self, step: Prepared, logits: npt.NDArray[np.float32]) -> Drawn:
-        """The next tokens [K] of a step's rows, of their logits [K, vocab]; for a last stage. Changes nothing."""
+        """The next tokens [K] of a step's rows, of their logits [K, vocab]; for a last stage. Changes nothing.
+
+        Behind a draft that is not what was drawn before it there is none."""
         assert self.sampling is not None
+        depths = None if step.drafts is None else step.rows.depths
         if not self.rules:
-            drawn = self.sampling.sample(logits, step.slots)
+            drawn = self.sampling.sample(logits, step.slots, depths, step.drafts)
             if not drawn.dead_ends:
                 return drawn
             return self.rules.judge(drawn, step.rows.sample_rids.tolist(), ())
         rids = step.rows.sample_rids.tolist()
         waiting = self.rules.waiting(rids)
-        return self.rules.judge(self.sampling.sample(logits, step.slots), rids, waiting)
+        drawn = self.sampling.sample(logits, step.slots, depths, step.drafts)
+        return self.rules.judge(drawn, rids, waiting)
 
     def score(
         self, scored: ScoreRows, logits: npt.NDArray[np.float32]
@@ -191,7 +210,7 @@ class Stage:
         Returns the requests that have filled a block with it."""
         self.last_step = step.meta.step
         if tokens is not None and self.sampling is not None:
-            if self.rules or (tokens < 0).any():
+            if self.rules or step.drafts is not None or (tokens < 0).any():
                 self.rules.advance(step.rows.sample_rids.tolist(), tokens.tolist())
                 drawn = tokens >= 0
                 self.sampling.append_many(step.slots[drawn], tokens[drawn])

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from controlplane import process as machine
 from controlplane.contract import auth
-from controlplane.contract.config import ClusterConfig, EngineConfig, TimingConfig
+from controlplane.contract.config import ClusterConfig, EngineConfig, Speculation, TimingConfig
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.records import ControllerRecord, GatewayRecord
@@ -89,7 +89,13 @@ def run_dir() -> str:
 
 
 def make_config(
-    etcd: tuple[str, ...], instances: int, stages: int, spares: int, pool_blocks: int, microbatches: int
+    etcd: tuple[str, ...],
+    instances: int,
+    stages: int,
+    spares: int,
+    pool_blocks: int,
+    microbatches: int,
+    speculation: Speculation = "off",
 ) -> ClusterConfig:
     return ClusterConfig(
         run_dir=run_dir(),
@@ -106,6 +112,8 @@ def make_config(
             max_waiting=12,
             max_model_len=CONTEXT,
             microbatches=microbatches,
+            speculation=speculation,
+            max_draft_tokens=5,
         ),
         timing=TIMING,
     )
