@@ -482,7 +482,7 @@ class Scheduler:
             self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
             return
         self._score(meta, flight)
-        if any(request.attempt == attempt and request.scoring for request, attempt in sampled):
+        if any(request.attempt == attempt and request.scoring for request, attempt, _ in sampled):
             self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
             return
         details = {detail.index: (detail.logprob, detail.top) for detail in meta.details}
