@@ -142,11 +142,12 @@ class Batcher:
     def adopt(self, request: Request, position: int) -> bool:
         """Run a request of which the stages already hold so many positions. False when the quota has no room for it."""
         names = request.names[: position // self.limits.block_size]
-        if len(self.running) >= self.limits.max_running or not self.account.adopt(request.rid, names):
+        # Asked first: what it had to give back at once would be cached here, while stages are told to drop it.
+        needed = self.account.needed(names, self.limits.blocks_for(request.total))
+        if len(self.running) >= self.limits.max_running or needed > self.account.available:
             return False
-        if not self._reserve(request, request.total):
-            self.account.release(request.rid)
-            return False
+        if not (self.account.adopt(request.rid, names) and self._reserve(request, request.total)):
+            raise AssertionError(f"request {request.rid:x} does not fit where there was room for it")
         self.running[request.rid] = request
         request.interrupted = True
         return True

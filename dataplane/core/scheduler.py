@@ -399,15 +399,18 @@ class Scheduler:
         ]
 
     def _held(self, meta: HeldMeta, now: float) -> None:
-        collector = self.questions.answer(meta) if meta.fence == self.fence else None
+        if meta.fence != self.fence:
+            return
+        collector, heard = self.questions.answer(meta, now)
         if collector is None:
             return
         if not collector.adopts:
-            self._keep(collector)
+            if collector.complete:
+                self._keep(collector)
             return
-        if self._recovery is not None:
+        if self._recovery is not None and (heard or collector.complete):
             self._recovery.answered(now)
-        for rid in collector.rids:
+        for rid in heard:
             request = self.requests.get(rid)
             if request is None:
                 # It ended meanwhile. The order to free it may have overtaken the question, which then promoted
@@ -430,7 +433,8 @@ class Scheduler:
                 request.interrupted = True
                 self._drops.append(rid)
                 self.batcher.enqueue(request)
-        self._keep(collector)
+        if collector.complete:
+            self._keep(collector)
 
     def _keep(self, collector: HeldCollector) -> None:
         """What all stages have besides requests is cached; what only some have is of no use to anybody."""
