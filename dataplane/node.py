@@ -26,6 +26,7 @@ from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import NodeRecord
 from controlplane.contract.reports import NodeReport, PipelineReport
+from controlplane.contract.requests import SAMPLING_VERSION
 from controlplane.contract.topology import Pipeline, Topology
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
@@ -242,6 +243,7 @@ class Node:
             context_len=self._context_len,
             numerics=self._executor.numerics,
             grammars=library_version(),
+            sampling=SAMPLING_VERSION,
             version=code_version(),
             settings=self._settings,
             process=process.identity(),

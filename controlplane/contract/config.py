@@ -149,6 +149,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Whether the usage tells how much of a prompt was cached. That depends on who asked before, so that the usage of a
     # stream that is taken up elsewhere is no longer what it was.
     prompt_tokens_details: bool = False
+    # Whether a chat may come with a template of its own (`chat_template`). It runs in a sandbox that bounds its work,
+    # on the gateway's own processor: for clients that are trusted.
+    request_chat_template: bool = False
     # How the model writes tool calls and reasoning; auto: as its chat template shows.
     tool_parser: Literal[
         "auto", "none", "hermes", "llama3_json", "pythonic", "mistral", "mistral_named", "mistral_args"
