@@ -33,6 +33,7 @@ from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import TAKE_OVER, Registration
 from controlplane.history.store import HistoryStore
 from controlplane.history.writer import HistoryWriter
+from controlplane.shell.figures import Recorder
 from controlplane.shell.hearing import tell_hearing
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.metrics import Sources
@@ -73,7 +74,9 @@ async def serve(
     client = EtcdClient(config.etcd)
     store = HistoryStore(config.database, config.cluster, me)
     history = HistoryWriter(store)
-    reports = ReportServer(derive(secret, "grpc"), inbox, config.timing)
+    token = derive(secret, "grpc")
+    recorder = Recorder(token, history, lambda: runtime.is_leader)
+    reports = ReportServer(token, inbox, config.timing, [recorder.handler()])
     record = ControllerRecord(
         id=me,
         rpc_address=await reports.start(config.host, config.advertise),
@@ -95,7 +98,7 @@ async def serve(
     performer = Performer(client, keys, config.group, inbox, history, registry.view)
     runtime = Runtime(controller, inbox, registry, performer, election)
     sources = Sources(inbox, registry, reports, runtime, performer, history, client.counters)
-    service = Service(config, me, Parts(controller, registry, client, history, sources))
+    service = Service(config, me, Parts(controller, registry, client, history, sources, recorder))
     app = build_app(service, derive(secret, "admin"))
     admin = AdminServer(
         uvicorn.Config(
@@ -121,6 +124,7 @@ async def serve(
         "hearing": tell_hearing(client, keys, me, controller, presence),
         "health": client.follow_health(),
         "history": history.run(),
+        "figures": recorder.run(service.status),
         "admin": admin.serve(sockets=[admin_socket]),
         "retired": registry.retired.wait(),
         "stop": stop.wait(),

@@ -52,6 +52,10 @@ class ClusterWatch:
         """Seconds since etcd was last heard: how old the topology may be."""
         return self._watch.age_s()
 
+    def controllers(self) -> list[str]:
+        """gRPC addresses of those that are registered."""
+        return [record.rpc_address for record in self.view.controllers.values()]
+
     def troubles(self) -> Sequence[str]:
         """Why nothing would be repaired, beyond etcd being away."""
         return self._client.health.troubles()
