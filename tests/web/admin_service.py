@@ -186,7 +186,9 @@ class MemoryService:
     async def cancel(self, operation_id: str, caller: Caller) -> Operation | None:
         operation = self.known.get(operation_id)
         if operation is not None and operation.open:
-            operation = msgspec.structs.replace(operation, state=OperationState.CANCELLED)
+            operation = msgspec.structs.replace(
+                operation, state=OperationState.CANCELLED, finished_unix_s=time.time()
+            )
             self.known[operation_id] = operation
         return operation
 
