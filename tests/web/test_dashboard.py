@@ -14,16 +14,8 @@ from controlplane.contract.ids import Member
 from controlplane.contract.records import Operation, OperationKind, ProcessKind, Target
 from controlplane.contract.status import NodeState, PipelineState
 from tests.web.admin_service import TOKEN, MemoryService, healthy, serving
-from tests.web.dashboards import (
-    NEEDS_CHROMIUM,
-    assert_accessible,
-    assert_fits,
-    broken,
-    events,
-    figures,
-    replace,
-    shoot,
-)
+from tests.web.dashboards import NEEDS_CHROMIUM, assert_accessible, assert_fits, shoot
+from tests.web.histories import broken, events, figures, replace
 
 pytestmark = NEEDS_CHROMIUM
 

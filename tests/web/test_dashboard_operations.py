@@ -12,7 +12,8 @@ from controlplane.contract.auth import Role, mint
 from controlplane.contract.records import OperationState
 from controlplane.contract.status import OperationRequest
 from tests.web.admin_service import TOKEN, MemoryService, healthy, serving
-from tests.web.dashboards import NEEDS_CHROMIUM, assert_accessible, assert_fits, replace, shoot
+from tests.web.dashboards import NEEDS_CHROMIUM, assert_accessible, assert_fits, shoot
+from tests.web.histories import replace
 
 pytestmark = NEEDS_CHROMIUM
 

@@ -17,8 +17,12 @@ def histogram(*counts: int) -> Histogram:
     return Histogram(BOUNDS, counts)
 
 
-def report(tokens: int, age_s: float, gateway: str = "g1", incarnation: str = "a", waits: int = 0) -> GatewayReport:
-    return GatewayReport(gateway, incarnation, age_s, tokens, histogram(0, waits, 0, 0), histogram(waits, 0, 0, 0))
+def report(
+    tokens: int, age_s: float, gateway: str = "g1", incarnation: str = "a", waits: int = 0
+) -> GatewayReport:
+    return GatewayReport(
+        gateway, incarnation, age_s, tokens, histogram(0, waits, 0, 0), histogram(waits, 0, 0, 0)
+    )
 
 
 def node(name: str, queries: int = 0, hits: int = 0, incarnation: str = "a") -> NodeStatus:
@@ -38,7 +42,11 @@ def status(*nodes: NodeStatus) -> ClusterStatus:
 def test_sums_over_the_cluster() -> None:
     row = Meter().figures(status(node("n0"), replace(node("n1"), pid=0)), 5.0, 1.0)
     assert (row.unix_s, row.running, row.waiting) == (5.0, 7, 1)
-    assert (row.blocks_used, row.blocks_replica, row.blocks_total) == (20, 10, 100)  # a node that is gone has none
+    assert (row.blocks_used, row.blocks_replica, row.blocks_total) == (
+        20,
+        10,
+        100,
+    )  # a node that is gone has none
     assert row.tokens_per_s is None
     assert row.cache_hit_ratio is None
     assert row.first_token_p50_s is row.inter_token_p99_s is None
