@@ -20,6 +20,7 @@ from controlplane.contract.address import bound, join
 from controlplane.contract.auth import derive, load_secret
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
+from controlplane.contract.identity import Identity, ProcessRole
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.lifetime import begin, run_to_exit
@@ -33,6 +34,7 @@ from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import TAKE_OVER, Registration
 from controlplane.history.store import HistoryStore
 from controlplane.history.writer import HistoryWriter
+from controlplane.keyspace.connect import etcd_client
 from controlplane.shell.figures import Recorder
 from controlplane.shell.hearing import tell_hearing
 from controlplane.shell.inbox import Inbox
@@ -43,6 +45,7 @@ from controlplane.shell.rpc import ReportServer
 from controlplane.shell.runtime import Runtime
 from controlplane.shell.service import Parts, Service
 from web.admin.app import build_app
+from web.https import https_of
 from web.protocol import BoundedProtocol
 
 log = structlog.get_logger()
@@ -71,12 +74,13 @@ async def serve(
     secret = load_secret(config.secret_file)
     keys = Keys(config.cluster)
     inbox = Inbox()
-    client = EtcdClient(config.etcd)
+    identity = Identity.of(config, ProcessRole.CONTROLLER, me)
+    client = etcd_client(config, identity)
     store = HistoryStore(config.database, config.cluster, me)
     history = HistoryWriter(store)
     token = derive(secret, "grpc")
-    recorder = Recorder(token, history, lambda: runtime.is_leader)
-    reports = ReportServer(token, inbox, config.timing, [recorder.handler()])
+    recorder = Recorder(token, history, lambda: runtime.is_leader, identity)
+    reports = ReportServer(token, inbox, config.timing, identity, [recorder.handler()])
     record = ControllerRecord(
         id=me,
         rpc_address=await reports.start(config.host, config.advertise),
@@ -109,6 +113,7 @@ async def serve(
             access_log=False,
             server_header=False,
             lifespan="off",
+            ssl_context_factory=https_of(config, identity.me),
             timeout_graceful_shutdown=1,
         )
     )

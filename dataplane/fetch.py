@@ -27,10 +27,11 @@ import grpc
 from controlplane.contract import auth, rpc
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError, PeerError, Unavailable
+from controlplane.contract.identity import Identity, ProcessName, ProcessRole
 from controlplane.contract.ids import NodeId
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import NodeRecord
-from controlplane.etcd.client import EtcdClient
+from controlplane.keyspace.connect import etcd_client
 from dataplane.model.bundle import SMALL, holds_stage
 from dataplane.model.config import load_config
 from dataplane.model.digests import digest_as
@@ -74,7 +75,7 @@ async def _provision(config: ClusterConfig, node: NodeId, stage: int) -> Path:
     shelf.mkdir(mode=0o700, parents=True, exist_ok=True)
     async with _lock(shelf / f"{prefix}fetch.lock"):
         if not target.is_dir():
-            await _fetch(config, peers, target)
+            await _fetch(config, node, peers, target)
         use(target)
         await asyncio.to_thread(tidy, shelf, target, prefix)
     return target
@@ -103,7 +104,7 @@ async def find_peers(config: ClusterConfig, node: NodeId, stage: int) -> list[No
     try:
         async with (
             asyncio.timeout(ETCD_LIMIT_S),
-            EtcdClient(config.etcd) as client,
+            etcd_client(config, Identity.of(config, ProcessRole.NODE, node)) as client,
             aclosing(client.watch_prefix(world.names.root)) as watch,
         ):
             world.apply(await anext(aiter(watch)))
@@ -125,16 +126,17 @@ async def find_peers(config: ClusterConfig, node: NodeId, stage: int) -> list[No
     )
 
 
-async def _fetch(config: ClusterConfig, peers: Sequence[NodeRecord], target: Path) -> None:
+async def _fetch(config: ClusterConfig, node: NodeId, peers: Sequence[NodeRecord], target: Path) -> None:
     """Try the peers in turn. Raises ConfigError when the disk is full, Unavailable when nobody could give it."""
     token = auth.derive(auth.load_secret(config.secret_file), "grpc")
+    identity = Identity.of(config, ProcessRole.NODE, node)
     partial = target.with_suffix(".partial")
     partial.mkdir(mode=0o700, exist_ok=True)
     troubles: list[str] = []
     for peer in [*peers] * ROUNDS:
         began = time.monotonic()
         try:
-            size = await _fetch_from(peer, token, partial)
+            size = await _fetch_from(peer, token, partial, identity)
             await asyncio.to_thread(_verify, partial, peer, config.engine.weights)
         except (PeerError, ModelError, grpc.aio.AioRpcError, TimeoutError) as error:
             reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error) or "no answer"
@@ -155,10 +157,11 @@ async def _fetch(config: ClusterConfig, peers: Sequence[NodeRecord], target: Pat
     )
 
 
-async def _fetch_from(peer: NodeRecord, token: str, partial: Path) -> int:
+async def _fetch_from(peer: NodeRecord, token: str, partial: Path, identity: Identity) -> int:
     """Complete the files in `partial`; how many bytes they have."""
     options = [("grpc.max_receive_message_length", MESSAGE_BYTES_MAX)]
-    async with grpc.aio.insecure_channel(peer.rpc_address, options=options) as channel:
+    giver = ProcessName(ProcessRole.NODE, peer.member.node)
+    async with identity.channel(peer.rpc_address, giver, options) as channel:
         ask = channel.unary_stream(FETCH, request_serializer=rpc.encode, response_deserializer=decode_answer)
         metadata = (("authorization", f"Bearer {token}"),)
         manifest = await _answer(ask(Ask(), metadata=metadata))

@@ -14,6 +14,7 @@ import grpc
 from controlplane.contract import rpc
 from controlplane.contract.address import join
 from controlplane.contract.auth import bearer_matches
+from controlplane.contract.identity import PLAIN, Identity, ProcessRole, no_role
 from controlplane.contract.requests import GatewayMessage, SchedulerMessage
 
 log = logging.getLogger(__name__)
@@ -43,9 +44,11 @@ class Frontdoor:
         on_message: Callable[[int, GatewayMessage], None],
         on_lost: Callable[[int], None],
         *others: grpc.GenericRpcHandler,
+        identity: Identity = PLAIN,
     ) -> None:
         self.sessions_overrun = 0
         self._token = token
+        self._identity = identity
         self._on_message = on_message
         self._on_lost = on_lost
         self._others = others
@@ -72,7 +75,7 @@ class Frontdoor:
         )
         handler = rpc.stream_handler(rpc.FRONTDOOR, "Serve", self._serve, rpc.decode_gateway_message)
         server.add_generic_rpc_handlers((handler, *self._others))
-        port = server.add_insecure_port(join(host, 0))
+        port = self._identity.add_port(server, join(host, 0))
         await server.start()
         self._server = server
         return join(advertise or host, port)
@@ -104,6 +107,8 @@ class Frontdoor:
         metadata = dict(context.invocation_metadata() or ())
         if not bearer_matches(metadata.get("authorization"), self._token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
+        if not self._identity.admits(context, ProcessRole.GATEWAY):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, no_role(ProcessRole.GATEWAY))
         if why := rpc.refusal(metadata):
             if not self.troubles():  # once, however often it tries
                 log.warning("a gateway is refused (%s): %s", context.peer(), why)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from controlplane import process
 from controlplane.contract import auth, keys
 from controlplane.contract.config import CPU_POOL_BLOCKS, ClusterConfig
+from controlplane.contract.identity import Identity, ProcessRole
 from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import NodeRecord
@@ -30,6 +31,7 @@ from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.register import Registration
 from controlplane.grammar import GrammarError, library_version, load_compiler
+from controlplane.keyspace.connect import etcd_client
 from dataplane.accelerators import CPU, Place
 from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
@@ -56,6 +58,7 @@ from dataplane.world import World
 if TYPE_CHECKING:
     from dataplane.executor import StageExecutor
     from dataplane.grammars import Grammars
+    from dataplane.transport.sealing import LinkIdentity
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +95,7 @@ class Node:
         self._stage = stage
         self._executor = executor
         secret = auth.load_secret(config.secret_file)
+        identity = self._identity = Identity.of(config, ProcessRole.NODE, me.node)
         engine = config.engine
         context = engine.context_len(executor.config.max_positions, executor.kv.num_blocks)
         self._context_len = context
@@ -108,11 +112,20 @@ class Node:
             token,
             lambda session, message: self._schedulers.on_gateway(session, message),
             lambda session: self._schedulers.on_session_lost(session),
-            WeightsService(token, Path(config.model), stage, config.stages, executor.weights_digest).handler,
+            WeightsService(
+                token, Path(config.model), stage, config.stages, executor.weights_digest, identity
+            ).handler,
+            identity=identity,
         )
         limits = Limits.from_config(engine, context, config.timing.orphan_grace_s, executor.config.vocab_size)
         self._reporter = Reporter(
-            token, config.timing.heartbeat_s, self._report, lambda: self._moving, relay, self._counters
+            token,
+            config.timing.heartbeat_s,
+            self._report,
+            lambda: self._moving,
+            relay,
+            self._counters,
+            identity,
         )
         self._schedulers = Schedulers(
             me,
@@ -126,7 +139,12 @@ class Node:
         self._transport = open_transport(
             config.transport,
             TransportConfig(
-                member=me, cluster=config.cluster, secret=secret, host=config.host, advertise=config.advertise
+                member=me,
+                cluster=config.cluster,
+                secret=secret,
+                host=config.host,
+                advertise=config.advertise,
+                identity=_link_identity(identity),
             ),
             on_message=self._on_message,
             on_link_up=self._on_link_up,
@@ -154,7 +172,7 @@ class Node:
         """Serve until stopped or retired. Raises what a background task of ours raised."""
         link_address = await self._transport.start()
         rpc_address = await self._frontdoor.start(self._config.host, self._config.advertise)
-        client = EtcdClient(self._config.etcd)
+        client = etcd_client(self._config, self._identity)
         record = self._record(link_address, rpc_address)
         name, lease_s = self._world.names.node(self._me.node), self._config.timing.node_lease_s
         registration = Registration(client, name, keys.encode(record), lease_s, supersedes=self._supersedes)
@@ -396,6 +414,14 @@ class Node:
         counters["steps_merged"] = stats.merged
         counters["compute_ms"] = int(self._worker.compute.total_s * 1000)
         return counters
+
+
+def _link_identity(identity: Identity) -> LinkIdentity | None:
+    if not identity.secure:
+        return None
+    from dataplane.transport.sealing import LinkIdentity  # cryptography is only loaded where it is used
+
+    return LinkIdentity(identity)
 
 
 def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> StageExecutor | OracleExecutor:

@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -30,11 +30,13 @@ from controlplane.backoff import Backoff
 from controlplane.contract import auth, rpc
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
+from controlplane.contract.identity import PLAIN, RELAY_NAME, Identity, ProcessName, ProcessRole
 from controlplane.contract.keys import Keys
 from controlplane.contract.lifetime import begin, run_to_exit
 from controlplane.contract.logs import configure_logging
 from controlplane.contract.reports import REPORT_SCHEMA, RelayedBatch, ReportAck
 from controlplane.etcd.client import EtcdClient
+from controlplane.keyspace.connect import etcd_client
 from controlplane.keyspace.view import View
 from dataplane.core.relay import Line, Relay, Source
 from dataplane.report_stream import SOCKET, STREAM, keep_reporting, relay_address
@@ -81,10 +83,11 @@ class _Refused(Exception):
 class RelayServer:
     """Raises ConfigError if the socket cannot be made, or another relay runs in the run directory."""
 
-    def __init__(self, config: ClusterConfig, token: str) -> None:
+    def __init__(self, config: ClusterConfig, token: str, identity: Identity = PLAIN) -> None:
         self.relay = Relay(config.timing.heartbeat_s)
         self._config = config
         self._token = token
+        self._identity = identity
         self._run_dir = Path(config.run_dir)
         self._nodes: set[_Node] = set()
         self._controllers: dict[str, _Controller] = {}
@@ -98,7 +101,7 @@ class RelayServer:
         """Serve until stopped. Raises what following etcd raised."""
         with self._only_one():
             server = await self._listen()
-            client = EtcdClient(self._config.etcd)
+            client = etcd_client(self._config, self._identity)
             follow = asyncio.create_task(self._follow(client))
             stop = asyncio.create_task(self._stop.wait())
             log.info("relay is up", socket=str(self._run_dir / SOCKET))
@@ -113,7 +116,7 @@ class RelayServer:
                 await server.stop(grace=0)
                 if self._nodes and self._controllers:
                     await asyncio.sleep(HAND_OVER_S)
-                self.set_controllers(())
+                self.set_controllers({})
                 await client.close()
 
     def _only_one(self) -> IO[str]:
@@ -215,19 +218,19 @@ class RelayServer:
         view = View(keys, self._config.group)
         async for batch in client.watch_prefix(keys.controllers):
             view.apply(batch)
-            self.set_controllers(record.rpc_address for record in view.controllers.values())
+            self.set_controllers({record.rpc_address: name for name, record in view.controllers.items()})
 
-    def set_controllers(self, addresses: Iterable[str]) -> None:
-        """Report to exactly these from now on."""
-        wanted = set(addresses)
-        for address in self._controllers.keys() - wanted:
+    def set_controllers(self, wanted: Mapping[str, str]) -> None:
+        """Report to exactly these from now on: names by address."""
+        for address in self._controllers.keys() - wanted.keys():
             self._controllers.pop(address).task.cancel()
             self._broken(address)
-        for address in sorted(wanted - self._controllers.keys()):
-            task = asyncio.create_task(self._keep(address), name=f"relay-{address}")
+        for address in sorted(wanted.keys() - self._controllers.keys()):
+            peer = ProcessName(ProcessRole.CONTROLLER, wanted[address])
+            task = asyncio.create_task(self._keep(address, peer), name=f"relay-{address}")
             self._controllers[address] = _Controller(address, task)
 
-    async def _keep(self, address: str) -> NoReturn:
+    async def _keep(self, address: str, peer: ProcessName) -> NoReturn:
         await asyncio.sleep(0)  # let set_controllers store our part first
         controller = self._controllers[address]
         await keep_reporting(
@@ -238,6 +241,8 @@ class RelayServer:
             lambda ack: self._acknowledged(controller, ack),
             lambda _: self._broken(address),
             OPTIONS,
+            self._identity,
+            peer,
         )
 
     async def _batches(self, controller: _Controller) -> AsyncIterator[RelayedBatch]:
@@ -290,9 +295,10 @@ def run_relay(config: ClusterConfig) -> NoReturn:
     configure_logging("relay")
     begin()
     token = auth.derive(auth.load_secret(config.secret_file), "grpc")
+    identity = Identity.of(config, ProcessRole.RELAY, RELAY_NAME)
 
     async def serve() -> None:
-        server = RelayServer(config, token)
+        server = RelayServer(config, token, identity)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.stop)

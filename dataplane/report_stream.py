@@ -14,6 +14,7 @@ import grpc
 
 from controlplane.backoff import Backoff
 from controlplane.contract import rpc
+from controlplane.contract.identity import PLAIN, Identity, ProcessName
 from controlplane.contract.reports import ReportAck
 
 log = logging.getLogger(__name__)
@@ -46,14 +47,17 @@ async def keep_reporting(
     acknowledged: Callable[[ReportAck], None] = lambda _: None,
     broken: Callable[[str], None] = lambda _: None,
     options: tuple[tuple[str, int], ...] = OPTIONS,
+    identity: Identity = PLAIN,
+    peer: ProcessName = PLAIN.me,
 ) -> NoReturn:
     """Until cancelled: send what `batches()` gives, anew on each stream. `broken(why)` follows the end of each.
+    `peer`: who has to be found at `address`, where `identity` has certificates.
 
     To end for any other reason would be to fall silent, which controllers take for death."""
     while True:
         why = "it ended the stream"
         try:
-            async with grpc.aio.insecure_channel(address, options=options) as channel:
+            async with identity.channel(address, peer, options) as channel:
                 call = channel.stream_stream(
                     rpc.CONTROL_REPORT, request_serializer=rpc.encode, response_deserializer=rpc.decode_ack
                 )(batches(), metadata=(("authorization", f"Bearer {token}"),))

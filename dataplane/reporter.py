@@ -19,6 +19,7 @@ from typing import NoReturn
 from msgspec.structs import replace
 
 from controlplane.backoff import Backoff
+from controlplane.contract.identity import PLAIN, Identity, ProcessName, ProcessRole
 from controlplane.contract.records import ControllerRecord
 from controlplane.contract.reports import REPORT_BEATS, NodeReport, ReportAck, ReportBatch
 from dataplane.core.paths import Paths
@@ -70,6 +71,7 @@ class Reporter:
         hurried: Callable[[], bool] = lambda: False,
         relay: str = "",
         counters: Callable[[], dict[str, int]] = dict,
+        identity: Identity = PLAIN,
     ) -> None:
         self.broken_off = 0  # streams of reports that ended, or could not be opened
         self._token = token
@@ -77,6 +79,8 @@ class Reporter:
         self._make = make
         self._hurried = hurried
         self._counters = counters
+        self._identity = identity
+        self._names: dict[str, ProcessName] = {}  # of controllers, by address
         self._seq = 0
         self._paths = Paths(heartbeat_s, time.monotonic(), bool(relay))
         self._lines: dict[str, _Line] = {}  # by address
@@ -88,6 +92,9 @@ class Reporter:
         if self._relay is not None and self._looking is None:
             self._looking = asyncio.create_task(self._look(), name="report-paths")
             self._relay.task = asyncio.create_task(self._keep_relay(self._relay), name="report-relay")
+        self._names = {
+            record.rpc_address: ProcessName(ProcessRole.CONTROLLER, record.id) for record in records.values()
+        }
         self._paths.set_controllers([record.rpc_address for record in records.values()], time.monotonic())
         self._settle()
 
@@ -148,7 +155,14 @@ class Reporter:
 
         backoff = Backoff(BACKOFF_FIRST_S, BACKOFF_MAX_S)
         await keep_reporting(
-            line.address, self._token, backoff, lambda: self._batches(line), acknowledged, broken
+            line.address,
+            self._token,
+            backoff,
+            lambda: self._batches(line),
+            acknowledged,
+            broken,
+            identity=self._identity,
+            peer=self._names[line.address],
         )
 
     async def _keep_relay(self, line: _Line) -> NoReturn:

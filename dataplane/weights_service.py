@@ -18,6 +18,7 @@ import msgspec
 
 from controlplane.contract import rpc
 from controlplane.contract.auth import bearer_matches
+from controlplane.contract.identity import PLAIN, Identity, ProcessRole, no_role
 from dataplane.model.bundle import Bundle, open_bundle
 from dataplane.model.errors import ModelError
 
@@ -61,9 +62,18 @@ def checksum(data: bytes) -> bytes:
 class WeightsService:
     """The handler goes to the server of the front door."""
 
-    def __init__(self, token: str, model_dir: Path, stage: int, num_stages: int, weights_digest: str) -> None:
+    def __init__(
+        self,
+        token: str,
+        model_dir: Path,
+        stage: int,
+        num_stages: int,
+        weights_digest: str,
+        identity: Identity = PLAIN,
+    ) -> None:
         self.handler = rpc.stream_handler(WEIGHTS, "Fetch", self._fetch, decode_ask)
         self._token = token
+        self._identity = identity
         self._model_dir = model_dir
         self._stage, self._num_stages = stage, num_stages
         self._digest = weights_digest
@@ -75,6 +85,8 @@ class WeightsService:
         metadata = dict(context.invocation_metadata() or ())
         if not bearer_matches(metadata.get("authorization"), self._token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
+        if not self._identity.admits(context, ProcessRole.NODE):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, no_role(ProcessRole.NODE))
         if self._fetches >= FETCHES_MAX:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "it gives weights to others already")
         self._fetches += 1

@@ -24,6 +24,7 @@ NAME = Text(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "1 to 63 letters, digits, '.', '_' and '-', a letter or digit first"
 )
 PATH = Text(r"[^\x00]{1,4096}", "a path")
+MAYBE_PATH = Text(r"[^\x00]{0,4096}", "a path, or nothing")
 HOST = Text(r"[A-Za-z0-9:.%_\[\]-]{1,253}", "a host name or an IP address, without a port")
 ORIGIN = Text(
     r"\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9.:\[\]-]{1,253}", "an origin, such as https://example.org, or *"
@@ -154,6 +155,32 @@ class EmulationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.link_bytes_per_s > 0 or bool(self.latency_s)
 
 
+class TlsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Files in PEM; empty: connections between processes are plain. `{process}` in a path is the role and the name of
+    the process that reads it, such as node-n3. All of them are read again when they have changed."""
+
+    ca: Annotated[str, MAYBE_PATH] = ""  # authorities; two while one replaces the other
+    cert: Annotated[str, MAYBE_PATH] = ""  # names the process: `contract/identity.py`
+    key: Annotated[str, MAYBE_PATH] = ""  # mode 0600; "": in the file of `cert`
+    # Name in the certificate of etcd's members; "": the host of each endpoint.
+    etcd_name: Annotated[str, ADVERTISE] = ""
+    # What clients and browsers see; "": plain HTTP on loopback, elsewhere `cert`.
+    https_cert: Annotated[str, MAYBE_PATH] = ""
+    https_key: Annotated[str, MAYBE_PATH] = ""  # "": in the file of `https_cert`
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "tls.")
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.ca)
+
+    def paths(self, process: str) -> tuple[str, str, str]:
+        """Of authorities, certificate and key, for one process."""
+        ca, cert, key = (path.replace("{process}", process) for path in (self.ca, self.cert, self.key))
+        return ca, cert, key or cert
+
+
 class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run_dir: Annotated[str, PATH]  # logs, secret, sockets, database; everything that `kfadmin up` writes
     model: Annotated[str, PATH]  # a Hugging Face checkpoint directory
@@ -179,6 +206,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timing: TimingConfig = TimingConfig()
     gateway: GatewayConfig = GatewayConfig()
     emulation: EmulationConfig = EmulationConfig()
+    tls: TlsConfig = TlsConfig()
+    # Ports on other addresses than loopback without TLS. Only for a network that nobody else can reach.
+    insecure: bool = False
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -190,6 +220,14 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def advertised(self) -> str:
         """The host in every address that is registered."""
         return self.advertise or self.host
+
+    @property
+    def https(self) -> tuple[str, str] | None:
+        """(certificate, key) that gateways and admin APIs show to clients; None: plain HTTP."""
+        tls = self.tls
+        if tls.https_cert:
+            return tls.https_cert, tls.https_key or tls.https_cert
+        return (tls.cert, tls.key or tls.cert) if tls.enabled and not is_loopback(self.host) else None
 
     @property
     def model_name(self) -> str:
@@ -272,6 +310,18 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
     for endpoint in config.etcd:
         if not 0 < int(endpoint.rpartition(":")[2]) < 65536:
             yield f"etcd = {endpoint!r}: ports are 1 to 65,535"
+    # ---- certificates
+    tls = config.tls
+    if bool(tls.ca) != bool(tls.cert) or (tls.key and not tls.cert):
+        yield f"tls.ca = {tls.ca!r}, tls.cert = {tls.cert!r} and tls.key = {tls.key!r} go together"
+    if tls.https_key and not tls.https_cert:
+        yield f"tls.https_key = {tls.https_key!r} needs tls.https_cert"
+    if not is_loopback(config.host) and not tls.enabled and not config.insecure:
+        yield (
+            f"host = {config.host!r} is not loopback, and tls.ca and tls.cert are empty: tokens, prompts and KV would"
+            " pass in clear. `kfadmin up --tls` makes certificates, on several hosts `kfadmin certs init` and `kfadmin"
+            " certs issue`; insecure = true is for a network that nobody else can reach"
+        )
     # ---- emulated networks
     count = len(emulation.latency_s)
     if any(len(row) != count for row in emulation.latency_s):
@@ -281,6 +331,14 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
         yield f"emulation.latency_s = {emulation.latency_s}: {bound.fault(-1)}"
     if any(site >= count for site in emulation.sites):
         yield f"emulation.sites = {emulation.sites} names a site that emulation.latency_s has no row for ({count})"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes of this host reach it. A name other than localhost may be any address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]").partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def is_unspecified(host: str) -> bool:

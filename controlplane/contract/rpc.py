@@ -1,7 +1,7 @@
 """The gRPC services, as method names and codecs.
 
 Messages are msgspec Structs in MessagePack: decoding validates against the types, and no second set of
-generated classes has to be kept equal to the first (ARCHITECTURE.md, "Design decisions").
+generated classes has to be kept equal to the first (docs/decisions/control-plane.md).
 
     Frontdoor.Serve   gateway -> node         stream GatewayMessage <-> stream SchedulerMessage
     Control.Report    node    -> controller   stream ReportBatch    <-> stream ReportAck

@@ -38,6 +38,7 @@ HAS_LEADER = (("hasleader", "true"),)
 BACKOFF_FIRST_S = 0.02
 BACKOFF_MAX_S = 0.2
 CLOSED = "the client was closed"
+HANDSHAKE_MS_MAX = 3_000  # of TLS on a busy machine: its two sides compute, and may wait for a core each time
 MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 
 _CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
@@ -69,10 +70,24 @@ class EtcdTls:
     server_name: str = ""  # when the certificate names something else than the endpoint
 
     def credentials(self) -> grpc.ChannelCredentials:
+        """Raises OSError."""
+
         def read(path: Path | None) -> bytes | None:
             return path.read_bytes() if path is not None else None
 
         return grpc.ssl_channel_credentials(read(self.ca), read(self.key), read(self.cert))
+
+    def stamp(self) -> tuple[tuple[int, int], ...]:
+        """Changes when one of the files does."""
+        return tuple(_stamp(path) for path in (self.ca, self.cert, self.key) if path is not None)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:  # it is being replaced, or the disk fails: as long as it is, what was read counts
+        return (0, 0)
+    return found.st_mtime_ns, found.st_ino
 
 
 class Endpoint:
@@ -80,22 +95,52 @@ class Endpoint:
 
     def __init__(self, address: str, tls: EtcdTls | None) -> None:
         self.address = address
-        options = list(_CHANNEL_OPTIONS)
+        self._tls = tls
+        self._stamp = tls.stamp() if tls is not None else ()
+        self._before: Any = None  # the channel that this one has replaced
+        self._open()
+
+    def _open(self) -> None:
+        """Make the channel, which connects at its first use. Raises OSError."""
+        options, tls = list(_CHANNEL_OPTIONS), self._tls
         if tls is None:
-            self.channel = grpc.aio.insecure_channel(address, options=options)
+            self.channel = grpc.aio.insecure_channel(self.address, options=options)
         else:
             if tls.server_name:
                 options.append(("grpc.ssl_target_name_override", tls.server_name))
-            self.channel = grpc.aio.secure_channel(address, tls.credentials(), options=options)
+            attempt = "grpc.min_reconnect_backoff_ms"
+            options = [option for option in options if option[0] != attempt] + [(attempt, HANDSHAKE_MS_MAX)]
+            self.channel = grpc.aio.secure_channel(self.address, tls.credentials(), options=options)
         stubs: Any = rpc_pb2_grpc  # generated without types
         self.kv: Any = stubs.KVStub(self.channel)
         self.lease: Any = stubs.LeaseStub(self.channel)
         self.watch: Any = stubs.WatchStub(self.channel)
         self.maintenance: Any = stubs.MaintenanceStub(self.channel)
 
+    def _renew(self) -> None:
+        """Where certificates have been replaced since the channel was made, and it has to connect anew: one with those
+        that are there now. A connection that stands goes on with what it was opened with."""
+        if self._tls is None or (stamp := self._tls.stamp()) == self._stamp:
+            return
+        if self.channel.get_state() is grpc.ChannelConnectivity.READY:
+            return
+        before = self.channel
+        try:
+            self._open()
+        except OSError:
+            return  # again at the next attempt; the old channel says why it cannot connect
+        self._stamp = stamp
+        self._before = before  # not closed: grpc.aio would cancel the tasks of whoever waits for it
+
+    async def close(self) -> None:
+        await self.channel.close(grace=None)
+        if self._before is not None:
+            await self._before.close(grace=None)
+
     async def connected(self, timeout_s: float) -> bool:
         """True once the channel is ready; False if that failed or took longer than `timeout_s`."""
         deadline = time.monotonic() + timeout_s
+        self._renew()
         state = self.channel.get_state(try_to_connect=True)
         while state is not grpc.ChannelConnectivity.READY:
             if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
@@ -225,4 +270,4 @@ class Endpoints:
         """Calls in flight end with EtcdUnknown (writes) or EtcdUnavailable, like all calls from now on."""
         self._closed = True
         for endpoint in self.members:
-            await endpoint.channel.close(grace=None)
+            await endpoint.close()

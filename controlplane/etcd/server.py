@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 HOST = "127.0.0.1"
@@ -15,6 +16,28 @@ VERSION_TIMEOUT_S = 10.0
 
 # Members of 3.5.0 to 3.5.2 may disagree after a crash under load (etcd issue 13766).
 INCONSISTENT_VERSIONS = ((3, 5, 0), (3, 5, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTls:
+    """Files in PEM. etcd reads certificate and key again at each handshake, the authorities only when it starts."""
+
+    ca: Path
+    cert: Path
+    key: Path
+
+    def flags(self) -> list[str]:
+        """Who has no certificate of the authorities is neither client nor member."""
+        return [
+            f"--trusted-ca-file={self.ca}",
+            f"--cert-file={self.cert}",
+            f"--key-file={self.key}",
+            "--client-cert-auth",
+            f"--peer-trusted-ca-file={self.ca}",
+            f"--peer-cert-file={self.cert}",
+            f"--peer-key-file={self.key}",
+            "--peer-client-cert-auth",
+        ]
 
 
 class EtcdBinaryError(Exception):
@@ -90,21 +113,23 @@ def etcd_command(
     hosts: Mapping[str, str] | None = None,
     token: str = "kevlarflow",
     version: tuple[int, int, int] | None = None,
+    tls: ServerTls | None = None,
     heartbeat_ms: int = 100,
     election_ms: int = 1000,
 ) -> list[str]:
     """The command line of one member.
 
     `members`: peer port by name of every member of the cluster, this one included (default: only this one).
-    `hosts`: address by name of members that are not on loopback; etcd neither encrypts nor asks who calls there.
+    `hosts`: address by name of members that are not on loopback; without `tls` etcd asks nobody who calls.
     `version`: saves asking the binary. With the default election time a lease lives at least 2 s.
     """
     peers = {name: peer_port} if members is None else dict(members)
     if peers.get(name) != peer_port:
         raise ValueError(f"members {peers} does not have {name} at peer port {peer_port}")
     where = {member: (hosts or {}).get(member, HOST) for member in peers}
-    client, peer = f"http://{where[name]}:{client_port}", f"http://{where[name]}:{peer_port}"
-    initial = ",".join(f"{member}=http://{where[member]}:{port}" for member, port in peers.items())
+    scheme = "http" if tls is None else "https"
+    client, peer = f"{scheme}://{where[name]}:{client_port}", f"{scheme}://{where[name]}:{peer_port}"
+    initial = ",".join(f"{member}={scheme}://{where[member]}:{port}" for member, port in peers.items())
     return [
         str(binary),
         f"--name={name}",
@@ -123,6 +148,7 @@ def etcd_command(
         "--auto-compaction-retention=1h",
         "--logger=zap",
         "--log-outputs=stderr",
+        *(tls.flags() if tls is not None else ()),
         *_flags_of(version or etcd_version(binary)),
     ]
 

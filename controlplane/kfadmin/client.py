@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import ssl
 import time
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ import httpx
 import msgspec
 
 from controlplane.contract.audit import AuditEntry
-from controlplane.contract.errors import KevlarFlowError, PeerError, RequestError, Unavailable
+from controlplane.contract.errors import ConfigError, KevlarFlowError, PeerError, RequestError, Unavailable
 from controlplane.contract.events import Event
 from controlplane.contract.incidents import Incident
 from controlplane.contract.records import Operation
@@ -77,6 +78,20 @@ class _Operations(msgspec.Struct, frozen=True):
     operations: list[Operation]
 
 
+def trust(url: str, ca: str) -> ssl.SSLContext | bool:
+    """For httpx, whose certificates count at `url`: those of the system's authorities, or of $SSL_CERT_FILE, and of the
+    file `ca`. Raises ConfigError."""
+    if not url.startswith("https:"):
+        return False  # there are none; to read the system's takes as long as all of a request
+    context = ssl.create_default_context()
+    if ca:
+        try:
+            context.load_verify_locations(ca)
+        except OSError as error:  # an SSLError is one
+            raise ConfigError(f"cannot read authorities from {ca}: {error.strerror or error}") from error
+    return context
+
+
 class AdminClient:
     """Calls the admin API of one cluster. Not for use from several threads at once.
 
@@ -84,13 +99,16 @@ class AdminClient:
     PeerError (it answered with something that is not the admin API).
     """
 
-    def __init__(self, endpoints: Sequence[str], token: str, limit_s: float = 0.0) -> None:
-        """`limit_s`: after which nothing is asked any more, from now on; 0: never."""
+    def __init__(self, endpoints: Sequence[str], token: str, limit_s: float = 0.0, ca: str = "") -> None:
+        """`limit_s`: after which nothing is asked any more, from now on; 0: never. `ca`: see `trust`."""
         self._endpoints = list(endpoints)
         self._limit_s = limit_s
         self._until = time.monotonic() + limit_s if limit_s else math.inf
+        secure = next((url for url in endpoints if url.startswith("https:")), "")
         # Loopback and management networks are not reached through a proxy of the environment.
-        self._http = httpx.Client(headers={"authorization": f"Bearer {token}"}, trust_env=False)
+        self._http = httpx.Client(
+            headers={"authorization": f"Bearer {token}"}, trust_env=False, verify=trust(secure, ca)
+        )
 
     def __enter__(self) -> AdminClient:
         return self

@@ -77,7 +77,9 @@ async def _demo(local: RunDir, admin: AdminClient, count: int, tokens: int, node
     status = admin.status()
     if node is not None:
         _victim(local, status, node)  # refuse before anything is started
-    generator = LoadGenerator(local.endpoints().gateways[0], local.api_key(), status.model)
+    generator = LoadGenerator(
+        local.endpoints().gateways[0], local.api_key(), status.model, ca=local.endpoints().ca
+    )
     prompts = sample_prompts(count, tokens)
     progress(f"{count} streams of {tokens} tokens, undisturbed")
     before = time.monotonic()

@@ -10,17 +10,16 @@ import signal
 import time
 from collections.abc import Callable
 
-import httpx
-
 from controlplane.contract.errors import KevlarFlowError
+from controlplane.contract.identity import ProcessName, ProcessRole
 from controlplane.kfadmin.client import Refused
 from controlplane.kfadmin.output import progress
 from controlplane.kfadmin.rundir import RunDir
+from controlplane.kfadmin.secure import etcd_healthy, etcd_tls
 from controlplane.supervisor import ProcessFile
 
 POLL_S = 0.05
 RESTART_LIMIT_S = 30.0
-PROBE_S = 1.0
 ETCD_MEMBERS_MIN = 3  # fewer lose their quorum with one
 
 
@@ -47,7 +46,9 @@ def restart_etcd(run_dir: RunDir, dry_run: bool) -> None:
             f"etcd has {len(members)} members here: restarting one of fewer than {ETCD_MEMBERS_MIN} stops "
             "reconfiguration meanwhile (`kfadmin up --etcd-members 3`)"
         )
-    sick = [name for name, address in members.items() if not etcd_healthy(address)]
+    config = run_dir.config()
+    tls = {name: etcd_tls(config, ProcessName(ProcessRole.ETCD, name)) for name in members}
+    sick = [name for name, address in members.items() if not etcd_healthy(address, tls[name])]
     if sick:
         raise Refused(f"not healthy: {', '.join(sick)}; mend that first")
     for name, address in members.items():
@@ -57,17 +58,8 @@ def restart_etcd(run_dir: RunDir, dry_run: bool) -> None:
             continue
         os.kill(old.pid, signal.SIGTERM)
         fresh = _wait_fresh(run_dir, name, old)
-        _wait(lambda at=address: etcd_healthy(at), f"{name} is healthy again")  # type: ignore[misc]
+        _wait(lambda at=address, by=tls[name]: etcd_healthy(at, by), f"{name} is healthy again")  # type: ignore[misc]
         print(f"{name} restarted: pid {old.pid} -> {fresh.pid}")
-
-
-def etcd_healthy(address: str) -> bool:
-    """Whether the member at "host:port" answers and knows a leader."""
-    try:
-        answer = httpx.get(f"http://{address}/health", timeout=PROBE_S, trust_env=False)
-    except httpx.TransportError:
-        return False
-    return answer.status_code == 200
 
 
 def _running(run_dir: RunDir, name: str) -> ProcessFile:

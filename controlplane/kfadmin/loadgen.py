@@ -13,6 +13,7 @@ import httpx
 import msgspec
 
 from controlplane.contract.errors import KevlarFlowError
+from controlplane.kfadmin.client import trust
 
 STREAM_LIMIT_S = 180.0
 # Silence on a stream; the gateway's keep-alive comments come far more often.
@@ -130,6 +131,7 @@ class LoadGenerator:
     api_key: str
     model: str
     others: tuple[str, ...] = ()
+    ca: str = ""  # file with the authorities of their certificates, beside the system's
     read_timeout_s: float = READ_TIMEOUT_S  # a gateway that is silent for so long is as good as gone
 
     def client(self) -> httpx.AsyncClient:
@@ -138,8 +140,9 @@ class LoadGenerator:
         timeout = httpx.Timeout(self.read_timeout_s, connect=5.0)
         headers = {"authorization": f"Bearer {self.api_key}"}
         return httpx.AsyncClient(
-            base_url=self.url, headers=headers, limits=limits, timeout=timeout, trust_env=False
-        )
+            base_url=self.url, headers=headers, limits=limits, timeout=timeout, trust_env=False,
+            verify=trust(self.url, self.ca),
+        )  # fmt: skip
 
     async def stream(
         self,

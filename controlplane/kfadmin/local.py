@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -17,12 +18,15 @@ import msgspec
 from controlplane.contract.address import join
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError, KevlarFlowError, PeerError
+from controlplane.contract.identity import RELAY_NAME, ProcessName, ProcessRole
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
 from controlplane.etcd.health import unfit_releases
-from controlplane.etcd.server import EtcdBinaryError, etcd_command, etcd_version, find_etcd_binary
+from controlplane.etcd.server import EtcdBinaryError, ServerTls, etcd_command, etcd_version, find_etcd_binary
 from controlplane.gguf.header import is_gguf
-from controlplane.kfadmin.client import AdminClient, Unreachable
+from controlplane.kfadmin.certs import FOLDER
+from controlplane.kfadmin.client import AdminClient, Unreachable, trust
 from controlplane.kfadmin.rundir import Endpoints, RunDir, free_port, port_is_free, usable
+from controlplane.kfadmin.secure import certify, etcd_healthy, etcd_tls, renew
 from controlplane.kfadmin.supervise import SupervisorThread
 from controlplane.supervisor import ProcessFile
 
@@ -30,6 +34,7 @@ POLL_S = 0.05
 START_LIMIT_S = 120.0
 ETCD_LIMIT_S = 20.0
 WATCH_S = 1.0
+RENEW_LOOK_S = 600.0
 STARTS_MAX = 4  # a process that needed more starts before the cluster was ready has something wrong with it
 PROBE_TIMEOUT_S = 1.0
 
@@ -57,7 +62,9 @@ class LocalCluster:
         progress: Callable[[str], None] = lambda line: None,
         start_limit_s: float = START_LIMIT_S,
         orphans: bool = False,
+        secure: bool = False,
     ) -> None:
+        """`secure`: with certificates of the run directory's own authority, if the settings name none."""
         # Relative paths would mean something else to whoever reads the settings later.
         config = msgspec.structs.replace(
             config,
@@ -78,6 +85,7 @@ class LocalCluster:
         self._progress = progress
         self._start_limit_s = start_limit_s
         self._orphans = orphans
+        self._certs = self.run_dir.path / FOLDER if secure and not config.tls.enabled else None
         self._stack = contextlib.ExitStack()
         self._supervisor: SupervisorThread | None = None
         self._ports: dict[str, int] = {}
@@ -108,6 +116,7 @@ class LocalCluster:
             for folder in ("pids", "nodes", "relay"):
                 for file in (self.run_dir.path / folder).glob("*.json"):
                     file.unlink()
+            self._certify()
             self._choose_ports()
             # Before there is a supervisor: it may reap every child of this process, and so the answer's, too.
             etcd = self._find_etcd() if self._etcd_members else None
@@ -123,6 +132,22 @@ class LocalCluster:
         except BaseException:  # Ctrl-C as well: leave nothing behind
             self.stop()
             raise
+
+    def _certify(self) -> None:
+        if self._certs is None:
+            return
+        config = self._draft
+        members = [f"etcd{number}" for number in range(self._etcd_members)]
+        nodes = [f"n{number}" for number in range((config.instances + config.spares) * config.stages)]
+        of_role = {
+            ProcessRole.ETCD: members,
+            ProcessRole.CONTROLLER: self._controllers,
+            ProcessRole.GATEWAY: self._gateways,
+            ProcessRole.NODE: nodes,
+            ProcessRole.RELAY: [RELAY_NAME],
+        }
+        named = [ProcessName(role, name) for role, names in of_role.items() for name in names]
+        self._draft = msgspec.structs.replace(config, tls=certify(self._certs, config, named), insecure=False)
 
     def _choose_ports(self) -> None:
         host, taken = self.config.host, {self.config.gateway_port, self.config.admin_port}
@@ -168,8 +193,9 @@ class LocalCluster:
         for name in names:
             data = self.run_dir.path / "etcd" / name
             command = etcd_command(
-                binary, name, data, self._ports[name], members[name], members=members, version=version
-            )
+                binary, name, data, self._ports[name], members[name], members=members, version=version,
+                tls=self._etcd_tls(name),
+            )  # fmt: skip
             self._children.start(name, command)
 
     def _start_rest(self) -> None:
@@ -192,7 +218,11 @@ class LocalCluster:
     def _wait_etcd(self, deadline: float) -> None:
         for number in range(self._etcd_members):
             name = f"etcd{number}"
-            self._wait_answer(f"http://127.0.0.1:{self._ports[name]}/health", deadline, name)
+            healthy = partial(etcd_healthy, f"127.0.0.1:{self._ports[name]}", self._etcd_tls(name))
+            self._wait(healthy, deadline, f"{name} is ready", partial(str, name))
+
+    def _etcd_tls(self, name: str) -> ServerTls | None:
+        return etcd_tls(self.config, ProcessName(ProcessRole.ETCD, name))
 
     def _wait_ready(self, deadline: float) -> None:
         first = self._controllers[0]
@@ -222,7 +252,7 @@ class LocalCluster:
         self._wait(all_there, deadline, "every node has joined", lambda: min(missing))
 
     def _wait_answer(self, url: str, deadline: float, name: str) -> None:
-        self._wait(lambda: _answers(url), deadline, f"{name} is ready", lambda: name)
+        self._wait(lambda: self._answers(url), deadline, f"{name} is ready", lambda: name)
 
     def _wait(
         self, condition: Callable[[], bool], deadline: float, what: str, guilty: Callable[[], str]
@@ -250,7 +280,15 @@ class LocalCluster:
         return {**self._children.processes(), **self.run_dir.processes("nodes")}
 
     def _any_controller(self) -> bool:
-        return any(_answers(f"{self._url(name)}/readyz") for name in self._controllers)
+        return any(self._answers(f"{self._url(name)}/readyz") for name in self._controllers)
+
+    def _answers(self, url: str) -> bool:
+        """Whether a GET is answered with 200 within a second."""
+        try:
+            verify = trust(url, self.endpoints.ca)
+            return httpx.get(url, timeout=PROBE_TIMEOUT_S, trust_env=False, verify=verify).status_code == 200
+        except httpx.TransportError:
+            return False
 
     # ---- what runs where
 
@@ -261,13 +299,15 @@ class LocalCluster:
         return self._supervisor
 
     def _url(self, name: str) -> str:
-        return f"http://{join(self.config.advertised, self._ports[name])}"
+        scheme = "http" if self.config.https is None else "https"
+        return f"{scheme}://{join(self.config.advertised, self._ports[name])}"
 
     @property
     def endpoints(self) -> Endpoints:
         return Endpoints(
             gateways=tuple(self._url(name) for name in self._gateways),
             admin=tuple(self._url(name) for name in self._controllers),
+            ca=self.config.tls.ca if self.config.https is not None else "",
         )
 
     @property
@@ -284,7 +324,7 @@ class LocalCluster:
 
     def admin(self) -> AdminClient:
         """A new client of the admin API; close it (it is a context manager)."""
-        return AdminClient(self.endpoints.admin, self.admin_token)
+        return AdminClient(self.endpoints.admin, self.admin_token, ca=self.endpoints.ca)
 
     def status(self) -> ClusterStatus:
         with self.admin() as admin:
@@ -307,13 +347,29 @@ class LocalCluster:
         Why a process failed, or could not be started, is told, and again only if it is something else. Where another
         process has its name that is said while it waits for the name, as it does most of the time."""
         told: dict[str, str] = {}
+        look_at = time.monotonic() + RENEW_LOOK_S
         while not self._children.join(WATCH_S):
+            if self._certs is not None and time.monotonic() >= look_at:
+                look_at = time.monotonic() + RENEW_LOOK_S
+                self.renew_certificates()
             for name, file in {**self._processes(), **self.run_dir.processes("relay")}.items():
                 if file.said and told.get(name) != file.said:
                     told[name] = file.said
                     who = "" if file.said.startswith(name) else f"{name} failed: "
                     self._progress(f"{who}{file.said}. It is tried again, ever more rarely")
         raise KevlarFlowError("the supervisor's thread has ended; see the trace above")
+
+    def renew_certificates(self) -> None:
+        """Those that have lived for half of their time. What keeps it from that is told, and tried again."""
+        if self._certs is None:
+            return
+        try:
+            renewed = renew(self._certs)
+        except (OSError, ConfigError) as error:
+            self._progress(f"WARNING: certificates cannot be renewed: {error}")
+        else:
+            if renewed:
+                self._progress(f"renewed the certificates of {len(renewed)} processes")
 
     # ---- doing harm, and mending it
 
@@ -353,11 +409,3 @@ class LocalCluster:
             last.callback(self.run_dir.end_leftovers, 1.5, ("nodes", "relay"))
             last.callback(children.end, ["launcher"], 4.0)
             last.callback(children.end, [*self._gateways, *self._controllers], 2.5)
-
-
-def _answers(url: str) -> bool:
-    """Whether a GET is answered with 200 within a second."""
-    try:
-        return httpx.get(url, timeout=PROBE_TIMEOUT_S, trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False

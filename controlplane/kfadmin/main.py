@@ -13,6 +13,7 @@ from controlplane.contract.errors import KevlarFlowError
 from controlplane.kfadmin import (
     about,
     bundle,
+    certs,
     check,
     contexts,
     demo,
@@ -82,6 +83,7 @@ app.add_typer(check.app, name="check")
 app.add_typer(describe.app, name="describe")
 app.add_typer(operations.app, name="operations")
 app.add_typer(config, name="config")
+app.add_typer(certs.app, name="certs")
 app.add_typer(tokens.app, name="token")
 app.add_typer(contexts.app, name="context")
 

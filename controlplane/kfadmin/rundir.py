@@ -64,6 +64,7 @@ class Endpoints(msgspec.Struct, frozen=True):
 
     gateways: tuple[str, ...]
     admin: tuple[str, ...]
+    ca: str = ""  # file with the authorities of their certificates, beside those of the system
 
 
 def default_run_dir(cluster: str = "kevlarflow") -> Path:

@@ -69,6 +69,9 @@ def up(
     controllers: Annotated[int, typer.Option(min=1, max=7, help="Candidates for leader.")] = 2,
     gateways: Annotated[int, typer.Option(min=1, max=16, help="Gateways; the first has the port.")] = 1,
     etcd_members: Annotated[int, typer.Option(min=1, max=7, help="Members of the etcd cluster.")] = 1,
+    tls: Annotated[
+        bool, typer.Option(help="Certificates for connections between processes, of an authority of its own.")
+    ] = False,
 ) -> None:
     """Start a cluster on this machine, stay in the foreground, stop everything on Ctrl-C."""
     given: dict[str, Any] = {
@@ -76,7 +79,14 @@ def up(
         "spares": spares, "mode": mode, "gateway_port": gateway_port, "admin_port": admin_port,
         "run_dir": str(run_dir) if run_dir else None,
     }  # fmt: skip
-    settings = settings_of(config, {name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    # Addresses other than loopback are refused without certificates, which are made only when the cluster starts.
+    settings = settings_of(config, {**given, "insecure": True} if tls else given)
+    if tls and settings.etcd and not settings.tls.enabled:
+        raise ConfigError(
+            "--tls makes certificates for an etcd of its own, and the settings name another one: give tls.ca, tls.cert"
+            " and tls.key as that one has them (`kfadmin certs`)"
+        )
     cluster = LocalCluster(
         settings,
         controllers=controllers,
@@ -84,6 +94,7 @@ def up(
         etcd_members=etcd_members,
         progress=progress,
         orphans=True,
+        secure=tls,
     )
     raise_descriptor_limit()
     for number in SIGNALS:

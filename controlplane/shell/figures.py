@@ -20,6 +20,7 @@ from controlplane.contract import rpc
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.errors import Unavailable
 from controlplane.contract.figures import Figures, ReportTaken
+from controlplane.contract.identity import PLAIN, Identity, ProcessRole, no_role
 from controlplane.contract.status import ClusterStatus
 from controlplane.core.figures import Meter
 from controlplane.history.writer import HistoryWriter
@@ -36,9 +37,12 @@ TAKEN = ReportTaken()
 class Recorder:
     """Makes the rows. `is_leader()`: whether this controller writes them."""
 
-    def __init__(self, token: str, history: HistoryWriter, is_leader: Callable[[], bool]) -> None:
+    def __init__(
+        self, token: str, history: HistoryWriter, is_leader: Callable[[], bool], identity: Identity = PLAIN
+    ) -> None:
         self.refused = 0  # reports of gateways
         self._token = token
+        self._identity = identity
         self._history = history
         self._is_leader = is_leader
         self._meter = Meter()
@@ -85,11 +89,17 @@ class Recorder:
         if not bearer_matches(headers.get("authorization"), self._token):
             self.refused += 1
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
-        try:
-            why = self._meter.heard(rpc.decode_gateway_report(message), time.monotonic())
-        except msgspec.MsgspecError as error:
-            why = f"not a GatewayReport: {error}"
-        if why:
+        if why := self._take(message, self._identity.callers(context, ProcessRole.GATEWAY)):
             self.refused += 1
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)
         return TAKEN
+
+    def _take(self, message: bytes, names: frozenset[str] | None) -> str:
+        """Why the report is refused, or "". `names`: for whom its sender may speak; None: for all."""
+        try:
+            report = rpc.decode_gateway_report(message)
+        except msgspec.MsgspecError as error:
+            return f"not a GatewayReport: {error}"
+        if names is not None and report.gateway not in names:
+            return f"{no_role(ProcessRole.GATEWAY)}; or it names another one than {report.gateway[:100]}"
+        return self._meter.heard(report, time.monotonic())

@@ -20,6 +20,7 @@ from controlplane.contract import rpc
 from controlplane.contract.address import join
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.config import TimingConfig
+from controlplane.contract.identity import PLAIN, Identity, ProcessRole, no_role
 from controlplane.contract.ids import Member
 from controlplane.contract.reports import (
     REPORT_SCHEMA,
@@ -59,6 +60,7 @@ class _Refused(Exception):
 class _Stream:
     """One sender, and the members that it speaks for."""
 
+    nodes: frozenset[str] | None = None  # of whom it may speak, by its certificate; None: of all
     relay: bool = False
     members: dict[int, Member] = field(default_factory=dict)  # by slot
     slots: dict[Member, int] = field(default_factory=dict)
@@ -75,6 +77,7 @@ class ReportServer:
         token: str,
         inbox: Inbox,
         timing: TimingConfig,
+        identity: Identity = PLAIN,
         beside: Sequence[grpc.GenericRpcHandler] = (),
     ) -> None:
         """`beside`: other services on the same port."""
@@ -84,6 +87,7 @@ class ReportServer:
         self.refused = 0
         self.unread = 0  # batches of newer code
         self._token = token
+        self._identity = identity
         self._inbox = inbox
         self._timing = timing
         self._beside = tuple(beside)
@@ -109,7 +113,7 @@ class ReportServer:
         self._server = grpc.aio.server(options=OPTIONS)
         handler = rpc.stream_handler(rpc.CONTROL, "Report", self._report, None)
         self._server.add_generic_rpc_handlers((handler, *self._beside))
-        port = self._server.add_insecure_port(join(host, 0))
+        port = self._identity.add_port(self._server, join(host, 0))
         await self._server.start()
         return join(advertise or host, port)
 
@@ -124,7 +128,13 @@ class ReportServer:
         if not bearer_matches(headers.get("authorization"), self._token):
             self.refused += 1
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
-        stream = _Stream()
+        nodes, relays = self._identity.callers(context, ProcessRole.NODE), ProcessRole.RELAY
+        if nodes is not None and self._identity.callers(context, relays):
+            nodes = None  # a relay speaks for the nodes of its host, whichever they are
+        if nodes is not None and not nodes:
+            self.refused += 1
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, no_role(ProcessRole.NODE))
+        stream = _Stream(nodes)
         self._senders += 1
         self._count()
         try:
@@ -165,6 +175,8 @@ class ReportServer:
         events: list[CoreEvent] = []
         for slot, report in batch.reports:
             if stream.members.get(slot) != report.member:
+                if stream.nodes is not None and report.member.node not in stream.nodes:
+                    raise _Refused(f"its certificate does not name {report.member.node}")
                 self._carry(stream, slot, report.member)
             newest = self._is_newest(stream, report)
             events.append(ReportReceived(report) if newest else HeartbeatsReceived((report.member,)))

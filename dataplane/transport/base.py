@@ -13,9 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from controlplane.contract.ids import Member, NodeId
+
+if TYPE_CHECKING:
+    from dataplane.transport.sealing import LinkIdentity
 
 Part = bytes | bytearray | memoryview
 """One piece of a message: any C-contiguous buffer does (a numpy array too, through `memoryview`)."""
@@ -46,6 +49,8 @@ class TransportConfig:
     message_bytes_max: int = 1 << 30
     queue_bytes_max: int = 256 << 20
     """Bound of `queued_bytes` of one peer. One message of any allowed size is taken by an empty queue."""
+    identity: LinkIdentity | None = None
+    """Of a node with certificates: links that leave the host are sealed."""
     unauthenticated_max: int = 64
     """Incoming connections that have not yet proved themselves; more are refused."""
 

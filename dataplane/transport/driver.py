@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from .base import Part
 
+IN_HOST = frozenset({"local", "emulated"})  # kinds that do not leave the host
 PREFERENCE = ("emulated", "local", "ucx", "tcp")
 """UCX before TCP: where both are offered, UCX has a faster device (see `choose.py`). Emulated is offered alone."""
 
@@ -60,6 +61,10 @@ class Driver(Protocol):
         ...
 
     def reject(self, request: object) -> None: ...
+
+    def in_host(self, request: object) -> bool:
+        """Whether the connection of an `on_connection` comes from this host, in memory that nobody else sees."""
+        ...
 
     def close(self) -> None: ...
 

@@ -218,6 +218,9 @@ class EmulatedDriver:
     def _endpoint(self, below: Endpoint, latency_s: float | None) -> EmulatedEndpoint:
         return EmulatedEndpoint(below, self._interface, latency_s, self._weigh)
 
+    def in_host(self, request: object) -> bool:
+        return True
+
     def reject(self, request: object) -> None:
         self._below.reject(request)
 

@@ -10,6 +10,7 @@ import hmac
 import struct
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -19,27 +20,45 @@ from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.reports import NO_LINK
 
 from .base import OnLinkDown, OnLinkUp, OnMessage, Part, TransportConfig, TransportStats
-from .driver import PREFERENCE, Driver, Endpoint, parse_address
+from .driver import IN_HOST, PREFERENCE, Driver, Endpoint, parse_address
 from .hello import HELLO_BYTES_MAX, TOKEN_BYTES, Acceptor, HelloError, Initiator, OtherVersion, new_nonce
+
+if TYPE_CHECKING:
+    from .sealing import Opener, Sealer
 
 log = structlog.get_logger(__name__)
 
 FLUSH_S = 0.5
 
 HELLO = b"\x00"
-MESSAGE = struct.Struct(f"<B{TOKEN_BYTES}sQ")  # kind 1, link token, sequence number from 0
+PLAIN, SEALED = 1, 2
+BOUND_BYTES = 16  # that a sealed message has behind its header
+MESSAGE = struct.Struct(f"<B{TOKEN_BYTES}sQ")  # kind, link token, sequence number from 0
 
 
 class Link:
     """One endpoint and how far it has come: hello, then up, then ended."""
 
-    __slots__ = ("down", "endpoint", "expected", "hello", "opened", "peer", "timer", "token")
+    __slots__ = (
+        "down",
+        "endpoint",
+        "expected",
+        "hello",
+        "opened",
+        "opener",
+        "peer",
+        "sealer",
+        "timer",
+        "token",
+    )
 
     def __init__(self, endpoint: Endpoint, hello: Acceptor | Initiator, peer: Member | None) -> None:
         self.endpoint = endpoint
         self.hello = hello
         self.peer = peer  # an incoming link learns it from the hello
         self.token: bytes | None = None  # set: the link is up
+        self.sealer: Sealer | None = None  # of an outgoing link that is sealed
+        self.opener: Opener | None = None  # of an incoming one
         self.expected = 0  # sequence number of the next message
         self.timer: asyncio.TimerHandle | None = None
         self.opened = asyncio.Event()  # up, or will never be
@@ -148,7 +167,11 @@ class LinkTransport:
         if link is None or full or length > self._config.message_bytes_max:
             self.stats.sends_refused += 1
             return False
-        if not link.endpoint.send(MESSAGE.pack(1, link.token, link.expected), parts):
+        header = MESSAGE.pack(PLAIN if link.sealer is None else SEALED, link.token, link.expected)
+        if link.sealer is not None:
+            header, sealed = link.sealer.seal(header, link.expected, parts, reuse=queued == 0)
+            parts = [sealed]
+        if not link.endpoint.send(header, parts):
             self.stats.sends_refused += 1
             return False
         link.expected += 1
@@ -219,7 +242,10 @@ class LinkTransport:
                 routes = self._routes(dial.address)
                 driver, dial.kind, where = routes[dial.attempts % len(routes)]
                 dial.attempts += 1
-                hello = Initiator(config.secret, config.cluster, config.member, dial.peer, new_nonce())
+                hello = Initiator(
+                    config.secret, config.cluster, config.member, dial.peer, new_nonce(),
+                    None if dial.kind in IN_HOST else config.identity,
+                )  # fmt: skip
                 link = dial.link = Link(await driver.connect(dial.kind, where), hello, dial.peer)
                 await link.opened.wait()
         except (OSError, ValueError) as error:  # TimeoutError and UcpError are OSErrors
@@ -288,7 +314,8 @@ class LinkTransport:
         except OSError as error:
             log.debug("connection not accepted", error=str(error))
             return
-        acceptor = Acceptor(config.secret, config.cluster, config.member, new_nonce())
+        identity = None if config.identity is None or driver.in_host(request) else config.identity
+        acceptor = Acceptor(config.secret, config.cluster, config.member, new_nonce(), identity)
         link = Link(endpoint, acceptor, None)
         self._pending.add(link)
         link.timer = self._loop.call_later(config.connect_timeout_s, self._refuse, link, "no hello in time")
@@ -298,7 +325,7 @@ class LinkTransport:
         link = endpoint.user
         if link is None:
             return
-        if link.token is not None and len(header) == MESSAGE.size and link.incoming:
+        if link.token is not None and len(header) >= MESSAGE.size and link.incoming:
             self._deliver(link, header, data)
         elif link.token is None and header == HELLO:
             try:
@@ -315,15 +342,22 @@ class LinkTransport:
             self._end(endpoint.user, reason)
 
     def _deliver(self, link: Link, header: bytes, data: memoryview) -> None:
-        kind, token, sequence = MESSAGE.unpack(header)
+        kind, token, sequence = MESSAGE.unpack_from(header)
         assert link.peer is not None
         assert link.token is not None
-        if kind != 1 or not hmac.compare_digest(token, link.token):
+        wanted = (PLAIN, MESSAGE.size) if link.opener is None else (SEALED, MESSAGE.size + BOUND_BYTES)
+        if (kind, len(header)) != wanted or not hmac.compare_digest(token, link.token):
             self._refuse(link, "wrong token")
             return
         if sequence != link.expected:
             self._end(link, f"message {sequence} instead of {link.expected}")
             return
+        if link.opener is not None:
+            opened = link.opener.open(header, sequence, data)
+            if opened is None:
+                self._refuse(link, "a message that was changed, or sealed by somebody else")
+                return
+            data = opened
         link.expected += 1
         self.stats.messages_received += 1
         self.stats.bytes_received += data.nbytes
@@ -343,11 +377,18 @@ class LinkTransport:
                     self._drop(older)
                 self._incoming[link.peer.node] = link
                 link.endpoint.limit_bytes = self._config.message_bytes_max
+                if acceptor.key is not None:
+                    assert self._config.identity is not None
+                    link.opener = self._config.identity.opener(acceptor.key)
+                    link.endpoint.limit_bytes = link.opener.bytes_max(self._config.message_bytes_max)
                 link.token = token
             case Initiator(answered=False) as initiator:
                 link.endpoint.send(HELLO, [initiator.answer(data)])
             case Initiator() as initiator:
                 link.token = initiator.confirm(data)
+                if initiator.key is not None:
+                    assert self._config.identity is not None
+                    link.sealer = self._config.identity.sealer(initiator.key)
                 link.opened.set()
                 assert link.peer is not None
                 self._on_link_up(link.peer)

@@ -153,6 +153,9 @@ class SocketDriver:
     def accept(self, request: object) -> Stream:
         return self._stream(cast("socket.socket", request))
 
+    def in_host(self, request: object) -> bool:
+        return cast("socket.socket", request).family == socket.AF_UNIX
+
     def reject(self, request: object) -> None:
         cast("socket.socket", request).close()
 

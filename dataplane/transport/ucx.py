@@ -57,6 +57,9 @@ class UcxDriver:
         assert self._worker is not None
         return self._worker.accept(request)
 
+    def in_host(self, request: object) -> bool:
+        return False
+
     def reject(self, request: object) -> None:
         assert self._worker is not None
         self._worker.reject(request)

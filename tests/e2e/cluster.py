@@ -34,6 +34,7 @@ class Cluster:
         controllers: int = 2,
         etcd_members: int = 1,
         gateways: int = 1,
+        secure: bool = False,
         progress: Callable[[str], None] = lambda line: None,
         **settings: Any,
     ) -> None:
@@ -45,8 +46,9 @@ class Cluster:
             engine=engine or EngineConfig(pool_blocks=1024), timing=timing or TimingConfig(), **given,
         )  # fmt: skip
         self.local = LocalCluster(
-            config, controllers=controllers, gateways=gateways, etcd_members=etcd_members, progress=progress
-        )
+            config, controllers=controllers, gateways=gateways, etcd_members=etcd_members, progress=progress,
+            secure=secure,
+        )  # fmt: skip
         self._references: dict[Prompt, Stream] = {}
 
     def __enter__(self) -> Cluster:
@@ -61,13 +63,20 @@ class Cluster:
 
     @property
     def generator(self) -> LoadGenerator:
-        return LoadGenerator(self.local.gateway_url, self.local.api_key, self.local.config.model_name)
+        return LoadGenerator(
+            self.local.gateway_url,
+            self.local.api_key,
+            self.local.config.model_name,
+            ca=self.local.endpoints.ca,
+        )
 
     @property
     def resuming(self) -> LoadGenerator:
         """A client that knows every gateway."""
         first, *others = self.local.endpoints.gateways
-        return LoadGenerator(first, self.local.api_key, self.local.config.model_name, tuple(others))
+        return LoadGenerator(
+            first, self.local.api_key, self.local.config.model_name, tuple(others), self.local.endpoints.ca
+        )
 
     async def references(self, prompts: Sequence[Prompt]) -> list[Stream]:
         """The same requests undisturbed; run once each and remembered."""

@@ -95,7 +95,7 @@ class Measured:
         self.store = HistoryStore(url(folder), "c", "c1")
         self.history = HistoryWriter(self.store)
         self.recorder = Recorder(TOKEN, self.history, lambda: leads)
-        self.server = ReportServer(TOKEN, Inbox(), TimingConfig(), [self.recorder.handler()])
+        self.server = ReportServer(TOKEN, Inbox(), TimingConfig(), beside=[self.recorder.handler()])
         self.address = ""
 
     async def __aenter__(self) -> Measured:
@@ -126,7 +126,7 @@ def test_from_a_gateways_counts_to_a_row_that_outlives_its_controller(
         metrics = Metrics()
         began = time.time()
         async with Measured(tmp_path) as first:
-            addresses = [first.address, "127.0.0.1:1"]  # nobody listens at the other one
+            addresses = {"c1": first.address, "c2": "127.0.0.1:1"}  # nobody listens at the other one
             reporter = FiguresReporter(Member("g1", "a"), TOKEN, metrics, lambda: addresses)
             reporting = asyncio.create_task(reporter.run())
 
@@ -188,7 +188,7 @@ def test_a_gateways_counts_as_they_are_told() -> None:
     for seconds in (0.001, 0.25, 0.25, 1000.0):
         metrics.ttft.observe(seconds)
         metrics.tokens.waited(seconds)
-    told = FiguresReporter(Member("g1", "a"), TOKEN, metrics, list).report()
+    told = FiguresReporter(Member("g1", "a"), TOKEN, metrics, dict).report()
     assert told.first_token == told.inter_token
     assert told.first_token.sound
     at = LATENCIES_S.index(0.3)

@@ -17,7 +17,7 @@ from dataplane.transport.hello import Acceptor, Challenge, HelloError, Initiator
 from .transport_nodes import NETWORKED, SECRET, cluster, link, run, until
 
 
-@pytest.fixture(params=[*NETWORKED, "memory"])
+@pytest.fixture(params=[*NETWORKED, "memory", "sealed"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -91,7 +91,7 @@ def fetched(config: ClusterConfig, **more: Any) -> Path:
 
     async def run() -> None:
         async with peer(config, **more) as record:
-            await fetch._fetch(config, [record], target)
+            await fetch._fetch(config, "n9", [record], target)
 
     asyncio.run(run())
     return target
@@ -244,7 +244,7 @@ def test_the_next_peer_is_asked(tmp_path: Path) -> None:
     async def run() -> None:
         async with peer(config, wrap=flipped) as bad, peer(config) as good:
             gone = record_of("127.0.0.1:1", good.weights_digest, "n9")
-            await fetch._fetch(config, [gone, bad, good], target)
+            await fetch._fetch(config, "n9", [gone, bad, good], target)
 
     asyncio.run(run())
     assert digest_of(target) == digest_of(demo_model())

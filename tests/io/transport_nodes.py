@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import functools
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
+from controlplane.certs.folder import CertFolder
+from controlplane.contract.identity import Identity, ProcessName, ProcessRole
 from controlplane.contract.ids import Member
 from dataplane.transport.base import Transport, TransportConfig
 from dataplane.transport.driver import Driver, parse_address
 from dataplane.transport.links import LinkTransport
 from dataplane.transport.memory import MemoryNetwork
+from dataplane.transport.sealing import LinkIdentity
 from dataplane.transport.sockets import SocketDriver
 from dataplane.transport.ucx import UcxDriver
+from tests.certificates import CLUSTER, folder
+from tests.certificates import settings as tls_settings
 
 SECRET = b"a secret of the test cluster"
+NAMES = "abcdefghijk"
 NETWORKED = ("ucx", "tcp", "local")
 """Every way between processes; "local" also listens on TCP."""
 
 
 def driver(kind: str) -> Driver:
-    return UcxDriver() if kind == "ucx" else SocketDriver(("tcp",) if kind == "tcp" else ("local", "tcp"))
+    if kind == "ucx":
+        return UcxDriver()
+    return SocketDriver(("tcp",) if kind in ("tcp", "sealed") else ("local", "tcp"))
+
+
+@functools.cache
+def certificates() -> CertFolder:
+    """Of the nodes that the tests make."""
+    path = tempfile.TemporaryDirectory(prefix="kf-certs-")
+    atexit.register(path.cleanup)
+    return folder(Path(path.name), *((ProcessRole.NODE, name) for name in NAMES))
+
+
+def identity(name: str, certs: CertFolder | None = None) -> LinkIdentity:
+    tls = tls_settings(certs or certificates())
+    return LinkIdentity(Identity(tls, CLUSTER, ProcessName(ProcessRole.NODE, name)))
 
 
 class Node:
@@ -35,7 +60,9 @@ class Node:
         self.messages: list[tuple[Member, bytes]] = []
         self.ups: list[Member] = []
         self.downs: list[tuple[Member, str, float]] = []
-        settings = {"cluster": "test", "secret": SECRET, **settings}
+        if kind == "sealed":
+            settings = {"identity": identity(name), **settings}
+        settings = {"cluster": CLUSTER, "secret": SECRET, **settings}
         self.config = TransportConfig(member=self.member, **settings)
         calls: dict[str, Any] = {
             "on_message": lambda peer, data: self.messages.append((peer, bytes(data))),

@@ -99,6 +99,7 @@ class HostCluster:
         self.config = ClusterConfig(
             run_dir=str(self.folder / ETCD[0]), model=str(demo_model()),
             etcd=tuple(f"{address(name)}:{ETCD_PORT}" for name in ETCD),
+            insecure=True,  # a network of its own
             instances=INSTANCES, stages=self._stages, gateway_port=GATEWAY_PORT, admin_port=ADMIN_PORT,
             engine=self._engine, emulation=emulation, database_url=f"sqlite+aiosqlite:///{self.folder}/database/history.db",
         )  # fmt: skip
@@ -170,7 +171,7 @@ class HostCluster:
         """A client that knows every gateway."""
         first, *others = [f"http://{self.network.address(name)}:{GATEWAY_PORT}" for name in GATEWAYS]
         key = self.run_dir(GATEWAYS[0]).api_key()
-        return LoadGenerator(first, key, self.config.model_name, tuple(others), CLIENT_PATIENCE_S)
+        return LoadGenerator(first, key, self.config.model_name, tuple(others), "", CLIENT_PATIENCE_S)
 
     def admin(self) -> AdminClient:
         urls = [f"http://{self.network.address(name)}:{ADMIN_PORT}" for name in CONTROLLERS]

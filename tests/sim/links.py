@@ -82,6 +82,9 @@ class SimDriver:
     def accept(self, request: Any) -> SimEndpoint:
         return SimEndpoint(self, request)
 
+    def in_host(self, request: Any) -> bool:
+        return False
+
     def reject(self, request: Any) -> None:
         request.close()
 

@@ -16,15 +16,16 @@ from controlplane.contract.address import join
 from controlplane.contract.auth import derive, load_secret
 from controlplane.contract.config import ClusterConfig, GatewayConfig, load_config
 from controlplane.contract.errors import ConfigError
+from controlplane.contract.identity import Identity, ProcessRole
 from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.lifetime import begin, run_to_exit
 from controlplane.contract.logs import configure_logging
 from controlplane.contract.records import GatewayRecord
 from controlplane.contract.version import code_version, settings_digest
-from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import TAKE_OVER, Registration
+from controlplane.keyspace.connect import etcd_client
 from web.gateway.figures import FiguresReporter
 from web.gateway.http.app import build_app
 from web.gateway.http.guard import ApiKeys
@@ -37,6 +38,7 @@ from web.gateway.routing.cluster_watch import ClusterWatch
 from web.gateway.routing.dispatch import Dispatcher
 from web.gateway.routing.policy import Policy
 from web.gateway.service import Service
+from web.https import https_of
 
 log = structlog.get_logger()
 
@@ -80,6 +82,7 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
     """
     secret = load_secret(config.secret_file)
     token = derive(secret, "grpc")
+    identity = Identity.of(config, ProcessRole.GATEWAY, name)
     keys = ApiKeys.load(config.api_keys_file)
     model = load_model(config)
     try:
@@ -88,8 +91,8 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
         raise ConfigError(f"cannot listen on {join(config.host, port)}: {error.strerror}") from error
     address = join(config.advertised, sock.getsockname()[1])
     metrics = Metrics()
-    dispatcher = Dispatcher(policy_of(config), token, metrics)
-    async with EtcdClient(config.etcd) as etcd:
+    dispatcher = Dispatcher(policy_of(config), token, metrics, identity)
+    async with etcd_client(config, identity) as etcd:
         me = Member(name, new_incarnation())
         record = GatewayRecord(
             id=name,
@@ -105,9 +108,11 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
         watch = ClusterWatch(etcd, config, dispatcher, me, registration, model.context)
         tickets = Tickets(derive(secret, "streams"))
         service = _service(config.gateway, model, dispatcher, metrics, watch, tickets)
-        figures = FiguresReporter(me, token, metrics, watch.controllers)
+        figures = FiguresReporter(me, token, metrics, watch.controllers, identity)
         grace_s = config.timing.stop_grace_s
-        server = make_server(build_app(service, keys, config.gateway.cors_origins), grace_s)
+        server = make_server(
+            build_app(service, keys, config.gateway.cors_origins), grace_s, https_of(config, identity.me)
+        )
         background = [
             asyncio.create_task(watch.follow(), name="watch"),
             asyncio.create_task(registration.run(), name="registration"),

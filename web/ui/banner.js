@@ -13,7 +13,7 @@ export function Lost({ status, link }) {
       <strong>Connection to controller ${status.answered_by} lost.</strong>
       ${" "}What you see is ${seconds(link.silentS)} old. Trying again ...
       ${others.length > 0 &&
-      html`${" "}Another controller:${others.map((item) => html` <a href=${`${location.protocol}//${item.admin_address}/`}>${item.id}</a>`)}`}
+      html`${" "}Another controller:${others.map((item) => html` <a href=${`//${item.admin_address}/`}>${item.id}</a>`)}`}
     </div>`;
 }
 

@@ -122,7 +122,7 @@ class Plot extends Component {
       padding: [6, 6, 0, 0],
       scales: { y: { range: (_plot, _low, high) => [0, high > 0 ? high * 1.1 : 1] } },
       axes: [
-        { ...axis, size: 22, space: 70, values: (_plot, ticks) => ticks.map((at) => clock(at).slice(-8, -3)) },
+        { ...axis, size: 22, space: 70, values: (_plot, ticks, _axis, _space, step) => ticks.map((at) => clock(at).slice(-8, step < 60 ? undefined : -3)) },
         { ...axis, size: 52, space: 28, values: (_plot, ticks) => ticks.map(write) },
       ],
       series: [{}, ...lines.map(([label, name]) => ({ label, stroke: colour(name), width: 1.5, points: { size: 3 } }))],

@@ -72,7 +72,7 @@ function Recovery({ incident, one }) {
     <div class="recovery">
       <p><b>${one.pipeline}</b> ${one.chosen} <span class="quiet">epoch ${one.epoch}${recomputed}</span></p>
       <div class=${`phases${one.ended_unix_s ? "" : " open"}`} role="img" aria-label=${`${words}${one.ended_unix_s ? `; in all ${seconds(total)}` : ""}`}>
-        ${phases.map(([name, value]) => html`<i class=${phaseClass(name)} key=${name} style=${{ flexGrow: Math.max(value, total / 50, 1e-6) }}></i>`)}
+        ${phases.map(([name, value]) => html`<i class=${phaseClass(name)} key=${name} style=${{ flexGrow: total ? (100 * value) / total : 1 }}></i>`)}
       </div>
       <p class="quiet" aria-hidden="true">${words}</p>
     </div>`;

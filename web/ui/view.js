@@ -26,8 +26,8 @@ export function Page(known) {
       <main>
         <p class="unseen" role="status" aria-live="polite">${known.said}</p>
         <${Incidents} incidents=${known.incidents} error=${link.historyError} />
-        <${Charts} hour=${known.figures} day=${known.day} range=${known.range} incidents=${known.incidents} onRange=${actions.range} />
         <${Topology} ...${known} />
+        <${Charts} hour=${known.figures} day=${known.day} range=${known.range} incidents=${known.incidents} onRange=${actions.range} />
         <${Operations} status=${status} who=${known.who} actions=${actions} />
         <${Events} events=${known.events} />
       </main>

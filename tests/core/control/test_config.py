@@ -142,7 +142,7 @@ def test_what_fits(tmp_path: Path) -> None:
     engine = {"max_running": 32, "max_batch_tokens": 32, "microbatches": 1, "max_model_len": 2}
     config = of_file(tmp_path, engine=engine, etcd=["[::1]:2379", "etcd-0.etcd:2379"], host="::1")
     assert config.engine.max_running == 32
-    assert of_file(tmp_path, gateway_port=0, admin_port=0, host="node-1.example") is not None
+    assert of_file(tmp_path, gateway_port=0, admin_port=0, host="node-1.example", insecure=True) is not None
     assert ClusterConfig("r", "m", ()).engine == EngineConfig()
 
 

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from controlplane.contract.address import bound
 from web.gateway.http.connection import StreamProtocol
 from web.gateway.routing.dispatch import Dispatcher
+from web.https import ContextFactory
 
 log = structlog.get_logger()
 
@@ -36,7 +37,9 @@ def listen(host: str, port: int) -> socket.socket:
     return bound(host, port)
 
 
-def make_server(app: ASGIApp, stop_grace_s: float = STOP_GRACE_S) -> GatewayServer:
+def make_server(
+    app: ASGIApp, stop_grace_s: float = STOP_GRACE_S, https: ContextFactory | None = None
+) -> GatewayServer:
     config = uvicorn.Config(
         app,
         http=StreamProtocol,
@@ -49,6 +52,7 @@ def make_server(app: ASGIApp, stop_grace_s: float = STOP_GRACE_S) -> GatewayServ
         timeout_keep_alive=75,
         timeout_graceful_shutdown=math.ceil(stop_grace_s + TELL_S),
         backlog=1024,
+        ssl_context_factory=https,
     )
     return GatewayServer(config)
 

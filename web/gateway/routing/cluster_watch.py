@@ -52,9 +52,9 @@ class ClusterWatch:
         """Seconds since etcd was last heard: how old the topology may be."""
         return self._watch.age_s()
 
-    def controllers(self) -> list[str]:
-        """gRPC addresses of those that are registered."""
-        return [record.rpc_address for record in self.view.controllers.values()]
+    def controllers(self) -> dict[str, str]:
+        """gRPC address of each that is registered, by its name."""
+        return {name: record.rpc_address for name, record in self.view.controllers.items()}
 
     def troubles(self) -> Sequence[str]:
         """Why nothing would be repaired, beyond etcd being away."""

@@ -7,6 +7,7 @@ from typing import assert_never
 
 import structlog
 
+from controlplane.contract.identity import PLAIN, Identity
 from controlplane.contract.ids import Member
 from controlplane.contract.requests import Log
 from web.gateway.metrics import Metrics
@@ -42,9 +43,9 @@ TICK_S = 0.02
 class Dispatcher:
     """All live requests of one gateway process. Belongs to one event loop."""
 
-    def __init__(self, policy: Policy, token: str, metrics: Metrics) -> None:
+    def __init__(self, policy: Policy, token: str, metrics: Metrics, identity: Identity = PLAIN) -> None:
         self.router = Router(policy)
-        self.links = Links(token, self.feed)
+        self.links = Links(token, self.feed, identity)
         self.readers = Readers()
         self._metrics = metrics
         self._sinks: dict[int, tuple[DeliveryQueue, int]] = {}

@@ -12,6 +12,7 @@ import structlog
 
 from controlplane.backoff import Backoff
 from controlplane.contract import rpc
+from controlplane.contract.identity import PLAIN, Identity, ProcessName, ProcessRole
 from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.requests import GatewayMessage, Recalled, Refused, Tokens
 from web.gateway.routing.events import (
@@ -53,13 +54,14 @@ OPTIONS = [
 class Links:
     """All streams of one gateway. `emit` is called with what they bring, in each stream's order."""
 
-    def __init__(self, token: str, emit: Callable[[Event], None]) -> None:
+    def __init__(self, token: str, emit: Callable[[Event], None], identity: Identity = PLAIN) -> None:
         self.reconnects = 0
         self._metadata = (
             ("authorization", f"Bearer {token}"),
             (rpc.STREAM_SCHEMA_KEY, str(rpc.STREAM_SCHEMA)),
         )
         self._emit = emit
+        self._identity = identity
         self._addresses: dict[Member, str] = {}
         self._newest: dict[NodeId, Member] = {}
         self._links: dict[Member, _Link] = {}
@@ -161,7 +163,8 @@ class _Link:
 
     async def _once(self, address: str) -> None:
         """One connection, from its start to its end. Raises the errors that `_run` names."""
-        async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
+        node = ProcessName(ProcessRole.NODE, self._member.node)
+        async with self._links._identity.channel(address, node, OPTIONS) as channel:
             serve = channel.stream_stream(
                 rpc.FRONTDOOR_SERVE,
                 request_serializer=rpc.encode,

@@ -1,0 +1,1 @@
+"""The cluster's own certificate authority: for clusters that get no certificates from elsewhere."""
