@@ -232,7 +232,7 @@ def test_a_lost_controller_is_said_and_found_again(page: Page, tmp_path: Path) -
         expect(page.get_by_role("heading", level=1)).to_have_text("All is well")
     lost = page.locator(".lost")
     expect(lost).to_contain_text("Connection to controller c1 lost.")
-    expect(lost.get_by_role("link")).to_have_attribute("href", "http://127.0.0.1:8101/")
+    expect(lost.get_by_role("link")).to_have_attribute("href", "//127.0.0.1:8101/")
     expect(page.get_by_role("heading", level=1)).to_have_text("Last known: All is well")
     expect(page).to_have_title("Connection lost - KevlarFlow")
     shoot(page, tmp_path, "lost")
