@@ -22,7 +22,7 @@ BENCH_VLLM := .venv-bench-vllm
 
 # What an installation is made of: when one of these is newer, it is made again.
 SOURCES := pyproject.toml setup.py $(wildcard dataplane/_fast/*.pyx dataplane/_fast/*.pxd dataplane/_fast/*.h) \
-           $(filter-out %/_native.c,$(foreach folder,kernels/cpu kernels/coding,\
+           $(filter-out %/_native.c,$(foreach folder,kernels/cpu kernels/coding kernels/ranks,\
              $(wildcard $(folder)/*.pyx $(folder)/*.pxd $(folder)/*.c $(folder)/*.h)))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
@@ -76,7 +76,7 @@ bench-peers: $(VENV)/.bench-peers $(BENCH_VLLM)/.installed
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -f dataplane/_fast/*.so kernels/cpu/*.so kernels/coding/*.so dataplane/_fast/*.c kernels/*/_native.c
+	rm -f dataplane/_fast/*.so kernels/cpu/*.so kernels/coding/*.so kernels/ranks/*.so dataplane/_fast/*.c kernels/*/_native.c
 	rm -f $(VENV)/.installed $(VENV)/.runtime
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 

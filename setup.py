@@ -32,8 +32,9 @@ SAMPLING = [
     "kernels/cpu/denormals.h",
     "kernels/cpu/team.h",
 ]
-KERNELS = [f"kernels/cpu/{name}.c" for name in ("dispatch", "quantised", "stage", "team")]
+KERNELS = [f"kernels/cpu/{name}.c" for name in ("dispatch", "experts", "quantised", "stage", "team")]
 CODING = [f"kernels/coding/{name}.c" for name in ("dispatch", "rs", "rdp")]
+RANKS = [f"kernels/ranks/{name}.c" for name in ("exchange", "sums")]
 KERNEL_HEADERS = [str(header) for header in Path("kernels/cpu").glob("*.h")]
 
 extensions = [
@@ -75,6 +76,12 @@ extensions = [
         "kernels.coding._native",
         ["kernels/coding/_native.pyx", *CODING],
         depends=[str(header) for header in Path("kernels/coding").glob("*.h")],
+        extra_compile_args=FAST,
+    ),
+    Extension(
+        "kernels.ranks._native",
+        ["kernels/ranks/_native.pyx", *RANKS],
+        depends=[str(header) for header in Path("kernels/ranks").glob("*.h")],
         extra_compile_args=FAST,
     ),
 ]

@@ -1,4 +1,4 @@
-"""Links between two processes: ours over each transport, beside ucx_perftest, ucxx and plain asyncio sockets.
+"""Links between two processes: ours over each transport, and sealed over TCP, beside ucx_perftest, ucxx and asyncio.
 
 Messages of 1 KB go there and back; messages of 64 KB and 4 MB go one way with 8 MB of them unacknowledged. CPU time is
 that of both processes for one message. An idle node has links to and from 8 others, with a ping each 200 ms.
@@ -190,6 +190,7 @@ def ratios(result: Result, found: dict[str, list[Sample]]) -> None:
         pairs = {
             "ucx": ("ucx", "ucx_perftest"),
             "auto_asyncio": ("auto", "asyncio"),
+            "sealed_sockets": ("sealed", "sockets"),
             "auto_ucxx": ("auto", "ucxx"),
         }
         typical["best"] = better(typical["ucx"], typical["sockets"])

@@ -8,6 +8,7 @@ CPU is answered with the CPU seconds of the process.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import functools
 import importlib
@@ -16,21 +17,29 @@ import os
 import socket
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import structlog
 
+from controlplane.certs.folder import CertFolder
+from controlplane.contract.config import TlsConfig
+from controlplane.contract.identity import Identity, ProcessName, ProcessRole
 from controlplane.contract.ids import Member
 from dataplane.transport.base import TransportConfig
 from dataplane.transport.choose import open_transport
+from dataplane.transport.sealing import LinkIdentity
 
 # Standard output carries addresses and results.
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
-Ours = Literal["ucx", "sockets", "auto"]
+Ours = Literal["ucx", "sockets", "auto", "sealed"]  # sealed: sockets between nodes with certificates
 OURS: tuple[Ours, ...] = get_args(Ours)
+CLUSTER, CERTS, LINKS_MAX = "bench", "KF_BENCH_CERTS", 16
 ECHO, SINK, CPU = b"E", b"S", b"C"
 WINDOW_BYTES = 8 << 20
 PING_S = 0.2
@@ -140,15 +149,40 @@ async def answering(name: str, *arguments: str) -> AsyncIterator[str]:
 # ---------------------------------------------------------------------- ours
 
 
+def certificates() -> Path:
+    """A folder with those of all nodes. Processes that are started from here find it in their environment."""
+    if CERTS not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="kf-bench-certs-")
+        atexit.register(folder.cleanup)
+        made, now = CertFolder(Path(folder.name)), datetime.now(UTC)
+        made.create(CLUSTER, now)
+        names = ("near", *(f"far{number}" for number in range(LINKS_MAX)))
+        made.issue([ProcessName(ProcessRole.NODE, name) for name in names], (), now)
+        os.environ[CERTS] = folder.name
+    return Path(os.environ[CERTS])
+
+
+def _identity(name: str) -> LinkIdentity:
+    folder = certificates()
+    tls = TlsConfig(ca=str(folder / "ca.pem"), cert=str(folder / "{process}.pem"))
+    return LinkIdentity(Identity(tls, CLUSTER, ProcessName(ProcessRole.NODE, name)))
+
+
 class OurLinks:
     """One node's transport, and the messages that have arrived at it."""
 
     def __init__(self, kind: Ours, name: str, on_message: Callable[[Member, memoryview], None]) -> None:
         self.member = Member(name, "1")
         self.peers: dict[Member, str] = {}
+        config = TransportConfig(
+            member=self.member,
+            cluster=CLUSTER,
+            secret=b"links of a bench",
+            identity=_identity(name) if kind == "sealed" else None,
+        )
         self.transport = open_transport(
-            kind,
-            TransportConfig(member=self.member, cluster="bench", secret=b"links of a bench"),
+            "sockets" if kind == "sealed" else kind,
+            config,
             on_message=on_message,
             on_link_up=lambda _: None,
             on_link_down=lambda *_: None,  # what then goes missing runs into its deadline

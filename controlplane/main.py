@@ -14,6 +14,7 @@ from pathlib import Path
 
 import structlog
 import uvicorn
+from fastapi import FastAPI
 
 from controlplane import process
 from controlplane.contract.address import bound, join
@@ -45,7 +46,8 @@ from controlplane.shell.rpc import ReportServer
 from controlplane.shell.runtime import Runtime
 from controlplane.shell.service import Parts, Service
 from web.admin.app import build_app
-from web.https import https_of
+from web.admin.local_socket import serve_locally
+from web.https import ContextFactory, https_of
 from web.protocol import BoundedProtocol
 
 log = structlog.get_logger()
@@ -104,19 +106,7 @@ async def serve(
     sources = Sources(inbox, registry, reports, runtime, performer, history, client.counters)
     service = Service(config, me, Parts(controller, registry, client, history, sources, recorder))
     app = build_app(service, derive(secret, "admin"))
-    admin = AdminServer(
-        uvicorn.Config(
-            app,
-            http=BoundedProtocol,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            ssl_context_factory=https_of(config, identity.me),
-            timeout_graceful_shutdown=1,
-        )
-    )
+    admin, local = _admin_server(app, https_of(config, identity.me)), _admin_server(app)
     gc.freeze()  # what start-up made stays: collections need not look at it again
     gc.set_threshold(YOUNG_MAX, *gc.get_threshold()[1:])
     log.info("controller starts", id=me, admin=record.admin_address, rpc=record.rpc_address, pid=record.pid)
@@ -131,6 +121,7 @@ async def serve(
         "history": history.run(),
         "figures": recorder.run(service.status),
         "admin": admin.serve(sockets=[admin_socket]),
+        "admin-socket": serve_locally(local, Path(config.run_dir), me, presence.held),
         "retired": registry.retired.wait(),
         "stop": stop.wait(),
     }
@@ -144,6 +135,22 @@ async def serve(
         task.result()
         if task.get_name() not in ("stop", "retired"):
             raise KevlarFlowError(f"the task {task.get_name()} ended by itself")
+
+
+def _admin_server(app: FastAPI, https: ContextFactory | None = None) -> AdminServer:
+    return AdminServer(
+        uvicorn.Config(
+            app,
+            http=BoundedProtocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ssl_context_factory=https,
+            timeout_graceful_shutdown=1,
+        )
+    )
 
 
 async def _leave(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dataplane._fast.blocktable import StepArrays
+from dataplane._fast.blocktable import Rows, StepArrays
 from dataplane.core.finite import nonfinite_rows
 from dataplane.core.pace import Pace, Progress, Standstill
 from dataplane.core.stage import Batch, Part, Prepared, Stage, join
@@ -145,8 +145,16 @@ class Compute:
         activations = output[part.tokens]
         poisoned: tuple[int, ...] = ()
         if self._executor.suspect and len(bad := nonfinite_rows(activations)):
-            poisoned = tuple(dict.fromkeys(np.repeat(rows.rids, rows.counts)[bad].tolist()))
+            poisoned = tuple(
+                dict.fromkeys(np.repeat(rows.rids, rows.counts)[bad[~drafted(rows)[bad]]].tolist())
+            )
         return Computed(activations.data, None, poisoned)
+
+
+def drafted(rows: Rows) -> npt.NDArray[np.bool_]:
+    """Which of a step's T tokens are drafts. Nobody is poisoned by one: it may be a token that is never drawn."""
+    ends = np.repeat(np.cumsum(rows.counts) - rows.drafts, rows.counts)
+    return np.arange(len(ends)) >= ends
 
 
 def inputs(

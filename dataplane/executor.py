@@ -14,13 +14,12 @@ from dataplane.kvcache import KVCache
 from dataplane.model.config import ModelConfig, ModelDtype, load_config
 from dataplane.model.digests import digest_as, digest_once, identities
 from dataplane.model.errors import ModelError
-from dataplane.model.layers import Weights, build_layer, matrix
+from dataplane.model.layers import Weights, build_layer, matrix, norm_of, stage_spec
 from dataplane.model.quantised import UnsupportedWeight, values_of, weight_of
-from dataplane.model.rotary import RotaryTable
 from dataplane.model.split import split_layers
 from dataplane.model.weights import EMBED, HEAD, NORM, load_weights, stage_files, stage_shapes, weights_digest
 from dataplane.numerics import device_kind, numerics_of
-from kernels.base import DTYPES, Head, StageKernels, StageSpec
+from kernels.base import DTYPES, Head, StageKernels
 from kernels.cpu._native import Team
 from kernels.cpu.stage import CpuStage
 from kernels.dispatch import CacheShape, build_cpu_stage, build_cuda_stage
@@ -39,7 +38,7 @@ class StageExecutor:
     """One stage: its layers, its KV cache, and the embedding or the output head where it has them.
 
     device: "cpu", or a GPU ("cuda:2"). There, rows_max are the tokens of a step, and num_blocks 0 are as many KV blocks
-    as memory_share of its memory leaves.
+    as memory_share of its memory leaves. context_max: of the longest context that is to be served (see load_config).
 
     Not thread-safe: one thread at a time calls forward(). Raises ModelError for a checkpoint that cannot be
     served, ValueError for a stage that does not exist or a device that is not supported."""
@@ -61,9 +60,10 @@ class StageExecutor:
         device: str = "cpu",
         threads: int = 1,
         attention: Literal["exact", "xformers"] = "exact",
+        context_max: int = 0,
         digest_file: Path | None = None,
     ) -> None:
-        self.config: ModelConfig = load_config(model_dir)
+        self.config: ModelConfig = load_config(model_dir, context_max)
         c = self.config
         if not 0 <= stage < num_stages:
             raise ValueError(f"stage {stage} is not one of {num_stages}")
@@ -105,9 +105,7 @@ class StageExecutor:
                 layers = tuple(build_layer(c, i, tensors, kind, weights) for i in self.layers)
             except UnsupportedWeight as error:
                 raise ModelError(model_dir, None, str(error)) from error
-            rotary = RotaryTable(c.rope, c.head_dim, c.max_positions)
-            sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.rms_norm_eps)
-            spec = StageSpec(*sizes, rotary, layers, embed, head)
+            spec = stage_spec(c, layers, embed, head)
             self.kv: KVCache | DeviceCache
             self._stage: StageKernels
             if device == "cpu":
@@ -145,7 +143,7 @@ class StageExecutor:
             output = tied  # one tensor, so that a device has it once
         else:
             output = matrix(c, [name], tensors, kind, weights)
-        return Head(tensors[NORM].to(kind), output)
+        return Head(norm_of(c, tensors[NORM]), output, c.logit_softcap)
 
     def warm_up(self) -> None:
         """Does whatever a first step would have to wait for: to be called before anybody is served."""

@@ -54,7 +54,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RunNode = Callable[..., None]  # settings and name, and a GPU's place where there is one
 
 
-def preload(target: str, torch: bool = True) -> RunNode:
+def preload(target: str, torch: bool = True, sealed: bool = False) -> RunNode:
     """Import what a node runs, so that forks need not. Must start no thread and compute nothing."""
     # numpy's OpenBLAS would start its threads at import; matrix products are torch's here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -63,6 +63,8 @@ def preload(target: str, torch: bool = True) -> RunNode:
         importlib.import_module("torch").set_num_threads(1)
         importlib.import_module("dataplane.executor")
         importlib.import_module("dataplane.numerics").kernel_sources()  # as well while the files are those
+    if target == TARGET and sealed:
+        importlib.import_module("dataplane.transport.sealing")
     module, _, name = target.partition(":")
     function: RunNode = getattr(importlib.import_module(module), name)
     gc.collect()
@@ -110,7 +112,9 @@ class Launcher:
             if not self._cold:
                 if self._target == TARGET:
                     self._run_relay = preload(RELAY_TARGET)
-                self._run_node = preload(self._target, torch=self._config.engine.executor == "torch")
+                self._run_node = preload(
+                    self._target, self._config.engine.executor == "torch", self._config.tls.enabled
+                )
                 if (threads := len(os.listdir("/proc/self/task"))) > 1:
                     self._log.warning(
                         "threads run before the first fork: forked nodes may hang", threads=threads

@@ -24,10 +24,11 @@ from dataplane.accelerators import CPU, Place, assign, count_devices
 from dataplane.devices import precise_loop
 from dataplane.fetch import provision
 from dataplane.moment import MOMENT
-from dataplane.node import Node, load_executor, load_grammars
+from dataplane.node import Node, load_executor, load_grammars, load_proposer
 from dataplane.report_stream import relay_address
 
 if TYPE_CHECKING:
+    from dataplane.core.speculation import Proposer
     from dataplane.executor import StageExecutor
     from dataplane.grammars import Grammars
     from dataplane.oracle import OracleExecutor
@@ -48,12 +49,13 @@ def run_node(config: ClusterConfig, node: str, take_over: str = "", place: Place
     executor = load_executor(config, stage, place)
     executor.warm_up()
     grammars = load_grammars(config, stage, executor)
+    proposer = load_proposer(config, stage, executor)
     emulated = config.emulation != EmulationConfig()
     MOMENT.time_scale = config.emulation.time_scale
     member = Member(node, new_incarnation())
     run_to_exit(
         node,
-        lambda: _serve(config, member, stage, executor, settings, take_over, place, grammars),
+        lambda: _serve(config, member, stage, executor, settings, take_over, place, grammars, proposer),
         precise_loop if emulated else None,
         name_taken=(NameTaken,),
     )
@@ -68,8 +70,11 @@ async def _serve(
     take_over: str,
     place: Place,
     grammars: Grammars | None,
+    proposer: Proposer | None,
 ) -> None:
-    node = Node(config, me, stage, executor, settings, (take_over,), place, _relay(config), grammars)
+    node = Node(
+        config, me, stage, executor, settings, (take_over,), place, _relay(config), grammars, proposer
+    )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.stop)

@@ -38,6 +38,7 @@ from dataplane.core.blocks import KvStore
 from dataplane.core.messages import HeldMeta, LostMeta, Meta, Ping, ReadyMeta, ResultMeta, StepFailedMeta
 from dataplane.core.pace import Timeliness
 from dataplane.core.peers import Peers, engages, pipelines_of
+from dataplane.core.speculation import Proposer
 from dataplane.devices import emulate_network, profile_of
 from dataplane.frontdoor import Frontdoor
 from dataplane.inbox import LinkChanged, Message
@@ -84,9 +85,11 @@ class Node:
         place: Place = CPU,
         relay: str = "",
         grammars: Grammars | None = None,
+        proposer: Proposer | None = None,
     ) -> None:
         """`settings`: digest of the settings as they were read, where `config` is not (its model may be elsewhere).
-        `relay`: address of the host's, if it may have one. `grammars`: of a last stage."""
+        `relay`: address of the host's, if it may have one. `grammars`: of a last stage. `proposer`: see
+        load_proposer."""
         self._place = place
         self._settings = settings or settings_digest(config)
         self._supersedes = supersedes
@@ -135,6 +138,7 @@ class Node:
             self._worker.put,
             self._send,
             self._reporter.kick,
+            proposer,
         )
         self._transport = open_transport(
             config.transport,
@@ -456,7 +460,28 @@ def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> Stag
         device=place.device,
         threads=engine.threads,
         attention=engine.attention,
+        context_max=engine.max_model_len,
         digest_file=Path(config.run_dir) / "digests" / f"stage{stage}of{config.stages}.json",
+    )
+
+
+def load_proposer(
+    config: ClusterConfig, stage: int, executor: StageExecutor | OracleExecutor
+) -> Proposer | None:
+    """The draft model of a node that may schedule, if there is to be one. Raises ModelError."""
+    engine = config.engine
+    if stage != 0 or engine.speculation != "draft":
+        return None
+    from dataplane.drafting import load_draft_model
+
+    context = engine.context_len(executor.config.max_positions, executor.kv.num_blocks)
+    return load_draft_model(
+        Path(engine.draft_model),
+        executor.config.vocab_size,
+        engine.block_size,
+        ROWS_PER_PIPELINE * engine.max_running,
+        context,
+        engine.threads,
     )
 
 

@@ -27,7 +27,9 @@ PYTHON = (
     "kernels/**/*.py",
     "dataplane/model/blocks.py",
     "dataplane/model/layers.py",
+    "dataplane/model/mixtures.py",
     "dataplane/model/quantised.py",
+    "dataplane/model/ropes.py",
     "dataplane/model/rotary.py",
     "dataplane/model/sampler.py",
 )

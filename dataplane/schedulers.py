@@ -44,6 +44,7 @@ from dataplane.core.events import (
 )
 from dataplane.core.messages import HeldMeta, LostMeta, ReadyMeta, RejoinMeta, ResultMeta, StepFailedMeta
 from dataplane.core.scheduler import Scheduler
+from dataplane.core.speculation import Proposer
 from dataplane.core.stats import SchedulerStats
 from dataplane.frontdoor import Frontdoor
 from dataplane.inbox import Message
@@ -71,7 +72,9 @@ class Schedulers:
         run_local: Callable[[Message], None],
         send: Send,
         news: Callable[[], None],
+        proposer: Proposer | None = None,
     ) -> None:
+        """`proposer`: where the limits ask for a draft model."""
         self.by_pipeline: dict[PipelineId, Scheduler] = {}
         self.recoveries: list[RecoveryReport] = []  # the newest RECOVERIES_KEPT
         self.recoveries_total = 0
@@ -82,6 +85,7 @@ class Schedulers:
         self._run_local = run_local
         self._send = send
         self._news = news
+        self._proposer = proposer
         self._topology: Topology | None = None
         self._unsent: dict[Member, list[RejoinMeta]] = {}  # questions for members whose link is not up yet
         self._records: dict[NodeId, NodeRecord] = {}  # the last one of every node that was ever registered
@@ -120,6 +124,7 @@ class Schedulers:
                     planned=planned,
                     salt=self._salt(pipeline),
                     now=now,
+                    proposer=self._proposer,
                 )
                 for other in self.by_pipeline.values():  # the same model, on nodes like ours
                     scheduler.batcher.speed.learn(other.batcher.speed)

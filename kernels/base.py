@@ -3,7 +3,7 @@
 The data plane's KVCache and StepArrays satisfy these protocols; kernels never import the data plane."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from typing_extensions import Buffer
 
 from kernels.quantised import Quantised, Weight
 
+Activation = Literal["silu", "gelu_tanh"]  # between gates and ups
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -62,6 +63,11 @@ class Linear:
     bias: torch.Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, int]:
+        n, k = self.weight.shape
+        return n, k
+
+    @property
     def tensor(self) -> torch.Tensor:
         """The weight where it is not quantised. Raises TypeError where it is."""
         return tensor_of(self.weight)
@@ -73,9 +79,29 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Mlp:
+    """gate_up [2 intermediate, hidden]: all gates, then all ups; down [hidden, intermediate]."""
+
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture: a row takes the `chosen` experts whose logits, of the router [experts, hidden], are the largest, and
+    adds up their outputs. Weights are the softmax of the logits over all experts, or over the chosen (`normalised`)."""
+
+    router: torch.Tensor
+    experts: tuple[Mlp, ...]
+    chosen: int
+    normalised: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer. qkv: queries, keys, values merged; gate_up: all gates, then all ups.
-    q_norm, k_norm: [head_dim], per head. window: keys a query sees (None = all)."""
+    """One decoder layer. Norms: float32. qkv: queries, keys, values merged. q_norm, k_norm: [head_dim], per head.
+    window: keys a query sees (None = all). attention_out_norm, mlp_out_norm: of what attention and what the MLP add.
+    rotary: which of the stage's tables."""
 
     attention_norm: torch.Tensor
     qkv: Linear
@@ -83,17 +109,21 @@ class Layer:
     k_norm: torch.Tensor | None
     o: Linear
     mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: Mlp | Experts
     window: int | None
+    attention_out_norm: torch.Tensor | None = None
+    mlp_out_norm: torch.Tensor | None = None
+    rotary: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The final norm [hidden] and the output weight [vocab, hidden]."""
+    """The final norm, float32 [hidden], and the output weight [vocab, hidden]. softcap: logits become
+    softcap * tanh(logits / softcap); 0: they stay."""
 
     norm: torch.Tensor
     weight: Weight
+    softcap: float = 0.0
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -102,7 +132,8 @@ class Head:
 
 
 class Rotary(Protocol):
-    """Cosines and sines by position: float32 [positions, head_dim / 2], for as many positions as are covered."""
+    """Cosines and sines by position: float32 [positions, rotated / 2], for as many positions as are covered. The first
+    `rotated` values of a head are rotated, the others stay as they are."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -113,17 +144,23 @@ class Rotary(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """The layers of one stage; all tensors but those of quantised weights have the dtype of the KV cache.
-    embed [vocab, hidden]: first stage only; head: last stage only."""
+    """The layers of one stage; all tensors but norms and those of quantised weights have the dtype of the KV cache.
+    rotary: the tables that layers name. embed [vocab, hidden]: first stage only; head: last stage only. intermediate:
+    of layers that are no mixtures. scale: of attention; None: head_dim ** -0.5.
+    embed_scale: what embeddings are multiplied by. norm_wide: norms round once, after the weight."""
 
     hidden: int
     intermediate: int
     heads: int
     eps: float
-    rotary: Rotary
+    rotary: tuple[Rotary, ...]
     layers: tuple[Layer, ...]
     embed: torch.Tensor | None
     head: Head | None
+    scale: float | None = None
+    activation: Activation = "silu"
+    embed_scale: float = 1.0
+    norm_wide: bool = False
 
 
 class StageKernels(Protocol):

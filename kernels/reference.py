@@ -4,7 +4,7 @@ Slow and obvious. It makes no promise about bits."""
 
 import torch
 
-from kernels.base import PagedCache, StepArrays
+from kernels.base import Experts, PagedCache, StepArrays
 
 
 def planes(kv: PagedCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,6 +75,29 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (weight.double() * wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
 
+def gelu_mul(x: torch.Tensor) -> torch.Tensor:
+    """gelu, in the form with tanh, of the first half times the second half."""
+    gate, up = x.double().chunk(2, -1)
+    return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(x.dtype)
+
+
+def experts(x: torch.Tensor, mixture: Experts) -> torch.Tensor:
+    """float64 [rows, hidden] of x [rows, hidden]; no biases."""
+    wide = x.double()
+    probabilities = (wide @ mixture.router.double().T).softmax(-1)
+    weights, chosen = probabilities.topk(mixture.chosen, -1)
+    if mixture.normalised:
+        weights = weights / weights.sum(-1, keepdim=True)
+    out = torch.zeros_like(wide)
+    for row, (mine, those) in enumerate(zip(weights, chosen, strict=True)):
+        for weight, expert in zip(mine, those.tolist(), strict=True):
+            mlp = mixture.experts[expert]
+            gate, up = linear(wide[row : row + 1], mlp.gate_up.dense(torch.float64), None).chunk(2, -1)
+            hidden = gate * torch.sigmoid(gate) * up
+            out[row] += weight * linear(hidden, mlp.down.dense(torch.float64), None)[0]
+    return out
+
+
 def silu_mul(x: torch.Tensor) -> torch.Tensor:
     """silu of the first half times the second half."""
     gate, up = x.double().chunk(2, -1)
@@ -82,7 +105,8 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [T, heads, head_dim] rotated by cos, sin [T, head_dim / 2], the half-split form."""
-    a, b = x.double().chunk(2, -1)
+    """x [T, heads, head_dim], its first values rotated by cos, sin [T, rotated / 2], the half-split form."""
+    rotated = 2 * cos.shape[1]
+    a, b = x[..., :rotated].double().chunk(2, -1)
     c, s = cos.double()[:, None], sin.double()[:, None]
-    return torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
+    return torch.cat([(a * c - b * s).to(x.dtype), (b * c + a * s).to(x.dtype), x[..., rotated:]], -1)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from pathlib import Path
+
+UNIX_PATH_BYTES_MAX = 107  # of the kernel: sockaddr_un
 
 
 def join(host: str, port: int) -> str:
@@ -29,3 +33,11 @@ def bound(host: str, port: int) -> socket.socket:
         made.close()
         raise
     return made
+
+
+def admin_socket(run_dir: Path, controller: str) -> Path | None:
+    """Where a controller serves its admin API for kfadmin on the same host; None: the kernel takes no path so long."""
+    path = run_dir / "admin" / f"{controller}.sock"
+    return (
+        path if len(os.fsencode(path)) <= UNIX_PATH_BYTES_MAX - 8 else None
+    )  # it is made under another name

@@ -32,6 +32,8 @@ ORIGIN = Text(
 ADVERTISE = Text(r"[A-Za-z0-9:.%_\[\]-]{0,253}", "a host name or an IP address, without a port, or nothing")
 ENDPOINT = Text(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", "host:port")
 
+Speculation = Literal["off", "ngram", "draft"]
+
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     executor: Literal["torch", "oracle"] = "torch"  # oracle: hashes in place of a model, timed by `emulation`
@@ -67,6 +69,13 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # that happens to a reader once (before a second token, after a failure).
     step_target_s: Annotated[float, Range(0, 60)] = 0.0
     prefix_caching: bool = True  # KV of prompts that begin alike is computed once
+    # Tokens that are drafted and then verified together, where that is faster; they come out the same. ngram: what
+    # followed in the request's own text when it last ended as it does now; draft: of a small model (`draft_model`).
+    speculation: Speculation = "off"
+    max_draft_tokens: Annotated[int, Range(1, 32)] = 8  # of one request in one step
+    # A checkpoint directory, with the model's own tokens, on the hosts of first stages. It is to be small: its passes
+    # are run between steps, on a CPU.
+    draft_model: Annotated[str, Text(r"[^\x00]{0,4096}", "a path, or nothing")] = ""
 
     def __post_init__(self) -> None:
         check_bounds(self, "engine.")
@@ -291,6 +300,13 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
             f"engine.attention = 'xformers' has operators for blocks of a multiple of {XFORMERS_BLOCK} tokens, and"
             f" engine.block_size = {engine.block_size}"
         )
+    if (engine.speculation == "draft") != bool(engine.draft_model):
+        yield (
+            f"engine.speculation = {engine.speculation!r} and engine.draft_model = {engine.draft_model!r}: 'draft'"
+            " needs a model, and nothing else has a use for one"
+        )
+    if engine.speculation == "draft" and engine.executor == "oracle":
+        yield "engine.speculation = 'draft' needs engine.executor = 'torch', not 'oracle'"
     if 0 < engine.pool_blocks < POOL_BLOCKS_MIN:
         yield f"engine.pool_blocks = {engine.pool_blocks}: allowed are 0 and {POOL_BLOCKS_MIN} or more"
     # ---- times
@@ -319,7 +335,7 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
     if not is_loopback(config.host) and not tls.enabled and not config.insecure:
         yield (
             f"host = {config.host!r} is not loopback, and tls.ca and tls.cert are empty: tokens, prompts and KV would"
-            " pass in clear. `kfadmin up --tls` makes certificates, on several hosts `kfadmin certs init` and `kfadmin"
+            " pass in clear. `kfadmin up` makes certificates, on several hosts `kfadmin certs init` and `kfadmin"
             " certs issue`; insecure = true is for a network that nobody else can reach"
         )
     # ---- emulated networks

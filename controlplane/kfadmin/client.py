@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 ANSWER_S = 5.0
 CONNECT_S = 1.0
+SOCKET = "unix:"
+SOCKET_DOMAIN = "sock.invalid"  # no name of any network
 
 
 class Unreachable(Unavailable):
@@ -100,15 +102,25 @@ class AdminClient:
     """
 
     def __init__(self, endpoints: Sequence[str], token: str, limit_s: float = 0.0, ca: str = "") -> None:
-        """`limit_s`: after which nothing is asked any more, from now on; 0: never. `ca`: see `trust`."""
+        """`endpoints`: "http://HOST:PORT", "https://HOST:PORT" or "unix:PATH". `limit_s`: after which nothing is asked
+        any more, from now on; 0: never. `ca`: see `trust`."""
         self._endpoints = list(endpoints)
         self._limit_s = limit_s
         self._until = time.monotonic() + limit_s if limit_s else math.inf
         secure = next((url for url in endpoints if url.startswith("https:")), "")
         # Loopback and management networks are not reached through a proxy of the environment.
-        self._http = httpx.Client(
-            headers={"authorization": f"Bearer {token}"}, trust_env=False, verify=trust(secure, ca)
-        )
+        # A Unix socket is a host of its own for httpx, reached by its own transport.
+        self._urls = {
+            endpoint: f"http://{number}.{SOCKET_DOMAIN}"
+            for number, endpoint in enumerate(endpoints)
+            if endpoint.startswith(SOCKET)
+        }
+        mounts = {
+            url: httpx.HTTPTransport(uds=endpoint.removeprefix(SOCKET))
+            for endpoint, url in self._urls.items()
+        }
+        headers = {"authorization": f"Bearer {token}"}
+        self._http = httpx.Client(headers=headers, trust_env=False, verify=trust(secure, ca), mounts=mounts)
 
     def __enter__(self) -> AdminClient:
         return self
@@ -198,7 +210,9 @@ class AdminClient:
                 break
             limits = httpx.Timeout(min(ANSWER_S, left_s), connect=min(CONNECT_S, left_s))
             try:
-                response = self._http.request(method, endpoint + path, content=body, timeout=limits)
+                response = self._http.request(
+                    method, self._urls.get(endpoint, endpoint) + path, content=body, timeout=limits
+                )
             except httpx.TransportError as error:
                 troubles.append(f"{endpoint}: {error or type(error).__name__}")
             else:
@@ -215,7 +229,8 @@ def _checked(response: httpx.Response) -> httpx.Response:
         case 200:
             return response
         case 401 | 403:
-            raise NotAllowed(f"{response.url.host}:{response.url.port}: {_message(response)}")
+            where = f"{response.url.host}:{response.url.port}: "
+            raise NotAllowed(("" if SOCKET_DOMAIN in where else where) + _message(response))
         case 409:
             raise Refused(_message(response))
         case 400 | 404 | 413 | 422:

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import msgspec
 
-from controlplane.contract.address import join
+from controlplane.contract.address import admin_socket, join
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError, KevlarFlowError, PeerError
 from controlplane.contract.identity import RELAY_NAME, ProcessName, ProcessRole
@@ -25,7 +25,7 @@ from controlplane.etcd.server import EtcdBinaryError, ServerTls, etcd_command, e
 from controlplane.gguf.header import is_gguf
 from controlplane.kfadmin.certs import FOLDER
 from controlplane.kfadmin.client import AdminClient, Unreachable, trust
-from controlplane.kfadmin.rundir import Endpoints, RunDir, free_port, port_is_free, usable
+from controlplane.kfadmin.rundir import Endpoints, RunDir, admin_endpoints, free_port, port_is_free, usable
 from controlplane.kfadmin.secure import certify, etcd_healthy, etcd_tls, renew
 from controlplane.kfadmin.supervise import SupervisorThread
 from controlplane.supervisor import ProcessFile
@@ -304,9 +304,11 @@ class LocalCluster:
 
     @property
     def endpoints(self) -> Endpoints:
+        sockets = [admin_socket(self.run_dir.path, name) for name in self._controllers]
         return Endpoints(
             gateways=tuple(self._url(name) for name in self._gateways),
             admin=tuple(self._url(name) for name in self._controllers),
+            sockets=tuple(str(path) for path in sockets if path is not None) if all(sockets) else (),
             ca=self.config.tls.ca if self.config.https is not None else "",
         )
 
@@ -324,7 +326,8 @@ class LocalCluster:
 
     def admin(self) -> AdminClient:
         """A new client of the admin API; close it (it is a context manager)."""
-        return AdminClient(self.endpoints.admin, self.admin_token, ca=self.endpoints.ca)
+        known = self.endpoints
+        return AdminClient(admin_endpoints(known), self.admin_token, ca=known.ca)
 
     def status(self) -> ClusterStatus:
         with self.admin() as admin:

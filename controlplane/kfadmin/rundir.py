@@ -1,5 +1,6 @@
 """The run directory of a local cluster: what is where, who owns it, and which of its processes live.
 
+admin/NAME.sock   the admin API of a controller, for kfadmin on this host
 lock              held by the `kfadmin up` that owns the directory; holds its pid
 cluster.json      settings that every process of the cluster reads
 endpoints.json    where gateways and controllers listen
@@ -64,7 +65,15 @@ class Endpoints(msgspec.Struct, frozen=True):
 
     gateways: tuple[str, ...]
     admin: tuple[str, ...]
+    sockets: tuple[
+        str, ...
+    ] = ()  # Unix sockets of the admin APIs; empty: the run directory's path is too long
     ca: str = ""  # file with the authorities of their certificates, beside those of the system
+
+
+def admin_endpoints(known: Endpoints) -> list[str]:
+    """For an AdminClient on the same host: the sockets, as nobody else can listen there."""
+    return [f"unix:{path}" for path in known.sockets] or list(known.admin)
 
 
 def default_run_dir(cluster: str = "kevlarflow") -> Path:

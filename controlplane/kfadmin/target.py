@@ -10,7 +10,7 @@ import typer
 from controlplane.contract.errors import ConfigError
 from controlplane.kfadmin.client import AdminClient, NotAllowed, Unreachable
 from controlplane.kfadmin.contexts import chosen
-from controlplane.kfadmin.rundir import Endpoints, RunDir, default_run_dir
+from controlplane.kfadmin.rundir import Endpoints, RunDir, admin_endpoints, default_run_dir
 
 RunDirOption = Annotated[
     Path | None,
@@ -53,10 +53,10 @@ def connect(
     local = find_run_dir(run_dir)
     try:
         known = Endpoints((), tuple(url.rstrip("/") for url in admin)) if admin else local.endpoints()
-        endpoints, ca = list(known.admin), known.ca
+        endpoints, ca = list(known.admin) if admin else admin_endpoints(known), known.ca
     except ConfigError as error:
         raise Unreachable(f"{error}; start one with `kfadmin up`, or give --run-dir or --admin") from error
-    if bad := [url for url in endpoints if not url.startswith(("http://", "https://"))]:
+    if bad := [url for url in endpoints if not url.startswith(("http://", "https://", "unix:"))]:
         raise typer.BadParameter(f"{bad[0]!r} is not a URL (http://HOST:PORT)", param_hint="--admin")
     if token_file is None:
         return AdminClient(endpoints, local.admin_token(), limit_s, ca)

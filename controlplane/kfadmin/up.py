@@ -70,8 +70,13 @@ def up(
     gateways: Annotated[int, typer.Option(min=1, max=16, help="Gateways; the first has the port.")] = 1,
     etcd_members: Annotated[int, typer.Option(min=1, max=7, help="Members of the etcd cluster.")] = 1,
     tls: Annotated[
-        bool, typer.Option(help="Certificates for connections between processes, of an authority of its own.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--tls/--no-tls",
+            help="Certificates for connections between processes, of an authority of its own (default: yes, unless the"
+            " settings name certificates or another etcd).",
+        ),
+    ] = None,
 ) -> None:
     """Start a cluster on this machine, stay in the foreground, stop everything on Ctrl-C."""
     given: dict[str, Any] = {
@@ -81,12 +86,15 @@ def up(
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     # Addresses other than loopback are refused without certificates, which are made only when the cluster starts.
-    settings = settings_of(config, {**given, "insecure": True} if tls else given)
-    if tls and settings.etcd and not settings.tls.enabled:
+    draft = settings_of(config, {**given, "insecure": True})
+    elsewhere = draft.tls.enabled or bool(draft.etcd)
+    if tls and draft.etcd and not draft.tls.enabled:
         raise ConfigError(
             "--tls makes certificates for an etcd of its own, and the settings name another one: give tls.ca, tls.cert"
             " and tls.key as that one has them (`kfadmin certs`)"
         )
+    own = not elsewhere if tls is None else tls and not draft.tls.enabled
+    settings = draft if own else settings_of(config, given)
     cluster = LocalCluster(
         settings,
         controllers=controllers,
@@ -94,7 +102,7 @@ def up(
         etcd_members=etcd_members,
         progress=progress,
         orphans=True,
-        secure=tls,
+        secure=own,
     )
     raise_descriptor_limit()
     for number in SIGNALS:

@@ -24,11 +24,16 @@ class OracleRows:
     """See blocktable.Rows."""
 
     def __init__(self, data: bytes) -> None:
-        rids, starts, counts, sample = np.frombuffer(data, "<i8").reshape(4, -1)
-        asked = sample != 0
+        rids, starts, counts, samples = np.frombuffer(data, "<i8").reshape(4, -1)
+        if np.any((samples < 0) | (samples > np.maximum(counts, 1))):
+            raise ValueError
         self.rids, self.starts, self.counts = rids, starts.astype(np.int32), counts.astype(np.int32)
-        self.sample_rids = rids[asked]
-        self.sample_rows = (np.cumsum(counts)[asked] - 1).astype(np.int32)
+        self.drafts = np.maximum(samples - 1, 0).astype(np.int32)
+        self.sample_rids = np.repeat(rids, samples)
+        depths = [depth for some in samples.tolist() for depth in range(some)]
+        self.depths = np.array(depths, np.int32)
+        firsts = np.repeat(np.cumsum(counts) - samples, samples)
+        self.sample_rows = (firsts + self.depths).astype(np.int32)
 
 
 class OracleBlockTable:
@@ -41,6 +46,7 @@ class OracleBlockTable:
         self.block_size = block_size
         self._rows: dict[int, list[int]] = {}
         self._valid: dict[int, int] = {}
+        self._written: dict[int, int] = {}  # drafts included
         self._free = list(range(max_rows - 1, -1, -1))
 
     def _row(self, row: int) -> list[int]:
@@ -53,7 +59,7 @@ class OracleBlockTable:
             raise TableFull
         row = self._free.pop()
         self._rows[row] = []
-        self._valid[row] = 0
+        self._valid[row] = self._written[row] = 0
         return row
 
     def free_row(self, row: int) -> list[int]:
@@ -103,7 +109,10 @@ class OracleBlockTable:
     def set_valid(self, row: int, tokens: int) -> None:
         if not 0 <= tokens <= len(self._row(row)) * self.block_size:
             raise ValueError
-        self._valid[row] = tokens
+        self._valid[row] = self._written[row] = tokens
+
+    def valid_of(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        return np.array([self.valid(row) for row in rows.tolist()], np.int32)
 
     def grow(
         self,
@@ -120,7 +129,7 @@ class OracleBlockTable:
             held = len(self._row(row))
             if count < 1 or start < 0:
                 raise ValueError
-            if self._valid[row] < start:
+            if self._written[row] < start:
                 raise KvGap
             need = -(-(start + count) // self.block_size)
             if need > self.max_blocks_per_row:
@@ -131,18 +140,27 @@ class OracleBlockTable:
         for row, start, count in steps:
             while len(self._rows[row]) * self.block_size < start + count:
                 self._rows[row].append(free.pop())
-            self._valid[row] = start
+            self._valid[row] = min(self._valid[row], start)
+            self._written[row] = start
         return 0
 
     def commit(
-        self, rows: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]
+        self,
+        rows: npt.NDArray[np.int32],
+        starts: npt.NDArray[np.int32],
+        counts: npt.NDArray[np.int32],
+        drafts: npt.NDArray[np.int32] | None = None,
     ) -> list[int]:
         self.fill(rows, starts, counts)
+        uncertain = np.zeros(len(rows), int) if drafts is None else drafts
+        if len(uncertain) != len(rows) or np.any((uncertain < 0) | (uncertain >= counts)):
+            raise ValueError
         filled = []
         for index, row in enumerate(rows.tolist()):
-            start, end = int(starts[index]), int(starts[index]) + int(counts[index])
-            self._valid[row] = end
-            if start // self.block_size != end // self.block_size:
+            before, written = self._valid[row], int(starts[index]) + int(counts[index])
+            end = written - int(uncertain[index])
+            self._valid[row], self._written[row] = end, written
+            if before // self.block_size != end // self.block_size:
                 filled.append(index)
         return filled
 

@@ -2,7 +2,7 @@ from libc.stdint cimport int32_t, int64_t
 
 
 cdef class Rows:
-    cdef readonly object rids, starts, counts, sample_rids, sample_rows
+    cdef readonly object rids, starts, counts, sample_rids, sample_rows, drafts, depths
 
 
 cdef class StepArrays:
@@ -22,7 +22,7 @@ cdef class StepArrays:
 cdef class BlockTable:
     cdef readonly Py_ssize_t max_rows, max_blocks_per_row, block_size
     cdef int32_t[:, ::1] entries
-    cdef int32_t[::1] lengths, valid_c
+    cdef int32_t[::1] lengths, valid_c, written_c  # see commit
     cdef list free
     cdef StepArrays own
 

@@ -22,7 +22,13 @@ class Rows:
     @property
     def sample_rids(self) -> npt.NDArray[np.int64]: ...  # [K]
     @property
-    def sample_rows(self) -> npt.NDArray[np.int32]: ...  # [K] index of their last token in the step
+    def sample_rows(
+        self,
+    ) -> npt.NDArray[np.int32]: ...  # [K] index in the step of the token before what is sampled
+    @property
+    def drafts(self) -> npt.NDArray[np.int32]: ...  # [B] how many of the row's last tokens are drafts
+    @property
+    def depths(self) -> npt.NDArray[np.int32]: ...  # [K] how many drafts are before what is sampled
 
 def lookup(held: dict[int, int], keys: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int32], int]: ...
 
@@ -64,6 +70,7 @@ class BlockTable:
     def num_blocks(self, row: int) -> int: ...
     def valid(self, row: int) -> int: ...
     def set_valid(self, row: int, tokens: int) -> None: ...
+    def valid_of(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]: ...
     def grow(
         self,
         rows: npt.NDArray[np.int32],
@@ -72,7 +79,11 @@ class BlockTable:
         free: list[int],
     ) -> int: ...
     def commit(
-        self, rows: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]
+        self,
+        rows: npt.NDArray[np.int32],
+        starts: npt.NDArray[np.int32],
+        counts: npt.NDArray[np.int32],
+        drafts: npt.NDArray[np.int32] | None = None,
     ) -> list[int]: ...
     def fill(
         self,

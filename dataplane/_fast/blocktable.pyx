@@ -17,31 +17,41 @@ class KvGap(ValueError):
 
 
 cdef class Rows:
-    """The rows of a step: counts[i] tokens of request rids[i] from position starts[i] on. Some ask for the token after
-    their last: sample_rids[k] does, and its last one is token sample_rows[k] of the step.
+    """The rows of a step: counts[i] tokens of request rids[i] from position starts[i] on, of which the last drafts[i] are
+    drafts. Some ask for the tokens after their last ones: sample_rids[k] does for the one after token sample_rows[k] of
+    the step, which is the depths[k]-th draft of its row (0: the last token that is none).
 
-    Made from int64 [4, B], little endian: rid, start, count, whether to sample. Raises ValueError for other bytes."""
+    Made from int64 [4, B], little endian: rid, start, count, samples; the last `samples` tokens of a row sample, and all
+    of these but the first are drafts. Raises ValueError for other bytes."""
 
     def __init__(self, const uint8_t[::1] data):
         cdef Py_ssize_t n = data.shape[0] // 32, i, sampling = 0, asked = 0
         if data.shape[0] != 32 * n:
             raise ValueError(f"{data.shape[0]} bytes are no rows of a step")
         cdef const int64_t *columns = <const int64_t *>&data[0] if n else NULL
-        cdef int64_t tokens = 0
+        cdef int64_t tokens = 0, samples, j
         for i in range(n):
-            sampling += columns[3 * n + i] != 0
+            samples = columns[3 * n + i]
+            if samples < 0 or samples > max(columns[2 * n + i], 1):
+                raise ValueError(f"a row of {columns[2 * n + i]} tokens cannot sample {samples} times")
+            sampling += samples
         self.rids, self.starts, self.counts = np.empty(n, np.int64), np.empty(n, np.int32), np.empty(n, np.int32)
+        self.drafts, self.depths = np.zeros(n, np.int32), np.empty(sampling, np.int32)
         self.sample_rids, self.sample_rows = np.empty(sampling, np.int64), np.empty(sampling, np.int32)
         cdef int64_t[::1] rids = self.rids, sample_rids = self.sample_rids
         cdef int32_t[::1] starts = self.starts, counts = self.counts, sample_rows = self.sample_rows
+        cdef int32_t[::1] drafts = self.drafts, depths = self.depths
         for i in range(n):
             rids[i] = columns[i]
             starts[i] = <int32_t>columns[n + i]
             counts[i] = <int32_t>columns[2 * n + i]
             tokens += counts[i]
-            if columns[3 * n + i]:
+            samples = columns[3 * n + i]
+            drafts[i] = <int32_t>max(0, samples - 1)
+            for j in range(samples):
                 sample_rids[asked] = columns[i]
-                sample_rows[asked] = <int32_t>(tokens - 1)
+                sample_rows[asked] = <int32_t>(tokens - samples + j)
+                depths[asked] = <int32_t>j
                 asked += 1
 
 
@@ -113,6 +123,7 @@ cdef class BlockTable:
         self.entries = np.zeros((max_rows, max_blocks_per_row), np.int32)
         self.lengths = np.full(max_rows, -1, np.int32)
         self.valid_c = np.zeros(max_rows, np.int32)
+        self.written_c = np.zeros(max_rows, np.int32)
         self.free = list(range(max_rows - 1, -1, -1))
         self.own = StepArrays()
 
@@ -126,7 +137,7 @@ cdef class BlockTable:
         if not self.free:
             raise TableFull(f"all {self.max_rows} rows are in use")
         cdef Py_ssize_t row = self.free.pop()
-        self.lengths[row] = self.valid_c[row] = 0
+        self.lengths[row] = self.valid_c[row] = self.written_c[row] = 0
         return row
 
     def free_row(self, Py_ssize_t row):
@@ -193,7 +204,17 @@ cdef class BlockTable:
         """See valid."""
         if not 0 <= tokens <= self.row_length(row) * self.block_size:
             raise ValueError(f"row {row} has no room for {tokens} tokens")
-        self.valid_c[row] = <int32_t>tokens
+        self.valid_c[row] = self.written_c[row] = <int32_t>tokens
+
+    def valid_of(self, const int32_t[:] rows):
+        """valid() of each of these rows, int32 [B]."""
+        cdef Py_ssize_t i
+        found = np.empty(rows.shape[0], np.int32)
+        cdef int32_t[::1] out = found
+        for i in range(rows.shape[0]):
+            self.row_length(rows[i])
+            out[i] = self.valid_c[rows[i]]
+        return found
 
     @property
     def rows_in_use(self):
@@ -201,7 +222,8 @@ cdef class BlockTable:
 
     def grow(self, const int32_t[:] rows, const int32_t[:] starts, const int32_t[:] counts, list free):
         """Blocks for a step that computes positions starts[i] .. starts[i] + counts[i] - 1 of rows[i], from the end
-        of `free`. What the rows hold from there on is no longer valid.
+        of `free`. What the rows hold from there on is no longer valid. Drafts that were committed before starts[i] were
+        the right tokens: whoever sends the step knows. They are valid with the next commit.
 
         Returns how many blocks `free` lacks; unless 0, nothing was done. Raises KvGap, IndexError for a row not in
         use, TableFull for a row that would get too long, ValueError as fill() does."""
@@ -212,9 +234,9 @@ cdef class BlockTable:
             self.row_length(rows[i])
             if counts[i] < 1 or starts[i] < 0:
                 raise ValueError(f"start {starts[i]}, count {counts[i]} of row {rows[i]} is no range of positions")
-            if self.valid_c[rows[i]] < starts[i]:
-                valid = self.valid_c[rows[i]]
-                raise KvGap(f"row {rows[i]} has {valid} valid positions, the step begins at {starts[i]}")
+            if self.written_c[rows[i]] < starts[i]:
+                written = self.written_c[rows[i]]
+                raise KvGap(f"row {rows[i]} has {written} positions, the step begins at {starts[i]}")
             need = self.blocks_of(<int64_t>starts[i] + counts[i])
             if need > self.max_blocks_per_row:
                 raise TableFull(f"row {rows[i]} would have {need} blocks, at most {self.max_blocks_per_row} fit")
@@ -227,20 +249,33 @@ cdef class BlockTable:
             while self.lengths[rows[i]] < need:
                 self.entries[rows[i], self.lengths[rows[i]]] = free.pop()
                 self.lengths[rows[i]] += 1
-            self.valid_c[rows[i]] = starts[i]
+            self.valid_c[rows[i]] = min(self.valid_c[rows[i]], starts[i])
+            self.written_c[rows[i]] = starts[i]
         return 0
 
-    def commit(self, const int32_t[:] rows, const int32_t[:] starts, const int32_t[:] counts):
-        """What grow() made room for has been computed and is valid. Returns the indices i of rows that have filled a
-        block with it. Raises IndexError, ValueError as fill() does."""
+    def commit(self, const int32_t[:] rows, const int32_t[:] starts, const int32_t[:] counts,
+               const int32_t[:] drafts=None):
+        """What grow() made room for has been computed and is valid, but for the last drafts[i] positions of a row: those
+        are written, and nobody may count on them before a step says so by beginning behind them. Returns the indices i of
+        rows that have filled a block with what has become valid. Raises IndexError, ValueError as fill() does."""
         cdef Py_ssize_t n = rows.shape[0], i
-        cdef int64_t end
+        cdef int64_t end, before
         self.check_step(rows, starts, counts)
+        if drafts is not None:
+            if drafts.shape[0] != n:
+                raise ValueError("rows and drafts have different lengths")
+            for i in range(n):
+                if not 0 <= drafts[i] < counts[i]:
+                    raise ValueError(f"a row of {counts[i]} tokens cannot have {drafts[i]} drafts")
         filled = []
         for i in range(n):
+            before = self.valid_c[rows[i]]
             end = <int64_t>starts[i] + counts[i]
+            self.written_c[rows[i]] = <int32_t>end
+            if drafts is not None:
+                end -= drafts[i]
             self.valid_c[rows[i]] = <int32_t>end
-            if starts[i] // self.block_size != end // self.block_size:
+            if before // self.block_size != end // self.block_size:
                 filled.append(i)
         return filled
 

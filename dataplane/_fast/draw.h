@@ -76,9 +76,48 @@ static void kf_row_clear(kf_row *row)
     memset(row, 0, sizeof *row);
 }
 
-static inline int kf_adjusts(const kf_row *row)
+/* Tokens that a draw takes as drawn although the log does not have them yet: drafts, in their order. */
+typedef struct {
+    const int32_t *tokens;
+    int32_t count;
+} kf_ahead;
+
+static inline int kf_adjusts(const kf_row *row, kf_ahead ahead)
 {
-    return row->num_bias > 0 || row->num_seen > 0 || (row->num_stops > 0 && row->length < row->min_tokens);
+    return row->num_bias > 0 || row->num_seen > 0 || (row->counts_output && ahead.count > 0) ||
+           (row->num_stops > 0 && row->length + ahead.count < row->min_tokens);
+}
+
+static int32_t kf_count_ahead(kf_ahead ahead, int32_t token)
+{
+    int32_t count = 0;
+    for (int32_t i = 0; i < ahead.count; i++)
+        count += ahead.tokens[i] == token;
+    return count;
+}
+
+static int kf_has_seen(const kf_row *row, int32_t token)
+{
+    int64_t lo = 0, hi = row->num_seen;
+    while (lo < hi) {
+        const int64_t mid = (lo + hi) / 2;
+        if (row->seen[mid] < token)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    return lo < row->num_seen && row->seen[lo] == token;
+}
+
+static inline float kf_penalise(const kf_row *row, float v, int32_t count)
+{
+    if (row->repetition != 1.0f)
+        v = v > 0.0f ? v / row->repetition : v * row->repetition;
+    if (count > 0) {
+        v -= row->frequency * (float)count;
+        v -= row->presence;
+    }
+    return v;
 }
 
 /* Whether a mask that allows so many tokens leaves any but stop tokens: where it does not, the text ends there. */
@@ -92,22 +131,24 @@ static int kf_may_go_on(const kf_row *row, int64_t allowed)
 }
 
 /* min_tokens, logit bias, then penalties, in float32. `allowed`: how many tokens the mask leaves. */
-static void kf_adjust(const kf_row *row, float *x, int64_t allowed)
+static void kf_adjust(const kf_row *row, kf_ahead ahead, float *x, int64_t allowed)
 {
-    if (row->length < row->min_tokens && kf_may_go_on(row, allowed))
+    if (row->length + ahead.count < row->min_tokens && kf_may_go_on(row, allowed))
         for (int64_t i = 0; i < row->num_stops; i++)
             x[row->stops[i]] = -INFINITY;
     for (int64_t i = 0; i < row->num_bias; i++)
         x[row->bias_tokens[i]] += row->bias[i];
+    if (!row->counts_output)
+        return;
     for (int64_t i = 0; i < row->num_seen; i++) {
-        float v = x[row->seen[i]];
-        if (row->repetition != 1.0f)
-            v = v > 0.0f ? v / row->repetition : v * row->repetition;
-        if (row->counts[i] > 0) {
-            v -= row->frequency * (float)row->counts[i];
-            v -= row->presence;
-        }
-        x[row->seen[i]] = v;
+        const int32_t token = row->seen[i];
+        x[token] = kf_penalise(row, x[token], row->counts[i] + kf_count_ahead(ahead, token));
+    }
+    for (int32_t i = 0; i < ahead.count; i++) { /* what the log has not, each once */
+        const int32_t token = ahead.tokens[i];
+        const kf_ahead before = {ahead.tokens, i};
+        if (kf_count_ahead(before, token) == 0 && !kf_has_seen(row, token))
+            x[token] = kf_penalise(row, x[token], kf_count_ahead(ahead, token));
     }
 }
 
@@ -176,9 +217,11 @@ static int64_t kf_in_block(const int64_t *weights, int64_t pick)
     return i;
 }
 
-/* Inverts the cumulative distribution, in order of token id, of what min-p, top-k and top-p leave. `all`: the weight of
+/* Inverts the cumulative distribution, in order of token id, of what min-p, top-k and top-p leave, for the output's token
+ * `position`. `all`: the weight of
  * all tokens together, min-p's among them. */
-static int64_t kf_draw(const kf_row *row, const float *x, int64_t best, const kf_scratch *s, int64_t *all)
+static int64_t kf_draw(const kf_row *row, int64_t position, const float *x, int64_t best, const kf_scratch *s,
+                       int64_t *all)
 {
     const int64_t n = s->vocab;
     const int top_k = row->top_k > 0 && row->top_k < n, top_p = row->top_p < 1.0;
@@ -188,7 +231,7 @@ static int64_t kf_draw(const kf_row *row, const float *x, int64_t best, const kf
     *all = total;
     if (total == 0) /* the best is not finite: penalties or masks left nothing to draw from */
         return best;
-    const kf_u128 noise = kf_noise(row->seed, (uint64_t)row->length);
+    const kf_u128 noise = kf_noise(row->seed, (uint64_t)position);
     int64_t pick = (int64_t)(noise * (uint64_t)total >> 53), i = 0;
     if (!top_k && !top_p) {
         for (; pick >= s->sums[i]; i++)
@@ -238,13 +281,17 @@ static double kf_log_sum_exp(const float *x, const kf_scratch *s)
 
 #define KF_POISONED (-1) /* in the place of a token: the logits are not finite */
 #define KF_NONE_LEFT (-2) /* the mask allows no token */
+#define KF_REJECTED (-3) /* a draft before it is not what was drawn */
 
 /* Row r of logits [rows, vocab] is that of states[slots[r]]. Where a token was drawn, norms[r] is the log of the sum of the
- * exponentials that the mask leaves if it has `tops`, and the wanted largest are at top + r * top_stride. */
+ * exponentials that the mask leaves if it has `tops`, and the wanted largest are at top + r * top_stride.
+ *
+ * Rows of one request follow one another: row r is drawn as if the depths[r] drafts before it, the last of them drafts[r],
+ * were its output already. depths NULL: no row has any. */
 typedef struct {
     const float *logits;
     int64_t rows, vocab, top_stride;
-    const int32_t *slots;
+    const int32_t *slots, *depths, *drafts;
     const kf_row *states;
     int isa;
     int64_t *tokens;
@@ -257,6 +304,8 @@ static void kf_sample_row(const kf_batch *batch, int64_t r, const kf_scratch *s)
 {
     const kf_row *row = batch->states + batch->slots[r];
     const float *x = batch->logits + r * s->vocab;
+    const int32_t depth = batch->depths == NULL ? 0 : batch->depths[r];
+    const kf_ahead ahead = {depth ? batch->drafts + r - depth + 1 : NULL, depth};
     int finite;
     int64_t best = s->passes->best(x, s->vocab, &finite, s->tops), all = 0, allowed = s->vocab;
     if (!finite) {
@@ -272,7 +321,7 @@ static void kf_sample_row(const kf_batch *batch, int64_t r, const kf_scratch *s)
         x = s->logits;
         best = s->passes->best(x, s->vocab, &finite, s->tops);
     }
-    const int greedy = row->temperature < KF_GREEDY_BELOW, adjusts = kf_adjusts(row);
+    const int greedy = row->temperature < KF_GREEDY_BELOW, adjusts = kf_adjusts(row, ahead);
     /* A plain draw weighs the tokens as their probabilities do. */
     const int shared = !greedy && !adjusts && row->temperature == 1.0 && row->min_p <= 0.0;
     const double raw_best = x[best];
@@ -283,11 +332,11 @@ static void kf_sample_row(const kf_batch *batch, int64_t r, const kf_scratch *s)
     if (adjusts) {
         if (x != s->logits)
             memcpy(s->logits, x, (size_t)s->vocab * sizeof(float));
-        kf_adjust(row, s->logits, allowed);
+        kf_adjust(row, ahead, s->logits, allowed);
         x = s->logits;
         best = s->passes->best(x, s->vocab, &finite, s->tops);
     }
-    batch->tokens[r] = greedy ? best : kf_draw(row, x, best, s, &all);
+    batch->tokens[r] = greedy ? best : kf_draw(row, row->length + depth, x, best, s, &all);
     if (row->logprobs >= 0 && shared)
         batch->norms[r] = kf_log_sum(raw_best, all);
 }

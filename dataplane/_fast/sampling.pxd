@@ -32,6 +32,8 @@ cdef extern from "draw.h" nogil:
         const float *logits
         int64_t rows, vocab, top_stride
         const int32_t *slots
+        const int32_t *depths
+        const int32_t *drafts
         const kf_row *states
         int isa
         int64_t *tokens
@@ -57,6 +59,9 @@ cdef class DrawTable:
     cdef void *room(self) except NULL
     cdef int check_idle(self) except -1
     cdef int check(self, const int32_t[:] tokens) except -1
+    cdef int check_drafts(
+        self, const int32_t[::1] slots, const int32_t[::1] depths, const int32_t[::1] drafts
+    ) except -1
     cdef kf_row *row(self, Py_ssize_t slot) except NULL
     cdef int see(self, kf_row *row, const int32_t[:] tokens, int32_t count) except -1
     cdef int extend(self, kf_row *row, int64_t token) except -1

@@ -8,6 +8,7 @@ SOURCES: str
 TOP: np.dtype[np.void]
 POISONED: int
 NONE_LEFT: int
+REJECTED: int
 
 class SlotsFull(MemoryError):
     """No free slot."""
@@ -31,6 +32,10 @@ class DrawTable:
     def length(self, slot: int) -> int: ...
     def release(self, slot: int) -> None: ...
     def sample(
-        self, logits: npt.NDArray[np.float32], slots: npt.NDArray[np.int32]
+        self,
+        logits: npt.NDArray[np.float32],
+        slots: npt.NDArray[np.int32],
+        depths: npt.NDArray[np.int32] | None = None,
+        drafts: npt.NDArray[np.int32] | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.void]]: ...
     def log_sum_exp(self, logits: npt.NDArray[np.float32]) -> float: ...

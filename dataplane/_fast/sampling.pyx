@@ -12,7 +12,7 @@ import numpy as np
 
 cdef extern from *:
     const char *KF_SOURCES
-    int KF_POISONED, KF_NONE_LEFT
+    int KF_POISONED, KF_NONE_LEFT, KF_REJECTED
 
 SOURCES = KF_SOURCES.decode()  # digest of what this was built from: see setup.py
 
@@ -20,7 +20,7 @@ SOURCES = KF_SOURCES.decode()  # digest of what this was built from: see setup.p
 cdef Py_ssize_t ALONE = 1 << 17
 
 # In the place of a token: see draw.h.
-POISONED, NONE_LEFT = KF_POISONED, KF_NONE_LEFT
+POISONED, NONE_LEFT, REJECTED = KF_POISONED, KF_NONE_LEFT, KF_REJECTED
 
 # kf_top of weights.h: one of a row's largest logits.
 TOP = np.dtype([("token", np.int32), ("logit", np.float32)])
@@ -172,11 +172,17 @@ cdef class DrawTable:
         cdef kf_scratch s
         return self.team.room(kf_scratch_place(&s, self.vocab_size, NULL))
 
-    def sample(self, const float[:, ::1] logits, const int32_t[::1] slots):
+    def sample(
+        self, const float[:, ::1] logits, const int32_t[::1] slots, const int32_t[::1] depths=None,
+        const int32_t[::1] drafts=None
+    ):
         """Tokens int64 [K] drawn from logits [K, vocab], POISONED for a row that is not finite, NONE_LEFT for one whose
         mask allows no token; and, for those that asked for log probabilities, the logarithms of the sums of
         exponentials float64 [K] and the largest logits TOP [K, most], of the tokens that a mask leaves. No state
         changes.
+
+        Where a request has drafts its rows follow one another: row r is drawn behind `depths[r]` of them, the last of
+        which is `drafts[r]`, and is REJECTED unless each of these is what the row before it drew.
 
         Raises IndexError for a slot not in use, ValueError for shapes that do not fit."""
         cdef Py_ssize_t k = slots.shape[0], i
@@ -185,6 +191,9 @@ cdef class DrawTable:
                 f"logits of shape {logits.shape[0], logits.shape[1]} do not fit {k} slots of a vocabulary "
                 f"of {self.vocab_size}"
             )
+        cdef bint ahead = depths is not None
+        if ahead:
+            self.check_drafts(slots, depths, drafts)
         cdef int64_t most = 0
         for i in range(k):
             most = max(most, self.row(slots[i]).logprobs)
@@ -200,6 +209,8 @@ cdef class DrawTable:
             batch.next = 0
             batch.logits, batch.rows, batch.vocab, batch.top_stride = &logits[0, 0], k, self.vocab_size, most
             batch.slots, batch.states, batch.isa = &slots[0], self.rows, isa_in_use()
+            batch.depths = &depths[0] if ahead else NULL
+            batch.drafts = &drafts[0] if ahead else NULL
             batch.tokens, batch.norms, batch.top = &drawn[0], &sums[0], <kf_top *>largest
             self.sampling = True
             with nogil:
@@ -208,7 +219,24 @@ cdef class DrawTable:
                 else:
                     team.run(kf_sample_rows, &batch)
             self.sampling = False
+            if ahead:
+                for i in range(1, k):
+                    if depths[i] and drawn[i - 1] != drafts[i]:
+                        drawn[i] = KF_REJECTED
         return tokens, norms, top
+
+    cdef int check_drafts(
+        self, const int32_t[::1] slots, const int32_t[::1] depths, const int32_t[::1] drafts
+    ) except -1:
+        cdef Py_ssize_t k = slots.shape[0], i
+        if drafts is None or depths.shape[0] != k or drafts.shape[0] != k:
+            raise ValueError(f"depths and drafts do not fit {k} slots")
+        for i in range(k):
+            if depths[i] and (i == 0 or depths[i] != depths[i - 1] + 1 or slots[i] != slots[i - 1]):
+                raise ValueError("the rows of a request's drafts do not follow one another")
+            if depths[i] and not 0 <= drafts[i] < self.vocab_size:
+                raise ValueError(f"token id {drafts[i]} is outside the vocabulary of {self.vocab_size}")
+        return 0
 
     def log_sum_exp(self, const float[::1] logits):
         """log(sum(exp(logits))) of one row [vocab] of finite values, with the same bits on every machine."""

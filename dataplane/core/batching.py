@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from controlplane.contract.config import EngineConfig
+from controlplane.contract.config import EngineConfig, Speculation
 from dataplane.core.account import Account
 from dataplane.core.request import Phase, Request
 from dataplane.core.speed import CHUNK_MIN, ONCE_MULTIPLE, STEP_MULTIPLE, StepSpeed
@@ -34,6 +34,8 @@ class Limits:
     request_bytes: int = 1 << 30  # that requests keep beside their KV; more are refused
     step_target_s: float = 0.0  # what a step may take while somebody reads along; 0: as StepSpeed finds
     prefix_caching: bool = True
+    speculation: Speculation = "off"
+    max_draft_tokens: int = 8  # of a request in a step
 
     @classmethod
     def from_config(
@@ -51,6 +53,8 @@ class Limits:
             engine.request_bytes,
             engine.step_target_s,
             engine.prefix_caching,
+            engine.speculation,
+            engine.max_draft_tokens,
         )
 
     def blocks_for(self, tokens: int) -> int:
@@ -134,6 +138,12 @@ class Batcher:
         for request in self.running.values():
             if request.blocked_at is not None and request.blocked_at < before:
                 request.unblock()
+
+    def reserve_drafts(self, request: Request, count: int) -> int:
+        """For how many of so many drafts behind its log the request has blocks. Nobody makes room for them."""
+        while count > 0 and not self._reserve(request, request.total + count):
+            count -= 1
+        return max(0, count)
 
     def preempt_until_fits(self) -> list[Request]:
         """The requests, youngest first, that must give their blocks back for the quota to hold."""

@@ -85,23 +85,24 @@ class KvStore:
         return table_rows
 
     def commit(self, table_rows: npt.NDArray[np.int32], rows: Rows, names: Sequence[bytes] = ()) -> list[int]:
-        """The step has run, its positions are valid, and `names` are those of the blocks that it has filled, in the
-        order of rows and positions. Returns the indices of rows that have filled a block."""
+        """The step has run, its positions but for drafts are valid, and `names` are those of the blocks that it has
+        filled, in the order of rows and positions. Returns the indices of rows that have filled a block."""
         # Again: who has copied a part-filled block since `begin` has read what is no longer there.
         self._written(table_rows, rows)
-        filled = self.table.commit(table_rows, rows.starts, rows.counts)
+        before = self.table.valid_of(table_rows) if names else ()
+        filled = self.table.commit(table_rows, rows.starts, rows.counts, rows.drafts)
         if names:
             size, coming = self.block_size, iter(names)
             for i in filled:
-                start, row = int(rows.starts[i]), int(table_rows[i])
-                for index in range(start // size, (start + int(rows.counts[i])) // size):
+                row = int(table_rows[i])
+                for index in range(int(before[i]) // size, self.table.valid(row) // size):
                     self._seal(row, index, next(coming))
         return filled
 
-    def fills(self, rows: Rows) -> int:
-        """How many blocks these rows fill."""
-        size = self.block_size
-        return int(((rows.starts + rows.counts) // size - rows.starts // size).sum())
+    def fills(self, table_rows: npt.NDArray[np.int32], rows: Rows) -> int:
+        """How many blocks these rows, which have begun, fill with what their commit makes valid."""
+        before, after = self.table.valid_of(table_rows), rows.starts + rows.counts - rows.drafts
+        return int((after // self.block_size - before // self.block_size).sum())
 
     def release(self, key: Key) -> None:
         """The request has ended or makes room: what is named of it is kept."""
@@ -351,8 +352,10 @@ class KvStore:
         """A step writes to these rows: the checksum of an open block that it goes on in is over."""
         if not self.checksums.part_filled:
             return
-        for row, start in zip(table_rows.tolist(), rows.starts.tolist(), strict=True):
-            self.checksums.written(self.table.block(row, start // self.block_size))
+        size, valid = self.block_size, self.table.valid_of(table_rows).tolist()
+        for row, first, start in zip(table_rows.tolist(), valid, rows.starts.tolist(), strict=True):
+            for index in range(first // size, start // size + 1):  # more than one where drafts become valid
+                self.checksums.written(self.table.block(row, index))
 
     def _covered(self, row: int) -> int:
         """Valid positions of the row, from 0 on, that have checksums."""

@@ -22,8 +22,10 @@ class Fence(msgspec.Struct, frozen=True, order=True, array_like=True):
     round: int = 0
 
 
-ROW_FIELDS = ("rid", "start", "count", "sample")
-Row = tuple[int, int, int, bool]
+# Of `count` tokens, the last `samples` are sampled behind: the first of these is the last token of the log, the others
+# are drafts.
+ROW_FIELDS = ("rid", "start", "count", "samples")
+Row = tuple[int, int, int, int]
 
 
 def pack_rows(rows: Sequence[Row]) -> bytes:
@@ -58,7 +60,7 @@ class StepMeta(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """One microbatch. The payload is its activations, [sum of counts, hidden], after the previous stage.
 
     A stage does `drops`, `frees`, `begins`, `evicts`, then makes room for the rows, runs them, and names the blocks
-    that they have filled."""
+    that they have filled. A row that begins behind drafts of an earlier one says that these were right."""
 
     pipeline: PipelineId
     fence: Fence
@@ -70,6 +72,9 @@ class StepMeta(msgspec.Struct, frozen=True, array_like=True, tag=1):
     evicts: bytes = b""  # names of blocks that are kept and are not to be any more, NAME_BYTES each
     seals: bytes = b""  # names of the blocks that the rows fill, in the order of rows and of positions
     drops: tuple[int, ...] = ()  # requests of which nothing counts that is here: it is not kept either
+    drafts: bytes = (
+        b""  # int32, little endian: the drafted tokens of the rows, in their order; for the last stage
+    )
 
     def __post_init__(self) -> None:
         if len(self.rows) % (8 * len(ROW_FIELDS)):
@@ -79,7 +84,7 @@ class StepMeta(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class Detail(msgspec.Struct, frozen=True, array_like=True):
-    """What a request that asked for logprobs gets with its token; `index` counts the rows that sampled."""
+    """What a request that asked for logprobs gets with its token; `index` counts what sampled."""
 
     index: int
     logprob: float
@@ -92,7 +97,8 @@ class ResultMeta(msgspec.Struct, frozen=True, array_like=True, tag=2):
     pipeline: PipelineId
     fence: Fence
     step: int
-    tokens: bytes  # int32, little endian, of the rows that sampled, in their order
+    # int32, little endian, of what sampled, in the order of rows and positions; below 0 behind a draft that was wrong.
+    tokens: bytes
     details: tuple[Detail, ...] = ()
     # Of the rows that sampled, by index: whose grammar is still compiled (ReadyMeta says when it is), and who can have
     # no token any more, and why. Their token is -1.

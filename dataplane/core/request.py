@@ -10,6 +10,7 @@ from enum import Enum
 from controlplane.contract.ids import PipelineId
 from controlplane.contract.requests import GRAMMAR_BYTES_MAX, FinishReason, Log, Sampling, Submit, Token
 from dataplane.core.messages import Admit, Begin
+from dataplane.core.ngrams import NgramIndex
 from dataplane.core.prefix import NAME_BYTES, PrefixHasher
 
 TOKEN_BYTES = 40  # an int and its place in a list
@@ -80,6 +81,13 @@ class Request:
     output: list[Token] = field(default_factory=list)  # as it was delivered
     phase: Phase = Phase.WAITING
     issued: int = 0
+    settled: int = (
+        0  # positions whose KV stages have been told to be what the log says: `issued` or, with drafts, less
+    )
+    drafts_from: int = (
+        0  # position from which on blocks are its own alone, so that drafts may be written to them
+    )
+    ngrams: NgramIndex | None = None  # of its log, while it runs and drafts are made of it
     computed: int = 0  # positions that had run before a recovery, as far as is known here
     attempt: int = 0  # preemptions and recoveries: results of an older attempt are not for this one
     announced: bool = False  # the last stage knows the token log, in the present fence
@@ -139,6 +147,7 @@ class Request:
         """Forget the output from there on: it will be computed again, the same."""
         del self.ids[self.prompt_len + generated :], self.output[generated:]
         self.hasher.cut(self.total)
+        self.ngrams = None
 
     @property
     def names(self) -> list[bytes]:
@@ -154,6 +163,7 @@ class Request:
     def begin(self) -> Begin:
         """What a stage is to take up of it before its next row."""
         full, tail = divmod(self.issued, self.hasher.block_size)
+        self.settled = self.issued
         return Begin(self.rid, b"".join(self.names[:full]), tail)
 
     def log(self, pipeline: PipelineId) -> Log | None:
@@ -173,12 +183,29 @@ class Request:
         self.interrupted = False
 
     def rewind(self, phase: Phase, position: int = 0) -> None:
-        """Forget what is in flight and start again from `position`."""
+        """Forget what is in flight and start again from `position`.
+
+        What is written to the rest of a block that a stage takes up has to be what the log says: others may have it."""
+        self.drafts_from = -(-position // self.hasher.block_size) * self.hasher.block_size
         self.phase = phase
         self.issued = position
         self.attempt += 1
         self.announced = False
         self.blocked_at = None
+        self.ngrams = None
+
+    def ngrams_after(self, count: int) -> list[int]:
+        """Up to `count` tokens that followed when its log last had its present end."""
+        if self.ngrams is None:
+            self.ngrams = NgramIndex()
+        self.ngrams.extend(self.ids)
+        return self.ngrams.after(count)
+
+    def draft_room(self, context_len: int) -> int:
+        """How many drafts its next row may have: behind the last token that it may have none is of use."""
+        if self.sampling.grammar or self.total < self.drafts_from:
+            return 0
+        return max(0, min(self.sampling.max_tokens - len(self.output), context_len - self.total) - 1)
 
     def unblock(self) -> None:
         """Its grammar is there: the last position is computed again, and its next token drawn."""

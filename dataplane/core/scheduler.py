@@ -7,6 +7,7 @@ ask every stage how much KV it holds, resume each request at the minimum, recomp
 
 from __future__ import annotations
 
+from itertools import accumulate, takewhile
 from typing import assert_never
 
 from msgspec.structs import replace
@@ -35,6 +36,7 @@ from dataplane.core.prefix import PrefixHasher, unpack_names
 from dataplane.core.questions import Questions
 from dataplane.core.recovery import HeldCollector, Recovery
 from dataplane.core.request import Phase, Request, unpack_tokens
+from dataplane.core.speculation import Proposer, Speculator
 from dataplane.core.stats import SchedulerStats
 from dataplane.core.steps import Steps
 
@@ -63,9 +65,11 @@ class Scheduler:
         planned: bool = False,
         salt: bytes = b"",
         now: float,
+        proposer: Proposer | None = None,
     ) -> None:
         """`takeover`: an earlier scheduler may have left KV of requests that gateways will re-submit; `planned`: it was
-        alive, and moved here. `salt`: what decides the bits of KV besides tokens.
+        alive, and moved here. `salt`: what decides the bits of KV besides tokens. `proposer`: of drafts, where the
+        limits ask for a draft model.
 
         What nobody claims within the orphan grace is then given back on every stage.
         """
@@ -80,6 +84,8 @@ class Scheduler:
         self.kept = Kept(limits.orphan_grace_s, limits.max_running + limits.max_waiting)
         self.batcher = Batcher(limits)
         self.steps = Steps(pipeline)
+        self._proposer = proposer
+        self.speculator = Speculator(limits, proposer, self.stats)
         self._order = 0
         self.questions = Questions(pipeline, num_stages)
         self._frees: list[int] = []  # whose blocks the account has released
@@ -247,6 +253,8 @@ class Scheduler:
         if request is None:
             return
         self.bytes_kept -= request.bytes_kept
+        request.ngrams = None
+        self.speculator.forget(rid)
         (self._frees if rid in self.batcher.account else self._drops).append(rid)
         self.batcher.remove(request)
         if rid in self.questions.joining:
@@ -371,6 +379,7 @@ class Scheduler:
             takeover=True,
             salt=self._salt,
             now=now,
+            proposer=self._proposer,
         )
         fresh.fence = Fence(self.fence.epoch, self.fence.round + 1)
         fresh._holding = self._holding
@@ -452,7 +461,8 @@ class Scheduler:
                 self._recovery = None
             frees, self._frees = self._frees, []
             drops, self._drops = self._drops, []
-            step = self.steps.launch(self.fence, rows, frees, drops, account, now)
+            drafts = self.speculator.drafts(rows, self.batcher)
+            step = self.steps.launch(self.fence, rows, frees, drops, account, now, drafts)
             self.questions.evicted(unpack_names(step.meta.evicts))
             effects.append(step)
 
@@ -461,19 +471,21 @@ class Scheduler:
         if flight is None:
             return
         self._stall_limit_s, self._retry_s = STALL_LIMIT_S, FAILED_RETRY_S
+        self.speculator.ran(flight, now)
         self.batcher.speed.ran(
             flight.decodes, flight.prompt_tokens, now - flight.since, beside_chunk=flight.beside_chunk
         )
         tokens = unpack_tokens(meta.tokens)
         sampled = flight.sampled
         # A result that does not fit its step is worth no more than a lost one.
-        if len(tokens) != len(sampled):
+        if len(tokens) != sum(samples for _, _, samples in sampled):
             self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
             return
         details = {detail.index: (detail.logprob, detail.top) for detail in meta.details}
         failed = dict(meta.failed)
         by_session: dict[int, list[Token]] = {}
-        for index, (request, attempt) in enumerate(sampled):
+        ends = accumulate((samples for _, _, samples in sampled), initial=0)
+        for (request, attempt, samples), index in zip(sampled, ends, strict=False):
             if request.attempt != attempt or self.requests.get(request.rid) is not request:
                 continue  # it was preempted or has ended since
             if index in failed:
@@ -484,11 +496,16 @@ class Scheduler:
                 request.blocked_at = now
                 self.stats.grammar_waits += 1
                 continue
-            item = self._append(request, tokens[index], *details.get(index, (None, ())))
-            if request.session is not None:
-                by_session.setdefault(request.session, []).append(item)
-            if item.finish is not None:
-                self._retire(request, now)
+            drawn = list(takewhile(lambda token: token >= 0, tokens[index : index + samples]))
+            self.speculator.verified(request.rid, samples - 1, drawn)
+            request.issued += len(drawn) - 1  # the drafts that were right are computed
+            for at, token in enumerate(drawn, index):
+                item = self._append(request, token, *details.get(at, (None, ())))
+                if request.session is not None:
+                    by_session.setdefault(request.session, []).append(item)
+                if item.finish is not None:
+                    self._retire(request, now)
+                    break
         news.extend(Deliver(session, tuple(items)) for session, items in by_session.items())
         if by_session and self._recovery is not None:
             timing = self._recovery.delivered(now)

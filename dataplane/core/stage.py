@@ -26,11 +26,13 @@ class Prepared:
     table_rows: npt.NDArray[np.int32]  # [B] of the block table
     slots: npt.NDArray[np.int32]  # [K] of the sampling table; last stage only
     names: list[bytes]  # of the blocks that the rows fill
+    # [K] the draft before what is sampled (0 where there is none), for the last stage of a step with drafts.
+    drafts: npt.NDArray[np.int32] | None = None
 
     @property
     def unfinished(self) -> bool:
         """Whether a prompt goes on in the next step."""
-        return len(self.rows.sample_rids) < len(self.rows.rids)
+        return bool(np.count_nonzero(self.rows.depths == 0) < len(self.rows.rids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,19 @@ def join(steps: Sequence[Prepared], table: BlockTable) -> Batch:
         parts.append(Part(slice(tokens, tokens + count), slice(samples, samples + len(some.sample_rows))))
         tokens, samples = parts[-1].tokens.stop, parts[-1].samples.stop
     return Batch(arrays, np.concatenate(sample_rows), tuple(parts))
+
+
+def drafts_of(meta: StepMeta, rows: Rows) -> npt.NDArray[np.int32] | None:
+    """The draft [K] before what a step samples, 0 where there is none; None if it has no drafts. Raises ValueError if
+    they are not as many as its rows have."""
+    drafts, behind = np.frombuffer(meta.drafts, "<i4"), rows.depths > 0
+    if len(drafts) != np.count_nonzero(behind):
+        raise ValueError(f"step {meta.step} has {len(drafts)} drafts, its rows {np.count_nonzero(behind)}")
+    if not len(drafts):
+        return None
+    found = np.zeros(len(behind), np.int32)
+    found[behind] = drafts
+    return found
 
 
 class Stage:
@@ -123,30 +138,33 @@ class Stage:
         for admit in meta.admits:
             self._admit(admit)
         rows = Rows(meta.rows)
-        names = unpack_names(meta.seals)
-        if names and len(names) != self.store.fills(rows):
-            raise ValueError(
-                f"{len(names)} names for {self.store.fills(rows)} blocks that step {meta.step} fills"
-            )
+        drafts = drafts_of(meta, rows)
         try:
             table_rows = self.store.begin(self.pipeline, rows)
         except KvGap:
             return "gap"
         if table_rows is None:
             return "space"
+        names = unpack_names(meta.seals)
+        if names and len(names) != (filled := self.store.fills(table_rows, rows)):
+            raise ValueError(f"{len(names)} names for {filled} blocks that step {meta.step} fills")
         slots, unknown = lookup(self._slots, rows.sample_rids)
         if self.is_last and unknown:
             return "gap"
-        return Prepared(meta, rows, table_rows, slots, names)
+        return Prepared(meta, rows, table_rows, slots, names, drafts if self.is_last else None)
 
     def draw(self, step: Prepared, logits: npt.NDArray[np.float32]) -> Drawn:
-        """The next tokens [K] of a step's rows, of their logits [K, vocab]; for a last stage. Changes nothing."""
+        """The next tokens [K] of a step's rows, of their logits [K, vocab]; for a last stage. Changes nothing.
+
+        Behind a draft that is not what was drawn before it there is none."""
         assert self.sampling is not None
+        depths = None if step.drafts is None else step.rows.depths
         if not self.rules:
-            return self.sampling.sample(logits, step.slots)
+            return self.sampling.sample(logits, step.slots, depths, step.drafts)
         rids = step.rows.sample_rids.tolist()
         waiting = self.rules.waiting(rids)
-        return self.rules.judge(self.sampling.sample(logits, step.slots), rids, waiting)
+        drawn = self.sampling.sample(logits, step.slots, depths, step.drafts)
+        return self.rules.judge(drawn, rids, waiting)
 
     def commit(self, step: Prepared, tokens: npt.NDArray[np.int64] | None) -> list[int]:
         """The step has run: the KV of its rows is valid, and `tokens` [K] were drawn (last stage), below 0 where there
@@ -155,7 +173,7 @@ class Stage:
         Returns the requests that have filled a block with it."""
         self.last_step = step.meta.step
         if tokens is not None and self.sampling is not None:
-            if self.rules:
+            if self.rules or step.drafts is not None:
                 self.rules.advance(step.rows.sample_rids.tolist(), tokens.tolist())
                 drawn = tokens >= 0
                 self.sampling.append_many(step.slots[drawn], tokens[drawn])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from controlplane.contract.ids import PipelineId
@@ -11,22 +11,27 @@ from dataplane.core.account import Account
 from dataplane.core.batching import Chunk
 from dataplane.core.events import RunStep
 from dataplane.core.messages import Admit, Begin, Fence, Row, StepMeta, pack_rows
-from dataplane.core.request import Request
+from dataplane.core.request import Request, pack_tokens
 
 ROUNDS_KEPT = 64  # steps whose times tell what is usual
 
 
+NO_DRAFTS: Mapping[int, Sequence[int]] = {}
+
+
 @dataclass(slots=True)
 class InFlight:
-    rows: list[tuple[Request, int, bool]]  # request, which attempt of it, whether it samples
+    rows: list[
+        tuple[Request, int, int]
+    ]  # request, which attempt of it, how many tokens are sampled behind its last ones
     since: float
-    decodes: int  # rows that are one token after the last
+    decodes: int  # rows that are one token after the last, and drafts
     prompt_tokens: int  # all others
     beside_chunk: bool = False  # another step in flight meanwhile had tokens of prompts
 
     @property
-    def sampled(self) -> list[tuple[Request, int]]:
-        return [(request, attempt) for request, attempt, samples in self.rows if samples]
+    def sampled(self) -> list[tuple[Request, int, int]]:
+        return [row for row in self.rows if row[2]]
 
 
 class Steps:
@@ -48,15 +53,18 @@ class Steps:
         drops: Sequence[int],
         account: Account,
         now: float,
+        drafts: Mapping[int, Sequence[int]] = NO_DRAFTS,
     ) -> RunStep:
         """The next step, of these rows; they count as issued from here on, and the blocks that they fill as sealed:
-        what comes later is computed later. `frees`: requests that stages release with it; `drops`: see StepMeta."""
+        what comes later is computed later. `frees`: requests that stages release with it; `drops`: see StepMeta.
+        `drafts`: by request, what may come after its row's last token. Its blocks are there."""
         metas: list[Row] = []
         admits: list[Admit] = []
         begins: list[Begin] = []
         seals: list[bytes] = []
         tokens: list[int] = []
-        flying: list[tuple[Request, int, bool]] = []
+        drafted: list[int] = []
+        flying: list[tuple[Request, int, int]] = []
         decodes = 0
         for request, count in rows:
             if not request.announced:
@@ -66,15 +74,24 @@ class Steps:
             start = request.issued
             end = request.issued = start + count
             size = request.hasher.block_size
-            for index in range(start // size, end // size):
+            settled, request.settled = min(request.settled, start), end
+            for index in range(
+                settled // size, end // size
+            ):  # with what were drafts before and are tokens now
                 name = request.names[index]
                 account.seal(request.rid, index, name)
                 seals.append(name)
-            sample = end == len(request.ids)
-            decodes += count == 1 and sample and bool(request.output)
-            metas.append((request.rid, start, count, sample))
+            samples = int(end == len(request.ids))
+            decodes += count == 1 and samples and bool(request.output)
             tokens.extend(request.ids[start:end])
-            flying.append((request, request.attempt, sample))
+            if more := drafts.get(request.rid) if samples else None:
+                tokens.extend(more)
+                drafted.extend(more)
+                count += len(more)
+                samples += len(more)
+            metas.append((request.rid, start, count, samples))
+            flying.append((request, request.attempt, samples))
+        decodes += len(drafted)
         step, self._next = self._next, self._next + 1
         self.last_issued = step
         flight = InFlight(flying, now, decodes, len(tokens) - decodes)
@@ -94,6 +111,7 @@ class Steps:
             b"".join(evicts),
             b"".join(seals),
             tuple(drops),
+            pack_tokens(drafted),
         )
         return RunStep(meta, tuple(tokens))
 

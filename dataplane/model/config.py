@@ -1,33 +1,26 @@
 """config.json of a Hugging Face checkpoint, parsed once into an immutable value.
 
-Llama, Mistral, Qwen2 and Qwen3 dense. They are one architecture with a few switches, and this is where the
-families end: nothing later asks for the family. Defaults are those of transformers' config classes, because a
-saved config.json may leave out what equals its class's default. Where two keys say one thing, the one that
-transformers takes counts; what it would take and we cannot do is refused by name. Needs no torch."""
+Llama, Mistral, Mixtral, Phi-3 (and 4), Qwen2, Qwen3, Qwen3-MoE and Gemma 3 (text). They are one architecture with a
+few switches, and this is where the families end: nothing later asks for the family, except for the order in which GGUF
+has some outputs. Defaults are those of transformers' config classes, because a saved config.json may leave out what
+equals its class's default. Where two keys say one thing, the one that transformers takes counts; what it would take and
+we cannot do is refused by name. Needs no torch."""
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from controlplane.gguf.files import config_of
 from controlplane.gguf.header import GgufError, is_gguf, read_header
+from controlplane.positions import POSITIONS, positions_max
 from dataplane.model.errors import ModelError
+from dataplane.model.fields import Fields, read_json
+from dataplane.model.mixtures import ExpertsConfig, read_experts
+from dataplane.model.ropes import Layout, RopeConfig, read_gemma_ropes, read_rope
 from dataplane.model.schemes import Scheme, scheme_of
 
 ModelDtype = Literal["float32", "bfloat16"]
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary embedding. `factor` is 1 for "default"; the last three are used by "llama3" only."""
-
-    kind: Literal["default", "linear", "llama3"]
-    theta: float
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +47,15 @@ class ModelConfig:
     dtype: ModelDtype
     eos_token_ids: tuple[int, ...]
     scheme: Scheme | None = None  # how weights are quantised in the checkpoint
+    fused: bool = False  # queries, keys and values are one tensor of the checkpoint, gates and ups another
+    experts: ExpertsConfig | None = None
+    local_rope: RopeConfig | None = None  # of layers with a window, where that is another one
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norm_offset: bool = False  # the weights of norms are kept as one less, and norms round once
+    norms_around: bool = False  # attention and MLP have a norm behind them as well
+    scaled_embeddings: bool = False  # by the root of hidden_size
+    logit_softcap: float = 0.0  # 0: none
 
 
 FAMILIES = {
@@ -61,62 +63,28 @@ FAMILIES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral",
+    "Phi3ForCausalLM": "phi3",
+    "Gemma3ForCausalLM": "gemma3_text",
 }
 
 # Of their classes, where config.json says nothing.
-KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
-MAX_POSITIONS = {"llama": 2048, "mistral": 4096 * 32, "qwen2": 32768, "qwen3": 32768}
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "qwen3_moe": 4, "mixtral": 8, "gemma3_text": 4}
+HEAD_DIMS = {"qwen3": 128, "gemma3_text": 256}
+MAX_POSITIONS = {
+    "llama": 2048, "mistral": 4096 * 32, "qwen2": 32768, "qwen3": 32768, "qwen3_moe": 32768,
+    "mixtral": 4096 * 32, "phi3": 4096, "gemma3_text": 131072,
+}  # fmt: skip
+NORM_EPS = {"phi3": 1e-5, "mixtral": 1e-5}
 
-
-class _Fields:
-    """Typed access to one JSON object; everything wrong becomes a ModelError naming file and key."""
-
-    def __init__(self, path: Path, values: dict[str, Any], prefix: str = "") -> None:
-        self.path, self.values, self.prefix = path, values, prefix
-
-    def error(self, key: str, reason: str) -> ModelError:
-        return ModelError(self.path, self.prefix + key, reason)
-
-    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = 2**31 - 1) -> int:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.error(key, f"expected an integer from {low} to {high}, found {value!r:.80}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-            raise self.error(key, f"expected a positive number, found {value!r:.80}")
-        return float(value)
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self.values.get(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, f"expected true or false, found {value!r:.80}")
-        return value
-
-    def section(self, key: str) -> "_Fields | None":
-        value = self.values.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self.error(key, f"expected an object, found {value!r:.80}")
-        return _Fields(self.path, value, f"{self.prefix}{key}.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ModelError."""
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelError(path, None, f"cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(path, None, f"is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(path, None, "is not a JSON object")
-    return value
+BIAS_BY_FLAG = (
+    "llama",
+    "qwen3",
+    "qwen3_moe",
+    "gemma3_text",
+)  # attention_bias counts for all four projections
+HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text")
 
 
 def _values(model: Path) -> tuple[Path, dict[str, Any]]:
@@ -129,27 +97,37 @@ def _values(model: Path) -> tuple[Path, dict[str, Any]]:
         raise ModelError(model, None, str(error)) from error
 
 
-def load_config(model_dir: Path) -> ModelConfig:
-    """Reads config.json (and the end tokens of generation_config.json), or a GGUF file. Raises ModelError."""
+def load_config(model_dir: Path, context_max: int = 0) -> ModelConfig:
+    """Reads config.json (and the end tokens of generation_config.json), or a GGUF file. context_max: of the longest
+    context that is to be served (0: as long as the model takes), by which longrope chooses its frequencies. Raises
+    ModelError."""
     path, values = _values(model_dir)
-    f = _Fields(path, values)
+    f = Fields(path, values)
     family = _family(f)
     layers = f.integer("num_hidden_layers", high=4096)
     hidden, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
     # Absent means the class's default, null as many as there are attention heads.
     kv_default = heads if "num_key_value_heads" in f.values else KV_HEADS.get(family, heads)
     kv_heads = f.integer("num_key_value_heads", kv_default)
-    if family == "qwen3" and f.values.get("head_dim", 128) is None:
+    if family in HEAD_DIMS and f.values.get("head_dim", 128) is None:
         raise f.error("head_dim", "expected an integer, found null")
-    head_dim = f.integer("head_dim", 128 if family == "qwen3" else max(hidden // heads, 1))
+    head_dim = f.integer("head_dim", HEAD_DIMS.get(family, max(hidden // heads, 1)))
     if heads % kv_heads:
         raise f.error("num_key_value_heads", f"{heads} attention heads are no multiple of {kv_heads}")
     if head_dim % 2 or head_dim > 512:
         raise f.error("head_dim", f"must be even and at most 512, found {head_dim}")
     vocab, bias = f.integer("vocab_size"), f.flag("attention_bias")
     intermediate = f.integer("intermediate_size")
-    outputs = (hidden, heads * head_dim, kv_heads * head_dim, intermediate)
-    max_positions = f.integer("max_position_embeddings", MAX_POSITIONS[family])
+    positions = f.integer(POSITIONS, MAX_POSITIONS[family])
+    layout = Layout(family, head_dim, positions, context_max)
+    gemma = family == "gemma3_text"
+    rope, local_rope = read_gemma_ropes(f, layout) if gemma else (read_rope(f, layout), None)
+    experts = read_experts(f, family, layers)
+    inputs = [hidden, heads * head_dim, intermediate]
+    outputs = [hidden, heads * head_dim, kv_heads * head_dim, intermediate]
+    if experts:
+        inputs.append(experts.intermediate)
+        outputs.append(experts.intermediate)
     return ModelConfig(
         family=family,
         vocab_size=vocab,
@@ -159,22 +137,31 @@ def load_config(model_dir: Path) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        max_positions=max_positions,
-        rms_norm_eps=f.number("rms_norm_eps", 1e-6),
-        rope=_rope(f, max_positions),
-        tie_embeddings=f.flag("tie_word_embeddings"),
-        qkv_bias=family == "qwen2" or (family in ("llama", "qwen3") and bias),
-        o_bias=family in ("llama", "qwen3") and bias,
+        max_positions=positions_max(f.values, positions) or positions,
+        rms_norm_eps=f.number("rms_norm_eps", NORM_EPS.get(family, 1e-6)),
+        rope=rope,
+        tie_embeddings=f.flag("tie_word_embeddings", gemma),
+        qkv_bias=family == "qwen2" or (family in BIAS_BY_FLAG and bias),
+        o_bias=family in BIAS_BY_FLAG and bias,
         mlp_bias=family == "llama" and f.flag("mlp_bias"),
-        qk_norm=family == "qwen3",
+        qk_norm=family in HEAD_NORMS,
+        fused=family == "phi3",
+        experts=experts,
+        local_rope=local_rope,
+        attention_scale=f.number("query_pre_attn_scalar", 256) ** -0.5 if gemma else head_dim**-0.5,
+        activation="gelu_tanh" if gemma else "silu",
+        norm_offset=gemma,
+        norms_around=gemma,
+        scaled_embeddings=gemma,
+        logit_softcap=f.optional("final_logit_softcapping") or 0.0 if gemma else 0.0,
         windows=_windows(f, family, layers),
         dtype=_dtype(f),
         eos_token_ids=_eos(f, model_dir / "generation_config.json", vocab),
-        scheme=_scheme(f, (hidden, heads * head_dim, intermediate), outputs),
+        scheme=_scheme(f, inputs, outputs),
     )
 
 
-def _family(f: _Fields) -> str:
+def _family(f: Fields) -> str:
     names = f.values.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise f.error("architectures", f"expected one architecture name, found {names!r:.80}")
@@ -186,12 +173,27 @@ def _family(f: _Fields) -> str:
         raise f.error("model_type", f"{found!r:.80} does not fit the architecture {names[0]}")
     if f.values.get("text_config") is not None:
         raise f.error("text_config", "models with a configuration inside the configuration are not supported")
-    if f.values.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
+    if family == "gemma3_text":
+        _only_of_gemma(f)
+    elif f.values.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         raise f.error("hidden_act", f"only silu is supported, found {f.values['hidden_act']!r:.80}")
     return family
 
 
-def _scheme(f: _Fields, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Scheme | None:
+def _only_of_gemma(f: Fields) -> None:
+    wanted = "gelu_pytorch_tanh"
+    found = f.values.get("hidden_activation", wanted)
+    if found != wanted:
+        raise f.error("hidden_activation", f"only {wanted} is supported, found {found!r:.80}")
+    if f.values.get("attn_logit_softcapping") is not None:
+        raise f.error("attn_logit_softcapping", "is not supported: transformers does not apply it either")
+    if f.values.get("use_bidirectional_attention"):
+        raise f.error(
+            "use_bidirectional_attention", "is not supported: a token's KV would depend on later ones"
+        )
+
+
+def _scheme(f: Fields, inputs: Sequence[int], outputs: Sequence[int]) -> Scheme | None:
     for key in ("quantization_config", "compression_config"):
         if (section := f.section(key)) is not None:
             try:
@@ -204,41 +206,18 @@ def _scheme(f: _Fields, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Sc
     return None
 
 
-def _rope(f: _Fields, max_positions: int) -> RopeConfig:
-    # rope_parameters is the form of transformers 5; rope_scaling, with rope_theta beside it, the older one. With both
-    # it takes the older one whole, and nothing of the other; an empty one is none.
-    sections = [
-        s for key in ("rope_scaling", "rope_parameters") if (s := f.section(key)) is not None and s.values
-    ]
-    section = sections[0] if sections else _Fields(f.path, {}, "rope_parameters.")
-    for name, value in section.values.items():
-        if isinstance(value, dict):
-            raise section.error(name, "rotary parameters for each type of layer are not supported")
-    if section.values.get("rope_theta", 0.0) is None:
-        raise section.error("rope_theta", "expected a positive number, found null")
-    theta = section.number("rope_theta", f.number("rope_theta", 10000.0))
-    key = "rope_type" if "rope_type" in section.values else "type"
-    for fields in (f, section):
-        if fields.number("partial_rotary_factor", 1.0) != 1.0:
-            raise fields.error("partial_rotary_factor", "only 1.0 is supported")
-    match section.values.get(key, "default"):
-        case "default":
-            return RopeConfig("default", theta)
-        case "linear":
-            return RopeConfig("linear", theta, section.number("factor"))
-        case "llama3":
-            low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
-            if low >= high:
-                raise section.error("high_freq_factor", f"must be above low_freq_factor ({low})")
-            key = "original_max_position_embeddings"  # beside the section it goes first
-            original = f.integer(key) if key in f.values else section.integer(key, max_positions)
-            return RopeConfig("llama3", theta, section.number("factor"), low, high, original)
-        case other:
-            raise section.error(key, f"{other!r:.80} is not supported; supported: default, linear, llama3")
-
-
-def _windows(f: _Fields, family: str, layers: int) -> tuple[int | None, ...]:
+def _windows(f: Fields, family: str, layers: int) -> tuple[int | None, ...]:
     match family:
+        case "phi3" | "mixtral":
+            if f.values.get("sliding_window") is None:
+                return (None,) * layers
+            return (f.integer("sliding_window"),) * layers
+        case "qwen3_moe":  # all layers, or none
+            window = f.integer("sliding_window", 4096) if f.flag("use_sliding_window") else None
+            return (window,) * layers
+        case "gemma3_text":
+            window = f.integer("sliding_window", 4096)
+            return tuple(window if sliding else None for sliding in _gemma_sliding_layers(f, layers))
         case "mistral":
             # Absent means the class's default; only an explicit null means none.
             if "sliding_window" in f.values and f.values["sliding_window"] is None:
@@ -257,11 +236,23 @@ def _windows(f: _Fields, family: str, layers: int) -> tuple[int | None, ...]:
             return (None,) * layers
 
 
-def _sliding_layers(f: _Fields, layers: int) -> list[bool]:
-    kinds = f.values.get("layer_types")
-    if kinds is None:
+def _sliding_layers(f: Fields, layers: int) -> list[bool]:
+    if f.values.get("layer_types") is None:
         first = f.integer("max_window_layers", 28, low=0)
         return [i >= first for i in range(layers)]
+    return _layer_types(f, layers)
+
+
+def _gemma_sliding_layers(f: Fields, layers: int) -> list[bool]:
+    if f.values.get("layer_types") is None:
+        pattern = f.integer("sliding_window_pattern", 6)
+        return [(i + 1) % pattern != 0 for i in range(layers)]
+    return _layer_types(f, layers)
+
+
+def _layer_types(f: Fields, layers: int) -> list[bool]:
+    """Whether each layer has a window."""
+    kinds = f.values["layer_types"]
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise f.error("layer_types", f"expected a list of {layers} names")
     for kind in kinds:
@@ -270,7 +261,7 @@ def _sliding_layers(f: _Fields, layers: int) -> list[bool]:
     return [kind == "sliding_attention" for kind in kinds]
 
 
-def _dtype(f: _Fields) -> ModelDtype:
+def _dtype(f: Fields) -> ModelDtype:
     key = "dtype" if f.values.get("dtype") is not None else "torch_dtype"
     match f.values.get(key):
         case None | "float32":
@@ -282,10 +273,10 @@ def _dtype(f: _Fields) -> ModelDtype:
             raise f.error(key, f"{other!r:.80} is not supported; supported: float32, bfloat16, float16")
 
 
-def _eos(f: _Fields, generation: Path, vocab: int) -> tuple[int, ...]:
+def _eos(f: Fields, generation: Path, vocab: int) -> tuple[int, ...]:
     source = f
     if generation.exists():
-        g = _Fields(generation, read_json(generation))
+        g = Fields(generation, read_json(generation))
         if g.values.get("eos_token_id") is not None:
             source = g
     value = source.values.get("eos_token_id")

@@ -3,13 +3,15 @@
 The rule of equal bits (a token's numbers are the same in any chunk, step and batch) is kept by construction:
 every operation on rows is a kernel of ours whose arithmetic for a row does not look at the row count."""
 
+import math
 from typing import Literal
 
 import torch
 
 from dataplane.model.config import ModelConfig
 from dataplane.model.quantised import values_of, weight_of
-from kernels.base import Layer, Linear
+from dataplane.model.rotary import RotaryTable
+from kernels.base import Experts, Head, Layer, Linear, Mlp, StageSpec
 from kernels.quantised import Quantised, Weight, int8_rows, joined
 
 Weights = Literal["model", "int8"]
@@ -27,6 +29,37 @@ def matrix(
     return whole if isinstance(whole, Quantised) else int8_rows(whole)
 
 
+def norm_of(config: ModelConfig, weight: torch.Tensor) -> torch.Tensor:
+    """float32. Gemma keeps what a norm's weight is more than 1."""
+    return weight.float() + 1.0 if config.norm_offset else weight.float()
+
+
+def stage_spec(
+    config: ModelConfig, layers: tuple[Layer, ...], embed: torch.Tensor | None, head: Head | None
+) -> StageSpec:
+    """The stage of these layers."""
+    c = config
+    ropes = (c.rope,) if c.local_rope is None else (c.rope, c.local_rope)
+    scale = 1.0
+    if c.scaled_embeddings:  # rounded as the embeddings are
+        dtype = torch.float32 if embed is None else embed.dtype
+        scale = torch.tensor(math.sqrt(c.hidden_size)).to(dtype).item()
+    return StageSpec(
+        c.hidden_size,
+        c.intermediate_size,
+        c.num_heads,
+        c.rms_norm_eps,
+        tuple(RotaryTable(rope, c.head_dim, c.max_positions) for rope in ropes),
+        layers,
+        embed,
+        head,
+        scale=c.attention_scale,
+        activation=c.activation,
+        embed_scale=scale,
+        norm_wide=c.norm_offset,
+    )
+
+
 def build_layer(
     config: ModelConfig,
     index: int,
@@ -36,9 +69,10 @@ def build_layer(
 ) -> Layer:
     """Layer `index` from the checkpoint's tensors (see weights.stage_shapes)."""
     prefix = f"model.layers.{index}."
+    windowed = config.windows[index] is not None
 
-    def vector(name: str) -> torch.Tensor:
-        return weights[prefix + name].to(dtype)
+    def norm(name: str) -> torch.Tensor:
+        return norm_of(config, weights[f"{prefix}{name}.weight"])
 
     def merged(*names: str) -> Linear:
         given = [f"{prefix}{name}.bias" for name in names if f"{prefix}{name}.bias" in weights]
@@ -47,14 +81,27 @@ def build_layer(
             matrix(config, [f"{prefix}{name}.weight" for name in names], weights, dtype, kind), bias
         )
 
+    def mlp() -> Mlp | Experts:
+        if (experts := config.experts) is None or index not in experts.layers:
+            parts = ("gate_up",) if config.fused else ("gate", "up")
+            return Mlp(merged(*(f"mlp.{part}_proj" for part in parts)), merged("mlp.down_proj"))
+        made = []
+        for gate, up, down in map(experts.names, range(experts.count)):
+            made.append(Mlp(merged(gate, up), merged(down)))
+        router = values_of(config, f"{prefix}{experts.router}.weight", weights).to(dtype)
+        return Experts(router, tuple(made), experts.chosen, experts.normalised)
+
+    around = config.norms_around
     return Layer(
-        attention_norm=vector("input_layernorm.weight"),
-        qkv=merged("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        q_norm=vector("self_attn.q_norm.weight") if config.qk_norm else None,
-        k_norm=vector("self_attn.k_norm.weight") if config.qk_norm else None,
+        attention_norm=norm("input_layernorm"),
+        qkv=merged(*(f"self_attn.{name}_proj" for name in (("qkv",) if config.fused else "qkv"))),
+        q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
+        k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
         o=merged("self_attn.o_proj"),
-        mlp_norm=vector("post_attention_layernorm.weight"),
-        gate_up=merged("mlp.gate_proj", "mlp.up_proj"),
-        down=merged("mlp.down_proj"),
+        mlp_norm=norm("pre_feedforward_layernorm" if around else "post_attention_layernorm"),
+        mlp=mlp(),
         window=config.windows[index],
+        attention_out_norm=norm("post_attention_layernorm") if around else None,
+        mlp_out_norm=norm("post_feedforward_layernorm") if around else None,
+        rotary=1 if windowed and config.local_rope is not None else 0,
     )

@@ -79,11 +79,21 @@ class SamplingTable:
         self._table.release(slot)
         self._asked.pop(slot, None)
 
-    def sample(self, logits: Floats, slots: npt.NDArray[np.int32]) -> Drawn:
+    def sample(
+        self,
+        logits: Floats,
+        slots: npt.NDArray[np.int32],
+        depths: npt.NDArray[np.int32] | None = None,
+        drafts: npt.NDArray[np.int32] | None = None,
+    ) -> Drawn:
         """Draws one token a row from logits [K, vocab] for the requests in slots [K]; neither is changed, and no
-        state is: `append_many` moves on. Raises IndexError for a slot not in use, ValueError for wrong shapes."""
+        state is: `append_many` moves on. Raises IndexError for a slot not in use, ValueError for wrong shapes.
+
+        `depths` [K], `drafts` [K]: rows of one request follow one another, row r behind `depths[r]` drafts, the last
+        of which is `drafts[r]`. It is drawn as if these were in the log, and has no token if one of them is not what
+        the row before it drew: so what is drawn is what would be without drafts."""
         values = np.ascontiguousarray(logits, np.float32)
-        tokens, norms, largest = self._table.sample(values, slots)
+        tokens, norms, largest = self._table.sample(values, slots, depths, drafts)
         poisoned, dead_ends = (tuple(np.flatnonzero(tokens == why).tolist()) for why in (POISONED, NONE_LEFT))
         drawn = Drawn(tokens, poisoned, {}, {}, dead_ends)
         if not self._asked:

@@ -39,7 +39,8 @@ class Scheme:
 
     def skips(self, name: str) -> bool:
         """Whether the weight of this name is dense."""
-        return any(part in name.removesuffix(".weight") for part in self.skipped)
+        modules = f".{name.removesuffix('.weight')}."
+        return any(f".{part.strip('.')}." in modules for part in self.skipped)
 
     def shapes(self, name: str, n: int, k: int) -> Shapes:
         """The tensors that stand for the weight `name` [n, k] of a layer."""

@@ -5,6 +5,7 @@ torch is imported by what loads tensors, not by what only names them: a node of 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from controlplane.gguf.header import BLOCKS, is_gguf
-from dataplane.model.config import ModelConfig, read_json
+from dataplane.model.config import ModelConfig
 from dataplane.model.errors import ModelError
+from dataplane.model.fields import read_json
 from dataplane.model.gguf import PLAIN, place_of
 from dataplane.model.schemes import Scheme
 
@@ -28,39 +30,61 @@ HEAD = "lm_head.weight"
 DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
 PACKED = {"qweight": "torch.int32", "qzeros": "torch.int32", "g_idx": "torch.int32", "weight_packed": "torch.int32",
           "weight_zero_point": "torch.int32"}  # fmt: skip
+LINEAR = re.compile(r"_proj\.weight$|\.experts\.\d+\.w[123]\.weight$")
 BLOCKS_BY_NAME = {block.name: block for block in BLOCKS.values() if block.name not in PLAIN}
 
 
 def stage_shapes(config: ModelConfig, layers: range) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the stage that runs `layers`."""
     c = config
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     shapes: dict[str, tuple[int, ...]] = {}
     if layers.start == 0:
         shapes[EMBED] = (c.vocab_size, c.hidden_size)
     for i in layers:
         p = f"model.layers.{i}."
-        shapes[p + "input_layernorm.weight"] = shapes[p + "post_attention_layernorm.weight"] = (
-            c.hidden_size,
-        )
-        linears = [("self_attn.q_proj", q, c.hidden_size, c.qkv_bias)]
-        linears += [(f"self_attn.{name}_proj", kv, c.hidden_size, c.qkv_bias) for name in ("k", "v")]
-        linears += [("self_attn.o_proj", c.hidden_size, q, c.o_bias)]
-        linears += [
-            (f"mlp.{name}_proj", c.intermediate_size, c.hidden_size, c.mlp_bias) for name in ("gate", "up")
-        ]
-        linears += [("mlp.down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias)]
-        for name, rows, columns, bias in linears:
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        if c.norms_around:
+            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        shapes |= {f"{p}{name}.weight": (c.hidden_size,) for name in norms}
+        for name, rows, columns, bias in (*_attention(c), *_mlp(c, i)):
             full = f"{p}{name}.weight"
             shapes |= c.scheme.shapes(full, rows, columns) if c.scheme else {full: (rows, columns)}
             if bias:
                 shapes[f"{p}{name}.bias"] = (rows,)
+        if c.experts and i in c.experts.layers:
+            shapes[f"{p}{c.experts.router}.weight"] = (c.experts.count, c.hidden_size)
         if c.qk_norm:
             shapes[p + "self_attn.q_norm.weight"] = shapes[p + "self_attn.k_norm.weight"] = (c.head_dim,)
     if layers.stop == c.num_layers:
         shapes[NORM] = (c.hidden_size,)
         shapes[EMBED if c.tie_embeddings else HEAD] = (c.vocab_size, c.hidden_size)
     return shapes
+
+
+Linears = list[tuple[str, int, int, bool]]  # name, outputs, inputs, whether there is a bias
+
+
+def _attention(c: ModelConfig) -> Linears:
+    q, kv, hidden = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size
+    out = ("self_attn.o_proj", hidden, q, c.o_bias)
+    if c.fused:
+        return [("self_attn.qkv_proj", q + 2 * kv, hidden, c.qkv_bias), out]
+    sizes = (("q", q), ("k", kv), ("v", kv))
+    return [*((f"self_attn.{name}_proj", rows, hidden, c.qkv_bias) for name, rows in sizes), out]
+
+
+def _mlp(c: ModelConfig, layer: int) -> Linears:
+    hidden, wide = c.hidden_size, c.intermediate_size
+    if c.experts and layer in c.experts.layers:
+        wide = c.experts.intermediate
+        linears: Linears = []
+        for gate, up, down in map(c.experts.names, range(c.experts.count)):
+            linears += [(gate, wide, hidden, False), (up, wide, hidden, False), (down, hidden, wide, False)]
+        return linears
+    down_proj = ("mlp.down_proj", hidden, wide, c.mlp_bias)
+    if c.fused:
+        return [("mlp.gate_up_proj", 2 * wide, hidden, c.mlp_bias), down_proj]
+    return [*((f"mlp.{name}_proj", wide, hidden, c.mlp_bias) for name in ("gate", "up")), down_proj]
 
 
 def stage_files(model_dir: Path, names: list[str]) -> dict[Path, list[str]]:
@@ -151,7 +175,7 @@ def _check(path: Path, key: str, tensor: torch.Tensor, shape: tuple[int, ...], s
         if shape[-1] % block.values:
             raise ModelError(path, key, f"{shape[-1]} inputs are no multiple of {block.values}")
         shape = (*shape[:-1], shape[-1] // block.values * block.bytes)
-    elif scheme and scheme.bits == 8 and last == "weight" and "_proj" in key:
+    elif scheme and scheme.bits == 8 and last == "weight" and LINEAR.search(key):
         dtypes = DTYPES if scheme.skips(key) else ("torch.int8",)
     if tuple(tensor.shape) != shape:
         raise ModelError(path, key, f"expected shape {shape}, found {tuple(tensor.shape)}")

@@ -32,7 +32,6 @@ FLUSH_S = 0.5
 
 HELLO = b"\x00"
 PLAIN, SEALED = 1, 2
-BOUND_BYTES = 16  # that a sealed message has behind its header
 MESSAGE = struct.Struct(f"<B{TOKEN_BYTES}sQ")  # kind, link token, sequence number from 0
 
 
@@ -169,8 +168,7 @@ class LinkTransport:
             return False
         header = MESSAGE.pack(PLAIN if link.sealer is None else SEALED, link.token, link.expected)
         if link.sealer is not None:
-            header, sealed = link.sealer.seal(header, link.expected, parts, reuse=queued == 0)
-            parts = [sealed]
+            parts = [link.sealer.seal(header, link.expected, parts, queued)]
         if not link.endpoint.send(header, parts):
             self.stats.sends_refused += 1
             return False
@@ -325,7 +323,7 @@ class LinkTransport:
         link = endpoint.user
         if link is None:
             return
-        if link.token is not None and len(header) >= MESSAGE.size and link.incoming:
+        if link.token is not None and len(header) == MESSAGE.size and link.incoming:
             self._deliver(link, header, data)
         elif link.token is None and header == HELLO:
             try:
@@ -342,11 +340,10 @@ class LinkTransport:
             self._end(endpoint.user, reason)
 
     def _deliver(self, link: Link, header: bytes, data: memoryview) -> None:
-        kind, token, sequence = MESSAGE.unpack_from(header)
+        kind, token, sequence = MESSAGE.unpack(header)
         assert link.peer is not None
         assert link.token is not None
-        wanted = (PLAIN, MESSAGE.size) if link.opener is None else (SEALED, MESSAGE.size + BOUND_BYTES)
-        if (kind, len(header)) != wanted or not hmac.compare_digest(token, link.token):
+        if kind != (PLAIN if link.opener is None else SEALED) or not hmac.compare_digest(token, link.token):
             self._refuse(link, "wrong token")
             return
         if sequence != link.expected:

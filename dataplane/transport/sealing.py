@@ -2,16 +2,17 @@
 
 Each connection has a key of its own, of an exchange of fresh X25519 keys, which both sides sign with the keys of their
 certificates: what was recorded cannot be read later, whatever secret leaks then. A link goes one way, so it has one
-key, and the place of a piece in it (message, piece) is its nonce: never the same twice, and nothing can be moved,
-left out or repeated without being noticed. The header of the message and its length are authenticated as well.
+key, and a message's number in it is the nonce: never the same twice, and nothing can be moved, left out or repeated
+without being noticed. The header of the message is authenticated as well.
 
-Messages are sealed part by part, in pieces that stay in a core's cache, into a buffer that is kept for the next one.
-All of it is on the event loop: the library holds the interpreter's lock, so a thread would keep it waiting as long.
+Large messages are sealed into a buffer that is kept for the next ones, and opened where they came. All of it is on the
+event loop: the library holds the interpreter's lock, so a thread would keep it waiting just as long.
 """
 
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -20,6 +21,7 @@ from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509 import verification
@@ -31,10 +33,10 @@ from .base import Part
 
 KEY_BYTES = 32
 TAG_BYTES = 16
-PIECE_BYTES = 256 << 10
-NONCE = struct.Struct("<QI")  # message, piece: 96 bits
-BOUND = struct.Struct("<QQ")  # lengths of the first part and of the whole message, behind the header
-KEPT_BYTES_MAX = 8 << 20  # of a buffer for the next message
+NONCE = struct.Struct("<QI")  # message, 0: 96 bits
+SMALL_BYTES = 4 << 10  # not worth a buffer that is kept
+JOINED_BYTES = 256 << 10  # to join such parts costs less than a cipher that takes them one by one
+KEPT_BYTES_MAX = 16 << 20  # of a link's buffers for the next messages
 CHAIN_MAX = 4  # certificates
 
 Signer = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
@@ -150,35 +152,48 @@ class Sealer:
     """The sending end of one link."""
 
     def __init__(self, key: bytes) -> None:
-        self._cipher = AESGCM(key)
-        self._buffer = bytearray()
+        self._cipher, self._key = AESGCM(key), algorithms.AES256(key)
+        self._given = 0  # bytes that were given to the endpoint
+        self._busy: deque[tuple[int, bytearray]] = deque()  # buffers, and how much had been given with them
+        self._free: list[bytearray] = []
 
-    def seal(
-        self, header: bytes, sequence: int, parts: Sequence[Part], *, reuse: bool
-    ) -> tuple[bytes, memoryview]:
-        """(header, data) to send. `reuse`: nothing that was sealed before is waiting to be sent any more."""
-        views = [memoryview(part).cast("B") for part in parts if len(part)]
-        lengths = [view.nbytes for view in views]
-        first, total = (lengths[0] if lengths else 0), sum(lengths)
-        if len(views) > 2:  # a frame has two
-            views = [views[0], memoryview(b"".join(views[1:]))]
-        bound = header + BOUND.pack(first, total)
-        size = total + TAG_BYTES * _pieces(first, total)
-        if not reuse or len(self._buffer) < size:
-            self._buffer = bytearray(size)
-        out = memoryview(self._buffer)[:size]
-        at = piece = 0
-        for view in views:
-            for begin in range(0, view.nbytes, PIECE_BYTES):
-                cut = view[begin : begin + PIECE_BYTES]
-                end = at + cut.nbytes + TAG_BYTES
-                self._cipher.encrypt_into(NONCE.pack(sequence, piece), cut, bound, out[at:end])
-                at, piece = end, piece + 1
-        if not total:
-            self._cipher.encrypt_into(NONCE.pack(sequence, 0), b"", bound, out)
-        if len(self._buffer) > KEPT_BYTES_MAX:
-            self._buffer = bytearray()
-        return bound, out
+    def seal(self, header: bytes, sequence: int, parts: Sequence[Part], queued_bytes: int) -> Part:
+        """What to send in place of `parts`, behind `header`. `queued_bytes`: of the endpoint, which has let go of
+        whatever is not among them."""
+        nonce = NONCE.pack(sequence, 0)
+        total = sum([part.nbytes if type(part) is memoryview else len(part) for part in parts])
+        if total <= SMALL_BYTES:
+            small = self._cipher.encrypt(nonce, b"".join(parts), header)
+            self._given += len(small)
+            return small
+        buffer = self._buffer(total + TAG_BYTES, queued_bytes)
+        sealed = memoryview(buffer)[: total + TAG_BYTES]
+        if len(parts) == 1 or total <= JOINED_BYTES:
+            self._cipher.encrypt_into(nonce, parts[0] if len(parts) == 1 else b"".join(parts), header, sealed)
+        else:
+            cipher = Cipher(self._key, modes.GCM(nonce)).encryptor()
+            cipher.authenticate_additional_data(header)
+            at = 0
+            for part in parts:
+                at += cipher.update_into(part, sealed[at:])
+            cipher.finalize()
+            sealed[at:] = cipher.tag
+        self._busy.append((self._given + len(sealed), buffer))
+        self._given += len(sealed)
+        return sealed
+
+    def _buffer(self, size: int, queued_bytes: int) -> bytearray:
+        """Memory that was used before is in place already: fresh pages cost more than to encrypt into them."""
+        sent = self._given - queued_bytes
+        while self._busy and self._busy[0][0] <= sent:
+            self._free.append(self._busy.popleft()[1])
+        kept = sum(map(len, self._free))
+        while self._free and kept > KEPT_BYTES_MAX:
+            kept -= len(self._free.pop(0))
+        for index, buffer in enumerate(self._free):
+            if size <= len(buffer) <= 4 * size:
+                return self._free.pop(index)
+        return bytearray(size)
 
 
 class Opener:
@@ -190,35 +205,15 @@ class Opener:
     @staticmethod
     def bytes_max(message_bytes: int) -> int:
         """Of a message on the wire."""
-        return message_bytes + TAG_BYTES * (message_bytes // PIECE_BYTES + 2)
+        return message_bytes + TAG_BYTES
 
-    def open(self, bound: bytes, sequence: int, data: memoryview) -> memoryview | None:
-        """The message, in memory of its own; None: it is not what was sealed. `bound`: the whole header that came with
-        it."""
-        first, total = BOUND.unpack_from(bound, len(bound) - BOUND.size)
-        pieces = _pieces(first, total) if first <= total else 0
-        if pieces == 0 or data.nbytes != total + TAG_BYTES * pieces:
+    def open(self, header: bytes, sequence: int, data: memoryview) -> memoryview | None:
+        """The message, in the memory in which it came; None: it is not what was sealed, and that memory is spoilt."""
+        if data.nbytes < TAG_BYTES:
             return None
-        message = memoryview(bytearray(total))
-        at = into = piece = 0
+        message = data[:-TAG_BYTES]
         try:
-            for length in _cuts(first, total):
-                end = at + length + TAG_BYTES
-                out = message[into : into + length]
-                self._cipher.decrypt_into(NONCE.pack(sequence, piece), data[at:end], bound, out)
-                at, into, piece = end, into + length, piece + 1
+            self._cipher.decrypt_into(NONCE.pack(sequence, 0), data, header, message)
         except InvalidTag:
             return None
         return message
-
-
-def _cuts(first: int, total: int) -> list[int]:
-    """Lengths of a message's pieces, in order: those of its first part, and of the rest."""
-    found = []
-    for length in (first, total - first):
-        found += [min(PIECE_BYTES, length - begin) for begin in range(0, length, PIECE_BYTES)]
-    return found or [0]
-
-
-def _pieces(first: int, total: int) -> int:
-    return max(1, -(-first // PIECE_BYTES) + -(-(total - first) // PIECE_BYTES))

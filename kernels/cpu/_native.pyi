@@ -8,6 +8,9 @@ SOURCES: str
 STORE: int
 ADD: int
 SILU_MUL: int
+GELU_MUL: int
+EXPERTS_MAX: int
+TABLES: int
 FLOAT: int
 DENSE: int
 INT8_ROW: int
@@ -61,15 +64,36 @@ class Stage:
         eps: float,
         scale: float,
     ) -> None: ...
+    def set_ways(self, gelu: bool, norm_wide: bool, embed_scale: float, softcap: float) -> None: ...
     def set_layer(
         self,
         index: int,
-        attention_norm: int,
-        mlp_norm: int,
-        q_norm: int,
-        k_norm: int,
-        weights: Sequence[tuple[int, int, int, int]],
+        norms: Sequence[int],
+        weights: Sequence[tuple[int, int, int, int] | None],
         window: int,
+        table: int,
+    ) -> None: ...
+    def set_experts(
+        self,
+        index: int,
+        router: tuple[int, int, int, int],
+        gate_ups: Sequence[tuple[int, int, int, int]],
+        downs: Sequence[tuple[int, int, int, int]],
+        chosen: int,
+        intermediate: int,
+        normalised: bool,
+    ) -> None: ...
+    def set_routes(
+        self,
+        logits: int,
+        weights: int,
+        expert: int,
+        place: int,
+        first: int,
+        gathered: int,
+        activated: int,
+        out: int,
+        prepared: int,
     ) -> None: ...
     def set_ends(self, vocab: int, embed: int, norm: int, head: tuple[int, int, int, int]) -> None: ...
     def set_buffers(
@@ -83,7 +107,7 @@ class Stage:
         picked: int,
         prepared: int,
     ) -> None: ...
-    def set_rotary(self, cos: int, sin: int, table_rows: int) -> None: ...
+    def set_rotary(self, table: int, cos: int, sin: int, table_rows: int, rotated: int) -> None: ...
     def forward(
         self, step: Step, source: npt.NDArray[np.int64] | Buffer, picked: npt.NDArray[np.int32], out: int
     ) -> bool: ...
@@ -109,14 +133,25 @@ def rope_write(
     cos: int,
     sin: int,
     table_rows: int,
+    rotated: int,
     q_norm: int,
     k_norm: int,
     eps: float,
+    wide: bool,
     heads: int,
     q: int,
 ) -> None: ...
 def rms_norm(
-    team: Team, x: int, weight: int, out: int, rows: int, n: int, eps: float, is_bf16: bool
+    team: Team,
+    x: int,
+    weight: int,
+    out: int,
+    rows: int,
+    n: int,
+    eps: float,
+    wide: bool,
+    add: bool,
+    is_bf16: bool,
 ) -> None: ...
 def linear(
     team: Team,

@@ -7,9 +7,10 @@ from libc.stdlib cimport calloc, free
 
 
 cdef extern from "kernels.h" nogil:
+    int KF_EXPERTS_MAX, KF_TABLES
     int KF_NO_MEMORY, KF_BAD_BLOCK, KF_BAD_CONTEXT, KF_BAD_POSITION, KF_BAD_TOKEN, KF_BAD_ROW
     ctypedef enum kf_epilogue:
-        KF_STORE, KF_ADD, KF_SILU_MUL, KF_FLOAT
+        KF_STORE, KF_ADD, KF_SILU_MUL, KF_FLOAT, KF_GELU_MUL
     ctypedef struct kf_cache:
         void *base
         int64_t num_blocks, layers, kv_heads, block_size, head_dim
@@ -31,20 +32,22 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct kf_rope_args:
         const kf_cache *kv
         const kf_step *step
-        int64_t layer, heads, stride
+        int64_t layer, heads, stride, rotated
         const float *cos
         const float *sin
-        const void *q_norm
-        const void *k_norm
+        const float *q_norm
+        const float *k_norm
         float eps
+        int wide
         const void *qkv
         void *q
     ctypedef struct kf_norm_args:
         const void *x
-        const void *weight
+        const float *weight
         void *out
         int64_t rows, n
         float eps
+        int wide, add
     ctypedef enum kf_format:
         KF_DENSE, KF_INT8_ROW, KF_INT8_F16, KF_INT4_F16, KF_INT4_F16_MIN, KF_INT4_F32_MIN, KF_INT4_K
     ctypedef struct kf_weight:
@@ -60,23 +63,44 @@ cdef extern from "kernels.h" nogil:
         int64_t rows, k, n
         kf_epilogue epilogue
         int64_t first_panel
+    ctypedef struct kf_experts:
+        kf_weight router
+        const kf_weight *gate_up
+        const kf_weight *down
+        int64_t experts, chosen, intermediate
+        int normalised
     ctypedef struct kf_layer:
-        const void *attention_norm
-        const void *mlp_norm
-        const void *q_norm
-        const void *k_norm
+        const float *attention_norm
+        const float *mlp_norm
+        const float *q_norm
+        const float *k_norm
+        const float *attention_out_norm
+        const float *mlp_out_norm
         kf_weight qkv, o, gate_up, down
-        int64_t window
+        const kf_experts *experts
+        int64_t window, table
+    ctypedef struct kf_routes:
+        float *logits
+        float *weights
+        int32_t *expert
+        int32_t *place
+        int32_t *first
+        void *gathered
+        void *activated
+        void *out
+        void *prepared
     ctypedef struct kf_stage:
         const kf_layer *layers
         int64_t num_layers, hidden, intermediate, heads, vocab
-        float eps, scale
+        float eps, scale, embed_scale, softcap
+        kf_epilogue gated
+        int norm_wide
         const void *embed
-        const void *norm
+        const float *norm
         kf_weight head
-        const float *cos
-        const float *sin
-        int64_t table_rows
+        const float *cos[2]
+        const float *sin[2]
+        int64_t table_rows, rotated
         void *residual
         void *normed
         void *qkv
@@ -85,6 +109,7 @@ cdef extern from "kernels.h" nogil:
         void *activated
         void *picked
         void *prepared
+        kf_routes routes
     ctypedef struct kf_io:
         const int64_t *tokens
         const void *hidden
@@ -108,7 +133,8 @@ cdef extern from *:
     const char *KF_SOURCES
 
 SOURCES = KF_SOURCES.decode()  # digest of what this was built from: see setup.py
-STORE, ADD, SILU_MUL, FLOAT = KF_STORE, KF_ADD, KF_SILU_MUL, KF_FLOAT
+STORE, ADD, SILU_MUL, FLOAT, GELU_MUL = KF_STORE, KF_ADD, KF_SILU_MUL, KF_FLOAT, KF_GELU_MUL
+EXPERTS_MAX, TABLES = KF_EXPERTS_MAX, KF_TABLES
 DENSE, INT8_ROW, INT8_F16, INT4_F16 = KF_DENSE, KF_INT8_ROW, KF_INT8_F16, KF_INT4_F16
 INT4_F16_MIN, INT4_F32_MIN, INT4_K = KF_INT4_F16_MIN, KF_INT4_F32_MIN, KF_INT4_K
 
@@ -216,6 +242,7 @@ cdef class Stage:
 
     cdef kf_stage c
     cdef kf_layer *layers
+    cdef kf_experts *experts  # of each layer that is a mixture
     cdef Team team
     cdef Cache kv
 
@@ -224,7 +251,8 @@ cdef class Stage:
         if heads <= 0 or heads % kv.c.kv_heads:
             raise ValueError("heads must be a multiple of kv_heads")
         self.layers = <kf_layer *>calloc(num_layers, sizeof(kf_layer))
-        if self.layers == NULL:
+        self.experts = <kf_experts *>calloc(num_layers, sizeof(kf_experts))
+        if self.layers == NULL or self.experts == NULL:
             raise MemoryError("no memory for the addresses of the weights")
         self.team, self.kv = team, kv
         self.c.layers = self.layers
@@ -234,30 +262,80 @@ cdef class Stage:
         self.c.heads = heads
         self.c.eps = eps
         self.c.scale = scale
+        self.c.embed_scale = 1.0
+        self.c.gated = KF_SILU_MUL
 
     def __dealloc__(self):
+        if self.experts != NULL:
+            for i in range(self.c.num_layers):
+                free(<void *>self.experts[i].gate_up)
+                free(<void *>self.experts[i].down)
+        free(self.experts)
         free(self.layers)
 
-    def set_layer(self, int64_t index, size_t attention_norm, size_t mlp_norm, size_t q_norm, size_t k_norm, weights,
-                  int64_t window):
-        """weights: (address, address of bias or 0, format, span) of qkv, o, gate_up and down; window 0: all keys."""
+    def set_ways(self, bint gelu, bint norm_wide, float embed_scale, float softcap):
+        """gelu: between gates and ups, else silu. norm_wide: norms round once. softcap 0: none."""
+        self.c.gated = KF_GELU_MUL if gelu else KF_SILU_MUL
+        self.c.norm_wide = norm_wide
+        self.c.embed_scale = embed_scale
+        self.c.softcap = softcap
+
+    cdef kf_layer *layer(self, int64_t index) except NULL:
         if not 0 <= index < self.c.num_layers:
             raise IndexError(f"layer {index} is not one of {self.c.num_layers}")
-        cdef kf_layer *layer = &self.layers[index]
-        layer.attention_norm = <void *>attention_norm
-        layer.mlp_norm = <void *>mlp_norm
-        layer.q_norm = <void *>q_norm
-        layer.k_norm = <void *>k_norm
+        return &self.layers[index]
+
+    def set_layer(self, int64_t index, norms, weights, int64_t window, int64_t table):
+        """norms: addresses of float32 weights before attention and MLP, of queries and keys, and behind attention and
+        MLP; 0: none. weights: (address, address of bias or 0, format, span) of qkv, o, gate_up and down, the last two
+        None where set_experts() has them. window 0: all keys. table: of the rotary tables."""
+        cdef kf_layer *layer = self.layer(index)
+        cdef size_t at[6]
+        if not 0 <= table < KF_TABLES:
+            raise IndexError(f"rotary table {table} is not one of {KF_TABLES}")
+        for i, norm in enumerate(norms):
+            at[i] = norm
+        layer.attention_norm, layer.mlp_norm = <float *>at[0], <float *>at[1]
+        layer.q_norm, layer.k_norm = <float *>at[2], <float *>at[3]
+        layer.attention_out_norm, layer.mlp_out_norm = <float *>at[4], <float *>at[5]
         qkv, o, gate_up, down = weights
         layer.qkv, layer.o = weight_of(qkv), weight_of(o)
-        layer.gate_up, layer.down = weight_of(gate_up), weight_of(down)
+        if gate_up is not None:
+            layer.gate_up, layer.down = weight_of(gate_up), weight_of(down)
         layer.window = window
+        layer.table = table
+
+    def set_experts(self, int64_t index, router, gate_ups, downs, int64_t chosen, int64_t intermediate,
+                    bint normalised):
+        """The weights, as those of set_layer(), of a layer that is a mixture of experts. Once for each layer."""
+        cdef kf_layer *layer = self.layer(index)
+        cdef kf_experts *made = &self.experts[index]
+        cdef int64_t count = len(gate_ups)
+        if not 0 < chosen <= count <= KF_EXPERTS_MAX or len(downs) != count or made.experts:
+            raise ValueError(f"{chosen} of {count} experts, {len(downs)} with a second weight")
+        cdef kf_weight *first = <kf_weight *>calloc(count, sizeof(kf_weight))
+        cdef kf_weight *second = <kf_weight *>calloc(count, sizeof(kf_weight))
+        made.gate_up, made.down = first, second
+        if first == NULL or second == NULL:
+            raise MemoryError("no memory for the addresses of the weights")
+        for i in range(count):
+            first[i], second[i] = weight_of(gate_ups[i]), weight_of(downs[i])
+        made.router = weight_of(router)
+        made.experts, made.chosen, made.intermediate, made.normalised = count, chosen, intermediate, normalised
+        layer.experts = made
+
+    def set_routes(self, size_t logits, size_t weights, size_t expert, size_t place, size_t first, size_t gathered,
+                   size_t activated, size_t out, size_t prepared):
+        """Where mixtures of experts keep a step's values: see kf_routes."""
+        self.c.routes = kf_routes(<float *>logits, <float *>weights, <int32_t *>expert, <int32_t *>place,
+                                  <int32_t *>first, <void *>gathered, <void *>activated, <void *>out,
+                                  <void *>prepared)
 
     def set_ends(self, int64_t vocab, size_t embed, size_t norm, head):
         """What a first or a last stage has besides layers; 0: it is none. head: as a weight of set_layer()."""
         self.c.vocab = vocab
         self.c.embed = <void *>embed
-        self.c.norm = <void *>norm
+        self.c.norm = <float *>norm
         self.c.head = weight_of(head)
 
     def set_buffers(self, size_t residual, size_t normed, size_t qkv, size_t q, size_t attended, size_t activated,
@@ -271,10 +349,16 @@ cdef class Stage:
         self.c.picked = <void *>picked
         self.c.prepared = <void *>prepared
 
-    def set_rotary(self, size_t cos, size_t sin, int64_t table_rows):
-        self.c.cos = <float *>cos
-        self.c.sin = <float *>sin
+    def set_rotary(self, int64_t table, size_t cos, size_t sin, int64_t table_rows, int64_t rotated):
+        """cos, sin: float32 [table_rows, rotated / 2], of as many rows and values in each table."""
+        if not 0 <= table < KF_TABLES:
+            raise IndexError(f"rotary table {table} is not one of {KF_TABLES}")
+        if not 0 < rotated <= self.kv.c.head_dim or rotated % 2:
+            raise ValueError(f"cannot rotate {rotated} of {self.kv.c.head_dim} values of a head")
+        self.c.cos[table] = <float *>cos
+        self.c.sin[table] = <float *>sin
         self.c.table_rows = table_rows
+        self.c.rotated = rotated
 
     def forward(self, Step step, source, const int32_t[::1] picked, size_t out):
         """A whole step. source: tokens int64 [T] on a first stage, elsewhere activations as bytes; picked int32 [K]:
@@ -317,21 +401,26 @@ def attention(Team team, Cache kv, int64_t layer, Step step, size_t q, size_t ou
 
 
 def rope_write(Team team, Cache kv, int64_t layer, Step step, size_t qkv, int64_t stride, size_t cos, size_t sin,
-               int64_t table_rows, size_t q_norm, size_t k_norm, float eps, int64_t heads, size_t q):
-    """Splits, norms (0 = none), rotates; writes K and V into the cache and the queries to q."""
+               int64_t table_rows, int64_t rotated, size_t q_norm, size_t k_norm, float eps, bint wide, int64_t heads,
+               size_t q):
+    """Splits, norms (0 = none), rotates the first `rotated` values of heads; writes K and V into the cache and the
+    queries to q."""
     if heads <= 0 or stride < (heads + 2 * kv.c.kv_heads) * kv.c.head_dim:
         raise ValueError("qkv rows are shorter than its heads")
-    cdef kf_rope_args a = kf_rope_args(&kv.c, &step.c, layer, heads, stride, <float *>cos, <float *>sin,
-                                       <void *>q_norm, <void *>k_norm, eps, <void *>qkv, <void *>q)
+    if not 0 < rotated <= kv.c.head_dim or rotated % 2:
+        raise ValueError(f"cannot rotate {rotated} of {kv.c.head_dim} values of a head")
+    cdef kf_rope_args a = kf_rope_args(&kv.c, &step.c, layer, heads, stride, rotated, <float *>cos, <float *>sin,
+                                       <float *>q_norm, <float *>k_norm, eps, wide, <void *>qkv, <void *>q)
     cdef int code
     with nogil:
         code = kf_rope_write(team.c, &a, table_rows)
     check(code)
 
 
-def rms_norm(Team team, size_t x, size_t weight, size_t out, int64_t rows, int64_t n, float eps, bint is_bf16):
-    """out[rows, n] = weight * rms_norm(x)"""
-    cdef kf_norm_args a = kf_norm_args(<void *>x, <void *>weight, <void *>out, rows, n, eps)
+def rms_norm(Team team, size_t x, size_t weight, size_t out, int64_t rows, int64_t n, float eps, bint wide, bint add,
+             bint is_bf16):
+    """out[rows, n] = (add: +=) weight * rms_norm(x); weight: float32. wide: rounded once."""
+    cdef kf_norm_args a = kf_norm_args(<void *>x, <float *>weight, <void *>out, rows, n, eps, wide, add)
     with nogil:
         kf_rms_norm(team.c, &a, is_bf16)
 

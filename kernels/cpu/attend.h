@@ -275,4 +275,4 @@ static TARGET void FN(attention)(kf_worker *worker, const kf_attention_args *a)
 }
 
 static const kf_ops FN(ops) = {FN(attention), FN(rope_write), FN(rms_norm), FN(linear),
-                                 FN(linear_panel)};
+                                 FN(linear_panel), FN(route), FN(combine), FN(scale), FN(softcap)};

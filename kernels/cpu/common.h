@@ -68,6 +68,32 @@ INL VF NAME(v_silu)(VF x)
     return NAME(v_div)(x, NAME(v_add)(one, NAME(v_exp)(NAME(v_sub)(zero, x))));
 }
 
+/* gelu in the form with tanh: x * 0.5 (1 + tanh(u)) = x / (1 + e**(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x**3). */
+INL VF NAME(v_gelu)(VF x)
+{
+    const VF one = NAME(v_set1)(1.0f), square = NAME(v_mul)(x, x);
+    const VF cubic = NAME(v_fma)(NAME(v_mul)(square, NAME(v_set1)(0.044715f)), x, x);
+    return NAME(v_div)(x, NAME(v_add)(one, NAME(v_exp)(NAME(v_mul)(cubic, NAME(v_set1)(-1.5957691216057308f)))));
+}
+
+/* tanh to about one unit in the last place: below 0.625 the polynomial of Cephes' tanhf, else by e**(2 |x|). */
+INL VF NAME(v_tanh)(VF x)
+{
+    const VF zero = NAME(v_set1)(0.0f), one = NAME(v_set1)(1.0f), border = NAME(v_set1)(0.625f);
+    const VF size = NAME(v_max)(x, NAME(v_sub)(zero, x)), z = NAME(v_mul)(x, x);
+    const VF e = NAME(v_add)(NAME(v_exp)(NAME(v_add)(size, size)), one);
+    const VF far = NAME(v_mul)(NAME(v_sub)(one, NAME(v_div)(NAME(v_set1)(2.0f), e)), NAME(v_div)(x, size));
+    VF y = NAME(v_set1)(-5.70498872745e-3f);
+    y = NAME(v_fma)(y, z, NAME(v_set1)(2.06390887954e-2f));
+    y = NAME(v_fma)(y, z, NAME(v_set1)(-5.37397155531e-2f));
+    y = NAME(v_fma)(y, z, NAME(v_set1)(1.33314422036e-1f));
+    y = NAME(v_fma)(y, z, NAME(v_set1)(-3.33332819422e-1f));
+    y = NAME(v_fma)(NAME(v_mul)(y, z), x, x);
+    const VF over = NAME(v_sub)(size, border);
+    return NAME(v_add)(NAME(v_zero_below)(over, 0.0f, far),
+                       NAME(v_zero_below)(NAME(v_sub)(zero, over), 1e-30f, y));
+}
+
 /* Scores s[0 .. 16 chunks) of one query row become e**((s - max) scale), scale > 0; those outside [start, end) become 0.
  * Lane i holds the keys whose absolute position is i modulo 16 (s begins at a multiple of 16), and chunks are
  * added in order: the sum depends on the row's own position only. Returns the sum. */

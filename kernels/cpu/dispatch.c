@@ -15,7 +15,6 @@
 
 #define KF_PRAGMA(x) _Pragma(#x)
 #define KF_HEAD_DIM_MAX 512
-#define KF_ROW_BLOCK 96    /* rows of a long step that one thread computes of a panel */
 #define KF_QUERY_BLOCK 48  /* queries of a long step that one thread computes of a head */
 #define KF_TILE_ROWS 12
 #define KF_FETCH_BYTES (640 << 10) /* of the next head's keys and values that the second level cache has room for */

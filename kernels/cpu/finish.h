@@ -20,7 +20,7 @@ static TARGET void FN(linear_finish)(const kf_linear_args *a, const VF *sums, in
 }
 
 /* The same for gate (vectors 0 and 1) and up (2 and 3) of 32 columns; bias holds all gates, then all ups. */
-static TARGET void FN(silu_mul_finish)(const kf_linear_args *a, const VF *sums, int64_t row, int64_t panel)
+static TARGET void FN(gated_finish)(const kf_linear_args *a, const VF *sums, int64_t row, int64_t panel)
 {
     const T *bias = a->w.bias;
     for (int c = 0; c < 2; c++) {
@@ -32,6 +32,8 @@ static TARGET void FN(silu_mul_finish)(const kf_linear_args *a, const VF *sums, 
             gate = NAME(v_add)(gate, LDN(bias + at, left));
             up = NAME(v_add)(up, LDN(bias + a->n + at, left));
         }
-        STN((T *)a->out + row * a->n + at, left, NAME(v_mul)(RND(NAME(v_silu)(RND(gate))), RND(up)));
+        gate = RND(gate);
+        gate = a->epilogue == KF_GELU_MUL ? NAME(v_gelu)(gate) : NAME(v_silu)(gate);
+        STN((T *)a->out + row * a->n + at, left, NAME(v_mul)(RND(gate), RND(up)));
     }
 }

@@ -14,7 +14,8 @@ enum {
     KF_BAD_ROW = -6
 };
 
-#define KF_PANEL 64 /* outputs in one panel of a packed weight */
+#define KF_PANEL 64         /* outputs in one panel of a packed weight */
+#define KF_EXPERTS_MAX 1024 /* of one layer; a multiple of 16 */
 
 /* The KV cache of a stage. A block is one contiguous range: [layer][K, V][kv head][...], where V is
  * [block_size][head_dim], and K is [head_dim][block_size] in float (sixteen keys are one vector) and
@@ -45,31 +46,36 @@ typedef struct {
 } kf_attention_args;
 
 /* Splits qkv[T, (heads + 2 kv_heads) head_dim] (rows `stride` elements apart), applies the optional norms and the
- * rotation (cos, sin: [positions, head_dim / 2]), writes q[T, heads, head_dim], and K and V into the cache. */
+ * rotation of the first `rotated` values (cos, sin: [positions, rotated / 2]), writes q[T, heads, head_dim], and K and V into the cache. */
 typedef struct {
     const kf_cache *kv;
     const kf_step *step;
-    int64_t layer, heads, stride;
+    int64_t layer, heads, stride, rotated;
     const float *cos, *sin;
-    const void *q_norm, *k_norm;
+    const float *q_norm, *k_norm;
     float eps;
+    int wide; /* as in kf_norm_args */
     const void *qkv;
     void *q;
 } kf_rope_args;
 
-/* out[rows, n] = weight * rms_normalised(x[rows, n]) */
+/* out[rows, n] = weight * rms_normalised(x[rows, n]). `wide`: what is normalised is not rounded before it is weighted.
+ * `add`: out += the rounded product. */
 typedef struct {
-    const void *x, *weight;
+    const void *x;
+    const float *weight;
     void *out;
     int64_t rows, n;
     float eps;
+    int wide, add;
 } kf_norm_args;
 
 typedef enum {
     KF_STORE,    /* out[rows, n] = x W^T + bias */
     KF_ADD,      /* out[rows, n] += x W^T + bias, the sum rounded before it is added */
     KF_SILU_MUL, /* out[rows, n] = silu(gate) * up; W holds gate and up by turns, 32 columns each; bias [2 n] */
-    KF_FLOAT     /* out[rows, n] = x W^T + bias, as floats */
+    KF_FLOAT,    /* out[rows, n] = x W^T + bias, as floats */
+    KF_GELU_MUL  /* as KF_SILU_MUL, with gelu in the form with tanh */
 } kf_epilogue;
 
 /* How a weight is kept: as values of the activations' type, or quantised (qformats.h). Q8_0 of GGUF is KF_INT8_F16, Q4_0
@@ -102,23 +108,51 @@ typedef struct {
     int64_t first_panel;
 } kf_linear_args;
 
+/* A mixture of experts: a row takes the `chosen` ones whose logits, x router^T, are the largest, and adds up their
+ * outputs with the softmax of the logits over all experts, or over the chosen ones (`normalised`), as weights.
+ * gate_up, down: [experts]; router: dense. */
 typedef struct {
-    const void *attention_norm, *mlp_norm, *q_norm, *k_norm;
+    kf_weight router;
+    const kf_weight *gate_up, *down;
+    int64_t experts, chosen, intermediate;
+    int normalised;
+} kf_experts;
+
+/* attention_out_norm, mlp_out_norm: of what attention and what the MLP add to the residual (NULL: none). table: which of
+ * the stage's rotary tables. experts: NULL where there is one gate_up and one down. */
+typedef struct {
+    const float *attention_norm, *mlp_norm, *q_norm, *k_norm, *attention_out_norm, *mlp_out_norm;
     kf_weight qkv, o, gate_up, down;
-    int64_t window;
+    const kf_experts *experts;
+    int64_t window, table;
 } kf_layer;
+
+/* Where mixtures of experts keep a step's values: [rows, experts] and [rows, chosen]; first: [2 experts + 1];
+ * gathered, activated, out: [rows * chosen, ...]; `prepared` of as many rows. Of the layer with the most of each. */
+typedef struct {
+    float *logits, *weights;
+    int32_t *expert, *place, *first;
+    void *gathered, *activated, *out, *prepared;
+} kf_routes;
+
+#define KF_TABLES 2 /* rotary tables of a stage */
 
 /* The layers of a stage, and where a step's values go between its operations: all [>= rows, ...]. `embed`
  * [vocab, hidden] is there on the first stage; `norm` and `head`, packed [vocab, hidden], on the last. */
 typedef struct {
     const kf_layer *layers;
     int64_t num_layers, hidden, intermediate, heads, vocab;
-    float eps, scale;
-    const void *embed, *norm;
+    float eps, scale, embed_scale; /* embed_scale: what embeddings are multiplied by */
+    float softcap;                 /* logits become softcap * tanh(logits / softcap); 0: they stay */
+    kf_epilogue gated;             /* KF_SILU_MUL or KF_GELU_MUL */
+    int norm_wide;
+    const void *embed;
+    const float *norm;
     kf_weight head; /* its w is NULL where there is none */
-    const float *cos, *sin;
-    int64_t table_rows;
+    const float *cos[KF_TABLES], *sin[KF_TABLES]; /* [table_rows, rotated / 2] */
+    int64_t table_rows, rotated;
     void *residual, *normed, *qkv, *q, *attended, *activated, *picked, *prepared;
+    kf_routes routes;
 } kf_stage;
 
 /* Where a step's values come from, tokens [T] or activations [T, hidden], and where they go: activations [T, hidden]

@@ -48,8 +48,8 @@ UNROLL(4)
                 sums[r * 4 + c + j] = some[r * NC + j];
     }
     for (int r = 0; r < VR; r++)
-        if (a->epilogue == KF_SILU_MUL)
-            FN(silu_mul_finish)(a, sums + r * 4, row + r, panel);
+        if (kf_is_gated(a->epilogue))
+            FN(gated_finish)(a, sums + r * 4, row + r, panel);
         else
             FN(linear_finish)(a, sums + r * 4, row + r, panel);
 }
@@ -93,7 +93,7 @@ static TARGET void FN(linear_panel)(const kf_linear_args *a, int64_t begin, int6
 
 static TARGET void FN(linear)(kf_worker *worker, const kf_linear_args *a)
 {
-    const int64_t columns = a->epilogue == KF_SILU_MUL ? (a->n + 31) / 32 * KF_PANEL : a->n;
+    const int64_t columns = kf_is_gated(a->epilogue) ? (a->n + 31) / 32 * KF_PANEL : a->n;
     const int64_t panels = (columns + KF_PANEL - 1) / KF_PANEL;
     /* Long steps are cut by rows as well, so that the threads end together. */
     const int64_t blocks = a->rows > 2 * KF_ROW_BLOCK ? (a->rows + KF_ROW_BLOCK - 1) / KF_ROW_BLOCK : 1;

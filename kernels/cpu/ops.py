@@ -9,6 +9,7 @@ from kernels.cpu.pack import Packed
 HEAD_DIM_MAX = 512  # KF_HEAD_DIM_MAX in dispatch.c
 
 STORE, ADD, SILU_MUL, FLOAT = _native.STORE, _native.ADD, _native.SILU_MUL, _native.FLOAT
+GELU_MUL = _native.GELU_MUL
 
 
 def cache_of(kv: PagedCache) -> _native.Cache:
@@ -56,41 +57,50 @@ def rope_write(
     norms: tuple[torch.Tensor | None, torch.Tensor | None],
     eps: float,
     q: torch.Tensor,
+    wide: bool = False,
 ) -> None:
-    """Splits qkv [T, (heads + 2 kv_heads) * head_dim], norms q and k per head (weights [head_dim] or None), rotates
-    by (cos, sin) float32 [positions, head_dim / 2]. K and V go into the cache, queries into q [T, heads, head_dim]."""
+    """Splits qkv [T, (heads + 2 kv_heads) * head_dim], norms q and k per head (weights float32 [head_dim] or None;
+    wide: as in rms_norm), rotates the first values of heads by (cos, sin) float32 [positions, rotated / 2]. K and V go
+    into the cache, queries into q [T, heads, head_dim]."""
     dtype, (cos, sin) = DTYPES[kv.dtype], rotary
     _check(dtype, len(step.positions), qkv, q)
     heads = q.shape[1]
     if (
-        cos.shape != (len(sin), kv.head_dim // 2)
+        cos.shape != sin.shape
+        or 2 * cos.shape[1] > kv.head_dim
         or qkv.shape[1] != (heads + 2 * kv.kv_heads) * kv.head_dim
         or cos.dtype is not torch.float32
         or sin.dtype is not torch.float32
     ):
         raise ValueError("qkv, q and the rotary table have different head sizes")
-    weights = []
     for norm in norms:
         if norm is not None:
-            _check(dtype, kv.head_dim, norm)
-        weights.append(0 if norm is None else norm.data_ptr())
-    args = (qkv.data_ptr(), qkv.shape[1], cos.data_ptr(), sin.data_ptr(), len(cos))
+            _check(torch.float32, kv.head_dim, norm)
+    q_norm, k_norm = (0 if norm is None else norm.data_ptr() for norm in norms)
+    args = (qkv.data_ptr(), qkv.shape[1], cos.data_ptr(), sin.data_ptr(), len(cos), 2 * cos.shape[1])
     _native.rope_write(
-        team, cache_of(kv), layer, step_of(step), *args, weights[0], weights[1], eps, heads, q.data_ptr()
+        team, cache_of(kv), layer, step_of(step), *args, q_norm, k_norm, eps, wide, heads, q.data_ptr()
     )
 
 
 def rms_norm(
-    team: _native.Team, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
+    team: _native.Team,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    wide: bool = False,
+    add: bool = False,
 ) -> None:
-    """out = weight * rms_norm(x), all [rows, n] but weight [n]."""
+    """out = (add: +=) weight * rms_norm(x), all [rows, n] but weight float32 [n]. wide: what is normalised is not
+    rounded before it is weighted."""
     rows, n = x.shape
     _check(x.dtype, rows, x, out)
-    _check(x.dtype, n, weight)
+    _check(torch.float32, n, weight)
     if out.shape[1] != n:
         raise ValueError(f"rows of {n} and of {out.shape[1]} values do not match")
     is_bf16 = x.dtype is torch.bfloat16
-    _native.rms_norm(team, x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, n, eps, is_bf16)
+    _native.rms_norm(team, x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, n, eps, wide, add, is_bf16)
 
 
 def linear(team: _native.Team, x: torch.Tensor, weight: Packed, out: torch.Tensor, epilogue: int) -> None:

@@ -111,8 +111,8 @@ UNROLL(4)
                 sums[r * 4 + c0 + c] = acc[r * NC + c];
     }
     for (int r = 0; r < VR; r++)
-        if (a->epilogue == KF_SILU_MUL)
-            FN(silu_mul_finish)(a, sums + r * 4, row + r, panel);
+        if (kf_is_gated(a->epilogue))
+            FN(gated_finish)(a, sums + r * 4, row + r, panel);
         else
             FN(linear_finish)(a, sums + r * 4, row + r, panel);
 }

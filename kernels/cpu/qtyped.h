@@ -23,7 +23,7 @@
 #include "finish.h"
 #include "qlinear.h"
 static const kf_q_ops NAME(q_ops) = {FN(q_prepare), FN(q_linear), NAME(q_panel_floats),
-                                      NAME(q_panel_rows_f32)};
+                                      NAME(q_panel_rows_f32), FN(q_panel)};
 #undef FN
 #undef T
 #undef LDN

@@ -11,7 +11,6 @@
 #endif
 
 #define KF_PRAGMA(x) _Pragma(#x)
-#define KF_ROW_BLOCK 96 /* rows of a long step that one thread computes of a panel */
 #define KF_FEW_ROWS 8   /* float rows for which it does not pay to write a panel's values down */
 
 #include "vec_plain.h"
@@ -54,7 +53,7 @@ static void linear_f32(kf_worker *worker, const kf_linear_args *a)
     kf_linear_args dense = *a;
     dense.w.w = worker->scratch;
     dense.w.format = KF_DENSE;
-    const int64_t columns = a->epilogue == KF_SILU_MUL ? (a->n + 31) / 32 * KF_PANEL : a->n;
+    const int64_t columns = kf_is_gated(a->epilogue) ? (a->n + 31) / 32 * KF_PANEL : a->n;
     const int64_t panels = (columns + KF_PANEL - 1) / KF_PANEL;
     const int64_t blocks = a->rows > 2 * KF_ROW_BLOCK ? (a->rows + KF_ROW_BLOCK - 1) / KF_ROW_BLOCK : 1;
     const int64_t total = panels * blocks, grain = 1 + total / (16 * kf_team_threads(worker->team));
@@ -72,6 +71,26 @@ static void linear_f32(kf_worker *worker, const kf_linear_args *a)
             made = dense.first_panel = panel;
             ops->linear_panel(&dense, block * a->rows / blocks, (block + 1) * a->rows / blocks, panel, 0);
         }
+    }
+}
+
+void kf_q_prepare(kf_worker *worker, const kf_linear_args *a) { best_ops()->prepare(worker, a); }
+
+void kf_panel(kf_worker *worker, const kf_linear_args *a, int64_t begin, int64_t end, int64_t panel, int is_bf16)
+{
+    if (a->w.format == KF_DENSE)
+        kf_ops_for(is_bf16)->linear_panel(a, begin, end, panel, 0);
+    else if (is_bf16)
+        best_ops()->panel(a, begin, end, panel, 0);
+    else if (a->rows <= KF_FEW_ROWS)
+        best_ops()->rows(a, panel);
+    else {
+        kf_linear_args dense = *a;
+        dense.w.w = worker->scratch;
+        dense.w.format = KF_DENSE;
+        dense.first_panel = panel;
+        best_ops()->floats(&a->w, a->k, panel, worker->scratch);
+        kf_ops_for(0)->linear_panel(&dense, begin, end, panel, 0);
     }
 }
 

@@ -1,6 +1,6 @@
 /* Operations on rows for one element type and one instruction set: norms, and the rotation. */
 
-INL void FN(rms_norm_row)(const T *x, const T *weight, T *out, int64_t n, float eps)
+INL void FN(rms_norm_row)(const T *x, const float *weight, T *out, int64_t n, float eps, int wide, int add)
 {
     VF acc[4];
     for (int j = 0; j < 4; j++)
@@ -12,8 +12,9 @@ INL void FN(rms_norm_row)(const T *x, const T *weight, T *out, int64_t n, float 
     VF sum = NAME(v_add)(NAME(v_add)(acc[0], acc[1]), NAME(v_add)(acc[2], acc[3]));
     VF inv = NAME(v_set1)(1.0f / sqrtf(NAME(v_hsum)(sum) / (float)n + eps));
     for (int64_t i = 0; i < n; i += 16) {
-        VF r = RND(NAME(v_mul)(LDN(x + i, n - i), inv));
-        STN(out + i, n - i, NAME(v_mul)(LDN(weight + i, n - i), r));
+        VF r = NAME(v_mul)(LDN(x + i, n - i), inv);
+        r = NAME(v_mul)(NAME(v_load_n)(weight + i, n - i), wide ? r : RND(r));
+        STN(out + i, n - i, add ? NAME(v_add)(LDN(out + i, n - i), RND(r)) : r);
     }
 }
 
@@ -21,16 +22,34 @@ static TARGET void FN(rms_norm)(kf_worker *worker, const kf_norm_args *a)
 {
     for (int64_t row, end; kf_next(worker, a->rows, 8, &row, &end);)
         for (; row < end; row++)
-            FN(rms_norm_row)((const T *)a->x + row * a->n, a->weight, (T *)a->out + row * a->n, a->n, a->eps);
+            FN(rms_norm_row)((const T *)a->x + row * a->n, a->weight, (T *)a->out + row * a->n, a->n, a->eps, a->wide,
+                             a->add);
 }
 
-/* One head: optional norm, rotation (the half-split form of Hugging Face), rounding to T. */
-INL void FN(rope_head)(const T *x, const T *norm, float eps, const float *cos, const float *sin, int64_t hd, T *dst)
+static TARGET void FN(scale)(void *x, int64_t n, float scale)
+{
+    for (int64_t i = 0; i < n; i += 16)
+        STN((T *)x + i, n - i, NAME(v_mul)(LDN((const T *)x + i, n - i), NAME(v_set1)(scale)));
+}
+
+static TARGET void FN(softcap)(kf_worker *worker, float *logits, int64_t n, float softcap)
+{
+    const VF cap = NAME(v_set1)(softcap);
+    for (int64_t i, end; kf_next(worker, n, 4096, &i, &end);)
+        for (; i < end; i += 16) {
+            const VF x = NAME(v_div)(NAME(v_load_n)(logits + i, end - i), cap);
+            NAME(v_store_n)(logits + i, end - i, NAME(v_mul)(NAME(v_tanh)(x), cap));
+        }
+}
+
+/* One head: optional norm, rotation of its first values (the half-split form of Hugging Face), rounding to T. */
+INL void FN(rope_head)(const T *x, const float *norm, float eps, int wide, const float *cos, const float *sin, int64_t hd,
+                       int64_t rotated, T *dst)
 {
     T normed[KF_HEAD_DIM_MAX];
-    int64_t half = hd / 2;
+    int64_t half = rotated / 2;
     if (norm) {
-        FN(rms_norm_row)(x, norm, normed, hd, eps);
+        FN(rms_norm_row)(x, norm, normed, hd, eps, wide, 0);
         x = normed;
     }
     for (int64_t i = 0; i < half; i += 16) {
@@ -40,6 +59,7 @@ INL void FN(rope_head)(const T *x, const T *norm, float eps, const float *cos, c
         STN(dst + i, n, NAME(v_sub)(NAME(v_mul)(a, c), NAME(v_mul)(b, s)));
         STN(dst + half + i, n, NAME(v_add)(NAME(v_mul)(b, c), NAME(v_mul)(a, s)));
     }
+    memcpy(dst + rotated, x + rotated, (size_t)(hd - rotated) * sizeof(T));
 }
 
 static TARGET void FN(rope_token)(const kf_rope_args *a, int64_t t)
@@ -48,13 +68,14 @@ static TARGET void FN(rope_token)(const kf_rope_args *a, int64_t t)
     const int64_t hd = kv->head_dim, bs = kv->block_size, plane = kv->kv_heads * bs * hd;
     const int64_t pos = a->step->positions[t], block = a->step->slots[t] / bs, off = a->step->slots[t] % bs;
     const T *qkv = (const T *)a->qkv + t * a->stride;
-    const float *c = a->cos + pos * (hd / 2), *s = a->sin + pos * (hd / 2);
+    const int64_t rotated = a->rotated;
+    const float *c = a->cos + pos * (rotated / 2), *s = a->sin + pos * (rotated / 2);
     T *k = (T *)kv->base + (block * kv->layers + a->layer) * 2 * plane, *v = k + plane;
     T key[KF_HEAD_DIM_MAX];
     for (int64_t h = 0; h < a->heads; h++)
-        FN(rope_head)(qkv + h * hd, a->q_norm, a->eps, c, s, hd, (T *)a->q + (t * a->heads + h) * hd);
+        FN(rope_head)(qkv + h * hd, a->q_norm, a->eps, a->wide, c, s, hd, rotated, (T *)a->q + (t * a->heads + h) * hd);
     for (int64_t h = 0; h < kv->kv_heads; h++) {
-        FN(rope_head)(qkv + (a->heads + h) * hd, a->k_norm, a->eps, c, s, hd, key);
+        FN(rope_head)(qkv + (a->heads + h) * hd, a->k_norm, a->eps, a->wide, c, s, hd, rotated, key);
         for (int64_t d = 0; d < hd; d++)
             k[h * hd * bs + (d / GROUP * bs + off) * GROUP + d % GROUP] = key[d];
         memcpy(v + (h * bs + off) * hd, qkv + (a->heads + kv->kv_heads + h) * hd, (size_t)hd * sizeof(T));

@@ -3,7 +3,7 @@
 #include <stddef.h>
 #include <string.h>
 
-#include "ops.h"
+#include "experts.h"
 
 #define COPY_ROWS 8 /* taken at a time by a thread that copies */
 
@@ -69,6 +69,11 @@ static int reserve_floats(kf_team *team, const kf_stage *s, const kf_cache *kv)
         WIDER(s->layers[i].o, s->heads * kv->head_dim)
         WIDER(s->layers[i].gate_up, s->hidden)
         WIDER(s->layers[i].down, s->intermediate)
+        const kf_experts *e = s->layers[i].experts;
+        for (int64_t j = 0; e && j < e->experts; j++) {
+            WIDER(e->gate_up[j], s->hidden)
+            WIDER(e->down[j], e->intermediate)
+        }
     }
 #undef WIDER
     return kv->is_bf16 || kf_team_scratch(team, kf_q_scratch(widest)) ? KF_OK : KF_NO_MEMORY;
@@ -100,7 +105,10 @@ static void load(kf_worker *w, const forward_args *f)
         for (int64_t row = begin; row < end; row++) {
             const char *from = f->io->tokens ? (const char *)f->stage->embed + (size_t)f->io->tokens[row] * size
                                              : (const char *)f->io->hidden + (size_t)row * size;
-            memcpy((char *)f->stage->residual + (size_t)row * size, from, size);
+            char *to = (char *)f->stage->residual + (size_t)row * size;
+            memcpy(to, from, size);
+            if (f->io->tokens && f->stage->embed_scale != 1.0f)
+                f->ops->scale(to, f->stage->hidden, f->stage->embed_scale);
         }
     kf_barrier(w);
 }
@@ -135,11 +143,47 @@ static void logits(kf_worker *w, const forward_args *f)
             memcpy((char *)s->picked + (size_t)i * f->row_bytes,
                    (char *)s->residual + (size_t)f->io->picked[i] * f->row_bytes, f->row_bytes);
     kf_barrier(w);
-    const kf_norm_args norm = {s->picked, s->norm, s->normed, rows, s->hidden, s->eps};
+    const kf_norm_args norm = {s->picked, s->norm, s->normed, rows, s->hidden, s->eps, s->norm_wide, 0};
     f->ops->rms_norm(w, &norm);
     kf_barrier(w);
     const kf_linear_args head = {s->normed, s->head, f->io->out, s->prepared, rows, s->hidden, s->vocab, KF_FLOAT, 0};
     linear(w, f->ops, &head, f->kv->is_bf16);
+    if (s->softcap > 0.0f) {
+        kf_barrier(w);
+        f->ops->softcap(w, f->io->out, rows * s->vocab, s->softcap);
+    }
+}
+
+/* x becomes normed where it is added to the residual. */
+static void add_normed(kf_worker *w, const forward_args *f, const float *weight)
+{
+    const kf_stage *s = f->stage;
+    const kf_norm_args norm = {s->normed, weight, s->residual, f->step->tokens, s->hidden, s->eps, s->norm_wide, 1};
+    f->ops->rms_norm(w, &norm);
+    kf_barrier(w);
+}
+
+static void run_mlp(kf_worker *w, const forward_args *f, const kf_layer *layer)
+{
+    const kf_stage *s = f->stage;
+    const int64_t rows = f->step->tokens;
+    const int is_bf16 = f->kv->is_bf16, adds = layer->mlp_out_norm == NULL;
+    void *out = adds ? s->residual : s->normed;
+    if (layer->experts) {
+        const kf_experts_io io = {s->normed, out, rows, s->hidden, s->gated, adds, is_bf16};
+        kf_run_experts(w, f->ops, layer->experts, &s->routes, &io);
+    } else {
+        const kf_linear_args gate_up = {s->normed, layer->gate_up, s->activated, s->prepared, rows, s->hidden,
+                                        s->intermediate, s->gated, 0};
+        linear(w, f->ops, &gate_up, is_bf16);
+        kf_barrier(w);
+        const kf_linear_args down = {s->activated, layer->down, out, s->prepared, rows, s->intermediate, s->hidden,
+                                     adds ? KF_ADD : KF_STORE, 0};
+        linear(w, f->ops, &down, is_bf16);
+        kf_barrier(w);
+    }
+    if (!adds)
+        add_normed(w, f, layer->mlp_out_norm);
 }
 
 static void run_layer(kf_worker *w, const forward_args *f, int64_t index)
@@ -149,34 +193,31 @@ static void run_layer(kf_worker *w, const forward_args *f, int64_t index)
     const int64_t rows = f->step->tokens, hd = f->kv->head_dim;
     const int64_t qkv = (s->heads + 2 * f->kv->kv_heads) * hd;
 
-    const kf_norm_args before = {s->residual, layer->attention_norm, s->normed, rows, s->hidden, s->eps};
+    const kf_norm_args before = {s->residual, layer->attention_norm, s->normed, rows, s->hidden, s->eps,
+                                 s->norm_wide, 0};
     f->ops->rms_norm(w, &before);
     kf_barrier(w);
     const kf_linear_args project = {s->normed, layer->qkv, s->qkv, s->prepared, rows, s->hidden, qkv, KF_STORE, 0};
     linear(w, f->ops, &project, f->kv->is_bf16);
     kf_barrier(w);
-    const kf_rope_args rope = {f->kv, f->step, index, s->heads, qkv, s->cos, s->sin, layer->q_norm, layer->k_norm,
-                               s->eps, s->qkv, s->q};
+    const kf_rope_args rope = {f->kv, f->step, index, s->heads, qkv, s->rotated, s->cos[layer->table],
+                               s->sin[layer->table], layer->q_norm, layer->k_norm, s->eps, s->norm_wide, s->qkv, s->q};
     f->ops->rope_write(w, &rope);
     kf_barrier(w);
     const kf_attention_args attend = {f->kv, f->step, index, s->heads, layer->window, s->scale, s->q, s->attended};
     f->ops->attention(w, &attend);
     kf_barrier(w);
-    const kf_linear_args out = {s->attended, layer->o, s->residual, s->prepared, rows, s->heads * hd, s->hidden,
-                                KF_ADD, 0};
+    const int adds = layer->attention_out_norm == NULL;
+    const kf_linear_args out = {s->attended, layer->o, adds ? s->residual : s->normed, s->prepared, rows, s->heads * hd,
+                                s->hidden, adds ? KF_ADD : KF_STORE, 0};
     linear(w, f->ops, &out, f->kv->is_bf16);
     kf_barrier(w);
-    const kf_norm_args after = {s->residual, layer->mlp_norm, s->normed, rows, s->hidden, s->eps};
+    if (!adds)
+        add_normed(w, f, layer->attention_out_norm);
+    const kf_norm_args after = {s->residual, layer->mlp_norm, s->normed, rows, s->hidden, s->eps, s->norm_wide, 0};
     f->ops->rms_norm(w, &after);
     kf_barrier(w);
-    const kf_linear_args gate_up = {s->normed, layer->gate_up, s->activated, s->prepared, rows, s->hidden,
-                                    s->intermediate, KF_SILU_MUL, 0};
-    linear(w, f->ops, &gate_up, f->kv->is_bf16);
-    kf_barrier(w);
-    const kf_linear_args down = {s->activated, layer->down, s->residual, s->prepared, rows, s->intermediate, s->hidden,
-                                 KF_ADD, 0};
-    linear(w, f->ops, &down, f->kv->is_bf16);
-    kf_barrier(w);
+    run_mlp(w, f, layer);
 }
 
 static void forward(kf_worker *w, const void *arg)

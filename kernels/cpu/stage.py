@@ -5,7 +5,7 @@ import numpy.typing as npt
 import torch
 from typing_extensions import Buffer
 
-from kernels.base import DTYPES, Layer, Linear, PagedCache, StageSpec, StepArrays
+from kernels.base import DTYPES, Experts, Layer, Linear, Mlp, PagedCache, StageSpec, StepArrays
 from kernels.cpu import _native
 from kernels.cpu.ops import cache_of, step_of
 from kernels.cpu.pack import Packed, pack, pack_gate_up
@@ -33,8 +33,11 @@ class CpuStage:
             spec.intermediate,
             spec.heads,
             spec.eps,
-            kv.head_dim**-0.5,
+            kv.head_dim**-0.5 if spec.scale is None else spec.scale,
         )
+        softcap = 0.0 if spec.head is None else spec.head.softcap
+        self._native.set_ways(spec.activation == "gelu_tanh", spec.norm_wide, spec.embed_scale, softcap)
+        self._mixtures = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, Experts)]
         for index, layer in enumerate(spec.layers):
             self._set_layer(index, layer, arena)
         self._vocab = self._set_ends(spec, arena)
@@ -74,16 +77,39 @@ class CpuStage:
         hidden = self._hidden
         sizes = (hidden, hidden, heads + 2 * kv_heads, heads, heads, self._intermediate, hidden)
         self._buffers = [torch.empty(self._rows, size, dtype=self._dtype) for size in sizes]
-        widest = max(hidden, heads, self._intermediate)
-        prepared = _native.prepared_size(widest) if self._dtype is torch.bfloat16 else 0
-        self._buffers.append(torch.empty(self._rows, prepared, dtype=torch.uint8))
+        self._buffers.append(self._prepared(self._rows, max(hidden, heads, self._intermediate)))
         self._native.set_buffers(*(buffer.data_ptr() for buffer in self._buffers))
+        if self._mixtures:
+            self._routes = self._room_for_routes(self._rows)
+            self._native.set_routes(*(buffer.data_ptr() for buffer in self._routes))
+
+    def _prepared(self, rows: int, widest: int) -> torch.Tensor:
+        prepared = _native.prepared_size(widest) if self._dtype is torch.bfloat16 else 0
+        return torch.empty(rows, prepared, dtype=torch.uint8)
+
+    def _room_for_routes(self, rows: int) -> list[torch.Tensor]:
+        """See kf_routes."""
+        experts = max(len(mixture.experts) for mixture in self._mixtures)
+        chosen = max(mixture.chosen for mixture in self._mixtures)
+        widest = max(mixture.experts[0].down.shape[1] for mixture in self._mixtures)
+        sizes = (self._hidden, widest, self._hidden)
+        return [
+            torch.empty(rows, experts),
+            torch.empty(rows, chosen),
+            torch.empty(rows, chosen, dtype=torch.int32),
+            torch.empty(rows, chosen, dtype=torch.int32),
+            torch.empty(2 * experts + 1, dtype=torch.int32),
+            *(torch.empty(rows * chosen, size, dtype=self._dtype) for size in sizes),
+            self._prepared(rows * chosen, max(self._hidden, widest)),
+        ]
 
     def _cover(self, positions: int) -> None:
-        self._rotary.cover(positions)
-        cos, sin = self._rotary.cos, self._rotary.sin
-        self._positions = min(len(cos), self._rotary.max_positions)
-        self._native.set_rotary(cos.data_ptr(), sin.data_ptr(), self._positions)
+        for index, rotary in enumerate(self._rotary):
+            rotary.cover(positions)
+            cos, sin = rotary.cos, rotary.sin
+            self._positions = min(len(cos), rotary.max_positions)
+            place = (cos.data_ptr(), sin.data_ptr())
+            self._native.set_rotary(index, *place, self._positions, 2 * cos.shape[1])
 
     def _set_ends(self, spec: StageSpec, arena: Arena) -> int:
         """Embedding and head, where the stage has them. Returns how many logits a row has."""
@@ -96,53 +122,76 @@ class CpuStage:
         if spec.head is None:
             self._native.set_ends(vocab, embed, 0, (0, 0, 0, 1))
             return 0
-        norm, head = (
-            self._checked(spec.head.norm.clone(), "the last norm"),
-            pack(Linear(spec.head.weight), arena),
-        )
+        norm = self._checked(spec.head.norm.clone(), "the last norm", torch.float32)
+        head = pack(Linear(spec.head.weight), arena)
         self._kept += [norm, head]
         if spec.embed is not None and head.n != vocab:
             raise ValueError(f"the embedding has {vocab} tokens, the head {head.n}")
         self._native.set_ends(head.n, embed, norm.data_ptr(), head.place)
         return head.n
 
-    def _checked(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        if tensor.dtype is not self._dtype or not tensor.is_contiguous():
-            raise ValueError(f"{name} is not contiguous {self._dtype}")
+    def _checked(self, tensor: torch.Tensor, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        wanted = self._dtype if dtype is None else dtype
+        if tensor.dtype is not wanted or not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous {wanted}")
         return tensor
 
     def _set_layer(self, index: int, layer: Layer, arena: Arena) -> None:
         """Packs one layer's weights and tells the kernels where they are."""
-        norms = (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
-        vectors = [None if norm is None else norm.clone() for norm in norms]
-        weights = (
-            pack(layer.qkv, arena),
-            pack(layer.o, arena),
-            pack_gate_up(layer.gate_up, arena),
-            pack(layer.down, arena),
+        norms = (
+            layer.attention_norm,
+            layer.mlp_norm,
+            layer.q_norm,
+            layer.k_norm,
+            layer.attention_out_norm,
+            layer.mlp_out_norm,
         )
+        vectors = [None if norm is None else norm.clone() for norm in norms]
         for tensor in vectors:
             if tensor is not None:
-                self._checked(tensor, f"a norm of layer {index}")
-        if not all(weight.fits(self._dtype) for weight in weights):
-            raise ValueError(f"a weight of layer {index} is not {self._dtype}")
+                self._checked(tensor, f"a norm of layer {index}", torch.float32)
         heads, kv_heads = (n * self._kv.head_dim for n in (self._heads, self._kv.kv_heads))
-        wanted = (
-            (heads + 2 * kv_heads, self._hidden),
-            (self._hidden, heads),
-            (self._intermediate, self._hidden),
-            (self._hidden, self._intermediate),
-        )
-        if tuple((w.n, w.k) for w in weights) != wanted:
-            raise ValueError(f"the weights of layer {index} do not fit the stage's sizes")
-        self._kept += [*vectors, *weights]
-        attention_norm, mlp_norm, q_norm, k_norm = (0 if v is None else v.data_ptr() for v in vectors)
+        qkv, o = pack(layer.qkv, arena), pack(layer.o, arena)
+        self._fit(index, (qkv, (heads + 2 * kv_heads, self._hidden)), (o, (self._hidden, heads)))
+        mlp: tuple[Packed | None, Packed | None] = (None, None)
+        if isinstance(layer.mlp, Mlp):
+            mlp = self._packed(index, layer.mlp, self._intermediate, arena)
+        self._kept += [*vectors, qkv, o]
         self._native.set_layer(
             index,
-            attention_norm,
-            mlp_norm,
-            q_norm,
-            k_norm,
-            [w.place for w in weights],
+            [0 if v is None else v.data_ptr() for v in vectors],
+            [qkv.place, o.place, *(None if weight is None else weight.place for weight in mlp)],
             layer.window or 0,
+            layer.rotary,
         )
+        if isinstance(layer.mlp, Experts):
+            self._set_experts(index, layer.mlp, arena)
+
+    def _set_experts(self, index: int, mixture: Experts, arena: Arena) -> None:
+        intermediate = mixture.experts[0].down.shape[1]
+        router = pack(Linear(mixture.router), arena)
+        self._fit(index, (router, (len(mixture.experts), self._hidden)))
+        packed = [self._packed(index, expert, intermediate, arena) for expert in mixture.experts]
+        self._kept.append(router)
+        self._native.set_experts(
+            index,
+            router.place,
+            [gate_up.place for gate_up, _ in packed],
+            [down.place for _, down in packed],
+            mixture.chosen,
+            intermediate,
+            mixture.normalised,
+        )
+
+    def _packed(self, index: int, mlp: Mlp, intermediate: int, arena: Arena) -> tuple[Packed, Packed]:
+        gate_up, down = pack_gate_up(mlp.gate_up, arena), pack(mlp.down, arena)
+        self._fit(index, (gate_up, (intermediate, self._hidden)), (down, (self._hidden, intermediate)))
+        self._kept += [gate_up, down]
+        return gate_up, down
+
+    def _fit(self, index: int, *weights: tuple[Packed, tuple[int, int]]) -> None:
+        for weight, shape in weights:
+            if not weight.fits(self._dtype):
+                raise ValueError(f"a weight of layer {index} is not {self._dtype}")
+            if (weight.n, weight.k) != shape:
+                raise ValueError(f"the weights of layer {index} do not fit the stage's sizes")

@@ -18,6 +18,7 @@
 #include "finish.h"
 #include "linear.h"
 #include "rowops.h"
+#include "route.h"
 #include "attend.h"
 #include "untyped.h"
 #endif
@@ -36,6 +37,7 @@
 #include "finish.h"
 #include "linear.h"
 #include "rowops.h"
+#include "route.h"
 #include "attend.h"
 #include "untyped.h"
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from kernels.base import StageSpec
+from kernels.base import DTYPES, StageSpec
 from kernels.cuda.cache import DeviceCache
 from kernels.cuda.memory import DeviceMemory, blocks_that_fit
 from kernels.cuda.stage import CudaStage
@@ -32,10 +32,10 @@ def build(
     attention: Literal["triton", "xformers"],
 ) -> CudaStage:
     """Raises ValueError where it does not fit, XformersMissing."""
-    context_max = spec.rotary.max_positions
+    context_max = min(rotary.max_positions for rotary in spec.rotary)
     if room.num_blocks:
         context_max = min(context_max, room.num_blocks * shape.block_size)
-    weights = DeviceWeights.load(spec, device, context_max)
+    weights = DeviceWeights.load(spec, device, context_max, DTYPES[shape.dtype])
     blocks = room.num_blocks or _measured(spec, shape, device, room, weights)
     return CudaStage(spec, _cache(shape, blocks, device), room.rows_max, attention, weights)
 
@@ -45,7 +45,7 @@ def _measured(
 ) -> int:
     """Runs the largest step over a cache of hardly any blocks, and sees what is left."""
     cache = _cache(shape, BLOCKS_MIN, device)
-    stage = CudaStage(spec, cache, room.rows_max, "triton", weights, context_max=len(weights.cos))
+    stage = CudaStage(spec, cache, room.rows_max, "triton", weights, context_max=len(weights.cos[0]))
     stage.rehearse()
     memory = DeviceMemory.measure(device)
     blocks = blocks_that_fit(memory, room.memory_share, cache.block_bytes, shape.block_size, BLOCKS_MIN)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from typing_extensions import Buffer
 
-from kernels.base import Layer, StageSpec, StepArrays
+from kernels.base import Layer, Mlp, StageSpec, StepArrays
 from kernels.cuda.cache import DeviceCache, device_guard
 from kernels.cuda.graphs import DecodeGraphs
 from kernels.cuda.step import DeviceStep, query_tiles, splits_needed
@@ -16,7 +16,7 @@ from kernels.triton.attention import Partials, attention, attention_tiles, keys_
 from kernels.triton.jit import ceil_div, power_of_two
 from kernels.triton.linear import linear
 from kernels.triton.rope import rope_write
-from kernels.triton.rows import add_rms_norm, silu_mul
+from kernels.triton.rows import add_rms_norm, gated_mul
 from kernels.xformers import PagedAttention
 
 GRAPH_ROWS_MAX = 256
@@ -58,13 +58,14 @@ class CudaStage:
         self.suspect = True  # nobody has looked at them here
         self._spec, self._device = spec, kv.planes.device
         if weights is None:
-            weights = DeviceWeights.load(spec, self._device, kv.num_blocks * kv.block_size)
+            weights = DeviceWeights.load(spec, self._device, kv.num_blocks * kv.block_size, kv.planes.dtype)
         self._layers, self._embed, self._head = weights.layers, weights.embed, weights.head
         self._cos, self._sin = weights.cos, weights.sin
-        self._scale = kv.head_dim**-0.5
+        self._positions = len(self._cos[0])
+        self._scale = kv.head_dim**-0.5 if spec.scale is None else spec.scale
         sizes = attention_tiles(kv.planes.dtype, kv.head_dim, spec.heads // kv.kv_heads)
         self._tile_queries = sizes.queries
-        splits_max = splits_of(min(len(self._cos), context_max or kv.num_blocks * kv.block_size))
+        splits_max = splits_of(min(self._positions, context_max or kv.num_blocks * kv.block_size))
         split_bytes = spec.heads * (kv.head_dim + 2) * 4
         queries = max(sizes.queries, PARTIAL_BYTES // (splits_max * split_bytes))
         self._partials = Partials(queries, splits_max, spec.heads, kv.head_dim, self._device)
@@ -133,6 +134,8 @@ class CudaStage:
             if not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self._embed):
                 raise IndexError(f"a token is outside the vocabulary of {len(self._embed)}")
             torch.index_select(self._embed, 0, torch.from_numpy(tokens).to(self._device), out=target)
+            if self._spec.embed_scale != 1.0:
+                target.mul_(self._spec.embed_scale)
             return
         data = memoryview(cast("Buffer", source))
         if data.nbytes != target.nbytes or not data.c_contiguous:
@@ -150,6 +153,8 @@ class CudaStage:
             normed = torch.empty_like(hidden)
             add_rms_norm(None, hidden, norm, self._spec.eps, normed, rows)
             linear(normed, weight, None, out, rows)
+            if cap := self._head.softcap:
+                out.div_(cap).tanh_().mul_(cap)
         return out.cpu().numpy()
 
     def _check(self, step: StepArrays, picked: npt.NDArray[np.int32]) -> None:
@@ -166,7 +171,7 @@ class CudaStage:
         if int(step.tables.min()) < 0 or int(step.tables.max()) >= cache.num_blocks:
             raise IndexError(f"a block is outside the cache's {cache.num_blocks}")
         longest = int(step.context_lens.max())
-        if longest > min(len(self._cos), step.tables.shape[1] * cache.block_size):
+        if longest > min(self._positions, step.tables.shape[1] * cache.block_size):
             raise IndexError(f"a context of {longest} tokens has no blocks or no rotary table")
 
     def _eager_step(self, step: StepArrays) -> DeviceStep:
@@ -188,13 +193,15 @@ class CudaStage:
         if self._library is not None and source is not None:
             mask = self._library.mask(source, step.tables)
         x: torch.Tensor | None = None
+        x_norm: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
             keys, values = self.kv.layer(index)
-            add_rms_norm(x, w.residual, layer.attention_norm, eps, w.normed, rows)
+            assert isinstance(layer.mlp, Mlp)  # as DeviceWeights demands
+            add_rms_norm(x, w.residual, layer.attention_norm, eps, w.normed, rows, x_norm)
             linear(w.normed, layer.qkv.tensor, layer.qkv.bias, w.qkv, rows)
             rope_write(
-                w.qkv, step.positions, step.slots, self._cos, self._sin, layer.q_norm, layer.k_norm, eps,
-                w.q, keys, values,
+                w.qkv, step.positions, step.slots, self._cos[layer.rotary], self._sin[layer.rotary],
+                layer.q_norm, layer.k_norm, eps, w.q, keys, values,
             )  # fmt: skip
             if not self._attend_by_library(index, layer, mask):
                 attention(
@@ -202,12 +209,13 @@ class CudaStage:
                     step.splits, self._scale, layer.window, w.attended,
                 )  # fmt: skip
             linear(w.attended, layer.o.tensor, layer.o.bias, w.x, rows)
-            add_rms_norm(w.x, w.residual, layer.mlp_norm, eps, w.normed, rows)
-            linear(w.normed, layer.gate_up.tensor, layer.gate_up.bias, w.gate_up, rows)
-            silu_mul(w.gate_up, w.activated, rows)
-            linear(w.activated, layer.down.tensor, layer.down.bias, w.x, rows)
-            x = w.x
-        add_rms_norm(x, w.residual, None, eps, None, rows)
+            add_rms_norm(w.x, w.residual, layer.mlp_norm, eps, w.normed, rows, layer.attention_out_norm)
+            gate_up, down = layer.mlp.gate_up, layer.mlp.down
+            linear(w.normed, gate_up.tensor, gate_up.bias, w.gate_up, rows)
+            gated_mul(w.gate_up, w.activated, rows, self._spec.activation)
+            linear(w.activated, down.tensor, down.bias, w.x, rows)
+            x, x_norm = w.x, layer.mlp_out_norm
+        add_rms_norm(x, w.residual, None, eps, None, rows, x_norm)
 
     def _attend_by_library(self, index: int, layer: Layer, mask: Any) -> bool:
         """Whether a library has computed this layer's attention: if one was chosen and can."""

@@ -9,12 +9,19 @@ from kernels.triton.jit import OPTIONS, check, power_of_two
 
 
 @triton.jit
-def _normed(a, b, weight, at, inside, HALF: tl.constexpr, EPS: tl.constexpr):
-    """Both halves of a head, divided by its root mean square and weighted."""
-    scale = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * HALF) + EPS)
+def _normed(a, b, rest, weight, at, inside, HALF: tl.constexpr, TAIL: tl.constexpr, TAIL_WIDTH: tl.constexpr,
+            EPS: tl.constexpr):  # fmt: skip
+    """The parts of a head, divided by its root mean square and weighted."""
+    squares = tl.sum(a * a, 0) + tl.sum(b * b, 0)
+    if TAIL > 0:
+        squares += tl.sum(rest * rest, 0)
+    scale = 1.0 / tl.sqrt(squares / (2 * HALF + TAIL) + EPS)
     first = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(weight + HALF + at, mask=inside, other=0.0).to(tl.float32)
-    return a * scale * first, b * scale * second
+    if TAIL > 0:
+        last = tl.arange(0, TAIL_WIDTH)
+        rest = rest * scale * tl.load(weight + 2 * HALF + last, mask=last < TAIL, other=0.0).to(tl.float32)
+    return a * scale * first, b * scale * second, rest
 
 
 @triton.jit
@@ -33,6 +40,8 @@ def _rope_write(
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
+    TAIL_WIDTH: tl.constexpr,
     EPS: tl.constexpr,
     NORM: tl.constexpr,
 ):
@@ -41,31 +50,46 @@ def _rope_write(
     slot = tl.load(slots + token).to(tl.int64)
     if slot < 0:
         return  # a row that only pads the batch writes nowhere
+    # Two halves that are rotated, and a tail that is not.
     at = tl.arange(0, WIDTH)
     inside = at < HALF
-    source = qkv + (token.to(tl.int64) * (HEADS + 2 * KV_HEADS) + head) * (2 * HALF) + at
-    a = tl.load(source, mask=inside, other=0.0)
-    b = tl.load(source + HALF, mask=inside, other=0.0)
+    last = tl.arange(0, TAIL_WIDTH)
+    beyond = last < TAIL
+    HEAD_DIM: tl.constexpr = 2 * HALF + TAIL
+    source = qkv + (token.to(tl.int64) * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM
+    a = tl.load(source + at, mask=inside, other=0.0)
+    b = tl.load(source + HALF + at, mask=inside, other=0.0)
+    rest = tl.zeros((TAIL_WIDTH,), a.dtype)
+    if TAIL > 0:
+        rest = tl.load(source + 2 * HALF + last, mask=beyond, other=0.0)
     if head >= HEADS + KV_HEADS:
-        target = values + (slot * KV_HEADS + head - HEADS - KV_HEADS) * (2 * HALF) + at
-        tl.store(target, a, mask=inside)
-        tl.store(target + HALF, b, mask=inside)
+        target = values + (slot * KV_HEADS + head - HEADS - KV_HEADS) * HEAD_DIM
+        tl.store(target + at, a, mask=inside)
+        tl.store(target + HALF + at, b, mask=inside)
+        if TAIL > 0:
+            tl.store(target + 2 * HALF + last, rest, mask=beyond)
         return
-    wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
+    wide_a, wide_b, wide_rest = a.to(tl.float32), b.to(tl.float32), rest.to(tl.float32)
     if NORM:
         if head < HEADS:
-            wide_a, wide_b = _normed(wide_a, wide_b, q_norm, at, inside, HALF, EPS)
+            wide_a, wide_b, wide_rest = _normed(
+                wide_a, wide_b, wide_rest, q_norm, at, inside, HALF, TAIL, TAIL_WIDTH, EPS
+            )
         else:
-            wide_a, wide_b = _normed(wide_a, wide_b, k_norm, at, inside, HALF, EPS)
+            wide_a, wide_b, wide_rest = _normed(
+                wide_a, wide_b, wide_rest, k_norm, at, inside, HALF, TAIL, TAIL_WIDTH, EPS
+            )
     angle = tl.load(positions + token).to(tl.int64) * HALF + at
     c = tl.load(cos + angle, mask=inside, other=0.0)
     s = tl.load(sin + angle, mask=inside, other=0.0)
     if head < HEADS:
-        target = q + (token.to(tl.int64) * HEADS + head) * (2 * HALF) + at
+        target = q + (token.to(tl.int64) * HEADS + head) * HEAD_DIM
     else:
-        target = keys + (slot * KV_HEADS + head - HEADS) * (2 * HALF) + at
-    tl.store(target, (wide_a * c - wide_b * s).to(a.dtype), mask=inside)
-    tl.store(target + HALF, (wide_b * c + wide_a * s).to(a.dtype), mask=inside)
+        target = keys + (slot * KV_HEADS + head - HEADS) * HEAD_DIM
+    tl.store(target + at, (wide_a * c - wide_b * s).to(a.dtype), mask=inside)
+    tl.store(target + HALF + at, (wide_b * c + wide_a * s).to(a.dtype), mask=inside)
+    if TAIL > 0:
+        tl.store(target + 2 * HALF + last, wide_rest.to(a.dtype), mask=beyond)
 
 
 def rope_write(
@@ -82,20 +106,23 @@ def rope_write(
     values: torch.Tensor,
 ) -> None:
     """For each of T = len(positions) tokens: norms q and k per head (weights [head_dim], both or none), rotates them
-    by row positions[t] of cos and sin (float32 [positions, head_dim / 2], half-split form); the queries go to q
+    by row positions[t] of cos and sin (float32 [positions, rotated / 2], half-split form: the first `rotated` values of
+    a head are rotated, the others stay as they are); the queries go to q
     [>=T, heads * head_dim], keys and values to slot slots[t] = block * block_size + offset of one layer's
     [num_blocks, block_size, kv_heads, head_dim], nowhere if it is negative. positions, slots: int32."""
     _, _, kv_heads, head_dim = keys.shape
     heads = q.shape[1] // head_dim
     check(len(positions), keys.dtype, qkv, q)
-    if qkv.shape[1] != (heads + 2 * kv_heads) * head_dim or cos.shape[1] * 2 != head_dim:
+    if qkv.shape[1] != (heads + 2 * kv_heads) * head_dim or cos.shape[1] * 2 > head_dim:
         raise ValueError("qkv, q, the cache and the rotary table have different head sizes")
     if (q_norm is None) != (k_norm is None):
         raise ValueError("norm both q and k or neither")
+    half = cos.shape[1]
+    tail = head_dim - 2 * half
     _rope_write[(len(positions), heads + 2 * kv_heads)](
         qkv, positions, slots, cos, sin,
         qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm,
         q, keys, values,
-        HEADS=heads, KV_HEADS=kv_heads, HALF=head_dim // 2, WIDTH=power_of_two(head_dim // 2), EPS=eps,
-        NORM=q_norm is not None, num_warps=1, **OPTIONS,
+        HEADS=heads, KV_HEADS=kv_heads, HALF=half, WIDTH=power_of_two(half), TAIL=tail,
+        TAIL_WIDTH=power_of_two(max(tail, 1)), EPS=eps, NORM=q_norm is not None, num_warps=1, **OPTIONS,
     )  # fmt: skip

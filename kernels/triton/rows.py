@@ -5,9 +5,10 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.base import Activation
 from kernels.triton.jit import OPTIONS, ceil_div, check, power_of_two
 
-SILU_TILE = 1024
+GATED_TILE = 1024
 
 
 @triton.jit
@@ -15,11 +16,13 @@ def _add_rms_norm(
     x,
     residual,
     weight,
+    x_weight,
     out,
     N: tl.constexpr,
     WIDTH: tl.constexpr,
     EPS: tl.constexpr,
     ADD: tl.constexpr,
+    NORM_X: tl.constexpr,
     NORM: tl.constexpr,
 ):
     at = tl.arange(0, WIDTH)
@@ -27,7 +30,12 @@ def _add_rms_norm(
     where = tl.program_id(0).to(tl.int64) * N + at
     value = tl.load(residual + where, mask=inside, other=0.0)
     if ADD:
-        added = value.to(tl.float32) + tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
+        more = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
+        if NORM_X:
+            more_scale = 1.0 / tl.sqrt(tl.sum(more * more, 0) / N + EPS)
+            more_factor = tl.load(x_weight + at, mask=inside, other=0.0).to(tl.float32)
+            more = (more * more_scale * more_factor).to(value.dtype).to(tl.float32)
+        added = value.to(tl.float32) + more
         value = added.to(value.dtype)
         tl.store(residual + where, value, mask=inside)
     if NORM:
@@ -38,13 +46,17 @@ def _add_rms_norm(
 
 
 @triton.jit
-def _silu_mul(x, out, N: tl.constexpr, TILE: tl.constexpr):
+def _gated_mul(x, out, N: tl.constexpr, TILE: tl.constexpr, GELU: tl.constexpr):
     at = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = at < N
     row = tl.program_id(0).to(tl.int64)
     gate = tl.load(x + row * 2 * N + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * N + N + at, mask=inside, other=0.0).to(tl.float32)
-    value = gate / (1.0 + tl.exp(-gate)) * up
+    if GELU:  # x * 0.5 (1 + tanh(u)) = x / (1 + exp(-2 u))
+        power = -1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        value = gate / (1.0 + tl.exp(power)) * up
+    else:
+        value = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out + row * N + at, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -55,9 +67,11 @@ def add_rms_norm(
     eps: float,
     out: torch.Tensor | None,
     rows: int,
+    x_weight: torch.Tensor | None = None,
 ) -> None:
-    """residual += x, then out = weight * rms_norm(residual), for the first `rows` rows of [>=rows, n]; without x
-    nothing is added, without out nothing normed. The sum is rounded to residual's dtype before its norm is taken."""
+    """residual += x, or x_weight * rms_norm(x), then out = weight * rms_norm(residual), for the first `rows` rows of
+    [>=rows, n]; without x nothing is added, without out nothing normed. The sum is rounded to residual's dtype before
+    its norm is taken. Weights may be float32."""
     n = residual.shape[1]
     check(rows, residual.dtype, x, residual, out)
     if out is not None and weight is None:
@@ -69,16 +83,20 @@ def add_rms_norm(
         residual if x is None else x,
         residual,
         residual if weight is None else weight,
+        residual if x_weight is None else x_weight,
         residual if out is None else out,
-        N=n, WIDTH=power_of_two(n), EPS=eps, ADD=x is not None, NORM=out is not None,
+        N=n, WIDTH=power_of_two(n), EPS=eps, ADD=x is not None, NORM_X=x_weight is not None, NORM=out is not None,
         num_warps=4 if n <= 4096 else 8, **OPTIONS,
     )  # fmt: skip
 
 
-def silu_mul(x: torch.Tensor, out: torch.Tensor, rows: int) -> None:
-    """out [>=rows, n] = silu(x[:, :n]) * x[:, n:], for the first `rows` rows."""
+def gated_mul(x: torch.Tensor, out: torch.Tensor, rows: int, activation: Activation = "silu") -> None:
+    """out [>=rows, n] = activation(x[:, :n]) * x[:, n:], for the first `rows` rows."""
     n = out.shape[1]
     check(rows, out.dtype, x, out)
     if x.shape[1] != 2 * n:
         raise ValueError(f"rows of {x.shape[1]} values are not twice {n}")
-    _silu_mul[(rows, ceil_div(n, SILU_TILE))](x, out, N=n, TILE=SILU_TILE, num_warps=4, **OPTIONS)
+    gelu = activation == "gelu_tanh"
+    _gated_mul[(rows, ceil_div(n, GATED_TILE))](
+        x, out, N=n, TILE=GATED_TILE, GELU=gelu, num_warps=4, **OPTIONS
+    )

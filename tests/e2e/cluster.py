@@ -40,7 +40,8 @@ class Cluster:
     ) -> None:
         # Not pytest's tmp_path: SQLite and sockets want a short path, and a failed run's logs are printed.
         self._folder = tempfile.TemporaryDirectory(prefix="kf-e2e-", ignore_cleanup_errors=True)
-        given: dict[str, Any] = {"model": str(demo_model()), **settings}
+        # Until it starts it has no certificates.
+        given: dict[str, Any] = {"model": str(demo_model()), "insecure": secure, **settings}
         config = ClusterConfig(
             run_dir=self._folder.name, etcd=(), gateway_port=0, admin_port=0,
             engine=engine or EngineConfig(pool_blocks=1024), timing=timing or TimingConfig(), **given,
@@ -85,6 +86,10 @@ class Cluster:
                 assert stream.error == "", stream.error
                 self._references[stream.prompt] = stream
         return [self._references[prompt] for prompt in prompts]
+
+    def know(self, references: Sequence[Stream]) -> None:
+        """What another cluster has brought undisturbed is what this one has to bring."""
+        self._references.update((stream.prompt, stream) for stream in references)
 
     async def expect_equal(self, streams: Sequence[Stream]) -> None:
         """Every stream has brought exactly what its undisturbed run brings: nothing lost, doubled or different."""

@@ -57,9 +57,10 @@ def test_who_binds_every_address_says_which_one_is_registered() -> None:
     [("::1", "", "[::1]"), ("0.0.0.0", "127.0.0.1", "127.0.0.1"), ("localhost", "", "localhost")],
 )
 def test_a_cluster_serves_there(host: str, advertise: str, registered: str, etcd_binary: None) -> None:
-    insecure = host == "0.0.0.0"  # without certificates
-    with Cluster(host=host, advertise=advertise, insecure=insecure, instances=2, stages=2) as cluster:
-        assert cluster.local.gateway_url.startswith(f"http://{registered}:")
+    open_to_all = host == "0.0.0.0"  # which takes certificates
+    with Cluster(host=host, advertise=advertise, secure=open_to_all, instances=2, stages=2) as cluster:
+        scheme = "https" if open_to_all else "http"
+        assert cluster.local.gateway_url.startswith(f"{scheme}://{registered}:")
         status = cluster.local.status()
         for where in (
             *(node.rpc_address for node in status.nodes),

@@ -15,9 +15,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from dataplane._fast.blocktable import BlockTable
-from dataplane.model.config import RopeConfig
+from dataplane.model.ropes import RopeConfig
 from dataplane.model.rotary import RotaryTable
-from kernels.base import DTYPES, Head, Layer, Linear, StageSpec
+from kernels.base import DTYPES, Head, Layer, Linear, Mlp, StageSpec
 from kernels.cuda.cache import DeviceCache
 from kernels.cuda.coding import make_device_code
 from kernels.cuda.stage import CudaStage
@@ -71,16 +71,19 @@ def stage(dtype: Any) -> CudaStage:
         return Linear(torch.empty(n, k, dtype=kind), torch.empty(n, dtype=kind) if bias else None)
 
     qkv = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-    hidden, head = torch.empty(HIDDEN, dtype=kind), torch.empty(HEAD_DIM, dtype=kind)
+    hidden, head = torch.empty(HIDDEN), torch.empty(HEAD_DIM)
     layers = tuple(
         Layer(
             hidden, linear(qkv, HIDDEN, options), head if options else None, head if options else None,
-            linear(HIDDEN, HEADS * HEAD_DIM, options), hidden, linear(2 * FFN, HIDDEN, options),
-            linear(HIDDEN, FFN, options), 1000 if options else None,
+            linear(HIDDEN, HEADS * HEAD_DIM, options), hidden,
+            Mlp(linear(2 * FFN, HIDDEN, options), linear(HIDDEN, FFN, options)), 1000 if options else None,
+            hidden if options else None, hidden if options else None, int(options),
         )
         for options in (False, True)
     )  # fmt: skip
-    rotary = RotaryTable(RopeConfig("default", 10000.0), HEAD_DIM, 4096)
+    rotary = tuple(
+        RotaryTable(RopeConfig("default", 10000.0, part=part), HEAD_DIM, 4096) for part in (1.0, 0.75)
+    )
     output = Head(hidden, torch.empty(VOCAB, HIDDEN, dtype=kind))
     spec = StageSpec(HIDDEN, FFN, HEADS, 1e-6, rotary, layers, torch.empty(VOCAB, HIDDEN, dtype=kind), output)
     return CudaStage(spec, DeviceCache(256, 2, KV_HEADS, 16, HEAD_DIM, dtype, "cpu"), 128)

@@ -27,7 +27,7 @@ def test_kernels_compile(capability: int, dtype: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {k["name"] for k in kernels} == {
-        "_attend", "_merge", "_linear", "_add_rms_norm", "_silu_mul", "_rope_write", "_copy_blocks", "_sum_blocks",
+        "_attend", "_merge", "_linear", "_add_rms_norm", "_gated_mul", "_rope_write", "_copy_blocks", "_sum_blocks",
         "_combine", "_lines", "_walk",
     }  # fmt: skip
     for kernel in kernels:

@@ -12,7 +12,7 @@ from kernels.cuda.step import query_tiles, slabs
 from kernels.triton.attention import attention
 from kernels.triton.linear import linear
 from kernels.triton.rope import rope_write
-from kernels.triton.rows import add_rms_norm, silu_mul
+from kernels.triton.rows import add_rms_norm, gated_mul
 from tests.gpu.steps import Rows, close, make_cache, on_device, random
 
 DTYPES = ("float32", "bfloat16")
@@ -112,24 +112,36 @@ def test_add_rms_norm(device, dtype, n) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [50, 1500])
-def test_silu_mul(device, dtype, n) -> None:
+def test_gated_mul(device, dtype, n) -> None:
     x = random(4, 2 * n, dtype=dtype, device=device)
     out = torch.zeros(4, n, dtype=x.dtype, device=device)
-    silu_mul(x, out, 3)
+    gated_mul(x, out, 3)
     close(out[:3], reference.silu_mul(x[:3]), dtype)
+    gated_mul(x, out, 3, "gelu_tanh")
+    close(out[:3], reference.gelu_mul(x[:3]), dtype)
     assert not out[3].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norms", [False, True])
-def test_rope_write(device, dtype, norms) -> None:
+def test_what_is_added_may_be_normed_first(device, dtype) -> None:
+    x, residual = (random(3, 50, dtype=dtype, device=device, seed=s) for s in range(2))
+    before, weight = residual.clone(), random(50, dtype="float32", device=device, seed=2)
+    add_rms_norm(x, residual, None, 1e-6, None, 2, weight)
+    want = before.double() + reference.rms_norm(x, weight, 1e-6).double()
+    close(residual[:2], want[:2], dtype)
+    assert torch.equal(residual[2], before[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("norms", "rotated"), [(False, 24), (True, 24), (True, 18), (False, 6)])
+def test_rope_write(device, dtype, norms, rotated) -> None:
     cache = make_cache(device, dtype)
     before = cache.planes.clone()
     step = Rows([5, 100, 33, 1], cache).step((0, 0, 5), (1, 99, 1), (2, 13, 20), (3, 0, 1))
     there, hd, tokens = on_device(step, cache, 6), cache.head_dim, 27
     there.slots[7] = -1  # padding: no effect
     qkv = random(tokens, 10 * hd, dtype=dtype, device=device)
-    cos, sin = (random(128, hd // 2, dtype="float32", device=device, seed=s) for s in (3, 4))
+    cos, sin = (random(128, rotated // 2, dtype="float32", device=device, seed=s) for s in (3, 4))
     weights = [random(hd, dtype=dtype, device=device, seed=s) if norms else None for s in (5, 6)]
     q = torch.full((tokens, 6 * hd), 9.0, dtype=qkv.dtype, device=device)
     rope_write(qkv, there.positions, there.slots, cos, sin, *weights, 1e-6, q, *cache.layer(1))

@@ -13,11 +13,10 @@ pytest.importorskip("triton", reason="triton is not installed (pip install 'kevl
 
 from dataplane.executor import StageExecutor
 from dataplane.model.config import load_config
-from dataplane.model.layers import build_layer
-from dataplane.model.rotary import RotaryTable
+from dataplane.model.layers import build_layer, norm_of, stage_spec
 from dataplane.model.split import split_layers
 from dataplane.model.weights import EMBED, NORM, load_weights, stage_shapes
-from kernels.base import DTYPES, Head, StageSpec
+from kernels.base import DTYPES, Head
 from kernels.cuda import graphs
 from kernels.cuda.build import BLOCKS_MIN, Room, build
 from kernels.cuda.cache import DeviceCache
@@ -59,16 +58,13 @@ class Pipeline:
         config, kind = load_config(model_dir), DTYPES[dtype]
         weights = load_weights(model_dir, config, range(config.num_layers))
         embed = weights[EMBED].to(kind)
-        head = Head(weights[NORM].to(kind), weights[EMBED].to(kind))
+        head = Head(norm_of(config, weights[NORM]), weights[EMBED].to(kind), config.logit_softcap)
         self.stages: list[CudaStage] = []
         for number, layers in enumerate(split_layers(config.num_layers, stages)):
             kv = DeviceCache(24, len(layers), config.num_kv_heads, 16, config.head_dim, dtype, str(device))
             built = tuple(build_layer(config, i, weights, kind) for i in layers)
-            rotary = RotaryTable(config.rope, config.head_dim, config.max_positions)
-            sizes = (config.hidden_size, config.intermediate_size, config.num_heads, config.rms_norm_eps)
             ends = (embed if number == 0 else None, head if number == stages - 1 else None)
-            spec = StageSpec(*sizes, rotary, built, *ends)
-            self.stages.append(CudaStage(spec, kv, rows_max))
+            self.stages.append(CudaStage(stage_spec(config, built, *ends), kv, rows_max))
         self.rows = Rows([100, 60, 60], kv)
 
     def step(self, *work: tuple[int, int, list[int]]) -> np.ndarray:
@@ -213,10 +209,8 @@ def test_tied_embeddings_are_on_the_device_once(device, model_dir) -> None:
     weights = load_weights(model_dir, config, range(config.num_layers))
     embed = weights[EMBED].to(torch.bfloat16)
     layers = (build_layer(config, 0, weights, torch.bfloat16),)
-    rotary = RotaryTable(config.rope, config.head_dim, config.max_positions)
-    sizes = (config.hidden_size, config.intermediate_size, config.num_heads, config.rms_norm_eps)
-    spec = StageSpec(*sizes, rotary, layers, embed, Head(weights[NORM].to(torch.bfloat16), embed))
-    there = DeviceWeights.load(spec, device, 64)
+    spec = stage_spec(config, layers, embed, Head(weights[NORM], embed))
+    there = DeviceWeights.load(spec, device, 64, torch.bfloat16)
     assert there.embed is not None
     assert there.head is not None
     assert there.embed.data_ptr() == there.head.weight.data_ptr()
@@ -227,9 +221,7 @@ def test_the_pool_is_what_the_device_has_room_for(device, model_dir, monkeypatch
     config = load_config(model_dir)
     weights = load_weights(model_dir, config, range(config.num_layers))
     layers = tuple(build_layer(config, i, weights, torch.float32) for i in range(config.num_layers))
-    rotary = RotaryTable(config.rope, config.head_dim, config.max_positions)
-    sizes = (config.hidden_size, config.intermediate_size, config.num_heads, config.rms_norm_eps)
-    spec = StageSpec(*sizes, rotary, layers, weights[EMBED], None)
+    spec = stage_spec(config, layers, weights[EMBED], None)
     shape = CacheShape(len(layers), config.num_kv_heads, 16, config.head_dim, "float32")
     block = 2 * len(layers) * config.num_kv_heads * 16 * config.head_dim * 4
     rehearsed = []

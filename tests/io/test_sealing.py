@@ -12,69 +12,68 @@ import pytest
 
 from controlplane.contract.identity import ProcessRole
 from controlplane.contract.ids import Member
+from dataplane.transport.base import Part
 from dataplane.transport.hello import Acceptor, HelloError, Initiator, new_nonce
 from dataplane.transport.links import MESSAGE
-from dataplane.transport.sealing import KEY_BYTES, PIECE_BYTES, Opener, Sealer
+from dataplane.transport.sealing import JOINED_BYTES, KEY_BYTES, SMALL_BYTES, Opener, Sealer
 from tests.certificates import folder
 from tests.io.transport_nodes import CLUSTER, SECRET, cluster, identity, link, run, until
 
 HEADER = MESSAGE.pack(2, bytes(16), 7)
 SECRET_TEXT = b"what a tenant asked "
+LARGE = SMALL_BYTES + 1
+HUGE = JOINED_BYTES + 1
+
+
+def opened(opener: Opener, header: bytes, sequence: int, sealed: Part) -> bytes | None:
+    """As it arrives: in memory of its own."""
+    message = opener.open(header, sequence, memoryview(bytearray(sealed)))
+    return None if message is None else bytes(message)
 
 
 @pytest.mark.parametrize(
     "lengths",
-    [(), (0,), (1,), (60, 0), (60, PIECE_BYTES), (PIECE_BYTES + 1, 3 * PIECE_BYTES - 1), (1, 2, 3, 4)],
+    [(), (0,), (1,), (60, 0), (60, LARGE), (LARGE, HUGE), (HUGE,), (1, 2, 3, 4), (LARGE, 0, 5, LARGE)],
 )
 def test_messages_come_out_as_they_went_in(lengths: tuple[int, ...]) -> None:
     key = os.urandom(KEY_BYTES)
     sealer, opener = Sealer(key), Opener(key)
     parts = [os.urandom(length) for length in lengths]
     for sequence in range(3):
-        header, data = sealer.seal(HEADER, sequence, parts, reuse=True)
-        assert len(data) <= opener.bytes_max(sum(lengths))
-        opened = opener.open(header, sequence, data)
-        assert opened is not None
-        assert bytes(opened) == b"".join(parts)
+        sealed = sealer.seal(HEADER, sequence, parts, 0)
+        assert len(sealed) == opener.bytes_max(sum(lengths))
+        assert opened(opener, HEADER, sequence, sealed) == b"".join(parts)
 
 
 def test_what_is_not_sent_is_not_overwritten() -> None:
     key = os.urandom(KEY_BYTES)
     sealer, opener = Sealer(key), Opener(key)
-    first = sealer.seal(HEADER, 0, [b"first"], reuse=True)
-    second = sealer.seal(HEADER, 1, [b"other"], reuse=False)
-    assert [
-        bytes(opener.open(header, i, data) or b"") for i, (header, data) in enumerate((first, second))
-    ] == [
-        b"first",
-        b"other",
-    ]
+    messages = [os.urandom(LARGE) for _ in range(40)]
+    waiting: list[Part] = []
+    for sequence, message in enumerate(messages):
+        waiting.append(sealer.seal(HEADER, sequence, [message], sum(map(len, waiting))))
+        if len(waiting) == 3:  # the first one has left
+            assert opened(opener, HEADER, sequence - 2, waiting.pop(0)) == messages[sequence - 2]
+    assert len(sealer._busy) + len(sealer._free) <= 4, "buffers are used again"
 
 
 def test_whatever_is_changed_is_noticed() -> None:
     key = os.urandom(KEY_BYTES)
-    parts = [b"head" * 5, os.urandom(2 * PIECE_BYTES + 9)]
-    header, view = Sealer(key).seal(HEADER, 7, parts, reuse=True)
-    data = bytes(view)
-    opener = Opener(key)
+    data = bytes(Sealer(key).seal(HEADER, 7, [b"head" * 5, os.urandom(3 * LARGE)], 0))
 
     def opens(header: bytes, sequence: int, data: bytes) -> bool:
-        return opener.open(header, sequence, memoryview(data)) is not None
+        return opened(Opener(key), header, sequence, data) is not None
 
-    assert opens(header, 7, data)
-    assert not opens(header, 8, data), "at another place in the link"
-    assert not opens(header, 7, data[:-1])
-    assert not opens(header, 7, data + b"\0")
-    assert not Opener(os.urandom(KEY_BYTES)).open(header, 7, memoryview(data))
+    assert opens(HEADER, 7, data)
+    assert not opens(HEADER, 8, data), "at another place in the link"
+    assert not opens(HEADER, 7, data[:-1])
+    assert not opens(HEADER, 7, data + b"\0")
+    assert not opens(HEADER, 7, b"")
+    assert opened(Opener(os.urandom(KEY_BYTES)), HEADER, 7, data) is None
     for at in (0, 25, 40, len(data) // 2, len(data) - 1):
-        assert not opens(header, 7, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]), at
-    for at in range(len(header)):
-        assert not opens(header[:at] + bytes([header[at] ^ 1]) + header[at + 1 :], 7, data), at
-    one, two = slice(36, 36 + PIECE_BYTES + 16), slice(36 + PIECE_BYTES + 16, 36 + 2 * (PIECE_BYTES + 16))
-    assert len(data[one]) == len(data[two])
-    assert not opens(header, 7, data[: one.start] + data[two] + data[one] + data[two.stop :]), (
-        "pieces swapped"
-    )
+        assert not opens(HEADER, 7, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]), at
+    for at in range(len(HEADER)):
+        assert not opens(HEADER[:at] + bytes([HEADER[at] ^ 1]) + HEADER[at + 1 :], 7, data), at
 
 
 @contextlib.asynccontextmanager

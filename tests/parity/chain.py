@@ -26,6 +26,7 @@ class Chain:
         num_blocks: int = 64,
         threads: int = 1,
         weights: Literal["model", "int8"] = "model",
+        context_max: int = 0,
     ) -> None:
         self.block_size = block_size
         self.stages = [
@@ -38,6 +39,7 @@ class Chain:
                 dtype=dtype,
                 threads=threads,
                 weights=weights,
+                context_max=context_max,
             )
             for s in range(num_stages)
         ]

@@ -69,29 +69,61 @@ def test_growing_rows_equal_oracle(data: st.DataObject) -> None:
     mine, theirs = list(range(ROWS * WIDTH - 3)), list(range(ROWS * WIDTH - 3))
     rows = [table.new_row() for _ in range(ROWS)]
     assert rows == [oracle.new_row() for _ in range(ROWS)]
+    written = dict.fromkeys(rows, 0)
     for _ in range(8):
         chosen = data.draw(st.lists(st.sampled_from(rows), unique=True, max_size=ROWS))
-        starts = [data.draw(st.integers(0, min(table.valid(r), SIZE * WIDTH - 1))) for r in chosen]
+        starts = [data.draw(st.integers(0, min(written[r], SIZE * WIDTH - 1))) for r in chosen]
         counts = [data.draw(st.integers(1, SIZE * WIDTH - start)) for start in starts]
+        drafts = np.array([data.draw(st.integers(0, count - 1)) for count in counts], np.int32)
         step = [np.array(column, np.int32) for column in (chosen, starts, counts)]
+        before = {r: table.valid(r) for r in chosen}
         missing = table.grow(*step, mine)
         assert missing == oracle.grow(*step, theirs)
         assert mine == theirs
         if missing == 0:
-            assert [table.valid(r) for r in chosen] == starts
-            assert table.commit(*step) == oracle.commit(*step)
+            assert [table.valid(r) for r in chosen] == [
+                min(before[r], start) for r, start in zip(chosen, starts, strict=True)
+            ]
+            assert table.commit(*step, drafts) == oracle.commit(*step, drafts)
+            for r, start, count, some in zip(chosen, starts, counts, drafts.tolist(), strict=True):
+                written[r] = start + count
+                assert table.valid(r) == start + count - some
         for r in rows:
             assert (table.blocks(r), table.valid(r)) == (oracle.blocks(r), oracle.valid(r))
+        assert table.valid_of(np.array(rows, np.int32)).tolist() == [table.valid(r) for r in rows]
 
 
 def test_a_step_behind_what_is_valid_is_a_gap() -> None:
     table = BlockTable(1, 4, 4)
     one = [np.array([x], np.int32) for x in (table.new_row(), 0, 5)]
     assert table.grow(*one, [3, 2, 1]) == 0
-    with pytest.raises(KvGap, match="0 valid positions, the step begins at 5"):
+    with pytest.raises(KvGap, match="0 positions, the step begins at 5"):
         table.grow(one[0], one[2], one[2], [0])
     assert table.commit(*one) == [0]
     assert table.grow(one[0], one[2], one[2], [0]) == 0
+
+
+def test_drafts_are_valid_once_a_step_begins_behind_them() -> None:
+    table = BlockTable(1, 4, 4)
+    row = np.array([table.new_row()], np.int32)
+
+    def at(*values: int) -> list[np.ndarray]:
+        return [row, *(np.array([value], np.int32) for value in values)]
+
+    assert table.grow(*at(0, 6), [3, 2, 1, 0]) == 0
+    assert table.commit(*at(0, 6, 3)) == []
+    assert table.valid(0) == 3
+    with pytest.raises(KvGap):
+        table.grow(*at(7, 1), [9])
+    assert table.grow(*at(5, 2), [9]) == 0  # two of three were right
+    assert table.valid(0) == 3
+    with pytest.raises(ValueError, match="cannot have 2 drafts"):
+        table.commit(*at(5, 2, 2))
+    assert table.commit(*at(5, 2, 1)) == [0]
+    assert table.valid(0) == 6
+    table.set_valid(0, 6)
+    with pytest.raises(KvGap):
+        table.grow(*at(7, 1), [9])  # what was written behind is void
 
 
 @given(
@@ -107,19 +139,22 @@ def test_lookup_finds_what_is_there(held: dict[int, int], others: list[int]) -> 
 
 @given(
     st.lists(
-        st.tuples(st.integers(1, 2**63 - 1), st.integers(0, 2**20), st.integers(1, 2**12), st.booleans()),
+        st.tuples(st.integers(1, 2**63 - 1), st.integers(0, 2**20), st.integers(1, 2**12), st.integers(0, 3)),
         max_size=20,
     )
 )
-def test_rows_equal_oracle(rows: list[tuple[int, int, int, bool]]) -> None:
+def test_rows_equal_oracle(rows: list[tuple[int, int, int, int]]) -> None:
+    rows = [(rid, start, count, min(samples, count)) for rid, start, count, samples in rows]
     data = pack_rows(rows)
     got, want = Rows(data), OracleRows(data)
-    for name in ("rids", "starts", "counts", "sample_rids", "sample_rows"):
+    for name in ("rids", "starts", "counts", "sample_rids", "sample_rows", "drafts", "depths"):
         a, b = getattr(got, name), getattr(want, name)
         assert a.dtype == b.dtype
         assert a.tolist() == b.tolist(), name
     with pytest.raises(ValueError, match="no rows of a step"):
         Rows(data + b"x")
+    with pytest.raises(ValueError, match="cannot sample 3 times"):
+        Rows(pack_rows([*rows, (1, 0, 2, 3)]))
 
 
 @settings(max_examples=200, deadline=None)

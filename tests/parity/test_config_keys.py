@@ -34,9 +34,18 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": DEFAULT, "rope_scaling": LINEAR, "rope_theta": 700.0}, ""),
     ({"rope_parameters": DEFAULT, "rope_scaling": {**LINEAR, "rope_theta": 70.0}}, ""),
     ({"rope_parameters": DEFAULT, "rope_scaling": LLAMA3}, ""),
-    ({"rope_parameters": DEFAULT, "rope_scaling": YARN}, "rope_scaling.type"),
-    ({"rope_parameters": DEFAULT, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type"),
-    ({"rope_parameters": {**DEFAULT, "rope_type": "yarn", "factor": 2.0}}, "rope_parameters.rope_type"),
+    ({"rope_parameters": DEFAULT, "rope_scaling": YARN}, ""),
+    ({"rope_parameters": DEFAULT, "rope_scaling": {"type": "dynamic", "factor": 2.3}}, ""),
+    ({"rope_parameters": DEFAULT, "rope_scaling": {"type": "axial"}}, "rope_scaling.type"),
+    ({"rope_parameters": {**DEFAULT, "rope_type": "yarn", "factor": 2.0}}, ""),
+    ({"rope_parameters": {**DEFAULT, "rope_type": "yarn", "factor": 8.0, "truncate": False, "beta_slow": 2}}, ""),
+    ({"rope_scaling": {**YARN, "attention_factor": 1.5}}, ""),
+    ({"rope_scaling": {**YARN, "factor": None, "mscale": 0.7, "mscale_all_dim": 1.4}}, ""),
+    ({"rope_scaling": {**YARN, "factor": "4"}}, "rope_scaling.factor"),
+    ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 3, 4, 5],
+      "original_max_position_embeddings": 512}}, ""),
+    ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0, 3, 4, 5]}},
+     "rope_scaling.short_factor"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": {"type": "default"}}, ""),
     ({"rope_parameters": {}, "rope_scaling": LINEAR}, ""),
     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": {}}, ""),
@@ -100,7 +109,7 @@ def assert_as_transformers(ours: ModelConfig, path: Path) -> None:
     attention = model.model.layers[0].self_attn
     rotary = type(model.model.rotary_emb)(config)
     np.testing.assert_array_equal(inverse_frequencies(ours.rope, ours.head_dim), rotary.inv_freq.numpy())
-    assert rotary.attention_scaling == 1.0
+    assert rotary.attention_scaling == ours.rope.attention_factor
     assert attention.q_proj.weight.shape == (ours.num_heads * ours.head_dim, ours.hidden_size)
     assert attention.k_proj.weight.shape == (ours.num_kv_heads * ours.head_dim, ours.hidden_size)
     assert (attention.q_proj.bias is not None, attention.o_proj.bias is not None) == (
@@ -114,7 +123,9 @@ def assert_as_transformers(ours: ModelConfig, path: Path) -> None:
     else:
         windows = [getattr(layer.self_attn, "sliding_window", None) for layer in model.model.layers]
     assert list(ours.windows) == windows
-    assert ours.max_positions == config.max_position_embeddings
+    stretched = {"yarn": ours.rope.original_max_positions, "dynamic": config.max_position_embeddings}
+    reached = int(ours.rope.factor * stretched.get(ours.rope.kind, 0))
+    assert ours.max_positions == max(config.max_position_embeddings, reached)
     assert ours.tie_embeddings == config.tie_word_embeddings
     assert ours.rms_norm_eps == config.rms_norm_eps
     assert ours.dtype == ("bfloat16" if config.dtype is torch.bfloat16 else "float32")

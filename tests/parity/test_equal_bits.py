@@ -9,7 +9,10 @@ from tests.parity.chain import Chain
 from tests.parity.conftest import Build
 
 TEXTS = [np.random.default_rng(s).integers(0, 200, 70).tolist() for s in range(9)]
-NAMES = ["llama", "llama_linear_rope_biases", "mistral_window", "qwen2_mixed_windows", "qwen3_seven_to_one"]
+NAMES = [
+    "llama", "llama_linear_rope_biases", "mistral_window", "qwen2_mixed_windows", "qwen3_seven_to_one", "phi3_longrope",
+    "qwen3_moe", "gemma3",
+]  # fmt: skip
 
 
 def whole(chain: Chain, text: list[int]) -> npt.NDArray[np.float32]:

@@ -63,14 +63,15 @@ def test_paged_attention(dtype, kv_heads, group, head_dim, block_size, window) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norms", [False, True])
-def test_rope_write(dtype: str, norms: bool) -> None:
+@pytest.mark.parametrize(("norms", "rotated"), [(False, 24), (True, 24), (True, 18), (False, 6)])
+def test_rope_write(dtype: str, norms: bool, rotated: int) -> None:
     kv, step, generator = make(dtype)
     t, hd, heads = step.num_tokens, 24, 6
     kind = DTYPES[dtype]
     qkv = torch.randn(t, (heads + 4) * hd, generator=generator).to(kind)
-    cos, sin = torch.randn(2, 128, hd // 2, generator=generator)
-    weights = [torch.rand(hd, generator=generator).to(kind) + 1 if norms else None for _ in range(2)]
+    cos, sin = torch.randn(2, 128, rotated // 2, generator=generator)
+    random = [torch.rand(hd, generator=generator).to(kind) + 1 for _ in range(2)]
+    weights = [weight.float() if norms else None for weight in random]
     q = torch.empty(t, heads, hd, dtype=kind)
     ops.rope_write(TEAM, kv, 1, step, qkv, (cos, sin), (weights[0], weights[1]), 1e-6, q)
 
@@ -130,8 +131,10 @@ def test_gate_up(dtype: str, rows: int, k: int, n: int, bias: bool) -> None:
     ops.linear(TEAM, x, pack(linear, Arena()), wide, ops.STORE)
     out = torch.empty(rows, n, dtype=x.dtype)
     ops.linear(TEAM, x, pack_gate_up(linear, Arena()), out, ops.SILU_MUL)
-    want = reference.silu_mul(wide)
-    torch.testing.assert_close(out, want, rtol=0.02 if dtype == "bfloat16" else 2e-5, atol=1e-5)
+    near_bits = 0.02 if dtype == "bfloat16" else 2e-5
+    torch.testing.assert_close(out, reference.silu_mul(wide), rtol=near_bits, atol=1e-5)
+    ops.linear(TEAM, x, pack_gate_up(linear, Arena()), out, ops.GELU_MUL)
+    torch.testing.assert_close(out, reference.gelu_mul(wide), rtol=near_bits, atol=1e-5)
 
 
 def test_odd_inputs_are_refused() -> None:
@@ -166,10 +169,15 @@ def test_rows_do_not_know_of_each_other(dtype: str) -> None:
 def test_norm(dtype: str, n: int) -> None:
     generator = torch.Generator().manual_seed(n)
     kind = DTYPES[dtype]
-    x, weight = torch.randn(5, n, generator=generator).to(kind), torch.randn(n, generator=generator).to(kind)
+    x, weight = torch.randn(5, n, generator=generator).to(kind), torch.randn(n, generator=generator)
     out = torch.empty_like(x)
+    want = reference.rms_norm(x, weight, 1e-5)
     ops.rms_norm(TEAM, x, weight, 1e-5, out)
-    torch.testing.assert_close(out, reference.rms_norm(x, weight, 1e-5), rtol=0.02, atol=1e-5)
+    torch.testing.assert_close(out, want, rtol=0.02, atol=1e-5)
+    ops.rms_norm(TEAM, x, weight, 1e-5, out, wide=True)
+    torch.testing.assert_close(out, want, rtol=ROUNDING[dtype], atol=1e-6)
+    ops.rms_norm(TEAM, x, weight, 1e-5, out, wide=True, add=True)
+    torch.testing.assert_close(out, 2 * want, rtol=2 * ROUNDING[dtype], atol=2e-6)
 
 
 def test_wrong_steps_are_refused() -> None:

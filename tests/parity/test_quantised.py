@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernels.base import Layer, Linear
+from kernels.base import Layer, Linear, Mlp
 from kernels.cpu import _native, ops
 from kernels.cpu.pack import pack, pack_gate_up
 from kernels.cuda.weights import to_device
@@ -175,8 +175,11 @@ def test_a_device_without_kernels_for_them_has_the_values() -> None:
     weights = [random_weight(Format.INT4_K, n, 64) for n in (96, 32, 128, 32)]
     qkv, o, gate_up, down = (Linear(weight) for weight in weights)
     norm = torch.ones(64, dtype=torch.bfloat16)
-    layer = to_device(Layer(norm, qkv, None, None, o, norm, gate_up, down, None), torch.device("cpu"))
-    for weight, linear in zip(weights, (layer.qkv, layer.o, layer.gate_up, layer.down), strict=True):
+    layer = to_device(
+        Layer(norm, qkv, None, None, o, norm, Mlp(gate_up, down), None), torch.device("cpu"), torch.bfloat16
+    )
+    assert isinstance(layer.mlp, Mlp)
+    for weight, linear in zip(weights, (layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down), strict=True):
         assert torch.equal(linear.tensor, weight.dense().bfloat16())
     with pytest.raises(TypeError, match="INT4_K"):
         _ = qkv.tensor

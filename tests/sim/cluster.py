@@ -15,6 +15,7 @@ from controlplane.contract.status import OperationRequest
 from tests.sim import parts, relays
 from tests.sim.border import simulated
 from tests.sim.checks import Checks, picture
+from tests.sim.drafts import guessed, has_drafts
 from tests.sim.etcd import SimEtcd
 from tests.sim.network import Network
 from tests.sim.requests import Stream, template
@@ -51,7 +52,7 @@ def run(
     world = World(schedule.seed)
     world.log = log
     net = Network(world)
-    with without(), simulated(world, net):
+    with without(), simulated(world, net), guessed(schedule.shape.stages):
         cluster = Cluster(world, net, schedule)
         with cluster.checks.probes():
             cluster.play()
@@ -71,6 +72,7 @@ class Cluster:
             shape.spares,
             shape.pool_blocks,
             shape.microbatches,
+            "ngram" if has_drafts(schedule.seed) else "off",
         )
         self.checks = Checks(world, self.etcd, Keys(self.config.cluster), self.config.group)
         self.processes: dict[str, Process] = {}

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from controlplane import process as machine
 from controlplane.contract import auth
-from controlplane.contract.config import ClusterConfig, EngineConfig, TimingConfig
+from controlplane.contract.config import ClusterConfig, EngineConfig, Speculation, TimingConfig
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.records import ControllerRecord, GatewayRecord
@@ -42,7 +42,8 @@ from dataplane.core.rhythm import Rhythm
 from dataplane.core.scheduler import Scheduler
 from dataplane.core.stage import Stage
 from dataplane.devices import DeviceProfile
-from dataplane.model.config import ModelConfig, RopeConfig
+from dataplane.model.config import ModelConfig
+from dataplane.model.ropes import RopeConfig
 from dataplane.node import Node
 from dataplane.oracle import OracleExecutor
 from dataplane.relay import RelayServer
@@ -88,7 +89,13 @@ def run_dir() -> str:
 
 
 def make_config(
-    etcd: tuple[str, ...], instances: int, stages: int, spares: int, pool_blocks: int, microbatches: int
+    etcd: tuple[str, ...],
+    instances: int,
+    stages: int,
+    spares: int,
+    pool_blocks: int,
+    microbatches: int,
+    speculation: Speculation = "off",
 ) -> ClusterConfig:
     return ClusterConfig(
         run_dir=run_dir(),
@@ -105,6 +112,8 @@ def make_config(
             max_waiting=12,
             max_model_len=CONTEXT,
             microbatches=microbatches,
+            speculation=speculation,
+            max_draft_tokens=5,
         ),
         timing=TIMING,
     )

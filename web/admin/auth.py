@@ -125,7 +125,7 @@ class Guard:
             return error(403, f"{caller.name} has the role {caller.role.value}, this takes {needed.value}")
         if by_cookie and method not in SAFE_METHODS and not same_origin(headers):
             return error(403, "changes by cookie must come from the dashboard itself")
-        address = scope["client"][0] if scope.get("client") else ""
+        address = scope["client"][0] if scope.get("client") else "local"  # a Unix socket
         scope.setdefault("state", {})[CALLER] = msgspec.structs.replace(caller, address=address)
         return None
 

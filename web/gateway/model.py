@@ -17,6 +17,7 @@ from controlplane.contract.config import ClusterConfig, GatewayConfig
 from controlplane.contract.errors import ConfigError
 from controlplane.gguf.files import folder_of
 from controlplane.gguf.header import GgufError
+from controlplane.positions import POSITIONS, positions_max
 from web.gateway.errors import ApiError
 from web.gateway.openai.requests import Common
 from web.gateway.routing.served_context import ServedContext
@@ -104,7 +105,7 @@ def load_model(config: ClusterConfig) -> Model:
     _add_tokens(tokenizer, tokenizer_settings)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    limit = settings.count("max_position_embeddings") or config.engine.max_model_len
+    limit = positions_max(settings.values, settings.count(POSITIONS)) or config.engine.max_model_len
     if limit <= 0:
         raise ConfigError(
             f"{folder / 'config.json'} has no max_position_embeddings: set engine.max_model_len"

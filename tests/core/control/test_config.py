@@ -116,6 +116,12 @@ def test_out_of_range(tmp_path: Path, section: str, field: str, value: Any) -> N
             {"engine": {"attention": "xformers", "device": "cuda"}},
             ("attention = 'xformers'", "multiple of 64", "block_size = 16"),
         ),
+        ({"engine": {"speculation": "draft"}}, ("speculation = 'draft'", "draft_model = ''")),
+        ({"engine": {"draft_model": "d"}}, ("speculation = 'off'", "draft_model = 'd'")),
+        (
+            {"engine": {"speculation": "draft", "draft_model": "d", "executor": "oracle"}},
+            ("speculation = 'draft'", "'torch'", "'oracle'"),
+        ),
         ({"engine": {"pool_blocks": 3}}, ("pool_blocks = 3", "4 or more")),
         (
             {"timing": {"suspect_after_s": 1.3}},

@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 import zlib
 from collections import deque
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -48,6 +48,7 @@ from dataplane.core.messages import (
     StepFailedMeta,
     StepMeta,
 )
+from dataplane.core.request import Request
 from dataplane.core.scheduler import Scheduler
 from dataplane.core.stage import Prepared, Stage
 from dataplane.kvcache import KVCache
@@ -174,6 +175,9 @@ class Node:
             self.cluster.to_scheduler(self.me, failed)
             return
         drawn = (hidden[prepared.rows.sample_rows] % VOCAB).astype(np.int64)
+        for index in np.flatnonzero(prepared.rows.depths) if prepared.drafts is not None else ():
+            if drawn[index - 1] != prepared.drafts[index]:
+                drawn[index] = -1
         filled = stage.commit(prepared, drawn if stage.is_last else None)
         self.replicator.advanced(PIPELINE, prepared.rows, filled)
         if stage.is_last:
@@ -203,15 +207,44 @@ class Node:
         return out
 
 
+class Guesser:
+    """Drafts what the model will say, with an error now and then."""
+
+    pass_s = 0.0
+
+    def __init__(self, random: random.Random, stages: int, right: float) -> None:
+        self.random, self.stages, self.right = random, stages, right
+
+    def propose(self, requests: Sequence[Request], count: int) -> list[list[int]]:
+        found = []
+        for request in requests:
+            ids = list(request.ids)
+            for _ in range(self.random.randrange(count + 1)):
+                right = self.random.random() < self.right
+                ids.append(next_token(ids, self.stages) if right else self.random.randrange(VOCAB))
+            found.append(ids[request.total :])
+        return found
+
+    def forget(self, rid: int) -> None:
+        pass
+
+
 class Cluster:
     """One pipeline, with a peer for each stage. Messages between two nodes keep their order; links do not."""
 
-    def __init__(self, stages: int, seed: int, blocks: int = 64, quota: int = 32) -> None:
+    def __init__(
+        self, stages: int, seed: int, blocks: int = 64, quota: int = 32, drafts_right: float | None = None
+    ) -> None:
+        """`drafts_right`: steps have drafts, of which that part are right."""
         self.random = random.Random(seed)
         self.stages = stages
         self.epoch = 1
         self.now = 0.0
         self.limits = Limits(BLOCK, 16, 16, 64, 120, 1.0)
+        self.proposer = None
+        if drafts_right is not None:
+            self.limits = replace(self.limits, speculation="ngram", max_draft_tokens=6)
+            self.proposer = Guesser(self.random, stages, drafts_right)
         self.quota = quota
         self.nodes: dict[Member, Node] = {}
         for instance in range(2):
@@ -234,7 +267,15 @@ class Cluster:
         self.nodes[member] = Node(self, member, stage, blocks)
 
     def new_scheduler(self, takeover: bool) -> Scheduler:
-        scheduler = Scheduler(PIPELINE, self.epoch, self.stages, self.limits, takeover=takeover, now=self.now)
+        scheduler = Scheduler(
+            PIPELINE,
+            self.epoch,
+            self.stages,
+            self.limits,
+            takeover=takeover,
+            now=self.now,
+            proposer=self.proposer,
+        )
         self.perform(scheduler.step(CapacityChanged(self.quota, self.stages), self.now))
         return scheduler
 
