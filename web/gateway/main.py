@@ -162,6 +162,7 @@ def _service(
         memory=Memory(limits.memory_bytes, limits.client_share),
         priority_floor=limits.priority_floor,
         prompt_tokens_details=limits.prompt_tokens_details,
+        request_chat_template=limits.request_chat_template,
     )
 
 
