@@ -1,7 +1,7 @@
 // Signs in, follows the controller's stream, and draws. Everything that is known is in `state`; `actions` change it.
 
 import { h, render } from "/ui/vendor/preact.js";
-import { applied, headline } from "/ui/format.js";
+import { applied, following, headline } from "/ui/format.js";
 import { askCancel, askFor, confirm, mayOperate } from "/ui/operations.js";
 import { placed } from "/ui/topology.js";
 import { Page } from "/ui/view.js";
@@ -144,7 +144,7 @@ function connect() {
     apply(JSON.parse(message.data));
     draw();
   };
-  source.addEventListener("status", heard((status) => (state.status = placed(status))));
+  source.addEventListener("status", heard((status) => (state.status = placed(following(state.status, status)))));
   source.addEventListener("difference", heard(takeDifference));
   source.addEventListener("events", heard(takeEvents));
   source.addEventListener("incidents", heard((incidents) => (state.incidents = incidents)));

@@ -132,6 +132,20 @@ export function applied(status, difference) {
   };
 }
 
+// A whole status that follows another one (who reads slowly gets the whole again), with the same objects where nothing
+// changed: only what has changed is drawn again.
+export function following(before, after) {
+  if (!before) return after;
+  const same = (name, key) => {
+    const known = new Map(before[name].map((item) => [item[key], item]));
+    return after[name].map((item) => {
+      const last = known.get(item[key]);
+      return last && JSON.stringify(last) === JSON.stringify(item) ? last : item;
+    });
+  };
+  return { ...after, nodes: same("nodes", "node"), pipelines: same("pipelines", "id") };
+}
+
 export function headline(status) {
   const found = findings(status);
   const serving = status.pipelines.filter((pipeline) => !["down", "forming"].includes(pipeline.state)).length;
