@@ -381,7 +381,7 @@ class Node:
             overdue_s=self._timeliness.overdue_s,
             topology_counter=self._worker.topology.counter if self._worker.topology else 0,
             leaving=self._leaving,
-            troubles=self._frontdoor.troubles(),
+            troubles=(*self._frontdoor.troubles(), *self._identity.troubles()),
         )
         return report, total
 

@@ -14,6 +14,7 @@ from controlplane.contract.config import ClusterConfig, redacted
 from controlplane.contract.errors import NewerSchema, PeerError, Unavailable
 from controlplane.contract.events import Event
 from controlplane.contract.figures import Figures
+from controlplane.contract.identity import PLAIN, Identity
 from controlplane.contract.incidents import Incident
 from controlplane.contract.keys import Keys, decode, encode
 from controlplane.contract.records import Operation, OperationKind, OperationState
@@ -53,6 +54,7 @@ class Parts:
     history: HistoryWriter
     sources: Sources
     recorder: Recorder
+    identity: Identity = PLAIN
 
 
 class Service:
@@ -68,6 +70,7 @@ class Service:
         self._history = parts.history
         self._sources = parts.sources
         self._recorder = parts.recorder
+        self._identity = parts.identity
 
     @property
     def ready(self) -> bool:
@@ -104,7 +107,7 @@ class Service:
         )
 
     def troubles(self) -> Sequence[str]:
-        return [*self._client.health.troubles(), *self._unread()]
+        return [*self._client.health.troubles(), *self._unread(), *self._identity.troubles()]
 
     def _unread(self) -> list[str]:
         obstacle = self._registry.obstacle

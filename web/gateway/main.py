@@ -107,7 +107,7 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
         registration = Registration(etcd, key, encode(record), LEASE_S, supersedes=(take_over,))
         watch = ClusterWatch(etcd, config, dispatcher, me, registration, model.context)
         tickets = Tickets(derive(secret, "streams"))
-        service = _service(config.gateway, model, dispatcher, metrics, watch, tickets)
+        service = _service(config.gateway, model, dispatcher, metrics, watch, tickets, identity)
         figures = FiguresReporter(me, token, metrics, watch.controllers, identity)
         grace_s = config.timing.stop_grace_s
         server = make_server(
@@ -149,6 +149,7 @@ def _service(
     metrics: Metrics,
     watch: ClusterWatch,
     tickets: Tickets,
+    identity: Identity,
 ) -> Service:
     metrics.attach(dispatcher.router, watch.age_s)
     return Service(
@@ -157,7 +158,7 @@ def _service(
         metrics=metrics,
         started_unix_s=int(time.time()),
         etcd_age_s=watch.age_s,
-        troubles=lambda: [*watch.troubles(), *dispatcher.links.troubles()],
+        troubles=lambda: [*watch.troubles(), *dispatcher.links.troubles(), *identity.troubles()],
         tickets=tickets,
         memory=Memory(limits.memory_bytes, limits.client_share),
         priority_floor=limits.priority_floor,
