@@ -180,10 +180,10 @@ class Encoding:
             at = known.stages[stage : stage + 1] if known is not None else ()
             if known is None or not at or (member := at[0].leader) is None:
                 continue
-            added, complete, damaged, full, gone = map(
-                b"".join, (news.added, news.complete, news.damaged, news.full, news.gone)
+            added, complete, damaged, full, gone, left = map(
+                b"".join, (news.added, news.complete, news.damaged, news.full, news.gone, news.left)
             )
-            answer = ShardAckMeta(pipeline, Fence(known.epoch), added, complete, damaged, full, gone)
+            answer = ShardAckMeta(pipeline, Fence(known.epoch), added, complete, damaged, full, gone, left)
             self._send(member, answer, b"")
 
     def _tell_moved(self, now: float) -> None:

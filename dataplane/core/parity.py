@@ -253,9 +253,10 @@ class ShardSource:
         told = []
         for member, line in self._lines.items():
             if line.known and line.untold:
-                names, line.untold = list(line.untold), {}
+                names, line.untold = [name for name in line.untold if self._mine(name, member) is None], {}
                 line.leaving |= dict.fromkeys(names, now)
-                told.append((member, names))
+                if names:
+                    told.append((member, names))
         return told
 
     # ------------------------------------------------------------------ answers
@@ -269,8 +270,15 @@ class ShardSource:
             self._compare(encoder, line, meta)
         if not line.known:
             return
+        for name in unpack_names(meta.left):
+            line.leaving.pop(name, None)
+            if self._mine(name, encoder) in (
+                IN,
+                COMPLETE,
+            ):  # it is back, and an answer of before has been taken
+                self._put(line, name, WAITS)
         for name in unpack_names(meta.gone):
-            if line.leaving.pop(name, None) is None and self._mine(name, encoder) in (IN, COMPLETE):
+            if self._mine(name, encoder) in (FLIES, IN, COMPLETE):
                 self._put(line, name, WAITS)
         for name in unpack_names(meta.damaged):
             if self._mine(name, encoder) is not None:
@@ -289,8 +297,9 @@ class ShardSource:
     def _compare(self, encoder: Member, line: _Line, meta: ShardAckMeta) -> None:
         """All that the encoder has of this pipeline."""
         line.known = True
-        line.leaving.clear()
         there = dict(zip(unpack_names(meta.names), meta.flags, strict=True))
+        line.untold |= {name: None for name in line.leaving if name in there}  # what was said is lost
+        line.leaving.clear()
         for name in self._names:
             if self._mine(name, encoder) is not None:
                 flags = there.get(name, 0)

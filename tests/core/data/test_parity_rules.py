@@ -110,9 +110,9 @@ class World:
                     self.put(stage, node, True, name)
         for node, at in self.places.items():
             for pipeline, stage, news in at.encoder.news():
-                parts = (news.added, news.complete, news.damaged, news.full, news.gone)
-                added, complete, damaged, full, gone = map(b"".join, parts)
-                ack = ShardAckMeta(pipeline, FENCE, added, complete, damaged, full, gone)
+                parts = (news.added, news.complete, news.damaged, news.full, news.gone, news.left)
+                added, complete, damaged, full, gone, left = map(b"".join, parts)
+                ack = ShardAckMeta(pipeline, FENCE, added, complete, damaged, full, gone, left)
                 self.put(stage, node, False, ack)
 
     def deliver(self, loss: float = 0.0) -> bool:
