@@ -14,7 +14,7 @@ from dataplane.core.blocks import KvStore
 from dataplane.core.messages import Admit, Fence, HeldMeta, RejoinMeta, StepMeta
 from dataplane.core.prefix import unpack_names
 from dataplane.core.rules import Follower, Rules
-from dataplane.model.sampler import Drawn, SamplingTable
+from dataplane.model.sampler import Drawn, Foresight, SamplingTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Prepared:
     names: list[bytes]  # of the blocks that the rows fill
     # [K] the draft before what is sampled (0 where there is none), for the last stage of a step with drafts.
     drafts: npt.NDArray[np.int32] | None = None
+    foresight: Foresight | None = None  # what grammars allow behind them
 
     @property
     def unfinished(self) -> bool:
@@ -151,7 +152,12 @@ class Stage:
         slots, unknown = lookup(self._slots, rows.sample_rids)
         if self.is_last and unknown:
             return "gap"
-        return Prepared(meta, rows, table_rows, slots, names, drafts if self.is_last else None)
+        if not self.is_last or drafts is None:
+            return Prepared(meta, rows, table_rows, slots, names)
+        foresight = None
+        if self.rules:
+            foresight = self.rules.foresee(rows.sample_rids.tolist(), rows.depths.tolist(), drafts.tolist())
+        return Prepared(meta, rows, table_rows, slots, names, drafts, foresight)
 
     def draw(self, step: Prepared, logits: npt.NDArray[np.float32]) -> Drawn:
         """The next tokens [K] of a step's rows, of their logits [K, vocab]; for a last stage. Changes nothing.
@@ -163,7 +169,7 @@ class Stage:
             return self.sampling.sample(logits, step.slots, depths, step.drafts)
         rids = step.rows.sample_rids.tolist()
         waiting = self.rules.waiting(rids)
-        drawn = self.sampling.sample(logits, step.slots, depths, step.drafts)
+        drawn = self.sampling.sample(logits, step.slots, depths, step.drafts, step.foresight)
         return self.rules.judge(drawn, rids, waiting)
 
     def commit(self, step: Prepared, tokens: npt.NDArray[np.int64] | None) -> list[int]:
