@@ -196,7 +196,7 @@ class Costly:
 def test_a_model_whose_drafts_were_wrong_is_asked_again_now_and_then() -> None:
     limits = Limits(4, 16, 16, 64, 1000, 1.0, speculation="draft")
     batcher, model = Batcher(limits), Costly()
-    batcher.account.set_quota(100)
+    batcher.account.set_quota(1000)
     request = Request.from_submit(Submit(1, "p0", (1, 2, 3), Sampling(500, seed=1), (4,)), 0, 0)
     request.hasher = PrefixHasher(4)
     request.issued = 3
