@@ -24,6 +24,7 @@ BENCHES = {
     "scale": "one controller against 64 to 4,000 simulated nodes: CPU, kill to written topology, memory; --only SIZES",
     "gateway": "tokens/s through one gateway, CPU of its process a token, what it adds to the time to first token",
     "transport": "links over each transport: latency, bandwidth, CPU, idle cost; against ucx_perftest and sockets",
+    "prefix": "prefix caching: hit rates against an ideal cache, first tokens of cached prompts, what misses pay",
     "allreduce": "sums between two ranks of a host in shared memory, against gloo",
     "parity": "erasure codes: encoding and decoding, against Intel ISA-L",
     "blocktable": "filling the arrays of a decode step of 256 sequences, against plain Python",

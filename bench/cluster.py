@@ -10,7 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench.contract import progress
-from controlplane.contract.config import ClusterConfig, EmulationConfig, EngineConfig, TimingConfig
+from controlplane.contract.config import (
+    ClusterConfig,
+    EmulationConfig,
+    EngineConfig,
+    GatewayConfig,
+    TimingConfig,
+)
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
 from controlplane.contract.topology import Mode
@@ -37,6 +43,7 @@ def running(
     model: Path | None = None,
     controllers: int = 2,
     emulation: EmulationConfig | None = None,
+    gateway: GatewayConfig | None = None,
 ) -> Iterator[LocalCluster]:
     """A cluster on a checkpoint directory; on the demo model if none is named."""
     with tempfile.TemporaryDirectory(prefix="kf-bench-") as run_dir:
@@ -53,6 +60,7 @@ def running(
             engine=engine or EngineConfig(),
             timing=timing or TimingConfig(),
             emulation=emulation or EmulationConfig(),
+            gateway=gateway or GatewayConfig(),
         )
         cluster = LocalCluster(config, controllers=controllers)
         started = time.monotonic()

@@ -101,7 +101,7 @@ async def serve(
     performer = Performer(client, keys, config.group, inbox, history, registry.view)
     runtime = Runtime(controller, inbox, registry, performer, election)
     sources = Sources(inbox, registry, reports, runtime, performer, history, client.counters)
-    service = Service(config, me, Parts(controller, registry, client, history, sources))
+    service = Service(config, me, Parts(controller, registry, client, history, sources, identity))
     app = build_app(service, derive(secret, "admin"))
     admin, local = _admin_server(app, https_of(config, identity.me)), _admin_server(app)
     gc.freeze()  # what start-up made stays: collections need not look at it again

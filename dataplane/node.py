@@ -26,6 +26,7 @@ from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import NodeRecord
 from controlplane.contract.reports import NodeReport, PipelineReport
+from controlplane.contract.requests import SAMPLING_VERSION
 from controlplane.contract.topology import Pipeline, Topology
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
@@ -37,6 +38,7 @@ from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import HeldMeta, LostMeta, Meta, Ping, ReadyMeta, ResultMeta, StepFailedMeta
 from dataplane.core.pace import Timeliness
+from dataplane.core.parity import partners_of
 from dataplane.core.peers import Peers, engages, pipelines_of
 from dataplane.core.speculation import Proposer
 from dataplane.devices import emulate_network, profile_of
@@ -109,7 +111,7 @@ class Node:
             -(-context // engine.block_size),
         )
         self._store = store
-        self._worker = Worker(me, executor, store, self._send, self._send_later, grammars)
+        self._worker = Worker(me, executor, store, self._send, self._send_later, grammars, config.parity)
         token = auth.derive(secret, "grpc")
         self._frontdoor = Frontdoor(
             token,
@@ -160,6 +162,7 @@ class Node:
         self._peers = Peers(me, stage)
         self._topology: Topology | None = None  # the one that is acted on
         self._ours: list[Pipeline] = []  # its pipelines that name us
+        self._partners: set[str] = set()  # whom shards go to or come from
         self._duties: list[Pipeline] | None = None  # of those, where we do something
         self._links_at = 0.0  # when unused links are looked for next
         self._bad_frames = 0
@@ -240,6 +243,7 @@ class Node:
             context_len=self._context_len,
             numerics=self._executor.numerics,
             grammars=library_version(),
+            sampling=SAMPLING_VERSION,
             version=code_version(),
             settings=self._settings,
             process=process.identity(),
@@ -262,6 +266,7 @@ class Node:
                     self.stop()
                     return
                 self._ours = pipelines_of(topology, self._me)
+                self._partners = partners_of(topology, self._me)
             if "nodes" in folders or topology is not before:
                 self._open_links()
             if topology is not None and topology is not before:
@@ -280,7 +285,7 @@ class Node:
 
     def _open_links(self) -> None:
         now = time.monotonic()
-        for record in self._peers.follow(self._ours, self._world.nodes, now):
+        for record in self._peers.follow(self._ours, self._world.nodes, now, self._partners):
             self._transport.connect(record.member, record.link_address)
         self._close_links(now)
 
@@ -376,7 +381,7 @@ class Node:
             overdue_s=self._timeliness.overdue_s,
             topology_counter=self._worker.topology.counter if self._worker.topology else 0,
             leaving=self._leaving,
-            troubles=self._frontdoor.troubles(),
+            troubles=(*self._frontdoor.troubles(), *self._identity.troubles()),
         )
         return report, total
 
@@ -409,6 +414,14 @@ class Node:
         counters |= {f"replica_{name}": getattr(copies, name) for name in OF_COPIES}
         counters |= {f"link_{name}": getattr(links, name) for name in OF_LINKS}
         counters |= {f"fenced_{kind}": count for kind, count in stats.fenced.items()}
+        encoder, restorer = self._worker.parity.encoder, self._worker.parity.restorer
+        counters["parity_bytes"] = encoder.used_bytes
+        counters["parity_evicted"] = encoder.evictions
+        counters["parity_checksum_failures"] = encoder.checksum_failures
+        counters["parity_shards_sent"] = self._worker.parity.blocks_sent
+        counters["parity_shards_restored"] = encoder.restored
+        counters["blocks_restored"] = restorer.blocks_restored
+        counters["blocks_not_restored"] = restorer.blocks_refused
         counters["replicas_evicted"] = self._store.copies.evictions
         counters["checksum_failures"] = self._store.checksum_failures
         counters["bad_frames"] = self._bad_frames

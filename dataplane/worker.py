@@ -14,8 +14,9 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, assert_never, get_args
 
+from controlplane.contract.config import ParityConfig
 from controlplane.contract.ids import Member, NodeId, PipelineId
 from controlplane.contract.topology import MovePhase, Pipeline, Topology
 from dataplane._fast.blocktable import Rows
@@ -25,6 +26,7 @@ from dataplane.core.checksums import Check
 from dataplane.core.messages import (
     Detail,
     Fence,
+    FetchMeta,
     HeldMeta,
     KvAckMeta,
     KvDropMeta,
@@ -32,8 +34,10 @@ from dataplane.core.messages import (
     KvQueryMeta,
     LostMeta,
     Meta,
+    ParityMeta,
     ReadyMeta,
     RejoinMeta,
+    RestoredMeta,
     ResultMeta,
     StepFailedMeta,
     StepMeta,
@@ -43,8 +47,9 @@ from dataplane.core.rhythm import Rhythm
 from dataplane.core.stage import Stage
 from dataplane.inbox import Inbox, Item, LinkChanged, Message, Wake
 from dataplane.kvwork import KvThread, blocks_as_bytes
-from dataplane.model.sampler import Drawn, SamplingTable
+from dataplane.model.sampler import SamplingTable
 from dataplane.moment import MOMENT
+from dataplane.parity import Parity, longest_block
 from dataplane.replica import Replicator
 from dataplane.transport.frames import Buffer, Send
 
@@ -61,10 +66,10 @@ DEFERRED_MAX = 2_000
 PROMPT_SHARE = 4
 PUMP_EVERY = 4  # items handled in a row before copies get their turn
 # Tuples, since `isinstance(meta, A | B)` makes a new union each time.
-OF_THE_STAGE = (StepMeta, RejoinMeta)
+OF_THE_STAGE = (StepMeta, RejoinMeta, FetchMeta, RestoredMeta)
 OF_THE_HOLDER = (KvMeta, KvQueryMeta)
 OF_COPIES = (KvMeta, KvAckMeta, KvDropMeta)
-FENCED = (StepMeta, RejoinMeta, KvMeta, KvAckMeta, KvQueryMeta, KvDropMeta)
+FENCED = (StepMeta, RejoinMeta, KvMeta, KvAckMeta, KvQueryMeta, KvDropMeta, *get_args(ParityMeta))
 
 
 @dataclass(slots=True)
@@ -88,9 +93,10 @@ class Worker:
         send: Send,
         send_later: Send | None = None,
         grammars: Grammars | None = None,
+        parity: ParityConfig | None = None,
     ) -> None:
         """`send_later`: for copies of KV, behind all else; as everything else if it is not given. `grammars`: of a node
-        that serves last stages."""
+        that serves last stages. `parity`: where that protects KV."""
         self.stats = WorkerStats()
         self.stages: dict[PipelineId, Stage] = {}
         self._thread = KvThread()
@@ -99,6 +105,20 @@ class Worker:
             store, executor.kv, self._thread, send, send_later, executor.block_wire_bytes
         )
         self.replicator.numerics = executor.numerics
+        self.parity = Parity(
+            me,
+            store,
+            executor.kv,
+            self._thread,
+            send,
+            send_later or send,
+            self.replicator,
+            self.stages,
+            self._to_scheduler,
+            parity or ParityConfig(),
+            lambda stages: longest_block(executor, stages),
+            executor.block_wire_bytes,
+        )
         self.topology: Topology | None = None  # the newest one applied
         self._newest: Topology | None = (
             None  # the newest one known: what is older than it need not be computed
@@ -136,6 +156,7 @@ class Worker:
             if self._store.lost:
                 self._tell_lost()
             if not self._inbox or handled % PUMP_EVERY == 0:
+                await self.parity.pump(time.monotonic(), lambda: len(self._inbox) > 0)
                 await self.replicator.pump(time.monotonic(), lambda: len(self._inbox) > 0)
 
     def wake(self) -> None:
@@ -160,6 +181,7 @@ class Worker:
                 self._deferred = []
             case LinkChanged(node):
                 self.replicator.link_changed(node)
+                self.parity.link_changed(node)
                 self._answer_again(node)
             case Wake():
                 pass
@@ -184,7 +206,9 @@ class Worker:
             case KvDropMeta():
                 self.replicator.drop_copies(peer, meta)
             case _:
-                raise TypeError(f"{type(meta).__name__} is not the worker's")
+                if not isinstance(meta, ParityMeta):
+                    raise TypeError(f"{type(meta).__name__} is not the worker's")
+                await self.parity.handle(peer, meta, memoryview(message.payload), time.monotonic())
 
     def _admissible(self, message: Message) -> bool:
         """Fencing: old epochs are dropped and counted, coming ones wait for the topology to arrive."""
@@ -239,6 +263,7 @@ class Worker:
                     self._leave(pipeline)
                 if not self._holds(pipeline):
                     self._store.copies.drop_pipeline(pipeline.id)
+        self.parity.apply(topology)
 
     def _stage(self, pipeline: Pipeline, index: int) -> Stage:
         stages = len(pipeline.stages)
@@ -275,8 +300,7 @@ class Worker:
     # ------------------------------------------------------------------ serving
 
     def _rejoin(self, meta: RejoinMeta) -> None:
-        stage = self.stages[meta.pipeline]
-        self._to_scheduler(meta.pipeline, self.replicator.rejoin(stage, meta))
+        self.parity.rejoin(self.stages[meta.pipeline], meta, time.monotonic())
 
     async def _step(self, meta: StepMeta, message: Message) -> None:
         messages = [message]
@@ -408,7 +432,7 @@ class Worker:
             return
         drawn = computed.drawn
         if stage.is_last:
-            self._to_scheduler(meta.pipeline, self._result(meta, drawn))
+            self._to_scheduler(meta.pipeline, self._result(meta, computed))
             if drawn is not None and drawn.waiting:  # behind the result that says so
                 stage.rules.ask([int(work.step.rows.sample_rids[row]) for row in drawn.waiting])
                 self._tell_settled()
@@ -417,13 +441,24 @@ class Worker:
         filled = stage.commit(work.step, drawn.tokens if drawn is not None else None)
         self.stats.steps += 1
         self.replicator.advanced(meta.pipeline, work.step.rows, filled)
+        self.parity.sealed(meta.pipeline, work.step.names)
 
-    def _result(self, meta: StepMeta, drawn: Drawn | None) -> ResultMeta:
+    def _result(self, meta: StepMeta, computed: Computed) -> ResultMeta:
+        drawn = computed.drawn
         if drawn is None:
-            return ResultMeta(meta.pipeline, meta.fence, meta.step, b"")
+            return ResultMeta(meta.pipeline, meta.fence, meta.step, b"", scores=computed.scores)
         details = tuple(Detail(row, logprob, drawn.top[row]) for row, logprob in drawn.logprobs.items())
         tokens = drawn.tokens.astype("<i4").tobytes()
-        return ResultMeta(meta.pipeline, meta.fence, meta.step, tokens, details, drawn.waiting, drawn.failed)
+        return ResultMeta(
+            meta.pipeline,
+            meta.fence,
+            meta.step,
+            tokens,
+            details,
+            drawn.waiting,
+            drawn.failed,
+            computed.scores,
+        )
 
     def _tell_settled(self) -> None:
         """Schedulers that wait for grammars learn of those that are compiled, or cannot be."""

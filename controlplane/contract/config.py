@@ -17,6 +17,8 @@ from controlplane.contract.topology import Mode, quota_blocks
 ETCD_LEASE_MIN_S = 2  # what etcd makes of a shorter one
 POOL_BLOCKS_MIN = 4
 CPU_POOL_BLOCKS = 2048  # if nothing is said
+CODE_PARITIES = {"xor": 1, "rdp": 2}
+RDP_SHARDS_MAX, RS_SHARDS_MAX = 16, 257  # of kernels/coding; for `rs` parities count, too
 XFORMERS_BLOCK = 64  # tokens of its pages
 SLOTS_MAX = (1 << 31) - 1  # positions of a KV pool: kernels number them in 32 bits
 # Parts of keys in etcd, of file names and of metric labels.
@@ -94,6 +96,20 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return min(asked, self.block_size * quota_blocks(blocks, 2)) if blocks else asked
 
 
+class ParityConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How KV is coded in mode `parity`: the blocks of one name on all stages give `parities` blocks elsewhere."""
+
+    # xor: one parity; rdp: two, by sums alone, for 16 stages at most; rs (Reed-Solomon): any number.
+    code: Literal["xor", "rdp", "rs"] = "xor"
+    parities: Annotated[int, Range(1, 8)] = 1  # K: so many stages of a pipeline may be lost at a time
+    memory_bytes: Annotated[int, Range(1 << 16, 1 << 50)] = (
+        1 << 30
+    )  # of a node, for others' parity, beside its KV pool
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "parity.")
+
+
 class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds."""
 
@@ -133,6 +149,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Whether the usage tells how much of a prompt was cached. That depends on who asked before, so that the usage of a
     # stream that is taken up elsewhere is no longer what it was.
     prompt_tokens_details: bool = False
+    # Whether a chat may come with a template of its own (`chat_template`). It runs in a sandbox that bounds its work,
+    # on the gateway's own processor: for clients that are trusted.
+    request_chat_template: bool = False
     # How the model writes tool calls and reasoning; auto: as its chat template shows.
     tool_parser: Literal[
         "auto", "none", "hermes", "llama3_json", "pythonic", "mistral", "mistral_named", "mistral_args"
@@ -215,6 +234,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timing: TimingConfig = TimingConfig()
     gateway: GatewayConfig = GatewayConfig()
     emulation: EmulationConfig = EmulationConfig()
+    parity: ParityConfig = ParityConfig()
     tls: TlsConfig = TlsConfig()
     # Ports on other addresses than loopback without TLS. Only for a network that nobody else can reach.
     insecure: bool = False
@@ -309,6 +329,21 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
         yield "engine.speculation = 'draft' needs engine.executor = 'torch', not 'oracle'"
     if 0 < engine.pool_blocks < POOL_BLOCKS_MIN:
         yield f"engine.pool_blocks = {engine.pool_blocks}: allowed are 0 and {POOL_BLOCKS_MIN} or more"
+    # ---- protection
+    parity = config.parity
+    if parity.code != "rs" and parity.parities != CODE_PARITIES[parity.code]:
+        yield (
+            f"parity.code = {parity.code!r} has {CODE_PARITIES[parity.code]} parities, not parity.parities ="
+            f" {parity.parities}: only 'rs' has any number"
+        )
+    if config.mode is Mode.PARITY:
+        shards_max = RDP_SHARDS_MAX if parity.code == "rdp" else RS_SHARDS_MAX - parity.parities
+        if config.stages > shards_max:
+            yield f"parity.code = {parity.code!r} takes at most {shards_max} stages, and stages = {config.stages}"
+        if config.instances < 2:
+            yield (
+                f"mode = 'parity' keeps the parity of a pipeline on nodes of others, and instances = {config.instances}"
+            )
     # ---- times
     if not timing.heartbeat_s < timing.suspect_after_s < timing.dead_after_s:
         yield (

@@ -19,6 +19,7 @@ class Mode(StrEnum):
     """What protects a group (PAPERS.md, "Baselines that we keep as modes")."""
 
     REPLICATE = "replicate"  # copy KV to a peer; borrow a peer on failure
+    PARITY = "parity"  # code KV over the stages, on nodes of other pipelines; borrow a peer on failure
     NONE = "none"  # borrow a peer on failure, recompute from the token log
     STOP_RESTART = "stop-restart"  # an instance with a dead node is gone until it has been restarted
 

@@ -19,7 +19,7 @@ from controlplane.contract import rpc
 from controlplane.contract.address import join
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.config import TimingConfig
-from controlplane.contract.identity import PLAIN, Identity, ProcessRole, no_role
+from controlplane.contract.identity import HANDSHAKE_LIMIT, PLAIN, Identity, ProcessRole, no_role
 from controlplane.contract.ids import Member
 from controlplane.contract.reports import (
     REPORT_SCHEMA,
@@ -41,6 +41,7 @@ CARRIED_BEATS = 3
 OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.so_reuseport", 0),
+    HANDSHAKE_LIMIT,
     # Notice peers that vanished without a goodbye; nodes may ping us as often.
     ("grpc.keepalive_time_ms", 2000),
     ("grpc.keepalive_timeout_ms", 2000),

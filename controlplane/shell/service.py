@@ -13,6 +13,7 @@ from controlplane.contract.auth import Caller
 from controlplane.contract.config import ClusterConfig, redacted
 from controlplane.contract.errors import NewerSchema, PeerError, Unavailable
 from controlplane.contract.events import Event
+from controlplane.contract.identity import PLAIN, Identity
 from controlplane.contract.incidents import Incident
 from controlplane.contract.keys import Keys, decode, encode
 from controlplane.contract.records import Operation, OperationKind, OperationState
@@ -50,6 +51,7 @@ class Parts:
     client: EtcdClient
     history: HistoryWriter
     sources: Sources
+    identity: Identity = PLAIN
 
 
 class Service:
@@ -64,6 +66,7 @@ class Service:
         self._client = parts.client
         self._history = parts.history
         self._sources = parts.sources
+        self._identity = parts.identity
 
     @property
     def ready(self) -> bool:
@@ -100,7 +103,7 @@ class Service:
         )
 
     def troubles(self) -> Sequence[str]:
-        return [*self._client.health.troubles(), *self._unread()]
+        return [*self._client.health.troubles(), *self._unread(), *self._identity.troubles()]
 
     def _unread(self) -> list[str]:
         obstacle = self._registry.obstacle

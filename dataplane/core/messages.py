@@ -45,6 +45,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True):
     sampling: Sampling
     prompt: bytes  # int32, little endian
     output: bytes  # int32, little endian: generated so far
+    scored: int = -1  # of the prompt's log probabilities, the scheduler has so many; -1: it wants none
 
 
 class Begin(msgspec.Struct, frozen=True, array_like=True):
@@ -91,6 +92,14 @@ class Detail(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class PromptScores(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities of tokens of a prompt, from the one at position `first` on (contract/prompt_scores.py)."""
+
+    rid: int
+    first: int
+    records: bytes
+
+
 class ResultMeta(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """The last stage to the scheduler: the step is done."""
 
@@ -104,6 +113,7 @@ class ResultMeta(msgspec.Struct, frozen=True, array_like=True, tag=2):
     # no token any more, and why. Their token is -1.
     waiting: tuple[int, ...] = ()
     failed: tuple[tuple[int, str], ...] = ()
+    scores: tuple[PromptScores, ...] = ()  # of requests that asked for their prompts'
 
 
 class StepFailedMeta(msgspec.Struct, frozen=True, array_like=True, tag=3):
@@ -143,6 +153,8 @@ class HeldMeta(msgspec.Struct, frozen=True, array_like=True, tag=5):
     stage: int
     held: tuple[tuple[int, int], ...]  # (rid, tokens)
     kept: bytes = b""  # if asked for: names of the blocks that are kept, least recently used first
+    # Nothing is said of requests that are not in `held`: the stage waits for blocks that it lacks, and answers again.
+    more: bool = False
 
 
 KEPT = -1  # in the place of a request: a block that belongs to none, and is kept for those to come
@@ -220,6 +232,146 @@ class LostMeta(msgspec.Struct, frozen=True, array_like=True, tag=12):
     names: bytes  # NAME_BYTES each
 
 
+class Shape(msgspec.Struct, frozen=True, array_like=True):
+    """Of the parity over one block of every stage."""
+
+    code: str  # of kernels/coding: "xor", "rdp", "rs"
+    shards: int  # N: stages
+    parities: int  # K
+    longest: int  # bytes of the longest shard: stages may have different numbers of layers
+
+
+def _check_names(*fields: bytes) -> None:
+    if any(len(names) % NAME_BYTES for names in fields):
+        raise ValueError("names of blocks are cut short")
+
+
+def _check_sums(names: bytes, sums: tuple[int, ...]) -> None:
+    if len(names) != NAME_BYTES * len(sums):
+        raise ValueError(f"{len(sums)} checksums of {len(names)} bytes of names")
+
+
+class ShardMeta(msgspec.Struct, frozen=True, array_like=True, tag=20):
+    """Full blocks of one stage for the encoder that keeps parity over all stages' blocks of these names. The payload is
+    their bytes, one behind the other, all of one size."""
+
+    pipeline: PipelineId
+    fence: Fence
+    stage: int
+    shape: Shape
+    names: bytes  # NAME_BYTES each
+    sums: tuple[int, ...]  # CRC-32 of each
+
+    def __post_init__(self) -> None:
+        _check_sums(self.names, self.sums)
+
+
+class ShardAckMeta(msgspec.Struct, frozen=True, array_like=True, tag=21):
+    """An encoder to a stage, of that stage's shards. All fields but `flags` are names, NAME_BYTES each."""
+
+    pipeline: PipelineId
+    fence: Fence
+    added: bytes = b""  # in the parity
+    complete: bytes = b""  # in it are the shards of all stages: what of them is lost can be restored
+    damaged: bytes = b""  # arrived with other bytes: to be sent again
+    full: bytes = b""  # there is no room
+    gone: bytes = b""  # dropped, because a stage said so
+    # Answers a query: all names of the pipeline that there are here, and a byte for each: 1 if the stage's shard is in,
+    # plus 2 if all are.
+    whole: bool = False
+    names: bytes = b""
+    flags: bytes = b""
+
+    def __post_init__(self) -> None:
+        _check_names(self.added, self.complete, self.damaged, self.full, self.gone, self.names)
+        if len(self.names) != NAME_BYTES * len(self.flags):
+            raise ValueError(f"{len(self.flags)} flags of {len(self.names)} bytes of names")
+
+
+class ShardQueryMeta(msgspec.Struct, frozen=True, array_like=True, tag=22):
+    """A stage to an encoder: what do you have of this pipeline?"""
+
+    pipeline: PipelineId
+    fence: Fence
+    stage: int
+
+
+class ShardDropMeta(msgspec.Struct, frozen=True, array_like=True, tag=23):
+    """A stage to an encoder: these names are not cached any more. Acknowledged as `gone`."""
+
+    pipeline: PipelineId
+    fence: Fence
+    stage: int
+    names: bytes
+
+    def __post_init__(self) -> None:
+        _check_names(self.names)
+
+
+class RestoreMeta(msgspec.Struct, frozen=True, array_like=True, tag=24):
+    """A stage that lacks its blocks of these names to an encoder that may have their parity."""
+
+    pipeline: PipelineId
+    fence: Fence
+    stage: int
+    names: bytes
+
+    def __post_init__(self) -> None:
+        _check_names(self.names)
+
+
+class FetchMeta(msgspec.Struct, frozen=True, array_like=True, tag=25):
+    """An encoder to a stage: send me your blocks of these names, another stage has lost its own."""
+
+    pipeline: PipelineId
+    fence: Fence
+    names: bytes
+
+    def __post_init__(self) -> None:
+        _check_names(self.names)
+
+
+class SurvivorMeta(msgspec.Struct, frozen=True, array_like=True, tag=26):
+    """The answer: the payload is the blocks of `names`, all of one size; those of `lacks` are not here."""
+
+    pipeline: PipelineId
+    fence: Fence
+    stage: int
+    names: bytes
+    sums: tuple[int, ...]
+    lacks: bytes = b""
+
+    def __post_init__(self) -> None:
+        _check_sums(self.names, self.sums)
+        _check_names(self.lacks)
+
+
+class RestoredMeta(msgspec.Struct, frozen=True, array_like=True, tag=27):
+    """An encoder to the stage that asked: the payload is its blocks of `names`; `refused` cannot be restored."""
+
+    pipeline: PipelineId
+    fence: Fence
+    stage: int
+    names: bytes
+    sums: tuple[int, ...]
+    refused: bytes = b""
+
+    def __post_init__(self) -> None:
+        _check_sums(self.names, self.sums)
+        _check_names(self.refused)
+
+
+ParityMeta = (
+    ShardMeta
+    | ShardAckMeta
+    | ShardQueryMeta
+    | ShardDropMeta
+    | RestoreMeta
+    | FetchMeta
+    | SurvivorMeta
+    | RestoredMeta
+)
+
 Meta = (
     StepMeta
     | ResultMeta
@@ -233,4 +385,5 @@ Meta = (
     | Ping
     | ReadyMeta
     | LostMeta
+    | ParityMeta
 )

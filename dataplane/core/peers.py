@@ -9,7 +9,7 @@ themselves; one that has not heard the news yet goes on speaking, and is listene
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from controlplane.contract.ids import Member, NodeId
@@ -39,9 +39,14 @@ class Peers:
     _sent_at: dict[Member, float] = field(default_factory=dict)
 
     def follow(
-        self, pipelines: Iterable[Pipeline], records: Mapping[NodeId, NodeRecord], now: float
+        self,
+        pipelines: Iterable[Pipeline],
+        records: Mapping[NodeId, NodeRecord],
+        now: float,
+        partners: Collection[NodeId] = (),
     ) -> list[NodeRecord]:
-        """Those to have a link to from now on. `pipelines`: those that name us; `records`: who is registered."""
+        """Those to have a link to from now on. `pipelines`: those that name us; `records`: who is registered;
+        `partners`: whom we exchange parity with."""
         pipelines = list(pipelines)
         neighbours = sorted(neighbours_of(pipelines, self.me))
         mates = [node for node, record in records.items() if record.stage == self.stage]
@@ -53,7 +58,9 @@ class Peers:
         self._named = {member.node for pipeline in pipelines for member in _members(pipeline)}
         homes = {home for pipeline in pipelines for stage in pipeline.stages for home in stage.homes}
         # A node that lost its registration but serves with us is alive: etcd was away.
-        self._wanted = (self._named | (homes & records.keys()) | set(around)) - {self.me.node}
+        self._wanted = (
+            self._named | (homes & records.keys()) | set(around) | (set(partners) & records.keys())
+        ) - {self.me.node}
         for node in self._wanted & records.keys():
             self._links[node] = records[node]
         known = {record.member for record in self._links.values() if record.member.node in records}

@@ -55,12 +55,18 @@ class Questions:
         joining, self.joining = self.joining, []
         return joining
 
-    def answer(self, meta: HeldMeta) -> HeldCollector | None:
-        """A stage's answer; the question once every stage has answered."""
+    def answer(self, meta: HeldMeta, now: float) -> tuple[HeldCollector | None, list[int]]:
+        """A stage's answer: its question, if that is open, and the requests of which every stage has been heard now.
+        A stage that will say more is waited for anew."""
         question = self.open.get(meta.ask)
-        if question is None or not question.answer(meta.stage, meta.held, meta.kept):
-            return None
-        return self.open.pop(meta.ask)
+        if question is None:
+            return None, []
+        heard = question.answer(meta.stage, meta.held, meta.kept, meta.more)
+        if question.complete:
+            del self.open[meta.ask]
+        elif meta.more:
+            question.since = now
+        return question, heard
 
     def evicted(self, names: Iterable[bytes]) -> None:
         """Stages are told to keep these no longer: an answer that is on its way may still name them."""

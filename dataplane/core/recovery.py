@@ -20,18 +20,41 @@ class HeldCollector:
     adopts: bool = True  # false: only tells stages what to give back, nobody waits for the answers
     evicted: set[bytes] = field(default_factory=set)  # names that stages were told to evict meanwhile
     _least: dict[int, int] = field(default_factory=dict)
+    _unheard: dict[int, set[int]] = field(
+        default_factory=dict
+    )  # by request: stages that have said nothing of it
     _kept: list[list[bytes]] = field(default_factory=list)
 
-    def answer(self, stage: int, held: tuple[tuple[int, int], ...], kept: bytes = b"") -> bool:
-        """Take one stage's answer. Returns whether it was the last one missing."""
+    def __post_init__(self) -> None:
+        self._unheard = {rid: set(self.stages_missing) for rid in self.rids}
+
+    def answer(
+        self, stage: int, held: tuple[tuple[int, int], ...], kept: bytes = b"", more: bool = False
+    ) -> list[int]:
+        """Take one stage's answer; with `more` it is about the requests in `held` only, and there will be another.
+        Returns the requests of which every stage has been heard now."""
         if stage not in self.stages_missing:
-            return False
-        self.stages_missing.discard(stage)
+            return []
         tokens = dict(held)
-        for rid in self.rids:
+        heard = []
+        for rid in [rid for rid in tokens if rid in self._unheard] if more else list(self._unheard):
+            stages = self._unheard[rid]
+            if stage not in stages:
+                continue
             here = tokens.get(rid, 0)
             self._least[rid] = min(self._least.get(rid, here), here)
-        self._kept.append(unpack_names(kept))
+            stages.discard(stage)
+            if not stages:
+                del self._unheard[rid]
+                heard.append(rid)
+        if not more:
+            self.stages_missing.discard(stage)
+            self._kept.append(unpack_names(kept))
+        return heard
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stage has said all."""
         return not self.stages_missing
 
     def resume_at(self, rid: int, total: int) -> int:

@@ -67,7 +67,12 @@ FAMILIES = {
     "MixtralForCausalLM": "mixtral",
     "Phi3ForCausalLM": "phi3",
     "Gemma3ForCausalLM": "gemma3_text",
+    "Gemma3ForConditionalGeneration": "gemma3_text",
 }
+# The configuration of the text is a section of that of a model for images too; the file's own model_type.
+WITH_IMAGES = {"Gemma3ForConditionalGeneration": "gemma3"}
+OF_THE_WHOLE = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings", "quantization_config")
+
 
 # Of their classes, where config.json says nothing.
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "qwen3_moe": 4, "mixtral": 8, "gemma3_text": 4}
@@ -102,10 +107,11 @@ def load_config(model_dir: Path, context_max: int = 0) -> ModelConfig:
     context that is to be served (0: as long as the model takes), by which longrope chooses its frequencies. Raises
     ModelError."""
     path, values = _values(model_dir)
-    f = Fields(path, values)
+    f = _of_text(Fields(path, values))
     family = _family(f)
+    gemma = family == "gemma3_text"
     layers = f.integer("num_hidden_layers", high=4096)
-    hidden, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
+    hidden, heads = f.integer("hidden_size"), f.integer("num_attention_heads", 8 if gemma else None)
     # Absent means the class's default, null as many as there are attention heads.
     kv_default = heads if "num_key_value_heads" in f.values else KV_HEADS.get(family, heads)
     kv_heads = f.integer("num_key_value_heads", kv_default)
@@ -116,11 +122,10 @@ def load_config(model_dir: Path, context_max: int = 0) -> ModelConfig:
         raise f.error("num_key_value_heads", f"{heads} attention heads are no multiple of {kv_heads}")
     if head_dim % 2 or head_dim > 512:
         raise f.error("head_dim", f"must be even and at most 512, found {head_dim}")
-    vocab, bias = f.integer("vocab_size"), f.flag("attention_bias")
+    vocab, bias = f.integer("vocab_size", 262208 if gemma else None), f.flag("attention_bias")
     intermediate = f.integer("intermediate_size")
     positions = f.integer(POSITIONS, MAX_POSITIONS[family])
     layout = Layout(family, head_dim, positions, context_max)
-    gemma = family == "gemma3_text"
     rope, local_rope = read_gemma_ropes(f, layout) if gemma else (read_rope(f, layout), None)
     experts = read_experts(f, family, layers)
     inputs = [hidden, heads * head_dim, intermediate]
@@ -159,6 +164,21 @@ def load_config(model_dir: Path, context_max: int = 0) -> ModelConfig:
         eos_token_ids=_eos(f, model_dir / "generation_config.json", vocab),
         scheme=_scheme(f, inputs, outputs),
     )
+
+
+def _of_text(f: Fields) -> Fields:
+    """The configuration of a model's text. Raises ModelError."""
+    names = f.values.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in WITH_IMAGES:
+        return f
+    if f.values.get("model_type", WITH_IMAGES[names[0]]) != WITH_IMAGES[names[0]]:
+        found = f.values["model_type"]
+        raise f.error("model_type", f"{found!r:.80} does not fit the architecture {names[0]}")
+    text = f.section("text_config")
+    if text is None:
+        raise f.error("text_config", "expected an object, found null")
+    around = {key: f.values[key] for key in OF_THE_WHOLE if f.values.get(key) is not None}
+    return Fields(f.path, {**text.values, **around, "architectures": names}, text.prefix)
 
 
 def _family(f: Fields) -> str:

@@ -30,6 +30,7 @@ HEAD = "lm_head.weight"
 DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
 PACKED = {"qweight": "torch.int32", "qzeros": "torch.int32", "g_idx": "torch.int32", "weight_packed": "torch.int32",
           "weight_zero_point": "torch.int32"}  # fmt: skip
+TEXT_PREFIX = "language_model."  # of Gemma 3 with images
 LINEAR = re.compile(r"_proj\.weight$|\.experts\.\d+\.w[123]\.weight$")
 BLOCKS_BY_NAME = {block.name: block for block in BLOCKS.values() if block.name not in PLAIN}
 
@@ -101,7 +102,7 @@ def stage_files(model_dir: Path, names: list[str]) -> dict[Path, list[str]]:
         raise ModelError(index, "weight_map", "expected an object")
     files: dict[Path, list[str]] = {}
     for name in names:
-        file = where.get(name)
+        file = where.get(name, where.get(TEXT_PREFIX + name))
         if file is None:
             raise ModelError(index, name, "the tensor is missing")
         # A checkpoint must not make us open anything outside its directory.
@@ -112,11 +113,13 @@ def stage_files(model_dir: Path, names: list[str]) -> dict[Path, list[str]]:
 
 
 def kept_names(present: Iterable[str]) -> dict[str, str]:
-    """The keys of a file by the names of the tensors: of what is kept in blocks, their type is behind the name."""
+    """The keys of a file by the names of the tensors: of what is kept in blocks, their type is behind the name;
+    what belongs to the text of a model for images says so before it."""
     names = {}
     for key in present:
-        name, _, kind = key.rpartition(".")
-        names[name if kind in BLOCKS_BY_NAME else key] = key
+        own = key.removeprefix(TEXT_PREFIX)
+        name, _, kind = own.rpartition(".")
+        names[name if kind in BLOCKS_BY_NAME else own] = key
     return names
 
 
@@ -141,7 +144,7 @@ def _from_safetensors(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
             for name in names:
                 if name not in keys:
                     raise ModelError(path, name, "the tensor is missing")
-                found[keys[name]] = file.get_tensor(keys[name])
+                found[keys[name].removeprefix(TEXT_PREFIX)] = file.get_tensor(keys[name])
     except (OSError, SafetensorError) as error:
         raise ModelError(path, None, f"cannot be read: {error}") from error
     return found

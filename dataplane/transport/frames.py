@@ -3,8 +3,8 @@
     offset  size  field
     0       2     magic "KF"
     2       1     version
-    3       1     0: the checksum covers the payload; 1: the message carries its payload's own (KvMeta), which its
-                  receiver checks; 2: the payload never leaves the memory of this host
+    3       1     0: the checksum covers the payload; 1: the message carries its payload's own (KV blocks), which
+                  its receiver checks; 2: the payload never leaves the memory of this host
     4       4     CRC-32, begun with the byte before, of the message and, if that byte is 0, of the payload
     8       8     epoch, also readable without decoding the message
     16      4     length of the message, bytes
@@ -26,13 +26,14 @@ import msgspec
 from controlplane.contract.errors import PeerError
 from controlplane.contract.ids import Member
 from dataplane._fast.checksum import crc32
-from dataplane.core.messages import KvMeta, Meta, Ping
+from dataplane.core.messages import KvMeta, Meta, Ping, RestoredMeta, ShardMeta, SurvivorMeta
 from dataplane.transport.base import FRAMES_VERSION
 
 HEADER = struct.Struct("<2sBBIQIQI")
 MAGIC = b"KF"
 VERSION = FRAMES_VERSION
 COVERED, CHECKED, IN_MEMORY = range(3)
+OF_KV = (KvMeta, ShardMeta, SurvivorMeta, RestoredMeta)  # whose payload is blocks of KV
 
 Buffer = bytes | bytearray | memoryview
 Send = Callable[[Member, Meta, Buffer], bool]
@@ -62,7 +63,7 @@ def encode(meta: Meta, payload: Buffer = b"", *, in_memory: bool = False) -> lis
     body = _encode(meta)
     data = memoryview(payload).cast("B")
     # KV blocks are most of the bytes on a link: they are not read twice.
-    checked = CHECKED if isinstance(meta, KvMeta) else IN_MEMORY if in_memory else COVERED
+    checked = CHECKED if isinstance(meta, OF_KV) else IN_MEMORY if in_memory else COVERED
     checksum = crc32(body, checked)
     if checked == COVERED:
         checksum = crc32(data, checksum)
@@ -72,7 +73,7 @@ def encode(meta: Meta, payload: Buffer = b"", *, in_memory: bool = False) -> lis
 
 
 def decode(data: Buffer) -> Frame:
-    """Parse one frame. The payload of a KvMeta is still to be held against its checksum. Raises BadFrame."""
+    """Parse one frame. A payload of KV is still to be held against its checksums. Raises BadFrame."""
     view = memoryview(data).cast("B")
     if len(view) < HEADER.size:
         raise BadFrame(f"frame of {len(view)} bytes is shorter than its header")
@@ -90,7 +91,7 @@ def decode(data: Buffer) -> Frame:
         meta = _decode(body)
     except msgspec.MsgspecError as error:
         raise BadFrame(f"frame message: {error}") from error
-    if checked > IN_MEMORY or (checked == CHECKED) != isinstance(meta, KvMeta):
+    if checked > IN_MEMORY or (checked == CHECKED) != isinstance(meta, OF_KV):
         raise BadFrame(f"frame with checks {checked} of a {type(meta).__name__}")
     if not isinstance(meta, Ping) and meta.fence.epoch != epoch:
         raise BadFrame(f"frame header says epoch {epoch}, its message {meta.fence.epoch}")

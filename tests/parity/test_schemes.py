@@ -17,7 +17,7 @@ from dataplane.executor import StageExecutor
 from dataplane.model.config import load_config
 from dataplane.model.errors import ModelError
 from dataplane.model.quantised import values_of, weight_of
-from dataplane.model.weights import load_weights
+from dataplane.model.weights import LINEAR, load_weights
 from kernels.quantised import Format, Quantised
 from tests.parity.chain import Chain
 
@@ -138,7 +138,7 @@ def made(original: Path, name: str, into: Path) -> tuple[Path, Path]:
     tensors = load_file(original / "model.safetensors")
     kept, values = dict(tensors), dict(tensors)
     for key, weight in tensors.items():
-        if "_proj.weight" in key:
+        if LINEAR.search(key):
             del kept[key]
             more, values[key] = make(weight, key.removesuffix(".weight"))
             kept |= more
@@ -167,6 +167,23 @@ def test_values_and_logits(original: Path, tmp_path: Path, name: str) -> None:
     got, want = (
         next(iter(chain.step([(chain.new(), TEXT)]).values())) for chain in (Chain(there, 3), Chain(plain))
     )
+    assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "symmetric", "int8"])
+def test_experts(tmp_path: Path, name: str) -> None:
+    """Quantised as any weight is, but for the router."""
+    torch.manual_seed(12)
+    config = transformers.MixtralConfig(
+        vocab_size=211, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.15, num_local_experts=4,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    there, plain = made(tmp_path / "mixtral", name, tmp_path)
+    if name in ("gptq", "awq"):
+        change(there, quantization_config=SCHEMES[name][1] | {"modules_to_not_convert": ["gate"]})
+    got, want = (chain.step([(chain.new(), TEXT)])[0] for chain in (Chain(there, 2), Chain(plain)))
     assert np.array_equal(got, want)
 
 

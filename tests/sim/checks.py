@@ -17,7 +17,10 @@ from controlplane.core.policy import Situation
 from controlplane.etcd.election import leader_of
 from controlplane.etcd.register import holder_of
 from controlplane.etcd.wire import key_value
-from dataplane.core.messages import KvAckMeta, KvMeta
+from dataplane.core.encoder import Add, Close, Encoder
+from dataplane.core.messages import KvAckMeta, KvMeta, ShardAckMeta
+from dataplane.core.parity import MINE, WHOLE, ShardSource
+from dataplane.core.prefix import unpack_names
 from dataplane.core.stage import Stage
 from dataplane.node import Node
 from dataplane.replica import Replicator
@@ -52,6 +55,9 @@ class Checks:
         self._holders: dict[str, str] = {}  # name -> the process that has it
         self._raw: dict[str, Any] = {}  # topology and operations as they are written
         self._said: dict[tuple[Process, PipelineId, Member], dict[int, int]] = {}
+        # Shards that an encoder has added to the parity of a name, and names that had those of all stages at some time.
+        self._added: dict[tuple[str, PipelineId, bytes], set[int]] = {}
+        self._coded: set[tuple[str, PipelineId, bytes]] = set()
         self._heard: set[Process] = set()  # news of copies since the last look
         etcd.store.changed = self._committed
         world.after = self._after
@@ -162,6 +168,7 @@ class Checks:
         """Look into what nodes do at the moment they do it."""
         commit, store_copies, acknowledged = Stage.commit, Replicator.store_copies, Replicator.acknowledged
         pump = Replicator.pump
+        arrived, drop, heard = Encoder.arrived, Encoder._drop, ShardSource.heard
 
         def process() -> Process:
             assert self._world.current is not None
@@ -194,7 +201,38 @@ class Checks:
             self._heard.add(process())
             await pump(me, now, others_wait)
 
+        def arrived_probe(me: Encoder, key: Any, stage: int, shape: Any, *others: Any) -> Any:
+            effects = arrived(me, key, stage, shape, *others)
+            at = repr(process()), *key
+            if any(isinstance(effect, Add) for effect in effects):
+                added = self._added.setdefault(at, set())
+                added.add(stage)
+                if len(added) == shape.shards:
+                    self._coded.add(at)
+            return effects
+
+        def drop_probe(me: Encoder, key: Any, full: bool = False) -> Any:
+            effects = drop(me, key, full)
+            if any(isinstance(effect, Close) for effect in effects):
+                self._added.pop((repr(process()), *key), None)
+            return effects
+
+        def heard_probe(me: ShardSource, encoder: Member, meta: ShardAckMeta, now: float) -> None:
+            pairs = zip(unpack_names(meta.names), meta.flags, strict=True)
+            whole = [name for name, flags in pairs if flags == MINE | WHOLE]
+            for name in (*unpack_names(meta.complete), *whole):
+                at = str(encoder), meta.pipeline, name
+                if at not in self._coded:
+                    self._world.fail(
+                        f"{process()} counts a block of {meta.pipeline} as protected by {encoder}, which has "
+                        f"{len(self._added.get(at, ()))} shards of it"
+                    )
+            heard(me, encoder, meta, now)
+
         probes = (
+            (Encoder, "arrived", arrived_probe),
+            (Encoder, "_drop", drop_probe),
+            (ShardSource, "heard", heard_probe),
             (Stage, "commit", commit_probe),
             (Replicator, "store_copies", store_probe),
             (Replicator, "acknowledged", acknowledged_probe),

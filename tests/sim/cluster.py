@@ -73,6 +73,8 @@ class Cluster:
             shape.pool_blocks,
             shape.microbatches,
             "ngram" if has_drafts(schedule.seed) else "off",
+            shape.code,
+            shape.parities,
         )
         self.checks = Checks(world, self.etcd, Keys(self.config.cluster), self.config.group)
         self.processes: dict[str, Process] = {}
@@ -182,6 +184,8 @@ class Cluster:
                 leader = stage.leader
                 if leader is None or leader.node not in stage.homes or not self._lives(leader):
                     return False
+                if self.schedule.shape.code:
+                    continue
                 if not stage.replicas or not all(self._lives(m) for m in stage.replicas):
                     return False
         return all(self._reachable(name) for name in self.names() if name[0] == "g")
@@ -230,13 +234,49 @@ class Cluster:
             for pipeline, stage in parts.stages_of(node).items():
                 if stage.sampling is not None and stage.sampling.slots_in_use:
                     found.append(f"{name} samples {stage.sampling.slots_in_use} of {pipeline}")
+            found += self._unprotected(name, node)
             for pipeline, source in parts.sources_of(node):
                 if parts.acknowledged_of(source):
                     found.append(f"{name} counts {parts.acknowledged_of(source)} of {pipeline}")
+        found += self._unasked()
         for name in self.names():
             part = self.processes[name].part
             if name[0] == "g" and part is not None and part.live:
                 found.append(f"{name} has {part.live} live requests")
+        return found
+
+    def _unprotected(self, name: str, node: Any) -> list[str]:
+        """Blocks without parity, though there is room; and what a node has not given back of its work."""
+        parity, found = parts.parity_of(node), []
+        if not self.schedule.shape.parity_blocks:
+            lags = {pipeline: source.lag_blocks for pipeline, source in parity.sources.items()}
+            found += [f"{name} has {lag} blocks of {p} without parity" for p, lag in lags.items() if lag]
+        if parity.encoder._jobs or parity.bytes.restored or parity.restorer.pipelines:
+            found.append(f"{name} restores something")
+        held = sum(len(part) for each in parity.bytes.parities.values() for part in each)
+        if held != parity.encoder.used_bytes or held > parity.encoder._room_bytes:
+            found.append(f"{name} holds {held} bytes of parity, and counts {parity.encoder.used_bytes}")
+        return found
+
+    def _unasked(self) -> list[str]:
+        """Parity of what no scheduler has cached, or twice of the same."""
+        cached = {
+            pipeline: parts.cached_of(scheduler)
+            for _, node in self.nodes()
+            for pipeline, scheduler in parts.schedulers_of(node).items()
+        }
+        found = []
+        for pipeline, names in cached.items():
+            there = Counter(
+                n for _, node in self.nodes() for n in parts.parity_of(node).encoder.names(pipeline)
+            )
+            if stale := there.keys() - names:
+                found.append(f"there is parity of {len(stale)} blocks of {pipeline} that are not cached")
+            # Without room at the new place the old one keeps it.
+            if not self.schedule.shape.parity_blocks and (
+                twice := sum(count > 1 for count in there.values())
+            ):
+                found.append(f"there is parity of {twice} blocks of {pipeline} on several nodes")
         return found
 
     # ------------------------------------------------------------------ processes
@@ -254,7 +294,13 @@ class Cluster:
         process.exited = lambda: self.world.post(0.0, self.fate, self._exited, process)
         if name[0] == "n":
             relay = relays.address_for(name, self.schedule.shape)
-            main = parts.node_main(process, self.config, int(name[1:]) % self.config.stages, relay)
+            main = parts.node_main(
+                process,
+                self.config,
+                int(name[1:]) % self.config.stages,
+                relay,
+                self.schedule.shape.parity_blocks,
+            )
         elif name[0] == "r":
             main = parts.relay_main(process, self.config)
         elif name[0] == "c":
@@ -483,6 +529,13 @@ class Cluster:
             if blocks:
                 parts.corrupt(node, blocks[pick % len(blocks)], bit)
                 self.outcome.faults["bit of a copy"] += 1
+                return
+
+    def flip(self, name: str, pick: int, bit: int) -> None:
+        """A bit of a parity turns, on this node or the next that has any."""
+        for _, node in sorted(self.nodes(), key=lambda pair: (pair[0] < name, pair[0])):
+            if parts.flip(node, pick, bit):
+                self.outcome.faults["bit of a parity"] += 1
                 return
 
     def wall_jump(self, seconds: float) -> None:

@@ -18,11 +18,12 @@ from typing import Any, cast
 
 from controlplane import process as machine
 from controlplane.contract import auth
-from controlplane.contract.config import ClusterConfig, EngineConfig, Speculation, TimingConfig
+from controlplane.contract.config import ClusterConfig, EngineConfig, ParityConfig, Speculation, TimingConfig
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.records import ControllerRecord, GatewayRecord
 from controlplane.contract.requests import Sampling
+from controlplane.contract.topology import Mode
 from controlplane.core.controller import Controller
 from controlplane.core.policy import Limits
 from controlplane.etcd.client import EtcdClient
@@ -46,7 +47,9 @@ from dataplane.model.config import ModelConfig
 from dataplane.model.ropes import RopeConfig
 from dataplane.node import Node
 from dataplane.oracle import OracleExecutor
+from dataplane.parity import Parity
 from dataplane.relay import RelayServer
+from kernels.coding.codes import make_code
 from tests.sim.world import Process
 from web.gateway.main import policy_of
 from web.gateway.metrics import Metrics
@@ -96,6 +99,8 @@ def make_config(
     pool_blocks: int,
     microbatches: int,
     speculation: Speculation = "off",
+    code: str = "",
+    parities: int = 0,
 ) -> ClusterConfig:
     return ClusterConfig(
         run_dir=run_dir(),
@@ -116,6 +121,8 @@ def make_config(
             max_draft_tokens=5,
         ),
         timing=TIMING,
+        mode=Mode.PARITY if code else Mode.REPLICATE,
+        parity=ParityConfig(cast(Any, code), parities) if code else ParityConfig(),
     )
 
 
@@ -167,14 +174,24 @@ async def named(main: Coroutine[Any, Any, None], process: Process) -> None:
         process.fenced = True
 
 
-async def node_main(process: Process, config: ClusterConfig, stage: int, relay: str = "") -> None:
-    """`relay`: address of its host's, if it has one."""
+async def node_main(
+    process: Process, config: ClusterConfig, stage: int, relay: str = "", parity_blocks: int = 0
+) -> None:
+    """`relay`: address of its host's, if it has one. `parity_blocks`: see Shape."""
     executor = make_executor(stage, config.stages, config.engine.pool_blocks)
     me = Member(process.name, process.incarnation)
     node = process.part = Node(config, me, stage, cast(Any, executor), relay=relay)
     if config.engine.microbatches > 1:
         node._worker._rhythm = Patient(node)
+    if parity_blocks:
+        node._worker.parity.encoder._room_bytes = parity_blocks * parity_bytes(config)
     await node.run()
+
+
+def parity_bytes(config: ClusterConfig) -> int:
+    """Of one name."""
+    each = make_code(config.parity.code, config.stages, config.parity.parities).parity_bytes(8 * BLOCK)
+    return each * config.parity.parities
 
 
 def stages_of(node: Node) -> dict[PipelineId, Stage]:
@@ -195,6 +212,18 @@ def store_of(node: Node) -> KvStore:
 def corrupt(node: Node, block: int, bit: int) -> None:
     """Flip one bit of a block in memory."""
     node._executor.kv.view(block)[bit // 8] ^= 1 << bit % 8
+
+
+def parity_of(node: Node) -> Parity:
+    return node._worker.parity
+
+
+def flip(node: Node, pick: int, bit: int) -> bool:
+    """Turn one bit of a parity. False: there is none here."""
+    parities = [part for parts in parity_of(node).bytes.parities.values() for part in parts]
+    if parities:
+        parities[pick % len(parities)][bit // 8] ^= 1 << bit % 8
+    return bool(parities)
 
 
 def schedulers_of(node: Node) -> dict[PipelineId, Scheduler]:

@@ -30,6 +30,9 @@ class Shape:
     pool_blocks: int
     microbatches: int
     relays: int = 0  # hosts that have one; 0: nodes report by themselves
+    code: str = ""  # parity protects KV, by this code; "": copies do
+    parities: int = 0
+    parity_blocks: int = 0  # that an encoder has room for; 0: enough
 
     @property
     def nodes(self) -> list[str]:
@@ -98,8 +101,15 @@ LARGE = ((2, 4), (2, 4), (3, 4))
 PARTIAL_EVERY, PARTIAL_FROM = 12, 10_000_000
 
 
+# One seed of so many has parity in the place of copies, with faults that are meant for it on top of the others.
+CODED_EVERY, CODED = 6, 2
+CODES = (("xor", 1), ("xor", 1), ("rs", 1), ("rs", 2), ("rdp", 2))
+
+
 def generate(seed: int) -> Schedule:
     schedule = _drawn(seed)
+    if seed % CODED_EVERY == CODED and seed < PARTIAL_FROM:
+        return _coded(schedule)
     return _relayed(schedule) if seed % RELAYED_EVERY == RELAYED and seed < PARTIAL_FROM else schedule
 
 
@@ -121,6 +131,31 @@ def _relayed(schedule: Schedule) -> Schedule:
         schedule.mild or calm,
         schedule.calm or calm,
     )
+
+
+def _coded(schedule: Schedule) -> Schedule:
+    """The same cluster with parity, for which bits turn and several stages die at once."""
+    chance = random.Random(f"parity {schedule.seed}")
+    code, parities = chance.choice(CODES)
+    blocks = chance.choice((0, 0, 0, 12))
+    shape = replace(schedule.shape, code=code, parities=parities, parity_blocks=blocks)
+    window_s = max((step.at for step in schedule.steps), default=1.0)
+    steps = list(schedule.steps)
+    for _ in range(0 if schedule.mild else chance.randrange(1, 4)):
+        at = chance.uniform(0.0, window_s)
+        asked = (100 + len(steps), chance.randrange(1, shape.gateways + 1), chance.choice(LONG))
+        node = chance.choice(shape.nodes)
+        soon = at + chance.uniform(0.1, 0.5)
+        steps.append(Step(at, "submit", asked))
+        if chance.random() < 0.5:
+            # All of it on one node: what is restored next is restored from it.
+            picks = [(node, pick, chance.randrange(BLOCK_BITS)) for pick in range(chance.choice((1, 12)))]
+            steps += [Step(soon, "flip", each) for each in picks]
+        dead = chance.sample(shape.nodes, min(len(shape.nodes), chance.choice((1, 1, 2))))
+        kill_at = soon + chance.uniform(0.0, 0.1)
+        steps += [Step(kill_at, "kill", (name, chance.choice((0.4, 1.5)))) for name in dead]
+    steps.sort(key=lambda step: step.at)
+    return Schedule(schedule.seed, shape, tuple(steps), schedule.mild, schedule.calm)
 
 
 def _of_relay(chance: random.Random, shape: Shape, at: float) -> Step:

@@ -25,6 +25,8 @@ NOTICED = {
     "kinds": r"nobody died, and p\d changed",
     "names": r"was taken from \S+, which lives, by",
     "schema": r"went from schema \d to \d",
+    "complete": r"as protected by \S+, which has \d+ shards of it",
+    "restored": r"token \d+ at position \d+ instead of \d+",
     "unknown": r"lost what newer code had written",
     "position": r"position \d+ in the place of \d+|position \d+ after its end",
 }

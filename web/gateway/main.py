@@ -106,7 +106,7 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
         registration = Registration(etcd, key, encode(record), LEASE_S, supersedes=(take_over,))
         watch = ClusterWatch(etcd, config, dispatcher, me, registration, model.context)
         tickets = Tickets(derive(secret, "streams"))
-        service = _service(config.gateway, model, dispatcher, metrics, watch, tickets)
+        service = _service(config.gateway, model, dispatcher, metrics, watch, tickets, identity)
         grace_s = config.timing.stop_grace_s
         server = make_server(
             build_app(service, keys, config.gateway.cors_origins), grace_s, https_of(config, identity.me)
@@ -146,6 +146,7 @@ def _service(
     metrics: Metrics,
     watch: ClusterWatch,
     tickets: Tickets,
+    identity: Identity,
 ) -> Service:
     metrics.attach(dispatcher.router, watch.age_s)
     return Service(
@@ -154,11 +155,12 @@ def _service(
         metrics=metrics,
         started_unix_s=int(time.time()),
         etcd_age_s=watch.age_s,
-        troubles=lambda: [*watch.troubles(), *dispatcher.links.troubles()],
+        troubles=lambda: [*watch.troubles(), *dispatcher.links.troubles(), *identity.troubles()],
         tickets=tickets,
         memory=Memory(limits.memory_bytes, limits.client_share),
         priority_floor=limits.priority_floor,
         prompt_tokens_details=limits.prompt_tokens_details,
+        request_chat_template=limits.request_chat_template,
     )
 
 

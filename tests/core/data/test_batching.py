@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from controlplane.contract.requests import Sampling, Token
 from dataplane.core.batching import Batcher, Limits
+from dataplane.core.prefix import PrefixHasher
 from dataplane.core.request import Phase, Request
 from dataplane.core.speed import StepSpeed
 
@@ -472,3 +473,15 @@ def test_who_has_had_a_token_since_a_failure_is_not_interrupted_any_more() -> No
     fresh = request(2, 60, 5)
     assert batcher.adopt(fresh, 0)
     assert not fresh.lost, "nobody reads it yet"
+
+
+def test_a_request_that_cannot_be_taken_up_leaves_nothing_cached() -> None:
+    """Stages are told to drop what they have of it: nobody may begin with that."""
+    batcher = Batcher(LIMITS)
+    batcher.quota_blocks = 3
+    taken = request(1, 16, 4)
+    taken.hasher = PrefixHasher(LIMITS.block_size)
+    assert not batcher.adopt(taken, 8)  # two of its blocks are there, four are needed
+    assert (batcher.account.used, batcher.account.cached) == (0, 0)
+    batcher.quota_blocks = 4
+    assert batcher.adopt(taken, 8)

@@ -16,7 +16,7 @@ def test_the_fewest_prompt_tokens_that_wait() -> None:
     bench = Bench()
     bench.two_up()
     sizes = (100, 10, 10, 200, 10)
-    places = [sent(bench.submit(rid, prompt=(7,) * size))[0][0] for rid, size in enumerate(sizes)]
+    places = [sent(bench.submit(rid, prompt=(rid,) * size))[0][0] for rid, size in enumerate(sizes)]
     assert places == [A, B, B, B, A]
 
 
@@ -53,12 +53,12 @@ def test_a_long_prompt_goes_where_no_stage_is_borrowed() -> None:
     bench.do(StreamUp(B))
     went = []
     for rid, size in enumerate((10, 10, 10, 20, 100, 100, 10)):
-        ((member, submit),) = sent(bench.submit(rid, prompt=(7,) * size))
+        ((member, submit),) = sent(bench.submit(rid, prompt=(rid,) * size))
         went.append(member)
         bench.tokens(member, submit.pipeline, 1, 0, rid=rid)
     assert went == [A, B, A, B, B, B, A]
-    assert sent(bench.submit(8, prompt=(7,) * 300))[0][0] == B
-    assert sent(bench.submit(9, prompt=(7,) * 300))[0][0] == A, "a prompt waits there"
+    assert sent(bench.submit(8, prompt=(8,) * 300))[0][0] == B
+    assert sent(bench.submit(9, prompt=(9,) * 300))[0][0] == A, "a prompt waits there"
 
 
 def crowd(pipelines: int, places: int = 2, up: int | None = None) -> Bench:

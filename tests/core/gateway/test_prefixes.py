@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.core.gateway.routing import A, B, Bench, pipeline, sent
+from web.gateway.routing.events import CancelAsked
 from web.gateway.routing.prefixes import PIPELINES_MAX, PLACES_MAX, SPAN, Prefixes, places
 
 LONG = tuple(range(10 * SPAN))
@@ -76,3 +77,38 @@ def test_what_waits_there_may_cost_more_than_the_prefix_saves() -> None:
     first = computed(bench, 1, LONG)
     assert placed(bench, 2, (*LONG, *range(9000, 9700))) == first
     assert placed(bench, 3, (*LONG[: 2 * SPAN], 1, 2)) != first, "it would wait for 1,340 tokens to save 128"
+
+
+def test_a_prefix_is_worth_more_than_the_wait_that_it_saves() -> None:
+    bench = two_pipelines()
+    first = computed(bench, 1, LONG)
+    other = tuple(range(5000, 5000 + 15 * SPAN))
+    assert placed(bench, 2, (*LONG[: 2 * SPAN], *other)) == first
+    assert placed(bench, 3, (*LONG, 1, 2)) == first, (
+        "it waits for 1,088 tokens to save 576, which others wait for"
+    )
+
+
+def test_new_prompts_go_where_little_is_cached() -> None:
+    """One after the other, none of which is alike: both caches are used."""
+    bench = two_pipelines()
+    where = []
+    for number in range(20):
+        prompt = tuple(range(10_000 * number, 10_000 * number + len(LONG) * (1 + number % 3)))
+        where.append(computed(bench, number + 1, prompt))
+        bench.do(CancelAsked(number + 1))
+    assert 6 <= where.count("p0") <= 14
+
+
+def test_shares_are_of_what_is_remembered() -> None:
+    prefixes, prompt = Prefixes(), places(LONG, "")
+    prefixes.sent(prompt, "p0")
+    prefixes.sent(prompt[:3], "p1")
+    prefixes.sent(prompt[:2], "p0")
+    assert (prefixes.share("p0"), prefixes.share("p1"), prefixes.share("p2")) == (9, 3, 0)
+    for number in range(PIPELINES_MAX):
+        prefixes.sent(prompt[:1], f"q{number}")
+    assert (prefixes.share("p0"), prefixes.share("p1")) == (8, 2), "the newest are remembered"
+    for number in range(PLACES_MAX):
+        prefixes.sent((number.to_bytes(16, "big"),), "p3")
+    assert [prefixes.share(p) for p in ("p0", "p1", "q0", "p3")] == [0, 0, 0, PLACES_MAX]

@@ -12,6 +12,7 @@ from web.gateway.routing.prefixes import Prefixes, places
 
 LONG = 2  # times the mean length of prompts
 LOOKED_AT = 16  # pipelines at a time ...
+CACHED_WEIGHT = 2  # of a token that need not be computed, against one that waits before it
 LOOKS = 4  # ... so often while all their places are taken
 
 
@@ -88,22 +89,24 @@ class Loads:
         self, pipelines: Sequence[Pipeline], places: int, prompt_tokens: int, cached: Mapping[PipelineId, int]
     ) -> Pipeline:
         """For a prompt of so many tokens, of which pipelines have `cached`: of `pipelines` (at least one), one with a
-        free place; of these the one with the fewest prompt tokens to compute, its own and those before it;
-                among equals with the fewest streams, then the fewest tokens that these may still bring. Among equals a
-                long prompt goes where the fewest stages are borrowed: it has the latest first token as it is, and a
-                borrowed node is far away and has two pipelines to serve.
+        free place; of these the one with the fewest prompt tokens that wait, less CACHED_WEIGHT times what it need not
+        compute; among equals with the fewest streams, then the fewest tokens that these may still bring, then the least
+        that is known to be cached there. Among equals a long prompt goes where the fewest stages are borrowed: it has
+        the latest first token as it is, and a borrowed node is far away and has two pipelines to serve.
 
-                A pipeline runs `places` streams at a time: beyond them a new one waits for another to end, which takes
-                longer than any prompt. Prompts that wait are what it waits for where there is room. By outstanding
-                tokens, which clients overstate anyway, one pipeline queued while the other had room."""
+        A pipeline runs `places` streams at a time: beyond them a new one waits for another to end, which takes longer
+        than any prompt. Prompts that wait are what it waits for where there is room. By outstanding tokens, which
+        clients overstate anyway, one pipeline queued while the other had room. What is cached counts more than the wait
+        that it saves, since those who come later wait for what is computed again, too."""
         long = prompt_tokens * len(self._counted) > LONG * self._prompt_tokens
 
-        def rank(pipeline: Pipeline) -> tuple[int, int, int, int, int, PipelineId]:
+        def rank(pipeline: Pipeline) -> tuple[int, int, int, int, int, int, PipelineId]:
             load = self._loads.get(pipeline.id) or Load()
             queued = max(0, load.streams + 1 - places)
             detours = borrowed(pipeline) if long else 0
-            to_compute = load.prompt_tokens - cached.get(pipeline.id, 0)
-            return queued, to_compute, detours, load.streams, load.outstanding, pipeline.id
+            waits = load.prompt_tokens - CACHED_WEIGHT * cached.get(pipeline.id, 0)
+            share = self._prefixes.share(pipeline.id)
+            return queued, waits, detours, load.streams, load.outstanding, share, pipeline.id
 
         return min(pipelines, key=rank)
 

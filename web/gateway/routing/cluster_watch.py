@@ -78,7 +78,7 @@ class ClusterWatch:
                 self._dispatcher.locate(change.now.member, change.now.rpc_address)
                 if self._context is not None and change.now.group == self.view.group:
                     node = change.now
-                    self._context.registered(node.member.node, node.context_len, node.grammars)
+                    self._context.registered(node.member.node, node.context_len, node.grammars, node.sampling)
             case Topology():
                 self._dispatcher.feed(TopologySeen(change.now))
                 members = {member for pipeline in change.now.pipelines for member in pipeline.members()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 from controlplane.contract.ids import PipelineId
@@ -33,6 +33,7 @@ def places(prompt: Sequence[int], salt: str) -> tuple[bytes, ...]:
 class Prefixes:
     def __init__(self) -> None:
         self._pipelines: OrderedDict[bytes, tuple[PipelineId, ...]] = OrderedDict()  # the newest last
+        self._counts: Counter[PipelineId] = Counter()  # places of each pipeline
 
     def __len__(self) -> int:
         return len(self._pipelines)
@@ -51,7 +52,21 @@ class Prefixes:
     def sent(self, prefix: Sequence[bytes], pipeline: PipelineId) -> None:
         """A prompt goes to this pipeline, which will have its KV."""
         for place in prefix:
-            others = [p for p in self._pipelines.pop(place, ()) if p != pipeline]
-            self._pipelines[place] = (*others[1 - PIPELINES_MAX :], pipeline)
+            before = self._pipelines.pop(place, ())
+            others = [p for p in before if p != pipeline]
+            now = self._pipelines[place] = (*others[1 - PIPELINES_MAX :], pipeline)
+            self._count(before, now)
         while len(self._pipelines) > PLACES_MAX:
-            self._pipelines.popitem(last=False)
+            _, before = self._pipelines.popitem(last=False)
+            self._count(before, ())
+
+    def share(self, pipeline: PipelineId) -> int:
+        """How much of all that is remembered is expected there: a new prompt drives little out where it is little."""
+        return self._counts[pipeline]
+
+    def _count(self, before: Sequence[PipelineId], now: Sequence[PipelineId]) -> None:
+        self._counts.update(now)
+        self._counts.subtract(before)
+        for pipeline in before:  # pipelines come and go, and leave nothing behind
+            if not self._counts[pipeline]:
+                del self._counts[pipeline]

@@ -1,0 +1,483 @@
+"""KV protected by parity, on one node: as a stage that sends its blocks, as an encoder of other pipelines, and as a
+stage that has lost blocks and asks for them.
+
+What is decided is decided by core/parity.py, core/encoder.py and core/restorer.py, on the event loop; what reads or
+writes blocks or parities runs in the KV thread. Used by the worker only, one call at a time, between computations."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from controlplane.contract.config import ParityConfig
+from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.topology import Mode, Topology
+from dataplane._fast.checksum import piece_sums
+from dataplane.core.blocks import KvStore
+from dataplane.core.encoder import Effect, Encoder, Fetch, Refuse, Send, Solve
+from dataplane.core.messages import (
+    Fence,
+    FetchMeta,
+    HeldMeta,
+    Meta,
+    ParityMeta,
+    RejoinMeta,
+    RestoredMeta,
+    RestoreMeta,
+    Shape,
+    ShardAckMeta,
+    ShardDropMeta,
+    ShardMeta,
+    ShardQueryMeta,
+    SurvivorMeta,
+)
+from dataplane.core.parity import ANSWER_LIMIT_S, ShardSource, candidates_of, clients_of, encoders_of, ranked
+from dataplane.core.prefix import unpack_names
+from dataplane.core.restorer import Answer, Restorer
+from dataplane.core.stage import Stage
+from dataplane.kvwork import KvBytes, RunInThread, blocks_as_bytes
+from dataplane.model.split import split_layers
+from dataplane.parity_bytes import OF_BYTES, ParityBytes
+from dataplane.replica import COMPANY_BYTES, Replicator, never
+from dataplane.transport import frames
+
+if TYPE_CHECKING:
+    from dataplane.executor import StageExecutor
+    from dataplane.kvcache import KVCache
+    from dataplane.oracle import OracleExecutor
+    from kernels.cuda.cache import DeviceCache
+
+log = logging.getLogger(__name__)
+
+UNSENT_MAX = 64  # restored shards that wait for a link
+NOTHING = memoryview(b"")
+
+
+class Parity:
+    def __init__(
+        self,
+        me: Member,
+        store: KvStore,
+        kv: KVCache | DeviceCache,
+        thread: RunInThread,
+        send: frames.Send,
+        send_later: frames.Send,
+        replicator: Replicator,
+        stages: dict[PipelineId, Stage],
+        answer: Callable[[PipelineId, HeldMeta], None],
+        settings: ParityConfig,
+        longest: Callable[[int], int],
+        block_wire_bytes: int = 0,
+    ) -> None:
+        """`send_later`: for shards, behind all that others wait for. `answer`: to the scheduler of a pipeline.
+        `longest(N)`: bytes of the longest block of N stages."""
+        self.encoder = Encoder(settings.memory_bytes)
+        self.restorer = Restorer(kv.block_bytes)
+        self.sources: dict[PipelineId, ShardSource] = {}
+        self.blocks_sent = 0
+        self.bytes = ParityBytes()
+        self._me = me
+        self._store = store
+        self._kv = blocks_as_bytes(kv)
+        self._thread = thread
+        self._send = send
+        self._send_later = send_later
+        self._replicator = replicator
+        self._stages = stages
+        self._answer = answer
+        self._settings = settings
+        self._longest = longest
+        self._company = max(1, COMPANY_BYTES // (block_wire_bytes or kv.block_bytes))
+        self._topology: Topology | None = None
+        self._epochs: dict[PipelineId, int] = {}
+        self._clients: set[PipelineId] = set()  # whose parity may be here
+        self._encoders: dict[PipelineId, tuple[Member, ...]] = {}  # of those
+        self._moved: dict[
+            PipelineId, float
+        ] = {}  # whose encoders are others now: when its first stage is told next
+        self._unsettled: set[PipelineId] = (
+            set()
+        )  # all that is alive has been heard of, some of it is on its way
+        self._unsent: deque[tuple[Member, RestoredMeta, bytes]] = deque(maxlen=UNSENT_MAX)
+
+    # ------------------------------------------------------------------ duties
+
+    def apply(self, topology: Topology) -> None:
+        """What this node has to do from now on (level-triggered). Its stages are those of the topology already."""
+        self._topology = topology
+        self._clients = {pipeline.id for pipeline in clients_of(topology, self._me)}
+        before, self._encoders = self._encoders, {name: encoders_of(topology, name) for name in self._clients}
+        self._moved |= {name: 0.0 for name, now in self._encoders.items() if before.get(name, now) != now}
+        self._forget(self.encoder.retain(self._clients))
+        for pipeline in topology.pipelines:
+            name, changed = pipeline.id, self._epochs.get(pipeline.id) != pipeline.epoch
+            self._epochs[name] = pipeline.epoch
+            if changed:
+                self._forget(self.encoder.void(name))
+                self.restorer.void(name)
+                self._unsettled.discard(name)
+            if name not in self._stages or topology.mode is not Mode.PARITY:
+                self.sources.pop(name, None)
+                continue
+            source = self.sources.get(name)
+            if source is None or source.leads != (self._stages[name].index == 0):
+                source = self.sources[name] = ShardSource(self._stages[name].index == 0, self._kv.block_bytes)
+                source.add(self._names_here(name))
+            elif changed:
+                source.restart()
+            source.place(encoders_of(topology, name), candidates_of(topology, name))
+
+    def link_changed(self, node: str) -> None:
+        for source in self.sources.values():
+            source.restart(node)
+        self.restorer.link_changed(node)
+        unsent = list(self._unsent)
+        self._unsent.clear()
+        for to, meta, payload in unsent:
+            if to.node != node or not self._send(to, meta, payload):
+                self._unsent.append((to, meta, payload))
+
+    def sealed(self, pipeline: PipelineId, names: Sequence[bytes]) -> None:
+        """A step has filled these blocks."""
+        source = self.sources.get(pipeline)
+        if source is not None:
+            source.add(names)
+
+    # ------------------------------------------------------------------ messages
+
+    async def handle(self, peer: Member, meta: ParityMeta, payload: memoryview, now: float) -> None:
+        match meta:
+            case ShardMeta():
+                if meta.pipeline in self._clients:
+                    await self._add(meta, payload, now)
+            case ShardAckMeta():
+                if (source := self.sources.get(meta.pipeline)) is not None:
+                    source.heard(peer, meta, now)
+            case ShardQueryMeta():
+                if meta.pipeline in self._clients:
+                    self._send(peer, self.encoder.whole(meta.pipeline, meta.stage, meta.fence), b"")
+            case ShardDropMeta():
+                self._forget(self.encoder.dropped(meta.pipeline, meta.stage, unpack_names(meta.names)))
+            case RestoreMeta():
+                names = unpack_names(meta.names)
+                await self._perform(
+                    self.encoder.asked(meta.pipeline, meta.fence, meta.stage, peer, names, now)
+                )
+            case FetchMeta():
+                await self._survive(peer, meta)
+            case SurvivorMeta():
+                await self._take_out(meta, payload)
+            case RestoredMeta():
+                await self._keep(peer, meta, payload, now)
+
+    async def pump(self, now: float, others_wait: Callable[[], bool] = never) -> None:
+        """Send what is to be sent. To be called before the replicator's: what is gone from the pool it forgets."""
+        if self._store.pool.gone and self.sources:
+            gone = [name for name in self._store.pool.gone if not self._store.pool.has(name)]
+            for source in self.sources.values():
+                source.gone(gone)
+        await self._perform(self.encoder.expire(now))
+        self._tell_stages()
+        self._tell_moved(now)
+        self._restore(now)
+        for pipeline, source in self.sources.items():
+            fence, index = Fence(self._epochs[pipeline]), self._stages[pipeline].index
+            for encoder in source.must_ask(now):
+                self._later(encoder, ShardQueryMeta(pipeline, fence, index), b"")
+            for encoder, names in source.drops(now):
+                self._later(encoder, ShardDropMeta(pipeline, fence, index, b"".join(names)), b"")
+        for pipeline, source in self.sources.items():
+            while (taken := source.take(now, self._company)) is not None:
+                await self._push(pipeline, source, *taken)
+                if others_wait():
+                    return
+
+    # ------------------------------------------------------------------ a stage and its blocks
+
+    async def _push(
+        self, pipeline: PipelineId, source: ShardSource, encoder: Member, names: list[bytes]
+    ) -> None:
+        stage, found = self._stages[pipeline], await self._read(names)
+        source.gone(name for name in names if name not in found)
+        if not found:
+            return
+        shape = self._shape(pipeline)
+        data, sums = b"".join(data for data, _ in found.values()), tuple(s for _, s in found.values())
+        fence = Fence(self._epochs[pipeline])
+        meta = ShardMeta(pipeline, fence, stage.index, shape, b"".join(found), sums)
+        if self._later(encoder, meta, data):
+            self.blocks_sent += len(found)
+        else:
+            source.restart(encoder.node)
+
+    async def _survive(self, peer: Member, meta: FetchMeta) -> None:
+        """Another stage has lost its blocks of these names, and somebody waits for ours."""
+        stage, names = self._stages[meta.pipeline], unpack_names(meta.names)
+        for first in range(0, len(names), self._company):
+            some = names[first : first + self._company]
+            found = await self._read(some)
+            lacks = b"".join(name for name in some if name not in found)
+            data, sums = b"".join(data for data, _ in found.values()), tuple(s for _, s in found.values())
+            answer = SurvivorMeta(meta.pipeline, meta.fence, stage.index, b"".join(found), sums, lacks)
+            self._send(peer, answer, data)
+
+    async def _read(self, names: Iterable[bytes]) -> dict[bytes, tuple[memoryview, int]]:
+        """The bytes and the CRC-32 of those blocks that are here and as they should be."""
+        pool, size = self._store.pool, self._kv.block_bytes
+        here = {name: block for name in names if (block := pool.find(name)) is not None}
+        if not here:
+            return {}
+        data, sums = await self._thread(self._kv.gather, list(here.values()))
+        found: dict[bytes, tuple[memoryview, int]] = {}
+        whole = memoryview(data)
+        crcs = sums if isinstance(self._kv, KvBytes) else await self._thread(piece_sums, whole, size)
+        for at, (name, block) in enumerate(here.items()):
+            if self._store.copied(block, int(sums[at]), self._store.block_size):
+                found[name] = whole[at * size : (at + 1) * size], int(crcs[at])
+            else:
+                log.error("a named block has changed in memory")
+        return found
+
+    def _shape(self, pipeline: PipelineId) -> Shape:
+        known = self._topology.pipeline(pipeline) if self._topology is not None else None
+        assert known is not None
+        stages = len(known.stages)
+        return Shape(self._settings.code, stages, self._settings.parities, self._longest(stages))
+
+    def _names_here(self, pipeline: PipelineId) -> list[bytes]:
+        """Of the blocks of its requests here, and of what is kept of it."""
+        rows = self._store.own[pipeline].values()
+        named = dict.fromkeys(name for row in rows for name in self._store.names_of(row) if name)
+        return [*(named | dict.fromkeys(self._store.kept[pipeline]))]
+
+    # ------------------------------------------------------------------ an encoder
+
+    async def _add(self, meta: ShardMeta, payload: memoryview, now: float) -> None:
+        names, sums, size = await self._checked(meta.names, payload)
+        effects: list[Effect] = []
+        for place, (name, checksum) in enumerate(zip(names, meta.sums, strict=True)):
+            key = meta.pipeline, name
+            if not self._encodes(meta.pipeline, name):
+                continue  # one of us does not know the newest topology; the stage asks what is here
+            if place < len(sums) and sums[place] == checksum and size <= meta.shape.longest:
+                effects += self.encoder.arrived(key, meta.stage, meta.shape, checksum, place, now)
+            else:
+                self.encoder.damaged(key, meta.stage)
+        await self._perform(effects, payload, size)
+
+    def _encodes(self, pipeline: PipelineId, name: bytes) -> bool:
+        encoders = self._encoders.get(pipeline, ())
+        return bool(encoders) and ranked(name, encoders)[0] == self._me
+
+    async def _take_out(self, meta: SurvivorMeta, payload: memoryview) -> None:
+        names, sums, size = await self._checked(meta.names, payload)
+        lacks, effects = unpack_names(meta.lacks), list[Effect]()
+        for place, (name, checksum) in enumerate(zip(names, meta.sums, strict=True)):
+            if place < len(sums) and sums[place] == checksum:
+                key = meta.pipeline, name
+                effects += self.encoder.survived(key, meta.fence, meta.stage, checksum, place)
+            else:
+                lacks.append(name)
+        effects += self.encoder.lacks(meta.pipeline, meta.fence, meta.stage, lacks)
+        await self._perform(effects, payload, size)
+
+    async def _checked(self, packed: bytes, payload: memoryview) -> tuple[list[bytes], list[int], int]:
+        """Names, the checksums of the shards that have come, and the size of one."""
+        names = unpack_names(packed)
+        size = len(payload) // max(1, len(names))
+        sums = (await self._thread(piece_sums, payload, size)).tolist() if size else []
+        return names, sums, size
+
+    async def _perform(self, effects: list[Effect], payload: memoryview = NOTHING, size: int = 0) -> None:
+        while effects:
+            self._say(effects)  # before what is said is forgotten
+            further: list[Effect] = []
+            work = [effect for effect in effects if isinstance(effect, OF_BYTES)]
+            solved = await self._thread(self.bytes.perform, work, payload, size) if work else {}
+            for effect in effects:
+                if isinstance(effect, Fetch):
+                    further += self._fetch(effect)
+                elif isinstance(effect, Solve):
+                    further += self.encoder.solved(effect.key, solved[effect.key])
+            effects = further
+
+    def _forget(self, effects: list[Effect]) -> None:
+        """Effects that only give memory back."""
+        self.bytes.perform(effects, NOTHING, 0)
+
+    def _say(self, effects: list[Effect]) -> None:
+        """Restored shards to who asked, in company, and what cannot be restored."""
+        said: dict[tuple[PipelineId, Fence, int, Member], tuple[list[Send], list[bytes]]] = {}
+        for effect in effects:
+            if isinstance(effect, Send | Refuse):
+                line = effect.key[0], effect.fence, effect.stage, effect.to
+                sent, refused = said.setdefault(line, ([], []))
+                if isinstance(effect, Send):
+                    sent.append(effect)
+                else:
+                    refused.append(effect.key[1])
+        for (pipeline, fence, stage, to), (sent, refused) in said.items():
+            names = b"".join(effect.key[1] for effect in sent)
+            sums = tuple(effect.checksum for effect in sent)
+            shards = [self.bytes.restored[effect.key][stage] for effect in sent]
+            meta = RestoredMeta(pipeline, fence, stage, names, sums, b"".join(refused))
+            payload = b"".join(shards)
+            if not self._send(to, meta, payload):
+                self._unsent.append((to, meta, payload))
+
+    def _fetch(self, effect: Fetch) -> list[Effect]:
+        pipeline = self._topology.pipeline(effect.pipeline) if self._topology is not None else None
+        at = pipeline.stages[effect.stage : effect.stage + 1] if pipeline is not None else ()
+        member = at[0].leader if at else None
+        meta = FetchMeta(effect.pipeline, effect.fence, b"".join(effect.names))
+        if member is not None and self._send(member, meta, b""):
+            return []
+        return self.encoder.lacks(effect.pipeline, effect.fence, effect.stage, effect.names)
+
+    def _tell_stages(self) -> None:
+        for pipeline, stage, news in self.encoder.news():
+            known = self._topology.pipeline(pipeline) if self._topology is not None else None
+            at = known.stages[stage : stage + 1] if known is not None else ()
+            if known is None or not at or (member := at[0].leader) is None:
+                continue
+            added, complete, damaged, full, gone = map(
+                b"".join, (news.added, news.complete, news.damaged, news.full, news.gone)
+            )
+            answer = ShardAckMeta(pipeline, Fence(known.epoch), added, complete, damaged, full, gone)
+            self._send(member, answer, b"")
+
+    def _tell_moved(self, now: float) -> None:
+        """Parity that belongs elsewhere now goes when it is there: the first stage sees to that, until it is done."""
+        for pipeline, at in list(self._moved.items()):
+            if now < at:
+                continue
+            known = self._topology.pipeline(pipeline) if self._topology is not None else None
+            names = self.encoder.names(pipeline)
+            if known is None or all(self._encodes(pipeline, name) for name in names):
+                del self._moved[pipeline]
+                continue
+            self._moved[pipeline] = now + ANSWER_LIMIT_S
+            if (first := known.stages[0].leader) is not None:
+                self._send(first, self.encoder.whole(pipeline, 0, Fence(known.epoch)), b"")
+
+    # ------------------------------------------------------------------ a stage that lacks blocks
+
+    def rejoin(self, stage: Stage, meta: RejoinMeta, now: float) -> None:
+        """A scheduler asks. It is answered at once, or in parts while blocks are restored."""
+        pipeline, pool = stage.pipeline, self._store.pool
+        self.restorer.void(pipeline, meta.fence)
+        source = self.sources.get(pipeline)
+        names = {rid: unpack_names(packed) for rid, packed in zip(meta.rids, meta.names, strict=False)}
+        lacking = {rid: [name for name in names.get(rid, ()) if not pool.has(name)] for rid in meta.rids}
+        candidates = candidates_of(self._topology, pipeline) if self._topology is not None else ()
+        if source is None or not meta.adopts or not candidates or not any(lacking.values()):
+            held = self._replicator.rejoin(stage, meta)
+            if source is not None:
+                source.add(self._names_here(pipeline) if meta.kept else self._named(pipeline, meta.rids))
+            self._settled(pipeline, meta)
+            self._answer(pipeline, held)
+            return
+        kept = self._enter(stage, meta)
+        encoders = {name: ranked(name, candidates) for missing in lacking.values() for name in missing}
+        self.restorer.begin(meta, kept, lacking, encoders, now)
+
+    def _enter(self, stage: Stage, meta: RejoinMeta) -> bytes:
+        """What an answer does at once: other requests end, and it says what is kept."""
+        pipeline = stage.pipeline
+        if meta.fence > stage.fence:
+            stage.enter(meta.fence)
+        before = set(self._store.own[pipeline])
+        if meta.complete:
+            self._store.settle(pipeline, meta.rids)
+        kept = self._store.keeps(pipeline) if meta.kept else []
+        self._replicator.freed(pipeline, tuple(before - self._store.own[pipeline].keys()))
+        self.sources[pipeline].add(self._names_here(pipeline))
+        return b"".join(kept)
+
+    def _settled(self, pipeline: PipelineId, meta: RejoinMeta) -> None:
+        if meta.complete:
+            self._unsettled.add(pipeline)
+
+    def _restore(self, now: float) -> None:
+        for pipeline, fence, encoder, names in self.restorer.next(now, self._store.blocks_free):
+            meta = RestoreMeta(pipeline, fence, self._stages[pipeline].index, b"".join(names))
+            if not self._send(encoder, meta, b""):
+                self.restorer.unreachable(pipeline, names, now)
+        for answer in self.restorer.answers(now):
+            self._tell(answer)
+        for pipeline in self._unsettled - self.restorer.pipelines:
+            self._unsettled.discard(pipeline)
+            if (source := self.sources.get(pipeline)) is not None:
+                source.settle()
+
+    async def _keep(self, peer: Member, meta: RestoredMeta, payload: memoryview, now: float) -> None:
+        """Blocks that were restored for us are kept under their names until their requests are taken up."""
+        names, sums, size = await self._checked(meta.names, payload)
+        refused = unpack_names(meta.refused)
+        blocks: list[int] = []
+        places: list[int] = []
+        own = sums if isinstance(self._kv, KvBytes) else None
+        if own is None:
+            own = (await self._thread(self._kv.sums_of, payload)).tolist()
+        for place, (name, checksum) in enumerate(zip(names, meta.sums, strict=True)):
+            if not self.restorer.wants(meta.pipeline, meta.fence, name):
+                continue  # it came too late: it is computed again
+            if place >= len(sums) or sums[place] != checksum or size != self._kv.block_bytes:
+                refused.append(name)
+                continue
+            block = self._store.copies.place_spare(meta.pipeline, name, own[place])
+            if block is not None:
+                blocks.append(block)
+                places.append(place)
+            elif not self._store.pool.has(name):
+                refused.append(name)
+                continue
+            self.restorer.arrived(meta.pipeline, name, now)
+        if blocks:
+            await self._thread(self._kv.scatter, blocks, payload, places)
+        self.restorer.refused(meta.pipeline, meta.fence, peer, refused)
+
+    def _tell(self, answer: Answer) -> None:
+        """How far requests are here now; they may go on while others wait."""
+        meta = answer.question.meta
+        stage = self._stages.get(meta.pipeline)
+        if stage is None or stage.fence != meta.fence:
+            return
+        names = dict(zip(meta.rids, meta.names, strict=False))
+        some = tuple(names.get(rid, b"") for rid in answer.rids)
+        part = RejoinMeta(meta.pipeline, meta.fence, meta.ask, answer.rids, False, some)
+        held = dict.fromkeys(answer.rids, 0) | dict(self._replicator.rejoin(stage, part).held)
+        # Requests have their blocks now, and what none of them can use is of no use.
+        self._store.copies.evict_spare(name for packed in some for name in unpack_names(packed))
+        source = self.sources[meta.pipeline]
+        source.add(self._named(meta.pipeline, answer.rids))
+        if answer.last:
+            self._settled(meta.pipeline, meta)
+        kept = answer.question.kept if answer.last else b""
+        self._answer(
+            meta.pipeline,
+            HeldMeta(
+                meta.pipeline, meta.fence, meta.ask, stage.index, tuple(held.items()), kept, not answer.last
+            ),
+        )
+
+    def _named(self, pipeline: PipelineId, rids: Iterable[int]) -> list[bytes]:
+        own = self._store.own[pipeline]
+        rows = [own[rid] for rid in rids if rid in own]
+        return [name for row in rows for name in self._store.names_of(row) if name]
+
+    # ------------------------------------------------------------------
+
+    def _later(self, peer: Member, meta: Meta, payload: frames.Buffer) -> bool:
+        return (self._send if peer == self._me else self._send_later)(peer, meta, payload)
+
+
+def longest_block(executor: StageExecutor | OracleExecutor, stages: int) -> int:
+    """Bytes of the longest KV block of all stages: those with more layers have longer ones."""
+    layers = getattr(executor, "layers", None)  # the oracle's stages are all alike
+    if layers is None:
+        return executor.kv.block_bytes
+    most = max(map(len, split_layers(executor.config.num_layers, stages)))
+    return executor.kv.block_bytes // len(layers) * most
