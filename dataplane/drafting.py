@@ -9,6 +9,7 @@ over soon: `PASSES_S`. A prompt is taken in piece by piece, and there are no dra
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -72,7 +73,8 @@ class DraftModel:
         if not self._passes:
             return 0.0
         least, usual = min(self._passes), median(self._passes)
-        return least + (usual - least) * 0.5 ** ((time.monotonic() - self._passed_at) / BUSY_S)
+        idle_s = time.monotonic() - self._passed_at
+        return least + (usual - least) * math.exp2(-idle_s / BUSY_S)
 
     def warm_up(self) -> None:
         """Measure what a pass takes. To be called before anybody is served."""
