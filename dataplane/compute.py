@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from dataplane._fast.blocktable import Rows, StepArrays
 from dataplane.core.finite import nonfinite_rows
+from dataplane.core.messages import PromptScores
 from dataplane.core.pace import Pace, Progress, Standstill
 from dataplane.core.stage import Batch, Part, Prepared, Stage, join
 from dataplane.devices import EmulatedDevice
@@ -49,6 +50,7 @@ class Computed:
     output: Buffer = b""  # activations; of the last stage none
     drawn: Drawn | None = None  # on the last stage, if a row sampled
     poisoned: tuple[int, ...] = ()  # requests whose numbers are not finite after this stage
+    scores: tuple[PromptScores, ...] = ()  # on the last stage, of requests that asked for their prompts'
 
 
 class Compute:
@@ -124,7 +126,7 @@ class Compute:
         started = time.monotonic()
         self._thread = threading.get_ident()
         tokens, hidden = inputs(works, batch, self._executor.adopt)
-        output = self._executor.forward(tokens, hidden, batch.arrays, batch.sample_rows)
+        output = self._executor.forward(tokens, hidden, batch.arrays, batch.logit_rows)
         computed = [self._share(work, part, output) for work, part in zip(works, batch.parts, strict=True)]
         took = time.monotonic() - started
         self.total_s += took
@@ -137,16 +139,22 @@ class Compute:
         Poisoned is what is not finite here. What came was: who sees otherwise sends nothing on."""
         rows = work.step.rows
         if work.stage.sampling is not None:
-            if not len(work.step.slots):
-                return Computed()
-            logits = output[part.samples].astype(np.float32, copy=False)
-            drawn = work.stage.draw(work.step, logits)
-            return Computed(b"", drawn, tuple(rows.sample_rids[list(drawn.poisoned)].tolist()))
+            drawn: Drawn | None = None
+            bad: tuple[int, ...] = ()
+            scores: tuple[PromptScores, ...] = ()
+            if work.step.scored is not None:
+                logits = output[part.scores].astype(np.float32, copy=False)
+                scores, bad = work.stage.score(work.step.scored, logits)
+            if len(work.step.slots):
+                logits = output[part.samples].astype(np.float32, copy=False)
+                drawn = work.stage.draw(work.step, logits)
+                bad = tuple(dict.fromkeys((*bad, *rows.sample_rids[list(drawn.poisoned)].tolist())))
+            return Computed(b"", drawn, bad, scores)
         activations = output[part.tokens]
         poisoned: tuple[int, ...] = ()
-        if self._executor.suspect and len(bad := nonfinite_rows(activations)):
+        if self._executor.suspect and len(found := nonfinite_rows(activations)):
             poisoned = tuple(
-                dict.fromkeys(np.repeat(rows.rids, rows.counts)[bad[~drafted(rows)[bad]]].tolist())
+                dict.fromkeys(np.repeat(rows.rids, rows.counts)[found[~drafted(rows)[found]]].tolist())
             )
         return Computed(activations.data, None, poisoned)
 

@@ -26,6 +26,7 @@ from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import NodeRecord
 from controlplane.contract.reports import NodeReport, PipelineReport
+from controlplane.contract.requests import SAMPLING_VERSION
 from controlplane.contract.topology import Pipeline, Topology
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
@@ -242,6 +243,7 @@ class Node:
             context_len=self._context_len,
             numerics=self._executor.numerics,
             grammars=library_version(),
+            sampling=SAMPLING_VERSION,
             version=code_version(),
             settings=self._settings,
             process=process.identity(),
@@ -379,7 +381,7 @@ class Node:
             overdue_s=self._timeliness.overdue_s,
             topology_counter=self._worker.topology.counter if self._worker.topology else 0,
             leaving=self._leaving,
-            troubles=self._frontdoor.troubles(),
+            troubles=(*self._frontdoor.troubles(), *self._identity.troubles()),
         )
         return report, total
 
@@ -458,7 +460,7 @@ def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> Stag
     from dataplane.executor import StageExecutor
 
     torch.set_num_threads(1)  # it only looks up rows; the kernels have threads of their own
-    return StageExecutor(
+    made = StageExecutor(
         Path(config.model),
         stage,
         config.stages,
@@ -474,6 +476,9 @@ def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> Stag
         context_max=engine.max_model_len,
         digest_file=Path(config.run_dir) / "digests" / f"stage{stage}of{config.stages}.json",
     )
+    if made.config.float16:
+        log.info("the checkpoint is float16, of which there are no kernels: computed in %s", made.dtype)
+    return made
 
 
 def load_proposer(

@@ -47,7 +47,7 @@ from dataplane.core.rhythm import Rhythm
 from dataplane.core.stage import Stage
 from dataplane.inbox import Inbox, Item, LinkChanged, Message, Wake
 from dataplane.kvwork import KvThread, blocks_as_bytes
-from dataplane.model.sampler import Drawn, SamplingTable
+from dataplane.model.sampler import SamplingTable
 from dataplane.moment import MOMENT
 from dataplane.parity import Parity, longest_block
 from dataplane.replica import Replicator
@@ -432,7 +432,7 @@ class Worker:
             return
         drawn = computed.drawn
         if stage.is_last:
-            self._to_scheduler(meta.pipeline, self._result(meta, drawn))
+            self._to_scheduler(meta.pipeline, self._result(meta, computed))
             if drawn is not None and drawn.waiting:  # behind the result that says so
                 stage.rules.ask([int(work.step.rows.sample_rids[row]) for row in drawn.waiting])
                 self._tell_settled()
@@ -443,12 +443,22 @@ class Worker:
         self.replicator.advanced(meta.pipeline, work.step.rows, filled)
         self.parity.sealed(meta.pipeline, work.step.names)
 
-    def _result(self, meta: StepMeta, drawn: Drawn | None) -> ResultMeta:
+    def _result(self, meta: StepMeta, computed: Computed) -> ResultMeta:
+        drawn = computed.drawn
         if drawn is None:
-            return ResultMeta(meta.pipeline, meta.fence, meta.step, b"")
+            return ResultMeta(meta.pipeline, meta.fence, meta.step, b"", scores=computed.scores)
         details = tuple(Detail(row, logprob, drawn.top[row]) for row, logprob in drawn.logprobs.items())
         tokens = drawn.tokens.astype("<i4").tobytes()
-        return ResultMeta(meta.pipeline, meta.fence, meta.step, tokens, details, drawn.waiting, drawn.failed)
+        return ResultMeta(
+            meta.pipeline,
+            meta.fence,
+            meta.step,
+            tokens,
+            details,
+            drawn.waiting,
+            drawn.failed,
+            computed.scores,
+        )
 
     def _tell_settled(self) -> None:
         """Schedulers that wait for grammars learn of those that are compiled, or cannot be."""

@@ -33,6 +33,7 @@ class NodeRecord(msgspec.Struct, frozen=True):
     settings: str = ""  # `version.settings_digest` of what the process runs with
     process: str = ""  # `controlplane.process.identity`: whose record this is, and whether it has died
     grammars: str = ""  # version of the library that constrains outputs; "": its code passes over grammars
+    sampling: int = 0  # `requests.SAMPLING_VERSION` of its code, which passes over what came later
 
 
 class ControllerRecord(msgspec.Struct, frozen=True):

@@ -8,6 +8,7 @@ import msgspec
 
 from controlplane.contract.ids import NodeId, PipelineId
 
+SAMPLING_VERSION = 1  # of what a scheduler and a last stage know of Sampling; 1: prompt_logprobs, bad_words
 GRAMMAR_BYTES_MAX = 128 << 10  # of a grammar's text: stages get it anew after each failure
 
 
@@ -27,6 +28,10 @@ class Sampling(msgspec.Struct, frozen=True):
     min_tokens: int = 0  # stop tokens are masked before
     stop_token_ids: tuple[int, ...] = ()  # end-of-sequence tokens included, unless the client said ignore_eos
     logprobs: int | None = None  # None: off; k: the chosen token and the k most likely
+    # None: off; k: of each token of the prompt but the first its log probability, and the k most likely ones
+    prompt_logprobs: int | None = None
+    # Sequences of tokens that the output must not contain: the last one of each is not drawn after the others.
+    bad_words: tuple[tuple[int, ...], ...] = ()
     # What the output has to match, as llguidance has it (Lark, or JSON with Lark or JSON schemas in it); "": anything.
     # A stop token is drawn only where the grammar may end.
     grammar: str = ""
@@ -85,6 +90,8 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None  # this is the last token
     cached: int = 0  # with the first one: tokens of the prompt whose KV was here already
+    # With the first one, if asked for: log probabilities of the prompt's tokens (prompt_scores.py).
+    prompt_scores: bytes | None = None
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):

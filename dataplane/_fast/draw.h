@@ -23,8 +23,8 @@ typedef struct {
     float repetition, presence, frequency;
     int in_use, counts_prompt, counts_output;
     int64_t logprobs; /* how many of the largest it wants to see; -1: no log probabilities */
-    int64_t num_bias, num_stops;
-    const int32_t *bias_tokens, *stops; /* owned by the caller */
+    int64_t num_bias, num_stops, num_bans;
+    const int32_t *bias_tokens, *stops, *bans; /* owned by the caller; bans: not to be drawn now */
     const float *bias;
     const int32_t *mask; /* a bit for each token that may be drawn, the first in the lowest; NULL: all; the caller's */
     int64_t num_seen, seen_room;
@@ -84,7 +84,8 @@ typedef struct {
 
 static inline int kf_adjusts(const kf_row *row, kf_ahead ahead)
 {
-    return row->num_bias > 0 || row->num_seen > 0 || (row->counts_output && ahead.count > 0) ||
+    return row->num_bias > 0 || row->num_bans > 0 || row->num_seen > 0 ||
+           (row->counts_output && ahead.count > 0) ||
            (row->num_stops > 0 && row->length + ahead.count < row->min_tokens);
 }
 
@@ -130,12 +131,14 @@ static int kf_may_go_on(const kf_row *row, int64_t allowed)
     return allowed > 0;
 }
 
-/* min_tokens, logit bias, then penalties, in float32. `allowed`: how many tokens the mask leaves. */
+/* min_tokens, bad words, logit bias, then penalties, in float32. `allowed`: how many tokens the mask leaves. */
 static void kf_adjust(const kf_row *row, kf_ahead ahead, float *x, int64_t allowed)
 {
     if (row->length + ahead.count < row->min_tokens && kf_may_go_on(row, allowed))
         for (int64_t i = 0; i < row->num_stops; i++)
             x[row->stops[i]] = -INFINITY;
+    for (int64_t i = 0; i < row->num_bans; i++)
+        x[row->bans[i]] = -INFINITY;
     for (int64_t i = 0; i < row->num_bias; i++)
         x[row->bias_tokens[i]] += row->bias[i];
     if (!row->counts_output)
@@ -280,7 +283,7 @@ static double kf_log_sum_exp(const float *x, const kf_scratch *s)
 /* ---- a batch */
 
 #define KF_POISONED (-1) /* in the place of a token: the logits are not finite */
-#define KF_NONE_LEFT (-2) /* the mask allows no token */
+#define KF_NONE_LEFT (-2) /* the mask, or what is banned beside it, allows no token */
 #define KF_REJECTED (-3) /* a draft before it is not what was drawn */
 
 /* Row r of logits [rows, vocab] is that of states[slots[r]]. Where a token was drawn, norms[r] is the log of the sum of the
@@ -335,6 +338,10 @@ static void kf_sample_row(const kf_batch *batch, int64_t r, const kf_scratch *s)
         kf_adjust(row, ahead, s->logits, allowed);
         x = s->logits;
         best = s->passes->best(x, s->vocab, &finite, s->tops);
+        if (row->num_bans > 0 && x[best] == -INFINITY) {
+            batch->tokens[r] = KF_NONE_LEFT;
+            return;
+        }
     }
     batch->tokens[r] = greedy ? best : kf_draw(row, row->length + depth, x, best, s, &all);
     if (row->logprobs >= 0 && shared)

@@ -13,9 +13,10 @@ cdef extern from "draw.h" nogil:
         float repetition, presence, frequency
         int in_use, counts_prompt, counts_output
         int64_t logprobs
-        int64_t num_bias, num_stops
+        int64_t num_bias, num_stops, num_bans
         const int32_t *bias_tokens
         const int32_t *stops
+        const int32_t *bans
         const float *bias
         const int32_t *mask
 
@@ -53,7 +54,7 @@ cdef class DrawTable:
     cdef readonly Py_ssize_t max_rows, vocab_size
     cdef Team team
     cdef kf_row *rows
-    cdef list free, held
+    cdef list free, held, banned
     cdef bint sampling
 
     cdef void *room(self) except NULL

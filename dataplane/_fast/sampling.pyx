@@ -45,6 +45,7 @@ cdef class DrawTable:
         self.vocab_size = vocab_size
         self.free = list(range(max_rows - 1, -1, -1))
         self.held = [None] * max_rows
+        self.banned = [None] * max_rows
 
     def __dealloc__(self):
         cdef Py_ssize_t i
@@ -136,6 +137,7 @@ cdef class DrawTable:
             self.see(row, output, 1)
         if masks is not None:
             row.mask = &masks[slot, 0]
+        self.banned[slot] = None
         self.held[slot] = (bias_tokens, bias, stops, masks)  # the row points into them
         self.free.pop()
         row.in_use = 1
@@ -153,6 +155,15 @@ cdef class DrawTable:
         for i in range(slots.shape[0]):
             self.extend(&self.rows[slots[i]], tokens[i])
 
+    def ban(self, Py_ssize_t slot, const int32_t[::1] tokens):
+        """The next token of a slot is none of these, in place of those that were named before. Raises IndexError,
+        ValueError for a token id outside the vocabulary."""
+        cdef kf_row *row = self.row(slot)
+        self.check(tokens)
+        row.num_bans = tokens.shape[0]
+        row.bans = &tokens[0] if tokens.shape[0] else NULL
+        self.banned[slot] = tokens  # the row points into them
+
     def length(self, Py_ssize_t slot):
         """How many tokens the output has: the position of the next draw."""
         return self.row(slot).length
@@ -160,7 +171,7 @@ cdef class DrawTable:
     def release(self, Py_ssize_t slot):
         """Gives the slot and what it held back."""
         kf_row_clear(self.row(slot))
-        self.held[slot] = None
+        self.held[slot] = self.banned[slot] = None
         self.free.append(slot)
 
     @property
@@ -177,7 +188,7 @@ cdef class DrawTable:
         const int32_t[::1] drafts=None
     ):
         """Tokens int64 [K] drawn from logits [K, vocab], POISONED for a row that is not finite, NONE_LEFT for one whose
-        mask allows no token; and, for those that asked for log probabilities, the logarithms of the sums of
+        mask, or what is banned, allows no token; and, for those that asked for log probabilities, the logarithms of the sums of
         exponentials float64 [K] and the largest logits TOP [K, most], of the tokens that a mask leaves. No state
         changes.
 

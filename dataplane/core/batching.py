@@ -18,6 +18,10 @@ from dataplane.core.speed import CHUNK_MIN, ONCE_MULTIPLE, STEP_MULTIPLE, StepSp
 # reads, so to halve a longer one costs little.
 CHUNK_ROWS = 16
 
+SCORED_BYTES = (
+    64 << 20
+)  # of logits that a step has for log probabilities of prompts, 4 bytes a token of the vocabulary
+
 Chunk = tuple[Request, int]  # that many tokens of a request, from `issued` on
 
 
@@ -60,6 +64,11 @@ class Limits:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
+    @property
+    def scored_rows(self) -> int:
+        """Tokens of prompts whose log probabilities are asked for that a step may have: each needs a row of logits."""
+        return max(16, SCORED_BYTES // (4 * self.vocab_size))
+
 
 def _even(tokens: int, most: int) -> int:
     """Tokens of a chunk, at most `most`, so that all chunks are of one size: the last one, however short, follows the
@@ -67,6 +76,14 @@ def _even(tokens: int, most: int) -> int:
     if most <= 0:
         return 0
     return most if tokens <= most else -(-tokens // -(-tokens // most))
+
+
+def _alike(names: list[bytes], others: list[bytes]) -> int:
+    """How many of them, from the first on, are equal."""
+    count = 0
+    while count < min(len(names), len(others)) and names[count] == others[count]:
+        count += 1
+    return count
 
 
 class Batcher:
@@ -80,6 +97,7 @@ class Batcher:
         self._queued: dict[int, Request] = {}
         self.speed = StepSpeed(limits.step_target_s)
         self._turn = 0  # steps whose rows were chosen
+        self._scored_left = 0  # rows of logits that this step has room for
         self._prompts_turn = False  # where a step has one row, decodes and prompts take turns
 
     @property
@@ -183,6 +201,7 @@ class Batcher:
         if in_flight >= most:
             return rows, preempted
         self._turn += 1
+        self._scored_left = self.limits.scored_rows
         # Decodes first: they are one row each, and somebody reads along.
         share = min(-(-decoding // worth), decodes_max)
         if share < len(decodes):  # who waits longest is next
@@ -259,7 +278,7 @@ class Batcher:
 
     def _take(self, request: Request, budget: int, rows: list[Chunk], preempted: list[Request]) -> int:
         """Add up to `budget` tokens of a running request to the rows of a step; returns how many."""
-        count = min(request.total - request.issued, budget)
+        count = self._chunk_of(request, budget)
         if count <= 0 or request.rid not in self.running:  # preempted a moment ago
             return 0
         while not self._reserve(request, request.issued + count):
@@ -269,11 +288,15 @@ class Batcher:
             if victim is request:
                 return 0
         request.turn = self._turn
-        rows.append((request, count))
+        self._add(request, count, rows)
         return count
 
     def _admit(self, rows: list[Chunk], budget: int) -> None:
         while budget > 0 and (request := self._admissible()) is not None:
+            if request.scoring and not self._scored_left:
+                break
+            if self._computed_beside(request, rows):
+                break  # the next step finds these blocks
             found = self.account.begin(request.rid, request.shareable)
             self._reserve(request, request.total + 1)
             heapq.heappop(self._waiting)
@@ -281,10 +304,38 @@ class Batcher:
             request.phase = Phase.RUNNING
             request.issued = request.cached = found * self.limits.block_size
             self.running[request.rid] = request
-            count = min(request.total - request.issued, budget)
+            count = self._chunk_of(request, budget)
             request.turn = self._turn
-            rows.append((request, count))
+            self._add(request, count, rows)
             budget -= count
+
+    def _chunk_of(self, request: Request, budget: int) -> int:
+        """How many tokens of a running request a step has that may have so many."""
+        count = min(request.total - request.issued, budget)
+        return min(count, self._scored_left) if request.scoring else count
+
+    def _add(self, request: Request, count: int, rows: list[Chunk]) -> None:
+        rows.append((request, count))
+        if request.scoring:
+            self._scored_left -= count
+
+    def _computed_beside(self, request: Request, rows: list[Chunk]) -> bool:
+        """Whether this step's rows compute what is at least half of the work that a request has: choices of one prompt
+        come together. In the next step it begins with those blocks."""
+        names, size = request.shareable, self.limits.block_size
+        if not self.limits.prefix_caching or 2 * size > request.total:
+            return False
+        found = self.account.found(names)
+        if found == len(names):
+            return False
+        for other, count in rows:
+            if count == 1 or other.hasher.block_size != size:
+                continue
+            first, last = other.issued // size, (other.issued + count - 1) // size
+            if first <= found <= last and other.names[found : found + 1] == [names[found]]:
+                shared = _alike(names, other.names) - found
+                return 2 * shared * size >= request.total - found * size
+        return False
 
     def _reserve(self, request: Request, tokens: int) -> bool:
         return self.account.grow(request.rid, self.limits.blocks_for(tokens))

@@ -33,7 +33,7 @@ class Kept:
         self.pop(request.rid)
         logprobs = request.sampling.logprobs
         per_token = 1 if logprobs is None else 1 + logprobs
-        text = len(request.context or b"") + len(request.sampling.grammar)
+        text = len(request.context or b"") + len(request.sampling.grammar) + len(request.scores)
         cost = request.prompt_len + len(request.output) * per_token + text // 128
         self._entries[request.rid] = _Entry(request, now + self._grace_s, cost)
         self._cost += cost

@@ -45,6 +45,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True):
     sampling: Sampling
     prompt: bytes  # int32, little endian
     output: bytes  # int32, little endian: generated so far
+    scored: int = -1  # of the prompt's log probabilities, the scheduler has so many; -1: it wants none
 
 
 class Begin(msgspec.Struct, frozen=True, array_like=True):
@@ -91,6 +92,14 @@ class Detail(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class PromptScores(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities of tokens of a prompt, from the one at position `first` on (contract/prompt_scores.py)."""
+
+    rid: int
+    first: int
+    records: bytes
+
+
 class ResultMeta(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """The last stage to the scheduler: the step is done."""
 
@@ -104,6 +113,7 @@ class ResultMeta(msgspec.Struct, frozen=True, array_like=True, tag=2):
     # no token any more, and why. Their token is -1.
     waiting: tuple[int, ...] = ()
     failed: tuple[tuple[int, str], ...] = ()
+    scores: tuple[PromptScores, ...] = ()  # of requests that asked for their prompts'
 
 
 class StepFailedMeta(msgspec.Struct, frozen=True, array_like=True, tag=3):

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from controlplane.contract.ids import PipelineId
+from controlplane.contract.prompt_scores import PROMPT_SCORES_BYTES_MAX, score_record, scores_bytes
 from controlplane.contract.requests import GRAMMAR_BYTES_MAX, FinishReason, Log, Sampling, Submit, Token
 from dataplane.core.messages import Admit, Begin
 from dataplane.core.ngrams import NgramIndex
 from dataplane.core.prefix import NAME_BYTES, PrefixHasher
 
 TOKEN_BYTES = 40  # an int and its place in a list
+PROMPT_LOGPROBS_TOP_MAX = 20
+BAD_WORDS_MAX, BAD_WORD_TOKENS_MAX = 256, 64  # of a request, and of one of them
 BIAS_BYTES = 150  # of one logit_bias entry
 NAMED_BYTES = 64 + NAME_BYTES  # of the name of a block
 REQUEST_BYTES = 2048  # all else
@@ -42,6 +45,7 @@ def fault_of(message: Submit, vocab_size: int) -> str | None:
     """
     sampling = message.sampling
     ids = [*message.prompt, *message.emitted, *(token for token, _ in sampling.logit_bias)]
+    ids.extend(token for word in sampling.bad_words for token in word)
     if sampling.min_tokens > 0:
         ids.extend(sampling.stop_token_ids)
     wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
@@ -49,6 +53,15 @@ def fault_of(message: Submit, vocab_size: int) -> str | None:
         return f"token id {wrong} is outside the model's vocabulary of {vocab_size}"
     if not 0.0 <= sampling.min_p <= 1.0:
         return f"min_p {sampling.min_p} is not in [0, 1]"
+    if len(sampling.bad_words) > BAD_WORDS_MAX or not all(
+        0 < len(word) <= BAD_WORD_TOKENS_MAX for word in sampling.bad_words
+    ):
+        return f"more than {BAD_WORDS_MAX} bad words, or one that has not 1 to {BAD_WORD_TOKENS_MAX} tokens"
+    if (top := sampling.prompt_logprobs) is not None:
+        if not 0 <= top <= PROMPT_LOGPROBS_TOP_MAX:
+            return f"prompt_logprobs {top} is not in [0, {PROMPT_LOGPROBS_TOP_MAX}]"
+        if (size := scores_bytes(len(message.prompt), top)) > PROMPT_SCORES_BYTES_MAX:
+            return f"its prompt's log probabilities have {size} bytes, at most {PROMPT_SCORES_BYTES_MAX} are taken"
     if len(sampling.grammar) > GRAMMAR_BYTES_MAX:
         return f"its grammar has {len(sampling.grammar)} characters, at most {GRAMMAR_BYTES_MAX} are taken"
     return None
@@ -60,7 +73,9 @@ def bytes_of(prompt_len: int, sampling: Sampling, context: bytes | None) -> int:
         REQUEST_BYTES
         + TOKEN_BYTES * prompt_len
         + BIAS_BYTES * len(sampling.logit_bias)
+        + TOKEN_BYTES * sum(len(word) for word in sampling.bad_words)
         + len(sampling.grammar)
+        + (0 if sampling.prompt_logprobs is None else scores_bytes(prompt_len, sampling.prompt_logprobs))
         + (0 if context is None else len(context))
     )
 
@@ -102,6 +117,7 @@ class Request:
     reader: int = 0
     arrived: float = 0.0  # monotonic seconds
     salt: bytes = b""  # what it shares KV under
+    scores: bytes | bytearray = b""  # log probabilities of its prompt's tokens, as far as they have come
     hasher: PrefixHasher = field(default_factory=lambda: PrefixHasher(1 << 30))
 
     @classmethod
@@ -141,7 +157,15 @@ class Request:
 
     def lacks_logprobs(self, start: int) -> bool:
         """Whether output from `start` on came from an earlier scheduler's log, without what the client asked for."""
-        return self.sampling.logprobs is not None and any(t.logprob is None for t in self.output[start:])
+        again = self.output[start:]
+        if (
+            self.sampling.prompt_logprobs is not None
+            and start == 0
+            and again
+            and again[0].prompt_scores is None
+        ):
+            return True
+        return self.sampling.logprobs is not None and any(t.logprob is None for t in again)
 
     def truncate(self, generated: int) -> None:
         """Forget the output from there on: it will be computed again, the same."""
@@ -156,9 +180,38 @@ class Request:
         return self.hasher.names
 
     @property
+    def scored(self) -> int:
+        """Tokens of the prompt whose log probabilities have come; the first one has none, and does not count."""
+        top = self.sampling.prompt_logprobs
+        return 0 if top is None else len(self.scores) // score_record(top).itemsize
+
+    @property
+    def scoring(self) -> bool:
+        """Whether log probabilities of its prompt are still to come. Whoever has a token of it has them."""
+        if self.sampling.prompt_logprobs is None or self.output:
+            return False
+        return self.scored < self.prompt_len - 1
+
+    @property
+    def known_max(self) -> int:
+        """Positions that it can go on from at most, however much of its KV there is: the rest has to be computed, for
+        its last token, or for log probabilities of its prompt. Those begin with a block of their own."""
+        size = self.hasher.block_size
+        return self.scored // size * size if self.scoring else self.total - 1
+
+    def take_scores(self, first: int, records: bytes) -> None:
+        """Log probabilities of the prompt's tokens from position `first` on; what is here already stays."""
+        assert self.sampling.prompt_logprobs is not None
+        have = self.scored - (first - 1)
+        if have >= 0:
+            if isinstance(self.scores, bytes):
+                self.scores = bytearray(self.scores)
+            self.scores += records[have * score_record(self.sampling.prompt_logprobs).itemsize :]
+
+    @property
     def shareable(self) -> list[bytes]:
         """Names of the blocks that need not be computed if they are there: the last token always is."""
-        return self.names[: (self.total - 1) // self.hasher.block_size]
+        return self.names[: self.known_max // self.hasher.block_size]
 
     def begin(self) -> Begin:
         """What a stage is to take up of it before its next row."""
@@ -175,7 +228,8 @@ class Request:
 
     def admit(self) -> Admit:
         prompt, output = self.ids[: self.prompt_len], self.ids[self.prompt_len :]
-        return Admit(self.rid, self.sampling, pack_tokens(prompt), pack_tokens(output))
+        scored = self.scored if self.scoring else -1
+        return Admit(self.rid, self.sampling, pack_tokens(prompt), pack_tokens(output), scored)
 
     def append(self, token: Token) -> None:
         self.ids.append(token.token)
@@ -203,7 +257,7 @@ class Request:
 
     def draft_room(self, context_len: int) -> int:
         """How many drafts its next row may have: behind the last token that it may have none is of use."""
-        if self.sampling.grammar or self.total < self.drafts_from:
+        if self.sampling.grammar or self.sampling.bad_words or self.total < self.drafts_from:
             return 0
         return max(0, min(self.sampling.max_tokens - len(self.output), context_len - self.total) - 1)
 

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from dataplane.model.sampler import Drawn, SamplingTable
 
-DEAD_END = "the grammar allows none of the model's tokens here"
+DEAD_END = "the grammar and bad_words allow none of the model's tokens here"
+NONE_LEFT = "bad_words and min_tokens allow none of the model's tokens here"
 
 
 @dataclass(slots=True, eq=False)
@@ -89,6 +90,8 @@ class Rules:
         failed = {}
         for row, rid in enumerate(rids):
             rule = self._rules.get(rid)
+            if rule is None and row in drawn.dead_ends:
+                failed[row] = NONE_LEFT
             if rule is None or row in waiting or row in drawn.poisoned:
                 continue
             if row in drawn.dead_ends and not rule.error:

@@ -38,7 +38,7 @@ from dataplane.core.recovery import HeldCollector, Recovery
 from dataplane.core.request import Phase, Request, unpack_tokens
 from dataplane.core.speculation import Proposer, Speculator
 from dataplane.core.stats import SchedulerStats
-from dataplane.core.steps import Steps
+from dataplane.core.steps import InFlight, Steps
 
 # An unanswered step or question is given up after this; doubled each time in a row. Deaths are the controllers'
 # to notice: this is for messages that were lost between the living, and must not be taken for slowness.
@@ -419,7 +419,7 @@ class Scheduler:
                 continue
             if request.phase is not Phase.RECOVERING:
                 continue
-            position = collector.resume_at(rid, request.total)
+            position = min(collector.resume_at(rid, request.total), request.known_max)
             recomputed = max(0, request.computed - position)
             self.stats.requests_recovered += 1
             self.stats.tokens_recomputed += recomputed
@@ -485,6 +485,10 @@ class Scheduler:
         if len(tokens) != sum(samples for _, _, samples in sampled):
             self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
             return
+        self._score(meta, flight)
+        if any(request.attempt == attempt and request.scoring for request, attempt, _ in sampled):
+            self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
+            return
         details = {detail.index: (detail.logprob, detail.top) for detail in meta.details}
         failed = dict(meta.failed)
         by_session: dict[int, list[Token]] = {}
@@ -510,19 +514,35 @@ class Scheduler:
                 if item.finish is not None:
                     self._retire(request, now)
                     break
-        news.extend(Deliver(session, tuple(items)) for session, items in by_session.items())
+        for session, items in by_session.items():
+            # Log probabilities of a prompt may be megabytes: a message has one's at most.
+            heavy = [item for item in items if item.prompt_scores]
+            news.extend(Deliver(session, (item,)) for item in heavy)
+            if light := tuple(item for item in items if not item.prompt_scores):
+                news.append(Deliver(session, light))
         if by_session and self._recovery is not None:
             timing = self._recovery.delivered(now)
             if timing is not None:
                 self._recovery = None
                 news.append(Recovered(timing))
 
+    def _score(self, meta: ResultMeta, flight: InFlight) -> None:
+        """Log probabilities of prompts: what has come of them is not computed again after a failure."""
+        rows = {request.rid: (request, attempt) for request, attempt, _ in flight.rows} if meta.scores else {}
+        for part in meta.scores:
+            request, attempt = rows.get(part.rid, (None, 0))
+            if request is not None and request.attempt == attempt and request.scoring:
+                request.take_scores(part.first, part.records)
+
     def _append(
         self, request: Request, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]
     ) -> Token:
         finish = request.finish_of(token, self.limits.context_len)
         cached = 0 if request.output else min(request.cached, request.prompt_len)
-        item = Token(request.rid, len(request.output), token, logprob, top, finish, cached)
+        scores = None
+        if request.sampling.prompt_logprobs is not None and not request.output:
+            scores = request.scores = bytes(request.scores)
+        item = Token(request.rid, len(request.output), token, logprob, top, finish, cached, scores)
         request.append(item)
         self.stats.tokens_generated += 1
         return item

@@ -11,9 +11,10 @@ import numpy.typing as npt
 from controlplane.contract.ids import PipelineId
 from dataplane._fast.blocktable import BlockTable, KvGap, Rows, StepArrays, lookup
 from dataplane.core.blocks import KvStore
-from dataplane.core.messages import Admit, Fence, HeldMeta, RejoinMeta, StepMeta
+from dataplane.core.messages import Admit, Fence, HeldMeta, PromptScores, RejoinMeta, StepMeta
 from dataplane.core.prefix import unpack_names
 from dataplane.core.rules import Follower, Rules
+from dataplane.core.scores import ScoreRows, Scores, cut
 from dataplane.model.sampler import Drawn, SamplingTable
 
 
@@ -28,6 +29,16 @@ class Prepared:
     names: list[bytes]  # of the blocks that the rows fill
     # [K] the draft before what is sampled (0 where there is none), for the last stage of a step with drafts.
     drafts: npt.NDArray[np.int32] | None = None
+    scored: ScoreRows | None = (
+        None  # tokens of prompts whose log probabilities are asked for; last stage only
+    )
+
+    @property
+    def logit_rows(self) -> npt.NDArray[np.int32]:
+        """Of which of its tokens the last stage makes logits: those that sample, then those that are scored."""
+        if self.scored is None:
+            return self.rows.sample_rows
+        return np.concatenate([self.rows.sample_rows, self.scored.rows])
 
     @property
     def unfinished(self) -> bool:
@@ -37,10 +48,11 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Which of a batch's T tokens, and of the K that sample, are one step's."""
+    """Which of a batch's T tokens, and of its K rows of logits, are one step's."""
 
     tokens: slice
     samples: slice
+    scores: slice
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +60,7 @@ class Batch:
     """Steps of several pipelines as one. Its arrays hold until the next batch is joined."""
 
     arrays: StepArrays
-    sample_rows: npt.NDArray[np.int32]  # [K] indices into the batch's tokens
+    logit_rows: npt.NDArray[np.int32]  # [K] indices into the batch's tokens
     parts: tuple[Part, ...]  # by step
 
 
@@ -57,22 +69,26 @@ def join(steps: Sequence[Prepared], table: BlockTable) -> Batch:
     rows = [step.rows for step in steps]
     if len(rows) == 1:  # nearly always, and nothing is to be copied
         arrays = table.fill(steps[0].table_rows, rows[0].starts, rows[0].counts)
-        part = Part(slice(0, arrays.num_tokens), slice(0, len(rows[0].sample_rows)))
-        return Batch(arrays, rows[0].sample_rows, (part,))
+        sampled, picked = len(rows[0].sample_rows), steps[0].logit_rows
+        part = Part(slice(0, arrays.num_tokens), slice(0, sampled), slice(sampled, len(picked)))
+        return Batch(arrays, picked, (part,))
     arrays = table.fill(
         np.concatenate([step.table_rows for step in steps]),
         np.concatenate([some.starts for some in rows]),
         np.concatenate([some.counts for some in rows]),
     )
     parts: list[Part] = []
-    sample_rows = []
-    tokens = samples = 0
-    for some in rows:
-        count = int(some.counts.sum())
-        sample_rows.append(some.sample_rows + np.int32(tokens))
-        parts.append(Part(slice(tokens, tokens + count), slice(samples, samples + len(some.sample_rows))))
-        tokens, samples = parts[-1].tokens.stop, parts[-1].samples.stop
-    return Batch(arrays, np.concatenate(sample_rows), tuple(parts))
+    logit_rows = []
+    tokens = logits = 0
+    for step in steps:
+        count, picked = int(step.rows.counts.sum()), step.logit_rows
+        logit_rows.append(picked + np.int32(tokens))
+        sampled = logits + len(step.rows.sample_rows)
+        parts.append(
+            Part(slice(tokens, tokens + count), slice(logits, sampled), slice(sampled, logits + len(picked)))
+        )
+        tokens, logits = parts[-1].tokens.stop, parts[-1].scores.stop
+    return Batch(arrays, np.concatenate(logit_rows), tuple(parts))
 
 
 def drafts_of(meta: StepMeta, rows: Rows) -> npt.NDArray[np.int32] | None:
@@ -109,6 +125,7 @@ class Stage:
         self.store = store
         self.sampling = sampling
         self.rules = Rules(follower)
+        self._scores = Scores()
         self._slots: dict[int, int] = {}  # of the sampling table, by request
 
     def enter(self, fence: Fence) -> None:
@@ -151,7 +168,8 @@ class Stage:
         slots, unknown = lookup(self._slots, rows.sample_rids)
         if self.is_last and unknown:
             return "gap"
-        return Prepared(meta, rows, table_rows, slots, names, drafts if self.is_last else None)
+        scored = self._scores.of_step(rows)
+        return Prepared(meta, rows, table_rows, slots, names, drafts if self.is_last else None, scored)
 
     def draw(self, step: Prepared, logits: npt.NDArray[np.float32]) -> Drawn:
         """The next tokens [K] of a step's rows, of their logits [K, vocab]; for a last stage. Changes nothing.
@@ -160,11 +178,30 @@ class Stage:
         assert self.sampling is not None
         depths = None if step.drafts is None else step.rows.depths
         if not self.rules:
-            return self.sampling.sample(logits, step.slots, depths, step.drafts)
+            drawn = self.sampling.sample(logits, step.slots, depths, step.drafts)
+            if not drawn.dead_ends:
+                return drawn
+            return self.rules.judge(drawn, step.rows.sample_rids.tolist(), ())
         rids = step.rows.sample_rids.tolist()
         waiting = self.rules.waiting(rids)
         drawn = self.sampling.sample(logits, step.slots, depths, step.drafts)
         return self.rules.judge(drawn, rids, waiting)
+
+    def score(
+        self, scored: ScoreRows, logits: npt.NDArray[np.float32]
+    ) -> tuple[tuple[PromptScores, ...], tuple[int, ...]]:
+        """Log probabilities of tokens of prompts, of their logits [S, vocab]; and the requests whose logits are not
+        finite. For a last stage. Changes nothing."""
+        assert self.sampling is not None
+        found = self.sampling.score(logits, scored.tokens, scored.top)
+        records, poisoned, at = [], [], 0
+        for part in scored.parts:
+            rows = slice(at, at + part.count)
+            records.append(found.records(rows, part.top))
+            if not found.finite[rows].all():
+                poisoned.append(part.rid)
+            at += part.count
+        return cut(scored, records), tuple(poisoned)
 
     def commit(self, step: Prepared, tokens: npt.NDArray[np.int64] | None) -> list[int]:
         """The step has run: the KV of its rows is valid, and `tokens` [K] were drawn (last stage), below 0 where there
@@ -173,7 +210,7 @@ class Stage:
         Returns the requests that have filled a block with it."""
         self.last_step = step.meta.step
         if tokens is not None and self.sampling is not None:
-            if self.rules or step.drafts is not None:
+            if self.rules or step.drafts is not None or (tokens < 0).any():
                 self.rules.advance(step.rows.sample_rids.tolist(), tokens.tolist())
                 drawn = tokens >= 0
                 self.sampling.append_many(step.slots[drawn], tokens[drawn])
@@ -207,9 +244,12 @@ class Stage:
             slot = self._slots[admit.rid] = self.sampling.admit(admit.sampling, prompt, output)
             if admit.sampling.grammar:
                 self.rules.admit(admit.rid, admit.sampling.grammar, output.tolist(), self.sampling, slot)
+            if admit.scored >= 0 and admit.sampling.prompt_logprobs is not None:
+                self._scores.admit(admit.rid, prompt, admit.scored, admit.sampling.prompt_logprobs)
 
     def _forget(self, rid: int) -> None:
         self.rules.forget(rid)
+        self._scores.forget(rid)
         slot = self._slots.pop(rid, None)
         if slot is not None and self.sampling is not None:
             self.sampling.release(slot)

@@ -5,17 +5,20 @@ or temperature, min-p, top-k, top-p and a draw. So logprobs are of the model's o
 grammar allows, and the others have none. The draw's randomness is a function of (seed, position) alone, and
 everything else of the token log, so a request that goes on elsewhere draws the same tokens."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from controlplane.contract.prompt_scores import score_record
 from controlplane.contract.requests import Sampling
 from dataplane._fast.sampling import NONE_LEFT, POISONED, DrawTable
 from kernels.cpu._native import Team
 
 Floats = npt.NDArray[np.float32]
+NO_TOKEN = -1  # where a vocabulary has fewer tokens than are asked for
 TokenIds = Sequence[int] | npt.NDArray[np.int32]
 
 
@@ -33,6 +36,46 @@ class Drawn:
     failed: tuple[tuple[int, str], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredRows:
+    """Log probabilities float64 [S] of tokens, their ranks int32 [S], and the likeliest tokens and their log
+    probabilities [S, top], likeliest first. Where logits are not `finite` [S] the rest says nothing."""
+
+    logprobs: npt.NDArray[np.float64]
+    ranks: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int32]
+    top: npt.NDArray[np.float64]
+    finite: npt.NDArray[np.bool_]
+
+    def records(self, rows: slice, top: int) -> bytes:
+        """As they travel (contract/prompt_scores.py), with so many of the likeliest."""
+        packed = np.zeros(len(self.logprobs[rows]), score_record(top))
+        packed["logprob"], packed["rank"] = self.logprobs[rows], self.ranks[rows]
+        count = min(top, self.tokens.shape[1])  # a small vocabulary has fewer
+        packed["top"]["token"] = NO_TOKEN
+        packed["top"]["token"][:, :count] = self.tokens[rows, :count]
+        packed["top"]["logprob"][:, :count] = self.top[rows, :count]
+        return packed.tobytes()
+
+
+class BadWords:
+    """Sequences that one output must not contain, and what of it may be the beginning of one."""
+
+    def __init__(self, words: Sequence[tuple[int, ...]], output: Sequence[int]) -> None:
+        self._words = [(word[:-1], word[-1]) for word in words]
+        longest = max(len(before) for before, _ in self._words)
+        self._last: deque[int] = deque(output, maxlen=longest)
+
+    def push(self, token: int) -> None:
+        self._last.append(token)
+
+    def banned(self) -> npt.NDArray[np.int32]:
+        """Tokens that would complete one, each once."""
+        said = tuple(self._last)
+        ends = {end for before, end in self._words if said[len(said) - len(before) :] == before}
+        return np.array(sorted(ends), np.int32)
+
+
 class SamplingTable:
     """Sampling state of every running request in one of max_rows slots; the memory of a slot is bounded by the
     distinct tokens of a request that uses penalties. Not for several threads at once.
@@ -46,6 +89,10 @@ class SamplingTable:
         self._table = DrawTable(max_rows, vocab_size, team)
         self._asked: dict[int, int] = {}  # slot -> how many of the best tokens it wants to see
         self.masks: npt.NDArray[np.int32] | None = None
+        self._bad: dict[int, BadWords] = {}  # by slot
+        self._scorer = DrawTable(
+            1, vocab_size, team
+        )  # one greedy request, which scores whatever row it is given
 
     @property
     def slots_in_use(self) -> int:
@@ -58,6 +105,9 @@ class SamplingTable:
         slot = self._table.admit(spec, np.asarray(prompt, np.int32), np.asarray(output, np.int32), masks)
         if spec.logprobs is not None:
             self._asked[slot] = min(spec.logprobs, self._table.vocab_size)
+        if spec.bad_words:
+            bad = self._bad[slot] = BadWords(spec.bad_words, [int(token) for token in output])
+            self._table.ban(slot, bad.banned())
         return slot
 
     def _make_masks(self) -> npt.NDArray[np.int32]:
@@ -73,11 +123,41 @@ class SamplingTable:
         """The output of slots[i] grows by tokens[i]. Raises IndexError for a slot not in use, ValueError for a
         token id that is not in the vocabulary; then nothing has changed."""
         self._table.append(slots, tokens)
+        if self._bad:
+            for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
+                if (bad := self._bad.get(slot)) is not None:
+                    bad.push(token)
+                    self._table.ban(slot, bad.banned())
 
     def release(self, slot: int) -> None:
         """Gives a slot back. Raises IndexError if it is not in use."""
         self._table.release(slot)
         self._asked.pop(slot, None)
+        self._bad.pop(slot, None)
+
+    def score(self, logits: Floats, tokens: npt.NDArray[np.int32], top: int) -> ScoredRows:
+        """How likely tokens [S] are by logits [S, vocab], and which are the likeliest. A row's numbers are those that
+        a draw from it would have as log probabilities. Raises ValueError for wrong shapes."""
+        values = np.ascontiguousarray(logits, np.float32)
+        if len(values) != len(tokens):
+            raise ValueError(f"{len(values)} rows of logits for {len(tokens)} tokens")
+        slot = self._scorer.admit(
+            Sampling(1, 0, temperature=0.0, logprobs=top), np.empty(0, np.int32), np.empty(0, np.int32)
+        )
+        try:
+            best, norms, largest = self._scorer.sample(values, np.full(len(tokens), slot, np.int32))
+        finally:
+            self._scorer.release(slot)
+        chosen = values[np.arange(len(tokens)), tokens]
+        ranks = np.empty(len(tokens), np.int32)
+        for row, token in enumerate(
+            tokens.tolist()
+        ):  # equal ones count in order of their ids, as among the largest
+            line, own = values[row], chosen[row]
+            ranks[row] = 1 + np.count_nonzero(line > own) + np.count_nonzero(line[:token] == own)
+        return ScoredRows(
+            chosen - norms, ranks, largest["token"], largest["logit"] - norms[:, None], best != POISONED
+        )
 
     def sample(
         self,

@@ -24,7 +24,7 @@ from web.gateway.routing.served_context import ServedContext
 from web.gateway.text.detok import text_of
 from web.gateway.text.grammars import GrammarChecker
 from web.gateway.text.output_format import OutputFormat, output_format
-from web.gateway.text.template import ChatTemplate, load_template
+from web.gateway.text.template import ChatTemplate, load_template, special_tokens
 from web.gateway.text.vocabulary import Vocabulary, vocabulary_of
 
 log = structlog.get_logger()
@@ -49,6 +49,7 @@ class Model:
     grammars: GrammarChecker = field(kw_only=True)
     defaults: Mapping[str, float] = field(default_factory=dict)  # of generation_config.json
     max_new_tokens: int | None = None  # of generation_config.json
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # as templates call them
 
     @property
     def max_model_len(self) -> int:
@@ -131,6 +132,7 @@ def load_model(config: ClusterConfig) -> Model:
         output=_output_format(template, config.gateway),
         defaults=_sampling_defaults(generation),
         max_new_tokens=generation.count("max_new_tokens"),
+        special_tokens=special_tokens(folder, tokenizer_settings.values),
     )
 
 

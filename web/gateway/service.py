@@ -27,6 +27,7 @@ class Service:
     keep_alive_s: float = KEEP_ALIVE_S
     memory: Memory = field(default_factory=Memory)
     priority_floor: int = 0  # the most urgent priority that clients may ask for; lower numbers run first
+    request_chat_template: bool = False  # a chat may come with a template of its own
     prompt_tokens_details: bool = False  # the usage tells how much of a prompt was cached
     version: str = field(default_factory=package_version)
     troubles: Callable[[], Sequence[str]] = tuple  # what is wrong with etcd, beyond being away

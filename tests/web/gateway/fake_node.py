@@ -9,10 +9,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import grpc
+import numpy as np
 
 from controlplane.contract import rpc
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.prompt_scores import score_record
 from controlplane.contract.requests import (
     Cancel,
     FinishReason,
@@ -38,6 +40,16 @@ def token_at(prompt: tuple[int, ...], seed: int, position: int, low: int = 300, 
 
 def reference(prompt: tuple[int, ...], seed: int, count: int) -> list[int]:
     return [token_at(prompt, seed, position) for position in range(count)]
+
+
+def scores_of(prompt: tuple[int, ...], top: int) -> bytes:
+    """What the imaginary model thinks of a prompt: each token comes second, after the one with the next id."""
+    records = np.zeros(len(prompt) - 1, score_record(top))
+    for at, token in enumerate(prompt[1:]):
+        likeliest = [token + 1, token, *range(token + 2, token + top)][:top]
+        best = [(other, -0.125 * (at + 1) * (place + 1)) for place, other in enumerate(likeliest)]
+        records[at] = (-0.25 * (at + 1), 2, best)
+    return records.tobytes()
 
 
 @dataclass(slots=True)
@@ -214,4 +226,7 @@ class FakeNode:
         if sampling.logprobs is not None:
             logprob = -0.25 * (position % 4)
             top = tuple((token + k, logprob - k) for k in range(sampling.logprobs))
-        return Token(submit.rid, position, token, logprob, top, finish)
+        scores = None
+        if sampling.prompt_logprobs is not None and position == 0:
+            scores = scores_of(submit.prompt, sampling.prompt_logprobs)
+        return Token(submit.rid, position, token, logprob, top, finish, prompt_scores=scores)

@@ -163,11 +163,11 @@ def test_the_context_that_the_pool_holds_is_the_one_that_is_served(tmp_path: Pat
     assert load_model(settings(tmp_path, pool_blocks=513, block_size=4)).max_model_len == 1024
     assert load_model(settings(tmp_path, pool_blocks=1 << 20)).max_model_len == 131072
     # Nodes know better, and a request may come to any of them.
-    context.registered("n0", 16384, "1.9")
-    context.registered("n1", 8000, "1.9")
-    context.registered("n2", 0, "")  # an older one, which does not say
+    context.registered("n0", 16384, "1.9", 1)
+    context.registered("n1", 8000, "1.9", 1)
+    context.registered("n2", 0, "", 0)  # an older one, which does not say
     assert context.tokens == 8000
-    context.registered("n1", 9000, "1.9")  # it was started again
+    context.registered("n1", 9000, "1.9", 1)  # it was started again
     assert context.tokens == 9000
     context.keep(["n0", "n2"])
     assert context.tokens == 16384

@@ -96,17 +96,17 @@ def test_what_cannot_be_followed_is_refused_by_name_and_never_submitted(
 def test_a_node_of_an_older_release_would_pass_over_the_grammar() -> None:
     async def body(stack: Stack) -> None:
         context = stack.service.model.context
-        context.registered("n0", 2048, "1.9.1")
-        context.registered("n5", 2048, "")
+        context.registered("n0", 2048, "1.9.1", 1)
+        context.registered("n5", 2048, "", 0)
         error = await refused(stack, CHAT | {"response_format": FORMAT})
         assert error["code"] == 503
         assert "n5" in error["message"]
         async with stack.http() as client:
             assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
-            context.registered("n5", 2048, "1.9.1")
+            context.registered("n5", 2048, "1.9.1", 1)
             wanted = CHAT | {"response_format": FORMAT}
             assert (await client.post("/v1/chat/completions", json=wanted)).status_code == 200
-            context.registered("n5", 2048, "")
+            context.registered("n5", 2048, "", 0)
             context.keep(["n0"])  # it has left the group
             assert (await client.post("/v1/chat/completions", json=wanted)).status_code == 200
 

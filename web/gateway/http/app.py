@@ -20,7 +20,7 @@ from web.gateway.http.api_keys import ApiKeys, Caller
 from web.gateway.http.generation_response import EVENT_HEADERS, GenerationResponse
 from web.gateway.http.guard import BODY_BYTES_MAX, Guard
 from web.gateway.http.openapi import document
-from web.gateway.openai.chat import chat_prompt
+from web.gateway.openai.chat import Prompting, chat_prompt
 from web.gateway.openai.chat_output import check_tools
 from web.gateway.openai.generation import count_error
 from web.gateway.openai.requests import DetokenizeRequest, TokenizeRequest, parse
@@ -127,6 +127,14 @@ def _generation_routes(app: FastAPI, service: Service) -> None:
         )
         return GenerationResponse(service, started)
 
+    @app.post("/v1/responses", response_model=None)
+    async def responses(request: Request) -> GenerationResponse:
+        hold = _begin(service, request)
+        started = await start_or_resume(
+            service, "responses", await read_body(request, hold), _visit(request), hold
+        )
+        return GenerationResponse(service, started)
+
     @app.get("/v1/streams/{stream}", response_model=None)
     async def streams(stream: str, request: Request) -> Response:
         if getattr(request.state, HEAD, False):  # nothing is taken from whoever reads it
@@ -150,16 +158,8 @@ def _token_routes(app: FastAPI, service: Service) -> None:
             use = tool_use(body.tools, None)
             if use is not None:
                 check_tools(model, use)
-            ids = list(
-                await chat_prompt(
-                    service,
-                    body.messages,
-                    body.add_generation_prompt,
-                    bool(body.add_special_tokens),
-                    body.chat_template_kwargs,
-                    use,
-                )
-            )
+            how = Prompting.of(body, body.chat_template_kwargs)
+            ids = list(await chat_prompt(service, body.messages, how, use))
         else:
             text = body.prompt or ""
             check_chars(model, len(text), "prompt")

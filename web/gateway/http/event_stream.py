@@ -17,6 +17,7 @@ from web.gateway.text.choice_decoder import Piece
 
 # No empty line after it: the openai client takes one for an event once it has seen an id.
 KEEP_ALIVE = b": keep-alive\n"
+END = b"\n\n"  # of an event
 
 
 class EventStream:
@@ -84,7 +85,9 @@ class EventStream:
         if piece.finish:
             reasoning = self._generation.choices[index].reasoning_tokens
             self._marks[index] = str(Mark(self._taken[index], True, reasoning))
-        return opening + self.id() + data
+        # A piece may be several events: whoever has the id has all of them.
+        at = data.rfind(END, 0, -len(END)) + len(END) if data.count(END) > 1 else 0
+        return opening + data[:at] + self.id() + data[at:]
 
     def id(self) -> bytes:
         return f"{self._id_head}{'-'.join(self._marks)}{'u' if self._cursor.usage else ''}\n".encode()

@@ -132,7 +132,13 @@ class GenerationResponse(Response):
         generation.queue.attach(collect)
         collect()
         await ended
-        await self._send_json(send, 200, msgspec.json.encode(self._form.body()), {})
+        await self._send_json(send, 200, await self._body(), {})
+
+    async def _body(self) -> bytes:
+        def write() -> bytes:
+            return msgspec.json.encode(self._form.body())
+
+        return await asyncio.to_thread(write) if self._form.heavy else write()
 
     async def _write(self, send: Send, data: bytes, more: bool = True) -> None:
         if not self._begun:

@@ -32,11 +32,12 @@ from web.gateway.openai.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from web.gateway.openai.responses_request import ResponsesRequest
 from web.gateway.openai.sampling import BIAS_MAX
 from web.gateway.openai.structured import DEMANDS
 
 ROLES = ("system", "developer", "user", "assistant", "tool")  # a template may know others
-BODIES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
 GENERATION_ERRORS = (404, 409, 410, 422, 429)
 LAST_EVENT_ID = parameter(
     "Last-Event-ID", "header", STRING, "The id of the last event that came: the stream goes on after it."
@@ -92,6 +93,16 @@ def _endpoints() -> list[Endpoint]:
             description=IDEMPOTENCY_KEY,
         ),
         Endpoint(
+            "POST",
+            "/v1/responses",
+            "Answer a conversation, which is stored nowhere",
+            _generated("Response"),
+            GENERATION_ERRORS,
+            ref("ResponsesRequest"),
+            headers,
+            description=IDEMPOTENCY_KEY,
+        ),
+        Endpoint(
             "GET",
             "/v1/streams/{stream}",
             "The rest of a stream",
@@ -126,17 +137,18 @@ def _relate(schemas: dict[str, Schema], model: Model) -> None:
         {"properties": {"stream": true}, "required": ["stream"]},
         {"properties": {"stream_options": no_usage}},
     ]
-    best_of = [
-        {"properties": {"best_of": null}},
-        {"properties": {"best_of": {"const": 1}, "n": {"enum": [None, 1]}}},
-    ]
+    unstreamed = [{"properties": {"stream": no}}, {"properties": {"prompt_logprobs": null}}]
     top = [
         {"properties": {"logprobs": true}, "required": ["logprobs"]},
         {"properties": {"top_logprobs": {"enum": [None, 0]}}},
     ]
-    echo = [{"properties": {"echo": no}}, {"properties": {"logprobs": null}}]
-    schemas["CompletionRequest"]["allOf"] = [{"anyOf": choice} for choice in (streaming, best_of, echo)]
-    schemas["ChatRequest"]["allOf"] = [{"anyOf": choice} for choice in (streaming, best_of, top)]
+    some = [
+        {"properties": {"max_tokens": {"anyOf": [null, {"type": "integer", "minimum": 1}]}}},
+        {"properties": {"echo": true}, "required": ["echo"]},
+        {"properties": {"prompt_logprobs": {"type": "integer"}}, "required": ["prompt_logprobs"]},
+    ]
+    schemas["CompletionRequest"]["allOf"] = [{"anyOf": choice} for choice in (streaming, unstreamed, some)]
+    schemas["ChatRequest"]["allOf"] = [{"anyOf": choice} for choice in (streaming, unstreamed, top)]
     schemas["TokenizeRequest"]["oneOf"] = [
         {"properties": {"prompt": STRING, "messages": null}, "required": ["prompt"]},
         {"properties": {"prompt": null, "messages": {"type": "array"}}, "required": ["messages"]},
@@ -155,11 +167,17 @@ def _relate(schemas: dict[str, Schema], model: Model) -> None:
         properties = schemas[name]["properties"]
         _demands(schemas[name])
         _items(properties["stop_token_ids"], model.vocab_size - 1)
-        del properties["min_tokens"]  # no schema can say that it is at most max_tokens: the description does
+        # No schema can say that it is at most max_tokens, and such things: the description does.
+        for beyond in ("min_tokens", "best_of", "bad_words", "truncate_prompt_tokens"):
+            del properties[beyond]
         for branch in properties["logit_bias"]["anyOf"]:
             if branch.get("type") == "object":
                 branch["propertyNames"] = {"pattern": below}
                 branch["additionalProperties"] |= {"minimum": -BIAS_MAX, "maximum": BIAS_MAX}
+    for name in ("ChatRequest", "TokenizeRequest"):
+        del schemas[name]["properties"]["continue_final_message"]
+    _simple_responses(schemas["ResponsesRequest"]["properties"])
+    del schemas["ChatRequest"]["properties"]["chat_template"]
     prompt = schemas["CompletionRequest"]["properties"]["prompt"]
     _items(prompt, model.vocab_size - 1)
     for branch in prompt["anyOf"]:
@@ -170,6 +188,30 @@ def _relate(schemas: dict[str, Schema], model: Model) -> None:
             if branch["items"]["type"] != "integer":
                 branch["maxItems"] = CHOICES_MAX
     _items(schemas["DetokenizeRequest"]["properties"]["tokens"], model.vocab_size - 1)
+
+
+def _simple_responses(properties: dict[str, Schema]) -> None:
+    """Of OpenAI's documents, what can be said in few words: a text as input, and no tools."""
+    for name in ("previous_response_id", "conversation", "prompt", "tools"):
+        properties[name] = {"enum": [None]}
+    for name in ("store", "background"):
+        properties[name] = {"enum": [None, False]}
+    message = {
+        "type": "object",
+        "properties": {"role": {"enum": ["user", "assistant", "system", "developer"]}, "content": STRING},
+        "required": ["role", "content"],
+        "additionalProperties": False,
+    }
+    said = {"type": "array", "items": message, "minItems": 1}
+    properties["input"] = {"anyOf": [STRING, said]}
+    properties["text"] = {
+        "enum": [None, {}, {"format": {"type": "text"}}, {"format": {"type": "json_object"}}]
+    }
+    properties["include"] = {"enum": [None, [], ["message.output_text.logprobs"]]}
+    properties["truncation"] = {"enum": [None, "disabled"]}
+    properties["tool_choice"] = {"enum": [None, "none", "auto"]}
+    for beyond in ("chat_template_kwargs", "max_output_tokens"):  # what the prompt leaves room for
+        del properties[beyond]
 
 
 def _demands(schema: Schema) -> None:
@@ -231,17 +273,24 @@ def _schemas(model: Model, priority_floor: int) -> dict[str, Schema]:
                 "description": "Not supported but for what says nothing.",
             }
     _relate(schemas, model)
-    for name in ("CompletionRequest", "ChatRequest"):
+    for name in ("CompletionRequest", "ChatRequest", "ResponsesRequest"):
         for branch in schemas[name]["properties"]["priority"]["anyOf"]:
             if branch["type"] == "integer":
                 branch["minimum"] = priority_floor
     for name in ("CompletionRequest", "ChatRequest"):
         schemas[name]["description"] = (
             f"Prompt and output together have at most {model.max_model_len} tokens. There is also min_tokens, an"
-            " integer from 0 to max_tokens: before so many tokens nothing stops the output. And response_format takes"
+            " integer from 0 to max_tokens: before so many tokens nothing stops the output;"
+            f" best_of, n to {CHOICES_MAX}, of which n are answered; bad_words, texts that the output must not contain;"
+            " truncate_prompt_tokens, how many of a prompt's tokens are kept, -1 for as many as fit; of a chat"
+            " continue_final_message, and chat_template where the operator allows it. And response_format takes"
             " OpenAI's json_schema; instead of it one of structured_outputs, guided_json, guided_regex, guided_choice"
             " and guided_grammar may say what the output has to be, as with vLLM (docs/structured-output.md)."
         )
+    schemas["ResponsesRequest"]["description"] = (
+        f"Input and output together have at most {model.max_model_len} tokens; max_output_tokens bounds the output."
+        " Beside texts, input takes calls and their results, tools functions, and text.format OpenAI's json_schema."
+    )
     for holder, name in (
         ("CompletionRequest", "max_tokens"),
         ("ChatRequest", "max_tokens"),
@@ -273,6 +322,7 @@ def _schemas(model: Model, priority_floor: int) -> dict[str, Schema]:
             {"token_strs": nullable(array(nullable(STRING)))},
         ),
         "Completion": record({**answer, "choices": array(_with(choice, "text", STRING))}),
+        "Response": record({"id": STRING, "object": STRING, "status": STRING, "output": array(ANY)}),
         "ChatCompletion": record({**answer, "choices": array(_with(choice, "message", spoken))}),
     }
 

@@ -24,3 +24,7 @@ class AnswerFormat(Protocol):
 
     def body(self) -> dict[str, Any]:
         """The whole answer: of all that was kept."""
+
+    @property
+    def heavy(self) -> bool:
+        """Whether `body` takes so long that a thread is to do it."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from msgspec.structs import replace
 
-from controlplane.contract.errors import RequestError
+from controlplane.contract.errors import ConfigError, RequestError
 from web.gateway.errors import ApiError
 from web.gateway.model import INLINE_CHARS_MAX
 from web.gateway.openai import answers
@@ -16,15 +17,18 @@ from web.gateway.openai.call_ids import CallIds
 from web.gateway.openai.chat_output import chat_grammar, check_tools, output_rules
 from web.gateway.openai.events import ChunkWriter
 from web.gateway.openai.generation import Generation, Plan
-from web.gateway.openai.messages import Message, plain
+from web.gateway.openai.messages import Message, mark_end, plain, up_to_mark
 from web.gateway.openai.prepared import PreparedRequest, digest_of
+from web.gateway.openai.prompt_cut import cut
+from web.gateway.openai.prompt_scores import check_scores, prompt_logprobs
 from web.gateway.openai.requests import INT64_MAX, ChatRequest, parse
 from web.gateway.openai.sampling import check_chars, check_length, make_sampling, text_rules
 from web.gateway.openai.structured import DEMANDS
 from web.gateway.openai.tools import Function, Tool, ToolUse, tool_use
-from web.gateway.openai.whole_answer import Whole
+from web.gateway.openai.whole_answer import Whole, best
 from web.gateway.service import Service
 from web.gateway.text.choice_decoder import Piece
+from web.gateway.text.template import ChatTemplate
 
 INLINE_MESSAGES_MAX = 64  # longer conversations are rendered in a thread
 
@@ -32,6 +36,12 @@ INLINE_MESSAGES_MAX = 64  # longer conversations are rendered in a thread
 async def prepare_chat(service: Service, body: bytes, seed: int) -> PreparedRequest:
     """Check everything. Raises ApiError."""
     request = parse(ChatRequest, body)
+    plans = await prepare_chat_request(service, request, seed)
+    return _prepared(service, slim(request), plans, digest_of(request, plans))
+
+
+async def prepare_chat_request(service: Service, request: ChatRequest, seed: int) -> list[Plan]:
+    """A choice each. Raises ApiError."""
     service.check_model(request.model)
     service.check_priority(request.priority)
     model = service.model
@@ -41,21 +51,23 @@ async def prepare_chat(service: Service, body: bytes, seed: int) -> PreparedRequ
     prompt = await chat_prompt(
         service,
         request.messages,
-        request.add_generation_prompt is not False,
-        bool(request.add_special_tokens),
-        request.template_variables,
+        Prompting.of(request, request.template_variables, request.chat_template),
         use,
     )
     max_tokens = request.max_completion_tokens or request.max_tokens
+    prompt = tuple(cut(request, model, list(prompt), max_tokens))
+    if request.prompt_logprobs is not None:
+        check_scores(model, len(prompt), request.prompt_logprobs, "prompt_logprobs", bool(request.stream))
     if max_tokens is None:
         check_length(model, len(prompt), 1)
         max_tokens = min(model.max_model_len - len(prompt), model.max_new_tokens or model.max_model_len)
     seed = request.seed if request.seed is not None else seed
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     grammar = await chat_grammar(model, request, prompt)
-    sampling = make_sampling(request, model, len(prompt), max_tokens, seed, logprobs, grammar)
-    plans = [Plan(prompt, replace(sampling, seed=(seed + n) & INT64_MAX)) for n in range(request.choices)]
-    return _prepared(service, slim(request), plans, digest_of(request, plans))
+    sampling = make_sampling(
+        request, model, len(prompt), max_tokens, seed, logprobs, grammar, request.prompt_logprobs
+    )
+    return [Plan(prompt, replace(sampling, seed=(seed + n) & INT64_MAX)) for n in range(request.choices)]
 
 
 def slim(request: ChatRequest) -> ChatRequest:
@@ -65,7 +77,15 @@ def slim(request: ChatRequest) -> ChatRequest:
     tools = [
         Tool(type="function", function=Function(name=tool.function.name)) for tool in request.tools or ()
     ]
-    spoken = {"messages": nothing, "chat_template_kwargs": None, "logit_bias": None, "tools": tools or None}
+    spoken = {
+        "messages": nothing,
+        "chat_template": None,
+        "chat_template_kwargs": None,
+        "logit_bias": None,
+        "bad_words": None,
+        "truncate_prompt_tokens": None,
+        "tools": tools or None,
+    }
     return request.model_copy(update=spoken | dict.fromkeys(DEMANDS))
 
 
@@ -86,17 +106,40 @@ def _prepared(service: Service, request: ChatRequest, plans: list[Plan], digest:
     )
 
 
+class Prompted(Protocol):
+    """What requests that have messages say of how they become a prompt."""
+
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+    add_special_tokens: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompting:
+    """How messages become a prompt. `continued`: it ends within the last message; `extra`: variables of the template;
+    `template`: the request's own."""
+
+    begin_answer: bool
+    continued: bool
+    special_tokens: bool
+    extra: dict[str, Any] | None
+    template: str | None
+
+    @classmethod
+    def of(cls, request: Prompted, extra: dict[str, Any] | None, template: str | None = None) -> Prompting:
+        continued = bool(request.continue_final_message)
+        begin = not continued and request.add_generation_prompt is not False
+        return cls(begin, continued, bool(request.add_special_tokens), extra, template)
+
+
 async def chat_prompt(
-    service: Service,
-    messages: list[Message],
-    add_generation_prompt: bool,
-    add_special_tokens: bool,
-    extra: dict[str, Any] | None = None,
-    use: ToolUse | None = None,
+    service: Service, messages: list[Message], how: Prompting, use: ToolUse | None = None
 ) -> tuple[int, ...]:
     """Token ids of a conversation. Raises ApiError."""
     model = service.model
     template = model.template
+    if how.template is not None:
+        template = await _own_template(service, how.template)
     if template is None:
         raise ApiError(400, f"{model.no_template}: use /v1/completions", "messages")
     tools = None
@@ -106,13 +149,32 @@ async def chat_prompt(
     check_chars(model, chars, "messages")
     try:
         given = plain(messages, template.goes_through_parts, template.takes_strings)
-        if extra or tools or len(messages) > INLINE_MESSAGES_MAX or chars > INLINE_CHARS_MAX:
-            text = await asyncio.to_thread(template.render, given, add_generation_prompt, extra, tools)
+        if how.continued:
+            mark_end(given)
+        begin, extra = how.begin_answer, how.extra
+        long = len(messages) > INLINE_MESSAGES_MAX or chars > INLINE_CHARS_MAX
+        if extra or tools or how.template is not None or long:
+            text = await asyncio.to_thread(template.render, given, begin, extra, tools)
         else:
-            text = template.render(given, add_generation_prompt)
+            text = template.render(given, begin)
+        if how.continued:
+            text = up_to_mark(text)
     except RequestError as error:
         raise ApiError(400, str(error), "messages") from error
-    return tuple(await model.encode(text, add_special_tokens))
+    return tuple(await model.encode(text, how.special_tokens))
+
+
+async def _own_template(service: Service, source: str) -> ChatTemplate:
+    """One that came with a request. Raises ApiError."""
+    if not service.request_chat_template:
+        text = "chat_template: this gateway takes no templates from clients (gateway.request_chat_template)"
+        raise ApiError(400, text, "chat_template")
+    model = service.model
+    chars_max = model.max_model_len * model.vocabulary.longest_chars
+    try:
+        return await asyncio.to_thread(ChatTemplate, source, model.special_tokens, chars_max)
+    except ConfigError as error:
+        raise ApiError(400, f"chat_template: {error}", "chat_template") from error
 
 
 class ChatFormat:
@@ -128,6 +190,7 @@ class ChatFormat:
     ) -> None:
         head = {"id": answer_id, "created": created_unix_s, "model": service.model.name}
         self._head = head | {"object": "chat.completion"}
+        self._model = service.model
         self._vocabulary = service.model.vocabulary
         self._request = request
         self._generation = generation
@@ -184,17 +247,25 @@ class ChatFormat:
 
     def body(self) -> dict[str, Any]:
         choices = []
-        for index, whole in enumerate(self._wholes):
+        for at, index in enumerate(best(self._wholes, self._request)):
+            whole = self._wholes[index]
             piece = whole.piece
             calls = [answers.tool_call(call, partial(self._ids.new, index)) for call in piece.calls]
-            choice = answers.chat_choice(index, piece, calls, whole.logprobs)
+            choice = answers.chat_choice(at, piece, calls, whole.logprobs)
             if self._request.return_token_ids:
                 choice["token_ids"] = whole.ids
             choices.append(choice)
         body = self._head | {"choices": choices, "usage": self._writer.usage()}
         if self._request.return_token_ids:
             body["prompt_token_ids"] = self._generation.plans[0].prompt
+        if (top := self._request.prompt_logprobs) is not None:
+            plan, scores = self._generation.plans[0], self._wholes[0].prompt_scores
+            body["prompt_logprobs"] = prompt_logprobs(self._model, plan.prompt, scores, top, top)
         return body
+
+    @property
+    def heavy(self) -> bool:
+        return self._request.prompt_logprobs is not None
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         if not self._request.logprobs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec.structs import replace
@@ -13,10 +14,12 @@ from web.gateway.openai.events import ChunkWriter
 from web.gateway.openai.generation import Generation, Plan
 from web.gateway.openai.grammar_check import grammar_of
 from web.gateway.openai.prepared import PreparedRequest, digest_of
+from web.gateway.openai.prompt_cut import cut
+from web.gateway.openai.prompt_scores import check_scores, echo_logprobs, prompt_logprobs
 from web.gateway.openai.requests import INT64_MAX, CompletionRequest, parse
 from web.gateway.openai.sampling import check_chars, check_tokens, make_sampling, text_rules
 from web.gateway.openai.structured import DEMANDS
-from web.gateway.openai.whole_answer import Whole
+from web.gateway.openai.whole_answer import Whole, best
 from web.gateway.service import Service
 from web.gateway.text.choice_decoder import Piece
 from web.gateway.text.detok import text_of
@@ -34,33 +37,42 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Prepar
     plans: list[Plan] = []
     for prompt in request.prompts:
         ids = await prompt_ids(service, request, prompt)
+        top = max(
+            (k for k in (request.echoed_logprobs, request.prompt_logprobs) if k is not None), default=None
+        )
+        if top is not None:
+            param = "prompt_logprobs" if request.echoed_logprobs is None else "logprobs"
+            check_scores(service.model, len(ids), top, param, bool(request.stream))
         await asyncio.sleep(0)  # other streams go on meanwhile
         seed = request.seed if request.seed is not None else seed
         # What nobody asked for is not refused for being too much.
-        max_tokens = request.max_tokens or max(1, min(default, service.model.max_model_len - len(ids)))
+        wanted = 1 if request.nothing_new else request.max_tokens
+        max_tokens = wanted or max(1, min(default, service.model.max_model_len - len(ids)))
         sampling = make_sampling(
-            request, service.model, len(ids), max_tokens, seed, request.logprobs, grammar
+            request, service.model, len(ids), max_tokens, seed, request.logprobs, grammar, top
         )
         for n in range(request.choices):
             plans.append(Plan(ids, replace(sampling, seed=(seed + n) & INT64_MAX)))
-    return _prepared(service, slim(service, request), plans, digest_of(request, plans))
+    return _prepared(service, slim(service, request, plans), plans, digest_of(request, plans))
 
 
-def slim(service: Service, request: CompletionRequest) -> CompletionRequest:
+def slim(service: Service, request: CompletionRequest, plans: Sequence[Plan]) -> CompletionRequest:
     """The request without what its plans say. Of the prompts there is only their text, if it is to be echoed."""
     texts = [""] * len(request.prompts)
     if request.echo:
         skip = request.skip_special_tokens is not False
+        # What is cut, or named token by token, is told as the tokens say it.
+        exact = request.truncate_prompt_tokens is not None or request.echoed_logprobs is not None
+        prompts = [plan.prompt for plan in plans[:: request.choices]] if exact and plans else request.prompts
         # Up to a character that the answer goes on with.
-        texts = [
-            p if isinstance(p, str) else text_of(service.model.tokenizer, p, skip)[0] for p in request.prompts
-        ]
-    return request.model_copy(update={"prompt": texts, "logit_bias": None, **dict.fromkeys(DEMANDS)})
+        texts = [p if isinstance(p, str) else text_of(service.model.tokenizer, p, skip)[0] for p in prompts]
+    said = dict.fromkeys(("logit_bias", "bad_words", "truncate_prompt_tokens", *DEMANDS))
+    return request.model_copy(update={"prompt": texts, **said})
 
 
 def kept_completion(service: Service, options: bytes) -> PreparedRequest:
     """What `PreparedRequest.options` was made of, with no plans: the logs have them."""
-    return _prepared(service, slim(service, parse(CompletionRequest, options)), [], b"")
+    return _prepared(service, slim(service, parse(CompletionRequest, options), []), [], b"")
 
 
 def _prepared(
@@ -85,9 +97,12 @@ async def prompt_ids(
     if isinstance(prompt, list):
         if not prompt:
             raise ApiError(400, "a prompt has no tokens", "prompt")
-        return check_tokens(service.model, prompt, "prompt")
-    check_chars(service.model, len(prompt), "prompt")
-    return tuple(await service.model.encode(prompt, request.add_special_tokens is not False))
+        check_tokens(service.model, prompt, "prompt")
+        return tuple(cut(request, service.model, prompt, request.max_tokens))
+    if request.truncate_prompt_tokens is None:
+        check_chars(service.model, len(prompt), "prompt")
+    ids = await service.model.encode(prompt, request.add_special_tokens is not False)
+    return tuple(cut(request, service.model, ids, request.max_tokens))
 
 
 class CompletionFormat:
@@ -109,7 +124,8 @@ class CompletionFormat:
         }
         self._request = request
         self._generation = generation
-        self._writer = ChunkWriter(self._head, generation, request, len(request.prompts))
+        self._writer = ChunkWriter(self._head, generation, request, len(request.prompts), request.nothing_new)
+        self._model = service.model
         count = len(generation.plans)
         self._begun = [False] * count
         self._echo = [str(request.prompts[index // request.choices]) for index in range(count)]
@@ -122,6 +138,8 @@ class CompletionFormat:
     def chunk(self, index: int, piece: Piece) -> bytes:
         if not (piece.tokens or piece.finish):
             return b""  # all of it is held back
+        if self._request.nothing_new:
+            piece = _only_end(piece)
         ids, logprobs = self._request.return_token_ids, self._request.logprobs is not None
         if self._begun[index] and piece.finish is None and not logprobs and (piece.text or ids):
             return self._writer.plain_event(index, piece, lambda: self._later(index, Piece()))
@@ -137,17 +155,33 @@ class CompletionFormat:
         return self._writer.usage_event()
 
     def keep(self, index: int, piece: Piece) -> int:
-        return self._wholes[index].add(piece, self._logprobs(index, piece))
+        if self._request.nothing_new:
+            piece = _only_end(piece)
+        logprobs = None if self._request.logprobs is None else self._new_logprobs(index, piece)
+        return self._wholes[index].add(piece, logprobs)
 
     def body(self) -> dict[str, Any]:
-        choices = [
-            self._choice(index, whole.piece, whole.logprobs, whole.ids)
-            for index, whole in enumerate(self._wholes)
-        ]
+        choices = []
+        for at, index in enumerate(best(self._wholes, self._request)):
+            whole = self._wholes[index]
+            logprobs = whole.logprobs
+            if self._request.echoed_logprobs is not None:
+                echoed = self._echo_logprobs(index, whole.prompt_scores)
+                new = logprobs or {}
+                logprobs = {name: part + new.get(name, []) for name, part in echoed.items()}
+            ids = [] if self._request.nothing_new else whole.ids
+            choice = self._choice(index, whole.piece, logprobs, ids) | {"index": at}
+            if (top := self._request.prompt_logprobs) is not None:
+                plan = self._generation.plans[index]
+                of = plan.sampling.prompt_logprobs or 0
+                choice["prompt_logprobs"] = prompt_logprobs(
+                    self._model, plan.prompt, whole.prompt_scores, of, top
+                )
+            choices.append(choice)
         return self._head | {"choices": choices, "usage": self._writer.usage()}
 
     def _event(self, index: int, piece: Piece) -> dict[str, Any]:
-        ids = [token.token for token in piece.tokens]
+        ids = [] if self._request.nothing_new else [token.token for token in piece.tokens]
         return self._choice(index, piece, self._logprobs(index, piece), ids)
 
     def _later(self, index: int, piece: Piece) -> dict[str, Any]:
@@ -160,6 +194,8 @@ class CompletionFormat:
     def _choice(
         self, index: int, piece: Piece, logprobs: dict[str, Any] | None, ids: list[int]
     ) -> dict[str, Any]:
+        if self._request.nothing_new and piece.finish:
+            piece.finish, piece.stop_reason = "length", None
         choice = answers.completion_choice(index, piece, logprobs)
         if self._request.return_token_ids:
             choice["token_ids"] = ids
@@ -169,4 +205,27 @@ class CompletionFormat:
     def _logprobs(self, index: int, piece: Piece) -> dict[str, Any] | None:
         if self._request.logprobs is None:
             return None
+        new = self._new_logprobs(index, piece)
+        if self._request.echo and piece.tokens and piece.tokens[0].prompt_scores is not None:
+            echoed = self._echo_logprobs(index, piece.tokens[0].prompt_scores)
+            new = {name: part + new[name] for name, part in echoed.items()}
+        return new
+
+    def _echo_logprobs(self, index: int, scores: bytes) -> dict[str, Any]:
+        plan, skip = self._generation.plans[index], self._request.skip_special_tokens is not False
+        of, top = plan.sampling.prompt_logprobs or 0, self._request.logprobs or 0
+        return echo_logprobs(self._model, plan.prompt, scores, of, top, skip)
+
+    @property
+    def heavy(self) -> bool:
+        return any(plan.sampling.prompt_logprobs is not None for plan in self._generation.plans)
+
+    def _new_logprobs(self, index: int, piece: Piece) -> dict[str, Any]:
+        if self._request.nothing_new:
+            piece = Piece()
         return answers.completion_logprobs(self._vocabulary, piece, len(self._echo[index]))
+
+
+def _only_end(piece: Piece) -> Piece:
+    """Of a piece that nobody is to see: the tokens stay, for what the first one brings of the prompt."""
+    return Piece(tokens=piece.tokens, spans=piece.spans, finish=piece.finish, silent=piece.silent)

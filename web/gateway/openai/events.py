@@ -16,7 +16,7 @@ from web.gateway.text.choice_decoder import ChoiceDecoder, Piece
 _to_json = msgspec.json.Encoder().encode
 
 
-def _encode(value: Any) -> bytes:
+def encode_line(value: Any) -> bytes:
     """JSON of one line, also for clients that take what Unicode calls a line end for one (Python's splitlines)."""
     data = _to_json(value)
     if data.isascii():
@@ -31,9 +31,18 @@ def _encode(value: Any) -> bytes:
 class ChunkWriter:
     """Writes one event for one choice; only the choice itself is encoded anew each time."""
 
-    def __init__(self, head: dict[str, Any], generation: Generation, request: Common, prompts: int) -> None:
+    def __init__(
+        self,
+        head: dict[str, Any],
+        generation: Generation,
+        request: Common,
+        prompts: int,
+        hidden: bool = False,
+    ) -> None:
+        """`hidden`: what is generated is not shown, and does not count."""
+        self._hidden = hidden
         self._head = head
-        self._prefix = b"data: " + _encode(head)[:-1] + b',"choices":['
+        self._prefix = b"data: " + encode_line(head)[:-1] + b',"choices":['
         self._generation = generation
         self._per_prompt = len(generation.plans) // prompts
         self._plain: list[list[bytes] | None] = [None] * len(generation.plans)
@@ -42,7 +51,7 @@ class ChunkWriter:
         self._continuous = request.continuous_usage
 
     def event(self, index: int, choice: dict[str, Any]) -> bytes:
-        return self._prefix + _encode(choice) + self._tail_of(index)
+        return self._prefix + encode_line(choice) + self._tail_of(index)
 
     def plain_event(self, index: int, piece: Piece, like: Callable[[], dict[str, Any]]) -> bytes:
         """As `event`, for a choice of which nothing but text and token ids differs from one event to the next.
@@ -51,16 +60,16 @@ class ChunkWriter:
         """
         holes = self._plain[index]
         if holes is None:
-            holes = self._plain[index] = re.split(rb'""|\[\]', _encode(like()))
-        out = self._prefix + holes[0] + _encode(piece.text) + holes[1]
+            holes = self._plain[index] = re.split(rb'""|\[\]', encode_line(like()))
+        out = self._prefix + holes[0] + encode_line(piece.text) + holes[1]
         if len(holes) > 2:
-            out += _encode([token.token for token in piece.tokens]) + holes[2]
+            out += encode_line([token.token for token in piece.tokens]) + holes[2]
         return out + self._tail_of(index)
 
     def usage_event(self) -> bytes:
         if not self._include:
             return b""
-        return self._prefix + b'],"usage":' + _encode(self.usage()) + b"}\n\n"
+        return self._prefix + b'],"usage":' + encode_line(self.usage()) + b"}\n\n"
 
     def usage(self) -> dict[str, Any]:
         """Of the whole request: each prompt counts once, however many choices were made of it."""
@@ -73,7 +82,7 @@ class ChunkWriter:
 
     def _tail_of(self, index: int) -> bytes:
         if self._continuous:
-            return b'],"usage":%b}\n\n' % _encode(self._usage_of(index))
+            return b'],"usage":%b}\n\n' % encode_line(self._usage_of(index))
         return self._tail
 
     def _usage_of(self, index: int) -> dict[str, Any]:
@@ -88,6 +97,6 @@ class ChunkWriter:
         return answers.usage(
             prompt_tokens,
             cached_tokens if self._generation.tells_cached else None,
-            sum(choice.tokens for choice in choices),
+            0 if self._hidden else sum(choice.tokens for choice in choices),
             sum(choice.reasoning_tokens for choice in choices) if reasons else None,
         )

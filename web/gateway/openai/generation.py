@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from controlplane.contract.requests import Log, Sampling, Token
 from web.gateway.errors import ApiError, of_fail
+from web.gateway.openai.prompt_scores import written_bytes
 from web.gateway.request_memory import Hold
 from web.gateway.routing.delivery_queue import DeliveryQueue, Gone, Leaving
 from web.gateway.routing.events import Fail, SubmitAsked
@@ -148,6 +149,14 @@ class Generation:
     def _push(self, index: int, tokens: Sequence[Token]) -> Piece:
         choice, metrics = self.choices[index], self._service.metrics
         first = choice.tokens == 0
+        if (
+            first
+            and self.plans[index].sampling.prompt_logprobs is not None
+            and tokens[0].prompt_scores is None
+        ):
+            raise ApiError(
+                503, "a node of an older release has no log probabilities of prompts", retry_after_s=5
+            )
         piece = choice.push(tokens)
         now = time.perf_counter()
         if first:
@@ -179,11 +188,17 @@ def kept_bytes(plans: Sequence[Plan], blobs: Iterable[bytes]) -> int:
     prompts = {id(plan.prompt): len(plan.prompt) for plan in plans}
     biases = {id(plan.sampling.logit_bias): len(plan.sampling.logit_bias) for plan in plans}
     grammars = {id(plan.sampling.grammar): len(plan.sampling.grammar) for plan in plans}
+    scores = sum(
+        written_bytes(len(plan.prompt), top)
+        for plan in plans
+        if (top := plan.sampling.prompt_logprobs) is not None
+    )
     contexts = {id(blob): len(blob) for blob in blobs}
     return (
         CHOICE_BYTES * len(plans)
         + TOKEN_BYTES * sum(prompts.values())
         + BIAS_BYTES * sum(biases.values())
         + sum(grammars.values())
+        + scores
         + sum(contexts.values())
     )

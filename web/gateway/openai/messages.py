@@ -8,7 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from controlplane.contract.errors import RequestError
 from web.gateway.openai.strict import Lenient, Strict, without_hints
+
+END_MARK = "\ue000end of the last message\ue001"  # characters that nobody may have given a meaning
 
 # Of a message that another server gave as an answer: null or empty, they say nothing.
 ANSWER_FIELDS = frozenset(
@@ -82,6 +85,26 @@ def plain(messages: list[Message], parts: bool, strings: bool) -> list[dict[str,
         return message.text
 
     return [{"role": m.role, "content": content(m)} | _beside(m) for m in messages]
+
+
+def mark_end(given: list[dict[str, Any]]) -> None:
+    """Mark where the text of the last message ends, whatever its template puts behind it. Raises RequestError."""
+    last = given[-1]
+    content = last["content"]
+    if isinstance(content, list) and content:
+        last["content"] = [*content[:-1], content[-1] | {"text": content[-1]["text"] + END_MARK}]
+    elif isinstance(content, str) and content:
+        last["content"] = content + END_MARK
+    else:
+        raise RequestError("continue_final_message: the last message has no text to go on with")
+
+
+def up_to_mark(text: str) -> str:
+    """The prompt up to there. Raises RequestError."""
+    before, mark, _ = text.rpartition(END_MARK)
+    if not mark:
+        raise RequestError("continue_final_message: the chat template does not show the last message's text")
+    return before
 
 
 def _beside(message: Message) -> dict[str, Any]:

@@ -5,23 +5,37 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
 from web.gateway.openai.answer_format import AnswerFormat
 from web.gateway.openai.generation import Generation, Plan
-from web.gateway.openai.requests import Common
+from web.gateway.openai.requests import Request
 from web.gateway.text.choice_decoder import TextRules
 
 _encode = msgspec.msgpack.Encoder().encode
 NOT_IN_DIGEST = {"prompt", "messages", "request_id", "priority"}  # prompts count as tokens
 
 
+class Asked(Protocol):
+    """Of a body of any of the APIs. `choices` are generated for a prompt."""
+
+    stream: bool | None
+    request_id: str | None
+    priority: int | None
+
+    @property
+    def choices(self) -> int: ...
+
+    def model_dump_json(self, *, exclude_unset: bool, exclude_none: bool) -> str: ...
+
+
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
     """`request` without what the plans say already: prompts as tokens, the sampling."""
 
-    request: Common
+    request: Asked
     plans: list[Plan]
     rules: TextRules
     form: Callable[
@@ -41,7 +55,7 @@ class PreparedRequest:
         return self.request.model_dump_json(exclude_unset=True, exclude_none=True).encode()
 
 
-def digest_of(request: Common, plans: Sequence[Plan]) -> bytes:
+def digest_of(request: Request, plans: Sequence[Plan]) -> bytes:
     """Equal for equal answers: of the prompts' tokens, the sampling with its seeds, and what shapes the text."""
     options = request.model_dump_json(exclude=NOT_IN_DIGEST, exclude_none=True)
     return hashlib.sha256(_encode((type(request).__name__, options, plans))).digest()[:8]

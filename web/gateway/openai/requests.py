@@ -21,6 +21,8 @@ from web.gateway.openai.tools import ToolChoice, Tools, tool_use
 CHOICES_MAX = 128
 STOPS_MAX = 64
 LOGPROBS_MAX = 20
+BAD_WORDS_MAX = 128
+TEMPLATE_CHARS_MAX = 64 << 10
 INT64_MAX = 2**63 - 1
 
 # Parameters that are known but not supported, with the values that mean "as if absent".
@@ -100,6 +102,7 @@ TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+BadWord = Annotated[str, Field(min_length=1, max_length=1024)]
 Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=STOPS_MAX)]
 
 
@@ -143,7 +146,7 @@ class Common(Request):
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
-    best_of: int | None = None
+    best_of: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -173,12 +176,24 @@ class Common(Request):
     guided_choice: Choices | None = None
     guided_grammar: Source | None = None
     guided_whitespace_pattern: Source | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
+    bad_words: Annotated[list[BadWord], Field(fail_fast=True, max_length=BAD_WORDS_MAX)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT64_MAX)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.best_of is not None and self.best_of != self.choices:
-            raise ApiError(400, "best_of other than n is not supported", "best_of")
+        if self.best_of is not None and self.best_of < self.shown:
+            raise ApiError(400, f"best_of ({self.best_of}) is less than n ({self.shown})", "best_of")
+        if self.stream and self.choices > self.shown:
+            raise ApiError(
+                400, "best_of above n cannot be streamed: which are the best is known at the end", "best_of"
+            )
+        if self.stream and self.prompt_logprobs is not None:
+            raise ApiError(400, "prompt_logprobs cannot be streamed: use stream: false", "prompt_logprobs")
+        if self.truncate_prompt_tokens == 0:
+            raise ApiError(400, "truncate_prompt_tokens must be -1, or 1 or more", "truncate_prompt_tokens")
         if self.include_usage and not self.stream:
             raise ApiError(400, "stream_options needs stream: true", "stream_options")
         for name in ("temperature", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty"):
@@ -188,8 +203,14 @@ class Common(Request):
         return self
 
     @property
-    def choices(self) -> int:
+    def shown(self) -> int:
+        """Choices of a prompt that the answer has."""
         return self.n or 1
+
+    @property
+    def choices(self) -> int:
+        """Choices of a prompt that are generated."""
+        return self.best_of or self.shown
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -212,18 +233,29 @@ class Common(Request):
 
 class CompletionRequest(Common):
     prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
 
     @model_validator(mode="after")
     def _check_completion(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise ApiError(400, "echo together with logprobs is not supported", "echo")
+        if self.nothing_new and not (self.echo or self.prompt_logprobs is not None):
+            raise ApiError(400, "max_tokens: 0 needs echo or prompt_logprobs", "max_tokens")
         if isinstance(self.prompt, list) and not self.prompt:
             raise ApiError(400, "prompt must not be empty", "prompt")
         if len(self.prompts) * self.choices > CHOICES_MAX:
-            raise ApiError(400, f"prompts times n must be at most {CHOICES_MAX}", "n")
+            raise ApiError(400, f"prompts times n (or best_of) must be at most {CHOICES_MAX}", "n")
         return self
+
+    @property
+    def nothing_new(self) -> bool:
+        """Only the prompt is asked for. A token is generated nevertheless, which nobody sees."""
+        return self.max_tokens == 0
+
+    @property
+    def echoed_logprobs(self) -> int | None:
+        """The echoed prompt's: how many of the most likely tokens; None: there are none."""
+        return self.logprobs if self.echo else None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -241,6 +273,8 @@ class ChatRequest(Common):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: Annotated[str, Field(min_length=1, max_length=TEMPLATE_CHARS_MAX)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     enable_thinking: bool | None = None
     include_reasoning: bool | None = None
@@ -267,8 +301,15 @@ class ChatRequest(Common):
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         tool_use(self.tools, self.tool_choice)
+        _check_continued(self.continue_final_message, self.add_generation_prompt)
         _check_template_kwargs(self.chat_template_kwargs)
         return self
+
+
+def _check_continued(continued: bool | None, generation_prompt: bool | None) -> None:
+    if continued and generation_prompt:
+        text = "continue_final_message goes on with a message, add_generation_prompt begins one: give one of them"
+        raise ApiError(400, text, "continue_final_message")
 
 
 def _check_template_kwargs(variables: dict[str, Any] | None) -> None:
@@ -281,13 +322,15 @@ class TokenizeRequest(Request):
     prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: Tools | None = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        _check_continued(self.continue_final_message, self.add_generation_prompt)
         _check_template_kwargs(self.chat_template_kwargs)
         return self
 

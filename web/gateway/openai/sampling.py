@@ -12,6 +12,7 @@ from web.gateway.text.choice_decoder import TextRules
 from web.gateway.text.parsers.output import OutputRules
 
 BIAS_MAX = 100.0
+BAD_WORD_TOKENS_MAX = 64
 
 
 def make_sampling(
@@ -22,8 +23,10 @@ def make_sampling(
     seed: int,
     logprobs: int | None,
     grammar: str = "",
+    prompt_logprobs: int | None = None,
 ) -> Sampling:
-    """Sampling of one choice; `seed` is the choice's own, `grammar` as it was checked.
+    """Sampling of one choice; `seed` is the choice's own, `grammar` as it was checked; `prompt_logprobs`: how
+    many of the most likely tokens are needed for each token of the prompt.
 
     Raises ApiError 400 naming the parameter."""
     check_length(model, prompt_len, max_tokens)
@@ -48,7 +51,11 @@ def make_sampling(
         stop_token_ids=tuple(
             dict.fromkeys((*(() if request.ignore_eos else model.eos_token_ids), *_named(request, model)))
         ),
-        logprobs=logprobs,
+        logprobs=0
+        if logprobs is None and request.choices > request.shown
+        else logprobs,  # they tell the best
+        prompt_logprobs=prompt_logprobs,
+        bad_words=_bad_words(request.bad_words, model),
         grammar=grammar,
         cache_salt=request.cache_salt or "",
     )
@@ -130,6 +137,24 @@ def _logit_bias(bias: dict[str, float] | None, model: Model) -> tuple[tuple[int,
             )
         result[token] = value  # "5" and "05" are one: the last counts, as of equal keys in JSON
     return tuple(sorted(result.items()))
+
+
+def _bad_words(words: list[str] | None, model: Model) -> tuple[tuple[int, ...], ...]:
+    """Each as its tokens within a text and, where these are others, after a space."""
+    if not words:
+        return ()
+    if old := model.context.without_scores:
+        text = f"bad_words: node {min(old)} runs code that passes over them: it has to be restarted"
+        raise ApiError(503, text, "bad_words", retry_after_s=5)
+    found: set[tuple[int, ...]] = set()
+    for word in words:
+        for text in (word, f" {word.lstrip()}"):
+            ids = tuple(model.tokenizer.encode(text, add_special_tokens=False).ids)
+            if not 0 < len(ids) <= BAD_WORD_TOKENS_MAX:
+                why = f"{shorten(word)} has {len(ids)} tokens, allowed are 1 to {BAD_WORD_TOKENS_MAX}"
+                raise ApiError(400, f"bad_words: {why}", "bad_words")
+            found.add(ids)
+    return tuple(sorted(found))
 
 
 def _pick(asked: float | None, of_model: float | None, default: float) -> float:

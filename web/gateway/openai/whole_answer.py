@@ -6,10 +6,12 @@ event loop stands still at the end for all of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from web.gateway.openai.requests import Common
 from web.gateway.text.choice_decoder import Piece
 from web.gateway.text.parsers.parsed import CallDelta
 
@@ -17,6 +19,17 @@ ENTRY_BYTES = 250  # of a token's part in the lists, without what is encoded
 ENCODED = ("content", "top_logprobs")  # lists whose entries are large
 
 _encode = msgspec.json.Encoder().encode
+
+
+def best(wholes: Sequence[Whole], request: Common) -> list[int]:
+    """Which choices the answer has, in its order: of each prompt those whose tokens are likeliest in the mean."""
+    if request.choices == request.shown:
+        return list(range(len(wholes)))
+    found: list[int] = []
+    for first in range(0, len(wholes), request.choices):
+        group = range(first, first + request.choices)
+        found += sorted(group, key=lambda index: -wholes[index].mean_logprob)[: request.shown]
+    return found
 
 
 class Whole:
@@ -28,6 +41,8 @@ class Whole:
         self._calls: list[CallDelta] = []
         self._last = Piece()
         self.ids: list[int] = []
+        self.prompt_scores = b""  # of its prompt, if asked for
+        self._logprob = 0.0  # of all tokens together
         self.logprobs: dict[str, list[Any]] | None = None
 
     @property
@@ -41,6 +56,11 @@ class Whole:
             stop_reason=self._last.stop_reason,
         )
 
+    @property
+    def mean_logprob(self) -> float:
+        """By which the best of several is found."""
+        return self._logprob / max(1, len(self.ids))
+
     def add(self, piece: Piece, logprobs: dict[str, Any] | None) -> int:
         """Returns about how many bytes that keeps."""
         self._texts.append(piece.text)
@@ -50,6 +70,9 @@ class Whole:
                 self._calls.append(CallDelta(part.index, part.name))
             self._calls[part.index].arguments += part.arguments
         self._last = piece
+        if piece.tokens and piece.tokens[0].prompt_scores is not None:
+            self.prompt_scores = piece.tokens[0].prompt_scores
+        self._logprob += sum(token.logprob or 0.0 for token in piece.tokens)
         self.ids += [token.token for token in piece.tokens]
         size = len(piece.text) + len(piece.reasoning) + ENTRY_BYTES * len(piece.tokens)
         if logprobs is None:

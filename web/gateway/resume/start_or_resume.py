@@ -21,6 +21,7 @@ from web.gateway.openai.completions import kept_completion, prepare_completion
 from web.gateway.openai.generation import Generation, Plan, Start, kept_bytes
 from web.gateway.openai.prepared import PreparedRequest
 from web.gateway.openai.requests import INT64_MAX
+from web.gateway.openai.responses import kept_responses, prepare_responses
 from web.gateway.request_memory import Hold
 from web.gateway.resume.cursor import Cursor, Mark
 from web.gateway.resume.tickets import UNKNOWN, Ticket, new_nonce, rid_of, seed_of
@@ -30,10 +31,12 @@ from web.manners import own_request_id
 PREPARE: dict[str, Callable[[Service, bytes, int], Awaitable[PreparedRequest]]] = {
     "completion": prepare_completion,
     "chat": prepare_chat,
+    "responses": prepare_responses,
 }
 KEPT: dict[str, Callable[[Service, bytes], PreparedRequest]] = {
     "completion": kept_completion,
     "chat": kept_chat,
+    "responses": kept_responses,
 }
 # How long to look for a request while a scheduler cannot be prepared, because it died or moves.
 LOOK_REPEATED_S = 0.25  # most keys are new ones; to compute twice costs time, and no correctness

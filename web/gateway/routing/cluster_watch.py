@@ -52,6 +52,10 @@ class ClusterWatch:
         """Seconds since etcd was last heard: how old the topology may be."""
         return self._watch.age_s()
 
+    def controllers(self) -> dict[str, str]:
+        """gRPC address of each that is registered, by its name."""
+        return {name: record.rpc_address for name, record in self.view.controllers.items()}
+
     def troubles(self) -> Sequence[str]:
         """Why nothing would be repaired, beyond etcd being away."""
         return self._client.health.troubles()
@@ -78,7 +82,7 @@ class ClusterWatch:
                 self._dispatcher.locate(change.now.member, change.now.rpc_address)
                 if self._context is not None and change.now.group == self.view.group:
                     node = change.now
-                    self._context.registered(node.member.node, node.context_len, node.grammars)
+                    self._context.registered(node.member.node, node.context_len, node.grammars, node.sampling)
             case Topology():
                 self._dispatcher.feed(TopologySeen(change.now))
                 members = {member for pipeline in change.now.pipelines for member in pipeline.members()}

@@ -9,22 +9,27 @@ from controlplane.contract.ids import NodeId
 
 class ServedContext:
     """What every node of the group serves, since a request may come to any of them: so many tokens, prompt and output
-    together, and grammars, which nodes of an older release would pass over."""
+    together; and grammars, bad words and log probabilities of prompts, which nodes of an older release would pass
+    over."""
 
     def __init__(self, limit: int) -> None:
         """`limit`: by model and settings, before a node has said what it serves."""
         self._limit = limit
         self._by_node: dict[NodeId, int] = {}
         self.without_grammars: set[NodeId] = set()  # nodes that cannot hold an output to one
+        self.without_scores: set[NodeId] = (
+            set()
+        )  # nodes that know of no bad words and no log probabilities of prompts
 
     @property
     def tokens(self) -> int:
         return min(self._limit, *self._by_node.values()) if self._by_node else self._limit
 
-    def registered(self, node: NodeId, tokens: int, grammars: str) -> None:
-        """A node says what it serves; 0: it does not say. `grammars`: as in NodeRecord. A lease that is lost takes
-        nothing back."""
+    def registered(self, node: NodeId, tokens: int, grammars: str, sampling: int) -> None:
+        """A node says what it serves; 0: it does not say. `grammars`, `sampling`: as in NodeRecord. A lease that is
+        lost takes nothing back."""
         (self.without_grammars.discard if grammars else self.without_grammars.add)(node)
+        (self.without_scores.discard if sampling else self.without_scores.add)(node)
         if tokens > 0:
             self._by_node[node] = tokens
 
@@ -33,3 +38,4 @@ class ServedContext:
         for node in self._by_node.keys() - set(nodes):
             del self._by_node[node]
         self.without_grammars &= set(nodes)
+        self.without_scores &= set(nodes)

@@ -89,7 +89,7 @@ def load_template(folder: Path, chars_max: int) -> tuple[ChatTemplate | None, st
         sources = _sources(folder, settings)
         if sources is None:
             return None, "this model has no chat template"
-        special = _special_tokens(folder, settings)
+        special = special_tokens(folder, settings)
         template = ChatTemplate(sources["default"], special, chars_max)
         if "tool_use" in sources:
             template.for_tools = ChatTemplate(sources["tool_use"], special, chars_max)
@@ -118,8 +118,8 @@ def _sources(folder: Path, settings: dict[str, Any]) -> dict[str, str] | None:
     return found
 
 
-def _special_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
-    special = _settings(folder / "special_tokens_map.json") | settings
+def special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    special = _settings(folder / "special_tokens_map.json") | dict(settings)
     found = {}
     for name in SPECIAL_TOKENS:
         token = special.get(name)

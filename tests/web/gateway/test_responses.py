@@ -1,0 +1,294 @@
+"""/v1/responses with the openai client's own helpers, and across gateways at every event."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import openai
+import pydantic
+import pytest
+
+from tests.web.gateway.scripted import QWEN, scripted_model
+from tests.web.gateway.stack import MODEL, Stack, beside
+from tests.web.gateway.test_resume import read
+from tests.web.gateway.test_tools import ADD, CALLS, WEATHER, GetWeather, with_model
+
+PATH = "/v1/responses"
+CALL: dict[str, Any] = {
+    "type": "function",
+    "name": "get_weather",
+    "parameters": GetWeather.model_json_schema(),
+    "strict": False,
+}
+PLUS: dict[str, Any] = {"type": "function", **ADD["function"]}
+SAID = CALLS[QWEN]
+
+
+class Event(pydantic.BaseModel):
+    name: str
+    day: int
+
+
+def output_of(response: Any) -> list[tuple[str, str]]:
+    """Of each item its type and what it says."""
+    found = []
+    for item in response.output:
+        if item.type == "function_call":
+            found.append((item.type, f"{item.name} {item.arguments}"))
+        else:
+            found.append((item.type, "".join(part.text for part in item.content)))
+    return found
+
+
+OUTPUT = [
+    ("reasoning", "Let me see."),
+    ("message", "One moment."),
+    ("function_call", f"get_weather {WEATHER}"),
+    ("function_call", "add {}"),
+]
+
+
+def test_reasoning_a_message_and_calls(tmp_path: Path) -> None:
+    """The same of an answer in one piece, of the client's streaming helper, and of raw events."""
+    model = scripted_model(tmp_path, QWEN)
+
+    async def body(stack: Stack) -> None:
+        async with stack.openai() as client:
+            asked: Any = {"model": MODEL, "input": "How is the weather?", "tools": [CALL, PLUS]}
+            whole = await client.responses.create(**asked, extra_body={"seed": 0})
+            assert output_of(whole) == OUTPUT
+            assert (whole.status, whole.output_text, whole.error) == ("completed", "One moment.", None)
+            assert whole.usage is not None
+            assert whole.usage.total_tokens == whole.usage.input_tokens + whole.usage.output_tokens
+            assert 0 < whole.usage.output_tokens_details.reasoning_tokens < whole.usage.output_tokens
+            deltas: dict[str, str] = {}
+            numbers: list[int] = []
+            kinds: list[str] = []
+            async with client.responses.stream(**asked, extra_body={"seed": 0}) as stream:
+                async for event in stream:
+                    numbers.append(event.sequence_number)
+                    kinds.append(event.type)
+                    if event.type.endswith(".delta"):
+                        deltas[event.item_id] = deltas.get(event.item_id, "") + event.delta
+                final = await stream.get_final_response()
+            assert numbers == sorted(set(numbers))
+            assert kinds[:2] == ["response.created", "response.in_progress"]
+            assert kinds[-1] == "response.completed"
+            assert output_of(final) == OUTPUT
+            assert list(deltas.values()) == ["Let me see.", "One moment.", WEATHER, "{}"]
+            assert [item.id for item in final.output] == list(deltas)
+            assert len({item.call_id for item in final.output if item.type == "function_call"}) == 2
+            assert final.usage == whole.usage
+
+    with_model(model, [SAID], body)
+
+
+def test_a_conversation_with_results_of_tools(tmp_path: Path) -> None:
+    """What came out goes in again, as clients do it, and the model sees it as it wrote it."""
+    model = scripted_model(tmp_path, QWEN)
+
+    async def body(stack: Stack) -> None:
+        async with stack.openai() as client:
+            said: list[Any] = [{"role": "user", "content": [{"type": "input_text", "text": "Weather?"}]}]
+            first = await client.responses.create(
+                model=MODEL,
+                instructions="Be brief.",
+                input=said,
+                tools=[CALL, PLUS],
+                extra_body={"seed": 0},  # type: ignore[list-item]
+            )
+            said += first.output
+            for item in first.output:
+                if item.type == "function_call":
+                    said.append({"type": "function_call_output", "call_id": item.call_id, "output": "rain"})
+            await client.responses.create(
+                model=MODEL,
+                instructions="Be brief.",
+                input=said,
+                tools=[CALL, PLUS],
+                extra_body={"seed": 0},  # type: ignore[list-item]
+            )
+        prompts = [model.decode(list(s.prompt)) for node in stack.nodes for s in node.submits]
+        prompt = max(prompts, key=len)
+        assert "Be brief." in prompt
+        assert prompt.endswith(
+            "<|user|>Weather?<|end|><|assistant|><think>Let me see.</think>One moment."
+            f'<tool_call>\n{{"name": "get_weather", "arguments": {WEATHER}}}\n</tool_call>'
+            '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call><|end|>'
+            "<|user|><tool_response>rain</tool_response><|end|>"
+            "<|user|><tool_response>rain</tool_response><|end|><|assistant|>"
+        )
+
+    with_model(model, [SAID], body)
+
+
+def test_structured_output_and_required_calls(tmp_path: Path) -> None:
+    model = scripted_model(tmp_path, QWEN)
+
+    async def body(stack: Stack) -> None:
+        async with stack.openai() as client:
+            parsed = await client.responses.parse(
+                model=MODEL, input="An event?", text_format=Event, extra_body={"seed": 0}
+            )
+            assert parsed.output_parsed == Event(name="x", day=3)
+            async with client.responses.stream(
+                model=MODEL, input="An event?", text_format=Event, extra_body={"seed": 0}
+            ) as stream:
+                final = await stream.get_final_response()
+            assert final.output_parsed == Event(name="x", day=3)
+            tool = openai.pydantic_function_tool(GetWeather, name="get_weather")
+            calls = await client.responses.parse(
+                model=MODEL,
+                input="Weather?",
+                tools=[tool],
+                tool_choice="required",
+                extra_body={"seed": 1},
+            )
+            arguments = [item.parsed_arguments for item in calls.output if item.type == "function_call"]
+            assert arguments == [GetWeather(city="K")]
+        demands = [s.sampling.grammar for node in stack.nodes for s in node.submits]
+        assert all(demands)
+
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "K", "days": []}}\n</tool_call>'
+    with_model(model, ['{"name": "x", "day": 3}', call], body)
+
+
+def test_what_is_cut_is_incomplete_and_log_probabilities_are_shown(tmp_path: Path) -> None:
+    model = scripted_model(tmp_path, QWEN)
+
+    async def body(stack: Stack) -> None:
+        async with stack.openai() as client:
+            asked: Any = {"model": MODEL, "input": "x", "max_output_tokens": 3, "top_logprobs": 2}
+            asked |= {"include": ["message.output_text.logprobs"], "temperature": 0.5, "metadata": {"a": "b"}}
+            cut = await client.responses.create(**asked, extra_body={"seed": 0})
+            assert (cut.status, cut.metadata, cut.temperature) == ("incomplete", {"a": "b"}, 0.5)
+            assert cut.incomplete_details is not None
+            assert cut.incomplete_details.reason == "max_output_tokens"
+            part: Any = cut.output[0].content[0]  # type: ignore[union-attr,index]
+            assert "".join(entry.token for entry in part.logprobs) == part.text == cut.output_text
+            assert [len(entry.top_logprobs) for entry in part.logprobs] == [2, 2, 2]
+            events = [
+                e async for e in await client.responses.create(**asked, stream=True, extra_body={"seed": 0})
+            ]
+            assert events[-1].type == "response.incomplete"
+            assert [
+                entry.token for e in events if e.type == "response.output_text.delta" for entry in e.logprobs
+            ] == [entry.token for entry in part.logprobs]
+
+    with_model(model, ["One moment, and then some more."], body)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "why"),
+    [
+        ({"store": True}, "store", "stores no responses"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "stores no responses"),
+        ({"conversation": "c"}, "conversation", "stores no responses"),
+        ({"prompt": {"id": "p"}}, "prompt", "stores no responses"),
+        ({"background": True}, "background", "nothing is stored"),
+        ({"truncation": "auto"}, "truncation", "never cut"),
+        ({"include": ["file_search_call.results"]}, "include", "file_search_call.results"),
+        ({"tools": [{"type": "web_search"}]}, "tools", "web_search"),
+        ({"tool_choice": "required"}, "tool_choice", "needs tools"),
+        ({"input": []}, "input", ""),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "item_reference"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input", ""),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input", "call_id"),
+        ({"max_output_tokens": 10**6}, "max_output_tokens", "maximum context length"),
+        ({"max_output_tokens": 0}, "max_output_tokens", ""),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": "frog"}}}}, "text.format", ""),
+        ({"frogs": 1}, "frogs", "unknown parameter"),
+        ({"model": "other"}, "model", "does not exist"),
+    ],
+)
+def test_what_is_refused_says_why(tmp_path: Path, body: dict[str, Any], param: str, why: str) -> None:
+    async def ask(stack: Stack) -> None:
+        async with stack.http() as client:
+            answer = await client.post(PATH, json={"input": "x"} | body)
+            assert answer.status_code == (404 if param == "model" else 400), answer.text
+            error = answer.json()["error"]
+            assert error["param"] == param
+            assert why in error["message"]
+
+    with_model(scripted_model(tmp_path, QWEN), ["x"], ask)
+
+
+def test_what_says_nothing_is_taken(tmp_path: Path) -> None:
+    async def ask(stack: Stack) -> None:
+        nothing = {
+            "store": False,
+            "previous_response_id": None,
+            "background": False,
+            "truncation": "disabled",
+        }
+        nothing |= {
+            "include": [],
+            "metadata": {},
+            "user": "u",
+            "service_tier": "auto",
+            "prompt_cache_key": "k",
+        }
+        nothing |= {
+            "text": {"format": {"type": "text"}, "verbosity": "low"},
+            "reasoning": {"summary": "auto"},
+        }
+        async with stack.http() as client:
+            answer = await client.post(PATH, json={"input": "x", "seed": 0} | nothing)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["output"][0]["content"][0]["text"] == "Yes."
+
+    with_model(scripted_model(tmp_path, QWEN), ["Yes."], ask)
+
+
+def joined(events: Sequence[tuple[str, str]]) -> tuple[list[str], str]:
+    """Texts by item, and the final output."""
+    texts: dict[int, str] = {}
+    output = ""
+    for _, data in events:
+        if data == "[DONE]":
+            continue
+        event = json.loads(data)
+        if event["type"].endswith(".delta"):
+            texts[event["output_index"]] = texts.get(event["output_index"], "") + event["delta"]
+        if event["type"] == "response.completed":
+            output = json.dumps(event["response"])
+    return [texts[at] for at in sorted(texts)], output
+
+
+@pytest.mark.parametrize("burst", [1, 4])
+def test_a_stream_goes_on_at_another_gateway_after_any_event(tmp_path: Path, burst: int) -> None:
+    model = scripted_model(tmp_path, QWEN)
+
+    async def body(stack: Stack) -> None:
+        request = {"model": MODEL, "input": "x", "tools": [CALL, PLUS], "seed": 0, "stream": True}
+        async with beside(stack) as other, stack.http() as client, other.http() as client2:
+            whole = await read(client, "POST", PATH, request)
+            texts, output = joined(whole)
+            assert texts == ["Let me see.", "One moment.", WEATHER, "{}"]
+            numbers = [json.loads(data)["sequence_number"] for _, data in whole if data != "[DONE]"]
+            assert numbers == sorted(set(numbers))
+            ids = [event_id for event_id, _ in whole]
+            ends = [at for at in range(len(ids) - 1) if ids[at] and ids[at] != ids[at + 1]]
+            assert len(ends) > 8
+            for at in ends:
+                rest = await read(client2, "POST", PATH, request, last_event_id=ids[at])
+                assert joined([*whole[: at + 1], *rest]) == (texts, output), f"after event {at}"
+
+    with_model(model, [SAID], body, burst=burst)
+
+
+def test_a_repeated_request_is_answered_the_same(tmp_path: Path) -> None:
+    async def ask(stack: Stack) -> None:
+        async with stack.http() as client:
+            body = {"input": "x", "seed": 0}
+            answers = [await client.post(PATH, json=body, headers={"idempotency-key": "k"}) for _ in range(2)]
+            assert answers[0].json() == answers[1].json()
+            other = await client.post(
+                PATH, json=body | {"instructions": "y"}, headers={"idempotency-key": "k"}
+            )
+            assert other.status_code == 422
+
+    with_model(scripted_model(tmp_path, QWEN), ["Yes."], ask)
