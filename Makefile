@@ -9,7 +9,7 @@
 #   make check     ruff, mypy, import-linter, cython-lint
 #   make install   .venv with everything: tests, our own benches, development
 #   make bench-peers  the engines that benches compare us with (large, and llama.cpp is compiled: minutes)
-#   make clients   clients of OpenAI's API for tests/clients (half a gigabyte; what is missing there is skipped)
+#   make clients   clients of OpenAI's API for tests/clients (1.2 GB; tests of those that are missing are skipped)
 #   make proto     etcd's message classes from its definitions
 #   make test-gpu  tests of the GPU kernels: on a GPU, or in Triton's interpreter
 #   make clean     build products (the .venv stays)

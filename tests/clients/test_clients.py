@@ -59,18 +59,18 @@ def against_gateway(folder: Path, body: Callable[[Stack], Awaitable[None]]) -> N
     asyncio.run(run())
 
 
-async def run_client(stack: Stack, *command: str, cwd: Path | None = None, **env: str) -> str:
-    """What it prints. It must end well, and within LIMIT_S."""
+async def run_quietly(*command: str, **env: str) -> str:
+    """What it prints. It must end well, and within LIMIT_S, with no network but the server's."""
     quiet = {
         "NO_PROXY": "*",
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     }
-    given = {**os.environ, **quiet, "URL": stack.url, "KEY": KEY, "OPENAI_API_KEY": KEY, **env}
+    given = {**os.environ, **quiet, **env}
     given.pop("PYTHONPATH", None)
     process = await asyncio.create_subprocess_exec(
-        *command, env=given, cwd=cwd, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        *command, env=given, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     try:
         async with asyncio.timeout(LIMIT_S):
@@ -80,6 +80,10 @@ async def run_client(stack: Stack, *command: str, cwd: Path | None = None, **env
             process.kill()
     assert process.returncode == 0, out.decode()[-4000:]
     return out.decode()
+
+
+async def run_client(stack: Stack, *command: str) -> str:
+    return await run_quietly(*command, URL=stack.url, KEY=KEY, OPENAI_API_KEY=KEY)
 
 
 def needs(path: Path, what: str) -> None:
