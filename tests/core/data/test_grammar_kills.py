@@ -60,7 +60,7 @@ SAMPLINGS = {
     "min_tokens": {"min_tokens": 40, "logit_bias": ((98, 4.0), (7, -2.0))},
     "nucleus": {"top_p": 0.8, "top_k": 50, "min_p": 0.01, "temperature": 1.4},
     "greedy": {"temperature": 0.0},
-    "bad_words": {"bad_words": (*((token,) for token in range(300, 600)), (600, 601)), "logprobs": 1},
+    "bad_words": {"bad_words": (*((token,) for token in range(1000, 1200)), (600, 601)), "logprobs": 1},
 }
 
 
