@@ -36,6 +36,7 @@ from controlplane.etcd.register import TAKE_OVER, Registration
 from controlplane.history.store import HistoryStore
 from controlplane.history.writer import HistoryWriter
 from controlplane.keyspace.connect import etcd_client
+from controlplane.shell.figures import Recorder
 from controlplane.shell.hearing import tell_hearing
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.metrics import Sources
@@ -79,7 +80,9 @@ async def serve(
     client = etcd_client(config, identity)
     store = HistoryStore(config.database, config.cluster, me)
     history = HistoryWriter(store)
-    reports = ReportServer(derive(secret, "grpc"), inbox, config.timing, identity)
+    token = derive(secret, "grpc")
+    recorder = Recorder(token, history, lambda: runtime.is_leader, identity)
+    reports = ReportServer(token, inbox, config.timing, identity, [recorder.handler()])
     record = ControllerRecord(
         id=me,
         rpc_address=await reports.start(config.host, config.advertise),
@@ -101,7 +104,8 @@ async def serve(
     performer = Performer(client, keys, config.group, inbox, history, registry.view)
     runtime = Runtime(controller, inbox, registry, performer, election)
     sources = Sources(inbox, registry, reports, runtime, performer, history, client.counters)
-    service = Service(config, me, Parts(controller, registry, client, history, sources))
+    parts = Parts(controller, registry, client, history, sources, recorder, identity)
+    service = Service(config, me, parts)
     app = build_app(service, derive(secret, "admin"))
     admin, local = _admin_server(app, https_of(config, identity.me)), _admin_server(app)
     gc.freeze()  # what start-up made stays: collections need not look at it again
@@ -116,6 +120,7 @@ async def serve(
         "hearing": tell_hearing(client, keys, me, controller, presence),
         "health": client.follow_health(),
         "history": history.run(),
+        "figures": recorder.run(service.status),
         "admin": admin.serve(sockets=[admin_socket]),
         "admin-socket": serve_locally(local, Path(config.run_dir), me, presence.held),
         "retired": registry.retired.wait(),

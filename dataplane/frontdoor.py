@@ -14,7 +14,7 @@ import grpc
 from controlplane.contract import rpc
 from controlplane.contract.address import join
 from controlplane.contract.auth import bearer_matches
-from controlplane.contract.identity import PLAIN, Identity, ProcessRole, no_role
+from controlplane.contract.identity import HANDSHAKE_LIMIT, PLAIN, Identity, ProcessRole, no_role
 from controlplane.contract.requests import GatewayMessage, SchedulerMessage
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class Frontdoor:
                 ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
                 ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
                 ("grpc.so_reuseport", 0),
+                HANDSHAKE_LIMIT,
                 # Gateways ping idle streams to notice a silent path; the default takes that for an attack.
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 1_000),

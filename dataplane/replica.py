@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from controlplane.contract.ids import Member, PipelineId
-from controlplane.contract.reports import TargetReport
+from controlplane.contract.reports import LAG_UNKNOWN, TargetReport
 from dataplane._fast.blocktable import Rows
 from dataplane.core.blocks import KvStore
 from dataplane.core.copies import Key
@@ -335,7 +335,7 @@ class Replicator:
         rids = self._rids(pipeline)
         reports = []
         for target, source in state.sources.items():
-            lag = source.lag_tokens(rids, state.flush) if source.known else 1 << 30
+            lag = source.lag_tokens(rids, state.flush) if source.known else LAG_UNKNOWN
             reports.append(TargetReport(target, lag, source.behind_s(lag)))
         return tuple(reports)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ssl
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -30,7 +31,11 @@ log = structlog.get_logger()
 DOMAIN = "internal"  # reserved for names that no public authority certifies
 SAN = "x509_subject_alternative_name"  # as gRPC calls it
 
+LATE_SHARE = 0.25  # of a certificate's life: what is not renewed by then is a trouble
 RELAY_NAME = "host"  # of every host's relay
+
+# Of a server: who connects and proves nothing does not keep the connection for longer.
+HANDSHAKE_LIMIT = ("grpc.server_handshake_timeout_ms", 10_000)
 
 Options = Sequence[tuple[str, Any]]
 
@@ -69,6 +74,8 @@ class Material:
     ca: bytes
     cert: bytes
     key: bytes
+    begins_unix_s: float  # of the certificate
+    ends_unix_s: float
 
 
 class Identity:
@@ -134,6 +141,10 @@ class Identity:
         names = [name.decode(errors="replace") for name in context.auth_context().get(SAN, ())]
         return frozenset(name[: -len(suffix)] for name in names if name.lower().endswith(suffix))
 
+    def troubles(self) -> tuple[str, ...]:
+        """What is wrong with our certificate, or soon will be, for people; the same words each time."""
+        return self._files.troubles(time.time()) if self._files is not None else ()
+
     def admits(self, context: Any, role: ProcessRole) -> bool:
         """Whether a caller may act in `role`."""
         names = self.callers(context, role)
@@ -156,6 +167,7 @@ class Files:
         ca, cert, key = tls.paths(str(me))
         self.ca = Path(ca) if ca else None  # of a server that asks nobody for a certificate
         self.cert, self.key = Path(cert), Path(key)
+        self.problem = ""  # why files that have changed are not used
         self._lock = threading.Lock()
         self._seen = self._stamp()
         self._material = self._read()
@@ -169,11 +181,21 @@ class Files:
                     material = self._read()
                 except ConfigError as error:
                     log.warning("certificates cannot be read: those from before are used", error=str(error))
-                    self._seen = stamp  # until they change again
+                    self._seen, self.problem = stamp, str(error)  # until they change again
                 else:
                     if self._stamp() == stamp:  # else they are being replaced: next time
-                        self._seen, self._material = stamp, material
+                        self._seen, self._material, self.problem = stamp, material, ""
             return self._material
+
+    def troubles(self, now_unix_s: float) -> tuple[str, ...]:
+        """What an operator has to mend, or nothing."""
+        now = self.current()
+        if self.problem:
+            return (f"new certificates are not used: {self.problem}",)
+        if now_unix_s < now.ends_unix_s - LATE_SHARE * (now.ends_unix_s - now.begins_unix_s):
+            return ()
+        until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now.ends_unix_s))
+        return (f"the certificate {self.cert} is valid until {until}: `kfadmin certs rotate`",)
 
     def _stamp(self) -> tuple[tuple[int, int, int], ...]:
         return tuple(_stamp(path) for path in (self.ca, self.cert, self.key) if path is not None)
@@ -194,11 +216,17 @@ class Files:
             ) from error
         if self.key.stat().st_mode & 0o077:
             raise ConfigError(f"the key {self.key} is readable by others: chmod 600 {self.key}")
-        return Material(
-            self.ca.read_bytes() if self.ca is not None else b"",
-            self.cert.read_bytes(),
-            self.key.read_bytes(),
-        )
+        ca = self.ca.read_bytes() if self.ca is not None else b""
+        cert = self.cert.read_bytes()
+        return Material(ca, cert, self.key.read_bytes(), *_validity(cert))
+
+
+def _validity(cert: bytes) -> tuple[float, float]:
+    # Not before there are certificates: it takes as long to import as all that a process does with it here.
+    from cryptography import x509
+
+    leaf = x509.load_pem_x509_certificates(cert)[0]
+    return leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp()
 
 
 def _no_password() -> str:

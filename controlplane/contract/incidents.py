@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
+from controlplane.contract.events import EventKind
 from controlplane.contract.ids import NodeId, PipelineId
+
+# The events that tell of failures; others may be left out.
+TOLD_BY = frozenset(
+    {EventKind.DIED, EventKind.LEFT, EventKind.EPOCH, EventKind.RECOVERED, EventKind.UNAVAILABLE}
+)
 
 
 class Affected(msgspec.Struct, frozen=True):

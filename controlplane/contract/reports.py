@@ -44,6 +44,9 @@ class LinkReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     refused: bool = False  # the peer answers in another version (NO_LINK): no sign of its death
 
 
+LAG_UNKNOWN = 1 << 30  # tokens: what the holder has is not known yet
+
+
 class TargetReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How far behind one copy of a pipeline's KV is, by what its holder acknowledged."""
 

@@ -1,4 +1,4 @@
-"""The two gRPC services, as method names and codecs.
+"""The gRPC services, as method names and codecs.
 
 Messages are msgspec Structs in MessagePack: decoding validates against the types, and no second set of
 generated classes has to be kept equal to the first (docs/decisions/control-plane.md).
@@ -6,6 +6,7 @@ generated classes has to be kept equal to the first (docs/decisions/control-plan
     Frontdoor.Serve   gateway -> node         stream GatewayMessage <-> stream SchedulerMessage
     Control.Report    node    -> controller   stream ReportBatch    <-> stream ReportAck
                       node -> relay of its host -> controller: the same
+    Figures.Report    gateway -> controller   GatewayReport -> ReportTaken; nothing is decided on it
 
 Each call carries the cluster's secret as `authorization: Bearer <hex HMAC>` (see `auth.py`), and to a front door the
 schema of what the gateway speaks. A front door that serves it answers with its own, as initial metadata. A field that
@@ -22,6 +23,7 @@ from typing import Any
 import grpc
 import msgspec
 
+from controlplane.contract.figures import GatewayReport, ReportTaken
 from controlplane.contract.reports import (
     REPORT_SCHEMA,
     NodeReport,
@@ -36,6 +38,8 @@ FRONTDOOR = "kevlarflow.Frontdoor"
 FRONTDOOR_SERVE = f"/{FRONTDOOR}/Serve"
 CONTROL = "kevlarflow.Control"
 CONTROL_REPORT = f"/{CONTROL}/Report"
+FIGURES = "kevlarflow.Figures"
+FIGURES_REPORT = f"/{FIGURES}/Report"
 
 STREAM_SCHEMA = 1  # of GatewayMessage and SchedulerMessage
 STREAM_SCHEMA_OLDEST = 1
@@ -50,6 +54,8 @@ decode_relayed = msgspec.msgpack.Decoder(RelayedBatch).decode
 decode_report = msgspec.msgpack.Decoder(NodeReport).decode
 decode_header = msgspec.msgpack.Decoder(ReportHeader).decode  # of a batch of reports
 decode_ack = msgspec.msgpack.Decoder(ReportAck).decode
+decode_gateway_report = msgspec.msgpack.Decoder(GatewayReport).decode
+decode_taken = msgspec.msgpack.Decoder(ReportTaken).decode
 
 
 def refusal(metadata: Mapping[str, str]) -> str:
@@ -79,4 +85,11 @@ def stream_handler(service: str, method: str, behaviour: Any, decode: Any) -> gr
     handler = grpc.stream_stream_rpc_method_handler(
         behaviour, request_deserializer=decode, response_serializer=encode
     )
+    return grpc.method_handlers_generic_handler(service, {method: handler})
+
+
+def unary_handler(service: str, method: str, behaviour: Any) -> grpc.GenericRpcHandler:
+    """As `stream_handler`, for one question and its answer; `behaviour` decodes by itself, since grpc's answer to what
+    it cannot decode is silence."""
+    handler = grpc.unary_unary_rpc_method_handler(behaviour, response_serializer=encode)
     return grpc.method_handlers_generic_handler(service, {method: handler})

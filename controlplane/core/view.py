@@ -11,7 +11,7 @@ from collections.abc import Generator, Mapping
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import NodeId, PipelineId
 from controlplane.contract.records import Operation
-from controlplane.contract.reports import NodeReport
+from controlplane.contract.reports import LAG_UNKNOWN, NodeReport
 from controlplane.contract.status import (
     ClusterStatus,
     NodeState,
@@ -206,7 +206,7 @@ def _serves(pipeline: Pipeline, nodes: Nodes) -> bool:
 def _stage(pipeline: Pipeline, index: int, nodes: Nodes) -> StageStatus:
     stage = pipeline.stages[index]
     lags = [nodes.lag(pipeline, index, target) for target in stage.replicas]
-    known = [lag for lag in lags if lag is not None]
+    known = [lag for lag in lags if lag is not None and lag < LAG_UNKNOWN]
     return StageStatus(
         homes=stage.homes,
         serving=stage.ranks,

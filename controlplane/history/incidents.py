@@ -9,11 +9,6 @@ from msgspec.structs import replace
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.incidents import Affected, Incident
 
-# What the fold looks at; others may be left out.
-TOLD_BY = frozenset(
-    {EventKind.DIED, EventKind.LEFT, EventKind.EPOCH, EventKind.RECOVERED, EventKind.UNAVAILABLE}
-)
-
 
 def incidents(rows: Iterable[tuple[int, Event]]) -> list[Incident]:
     """Every failure that the events tell of, oldest first. `rows`: (id, event), oldest first.

@@ -13,15 +13,18 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from controlplane.contract.audit import Action, AuditEntry
 from controlplane.contract.auth import Caller
 from controlplane.contract.events import Event, EventKind
-from controlplane.contract.incidents import Incident
+from controlplane.contract.figures import Figures
+from controlplane.contract.incidents import TOLD_BY, Incident
 from controlplane.contract.records import Operation
 from controlplane.history import incidents, schema
-from controlplane.history.tables import events, operations
+from controlplane.history.tables import events, figures, operations
 
 LIMIT_MAX = 1000
 # That are looked through for incidents, the newest ones. 2,000: 5 ms of the loop's own thread, some 200 ms of others.
 INCIDENT_EVENTS_MAX = 2000
 CONTROLLER_ROLE = "controller"
+FIGURES_KEPT_S = 24 * 3600.0
+FIGURES_ROWS_MAX = 20_000  # that one question reads: a day of them, every five seconds
 _KINDS = frozenset(kind.value for kind in EventKind)
 _ACTIONS = frozenset(action.value for action in Action)  # a newer release may have written others
 _details_type = dict[str, float | int | str]
@@ -55,15 +58,18 @@ class HistoryStore:
         """Bring the schema to this release; see `schema.upgrade`."""
         await schema.upgrade(self._engine)
 
-    async def append(self, batch: Sequence[Event | Audit]) -> None:
+    async def append(self, batch: Sequence[Event | Audit | Figures]) -> None:
         """Write a batch in one transaction, in order."""
         rows = [self._event_row(item) for item in batch if isinstance(item, Event)]
+        measured = [self._figures_row(item) for item in batch if isinstance(item, Figures)]
         audits = [self._audit_row(item) for item in batch if isinstance(item, Audit)]
         async with self._engine.begin() as connection:
             if rows:
                 await connection.execute(insert(events), rows)
             if audits:
                 await connection.execute(insert(operations), audits)
+            if measured:
+                await connection.execute(insert(figures), measured)
 
     async def tail(self, limit: int, after: int = 0) -> list[tuple[int, Event]]:
         """The newest `limit` events (at most 1,000) with an id above `after`, as (id, event), oldest first."""
@@ -83,7 +89,7 @@ class HistoryStore:
         `INCIDENT_EVENTS_MAX` events that tell of failures is not told."""
         query = (
             select(events)
-            .where(events.c.cluster == self._cluster, events.c.kind.in_(incidents.TOLD_BY))
+            .where(events.c.cluster == self._cluster, events.c.kind.in_(TOLD_BY))
             .order_by(events.c.id.desc())
             .limit(INCIDENT_EVENTS_MAX)
         )
@@ -94,6 +100,24 @@ class HistoryStore:
             lambda: incidents.incidents((row.id, _event(row)) for row in reversed(rows))
         )
         return found[-max(1, min(limit, LIMIT_MAX)) :]
+
+    async def figures(self, since_unix_s: float, until_unix_s: float, rows_max: int) -> list[Figures]:
+        """Rows of that time, oldest first; of more than `rows_max` only so many are given, spread evenly."""
+        query = (
+            select(figures.c.body)
+            .where(
+                figures.c.cluster == self._cluster,
+                figures.c.unix_s > since_unix_s,
+                figures.c.unix_s <= until_unix_s,
+            )
+            .order_by(figures.c.unix_s.desc())
+            .limit(FIGURES_ROWS_MAX)
+        )
+        async with self._reader.connect() as connection:
+            texts = [row.body for row in (await connection.execute(query)).all()]
+        step = max(1, -(-len(texts) // max(1, rows_max)))
+        chosen = texts[::step][::-1]
+        return await asyncio.to_thread(lambda: [msgspec.json.decode(text, type=Figures) for text in chosen])
 
     async def audit(self, limit: int, after: int = 0, operation_id: str = "") -> list[AuditEntry]:
         """The newest `limit` entries (at most 1,000) with an id above `after`, oldest first; of one operation, if one
@@ -128,6 +152,12 @@ class HistoryStore:
         async with self._engine.begin() as connection:
             return (await connection.execute(old)).rowcount
 
+    async def prune_figures(self, before_unix_s: float) -> int:
+        """Delete rows of figures that are older; returns how many."""
+        old = delete(figures).where(figures.c.cluster == self._cluster, figures.c.unix_s < before_unix_s)
+        async with self._engine.begin() as connection:
+            return (await connection.execute(old)).rowcount
+
     async def close(self) -> None:
         await self._engine.dispose()
 
@@ -141,6 +171,13 @@ class HistoryStore:
             "epoch": item.epoch,
             "details": msgspec.json.encode(item.details).decode(),
             "recorded_by": self._recorded_by,
+        }
+
+    def _figures_row(self, item: Figures) -> dict[str, object]:
+        return {
+            "cluster": self._cluster,
+            "unix_s": item.unix_s,
+            "body": msgspec.json.encode(item).decode(),
         }
 
     def _audit_row(self, item: Audit) -> dict[str, object]:

@@ -47,3 +47,15 @@ operations = Table(
     Index("operations_audit_by_operation", "cluster", "operation_id"),
     sqlite_autoincrement=True,
 )
+
+# For charts: a row every few seconds, a day of them.
+figures = Table(
+    "figures",
+    metadata,
+    Column("id", RowId, primary_key=True, autoincrement=True),
+    Column("cluster", String(200), nullable=False),
+    Column("unix_s", Double, nullable=False),
+    Column("body", Text, nullable=False),  # contract/figures.py's Figures in JSON
+    Index("figures_by_time", "cluster", "unix_s"),
+    sqlite_autoincrement=True,
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -14,11 +15,13 @@ from controlplane.backoff import Backoff
 from controlplane.contract.audit import AuditEntry
 from controlplane.contract.errors import ConfigError, Unavailable
 from controlplane.contract.events import Event
+from controlplane.contract.figures import Figures
 from controlplane.contract.incidents import Incident
-from controlplane.history.store import Audit, HistoryStore
+from controlplane.history.store import FIGURES_KEPT_S, Audit, HistoryStore
 
 log = structlog.get_logger()
 T = TypeVar("T")
+Record = Event | Audit | Figures
 
 QUEUE_LEN_MAX = 4096
 BATCH_LEN_MAX = 256
@@ -27,13 +30,14 @@ BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 5.0
 KEEP_ROWS = 100_000
 PRUNE_EVERY_ROWS = 5_000
+PRUNE_FIGURES_EVERY = 500  # rows
 
 
 class HistoryWriter:
     """Takes records at once, writes them in order in the background.
 
-    While the database is away records wait; above `QUEUE_LEN_MAX` the oldest events are dropped and counted, before
-    anything of the audit.
+    While the database is away records wait; above `QUEUE_LEN_MAX` the oldest are dropped and counted: figures first,
+    then events, and of the audit only what is left.
     """
 
     def __init__(
@@ -42,15 +46,16 @@ class HistoryWriter:
         self._store = store
         self._keep_rows = keep_rows
         self._queue_len_max = queue_len_max
-        self._queue: deque[Event | Audit] = deque()
+        self._queue: deque[Record] = deque()
         self._news = asyncio.Event()
         self._since_prune = 0
+        self._figures_since_prune = 0
         self.written = 0
         self.dropped = 0
         self.failures = 0
         self.healthy = False  # the schema is there, and the last write went well
 
-    def put(self, record: Event | Audit) -> None:
+    def put(self, record: Record) -> None:
         """Never waits, never fails. What is for the audit is logged, too: so it is told while the database is away."""
         if isinstance(record, Audit):
             _log(record)
@@ -60,9 +65,12 @@ class HistoryWriter:
         self._news.set()
 
     def _drop_oldest(self) -> None:
-        """The oldest event; of the audit only what is left when there are no events."""
-        found = next((i for i, record in enumerate(self._queue) if isinstance(record, Event)), 0)
-        del self._queue[found]
+        """The oldest of the kind that is missed least."""
+        for kind in (Figures, Event, Audit):
+            found = next((i for i, record in enumerate(self._queue) if isinstance(record, kind)), None)
+            if found is not None:
+                del self._queue[found]
+                break
         self.dropped += 1
 
     async def run(self) -> None:
@@ -92,6 +100,10 @@ class HistoryWriter:
         """The newest failures, oldest first."""
         return await self._read(lambda: self._store.incidents(limit))
 
+    async def figures(self, since_unix_s: float, until_unix_s: float, rows_max: int) -> list[Figures]:
+        """Rows of that time, oldest first, `rows_max` at most."""
+        return await self._read(lambda: self._store.figures(since_unix_s, until_unix_s, rows_max))
+
     async def audit(self, limit: int, after: int, operation_id: str) -> list[AuditEntry]:
         """The newest entries, oldest first; of one operation, if one is named."""
         return await self._read(lambda: self._store.audit(limit, after, operation_id))
@@ -120,6 +132,10 @@ class HistoryWriter:
         if self._since_prune >= PRUNE_EVERY_ROWS:
             self._since_prune = 0
             await self._store.prune(self._keep_rows)
+        self._figures_since_prune += sum(isinstance(record, Figures) for record in batch)
+        if self._figures_since_prune >= PRUNE_FIGURES_EVERY:
+            self._figures_since_prune = 0
+            await self._store.prune_figures(time.time() - FIGURES_KEPT_S)
 
     async def _retry(self, action: Callable[[], Awaitable[None]]) -> None:
         """Run `action` until it succeeds: history is worth waiting for as long as nobody waits for it."""

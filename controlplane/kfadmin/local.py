@@ -372,7 +372,7 @@ class LocalCluster:
             self._progress(f"WARNING: certificates cannot be renewed: {error}")
         else:
             if renewed:
-                self._progress(f"renewed the certificates of {len(renewed)} processes")
+                self._progress(f"renewed the certificates of {', '.join(renewed)}")
 
     # ---- doing harm, and mending it
 

@@ -137,6 +137,7 @@ def _print_welcome(cluster: LocalCluster) -> None:
     dashboard = f"{cluster.endpoints.admin[0]}/#token={cluster.admin_token}"
     body = {"model": config.model_name, "prompt": "It was a", "max_tokens": 64, "stream": True}
     where = f" --run-dir {config.run_dir}" if Path(config.run_dir) != default_run_dir().absolute() else ""
+    trusted = f"--cacert {ca} " if (ca := cluster.endpoints.ca) else ""
     print(
         f"""
 KevlarFlow serves {config.model_name}: {config.instances} instances x {config.stages} stages, mode {config.mode.value}
@@ -146,7 +147,7 @@ KevlarFlow serves {config.model_name}: {config.instances} instances x {config.st
   dashboard  {dashboard}
   run dir    {config.run_dir}
 
-  try        curl -N {url}/v1/completions -H 'Authorization: Bearer {cluster.api_key}' \\
+  try        curl -N {trusted}{url}/v1/completions -H 'Authorization: Bearer {cluster.api_key}' \\
                -H 'Content-Type: application/json' -d '{json.dumps(body)}'
   kill one   kfadmin demo{where}
   stop       Ctrl-C

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from controlplane.contract import rpc
 from controlplane.contract.address import join
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.config import TimingConfig
-from controlplane.contract.identity import PLAIN, Identity, ProcessRole, no_role
+from controlplane.contract.identity import HANDSHAKE_LIMIT, PLAIN, Identity, ProcessRole, no_role
 from controlplane.contract.ids import Member
 from controlplane.contract.reports import (
     REPORT_SCHEMA,
@@ -41,6 +42,7 @@ CARRIED_BEATS = 3
 OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.so_reuseport", 0),
+    HANDSHAKE_LIMIT,
     # Notice peers that vanished without a goodbye; nodes may ping us as often.
     ("grpc.keepalive_time_ms", 2000),
     ("grpc.keepalive_timeout_ms", 2000),
@@ -71,7 +73,15 @@ class ReportServer:
     """Reports become ReportReceived, beats HeartbeatsReceived; ReportStreamBroken follows at once when the last stream
     that carries a member ends, and a moment later when that was a relay's."""
 
-    def __init__(self, token: str, inbox: Inbox, timing: TimingConfig, identity: Identity = PLAIN) -> None:
+    def __init__(
+        self,
+        token: str,
+        inbox: Inbox,
+        timing: TimingConfig,
+        identity: Identity = PLAIN,
+        beside: Sequence[grpc.GenericRpcHandler] = (),
+    ) -> None:
+        """`beside`: other services on the same port."""
         self.reports = 0
         self.beats = 0
         self.batches = 0
@@ -81,6 +91,7 @@ class ReportServer:
         self._identity = identity
         self._inbox = inbox
         self._timing = timing
+        self._beside = tuple(beside)
         self._senders = 0  # open streams
         self._ack = ReportAck(0)  # how often each of so many is to speak
         self._carriers: dict[Member, list[_Stream]] = {}
@@ -102,7 +113,7 @@ class ReportServer:
         """Begin to listen on a free port; the address, with the host that others connect to."""
         self._server = grpc.aio.server(options=OPTIONS)
         handler = rpc.stream_handler(rpc.CONTROL, "Report", self._report, None)
-        self._server.add_generic_rpc_handlers((handler,))
+        self._server.add_generic_rpc_handlers((handler, *self._beside))
         port = self._identity.add_port(self._server, join(host, 0))
         await self._server.start()
         return join(advertise or host, port)

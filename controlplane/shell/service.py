@@ -13,6 +13,8 @@ from controlplane.contract.auth import Caller
 from controlplane.contract.config import ClusterConfig, redacted
 from controlplane.contract.errors import NewerSchema, PeerError, Unavailable
 from controlplane.contract.events import Event
+from controlplane.contract.figures import Figures
+from controlplane.contract.identity import PLAIN, Identity
 from controlplane.contract.incidents import Incident
 from controlplane.contract.keys import Keys, decode, encode
 from controlplane.contract.records import Operation, OperationKind, OperationState
@@ -31,6 +33,7 @@ from controlplane.etcd.errors import EtcdError, EtcdUnknown
 from controlplane.etcd.values import Compare, Delete, KeyValue, Put
 from controlplane.history.store import Audit
 from controlplane.history.writer import HistoryWriter
+from controlplane.shell.figures import Recorder
 from controlplane.shell.metrics import Sources, render
 from controlplane.shell.pieces import finish
 from controlplane.shell.quorum import quorum
@@ -50,6 +53,8 @@ class Parts:
     client: EtcdClient
     history: HistoryWriter
     sources: Sources
+    recorder: Recorder
+    identity: Identity = PLAIN
 
 
 class Service:
@@ -64,6 +69,8 @@ class Service:
         self._client = parts.client
         self._history = parts.history
         self._sources = parts.sources
+        self._recorder = parts.recorder
+        self._identity = parts.identity
 
     @property
     def ready(self) -> bool:
@@ -100,7 +107,7 @@ class Service:
         )
 
     def troubles(self) -> Sequence[str]:
-        return [*self._client.health.troubles(), *self._unread()]
+        return [*self._client.health.troubles(), *self._unread(), *self._identity.troubles()]
 
     def _unread(self) -> list[str]:
         obstacle = self._registry.obstacle
@@ -115,6 +122,12 @@ class Service:
 
     async def incidents(self, limit: int) -> Sequence[Incident]:
         return await self._history.incidents(limit)
+
+    def figures_now(self, after_unix_s: float) -> Sequence[Figures]:
+        return self._recorder.rows(after_unix_s)
+
+    async def figures(self, since_unix_s: float, until_unix_s: float, rows_max: int) -> Sequence[Figures]:
+        return await self._history.figures(since_unix_s, until_unix_s, rows_max)
 
     async def audit(self, limit: int, after: int = 0, operation: str = "") -> Sequence[AuditEntry]:
         return await self._history.audit(limit, after, operation)

@@ -9,6 +9,7 @@ from typing_extensions import Buffer
 
 from kernels.base import Layer, Mlp, StageSpec, StepArrays
 from kernels.cuda.cache import DeviceCache, device_guard
+from kernels.cuda.experts import Routes
 from kernels.cuda.graphs import DecodeGraphs
 from kernels.cuda.step import DeviceStep, query_tiles, splits_needed
 from kernels.cuda.weights import DeviceWeights
@@ -60,6 +61,7 @@ class CudaStage:
         if weights is None:
             weights = DeviceWeights.load(spec, self._device, kv.num_blocks * kv.block_size, kv.planes.dtype)
         self._layers, self._embed, self._head = weights.layers, weights.embed, weights.head
+        self._mixtures = weights.mixtures
         self._cos, self._sin = weights.cos, weights.sin
         self._positions = len(self._cos[0])
         self._scale = kv.head_dim**-0.5 if spec.scale is None else spec.scale
@@ -73,7 +75,10 @@ class CudaStage:
         self._eager = DeviceStep(16, 16, 16, 16, self._partials, self._device)
         self._rows_max = rows_max
         graph_rows = min(rows_max, GRAPH_ROWS_MAX)
-        self._activations = Activations(spec, max(rows_max, power_of_two(graph_rows)), kv)
+        room = max(rows_max, power_of_two(graph_rows))
+        self._activations = Activations(spec, room, kv)
+        first = next((mixture for mixture in self._mixtures if mixture is not None), None)
+        self._routes = None if first is None else Routes(first, room)
         self._graphs = DecodeGraphs(
             self._run,
             self._activations.residual,
@@ -196,7 +201,6 @@ class CudaStage:
         x_norm: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
             keys, values = self.kv.layer(index)
-            assert isinstance(layer.mlp, Mlp)  # as DeviceWeights demands
             add_rms_norm(x, w.residual, layer.attention_norm, eps, w.normed, rows, x_norm)
             linear(w.normed, layer.qkv.tensor, layer.qkv.bias, w.qkv, rows)
             rope_write(
@@ -210,12 +214,22 @@ class CudaStage:
                 )  # fmt: skip
             linear(w.attended, layer.o.tensor, layer.o.bias, w.x, rows)
             add_rms_norm(w.x, w.residual, layer.mlp_norm, eps, w.normed, rows, layer.attention_out_norm)
-            gate_up, down = layer.mlp.gate_up, layer.mlp.down
-            linear(w.normed, gate_up.tensor, gate_up.bias, w.gate_up, rows)
-            gated_mul(w.gate_up, w.activated, rows, self._spec.activation)
-            linear(w.activated, down.tensor, down.bias, w.x, rows)
+            self._mlp(index, layer, rows)
             x, x_norm = w.x, layer.mlp_out_norm
         add_rms_norm(x, w.residual, None, eps, None, rows, x_norm)
+
+    def _mlp(self, index: int, layer: Layer, rows: int) -> None:
+        """x = what the layer's MLP, or its mixture of experts, makes of normed."""
+        w, activation = self._activations, self._spec.activation
+        mixture = self._mixtures[index]
+        if mixture is not None and self._routes is not None:
+            self._routes.run(mixture, w.normed, w.x, rows, activation)
+            return
+        assert isinstance(layer.mlp, Mlp)
+        gate_up, down = layer.mlp.gate_up, layer.mlp.down
+        linear(w.normed, gate_up.tensor, gate_up.bias, w.gate_up, rows)
+        gated_mul(w.gate_up, w.activated, rows, activation)
+        linear(w.activated, down.tensor, down.bias, w.x, rows)
 
     def _attend_by_library(self, index: int, layer: Layer, mask: Any) -> bool:
         """Whether a library has computed this layer's attention: if one was chosen and can."""

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.base import Head, Layer, Linear, Mlp, StageSpec
+from kernels.base import Experts, Head, Layer, Linear, Mlp, StageSpec
+from kernels.cuda.experts import DeviceExperts
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +14,7 @@ class DeviceWeights:
     tensor where the spec's are."""
 
     layers: tuple[Layer, ...]
+    mixtures: tuple[DeviceExperts | None, ...]  # of layers whose mlp is one
     embed: torch.Tensor | None
     head: Head | None
     cos: tuple[torch.Tensor, ...]
@@ -33,15 +35,17 @@ class DeviceWeights:
         for rotary in spec.rotary:
             rotary.cover(min(rotary.max_positions, positions))
         layers = tuple(to_device(layer, device, dtype) for layer in spec.layers)
+        mixtures = tuple(
+            DeviceExperts.load(layer.mlp, device, dtype) if isinstance(layer.mlp, Experts) else None
+            for layer in spec.layers
+        )
         cos, sin = (tuple(getattr(r, name).to(device) for r in spec.rotary) for name in ("cos", "sin"))
-        return cls(layers, embed, head, cos, sin)
+        return cls(layers, mixtures, embed, head, cos, sin)
 
 
 def to_device(layer: Layer, device: torch.device, dtype: torch.dtype) -> Layer:
-    """The same layer with its tensors on `device`. There are no kernels for quantised weights there: they become the
-    values that they stand for. Raises ValueError for what has no kernels."""
-    if not isinstance(layer.mlp, Mlp):
-        raise ValueError("mixtures of experts have no kernels for GPUs: engine.device must be 'cpu'")
+    """The same layer with its tensors on `device`, experts left out. There are no kernels for quantised weights there:
+    they become the values that they stand for."""
 
     def matrix(m: Linear) -> Linear:
         bias = None if m.bias is None else m.bias.to(device)
@@ -50,6 +54,11 @@ def to_device(layer: Layer, device: torch.device, dtype: torch.dtype) -> Layer:
     def norm(weight: torch.Tensor | None) -> torch.Tensor | None:
         return None if weight is None else weight.to(device)
 
+    mlp = layer.mlp
+    if isinstance(mlp, Mlp):
+        mlp = Mlp(matrix(mlp.gate_up), matrix(mlp.down))
+    else:
+        mlp = replace(mlp, experts=())
     return replace(
         layer,
         attention_norm=layer.attention_norm.to(device),
@@ -58,7 +67,7 @@ def to_device(layer: Layer, device: torch.device, dtype: torch.dtype) -> Layer:
         k_norm=norm(layer.k_norm),
         o=matrix(layer.o),
         mlp_norm=layer.mlp_norm.to(device),
-        mlp=Mlp(matrix(layer.mlp.gate_up), matrix(layer.mlp.down)),
+        mlp=mlp,
         attention_out_norm=norm(layer.attention_out_norm),
         mlp_out_norm=norm(layer.mlp_out_norm),
     )

@@ -5,6 +5,7 @@ machine code. Prints one JSON object for each distinct kernel, with the phases (
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from dataplane._fast.blocktable import BlockTable
 from dataplane.model.ropes import RopeConfig
 from dataplane.model.rotary import RotaryTable
-from kernels.base import DTYPES, Head, Layer, Linear, Mlp, StageSpec
+from kernels.base import DTYPES, Experts, Head, Layer, Linear, Mlp, StageSpec
 from kernels.cuda.cache import DeviceCache
 from kernels.cuda.coding import make_device_code
 from kernels.cuda.stage import CudaStage
@@ -64,7 +65,7 @@ class Compiler:
 
 
 def stage(dtype: Any) -> CudaStage:
-    """Two layers of an 8B model, a plain one and one with every option; weights are never read."""
+    """Layers of an 8B model: a plain one, one with every option, a mixture; weights are never read."""
     kind = DTYPES[dtype]
 
     def linear(n: int, k: int, bias: bool) -> Linear:
@@ -81,12 +82,15 @@ def stage(dtype: Any) -> CudaStage:
         )
         for options in (False, True)
     )  # fmt: skip
+    experts = tuple(Mlp(linear(2 * 768, HIDDEN, False), linear(HIDDEN, 768, False)) for _ in range(16))
+    mixture = Experts(torch.empty(16, HIDDEN, dtype=kind), experts, 4, True)
+    layers += (replace(layers[0], mlp=mixture),)
     rotary = tuple(
         RotaryTable(RopeConfig("default", 10000.0, part=part), HEAD_DIM, 4096) for part in (1.0, 0.75)
     )
     output = Head(hidden, torch.empty(VOCAB, HIDDEN, dtype=kind))
     spec = StageSpec(HIDDEN, FFN, HEADS, 1e-6, rotary, layers, torch.empty(VOCAB, HIDDEN, dtype=kind), output)
-    return CudaStage(spec, DeviceCache(256, 2, KV_HEADS, 16, HEAD_DIM, dtype, "cpu"), 128)
+    return CudaStage(spec, DeviceCache(256, 3, KV_HEADS, 16, HEAD_DIM, dtype, "cpu"), 128)
 
 
 def code() -> None:

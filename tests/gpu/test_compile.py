@@ -28,7 +28,7 @@ def test_kernels_compile(capability: int, dtype: str) -> None:
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {k["name"] for k in kernels} == {
         "_attend", "_merge", "_linear", "_add_rms_norm", "_gated_mul", "_rope_write", "_copy_blocks", "_sum_blocks",
-        "_combine", "_lines", "_walk",
+        "_route", "_expert_linear", "_add_pairs", "_combine", "_lines", "_walk",
     }  # fmt: skip
     for kernel in kernels:
         assert kernel["shared_bytes"] <= SHARED_BYTES[capability], kernel["name"]

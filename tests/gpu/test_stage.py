@@ -38,15 +38,36 @@ CONFIG: dict[str, Any] = {
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights with all that the kernels support: head norms, biases, grouped heads, a window."""
     path = tmp_path_factory.mktemp("model")
-    (path / "config.json").write_text(json.dumps(CONFIG))
+    write_model(path, CONFIG)
+    return path
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixture": {
+        "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 5, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24, "mlp_only_layers": [0], "sliding_window": None, "use_sliding_window": False,
+    },
+    "gemma": {
+        "architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": 2, "final_logit_softcapping": 5.0,
+        "query_pre_attn_scalar": 20, "sliding_window": 9,
+    },
+    "phi": {
+        "architectures": ["Phi3ForCausalLM"], "head_dim": 16, "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.0, 1.5, 2, 3, 4, 5]},
+        "partial_rotary_factor": 0.75,
+    },
+}  # fmt: skip
+
+
+def write_model(path: Path, config: dict[str, Any]) -> None:
+    (path / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(7)
-    shapes = stage_shapes(load_config(path), range(CONFIG["num_hidden_layers"]))
+    shapes = stage_shapes(load_config(path), range(config["num_hidden_layers"]))
     weights = {
         name: torch.randn(*shape, generator=generator) * 0.3 + (len(shape) == 1)
         for name, shape in shapes.items()
     }
     save_file(weights, path / "model.safetensors")
-    return path
 
 
 class Pipeline:
@@ -91,6 +112,22 @@ def test_logits_are_those_of_the_cpu(device, model_dir, dtype, tolerance) -> Non
     want = cpu.forward(np.array(tokens), None, step, np.arange(30, dtype=np.int32))
     assert want.std() > 1
     np.testing.assert_allclose(got, want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.timeout(600)  # the interpreter takes its time on a busy machine
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_are_those_of_the_cpu(device, tmp_path, name) -> None:
+    """And a token that is decoded has the bits of one in a prefill, here in two stages."""
+    write_model(tmp_path, CONFIG | FAMILIES[name])
+    tokens = tokens_of(14)
+    pipeline = Pipeline(tmp_path, 2, "float32", device)
+    got = pipeline.step((0, 0, tokens))
+    cpu = StageExecutor(tmp_path, 0, 1, num_blocks=24)
+    want = cpu.forward(np.array(tokens), None, pipeline.rows.step((0, 0, 14)), np.arange(14, dtype=np.int32))
+    assert want.std() > 0.5
+    np.testing.assert_allclose(got, want, atol=2e-3, rtol=2e-3)
+    pipeline.step((1, 0, tokens[:13]))
+    assert np.array_equal(pipeline.step((1, 13, tokens[13:]))[0], got[13])
 
 
 @pytest.mark.timeout(600)  # the interpreter takes its time on a busy machine

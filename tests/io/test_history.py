@@ -212,7 +212,7 @@ def test_the_schema_upgrades_once_when_controllers_start_together(tmp_path: Path
 
     asyncio.run(main())
     with sqlite3.connect(tmp_path / "h.db") as connection:
-        assert connection.execute("select version_num from alembic_version").fetchall() == [("0002",)]
+        assert connection.execute("select version_num from alembic_version").fetchall() == [("0003",)]
         assert connection.execute("pragma journal_mode").fetchone() == ("wal",)
 
 

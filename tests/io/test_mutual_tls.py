@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from controlplane.contract.reports import NodeReport, ReportBatch
 from controlplane.etcd.errors import EtcdError
 from controlplane.etcd.server import ServerTls, etcd_command, find_etcd_binary
 from controlplane.keyspace.connect import etcd_client
+from controlplane.kfadmin.secure import etcd_healthy
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.rpc import ReportServer
 from dataplane.frontdoor import Frontdoor
+from dataplane.weights_service import FETCH, Ask, WeightsService
 from tests.certificates import CLUSTER, folder, settings
 from tests.etcdctl import ask, find_etcdctl
-from tests.io.etcd_server import EtcdMember, free_ports
+from tests.io.etcd_server import EtcdMember, free_ports, wait_until
 from web.gateway.routing.events import StreamUp
 from web.gateway.routing.scheduler_streams import Links
 
@@ -136,6 +139,32 @@ def test_a_front_door_serves_gateways_of_its_cluster_and_nobody_else(
     asyncio.run(main())
 
 
+def test_weights_are_given_to_nodes_only(certs: CertFolder, tmp_path: Path) -> None:
+    service = WeightsService("token", tmp_path, 0, 1, "digest", identity(certs, N0))
+
+    async def main() -> None:
+        door = Frontdoor(
+            "token", lambda *_: None, lambda _: None, service.handler, identity=identity(certs, N0)
+        )
+        address = await door.start("127.0.0.1")
+
+        async def asked(who: ProcessName) -> grpc.StatusCode:
+            channel = identity(certs, who).channel(address, N0)
+            async with channel, asyncio.timeout(LIMIT_S):
+                call = channel.unary_stream(FETCH, request_serializer=rpc.encode)(Ask(), metadata=TOKEN)
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await call.read()
+                return await call.code()  # type: ignore[no-any-return]
+
+        assert await asked(G1) is grpc.StatusCode.PERMISSION_DENIED
+        assert (
+            await asked(N1) is grpc.StatusCode.FAILED_PRECONDITION
+        )  # it may, and there is no checkpoint here
+        await door.close()
+
+    asyncio.run(main())
+
+
 def report(node: str) -> ReportBatch:
     made = NodeReport(Member(node, "x"), 1, 0.0, 0)
     return ReportBatch(reports=((0, made),))
@@ -193,6 +222,38 @@ def test_certificates_and_authorities_are_replaced_while_a_server_runs(tmp_path:
             assert not await served(old)
 
     asyncio.run(main())
+
+
+def test_members_of_etcd_know_each_other(tmp_path: Path) -> None:
+    names = ["etcd0", "etcd1", "etcd2"]
+    certs = folder(tmp_path / "certs", *((ETCD.role, name) for name in names), hosts=("127.0.0.1",))
+    ports = free_ports(6)
+    peers = dict(zip(names, ports[3:], strict=True))
+    members, tls = [], {}
+    for name, port in zip(names, ports, strict=False):
+        leaf = certs.path / f"{ProcessName(ETCD.role, name)}.pem"
+        tls[name] = ServerTls(certs.ca, leaf, leaf)
+        command = etcd_command(
+            find_etcd_binary(os.environ),
+            name,
+            tmp_path / name,
+            port,
+            peers[name],
+            members=peers,
+            tls=tls[name],
+        )
+        members.append(EtcdMember(name, port, command, tmp_path / f"{name}.log"))
+    try:
+        for member in members:
+            member.start()
+        for member in members:
+            wait_until(
+                partial(etcd_healthy, member.endpoint, tls[member.name]), LIMIT_S, f"{member.name} is healthy"
+            )
+        assert not etcd_healthy(members[0].endpoint, None), "without a certificate nothing is said"
+    finally:
+        for member in members:
+            member.kill()
 
 
 def secure_etcd(certs: CertFolder, path: Path) -> EtcdMember:

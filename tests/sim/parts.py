@@ -293,7 +293,9 @@ async def controller_main(process: Process, config: ClusterConfig) -> None:
     registry = Registry(client, keys, config.group, inbox, Member(me, process.incarnation), presence)
     performer = Performer(client, keys, config.group, inbox, history, registry.view)
     runtime = Runtime(controller, inbox, registry, performer, election)
-    service = Service(config, me, Parts(controller, registry, client, history, cast(Any, None)))
+    service = Service(
+        config, me, Parts(controller, registry, client, history, cast(Any, None), cast(Any, None))
+    )
     process.part = ControllerPart(controller, runtime, service)
     hearing = tell_hearing(client, keys, me, controller, presence)
     jobs = runtime.run(), performer.run(), registry.run(), runtime.campaign(), presence.run(), hearing

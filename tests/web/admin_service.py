@@ -16,6 +16,7 @@ from controlplane.contract.auth import Caller
 from controlplane.contract.config import ClusterConfig, redacted
 from controlplane.contract.errors import Unavailable
 from controlplane.contract.events import Event
+from controlplane.contract.figures import Figures
 from controlplane.contract.ids import Member
 from controlplane.contract.incidents import Incident
 from controlplane.contract.records import Operation, OperationKind, OperationState
@@ -118,6 +119,7 @@ class MemoryService:
         self.cluster = healthy()
         self.history: list[Event] = []
         self.history_away = False
+        self.measured: list[Figures] = []
         self.looks = 0  # statuses and events that were asked for
         self.known: dict[str, Operation] = {}
         self.callers: list[Caller] = []
@@ -147,6 +149,12 @@ class MemoryService:
 
     async def incidents(self, limit: int) -> Sequence[Incident]:
         return incidents(enumerate(self.history, 1))[-limit:]
+
+    def figures_now(self, after_unix_s: float) -> Sequence[Figures]:
+        return [row for row in self.measured if row.unix_s > after_unix_s]
+
+    async def figures(self, since_unix_s: float, until_unix_s: float, rows_max: int) -> Sequence[Figures]:
+        return [row for row in self.measured if since_unix_s < row.unix_s <= until_unix_s][-rows_max:]
 
     async def audit(self, limit: int, after: int = 0, operation: str = "") -> Sequence[AuditEntry]:
         told = [one for one in self.audited if one.id > after and operation in ("", one.operation)]
@@ -178,7 +186,9 @@ class MemoryService:
     async def cancel(self, operation_id: str, caller: Caller) -> Operation | None:
         operation = self.known.get(operation_id)
         if operation is not None and operation.open:
-            operation = msgspec.structs.replace(operation, state=OperationState.CANCELLED)
+            operation = msgspec.structs.replace(
+                operation, state=OperationState.CANCELLED, finished_unix_s=time.time()
+            )
             self.known[operation_id] = operation
         return operation
 

@@ -3,18 +3,21 @@
     GET    /livez /readyz                    no token
     GET    / , /ui/...                       the dashboard, no token
     POST   /session                          {"token": ...} -> an HttpOnly cookie; DELETE forgets it
+    GET    /session                          {"name", "role", "expiry_unix_s"} of who asks
     GET    /metrics                          Prometheus text
     GET    /openapi.json                     all of this, for machines
     GET    /admin/v1/status                  ClusterStatus
     GET    /admin/v1/events?limit=&after=    {"events": [{"id": ..., and Event's fields}]}, oldest first
     GET    /admin/v1/quorum                  {"checks": [Check]}
     GET    /admin/v1/incidents?limit=        {"incidents": [Incident]}, oldest first
+    GET    /admin/v1/figures?seconds=&rows=  {"columns": [...], "rows": [[...]]}, oldest first: for charts
     GET    /admin/v1/audit?limit=&after=&operation=    {"entries": [AuditEntry]}, oldest first; operators only
     GET    /admin/v1/settings                ClusterConfig without passwords; operators only
     GET    /admin/v1/operations              {"operations": [Operation]}
     POST   /admin/v1/operations              OperationRequest -> OperationAnswer; 409: refused
     DELETE /admin/v1/operations/{id}         cancel -> Operation
-    GET    /admin/v1/stream?after=           server-sent events: "status", "difference", "events", "history"
+    GET    /admin/v1/stream?after=           server-sent events: "status", "difference", "events", "history",
+                                             "incidents", "figures"
 
 Errors are `{"error": {"message", "code"}}`; 503 means that etcd or the database is away, try again.
 """
@@ -38,7 +41,7 @@ from controlplane.contract.status import OperationAnswer, OperationRequest
 from web import bodies
 from web.admin.auth import COOKIE, Guard, caller_of, error, session_cookie, session_s
 from web.admin.describe import NAME, document
-from web.admin.feed import Feed, FeedResponse, event_rows
+from web.admin.feed import Feed, FeedResponse, event_rows, figure_rows
 from web.admin.service import AdminService
 from web.admin.static import StaticFile, load_files
 from web.describe import package_version
@@ -47,6 +50,8 @@ from web.manners import HEAD, Manners
 BODY_BYTES_MAX = 64 * 1024
 BODY_S = 10.0  # a client that takes longer to send its request is not waited for
 EVENTS_MAX = 1000
+FIGURES_S_MAX = 24 * 3600  # older ones are not kept
+FIGURES_ROWS_MAX = 2000
 T = TypeVar("T")
 
 SEEN = re.compile(r"[0-9]{1,18}")
@@ -140,6 +145,11 @@ def _add_page(app: FastAPI, token: str) -> None:
         )
         return response
 
+    @app.get("/session")
+    async def session(request: Request) -> Response:
+        caller = caller_of(request.scope)
+        return _json({"name": caller.name, "role": caller.role, "expiry_unix_s": caller.expiry_unix_s})
+
     @app.delete("/session")
     async def log_out() -> Response:
         response = Response(status_code=204)
@@ -167,6 +177,13 @@ def _add_reads(app: FastAPI, service: AdminService) -> None:
     @app.get("/admin/v1/incidents")
     async def incidents(limit: int = Query(100, ge=1, le=EVENTS_MAX)) -> Response:
         return _json({"incidents": await service.incidents(limit)})
+
+    @app.get("/admin/v1/figures")
+    async def figures(
+        seconds: int = Query(3600, ge=60, le=FIGURES_S_MAX), rows: int = Query(500, ge=1, le=FIGURES_ROWS_MAX)
+    ) -> Response:
+        now = time.time()
+        return _json(figure_rows(await service.figures(now - seconds, now, rows)))
 
     @app.get("/admin/v1/audit")
     async def audit(

@@ -60,17 +60,21 @@ def _operation_request(schema: Schema) -> Schema:
     return schema | {"properties": properties, "anyOf": [about_node, about_group]}
 
 
+def bounded(least: int, most: int) -> Schema:
+    return {"type": "integer", "minimum": least, "maximum": most}
+
+
 def _endpoints() -> list[Endpoint]:
     position = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
     after = parameter("after", "query", position, "The id of the last event that is known.")
-    limit = parameter(
-        "limit", "query", {"type": "integer", "minimum": 1, "maximum": 1000}, "How many at most."
-    )
+    limit = parameter("limit", "query", bounded(1, 1000), "How many at most.")
     seen = parameter("Last-Event-ID", "header", STRING, "As a browser sends it when it connects again.")
     operation = parameter("operation_id", "path", STRING, "The operation's.")
     page = parameter("path", "path", STRING, "A file of the dashboard.")
     words = {200: {TEXT: STRING}}
     token = record({"token": STRING})
+    session = record({"name": STRING, "role": STRING, "expiry_unix_s": INTEGER})
+    figures = record({"columns": array(STRING), "rows": array({"type": "array"})})
     operations = record({"operations": array(ref("Operation"))})
     events = record({"events": array(ref("Event"))})
     incidents = record({"incidents": array(ref("Incident"))})
@@ -96,6 +100,7 @@ def _endpoints() -> list[Endpoint]:
             open=True,
         ),
         Endpoint("POST", "/session", "A cookie for the token", {204: {}}, (401,), token, open=True),
+        Endpoint("GET", "/session", "Who asks", {200: {JSON: session}}),
         Endpoint("DELETE", "/session", "Forget the cookie", {204: {}}, (403,)),
         Endpoint("GET", "/metrics", "For Prometheus", words),
         Endpoint("GET", f"{base}/status", "The cluster", {200: {JSON: ref("ClusterStatus")}}),
@@ -104,6 +109,16 @@ def _endpoints() -> list[Endpoint]:
         ),
         Endpoint("GET", f"{base}/events", "What happened", {200: {JSON: events}}, parameters=(limit, after)),
         Endpoint("GET", f"{base}/incidents", "Failures", {200: {JSON: incidents}}, parameters=(limit,)),
+        Endpoint(
+            "GET",
+            f"{base}/figures",
+            "What it did, for charts",
+            {200: {JSON: figures}},
+            parameters=(
+                parameter("seconds", "query", bounded(60, 86_400), "How far back from now."),
+                parameter("rows", "query", bounded(1, 2000), "How many at most, spread evenly."),
+            ),
+        ),
         Endpoint(
             "GET",
             f"{base}/audit",

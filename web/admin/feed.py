@@ -2,7 +2,8 @@
 
 A client gets the whole status once ("status", with its version) and from then on what changed ("difference", from one
 version to the next), which is made once for all. One that reads slowly gets the differences that it missed, or the
-whole again, and the events it has not seen, out of one shared ring. While nobody watches, nothing runs.
+whole again, and the events it has not seen, out of one shared ring; the incidents whenever they have changed, and the
+figures for charts as they are measured. While nobody watches, nothing runs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from starlette.types import Receive, Scope, Send
 
 from controlplane.contract.errors import Unavailable
 from controlplane.contract.events import Event
+from controlplane.contract.figures import Figures
+from controlplane.contract.incidents import TOLD_BY
 from controlplane.contract.status import ClusterStatus
 from web.admin.auth import error
 from web.admin.difference import changed, difference, shown
@@ -31,6 +34,8 @@ REST = (
 )
 DIFFERENCES_KEPT = 16
 RING_LEN_MAX = 500
+INCIDENTS_MAX = 50
+INCIDENTS_REST_S = 1.0  # between two readings of them
 CLIENTS_MAX = 32
 SEND_LIMIT_S = 10.0  # a client that takes nothing for so long is let go
 IDLE_LIMIT_S = 10.0
@@ -39,6 +44,12 @@ IDLE_LIMIT_S = 10.0
 def event_rows(rows: Sequence[tuple[int, Event]]) -> list[dict[str, object]]:
     """Events as the admin API shows them: the event's fields and its id."""
     return [{"id": number, **msgspec.structs.asdict(event)} for number, event in rows]
+
+
+def figure_rows(rows: Sequence[Figures]) -> dict[str, object]:
+    """Figures as the admin API tells them: their names once, and a list of values for each row."""
+    names = Figures.__struct_fields__
+    return {"columns": names, "rows": [[getattr(row, name) for name in names] for row in rows]}
 
 
 class Feed:
@@ -58,6 +69,8 @@ class Feed:
             maxlen=DIFFERENCES_KEPT
         )  # the newest ones, by version
         self._history_error = ""
+        self._incidents = b""  # the message
+        self._incidents_version = 0
         self._ring: deque[tuple[int, Event]] = deque(maxlen=RING_LEN_MAX)
         self._clients = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -98,7 +111,7 @@ class Feed:
 
         Ends when a producer failed: the client connects again.
         """
-        seen, told_error = 0, ""
+        seen, told_error, told_incidents, told_figures = 0, "", 0, 0.0
         while not any(task.done() for task in self._tasks):
             try:
                 async with asyncio.timeout(IDLE_LIMIT_S):
@@ -118,6 +131,12 @@ class Feed:
             if fresh:
                 after = fresh[-1][0]
                 yield b"event: events\nid: %d\ndata: %s\n\n" % (after, msgspec.json.encode(event_rows(fresh)))
+            if self._incidents_version != told_incidents:
+                told_incidents = self._incidents_version
+                yield self._incidents
+            if figures := self._service.figures_now(told_figures):
+                told_figures = figures[-1].unix_s
+                yield b"event: figures\ndata: " + msgspec.json.encode(figure_rows(figures)) + b"\n\n"
             if self._history_error != told_error:
                 told_error = self._history_error
                 yield b"event: history\ndata: " + msgspec.json.encode({"error": told_error}) + b"\n\n"
@@ -157,15 +176,28 @@ class Feed:
     async def _watch_events(self) -> None:
         # On its own, because a slow database must not hold the status back.
         last = self._ring[-1][0] if self._ring else 0
+        stale, read_at = True, 0.0  # the incidents
         while True:
             try:
                 rows = await self._service.events(RING_LEN_MAX, last)
+                self._ring.extend(rows)
+                last = self._ring[-1][0] if self._ring else 0
+                stale = stale or any(event.kind in TOLD_BY for _, event in rows)
+                if stale and time.monotonic() - read_at >= INCIDENTS_REST_S:
+                    read_at = time.monotonic()
+                    await self._read_incidents()
+                    stale = False
                 self._history_error = ""
             except Unavailable as problem:
-                rows, self._history_error = [], str(problem)
-            self._ring.extend(rows)
-            last = self._ring[-1][0] if self._ring else 0
+                self._history_error = str(problem)
             await asyncio.sleep(PERIOD_S)
+
+    async def _read_incidents(self) -> None:
+        text = msgspec.json.encode(await self._service.incidents(INCIDENTS_MAX))
+        message = b"event: incidents\ndata: " + text + b"\n\n"
+        if message != self._incidents:
+            self._incidents = message
+            self._incidents_version += 1
 
 
 class FeedResponse(Response):

@@ -9,6 +9,7 @@ from controlplane.contract.audit import AuditEntry
 from controlplane.contract.auth import Caller
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.events import Event
+from controlplane.contract.figures import Figures
 from controlplane.contract.incidents import Incident
 from controlplane.contract.records import Operation
 from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
@@ -39,6 +40,12 @@ class AdminService(Protocol):
 
     async def incidents(self, limit: int) -> Sequence[Incident]:
         """The newest failures of the history, oldest first."""
+
+    def figures_now(self, after_unix_s: float) -> Sequence[Figures]:
+        """Rows of figures of the last hour that are later, oldest first, as this controller has measured them."""
+
+    async def figures(self, since_unix_s: float, until_unix_s: float, rows_max: int) -> Sequence[Figures]:
+        """Rows of that time from the history, oldest first; of more than `rows_max` only so many, spread evenly."""
 
     async def audit(self, limit: int, after: int = 0, operation: str = "") -> Sequence[AuditEntry]:
         """Who did what, oldest first: the newest `limit` entries with an id above `after`; of one operation, if one is

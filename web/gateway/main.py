@@ -26,6 +26,7 @@ from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import TAKE_OVER, Registration
 from controlplane.keyspace.connect import etcd_client
+from web.gateway.figures import FiguresReporter
 from web.gateway.http.app import build_app
 from web.gateway.http.guard import ApiKeys
 from web.gateway.http.server import listen, make_server, serve, stop
@@ -106,7 +107,8 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
         registration = Registration(etcd, key, encode(record), LEASE_S, supersedes=(take_over,))
         watch = ClusterWatch(etcd, config, dispatcher, me, registration, model.context)
         tickets = Tickets(derive(secret, "streams"))
-        service = _service(config.gateway, model, dispatcher, metrics, watch, tickets)
+        service = _service(config.gateway, model, dispatcher, metrics, watch, tickets, identity)
+        figures = FiguresReporter(me, token, metrics, watch.controllers, identity)
         grace_s = config.timing.stop_grace_s
         server = make_server(
             build_app(service, keys, config.gateway.cors_origins), grace_s, https_of(config, identity.me)
@@ -115,6 +117,7 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
             asyncio.create_task(watch.follow(), name="watch"),
             asyncio.create_task(registration.run(), name="registration"),
             asyncio.create_task(etcd.follow_health(), name="health"),
+            asyncio.create_task(figures.run(), name="figures"),
         ]
         gc.freeze()  # what start-up made stays: collections need not look at it again
         log.info("serving", address=address, model=model.name, max_model_len=model.max_model_len)
@@ -146,6 +149,7 @@ def _service(
     metrics: Metrics,
     watch: ClusterWatch,
     tickets: Tickets,
+    identity: Identity,
 ) -> Service:
     metrics.attach(dispatcher.router, watch.age_s)
     return Service(
@@ -154,7 +158,7 @@ def _service(
         metrics=metrics,
         started_unix_s=int(time.time()),
         etcd_age_s=watch.age_s,
-        troubles=lambda: [*watch.troubles(), *dispatcher.links.troubles()],
+        troubles=lambda: [*watch.troubles(), *dispatcher.links.troubles(), *identity.troubles()],
         tickets=tickets,
         memory=Memory(limits.memory_bytes, limits.client_share),
         priority_floor=limits.priority_floor,

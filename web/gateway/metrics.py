@@ -13,6 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from controlplane.contract import figures as contract
 from web.gateway.routing.router import Router
 
 PREFIX = "kevlarflow_"
@@ -49,6 +50,9 @@ class Tokens(Collector):
         """Between two tokens of a stream."""
         self._counts[bisect_left(LATENCIES_S, seconds)] += 1
         self._waited_s += seconds
+
+    def waits(self) -> contract.Histogram:
+        return contract.Histogram(LATENCIES_S, tuple(self._counts))
 
     def collect(self) -> Iterable[Metric]:
         name = PREFIX + "inter_token_latency_seconds"
@@ -92,6 +96,13 @@ class Metrics:
     def attach(self, router: Router, etcd_age_s: Callable[[], float]) -> None:
         """Export what the router counts by itself."""
         self.registry.register(_RouterCollector(router, etcd_age_s))
+
+    def first_token(self) -> contract.Histogram:
+        """Time to first token, as controllers are told of it."""
+        samples = [sample for metric in self.ttft.collect() for sample in metric.samples]
+        upto = [int(sample.value) for sample in samples if sample.name.endswith("_bucket")]
+        counts = [after - before for before, after in zip([0, *upto], upto, strict=False)]
+        return contract.Histogram(LATENCIES_S, tuple(counts))
 
     def render(self) -> bytes:
         text: bytes = generate_latest(self.registry)

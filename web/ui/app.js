@@ -1,32 +1,105 @@
-// Signs in, follows the controller's stream, and draws. Everything that is known is in `state`.
+// Signs in, follows the controller's stream, and draws. Everything that is known is in `state`; `actions` change it.
 
 import { h, render } from "/ui/vendor/preact.js";
-import { applied, headline } from "/ui/format.js";
+import { applied, following, headline } from "/ui/format.js";
+import { askCancel, askFor, confirm, mayOperate } from "/ui/operations.js";
+import { placed } from "/ui/topology.js";
 import { Page } from "/ui/view.js";
 
 const LOST_AFTER_MS = 3000; // the controller sends a status four times a second
 const RETRY_MS = 1000;
 const EVENTS_MAX = 200;
+const HOUR_S = 3600;
+const DAY_S = 24 * HOUR_S;
+const DAY_ROWS = 500;
+const DAY_EVERY_MS = 60_000;
+const QUORUM_EVERY_MS = 15_000; // each time every etcd member is asked
 
 const state = {
   status: null,
+  who: null, // {name, role}; null: not known yet
+  quorum: [], // checks of etcd's members and of who could lead
   events: [], // newest first
+  incidents: null, // oldest first; null: not told yet
+  figures: { columns: [], rows: [] }, // of the last hour
+  day: null, // of the last 24 hours, as the history has them
+  range: "hour",
+  filter: { text: "", unwell: false },
+  cursor: { row: 0, column: 0 }, // of the topology
+  selected: "", // node
+  asked: null, // the operation that somebody is about to ask for; see operations.js
+  said: "", // the last thing that was done, for screen readers too
   link: { state: "connecting", silentS: 0, historyError: "" },
-  signIn: { problem: "", onToken: signIn },
+  signIn: { problem: "" },
 };
 let source = null;
 let heardAt = performance.now();
 let drawing = false;
+let afterDrawing = null;
 
-function draw() {
+const actions = {
+  signIn,
+  select: (node) => {
+    state.selected = node;
+    draw();
+  },
+  leaveNode: () => {
+    state.selected = "";
+    draw(focusCursor);
+  },
+  // `to(cursor)`: two keys may come before the page is drawn anew.
+  moveCursor: (to) => {
+    state.cursor = to(state.cursor);
+    draw(focusCursor);
+  },
+  filter: (change) => {
+    state.filter = { ...state.filter, ...change };
+    state.cursor = { row: 0, column: 0 };
+    draw();
+  },
+  range: (range) => {
+    state.range = range;
+    if (range === "day") readDay();
+    draw();
+  },
+  ask: (kind, node) => follow(askFor(state.status, kind, node)),
+  askCancel: (operation) => follow(askCancel(operation)),
+  reason: (reason) => show({ ...state.asked, reason }),
+  confirm: () => follow(confirm(state.asked)),
+  dismiss: () => show(null),
+};
+
+function show(asked) {
+  state.asked = asked;
+  draw();
+}
+
+// The steps of asking for one operation, until somebody dismisses it.
+async function follow(steps) {
+  for await (const step of steps) {
+    if (!step.first && state.asked?.id !== step.id) return;
+    if (step.said) state.said = step.said;
+    show(step.over ? null : step);
+  }
+}
+
+function draw(then) {
+  afterDrawing = then || afterDrawing;
   if (drawing) return;
   drawing = true;
   requestAnimationFrame(() => {
     drawing = false;
-    render(h(Page, state), document.getElementById("root"));
+    render(h(Page, { ...state, actions }), document.getElementById("root"));
     const lost = state.link.state === "lost";
     document.title = `${lost ? "Connection lost" : state.status ? headline(state.status).word : "..."} - KevlarFlow`;
+    const then = afterDrawing;
+    afterDrawing = null;
+    then?.();
   });
+}
+
+function focusCursor() {
+  document.querySelector('[role="gridcell"][tabindex="0"]')?.focus();
 }
 
 async function signIn(token) {
@@ -46,8 +119,20 @@ async function signIn(token) {
   draw();
 }
 
+async function askWho() {
+  try {
+    const answer = await fetch("/session");
+    state.who = answer.ok ? await answer.json() : null;
+    if (!mayOperate(state.who)) state.asked = null;
+  } catch {
+    state.who = null; // no button acts until it is known
+  }
+  draw();
+}
+
 function connect() {
   source?.close();
+  askWho();
   const after = state.events.length ? state.events[0].id : 0;
   source = new EventSource(`/admin/v1/stream?after=${after}`);
   source.onerror = () => {
@@ -59,15 +144,17 @@ function connect() {
     apply(JSON.parse(message.data));
     draw();
   };
-  source.addEventListener("status", heard((status) => (state.status = status)));
+  source.addEventListener("status", heard((status) => (state.status = placed(following(state.status, status)))));
   source.addEventListener("difference", heard(takeDifference));
   source.addEventListener("events", heard(takeEvents));
+  source.addEventListener("incidents", heard((incidents) => (state.incidents = incidents)));
+  source.addEventListener("figures", heard(takeFigures));
   source.addEventListener("history", heard(({ error }) => (state.link.historyError = error)));
 }
 
 function takeDifference(difference) {
   const after = applied(state.status, difference);
-  if (after) state.status = after;
+  if (after) state.status = placed(after);
   else connect(); // something was missed: a new stream begins with the whole
 }
 
@@ -75,6 +162,39 @@ function takeEvents(rows) {
   const newest = state.events.length ? state.events[0].id : 0;
   const fresh = rows.filter((row) => row.id > newest).reverse();
   state.events = [...fresh, ...state.events].slice(0, EVENTS_MAX);
+}
+
+// A stream begins with all that its controller has; another one may have measured at other moments.
+function takeFigures({ columns, rows }) {
+  const first = rows[0][0];
+  const earlier = state.figures.rows.filter((row) => row[0] < first && row[0] > first - HOUR_S);
+  const until = rows[rows.length - 1][0];
+  state.figures = { columns, rows: [...earlier, ...rows].filter((row) => row[0] > until - HOUR_S) };
+}
+
+async function readDay() {
+  try {
+    const answer = await fetch(`/admin/v1/figures?seconds=${DAY_S}&rows=${DAY_ROWS}`);
+    if (answer.ok) state.day = await answer.json();
+    else state.link.historyError = (await answer.json()).error.message;
+  } catch {
+    // The watchdog says when nobody answers.
+  }
+  if (state.range === "day") setTimeout(() => state.range === "day" && readDay(), DAY_EVERY_MS);
+  draw();
+}
+
+async function askQuorum() {
+  if (state.link.state === "up" && !document.hidden) {
+    try {
+      const answer = await fetch("/admin/v1/quorum");
+      if (answer.ok) state.quorum = (await answer.json()).checks;
+      draw();
+    } catch {
+      // The watchdog says when nobody answers.
+    }
+  }
+  setTimeout(askQuorum, state.quorum.length ? QUORUM_EVERY_MS : RETRY_MS);
 }
 
 // The browser reopens a broken stream, but neither notices a silent one nor says why one was refused.
@@ -115,6 +235,7 @@ function start() {
     connect(); // the cookie may still be good
   }
   setTimeout(watchdog, RETRY_MS);
+  askQuorum();
 }
 
 start();

@@ -68,8 +68,44 @@ export function findings(status) {
   if (!status.leader) add("warn", "No controller leads: streams go on, but nothing is repaired.");
   if (status.etcd_age_s > 3)
     add("warn", `etcd has been silent for ${seconds(status.etcd_age_s)}: streams go on, nothing is changed.`);
+  for (const text of [...mixtures(status), ...status.blemishes, ...status.troubles]) add("warn", text);
   if (status.paused) add("bad", "Automation is paused: nothing is repaired or moved until it is resumed.");
   return found.sort((a, b) => ORDER[b.level] - ORDER[a.level]);
+}
+
+const NAMED_MAX = 8; // names in one line
+
+// What processes differ in that ought to be equal: their code, their settings, and the numerics of one stage's nodes.
+export function mixtures(status) {
+  const alive = status.nodes.filter((node) => node.pid && node.state !== "red");
+  const named = (items, name) => items.map((item) => [item[name], item]);
+  const every = [...named(alive, "node"), ...named(status.controllers, "id"), ...named(status.gateways, "id")];
+  const told = [];
+  for (const [what, key] of [["Versions", "version"], ["Settings", "settings"]]) {
+    const groups = grouped(every, key);
+    if (groups.length > 1) told.push(`${what} are mixed: ${whoHasWhat(groups)}.`);
+  }
+  for (const stage of [...new Set(alive.map((node) => node.stage))].sort((a, b) => a - b)) {
+    const groups = grouped(named(alive.filter((node) => node.stage === stage), "node"), "numerics");
+    if (groups.length > 1)
+      told.push(`Numerics are mixed in stage ${stage}: ${whoHasWhat(groups)}. KV is copied only between equal ones.`);
+  }
+  return told;
+}
+
+// [value, names], the most frequent first; who does not tell is left out.
+function grouped(named, key) {
+  const groups = new Map();
+  for (const [name, item] of named) {
+    if (item[key]) groups.set(item[key], [...(groups.get(item[key]) || []), name]);
+  }
+  return [...groups].sort((a, b) => b[1].length - a[1].length);
+}
+
+function whoHasWhat(groups) {
+  const some = (names) =>
+    names.slice(0, NAMED_MAX).join(", ") + (names.length > NAMED_MAX ? ` and ${names.length - NAMED_MAX} more` : "");
+  return groups.map(([value, names]) => `${value} in ${some(names)}`).join("; ");
 }
 
 export function deadNodes(status) {
@@ -94,6 +130,20 @@ export function applied(status, difference) {
     nodes: nodes.size ? status.nodes.map((node) => nodes.get(node.node) || node) : status.nodes,
     pipelines: pipelines.size ? status.pipelines.map((item) => pipelines.get(item.id) || item) : status.pipelines,
   };
+}
+
+// A whole status that follows another one (who reads slowly gets the whole again), with the same objects where nothing
+// changed: only what has changed is drawn again.
+export function following(before, after) {
+  if (!before) return after;
+  const same = (name, key) => {
+    const known = new Map(before[name].map((item) => [item[key], item]));
+    return after[name].map((item) => {
+      const last = known.get(item[key]);
+      return last && JSON.stringify(last) === JSON.stringify(item) ? last : item;
+    });
+  };
+  return { ...after, nodes: same("nodes", "node"), pipelines: same("pipelines", "id") };
 }
 
 export function headline(status) {

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from controlplane.contract.events import EventKind
 from controlplane.contract.ids import Member
-from controlplane.contract.reports import RecoveryReport
+from controlplane.contract.reports import LAG_UNKNOWN, RecoveryReport
 from controlplane.contract.status import NodeState, PipelineState
 from controlplane.contract.topology import Mode
 from controlplane.core import events
@@ -31,6 +31,14 @@ def test_a_group_forms_from_its_homes_and_the_first_topology_counts_one() -> Non
     assert {n.state for n in status.nodes} == {NodeState.GREEN}
     sim.run(0.2)
     assert sim.cores["c2"].status(sim.now).pipelines[0].stages[1].lag_tokens == 0
+
+
+def test_a_lag_that_is_not_known_yet_is_no_number_of_tokens() -> None:
+    sim = formed()
+    for lag, told in ((48, 48), (LAG_UNKNOWN, -1)):
+        sim.lag = lag
+        sim.run(2.0)
+        assert sim.cores["c2"].status(sim.now).pipelines[0].stages[1].lag_tokens == told
 
 
 @pytest.mark.parametrize("victim", [f"n{k}" for k in range(8)])

@@ -52,6 +52,10 @@ class ClusterWatch:
         """Seconds since etcd was last heard: how old the topology may be."""
         return self._watch.age_s()
 
+    def controllers(self) -> dict[str, str]:
+        """gRPC address of each that is registered, by its name."""
+        return {name: record.rpc_address for name, record in self.view.controllers.items()}
+
     def troubles(self) -> Sequence[str]:
         """Why nothing would be repaired, beyond etcd being away."""
         return self._client.health.troubles()
