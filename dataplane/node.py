@@ -460,7 +460,7 @@ def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> Stag
     from dataplane.executor import StageExecutor
 
     torch.set_num_threads(1)  # it only looks up rows; the kernels have threads of their own
-    return StageExecutor(
+    made = StageExecutor(
         Path(config.model),
         stage,
         config.stages,
@@ -476,6 +476,9 @@ def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> Stag
         context_max=engine.max_model_len,
         digest_file=Path(config.run_dir) / "digests" / f"stage{stage}of{config.stages}.json",
     )
+    if made.config.float16:
+        log.info("the checkpoint is float16, of which there are no kernels: computed in %s", made.dtype)
+    return made
 
 
 def load_proposer(

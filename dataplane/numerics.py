@@ -34,6 +34,7 @@ PYTHON = (
     "dataplane/model/sampler.py",
 )
 DIGEST_BYTES = 6
+NOT_NUMERIC = ("dtype", "float16", "eos_token_ids")  # of a configuration
 
 
 @cache
@@ -63,7 +64,7 @@ def numerics_of(
     """ "<dtype>-<device>-<digest>". Equal for nodes whose KV and activations have the same bits in the same layout.
 
     device: "cpu", or "cuda" with what makes its kernels' numbers its own (see `device_kind`)."""
-    model = {key: value for key, value in asdict(config).items() if key not in ("dtype", "eos_token_ids")}
+    model = {key: value for key, value in asdict(config).items() if key not in NOT_NUMERIC}
     parts = {
         "model": repr(sorted(model.items())),
         "layers": f"{layers.start}:{layers.stop}",

@@ -54,7 +54,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_waiting: Annotated[int, Range(1, 1 << 20)] = 512  # queued requests, per pipeline; more are refused
     # That requests keep beside their KV (prompts, options), per pipeline; more are refused.
     request_bytes: Annotated[int, Range(1 << 20, 1 << 50)] = 1 << 30
-    # Prompt and output together; 0: the checkpoint's own limit. A pipeline's share of the pool bounds it, too.
+    # Prompt and output together; 0: the checkpoint's own limit. A pipeline's share of the pool bounds it, too. longrope
+    # has the frequencies of short contexts where this keeps within what the model was trained with, else of long ones.
     max_model_len: Annotated[int, Range(0, 1 << 24)] = 0
     threads: Annotated[int, Range(1, 1024)] = 1  # compute threads of a node
     device: Literal["cpu", "cuda"] = "cpu"
@@ -270,6 +271,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def api_keys_file(self) -> Path:
         """One key a line; the gateway refuses requests without one of them."""
         return Path(self.run_dir) / "api-keys"
+
+    @property
+    def keys_file(self) -> Path:
+        """API keys with names and limits, as `kfadmin keys` writes them; both files count."""
+        return Path(self.run_dir) / "keys.json"
 
     @property
     def database(self) -> str:

@@ -290,11 +290,12 @@ static double kf_log_sum_exp(const float *x, const kf_scratch *s)
  * exponentials that the mask leaves if it has `tops`, and the wanted largest are at top + r * top_stride.
  *
  * Rows of one request follow one another: row r is drawn as if the depths[r] drafts before it, the last of them drafts[r],
- * were its output already. depths NULL: no row has any. */
+ * were its output already. depths NULL: no row has any. masks [rows, vocab / 32 rounded up]: what such a row of a request
+ * with a mask may be; NULL: none of them can be drawn. */
 typedef struct {
     const float *logits;
     int64_t rows, vocab, top_stride;
-    const int32_t *slots, *depths, *drafts;
+    const int32_t *slots, *depths, *drafts, *masks;
     const kf_row *states;
     int isa;
     int64_t *tokens;
@@ -309,6 +310,16 @@ static void kf_sample_row(const kf_batch *batch, int64_t r, const kf_scratch *s)
     const float *x = batch->logits + r * s->vocab;
     const int32_t depth = batch->depths == NULL ? 0 : batch->depths[r];
     const kf_ahead ahead = {depth ? batch->drafts + r - depth + 1 : NULL, depth};
+    kf_row masked;
+    if (depth && row->mask != NULL) {
+        if (batch->masks == NULL) {
+            batch->tokens[r] = KF_REJECTED;
+            return;
+        }
+        masked = *row;
+        masked.mask = batch->masks + r * ((s->vocab + 31) / 32);
+        row = &masked;
+    }
     int finite;
     int64_t best = s->passes->best(x, s->vocab, &finite, s->tops), all = 0, allowed = s->vocab;
     if (!finite) {

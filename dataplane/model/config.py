@@ -47,6 +47,7 @@ class ModelConfig:
     dtype: ModelDtype
     eos_token_ids: tuple[int, ...]
     scheme: Scheme | None = None  # how weights are quantised in the checkpoint
+    float16: bool = False  # of the checkpoint: `dtype` is bfloat16 then
     fused: bool = False  # queries, keys and values are one tensor of the checkpoint, gates and ups another
     experts: ExpertsConfig | None = None
     local_rope: RopeConfig | None = None  # of layers with a window, where that is another one
@@ -161,6 +162,7 @@ def load_config(model_dir: Path, context_max: int = 0) -> ModelConfig:
         logit_softcap=f.optional("final_logit_softcapping") or 0.0 if gemma else 0.0,
         windows=_windows(f, family, layers),
         dtype=_dtype(f),
+        float16=_stored_dtype(f)[1] == "float16",
         eos_token_ids=_eos(f, model_dir / "generation_config.json", vocab),
         scheme=_scheme(f, inputs, outputs),
     )
@@ -281,9 +283,14 @@ def _layer_types(f: Fields, layers: int) -> list[bool]:
     return [kind == "sliding_attention" for kind in kinds]
 
 
-def _dtype(f: Fields) -> ModelDtype:
+def _stored_dtype(f: Fields) -> tuple[str, Any]:
     key = "dtype" if f.values.get("dtype") is not None else "torch_dtype"
-    match f.values.get(key):
+    return key, f.values.get(key)
+
+
+def _dtype(f: Fields) -> ModelDtype:
+    key, stored = _stored_dtype(f)
+    match stored:
         case None | "float32":
             return "float32"
         case "bfloat16" | "float16":

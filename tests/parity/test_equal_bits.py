@@ -71,6 +71,14 @@ def test_any_number_of_stages_and_threads_and_block_size(build: Build, dtype: st
         assert np.array_equal(in_chunks(chain, TEXTS[0], [33, 1, 36]), want), (stages, size)
 
 
+@pytest.mark.parametrize("name", ["phi3", "gemma3"])
+def test_eight_bits_however_it_is_cut(build: Build, name: str) -> None:
+    want = whole(Chain(build(name), 1, "bfloat16", weights="int8"), TEXTS[0])
+    chain = Chain(build(name), 3, "bfloat16", weights="int8", threads=2)
+    assert np.array_equal(in_chunks(chain, TEXTS[0], [33, 1, 36]), want)
+    assert not np.array_equal(whole(Chain(build(name), 1, "bfloat16"), TEXTS[0]), want)
+
+
 def test_recomputing_writes_the_same_kv(build: Build) -> None:
     """What a recovery relies on: a position written again, in another chunk, has the same bytes."""
     chain = Chain(build("llama"), 2)
@@ -93,13 +101,14 @@ def test_stale_memory_is_never_read(build: Build) -> None:
         assert np.array_equal(in_chunks(dirty, TEXTS[0], sizes), in_chunks(clean, TEXTS[0], sizes))
 
 
-def test_any_instruction_set(build: Build) -> None:
+@pytest.mark.parametrize("name", ["llama", "phi3_longrope", "gemma3"])
+def test_any_instruction_set(build: Build, name: str) -> None:
     """Nodes with other processors compute the same bits."""
     outs, sets = [], []
     try:
         for isa in (0, 1, 2, 3):
             sets.append(_native.set_isa(isa))
-            outs.append([whole(Chain(build("llama"), 1, d), TEXTS[0]) for d in ("float32", "bfloat16")])
+            outs.append([whole(Chain(build(name), 1, d), TEXTS[0]) for d in ("float32", "bfloat16")])
     finally:
         _native.set_isa(-1)
     assert sets[0] == 0
