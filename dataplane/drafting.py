@@ -9,10 +9,13 @@ over soon: `PASSES_S`. A prompt is taken in piece by piece, and there are no dra
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -30,7 +33,11 @@ if TYPE_CHECKING:
 PASSES_S = 0.01  # that all passes between two steps take together, about
 PIECE_MIN = 16  # tokens of a prompt, however slow the model is
 POOL_BYTES_MAX = 256 << 20  # of its KV
-MEASURED = 0.2  # of a new measurement in what a pass takes
+MEASURED = 0.2  # of a new measurement in what a token of a prompt takes
+PASSES_KEPT = 15  # measurements
+# What a pass took when the machine was busy is forgotten after about so long without one: nothing else would tell that
+# it no longer is.
+BUSY_S = 1.0
 
 
 @dataclass(slots=True)
@@ -54,14 +61,26 @@ class DraftModel:
         self._known: dict[int, _Known] = {}  # least recently used first
         self._sampling = SamplingTable(1, executor.config.vocab_size, executor.team)
         self._requests_max = requests_max
-        self.pass_s = 0.0  # of a pass with a token for each request
+        self._passes: deque[float] = deque(
+            maxlen=PASSES_KEPT
+        )  # seconds of those with a token for each request
+        self._passed_at = 0.0
         self._token_s = 0.0
+
+    @property
+    def pass_s(self) -> float:
+        """Of a pass with a token for each request, about."""
+        if not self._passes:
+            return 0.0
+        least, usual = min(self._passes), median(self._passes)
+        idle_s = time.monotonic() - self._passed_at
+        return least + (usual - least) * math.exp2(-idle_s / BUSY_S)
 
     def warm_up(self) -> None:
         """Measure what a pass takes. To be called before anybody is served."""
         row = self._table.new_row()
-        tokens = min(64, self._context - 4)
-        for count in (tokens, 1, 1, 1):
+        tokens = min(64, self._context - 8)
+        for count in (tokens, 1, 1, 1, 1, 1):
             start = self._table.valid(row)
             self._forward([row], [[0] * count], start_of=[start])
         self._free += self._table.free_row(row)
@@ -156,7 +175,8 @@ class DraftModel:
         self._table.commit(*at)
         took = time.monotonic() - began
         if len(flat) == len(rows):
-            self.pass_s += (took - self.pass_s) * (MEASURED if self.pass_s else 1.0)
+            self._passes.append(took)
+            self._passed_at = began + took
         else:
             token_s = took / len(flat)
             self._token_s += (token_s - self._token_s) * (MEASURED if self._token_s else 1.0)

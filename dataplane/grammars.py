@@ -17,10 +17,11 @@ from threading import Lock
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher
-from llguidance.numpy import fill_next_token_bitmask_par
+from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
 
 from controlplane.grammar import Compiler, DeepThreads, GrammarError, error_of
 from dataplane.core.rules import Rule
+from dataplane.model.sampler import Foresight
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ class Grammars:
 
     def advance(self, moves: Moves) -> None:
         self._masked = self._masking.submit(self._advance, moves)
+
+    def foresee(self, drafts: Sequence[tuple[Rule, int, Sequence[int]]], foresight: Foresight) -> None:
+        self._masked = self._masking.submit(self._foresee, drafts, foresight)
 
     def settle(self) -> None:
         if self._masked is not None:
@@ -119,11 +123,17 @@ class Grammars:
 
     def _advance(self, moves: Moves) -> None:
         moves = [(rule, token) for rule, token in moves if not rule.closed and not rule.error]
-        rules = [rule for rule, _ in moves]
+        if not moves:
+            return
+        rules = list({id(rule): rule for rule, _ in moves}.values())
         try:
             if self._executor is None:
                 self._executor = LLExecutor(self._threads)
-            self._executor.consume_token_par([(rule.matcher, token) for rule, token in moves])
+            if len(rules) == len(moves):
+                self._executor.consume_token_par([(rule.matcher, token) for rule, token in moves])
+            else:  # drafts that were right: one matcher takes several, in their order
+                for rule, token in moves:
+                    rule.matcher.consume_token(token)
         except BaseException as error:  # nobody can say which of them have taken their tokens
             self._fail(rules, _told(error))
             return
@@ -145,6 +155,20 @@ class Grammars:
         fill_next_token_bitmask_par(self._executor, places, rules[0].masks)
         for rule in rules:
             rule.error = error_of(rule.matcher)
+
+    def _foresee(self, drafts: Sequence[tuple[Rule, int, Sequence[int]]], foresight: Foresight) -> None:
+        """On copies, which cost microseconds: what drafts do to a matcher must never count, errors included."""
+        if self._executor is None:
+            self._executor = LLExecutor(self._threads)
+        for rule, row, tokens in drafts:
+            if not rule.ready or rule.closed or rule.error:
+                continue
+            try:
+                place = (rule.matcher.deep_copy(), row, list(tokens))
+                fill_next_token_bitmask_par_with_draft_tokens(self._executor, [place], foresight.masks)
+                foresight.made[row : row + len(tokens) + 1] = not place[0].is_error()
+            except BaseException as error:  # these drafts are not drawn for, and that is all
+                log.warning("no masks behind drafts: %s", type(error).__name__)
 
     def _fail(self, rules: Sequence[Rule], error: str) -> None:
         for rule in rules:

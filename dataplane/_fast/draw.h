@@ -121,24 +121,26 @@ static inline float kf_penalise(const kf_row *row, float v, int32_t count)
     return v;
 }
 
-/* Whether a mask that allows so many tokens leaves any but stop tokens: where it does not, the text ends there. */
-static int kf_may_go_on(const kf_row *row, int64_t allowed)
+/* Whether a mask that allows so many tokens leaves any but these `tokens`, each of which is there once: where it does not,
+ * the grammar has the last word. */
+static int kf_leaves_others(const kf_row *row, int64_t allowed, const int32_t *tokens, int64_t count)
 {
     if (row->mask == NULL)
         return 1;
-    for (int64_t i = 0; i < row->num_stops; i++) /* each is in the list once */
-        allowed -= (uint32_t)row->mask[row->stops[i] / 32] >> (row->stops[i] % 32) & 1;
+    for (int64_t i = 0; i < count; i++)
+        allowed -= (uint32_t)row->mask[tokens[i] / 32] >> (tokens[i] % 32) & 1;
     return allowed > 0;
 }
 
 /* min_tokens, bad words, logit bias, then penalties, in float32. `allowed`: how many tokens the mask leaves. */
 static void kf_adjust(const kf_row *row, kf_ahead ahead, float *x, int64_t allowed)
 {
-    if (row->length + ahead.count < row->min_tokens && kf_may_go_on(row, allowed))
+    if (row->length + ahead.count < row->min_tokens && kf_leaves_others(row, allowed, row->stops, row->num_stops))
         for (int64_t i = 0; i < row->num_stops; i++)
             x[row->stops[i]] = -INFINITY;
-    for (int64_t i = 0; i < row->num_bans; i++)
-        x[row->bans[i]] = -INFINITY;
+    if (kf_leaves_others(row, allowed, row->bans, row->num_bans))
+        for (int64_t i = 0; i < row->num_bans; i++)
+            x[row->bans[i]] = -INFINITY;
     for (int64_t i = 0; i < row->num_bias; i++)
         x[row->bias_tokens[i]] += row->bias[i];
     if (!row->counts_output)
@@ -290,11 +292,12 @@ static double kf_log_sum_exp(const float *x, const kf_scratch *s)
  * exponentials that the mask leaves if it has `tops`, and the wanted largest are at top + r * top_stride.
  *
  * Rows of one request follow one another: row r is drawn as if the depths[r] drafts before it, the last of them drafts[r],
- * were its output already. depths NULL: no row has any. */
+ * were its output already. depths NULL: no row has any. masks [rows, vocab / 32 rounded up]: what such a row of a request
+ * with a mask may be; NULL: none of them can be drawn. */
 typedef struct {
     const float *logits;
     int64_t rows, vocab, top_stride;
-    const int32_t *slots, *depths, *drafts;
+    const int32_t *slots, *depths, *drafts, *masks;
     const kf_row *states;
     int isa;
     int64_t *tokens;
@@ -309,6 +312,16 @@ static void kf_sample_row(const kf_batch *batch, int64_t r, const kf_scratch *s)
     const float *x = batch->logits + r * s->vocab;
     const int32_t depth = batch->depths == NULL ? 0 : batch->depths[r];
     const kf_ahead ahead = {depth ? batch->drafts + r - depth + 1 : NULL, depth};
+    kf_row masked;
+    if (depth && row->mask != NULL) {
+        if (batch->masks == NULL) {
+            batch->tokens[r] = KF_REJECTED;
+            return;
+        }
+        masked = *row;
+        masked.mask = batch->masks + r * ((s->vocab + 31) / 32);
+        row = &masked;
+    }
     int finite;
     int64_t best = s->passes->best(x, s->vocab, &finite, s->tops), all = 0, allowed = s->vocab;
     if (!finite) {

@@ -35,6 +35,7 @@ cdef extern from "draw.h" nogil:
         const int32_t *slots
         const int32_t *depths
         const int32_t *drafts
+        const int32_t *masks
         const kf_row *states
         int isa
         int64_t *tokens

@@ -38,5 +38,7 @@ class DrawTable:
         slots: npt.NDArray[np.int32],
         depths: npt.NDArray[np.int32] | None = None,
         drafts: npt.NDArray[np.int32] | None = None,
+        masks: npt.NDArray[np.int32] | None = None,
+        foreseen: npt.NDArray[np.uint8] | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.void]]: ...
     def log_sum_exp(self, logits: npt.NDArray[np.float32]) -> float: ...

@@ -185,7 +185,7 @@ cdef class DrawTable:
 
     def sample(
         self, const float[:, ::1] logits, const int32_t[::1] slots, const int32_t[::1] depths=None,
-        const int32_t[::1] drafts=None
+        const int32_t[::1] drafts=None, const int32_t[:, ::1] masks=None, const unsigned char[::1] foreseen=None
     ):
         """Tokens int64 [K] drawn from logits [K, vocab], POISONED for a row that is not finite, NONE_LEFT for one whose
         mask, or what is banned, allows no token; and, for those that asked for log probabilities, the logarithms of the sums of
@@ -193,7 +193,8 @@ cdef class DrawTable:
         changes.
 
         Where a request has drafts its rows follow one another: row r is drawn behind `depths[r]` of them, the last of
-        which is `drafts[r]`, and is REJECTED unless each of these is what the row before it drew.
+        which is `drafts[r]`, and is REJECTED unless each of these is what the row before it drew. Where the request has
+        a mask, masks[r] is that of the row, if `foreseen[r]`; else it is REJECTED.
 
         Raises IndexError for a slot not in use, ValueError for shapes that do not fit."""
         cdef Py_ssize_t k = slots.shape[0], i
@@ -205,6 +206,11 @@ cdef class DrawTable:
         cdef bint ahead = depths is not None
         if ahead:
             self.check_drafts(slots, depths, drafts)
+        if masks is not None and (
+            foreseen is None or foreseen.shape[0] != k
+            or masks.shape[0] != k or masks.shape[1] != (self.vocab_size + 31) // 32
+        ):
+            raise ValueError(f"masks of drafts do not fit {k} slots")
         cdef int64_t most = 0
         for i in range(k):
             most = max(most, self.row(slots[i]).logprobs)
@@ -222,6 +228,7 @@ cdef class DrawTable:
             batch.slots, batch.states, batch.isa = &slots[0], self.rows, isa_in_use()
             batch.depths = &depths[0] if ahead else NULL
             batch.drafts = &drafts[0] if ahead else NULL
+            batch.masks = &masks[0, 0] if masks is not None else NULL
             batch.tokens, batch.norms, batch.top = &drawn[0], &sums[0], <kf_top *>largest
             self.sampling = True
             with nogil:
@@ -232,7 +239,10 @@ cdef class DrawTable:
             self.sampling = False
             if ahead:
                 for i in range(1, k):
-                    if depths[i] and drawn[i - 1] != drafts[i]:
+                    if depths[i] and (
+                        drawn[i - 1] != drafts[i]
+                        or (self.rows[slots[i]].mask != NULL and (foreseen is None or not foreseen[i]))
+                    ):
                         drawn[i] = KF_REJECTED
         return tokens, norms, top
 

@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 SIZES = (4, 2)  # tokens that have to be the same, the longer first
 INDEX_BYTES = 24  # of a token there is room for: itself, and two places of a table for each size
+ENTERED_MAX = 1 << 15  # of a longer log the beginning is not found again: entering it would hold up a step
+FEW = 12  # tokens that are entered one by one, which is faster
 _ODD = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
 _MASK = 0xFFFFFFFF
 
@@ -43,11 +45,11 @@ class NgramIndex:
             self._ids = grown
             self._tables = {size: np.full(2 * room, -1, np.int32) for size in SIZES}
             grown[before : len(ids)] = ids[before:]
-            self._enter_all(len(ids) - 1)
+            self._enter(1, len(ids))
             return
         self._ids[before : len(ids)] = ids[before:]
-        if len(ids) - before > 8:
-            self._enter_all(len(ids) - 1)
+        if len(ids) - before > FEW:
+            self._enter(before, len(ids))
             return
         for end in range(max(before, 1), len(ids)):  # the last token is followed by nothing yet
             for size, table in self._tables.items():
@@ -61,9 +63,7 @@ class NgramIndex:
             if length <= size:
                 continue
             found = int(table[self._place(size, length, len(table))])
-            if found < size or not np.array_equal(
-                self._ids[found - size : found], self._ids[length - size : length]
-            ):
+            if found < size or not self._same(found, length, size):
                 continue
             # Where the two overlap what repeats is shorter than what is asked for: it goes on in a circle.
             period = length - found
@@ -77,16 +77,21 @@ class NgramIndex:
             total += odd * token
         return _mixed(total & _MASK) & (places - 1)
 
-    def _enter_all(self, end: int) -> None:
-        """All n-grams that end before a position up to `end`; of those with one place the last one stays."""
+    def _same(self, end: int, other: int, size: int) -> bool:
+        """Whether the n-grams that end before two positions are the same."""
+        return bool(self._ids[end - size : end].tolist() == self._ids[other - size : other].tolist())
+
+    def _enter(self, first: int, stop: int) -> None:
+        """All n-grams that end before one of these positions; of those with one place the last one stays."""
         for size, table in self._tables.items():
-            if end < size:
+            begin = max(first, size, stop - ENTERED_MAX)
+            if begin >= stop:
                 continue
-            count = end - size + 1
-            total = np.zeros(count, np.uint64)
+            total = np.zeros(stop - begin, np.uint64)
             for i in range(size):
-                total += np.uint64(_ODD[i]) * self._ids[i : i + count].astype(np.uint64)
-            ends: npt.NDArray[np.int32] = np.arange(size, end + 1, dtype=np.int32)
+                start = begin - size + i
+                total += np.uint64(_ODD[i]) * self._ids[start : start + stop - begin].astype(np.uint64)
+            ends: npt.NDArray[np.int32] = np.arange(begin, stop, dtype=np.int32)
             total &= np.uint64(_MASK)
             total ^= total >> np.uint64(15)
             table[(total & np.uint64(len(table) - 1)).astype(np.intp)] = ends

@@ -102,6 +102,9 @@ class Request:
     drafts_from: int = (
         0  # position from which on blocks are its own alone, so that drafts may be written to them
     )
+    followed: bool = (
+        False  # it has had a token in the present fence: its grammar, if it has one, is compiled there
+    )
     ngrams: NgramIndex | None = None  # of its log, while it runs and drafts are made of it
     computed: int = 0  # positions that had run before a recovery, as far as is known here
     attempt: int = 0  # preemptions and recoveries: results of an older attempt are not for this one
@@ -234,6 +237,7 @@ class Request:
     def append(self, token: Token) -> None:
         self.ids.append(token.token)
         self.output.append(token)
+        self.followed = True
         self.interrupted = False
 
     def rewind(self, phase: Phase, position: int = 0) -> None:
@@ -244,7 +248,7 @@ class Request:
         self.phase = phase
         self.issued = position
         self.attempt += 1
-        self.announced = False
+        self.announced = self.followed = False
         self.blocked_at = None
         self.ngrams = None
 
@@ -257,7 +261,9 @@ class Request:
 
     def draft_room(self, context_len: int) -> int:
         """How many drafts its next row may have: behind the last token that it may have none is of use."""
-        if self.sampling.grammar or self.sampling.bad_words or self.total < self.drafts_from:
+        if self.sampling.bad_words or self.total < self.drafts_from:
+            return 0
+        if self.sampling.grammar and not self.followed:
             return 0
         return max(0, min(self.sampling.max_tokens - len(self.output), context_len - self.total) - 1)
 

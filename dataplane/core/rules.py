@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dataplane.model.sampler import Drawn, SamplingTable
+from dataplane.model.sampler import Drawn, Foresight, SamplingTable
 
 DEAD_END = "the grammar and bad_words allow none of the model's tokens here"
 NONE_LEFT = "bad_words and min_tokens allow none of the model's tokens here"
@@ -45,11 +45,16 @@ class Follower(Protocol):
         ...
 
     def advance(self, moves: Sequence[tuple[Rule, int]]) -> None:
-        """The outputs of these rules grow by one token each; their masks follow before `settle` returns."""
+        """The outputs of these rules grow by these tokens, in their order; masks follow before `settle` returns."""
+        ...
+
+    def foresee(self, drafts: Sequence[tuple[Rule, int, Sequence[int]]], foresight: Foresight) -> None:
+        """The row of a draw at which a request's drafts begin, and these: fill in what may come behind each of them, in
+        the rows that follow, before `settle` returns. The outputs do not grow. A rule that is not ready has nothing."""
         ...
 
     def settle(self) -> None:
-        """Wait for the masks of all that has advanced. Any thread may."""
+        """Wait for the masks of all that has advanced or is foreseen. Any thread may."""
         ...
 
 
@@ -84,6 +89,24 @@ class Rules:
         if self._follower is not None and any(rules):
             self._follower.settle()
         return tuple(row for row, rule in enumerate(rules) if rule is not None and not rule.settled)
+
+    def foresee(self, rids: Sequence[int], depths: Sequence[int], drafts: Sequence[int]) -> Foresight | None:
+        """The masks behind the drafts of a step, to be used after `waiting` has returned: `drafts[row]` is the one
+        before what row `row` of `rids` draws, if `depths[row]`. None if no such request has a grammar."""
+        wanted: list[tuple[Rule, int, list[int]]] = []
+        for row, (rid, depth) in enumerate(zip(rids, depths, strict=True)):
+            rule = self._rules.get(rid) if depth else None
+            if rule is None:
+                continue
+            if depth == 1:
+                wanted.append((rule, row - 1, []))
+            wanted[-1][2].append(drafts[row])
+        if not wanted or self._follower is None:
+            return None
+        words = wanted[0][0].masks.shape[1]
+        foresight = Foresight(np.zeros((len(rids), words), np.int32), np.zeros(len(rids), np.uint8))
+        self._follower.foresee(wanted, foresight)
+        return foresight
 
     def judge(self, drawn: Drawn, rids: Sequence[int], waiting: tuple[int, ...]) -> Drawn:
         """A draw without the tokens of rows that wait or can have none."""

@@ -504,9 +504,12 @@ class Scheduler:
                 request.blocked_at = now
                 self.stats.grammar_waits += 1
                 continue
-            drawn = list(takewhile(lambda token: token >= 0, tokens[index : index + samples]))
-            self.speculator.verified(request.rid, samples - 1, drawn)
-            request.issued += len(drawn) - 1  # the drafts that were right are computed
+            drawn = tokens[index : index + samples]
+            if samples > 1:
+                drawn = list(takewhile(lambda token: token >= 0, drawn))
+                request.issued += len(drawn) - 1  # the drafts that were right are computed
+            if samples > 1 or request.rid in self.speculator.probes:
+                self.speculator.verified(request.rid, samples - 1, drawn)
             for at, token in enumerate(drawn, index):
                 item = self._append(request, token, *details.get(at, (None, ())))
                 if request.session is not None:

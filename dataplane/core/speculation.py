@@ -33,14 +33,21 @@ RATE_START, RATE_WEIGHT = (
     0.6,
     2.0,
 )  # how often the first drafts of a request are right, and drafts that this counts as
-# While a request has no drafts every so many of its tokens are compared with what would have been drafted.
-PROBE_EVERY = 4
+# A draft model that was wrong is asked again for a request after so many of its tokens, as if little were known.
+RETRY_AFTER = 32
+RETRY_WEIGHT = 1.0
+# A step of so many rows that has no drafts: neither have as many steps after it, and nobody weighs them up. With many
+# rows that would take a part of a step that is no longer small.
+IDLE_ROWS, IDLE_STEPS = 8, 8
 
 
 class Proposer(Protocol):
     """Drafts for requests. What it keeps of them is a cache of their logs."""
 
-    pass_s: float  # that one more draft for each takes, however many they are; 0: next to nothing
+    @property
+    def pass_s(self) -> float:
+        """Seconds that one more draft for each takes, however many they are; 0: next to nothing."""
+        ...
 
     def propose(self, requests: Sequence[Request], count: int) -> list[list[int]]:
         """For each request up to `count` tokens that may come after its log. May be less, or none."""
@@ -57,7 +64,7 @@ class Rate:
 
     right: float = RATE_START * RATE_WEIGHT
     tried: float = RATE_WEIGHT
-    since_probe: int = 0  # tokens
+    tried_at: int = 0  # length of its log when it last had drafts, or was to have some again
 
     @property
     def value(self) -> float:
@@ -158,49 +165,71 @@ class Speculator:
             proposer = NgramProposer()
         self._proposer = proposer if limits.speculation != "off" else None
         self._rates: dict[int, Rate] = {}
-        self._probes: dict[int, int] = {}  # request -> the token that would have been drafted
+        self.probes: dict[int, int] = {}  # request -> the token that would have been drafted
+        self._turn = 0  # of probes
+        self._idle = 0  # steps for which nothing is weighed up
 
     def drafts(self, rows: Sequence[Chunk], batcher: Batcher) -> Mapping[int, Sequence[int]]:
         """What may come after the last tokens of a step's rows, by request; its blocks are reserved. A step with a
         chunk of a prompt has none: it is full already."""
-        if self._proposer is None or not rows:
+        proposer = self._proposer
+        if proposer is None or not rows:
             return NO_DRAFTS
         if any(request.issued + count < request.total or not request.output for request, count in rows):
             return NO_DRAFTS
+        if self._idle and len(rows) >= IDLE_ROWS:
+            self._idle -= 1
+            self._probe(proposer, rows)
+            return NO_DRAFTS
         requests = [request for request, _ in rows]
         room = [min(self._draft_max, request.draft_room(self._context_len)) for request in requests]
-        rates = [self._rates.setdefault(request.rid, Rate()) for request in requests]
-        used = sum(count for _, count in rows)
-        pass_s = self._proposer.pass_s
+        rates = [self._rates.setdefault(request.rid, Rate(tried_at=request.total)) for request in requests]
+        used, pass_s = sum(count for _, count in rows), proposer.pass_s
+        if pass_s:
+            for request, rate in zip(requests, rates, strict=True):
+                if request.total - rate.tried_at >= RETRY_AFTER:
+                    rate.right, rate.tried, rate.tried_at = (
+                        RATE_START * RETRY_WEIGHT,
+                        RETRY_WEIGHT,
+                        request.total,
+                    )
         counts = draft_counts([rate.value for rate in rates], room, used, self.cost, pass_s)
+        chosen = [i for i, count in enumerate(counts) if count]
         left = max(0, self._rows_max - used)
+        if not chosen or not left:
+            self._idle = IDLE_STEPS
+            self._probe(proposer, rows)
+            return NO_DRAFTS
         found: dict[int, Sequence[int]] = {}
-        if left and (chosen := [i for i, count in enumerate(counts) if count]):
-            proposed = self._proposer.propose([requests[i] for i in chosen], max(counts))
-            for i, tokens in zip(chosen, proposed, strict=True):
-                count = batcher.reserve_drafts(requests[i], min(len(tokens), counts[i], left))
-                if count:
-                    found[requests[i].rid] = tokens[:count]
-                    left -= count
-                    self._stats.spec_decode_num_drafts += 1
-                    self._stats.spec_decode_num_draft_tokens += count
-        for request, rate, count, most in zip(requests, rates, counts, room, strict=True):
-            if most and not count and not pass_s:
-                self._probe(self._proposer, request, rate)
+        proposed = proposer.propose([requests[i] for i in chosen], max(counts))
+        for i, tokens in zip(chosen, proposed, strict=True):
+            rates[i].tried_at = requests[i].total
+            count = batcher.reserve_drafts(requests[i], min(len(tokens), counts[i], left))
+            if count:
+                found[requests[i].rid] = tokens[:count]
+                left -= count
+                self._stats.spec_decode_num_drafts += 1
+                self._stats.spec_decode_num_draft_tokens += count
+        if len(chosen) < len(rows):
+            self._probe(proposer, rows, found)
         return found
 
-    def _probe(self, proposer: Proposer, request: Request, rate: Rate) -> None:
-        """What it would have drafted is compared with what comes, so that its rate is known when drafts pay again."""
-        rate.since_probe += 1
-        if rate.since_probe >= PROBE_EVERY:
-            rate.since_probe = 0
-            if tokens := proposer.propose([request], 1)[0]:
-                self._probes[request.rid] = tokens[0]
+    def _probe(
+        self, proposer: Proposer, rows: Sequence[Chunk], drafted: Mapping[int, Sequence[int]] = NO_DRAFTS
+    ) -> None:
+        """What one of the others would have had is compared with what comes, so that it is known when drafts pay again.
+        Not where that would take a pass of a model."""
+        self._turn += 1
+        request = rows[self._turn % len(rows)][0]
+        if proposer.pass_s or request.rid in drafted or not request.draft_room(self._context_len):
+            return
+        if tokens := proposer.propose([request], 1)[0]:
+            self.probes[request.rid] = tokens[0]
 
     def verified(self, rid: int, drafts: int, tokens: Sequence[int]) -> None:
         """A step has brought these tokens for a request that had so many drafts in it."""
         rate = self._rates.get(rid)
-        probe = self._probes.pop(rid, None)
+        probe = self.probes.pop(rid, None)
         if rate is None or not tokens:
             return
         if drafts:
@@ -211,7 +240,7 @@ class Speculator:
 
     def forget(self, rid: int) -> None:
         self._rates.pop(rid, None)
-        self._probes.pop(rid, None)
+        self.probes.pop(rid, None)
         if self._proposer is not None:
             self._proposer.forget(rid)
 

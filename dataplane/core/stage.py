@@ -15,7 +15,7 @@ from dataplane.core.messages import Admit, Fence, HeldMeta, PromptScores, Rejoin
 from dataplane.core.prefix import unpack_names
 from dataplane.core.rules import Follower, Rules
 from dataplane.core.scores import ScoreRows, Scores, cut
-from dataplane.model.sampler import Drawn, SamplingTable
+from dataplane.model.sampler import Drawn, Foresight, SamplingTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Prepared:
     names: list[bytes]  # of the blocks that the rows fill
     # [K] the draft before what is sampled (0 where there is none), for the last stage of a step with drafts.
     drafts: npt.NDArray[np.int32] | None = None
+    foresight: Foresight | None = None  # what grammars allow behind them
     scored: ScoreRows | None = (
         None  # tokens of prompts whose log probabilities are asked for; last stage only
     )
@@ -169,7 +170,12 @@ class Stage:
         if self.is_last and unknown:
             return "gap"
         scored = self._scores.of_step(rows)
-        return Prepared(meta, rows, table_rows, slots, names, drafts if self.is_last else None, scored)
+        if not self.is_last or drafts is None:
+            return Prepared(meta, rows, table_rows, slots, names, scored=scored)
+        foresight = None
+        if self.rules:
+            foresight = self.rules.foresee(rows.sample_rids.tolist(), rows.depths.tolist(), drafts.tolist())
+        return Prepared(meta, rows, table_rows, slots, names, drafts, foresight, scored)
 
     def draw(self, step: Prepared, logits: npt.NDArray[np.float32]) -> Drawn:
         """The next tokens [K] of a step's rows, of their logits [K, vocab]; for a last stage. Changes nothing.
@@ -184,7 +190,7 @@ class Stage:
             return self.rules.judge(drawn, step.rows.sample_rids.tolist(), ())
         rids = step.rows.sample_rids.tolist()
         waiting = self.rules.waiting(rids)
-        drawn = self.sampling.sample(logits, step.slots, depths, step.drafts)
+        drawn = self.sampling.sample(logits, step.slots, depths, step.drafts, step.foresight)
         return self.rules.judge(drawn, rids, waiting)
 
     def score(

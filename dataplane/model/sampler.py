@@ -36,6 +36,15 @@ class Drawn:
     failed: tuple[tuple[int, str], ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Foresight:
+    """What a grammar allows behind drafts: masks int32 [K, vocab / 32 rounded up] of the rows of one step, and which of
+    them have been made, uint8 [K]."""
+
+    masks: npt.NDArray[np.int32]
+    made: npt.NDArray[np.uint8]
+
+
 @dataclass(frozen=True, slots=True)
 class ScoredRows:
     """Log probabilities float64 [S] of tokens, their ranks int32 [S], and the likeliest tokens and their log
@@ -165,15 +174,24 @@ class SamplingTable:
         slots: npt.NDArray[np.int32],
         depths: npt.NDArray[np.int32] | None = None,
         drafts: npt.NDArray[np.int32] | None = None,
+        foresight: Foresight | None = None,
     ) -> Drawn:
         """Draws one token a row from logits [K, vocab] for the requests in slots [K]; neither is changed, and no
         state is: `append_many` moves on. Raises IndexError for a slot not in use, ValueError for wrong shapes.
 
         `depths` [K], `drafts` [K]: rows of one request follow one another, row r behind `depths[r]` drafts, the last
         of which is `drafts[r]`. It is drawn as if these were in the log, and has no token if one of them is not what
-        the row before it drew: so what is drawn is what would be without drafts."""
+        the row before it drew: so what is drawn is what would be without drafts. `foresight`: of requests with a
+        grammar; what it does not have is not drawn."""
         values = np.ascontiguousarray(logits, np.float32)
-        tokens, norms, largest = self._table.sample(values, slots, depths, drafts)
+        tokens, norms, largest = self._table.sample(
+            values,
+            slots,
+            depths,
+            drafts,
+            None if foresight is None else foresight.masks,
+            None if foresight is None else foresight.made,
+        )
         poisoned, dead_ends = (tuple(np.flatnonzero(tokens == why).tolist()) for why in (POISONED, NONE_LEFT))
         drawn = Drawn(tokens, poisoned, {}, {}, dead_ends)
         if not self._asked:

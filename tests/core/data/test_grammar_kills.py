@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import jsonschema_rs
 import numpy as np
@@ -31,7 +31,7 @@ from dataplane.core.events import (
     Submitted,
 )
 from dataplane.core.messages import Detail, Fence, ReadyMeta, ResultMeta, StepMeta
-from dataplane.core.request import pack_tokens
+from dataplane.core.request import Request, pack_tokens
 from dataplane.core.scheduler import Scheduler
 from dataplane.core.stage import Prepared, Stage
 from dataplane.demo import model_dir
@@ -62,10 +62,33 @@ SAMPLINGS = {
     "greedy": {"temperature": 0.0},
 }
 
+# Who has these has no drafts.
+BAD_WORDS = {"bad_words": (*((token,) for token in range(1000, 1200)), (600, 601)), "logprobs": 1}
+
 
 def logits(ids: list[int]) -> np.ndarray:
     seed = zlib.crc32(np.array(ids, np.int64).tobytes())
     return (np.random.default_rng(seed).standard_normal(VOCAB) * 2).astype(np.float32)
+
+
+class Guesser:
+    """Drafts of a log that is known; one of seven is another token."""
+
+    pass_s = 0.0
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def propose(self, requests: Sequence[Request], count: int) -> list[list[int]]:
+        found = []
+        for request in requests:
+            at = len(request.output)
+            right = self.tokens[at : at + count]
+            found.append([token ^ 1 if (at + i) % 7 == 3 else token for i, token in enumerate(right)])
+        return found
+
+    def forget(self, rid: int) -> None:
+        pass
 
 
 @dataclass
@@ -77,12 +100,18 @@ class World:
     log: list[Token] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     epoch: int = 1
+    reference: list[Token] | None = None  # drafts are of these, with an error now and then
 
     def __post_init__(self) -> None:
         self.steps: list[StepMeta] = []
         self.grammars: Grammars | None = None
         self.fresh_stage()
-        self.scheduler = Scheduler("p0", 1, 1, LIMITS, takeover=False, now=0.0)
+        self.limits = LIMITS
+        self.proposer = None
+        if self.reference is not None:
+            self.limits = replace(LIMITS, speculation="ngram", max_draft_tokens=5)
+            self.proposer = Guesser([token.token for token in self.reference])
+        self.scheduler = Scheduler("p0", 1, 1, self.limits, takeover=False, now=0.0, proposer=self.proposer)
         self.perform(self.scheduler.step(CapacityChanged(256, 1), 0.0))
 
     def fresh_stage(self) -> None:
@@ -101,7 +130,9 @@ class World:
     def kill_both(self) -> None:
         self.epoch += 1
         self.fresh_stage()
-        self.scheduler = Scheduler("p0", self.epoch, 1, LIMITS, takeover=True, now=0.0)
+        self.scheduler = Scheduler(
+            "p0", self.epoch, 1, self.limits, takeover=True, now=0.0, proposer=self.proposer
+        )
         self.perform(self.scheduler.step(CapacityChanged(256, 1), 0.0))
         self.perform(self.scheduler.start(0.0))
         m, emitted = self.message, tuple(token.token for token in self.log)
@@ -117,7 +148,9 @@ class World:
                 case Ask(meta):
                     todo += self.scheduler.step(self.stage.rejoin(meta), 0.0)
                 case Deliver(_, tokens):
-                    self.log += [token for token in tokens if token.position == len(self.log)]
+                    for token in tokens:
+                        if token.position == len(self.log):
+                            self.log.append(token)
                 case Refuse(_, refused):
                     self.refused.append(refused.message)
 
@@ -138,7 +171,11 @@ class World:
         if not meta.rows:
             return
         ids = [*self.message.prompt, *(token.token for token in self.log)]
-        rows = np.array([logits(ids)] * len(prepared.slots), np.float32).reshape(-1, VOCAB)
+        rows = []
+        for row, depth in enumerate(prepared.rows.depths.tolist()):
+            drafts = prepared.drafts[row - depth + 1 : row + 1].tolist() if depth else []
+            rows.append(logits([*ids, *drafts]))
+        rows = np.array(rows, np.float32).reshape(-1, VOCAB)
         drawn = self.stage.draw(prepared, rows) if len(rows) else None
         self.stage.commit(prepared, drawn.tokens if drawn is not None else None)
         if drawn is None:
@@ -171,9 +208,9 @@ def message(seed: int, **fields: object) -> Submit:
     return Submit(7, "p0", (0, 400, 500, 600, 700), Sampling(**sampling))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("name", [*SAMPLINGS, "bad_words"])
 def test_a_kill_at_any_token_changes_nothing(compiler: Compiler, name: str) -> None:
-    wanted = message(11, **SAMPLINGS[name])
+    wanted = message(11, **SAMPLINGS.get(name, BAD_WORDS))
     reference = World(compiler, wanted).run({})
     assert reference[-1].finish is FinishReason.STOP
     text = Tokenizer.from_file(str(model_dir() / "tokenizer.json")).decode([t.token for t in reference[:-1]])
@@ -184,6 +221,21 @@ def test_a_kill_at_any_token_changes_nothing(compiler: Compiler, name: str) -> N
         assert world.scheduler.fence.epoch == 2
     storm = {at: "stage" if at % 3 else "both" for at in range(len(reference))}
     assert World(compiler, wanted).run(storm) == reference, "killed at each token"
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_drafts_change_nothing(compiler: Compiler, name: str) -> None:
+    """Masks behind drafts are those of the log that they would make, and nothing of wrong ones stays."""
+    wanted = message(11, **SAMPLINGS[name])
+    reference = World(compiler, wanted).run({})
+    world = World(compiler, wanted, reference=reference)
+    assert world.run({}) == reference
+    stats = world.scheduler.stats
+    assert stats.spec_decode_num_accepted_tokens > len(reference) / 3
+    assert stats.spec_decode_num_draft_tokens > stats.spec_decode_num_accepted_tokens
+    for at in range(0, len(reference), 7):
+        world = World(compiler, wanted, reference=reference)
+        assert world.run({at: "stage" if at % 2 else "both"}) == reference, f"killed at token {at}"
 
 
 def texts(compiler: Compiler, seeds: range, **fields: object) -> Iterator[tuple[str, Token]]:

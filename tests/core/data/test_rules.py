@@ -14,7 +14,7 @@ from dataplane.core.messages import Admit, Fence, StepMeta, pack_rows
 from dataplane.core.request import pack_tokens
 from dataplane.core.rules import DEAD_END, Rule
 from dataplane.core.stage import Prepared, Stage
-from dataplane.model.sampler import SamplingTable
+from dataplane.model.sampler import Foresight, SamplingTable
 
 VOCAB = 40
 PLAIN, FIRST, SECOND = 1, 2, 3
@@ -33,6 +33,9 @@ class Told:
 
     def advance(self, moves: Sequence[tuple[Rule, int]]) -> None:
         self.moved += moves
+
+    def foresee(self, drafts: Sequence[tuple[Rule, int, Sequence[int]]], foresight: Foresight) -> None:
+        pass
 
     def settle(self) -> None:
         self.settled += 1

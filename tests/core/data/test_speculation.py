@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from controlplane.contract.requests import Sampling, Submit
+from dataplane.core.batching import Batcher, Limits
 from dataplane.core.ngrams import INDEX_BYTES, SIZES, NgramIndex
-from dataplane.core.speculation import GAIN_MIN, Rate, StepCost, draft_counts
+from dataplane.core.prefix import PrefixHasher
+from dataplane.core.request import Request
+from dataplane.core.speculation import GAIN_MIN, Rate, Speculator, StepCost, draft_counts
+from dataplane.core.stats import SchedulerStats
 from tests.core.data.pipeline import Cluster
 
 STAGES = (1, 2, 4)
@@ -169,6 +175,44 @@ def test_drafts_are_never_expected_to_cost_more_than_they_bring(
         )
         speed = brings / cost.seconds(len(rates) + sum(counts))
         assert speed >= GAIN_MIN * len(rates) / cost.seconds(len(rates)) * (1 - 1e-9)
+
+
+class Costly:
+    """Drafts that are always wrong, of a model that takes a while."""
+
+    pass_s = 0.001
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def propose(self, requests: Sequence[Request], count: int) -> list[list[int]]:
+        self.asked += 1
+        return [[0] * count for _ in requests]
+
+    def forget(self, rid: int) -> None:
+        pass
+
+
+def test_a_model_whose_drafts_were_wrong_is_asked_again_now_and_then() -> None:
+    limits = Limits(4, 16, 16, 64, 1000, 1.0, speculation="draft")
+    batcher, model = Batcher(limits), Costly()
+    batcher.account.set_quota(1000)
+    request = Request.from_submit(Submit(1, "p0", (1, 2, 3), Sampling(500, seed=1), (4,)), 0, 0)
+    request.hasher = PrefixHasher(4)
+    request.issued = 3
+    batcher.account.begin(1, [])
+    speculator = Speculator(limits, model, SchedulerStats())
+    asked = []
+    for _ in range(400):
+        speculator.cost.ran(1, 0.01)
+        drafts = speculator.drafts([(request, 1)], batcher).get(1, ())
+        asked.append(bool(drafts))
+        speculator.verified(1, len(drafts), [9])
+        request.ids.append(9)
+        request.issued += 1
+    assert model.asked == sum(asked)
+    assert 10 < sum(asked) < 120
+    assert any(asked[-70:])
 
 
 def test_a_rate_follows_what_is_seen() -> None:
