@@ -38,9 +38,9 @@ CATCH_UP_SHARE = 0.2
 # A draft model that was wrong is asked again for a request after so many of its tokens, as if little were known.
 RETRY_AFTER = 32
 RETRY_WEIGHT = 1.0
-# A step of so many rows that has no drafts: neither have as many steps after it, and nobody weighs them up. With many
-# rows that would take a part of a step that is no longer small.
-IDLE_ROWS, IDLE_STEPS = 8, 8
+# After a step of so many rows without drafts nobody weighs them up for so many steps, and in one of so many of these a
+# request's would-be draft is compared: with many rows each of the two would take a part of a step that is not small.
+IDLE_ROWS, IDLE_STEPS, IDLE_PROBES = 8, 16, 4
 
 
 class Proposer(Protocol):
@@ -181,7 +181,8 @@ class Speculator:
             return NO_DRAFTS
         if self._idle and len(rows) >= IDLE_ROWS:
             self._idle -= 1
-            self._probe(proposer, rows)
+            if self._idle % IDLE_PROBES == 0:
+                self._probe(proposer, rows)
             return NO_DRAFTS
         requests = [request for request, _ in rows]
         room = [min(self._draft_max, request.draft_room(self._context_len)) for request in requests]
