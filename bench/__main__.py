@@ -14,6 +14,7 @@ BENCHES = {
     "recovery": "kill each stage under load: gap to the next token, phases, exactness; against stop-restart",
     "takeover": "kill a node that holds 0.25, 1 and 3 GB of KV: the pause, and whether anybody else is suspected",
     "overhead": "latency with replication against latency without",
+    "secure": "tokens/s with certificates and sealed links (TCP) against tokens/s without",
     "kevlarflow": "the paper's evaluation: nodes fail under load, emulated A10s; Table 1 and figures; --scene, --rate",
     "decode": "tokens/s of one node and of a 4-stage pipeline, against the engines that install beside us",
     "structured": "JSON held to a schema: its share of the decode rate, time to first token with a cold schema",

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from bench.contract import progress
 from controlplane.contract.config import (
@@ -44,8 +45,10 @@ def running(
     controllers: int = 2,
     emulation: EmulationConfig | None = None,
     gateway: GatewayConfig | None = None,
+    transport: Literal["auto", "ucx", "sockets"] = "auto",
+    secure: bool = False,
 ) -> Iterator[LocalCluster]:
-    """A cluster on a checkpoint directory; on the demo model if none is named."""
+    """A cluster on a checkpoint directory; on the demo model if none is named. `secure`: with certificates."""
     with tempfile.TemporaryDirectory(prefix="kf-bench-") as run_dir:
         config = ClusterConfig(
             run_dir=run_dir,
@@ -61,8 +64,9 @@ def running(
             timing=timing or TimingConfig(),
             emulation=emulation or EmulationConfig(),
             gateway=gateway or GatewayConfig(),
+            transport=transport,
         )
-        cluster = LocalCluster(config, controllers=controllers)
+        cluster = LocalCluster(config, controllers=controllers, secure=secure)
         started = time.monotonic()
         cluster.start()
         try:
@@ -101,7 +105,9 @@ def wait_settled(cluster: LocalCluster) -> ClusterStatus:
 
 
 def generator(cluster: LocalCluster) -> LoadGenerator:
-    return LoadGenerator(cluster.gateway_url, cluster.api_key, cluster.config.model_name)
+    return LoadGenerator(
+        cluster.gateway_url, cluster.api_key, cluster.config.model_name, ca=cluster.endpoints.ca
+    )
 
 
 def run_streams(cluster: LocalCluster, prompts: Sequence[Prompt]) -> list[Stream]:

@@ -22,6 +22,7 @@ PREFLIGHT_S = 600  # that a browser may remember it
 SLASHES = re.compile("/{2,}")
 METHODS = {"DELETE", "GET", "HEAD", "OPTIONS", "POST"}
 HEAD = "head"  # in a request's state: only headers are wanted
+LOGGED = "logged"  # in a request's state: what its line in the log says besides
 REQUEST_ID = re.compile("[!-~]{1,128}")  # others are not taken over: an own one is made
 READS = {"GET", "HEAD", "OPTIONS"}  # pollers ask all the time: only what goes wrong with these is logged
 PATH_CHARS_MAX = 200  # of a client's path, in logs
@@ -79,8 +80,14 @@ class Manners:
         finally:
             if scope["method"] not in READS or answer.status >= 400:
                 path, seconds = scope["path"][:PATH_CHARS_MAX], round(time.perf_counter() - began, 3)
+                more_words = scope.get("state", {}).get(LOGGED, {})
                 log.info(
-                    "request", method=scope["method"], path=path, status=answer.status, duration_s=seconds
+                    "request",
+                    method=scope["method"],
+                    path=path,
+                    status=answer.status,
+                    duration_s=seconds,
+                    **more_words,
                 )
 
     def _allowed(self, path: str) -> set[str]:

@@ -273,6 +273,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Path(self.run_dir) / "api-keys"
 
     @property
+    def keys_file(self) -> Path:
+        """API keys with names and limits, as `kfadmin keys` writes them; both files count."""
+        return Path(self.run_dir) / "keys.json"
+
+    @property
     def database(self) -> str:
         return self.database_url or f"sqlite+aiosqlite:///{Path(self.run_dir) / 'history.db'}"
 

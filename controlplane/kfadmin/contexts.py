@@ -23,6 +23,7 @@ class Context(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     run_dir: str = ""
     admin: tuple[str, ...] = ()
     token_file: str = ""
+    ca_file: str = ""  # authorities of the admin APIs' certificates, beside those of the system
 
 
 class Contexts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,6 +100,9 @@ def set_(
     run_dir: Annotated[Path | None, typer.Option(help="Directory of a local cluster.")] = None,
     admin: Annotated[list[str] | None, typer.Option(help="URL of a controller's admin API.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with the token.")] = None,
+    ca_file: Annotated[
+        Path | None, typer.Option(help="File with the authorities of https:// URLs, beside the system's.")
+    ] = None,
 ) -> None:
     """Make a context, or another one of the same name."""
     if (run_dir is None) == (not admin):
@@ -108,6 +112,7 @@ def set_(
         "" if run_dir is None else str(run_dir.absolute()),
         tuple(admin or ()),
         "" if token_file is None else str(token_file.absolute()),
+        "" if ca_file is None else str(ca_file.absolute()),
     )
     save(Contexts(known.current or name, {**known.contexts, name: made}))
 

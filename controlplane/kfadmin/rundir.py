@@ -6,6 +6,7 @@ cluster.json      settings that every process of the cluster reads
 endpoints.json    where gateways and controllers listen
 secret            the cluster's secret (0600)
 api-keys          keys that the gateway accepts, one a line (0600)
+keys.json         keys with names and limits, as hashes (0600): `kfadmin keys`
 pids/NAME.json    processes that `kfadmin up` started itself
 nodes/NODE.json   nodes, written by the launcher, and relay/relay.json
 hold/NAME         while this file exists NAME is not started again

@@ -49,10 +49,13 @@ def connect(
 
     Raises Unreachable when there is none, NotAllowed when its token may not be read, ConfigError, RequestError.
     """
+    of_context = None if run_dir is not None or admin else chosen()
+    ca_file = of_context.ca_file if of_context is not None else ""
     run_dir, admin, token_file = resolved(run_dir, admin, token_file)
     local = find_run_dir(run_dir)
     try:
-        known = Endpoints((), tuple(url.rstrip("/") for url in admin)) if admin else local.endpoints()
+        urls = tuple(url.rstrip("/") for url in admin or ())
+        known = Endpoints((), urls, ca=ca_file) if admin else local.endpoints()
         endpoints, ca = list(known.admin) if admin else admin_endpoints(known), known.ca
     except ConfigError as error:
         raise Unreachable(f"{error}; start one with `kfadmin up`, or give --run-dir or --admin") from error

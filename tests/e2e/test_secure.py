@@ -22,7 +22,7 @@ from tests.e2e.cluster import Cluster, until, while_streaming
 from tests.etcdctl import ask, find_etcdctl
 
 PROMPTS = sample_prompts(8, 160)
-ANSWER_S = 3.0
+ANSWER_S = 1.0
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from controlplane.contract.errors import ConfigError
 from controlplane.contract.identity import Files, Identity, ProcessName, ProcessRole
 from controlplane.kfadmin.local import LocalCluster
 from controlplane.kfadmin.main import app
+from dataplane.transport.sealing import LinkIdentity
 from tests.certificates import CLUSTER, folder, settings
 
 NODE, GATEWAY = (ProcessRole.NODE, "n0"), (ProcessRole.GATEWAY, "g1")
@@ -180,6 +181,18 @@ def test_a_cluster_on_this_machine_renews_its_certificates(tmp_path: Path) -> No
     (made.path / "authority.pem").write_text("junk")
     up.renew_certificates()
     assert "WARNING: certificates cannot be renewed" in said[-1]
+
+
+def test_a_key_may_have_a_file_of_its_own(tmp_path: Path) -> None:
+    made = folder(tmp_path / "certs", NODE)
+    key, marker, cert = (made.path / "node-n0.pem").read_bytes().partition(b"-----BEGIN CERTIFICATE-----")
+    (tmp_path / "tls.crt").write_bytes(marker + cert)
+    (tmp_path / "tls.key").touch(mode=0o600)
+    (tmp_path / "tls.key").write_bytes(key)
+    tls = TlsConfig(ca=str(made.ca), cert=str(tmp_path / "tls.crt"), key=str(tmp_path / "tls.key"))
+    identity = Identity(tls, CLUSTER, ProcessName(*NODE))
+    assert identity.files.current().key == key
+    assert LinkIdentity(identity).chain()
 
 
 def test_wrong_files_are_told_apart(tmp_path: Path) -> None:

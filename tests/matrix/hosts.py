@@ -11,18 +11,22 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from controlplane.contract.config import ClusterConfig, EmulationConfig, EngineConfig
+from controlplane.certs.folder import CertFolder
+from controlplane.contract.config import ClusterConfig, EmulationConfig, EngineConfig, TlsConfig
 from controlplane.contract.errors import KevlarFlowError
+from controlplane.contract.identity import RELAY_NAME, ProcessName, ProcessRole, etcd_name
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
-from controlplane.etcd.server import etcd_command, etcd_version, find_etcd_binary
+from controlplane.etcd.server import ServerTls, etcd_command, etcd_version, find_etcd_binary
 from controlplane.kfadmin.client import AdminClient
 from controlplane.kfadmin.loadgen import LoadGenerator
 from controlplane.kfadmin.rundir import RunDir
+from controlplane.kfadmin.secure import etcd_healthy
 from controlplane.kfadmin.supervise import SupervisorThread
 from controlplane.kfadmin.up import demo_model
 from tests.matrix.cells import Shape
@@ -59,7 +63,9 @@ class HostCluster:
     talks to the cluster has to be `network.inside(CLIENT)`.
     """
 
-    def __init__(self, shape: Shape = Shape.FOUR) -> None:
+    def __init__(self, shape: Shape = Shape.FOUR, secure: bool = False) -> None:
+        """`secure`: each host has certificates of its own processes, and nothing between hosts is in clear."""
+        self._secure = secure
         self._stack = contextlib.ExitStack()
         self._stages = shape.stages
         self._engine = COMPUTING if shape is Shape.COMPUTING else ORACLE
@@ -105,6 +111,9 @@ class HostCluster:
         )  # fmt: skip
         all_addresses = ",".join(map(address, self.servers))
         self._direct = {"no_proxy": all_addresses, "NO_PROXY": all_addresses}
+        self.certs = CertFolder(self.folder / "operator")
+        if self._secure:
+            self._certify()
         for name in (*self.servers, SPARE):
             self._prepare(name)
         for name in self.servers:
@@ -122,7 +131,51 @@ class HostCluster:
                 (run_dir.path / file).write_bytes((first.path / file).read_bytes())
         run_dir.prepare()
         own = msgspec.structs.replace(self.config, run_dir=str(run_dir.path), host=self.network.address(name))
+        if self._secure:
+            self.deliver(name)
+            own = msgspec.structs.replace(own, tls=self._tls(name), insecure=False)
         run_dir.write("cluster.json", own)
+
+    # ---- certificates
+
+    def _certify(self) -> None:
+        now = datetime.now(UTC)
+        self.certs.create(self.config.cluster, now)
+        of_role = {
+            ProcessRole.ETCD: ETCD,
+            ProcessRole.CONTROLLER: CONTROLLERS,
+            ProcessRole.GATEWAY: GATEWAYS,
+            ProcessRole.NODE: self.nodes,
+        }
+        for role, names in of_role.items():
+            for name in names:
+                self.certs.issue([ProcessName(role, name)], [self.network.address(name)], now)
+        self.certs.issue([ProcessName(ProcessRole.RELAY, RELAY_NAME)], (), now)
+
+    def deliver(self, name: str) -> None:
+        """Bring a host what it needs of the operator's folder, as it is now: its own processes' files."""
+        target = self.run_dir(name).path / "certs"
+        target.mkdir(mode=0o700, exist_ok=True)
+        host = f"{ProcessRole.RELAY.value}-{RELAY_NAME}"
+        for file in (self.certs.ca, *self.certs.path.glob(f"*-{name}.pem"), self.certs.path / f"{host}.pem"):
+            fresh = target / f"{file.name}.new"
+            fresh.touch(mode=0o600)
+            fresh.write_bytes(file.read_bytes())
+            fresh.replace(target / file.name)
+
+    def _tls(self, name: str) -> TlsConfig:
+        folder = self.run_dir(name).path / "certs"
+        etcd = etcd_name(self.config.cluster)
+        return TlsConfig(ca=str(folder / "ca.pem"), cert=str(folder / "{process}.pem"), etcd_name=etcd)
+
+    def _etcd_tls(self, name: str) -> ServerTls | None:
+        if not self._secure:
+            return None
+        ca, cert, key = map(Path, self._tls(name).paths(str(ProcessName(ProcessRole.ETCD, name))))
+        return ServerTls(ca, cert, key)
+
+    def etcd_healthy(self, name: str) -> bool:
+        return etcd_healthy(f"{self.network.address(name)}:{ETCD_PORT}", self._etcd_tls(name))
 
     def _run(self) -> None:
         binary = find_etcd_binary(os.environ)
@@ -132,7 +185,8 @@ class HostCluster:
         )
         etcd = partial(etcd_command, binary, members=peers, hosts=hosts, version=etcd_version(binary))
         for name in ETCD:
-            self._spawn(name, etcd(name, self.run_dir(name).path / "etcd", ETCD_PORT, ETCD_PEER_PORT))
+            data, tls = self.run_dir(name).path / "etcd", self._etcd_tls(name)
+            self._spawn(name, etcd(name, data, ETCD_PORT, ETCD_PEER_PORT, tls=tls))
         for name in (*CONTROLLERS, *self.nodes, *GATEWAYS):
             self._spawn(name, self._python(name, host=name))
 
@@ -169,13 +223,20 @@ class HostCluster:
     @property
     def generator(self) -> LoadGenerator:
         """A client that knows every gateway."""
-        first, *others = [f"http://{self.network.address(name)}:{GATEWAY_PORT}" for name in GATEWAYS]
+        first, *others = [self._url(name, GATEWAY_PORT) for name in GATEWAYS]
         key = self.run_dir(GATEWAYS[0]).api_key()
-        return LoadGenerator(first, key, self.config.model_name, tuple(others), "", CLIENT_PATIENCE_S)
+        return LoadGenerator(first, key, self.config.model_name, tuple(others), self._ca, CLIENT_PATIENCE_S)
 
     def admin(self) -> AdminClient:
-        urls = [f"http://{self.network.address(name)}:{ADMIN_PORT}" for name in CONTROLLERS]
-        return AdminClient(urls, self.run_dir(CONTROLLERS[0]).admin_token())
+        urls = [self._url(name, ADMIN_PORT) for name in CONTROLLERS]
+        return AdminClient(urls, self.run_dir(CONTROLLERS[0]).admin_token(), ca=self._ca)
+
+    def _url(self, name: str, port: int) -> str:
+        return f"{'https' if self._secure else 'http'}://{self.network.address(name)}:{port}"
+
+    @property
+    def _ca(self) -> str:
+        return str(self.certs.ca) if self._secure else ""
 
     def status(self) -> ClusterStatus:
         with self.admin() as admin:

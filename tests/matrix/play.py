@@ -15,12 +15,11 @@ from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.records import OperationKind, OperationState
 from controlplane.contract.status import ClusterStatus, OperationRequest
-from controlplane.kfadmin.host import etcd_healthy
 from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
 from tests.e2e.cluster import all_home, summary
 from tests.matrix.cells import Cell, Kill, Phase
 from tests.matrix.faults import Faults
-from tests.matrix.hosts import CLIENT, CONTROLLERS, ETCD, ETCD_PORT, GATEWAYS, HostCluster
+from tests.matrix.hosts import CLIENT, CONTROLLERS, ETCD, GATEWAYS, HostCluster
 from tests.matrix.streams import Load, Result, judge
 
 DECODE = sample_prompts(16, 160)
@@ -182,14 +181,13 @@ class Player:
             }
         except ProcessLookupError:
             return False
-        etcd = [f"{self._cluster.network.address(name)}:{ETCD_PORT}" for name in ETCD]
         whole = (
             known == running
             and bool(status.leader)
             and status.etcd_age_s < ETCD_AGE_MAX_S
             and all_home(status)
         )
-        return whole and all(map(etcd_healthy, etcd))
+        return whole and all(map(self._cluster.etcd_healthy, ETCD))
 
     async def _wait(self, condition: Callable[[ClusterStatus], object], what: str, limit_s: float) -> None:
         deadline, last = time.monotonic() + limit_s, "nothing"

@@ -101,6 +101,20 @@ def test_any_company_threads_and_instruction_set(build: Build, dtype: Any, weigh
         _native.set_isa(-1)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [("float32", "model"), ("float32", "int8"), ("bfloat16", "int8")]
+)
+def test_long_steps_are_cut_by_rows(build: Build, dtype: Any, weights: Any) -> None:
+    """An expert with hundreds of rows gives them to several threads."""
+    text = np.random.default_rng(9).integers(0, 200, 500).tolist()
+    chain = Chain(build("mixtral"), 1, dtype, threads=2, weights=weights)
+    whole = chain.step([(row := chain.new(), text)])[row]
+    chain.release(row)
+    row = chain.new()
+    parts = [chain.step([(row, text[at : at + 90])])[row] for at in range(0, 500, 90)]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_experts_are_those_of_the_reference(build: Build, name: str) -> None:
     """A stage of one layer, whose attention adds nothing, against float64."""

@@ -27,8 +27,8 @@ from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import TAKE_OVER, Registration
 from controlplane.keyspace.connect import etcd_client
 from web.gateway.figures import FiguresReporter
+from web.gateway.http.api_keys import ApiKeys
 from web.gateway.http.app import build_app
-from web.gateway.http.guard import ApiKeys
 from web.gateway.http.server import listen, make_server, serve, stop
 from web.gateway.metrics import Metrics
 from web.gateway.model import Model, load_model
@@ -83,7 +83,7 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
     secret = load_secret(config.secret_file)
     token = derive(secret, "grpc")
     identity = Identity.of(config, ProcessRole.GATEWAY, name)
-    keys = ApiKeys.load(config.api_keys_file)
+    keys = ApiKeys.load(config.api_keys_file, config.keys_file)
     model = load_model(config)
     try:
         sock = listen(config.host, port)
@@ -107,7 +107,7 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
         registration = Registration(etcd, key, encode(record), LEASE_S, supersedes=(take_over,))
         watch = ClusterWatch(etcd, config, dispatcher, me, registration, model.context)
         tickets = Tickets(derive(secret, "streams"))
-        service = _service(config.gateway, model, dispatcher, metrics, watch, tickets, identity)
+        service = _service(config.gateway, model, dispatcher, metrics, watch, tickets, keys, identity)
         figures = FiguresReporter(me, token, metrics, watch.controllers, identity)
         grace_s = config.timing.stop_grace_s
         server = make_server(
@@ -117,6 +117,7 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
             asyncio.create_task(watch.follow(), name="watch"),
             asyncio.create_task(registration.run(), name="registration"),
             asyncio.create_task(etcd.follow_health(), name="health"),
+            asyncio.create_task(keys.follow(), name="keys"),
             asyncio.create_task(figures.run(), name="figures"),
         ]
         gc.freeze()  # what start-up made stays: collections need not look at it again
@@ -149,16 +150,23 @@ def _service(
     metrics: Metrics,
     watch: ClusterWatch,
     tickets: Tickets,
+    keys: ApiKeys,
     identity: Identity,
 ) -> Service:
     metrics.attach(dispatcher.router, watch.age_s)
+    metrics.attach_keys(keys.usages)
     return Service(
         model=model,
         dispatcher=dispatcher,
         metrics=metrics,
         started_unix_s=int(time.time()),
         etcd_age_s=watch.age_s,
-        troubles=lambda: [*watch.troubles(), *dispatcher.links.troubles(), *identity.troubles()],
+        troubles=lambda: [
+            *watch.troubles(),
+            *dispatcher.links.troubles(),
+            *identity.troubles(),
+            *filter(None, [keys.trouble]),
+        ],
         tickets=tickets,
         memory=Memory(limits.memory_bytes, limits.client_share),
         priority_floor=limits.priority_floor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from controlplane.contract import figures as contract
+from web.gateway.key_usage import KeyUsage
 from web.gateway.routing.router import Router
 
 PREFIX = "kevlarflow_"
@@ -97,6 +98,10 @@ class Metrics:
         """Export what the router counts by itself."""
         self.registry.register(_RouterCollector(router, etcd_age_s))
 
+    def attach_keys(self, usages: Callable[[], Sequence[KeyUsage]]) -> None:
+        """Export what each API key uses."""
+        self.registry.register(_KeyCollector(usages))
+
     def first_token(self) -> contract.Histogram:
         """Time to first token, as controllers are told of it."""
         samples = [sample for metric in self.ttft.collect() for sample in metric.samples]
@@ -107,6 +112,28 @@ class Metrics:
     def render(self) -> bytes:
         text: bytes = generate_latest(self.registry)
         return text
+
+
+class _KeyCollector(Collector):
+    def __init__(self, usages: Callable[[], Sequence[KeyUsage]]) -> None:
+        self._usages = usages
+
+    def collect(self) -> Iterable[Metric]:
+        usages = self._usages()
+        counted = {
+            "key_requests": ("Requests by API key", "requests"),
+            "key_rejections": ("Requests refused by an API key's own limits", "refused"),
+            "key_prompt_tokens": ("Prompt tokens by API key", "prompt_tokens"),
+            "key_generation_tokens": ("Tokens given by API key", "generation_tokens"),
+        }
+        for name, (text, field) in counted.items():
+            sums: dict[str, int] = {}
+            for usage in usages:  # a key that was revoked may have left its name to another
+                sums[usage.name] = sums.get(usage.name, 0) + getattr(usage, field)
+            family = CounterMetricFamily(PREFIX + name, text, labels=["key"])
+            for key, total in sums.items():
+                family.add_metric([key], total)
+            yield family
 
 
 class _RouterCollector(Collector):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 
 from web.gateway.errors import ApiError
+from web.gateway.key_usage import KeyUsage
 
 TOTAL_MAX = 2 << 30
 SHARE = 0.5
@@ -29,20 +30,21 @@ class Memory:
     def of(self, owner: bytes) -> int:
         return self._of[owner]
 
-    def hold(self, owner: bytes) -> Hold:
-        return Hold(self, owner)
+    def hold(self, owner: bytes, most: int = 0, usage: KeyUsage | None = None) -> Hold:
+        """`most`: bytes that this client may have, if that is less than others may. `usage`: of the key that it
+        comes with."""
+        return Hold(self, owner, min(most or self.client_max, self.client_max), usage)
 
-    def take(self, owner: bytes, size: int, has: int = 0) -> None:
-        """`has`: what the same request has already. Raises ApiError: 413 if that is too much even alone, 429 while the
-        client has too much, 503 while all have."""
-        if has + size > self.client_max:
+    def take(self, owner: bytes, size: int, has: int = 0, most: int = 0) -> None:
+        """`has`: what the same request has already. `most`: see `hold`. Raises ApiError: 413 if that is too much even
+        alone, 429 while the client has too much, 503 while all have."""
+        most = most or self.client_max
+        if has + size > most:
             self.refused += 1
-            raise ApiError(
-                413, f"this request would keep {has + size} bytes, and a client may keep {self.client_max}"
-            )
-        if self._of[owner] + size > self.client_max:
+            raise ApiError(413, f"this request would keep {has + size} bytes, and a client may keep {most}")
+        if self._of[owner] + size > most:
             self.refused += 1
-            text = f"the requests of this API key keep {self._of[owner]} of {self.client_max} bytes: try again later"
+            text = f"the requests of this API key keep {self._of[owner]} of {most} bytes: try again later"
             raise ApiError(429, text, retry_after_s=RETRY_S)
         if self.total + size > self.total_max:
             self.refused += 1
@@ -60,18 +62,21 @@ class Memory:
 
 
 class Hold:
-    """What one request holds. Given back by `release`, at the latest with the object itself."""
+    """What one request holds, and its place among its key's requests. Given back by `release`, at the latest with the
+    object itself."""
 
-    __slots__ = ("_memory", "_owner", "size")
+    __slots__ = ("_memory", "_most", "_owner", "_usage", "size")
 
-    def __init__(self, memory: Memory, owner: bytes) -> None:
+    def __init__(self, memory: Memory, owner: bytes, most: int, usage: KeyUsage | None) -> None:
         self._memory = memory
         self._owner = owner
+        self._most = most
+        self._usage = usage
         self.size = 0
 
     def grow(self, size: int) -> None:
         """Hold `size` bytes more. Raises ApiError, and then holds what it held."""
-        self._memory.take(self._owner, size, self.size)
+        self._memory.take(self._owner, size, self.size, self._most)
         self.size += size
 
     def become(self, size: int) -> None:
@@ -86,9 +91,17 @@ class Hold:
         """Give `size` bytes back, or all there are."""
         self.become(max(0, self.size - size))
 
+    def charge(self, prompt_tokens: int, generation_tokens: int) -> None:
+        """The key has used so much more."""
+        if self._usage is not None:
+            self._usage.charge(prompt_tokens, generation_tokens)
+
     def release(self) -> None:
         self._memory.give(self._owner, self.size)
         self.size = 0
+        usage, self._usage = self._usage, None
+        if usage is not None:
+            usage.end()
 
     def __del__(self) -> None:
         self.release()

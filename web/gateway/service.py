@@ -37,10 +37,10 @@ class Service:
         if name is not None and name != self.model.name:
             raise ApiError(404, f"the model {shorten(name)} does not exist", "model")
 
-    def check_priority(self, priority: int | None) -> None:
-        """Raises ApiError 400: priorities decide who is preempted, so the operator says how far they go."""
-        if priority is not None and priority < self.priority_floor:
-            text = (
-                f"priority must be {self.priority_floor} or more (lower runs first; gateway.priority_floor)"
-            )
+    def check_priority(self, priority: int | None, of_key: int | None = None) -> None:
+        """`of_key`: how far the API key goes, if not as far as all. Raises ApiError 400: priorities decide who is
+        preempted, so the operator says how far they go."""
+        floor = max(self.priority_floor, self.priority_floor if of_key is None else of_key)
+        if priority is not None and priority < floor:
+            text = f"priority must be {floor} or more (lower runs first; gateway.priority_floor and the API key's)"
             raise ApiError(400, text, "priority")

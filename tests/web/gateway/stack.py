@@ -18,8 +18,8 @@ from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import Member
 from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
 from tests.web.gateway.fake_node import FakeNode
+from web.gateway.http.api_keys import ApiKeys
 from web.gateway.http.app import build_app
-from web.gateway.http.guard import ApiKeys
 from web.gateway.http.server import GatewayServer, listen, make_server, stop
 from web.gateway.metrics import Metrics
 from web.gateway.model import Model, load_model
@@ -85,9 +85,7 @@ class Stack:
 
     @property
     def keys_owner(self) -> bytes:
-        owner = ApiKeys([KEY]).match(f"Bearer {KEY}")
-        assert owner is not None
-        return owner
+        return ApiKeys([KEY]).match(f"Bearer {KEY}").owner
 
     def stop(self, grace_s: float = 1.0) -> None:
         stop(self.server, self.dispatcher, grace_s)
@@ -100,6 +98,7 @@ async def running(
     keep_alive_s: float = 5.0,
     model: Model | None = None,
     origins: tuple[str, ...] = (),
+    keys: ApiKeys | None = None,
     **knobs: Any,
 ) -> AsyncIterator[Stack]:
     """`nodes` fake nodes, pipelines p0.. on the first two of them, and a gateway that is ready."""
@@ -107,7 +106,7 @@ async def running(
     try:
         for fake in fakes:
             await fake.start()
-        async with _gateway(fakes, policy, keep_alive_s, model, origins) as stack:
+        async with _gateway(fakes, policy, keep_alive_s, model, origins, keys) as stack:
             stack.place(**{f"p{index}": index for index in range(min(2, nodes))})
             await stack.until(lambda: stack.dispatcher.router.reachable == min(2, nodes))
             yield stack
@@ -145,12 +144,15 @@ async def _gateway(
     keep_alive_s: float,
     model: Model | None,
     origins: tuple[str, ...] = (),
+    keys: ApiKeys | None = None,
 ) -> AsyncIterator[Stack]:
     metrics = Metrics()
+    keys = keys or ApiKeys([KEY])
     dispatcher = Dispatcher(policy or Policy(), "t", metrics)
     metrics.attach(dispatcher.router, lambda: 0.0)
+    metrics.attach_keys(keys.usages)
     service = Service(model or demo_model(), dispatcher, metrics, 1, lambda: 0.0, Tickets("s"), keep_alive_s)
-    server = make_server(build_app(service, ApiKeys([KEY]), origins))
+    server = make_server(build_app(service, keys, origins))
     sock = listen("127.0.0.1", 0)
     stack = Stack(fakes, dispatcher, service, server, f"http://127.0.0.1:{sock.getsockname()[1]}")
     try:

@@ -14,7 +14,6 @@ import dataplane.demo
 from controlplane.contract.config import ClusterConfig, EngineConfig
 from controlplane.contract.errors import ConfigError
 from tests.web.gateway.stack import running
-from web.gateway.http.guard import ApiKeys
 from web.gateway.main import policy_of
 from web.gateway.model import load_model
 
@@ -177,31 +176,6 @@ def test_the_context_that_the_pool_holds_is_the_one_that_is_served(tmp_path: Pat
 def test_unknown_context_length(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_position_embeddings"):
         load_model(settings(copy_model(tmp_path)))
-
-
-def test_api_keys(tmp_path: Path) -> None:
-    path = tmp_path / "api-keys"
-    with pytest.raises(ConfigError, match="api-keys"):
-        ApiKeys.load(path)
-    path.write_text("# nobody\n\n")
-    with pytest.raises(ConfigError, match="no API key"):
-        ApiKeys.load(path)
-    path.write_text("# two\nkey-one\n  key-two  \n")
-    keys = ApiKeys.load(path)
-    assert keys.match("Bearer key-one")
-    assert keys.match("bearer key-two")
-    for header in (
-        None,
-        "",
-        "key-one",
-        "Basic key-one",
-        "Bearer",
-        "Bearer ",
-        "Bearer # two",
-        "Bearer key-on",
-    ):
-        assert not keys.match(header), header
-    assert "key-one" not in repr(vars(keys))
 
 
 def test_policy_follows_the_settings() -> None:

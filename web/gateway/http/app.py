@@ -16,8 +16,9 @@ from starlette.types import ASGIApp
 
 from web import bodies
 from web.gateway.errors import ApiError, shorten
+from web.gateway.http.api_keys import ApiKeys, Caller
 from web.gateway.http.generation_response import EVENT_HEADERS, GenerationResponse
-from web.gateway.http.guard import BODY_BYTES_MAX, ApiKeys, Guard
+from web.gateway.http.guard import BODY_BYTES_MAX, Guard
 from web.gateway.http.openapi import document
 from web.gateway.openai.chat import Prompting, chat_prompt
 from web.gateway.openai.chat_output import check_tools
@@ -112,7 +113,7 @@ def _model_routes(app: FastAPI, service: Service) -> None:
 def _generation_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", response_model=None)
     async def completions(request: Request) -> GenerationResponse:
-        hold = service.memory.hold(request.state.owner)
+        hold = _begin(service, request)
         started = await start_or_resume(
             service, "completion", await read_body(request, hold), _visit(request), hold
         )
@@ -120,7 +121,7 @@ def _generation_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(request: Request) -> GenerationResponse:
-        hold = service.memory.hold(request.state.owner)
+        hold = _begin(service, request)
         started = await start_or_resume(
             service, "chat", await read_body(request, hold), _visit(request), hold
         )
@@ -128,7 +129,7 @@ def _generation_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/responses", response_model=None)
     async def responses(request: Request) -> GenerationResponse:
-        hold = service.memory.hold(request.state.owner)
+        hold = _begin(service, request)
         started = await start_or_resume(
             service, "responses", await read_body(request, hold), _visit(request), hold
         )
@@ -137,9 +138,9 @@ def _generation_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/streams/{stream}", response_model=None)
     async def streams(stream: str, request: Request) -> Response:
         if getattr(request.state, HEAD, False):  # nothing is taken from whoever reads it
-            service.tickets.read(stream.partition(".")[0], request.state.owner)
+            service.tickets.read(stream.partition(".")[0], request.state.caller.owner)
             return Response(headers={name.decode(): value.decode() for name, value in EVENT_HEADERS})
-        hold = service.memory.hold(request.state.owner)
+        hold = _begin(service, request)
         return GenerationResponse(service, await reopen(service, stream, _visit(request), hold))
 
 
@@ -148,7 +149,7 @@ def _token_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        hold = service.memory.hold(request.state.owner)
+        hold = _begin(service, request)
         body = parse(TokenizeRequest, await read_body(request, hold))
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
@@ -169,7 +170,7 @@ def _token_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        hold = service.memory.hold(request.state.owner)
+        hold = _begin(service, request)
         body = parse(DetokenizeRequest, await read_body(request, hold))
         service.check_model(body.model)
         if len(body.tokens) > DETOKENIZE_MAX:
@@ -212,13 +213,29 @@ async def read_body(request: Request, hold: Hold) -> bytes:
 
 
 def _visit(request: Request) -> Visit:
-    headers = request.headers
+    headers, caller = request.headers, _caller(request)
     return Visit(
-        request.state.owner,
+        caller.owner,
         headers.get("x-request-id", ""),
         headers.get("idempotency-key"),
         headers.get("last-event-id") or None,  # an empty one says that nothing has come yet
+        caller.limits.priority_floor,
     )
+
+
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+def _begin(service: Service, request: Request) -> Hold:
+    """A request that its key's limits let pass; it is over when what it holds is released. Raises ApiError."""
+    caller = _caller(request)
+    limits = caller.limits
+    if limits.models and service.model.name not in limits.models:
+        raise ApiError(403, f"this API key may not use the model {service.model.name}", "model")
+    caller.usage.begin(time.monotonic())
+    return service.memory.hold(caller.owner, limits.memory_bytes, caller.usage)
 
 
 def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -66,6 +66,7 @@ class Generation:
         self._priority = priority
         self._starts = starts
         self.choices = [ChoiceDecoder(service.model.tokenizer, plan.prompt, rules) for plan in plans]
+        self._hold = hold
         self._started = time.perf_counter()
         self._last_at = [self._started] * len(plans)
         for choice, start in zip(self.choices, starts, strict=True):
@@ -161,8 +162,10 @@ class Generation:
         if first:
             metrics.ttft.observe(now - self._started)
             metrics.prompt_tokens.inc(len(self.plans[index].prompt))
+            self._hold.charge(len(self.plans[index].prompt), len(piece.tokens))
         else:
             metrics.tokens.waited(now - self._last_at[index])
+            self._hold.charge(0, len(piece.tokens))
         self._last_at[index] = now
         metrics.tokens.given += len(piece.tokens)
         if piece.finish is not None:

@@ -55,6 +55,7 @@ class Visit:
     request_id: str = ""
     idempotency_key: str | None = None
     last_event_id: str | None = None
+    priority_floor: int | None = None  # of the key, if it has one of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ async def start_or_resume(
     """The answer to a POST. `hold`: of the body's bytes; the answer holds what it keeps of them. Raises ApiError."""
     if visit.last_event_id is not None:
         ticket, cursor = _read(service, visit.last_event_id, visit)
-        prepared = await PREPARE[kind](service, body, seed_of(ticket.nonce))
+        prepared = await _prepare(service, kind, body, ticket.nonce, visit)
         if not prepared.request.stream:
             raise ApiError(400, "Last-Event-ID needs stream: true")
         if prepared.digest != ticket.digest:
@@ -108,7 +109,7 @@ async def start_or_resume(
     if key is not None and not (0 < len(key) <= REPEATED_MAX and key.isascii() and key.isprintable()):
         raise ApiError(400, f"Idempotency-Key: 1 to {REPEATED_MAX} printable ASCII characters")
     nonce = new_nonce() if key is None else service.tickets.keyed_nonce(visit.owner, key)
-    prepared = await PREPARE[kind](service, body, seed_of(nonce))
+    prepared = await _prepare(service, kind, body, nonce, visit)
     rids = [rid_of(nonce, index) for index in range(len(prepared.plans))]
     stream = bool(prepared.request.stream)
     digest = prepared.digest if stream or key is not None else b""
@@ -128,6 +129,12 @@ async def start_or_resume(
         service.metrics.resumed.labels("repeated").inc()
     starts = _starts(rids, logs, context, [None] * len(rids), resumed=False)
     return _answer(service, prepared, context, starts, ticket.text if stream else "", None, hold)
+
+
+async def _prepare(service: Service, kind: str, body: bytes, nonce: bytes, visit: Visit) -> PreparedRequest:
+    prepared = await PREPARE[kind](service, body, seed_of(nonce))
+    service.check_priority(prepared.request.priority, visit.priority_floor)
+    return prepared
 
 
 async def reopen(service: Service, stream: str, visit: Visit, hold: Hold) -> StartedAnswer:

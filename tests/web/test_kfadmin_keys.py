@@ -1,0 +1,50 @@
+"""`kfadmin keys`: made, listed, revoked; nothing that lets somebody in is kept or told twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner, Result
+
+from controlplane.kfadmin.main import app
+from web.gateway.http.api_keys import ApiKeys
+
+
+def keys(run_dir: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["keys", *arguments, "--run-dir", str(run_dir)])
+
+
+def test_a_key_from_its_making_to_its_end(tmp_path: Path) -> None:
+    done = keys(
+        tmp_path, "create", "alice", "--owner", "team a", "--for", "30d", "--tokens-per-minute", "1000",
+        "--model", "m1", "--model", "m2", "--priority-floor", "5",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    text = done.stdout.strip()
+    store = ApiKeys.load(tmp_path / "api-keys", tmp_path / "keys.json")
+    assert store.match(f"Bearer {text}").limits.models == ("m1", "m2")
+    assert text.split("-", 2)[2] not in (tmp_path / "keys.json").read_text()
+    again = keys(tmp_path, "create", "alice")
+    assert again.exit_code == 2
+    assert "revoke it first" in again.output
+    listed = json.loads(keys(tmp_path, "list", "-o", "json").stdout)
+    assert [(key["name"], key["owner"], key["state"]) for key in listed] == [("alice", "team a", "active")]
+    assert listed[0]["expires_unix_s"] - listed[0]["created_unix_s"] == 30 * 86400
+    assert not {"hash", "salt", "key"} & listed[0].keys()
+    table = keys(tmp_path, "list").stdout
+    assert "only m1, m2; 1000 tokens/min; priority 5 or more" in " ".join(table.split())
+    assert keys(tmp_path, "revoke", "alice").exit_code == 0
+    assert keys(tmp_path, "revoke", "alice").exit_code == 2
+    assert keys(tmp_path, "list", "-o", "name").stdout == ""
+    assert keys(tmp_path, "list", "--all", "-o", "name").stdout == "alice\n"
+    assert keys(tmp_path, "create", "alice").exit_code == 0, "the name is free again"
+
+
+def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    assert keys(tmp_path, "create", "a b").exit_code != 0
+    assert keys(tmp_path, "create", "a", "--for", "1 day").exit_code != 0
+    assert keys(tmp_path, "create", "a", "--streams", "-1").exit_code == 2
+    assert keys(tmp_path / "nowhere", "list", "-o", "json").stdout.strip() == "[]"
+    assert keys(tmp_path / "nowhere", "create", "a").exit_code == 1
+    assert not (tmp_path / "keys.json").exists()
