@@ -15,6 +15,7 @@ from controlplane.contract import rpc
 from controlplane.contract.config import TimingConfig
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.figures import Figures, GatewayReport, Histogram
+from controlplane.contract.identity import PLAIN, Identity, ProcessName, ProcessRole
 from controlplane.contract.ids import Member
 from controlplane.contract.status import ClusterStatus
 from controlplane.contract.topology import Mode
@@ -24,6 +25,7 @@ from controlplane.shell import figures as shell
 from controlplane.shell.figures import Recorder
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.rpc import ReportServer
+from tests.certificates import CLUSTER, folder, settings
 from web.gateway import figures as gateway
 from web.gateway.figures import FiguresReporter
 from web.gateway.metrics import LATENCIES_S, Metrics
@@ -91,11 +93,11 @@ def test_of_what_waits_for_the_database_figures_are_dropped_first(tmp_path: Path
 class Measured:
     """A controller's recorder behind its gRPC server, and the history that it writes."""
 
-    def __init__(self, folder: Path, leads: bool = True) -> None:
+    def __init__(self, folder: Path, leads: bool = True, identity: Identity = PLAIN) -> None:
         self.store = HistoryStore(url(folder), "c", "c1")
         self.history = HistoryWriter(self.store)
-        self.recorder = Recorder(TOKEN, self.history, lambda: leads)
-        self.server = ReportServer(TOKEN, Inbox(), TimingConfig(), beside=[self.recorder.handler()])
+        self.recorder = Recorder(TOKEN, self.history, lambda: leads, identity)
+        self.server = ReportServer(TOKEN, Inbox(), TimingConfig(), identity, beside=[self.recorder.handler()])
         self.address = ""
 
     async def __aenter__(self) -> Measured:
@@ -179,6 +181,43 @@ def test_strangers_and_junk_are_refused(tmp_path: Path) -> None:
             assert await refused(odd, TOKEN) is grpc.StatusCode.INVALID_ARGUMENT
             assert measured.recorder.refused == 3
             await call(good, metadata=(("authorization", f"Bearer {TOKEN}"),), timeout=10)
+
+    asyncio.run(main())
+
+
+def test_with_certificates_a_gateway_speaks_for_itself_alone(tmp_path: Path) -> None:
+    c1, g1, n0 = (
+        ProcessName(role, name)
+        for role, name in (
+            (ProcessRole.CONTROLLER, "c1"),
+            (ProcessRole.GATEWAY, "g1"),
+            (ProcessRole.NODE, "n0"),
+        )
+    )
+    certs = folder(tmp_path / "certs", *((p.role, p.name) for p in (c1, g1, n0)), hosts=("127.0.0.1",))
+
+    def identity(me: ProcessName) -> Identity:
+        return Identity(settings(certs), CLUSTER, me)
+
+    async def tell(address: str, sender: ProcessName, controller: str, as_name: str) -> int:
+        """Failures of one report under the name `as_name`."""
+        where = {controller: address}
+        reporter = FiguresReporter(Member(as_name, "a"), TOKEN, Metrics(), lambda: where, identity(sender))
+        await reporter._tell(controller, address, reporter.report())
+        for channel in reporter._channels.values():
+            await channel.close()
+        return reporter.failures
+
+    async def main() -> None:
+        async with Measured(tmp_path, identity=identity(c1)) as measured:
+            assert await tell(measured.address, g1, "c1", "g1") == 0
+            assert measured.recorder.refused == 0
+            assert await tell(measured.address, g1, "c1", "g2") == 1
+            assert await tell(measured.address, n0, "c1", "n0") == 1
+            assert measured.recorder.refused == 2
+            # Nor does a gateway tell anything, its token least of all, to who is not the controller that it means.
+            assert await tell(measured.address, g1, "c2", "g1") == 1
+            assert measured.recorder.refused == 2
 
     asyncio.run(main())
 

@@ -16,7 +16,7 @@ from controlplane.kfadmin.loadgen import Stream, sample_prompts
 from tests.e2e.cluster import Cluster, until, while_streaming
 from tests.web.dashboards import CHROMIUM
 
-WIDTH, HEIGHT = 1120, 1040
+WIDTH, HEIGHT = 1080, 960
 BYTES_MAX = 150_000
 STREAMS, TOKENS = 8, 384
 VICTIM = "n5"
@@ -73,10 +73,14 @@ async def failure(cluster: Cluster, pages: dict[str, Page], folder: Path) -> Non
 
     async def act(streams: list[Stream]) -> None:
         await until(lambda: all(len(stream.tokens) > 16 for stream in streams), "all streams are under way")
+        cluster.local.hold(
+            VICTIM
+        )  # its launcher would have a fresh process there before the picture is taken
         cluster.kill(VICTIM)
         for page in pages.values():
             shown = page.locator(".incident", has_text=f"{VICTIM} failed")
             await expect(shown).to_contain_text("serves again after", timeout=PATIENCE_MS)
+            await expect(page.locator(".stage.borrowed")).to_be_visible(timeout=PATIENCE_MS)
         for scheme, page in pages.items():
             path = folder / f"failover-{scheme}.png"
             size = len(await page.screenshot(path=path))
