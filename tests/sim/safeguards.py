@@ -21,7 +21,7 @@ from controlplane.core.evidence import Evidence, judge
 from controlplane.etcd.election import Leadership
 from controlplane.etcd.register import Registration
 from controlplane.etcd.values import Compare
-from dataplane import parity, parity_bytes
+from dataplane import encoding, parity, parity_bytes
 from dataplane.core.encoder import Encoder
 from dataplane.core.messages import Fence, KvMeta, KvQueryMeta, RejoinMeta, StepMeta
 from dataplane.core.replication import Copy, ReplicaSource
@@ -100,6 +100,7 @@ def no_checksums() -> Iterator[None]:
         mock.patch.object(KvBytes, "gather", gathered),
         mock.patch.object(KvBytes, "sums", of_blocks),
         mock.patch.object(KvBytes, "sums_of", of_message),
+        mock.patch.object(encoding, "piece_sums", of_pieces),
         mock.patch.object(parity, "piece_sums", of_pieces),
         mock.patch.object(parity_bytes, "piece_sums", of_pieces),
     ):
