@@ -74,12 +74,13 @@ def logits(ids: list[int]) -> np.ndarray:
 class Guesser:
     """Drafts of a log that is known; one of seven is another token."""
 
-    pass_s = 0.0
+    def pass_s(self, requests: int) -> float:
+        return 0.0
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
 
-    def propose(self, requests: Sequence[Request], count: int) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], count: int, within_s: float) -> list[list[int]]:
         found = []
         for request in requests:
             at = len(request.output)
