@@ -9,7 +9,8 @@
 #   make check     ruff, mypy, import-linter, cython-lint
 #   make install   .venv with everything: tests, our own benches, development
 #   make bench-peers  the engines that benches compare us with (large, and llama.cpp is compiled: minutes)
-#   make clients   clients of OpenAI's API for tests/clients (half a gigabyte; what is missing there is skipped)
+#   make clients   clients of OpenAI's API for tests/clients (1.2 GB; tests of those that are missing are skipped)
+#   make clients-load  the same for load generators (7 GB)
 #   make proto     etcd's message classes from its definitions
 #   make test-gpu  tests of the GPU kernels: on a GPU, or in Triton's interpreter
 #   make clean     build products (the .venv stays)
@@ -35,7 +36,7 @@ PACKAGES := controlplane dataplane kernels migrations web
 SEEDS ?= 100000
 FIRST ?= 0
 
-.PHONY: install up test soak matrix check proto test-gpu bench-peers clients clean
+.PHONY: install up test soak matrix check proto test-gpu bench-peers clients clients-load clean
 
 install: $(VENV)/.installed
 
@@ -77,6 +78,8 @@ test-gpu: install
 bench-peers: $(VENV)/.bench-peers $(BENCH_VLLM)/.installed
 
 clients: $(CLIENTS)/.installed
+
+clients-load: $(CLIENTS)-load/.installed
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -143,4 +146,10 @@ $(CLIENTS)/.installed: $(VENV)/.python tests/clients/requirements.txt tests/clie
 	@mkdir -p $(CLIENTS)/js && cp tests/clients/package.json $(CLIENTS)/js/
 	@if command -v npm >/dev/null; then cd $(CLIENTS)/js && npm install --no-audit --no-fund --no-package-lock; \
 	else echo "make clients: npm is not installed, so those for JavaScript are left out"; fi
+	@touch $@
+
+$(CLIENTS)-load/.installed: $(VENV)/.python tests/clients/requirements-load.txt
+	$(PYTHON) -m venv $(CLIENTS)-load
+	$(CLIENTS)-load/bin/python -m pip --disable-pip-version-check --no-input install \
+	  --requirement tests/clients/requirements-load.txt
 	@touch $@

@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from controlplane.contract.requests import Sampling
 from dataplane._fast.blocktable import BlockTable
 from dataplane.core.request import Request
 from dataplane.model.errors import ModelError
@@ -61,18 +62,18 @@ class DraftModel:
         self._known: dict[int, _Known] = {}  # least recently used first
         self._sampling = SamplingTable(1, executor.config.vocab_size, executor.team)
         self._requests_max = requests_max
-        self._passes: deque[float] = deque(
-            maxlen=PASSES_KEPT
-        )  # seconds of those with a token for each request
+        # What a draft for so many requests took, in seconds.
+        self._passes: deque[tuple[int, float]] = deque(maxlen=PASSES_KEPT)
         self._passed_at = 0.0
         self._token_s = 0.0
+        self._pieces = 0  # of logs that were taken in, in this call
 
-    @property
-    def pass_s(self) -> float:
-        """Of a pass with a token for each request, about."""
+    def pass_s(self, requests: int) -> float:
+        """See `core.speculation.Proposer`. More requests than were measured take as many times more, at most."""
         if not self._passes:
             return 0.0
-        least, usual = min(self._passes), median(self._passes)
+        passes = [took * max(1.0, requests / count) for count, took in self._passes]
+        least, usual = min(passes), median(passes)
         idle_s = time.monotonic() - self._passed_at
         return least + (usual - least) * math.exp2(-idle_s / BUSY_S)
 
@@ -82,20 +83,26 @@ class DraftModel:
         tokens = min(64, self._context - 8)
         for count in (tokens, 1, 1, 1, 1, 1):
             start = self._table.valid(row)
-            self._forward([row], [[0] * count], start_of=[start])
+            began = time.monotonic()
+            logits = self._forward([row], [[0] * count], start_of=[start])
+            if count == 1:
+                self._draw(Sampling(2, 0), [], [], logits[0])
+                self._passed(1, began)
         self._free += self._table.free_row(row)
 
-    def propose(self, requests: Sequence[Request], count: int) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], count: int, within_s: float) -> list[list[int]]:
         """See `core.speculation.Proposer`."""
-        deadline = time.monotonic() + PASSES_S
+        began = time.monotonic()
+        deadline, caught_up_by = began + PASSES_S, began + min(PASSES_S, within_s)
         ready: list[Request] = []
+        self._pieces = 0
         for request in requests[: self._requests_max]:
-            if self._catch_up(request, count, deadline):
+            if self._catch_up(request, count, caught_up_by):
                 ready.append(request)
         ready = [request for request in ready if request.rid in self._known]  # others may have made room
         drafts: dict[int, list[int]] = {request.rid: [] for request in ready}
         for _ in range(count):
-            if not ready or (drafts[ready[0].rid] and time.monotonic() + self.pass_s > deadline):
+            if not ready or (drafts[ready[0].rid] and time.monotonic() + self.pass_s(len(ready)) > deadline):
                 break
             self._deepen(ready, drafts)
         return [drafts.get(request.rid, []) for request in requests]
@@ -124,8 +131,9 @@ class DraftModel:
         del known.ids[same:]  # drafts that were wrong
         while len(known.ids) < end:
             left_s = deadline - time.monotonic()
-            if left_s <= 0:
+            if left_s <= 0 and self._pieces:  # one at least, or it would never end
                 return False
+            self._pieces += 1
             start = len(known.ids)
             piece = max(PIECE_MIN, int(left_s / self._token_s)) if self._token_s else PIECE_MIN
             tokens = request.ids[start : min(start + piece, end)]
@@ -138,6 +146,7 @@ class DraftModel:
 
     def _deepen(self, requests: Sequence[Request], drafts: dict[int, list[int]]) -> None:
         """One more draft for each."""
+        began = time.monotonic()
         rows, tokens, starts = [], [], []
         for request in requests:
             known, more = self._known[request.rid], drafts[request.rid]
@@ -148,12 +157,26 @@ class DraftModel:
             known.ids.append(token)
         logits = self._forward(rows, tokens, start_of=starts)
         for request, values in zip(requests, logits, strict=True):
-            drafts[request.rid].append(self._draw(request, drafts[request.rid], values))
+            more, prompt = drafts[request.rid], request.ids[: request.prompt_len]
+            more.append(
+                self._draw(request.sampling, prompt, request.ids[request.prompt_len :] + more, values)
+            )
+        self._passed(len(requests), began)
 
-    def _draw(self, request: Request, drafts: list[int], logits: npt.NDArray[np.float32]) -> int:
-        sampling = msgspec.structs.replace(request.sampling, logprobs=None, grammar="")
-        output = [*request.ids[request.prompt_len :], *drafts]
-        slot = self._sampling.admit(sampling, request.ids[: request.prompt_len], output)
+    def _passed(self, requests: int, began: float) -> None:
+        self._passed_at = time.monotonic()
+        self._passes.append((requests, self._passed_at - began))
+
+    def _draw(
+        self, sampling: Sampling, prompt: list[int], output: list[int], logits: npt.NDArray[np.float32]
+    ) -> int:
+        sampling = msgspec.structs.replace(sampling, logprobs=None, grammar="", bad_words=())
+        ids: npt.NDArray[np.int32] | list[int] = output
+        if sampling.repetition_penalty == 1.0 and not (
+            sampling.presence_penalty or sampling.frequency_penalty
+        ):
+            prompt, ids = [], np.zeros(len(output), np.int32)  # only how many there are counts
+        slot = self._sampling.admit(sampling, prompt, ids)
         try:
             token = int(self._sampling.sample(logits[None], np.array([slot], np.int32)).tokens[0])
         finally:
@@ -174,10 +197,7 @@ class DraftModel:
         logits = self._executor.forward(flat, None, arrays, (np.cumsum(counts) - 1).astype(np.int32))
         self._table.commit(*at)
         took = time.monotonic() - began
-        if len(flat) == len(rows):
-            self._passes.append(took)
-            self._passed_at = began + took
-        else:
+        if len(flat) > len(rows):
             token_s = took / len(flat)
             self._token_s += (token_s - self._token_s) * (MEASURED if self._token_s else 1.0)
         return logits.astype(np.float32, copy=False)

@@ -414,14 +414,7 @@ class Node:
         counters |= {f"replica_{name}": getattr(copies, name) for name in OF_COPIES}
         counters |= {f"link_{name}": getattr(links, name) for name in OF_LINKS}
         counters |= {f"fenced_{kind}": count for kind, count in stats.fenced.items()}
-        encoder, restorer = self._worker.parity.encoder, self._worker.parity.restorer
-        counters["parity_bytes"] = encoder.used_bytes
-        counters["parity_evicted"] = encoder.evictions
-        counters["parity_checksum_failures"] = encoder.checksum_failures
-        counters["parity_shards_sent"] = self._worker.parity.blocks_sent
-        counters["parity_shards_restored"] = encoder.restored
-        counters["blocks_restored"] = restorer.blocks_restored
-        counters["blocks_not_restored"] = restorer.blocks_refused
+        counters |= self._worker.parity.counters()
         counters["replicas_evicted"] = self._store.copies.evictions
         counters["checksum_failures"] = self._store.checksum_failures
         counters["bad_frames"] = self._bad_frames

@@ -7,7 +7,6 @@ writes blocks or parities runs in the KV thread. Used by the worker only, one ca
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,6 @@ from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.topology import Mode, Topology
 from dataplane._fast.checksum import piece_sums
 from dataplane.core.blocks import KvStore
-from dataplane.core.encoder import Effect, Encoder, Fetch, Refuse, Send, Solve
 from dataplane.core.messages import (
     Fence,
     FetchMeta,
@@ -33,13 +31,13 @@ from dataplane.core.messages import (
     ShardQueryMeta,
     SurvivorMeta,
 )
-from dataplane.core.parity import ANSWER_LIMIT_S, ShardSource, candidates_of, clients_of, encoders_of, ranked
+from dataplane.core.parity import ShardSource, candidates_of, encoders_of, ranked
 from dataplane.core.prefix import unpack_names
 from dataplane.core.restorer import Answer, Restorer
 from dataplane.core.stage import Stage
+from dataplane.encoding import Encoding, checked_shards
 from dataplane.kvwork import KvBytes, RunInThread, blocks_as_bytes
 from dataplane.model.split import split_layers
-from dataplane.parity_bytes import OF_BYTES, ParityBytes
 from dataplane.replica import COMPANY_BYTES, Replicator, never
 from dataplane.transport import frames
 
@@ -50,9 +48,6 @@ if TYPE_CHECKING:
     from kernels.cuda.cache import DeviceCache
 
 log = logging.getLogger(__name__)
-
-UNSENT_MAX = 64  # restored shards that wait for a link
-NOTHING = memoryview(b"")
 
 
 class Parity:
@@ -73,11 +68,10 @@ class Parity:
     ) -> None:
         """`send_later`: for shards, behind all that others wait for. `answer`: to the scheduler of a pipeline.
         `longest(N)`: bytes of the longest block of N stages."""
-        self.encoder = Encoder(settings.memory_bytes)
+        self.encoding = Encoding(me, thread, send, settings.memory_bytes)
         self.restorer = Restorer(kv.block_bytes)
         self.sources: dict[PipelineId, ShardSource] = {}
         self.blocks_sent = 0
-        self.bytes = ParityBytes()
         self._me = me
         self._store = store
         self._kv = blocks_as_bytes(kv)
@@ -91,31 +85,24 @@ class Parity:
         self._longest = longest
         self._company = max(1, COMPANY_BYTES // (block_wire_bytes or kv.block_bytes))
         self._topology: Topology | None = None
+        self._busy = False  # parity protects this group
         self._epochs: dict[PipelineId, int] = {}
-        self._clients: set[PipelineId] = set()  # whose parity may be here
-        self._encoders: dict[PipelineId, tuple[Member, ...]] = {}  # of those
-        self._moved: dict[
-            PipelineId, float
-        ] = {}  # whose encoders are others now: when its first stage is told next
-        self._unsettled: set[PipelineId] = (
-            set()
-        )  # all that is alive has been heard of, some of it is on its way
-        self._unsent: deque[tuple[Member, RestoredMeta, bytes]] = deque(maxlen=UNSENT_MAX)
+        # All that is alive in these has been heard of, and some of it is on its way.
+        self._unsettled: set[PipelineId] = set()
 
     # ------------------------------------------------------------------ duties
 
     def apply(self, topology: Topology) -> None:
         """What this node has to do from now on (level-triggered). Its stages are those of the topology already."""
         self._topology = topology
-        self._clients = {pipeline.id for pipeline in clients_of(topology, self._me)}
-        before, self._encoders = self._encoders, {name: encoders_of(topology, name) for name in self._clients}
-        self._moved |= {name: 0.0 for name, now in self._encoders.items() if before.get(name, now) != now}
-        self._forget(self.encoder.retain(self._clients))
+        if topology.mode is not Mode.PARITY and not self._busy:
+            return
+        self._busy = topology.mode is Mode.PARITY
+        self.encoding.apply(topology)
         for pipeline in topology.pipelines:
             name, changed = pipeline.id, self._epochs.get(pipeline.id) != pipeline.epoch
             self._epochs[name] = pipeline.epoch
             if changed:
-                self._forget(self.encoder.void(name))
                 self.restorer.void(name)
                 self._unsettled.discard(name)
             if name not in self._stages or topology.mode is not Mode.PARITY:
@@ -129,15 +116,25 @@ class Parity:
                 source.restart()
             source.place(encoders_of(topology, name), candidates_of(topology, name))
 
+    def counters(self) -> dict[str, int]:
+        """For reports, by name; all but the first two are monotonic."""
+        encoder, restorer = self.encoding.encoder, self.restorer
+        return {
+            "parity_bytes": encoder.used_bytes,
+            "parity_lag_blocks": sum(source.lag_blocks for source in self.sources.values()),
+            "parity_evicted": encoder.evictions,
+            "parity_checksum_failures": encoder.checksum_failures,
+            "parity_shards_sent": self.blocks_sent,
+            "parity_shards_restored": encoder.restored,
+            "blocks_restored": restorer.blocks_restored,
+            "blocks_not_restored": restorer.blocks_refused,
+        }
+
     def link_changed(self, node: str) -> None:
         for source in self.sources.values():
             source.restart(node)
         self.restorer.link_changed(node)
-        unsent = list(self._unsent)
-        self._unsent.clear()
-        for to, meta, payload in unsent:
-            if to.node != node or not self._send(to, meta, payload):
-                self._unsent.append((to, meta, payload))
+        self.encoding.link_changed(node)
 
     def sealed(self, pipeline: PipelineId, names: Sequence[bytes]) -> None:
         """A step has filled these blocks."""
@@ -149,38 +146,25 @@ class Parity:
 
     async def handle(self, peer: Member, meta: ParityMeta, payload: memoryview, now: float) -> None:
         match meta:
-            case ShardMeta():
-                if meta.pipeline in self._clients:
-                    await self._add(meta, payload, now)
             case ShardAckMeta():
                 if (source := self.sources.get(meta.pipeline)) is not None:
                     source.heard(peer, meta, now)
-            case ShardQueryMeta():
-                if meta.pipeline in self._clients:
-                    self._send(peer, self.encoder.whole(meta.pipeline, meta.stage, meta.fence), b"")
-            case ShardDropMeta():
-                self._forget(self.encoder.dropped(meta.pipeline, meta.stage, unpack_names(meta.names)))
-            case RestoreMeta():
-                names = unpack_names(meta.names)
-                await self._perform(
-                    self.encoder.asked(meta.pipeline, meta.fence, meta.stage, peer, names, now)
-                )
             case FetchMeta():
                 await self._survive(peer, meta)
-            case SurvivorMeta():
-                await self._take_out(meta, payload)
             case RestoredMeta():
                 await self._keep(peer, meta, payload, now)
+            case _:
+                await self.encoding.handle(peer, meta, payload, now)
 
     async def pump(self, now: float, others_wait: Callable[[], bool] = never) -> None:
         """Send what is to be sent. To be called before the replicator's: what is gone from the pool it forgets."""
+        if not self._busy:
+            return
         if self._store.pool.gone and self.sources:
             gone = [name for name in self._store.pool.gone if not self._store.pool.has(name)]
             for source in self.sources.values():
                 source.gone(gone)
-        await self._perform(self.encoder.expire(now))
-        self._tell_stages()
-        self._tell_moved(now)
+        await self.encoding.pump(now)
         self._restore(now)
         for pipeline, source in self.sources.items():
             fence, index = Fence(self._epochs[pipeline]), self._stages[pipeline].index
@@ -252,116 +236,6 @@ class Parity:
         named = dict.fromkeys(name for row in rows for name in self._store.names_of(row) if name)
         return [*(named | dict.fromkeys(self._store.kept[pipeline]))]
 
-    # ------------------------------------------------------------------ an encoder
-
-    async def _add(self, meta: ShardMeta, payload: memoryview, now: float) -> None:
-        names, sums, size = await self._checked(meta.names, payload)
-        effects: list[Effect] = []
-        for place, (name, checksum) in enumerate(zip(names, meta.sums, strict=True)):
-            key = meta.pipeline, name
-            if not self._encodes(meta.pipeline, name):
-                continue  # one of us does not know the newest topology; the stage asks what is here
-            if place < len(sums) and sums[place] == checksum and size <= meta.shape.longest:
-                effects += self.encoder.arrived(key, meta.stage, meta.shape, checksum, place, now)
-            else:
-                self.encoder.damaged(key, meta.stage)
-        await self._perform(effects, payload, size)
-
-    def _encodes(self, pipeline: PipelineId, name: bytes) -> bool:
-        encoders = self._encoders.get(pipeline, ())
-        return bool(encoders) and ranked(name, encoders)[0] == self._me
-
-    async def _take_out(self, meta: SurvivorMeta, payload: memoryview) -> None:
-        names, sums, size = await self._checked(meta.names, payload)
-        lacks, effects = unpack_names(meta.lacks), list[Effect]()
-        for place, (name, checksum) in enumerate(zip(names, meta.sums, strict=True)):
-            if place < len(sums) and sums[place] == checksum:
-                key = meta.pipeline, name
-                effects += self.encoder.survived(key, meta.fence, meta.stage, checksum, place)
-            else:
-                lacks.append(name)
-        effects += self.encoder.lacks(meta.pipeline, meta.fence, meta.stage, lacks)
-        await self._perform(effects, payload, size)
-
-    async def _checked(self, packed: bytes, payload: memoryview) -> tuple[list[bytes], list[int], int]:
-        """Names, the checksums of the shards that have come, and the size of one."""
-        names = unpack_names(packed)
-        size = len(payload) // max(1, len(names))
-        sums = (await self._thread(piece_sums, payload, size)).tolist() if size else []
-        return names, sums, size
-
-    async def _perform(self, effects: list[Effect], payload: memoryview = NOTHING, size: int = 0) -> None:
-        while effects:
-            self._say(effects)  # before what is said is forgotten
-            further: list[Effect] = []
-            work = [effect for effect in effects if isinstance(effect, OF_BYTES)]
-            solved = await self._thread(self.bytes.perform, work, payload, size) if work else {}
-            for effect in effects:
-                if isinstance(effect, Fetch):
-                    further += self._fetch(effect)
-                elif isinstance(effect, Solve):
-                    further += self.encoder.solved(effect.key, solved[effect.key])
-            effects = further
-
-    def _forget(self, effects: list[Effect]) -> None:
-        """Effects that only give memory back."""
-        self.bytes.perform(effects, NOTHING, 0)
-
-    def _say(self, effects: list[Effect]) -> None:
-        """Restored shards to who asked, in company, and what cannot be restored."""
-        said: dict[tuple[PipelineId, Fence, int, Member], tuple[list[Send], list[bytes]]] = {}
-        for effect in effects:
-            if isinstance(effect, Send | Refuse):
-                line = effect.key[0], effect.fence, effect.stage, effect.to
-                sent, refused = said.setdefault(line, ([], []))
-                if isinstance(effect, Send):
-                    sent.append(effect)
-                else:
-                    refused.append(effect.key[1])
-        for (pipeline, fence, stage, to), (sent, refused) in said.items():
-            names = b"".join(effect.key[1] for effect in sent)
-            sums = tuple(effect.checksum for effect in sent)
-            shards = [self.bytes.restored[effect.key][stage] for effect in sent]
-            meta = RestoredMeta(pipeline, fence, stage, names, sums, b"".join(refused))
-            payload = b"".join(shards)
-            if not self._send(to, meta, payload):
-                self._unsent.append((to, meta, payload))
-
-    def _fetch(self, effect: Fetch) -> list[Effect]:
-        pipeline = self._topology.pipeline(effect.pipeline) if self._topology is not None else None
-        at = pipeline.stages[effect.stage : effect.stage + 1] if pipeline is not None else ()
-        member = at[0].leader if at else None
-        meta = FetchMeta(effect.pipeline, effect.fence, b"".join(effect.names))
-        if member is not None and self._send(member, meta, b""):
-            return []
-        return self.encoder.lacks(effect.pipeline, effect.fence, effect.stage, effect.names)
-
-    def _tell_stages(self) -> None:
-        for pipeline, stage, news in self.encoder.news():
-            known = self._topology.pipeline(pipeline) if self._topology is not None else None
-            at = known.stages[stage : stage + 1] if known is not None else ()
-            if known is None or not at or (member := at[0].leader) is None:
-                continue
-            added, complete, damaged, full, gone = map(
-                b"".join, (news.added, news.complete, news.damaged, news.full, news.gone)
-            )
-            answer = ShardAckMeta(pipeline, Fence(known.epoch), added, complete, damaged, full, gone)
-            self._send(member, answer, b"")
-
-    def _tell_moved(self, now: float) -> None:
-        """Parity that belongs elsewhere now goes when it is there: the first stage sees to that, until it is done."""
-        for pipeline, at in list(self._moved.items()):
-            if now < at:
-                continue
-            known = self._topology.pipeline(pipeline) if self._topology is not None else None
-            names = self.encoder.names(pipeline)
-            if known is None or all(self._encodes(pipeline, name) for name in names):
-                del self._moved[pipeline]
-                continue
-            self._moved[pipeline] = now + ANSWER_LIMIT_S
-            if (first := known.stages[0].leader) is not None:
-                self._send(first, self.encoder.whole(pipeline, 0, Fence(known.epoch)), b"")
-
     # ------------------------------------------------------------------ a stage that lacks blocks
 
     def rejoin(self, stage: Stage, meta: RejoinMeta, now: float) -> None:
@@ -414,7 +288,7 @@ class Parity:
 
     async def _keep(self, peer: Member, meta: RestoredMeta, payload: memoryview, now: float) -> None:
         """Blocks that were restored for us are kept under their names until their requests are taken up."""
-        names, sums, size = await self._checked(meta.names, payload)
+        names, sums, size = await checked_shards(self._thread, meta.names, payload)
         refused = unpack_names(meta.refused)
         blocks: list[int] = []
         places: list[int] = []

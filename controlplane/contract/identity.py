@@ -214,7 +214,7 @@ class Files:
                 f"tls.cert, tls.key: cannot use {self.cert} with {self.key}: {_why(error)}; "
                 "`kfadmin certs issue` makes both"
             ) from error
-        if self.key.stat().st_mode & 0o077:
+        if self.key.stat().st_mode & 0o037:  # a group may read: Kubernetes gives a pod its secrets by a group
             raise ConfigError(f"the key {self.key} is readable by others: chmod 600 {self.key}")
         ca = self.ca.read_bytes() if self.ca is not None else b""
         cert = self.cert.read_bytes()

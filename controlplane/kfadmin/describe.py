@@ -46,7 +46,9 @@ def node(client: AdminClient, name: Annotated[str, typer.Argument(help="The node
     def draw(wide: bool) -> None:
         facts = msgspec.to_builtins(found) | {"homes": homes, "copies": copies}
         if not wide:
-            facts.pop("counters")
+            counters = facts.pop("counters")
+            if counters.get("parity_bytes") or counters.get("parity_lag_blocks"):
+                facts |= {name: counters[name] for name in ("parity_bytes", "parity_lag_blocks")}
         _draw(facts, operations, rows, wide)
 
     return View(value, draw, names=[name])

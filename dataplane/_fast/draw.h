@@ -121,24 +121,26 @@ static inline float kf_penalise(const kf_row *row, float v, int32_t count)
     return v;
 }
 
-/* Whether a mask that allows so many tokens leaves any but stop tokens: where it does not, the text ends there. */
-static int kf_may_go_on(const kf_row *row, int64_t allowed)
+/* Whether a mask that allows so many tokens leaves any but these `tokens`, each of which is there once: where it does not,
+ * the grammar has the last word. */
+static int kf_leaves_others(const kf_row *row, int64_t allowed, const int32_t *tokens, int64_t count)
 {
     if (row->mask == NULL)
         return 1;
-    for (int64_t i = 0; i < row->num_stops; i++) /* each is in the list once */
-        allowed -= (uint32_t)row->mask[row->stops[i] / 32] >> (row->stops[i] % 32) & 1;
+    for (int64_t i = 0; i < count; i++)
+        allowed -= (uint32_t)row->mask[tokens[i] / 32] >> (tokens[i] % 32) & 1;
     return allowed > 0;
 }
 
 /* min_tokens, bad words, logit bias, then penalties, in float32. `allowed`: how many tokens the mask leaves. */
 static void kf_adjust(const kf_row *row, kf_ahead ahead, float *x, int64_t allowed)
 {
-    if (row->length + ahead.count < row->min_tokens && kf_may_go_on(row, allowed))
+    if (row->length + ahead.count < row->min_tokens && kf_leaves_others(row, allowed, row->stops, row->num_stops))
         for (int64_t i = 0; i < row->num_stops; i++)
             x[row->stops[i]] = -INFINITY;
-    for (int64_t i = 0; i < row->num_bans; i++)
-        x[row->bans[i]] = -INFINITY;
+    if (kf_leaves_others(row, allowed, row->bans, row->num_bans))
+        for (int64_t i = 0; i < row->num_bans; i++)
+            x[row->bans[i]] = -INFINITY;
     for (int64_t i = 0; i < row->num_bias; i++)
         x[row->bias_tokens[i]] += row->bias[i];
     if (!row->counts_output)

@@ -145,6 +145,7 @@ class _News:
     damaged: dict[bytes, None] = field(default_factory=dict)
     full: dict[bytes, None] = field(default_factory=dict)
     gone: dict[bytes, None] = field(default_factory=dict)
+    left: dict[bytes, None] = field(default_factory=dict)
 
 
 class Encoder:
@@ -217,6 +218,7 @@ class Encoder:
             self.used_bytes += size_bytes
             effects += [*room, Open(key, shape)]
         told.added[key[1]] = None
+        told.gone.pop(key[1], None)
         if stage not in entry.sums:
             entry.sums[stage] = checksum
             entry.added_at = now
@@ -240,7 +242,9 @@ class Encoder:
         effects: list[Effect] = []
         for name in names:
             effects += self._drop((pipeline, name))
-            self._told(pipeline, stage).gone[name] = None
+            told = self._told(pipeline, stage)
+            told.gone.pop(name, None)
+            told.left[name] = None
         return effects
 
     def retain(self, pipelines: Collection[PipelineId]) -> list[Effect]:

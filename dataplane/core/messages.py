@@ -275,7 +275,8 @@ class ShardAckMeta(msgspec.Struct, frozen=True, array_like=True, tag=21):
     complete: bytes = b""  # in it are the shards of all stages: what of them is lost can be restored
     damaged: bytes = b""  # arrived with other bytes: to be sent again
     full: bytes = b""  # there is no room
-    gone: bytes = b""  # dropped, because a stage said so
+    gone: bytes = b""  # dropped, because another stage said so
+    left: bytes = b""  # there is nothing of them any more, as this stage has said
     # Answers a query: all names of the pipeline that there are here, and a byte for each: 1 if the stage's shard is in,
     # plus 2 if all are.
     whole: bool = False
@@ -283,7 +284,7 @@ class ShardAckMeta(msgspec.Struct, frozen=True, array_like=True, tag=21):
     flags: bytes = b""
 
     def __post_init__(self) -> None:
-        _check_names(self.added, self.complete, self.damaged, self.full, self.gone, self.names)
+        _check_names(self.added, self.complete, self.damaged, self.full, self.gone, self.left, self.names)
         if len(self.names) != NAME_BYTES * len(self.flags):
             raise ValueError(f"{len(self.flags)} flags of {len(self.names)} bytes of names")
 
@@ -297,7 +298,7 @@ class ShardQueryMeta(msgspec.Struct, frozen=True, array_like=True, tag=22):
 
 
 class ShardDropMeta(msgspec.Struct, frozen=True, array_like=True, tag=23):
-    """A stage to an encoder: these names are not cached any more. Acknowledged as `gone`."""
+    """A stage to an encoder: these names are not cached any more. Acknowledged as `left`."""
 
     pipeline: PipelineId
     fence: Fence

@@ -135,7 +135,9 @@ class ShardSource:
         self._encoders: tuple[Member, ...] = ()
         self._lines: dict[Member, _Line] = {}
         self._names: dict[bytes, int] = {}
-        self._elsewhere: dict[bytes, Member] = {}  # has the parity of a name whose encoder is another now
+        self._elsewhere: dict[
+            bytes, set[Member]
+        ] = {}  # may have parity of a name whose encoder is another now
         self._settled = False  # all requests that are alive have been heard of in this epoch
         self._turn = 0
 
@@ -160,9 +162,7 @@ class ShardSource:
             line.waiting.pop(name, None)
             line.flying.pop(name, None)
             line.untold[name] = None
-            other = self._elsewhere.pop(name, None)
-            if other in self._lines:
-                self._lines[other].untold[name] = None
+            self._tell_elsewhere(name)
 
     def settle(self) -> None:
         """Every request that is alive has been heard of: parity of what is not here is nobody's."""
@@ -194,7 +194,7 @@ class ShardSource:
                     self._lines[old].waiting.pop(name, None)
                     self._lines[old].flying.pop(name, None)
                     if self.leads:  # other stages' shards may be there
-                        self._elsewhere[name] = old
+                        self._elsewhere.setdefault(name, set()).add(old)
                 self._names[name] = WAITS
                 if new is not None:
                     self._lines.setdefault(new, _Line()).waiting[name] = None
@@ -202,7 +202,7 @@ class ShardSource:
         self._lines = {m: line for m, line in self._lines.items() if m in wanted}
         for member in wanted:
             self._lines.setdefault(member, _Line())
-        self._elsewhere = {name: m for name, m in self._elsewhere.items() if m in wanted}
+        self._elsewhere = {name: left for name, ms in self._elsewhere.items() if (left := ms & wanted)}
 
     def restart(self, node: NodeId | None = None) -> None:
         """The fence changed, or a link did: what was on its way may be lost. Encoders are asked what they have."""
@@ -253,9 +253,10 @@ class ShardSource:
         told = []
         for member, line in self._lines.items():
             if line.known and line.untold:
-                names, line.untold = list(line.untold), {}
+                names, line.untold = [name for name in line.untold if self._mine(name, member) is None], {}
                 line.leaving |= dict.fromkeys(names, now)
-                told.append((member, names))
+                if names:
+                    told.append((member, names))
         return told
 
     # ------------------------------------------------------------------ answers
@@ -269,8 +270,15 @@ class ShardSource:
             self._compare(encoder, line, meta)
         if not line.known:
             return
+        for name in unpack_names(meta.left):
+            line.leaving.pop(name, None)
+            if self._mine(name, encoder) in (
+                IN,
+                COMPLETE,
+            ):  # it is back, and an answer of before has been taken
+                self._put(line, name, WAITS)
         for name in unpack_names(meta.gone):
-            if line.leaving.pop(name, None) is None and self._mine(name, encoder) in (IN, COMPLETE):
+            if self._mine(name, encoder) in (FLIES, IN, COMPLETE):
                 self._put(line, name, WAITS)
         for name in unpack_names(meta.damaged):
             if self._mine(name, encoder) is not None:
@@ -289,8 +297,9 @@ class ShardSource:
     def _compare(self, encoder: Member, line: _Line, meta: ShardAckMeta) -> None:
         """All that the encoder has of this pipeline."""
         line.known = True
-        line.leaving.clear()
         there = dict(zip(unpack_names(meta.names), meta.flags, strict=True))
+        line.untold |= {name: None for name in line.leaving if name in there}  # what was said is lost
+        line.leaving.clear()
         for name in self._names:
             if self._mine(name, encoder) is not None:
                 flags = there.get(name, 0)
@@ -306,7 +315,7 @@ class ShardSource:
                 if self._names[name] == COMPLETE:
                     line.untold[name] = None
                 else:
-                    self._elsewhere[name] = encoder
+                    self._elsewhere.setdefault(name, set()).add(encoder)
         if self._settled:
             self._tell_strangers(line)
 
@@ -323,9 +332,14 @@ class ShardSource:
         else:
             line.waiting.pop(name, None)
         if state == COMPLETE:
-            other = self._lines.get(self._elsewhere.pop(name, Member("", "")))
-            if other is not None and other is not line:
-                other.untold[name] = None
+            self._tell_elsewhere(name)
+
+    def _tell_elsewhere(self, name: bytes) -> None:
+        """Parity of this name is needed nowhere but with its encoder."""
+        home = ranked(name, self._encoders)[0]
+        for member in sorted(self._elsewhere.pop(name, ())):
+            if member != home and member in self._lines:
+                self._lines[member].untold[name] = None
 
     def _mine(self, name: bytes, encoder: Member) -> int | None:
         """The state of a name whose encoder this is; None: it is not, or the name is not here."""

@@ -33,24 +33,26 @@ RATE_START, RATE_WEIGHT = (
     0.6,
     2.0,
 )  # how often the first drafts of a request are right, and drafts that this counts as
+# Of a step's time: what a draft model may take for the prompts of requests, until it is as far as they are.
+CATCH_UP_SHARE = 0.2
 # A draft model that was wrong is asked again for a request after so many of its tokens, as if little were known.
 RETRY_AFTER = 32
 RETRY_WEIGHT = 1.0
-# A step of so many rows that has no drafts: neither have as many steps after it, and nobody weighs them up. With many
-# rows that would take a part of a step that is no longer small.
-IDLE_ROWS, IDLE_STEPS = 8, 8
+# After a step of so many rows without drafts nobody weighs them up for so many steps, and in one of so many of these a
+# request's would-be draft is compared: with many rows each of the two would take a part of a step that is not small.
+IDLE_ROWS, IDLE_STEPS, IDLE_PROBES = 8, 16, 4
 
 
 class Proposer(Protocol):
     """Drafts for requests. What it keeps of them is a cache of their logs."""
 
-    @property
-    def pass_s(self) -> float:
-        """Seconds that one more draft for each takes, however many they are; 0: next to nothing."""
+    def pass_s(self, requests: int) -> float:
+        """Seconds that one more draft for each of so many takes; 0: next to nothing."""
         ...
 
-    def propose(self, requests: Sequence[Request], count: int) -> list[list[int]]:
-        """For each request up to `count` tokens that may come after its log. May be less, or none."""
+    def propose(self, requests: Sequence[Request], count: int, within_s: float) -> list[list[int]]:
+        """For each request up to `count` tokens that may come after its log. May be less, or none. `within_s`: how long
+        it may take to get as far as the logs are, about; who is not there then has none."""
         ...
 
     def forget(self, rid: int) -> None:
@@ -179,12 +181,13 @@ class Speculator:
             return NO_DRAFTS
         if self._idle and len(rows) >= IDLE_ROWS:
             self._idle -= 1
-            self._probe(proposer, rows)
+            if self._idle % IDLE_PROBES == 0:
+                self._probe(proposer, rows)
             return NO_DRAFTS
         requests = [request for request, _ in rows]
         room = [min(self._draft_max, request.draft_room(self._context_len)) for request in requests]
         rates = [self._rates.setdefault(request.rid, Rate(tried_at=request.total)) for request in requests]
-        used, pass_s = sum(count for _, count in rows), proposer.pass_s
+        used, pass_s = sum(count for _, count in rows), proposer.pass_s(len(rows))
         if pass_s:
             for request, rate in zip(requests, rates, strict=True):
                 if request.total - rate.tried_at >= RETRY_AFTER:
@@ -201,7 +204,8 @@ class Speculator:
             self._probe(proposer, rows)
             return NO_DRAFTS
         found: dict[int, Sequence[int]] = {}
-        proposed = proposer.propose([requests[i] for i in chosen], max(counts))
+        within_s = CATCH_UP_SHARE * self.cost.seconds(used)
+        proposed = proposer.propose([requests[i] for i in chosen], max(counts), within_s)
         for i, tokens in zip(chosen, proposed, strict=True):
             rates[i].tried_at = requests[i].total
             count = batcher.reserve_drafts(requests[i], min(len(tokens), counts[i], left))
@@ -221,9 +225,9 @@ class Speculator:
         Not where that would take a pass of a model."""
         self._turn += 1
         request = rows[self._turn % len(rows)][0]
-        if proposer.pass_s or request.rid in drafted or not request.draft_room(self._context_len):
+        if proposer.pass_s(1) or request.rid in drafted or not request.draft_room(self._context_len):
             return
-        if tokens := proposer.propose([request], 1)[0]:
+        if tokens := proposer.propose([request], 1, 0.0)[0]:
             self.probes[request.rid] = tokens[0]
 
     def verified(self, rid: int, drafts: int, tokens: Sequence[int]) -> None:
@@ -253,9 +257,10 @@ class Speculator:
 class NgramProposer:
     """Drafts from each request's own log."""
 
-    pass_s = 0.0
+    def pass_s(self, requests: int) -> float:
+        return 0.0
 
-    def propose(self, requests: Sequence[Request], count: int) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], count: int, within_s: float) -> list[list[int]]:
         return [request.ngrams_after(count) for request in requests]
 
     def forget(self, rid: int) -> None:

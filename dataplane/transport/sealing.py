@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+import structlog
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives import hashes, serialization
@@ -30,6 +31,8 @@ from controlplane.contract.errors import ConfigError
 from controlplane.contract.identity import Identity, Material, ProcessName, ProcessRole
 
 from .base import Part
+
+log = structlog.get_logger(__name__)
 
 KEY_BYTES = 32
 TAG_BYTES = 16
@@ -68,8 +71,8 @@ class LinkIdentity:
     def __init__(self, identity: Identity) -> None:
         """Raises ConfigError."""
         self._identity = identity
-        self._material: Material | None = None
-        self._load()
+        self._material = identity.files.current()
+        self._take(self._material)
 
     def begin(self) -> Exchange:
         return Exchange()
@@ -128,9 +131,18 @@ class LinkIdentity:
             raise SealError(f"its certificate does not name {wanted}")
 
     def _load(self) -> None:
+        """Take up what has changed. What cannot be used for links leaves them as they are, and is told."""
         now = self._identity.files.current()
         if now is self._material:
             return
+        self._material = now
+        try:
+            self._take(now)
+        except ConfigError as error:
+            log.warning("links go on with the certificate from before", error=str(error))
+
+    def _take(self, now: Material) -> None:
+        """Raises ConfigError; nothing has changed then."""
         try:
             key = serialization.load_pem_private_key(now.key, None)
             chain = x509.load_pem_x509_certificates(now.cert)
@@ -141,7 +153,7 @@ class LinkIdentity:
             raise ConfigError("tls.key: links need a key for elliptic curves, Ed25519 or RSA")
         self._key: Signer = key
         self._chain = tuple(one.public_bytes(serialization.Encoding.DER) for one in chain)
-        self._store, self._material = store, now
+        self._store = store
 
 
 def _pss() -> padding.PSS:

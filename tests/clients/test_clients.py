@@ -7,8 +7,11 @@ is skipped. The openai package for Python is with the other tests (tests/web/gat
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
+import signal
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -59,32 +62,45 @@ def against_gateway(folder: Path, body: Callable[[Stack], Awaitable[None]]) -> N
     asyncio.run(run())
 
 
-async def run_client(stack: Stack, *command: str, cwd: Path | None = None, **env: str) -> str:
-    """What it prints. It must end well, and within LIMIT_S."""
+async def run_quietly(*command: str, **env: str) -> str:
+    """What it prints. It must end well, and within LIMIT_S, with no network but the server's."""
     quiet = {
         "NO_PROXY": "*",
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     }
-    given = {**os.environ, **quiet, "URL": stack.url, "KEY": KEY, "OPENAI_API_KEY": KEY, **env}
-    given.pop("PYTHONPATH", None)
-    process = await asyncio.create_subprocess_exec(
-        *command, env=given, cwd=cwd, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    try:
-        async with asyncio.timeout(LIMIT_S):
-            out, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-    assert process.returncode == 0, out.decode()[-4000:]
-    return out.decode()
+    given = {**os.environ, **quiet, **env}
+    given.pop("PYTHONPATH", None)  # they have their own packages
+    # A file and no pipe: what a client leaves running would keep that open. A session of its own, to end all of it.
+    with tempfile.TemporaryFile() as out:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env=given,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                await process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # nothing is left of it
+                os.killpg(process.pid, signal.SIGKILL)
+            out.seek(0)
+            said = out.read().decode(errors="replace")
+    assert process.returncode == 0, said[-4000:]
+    return said
+
+
+async def run_client(stack: Stack, *command: str, **env: str) -> str:
+    return await run_quietly(*command, URL=stack.url, KEY=KEY, OPENAI_API_KEY=KEY, **env)
 
 
 def needs(path: Path, what: str) -> None:
     if not path.exists():
-        pytest.skip(f"{what} is not installed: make clients")
+        pytest.skip(f"{what} is not installed: make clients, or clients-load")
 
 
 @pytest.mark.timeout(200)

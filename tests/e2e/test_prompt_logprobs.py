@@ -67,3 +67,20 @@ def test_a_cached_prompt_has_the_same(home: Cluster) -> None:
         assert {choices[0]["text"] for choices in plain} == {first[0]["text"]}
 
     asyncio.run(run())
+
+
+def test_what_was_generated_has_the_same_as_a_prompt(home: Cluster) -> None:
+    """To the last bit: drawn token by token in one case, scored in chunks in the other."""
+    tokens = [300 + at * 29 % 1500 for at in range(333)]
+
+    async def run() -> None:
+        body = {"prompt": tokens, "max_tokens": 90, "seed": 5, "temperature": 0.8, "logprobs": 2}
+        ((said,),) = await answers(home, [body | {"return_token_ids": True}])
+        whole = [*tokens, *said["token_ids"]]
+        ((read,),) = await answers(home, [{"prompt": whole, "max_tokens": 0, "echo": True, "logprobs": 2}])
+        count = len(said["token_ids"])
+        assert count > 20
+        assert read["logprobs"]["token_logprobs"][-count:] == said["logprobs"]["token_logprobs"]
+        assert read["logprobs"]["top_logprobs"][-count:] == said["logprobs"]["top_logprobs"]
+
+    asyncio.run(run())

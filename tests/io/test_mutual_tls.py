@@ -310,3 +310,22 @@ def test_etcd_takes_only_clients_of_the_cluster(tmp_path: Path) -> None:
                 assert asked.stdout == b""
     finally:
         member.kill()
+
+
+def test_connections_between_processes_are_made_in_one_place() -> None:
+    """What opens one past `Identity` and `etcd_client` would be plain, and ask nobody for a name."""
+    root = Path(__file__).parents[2]
+    made = {
+        f"{path.relative_to(root)}: {call}"
+        for plane in ("controlplane", "dataplane", "web")
+        for path in (root / plane).rglob("*.py")
+        for call in ("insecure_channel(", "add_insecure_port(", "EtcdClient(config")
+        if call in path.read_text()
+    }
+    assert made == {
+        "controlplane/contract/identity.py: insecure_channel(",
+        "controlplane/contract/identity.py: add_insecure_port(",
+        "controlplane/etcd/endpoints.py: insecure_channel(",
+        "controlplane/keyspace/connect.py: EtcdClient(config",
+        "dataplane/relay.py: add_insecure_port(",  # a Unix socket in the run directory
+    }

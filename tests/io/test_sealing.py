@@ -6,14 +6,27 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from controlplane.contract.identity import ProcessRole
 from controlplane.contract.ids import Member
 from dataplane.transport.base import Part
-from dataplane.transport.hello import Acceptor, HelloError, Initiator, new_nonce
+from dataplane.transport.hello import (
+    Acceptor,
+    Challenge,
+    HelloError,
+    Initiator,
+    Response,
+    _proof,
+    _transcript,
+    new_nonce,
+)
 from dataplane.transport.links import MESSAGE
 from dataplane.transport.sealing import JOINED_BYTES, KEY_BYTES, SMALL_BYTES, Opener, Sealer
 from tests.certificates import folder
@@ -186,6 +199,52 @@ def test_hellos_are_bound_to_their_keys() -> None:
     plain = Acceptor(SECRET, CLUSTER, b, new_nonce())
     with pytest.raises(HelloError, match="only one side has certificates"):  # nobody talks a node out of it
         Initiator(SECRET, CLUSTER, a, b, new_nonce(), identity("a")).answer(plain.challenge())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    key=st.one_of(st.binary(max_size=40), st.binary(min_size=32, max_size=32), st.just(bytes(32))),
+    chain=st.lists(st.binary(max_size=60), max_size=5).map(tuple),
+    signature=st.binary(max_size=80),
+    genuine=st.booleans(),
+)
+def test_who_knows_the_secret_and_says_anything_is_refused(
+    key: bytes, chain: tuple[bytes, ...], signature: bytes, genuine: bool
+) -> None:
+    """With the right proofs, made with the cluster's secret, and even a certificate that was seen elsewhere."""
+    a, b = Member("a", "1"), Member("b", "1")
+    if genuine:
+        chain = identity("a").chain()
+    challenge = new_nonce()
+    acceptor = Acceptor(SECRET, CLUSTER, b, challenge, identity("b"))
+    public = msgspec.msgpack.decode(acceptor.challenge(), type=Challenge).key
+    nonce = new_nonce()
+    transcript = [*_transcript(CLUSTER, a, b, challenge, nonce), public, key]
+    said = Response(a, nonce, _proof(SECRET, "initiator", transcript), key, chain, signature)
+    with pytest.raises(HelloError):
+        acceptor.admit(msgspec.msgpack.encode(said))
+    assert acceptor.key is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=200))
+def test_no_noise_is_a_hello(noise: bytes) -> None:
+    a, b = Member("a", "1"), Member("b", "1")
+    with pytest.raises(HelloError):
+        Acceptor(SECRET, CLUSTER, b, new_nonce(), identity("b")).admit(noise)
+    with pytest.raises(HelloError):
+        Initiator(SECRET, CLUSTER, a, b, new_nonce(), identity("a")).answer(noise)
+
+
+def test_a_key_that_links_cannot_use_leaves_them_as_they_are(tmp_path: Path) -> None:
+    made = folder(tmp_path, (ProcessRole.NODE, "a"))
+    mine = identity("a", made)
+    before = mine.chain()
+    mine._identity.files._material = replace(
+        mine._identity.files.current(), key=b"of a kind that is not known"
+    )
+    assert mine.chain() == before
+    assert mine.sign(b"x")
 
 
 def test_links_within_a_host_stay_as_they_are() -> None:

@@ -251,11 +251,13 @@ class Cluster:
         if not self.schedule.shape.parity_blocks:
             lags = {pipeline: source.lag_blocks for pipeline, source in parity.sources.items()}
             found += [f"{name} has {lag} blocks of {p} without parity" for p, lag in lags.items() if lag]
-        if parity.encoder._jobs or parity.bytes.restored or parity.restorer.pipelines:
+        if parity.encoding.encoder._jobs or parity.encoding.bytes.restored or parity.restorer.pipelines:
             found.append(f"{name} restores something")
-        held = sum(len(part) for each in parity.bytes.parities.values() for part in each)
-        if held != parity.encoder.used_bytes or held > parity.encoder._room_bytes:
-            found.append(f"{name} holds {held} bytes of parity, and counts {parity.encoder.used_bytes}")
+        held = sum(len(part) for each in parity.encoding.bytes.parities.values() for part in each)
+        if held != parity.encoding.encoder.used_bytes or held > parity.encoding.encoder._room_bytes:
+            found.append(
+                f"{name} holds {held} bytes of parity, and counts {parity.encoding.encoder.used_bytes}"
+            )
         return found
 
     def _unasked(self) -> list[str]:
@@ -268,7 +270,7 @@ class Cluster:
         found = []
         for pipeline, names in cached.items():
             there = Counter(
-                n for _, node in self.nodes() for n in parts.parity_of(node).encoder.names(pipeline)
+                n for _, node in self.nodes() for n in parts.parity_of(node).encoding.encoder.names(pipeline)
             )
             if stale := there.keys() - names:
                 found.append(f"there is parity of {len(stale)} blocks of {pipeline} that are not cached")

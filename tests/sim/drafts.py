@@ -30,12 +30,13 @@ def _numbers() -> dict[tuple[tuple[int, ...], int], int]:
 
 
 class Guesser:
-    pass_s = 0.0
+    def pass_s(self, requests: int) -> float:
+        return 0.0
 
     def __init__(self, stages: int) -> None:
         self._stages = stages
 
-    def propose(self, requests: Sequence[Request], count: int) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], count: int, within_s: float) -> list[list[int]]:
         return [self._guess(request, count) for request in requests]
 
     def _guess(self, request: Request, count: int) -> list[int]:

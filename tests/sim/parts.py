@@ -184,7 +184,7 @@ async def node_main(
     if config.engine.microbatches > 1:
         node._worker._rhythm = Patient(node)
     if parity_blocks:
-        node._worker.parity.encoder._room_bytes = parity_blocks * parity_bytes(config)
+        node._worker.parity.encoding.encoder._room_bytes = parity_blocks * parity_bytes(config)
     await node.run()
 
 
@@ -220,7 +220,7 @@ def parity_of(node: Node) -> Parity:
 
 def flip(node: Node, pick: int, bit: int) -> bool:
     """Turn one bit of a parity. False: there is none here."""
-    parities = [part for parts in parity_of(node).bytes.parities.values() for part in parts]
+    parities = [part for parts in parity_of(node).encoding.bytes.parities.values() for part in parts]
     if parities:
         parities[pick % len(parities)][bit // 8] ^= 1 << bit % 8
     return bool(parities)

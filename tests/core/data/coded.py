@@ -141,4 +141,8 @@ class Coded(Cluster):
         raise AssertionError(f"{len(kept)} blocks are kept, there is parity of {len(encoded)}")
 
     def encoded(self) -> dict[Member, set[bytes]]:
-        return {m: set(node.parity.encoder.names(PIPELINE)) for m, node in self.nodes.items() if node.alive}
+        return {
+            m: set(node.parity.encoding.encoder.names(PIPELINE))
+            for m, node in self.nodes.items()
+            if node.alive
+        }

@@ -62,6 +62,9 @@ SAMPLINGS = {
     "greedy": {"temperature": 0.0},
 }
 
+# Who has these has no drafts.
+BAD_WORDS = {"bad_words": (*((token,) for token in range(1000, 1200)), (600, 601)), "logprobs": 1}
+
 
 def logits(ids: list[int]) -> np.ndarray:
     seed = zlib.crc32(np.array(ids, np.int64).tobytes())
@@ -71,12 +74,13 @@ def logits(ids: list[int]) -> np.ndarray:
 class Guesser:
     """Drafts of a log that is known; one of seven is another token."""
 
-    pass_s = 0.0
+    def pass_s(self, requests: int) -> float:
+        return 0.0
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
 
-    def propose(self, requests: Sequence[Request], count: int) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], count: int, within_s: float) -> list[list[int]]:
         found = []
         for request in requests:
             at = len(request.output)
@@ -205,9 +209,9 @@ def message(seed: int, **fields: object) -> Submit:
     return Submit(7, "p0", (0, 400, 500, 600, 700), Sampling(**sampling))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("name", [*SAMPLINGS, "bad_words"])
 def test_a_kill_at_any_token_changes_nothing(compiler: Compiler, name: str) -> None:
-    wanted = message(11, **SAMPLINGS[name])
+    wanted = message(11, **SAMPLINGS.get(name, BAD_WORDS))
     reference = World(compiler, wanted).run({})
     assert reference[-1].finish is FinishReason.STOP
     text = Tokenizer.from_file(str(model_dir() / "tokenizer.json")).decode([t.token for t in reference[:-1]])

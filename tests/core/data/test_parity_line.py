@@ -107,11 +107,11 @@ def test_parity_takes_its_share_of_what_copies_would() -> None:
         cluster.wait_for_drops()
         kept = sum(len(cluster.nodes[m].store.kept[PIPELINE]) for m in cluster.serving)
         size = cluster.nodes[cluster.serving[0]].kv.block_bytes
-        used = sum(n.parity.encoder.used_bytes for n in cluster.nodes.values() if n.alive)
+        used = sum(n.parity.encoding.encoder.used_bytes for n in cluster.nodes.values() if n.alive)
         held = sum(
             len(part)
             for n in cluster.nodes.values()
-            for parts in n.parity.bytes.parities.values()
+            for parts in n.parity.encoding.bytes.parities.values()
             for part in parts
         )
         assert used == held

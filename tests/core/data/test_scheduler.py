@@ -24,6 +24,7 @@ from dataplane.core.events import (
     Tick,
 )
 from dataplane.core.messages import Detail, Fence, HeldMeta, ResultMeta, Row, StepFailedMeta
+from dataplane.core.recovery import GATHER_S
 from dataplane.core.request import Phase, pack_tokens
 from dataplane.core.scheduler import STALL_LIMIT_S, Scheduler
 
@@ -311,6 +312,25 @@ def test_a_new_epoch_voids_what_is_in_flight_and_resumes_at_the_minimum() -> Non
     assert [row[1:] for row in rows(resumed)] == [(8, 5, True)]
     assert resumed.meta.admits
     assert resumed.meta.fence == Fence(6, 0)
+
+
+def test_a_request_goes_on_while_a_stage_restores_blocks_of_others() -> None:
+    made = scheduler(stages=2)
+    for rid in (1, 2):
+        made.step(result(steps(made.step(submit(rid, length=12), 0.0))[0]), 0.1)
+    ask = next(e for e in made.step(EpochBegan(6, planned=False), 0.2) if isinstance(e, Ask)).meta
+    made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 0, ((1, 12), (2, 12))), 0.3)
+    made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, ((2, 8),), more=True), 2.9)
+    issued = steps(made.step(Tick(), 2.9 + 2 * GATHER_S))
+    assert [row[:3] for row in rows(*issued)] == [(2, 8, 5)]
+    late = 0.2 + STALL_LIMIT_S + 0.1
+    made.step(result(issued[0]), late - 0.05)
+    made.step(Tick(), late)
+    assert made.fence == Fence(6, 0), "a stage that answers in parts is waited for anew"
+    assert made.held_up(late)[1] == 1
+    more = steps(made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, ((1, 4),)), late))
+    assert (1, 4, 9) in [row[:3] for row in rows(*more)]
+    assert not made.questions
 
 
 @pytest.mark.parametrize("fence", [Fence(5, 0), Fence(4, 9)])

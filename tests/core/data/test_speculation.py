@@ -180,12 +180,13 @@ def test_drafts_are_never_expected_to_cost_more_than_they_bring(
 class Costly:
     """Drafts that are always wrong, of a model that takes a while."""
 
-    pass_s = 0.001
-
     def __init__(self) -> None:
         self.asked = 0
 
-    def propose(self, requests: Sequence[Request], count: int) -> list[list[int]]:
+    def pass_s(self, requests: int) -> float:
+        return 0.001
+
+    def propose(self, requests: Sequence[Request], count: int, within_s: float) -> list[list[int]]:
         self.asked += 1
         return [[0] * count for _ in requests]
 

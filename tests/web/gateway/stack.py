@@ -115,9 +115,9 @@ async def running(
             await fake.stop()
 
 
-def with_stack(body: Callable[[Stack], Awaitable[None]], **knobs: Any) -> None:
+def with_stack(body: Callable[[Stack], Awaitable[None]], limit_s: float = 20.0, **knobs: Any) -> None:
     async def run() -> None:
-        async with running(**knobs) as stack, asyncio.timeout(20):
+        async with running(**knobs) as stack, asyncio.timeout(limit_s):
             await body(stack)
 
     asyncio.run(run())

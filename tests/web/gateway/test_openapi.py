@@ -29,7 +29,7 @@ def with_stack(body: Callable[[Stack], Awaitable[None]], **knobs: Any) -> None:
 @pytest.mark.timeout(450)  # 40 s on two quiet cores
 def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     async def body(stack: Stack) -> None:
-        await check_by_document(stack.url, KEY, EXAMPLES, 14, tmp_path)
+        await check_by_document(stack.url, KEY, EXAMPLES, 15, tmp_path)
 
     with_stack(body, burst=64, step_s=0.001)
 

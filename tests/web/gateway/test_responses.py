@@ -280,6 +280,28 @@ def test_a_stream_goes_on_at_another_gateway_after_any_event(tmp_path: Path, bur
     with_model(model, [SAID], body, burst=burst)
 
 
+def test_a_stream_is_taken_up_without_its_body(tmp_path: Path) -> None:
+    """What a gateway needs beside the log is kept with it, a schema's own words included."""
+
+    async def body(stack: Stack) -> None:
+        schema = {"type": "json_schema", "name": "event", "schema": Event.model_json_schema(), "strict": True}
+        request = {
+            "input": "x",
+            "seed": 0,
+            "stream": True,
+            "text": {"format": schema},
+            "instructions": "Be brief.",
+        }
+        async with beside(stack) as other, stack.http() as client, other.http() as client2:
+            whole = await read(client, "POST", PATH, request)
+            stream = whole[0][0].partition(".")[0]
+            again = await read(client2, "GET", f"/v1/streams/{stream}")
+            assert joined(again) == joined(whole)
+            assert json.loads(joined(again)[1])["text"] == {"format": schema}
+
+    with_model(scripted_model(tmp_path, QWEN), ['{"name": "x", "day": 3}'], body)
+
+
 def test_a_repeated_request_is_answered_the_same(tmp_path: Path) -> None:
     async def ask(stack: Stack) -> None:
         async with stack.http() as client:

@@ -168,6 +168,12 @@ def _token_routes(app: FastAPI, service: Service) -> None:
         limit = model.max_model_len
         return _json({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": names})
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        template = model.template.source if model.template is not None else None
+        limit = {"model_max_length": model.max_model_len, "chat_template": template}
+        return _json({"tokenizer_class": "PreTrainedTokenizerFast", **model.special_tokens, **limit})
+
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         hold = _begin(service, request)

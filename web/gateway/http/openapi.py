@@ -119,6 +119,9 @@ def _endpoints() -> list[Endpoint]:
             ref("TokenizeRequest"),
         ),
         Endpoint(
+            "GET", "/tokenizer_info", "Special tokens and the chat template", {200: {JSON: ref("Tokenizer")}}
+        ),
+        Endpoint(
             "POST",
             "/detokenize",
             "The text of token ids",
@@ -322,6 +325,7 @@ def _schemas(model: Model, priority_floor: int) -> dict[str, Schema]:
             {"token_strs": nullable(array(nullable(STRING)))},
         ),
         "Completion": record({**answer, "choices": array(_with(choice, "text", STRING))}),
+        "Tokenizer": record({"tokenizer_class": STRING, "chat_template": nullable(STRING)}),
         "Response": record({"id": STRING, "object": STRING, "status": STRING, "output": array(ANY)}),
         "ChatCompletion": record({**answer, "choices": array(_with(choice, "message", spoken))}),
     }

@@ -28,7 +28,7 @@ class Asked(Protocol):
     @property
     def choices(self) -> int: ...
 
-    def model_dump_json(self, *, exclude_unset: bool, exclude_none: bool) -> str: ...
+    def model_dump_json(self, *, by_alias: bool, exclude_unset: bool, exclude_none: bool) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class PreparedRequest:
     @property
     def options(self) -> bytes:
         """All that a gateway needs beside the logs to go on with the answer; what `KEPT` reads."""
-        return self.request.model_dump_json(exclude_unset=True, exclude_none=True).encode()
+        return self.request.model_dump_json(by_alias=True, exclude_unset=True, exclude_none=True).encode()
 
 
 def digest_of(request: Request, plans: Sequence[Plan]) -> bytes:
