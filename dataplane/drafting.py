@@ -9,6 +9,7 @@ over soon: `PASSES_S`. A prompt is taken in piece by piece, and there are no dra
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -30,6 +31,8 @@ from dataplane.model.sampler import SamplingTable
 
 if TYPE_CHECKING:
     from dataplane.executor import StageExecutor
+
+log = logging.getLogger(__name__)
 
 PASSES_S = 0.01  # that all passes between two steps take together, about
 PIECE_MIN = 16  # tokens of a prompt, however slow the model is
@@ -66,10 +69,13 @@ class DraftModel:
         self._passes: deque[tuple[int, float]] = deque(maxlen=PASSES_KEPT)
         self._passed_at = 0.0
         self._token_s = 0.0
+        self._broken = False
         self._pieces = 0  # of logs that were taken in, in this call
 
     def pass_s(self, requests: int) -> float:
         """See `core.speculation.Proposer`. More requests than were measured take as many times more, at most."""
+        if self._broken:
+            return math.inf
         if not self._passes:
             return 0.0
         passes = [took * max(1.0, requests / count) for count, took in self._passes]
@@ -91,7 +97,16 @@ class DraftModel:
         self._free += self._table.free_row(row)
 
     def propose(self, requests: Sequence[Request], count: int, within_s: float) -> list[list[int]]:
-        """See `core.speculation.Proposer`."""
+        """See `core.speculation.Proposer`. After an error of ours there are no drafts any more: requests do without."""
+        try:
+            if not self._broken:
+                return self._proposed(requests, count, within_s)
+        except Exception:
+            log.exception("the draft model failed: there are no drafts on this node until it is started anew")
+            self._broken = True
+        return [[] for _ in requests]
+
+    def _proposed(self, requests: Sequence[Request], count: int, within_s: float) -> list[list[int]]:
         began = time.monotonic()
         deadline, caught_up_by = began + PASSES_S, began + min(PASSES_S, within_s)
         ready: list[Request] = []

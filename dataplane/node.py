@@ -485,7 +485,7 @@ def load_proposer(
 
     context = engine.context_len(executor.config.max_positions, executor.kv.num_blocks)
     return load_draft_model(
-        Path(engine.draft_model),
+        Path(engine.draft_model).expanduser(),
         executor.config.vocab_size,
         engine.block_size,
         ROWS_PER_PIPELINE * engine.max_running,

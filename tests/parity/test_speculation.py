@@ -295,6 +295,27 @@ def test_a_draft_model_of_other_tokens_is_refused() -> None:
         load_draft_model(draft_dir(), 999, BLOCK, 8, CONTEXT, 1)
 
 
+def test_a_draft_model_that_fails_costs_drafts_only(
+    executors: list[StageExecutor],
+    compiler: Compiler,
+    prompt: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broken = load_draft_model(draft_dir(), VOCAB, BLOCK, 8, CONTEXT, 1)
+
+    def fails(*_: object) -> None:
+        raise ValueError("a step that does not fit")
+
+    monkeypatch.setattr(broken._executor, "forward", fails)
+    world = World(
+        executors, compiler, submits(prompt, "greedy"), replace(LIMITS, speculation="draft"), broken
+    )
+    assert played(world, {}) == plain(executors, compiler, prompt, "greedy")
+    assert world.scheduler.stats.spec_decode_num_drafts == 0
+    assert caplog.text.count("the draft model failed") == 1
+
+
 def test_a_draft_model_with_room_for_few_requests_makes_room(
     executors: list[StageExecutor], compiler: Compiler, prompt: tuple[int, ...]
 ) -> None:
