@@ -134,6 +134,12 @@ def test_out_of_range(tmp_path: Path, section: str, field: str, value: Any) -> N
         ({"emulation": {"sites": [0, 1]}}, ("sites = (0, 1)", "latency_s")),
         ({"emulation": {"latency_s": [[0.0, 0.1]]}}, ("latency_s", "square")),
         ({"emulation": {"latency_s": [[-0.1]]}}, ("latency_s",)),
+        ({"parity": {"code": "rdp", "parities": 1}}, ("parity.code", "parity.parities")),
+        ({"mode": "parity", "instances": 1}, ("mode", "instances")),
+        (
+            {"mode": "parity", "stages": 17, "parity": {"code": "rdp", "parities": 2}},
+            ("parity.code", "stages"),
+        ),
     ],
 )
 def test_pairs_that_do_not_fit(tmp_path: Path, settings: dict[str, Any], names: tuple[str, ...]) -> None:

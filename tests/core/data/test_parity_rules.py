@@ -11,12 +11,23 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from controlplane.contract.ids import Member
+from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
 from dataplane._fast.checksum import crc32
 from dataplane.core.encoder import JOB_LIMIT_S, Effect, Encoder, Fetch, Refuse, Send, Solve
 from dataplane.core.messages import Fence, RejoinMeta, Shape, ShardAckMeta, ShardDropMeta, ShardQueryMeta
-from dataplane.core.parity import ANSWER_LIMIT_S, ShardSource, ranked
+from dataplane.core.parity import (
+    ANSWER_LIMIT_S,
+    ENCODERS_MIN,
+    ShardSource,
+    candidates_of,
+    clients_of,
+    encoders_of,
+    partners_of,
+    ranked,
+)
 from dataplane.core.prefix import unpack_names
 from dataplane.core.restorer import QUIET_LIMIT_S, TRIES_MAX, Restorer
 from dataplane.parity_bytes import OF_BYTES, ParityBytes
@@ -369,3 +380,57 @@ def test_no_more_is_asked_for_than_there_is_room_and_all_waiting_ends() -> None:
     (answer,) = restorer.answers(QUIET_LIMIT_S)
     assert answer.last
     assert not restorer.pipelines
+
+
+# ---------------------------------------------------------------------------------- who encodes
+
+
+def member(node: str) -> Member:
+    return Member(node, "a")
+
+
+def topology(*pipelines: list[str], cordoned: tuple[str, ...] = ()) -> Topology:
+    """Node pKsI is at home at stage I of pipeline K."""
+    made = tuple(
+        Pipeline(f"p{k}", 1, tuple(Stage((f"p{k}s{i}",), (member(node),)) for i, node in enumerate(nodes)))
+        for k, nodes in enumerate(pipelines)
+    )
+    return Topology("g", 1, Mode.PARITY, made, cordoned)
+
+
+def rows(count: int, stages: int) -> list[list[str]]:
+    return [[f"p{k}s{i}" for i in range(stages)] for k in range(count)]
+
+
+def test_encoders_are_few_outside_and_known_to_both_sides() -> None:
+    many = topology(*rows(9, 3))
+    for pipeline in many.pipelines:
+        encoders = encoders_of(many, pipeline.id)
+        assert ENCODERS_MIN <= len(encoders) < ENCODERS_MIN + 3
+        assert not set(encoders) & set(pipeline.members())
+        for encoder in encoders:
+            assert pipeline in clients_of(many, encoder)
+            assert encoder.node in partners_of(many, next(pipeline.members()))
+            assert {m.node for m in pipeline.members()} <= partners_of(many, encoder)
+    assert encoders_of(replace(many, mode=Mode.NONE), "p0") == ()
+    assert clients_of(replace(many, mode=Mode.NONE), member("p0s0")) == []
+
+
+def test_a_borrowed_node_encodes_no_more_and_may_still_have_what_it_had() -> None:
+    before, after = rows(2, 2), [["p0s0", "p1s1"], ["p1s0", "p1s1"]]
+    assert encoders_of(topology(*before), "p0") == (member("p1s0"), member("p1s1"))
+    assert encoders_of(topology(*after), "p0") == (member("p1s0"),)
+    assert candidates_of(topology(*after), "p0") == (member("p1s0"), member("p1s1"))
+    assert topology(*after).pipelines[0] in clients_of(topology(*after), member("p1s1"))
+    assert encoders_of(topology(*before, cordoned=("p1s0",)), "p0") == (member("p1s1"),)
+
+
+def test_who_comes_or_goes_moves_only_what_must_move() -> None:
+    names = [bytes([byte]) * 16 for byte in range(256)]
+    for gone in ENCODERS:
+        left = tuple(m for m in ENCODERS if m != gone)
+        for name in names:
+            first = ranked(name, ENCODERS)[0]
+            assert first == gone or ranked(name, left)[0] == first
+    shares = [sum(ranked(name, ENCODERS)[0] == m for name in names) for m in ENCODERS]
+    assert min(shares) > 256 / 4 / 2
