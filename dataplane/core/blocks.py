@@ -133,8 +133,8 @@ class KvStore:
         The next one may be full: whoever had the request before knew more of its tokens. What it has had here under
         other names was computed where other things decided the bits."""
         row = self.own[pipeline].get(rid)
-        if row is None and (pipeline, rid) in self.copies.rows:
-            row = self.own[pipeline][rid] = self.copies.rows.pop((pipeline, rid))
+        if row is None and (row := self.copies.take_row((pipeline, rid))) is not None:
+            self.own[pipeline][rid] = row
         blocks = []
         for name in names:
             block = self.pool.find(name)
@@ -185,10 +185,10 @@ class KvStore:
                 continue
             self.pool.drop_all(self.table.truncate(row, -(-tokens // self.block_size)))
             self.table.set_valid(row, tokens)
-            copies.rows[(pipeline, rid)] = row
+            copies.give_row((pipeline, rid), row)
         for name, block in self.kept.pop(pipeline, {}).items():
             if demote and self.checksums.of(block) is not None and name not in copies.spare:
-                copies.spare[name] = block, pipeline
+                copies.give_spare(pipeline, name, block)
             else:
                 self.pool.drop(block)
 
@@ -298,7 +298,7 @@ class KvStore:
     def check(self) -> None:
         """Every block is free or has as many holders as are counted. Raises AssertionError (tests, sampled in
         production)."""
-        holders = self.copies.holders()
+        holders, copies = self.copies.holders(), self.copies.holders()
         rows = [*chain.from_iterable(held.values() for held in self.own.values()), *self.copies.rows.values()]
         for row in rows:
             blocks = self.table.blocks(row)
@@ -308,7 +308,7 @@ class KvStore:
             holders.update(self.table.blocks(row))
         for kept in self.kept.values():
             holders.update(kept.values())
-        self.pool.check(holders)
+        self.pool.check(holders, copies)
         assert self.table.rows_in_use == len(rows), "a row is lost"
         spare = [(name, block) for name, (block, _) in self.copies.spare.items()]
         for name, block in (*spare, *chain.from_iterable(kept.items() for kept in self.kept.values())):

@@ -34,7 +34,7 @@ class Checksums:
         self.unverified: OrderedDict[int, None] = OrderedDict()  # in service, and nobody has looked at them
         self._of: dict[int, int] = {}
         self._tokens: dict[int, int] = {}  # of part-filled ones: positions that their checksum is of
-        self._copies: set[int] = set()  # written by others, and not looked at in service since
+        self._copies: set[int] = set()  # written by others, or at rest, and not looked at in service since
 
     def of(self, block: int) -> int | None:
         return self._of.get(block)
@@ -58,8 +58,14 @@ class Checksums:
         return True
 
     def is_copy(self, block: int) -> bool:
-        """Whether it was written by others, and nobody has looked at it in service since."""
+        """Whether it was written by others, or has been at rest, and nobody has looked at it in service since."""
         return block in self._copies
+
+    def rested(self, block: int) -> None:
+        """Nobody computes with it any more, and others count on it: who takes it into service looks at it."""
+        self.unverified.pop(block, None)
+        if block in self._of:
+            self._copies.add(block)
 
     def in_service(self, block: int) -> None:
         """From now on somebody computes with it."""
@@ -103,8 +109,11 @@ class Checksums:
             if found != check.checksum:
                 self.failures += 1
                 damaged.append(check.block)
-            self.unverified.pop(check.block, None)
-            self._copies.discard(check.block)
+            if (
+                check.block in self.unverified
+            ):  # else it has come to rest meanwhile, and its memory may fail yet
+                del self.unverified[check.block]
+                self._copies.discard(check.block)
         return damaged
 
     def _set(self, block: int, checksum: int, tokens: int, full: int) -> None:

@@ -47,7 +47,7 @@ class Copies:
                 self._table.free_row(self.rows.pop(key))
             return None
         # One that has a name others may have, too, and it does not change.
-        block = self._pool.free.pop()
+        block = self._pool.new_copy()
         self._set(row, index, block)
         return block
 
@@ -70,10 +70,10 @@ class Copies:
         row = self._row(key, index, tokens) if known in (None, checksum) else None
         if row is None:
             return False
-        self._pool.add(block)
-        self._set(row, index, block)
         if known is None:
             self._pool.checksums.copied(block, checksum, self._size, self._size)
+        self._pool.add_copy(block)
+        self._set(row, index, block)
         self._table.set_valid(row, tokens)
         self.rows.move_to_end(key)
         return True
@@ -82,7 +82,7 @@ class Copies:
         """The block to write a copy of what `pipeline` keeps into; None: it is here already, or there is no room."""
         if self._pool.find(name) is not None or not self._pool.free:
             return None
-        block = self._pool.free.pop()
+        block = self._pool.new_copy()
         self._pool.call(block, name)
         self._pool.checksums.arrived(block, checksum, self._size, self._size)
         self.spare[name] = block, pipeline
@@ -120,7 +120,7 @@ class Copies:
         for block in reversed(self._table.free_row(row)):
             name = self._pool.name_of(block)
             if not keep or not name or name in self.spare:
-                self._pool.drop(block)
+                self._pool.drop_copy(block)
             else:
                 self.spare[name] = block, key[0]
                 spared.append(name)
@@ -137,18 +137,36 @@ class Copies:
         for name in names:
             found = self.spare.pop(name, None)
             if found is not None:
-                self._pool.drop(found[0])
+                self._pool.drop_copy(found[0])
 
     def take(self, pipeline: PipelineId) -> Iterator[list[int]]:
-        """The pipeline is served here: blocks of all that there is of it, as they stand in rows, which count as held by
-        who takes them."""
+        """The pipeline is served here: blocks of all that there is of it, as they stand in rows, which are in service
+        and count as held by who takes them."""
         for rid in self.of(pipeline):
-            yield self._table.free_row(self.rows.pop((pipeline, rid)))
+            yield self._served(self._table.free_row(self.rows.pop((pipeline, rid))))
         yield from self.take_spare(pipeline)
 
     def take_spare(self, pipeline: PipelineId) -> Iterator[list[int]]:
         for name in self.spare_of(pipeline):
-            yield [self.spare.pop(name)[0]]
+            yield self._served([self.spare.pop(name)[0]])
+
+    def take_row(self, key: Key) -> int | None:
+        """The row of a request's copy, whose blocks are in service from now on; None: there is no copy."""
+        row = self.rows.pop(key, None)
+        if row is not None:
+            self._served(self._table.blocks(row))
+        return row
+
+    def give_row(self, key: Key, row: int) -> None:
+        """A row that was served is a copy from now on."""
+        for block in self._table.blocks(row):
+            self._pool.rest(block)
+        self.rows[key] = row
+
+    def give_spare(self, pipeline: PipelineId, name: bytes, block: int) -> None:
+        """A block that was kept is spare from now on."""
+        self._pool.rest(block)
+        self.spare[name] = block, pipeline
 
     def evict(self) -> bool:
         """What goes first. False: there is nothing."""
@@ -171,10 +189,14 @@ class Copies:
     def superseded(self, name: bytes, block: int) -> None:
         """Another block has the content of this name from now on."""
         found = self.spare.get(name)
-        if found is not None:
-            self.spare[name] = block, found[1]
-            self._pool.add(block)
-            self._pool.drop(found[0])
+        if found is None:
+            return
+        self.spare[name] = block, found[1]
+        checksum = self._pool.checksums.of(found[0])
+        if self._pool.checksums.of(block) is None and checksum is not None:  # equal names, equal bytes
+            self._pool.checksums.copied(block, checksum, self._size, self._size)
+        self._pool.add_copy(block)
+        self._pool.drop_copy(found[0])
 
     # ------------------------------------------------------------------
 
@@ -199,7 +221,7 @@ class Copies:
         else:
             before = self._table.block(row, index)
             self._table.set_block(row, index, block)
-            self._pool.drop(before)
+            self._pool.drop_copy(before)
 
     def _make_room(self) -> bool:
         """A copy of a running request goes before what belongs to none."""
@@ -208,5 +230,11 @@ class Copies:
         return bool(self._pool.free)
 
     def _evict_row(self, key: Key) -> None:
-        self._pool.drop_all(self._table.free_row(self.rows.pop(key)))
+        for block in self._table.free_row(self.rows.pop(key)):
+            self._pool.drop_copy(block)
         self.evicted.append(key)
+
+    def _served(self, blocks: list[int]) -> list[int]:
+        for block in blocks:
+            self._pool.serve(block)
+        return blocks

@@ -120,6 +120,7 @@ class Request:
     reader: int = 0
     arrived: float = 0.0  # monotonic seconds
     salt: bytes = b""  # what it shares KV under
+    scores_missed: int = 0  # times that its prompt was computed and they did not come
     scores: bytes | bytearray = b""  # log probabilities of its prompt's tokens, as far as they have come
     hasher: PrefixHasher = field(default_factory=lambda: PrefixHasher(1 << 30))
 

@@ -49,6 +49,7 @@ RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 1.0, 60.0  # told to whom the queue has n
 FAILED_RETRY_S, FAILED_RETRY_MAX_S = 0.05, 0.8
 # A request whose grammar the last stage compiles is tried again after this if nothing is heard: its word may be lost.
 BLOCKED_RETRY_S = 1.0
+SCORES_MISSED_MAX = 3  # times that a prompt was computed and its log probabilities did not come
 # A pipeline whose stage had no room for its quota tries it again after this; doubled each time, until that changes.
 SPACE_RETRY_S, SPACE_RETRY_MAX_S = 5.0, 80.0
 
@@ -486,7 +487,15 @@ class Scheduler:
             self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
             return
         self._score(meta, flight)
-        if any(request.attempt == attempt and request.scoring for request, attempt, _ in sampled):
+        unscored = [
+            request for request, attempt, _ in sampled if request.attempt == attempt and request.scoring
+        ]
+        if unscored:  # a result before this one is lost
+            for request in unscored:
+                request.scores_missed += 1
+                if request.scores_missed > SCORES_MISSED_MAX:
+                    text = "the last stage gives no log probabilities of the prompt"
+                    self._refuse(request, RefusalCode.INVALID, text, news)
             self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
             return
         details = {detail.index: (detail.logprob, detail.top) for detail in meta.details}

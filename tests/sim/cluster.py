@@ -527,7 +527,8 @@ class Cluster:
         nodes = sorted(self.nodes(), key=lambda pair: (pair[0] < name, pair[0]))
         for _, node in nodes:
             store = parts.store_of(node)
-            blocks = sorted(store.copies.holders())
+            # What is in service is computed with, and no longer looked at: memory that fails there is not survived.
+            blocks = sorted(block for block in store.copies.holders() if store.pool.at_rest(block))
             if blocks:
                 parts.corrupt(node, blocks[pick % len(blocks)], bit)
                 self.outcome.faults["bit of a copy"] += 1

@@ -21,6 +21,7 @@ from controlplane.core.evidence import Evidence, judge
 from controlplane.etcd.election import Leadership
 from controlplane.etcd.register import Registration
 from controlplane.etcd.values import Compare
+from dataplane import encoding, parity, parity_bytes
 from dataplane.core.encoder import Encoder
 from dataplane.core.messages import Fence, KvMeta, KvQueryMeta, RejoinMeta, StepMeta
 from dataplane.core.replication import Copy, ReplicaSource
@@ -92,10 +93,16 @@ def no_checksums() -> Iterator[None]:
     def of_message(kv: KvBytes, payload: memoryview) -> Sums:
         return np.zeros(len(payload) // kv.block_bytes, np.uint32)
 
+    def of_pieces(payload: memoryview, size: int) -> Sums:
+        return np.zeros(len(payload) // size, np.uint32)
+
     with (
         mock.patch.object(KvBytes, "gather", gathered),
         mock.patch.object(KvBytes, "sums", of_blocks),
         mock.patch.object(KvBytes, "sums_of", of_message),
+        mock.patch.object(encoding, "piece_sums", of_pieces),
+        mock.patch.object(parity, "piece_sums", of_pieces),
+        mock.patch.object(parity_bytes, "piece_sums", of_pieces),
     ):
         yield
 

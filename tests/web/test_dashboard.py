@@ -314,6 +314,14 @@ def test_a_thousand_nodes_stay_usable(page: Page) -> None:
         service.cluster = replace(service.cluster, nodes=(*service.cluster.nodes, spare))
         expect(page.get_by_role("button", name="n9999")).to_be_visible()
         assert page.evaluate("[...touched]") == ["127"]
+        # Many findings do not push everything else off the page.
+        hung = tuple(replace(node, state=NodeState.YELLOW, evidence="silent") for node in nodes[:400])
+        service.cluster = replace(service.cluster, nodes=(*hung, *service.cluster.nodes[400:]))
+        expect(page.locator(".findings li")).to_have_count(13)
+        expect(page.locator(".findings li").first).to_contain_text("n500 is dead")
+        expect(page.locator(".findings li").last).to_have_text("and 389 more: see the topology below.")
+        service.cluster = replace(service.cluster, nodes=(*nodes[:500], dead, *nodes[501:]))
+        expect(page.locator(".findings li")).to_have_count(1)
         # Found among them by what it is, or by its name.
         page.get_by_label("only what is not well").check()
         expect(page.locator(".stage")).to_have_count(4)

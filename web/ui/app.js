@@ -66,7 +66,10 @@ const actions = {
   askCancel: (operation) => follow(askCancel(operation)),
   reason: (reason) => show({ ...state.asked, reason }),
   confirm: () => follow(confirm(state.asked)),
-  dismiss: () => show(null),
+  // A dialog's closing is told a moment later, when another one may be open.
+  dismiss: (id) => {
+    if (state.asked?.id === id) show(null);
+  },
 };
 
 function show(asked) {

@@ -5,6 +5,7 @@ import htm from "/ui/vendor/htm.js";
 import { headline, seconds } from "/ui/format.js";
 
 const html = htm.bind(h);
+const FINDINGS_SHOWN = 12; // the worst ones come first
 
 export function Lost({ status, link }) {
   const others = status.controllers.filter((item) => item.id !== status.answered_by);
@@ -25,7 +26,10 @@ export function Banner({ status, lost, who, quorum }) {
         <h1>${lost && html`<small>Last known: </small>`}${word}</h1>
         <p>${some}. Model <b>${status.model}</b>, cluster <b>${status.cluster}</b>, mode <b>${status.mode}</b>.</p>
         ${found.length > 0 &&
-        html`<ul class="findings">${found.map((item) => html`<li key=${item.text} class=${item.level}>${item.text}</li>`)}</ul>`}
+        html`<ul class="findings">
+          ${found.slice(0, FINDINGS_SHOWN).map((item) => html`<li key=${item.text} class=${item.level}>${item.text}</li>`)}
+          ${found.length > FINDINGS_SHOWN && html`<li class="warn">and ${found.length - FINDINGS_SHOWN} more: see the topology below.</li>`}
+        </ul>`}
       </div>
       <dl class="facts">
         <${Fact} name="Leader" value=${status.leader || "none"} level=${status.leader ? "" : "warn"} />

@@ -90,7 +90,7 @@ export async function* askFor(status, kind, node) {
 export async function* askCancel(operation) {
   const what = `${operation.kind} ${operation.node}`.trim();
   const plan = ["What has been switched stays switched."];
-  yield { first: true, id: operation.id, cancels: operation.id, what, state: "checked", checks: [], plan };
+  yield { first: true, id: fresh("cancel", operation.id), cancels: operation.id, what, state: "checked", checks: [], plan };
 }
 
 export async function* confirm(asked) {
@@ -161,7 +161,7 @@ export class Asked extends Component {
       if (ready) actions.confirm();
     };
     return html`
-      <dialog class="asked" ref=${this.box} aria-labelledby="asked-title" onClose=${actions.dismiss}>
+      <dialog class="asked" ref=${this.box} aria-labelledby="asked-title" onClose=${() => actions.dismiss(asked.id)}>
         <form onSubmit=${submit}>
           <h2 id="asked-title">${title}</h2>
           <p>${meaning(asked)}</p>

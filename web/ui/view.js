@@ -31,7 +31,7 @@ export function Page(known) {
         <${Operations} status=${status} who=${known.who} actions=${actions} />
         <${Events} events=${known.events} />
       </main>
-      ${known.asked && html`<${Asked} asked=${known.asked} status=${status} actions=${actions} />`}
+      ${known.asked && html`<${Asked} key=${known.asked.id} asked=${known.asked} status=${status} actions=${actions} />`}
     </div>`;
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -225,6 +226,67 @@ def test_damage_is_everybodys_who_has_the_block() -> None:
     store.check()
 
 
+def looked_at_next(store: KvStore, block: int) -> bool:
+    """Whether its next user looks at the block, which is damaged, and finds that."""
+    checks = [check for check in store.checksums.next(9) if check.block == block]
+    store.looked_at(checks, np.array([check.checksum + 1 for check in checks], np.uint32))
+    return bool(checks) and store.checksum_failures == 1
+
+
+def test_memory_that_fails_while_it_is_at_rest_is_found_by_who_takes_it_up() -> None:
+    """Computed here, copied out, and a copy since the stage has moved away."""
+    store = KvStore(8, 4, 8, 8)
+    computed(store, ("p0", 1), 8)
+    blocks = store.table.blocks(store.own["p0"][1])
+    for block in blocks:
+        assert store.copied(block, 7, 4)
+    store.leave("p0", demote=True)
+    assert store.pool.at_rest(blocks[0])
+    assert store.take_up("p0", 1, NAMES[:2]) == 8
+    assert looked_at_next(store, blocks[0])
+    assert store.tokens(("p0", 1)) == 0
+    store.check()
+
+
+def test_what_was_computed_here_and_only_others_rely_on_any_more_is_at_rest() -> None:
+    store = KvStore(8, 4, 8, 8)
+    computed(store, ("p0", 1), 4)
+    (block,) = store.table.blocks(store.own["p0"][1])
+    assert store.copies.share(("p1", 1), 0, 4, NAMES[0], 7)
+    assert not store.pool.at_rest(block), "p0 computes with it: memory that fails there is not survived"
+    store.release(("p0", 1))
+    assert not store.pool.at_rest(block), "it is kept for requests to come"
+    store.evict("p0", NAMES[:1])
+    assert store.pool.at_rest(block)
+    assert store.take_up("p1", 1, NAMES[:1]) == 4
+    assert looked_at_next(store, block)
+    store.check()
+
+
+def test_a_look_that_ends_after_the_block_has_come_to_rest_vouches_for_nothing() -> None:
+    store = KvStore(8, 4, 8, 8)
+    (block,) = copied(store, ("p1", 1), 1, NAMES)
+    assert store.take_up("p1", 1, NAMES[:1]) == 4
+    (check,) = store.checksums.next(9)
+    store.leave("p1", demote=True)
+    assert not store.looked_at([check], np.array([check.checksum], np.uint32))
+    assert store.take_up("p1", 1, NAMES[:1]) == 4
+    assert looked_at_next(store, block)
+
+
+def test_a_spare_block_that_was_computed_again_can_be_looked_at() -> None:
+    store = KvStore(8, 4, 8, 8)
+    block = store.copies.place_spare("p1", NAMES[0], 9)
+    assert block is not None
+    computed(store, ("p0", 1), 4)
+    (computed_here,) = store.table.blocks(store.own["p0"][1])
+    assert computed_here != block, "nobody has looked at that one"
+    store.release(("p0", 1))
+    store.evict("p0", NAMES[:1])
+    assert store.copies.spare[NAMES[0]] == (computed_here, "p1")
+    store.check()
+
+
 OPERATIONS = st.lists(
     st.tuples(
         st.sampled_from(
@@ -240,6 +302,8 @@ OPERATIONS = st.lists(
                 "begin",
                 "evict",
                 "spoil",
+                "copy out",
+                "look",
             ]
         ),
         st.sampled_from(["p0", "p1"]),
@@ -293,6 +357,12 @@ def test_no_block_is_lost_or_miscounted(operations: list[tuple[str, str, int, in
                 store.copies.evict_spare(names[: tokens // 4])
             case "spoil":
                 store.damaged([tokens % 12] if tokens % 12 not in store.pool.free else [])
+            case "copy out" if store.serves(key):
+                for index, block in enumerate(store.table.blocks(store.own[pipeline][rid])):
+                    store.copied(block, 1, min(4, max(0, store.tokens(key) - 4 * index)))
+            case "look":
+                checks = store.checksums.next(tokens)
+                store.looked_at(checks, np.array([check.checksum for check in checks], np.uint32))
         store.check()
 
 

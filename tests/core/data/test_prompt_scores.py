@@ -65,6 +65,7 @@ class World:
         default_factory=list
     )  # of each step: request -> start, count
     scored_rows: list[int] = field(default_factory=list)
+    silent: bool = False  # the stage says nothing of what it scores
 
     def __post_init__(self) -> None:
         self.steps: list[StepMeta] = []
@@ -133,7 +134,8 @@ class World:
         output = np.array(made)[prepared.logit_rows]
         sampled = len(rows.sample_rows)
         self.scored_rows.append(len(output) - sampled)
-        scores = self.stage.score(prepared.scored, output[sampled:])[0] if prepared.scored is not None else ()
+        tells = prepared.scored is not None and not self.silent
+        scores = self.stage.score(prepared.scored, output[sampled:])[0] if tells else ()
         drawn = self.stage.draw(prepared, output[:sampled]) if sampled else None
         self.stage.commit(prepared, drawn.tokens if drawn is not None else None)
         if drawn is None:
@@ -264,6 +266,17 @@ def test_a_gateway_that_comes_back_for_the_first_token_has_them_again() -> None:
     world.perform(world.scheduler.step(Submitted(world.submitted[7], 3), 0.0))
     world.run()
     assert world.logs[7] == reference(PROMPT, prompt_logprobs=TOP, seed=7)
+
+
+def test_a_stage_that_gives_none_ends_the_request_and_not_the_others() -> None:
+    world = World(silent=True)
+    world.submit(1, PROMPT[:9])
+    world.submit(7, PROMPT, prompt_logprobs=TOP)
+    for _ in range(200):
+        if world.steps:
+            world.turn()
+    assert world.refused == ["the last stage gives no log probabilities of the prompt"]
+    assert [token.token for token in world.logs[1]] == [t.token for t in reference(PROMPT[:9], seed=1)]
 
 
 def test_what_no_stage_could_take_is_refused() -> None:

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.contract.requests import Sampling, Submit
+from controlplane.contract.requests import Sampling, Submit, Token
 from dataplane.core.batching import Batcher, Limits
 from dataplane.core.ngrams import INDEX_BYTES, SIZES, NgramIndex
 from dataplane.core.prefix import PrefixHasher
-from dataplane.core.request import Request
+from dataplane.core.request import Phase, Request
 from dataplane.core.speculation import GAIN_MIN, Rate, Speculator, StepCost, draft_counts
 from dataplane.core.stats import SchedulerStats
 from tests.core.data.pipeline import Cluster
@@ -124,6 +124,21 @@ def test_no_copy_has_a_draft() -> None:
     assert seen >= 24
     stats = cluster.scheduler.stats
     assert stats.spec_decode_num_draft_tokens > stats.spec_decode_num_accepted_tokens + 5
+
+
+def test_no_draft_is_written_into_a_block_that_others_may_have_had() -> None:
+    """Where a request goes on within a block that its stages took up, its drafts begin with the next block."""
+    request = Request.from_submit(Submit(1, "p0", (1, 2, 3, 4, 5), Sampling(50, seed=1), (6,)), 0, 0)
+    request.hasher = PrefixHasher(4)
+    room = {}
+    request.rewind(Phase.RUNNING, 5)
+    for token in range(6):
+        room[request.total] = request.draft_room(100)
+        request.append(Token(1, len(request.output), token))
+    assert room == {6: 0, 7: 0, 8: 46, 9: 45, 10: 44, 11: 43}
+    request.rewind(Phase.RUNNING, 8)
+    assert request.draft_room(100) == 42
+    assert request.draft_room(14) == 1  # the context leaves one token more
 
 
 # ---------------------------------------------------------------------------- how many
