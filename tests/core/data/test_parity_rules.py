@@ -196,6 +196,7 @@ class World:
                 self.deliver()
 
     def calm(self) -> None:
+        self.links.clear()  # a new epoch: what was on its way is of an older one
         for source in self.sources:
             source.restart()
             source.settle()
@@ -239,7 +240,7 @@ class World:
         return list(place.sent)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.sampled_from(CODES), st.integers(1, 5), st.integers(0, 1 << 30))
 def test_in_the_end_every_block_is_protected_once(code: tuple[str, int], stages: int, seed: int) -> None:
     world = World(*code, stages, seed)
@@ -262,7 +263,7 @@ def test_in_the_end_every_block_is_protected_once(code: tuple[str, int], stages:
                     assert (got, shard) == (name, world.shard(name, stage))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.sampled_from([("xor", 1), ("rs", 2)]), st.integers(1, 4), st.integers(0, 1 << 30))
 def test_without_room_no_claim_is_too_high_either(code: tuple[str, int], stages: int, seed: int) -> None:
     world = World(*code, stages, seed, room=3 * 40 * code[1])
