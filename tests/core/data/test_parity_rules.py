@@ -235,7 +235,7 @@ class World:
                 data = self.shard(name, stage)
                 key = PIPELINE, name
                 place.perform(place.encoder.survived(key, FENCE, stage, crc32(data), 0), data, len(data))
-        place.perform(place.encoder.expire(self.now + JOB_LIMIT_S))
+        place.perform(place.encoder.expire(self.now + 2 * JOB_LIMIT_S))  # whatever rounding does
         assert not place.bytes.restored, "scratch is left behind"
         return list(place.sent)
 
