@@ -23,8 +23,9 @@ from controlplane.etcd.register import TAKE_OVER
 from dataplane.accelerators import CPU, Place, assign, count_devices
 from dataplane.devices import precise_loop
 from dataplane.fetch import provision
+from dataplane.loading import load_executor, load_grammars, load_proposer
 from dataplane.moment import MOMENT
-from dataplane.node import Node, load_executor, load_grammars, load_proposer
+from dataplane.node import Node
 from dataplane.report_stream import relay_address
 
 if TYPE_CHECKING:

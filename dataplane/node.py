@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from controlplane import process
 from controlplane.contract import auth, keys
-from controlplane.contract.config import CPU_POOL_BLOCKS, ClusterConfig
+from controlplane.contract.config import ClusterConfig
 from controlplane.contract.identity import Identity, ProcessRole
 from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
@@ -31,7 +31,7 @@ from controlplane.contract.topology import Pipeline, Topology
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.register import Registration
-from controlplane.grammar import GrammarError, library_version, load_compiler
+from controlplane.grammar import library_version
 from controlplane.keyspace.connect import etcd_client
 from dataplane.accelerators import CPU, Place
 from dataplane.core.batching import Limits
@@ -41,10 +41,10 @@ from dataplane.core.pace import Timeliness
 from dataplane.core.parity import partners_of
 from dataplane.core.peers import Peers, engages, pipelines_of
 from dataplane.core.speculation import Proposer
-from dataplane.devices import emulate_network, profile_of
+from dataplane.devices import emulate_network
 from dataplane.frontdoor import Frontdoor
 from dataplane.inbox import LinkChanged, Message
-from dataplane.model.config import load_config
+from dataplane.loading import table_rows
 from dataplane.moment import MOMENT
 from dataplane.oracle import HASH_BYTES, OracleExecutor
 from dataplane.replica import ReplicaStats
@@ -69,7 +69,6 @@ TICK_S = 0.05
 LINKS_LOOKED_AT_S = 1.0  # how often unused links are looked for
 GOODBYE_LIMIT_S = 0.3  # for the report that says that this node leaves
 LEAVE_LIMIT_S = 2.0  # for everything that it does before it ends
-ROWS_PER_PIPELINE = 4  # block-table rows: served and copied requests of two pipelines and their overlap
 # Counters that reports carry. (`asdict` copies each value deeply, for every report.)
 OF_COPIES = tuple(field.name for field in fields(ReplicaStats))
 OF_LINKS = tuple(field.name for field in fields(TransportStats))
@@ -91,7 +90,7 @@ class Node:
     ) -> None:
         """`settings`: digest of the settings as they were read, where `config` is not (its model may be elsewhere).
         `relay`: address of the host's, if it may have one. `grammars`: of a last stage. `proposer`: see
-        load_proposer."""
+        loading.py."""
         self._place = place
         self._settings = settings or settings_digest(config)
         self._supersedes = supersedes
@@ -107,7 +106,7 @@ class Node:
         store = KvStore(
             executor.kv.num_blocks,
             engine.block_size,
-            ROWS_PER_PIPELINE * engine.max_running,
+            table_rows(engine),
             -(-context // engine.block_size),
         )
         self._store = store
@@ -432,82 +431,3 @@ def _link_identity(identity: Identity) -> LinkIdentity | None:
     from dataplane.transport.sealing import LinkIdentity  # cryptography is only loaded where it is used
 
     return LinkIdentity(identity)
-
-
-def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> StageExecutor | OracleExecutor:
-    """The weights of one stage, mapped, and an empty KV pool. Raises ModelError or ConfigError."""
-    engine = config.engine
-    if engine.executor == "oracle":
-        return OracleExecutor(
-            load_config(Path(config.model)),
-            stage,
-            config.stages,
-            num_blocks=engine.pool_blocks or CPU_POOL_BLOCKS,
-            block_size=engine.block_size,
-            profile=profile_of(config),
-            time_scale=config.emulation.time_scale,
-        )
-    # Not before it is known to be needed: torch is large, and the oracle does without.
-    import torch
-
-    from dataplane.executor import StageExecutor
-
-    torch.set_num_threads(1)  # it only looks up rows; the kernels have threads of their own
-    made = StageExecutor(
-        Path(config.model),
-        stage,
-        config.stages,
-        num_blocks=engine.pool_blocks or (CPU_POOL_BLOCKS if place.device == "cpu" else 0),
-        rows_max=engine.max_batch_tokens,
-        memory_share=engine.memory_utilization * place.share,
-        block_size=engine.block_size,
-        dtype=engine.dtype,
-        weights=engine.weights,
-        device=place.device,
-        threads=engine.threads,
-        attention=engine.attention,
-        context_max=engine.max_model_len,
-        digest_file=Path(config.run_dir) / "digests" / f"stage{stage}of{config.stages}.json",
-    )
-    if made.config.float16:
-        log.info("the checkpoint is float16, of which there are no kernels: computed in %s", made.dtype)
-    return made
-
-
-def load_proposer(
-    config: ClusterConfig, stage: int, executor: StageExecutor | OracleExecutor
-) -> Proposer | None:
-    """The draft model of a node that may schedule, if there is to be one. Raises ModelError."""
-    engine = config.engine
-    if stage != 0 or engine.speculation != "draft":
-        return None
-    from dataplane.drafting import load_draft_model
-
-    context = engine.context_len(executor.config.max_positions, executor.kv.num_blocks)
-    return load_draft_model(
-        Path(engine.draft_model).expanduser(),
-        executor.config.vocab_size,
-        engine.block_size,
-        ROWS_PER_PIPELINE * engine.max_running,
-        context,
-        engine.threads,
-    )
-
-
-def load_grammars(
-    config: ClusterConfig, stage: int, executor: StageExecutor | OracleExecutor
-) -> Grammars | None:
-    """Who follows grammars at a last stage. None: no other stage needs it, or this model's tokens cannot be used.
-
-    Takes about a second for 128,000 tokens, in which no other thread runs: to be done before anybody is served."""
-    if stage != config.stages - 1:
-        return None
-    from dataplane.grammars import Grammars
-
-    model = executor.config
-    try:
-        compiler = load_compiler(Path(config.model), model.vocab_size, model.eos_token_ids)
-    except GrammarError as error:
-        log.warning("no structured output: %s", error)
-        return None
-    return Grammars(compiler, config.engine.threads)
