@@ -47,6 +47,8 @@ def template(number: int) -> Template:
             presence_penalty=chance.choice((0.0, 0.0, 0.5)),
             stop_token_ids=tuple(chance.randrange(VOCAB) for _ in range(8)),
             min_tokens=chance.choice((0, 0, 4)),
+            prompt_logprobs=chance.choice((None, None, 0, 2)),
+            bad_words=tuple((chance.randrange(VOCAB),) for _ in range(chance.choice((0, 0, VOCAB // 8)))),
         ),
     )
 
@@ -55,8 +57,9 @@ LONG = tuple(n for n in range(TEMPLATES) if template(n).sampling.max_tokens >= 1
 
 
 @functools.cache
-def expected(number: int, stages: int) -> tuple[tuple[int, ...], FinishReason]:
-    """The stream that never fails: the same model on one node, one request, one token at a time."""
+def expected(number: int, stages: int) -> tuple[tuple[int, ...], FinishReason, bytes | None]:
+    """The stream that never fails, and its prompt's log probabilities: the same model on one node, one request, one
+    token at a time."""
     asked = template(number)
     blocks = -(-CONTEXT // BLOCK)
     executors = [make_executor(stage, stages, blocks) for stage in range(stages)]
@@ -66,6 +69,8 @@ def expected(number: int, stages: int) -> tuple[tuple[int, ...], FinishReason]:
     sampler = SamplingTable(1, VOCAB)
     slot = np.array([sampler.admit(asked.sampling, asked.prompt)], np.int32)
     log, output = list(asked.prompt), []
+    rows = np.empty((len(log) - 1, VOCAB), np.float32)  # of the prompt, by which its next token is scored
+    top, scores = asked.sampling.prompt_logprobs, None
     for position in range(CONTEXT):
         start, count = np.array([position], np.int32), np.ones(1, np.int32)
         assert table.grow(row, start, count, free) == 0
@@ -76,15 +81,18 @@ def expected(number: int, stages: int) -> tuple[tuple[int, ...], FinishReason]:
             data = executor.forward(tokens, data, arrays, np.zeros(1, np.int32))
         table.commit(row, start, count)
         if position + 1 < len(log):
+            rows[position] = data
             continue
+        if top is not None and not output:
+            scores = sampler.score(rows, np.array(log[1:], np.int32), top).records(slice(0, len(rows)), top)
         token = int(sampler.sample(data, slot).tokens[0])
         sampler.append_many(slot, np.array([token], np.int64))
         log.append(token)
         output.append(token)
         if token in asked.sampling.stop_token_ids and len(output) > asked.sampling.min_tokens:
-            return tuple(output), FinishReason.STOP
+            return tuple(output), FinishReason.STOP, scores
         if len(output) >= asked.sampling.max_tokens:
-            return tuple(output), FinishReason.LENGTH
+            return tuple(output), FinishReason.LENGTH, scores
     raise AssertionError("no template fills the context")
 
 
@@ -126,7 +134,7 @@ class Stream:
             self._end(how)
 
     def _take(self, token: Any) -> None:
-        right, finish = expected(self.number, self.stages)
+        right, finish, scores = expected(self.number, self.stages)
         position = len(self.received)
         name = f"stream {self.rid} (template {self.number})"
         if self.ended:
@@ -136,6 +144,8 @@ class Stream:
         elif position >= len(right) or token.token != right[position]:
             wanted = right[position] if position < len(right) else "its end"
             self.world.fail(f"{name}: token {token.token} at position {position} instead of {wanted}")
+        elif token.prompt_scores != (scores if position == 0 else None):
+            self.world.fail(f"{name}: other log probabilities of the prompt with position {position}")
         elif token.finish is not None and (position + 1 != len(right) or token.finish is not finish):
             self.world.fail(f"{name}: finish {token.finish} at position {position}")
         self.received.append(token.token)
