@@ -26,17 +26,3 @@ def simulator(*arguments: str, limit_s: float = 170.0) -> subprocess.CompletedPr
         text=True,
         timeout=limit_s,
     )
-
-
-def started(*arguments: str) -> subprocess.Popen[str]:
-    """The same, running, in a process group of its own; errors stand with what it says."""
-    return subprocess.Popen(
-        command(*arguments),
-        cwd=ROOT,
-        env=os.environ | ENVIRONMENT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        process_group=0,
-    )
