@@ -72,6 +72,7 @@ def test_the_leader_writes_meanwhile(
                 registry=SimpleNamespace(view=View(Keys("kevlarflow"), "default")),
                 sources=None,
                 history=SimpleNamespace(put=audited.append),
+                recorder=None,
             )
             service = Service(ClusterConfig("r", "m", ()), "c1", parts)
             with contextlib.nullcontext() if answer else pytest.raises(Unavailable, match="ask again"):
