@@ -73,6 +73,7 @@ def test_the_leader_writes_meanwhile(
                 sources=None,
                 history=SimpleNamespace(put=audited.append),
                 recorder=None,
+                identity=None,
             )
             service = Service(ClusterConfig("r", "m", ()), "c1", parts)
             with contextlib.nullcontext() if answer else pytest.raises(Unavailable, match="ask again"):
