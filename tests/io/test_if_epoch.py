@@ -71,6 +71,8 @@ async def submit(
         registry=SimpleNamespace(view=View(KEYS, "default"), operations={}),
         sources=None,
         history=SimpleNamespace(put=audited.append),
+        recorder=None,
+        identity=None,
     )
     answer = await Service(ClusterConfig("r", "m", ()), "c1", parts).submit(request, ALICE)
     return answer, await client.get(KEYS.operation(request.id)) is not None
