@@ -80,6 +80,7 @@ class Outage:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                start_new_session=True,  # not held back with the tests that it runs beside
             )
         return self._process
 
