@@ -63,7 +63,7 @@ async def under_load(
             ended.extend(await cluster.resuming.streams(half))
 
     async def acting() -> None:
-        await until(lambda: ended, "streams flow", 60.0)
+        await until(lambda: ended, "streams flow")
         try:
             await act()
         finally:

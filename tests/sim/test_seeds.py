@@ -6,7 +6,7 @@ import pytest
 
 from tests.sim.soaking import simulator
 
-SEEDS = 1000
+SEEDS = 2000
 PIECE = 250
 
 
