@@ -67,6 +67,11 @@ class Checksums:
         if block in self._of:
             self._copies.add(block)
 
+    def claimed(self, block: int) -> None:
+        """Who relied on it as a copy takes it into service: it is looked at, whoever computes with it already."""
+        if block in self._of:
+            self._copies.add(block)
+
     def in_service(self, block: int) -> None:
         """From now on somebody computes with it."""
         if block in self._copies:

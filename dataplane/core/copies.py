@@ -237,4 +237,5 @@ class Copies:
     def _served(self, blocks: list[int]) -> list[int]:
         for block in blocks:
             self._pool.serve(block)
+            self._pool.checksums.claimed(block)
         return blocks

@@ -263,6 +263,17 @@ def test_what_was_computed_here_and_only_others_rely_on_any_more_is_at_rest() ->
     store.check()
 
 
+def test_a_copy_is_looked_at_by_who_takes_it_up_though_another_computes_with_it() -> None:
+    store = KvStore(8, 4, 8, 8)
+    computed(store, ("p0", 1), 4)
+    (block,) = store.table.blocks(store.own["p0"][1])
+    assert store.copies.share(("p1", 1), 0, 4, NAMES[0], 7)
+    assert store.take_up("p1", 1, NAMES[:1]) == 4
+    assert looked_at_next(store, block)
+    assert (store.tokens(("p1", 1)), store.tokens(("p0", 1))) == (0, 0), "both have the block"
+    store.check()
+
+
 def test_a_look_that_ends_after_the_block_has_come_to_rest_vouches_for_nothing() -> None:
     store = KvStore(8, 4, 8, 8)
     (block,) = copied(store, ("p1", 1), 1, NAMES)
