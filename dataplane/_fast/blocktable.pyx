@@ -17,12 +17,12 @@ class KvGap(ValueError):
 
 
 cdef class Rows:
-    """The rows of a step: counts[i] tokens of request rids[i] from position starts[i] on, of which the last drafts[i] are
-    drafts. Some ask for the tokens after their last ones: sample_rids[k] does for the one after token sample_rows[k] of
+    """The rows of a step: counts[i] tokens of request rids[i] from position starts[i] on, of which the last drafts[i]
+    are drafts. Some ask for the tokens after their last ones: sample_rids[k] does for the one after token sample_rows[k] of
     the step, which is the depths[k]-th draft of its row (0: the last token that is none).
 
-    Made from int64 [4, B], little endian: rid, start, count, samples; the last `samples` tokens of a row sample, and all
-    of these but the first are drafts. Raises ValueError for other bytes."""
+    Made from int64 [4, B], little endian: rid, start, count, samples; the last `samples` tokens of a row sample, and
+    all of these but the first are drafts. Raises ValueError for other bytes."""
 
     def __init__(self, const uint8_t[::1] data):
         cdef Py_ssize_t n = data.shape[0] // 32, i, sampling = 0, asked = 0
@@ -255,9 +255,10 @@ cdef class BlockTable:
 
     def commit(self, const int32_t[:] rows, const int32_t[:] starts, const int32_t[:] counts,
                const int32_t[:] drafts=None):
-        """What grow() made room for has been computed and is valid, but for the last drafts[i] positions of a row: those
-        are written, and nobody may count on them before a step says so by beginning behind them. Returns the indices i of
-        rows that have filled a block with what has become valid. Raises IndexError, ValueError as fill() does."""
+        """What grow() made room for has been computed and is valid, but for the last drafts[i] positions of a row:
+        those are written, and nobody may count on them before a step says so by beginning behind them. Returns the
+        indices i of rows that have filled a block with what has become valid. Raises IndexError, ValueError as fill()
+        does."""
         cdef Py_ssize_t n = rows.shape[0], i
         cdef int64_t end, before
         self.check_step(rows, starts, counts)
