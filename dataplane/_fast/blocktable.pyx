@@ -18,8 +18,8 @@ class KvGap(ValueError):
 
 cdef class Rows:
     """The rows of a step: counts[i] tokens of request rids[i] from position starts[i] on, of which the last drafts[i]
-    are drafts. Some ask for the tokens after their last ones: sample_rids[k] does for the one after token sample_rows[k] of
-    the step, which is the depths[k]-th draft of its row (0: the last token that is none).
+    are drafts. Some ask for the tokens after their last ones: sample_rids[k] does for the one after token
+    sample_rows[k] of the step, which is the depths[k]-th draft of its row (0: the last token that is none).
 
     Made from int64 [4, B], little endian: rid, start, count, samples; the last `samples` tokens of a row sample, and
     all of these but the first are drafts. Raises ValueError for other bytes."""

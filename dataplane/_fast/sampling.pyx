@@ -189,8 +189,8 @@ cdef class DrawTable:
     ):
         """Tokens int64 [K] drawn from logits [K, vocab], POISONED for a row that is not finite, NONE_LEFT for one whose
         mask, or what is banned, allows no token; and, for those that asked for log probabilities, the logarithms of
-        the sums of exponentials float64 [K] and the largest logits TOP [K, most], of the tokens that a mask leaves. No state
-        changes.
+        the sums of exponentials float64 [K] and the largest logits TOP [K, most], of the tokens that a mask leaves.
+        No state changes.
 
         Where a request has drafts its rows follow one another: row r is drawn behind `depths[r]` of them, the last of
         which is `drafts[r]`, and is REJECTED unless each of these is what the row before it drew. Where the request has
