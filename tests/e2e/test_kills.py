@@ -73,6 +73,7 @@ def test_a_stopped_node_changes_nothing_when_it_wakes(home: Cluster) -> None:
     """SIGSTOP for five seconds: replaced like a dead one; what it then says is of an epoch that is over."""
     prompts = sample_prompts(STREAMS, 256)
     asyncio.run(home.references(prompts))
+    asyncio.run(home.wait_all_home())  # nobody serves for the victim
     victim = "n1"
     pid = home.node_pid(victim)
 
@@ -82,9 +83,10 @@ def test_a_stopped_node_changes_nothing_when_it_wakes(home: Cluster) -> None:
         home.kill(victim, signal.SIGSTOP)
         try:
             await asyncio.sleep(5.0)  # the length of the fault, not a wait for anything
-            moved = await home.status()
             epoch = {p.id: p.epoch for p in status.pipelines}
-            assert any(p.epoch > epoch[p.id] for p in moved.pipelines), "the silence was not noticed"
+            await home.wait_for(
+                lambda s: any(p.epoch > epoch[p.id] for p in s.pipelines), "its silence is noticed"
+            )
         finally:
             home.kill(victim, signal.SIGCONT)
 

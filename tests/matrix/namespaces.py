@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import shutil
 import signal
@@ -45,6 +46,8 @@ table ip kf {{
 
 Way = tuple[str, str]  # from host, to host
 
+_numbers = itertools.count(1)
+
 
 class NotPermitted(Exception):
     """Namespaces cannot be made here; the text says why."""
@@ -55,12 +58,13 @@ class Network:
 
     def __init__(self, hosts: Sequence[str]) -> None:
         self.hosts = tuple(hosts)
+        self._prefix = f"{PREFIX}{os.getpid()}-{next(_numbers)}-"  # several live side by side in one process
         self._stack = contextlib.ExitStack()
         self._relay: Relay | None = None
 
     def __enter__(self) -> Network:
         remove_stale()
-        self._stack.callback(remove, f"{PREFIX}{os.getpid()}-")
+        self._stack.callback(remove, self._prefix)
         try:
             self._build()
         except BaseException:
@@ -72,7 +76,7 @@ class Network:
         self._stack.close()
 
     def namespace(self, host: str) -> str:
-        return f"{PREFIX}{os.getpid()}-{host}"
+        return f"{self._prefix}{host}"
 
     def address(self, host: str) -> str:
         return f"10.77.{self.hosts.index(host) + 1}.2"

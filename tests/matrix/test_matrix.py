@@ -52,7 +52,7 @@ class Stage:
             cluster.__exit__(None, None, None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:
     try:
         find_etcd_binary(os.environ)

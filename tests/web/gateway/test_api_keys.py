@@ -76,7 +76,7 @@ def test_a_key_is_known_by_its_secret_and_kept_as_a_hash(tmp_path: Path) -> None
 
 
 def test_expired_and_revoked_keys_say_so() -> None:
-    texts, records = zip(*(made("old", NOW - 1), made("gone"), made("good", NOW + 60)), strict=True)
+    texts, records = zip(*(made("old", NOW - 1), made("gone"), made("good", NOW + 86400)), strict=True)
     old, gone, good = records
     gone = KeyRecord(gone.id, gone.name, gone.salt, gone.hash, revoked_unix_s=NOW)
     keys = ApiKeys([], (old, gone, good))
