@@ -31,6 +31,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     stage: int = -1
     serving: tuple[str, ...] = ()  # "p0/1": pipeline and stage
     cordoned: bool = False
+    leaving: bool = False  # is to end: what it serves moves away
     link_address: str = ""
     rpc_address: str = ""
     pid: int = 0
@@ -72,6 +73,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     running: int
     waiting: int
     move: Move | None = None
+    closing: bool = False  # takes no new request, and is removed once its streams have ended
 
 
 class ControllerStatus(msgspec.Struct, frozen=True):
@@ -184,6 +186,7 @@ class OperationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     deadline_s: float = 0.0
     version: str = ""  # restart: of the code that the fresh processes have to run; "": they have to be equal
     settings: str = ""  # restart: digest of the settings that they have to have
+    instances: int = 0  # scale: so many are wanted
     if_epoch: int | None = (
         None  # refused unless the topology's counter is this one as the operation is written
     )
@@ -197,7 +200,8 @@ class OperationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
             self.settings,
         ):
             return False
-        return (known.kind.value, known.node, known.substitute) == (self.kind, node, self.substitute)
+        wanted = self.kind, node, self.substitute, self.instances
+        return (known.kind.value, known.node, known.substitute, known.instances) == wanted
 
 
 class OperationAnswer(msgspec.Struct, frozen=True):

@@ -59,7 +59,7 @@ class Wish:
     reason: str
 
     def to(
-        self, kind: OperationKind, node: str = "", substitute: str | None = None, **more: str
+        self, kind: OperationKind, node: str = "", substitute: str | None = None, **more: Any
     ) -> OperationRequest:
         """A request under the given name, or a fresh one."""
         name = self.operation_id or "-".join(filter(None, (kind.value, node, secrets.token_hex(4))))
