@@ -132,6 +132,13 @@ def _names(nodes: Nodes, topology: Topology | None) -> list[NodeId]:
     """n2 before n10."""
     names = set(nodes.views)
     if topology is not None:
+        # Who was to leave, and has left, is missed by nobody.
+        names -= {
+            node
+            for node in topology.leaving
+            if node in nodes.views and nodes.is_dead(nodes.views[node].member)
+        }
+        names.update(m.node for p in topology.pipelines for m in p.members() if m.node in nodes.views)
         names.update(home for p in topology.pipelines for stage in p.stages for home in stage.homes)
     return sorted(names, key=lambda name: (len(name), name))
 

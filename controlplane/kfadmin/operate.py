@@ -202,7 +202,7 @@ def follow(
 
 def line(operation: Operation) -> str:
     message = f": {operation.message}" if operation.message else ""
-    what = f"{operation.kind.value} {operation.node}".strip()
+    what = f"{operation.kind.value} {operation.node or operation.instances or ''}".strip()
     return f"{what} {operation.state.value}{message}  ({operation.id})"
 
 
