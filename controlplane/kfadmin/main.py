@@ -27,6 +27,7 @@ from controlplane.kfadmin import (
     up,
 )  # fmt: skip
 from controlplane.kfadmin.about import COMPLETE
+from controlplane.kfadmin.chaos import verbs as chaos
 from controlplane.kfadmin.contexts import CHOSEN
 from controlplane.kfadmin.exits import WORDS, Exit, exit_of
 from controlplane.kfadmin.output import progress
@@ -83,6 +84,7 @@ config.command("show")(show.config_show)
 app.add_typer(check.app, name="check")
 app.add_typer(describe.app, name="describe")
 app.add_typer(operations.app, name="operations")
+app.add_typer(chaos.app, name="chaos")
 app.add_typer(config, name="config")
 app.add_typer(certs.app, name="certs")
 app.add_typer(keys.app, name="keys")
