@@ -74,7 +74,7 @@ def test_a_page_of_the_layout_before_is_not_taken_for_one_of_this() -> None:
     assert backup.there(1, [0]) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_nothing_is_claimed_that_is_not_on_the_shelf(data: st.DataObject) -> None:
     ranks = [0, 1, 2]
@@ -82,6 +82,7 @@ def test_nothing_is_claimed_that_is_not_on_the_shelf(data: st.DataObject) -> Non
     shelf: set[Page] = set()
     flying: deque[Page] = deque()
     full: dict[int, int] = {}
+    ended: set[int] = set()
     layout = 0
     for _ in range(30):
         match data.draw(
@@ -89,8 +90,9 @@ def test_nothing_is_claimed_that_is_not_on_the_shelf(data: st.DataObject) -> Non
         ):
             case "fill":
                 request = data.draw(st.integers(0, 3))
-                full[request] = full.get(request, 0) + data.draw(st.integers(1, 4))
-                backup.filled(request, full[request])
+                if request not in ended:
+                    full[request] = full.get(request, 0) + data.draw(st.integers(1, 4))
+                    backup.filled(request, full[request])
             case "send":
                 flying += backup.next()
             case "arrive" if flying:
@@ -120,7 +122,7 @@ def test_nothing_is_claimed_that_is_not_on_the_shelf(data: st.DataObject) -> Non
                 full.pop(request, None)
                 backup.end(request)
                 shelf = {page for page in shelf if page.request != request}
-                flying = deque(page for page in flying if page.request != request)
+                ended.add(request)
             case "rewind":
                 request = data.draw(st.integers(0, 3))
                 if request in full:
@@ -130,7 +132,7 @@ def test_nothing_is_claimed_that_is_not_on_the_shelf(data: st.DataObject) -> Non
             for rank in ranks:
                 for block in range(backup.there(request, [rank])):
                     assert Page(request, block, rank, layout) in shelf
-        assert all(sum(page.rank == rank and page.layout == layout for page in flying) <= 6 for rank in ranks)
+        assert all(sum(page.rank == rank and page.layout == layout for page in flying) <= 3 for rank in ranks)
     for page in flying:
         backup.acknowledge(page)
     drain(backup)
