@@ -235,7 +235,7 @@ class Node:
             pool_blocks=self._executor.kv.num_blocks,
             block_size=config.engine.block_size,
             pid=os.getpid(),
-            fault_domain={"host": os.uname().nodename, "node": self._me.node},
+            fault_domain=config.fault_domain(os.uname().nodename, self._me.node),
             started_unix_s=time.time(),
             host_parallel=self._place.devices
             or max(1, len(os.sched_getaffinity(0)) // config.engine.threads),

@@ -19,6 +19,7 @@ from controlplane.kfadmin import (
     demo,
     describe,
     group,
+    hosts,
     keys,
     operate,
     operations,
@@ -87,6 +88,7 @@ app.add_typer(operations.app, name="operations")
 app.add_typer(chaos.app, name="chaos")
 app.add_typer(config, name="config")
 app.add_typer(certs.app, name="certs")
+app.add_typer(hosts.app, name="host")
 app.add_typer(keys.app, name="keys")
 app.add_typer(tokens.app, name="token")
 app.add_typer(contexts.app, name="context")

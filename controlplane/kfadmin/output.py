@@ -139,7 +139,7 @@ def print_nodes(nodes: tuple[NodeStatus, ...], wide: bool = False) -> None:
         "PID",
         "EVIDENCE",
     )
-    more = ("VERSION", "SETTINGS", "RPC", "LINK", "SILENT", "SLOWNESS") if wide else ()
+    more = ("WHERE", "VERSION", "SETTINGS", "RPC", "LINK", "SILENT", "SLOWNESS") if wide else ()
     rows = table(*headers, *more)
     for n in nodes:
         marked = state(n.state).append(" cordoned", WARN) if n.cordoned else state(n.state)
@@ -147,6 +147,7 @@ def print_nodes(nodes: tuple[NodeStatus, ...], wide: bool = False) -> None:
         stage = str(n.stage) if n.stage >= 0 else "-"
         process = (n.numerics or "-", str(n.pid or "-"))
         told = (
+            "/".join(value for label, value in n.fault_domain.items() if label != "node"),
             n.version,
             n.settings,
             n.rpc_address,

@@ -1,7 +1,8 @@
-"""The board, the alert rules and their pages: every metric and label that they name is exported, and promtool reads them."""
+"""The board, the alert rules and their pages: what they name is exported, and promtool reads them."""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -41,6 +42,7 @@ def families(text: str) -> dict[str, tuple[str, str]]:
     return {name: (kinds[name], words[name]) for name in kinds}
 
 
+@functools.cache
 def of_controllers() -> str:
     counters = {f"scheduler_{field.name}": 1 for field in fields(SchedulerStats)} | dict.fromkeys(OF_NODES, 1)
     status = status_of(16)
@@ -48,6 +50,7 @@ def of_controllers() -> str:
     return in_pieces(replace(status, nodes=nodes))[1].decode()
 
 
+@functools.cache
 def of_gateways() -> str:
     metrics = Metrics()
     metrics.attach(Router(Policy()), lambda: 0.0)
@@ -141,7 +144,9 @@ tests:
         alertname: KevlarFlowUnavailable
         exp_alerts:
           - exp_labels: {{severity: critical}}
-            exp_annotations: {{summary: "No pipeline serves, or no controller leads", runbook: docs/runbooks/unavailable.md}}
+            exp_annotations:
+              summary: "No pipeline serves, or no controller leads"
+              runbook: docs/runbooks/unavailable.md
       - eval_time: 5m
         alertname: KevlarFlowTokenMismatch
         exp_alerts:
@@ -152,20 +157,16 @@ tests:
 """
 
 
+def promtool(*arguments: str, given: str = "", well: tuple[int, ...] = (0,)) -> None:
+    done = subprocess.run(["promtool", *arguments], input=given, capture_output=True, text=True, check=False)
+    assert done.returncode in well, done.stdout + done.stderr
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Debian: prometheus)")
 def test_promtool_reads_the_rules_and_they_fire(tmp_path: Path) -> None:
-    checked = subprocess.run(
-        ["promtool", "check", "rules", str(ALERTS)], capture_output=True, text=True, check=False
-    )
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+    promtool("check", "rules", str(ALERTS))
     cases = tmp_path / "cases.yml"
     cases.write_text(CASES.format(alerts=ALERTS))
-    played = subprocess.run(
-        ["promtool", "test", "rules", str(cases)], capture_output=True, text=True, check=False
-    )
-    assert played.returncode == 0, played.stdout + played.stderr
+    promtool("test", "rules", str(cases))
     for text in (of_controllers(), of_gateways()):
-        linted = subprocess.run(
-            ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
-        )
-        assert linted.returncode in (0, 3), linted.stderr  # 3: it reads it, and has advice on style
+        promtool("check", "metrics", given=text, well=(0, 3))  # 3: it reads it, and has advice on style
