@@ -135,6 +135,11 @@ class Parity:
             "blocks_not_restored": restorer.blocks_refused,
         }
 
+    def uncoded_tokens(self, pipeline: PipelineId) -> int:
+        """Positions of full blocks that no parity could bring back now; -1: the pipeline is not coded here."""
+        source = self.sources.get(pipeline)
+        return -1 if source is None else source.lag_blocks * self._store.block_size
+
     def link_changed(self, node: str) -> None:
         for source in self.sources.values():
             source.restart(node)

@@ -101,6 +101,7 @@ class Worker:
         self.stages: dict[PipelineId, Stage] = {}
         self._thread = KvThread()
         self._bytes = blocks_as_bytes(executor.kv)
+        self.block_bytes = executor.kv.block_bytes
         self.replicator = Replicator(
             store, executor.kv, self._thread, send, send_later, executor.block_wire_bytes
         )

@@ -41,6 +41,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     blocks_used: int = 0
     blocks_replica: int = 0
     blocks_total: int = 0
+    block_bytes: int = 0
     fault_domain: dict[str, str] = {}
     counters: dict[str, int] = {}
     version: str = ""  # of its code
@@ -54,7 +55,7 @@ class StageStatus(msgspec.Struct, frozen=True):
     serving: tuple[Member, ...]
     borrowed: bool  # somebody else's node serves
     replicas: tuple[Member, ...]
-    lag_tokens: int  # of the slowest replica; -1: unprotected or unknown
+    lag_tokens: int  # of the slowest replica, or of parity; -1: unprotected or unknown
 
 
 class PipelineState(StrEnum):
@@ -73,6 +74,10 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     running: int
     waiting: int
     move: Move | None = None
+    tokens: int = 0  # positions that have KV ...
+    tail_tokens: int = 0  # ... and those of them in blocks that are not full
+    token_s: float = 0.0  # what a position costs that is computed again; 0: not measured yet
+    step_s: float = 0.0  # how long a step without prompts takes; 0: not measured yet
     closing: bool = False  # takes no new request, and is removed once its streams have ended
 
 

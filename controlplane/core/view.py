@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import NodeId, PipelineId
 from controlplane.contract.records import Operation
-from controlplane.contract.reports import LAG_UNKNOWN, NodeReport
+from controlplane.contract.reports import LAG_UNKNOWN, NodeReport, PipelineReport
 from controlplane.contract.status import (
     ClusterStatus,
     NodeState,
@@ -175,6 +175,7 @@ def _node(
         blocks_used=0 if report is None else report.blocks_used,
         blocks_replica=0 if report is None else report.blocks_replica,
         blocks_total=record.pool_blocks if report is None else report.blocks_total,
+        block_bytes=0 if report is None else report.block_bytes,
         fault_domain=record.fault_domain,
         counters={} if report is None else report.counters,
     )
@@ -197,14 +198,19 @@ def _pipeline(pipeline: Pipeline, nodes: Nodes) -> PipelineStatus:
         state = PipelineState.DEGRADED
     else:
         state = PipelineState.UP
+    said = nodes.report(pipeline.stages[0].leader, pipeline.id, 0) or PipelineReport(pipeline.id, 0, 0, -1)
     return PipelineStatus(
         id=pipeline.id,
         state=state,
         epoch=pipeline.epoch,
         stages=stages,
-        running=nodes.load(pipeline),
-        waiting=nodes.queued(pipeline),
+        running=said.running,
+        waiting=said.waiting,
         move=pipeline.move,
+        tokens=said.tokens,
+        tail_tokens=said.tail_tokens,
+        token_s=said.token_s,
+        step_s=said.step_s,
         closing=pipeline.closing,
     )
 
@@ -218,10 +224,14 @@ def _stage(pipeline: Pipeline, index: int, nodes: Nodes) -> StageStatus:
     stage = pipeline.stages[index]
     lags = [nodes.lag(pipeline, index, target) for target in stage.replicas]
     known = [lag for lag in lags if lag is not None and lag < LAG_UNKNOWN]
+    lag_tokens = max(known) if known and len(known) == len(lags) else -1
+    said = nodes.report(stage.leader, pipeline.id, index)
+    if said is not None and said.epoch == pipeline.epoch and said.uncoded_tokens >= 0:
+        lag_tokens = said.uncoded_tokens
     return StageStatus(
         homes=stage.homes,
         serving=stage.ranks,
         borrowed=any(m.node not in stage.homes for m in stage.ranks),
         replicas=stage.replicas,
-        lag_tokens=max(known) if known and len(known) == len(lags) else -1,
+        lag_tokens=lag_tokens,
     )

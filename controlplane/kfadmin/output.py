@@ -12,6 +12,7 @@ from rich.text import Text
 
 from controlplane.contract.audit import AuditEntry
 from controlplane.contract.incidents import Incident
+from controlplane.contract.protection import Protection
 from controlplane.contract.records import Operation, OperationState
 from controlplane.contract.status import (
     Check,
@@ -141,7 +142,7 @@ def print_nodes(nodes: tuple[NodeStatus, ...], wide: bool = False) -> None:
         "PID",
         "EVIDENCE",
     )
-    more = ("VERSION", "SETTINGS", "RPC", "LINK", "SILENT", "SLOWNESS") if wide else ()
+    more = ("WHERE", "VERSION", "SETTINGS", "RPC", "LINK", "SILENT", "SLOWNESS") if wide else ()
     rows = table(*headers, *more)
     for n in nodes:
         marked = state(n.state).append(_mark(n), WARN)
@@ -149,6 +150,7 @@ def print_nodes(nodes: tuple[NodeStatus, ...], wide: bool = False) -> None:
         stage = str(n.stage) if n.stage >= 0 else "-"
         process = (n.numerics or "-", str(n.pid or "-"))
         told = (
+            "/".join(value for label, value in n.fault_domain.items() if label != "node"),
             n.version,
             n.settings,
             n.rpc_address,
@@ -223,6 +225,45 @@ def print_incidents(found: Sequence[Incident], wide: bool = False) -> None:
         row = (str(one.id), clock(one.began_unix_s), one.node, seconds(one.detect_s), *spent)
         out.add_row(*row, total, str(one.streams), "; ".join(chosen), *more)
     console().print(out)
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that suits them."""
+    value, units = float(count), ["B", "KB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def print_protection(found: Protection, wide: bool = False) -> None:
+    """The group in two lines, then a row for each node, the most expensive first."""
+    out = console()
+    out.print(f"{found.group}  mode {found.mode.value}  {found.policy}")
+    share = found.protected_bytes / found.kv_bytes if found.kv_bytes else 1.0
+    out.print(
+        f"{size(found.kv_bytes)} of KV, {share:.0%} protected by {size(found.spent_bytes)}; "
+        f"{found.lag_tokens} tokens of full blocks are behind, {found.tail_tokens} are in blocks that are not full"
+    )
+    if found.overhead_s is None:
+        out.print("no failure has been measured lately: how long one takes to be found is not known")
+    else:
+        out.print(
+            f"{found.overhead_s:.3f} s to find a failure and connect anew: median of {found.measured} of late"
+        )
+    out.print()
+    rows = table(
+        "NODE", "SERVES", "STREAMS", "TO COMPUTE", "TO RESTORE", "WAIT", "HOLDS FOR OTHERS", *(("HOW",) if wide else ())
+    )  # fmt: skip
+    dearest = sorted(found.losses, key=lambda one: (not one.down, -(one.wait_s or 0.0), -one.tokens))
+    for one in dearest if wide else dearest[:SHOWN_MAX]:
+        wait = Text(f"{', '.join(one.down)} DOWN", BAD) if one.down else Text(seconds(one.wait_s))
+        rows.add_row(
+            one.node, " ".join(one.serves) or "-", str(one.streams), str(one.tokens), size(one.restore_bytes), wait,
+            size(one.exposed_bytes), *(("; ".join(one.how) or "-",) if wide else ()),
+        )  # fmt: skip
+    out.print(rows)
+    if not wide and len(dearest) > SHOWN_MAX:
+        out.print(f"and {len(dearest) - SHOWN_MAX} more: -o wide shows all")
 
 
 def print_audit(entries: Sequence[AuditEntry], wide: bool = False) -> None:
