@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated
@@ -168,6 +169,28 @@ def who_has_what(having: Mapping[str, Sequence[str]]) -> str:
 def _some(names: Sequence[str]) -> str:
     more = len(names) - NAMED_MAX
     return ", ".join(names[:NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
+
+
+def near_copies(status: ClusterStatus) -> list[str]:
+    """Copies that one failure takes together with what they copy, in words: both are in one place by the outermost
+    label in which hosts differ. Hosts without labels say nothing of it."""
+    domains = {node.node: node.fault_domain for node in status.nodes if node.fault_domain}
+    labels = next(iter(domains.values()), {})
+    label = next((label for label in labels if len({d.get(label) for d in domains.values()}) > 1), "host")
+    if label in ("host", "node"):
+        return []
+    found: dict[str, list[str]] = {}
+    for pipeline in status.pipelines:
+        for index, stage in enumerate(pipeline.stages):
+            for serving, copy in itertools.product(stage.serving, stage.replicas):
+                ours = domains.get(serving.node, {}).get(label)
+                if ours is not None and ours == domains.get(copy.node, {}).get(label):
+                    found.setdefault(ours, []).append(f"{pipeline.id}/{index}")
+    return [
+        f"{label} {value} has both what serves and its copy: {', '.join(stages[:NAMED_MAX])}"
+        + (f" and {len(stages) - NAMED_MAX} more" if len(stages) > NAMED_MAX else "")
+        for value, stages in sorted(found.items())
+    ]
 
 
 class Check(msgspec.Struct, frozen=True):

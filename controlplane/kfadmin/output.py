@@ -22,6 +22,7 @@ from controlplane.contract.status import (
     PipelineState,
     StageStatus,
     mixtures,
+    near_copies,
     numerics_of_stages,
     who_has_what,
 )
@@ -76,7 +77,7 @@ def print_status(status: ClusterStatus) -> None:
     )
     for what in (*status.troubles, *status.blemishes):
         out.print(Text(what, BAD))
-    for what in mixtures(status):
+    for what in (*mixtures(status), *near_copies(status)):
         out.print(Text(what, WARN))
     if status.paused:
         out.print(Text("automation is PAUSED: nothing is repaired or moved until `kfadmin resume`", BAD))
