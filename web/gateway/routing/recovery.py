@@ -50,7 +50,7 @@ def destination(
     """Where a request of `tokens` tokens goes on; None: there are no options. `fixed`: at its holder if that is there,
     whatever it has to do."""
     ranked = [
-        (option.cost(TAIL_TOKENS if option.pipeline == holder else tokens), option.pipeline)
+        (option.cost(min(TAIL_TOKENS, tokens) if option.pipeline == holder else tokens), option.pipeline)
         for option in options
     ]
     if fixed and any(pipeline == holder for _, pipeline in ranked):
@@ -64,6 +64,10 @@ class Wave:
 
     _sent: dict[int, tuple[PipelineId, int]] = field(default_factory=dict)  # by request: where, and tokens
     _tokens: dict[PipelineId, int] = field(default_factory=dict)
+
+    def tokens(self, pipeline: PipelineId) -> int:
+        """That it has yet to compute."""
+        return self._tokens.get(pipeline, 0)
 
     def admits(self, pipeline: PipelineId, missing: int, held_s: float) -> bool:
         """Whether so many tokens more may be computed there now, of a request that has been held for so long."""
@@ -113,7 +117,8 @@ class Recoveries:
         options = []
         for pipeline in filter(fits, able.values()):
             load = loads.of(pipeline.id)
-            options.append(Option(pipeline.id, load.streams, load.prompt_tokens, places))
+            prompt_tokens = load.prompt_tokens + self._wave.tokens(pipeline.id)
+            options.append(Option(pipeline.id, load.streams, prompt_tokens, places))
         chosen = destination(options, live.holder, tokens, fixed=self.fixed)
         if chosen is None:
             return None
