@@ -247,7 +247,7 @@ class Node:
             pool_blocks=self._executor.kv.num_blocks,
             block_size=config.engine.block_size,
             pid=os.getpid(),
-            fault_domain={"host": os.uname().nodename, "node": self._me.node},
+            fault_domain=config.fault_domain(os.uname().nodename, self._me.node),
             started_unix_s=time.time(),
             host_parallel=self._place.devices
             or max(1, len(os.sched_getaffinity(0)) // config.engine.threads),
@@ -406,6 +406,7 @@ class Node:
             topology_counter=self._worker.topology.counter if self._worker.topology else 0,
             leaving=self._leaving,
             troubles=(*self._frontdoor.troubles(), *self._identity.troubles()),
+            block_bytes=self._worker.block_bytes,
         )
         return report, total
 
@@ -414,6 +415,8 @@ class Node:
         for pipeline_id, stage in self._worker.stages.items():
             scheduler = self._schedulers.by_pipeline.get(pipeline_id)
             stalled_s, unanswered = scheduler.held_up(now) if scheduler else (0.0, -1)
+            tokens, tail_tokens = scheduler.tokens if scheduler else (0, 0)
+            speed = scheduler.batcher.speed if scheduler else None
             reports.append(
                 PipelineReport(
                     pipeline=pipeline_id,
@@ -427,6 +430,11 @@ class Node:
                     unanswered=unanswered,
                     round_s=scheduler.steps.round_s if scheduler else 0.0,
                     targets=self._worker.replicator.targets(pipeline_id),
+                    tokens=tokens,
+                    tail_tokens=tail_tokens,
+                    token_s=speed.token_s if speed else 0.0,
+                    step_s=speed.step_s if speed else 0.0,
+                    uncoded_tokens=self._worker.parity.uncoded_tokens(pipeline_id),
                 )
             )
         return reports

@@ -132,12 +132,13 @@ class Schedulers:
         served: Counter[NodeId] = Counter()
         if any(pipeline.scheduler == self._me for pipeline in topology.pipelines):
             served = served_counts(topology)
+        for gone in self.by_pipeline.keys() - {pipeline.id for pipeline in topology.pipelines}:
+            self._end(gone)
         for pipeline in topology.pipelines:
             scheduler = self.by_pipeline.get(pipeline.id)
             if pipeline.scheduler != self._me:
                 if scheduler is not None:
-                    self._remember(self.by_pipeline.pop(pipeline.id))
-                    self._perform(scheduler, scheduler.close())
+                    self._end(pipeline.id)
                 continue
             before = previous.pipeline(pipeline.id) if previous is not None else None
             capacity = self._capacity(topology, pipeline, served)
@@ -205,6 +206,12 @@ class Schedulers:
                 meta = LoadMeta(pipeline, scheduler.fence, scheduler.work)
                 for member in members:
                     self._send(member, meta, b"")  # what is lost of it is said again soon
+
+    def _end(self, pipeline: PipelineId) -> None:
+        """Another node schedules the pipeline now, or it is gone."""
+        scheduler = self.by_pipeline.pop(pipeline)
+        self._remember(scheduler)
+        self._perform(scheduler, scheduler.close())
 
     def on_gateway(self, session: int, message: GatewayMessage) -> None:
         match message:

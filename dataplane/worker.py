@@ -104,6 +104,7 @@ class Worker:
         self.stages: dict[PipelineId, Stage] = {}
         self._thread = KvThread()
         self._bytes = blocks_as_bytes(executor.kv)
+        self.block_bytes = executor.kv.block_bytes
         self.replicator = Replicator(
             store, executor.kv, self._thread, send, send_later, executor.block_wire_bytes
         )
@@ -220,7 +221,9 @@ class Worker:
         meta = message.meta
         assert isinstance(meta, FENCED)
         pipeline = self.topology.pipeline(meta.pipeline) if self.topology is not None else None
-        epoch = pipeline.epoch if pipeline is not None else -1
+        # Of a pipeline that is gone all epochs are over: if one of its name comes again, its epochs are later counters.
+        gone = self.topology.counter if self.topology is not None else -1
+        epoch = pipeline.epoch if pipeline is not None else gone
         if meta.fence.epoch > epoch:
             if len(self._deferred) < DEFERRED_MAX:
                 self._deferred.append(message)
@@ -250,7 +253,10 @@ class Worker:
     def _apply(self, topology: Topology) -> None:
         if self.topology is not None and topology.counter <= self.topology.counter:
             return
-        self.topology = topology
+        before, self.topology = self.topology, topology
+        for pipeline in before.pipelines if before is not None else ():
+            if topology.pipeline(pipeline.id) is None:
+                self._forget(pipeline.id)
         self._store.idle = frozenset(pipeline.id for pipeline in topology.pipelines if not pipeline.up)
         for pipeline in topology.pipelines:
             duty = pipeline.stages_of(self._me)
@@ -295,6 +301,13 @@ class Worker:
         stage = self.stages.pop(pipeline.id)
         self.replicator.unprotect(pipeline.id)
         self._store.leave(pipeline.id, demote=self._me in pipeline.stages[stage.index].replicas)
+
+    def _forget(self, pipeline: PipelineId) -> None:
+        """It is gone, with all that was kept for it."""
+        if self.stages.pop(pipeline, None) is not None:
+            self.replicator.unprotect(pipeline)
+            self._store.leave(pipeline, demote=False)
+        self._store.copies.drop_pipeline(pipeline)
 
     def _holds(self, pipeline: Pipeline | None) -> bool:
         """Whether some stage of the pipeline copies its KV to this node."""

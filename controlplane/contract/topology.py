@@ -71,6 +71,7 @@ class Pipeline(msgspec.Struct, frozen=True, gc=False):
     epoch: int
     stages: tuple[Stage, ...]
     move: Move | None = None
+    closing: bool = False  # takes no new request, and is removed once its streams have ended
 
     identity: ClassVar[tuple[str, ...]] = ("id",)
 
@@ -101,6 +102,8 @@ class Topology(msgspec.Struct, frozen=True, gc=False):
     cordoned: tuple[NodeId, ...] = ()  # get no new duty: not donors, not replica targets, not handed back to
     retired: tuple[Member, ...] = ()  # must exit; their launcher starts a fresh incarnation
     paused: bool = False  # automation is off: nothing is planned until it is resumed
+    # Are to end: what they serve and hold moves away, and once nothing here names them their launchers stop them.
+    leaving: tuple[NodeId, ...] = ()
 
     identity: ClassVar[tuple[str, ...]] = ("group",)
 

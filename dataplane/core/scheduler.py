@@ -186,6 +186,12 @@ class Scheduler:
         return len(self.requests) - self.running
 
     @property
+    def tokens(self) -> tuple[int, int]:
+        """Positions of its requests that have KV, and those of them in blocks that are not full."""
+        held = [r.issued for r in self.requests.values() if r.phase is Phase.RUNNING]
+        return sum(held), sum(tokens % self.limits.block_size for tokens in held)
+
+    @property
     def quiesced_step(self) -> int:
         """Last step issued in this fence (-1: none) once none is in flight and none will start; else -2."""
         idle = self._holding and not self.steps and not self.questions

@@ -66,7 +66,8 @@ class Router:
         self._loads = Loads()
         self._again: dict[int, LiveRequest] = {}  # those that wait to ask for missing tokens
         self._pipelines: dict[PipelineId, Pipeline] = {}
-        self._reached: list[Pipeline] | None = None  # those that can be reached; None: to be listed anew
+        # Those that new requests may go to and that can be reached; None: to be listed anew.
+        self._reached: list[Pipeline] | None = None
         self._streams: dict[Member, bool] = {}  # wanted streams: is it up?
         self._recalls = Recalls()
         self._wave = Wave()
@@ -78,6 +79,11 @@ class Router:
     @property
     def live(self) -> int:
         return len(self._live)
+
+    @property
+    def live_max(self) -> int:
+        """Requests that this gateway takes: instances may come while it runs."""
+        return max(self.policy.live_max, self.policy.live_each * len(self._pipelines))
 
     @property
     def restless(self) -> bool:
@@ -109,7 +115,7 @@ class Router:
                 if self._forget(rid) is not None:
                     self._remember_told(rid)  # what still comes of it is not to be cancelled
             case RecallAsked(rid, limit_s):
-                if len(self._recalls) < self.policy.live_max:
+                if len(self._recalls) < self.live_max:
                     self._recalls.begin(rid, now + limit_s)
                 else:
                     out.append(RecallDone(rid, None, False))
@@ -150,8 +156,8 @@ class Router:
             out.append(Fail(event.rid, FailCode.UNAVAILABLE, "the gateway is shutting down", 1))
         elif not self.pipelines_up:
             out.append(Fail(event.rid, FailCode.UNAVAILABLE, "no pipeline is up: try again later", 1))
-        elif len(self._live) >= self.policy.live_max and event.rid not in self._live:
-            text = f"this gateway has {self.policy.live_max} requests in progress: try again later"
+        elif len(self._live) >= self.live_max and event.rid not in self._live:
+            text = f"this gateway has {self.live_max} requests in progress: try again later"
             out.append(Fail(event.rid, FailCode.OVERLOADED, text, 1))
         else:
             self._forget(event.rid)  # taken up again here: the new connection is the one that counts
@@ -200,7 +206,7 @@ class Router:
     ) -> None:
         """Its pipeline is `new` now and was `old`, of another epoch."""
         lost = set(old.members()) - set(new.members() if new else ())
-        planned = new is not None and switched(old, new)
+        planned = new is None or switched(old, new)  # None: its instance was taken out of service
         had, live.torn = live.sent_to is not None or live.torn, False
         if had and lost and not planned and not live.log.emitted:
             live.deaths += 1
@@ -251,7 +257,7 @@ class Router:
                 # It was admitted once: it may wait or go elsewhere, but it is not turned away.
                 self._hold(live, now, live.how)
                 live.full.add(refusal.pipeline)
-                if all(p.id in live.full for p in self._pipelines.values() if p.up):
+                if all(p.id in live.full for p in self._open()):
                     live.full.clear()
                     live.retry_at = now + max(self.policy.retry_s, refusal.retry_after_s)
                 else:
@@ -262,7 +268,7 @@ class Router:
                 self._hold(live, now, "")
                 live.pipeline = live.last_member = None
                 self._loads.count(live)
-                if all(p.id in live.full for p in self._pipelines.values() if p.up):
+                if all(p.id in live.full for p in self._open()):
                     retry_s = max(1.0, refusal.retry_after_s)
                     self._fail(refusal.rid, FailCode.OVERLOADED, refusal.message, out, retry_s)
             case RefusalCode.POISONED:
@@ -438,7 +444,8 @@ class Router:
 
     def _choose(self, live: LiveRequest, held_s: float) -> Pipeline | None:
         if self._reached is None:
-            self._reached = [p for p in self._pipelines.values() if self._reachable(p)]
+            reached = [p for p in self._pipelines.values() if self._reachable(p)]
+            self._reached = [p for p in reached if not p.closing] or reached
 
         def fits(pipeline: Pipeline) -> bool:
             return pipeline.id not in live.full and self._fit(live, pipeline)
@@ -509,6 +516,11 @@ class Router:
             self._take(live)
             self._loads.drop(live)
         return live
+
+    def _open(self) -> list[Pipeline]:
+        """The pipelines that requests may go to: one that is closing only if there is no other."""
+        up = [p for p in self._pipelines.values() if p.up]
+        return [p for p in up if not p.closing] or up
 
     def _fit(self, live: LiveRequest, pipeline: Pipeline) -> bool:
         """Whether none of its nodes has spoilt this request's numbers before."""
