@@ -31,6 +31,7 @@ from controlplane.contract import auth, rpc
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
 from controlplane.contract.identity import PLAIN, RELAY_NAME, Identity, ProcessName, ProcessRole
+from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.lifetime import begin, run_to_exit
 from controlplane.contract.logs import configure_logging
@@ -39,6 +40,7 @@ from controlplane.etcd.client import EtcdClient
 from controlplane.keyspace.connect import etcd_client
 from controlplane.keyspace.view import View
 from dataplane.core.relay import Line, Relay, Source
+from dataplane.lifeline import Lifelines
 from dataplane.report_stream import SOCKET, STREAM, keep_reporting, relay_address
 
 log = structlog.get_logger()
@@ -93,6 +95,7 @@ class RelayServer:
         self._controllers: dict[str, _Controller] = {}
         self._leaving = False
         self._stop = asyncio.Event()
+        self._lifelines = Lifelines(self._run_dir, self._ended)
 
     def stop(self) -> None:
         self._stop.set()
@@ -111,6 +114,7 @@ class RelayServer:
                     task.result()
             finally:
                 self._leaving = True
+                self._lifelines.close()
                 for task in (follow, stop):
                     task.cancel()
                 await server.stop(grace=0)
@@ -174,6 +178,11 @@ class RelayServer:
                     self.relay.leave(node.source)
                     self._kick()
 
+    def _ended(self, member: Member) -> None:
+        """The process has. Its connection breaks only when the kernel has taken its memory apart."""
+        self.relay.end(member)
+        self._kick()
+
     async def _answer(self, node: _Node, context: Any) -> None:
         while True:
             await node.due.wait()
@@ -192,6 +201,7 @@ class RelayServer:
                 report = rpc.decode_report(raw)
                 if node.source is None:
                     node.source = self.relay.join(report.member)
+                    self._lifelines.follow(report.member)
                 elif node.source.member != report.member:
                     raise _Refused(f"one stream speaks for one node, not for {report.member} as well")
                 self.relay.report(
