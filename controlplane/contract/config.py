@@ -17,6 +17,7 @@ from controlplane.contract.topology import Mode, quota_blocks
 ETCD_LEASE_MIN_S = 2  # what etcd makes of a shorter one
 POOL_BLOCKS_MIN = 4
 CPU_POOL_BLOCKS = 2048  # if nothing is said
+LABELS_MAX = 8  # of a host
 CODE_PARITIES = {"xor": 1, "rdp": 2}
 RDP_SHARDS_MAX, RS_SHARDS_MAX = 16, 257  # of kernels/coding; for `rs` parities count, too
 XFORMERS_BLOCK = 64  # tokens of its pages
@@ -237,11 +238,16 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     emulation: EmulationConfig = EmulationConfig()
     parity: ParityConfig = ParityConfig()
     tls: TlsConfig = TlsConfig()
+    # Where this host stands, outermost first: { zone = "north", rack = "r7" }. What two nodes have in common from the
+    # outermost on fails together; every host of a cluster has the same labels in the same order.
+    labels: dict[str, str] = {}
     # Ports on other addresses than loopback without TLS. Only for a network that nobody else can reach.
     insecure: bool = False
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if fault := _labels_fault(self.labels):
+            raise SettingsError(fault)
         fault = conflict(self)
         if fault is not None:
             raise SettingsError(fault)
@@ -250,6 +256,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def advertised(self) -> str:
         """The host in every address that is registered."""
         return self.advertise or self.host
+
+    def fault_domain(self, host: str, node: str) -> dict[str, str]:
+        """Labels of a node for its record, outermost first. `host`: this machine's name, unless the labels have one."""
+        own = {} if "host" in self.labels else {"host": host}
+        return {**self.labels, **own, "node": node}
 
     @property
     def https(self) -> tuple[str, str] | None:
@@ -284,6 +295,15 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def node_name(self, instance: int, stage: int) -> str:
         """Nodes are numbered instance by instance; spares come after the instances."""
         return f"n{instance * self.stages + stage}"
+
+
+def _labels_fault(labels: Mapping[str, str]) -> str | None:
+    if len(labels) > LABELS_MAX:
+        return f"labels = {dict(labels)}: at most {LABELS_MAX}"
+    for text in (*labels, *labels.values()):
+        if fault := NAME.fault(text):
+            return f"labels = {dict(labels)}: {text!r}: {fault}"
+    return "labels: node is every node's own name" if "node" in labels else None
 
 
 def redacted(config: ClusterConfig) -> ClusterConfig:

@@ -33,9 +33,9 @@ FENCED = {
 RECOVERED = ("resubmitted", "continued", "moved", "resumed")
 # The router's count -> name of a metric of its own.
 COUNTED = {
-    "quarantined": "quarantined_requests",
-    "asked_again": "resubmits_for_missing_tokens",
-    "overtaken": "readers_overtaken",
+    "quarantined": ("quarantined_requests", "Requests that ended since they broke nodes or steps"),
+    "asked_again": ("resubmits_for_missing_tokens", "Times that a scheduler was asked for tokens again"),
+    "overtaken": ("readers_overtaken", "Connections that came after one that its scheduler knew as newer"),
 }
 
 
@@ -145,11 +145,14 @@ class _RouterCollector(Collector):
         router = self._router
         topology = router.topology
         gauges = {
-            "num_requests_running": ("Requests in progress", router.live),
+            "gateway_requests_live": ("Requests of this gateway's clients that have not ended", router.live),
             "pipelines_up": ("Pipelines that serve, by the newest topology", router.pipelines_up),
             "pipelines_reachable": ("Those whose scheduler this gateway has a stream to", router.reachable),
-            "topology_counter": ("Counter of the newest topology", topology.counter if topology else 0),
-            "etcd_watch_age_seconds": ("Since etcd was last heard", self._etcd_age_s()),
+            "topology_counter": (
+                "Counter of the newest topology that this process has read",
+                topology.counter if topology else 0,
+            ),
+            "etcd_watch_age_seconds": ("Since this process last heard etcd", self._etcd_age_s()),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(PREFIX + name, text, value=value)
@@ -163,5 +166,5 @@ class _RouterCollector(Collector):
         for how in RECOVERED:
             recovered.add_metric([how], router.counts[f"recovered_{how}"])
         yield recovered
-        for name, label in COUNTED.items():
-            yield CounterMetricFamily(PREFIX + label, "See the router's policy", value=router.counts[name])
+        for name, (label, text) in COUNTED.items():
+            yield CounterMetricFamily(PREFIX + label, text, value=router.counts[name])
