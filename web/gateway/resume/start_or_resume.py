@@ -227,7 +227,15 @@ def _answer(
 ) -> StartedAnswer:
     hold.become(kept_bytes(prepared.plans, [start.context for start in starts if start.context]))
     request = prepared.request
-    generation = Generation(service, prepared.plans, prepared.rules, request.priority or 0, starts, hold)
+    generation = Generation(
+        service,
+        prepared.plans,
+        prepared.rules,
+        request.priority or 0,
+        starts,
+        hold,
+        prepared.told_again,
+    )
     form = prepared.form(generation, context.request_id, context.created_unix_s)
     return StartedAnswer(generation, form, ticket, cursor or Cursor([None] * len(starts)), hold)
 
