@@ -1,7 +1,7 @@
 # cython: boundscheck=False, wraparound=False
 """A mutex in shared memory that its owner never gives back. The kernel does when the owner ends, whatever ends it, and
-before it takes the memory of the process apart: its sockets are closed only after that, 45 ms later for each GB in small
-pages."""
+before it takes the memory of the process apart. Its sockets are closed only after that, 45 ms later for each GB in
+small pages."""
 
 from libc.errno cimport EINVAL, ETIMEDOUT, errno
 from libc.stdint cimport uint32_t
