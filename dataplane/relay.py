@@ -237,7 +237,7 @@ class RelayServer:
     # ---- controllers
 
     async def _follow(self, client: EtcdClient) -> None:
-        keys = Keys(self._config.cluster)
+        keys = Keys.of(self._config)
         view = View(keys, self._config.group)
         async for batch in client.watch_prefix(keys.controllers):
             view.apply(batch)

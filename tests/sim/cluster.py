@@ -78,7 +78,7 @@ class Cluster:
             shape.code,
             shape.parities,
         )
-        self.checks = Checks(world, self.etcd, Keys(self.config.cluster), self.config.group)
+        self.checks = Checks(world, self.etcd, Keys.of(self.config), self.config.group)
         self.processes: dict[str, Process] = {}
         self.streams: dict[int, Stream] = {}
         self.cuts: list[list[tuple[str, str]]] = []
