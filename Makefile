@@ -7,7 +7,8 @@
 #   make matrix    every fault on real processes in network namespaces, and docs/fault-matrix.md from it (30 minutes, root;
 #                  RECORD=FILE keeps results, and goes on from there; SECONDS=... begins no cell later)
 #   make matrix-features  every feature of a request, alone and in pairs, under kills at every token, moves and ends of
-#                  gateways, and docs/feature-matrix.md from it (an hour of one core; RECORD and SECONDS as above)
+#                  gateways, and docs/feature-matrix.md from it (an hour of one core; RECORD and SECONDS as above,
+#                  RUNS=... for so many runs of each cell at first)
 #   make schemas   documents of 1,000 random JSON schemas by the demo model at temperature 1: none may be invalid
 #   make check     ruff, mypy, import-linter, cython-lint
 #   make install   .venv with everything: tests, our own benches, development
@@ -74,7 +75,8 @@ matrix: install
 	@$(BIN)/python -m tests.matrix $(if $(RECORD),--record $(RECORD)) $(if $(SECONDS),--for $(SECONDS))
 
 matrix-features: install
-	@$(BIN)/python -m tests.features $(if $(RECORD),--record $(RECORD)) $(if $(SECONDS),--for $(SECONDS))
+	@$(BIN)/python -m tests.features $(if $(RECORD),--record $(RECORD)) $(if $(SECONDS),--for $(SECONDS)) \
+	  $(if $(RUNS),--runs $(RUNS))
 
 schemas: install
 	@$(BIN)/python -m tests.features.schemas

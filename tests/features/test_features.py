@@ -90,10 +90,12 @@ def test_a_record_goes_on_where_it_ended(tmp_path: Path) -> None:
     record.add(file, Result(first, runs=3, indices=9, indices_all=9))
     record.add(file, Result(cells()[1].name, problems=["regex, run 1: other"]))
     record.begin(file)
+    record.add(file, Result(cells()[2].name, runs=5), cut=True)
     results = record.results(file)
     assert [cell.name for cell in record.missing(results)] == [cell.name for cell in cells()[1:]]
+    assert cells()[2] not in record.missing(results, cut=True)
     text = page(results)
-    assert "2 played, 1 passed" in text
+    assert "3 played, 2 passed, 1 of these to their end" in text
     assert "| plain | alone 1 (23) | passes: 9 of 9 |" in text
     assert "- " + cells()[1].name + ": regex, run 1: other" in text
     file.write_text("something else")
