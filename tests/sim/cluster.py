@@ -359,6 +359,8 @@ class Cluster:
     def _end(self, process: Process) -> None:
         self.world.note(f"{process} ends")
         process.alive = False
+        for call in process.at_end:
+            call()
         self.net.died(process)
         if self.processes.get(process.name) is not process:
             return  # a stranger of that name, which no client knows
