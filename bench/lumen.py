@@ -43,9 +43,9 @@ PUBLISHED = {
 }
 LOAD = 0.8  # of the requests per second that all instances together bear
 SIZES, SIZES_REAL, SEEDS = (4, 8, 64, 1024), (4, 8), (1, 2, 3)
-WINDOW_S, WINDOW_LARGE_S = 120.0, 50.0  # of arrivals
+WINDOW_S, WINDOW_LARGE_S = 120.0, 30.0  # of arrivals
 FAIL_AT_S, RELOAD_S = 15.0, 60.0
-FAILURES_S = 20.0  # within which all failures come
+FAILURES_S = 20.0  # within which all failures come, while requests do
 
 
 def run(quick: bool, simulate: bool = False, only: frozenset[str] = frozenset()) -> Result:
@@ -127,7 +127,8 @@ def _once(size: int, mode: Mode, seed: int) -> dict[str, float]:
         for index, each in enumerate(workload(_rate() * size, window_s, seed))
     ]
     count = max(1, size // 8)
-    failures = [(FAIL_AT_S + FAILURES_S * k / count, (8 * k + 3) % size) for k in range(count)]
+    within_s = min(FAILURES_S, window_s - FAIL_AT_S)
+    failures = [(FAIL_AT_S + within_s * k / count, (8 * k + 3) % size) for k in range(count)]
     simulation = Simulation(mode, size, requests, failures, RELOAD_S)
     simulation.run()
     interrupted = {request.rid for request in simulation.interrupted}
