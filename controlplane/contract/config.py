@@ -159,6 +159,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "auto", "none", "hermes", "llama3_json", "pythonic", "mistral", "mistral_named", "mistral_args"
     ] = "auto"
     reasoning_parser: Literal["auto", "none", "think", "mistral"] = "auto"
+    # A folder in which each gateway writes a line of JSON for each request that has ended, never a prompt, to
+    # NAME.access.log; four older files of 64 MiB are kept. Empty: none is written.
+    access_log_dir: str = ""
     # Whose pages a browser lets read answers: "https://example.org", or "*" for all. They need keys like others.
     cors_origins: tuple[Annotated[str, ORIGIN], ...] = ()
 

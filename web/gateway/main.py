@@ -26,6 +26,7 @@ from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import TAKE_OVER, Registration
 from controlplane.keyspace.connect import etcd_client
+from web.gateway.access_log import AccessLog
 from web.gateway.figures import FiguresReporter
 from web.gateway.http.api_keys import ApiKeys
 from web.gateway.http.app import build_app
@@ -92,6 +93,10 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
     address = join(config.advertised, sock.getsockname()[1])
     metrics = Metrics()
     dispatcher = Dispatcher(policy_of(config), token, metrics, identity)
+    access = AccessLog(Path(folder), name) if (folder := config.gateway.access_log_dir) else None
+    if access is not None:
+        dispatcher.lives.on_ended = access.put
+        metrics.attach_access_log(access)
     async with etcd_client(config, identity) as etcd:
         me = Member(name, new_incarnation())
         record = GatewayRecord(
@@ -108,7 +113,8 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
         watch = ClusterWatch(etcd, config, dispatcher, me, registration, model.context)
         tickets = Tickets(derive(secret, "streams"))
         service = _service(config.gateway, model, dispatcher, metrics, watch, tickets, keys, identity)
-        figures = FiguresReporter(me, token, metrics, watch.controllers, identity)
+        dispatcher.lives.gateway = name
+        figures = FiguresReporter(me, token, metrics, watch.controllers, identity, dispatcher.lives.find)
         grace_s = config.timing.stop_grace_s
         server = make_server(
             build_app(service, keys, config.gateway.cors_origins), grace_s, https_of(config, identity.me)
@@ -141,6 +147,8 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
                     await dispatcher.aclose()
             except TimeoutError:
                 log.warning("not everything was closed in time; the lease will expire")
+            if access is not None:
+                access.close()
 
 
 def _service(

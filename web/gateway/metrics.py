@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from controlplane.contract import figures as contract
+from web.gateway.access_log import AccessLog
 from web.gateway.key_usage import KeyUsage
 from web.gateway.routing.router import Router
 
@@ -98,6 +99,10 @@ class Metrics:
         """Export what the router counts by itself."""
         self.registry.register(_RouterCollector(router, etcd_age_s))
 
+    def attach_access_log(self, access: AccessLog) -> None:
+        """Export what became of its lines."""
+        self.registry.register(_AccessLogCollector(access))
+
     def attach_keys(self, usages: Callable[[], Sequence[KeyUsage]]) -> None:
         """Export what each API key uses."""
         self.registry.register(_KeyCollector(usages))
@@ -112,6 +117,18 @@ class Metrics:
     def render(self) -> bytes:
         text: bytes = generate_latest(self.registry)
         return text
+
+
+class _AccessLogCollector(Collector):
+    def __init__(self, access: AccessLog) -> None:
+        self._access = access
+
+    def collect(self) -> Iterable[Metric]:
+        access = self._access
+        yield CounterMetricFamily(PREFIX + "access_log_lines", "Lines written", value=access.written)
+        yield CounterMetricFamily(
+            PREFIX + "access_log_dropped", "Lines lost: no room, no disk", value=access.dropped
+        )
 
 
 class _KeyCollector(Collector):

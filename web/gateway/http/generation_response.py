@@ -78,12 +78,14 @@ class GenerationResponse(Response):
             self._generation.start()
             await (self._send_stream(stream, send) if self._ticket else self._send_body(send))
         except ApiError as error:
+            self._generation.failed(error.status, error.message)
             self._generation.close()  # a client that reads slowly may keep us here for long
             await self._send_error(send, error)
         except ClientGone:
             raise
         except Exception:
             log.exception("a generation failed")
+            self._generation.failed(500, "internal error of the gateway")
             await self._send_error(send, ApiError(500, "internal error of the gateway"))
 
     async def _watch(self, receive: Receive) -> None:
