@@ -241,7 +241,14 @@ def _answer(
         began=time.time(),
     )
     generation = Generation(
-        service, prepared.plans, prepared.rules, request.priority or 0, starts, hold, life
+        service,
+        prepared.plans,
+        prepared.rules,
+        request.priority or 0,
+        starts,
+        hold,
+        life,
+        prepared.told_again,
     )
     form = prepared.form(generation, context.request_id, context.created_unix_s)
     return StartedAnswer(generation, form, ticket, cursor or Cursor([None] * len(starts)), hold)
