@@ -56,6 +56,7 @@ class Life(msgspec.Struct, frozen=True):
     pauses: tuple[Pause, ...] = ()
     left_out: int = 0  # places and pauses beyond the bounds
     pause_max_s: float = 0.0  # of all pauses
+    trace: str = ""  # the client's `traceparent`, if it sent one
 
 
 class Lives(msgspec.Struct, frozen=True):

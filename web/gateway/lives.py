@@ -46,6 +46,7 @@ class OpenLife:
     pause_max_s: float = 0.0
     finishes: dict[int, str] = field(default_factory=dict)
     failed: str = ""
+    trace: str = ""
     status: int = 0
 
     def first_token(self, after_s: float) -> None:
@@ -109,7 +110,7 @@ class OpenLife:
         return Life(
             self.request, gateway, self.kind, self.key, self.model, self.stream, self.resumed, len(self.rids),
             self.prompt_tokens, self.began, self.sent_s, self.first_token_s, lasted_s, tokens, status, end,
-            tuple(self.places), tuple(self.pauses), self.left_out, self.pause_max_s,
+            tuple(self.places), tuple(self.pauses), self.left_out, self.pause_max_s, self.trace,
         )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ class Lives:
 
     def __init__(self, gateway: str = "", ended_max: int = ENDED_MAX) -> None:
         self.gateway = gateway
-        self.on_ended: Callable[[Life], None] = lambda life: None  # the access log hears of it
+        self.listeners: list[Callable[[Life], None]] = []  # they hear of each that has ended
         self._ended_max = ended_max
         self._open: dict[int, tuple[OpenLife, int]] = {}  # rid -> and which choice
         self._ended: OrderedDict[int, Life] = OrderedDict()
@@ -159,12 +160,14 @@ class Lives:
             numbers.remove(number)
             if not numbers:
                 del self._by_request[oldest.request]
-        self.on_ended(told)
+        for listener in self.listeners:
+            listener(told)
 
     def turned_away(self, request: str, kind: str, key: str, status: int, now: float) -> None:
         """It never began. Why is not told: the words may have something of the request in them."""
         life = Life(request, self.gateway, kind, key, "", False, False, 0, 0, now, lasted_s=0.0)
-        self.on_ended(msgspec.structs.replace(life, status=status, end="refused"))
+        for listener in self.listeners:
+            listener(msgspec.structs.replace(life, status=status, end="refused"))
 
     def find(self, request: str) -> list[Life]:
         """The newest connections of a request, oldest first."""

@@ -41,6 +41,7 @@ from web.gateway.routing.cluster_watch import ClusterWatch
 from web.gateway.routing.dispatch import Dispatcher
 from web.gateway.service import Service
 from web.gateway.services import Services
+from web.gateway.tracing import Tracer
 from web.https import https_of
 
 log = structlog.get_logger()
@@ -87,8 +88,11 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
     dispatcher = Dispatcher(policy_of(config), token, metrics, identity)
     access = AccessLog(Path(folder), name) if (folder := config.gateway.access_log_dir) else None
     if access is not None:
-        dispatcher.lives.on_ended = access.put
+        dispatcher.lives.listeners.append(access.put)
         metrics.attach_access_log(access)
+    tracer = Tracer(to, name, code_version()) if (to := config.gateway.otlp_endpoint) else None
+    if tracer is not None:
+        dispatcher.lives.listeners.append(tracer.put)
     async with etcd_client(config, identity) as etcd:
         me = Member(name, new_incarnation())
         record = GatewayRecord(
@@ -145,6 +149,8 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
                 log.warning("not everything was closed in time; the lease will expire")
             if access is not None:
                 access.close()
+            if tracer is not None:
+                tracer.close()
 
 
 def _service(

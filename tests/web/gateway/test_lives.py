@@ -65,7 +65,7 @@ def test_each_end_is_told_and_logged(tmp_path: Path) -> None:
     async def run() -> list[dict[str, Any]]:
         log = AccessLog(tmp_path / "logs", "g1")
         async with running(2) as stack, stack.http() as client, asyncio.timeout(20):
-            stack.dispatcher.lives.on_ended = log.put
+            stack.dispatcher.lives.listeners.append(log.put)
             whole = await client.post("/v1/completions", json=body(5, n=2, request_id="whole"))
             assert whole.status_code == 200
             headers = {"x-request-id": "wrong"}

@@ -11,6 +11,7 @@ import asyncio
 
 import msgspec
 import structlog
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -50,6 +51,7 @@ class GenerationResponse(Response):
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._generation.traced(Headers(scope=scope).get("traceparent", ""))
         watcher = asyncio.create_task(self._watch(receive))
         stream = EventStream(
             self._generation,

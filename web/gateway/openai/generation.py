@@ -16,6 +16,7 @@ from web.gateway.routing.events import Fail, SubmitAsked
 from web.gateway.service import Service
 from web.gateway.text.choice_decoder import ChoiceDecoder, Piece, TextRules
 
+TRACE_CHARS_MAX = 128
 CHOICE_BYTES = 8 << 10  # a request's objects in router, queue, detokenizer
 TOKEN_BYTES = 40  # an int and its place in a tuple
 BIAS_BYTES = 150  # of one logit_bias entry
@@ -152,6 +153,10 @@ class Generation:
         for start in self._starts:
             self._service.dispatcher.cancel(start.rid, self.queue)
         self.queue.close()
+
+    def traced(self, parent: str) -> None:
+        """`parent`: the client's `traceparent`."""
+        self._life.trace = parent[:TRACE_CHARS_MAX]
 
     def failed(self, status: int, message: str) -> None:
         """Its client is told so."""
