@@ -22,6 +22,7 @@ FOUND_MAX = 16  # connections of one request
 LOOK_BACK_S = 5.0  # what befalls a stream is known a while after its last token
 SLOW_S = 1.0  # a wait that nothing explains is told from here on
 LEFT = 499
+UNKNOWN = "not known here: it came from another gateway"
 
 
 @dataclass(slots=True)
@@ -192,10 +193,12 @@ class Lives:
         life, choice = found
         mine = [place for place in life.places if place.choice == choice]
         pipeline = mine[-1].pipeline if mine else ""
-        cause = (
-            self._cause(mine[-2:], now - lasted_s - LOOK_BACK_S)
-            or "not known here: it came from another gateway"
+        before = max(
+            (life.began + one.at_s for one in life.pauses if one.choice == choice), default=life.began
         )
+        since = max(life.began, now - lasted_s - LOOK_BACK_S)
+        # What came before the last pause ended is that one's cause, unless there is nothing else.
+        cause = self._cause(mine[-2:], max(since, before)) or self._cause(mine[-2:], since) or UNKNOWN
         at_s, epoch = round(now - life.began, 4), self._epoch(pipeline)
         life.pause(Pause(at_s, round(lasted_s, 4), choice, how, pipeline, epoch, cause[:CAUSE_CHARS_MAX]))
 

@@ -47,6 +47,26 @@ def test_a_pause_knows_its_cause_and_its_epoch() -> None:
     assert pause.cause == "failure of p0, epoch 4 -> 5: stage 1: n1 -> n3"
 
 
+def test_each_of_two_pauses_has_its_own_cause() -> None:
+    lives = Lives()
+    lives.topology(topology(1, p0=(4, N0, N1)), 99.0)
+    lives.topology(topology(2, p0=(5, N0, N1)), 99.5)  # before the request came
+    life(lives)
+    lives.sent(1, N0, "p0", 100.0)
+    lives.topology(topology(3, p0=(6, N0, N3)), 101.0)
+    lives.paused(1, 0.2, "continued", 101.1)
+    lives.topology(topology(4, p0=(7, N0, N1)), 101.5)
+    lives.paused(1, 0.2, "continued", 101.6)
+    lives.paused(1, 0.2, "continued", 101.9)  # of the same change
+    (found,) = lives.find("r")
+    first, second = "epoch 5 -> 6: stage 1: n1 -> n3", "epoch 6 -> 7: stage 1: n3 -> n1"
+    assert [pause.cause for pause in found.pauses] == [
+        f"failure of p0, {first}",
+        f"failure of p0, {second}",
+        f"failure of p0, {first}; failure of p0, {second}",
+    ]
+
+
 def test_what_befell_another_pipeline_or_long_ago_is_no_cause() -> None:
     lives = Lives()
     lives.topology(topology(1, p0=(4, N0, N1), p1=(2, N2, N3)), 90.0)
