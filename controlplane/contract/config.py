@@ -33,6 +33,7 @@ ORIGIN = Text(
     r"\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9.:\[\]-]{1,253}", "an origin, such as https://example.org, or *"
 )
 ADVERTISE = Text(r"[A-Za-z0-9:.%_\[\]-]{0,253}", "a host name or an IP address, without a port, or nothing")
+COLLECTOR = Text(r"(https?://[A-Za-z0-9.:\[\]_-]{1,253}/?)?", "http://HOST:4318, or nothing")
 ENDPOINT = Text(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", "host:port")
 
 DEFAULT_GROUP = "default"
@@ -160,6 +161,11 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "auto", "none", "hermes", "llama3_json", "pythonic", "mistral", "mistral_named", "mistral_args"
     ] = "auto"
     reasoning_parser: Literal["auto", "none", "think", "mistral"] = "auto"
+    # A folder in which each gateway writes a line of JSON for each request that has ended, never a prompt, to
+    # NAME.access.log; four older files of 64 MiB are kept. Empty: none is written.
+    access_log_dir: Annotated[str, MAYBE_PATH] = ""
+    # Where traces of requests go, "http://HOST:4318": a collector that speaks OTLP over HTTP. Needs the extra otel.
+    otlp_endpoint: Annotated[str, COLLECTOR] = ""
     # Whose pages a browser lets read answers: "https://example.org", or "*" for all. They need keys like others.
     cors_origins: tuple[Annotated[str, ORIGIN], ...] = ()
     # Settings files of other groups whose models are served here, too, by the name in `model`. Each says where its

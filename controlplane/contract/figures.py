@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
+from controlplane.contract.lives import Lives
+
 BUCKETS_MAX = 64
+WANTED_MAX = 8  # requests that are looked for at a time
 
 
 class Histogram(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -27,10 +30,15 @@ class GatewayReport(msgspec.Struct, frozen=True, array_like=True):
     tokens: int  # given to clients
     first_token: Histogram  # from a request to its first token
     inter_token: Histogram  # between two tokens of a stream
+    lives: tuple[Lives, ...] = ()  # what this gateway knows of requests that the controller has asked for
 
 
 class ReportTaken(msgspec.Struct, frozen=True, array_like=True):
-    """A controller's answer."""
+    """A controller's answer. A new field goes to the end and has a default."""
+
+    wanted: tuple[
+        str, ...
+    ] = ()  # requests whose lives it would like to know: another report with them may follow at once
 
 
 class Figures(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""`kfadmin describe`: all that is known of one node or pipeline, with what happened to it lately."""
+"""`kfadmin describe`: all that is known of one node, pipeline or request, with what happened to it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from controlplane.contract.errors import RequestError
 from controlplane.contract.records import Operation
 from controlplane.kfadmin.client import AdminClient, EventRow
 from controlplane.kfadmin.formats import View
+from controlplane.kfadmin.lives import print_life
 from controlplane.kfadmin.look import look
-from controlplane.kfadmin.output import console, print_events, print_operations, table
+from controlplane.kfadmin.output import console, print_events, print_operations, progress, table
 from controlplane.kfadmin.show import current
 
 EVENTS_SEARCHED = 1000
@@ -81,6 +82,34 @@ def pipeline(client: AdminClient, name: Annotated[str, typer.Argument(help="Such
         _draw(facts, operations, rows, wide)
 
     return View(value, draw, names=[name])
+
+
+@app.command()
+@look
+def request(
+    client: AdminClient,
+    name: Annotated[str, typer.Argument(metavar="ID", help="As in its answer, or X-Request-Id.")],
+) -> View:
+    """The life of one request: where it waited and ran, every pause with its cause, its end. Gateways remember the last
+    4,096 each."""
+    found = client.lives(name)
+    if not found.lives:
+        silent = f" (no answer from {', '.join(found.silent)})" if found.silent else ""
+        raise RequestError(f"no gateway remembers a request {name}{silent}")
+    incidents = {
+        (one.pipeline, one.epoch): incident.id
+        for incident in client.incidents(1000)
+        for one in incident.affected
+    }
+    value = {"request": found.request, "lives": found.lives, "silent": found.silent}
+
+    def draw(_wide: bool) -> None:
+        for life in found.lives:
+            print_life(life, incidents)
+        if found.silent:
+            progress(f"no answer from {', '.join(found.silent)}: there may be more")
+
+    return View(value, draw, found.lives, [name])
 
 
 def _is_target(op: Operation, name: str) -> bool:

@@ -24,6 +24,7 @@ from controlplane.contract.identity import PLAIN, Identity, ProcessRole, no_role
 from controlplane.contract.status import ClusterStatus
 from controlplane.core.figures import Meter
 from controlplane.history.writer import HistoryWriter
+from controlplane.shell.lookups import Lookups
 
 log = structlog.get_logger()
 
@@ -46,6 +47,7 @@ class Recorder:
         self._history = history
         self._is_leader = is_leader
         self._meter = Meter()
+        self.lookups = Lookups()
         self._rows: deque[Figures] = deque(maxlen=ROWS_MAX)
         self._read = False  # what was written before this process began is known
 
@@ -89,17 +91,23 @@ class Recorder:
         if not bearer_matches(headers.get("authorization"), self._token):
             self.refused += 1
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
-        if why := self._take(message, self._identity.callers(context, ProcessRole.GATEWAY)):
+        taken = self._take(message, self._identity.callers(context, ProcessRole.GATEWAY))
+        if isinstance(taken, str):
             self.refused += 1
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)
-        return TAKEN
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, taken)
+            return TAKEN  # not reached: it raises
+        return taken
 
-    def _take(self, message: bytes, names: frozenset[str] | None) -> str:
-        """Why the report is refused, or "". `names`: for whom its sender may speak; None: for all."""
+    def _take(self, message: bytes, names: frozenset[str] | None) -> ReportTaken | str:
+        """The answer, or why the report is refused. `names`: for whom its sender may speak; None: for all."""
         try:
             report = rpc.decode_gateway_report(message)
         except msgspec.MsgspecError as error:
             return f"not a GatewayReport: {error}"
         if names is not None and report.gateway not in names:
             return f"{no_role(ProcessRole.GATEWAY)}; or it names another one than {report.gateway[:100]}"
-        return self._meter.heard(report, time.monotonic())
+        if why := self._meter.heard(msgspec.structs.replace(report, lives=()), time.monotonic()):
+            return why
+        self.lookups.heard(report.gateway, report.lives)
+        wanted = self.lookups.wanted(report.gateway)
+        return ReportTaken(wanted) if wanted else TAKEN

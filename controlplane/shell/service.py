@@ -17,6 +17,7 @@ from controlplane.contract.figures import Figures
 from controlplane.contract.identity import PLAIN, Identity
 from controlplane.contract.incidents import Incident
 from controlplane.contract.keys import Keys, decode, encode
+from controlplane.contract.lives import Lives
 from controlplane.contract.protection import Protection
 from controlplane.contract.records import Operation, OperationKind, OperationState
 from controlplane.contract.status import (
@@ -130,6 +131,10 @@ class Service:
         return protection(
             await self.status(), self._config, await self._history.incidents(INCIDENTS_MEASURED)
         )
+
+    async def lives(self, request: str) -> Lives:
+        gateways = [record.id for record in self._registry.gateways.values()]
+        return await self._recorder.lookups.find(request, gateways)
 
     def figures_now(self, after_unix_s: float) -> Sequence[Figures]:
         return self._recorder.rows(after_unix_s)

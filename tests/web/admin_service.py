@@ -19,6 +19,7 @@ from controlplane.contract.events import Event
 from controlplane.contract.figures import Figures
 from controlplane.contract.ids import Member
 from controlplane.contract.incidents import Incident
+from controlplane.contract.lives import Life, Lives
 from controlplane.contract.protection import Protection
 from controlplane.contract.records import Operation, OperationKind, OperationState
 from controlplane.contract.status import (
@@ -122,6 +123,7 @@ class MemoryService:
         self.history: list[Event] = []
         self.history_away = False
         self.measured: list[Figures] = []
+        self.lived: list[Life] = []
         self.looks = 0  # statuses and events that were asked for
         self.known: dict[str, Operation] = {}
         self.callers: list[Caller] = []
@@ -154,6 +156,9 @@ class MemoryService:
 
     async def protection(self) -> Protection:
         return protection(self.cluster, self.config, await self.incidents(20))
+
+    async def lives(self, request: str) -> Lives:
+        return Lives(request, tuple(life for life in self.lived if life.request == request), ("g2",))
 
     def figures_now(self, after_unix_s: float) -> Sequence[Figures]:
         return [row for row in self.measured if row.unix_s > after_unix_s]

@@ -26,6 +26,7 @@ from controlplane.contract.audit import Action, AuditEntry
 from controlplane.contract.auth import Role, derive, identify, load_secret, mint
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.events import Event, EventKind
+from controlplane.contract.lives import Life, Pause, Place
 from controlplane.contract.records import Operation, OperationKind, OperationState
 from controlplane.kfadmin import bundle, exits
 from controlplane.kfadmin.exits import Exit
@@ -171,6 +172,37 @@ def test_a_description_has_what_happened_and_is_under_way(target: list[str], ser
     for verb in ("node", "pipeline"):
         result = kfadmin("describe", verb, "x9", *target)
         assert (result.exit_code, f"there is no {verb} x9" in result.stderr) == (2, True)
+
+
+def test_the_life_of_a_request_is_told_in_order(target: list[str], service: MemoryService) -> None:
+    place = Place(0.002, 0, "p0", "n0", 12)
+    pause = Pause(1.5, 0.4, 0, "continued", "p0", 13, "failure of p0, epoch 12 -> 13: stage 1: n1 -> n5")
+    service.lived = [
+        Life(
+            "abc", "g1", "chat", "alice", "m", True, False, 1, 7, 1.7e9, 0.002, 0.05, 3.0, 64, 200, "length",
+            (place,), (pause,), 0, 0.4,
+        )
+    ]  # fmt: skip
+    said = kfadmin("describe", "request", "chatcmpl-abc", *target)
+    assert said.exit_code == 0
+    order = (
+        "key alice",
+        "admitted",
+        "to the scheduler on n0",
+        "first token",
+        "pause, continued",
+        "end, HTTP 200",
+    )
+    places = [said.stdout.index(word) for word in order]
+    assert places == sorted(places)
+    assert "epoch 12 -> 13: stage 1: n1 -> n5 (incident 1)" in said.stdout
+    assert "no answer from g2" in said.stderr
+    assert (
+        json.loads(kfadmin("describe", "request", "abc", "-o", "json", *target).stdout)["lives"][0]["tokens"]
+        == 64
+    )
+    none = kfadmin("describe", "request", "other", *target)
+    assert (none.exit_code, "no gateway remembers a request other" in none.stderr) == (2, True)
 
 
 def test_top_counts_steps_in_between(target: list[str], service: MemoryService) -> None:

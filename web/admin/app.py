@@ -12,6 +12,7 @@
     GET    /admin/v1/incidents?limit=        {"incidents": [Incident]}, oldest first
     GET    /admin/v1/figures?seconds=&rows=  {"columns": [...], "rows": [[...]]}, oldest first: for charts
     GET    /admin/v1/audit?limit=&after=&operation=    {"entries": [AuditEntry]}, oldest first; operators only
+    GET    /admin/v1/requests?id=            Lives of one request; operators only
     GET    /admin/v1/settings                ClusterConfig without passwords; operators only
     GET    /admin/v1/operations              {"operations": [Operation]}
     POST   /admin/v1/operations              OperationRequest -> OperationAnswer; 409: refused
@@ -54,6 +55,7 @@ FIGURES_S_MAX = 24 * 3600  # older ones are not kept
 FIGURES_ROWS_MAX = 2000
 T = TypeVar("T")
 
+ID_PREFIXES = ("cmpl-", "chatcmpl-", "resp_")
 SEEN = re.compile(r"[0-9]{1,18}")
 NAMED = re.compile(NAME.removesuffix("$"))  # `fullmatch` is stricter: Python's $ lets a line end pass
 
@@ -197,6 +199,10 @@ def _add_reads(app: FastAPI, service: AdminService) -> None:
     ) -> Response:
         return _json({"entries": await service.audit(limit, after, operation)})
 
+    @app.get("/admin/v1/requests")
+    async def requests(id_: str = Query(alias="id", min_length=1, max_length=160)) -> Response:
+        return _json(await service.lives(request_of(id_)))
+
     @app.get("/admin/v1/settings")
     async def settings() -> Response:
         return _json(service.settings())
@@ -237,6 +243,11 @@ def _add_operations(app: FastAPI, service: AdminService) -> None:
         if operation.state is not OperationState.CANCELLED:
             return error(409, f"operation {operation.id} has already ended: {operation.state.value}")
         return _json(operation)
+
+
+def request_of(given: str) -> str:
+    """A request's id as clients see it, without what its answer puts before it."""
+    return next((given.removeprefix(prefix) for prefix in ID_PREFIXES if given.startswith(prefix)), given)
 
 
 async def _body(request: Request, kind: type[T]) -> T:

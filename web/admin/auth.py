@@ -25,7 +25,7 @@ SESSION_S = 12 * 3600
 OPEN = {("GET", "/livez"), ("GET", "/readyz"), ("GET", "/"), ("POST", "/session")}
 OPEN_PREFIX = "/ui/"
 SAFE_METHODS = {"GET", "HEAD"}
-OPERATORS_READ = {"/admin/v1/audit", "/admin/v1/settings"}  # more than viewers need
+OPERATORS_READ = {"/admin/v1/audit", "/admin/v1/requests", "/admin/v1/settings"}  # more than viewers need
 CALLER = "kf_caller"  # key of the scope's state
 HEADERS = {
     "content-security-policy": (

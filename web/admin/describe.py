@@ -9,6 +9,7 @@ import msgspec
 from controlplane.contract.audit import AuditEntry
 from controlplane.contract.events import Event
 from controlplane.contract.incidents import Incident
+from controlplane.contract.lives import Lives
 from controlplane.contract.protection import Protection
 from controlplane.contract.records import GROUP_WIDE, Operation, OperationKind
 from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
@@ -29,7 +30,7 @@ from web.describe import (
 )
 
 KINDS = (
-    ClusterStatus, Check, Operation, OperationAnswer, OperationRequest, Event, Incident, AuditEntry, Protection,
+    ClusterStatus, Check, Operation, OperationAnswer, OperationRequest, Event, Incident, AuditEntry, Protection, Lives,
 )  # fmt: skip
 HTML = "text/html"
 NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -81,6 +82,7 @@ def _endpoints() -> list[Endpoint]:
     incidents = record({"incidents": array(ref("Incident"))})
     audit = record({"entries": array(ref("AuditEntry"))})
     named = {"type": "string", "maxLength": 100}
+    identifier = {"type": "string", "minLength": 1, "maxLength": 160}
     of_operation = parameter("operation", "query", named, "Only entries of the operation with this id.")
     submitted = {200: {JSON: ref("OperationAnswer")}, 409: {JSON: ref("OperationAnswer")}}
     changes = (403, 404, 409)
@@ -133,6 +135,14 @@ def _endpoints() -> list[Endpoint]:
             {200: {JSON: audit}},
             (403,),
             parameters=(limit, after, of_operation),
+        ),
+        Endpoint(
+            "GET",
+            f"{base}/requests",
+            "The life of one request",
+            {200: {JSON: ref("Lives")}},
+            (403,),
+            parameters=(parameter("id", "query", identifier, "As in its answer.") | {"required": True},),
         ),
         Endpoint("GET", f"{base}/settings", "What it runs with", {200: {JSON: {"type": "object"}}}, (403,)),
         Endpoint("GET", f"{base}/operations", "What operators asked for", {200: {JSON: operations}}),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 import grpc
 import structlog
 
 from controlplane.contract import rpc
-from controlplane.contract.figures import GatewayReport
+from controlplane.contract.figures import WANTED_MAX, GatewayReport
 from controlplane.contract.identity import PLAIN, Identity, ProcessName, ProcessRole
 from controlplane.contract.ids import Member
+from controlplane.contract.lives import Life, Lives
 from web.gateway.metrics import Metrics
 
 log = structlog.get_logger()
@@ -33,13 +34,16 @@ class FiguresReporter:
         metrics: Metrics,
         controllers: Callable[[], Mapping[str, str]],
         identity: Identity = PLAIN,
+        find: Callable[[str], Sequence[Life]] = lambda request: (),
     ) -> None:
+        """`find`: lives by request, for controllers that ask."""
         self.failures = 0
         self._me = me
         self._metadata = (("authorization", f"Bearer {token}"),)
         self._metrics = metrics
         self._controllers = controllers
         self._identity = identity
+        self._find = find
         self._channels: dict[tuple[str, str], grpc.aio.Channel] = {}  # by name and address
         self._errors: dict[str, str] = {}  # by name: the last one that was logged
         self._began = time.monotonic()
@@ -58,8 +62,8 @@ class FiguresReporter:
             for channel in self._channels.values():
                 await channel.close()
 
-    def report(self) -> GatewayReport:
-        """As of now."""
+    def report(self, wanted: Sequence[str] = ()) -> GatewayReport:
+        """As of now, with the lives of requests that are `wanted`."""
         metrics = self._metrics
         return GatewayReport(
             gateway=self._me.node,
@@ -68,6 +72,7 @@ class FiguresReporter:
             tokens=metrics.tokens.given,
             first_token=metrics.first_token(),
             inter_token=metrics.tokens.waits(),
+            lives=tuple(Lives(request, tuple(self._find(request))) for request in wanted[:WANTED_MAX]),
         )
 
     async def _tell(self, name: str, address: str, report: GatewayReport) -> None:
@@ -79,7 +84,9 @@ class FiguresReporter:
             rpc.FIGURES_REPORT, request_serializer=rpc.encode, response_deserializer=rpc.decode_taken
         )
         try:
-            await call(report, metadata=self._metadata, timeout=CALL_LIMIT_S)
+            taken = await call(report, metadata=self._metadata, timeout=CALL_LIMIT_S)
+            if taken.wanted:  # once: what it wants then has time until the next report
+                await call(self.report(taken.wanted), metadata=self._metadata, timeout=CALL_LIMIT_S)
             self._errors.pop(name, None)
             return
         except grpc.aio.AioRpcError as error:

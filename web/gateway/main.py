@@ -26,6 +26,7 @@ from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import TAKE_OVER, Registration
 from controlplane.keyspace.connect import etcd_client
+from web.gateway.access_log import AccessLog
 from web.gateway.figures import FiguresReporter
 from web.gateway.groups import serve_group
 from web.gateway.http.api_keys import ApiKeys
@@ -40,6 +41,7 @@ from web.gateway.routing.cluster_watch import ClusterWatch
 from web.gateway.routing.dispatch import Dispatcher
 from web.gateway.service import Service
 from web.gateway.services import Services
+from web.gateway.tracing import Tracer
 from web.https import https_of
 
 log = structlog.get_logger()
@@ -84,6 +86,13 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
     address = join(config.advertised, sock.getsockname()[1])
     metrics = Metrics()
     dispatcher = Dispatcher(policy_of(config), token, metrics, identity)
+    access = AccessLog(Path(folder), name) if (folder := config.gateway.access_log_dir) else None
+    if access is not None:
+        dispatcher.lives.listeners.append(access.put)
+        metrics.attach_access_log(access)
+    tracer = Tracer(to, name, code_version()) if (to := config.gateway.otlp_endpoint) else None
+    if tracer is not None:
+        dispatcher.lives.listeners.append(tracer.put)
     async with etcd_client(config, identity) as etcd:
         me = Member(name, new_incarnation())
         record = GatewayRecord(
@@ -100,9 +109,10 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
         watch = ClusterWatch(etcd, config, dispatcher, me, registration, model.context)
         tickets = Tickets(derive(secret, "streams"))
         service = _service(config.gateway, model, dispatcher, metrics, watch, tickets, keys, identity)
-        figures = FiguresReporter(me, token, metrics, watch.controllers, identity)
+        dispatcher.lives.gateway = name
         grace_s = config.timing.stop_grace_s
         services = Services(service)
+        figures = FiguresReporter(me, token, metrics, watch.controllers, identity, services.lives)
         app = build_app(services, keys, config.gateway.cors_origins)
         server = make_server(app, grace_s, https_of(config, identity.me))
         background = [
@@ -137,6 +147,10 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
                     await dispatcher.aclose()
             except TimeoutError:
                 log.warning("not everything was closed in time; the lease will expire")
+            if access is not None:
+                access.close()
+            if tracer is not None:
+                tracer.close()
 
 
 def _service(

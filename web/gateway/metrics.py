@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from controlplane.contract import figures as contract
+from web.gateway.access_log import AccessLog
 from web.gateway.key_usage import KeyUsage
 from web.gateway.routing.router import Router
 
@@ -110,6 +111,10 @@ class Metrics:
         self._routers.remove(router)
         self._past.update(router.counts)
 
+    def attach_access_log(self, access: AccessLog) -> None:
+        """Export what became of its lines."""
+        self.registry.register(_AccessLogCollector(access))
+
     def attach_keys(self, usages: Callable[[], Sequence[KeyUsage]]) -> None:
         """Export what each API key uses."""
         self.registry.register(_KeyCollector(usages))
@@ -124,6 +129,18 @@ class Metrics:
     def render(self) -> bytes:
         text: bytes = generate_latest(self.registry)
         return text
+
+
+class _AccessLogCollector(Collector):
+    def __init__(self, access: AccessLog) -> None:
+        self._access = access
+
+    def collect(self) -> Iterable[Metric]:
+        access = self._access
+        yield CounterMetricFamily(PREFIX + "access_log_lines", "Lines written", value=access.written)
+        yield CounterMetricFamily(
+            PREFIX + "access_log_dropped", "Lines lost: no room, no disk", value=access.dropped
+        )
 
 
 class _KeyCollector(Collector):

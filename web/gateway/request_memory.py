@@ -91,6 +91,11 @@ class Hold:
         """Give `size` bytes back, or all there are."""
         self.become(max(0, self.size - size))
 
+    @property
+    def key(self) -> str:
+        """Name of the API key, or ""."""
+        return self._usage.name if self._usage is not None else ""
+
     def charge(self, prompt_tokens: int, generation_tokens: int) -> None:
         """The key has used so much more."""
         if self._usage is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from controlplane.contract.errors import ConfigError
+from controlplane.contract.lives import Life
 from web.gateway.errors import ApiError, shorten
 from web.gateway.service import Service
 
@@ -77,6 +78,10 @@ class Services:
     def live(self) -> int:
         """Requests of all clients."""
         return sum(service.dispatcher.live for service in self.all)
+
+    def lives(self, request: str) -> list[Life]:
+        """What is known of a request, whichever model it is for."""
+        return [life for service in self.all for life in service.dispatcher.lives.find(request)]
 
     def hand_over(self) -> None:
         for service in self.all:

@@ -1,6 +1,7 @@
 // Signs in, follows the controller's stream, and draws. Everything that is known is in `state`; `actions` change it.
 
 import { h, render } from "/ui/vendor/preact.js";
+import { askForLife } from "/ui/lives.js";
 import { applied, following, headline } from "/ui/format.js";
 import { askCancel, askFor, confirm, mayOperate } from "/ui/operations.js";
 import { placed } from "/ui/topology.js";
@@ -28,6 +29,7 @@ const state = {
   cursor: { row: 0, column: 0 }, // of the topology
   selected: "", // node
   asked: null, // the operation that somebody is about to ask for; see operations.js
+  life: null, // of the request that was asked for last; see lives.js
   said: "", // the last thing that was done, for screen readers too
   link: { state: "connecting", silentS: 0, historyError: "" },
   signIn: { problem: "" },
@@ -60,6 +62,14 @@ const actions = {
   range: (range) => {
     state.range = range;
     if (range === "day") readDay();
+    draw();
+  },
+  findLife: async (id) => {
+    state.life = { id, busy: true };
+    draw();
+    const life = await askForLife(id);
+    if (state.life?.id !== id) return; // somebody has asked for another one meanwhile
+    state.life = life;
     draw();
   },
   ask: (kind, node) => follow(askFor(state.status, kind, node)),

@@ -6,7 +6,8 @@ import { Banner, Lost } from "/ui/banner.js";
 import { Charts } from "/ui/charts.js";
 import { Events } from "/ui/events.js";
 import { Incidents } from "/ui/incidents.js";
-import { Asked, Operations } from "/ui/operations.js";
+import { Lives } from "/ui/lives.js";
+import { Asked, mayOperate, Operations } from "/ui/operations.js";
 import { Topology } from "/ui/topology.js";
 
 const html = htm.bind(h);
@@ -29,6 +30,7 @@ export function Page(known) {
         <${Topology} ...${known} />
         <${Charts} hour=${known.figures} day=${known.day} range=${known.range} incidents=${known.incidents} onRange=${actions.range} />
         <${Operations} status=${status} who=${known.who} actions=${actions} />
+        ${mayOperate(known.who) && html`<${Lives} life=${known.life} incidents=${known.incidents} onFind=${actions.findLife} />`}
         <${Events} events=${known.events} />
       </main>
       ${known.asked && html`<${Asked} key=${known.asked.id} asked=${known.asked} status=${status} actions=${actions} />`}

@@ -31,12 +31,13 @@ from web.gateway.resume.find_group import group_of_stream
 from web.gateway.resume.start_or_resume import Visit, reopen, start_or_resume
 from web.gateway.service import Service
 from web.gateway.services import Services
-from web.manners import HEAD, Manners
+from web.manners import HEAD, Manners, own_request_id
 
 log = structlog.get_logger()
 
 DETOKENIZE_MAX = 1 << 18  # tokens
 INLINE_TOKENS_MAX = 4096  # more take milliseconds, in which no stream would go on
+GENERATES = {"/v1/completions": "completion", "/v1/chat/completions": "chat", "/v1/responses": "responses"}
 BODY_S = 30.0  # a client that takes longer to send its request is not waited for
 
 
@@ -202,9 +203,12 @@ def _token_routes(app: FastAPI, services: Services) -> None:
 
 def _error_handlers(app: FastAPI, service: Service) -> None:
     @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: Exception) -> Response:
+    async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
         count_error(service, error)
+        if (kind := GENERATES.get(request.url.path)) is not None:
+            name = own_request_id(request.headers.get("x-request-id"))
+            service.dispatcher.lives.turned_away(name, kind, _caller(request).name, error.status, time.time())
         return _json(error.body, error.status, error.headers)
 
     @app.exception_handler(HTTPException)

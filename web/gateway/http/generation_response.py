@@ -11,6 +11,7 @@ import asyncio
 
 import msgspec
 import structlog
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -50,6 +51,7 @@ class GenerationResponse(Response):
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._generation.traced(Headers(scope=scope).get("traceparent", ""))
         watcher = asyncio.create_task(self._watch(receive))
         stream = EventStream(
             self._generation,
@@ -78,12 +80,14 @@ class GenerationResponse(Response):
             self._generation.start()
             await (self._send_stream(stream, send) if self._ticket else self._send_body(send))
         except ApiError as error:
+            self._generation.failed(error.status, error.message)
             self._generation.close()  # a client that reads slowly may keep us here for long
             await self._send_error(send, error)
         except ClientGone:
             raise
         except Exception:
             log.exception("a generation failed")
+            self._generation.failed(500, "internal error of the gateway")
             await self._send_error(send, ApiError(500, "internal error of the gateway"))
 
     async def _watch(self, receive: Receive) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from controlplane.contract.requests import Log, Sampling, Token
 from web.gateway.errors import ApiError, of_fail
+from web.gateway.lives import LEFT, SLOW_S, OpenLife
 from web.gateway.openai.prompt_scores import written_bytes
 from web.gateway.request_memory import Hold
 from web.gateway.routing.delivery_queue import DeliveryQueue, Gone, Leaving
@@ -15,6 +16,7 @@ from web.gateway.routing.events import Fail, SubmitAsked
 from web.gateway.service import Service
 from web.gateway.text.choice_decoder import ChoiceDecoder, Piece, TextRules
 
+TRACE_CHARS_MAX = 128
 CHOICE_BYTES = 8 << 10  # a request's objects in router, queue, detokenizer
 TOKEN_BYTES = 40  # an int and its place in a tuple
 BIAS_BYTES = 150  # of one logit_bias entry
@@ -57,6 +59,7 @@ class Generation:
         priority: int,
         starts: Sequence[Start],
         hold: Hold,
+        life: OpenLife,
         told_again: bool = False,
     ) -> None:
         """`told_again`: the last event tells the whole answer with its log probabilities. A log has none, so that a
@@ -73,6 +76,7 @@ class Generation:
         self._left = [0] * len(plans)  # tokens of each choice that have left, of what is told again
         self.choices = [ChoiceDecoder(service.model.tokenizer, plan.prompt, rules) for plan in plans]
         self._hold = hold
+        self._life = life
         self._started = time.perf_counter()
         self._last_at = [self._started] * len(plans)
         for choice, start in zip(self.choices, starts, strict=True):
@@ -95,6 +99,7 @@ class Generation:
 
     def start(self) -> None:
         """Hand all choices to the router. Raises ApiError when one is refused at once (after `close`)."""
+        self._life.open()
         for index, (plan, start) in enumerate(zip(self.plans, self._starts, strict=True)):
             if self.choices[index].finished:
                 continue
@@ -121,6 +126,7 @@ class Generation:
         for item in self.queue.take():
             if isinstance(item, Gone):
                 self._service.metrics.disconnects.inc()
+                self._life.fail(LEFT, "its client left")
                 raise ClientGone
             if isinstance(item, ApiError):
                 raise item
@@ -143,12 +149,22 @@ class Generation:
 
     def close(self) -> None:
         """Free what is still running, and what waits: on a disconnect, an error, or a stop string in another choice."""
+        self._life.end(sum(choice.tokens for choice in self.choices), time.time())
         for start in self._starts:
             self._service.dispatcher.cancel(start.rid, self.queue)
         self.queue.close()
 
+    def traced(self, parent: str) -> None:
+        """`parent`: the client's `traceparent`."""
+        self._life.trace = parent[:TRACE_CHARS_MAX]
+
+    def failed(self, status: int, message: str) -> None:
+        """Its client is told so."""
+        self._life.fail(status, message)
+
     def leave(self) -> None:
         """What is still running goes on for the client's next gateway."""
+        self._life.fail(200, "sent to another gateway: this one was told to stop")
         for start in self._starts:
             self._service.dispatcher.leave(start.rid, self.queue)
 
@@ -182,15 +198,20 @@ class Generation:
         now = time.perf_counter()
         if first:
             metrics.ttft.observe(now - self._started)
+            self._life.first_token(now - self._started)
             metrics.prompt_tokens.inc(len(self.plans[index].prompt))
             self._hold.charge(len(self.plans[index].prompt), len(piece.tokens))
         else:
-            metrics.tokens.waited(now - self._last_at[index])
+            waited_s = now - self._last_at[index]
+            metrics.tokens.waited(waited_s)
+            if waited_s >= SLOW_S:
+                self._life.waited(index, waited_s, time.time())
             self._hold.charge(0, len(piece.tokens))
         self._last_at[index] = now
         metrics.tokens.given += len(piece.tokens)
         if piece.finish is not None:
             metrics.success.labels(piece.finish).inc()
+            self._life.finishes[index] = piece.finish
             metrics.e2e.observe(now - self._started)
             # A stop string ends it here, not there.
             self._service.dispatcher.cancel(self._starts[index].rid, self.queue)

@@ -15,6 +15,7 @@ import msgspec
 
 from controlplane.contract.requests import Log
 from web.gateway.errors import ApiError
+from web.gateway.lives import OpenLife
 from web.gateway.openai.answer_format import AnswerFormat
 from web.gateway.openai.chat import kept_chat, prepare_chat
 from web.gateway.openai.completions import kept_completion, prepare_completion
@@ -227,6 +228,18 @@ def _answer(
 ) -> StartedAnswer:
     hold.become(kept_bytes(prepared.plans, [start.context for start in starts if start.context]))
     request = prepared.request
+    life = OpenLife(
+        service.dispatcher.lives,
+        request=context.request_id,
+        kind=context.kind,
+        key=hold.key,
+        model=service.model.name,
+        stream=bool(ticket),
+        resumed=any(start.resumed for start in starts),
+        rids=tuple(start.rid for start in starts),
+        prompt_tokens=sum({id(plan.prompt): len(plan.prompt) for plan in prepared.plans}.values()),
+        began=time.time(),
+    )
     generation = Generation(
         service,
         prepared.plans,
@@ -234,6 +247,7 @@ def _answer(
         request.priority or 0,
         starts,
         hold,
+        life,
         prepared.told_again,
     )
     form = prepared.form(generation, context.request_id, context.created_unix_s)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import assert_never
 
 import structlog
 
 from controlplane.contract.identity import PLAIN, Identity
 from controlplane.contract.ids import Member
-from controlplane.contract.requests import Log
+from controlplane.contract.requests import Log, RefusalCode
+from web.gateway.lives import Lives
 from web.gateway.metrics import Metrics
 from web.gateway.routing.delivery_queue import DeliveryQueue, Leaving, Readers
 from web.gateway.routing.events import (
@@ -24,12 +26,15 @@ from web.gateway.routing.events import (
     OpenStream,
     RecallAsked,
     RecallDone,
+    RefusalReceived,
     SendCancel,
     SendRecall,
     SendSubmit,
     ShutDown,
+    StreamDown,
     SubmitAsked,
     Tick,
+    TopologySeen,
 )
 from web.gateway.routing.policy import Policy
 from web.gateway.routing.router import Router
@@ -38,6 +43,10 @@ from web.gateway.routing.scheduler_streams import Links
 logger = structlog.get_logger()
 
 TICK_S = 0.02
+GIVEN_UP = {  # refusals of what was accepted before, in words
+    RefusalCode.DROPPED: "its node serves that stage no more",
+    RefusalCode.POISONED: "a node's numbers were not finite",
+}
 
 
 class Dispatcher:
@@ -47,6 +56,7 @@ class Dispatcher:
         self.router = Router(policy)
         self.links = Links(token, self.feed, identity)
         self.readers = Readers()
+        self.lives = Lives()
         self._metrics = metrics
         self._sinks: dict[int, tuple[DeliveryQueue, int]] = {}
         self._recalls: dict[int, asyncio.Future[tuple[Log | None, bool]]] = {}
@@ -103,11 +113,14 @@ class Dispatcher:
 
     def feed(self, event: Event) -> None:
         loop = asyncio.get_running_loop()
-        for effect in self.router.step(event, loop.time()):
+        effects = self.router.step(event, loop.time())
+        self._tell_lives(event)
+        for effect in effects:
             match effect:
                 case Deliver():
                     self._deliver(effect)
                 case SendSubmit(member, submit):
+                    self.lives.sent(submit.rid, member, submit.pipeline, time.time())
                     self.links.send(member, submit)
                 case SendCancel(member, cancel):
                     self.links.send(member, cancel)
@@ -126,6 +139,15 @@ class Dispatcher:
         if self._timer is None and self.router.restless:
             self._timer = loop.call_later(TICK_S, self._tick)
 
+    def _tell_lives(self, event: Event) -> None:
+        match event:
+            case TopologySeen(topology) if topology is self.router.topology:
+                self.lives.topology(topology, time.time())
+            case StreamDown(member):
+                self.lives.broke(member, time.time())
+            case RefusalReceived(member, refusal) if refusal.code in GIVEN_UP:
+                self.lives.turned_down(member, refusal.pipeline, GIVEN_UP[refusal.code], time.time())
+
     def _release(self, rid: int, queue: DeliveryQueue) -> bool:
         sink = self._sinks.get(rid)
         if sink is None or sink[0] is not queue:
@@ -139,6 +161,7 @@ class Dispatcher:
     def _deliver(self, effect: Deliver) -> None:
         if effect.gap_s is not None:
             self._metrics.failover_gap.labels(effect.how).observe(effect.gap_s)
+            self.lives.paused(effect.rid, effect.gap_s, effect.how, time.time())
         sink = self._sinks.get(effect.rid)
         if sink is not None:
             queue, index = sink
