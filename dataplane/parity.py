@@ -99,6 +99,11 @@ class Parity:
             return
         self._busy = topology.mode is Mode.PARITY
         self.encoding.apply(topology)
+        for gone in self._epochs.keys() - {pipeline.id for pipeline in topology.pipelines}:
+            del self._epochs[gone]
+            self.restorer.void(gone)
+            self._unsettled.discard(gone)
+            self.sources.pop(gone, None)
         for pipeline in topology.pipelines:
             name, changed = pipeline.id, self._epochs.get(pipeline.id) != pipeline.epoch
             self._epochs[name] = pipeline.epoch
@@ -129,6 +134,11 @@ class Parity:
             "blocks_restored": restorer.blocks_restored,
             "blocks_not_restored": restorer.blocks_refused,
         }
+
+    def uncoded_tokens(self, pipeline: PipelineId) -> int:
+        """Positions of full blocks that no parity could bring back now; -1: the pipeline is not coded here."""
+        source = self.sources.get(pipeline)
+        return -1 if source is None else source.lag_blocks * self._store.block_size
 
     def link_changed(self, node: str) -> None:
         for source in self.sources.values():

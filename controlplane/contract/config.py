@@ -17,6 +17,7 @@ from controlplane.contract.topology import Mode, quota_blocks
 ETCD_LEASE_MIN_S = 2  # what etcd makes of a shorter one
 POOL_BLOCKS_MIN = 4
 CPU_POOL_BLOCKS = 2048  # if nothing is said
+LABELS_MAX = 8  # of a host
 CODE_PARITIES = {"xor": 1, "rdp": 2}
 RDP_SHARDS_MAX, RS_SHARDS_MAX = 16, 257  # of kernels/coding; for `rs` parities count, too
 XFORMERS_BLOCK = 64  # tokens of its pages
@@ -34,6 +35,7 @@ ORIGIN = Text(
 ADVERTISE = Text(r"[A-Za-z0-9:.%_\[\]-]{0,253}", "a host name or an IP address, without a port, or nothing")
 ENDPOINT = Text(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", "host:port")
 
+DEFAULT_GROUP = "default"
 Speculation = Literal["off", "ngram", "draft"]
 
 
@@ -163,6 +165,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reasoning_parser: Literal["auto", "none", "think", "mistral"] = "auto"
     # Whose pages a browser lets read answers: "https://example.org", or "*" for all. They need keys like others.
     cors_origins: tuple[Annotated[str, ORIGIN], ...] = ()
+    # Settings files of other groups whose models are served here, too, by the name in `model`. Each says where its
+    # etcd, secret, certificates and tokenizer are; what is not there yet is looked for again.
+    groups: tuple[Annotated[str, PATH], ...] = ()
 
     def __post_init__(self) -> None:
         check_bounds(self, "gateway.")
@@ -218,7 +223,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: Annotated[str, PATH]  # a Hugging Face checkpoint directory
     etcd: tuple[Annotated[str, ENDPOINT], ...]
     cluster: Annotated[str, NAME] = "kevlarflow"
-    group: Annotated[str, NAME] = "default"
+    group: Annotated[str, NAME] = DEFAULT_GROUP
     served_model_name: Annotated[str, Text(r"[^\x00-\x1f\x7f]{0,256}", "up to 256 characters of text")] = (
         ""  # "": the directory's name
     )
@@ -240,11 +245,16 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     emulation: EmulationConfig = EmulationConfig()
     parity: ParityConfig = ParityConfig()
     tls: TlsConfig = TlsConfig()
+    # Where this host stands, outermost first: { zone = "north", rack = "r7" }. What two nodes have in common from the
+    # outermost on fails together; every host of a cluster has the same labels in the same order.
+    labels: dict[str, str] = {}
     # Ports on other addresses than loopback without TLS. Only for a network that nobody else can reach.
     insecure: bool = False
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if fault := _labels_fault(self.labels):
+            raise SettingsError(fault)
         fault = conflict(self)
         if fault is not None:
             raise SettingsError(fault)
@@ -254,6 +264,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The host in every address that is registered."""
         return self.advertise or self.host
 
+    def fault_domain(self, host: str, node: str) -> dict[str, str]:
+        """Labels of a node for its record, outermost first. `host`: this machine's name, unless the labels have one."""
+        own = {} if "host" in self.labels else {"host": host}
+        return {**self.labels, **own, "node": node}
+
     @property
     def https(self) -> tuple[str, str] | None:
         """(certificate, key) that gateways and admin APIs show to clients; None: plain HTTP."""
@@ -261,6 +276,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if tls.https_cert:
             return tls.https_cert, tls.https_key or tls.https_cert
         return (tls.cert, tls.key or tls.cert) if tls.enabled and not is_loopback(self.host) else None
+
+    @property
+    def scope(self) -> str:
+        """What is this group's own in a place that others share, such as etcd: no name has an @."""
+        return self.cluster if self.group == DEFAULT_GROUP else f"{self.cluster}@{self.group}"
 
     @property
     def model_name(self) -> str:
@@ -287,6 +307,15 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def node_name(self, instance: int, stage: int) -> str:
         """Nodes are numbered instance by instance; spares come after the instances."""
         return f"n{instance * self.stages + stage}"
+
+
+def _labels_fault(labels: Mapping[str, str]) -> str | None:
+    if len(labels) > LABELS_MAX:
+        return f"labels = {dict(labels)}: at most {LABELS_MAX}"
+    for text in (*labels, *labels.values()):
+        if fault := NAME.fault(text):
+            return f"labels = {dict(labels)}: {text!r}: {fault}"
+    return "labels: node is every node's own name" if "node" in labels else None
 
 
 def redacted(config: ClusterConfig) -> ClusterConfig:

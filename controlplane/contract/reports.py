@@ -85,6 +85,13 @@ class PipelineReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     unanswered: int = (
         -1
     )  # scheduler only: if it is a question that is oldest, the first stage that owes an answer
+    tokens: int = 0  # scheduler only: positions of its requests that have KV ...
+    tail_tokens: int = 0  # ... and those of them in blocks that are not full, which nobody else has
+    token_s: float = 0.0  # scheduler only: what a position costs that is computed again; 0: not measured yet
+    step_s: float = 0.0  # scheduler only: how long a step without prompts takes; 0: not measured yet
+    uncoded_tokens: int = (
+        -1
+    )  # in full blocks of this stage that no parity could bring back now; -1: none is coded
 
 
 class RecoveryReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -126,6 +133,7 @@ class NodeReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     # Monotonic; exported by the controllers as Prometheus counters. Empty: as last said.
     counters: dict[str, int] = {}
     troubles: tuple[str, ...] = ()  # what an operator has to mend, in words
+    block_bytes: int = 0  # of one KV block
 
     def broken_links(self) -> set[Member]:
         """Neighbours to which the link is down."""
@@ -144,6 +152,9 @@ class ReportBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
     relay: bool = False  # the sender is no node: its end says nothing of those that it spoke for
     schema: int = REPORT_SCHEMA
     calm: bool = False  # nothing in it is news: a relay may pass it on with its next beat
+    ended: tuple[
+        int, ...
+    ] = ()  # slots of `gone` whose processes have ended for certain, as their host's kernel says
 
 
 class RelayedBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -155,6 +166,7 @@ class RelayedBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
     relay: bool = True
     schema: int = REPORT_SCHEMA
     calm: bool = False
+    ended: tuple[int, ...] = ()
 
 
 class ReportHeader(msgspec.Struct, frozen=True, array_like=True):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 
+from msgspec.structs import replace
+
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import NodeId, PipelineId
 from controlplane.contract.records import Operation
-from controlplane.contract.reports import LAG_UNKNOWN, NodeReport
+from controlplane.contract.reports import LAG_UNKNOWN, NodeReport, PipelineReport
 from controlplane.contract.status import (
     ClusterStatus,
     NodeState,
@@ -114,9 +116,11 @@ class Overview:
         self._stale_pipelines = set(self._places)
 
     def _look(self, node: NodeId, now: float) -> None:
-        cordoned = self._topology is not None and node in self._topology.cordoned
+        topology = self._topology
         serving = tuple(self._serving.get(node, ()))
-        status = _node(node, self._members, self._newest, serving, cordoned, now)
+        status = _node(node, self._members, self._newest, serving, now)
+        if topology is not None and (node in topology.cordoned or node in topology.leaving):
+            status = replace(status, cordoned=node in topology.cordoned, leaving=node in topology.leaving)
         self._nodes[node] = status
         if status.state is NodeState.GREEN:
             self._unsteady.discard(node)
@@ -128,17 +132,24 @@ def _names(nodes: Nodes, topology: Topology | None) -> list[NodeId]:
     """n2 before n10."""
     names = set(nodes.views)
     if topology is not None:
+        # Who was to leave, and has left, is missed by nobody.
+        names -= {
+            node
+            for node in topology.leaving
+            if node in nodes.views and nodes.is_dead(nodes.views[node].member)
+        }
+        names.update(m.node for p in topology.pipelines for m in p.members() if m.node in nodes.views)
         names.update(home for p in topology.pipelines for stage in p.stages for home in stage.homes)
     return sorted(names, key=lambda name: (len(name), name))
 
 
 def _node(
-    node: NodeId, members: Membership, nodes: Nodes, serving: tuple[str, ...], cordoned: bool, now: float
+    node: NodeId, members: Membership, nodes: Nodes, serving: tuple[str, ...], now: float
 ) -> NodeStatus:
     view = nodes.views.get(node)
     if view is None:
         evidence = "never registered"
-        return NodeStatus(node, NodeState.ABSENT, evidence=evidence, serving=serving, cordoned=cordoned)
+        return NodeStatus(node, NodeState.ABSENT, evidence=evidence, serving=serving)
     record, detector = view.record, members.detector
     member = record.member
     report = nodes.reports.get(member)
@@ -150,7 +161,6 @@ def _node(
         evidence=detector.evidence(member) or view.why_not,
         stage=record.stage,
         serving=serving,
-        cordoned=cordoned,
         link_address=record.link_address,
         rpc_address=record.rpc_address,
         pid=record.pid,
@@ -165,6 +175,7 @@ def _node(
         blocks_used=0 if report is None else report.blocks_used,
         blocks_replica=0 if report is None else report.blocks_replica,
         blocks_total=record.pool_blocks if report is None else report.blocks_total,
+        block_bytes=0 if report is None else report.block_bytes,
         fault_domain=record.fault_domain,
         counters={} if report is None else report.counters,
     )
@@ -187,14 +198,20 @@ def _pipeline(pipeline: Pipeline, nodes: Nodes) -> PipelineStatus:
         state = PipelineState.DEGRADED
     else:
         state = PipelineState.UP
+    said = nodes.report(pipeline.stages[0].leader, pipeline.id, 0) or PipelineReport(pipeline.id, 0, 0, -1)
     return PipelineStatus(
         id=pipeline.id,
         state=state,
         epoch=pipeline.epoch,
         stages=stages,
-        running=nodes.load(pipeline),
-        waiting=nodes.queued(pipeline),
+        running=said.running,
+        waiting=said.waiting,
         move=pipeline.move,
+        tokens=said.tokens,
+        tail_tokens=said.tail_tokens,
+        token_s=said.token_s,
+        step_s=said.step_s,
+        closing=pipeline.closing,
     )
 
 
@@ -207,10 +224,14 @@ def _stage(pipeline: Pipeline, index: int, nodes: Nodes) -> StageStatus:
     stage = pipeline.stages[index]
     lags = [nodes.lag(pipeline, index, target) for target in stage.replicas]
     known = [lag for lag in lags if lag is not None and lag < LAG_UNKNOWN]
+    lag_tokens = max(known) if known and len(known) == len(lags) else -1
+    said = nodes.report(stage.leader, pipeline.id, index)
+    if said is not None and said.epoch == pipeline.epoch and said.uncoded_tokens >= 0:
+        lag_tokens = said.uncoded_tokens
     return StageStatus(
         homes=stage.homes,
         serving=stage.ranks,
         borrowed=any(m.node not in stage.homes for m in stage.ranks),
         replicas=stage.replicas,
-        lag_tokens=max(known) if known and len(known) == len(lags) else -1,
+        lag_tokens=lag_tokens,
     )

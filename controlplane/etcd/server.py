@@ -111,6 +111,7 @@ def etcd_command(
     *,
     members: Mapping[str, int] | None = None,
     hosts: Mapping[str, str] | None = None,
+    listen: str = "",
     token: str = "kevlarflow",
     version: tuple[int, int, int] | None = None,
     tls: ServerTls | None = None,
@@ -121,6 +122,8 @@ def etcd_command(
 
     `members`: peer port by name of every member of the cluster, this one included (default: only this one).
     `hosts`: address by name of members that are not on loopback; without `tls` etcd asks nobody who calls.
+    `listen`: the IP address to bind, where the one of `hosts` is a name or another machine's.
+    IPv6 addresses have brackets.
     `version`: saves asking the binary. With the default election time a lease lives at least 2 s.
     """
     peers = {name: peer_port} if members is None else dict(members)
@@ -129,14 +132,15 @@ def etcd_command(
     where = {member: (hosts or {}).get(member, HOST) for member in peers}
     scheme = "http" if tls is None else "https"
     client, peer = f"{scheme}://{where[name]}:{client_port}", f"{scheme}://{where[name]}:{peer_port}"
+    bind = listen or where[name]
     initial = ",".join(f"{member}={scheme}://{where[member]}:{port}" for member, port in peers.items())
     return [
         str(binary),
         f"--name={name}",
         f"--data-dir={data_dir}",
-        f"--listen-client-urls={client}",
+        f"--listen-client-urls={scheme}://{bind}:{client_port}",
         f"--advertise-client-urls={client}",
-        f"--listen-peer-urls={peer}",
+        f"--listen-peer-urls={scheme}://{bind}:{peer_port}",
         f"--initial-advertise-peer-urls={peer}",
         f"--initial-cluster={initial}",
         f"--initial-cluster-token={token}",

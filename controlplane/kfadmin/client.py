@@ -17,6 +17,7 @@ from controlplane.contract.audit import AuditEntry
 from controlplane.contract.errors import ConfigError, KevlarFlowError, PeerError, RequestError, Unavailable
 from controlplane.contract.events import Event
 from controlplane.contract.incidents import Incident
+from controlplane.contract.protection import Protection
 from controlplane.contract.records import Operation
 from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
 
@@ -153,6 +154,9 @@ class AdminClient:
     def incidents(self, limit: int = 50) -> list[Incident]:
         """The newest failures, oldest first."""
         return self._read(f"/admin/v1/incidents?limit={limit}", _Incidents).incidents
+
+    def protection(self) -> Protection:
+        return self._read("/admin/v1/protection", Protection)
 
     def audit(self, limit: int = 50, after: int = 0, operation: str = "") -> list[AuditEntry]:
         """The newest `limit` entries with an id above `after`, oldest first; of one operation, if one is named."""

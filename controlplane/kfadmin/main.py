@@ -19,6 +19,7 @@ from controlplane.kfadmin import (
     demo,
     describe,
     group,
+    hosts,
     keys,
     operate,
     operations,
@@ -27,6 +28,7 @@ from controlplane.kfadmin import (
     up,
 )  # fmt: skip
 from controlplane.kfadmin.about import COMPLETE
+from controlplane.kfadmin.chaos import verbs as chaos
 from controlplane.kfadmin.contexts import CHOSEN
 from controlplane.kfadmin.exits import WORDS, Exit, exit_of
 from controlplane.kfadmin.output import progress
@@ -70,9 +72,9 @@ def options(
 
 for verb in (
     up.up, up.down,
-    show.status, show.nodes, show.topology, show.events, show.incidents, show.top, show.audit,
+    show.status, show.nodes, show.topology, show.events, show.incidents, show.protection, show.top, show.audit,
     operate.drain, operate.undrain, operate.cordon, operate.replace, operations.cancel,
-    group.pause, group.resume, group.transfer_leader, group.restart,
+    group.pause, group.resume, group.transfer_leader, group.scale, group.restart,
     about.version, about.completion, bundle.support_bundle,
     demo.demo,
 ):  # fmt: skip
@@ -83,8 +85,10 @@ config.command("show")(show.config_show)
 app.add_typer(check.app, name="check")
 app.add_typer(describe.app, name="describe")
 app.add_typer(operations.app, name="operations")
+app.add_typer(chaos.app, name="chaos")
 app.add_typer(config, name="config")
 app.add_typer(certs.app, name="certs")
+app.add_typer(hosts.app, name="host")
 app.add_typer(keys.app, name="keys")
 app.add_typer(tokens.app, name="token")
 app.add_typer(contexts.app, name="context")

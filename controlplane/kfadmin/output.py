@@ -12,6 +12,7 @@ from rich.text import Text
 
 from controlplane.contract.audit import AuditEntry
 from controlplane.contract.incidents import Incident
+from controlplane.contract.protection import Protection
 from controlplane.contract.records import Operation, OperationState
 from controlplane.contract.status import (
     Check,
@@ -21,6 +22,7 @@ from controlplane.contract.status import (
     PipelineState,
     StageStatus,
     mixtures,
+    near_copies,
     numerics_of_stages,
     who_has_what,
 )
@@ -75,7 +77,7 @@ def print_status(status: ClusterStatus) -> None:
     )
     for what in (*status.troubles, *status.blemishes):
         out.print(Text(what, BAD))
-    for what in mixtures(status):
+    for what in (*mixtures(status), *near_copies(status)):
         out.print(Text(what, WARN))
     if status.paused:
         out.print(Text("automation is PAUSED: nothing is repaired or moved until `kfadmin resume`", BAD))
@@ -87,28 +89,31 @@ def print_status(status: ClusterStatus) -> None:
     for p in told[:SHOWN_MAX]:
         stages = "  ".join(_served_by(stage) for stage in p.stages)
         lags = " ".join("-" if stage.lag_tokens < 0 else str(stage.lag_tokens) for stage in p.stages)
-        pipelines.add_row(p.id, state(p.state), str(p.epoch), str(p.running), str(p.waiting), stages, lags)
+        closing = state(p.state).append(" closing", WARN) if p.closing else state(p.state)
+        pipelines.add_row(p.id, closing, str(p.epoch), str(p.running), str(p.waiting), stages, lags)
     if told:
         out.print(pipelines)
     if others := len(status.pipelines) - len(told[:SHOWN_MAX]):
         up = sum(p.state is PipelineState.UP for p in status.pipelines)
         out.print(f"{others} pipelines are not shown ({up} are up): `kfadmin topology` shows all")
-    trouble = [node for node in status.nodes if node.state is not NodeState.GREEN or node.cordoned]
+    trouble = [node for node in status.nodes if node.state is not NodeState.GREEN or _mark(node)]
     green = sum(node.state is NodeState.GREEN for node in status.nodes)
     out.print(f"\n{green} of {len(status.nodes)} nodes are green")
     for stage, having in numerics_of_stages(status).items():
         out.print(f"stage {stage} computes as {who_has_what(having)}")
     for node in trouble[:SHOWN_MAX]:
-        cordoned = " cordoned" if node.cordoned else ""
-        out.print(Text(f"  {node.node} ").append(state(node.state)).append(f"{cordoned}  {node.evidence}"))
+        marked = f"{_mark(node)}  {node.evidence}"
+        out.print(Text(f"  {node.node} ").append(state(node.state)).append(marked))
     if len(trouble) > SHOWN_MAX:
         out.print(f"  and {len(trouble) - SHOWN_MAX} more: `kfadmin nodes` shows all")
     for operation in status.operations:
         if operation.open:
-            out.print(
-                f"operation {operation.id}: {operation.kind.value} {operation.node}".rstrip()
-                + f": {operation.message}"
-            )
+            what = f"{operation.kind.value} {operation.node or operation.instances or ''}".rstrip()
+            out.print(f"operation {operation.id}: {what}: {operation.message}")
+
+
+def _mark(node: NodeStatus) -> str:
+    return f"{' cordoned' * node.cordoned}{' leaving' * node.leaving}"
 
 
 def _served_by(stage: StageStatus) -> str:
@@ -138,14 +143,15 @@ def print_nodes(nodes: tuple[NodeStatus, ...], wide: bool = False) -> None:
         "PID",
         "EVIDENCE",
     )
-    more = ("VERSION", "SETTINGS", "RPC", "LINK", "SILENT", "SLOWNESS") if wide else ()
+    more = ("WHERE", "VERSION", "SETTINGS", "RPC", "LINK", "SILENT", "SLOWNESS") if wide else ()
     rows = table(*headers, *more)
     for n in nodes:
-        marked = state(n.state).append(" cordoned", WARN) if n.cordoned else state(n.state)
+        marked = state(n.state).append(_mark(n), WARN)
         blocks = (str(n.blocks_used), str(n.blocks_replica), str(n.blocks_total))
         stage = str(n.stage) if n.stage >= 0 else "-"
         process = (n.numerics or "-", str(n.pid or "-"))
         told = (
+            "/".join(value for label, value in n.fault_domain.items() if label != "node"),
             n.version,
             n.settings,
             n.rpc_address,
@@ -220,6 +226,45 @@ def print_incidents(found: Sequence[Incident], wide: bool = False) -> None:
         row = (str(one.id), clock(one.began_unix_s), one.node, seconds(one.detect_s), *spent)
         out.add_row(*row, total, str(one.streams), "; ".join(chosen), *more)
     console().print(out)
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that suits them."""
+    value, units = float(count), ["B", "KB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def print_protection(found: Protection, wide: bool = False) -> None:
+    """The group in two lines, then a row for each node, the most expensive first."""
+    out = console()
+    out.print(f"{found.group}  mode {found.mode.value}  {found.policy}")
+    share = found.protected_bytes / found.kv_bytes if found.kv_bytes else 1.0
+    out.print(
+        f"{size(found.kv_bytes)} of KV, {share:.0%} protected by {size(found.spent_bytes)}; "
+        f"{found.lag_tokens} tokens of full blocks are behind, {found.tail_tokens} are in blocks that are not full"
+    )
+    if found.overhead_s is None:
+        out.print("no failure has been measured lately: how long one takes to be found is not known")
+    else:
+        out.print(
+            f"{found.overhead_s:.3f} s to find a failure and connect anew: median of {found.measured} of late"
+        )
+    out.print()
+    rows = table(
+        "NODE", "SERVES", "STREAMS", "TO COMPUTE", "TO RESTORE", "WAIT", "HOLDS FOR OTHERS", *(("HOW",) if wide else ())
+    )  # fmt: skip
+    dearest = sorted(found.losses, key=lambda one: (not one.down, -(one.wait_s or 0.0), -one.tokens))
+    for one in dearest if wide else dearest[:SHOWN_MAX]:
+        wait = Text(f"{', '.join(one.down)} DOWN", BAD) if one.down else Text(seconds(one.wait_s))
+        rows.add_row(
+            one.node, " ".join(one.serves) or "-", str(one.streams), str(one.tokens), size(one.restore_bytes), wait,
+            size(one.exposed_bytes), *(("; ".join(one.how) or "-",) if wide else ()),
+        )  # fmt: skip
+    out.print(rows)
+    if not wide and len(dearest) > SHOWN_MAX:
+        out.print(f"and {len(dearest) - SHOWN_MAX} more: -o wide shows all")
 
 
 def print_audit(entries: Sequence[AuditEntry], wide: bool = False) -> None:

@@ -4,6 +4,7 @@ admin/NAME.sock   the admin API of a controller, for kfadmin on this host
 lock              held by the `kfadmin up` that owns the directory; holds its pid
 cluster.json      settings that every process of the cluster reads
 endpoints.json    where gateways and controllers listen
+host.json         of a host of several: what runs on it (`kfadmin host join`)
 secret            the cluster's secret (0600)
 api-keys          keys that the gateway accepts, one a line (0600)
 keys.json         keys with names and limits, as hashes (0600): `kfadmin keys`
@@ -38,6 +39,7 @@ from controlplane.contract.errors import ConfigError
 from controlplane.supervisor import ProcessFile
 
 TAIL_BYTES = 16 * 1024
+HOST_RUN_DIR = Path("/var/lib/kevlarflow")  # of a host that joined a cluster
 PORTS = range(20_000, 32_000)  # below Linux's range for outgoing connections, which take any port there
 
 
@@ -77,10 +79,19 @@ def admin_endpoints(known: Endpoints) -> list[str]:
     return [f"unix:{path}" for path in known.sockets] or list(known.admin)
 
 
+def create_api_key(path: Path) -> None:
+    """Write a file with a new API key, mode 0600, unless there is one."""
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(f"kf-{secrets.token_hex(24)}\n")
+
+
 def default_run_dir(cluster: str = "kevlarflow") -> Path:
-    """$KF_RUN_DIR, else the user's state directory."""
+    """$KF_RUN_DIR; else, on a host of several, the one that it joined in; else the user's state directory."""
     if given := os.environ.get("KF_RUN_DIR"):
         return Path(given)
+    if os.path.exists(HOST_RUN_DIR / "host.json"):  # False where it belongs to somebody else
+        return HOST_RUN_DIR
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "kevlarflow" / cluster
 
@@ -130,10 +141,7 @@ class RunDir:
         for old in (self.path / "hold").iterdir():
             old.unlink()
         create_secret(self.path / "secret")
-        keys = self.path / "api-keys"
-        if not keys.exists():
-            keys.touch(mode=0o600)
-            keys.write_text(f"kf-{secrets.token_hex(24)}\n")
+        create_api_key(self.path / "api-keys")
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:

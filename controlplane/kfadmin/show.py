@@ -20,6 +20,7 @@ from controlplane.kfadmin.output import (
     print_events,
     print_incidents,
     print_nodes,
+    print_protection,
     print_status,
     print_topology,
     progress,
@@ -81,6 +82,16 @@ def incidents(
     """Each failure: its phases in seconds, what was chosen, how many streams it touched."""
     found = client.incidents(limit)
     return View(found, lambda wide: print_incidents(found, wide), found, [str(one.id) for one in found])
+
+
+@look
+def protection(client: AdminClient) -> View:
+    """What protects the KV of requests, what that takes, and what the loss of each node would cost now."""
+    current(client)
+    found = client.protection()
+    return View(
+        found, lambda wide: print_protection(found, wide), found.losses, [one.node for one in found.losses]
+    )
 
 
 @tail

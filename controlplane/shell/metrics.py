@@ -1,4 +1,7 @@
-"""The controller's Prometheus text, made from the status at the moment it is asked for."""
+"""The controller's Prometheus text, made from the status at the moment it is asked for.
+
+What is of the cluster (pipelines, nodes and what these count) comes from the leader alone: from each controller it
+would be there several times, and every sum would be wrong. What is of the process comes from every controller."""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from controlplane.shell.rpc import ReportServer
 from controlplane.shell.runtime import Runtime
 
 PREFIX = "kevlarflow_"
+NOW = frozenset({"parity_bytes", "parity_lag_blocks"})  # what nodes tell that also falls
 _NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
 
 
@@ -35,10 +39,11 @@ class Sources:
 
 def render(status: ClusterStatus, me: str, sources: Sources) -> Generator[None, None, bytes]:
     """Prometheus' text format as the generator's result; it yields after each small piece of the work."""
-    families = _whole(status)
-    families += yield from _pipelines(status)
-    families += yield from _nodes(status)
-    families += _process(status, me, sources)
+    families = list(_process(status, me, sources))
+    if sources.runtime.is_leader:
+        families += _whole(status)
+        families += yield from _pipelines(status)
+        families += yield from _nodes(status)
     parts = []
     for family in families:
         parts.append(family.text().encode())
@@ -48,7 +53,6 @@ def render(status: ClusterStatus, me: str, sources: Sources) -> Generator[None, 
 
 def _whole(status: ClusterStatus) -> list[Family]:
     return [
-        _gauge("topology_counter", "Counter of the newest topology", status.counter),
         _gauge("blemishes", "What is wrong in the topology", len(status.blemishes)),
         _gauge("available", "1 while at least one pipeline serves", status.available),
     ]
@@ -56,8 +60,8 @@ def _whole(status: ClusterStatus) -> list[Family]:
 
 def _pipelines(status: ClusterStatus) -> Generator[None, None, list[Family]]:
     epoch = Family(PREFIX + "epoch", "gauge", "Epoch of a pipeline")
-    running = Family(PREFIX + "num_requests_running", "gauge", "Requests in batches")
-    waiting = Family(PREFIX + "num_requests_waiting", "gauge", "Requests queued")
+    running = Family(PREFIX + "num_requests_running", "gauge", "Requests in a pipeline's batches")
+    waiting = Family(PREFIX + "num_requests_waiting", "gauge", "Requests in a pipeline's queue")
     state = Family(PREFIX + "pipeline_state", "gauge", "1 for the state it is in")
     lag = Family(PREFIX + "replica_lag_tokens", "gauge", "Of the slowest replica; -1: unprotected")
     for pipeline in status.pipelines:
@@ -88,7 +92,8 @@ def _nodes(status: ClusterStatus) -> Generator[None, None, list[Family]]:
             family = counters.get(name)
             if family is None:
                 clean = _NOT_A_NAME.sub("_", name).removesuffix("_total")
-                family = families.setdefault(clean, Family(PREFIX + clean, "counter", f"Nodes' {name}"))
+                kind = "gauge" if name in NOW else "counter"
+                family = families.setdefault(clean, Family(PREFIX + clean, kind, f"Nodes' {name}"))
                 counters[name] = family
             family.add(labels, value)
         yield
@@ -98,7 +103,10 @@ def _nodes(status: ClusterStatus) -> Generator[None, None, list[Family]]:
 def _process(status: ClusterStatus, me: str, sources: Sources) -> Iterator[Family]:
     runtime, reports, history = sources.runtime, sources.reports, sources.history
     yield _gauge("is_leader", "1 while this controller leads", runtime.is_leader)
-    yield _gauge("etcd_watch_age_seconds", "Since etcd was last heard", status.etcd_age_s)
+    yield _gauge(
+        "topology_counter", "Counter of the newest topology that this process has read", status.counter
+    )
+    yield _gauge("etcd_watch_age_seconds", "Since this process last heard etcd", status.etcd_age_s)
     yield _gauge("controller_inbox_events", "Events that wait for the core", len(sources.inbox))
     yield _gauge(
         "controller_step_seconds_max",
@@ -128,13 +136,17 @@ def _process(status: ClusterStatus, me: str, sources: Sources) -> Iterator[Famil
     writes = Family(PREFIX + "controller_writes", "counter", "Guarded writes")
     for outcome, count in sources.performer.writes.items():
         writes.add(labelled({"outcome": outcome}), count)
-    failover = Family(PREFIX + "failover_seconds", "summary", "Recoveries by phase")
-    for phase, (count, total_s) in sources.performer.failover_s.items():
-        failover.add(labelled({"phase": phase}), count, "_count")
-        failover.add(labelled({"phase": phase}), total_s, "_sum")
+    failover = Family(
+        PREFIX + "failover_seconds", "histogram", "Phases of failures that this controller led through"
+    )
+    for phase, buckets in sources.performer.failover_s.items():
+        failover.add_buckets({"phase": phase}, buckets)
+    switch = Family(PREFIX + "planned_switch_seconds", "histogram", "Phases of planned switches, likewise")
+    for phase, buckets in sources.performer.switch_s.items():
+        switch.add_buckets({"phase": phase}, buckets)
     info = Family(PREFIX + "controller_info", "gauge", "Which controller this is")
     info.add(labelled({"controller": me}), 1)
-    yield from (writes, failover, info)
+    yield from (writes, failover, switch, info)
 
 
 def _gauge(name: str, text: str, value: float) -> Family:

@@ -15,7 +15,7 @@ import structlog
 from controlplane.backoff import Backoff
 from controlplane.contract.audit import Action
 from controlplane.contract.errors import PeerError
-from controlplane.contract.events import EventKind
+from controlplane.contract.events import Event, EventKind
 from controlplane.contract.keys import Keys, decode, encode
 from controlplane.contract.records import Operation
 from controlplane.contract.topology import Topology
@@ -43,6 +43,7 @@ from controlplane.etcd.values import Compare, Delete, Put
 from controlplane.history.store import Audit
 from controlplane.history.writer import HistoryWriter
 from controlplane.keyspace.view import View
+from controlplane.shell.exposition import Buckets
 from controlplane.shell.inbox import Inbox
 
 log = structlog.get_logger()
@@ -52,6 +53,14 @@ CALL_LIMIT_S = 1.0
 # Paces the core while etcd refuses or is away: each of its attempts takes at least so long.
 FAILURE_PAUSE_S = 0.2
 FAILURE_PAUSE_S_MAX = 1.0
+# Buckets of the phases of a failover, in seconds.
+PHASE_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+# Which details of which events are phases, and their names: those of an incident.
+PHASES = {
+    EventKind.DIED: {"silent_s": "detect"},
+    EventKind.EPOCH: {"plan_s": "plan"},
+    EventKind.RECOVERED: {"connect_s": "connect", "restore_s": "restore", "first_token_s": "first_token"},
+}
 
 
 class Performer:
@@ -68,7 +77,8 @@ class Performer:
     ) -> None:
         self.leadership: Leadership | None = None
         self.writes = {"done": 0, "conflict": 0, "unknown": 0}
-        self.failover_s: dict[str, tuple[int, float]] = {}  # phase -> (recoveries, seconds in all)
+        self.failover_s: dict[str, Buckets] = {}  # phases of failures, by name
+        self.switch_s: dict[str, Buckets] = {}  # of planned moves
         self._client = client
         self._keys = keys
         self._group = group
@@ -112,8 +122,7 @@ class Performer:
                 if self.leadership is not None:  # else it is lost already, and the core will hear of it
                     self.leadership.give_up(why)
             case Record(event):
-                if event.kind is EventKind.RECOVERED:
-                    self._count_failover(event.details)
+                self._count_phases(event)
                 self._history.put(event)
             case Reread():
                 raise AssertionError("an operation's id is a string or None")
@@ -223,8 +232,9 @@ class Performer:
         else:
             self._inbox.put_own(OperationSeen(operation, found.mod_revision, read=True))
 
-    def _count_failover(self, details: dict[str, float | int | str]) -> None:
-        for name, value in details.items():
-            if name.endswith("_s") and not name.endswith("unix_s") and isinstance(value, int | float):
-                count, total_s = self.failover_s.get(name[:-2], (0, 0.0))
-                self.failover_s[name[:-2]] = (count + 1, total_s + value)
+    def _count_phases(self, event: Event) -> None:
+        into = self.switch_s if event.details.get("planned") else self.failover_s
+        for name, phase in PHASES.get(event.kind, {}).items():
+            value = event.details.get(name)
+            if isinstance(value, int | float):
+                into.setdefault(phase, Buckets(PHASE_BOUNDS_S)).observe(value)

@@ -17,6 +17,7 @@ from controlplane.contract.figures import Figures
 from controlplane.contract.identity import PLAIN, Identity
 from controlplane.contract.incidents import Incident
 from controlplane.contract.keys import Keys, decode, encode
+from controlplane.contract.protection import Protection
 from controlplane.contract.records import Operation, OperationKind, OperationState
 from controlplane.contract.status import (
     Check,
@@ -28,6 +29,7 @@ from controlplane.contract.status import (
 )
 from controlplane.contract.topology import Topology
 from controlplane.core.controller import Controller
+from controlplane.core.protection import protection
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.errors import EtcdError, EtcdUnknown
 from controlplane.etcd.values import Compare, Delete, KeyValue, Put
@@ -41,6 +43,7 @@ from controlplane.shell.registry import Registry
 
 CALL_LIMIT_S = 2.0
 CANCEL_TRIES = 5  # the leader may write how far an operation is between our read and our write
+INCIDENTS_MEASURED = 20  # the last ones tell how long it takes to find a failure and to connect anew
 FINISHED_KEPT = 50  # operations that have ended and stay in etcd; all of them stay in the history
 
 
@@ -63,7 +66,7 @@ class Service:
     def __init__(self, config: ClusterConfig, me: str, parts: Parts) -> None:
         self._config = config
         self._me = me
-        self._keys = Keys(config.cluster)
+        self._keys = Keys.of(config)
         self._controller = parts.controller
         self._registry = parts.registry
         self._client = parts.client
@@ -122,6 +125,11 @@ class Service:
 
     async def incidents(self, limit: int) -> Sequence[Incident]:
         return await self._history.incidents(limit)
+
+    async def protection(self) -> Protection:
+        return protection(
+            await self.status(), self._config, await self._history.incidents(INCIDENTS_MEASURED)
+        )
 
     def figures_now(self, after_unix_s: float) -> Sequence[Figures]:
         return self._recorder.rows(after_unix_s)

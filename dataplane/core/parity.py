@@ -45,7 +45,7 @@ def encoders_of(topology: Topology, pipeline: PipelineId, former: bool = False) 
         for member in stage.ranks
         if not former or member.node in stage.homes
     }
-    shut = {*topology.cordoned, *(member.node for member in topology.retired)}
+    shut = {*topology.cordoned, *topology.leaving, *(member.node for member in topology.retired)}
     found: dict[Member, None] = {}
     for step in range(1, len(order)):
         found |= {
@@ -135,6 +135,7 @@ class ShardSource:
         self._encoders: tuple[Member, ...] = ()
         self._lines: dict[Member, _Line] = {}
         self._names: dict[bytes, int] = {}
+        self._complete = 0  # of these, COMPLETE ones
         self._elsewhere: dict[
             bytes, set[Member]
         ] = {}  # may have parity of a name whose encoder is another now
@@ -156,7 +157,9 @@ class ShardSource:
     def gone(self, names: Iterable[bytes]) -> None:
         """These are not here any more."""
         for name in names:
-            if self._names.pop(name, None) is None or not self._encoders:
+            state = self._names.pop(name, None)
+            self._complete -= state == COMPLETE
+            if state is None or not self._encoders:
                 continue
             line = self._line(name)
             line.waiting.pop(name, None)
@@ -177,7 +180,7 @@ class ShardSource:
     @property
     def lag_blocks(self) -> int:
         """Named blocks that could not be restored now."""
-        return sum(state != COMPLETE for state in self._names.values())
+        return len(self._names) - self._complete
 
     # ------------------------------------------------------------------ encoders and links
 
@@ -195,6 +198,7 @@ class ShardSource:
                     self._lines[old].flying.pop(name, None)
                     if self.leads:  # other stages' shards may be there
                         self._elsewhere.setdefault(name, set()).add(old)
+                self._complete -= self._names[name] == COMPLETE
                 self._names[name] = WAITS
                 if new is not None:
                     self._lines.setdefault(new, _Line()).waiting[name] = None
@@ -325,6 +329,7 @@ class ShardSource:
             line.strangers.clear()
 
     def _put(self, line: _Line, name: bytes, state: int) -> None:
+        self._complete += (state == COMPLETE) - (self._names[name] == COMPLETE)
         self._names[name] = state
         line.flying.pop(name, None)
         if state == WAITS:

@@ -83,6 +83,17 @@ class StepSpeed:
             self._decodes.append((decodes, took_s))
 
     @property
+    def token_s(self) -> float:
+        """What a token of a prompt adds to a step; 0: not measured yet."""
+        rows, rows_s = self._decode_step()
+        return rows_s * self._token_share(rows, rows_s) if self._chunks and rows_s else 0.0
+
+    @property
+    def step_s(self) -> float:
+        """How long a step without prompts takes, lately; 0: not measured yet."""
+        return self._decode_step()[1]
+
+    @property
     def unproved(self) -> bool:
         """The next steps are to have no prompt, until one that only decodes has been measured."""
         return self._unproved >= (CHUNKS_UNPROVED_MAX if self._decodes else CHUNKS_UNKNOWN_MAX)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from controlplane.contract.events import EventKind
+from controlplane.contract.protection import Protection
 from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
 from tests.e2e.cluster import Cluster, until, while_streaming
 
@@ -118,8 +119,15 @@ def test_the_history_tells_the_story(home: Cluster) -> None:
 
     async def kill(streams: list[Stream]) -> None:
         await until(progressed(streams, 8), "8 tokens a stream")
+
+        def foretold() -> Protection:
+            with home.local.admin() as admin:
+                return admin.protection()
+
+        told.append(await asyncio.to_thread(foretold))
         home.kill("n5")
 
+    told: list[Protection] = []
     with home.local.admin() as admin:
         newest = max((row.id for row in admin.events(limit=1)), default=0)
     asyncio.run(while_streaming(home, DECODE, kill))
@@ -137,3 +145,11 @@ def test_the_history_tells_the_story(home: Cluster) -> None:
         recovered.details
     )
     assert recovered.details["requests"] > 0
+    cost = next(one for one in told[0].losses if one.node == "n5")
+    assert cost.serves == ("p1/1",)
+    assert cost.how == ("p1: goes on from the copy on n1",)
+    assert 0 < cost.streams <= STREAMS
+    assert 0 < told[0].protected_bytes <= told[0].kv_bytes
+    # Of each stream at most the block that is not full is computed again, and what came between the two looks.
+    assert cost.tokens < told[0].kv_bytes
+    assert recovered.details["tokens_recomputed"] <= 2 * STREAMS * home.local.config.engine.block_size

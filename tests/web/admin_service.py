@@ -19,6 +19,7 @@ from controlplane.contract.events import Event
 from controlplane.contract.figures import Figures
 from controlplane.contract.ids import Member
 from controlplane.contract.incidents import Incident
+from controlplane.contract.protection import Protection
 from controlplane.contract.records import Operation, OperationKind, OperationState
 from controlplane.contract.status import (
     Check,
@@ -34,6 +35,7 @@ from controlplane.contract.status import (
     StageStatus,
 )
 from controlplane.contract.topology import Mode
+from controlplane.core.protection import protection
 from controlplane.history.incidents import incidents
 from web.admin.app import build_app
 
@@ -149,6 +151,9 @@ class MemoryService:
 
     async def incidents(self, limit: int) -> Sequence[Incident]:
         return incidents(enumerate(self.history, 1))[-limit:]
+
+    async def protection(self) -> Protection:
+        return protection(self.cluster, self.config, await self.incidents(20))
 
     def figures_now(self, after_unix_s: float) -> Sequence[Figures]:
         return [row for row in self.measured if row.unix_s > after_unix_s]

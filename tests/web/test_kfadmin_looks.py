@@ -112,6 +112,7 @@ LOOKS = {
     ("topology",): ["p0", "p1"],
     ("events",): ["1", "2", "3"],
     ("incidents",): ["1"],
+    ("protection",): [f"n{k}" for k in range(8)],
     ("audit",): ["1"],
     ("operations", "list"): ["op-7"],
     ("describe", "node", "n1"): ["n1"],
@@ -135,7 +136,7 @@ def test_every_verb_in_every_form(target: list[str], verb: tuple[str, ...]) -> N
         assert said[form].stdout.strip()
 
 
-@pytest.mark.parametrize("verb", ["nodes", "topology", "incidents", "audit", "operations list"])
+@pytest.mark.parametrize("verb", ["nodes", "topology", "incidents", "protection", "audit", "operations list"])
 def test_wide_tables_have_more(target: list[str], verb: str) -> None:
     narrow, wide = (kfadmin(*verb.split(), "-o", form, *target).stdout.split() for form in ("table", "wide"))
     assert len(wide) > len(narrow)

@@ -178,6 +178,10 @@ def _add_reads(app: FastAPI, service: AdminService) -> None:
     async def incidents(limit: int = Query(100, ge=1, le=EVENTS_MAX)) -> Response:
         return _json({"incidents": await service.incidents(limit)})
 
+    @app.get("/admin/v1/protection")
+    async def protection() -> Response:
+        return _json(await service.protection())
+
     @app.get("/admin/v1/figures")
     async def figures(
         seconds: int = Query(3600, ge=60, le=FIGURES_S_MAX), rows: int = Query(500, ge=1, le=FIGURES_ROWS_MAX)

@@ -9,6 +9,7 @@ import msgspec
 from controlplane.contract.audit import AuditEntry
 from controlplane.contract.events import Event
 from controlplane.contract.incidents import Incident
+from controlplane.contract.protection import Protection
 from controlplane.contract.records import GROUP_WIDE, Operation, OperationKind
 from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
 from web.describe import (
@@ -28,7 +29,7 @@ from web.describe import (
 )
 
 KINDS = (
-    ClusterStatus, Check, Operation, OperationAnswer, OperationRequest, Event, Incident, AuditEntry,
+    ClusterStatus, Check, Operation, OperationAnswer, OperationRequest, Event, Incident, AuditEntry, Protection,
 )  # fmt: skip
 HTML = "text/html"
 NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -109,6 +110,12 @@ def _endpoints() -> list[Endpoint]:
         ),
         Endpoint("GET", f"{base}/events", "What happened", {200: {JSON: events}}, parameters=(limit, after)),
         Endpoint("GET", f"{base}/incidents", "Failures", {200: {JSON: incidents}}, parameters=(limit,)),
+        Endpoint(
+            "GET",
+            f"{base}/protection",
+            "What the loss of each node would cost",
+            {200: {JSON: ref("Protection")}},
+        ),
         Endpoint(
             "GET",
             f"{base}/figures",

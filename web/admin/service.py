@@ -11,6 +11,7 @@ from controlplane.contract.config import ClusterConfig
 from controlplane.contract.events import Event
 from controlplane.contract.figures import Figures
 from controlplane.contract.incidents import Incident
+from controlplane.contract.protection import Protection
 from controlplane.contract.records import Operation
 from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
 
@@ -40,6 +41,9 @@ class AdminService(Protocol):
 
     async def incidents(self, limit: int) -> Sequence[Incident]:
         """The newest failures of the history, oldest first."""
+
+    async def protection(self) -> Protection:
+        """What protects the KV of requests, and what the loss of each node would cost now."""
 
     def figures_now(self, after_unix_s: float) -> Sequence[Figures]:
         """Rows of figures of the last hour that are later, oldest first, as this controller has measured them."""

@@ -250,6 +250,8 @@ def test_in_the_end_every_block_is_protected_once(code: tuple[str, int], stages:
         world.pump()
         for _ in range(world.random.randrange(8)):
             world.deliver(loss=0.1)
+        for source in world.sources:
+            assert source.lag_blocks == len(source._names) - len(source.complete())
     world.calm()
     assert not any(source.lag_blocks for source in world.sources)
     assert world.only_once()

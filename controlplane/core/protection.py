@@ -1,0 +1,178 @@
+"""What the loss of each node would cost now: a what-if over the status (pure).
+
+It follows what repair and recovery do (repair.py, dataplane/core/recovery.py): somebody else who has the stage takes
+over, best with a copy; each request goes on at the least that any stage has, and computes the rest again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.ids import NodeId
+from controlplane.contract.incidents import Incident
+from controlplane.contract.protection import Loss, Protection
+from controlplane.contract.status import ClusterStatus, NodeState, NodeStatus, PipelineStatus
+from controlplane.contract.topology import Mode
+
+
+def protection(status: ClusterStatus, config: ClusterConfig, incidents: Sequence[Incident]) -> Protection:
+    """`incidents`: those of late, to tell how long it takes to find a failure and to connect anew."""
+    nodes = {node.node: node for node in status.nodes}
+    size = config.engine.block_size
+    kv_bytes = protected = lag = tails = 0
+    for pipeline in status.pipelines:
+        for index, stage in enumerate(pipeline.stages):
+            token_bytes = _block_bytes(nodes, pipeline, index) / size
+            kv_bytes += int(pipeline.tokens * token_bytes)
+            if stage.lag_tokens >= 0:
+                safe = max(0, pipeline.tokens - pipeline.tail_tokens - stage.lag_tokens)
+                protected += int(safe * token_bytes)
+                lag += stage.lag_tokens
+            tails += pipeline.tail_tokens
+    overheads = _overheads(incidents)
+    overhead_s = median(overheads) if overheads else None
+    served = _served(status)
+    losses = [
+        _loss(node, served.get(node.node, {}), nodes, status, config, overhead_s) for node in status.nodes
+    ]
+    return Protection(
+        group=status.group,
+        mode=status.mode,
+        policy=_policy(config, status.mode),
+        kv_bytes=kv_bytes,
+        protected_bytes=protected,
+        spent_bytes=sum(_held_for_others(node) for node in status.nodes),
+        lag_tokens=lag,
+        tail_tokens=tails,
+        overhead_s=overhead_s,
+        measured=len(overheads),
+        losses=tuple(losses),
+    )
+
+
+def _policy(config: ClusterConfig, mode: Mode) -> str:
+    match mode:
+        case Mode.PARITY:
+            return f"{config.parity.code} {config.stages}+{config.parity.parities}"
+        case Mode.NONE | Mode.STOP_RESTART:
+            return "none"
+        case _:
+            return "one copy"
+
+
+def _served(status: ClusterStatus) -> dict[NodeId, dict[str, list[int]]]:
+    """Of each node the pipelines that it serves, and which stages of them."""
+    found: dict[NodeId, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for pipeline in status.pipelines:
+        for index, stage in enumerate(pipeline.stages):
+            for member in stage.serving:
+                found[member.node][pipeline.id].append(index)
+    return found
+
+
+def _overheads(incidents: Iterable[Incident]) -> list[float]:
+    """Seconds from the failure until its pipeline's stages answered in the new epoch."""
+    found = []
+    for incident in incidents:
+        one = incident.slowest
+        if one is not None and one.plan_s is not None and one.connect_s is not None:
+            found.append(incident.detect_s + one.plan_s + one.connect_s)
+    return found
+
+
+def _loss(
+    node: NodeStatus,
+    served: Mapping[str, Sequence[int]],
+    nodes: Mapping[NodeId, NodeStatus],
+    status: ClusterStatus,
+    config: ClusterConfig,
+    overhead_s: float | None,
+) -> Loss:
+    streams = tokens = restore_bytes = 0
+    wait_s: float | None = 0.0
+    how, down = [], []
+    for pipeline in status.pipelines:
+        stages = served.get(pipeline.id)
+        if not stages:
+            continue
+        streams += pipeline.running
+        if any(not _others(nodes, node.node, stage) for stage in stages):
+            down.append(pipeline.id)
+            how.append(f"{pipeline.id}: down until {node.node} is back, then all of it is computed again")
+            tokens += pipeline.tokens
+            wait_s = None
+            continue
+        again, told = _again(pipeline, stages, nodes, node.node, status.mode, config)
+        tokens += again
+        how.append(f"{pipeline.id}: {told}")
+        if status.mode is Mode.PARITY and again < pipeline.tokens:
+            blocks = (pipeline.tokens - again) // config.engine.block_size
+            restore_bytes += sum(blocks * _block_bytes(nodes, pipeline, stage) for stage in stages)
+        took_s = _compute_s(pipeline, again)
+        if wait_s is not None and pipeline.running:
+            wait_s = None if took_s is None or overhead_s is None else max(wait_s, overhead_s + took_s)
+    return Loss(
+        node=node.node,
+        serves=node.serving,
+        streams=streams,
+        tokens=tokens,
+        restore_bytes=restore_bytes,
+        wait_s=wait_s,
+        how=tuple(how),
+        down=tuple(down),
+        exposed_bytes=_held_for_others(node),
+    )
+
+
+def _again(
+    pipeline: PipelineStatus,
+    stages: Sequence[int],
+    nodes: Mapping[NodeId, NodeStatus],
+    lost: NodeId,
+    mode: Mode,
+    config: ClusterConfig,
+) -> tuple[int, str]:
+    """Positions to be computed again if `lost` takes these stages with it, and what is gone on from, in words."""
+    worst, told = 0, []
+    if mode is Mode.PARITY and len(stages) > config.parity.parities:
+        return pipeline.tokens, f"{len(stages)} stages at once are more than parity can bring back"
+    for index in stages:
+        stage = pipeline.stages[index]
+        holders = [member.node for member in stage.replicas if _may_serve(nodes, member.node, lost)]
+        if mode is Mode.PARITY and stage.lag_tokens >= 0:
+            told.append("restored from parity")
+        elif holders and stage.lag_tokens >= 0:
+            told.append(f"goes on from the copy on {holders[0]}")
+        else:
+            return pipeline.tokens, "all of it is computed again: it has no copy and no parity"
+        worst = max(worst, stage.lag_tokens)
+    return min(pipeline.tokens, worst + pipeline.tail_tokens), ", ".join(dict.fromkeys(told))
+
+
+def _compute_s(pipeline: PipelineStatus, tokens: int) -> float | None:
+    """For so many positions and the step behind them; None: how fast that is has not been measured."""
+    if not pipeline.step_s or (tokens and not pipeline.token_s):
+        return None
+    return tokens * pipeline.token_s + pipeline.step_s
+
+
+def _others(nodes: Mapping[NodeId, NodeStatus], lost: NodeId, stage: int) -> list[NodeId]:
+    return [name for name, node in nodes.items() if node.stage == stage and _may_serve(nodes, name, lost)]
+
+
+def _may_serve(nodes: Mapping[NodeId, NodeStatus], name: NodeId, lost: NodeId) -> bool:
+    node = nodes.get(name)
+    return name != lost and node is not None and node.state is NodeState.GREEN and not node.cordoned
+
+
+def _block_bytes(nodes: Mapping[NodeId, NodeStatus], pipeline: PipelineStatus, stage: int) -> int:
+    serving = pipeline.stages[stage].serving
+    node = nodes.get(serving[0].node) if serving else None
+    return node.block_bytes if node is not None else 0
+
+
+def _held_for_others(node: NodeStatus) -> int:
+    return node.blocks_replica * node.block_bytes + node.counters.get("parity_bytes", 0)
