@@ -32,10 +32,13 @@ SAMPLING = [
     "kernels/cpu/denormals.h",
     "kernels/cpu/team.h",
 ]
-KERNELS = [f"kernels/cpu/{name}.c" for name in ("dispatch", "experts", "quantised", "stage", "team")]
+KERNELS = [f"kernels/cpu/{name}.c" for name in ("dispatch", "experts", "quantised", "rank", "stage", "team")]
 CODING = [f"kernels/coding/{name}.c" for name in ("dispatch", "rs", "rdp")]
 RANKS = [f"kernels/ranks/{name}.c" for name in ("exchange", "sums")]
-KERNEL_HEADERS = [str(header) for header in Path("kernels/cpu").glob("*.h")]
+KERNELS += RANKS  # a rank's step waits for the others within it
+KERNEL_HEADERS = [
+    str(header) for folder in ("cpu", "ranks") for header in Path("kernels", folder).glob("*.h")
+]
 
 extensions = [
     Extension("dataplane._fast.blocktable", ["dataplane/_fast/blocktable.pyx"], extra_compile_args=FAST),
@@ -69,6 +72,7 @@ extensions = [
     Extension(
         "kernels.cpu._native",
         ["kernels/cpu/_native.pyx", *KERNELS],
+        include_dirs=["kernels/ranks"],
         depends=KERNEL_HEADERS,
         define_macros=sources_digest("kernels/cpu/_native.pyx", *KERNELS, *KERNEL_HEADERS),
         extra_compile_args=FAST,

@@ -4,7 +4,7 @@ without us (see map.py)."""
 from __future__ import annotations
 
 from bench import map as measured
-from bench import quantised, sampling
+from bench import quantised, ranks, sampling
 from bench.contract import Result
 from bench.map import BATCHES, PROMPT, Case, Plan, every_model
 
@@ -28,4 +28,5 @@ def run(quick: bool, device: str = "cpu", only: frozenset[str] = frozenset()) ->
     if device == "cpu" and (not only or "node" in only):
         sampling.measure(result)
         quantised.measure(result)
+        ranks.measure(result)
     return result

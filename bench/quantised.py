@@ -21,6 +21,7 @@ from bench.models import MODELS, checkpoint, four_bits, write_four_bits
 from dataplane._fast.blocktable import BlockTable, StepArrays
 from dataplane.demo import model_dir
 from dataplane.executor import StageExecutor
+from kernels.base import Sums
 
 TEXTS, TOKENS = 16, 256
 GROUP = 64  # inputs of the demo model that share a scale of four bits
@@ -38,7 +39,7 @@ Kind = tuple[Path, Literal["float32", "bfloat16"], Literal["model", "int8"]]
 class Model:
     """All layers in one stage, with room for so many texts of so many tokens."""
 
-    def __init__(self, kind: Kind, texts: int, tokens: int, threads: int = 1) -> None:
+    def __init__(self, kind: Kind, texts: int, tokens: int, threads: int = 1, sums: Sums = "float") -> None:
         path, dtype, weights = kind
         each = -(-tokens // BLOCK)
         self._stage = StageExecutor(
@@ -50,6 +51,7 @@ class Model:
             dtype=dtype,
             weights=weights,
             threads=threads,
+            sums=sums,
         )
         self._table = BlockTable(texts, each, BLOCK)
         self._rows = np.array([self._table.new_row() for _ in range(texts)], np.int32)

@@ -14,16 +14,15 @@ from dataplane.kvcache import KVCache
 from dataplane.model.config import ModelConfig, ModelDtype, load_config
 from dataplane.model.digests import digest_as, digest_once, identities
 from dataplane.model.errors import ModelError
-from dataplane.model.layers import Weights, build_layer, matrix, norm_of, stage_spec
-from dataplane.model.quantised import UnsupportedWeight, values_of, weight_of
+from dataplane.model.layers import Weights, build_spec
+from dataplane.model.quantised import UnsupportedWeight
 from dataplane.model.split import split_layers
-from dataplane.model.weights import EMBED, HEAD, NORM, load_weights, stage_files, stage_shapes, weights_digest
+from dataplane.model.weights import load_weights, stage_files, stage_shapes, weights_digest
 from dataplane.numerics import device_kind, numerics_of
-from kernels.base import DTYPES, Head, StageKernels
+from kernels.base import DTYPES, StageKernels, Sums
 from kernels.cpu._native import Team
 from kernels.cpu.stage import CpuStage
 from kernels.dispatch import CacheShape, build_cpu_stage, build_cuda_stage
-from kernels.quantised import Weight
 
 if TYPE_CHECKING:
     from kernels.cuda.cache import DeviceCache
@@ -60,6 +59,7 @@ class StageExecutor:
         device: str = "cpu",
         threads: int = 1,
         attention: Literal["exact", "xformers"] = "exact",
+        sums: Sums = "float",
         context_max: int = 0,
         digest_file: Path | None = None,
     ) -> None:
@@ -77,6 +77,8 @@ class StageExecutor:
         kind_of_device = device.partition(":")[0]
         if kind_of_device not in LIGHT_TOKENS:
             raise ValueError(f"no kernels for device {device!r}")
+        if sums == "fixed" and kind_of_device != "cpu":
+            raise ValueError(f"device {device!r} has no kernels for fixed-point sums")
         self.light_tokens = LIGHT_TOKENS[
             kind_of_device
         ]  # two steps of no more than that together are cheaper as one
@@ -90,6 +92,7 @@ class StageExecutor:
             attention=attention,
             block_size=block_size,
             weights=weights,
+            sums=sums,
         )
         kind = DTYPES[self.dtype]
         # Weights are packed into memory of the kernels'; the mapping of the files ends with this constructor, except
@@ -100,19 +103,16 @@ class StageExecutor:
         self.weights_digest: str = digest_as(digest, weights)
         with torch.inference_mode():
             try:
-                embed = values_of(c, EMBED, tensors).to(kind) if self.is_first else None
-                head = self._head(tensors, embed, kind, weights) if self.is_last else None
-                layers = tuple(build_layer(c, i, tensors, kind, weights) for i in self.layers)
+                spec = build_spec(c, self.layers, tensors, kind, weights)
             except UnsupportedWeight as error:
                 raise ModelError(model_dir, None, str(error)) from error
-            spec = stage_spec(c, layers, embed, head)
             self.kv: KVCache | DeviceCache
             self._stage: StageKernels
             if device == "cpu":
                 self.kv = KVCache(
                     num_blocks, shape.layers, shape.kv_heads, block_size, shape.head_dim, self.dtype
                 )
-                self._stage = build_cpu_stage(spec, self.kv, threads, attention)
+                self._stage = build_cpu_stage(spec, self.kv, threads, attention, sums)
             else:
                 self._stage = built = build_cuda_stage(
                     spec,
@@ -127,23 +127,6 @@ class StageExecutor:
         self.block_wire_bytes = self.kv.block_bytes
         # Threads of this host that are idle between two calls of forward(): sampling has them then.
         self.team = self._stage.team if isinstance(self._stage, CpuStage) else Team(threads)
-
-    def _head(
-        self,
-        tensors: dict[str, torch.Tensor],
-        embed: torch.Tensor | None,
-        kind: torch.dtype,
-        weights: Weights,
-    ) -> Head:
-        c = self.config
-        name = EMBED if c.tie_embeddings else HEAD
-        tied = embed if c.tie_embeddings and weights == "model" else None
-        output: Weight
-        if tied is not None and isinstance(weight_of(c, name, tensors), torch.Tensor):
-            output = tied  # one tensor, so that a device has it once
-        else:
-            output = matrix(c, [name], tensors, kind, weights)
-        return Head(norm_of(c, tensors[NORM]), output, c.logit_softcap)
 
     def warm_up(self) -> None:
         """Does whatever a first step would have to wait for: to be called before anybody is served."""

@@ -58,6 +58,7 @@ def numerics_of(
     attention: str,
     block_size: int,
     weights: str = "model",
+    sums: str = "float",
     sources: str | None = None,
     libraries: Iterable[str] | None = None,
 ) -> str:
@@ -73,6 +74,7 @@ def numerics_of(
         "attention": attention,
         "block_size": block_size,
         "weights": weights,
+        "sums": sums,
         "sources": kernel_sources() if sources is None else sources,
         "libraries": sorted(_libraries(device) if libraries is None else libraries),
     }

@@ -13,6 +13,9 @@ from typing_extensions import Buffer
 from kernels.quantised import Quantised, Weight
 
 Activation = Literal["silu", "gelu_tanh"]  # between gates and ups
+# How products whose inputs several ranks may share are summed: "float", in float32, in one order; "fixed", over shards
+# in 64-bit fixed point (kernels/ranks/sums.h), the same bits for any number of ranks.
+Sums = Literal["float", "fixed"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

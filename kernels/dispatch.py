@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from kernels.base import PagedCache, StageKernels, StageSpec
+from kernels.base import PagedCache, StageKernels, StageSpec, Sums
 from kernels.cpu.stage import CpuStage
 
 if TYPE_CHECKING:
@@ -29,14 +29,18 @@ class CacheShape:
 
 
 def build_cpu_stage(
-    spec: StageSpec, kv: PagedCache, threads: int = 1, attention: Attention = "exact"
+    spec: StageSpec,
+    kv: PagedCache,
+    threads: int = 1,
+    attention: Attention = "exact",
+    sums: Sums = "float",
 ) -> StageKernels:
     """The stage's layers over `kv`. The weights are converted to what its kernels read, and may be let go.
 
-    Raises ValueError for sizes or an attention that there are no kernels for."""
+    Raises ValueError for sizes, weights or an attention that there are no kernels for."""
     if attention != "exact":
         raise ValueError(f"attention {attention!r} has no kernel for CPUs")
-    return CpuStage(spec, kv, threads)
+    return CpuStage(spec, kv, threads, sums)
 
 
 def build_cuda_stage(

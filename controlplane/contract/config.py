@@ -65,6 +65,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     attention: Literal["exact", "xformers"] = (
         "exact"  # exact: ours, equal bits on every path; xformers: GPUs only
     )
+    # Of products whose inputs several ranks may share. fixed: over shards that depend on the model alone, in 64-bit
+    # fixed point, the same bits for any number of ranks; CPUs only, and no quantised weights or mixtures of experts.
+    sums: Literal["float", "fixed"] = "float"
     # In flight, per pipeline; 0: as many as stages can compute at the same time.
     microbatches: Annotated[int, Range(0, 256)] = 0
     # Decodes that cost a stage hardly more than one does: so many share a microbatch while there are places for all.
@@ -354,6 +357,11 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
         yield "engine.max_model_len = 1 has no room for a prompt and a token: allowed are 0 and 2 or more"
     if engine.weights == "int8" and engine.device != "cpu":
         yield f"engine.weights = 'int8' has kernels for engine.device = 'cpu' only, not {engine.device!r}"
+    if engine.sums == "fixed" and (engine.device != "cpu" or engine.weights == "int8"):
+        yield (
+            "engine.sums = 'fixed' has kernels for engine.device = 'cpu' and engine.weights = 'model' only, not"
+            f" {engine.device!r} and {engine.weights!r}"
+        )
     if engine.attention == "xformers" and engine.device != "cuda":
         yield f"engine.attention = 'xformers' needs engine.device = 'cuda', not {engine.device!r}"
     if engine.attention == "xformers" and engine.block_size % XFORMERS_BLOCK:

@@ -11,6 +11,7 @@ import torch
 from dataplane.model.config import ModelConfig
 from dataplane.model.quantised import values_of, weight_of
 from dataplane.model.rotary import RotaryTable
+from dataplane.model.weights import EMBED, HEAD, NORM
 from kernels.base import Experts, Head, Layer, Linear, Mlp, StageSpec
 from kernels.quantised import Quantised, Weight, int8_rows, joined
 
@@ -58,6 +59,38 @@ def stage_spec(
         embed_scale=scale,
         norm_wide=c.norm_offset,
     )
+
+
+def build_spec(
+    config: ModelConfig,
+    layers: range,
+    weights: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    kind: Weights = "model",
+) -> StageSpec:
+    """The stage of these layers from the tensors (see weights.stage_shapes), with the embedding where it has
+    the first layer and the head where it has the last. Raises UnsupportedWeight."""
+    embed = values_of(config, EMBED, weights).to(dtype) if layers.start == 0 else None
+    head = _head(config, weights, embed, dtype, kind) if layers.stop == config.num_layers else None
+    built = tuple(build_layer(config, index, weights, dtype, kind) for index in layers)
+    return stage_spec(config, built, embed, head)
+
+
+def _head(
+    config: ModelConfig,
+    weights: dict[str, torch.Tensor],
+    embed: torch.Tensor | None,
+    dtype: torch.dtype,
+    kind: Weights,
+) -> Head:
+    name = EMBED if config.tie_embeddings else HEAD
+    tied = embed if config.tie_embeddings and kind == "model" else None
+    output: Weight
+    if tied is not None and isinstance(weight_of(config, name, weights), torch.Tensor):
+        output = tied  # one tensor, so that a device has it once
+    else:
+        output = matrix(config, [name], weights, dtype, kind)
+    return Head(norm_of(config, weights[NORM]), output, config.logit_softcap)
 
 
 def build_layer(

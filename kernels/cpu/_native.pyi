@@ -37,6 +37,7 @@ class Cache:
         head_dim: int,
         is_bf16: bool,
     ) -> None: ...
+    def set_planes(self, planes: npt.NDArray[np.int32], pool_planes: int) -> None: ...
 
 class Step:
     def __init__(
@@ -73,6 +74,9 @@ class Stage:
         window: int,
         table: int,
     ) -> None: ...
+    def set_cuts(
+        self, index: int, o_ends: npt.NDArray[np.int64], down_ends: npt.NDArray[np.int64]
+    ) -> None: ...
     def set_experts(
         self,
         index: int,
@@ -95,7 +99,9 @@ class Stage:
         out: int,
         prepared: int,
     ) -> None: ...
-    def set_ends(self, vocab: int, embed: int, norm: int, head: tuple[int, int, int, int]) -> None: ...
+    def set_ends(
+        self, vocab: int, embed: int, norm: int, head: tuple[int, int, int, int], head_rows: int
+    ) -> None: ...
     def set_buffers(
         self,
         residual: int,
@@ -111,6 +117,29 @@ class Stage:
     def forward(
         self, step: Step, source: npt.NDArray[np.int64] | Buffer, picked: npt.NDArray[np.int32], out: int
     ) -> bool: ...
+
+class Rank:
+    def __init__(self, stage: Stage, kv_heads: int, shards: int) -> None: ...
+    def set_heads(
+        self,
+        data_parallel: bool,
+        kv: Cache,
+        heads: int,
+        weights: Sequence[Sequence[tuple[int, int, int, int]]],
+        ends: npt.NDArray[np.int64],
+    ) -> None: ...
+    def set_room(self, data_parallel: bool, normed: int, qkv: int, q: int, attended: int) -> None: ...
+    def set_shards(self, index: int, inputs: int, ends: npt.NDArray[np.int64]) -> None: ...
+    def set_exchange(self, exchange: int, timeout_ns: int) -> None: ...
+    def forward(
+        self,
+        step: Step,
+        owned: Step,
+        places: npt.NDArray[np.int32],
+        source: npt.NDArray[np.int64] | Buffer,
+        picked: npt.NDArray[np.int32],
+        out: int,
+    ) -> tuple[int, bool]: ...
 
 def attention(
     team: Team,
@@ -164,6 +193,7 @@ def linear(
     n: int,
     epilogue: int,
     is_bf16: bool,
+    ends: npt.NDArray[np.int64] | None = None,
 ) -> None: ...
 def prepared_size(k: int) -> int: ...
 def panel_size(format: int, k: int, span: int) -> int: ...

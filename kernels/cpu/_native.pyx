@@ -2,6 +2,8 @@
 """Thin binding of kernels.h. Arguments that arrive as integers are addresses of C-contiguous storage that the
 caller (kernels/cpu/) has checked and keeps alive; the lock of the interpreter is released."""
 
+import numpy as np
+
 from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport calloc, free
 
@@ -15,6 +17,8 @@ cdef extern from "kernels.h" nogil:
         void *base
         int64_t num_blocks, layers, kv_heads, block_size, head_dim
         int is_bf16
+        const int32_t *planes
+        int64_t plane_size
     ctypedef struct kf_step:
         const int64_t *positions
         const int64_t *slots
@@ -55,6 +59,15 @@ cdef extern from "kernels.h" nogil:
         const void *bias
         kf_format format
         int64_t span
+    ctypedef struct kf_cut:
+        const int64_t *ends
+        int64_t shards
+    ctypedef struct kf_sum:
+        kf_cut cut
+        float limit
+        int64_t *totals
+        const int32_t *places
+        int add
     ctypedef struct kf_linear_args:
         const void *x
         kf_weight w
@@ -63,6 +76,7 @@ cdef extern from "kernels.h" nogil:
         int64_t rows, k, n
         kf_epilogue epilogue
         int64_t first_panel
+        const kf_sum *sum
     ctypedef struct kf_experts:
         kf_weight router
         const kf_weight *gate_up
@@ -79,6 +93,7 @@ cdef extern from "kernels.h" nogil:
         kf_weight qkv, o, gate_up, down
         const kf_experts *experts
         int64_t window, table
+        kf_cut o_cut, down_cut
     ctypedef struct kf_routes:
         float *logits
         float *weights
@@ -98,6 +113,7 @@ cdef extern from "kernels.h" nogil:
         const void *embed
         const float *norm
         kf_weight head
+        int64_t head_rows
         const float *cos[2]
         const float *sin[2]
         int64_t table_rows, rotated
@@ -118,6 +134,7 @@ cdef extern from "kernels.h" nogil:
         void *out
         int *nonfinite
 
+    float KF_FIXED_LIMIT
     int kf_attention(kf_team *team, const kf_attention_args *a)
     int kf_rope_write(kf_team *team, const kf_rope_args *a, int64_t table_rows)
     void kf_rms_norm(kf_team *team, const kf_norm_args *a, int is_bf16)
@@ -129,6 +146,36 @@ cdef extern from "kernels.h" nogil:
     int64_t kf_team_beats(const kf_team *team)
     int kf_isa()
 
+cdef extern from "sums.h" nogil:
+    int kf_sums_set_level(int level)
+
+cdef extern from "exchange.h" nogil:
+    ctypedef struct kf_exchange:
+        pass
+
+cdef extern from "rank.h" nogil:
+    ctypedef struct kf_heads_layer:
+        kf_weight qkv, o
+    ctypedef struct kf_heads:
+        const kf_heads_layer *layers
+        kf_cache kv
+        kf_cut cut
+        int64_t heads
+        void *normed
+        void *qkv
+        void *q
+        void *attended
+    ctypedef struct kf_rank:
+        const kf_stage *stage
+        kf_heads tensor_parallel, data_parallel
+        const int64_t *intermediate
+        const kf_cut *down_cuts
+        float o_limit, down_limit
+        kf_exchange *exchange
+        int64_t timeout_ns
+    int kf_rank_forward(kf_team *team, const kf_rank *rank, const kf_step *step, const kf_step *owned,
+                        const int32_t *places, const kf_io *io, int *outcome)
+
 cdef extern from *:
     const char *KF_SOURCES
 
@@ -137,6 +184,7 @@ STORE, ADD, SILU_MUL, FLOAT, GELU_MUL = KF_STORE, KF_ADD, KF_SILU_MUL, KF_FLOAT,
 EXPERTS_MAX, TABLES = KF_EXPERTS_MAX, KF_TABLES
 DENSE, INT8_ROW, INT8_F16, INT4_F16 = KF_DENSE, KF_INT8_ROW, KF_INT8_F16, KF_INT4_F16
 INT4_F16_MIN, INT4_F32_MIN, INT4_K = KF_INT4_F16_MIN, KF_INT4_F32_MIN, KF_INT4_K
+kf_sums_set_level(-1)  # of this extension's copy
 
 
 cdef int check(int code) except -1:
@@ -159,6 +207,21 @@ cdef kf_weight weight_of(place):
     """Of (address, address of the bias or 0, format, span)."""
     address, bias, format, span = place
     return kf_weight(<void *><size_t>address, <void *><size_t>bias, <kf_format><int>format, span)
+
+
+cdef int check_ends(const int64_t[::1] ends, int64_t inputs, kf_weight weight) except -1:
+    cdef int64_t before = 0
+    if weight.format != KF_DENSE:
+        raise ValueError("a quantised weight has no shards")
+    if ends.shape[0] == 0:
+        raise ValueError("a sum of no shards")
+    for i in range(ends.shape[0]):
+        if ends[i] <= before or ends[i] % 2:
+            raise ValueError(f"shards cannot end at {np.asarray(ends).tolist()}")
+        before = ends[i]
+    if before != inputs:
+        raise ValueError(f"shards of {before} inputs do not make up {inputs}")
+    return 0
 
 
 cdef class Team:
@@ -207,6 +270,18 @@ cdef class Cache:
         self.c.block_size = block_size
         self.c.head_dim = head_dim
         self.c.is_bf16 = is_bf16
+
+    def set_planes(self, const int32_t[:, ::1] planes, int64_t pool_planes):
+        """planes [layers, kv_heads]: where each head of each layer is kept, of so many planes of [num_blocks, K and V,
+        ...] that begin at the cache's address; kept alive by the caller."""
+        if planes.shape[0] != self.c.layers or planes.shape[1] != self.c.kv_heads:
+            raise ValueError(f"{planes.shape[0]} x {planes.shape[1]} planes for a cache of {self.c.layers} layers")
+        for layer in range(self.c.layers):
+            for head in range(self.c.kv_heads):
+                if not 0 <= planes[layer, head] < pool_planes:
+                    raise ValueError(f"plane {planes[layer, head]} is not one of {pool_planes}")
+        self.c.planes = &planes[0, 0]
+        self.c.plane_size = self.c.num_blocks * 2 * self.c.block_size * self.c.head_dim
 
 
 cdef class Step:
@@ -305,6 +380,14 @@ cdef class Stage:
         layer.window = window
         layer.table = table
 
+    def set_cuts(self, int64_t index, const int64_t[::1] o_ends, const int64_t[::1] down_ends):
+        """The products o and down of a layer become sums over shards, which end there; kept alive by the caller."""
+        cdef kf_layer *layer = self.layer(index)
+        check_ends(o_ends, self.c.heads * self.kv.c.head_dim, layer.o)
+        check_ends(down_ends, self.c.intermediate, layer.down)
+        layer.o_cut = kf_cut(&o_ends[0], o_ends.shape[0])
+        layer.down_cut = kf_cut(&down_ends[0], down_ends.shape[0])
+
     def set_experts(self, int64_t index, router, gate_ups, downs, int64_t chosen, int64_t intermediate,
                     bint normalised):
         """The weights, as those of set_layer(), of a layer that is a mixture of experts. Once for each layer."""
@@ -331,12 +414,14 @@ cdef class Stage:
                                   <int32_t *>first, <void *>gathered, <void *>activated, <void *>out,
                                   <void *>prepared)
 
-    def set_ends(self, int64_t vocab, size_t embed, size_t norm, head):
-        """What a first or a last stage has besides layers; 0: it is none. head: as a weight of set_layer()."""
+    def set_ends(self, int64_t vocab, size_t embed, size_t norm, head, int64_t head_rows):
+        """What a first or a last stage has besides layers; 0: it is none. head: as a weight of set_layer(), of so many
+        tokens."""
         self.c.vocab = vocab
         self.c.embed = <void *>embed
         self.c.norm = <float *>norm
         self.c.head = weight_of(head)
+        self.c.head_rows = head_rows
 
     def set_buffers(self, size_t residual, size_t normed, size_t qkv, size_t q, size_t attended, size_t activated,
                     size_t picked, size_t prepared):
@@ -360,13 +445,11 @@ cdef class Stage:
         self.c.table_rows = table_rows
         self.c.rotated = rotated
 
-    def forward(self, Step step, source, const int32_t[::1] picked, size_t out):
-        """A whole step. source: tokens int64 [T] on a first stage, elsewhere activations as bytes; picked int32 [K]:
-        the rows to compute logits of, on a last stage. Returns whether any of the activations is not finite."""
+    cdef kf_io io_of(self, Step step, source, const int32_t[::1] picked, size_t out, int *nonfinite) except *:
+        """Points into source and picked, which the caller keeps."""
         cdef const int64_t[::1] tokens
         cdef const unsigned char[::1] hidden
-        cdef int nonfinite = 0
-        cdef kf_io io = kf_io(NULL, NULL, NULL, 0, <void *>out, &nonfinite)
+        cdef kf_io io = kf_io(NULL, NULL, NULL, 0, <void *>out, nonfinite)
         if self.c.embed != NULL:
             tokens = source
             if tokens.shape[0] != step.c.tokens:
@@ -378,14 +461,104 @@ cdef class Stage:
             if hidden.shape[0] != size:
                 raise ValueError(f"expected {size} bytes of activations, got {hidden.shape[0]}")
             io.hidden = &hidden[0]
-        if self.c.head.w != NULL and picked.shape[0]:
+        if self.c.norm != NULL and picked.shape[0]:
             io.picked = &picked[0]
             io.num_picked = picked.shape[0]
+        return io
+
+    def forward(self, Step step, source, const int32_t[::1] picked, size_t out):
+        """A whole step. source: tokens int64 [T] on a first stage, elsewhere activations as bytes; picked int32 [K]:
+        the rows to compute logits of, on a last stage. Returns whether any of the activations is not finite."""
+        cdef int nonfinite = 0
+        cdef kf_io io = self.io_of(step, source, picked, out, &nonfinite)
         cdef int code
         with nogil:
             code = kf_stage_forward(self.team.c, &self.c, &self.kv.c, &step.c, &io)
         check(code)
         return nonfinite != 0
+
+
+cdef class Rank:
+    """One rank of a stage: see rank.h. `stage` has norms, biases, own shards of the FFN, embedding and a part of the
+    head."""
+
+    cdef kf_rank c
+    cdef Stage stage
+    cdef kf_heads_layer *parts[2]
+    cdef int64_t *intermediate
+    cdef kf_cut *cuts
+
+    def __cinit__(self, Stage stage, int64_t kv_heads, int64_t shards):
+        """kv_heads, shards: of the whole stage."""
+        cdef int64_t layers = stage.c.num_layers
+        self.stage = stage
+        for i in range(2):
+            self.parts[i] = <kf_heads_layer *>calloc(layers, sizeof(kf_heads_layer))
+        self.intermediate = <int64_t *>calloc(layers, sizeof(int64_t))
+        self.cuts = <kf_cut *>calloc(layers, sizeof(kf_cut))
+        if self.parts[0] == NULL or self.parts[1] == NULL or self.intermediate == NULL or self.cuts == NULL:
+            raise MemoryError("no memory for the addresses of the weights")
+        self.c.stage = &stage.c
+        self.c.intermediate = self.intermediate
+        self.c.down_cuts = self.cuts
+        self.c.o_limit = KF_FIXED_LIMIT / <float>kv_heads
+        self.c.down_limit = KF_FIXED_LIMIT / <float>shards
+
+    def __dealloc__(self):
+        free(self.parts[0])
+        free(self.parts[1])
+        free(self.intermediate)
+        free(self.cuts)
+
+    cdef kf_heads *part(self, bint data_parallel):
+        return &self.c.data_parallel if data_parallel else &self.c.tensor_parallel
+
+    def set_heads(self, bint data_parallel, Cache kv, int64_t heads, weights, const int64_t[::1] ends):
+        """One of two parts. kv: of its KV heads, which `heads` query heads share; weights: for each layer those of qkv
+        and of o, as in Stage.set_layer(); ends: of the shares of its KV heads in o. All kept alive by the caller."""
+        cdef kf_heads *part = self.part(data_parallel)
+        cdef kf_heads_layer *layers = self.parts[data_parallel]
+        if heads <= 0 or heads % kv.c.kv_heads or len(weights) != self.stage.c.num_layers:
+            raise ValueError(f"{heads} heads, {kv.c.kv_heads} KV heads, {len(weights)} layers")
+        for i, (qkv, o) in enumerate(weights):
+            layers[i] = kf_heads_layer(weight_of(qkv), weight_of(o))
+            check_ends(ends, heads * kv.c.head_dim, layers[i].o)
+        part.layers, part.kv, part.heads = layers, kv.c, heads
+        part.cut = kf_cut(&ends[0], ends.shape[0])
+
+    def set_room(self, bint data_parallel, size_t normed, size_t qkv, size_t q, size_t attended):
+        """Addresses of room for the rows of a step; normed: of the data-parallel part only."""
+        cdef kf_heads *part = self.part(data_parallel)
+        part.normed, part.qkv = <void *>normed, <void *>qkv
+        part.q, part.attended = <void *>q, <void *>attended
+
+    def set_shards(self, int64_t index, int64_t inputs, const int64_t[::1] ends):
+        """The rank's shards of a layer's FFN, which may be none; `ends` is kept alive by the caller."""
+        cdef kf_layer *layer = self.stage.layer(index)
+        self.intermediate[index] = inputs
+        if inputs:
+            check_ends(ends, inputs, layer.down)
+            self.cuts[index] = kf_cut(&ends[0], ends.shape[0])
+
+    def set_exchange(self, size_t exchange, int64_t timeout_ns):
+        """exchange: address of the handle of this rank's end, kept alive by the caller."""
+        self.c.exchange = <kf_exchange *>exchange
+        self.c.timeout_ns = timeout_ns
+
+    def forward(self, Step step, Step owned, const int32_t[::1] places, source, const int32_t[::1] picked, size_t out):
+        """As Stage.forward(). owned: rows with data-parallel heads, of which token i is token places[i] of the step.
+        Returns the exchange's outcome and whether any of the activations is not finite."""
+        if places.shape[0] != owned.c.tokens:
+            raise ValueError(f"{places.shape[0]} places for {owned.c.tokens} tokens")
+        if self.c.exchange == NULL:
+            raise ValueError("a rank needs an exchange")
+        cdef int nonfinite = 0, outcome = 0, code
+        cdef kf_io io = self.stage.io_of(step, source, picked, out, &nonfinite)
+        cdef const int32_t *at = &places[0] if places.shape[0] else NULL
+        with nogil:
+            code = kf_rank_forward(self.stage.team.c, &self.c, &step.c, &owned.c, at, &io, &outcome)
+        check(code)
+        return outcome, nonfinite != 0
 
 
 def attention(Team team, Cache kv, int64_t layer, Step step, size_t q, size_t out, int64_t heads, float scale,
@@ -426,12 +599,18 @@ def rms_norm(Team team, size_t x, size_t weight, size_t out, int64_t rows, int64
 
 
 def linear(Team team, size_t x, weight, size_t out, size_t prepared, int64_t rows, int64_t k, int64_t n, int epilogue,
-           bint is_bf16):
+           bint is_bf16, const int64_t[::1] ends=None):
     """out[rows, n] = x[rows, k] W^T + bias; see kf_epilogue for what is done with it. weight: as one of set_layer();
-    prepared: room for prepared_size() bytes a row where it is quantised."""
+    prepared: room for prepared_size() bytes a row where it is quantised. ends: of the shards that are summed in fixed
+    point, of a dense weight that is stored or added."""
+    cdef kf_sum total
     cdef kf_linear_args a = kf_linear_args(<void *>x, weight_of(weight), <void *>out, <void *>prepared, rows, k, n,
-                                           <kf_epilogue>epilogue, 0)
+                                           <kf_epilogue>epilogue, 0, NULL)
     cdef int code
+    if ends is not None:
+        check_ends(ends, k, a.w)
+        total = kf_sum(kf_cut(&ends[0], ends.shape[0]), KF_FIXED_LIMIT / <float>ends.shape[0], NULL, NULL, 0)
+        a.sum = &total
     with nogil:
         code = kf_linear(team.c, &a, is_bf16)
     check(code)

@@ -218,14 +218,13 @@ static TARGET void FN(attend_head)(const kf_attention_args *a, kf_tile *tile, in
 {
     float *scratch = worker->scratch;
     const kf_cache *kv = a->kv;
-    const int64_t hd = kv->head_dim, bs = kv->block_size, plane = kv->kv_heads * bs * hd;
-    const int64_t group = a->heads / kv->kv_heads, stride = a->heads * hd;
-    const T *k = (const T *)kv->base + a->layer * 2 * plane + head * bs * hd;
+    const int64_t hd = kv->head_dim, group = a->heads / kv->kv_heads, stride = a->heads * hd;
+    const T *k = (const T *)kv->base + kf_head_at(kv, a->layer, head), *v = k + kf_to_values(kv);
     for (int64_t g = 0; g < group; g += KF_TILE_ROWS) {
         const int heads = group - g < KF_TILE_ROWS ? (int)(group - g) : KF_TILE_ROWS;
         const int64_t per = KF_TILE_ROWS / heads, at = begin * stride + (head * group + g) * hd;
         for (int64_t i = from; i < to; i += per) {
-            FN(attend_tile)(tile, k, k + plane, (const T *)a->q + at + i * stride, (T *)a->out + at + i * stride, stride,
+            FN(attend_tile)(tile, k, v, (const T *)a->q + at + i * stride, (T *)a->out + at + i * stride, stride,
                             first + i, (int)(to - i < per ? to - i : per), heads, a->scale, a->window, scratch);
             kf_beat(worker);
         }
@@ -246,9 +245,9 @@ static TARGET void FN(attention)(kf_worker *worker, const kf_attention_args *a)
 {
     const kf_cache *kv = a->kv;
     const kf_step *step = a->step;
-    const int64_t hd = kv->head_dim, plane = kv->kv_heads * kv->block_size * hd;
-    kf_tile tile = {.block_size = kv->block_size, .head_dim = hd, .block_stride = kv->layers * 2 * plane,
-                    .plane_bytes = plane * (int64_t)sizeof(T), .out_pad = (hd + 15) / 16 * 16};
+    const int64_t hd = kv->head_dim;
+    kf_tile tile = {.block_size = kv->block_size, .head_dim = hd, .block_stride = kf_to_block(kv),
+                    .plane_bytes = kf_to_values(kv) * (int64_t)sizeof(T), .out_pad = (hd + 15) / 16 * 16};
     int64_t total = 0;
     for (int64_t b = 0; b < step->rows; b++)
         total += query_blocks(step, b) * kv->kv_heads;
@@ -261,7 +260,7 @@ static TARGET void FN(attention)(kf_worker *worker, const kf_attention_args *a)
             if (unit + 1 < end) {
                 FN(seek)(a, &next, unit + 1);
                 tile.next_table = step->tables + next.row * step->width;
-                tile.next_k = (const char *)kv->base + (a->layer * 2 * plane + next.head * kv->block_size * hd) * (int64_t)sizeof(T);
+                tile.next_k = (const char *)kv->base + kf_head_at(kv, a->layer, next.head) * (int64_t)sizeof(T);
                 tile.next_end = step->context_lens[next.row];
                 if (tile.next_end * hd * 2 * (int64_t)sizeof(T) > KF_FETCH_BYTES || next.block > 0)
                     tile.next_end = 0;
@@ -275,4 +274,4 @@ static TARGET void FN(attention)(kf_worker *worker, const kf_attention_args *a)
 }
 
 static const kf_ops FN(ops) = {FN(attention), FN(rope_write), FN(rms_norm), FN(linear),
-                                 FN(linear_panel), FN(route), FN(combine), FN(scale), FN(softcap)};
+                                 FN(linear_panel), FN(route), FN(combine), FN(scale), FN(softcap), FN(fixed_finish)};

@@ -5,6 +5,7 @@
  * bits in any call. */
 #ifndef KF_KERNELS_H
 #define KF_KERNELS_H
+#include <stddef.h>
 #include <stdint.h>
 
 #include "team.h"
@@ -19,12 +20,32 @@ enum {
 
 /* The KV cache of a stage. A block is one contiguous range: [layer][K, V][kv head][...], where V is
  * [block_size][head_dim], and K is [head_dim][block_size] in float (sixteen keys are one vector) and
- * [head_dim / 2][block_size][2] in bfloat16 (two products of sixteen keys are one instruction). */
+ * [head_dim / 2][block_size][2] in bfloat16 (two products of sixteen keys are one instruction).
+ *
+ * planes: not NULL where each head of each layer has a plane of its own, in which a block is [K, V][...]: planes[layer]
+ * [kv head] is which one, plane_size values from the one before. */
 typedef struct {
     void *base;
     int64_t num_blocks, layers, kv_heads, block_size, head_dim;
     int is_bf16;
+    const int32_t *planes;
+    int64_t plane_size;
 } kf_cache;
+
+/* In values: from base to K of a head in block 0, from there to its V, and from a block to the next. */
+static inline int64_t kf_head_at(const kf_cache *kv, int64_t layer, int64_t head)
+{
+    return kv->planes ? kv->planes[layer * kv->kv_heads + head] * kv->plane_size
+                      : (layer * 2 * kv->kv_heads + head) * kv->block_size * kv->head_dim;
+}
+static inline int64_t kf_to_values(const kf_cache *kv)
+{
+    return (kv->planes ? 1 : kv->kv_heads) * kv->block_size * kv->head_dim;
+}
+static inline int64_t kf_to_block(const kf_cache *kv)
+{
+    return (kv->planes ? 1 : kv->layers * kv->kv_heads) * 2 * kv->block_size * kv->head_dim;
+}
 
 /* One step: row i of B has queries cu_q[i] .. cu_q[i+1]-1, which are the last of its context_lens[i] keys. */
 typedef struct {
@@ -97,8 +118,32 @@ typedef struct {
     int64_t span;
 } kf_weight;
 
+/* A cut of a product's inputs into shards that depends on the model alone: ends[shards], ascending, the last one k, each a
+ * multiple of the inputs that one multiply-add takes. */
+typedef struct {
+    const int64_t *ends; /* NULL: there is none */
+    int64_t shards;
+} kf_cut;
+
+/* Totals over shards are whole numbers of 2^-32. A partial sum must be below `limit` in absolute value, else the output
+ * becomes no number; limit times the number of shards, of all ranks, must not be above KF_FIXED_LIMIT. The total of one that
+ * is beyond is KF_BEYOND, which stays recognisable whatever up to 126 other totals, beyond or not, add to it. */
+#define KF_FIXED_ONE 4294967296.0    /* 2^32 */
+#define KF_FIXED_LIMIT 8388608.0f    /* 2^23 */
+#define KF_BEYOND ((int64_t)1 << 56) /* the limit is 2^55 in fixed point */
+
+/* How a product is summed over shards. totals: where those of row i go instead of `out`: to row places[i] (NULL: i) of
+ * [.., n], added to what is there or not. */
+typedef struct {
+    kf_cut cut;
+    float limit;
+    int64_t *totals;
+    const int32_t *places;
+    int add;
+} kf_sum;
+
 /* x[rows, k]. The product of a quantised weight with bfloat16 rows uses `prepared`, kf_prepared_size() bytes a row.
- * first_panel: the panel that w begins with. */
+ * first_panel: the panel that w begins with. sum: of shards, of a dense weight with KF_STORE or KF_ADD; else NULL. */
 typedef struct {
     const void *x;
     kf_weight w;
@@ -106,6 +151,7 @@ typedef struct {
     int64_t rows, k, n;
     kf_epilogue epilogue;
     int64_t first_panel;
+    const kf_sum *sum;
 } kf_linear_args;
 
 /* A mixture of experts: a row takes the `chosen` ones whose logits, x router^T, are the largest, and adds up their
@@ -118,13 +164,15 @@ typedef struct {
     int normalised;
 } kf_experts;
 
-/* attention_out_norm, mlp_out_norm: of what attention and what the MLP add to the residual (NULL: none). table: which of
+/* o_cut, down_cut: where these are sums over shards.
+ * attention_out_norm, mlp_out_norm: of what attention and what the MLP add to the residual (NULL: none). table: which of
  * the stage's rotary tables. experts: NULL where there is one gate_up and one down. */
 typedef struct {
     const float *attention_norm, *mlp_norm, *q_norm, *k_norm, *attention_out_norm, *mlp_out_norm;
     kf_weight qkv, o, gate_up, down;
     const kf_experts *experts;
     int64_t window, table;
+    kf_cut o_cut, down_cut;
 } kf_layer;
 
 /* Where mixtures of experts keep a step's values: [rows, experts] and [rows, chosen]; first: [2 experts + 1];
@@ -138,7 +186,7 @@ typedef struct {
 #define KF_TABLES 2 /* rotary tables of a stage */
 
 /* The layers of a stage, and where a step's values go between its operations: all [>= rows, ...]. `embed`
- * [vocab, hidden] is there on the first stage; `norm` and `head`, packed [vocab, hidden], on the last. */
+ * [vocab, hidden] is there on the first stage; `norm` and `head`, packed [head_rows, hidden], on the last. */
 typedef struct {
     const kf_layer *layers;
     int64_t num_layers, hidden, intermediate, heads, vocab;
@@ -149,6 +197,7 @@ typedef struct {
     const void *embed;
     const float *norm;
     kf_weight head; /* its w is NULL where there is none */
+    int64_t head_rows;
     const float *cos[KF_TABLES], *sin[KF_TABLES]; /* [table_rows, rotated / 2] */
     int64_t table_rows, rotated;
     void *residual, *normed, *qkv, *q, *attended, *activated, *picked, *prepared;

@@ -5,9 +5,9 @@
  *   DOT over d = 0, 1, ..., k / GROUP - 1, then the bias, then one rounding,
  * whatever tile of rows it is computed in: the bits of a row do not depend on the other rows. */
 
-/* Adds up VR rows by NC vectors of one panel; VR, NC and FETCH are constants at every call. On the way, FETCH cache
- * lines a group are asked for from `ahead` on. */
-INL void FN(linear_sums)(const int VR, const int NC, const int FETCH, const T *x, int64_t k, const T *w,
+/* Adds up VR rows, `stride` apart, by NC vectors of one panel over k inputs; VR, NC and FETCH are constants at every call.
+ * On the way, FETCH cache lines a group are asked for from `ahead` on. */
+INL void FN(linear_sums)(const int VR, const int NC, const int FETCH, const T *x, int64_t stride, int64_t k, const T *w,
                          const char *ahead, VF *acc)
 {
 UNROLL(24)
@@ -23,7 +23,7 @@ UNROLL(2)
             __builtin_prefetch(ahead + (d * FETCH + i) * 64, 0, 2);
 UNROLL(6)
         for (int r = 0; r < VR; r++) {
-            VG xv = SETG(x + r * k + d * GROUP);
+            VG xv = SETG(x + r * stride + d * GROUP);
 UNROLL(4)
             for (int c = 0; c < NC; c++)
                 acc[r * NC + c] = DOT(xv, wv[c], acc[r * NC + c]);
@@ -31,24 +31,38 @@ UNROLL(4)
     }
 }
 
-/* VR rows of one panel, as many of its vectors at a time as fill the registers. */
+/* VR rows of one panel, as many of its vectors at a time as fill the registers; shard by shard where there are shards. */
 INL void FN(linear_tile)(const int VR, const int FETCH, const kf_linear_args *a, int64_t row, int64_t panel,
                          const char *ahead)
 {
     const int NC = WIDE || VR == 1 ? 4 : VR <= 3 ? 2 : 1;
     const T *x = (const T *)a->x + row * a->k, *w = (const T *)a->w.w + (panel - a->first_panel) * KF_PANEL * a->k;
+    const kf_sum *sum = a->sum;
+    const int64_t shards = sum ? sum->cut.shards : 1;
     VF sums[6 * 4], some[6 * 4];
+    int64_t totals[6 * KF_PANEL];
+    if (sum)
+        memset(totals, 0, (size_t)(VR * KF_PANEL) * sizeof *totals);
+    for (int64_t shard = 0, begin = 0; shard < shards; shard++) {
+        const int64_t end = sum ? sum->cut.ends[shard] : a->k;
 UNROLL(4)
-    for (int c = 0; c < 4; c += NC) {
-        FN(linear_sums)(VR, NC, FETCH, x, a->k, w + 16 * c * GROUP, ahead, some);
+        for (int c = 0; c < 4; c += NC) {
+            FN(linear_sums)(VR, NC, FETCH, x + begin, a->k, end - begin, w + begin * KF_PANEL + 16 * c * GROUP,
+                            ahead + begin / GROUP * FETCH * 64, some);
 UNROLL(6)
-        for (int r = 0; r < VR; r++)
+            for (int r = 0; r < VR; r++)
 UNROLL(4)
-            for (int j = 0; j < NC; j++)
-                sums[r * 4 + c + j] = some[r * NC + j];
+                for (int j = 0; j < NC; j++)
+                    sums[r * 4 + c + j] = some[r * NC + j];
+        }
+        if (sum)
+            FN(fixed_add)(totals, sums, VR * 4, sum->limit);
+        begin = end;
     }
     for (int r = 0; r < VR; r++)
-        if (kf_is_gated(a->epilogue))
+        if (sum)
+            FN(fixed_end)(a, totals + r * KF_PANEL, row + r, panel);
+        else if (kf_is_gated(a->epilogue))
             FN(gated_finish)(a, sums + r * 4, row + r, panel);
         else
             FN(linear_finish)(a, sums + r * 4, row + r, panel);

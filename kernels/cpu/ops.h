@@ -35,6 +35,8 @@ typedef struct {
     void (*scale)(void *x, int64_t n, float scale);
     /* logits = softcap * tanh(logits / softcap) */
     void (*softcap)(kf_worker *, float *logits, int64_t n, float softcap);
+    /* What becomes of the totals [rows, n] of sums over shards; of the arguments: bias, out, rows, n and epilogue. */
+    void (*fixed_finish)(kf_worker *, const kf_linear_args *, const int64_t *totals);
 } kf_ops;
 
 /* Of quantised weights. For bfloat16 rows linear() takes what prepare(), by all threads, has made of them before; floats()

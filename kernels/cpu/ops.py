@@ -1,5 +1,7 @@
 """The operations of a stage one by one, on tensors: for tests, and for whoever measures them."""
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels.base import DTYPES, PagedCache, StepArrays
@@ -103,8 +105,16 @@ def rms_norm(
     _native.rms_norm(team, x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, n, eps, wide, add, is_bf16)
 
 
-def linear(team: _native.Team, x: torch.Tensor, weight: Packed, out: torch.Tensor, epilogue: int) -> None:
-    """x [rows, k] W^T + bias, then what `epilogue` says with out [rows, n] (see kf_epilogue in kernels.h)."""
+def linear(
+    team: _native.Team,
+    x: torch.Tensor,
+    weight: Packed,
+    out: torch.Tensor,
+    epilogue: int,
+    ends: npt.NDArray[np.int64] | None = None,
+) -> None:
+    """x [rows, k] W^T + bias, then what `epilogue` says with out [rows, n] (see kf_epilogue in kernels.h). ends: of the
+    shards that are summed in fixed point, of a dense weight with STORE or ADD."""
     rows = len(x)
     _check(x.dtype, rows, x)
     _check(torch.float32 if epilogue == FLOAT else x.dtype, rows, out)
@@ -115,7 +125,7 @@ def linear(team: _native.Team, x: torch.Tensor, weight: Packed, out: torch.Tenso
     is_bf16 = x.dtype is torch.bfloat16
     prepared = torch.empty(rows, _native.prepared_size(weight.k), dtype=torch.uint8)
     addresses = (x.data_ptr(), weight.place, out.data_ptr(), prepared.data_ptr())
-    _native.linear(team, *addresses, rows, weight.k, weight.n, epilogue, is_bf16)
+    _native.linear(team, *addresses, rows, weight.k, weight.n, epilogue, is_bf16, ends)
 
 
 def _check(dtype: torch.dtype, rows: int, *tensors: torch.Tensor) -> None:

@@ -65,20 +65,20 @@ INL void FN(rope_head)(const T *x, const float *norm, float eps, int wide, const
 static TARGET void FN(rope_token)(const kf_rope_args *a, int64_t t)
 {
     const kf_cache *kv = a->kv;
-    const int64_t hd = kv->head_dim, bs = kv->block_size, plane = kv->kv_heads * bs * hd;
+    const int64_t hd = kv->head_dim, bs = kv->block_size;
     const int64_t pos = a->step->positions[t], block = a->step->slots[t] / bs, off = a->step->slots[t] % bs;
     const T *qkv = (const T *)a->qkv + t * a->stride;
     const int64_t rotated = a->rotated;
     const float *c = a->cos + pos * (rotated / 2), *s = a->sin + pos * (rotated / 2);
-    T *k = (T *)kv->base + (block * kv->layers + a->layer) * 2 * plane, *v = k + plane;
     T key[KF_HEAD_DIM_MAX];
     for (int64_t h = 0; h < a->heads; h++)
         FN(rope_head)(qkv + h * hd, a->q_norm, a->eps, a->wide, c, s, hd, rotated, (T *)a->q + (t * a->heads + h) * hd);
     for (int64_t h = 0; h < kv->kv_heads; h++) {
         FN(rope_head)(qkv + (a->heads + h) * hd, a->k_norm, a->eps, a->wide, c, s, hd, rotated, key);
+        T *k = (T *)kv->base + kf_head_at(kv, a->layer, h) + block * kf_to_block(kv);
         for (int64_t d = 0; d < hd; d++)
-            k[h * hd * bs + (d / GROUP * bs + off) * GROUP + d % GROUP] = key[d];
-        memcpy(v + (h * bs + off) * hd, qkv + (a->heads + kv->kv_heads + h) * hd, (size_t)hd * sizeof(T));
+            k[(d / GROUP * bs + off) * GROUP + d % GROUP] = key[d];
+        memcpy(k + kf_to_values(kv) + off * hd, qkv + (a->heads + kv->kv_heads + h) * hd, (size_t)hd * sizeof(T));
     }
 }
 

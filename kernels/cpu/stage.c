@@ -1,13 +1,14 @@
 /* A stage's layers as one computation of a team, and its operations one by one. Everything that indexes memory is
  * checked before any thread begins. */
-#include <stddef.h>
+#include "stage.h"
+
 #include <string.h>
 
 #include "experts.h"
 
 #define COPY_ROWS 8 /* taken at a time by a thread that copies */
 
-static int check_cache(const kf_cache *kv, int64_t layer, const kf_step *step)
+int kf_check_cache(const kf_cache *kv, int64_t layer, const kf_step *step)
 {
     if (kv->head_dim > kf_head_dim_max() || layer < 0 || layer >= kv->layers)
         return KF_BAD_CONTEXT;
@@ -25,7 +26,7 @@ static int check_cache(const kf_cache *kv, int64_t layer, const kf_step *step)
     return KF_OK;
 }
 
-static int check_positions(const kf_cache *kv, const kf_step *step, int64_t table_rows)
+int kf_check_positions(const kf_cache *kv, const kf_step *step, int64_t table_rows)
 {
     for (int64_t t = 0; t < step->tokens; t++) {
         if (step->positions[t] < 0 || step->positions[t] >= table_rows)
@@ -36,7 +37,7 @@ static int check_positions(const kf_cache *kv, const kf_step *step, int64_t tabl
     return KF_OK;
 }
 
-static int check_io(const kf_stage *s, const kf_step *step, const kf_io *io)
+int kf_check_io(const kf_stage *s, const kf_step *step, const kf_io *io)
 {
     for (int64_t t = 0; io->tokens && t < step->tokens; t++)
         if (io->tokens[t] < 0 || io->tokens[t] >= s->vocab)
@@ -47,7 +48,7 @@ static int check_io(const kf_stage *s, const kf_step *step, const kf_io *io)
     return KF_OK;
 }
 
-static int reserve_scratch(kf_team *team, const kf_cache *kv, const kf_step *step)
+int kf_reserve_scratch(kf_team *team, const kf_cache *kv, const kf_step *step)
 {
     int64_t longest = 0;
     for (int64_t b = 0; b < step->rows; b++)
@@ -81,16 +82,7 @@ static int reserve_floats(kf_team *team, const kf_stage *s, const kf_cache *kv)
 
 /* ------------------------------------------------------------------ a whole step */
 
-typedef struct {
-    const kf_stage *stage;
-    const kf_cache *kv;
-    const kf_step *step;
-    const kf_io *io;
-    const kf_ops *ops;
-    size_t row_bytes; /* of [hidden] */
-} forward_args;
-
-static void linear(kf_worker *w, const kf_ops *ops, const kf_linear_args *a, int is_bf16)
+void kf_any_linear(kf_worker *w, const kf_ops *ops, const kf_linear_args *a, int is_bf16)
 {
     if (a->w.format == KF_DENSE)
         ops->linear(w, a);
@@ -98,7 +90,15 @@ static void linear(kf_worker *w, const kf_ops *ops, const kf_linear_args *a, int
         kf_q_linear(w, a, is_bf16);
 }
 
-static void load(kf_worker *w, const forward_args *f)
+/* A product whose inputs may be cut into shards. */
+static void cut_linear(kf_worker *w, const kf_ops *ops, kf_linear_args a, const kf_cut *cut, int is_bf16)
+{
+    const kf_sum sum = {*cut, KF_FIXED_LIMIT / (float)cut->shards, NULL, NULL, 0};
+    a.sum = cut->ends ? &sum : NULL;
+    kf_any_linear(w, ops, &a, is_bf16);
+}
+
+void kf_load(kf_worker *w, const kf_forward *f)
 {
     const size_t size = f->row_bytes;
     for (int64_t begin, end; kf_next(w, f->step->tokens, COPY_ROWS, &begin, &end);)
@@ -123,7 +123,7 @@ static int any_nonfinite(const void *values, int64_t n, int is_bf16)
     return found;
 }
 
-static void store(kf_worker *w, const forward_args *f)
+void kf_store(kf_worker *w, const kf_forward *f)
 {
     const size_t size = f->row_bytes;
     for (int64_t begin, end; kf_next(w, f->step->tokens, COPY_ROWS, &begin, &end);) {
@@ -134,7 +134,7 @@ static void store(kf_worker *w, const forward_args *f)
     }
 }
 
-static void logits(kf_worker *w, const forward_args *f)
+void kf_logits(kf_worker *w, const kf_forward *f)
 {
     const kf_stage *s = f->stage;
     const int64_t rows = f->io->num_picked;
@@ -146,16 +146,16 @@ static void logits(kf_worker *w, const forward_args *f)
     const kf_norm_args norm = {s->picked, s->norm, s->normed, rows, s->hidden, s->eps, s->norm_wide, 0};
     f->ops->rms_norm(w, &norm);
     kf_barrier(w);
-    const kf_linear_args head = {s->normed, s->head, f->io->out, s->prepared, rows, s->hidden, s->vocab, KF_FLOAT, 0};
-    linear(w, f->ops, &head, f->kv->is_bf16);
+    const kf_linear_args head = {s->normed, s->head, f->io->out, s->prepared, rows, s->hidden, s->head_rows, KF_FLOAT, 0, NULL};
+    kf_any_linear(w, f->ops, &head, f->kv->is_bf16);
     if (s->softcap > 0.0f) {
         kf_barrier(w);
-        f->ops->softcap(w, f->io->out, rows * s->vocab, s->softcap);
+        f->ops->softcap(w, f->io->out, rows * s->head_rows, s->softcap);
     }
 }
 
 /* x becomes normed where it is added to the residual. */
-static void add_normed(kf_worker *w, const forward_args *f, const float *weight)
+void kf_add_normed(kf_worker *w, const kf_forward *f, const float *weight)
 {
     const kf_stage *s = f->stage;
     const kf_norm_args norm = {s->normed, weight, s->residual, f->step->tokens, s->hidden, s->eps, s->norm_wide, 1};
@@ -163,7 +163,7 @@ static void add_normed(kf_worker *w, const forward_args *f, const float *weight)
     kf_barrier(w);
 }
 
-static void run_mlp(kf_worker *w, const forward_args *f, const kf_layer *layer)
+static void run_mlp(kf_worker *w, const kf_forward *f, const kf_layer *layer)
 {
     const kf_stage *s = f->stage;
     const int64_t rows = f->step->tokens;
@@ -175,18 +175,18 @@ static void run_mlp(kf_worker *w, const forward_args *f, const kf_layer *layer)
     } else {
         const kf_linear_args gate_up = {s->normed, layer->gate_up, s->activated, s->prepared, rows, s->hidden,
                                         s->intermediate, s->gated, 0};
-        linear(w, f->ops, &gate_up, is_bf16);
+        kf_any_linear(w, f->ops, &gate_up, is_bf16);
         kf_barrier(w);
         const kf_linear_args down = {s->activated, layer->down, out, s->prepared, rows, s->intermediate, s->hidden,
                                      adds ? KF_ADD : KF_STORE, 0};
-        linear(w, f->ops, &down, is_bf16);
+        cut_linear(w, f->ops, down, &layer->down_cut, is_bf16);
         kf_barrier(w);
     }
     if (!adds)
-        add_normed(w, f, layer->mlp_out_norm);
+        kf_add_normed(w, f, layer->mlp_out_norm);
 }
 
-static void run_layer(kf_worker *w, const forward_args *f, int64_t index)
+static void run_layer(kf_worker *w, const kf_forward *f, int64_t index)
 {
     const kf_stage *s = f->stage;
     const kf_layer *layer = &s->layers[index];
@@ -198,7 +198,7 @@ static void run_layer(kf_worker *w, const forward_args *f, int64_t index)
     f->ops->rms_norm(w, &before);
     kf_barrier(w);
     const kf_linear_args project = {s->normed, layer->qkv, s->qkv, s->prepared, rows, s->hidden, qkv, KF_STORE, 0};
-    linear(w, f->ops, &project, f->kv->is_bf16);
+    kf_any_linear(w, f->ops, &project, f->kv->is_bf16);
     kf_barrier(w);
     const kf_rope_args rope = {f->kv, f->step, index, s->heads, qkv, s->rotated, s->cos[layer->table],
                                s->sin[layer->table], layer->q_norm, layer->k_norm, s->eps, s->norm_wide, s->qkv, s->q};
@@ -210,10 +210,10 @@ static void run_layer(kf_worker *w, const forward_args *f, int64_t index)
     const int adds = layer->attention_out_norm == NULL;
     const kf_linear_args out = {s->attended, layer->o, adds ? s->residual : s->normed, s->prepared, rows, s->heads * hd,
                                 s->hidden, adds ? KF_ADD : KF_STORE, 0};
-    linear(w, f->ops, &out, f->kv->is_bf16);
+    cut_linear(w, f->ops, out, &layer->o_cut, f->kv->is_bf16);
     kf_barrier(w);
     if (!adds)
-        add_normed(w, f, layer->attention_out_norm);
+        kf_add_normed(w, f, layer->attention_out_norm);
     const kf_norm_args after = {s->residual, layer->mlp_norm, s->normed, rows, s->hidden, s->eps, s->norm_wide, 0};
     f->ops->rms_norm(w, &after);
     kf_barrier(w);
@@ -222,31 +222,31 @@ static void run_layer(kf_worker *w, const forward_args *f, int64_t index)
 
 static void forward(kf_worker *w, const void *arg)
 {
-    const forward_args *f = arg;
-    load(w, f);
+    const kf_forward *f = arg;
+    kf_load(w, f);
     for (int64_t i = 0; i < f->stage->num_layers; i++)
         run_layer(w, f, i);
     if (f->stage->head.w == NULL)
-        store(w, f);
+        kf_store(w, f);
     else if (f->io->num_picked)
-        logits(w, f);
+        kf_logits(w, f);
 }
 
 int kf_stage_forward(kf_team *team, const kf_stage *stage, const kf_cache *kv, const kf_step *step, const kf_io *io)
 {
-    int bad = check_cache(kv, stage->num_layers - 1, step);
+    int bad = kf_check_cache(kv, stage->num_layers - 1, step);
     if (!bad)
-        bad = check_positions(kv, step, stage->table_rows);
+        bad = kf_check_positions(kv, step, stage->table_rows);
     if (!bad)
-        bad = check_io(stage, step, io);
+        bad = kf_check_io(stage, step, io);
     if (!bad)
-        bad = reserve_scratch(team, kv, step);
+        bad = kf_reserve_scratch(team, kv, step);
     if (!bad)
         bad = reserve_floats(team, stage, kv);
     if (bad)
         return bad;
     const size_t row_bytes = (size_t)stage->hidden * (kv->is_bf16 ? 2 : 4);
-    const forward_args f = {stage, kv, step, io, kf_ops_for(kv->is_bf16), row_bytes};
+    const kf_forward f = {stage, kv, step, io, kf_ops_for(kv->is_bf16), row_bytes};
     kf_team_run(team, forward, &f);
     return KF_OK;
 }
@@ -280,14 +280,14 @@ static void one_rms_norm(kf_worker *w, const void *arg)
 static void one_linear(kf_worker *w, const void *arg)
 {
     const one_args *one = arg;
-    linear(w, one->ops, one->args, one->is_bf16);
+    kf_any_linear(w, one->ops, one->args, one->is_bf16);
 }
 
 int kf_attention(kf_team *team, const kf_attention_args *a)
 {
-    int bad = check_cache(a->kv, a->layer, a->step);
+    int bad = kf_check_cache(a->kv, a->layer, a->step);
     if (!bad)
-        bad = reserve_scratch(team, a->kv, a->step);
+        bad = kf_reserve_scratch(team, a->kv, a->step);
     if (bad)
         return bad;
     kf_team_run(team, one_attention, &(one_args){kf_ops_for(a->kv->is_bf16), a, 0});
@@ -296,9 +296,9 @@ int kf_attention(kf_team *team, const kf_attention_args *a)
 
 int kf_rope_write(kf_team *team, const kf_rope_args *a, int64_t table_rows)
 {
-    int bad = check_cache(a->kv, a->layer, a->step);
+    int bad = kf_check_cache(a->kv, a->layer, a->step);
     if (!bad)
-        bad = check_positions(a->kv, a->step, table_rows);
+        bad = kf_check_positions(a->kv, a->step, table_rows);
     if (bad)
         return bad;
     kf_team_run(team, one_rope_write, &(one_args){kf_ops_for(a->kv->is_bf16), a, 0});

@@ -5,18 +5,22 @@ import numpy.typing as npt
 import torch
 from typing_extensions import Buffer
 
-from kernels.base import DTYPES, Experts, Layer, Linear, Mlp, PagedCache, StageSpec, StepArrays
+from kernels.base import DTYPES, Experts, Layer, Linear, Mlp, PagedCache, StageSpec, StepArrays, Sums
 from kernels.cpu import _native
 from kernels.cpu.ops import cache_of, step_of
 from kernels.cpu.pack import Packed, pack, pack_gate_up
 from kernels.memory import Arena
+from kernels.ranks.cuts import ffn_ends, head_ends
+from kernels.ranks.own import check_cuttable
 
 
 class CpuStage:
     """See kernels.base.StageKernels. Threads sleep between steps; within one they wait for each other busily, but
     for microseconds only. Its maker must not fork afterwards."""
 
-    def __init__(self, spec: StageSpec, kv: PagedCache, threads: int = 1) -> None:
+    def __init__(self, spec: StageSpec, kv: PagedCache, threads: int = 1, sums: Sums = "float") -> None:
+        if sums == "fixed":
+            check_cuttable(spec)
         self._hidden, self._heads, self._intermediate = spec.hidden, spec.heads, spec.intermediate
         self._rotary = spec.rotary
         self._kv = kv  # keeps the memory alive
@@ -40,6 +44,10 @@ class CpuStage:
         self._mixtures = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, Experts)]
         for index, layer in enumerate(spec.layers):
             self._set_layer(index, layer, arena)
+        if sums == "fixed":
+            self._cuts = head_ends(kv.kv_heads, spec.heads * kv.head_dim), ffn_ends(spec.intermediate)
+            for index in range(len(spec.layers)):
+                self._native.set_cuts(index, *self._cuts)
         self._vocab = self._set_ends(spec, arena)
         self._logits = np.empty((0, self._vocab), np.float32)
         self._rows = self._positions = 0
@@ -120,14 +128,14 @@ class CpuStage:
             embed = table.data_ptr()
         vocab = 0 if spec.embed is None else len(spec.embed)
         if spec.head is None:
-            self._native.set_ends(vocab, embed, 0, (0, 0, 0, 1))
+            self._native.set_ends(vocab, embed, 0, (0, 0, 0, 1), 0)
             return 0
         norm = self._checked(spec.head.norm.clone(), "the last norm", torch.float32)
         head = pack(Linear(spec.head.weight), arena)
         self._kept += [norm, head]
         if spec.embed is not None and head.n != vocab:
             raise ValueError(f"the embedding has {vocab} tokens, the head {head.n}")
-        self._native.set_ends(head.n, embed, norm.data_ptr(), head.place)
+        self._native.set_ends(head.n, embed, norm.data_ptr(), head.place, head.n)
         return head.n
 
     def _checked(self, tensor: torch.Tensor, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -16,6 +16,7 @@
 #define STN(p, n, a) NAME(v_store_n)(p, n, a)
 #define RND(a) (a)
 #include "finish.h"
+#include "fixed.h"
 #include "linear.h"
 #include "rowops.h"
 #include "route.h"
@@ -35,6 +36,7 @@
 #define STN(p, n, a) NAME(v_store16_n)(p, n, a)
 #define RND(a) NAME(v_round16)(a)
 #include "finish.h"
+#include "fixed.h"
 #include "linear.h"
 #include "rowops.h"
 #include "route.h"

@@ -105,4 +105,52 @@ INL float NAME(v_hmax)(VF a)
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
+
+/* AVX2 has no conversion between float64 and 64-bit integers: see kernels/ranks/sums.c, which does the same. */
+INL void NAME(fixed_add4)(int64_t *sums, __m128 x)
+{
+    const __m256d wide = _mm256_cvtps_pd(x);
+    const __m128i whole = _mm256_cvttpd_epi32(wide);
+    const __m256d rest = _mm256_mul_pd(_mm256_sub_pd(wide, _mm256_cvtepi32_pd(whole)), _mm256_set1_pd(KF_FIXED_ONE));
+    const __m256i low = _mm256_sub_epi64(_mm256_castpd_si256(_mm256_add_pd(rest, _mm256_set1_pd(KF_ROUND))),
+                                         _mm256_set1_epi64x(KF_ROUND_BITS));
+    const __m256i high = _mm256_slli_epi64(_mm256_cvtepi32_epi64(whole), 32);
+    __m256i *at = (__m256i *)sums;
+    _mm256_storeu_si256(at, _mm256_add_epi64(_mm256_loadu_si256(at), _mm256_add_epi64(high, low)));
+}
+INL void NAME(v_fixed_add)(int64_t *sums, VF x, float limit)
+{
+    const __m256 bound = _mm256_set1_ps(limit), sign = _mm256_set1_ps(-0.0f);
+    const __m256 within = _mm256_and_ps(_mm256_cmp_ps(_mm256_andnot_ps(sign, x.lo), bound, _CMP_LT_OQ),
+                                        _mm256_cmp_ps(_mm256_andnot_ps(sign, x.hi), bound, _CMP_LT_OQ));
+    if (__builtin_expect(_mm256_movemask_ps(within) != 255, 0)) {
+        vf_plain one_by_one;
+        memcpy(&one_by_one, &x, sizeof x);
+        v_fixed_add_plain(sums, one_by_one, limit);
+        return;
+    }
+    NAME(fixed_add4)(sums, _mm256_castps256_ps128(x.lo));
+    NAME(fixed_add4)(sums + 4, _mm256_extractf128_ps(x.lo, 1));
+    NAME(fixed_add4)(sums + 8, _mm256_castps256_ps128(x.hi));
+    NAME(fixed_add4)(sums + 12, _mm256_extractf128_ps(x.hi, 1));
+}
+
+INL __m128 NAME(fixed4)(const int64_t *sums)
+{
+    const __m256i order = _mm256_setr_epi32(1, 3, 5, 7, 0, 2, 4, 6);
+    const __m256d offset = _mm256_set1_pd(4503599627370496.0); /* 2^52: has a 32-bit number in its low bits */
+    const __m256i halves = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *)sums), order);
+    const __m256d high = _mm256_mul_pd(_mm256_cvtepi32_pd(_mm256_castsi256_si128(halves)), _mm256_set1_pd(KF_FIXED_ONE));
+    const __m256i low = _mm256_cvtepu32_epi64(_mm256_extracti128_si256(halves, 1));
+    const __m256d low_wide =
+        _mm256_sub_pd(_mm256_castsi256_pd(_mm256_or_si256(low, _mm256_castpd_si256(offset))), offset);
+    return _mm256_cvtpd_ps(_mm256_mul_pd(_mm256_add_pd(high, low_wide), _mm256_set1_pd(1.0 / KF_FIXED_ONE)));
+}
+INL __m256 NAME(fixed8)(const int64_t *sums)
+{
+    const __m256 x = _mm256_set_m128(NAME(fixed4)(sums + 4), NAME(fixed4)(sums));
+    const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+    return _mm256_blendv_ps(_mm256_set1_ps(NAN), x, _mm256_cmp_ps(size, _mm256_set1_ps(KF_FIXED_LIMIT), _CMP_LT_OQ));
+}
+INL VF NAME(v_fixed)(const int64_t *sums) { return (VF){NAME(fixed8)(sums), NAME(fixed8)(sums + 8)}; }
 #undef BOTH

@@ -105,3 +105,46 @@ INL float NAME(v_hmax)(VF a)
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
+
+/* As in AVX2, since AVX-512F has no such conversions either. */
+INL void NAME(fixed_add8)(int64_t *sums, __m256 x)
+{
+    const __m512d wide = _mm512_cvtps_pd(x);
+    const __m256i whole = _mm512_cvttpd_epi32(wide);
+    const __m512d rest = _mm512_mul_pd(_mm512_sub_pd(wide, _mm512_cvtepi32_pd(whole)), _mm512_set1_pd(KF_FIXED_ONE));
+    const __m512i low = _mm512_sub_epi64(_mm512_castpd_si512(_mm512_add_pd(rest, _mm512_set1_pd(KF_ROUND))),
+                                         _mm512_set1_epi64(KF_ROUND_BITS));
+    const __m512i high = _mm512_slli_epi64(_mm512_cvtepi32_epi64(whole), 32);
+    _mm512_storeu_si512(sums, _mm512_add_epi64(_mm512_loadu_si512(sums), _mm512_add_epi64(high, low)));
+}
+INL void NAME(v_fixed_add)(int64_t *sums, VF x, float limit)
+{
+    if (__builtin_expect(_mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(limit), _CMP_LT_OQ) != 0xffff, 0)) {
+        vf_plain one_by_one;
+        memcpy(&one_by_one, &x, sizeof x);
+        v_fixed_add_plain(sums, one_by_one, limit);
+        return;
+    }
+    __m256 lo, hi;
+    NAME(v_halves)(x, &lo, &hi);
+    NAME(fixed_add8)(sums, lo);
+    NAME(fixed_add8)(sums + 8, hi);
+}
+
+INL __m256 NAME(fixed8)(const int64_t *sums)
+{
+    const __m512d offset = _mm512_set1_pd(4503599627370496.0); /* 2^52: has a 32-bit number in its low bits */
+    const __m512i whole = _mm512_loadu_si512(sums), mask = _mm512_set1_epi64(0xffffffff);
+    const __m512d high = _mm512_mul_pd(_mm512_cvtepi32_pd(_mm512_cvtepi64_epi32(_mm512_srai_epi64(whole, 32))),
+                                       _mm512_set1_pd(KF_FIXED_ONE));
+    const __m512i low = _mm512_or_si512(_mm512_and_si512(whole, mask), _mm512_castpd_si512(offset));
+    const __m512d sum = _mm512_add_pd(high, _mm512_sub_pd(_mm512_castsi512_pd(low), offset));
+    return _mm512_cvtpd_ps(_mm512_mul_pd(sum, _mm512_set1_pd(1.0 / KF_FIXED_ONE)));
+}
+INL VF NAME(v_fixed)(const int64_t *sums)
+{
+    const __m512d lo = _mm512_castps_pd(_mm512_castps256_ps512(NAME(fixed8)(sums)));
+    const VF x = _mm512_castpd_ps(_mm512_insertf64x4(lo, _mm256_castps_pd(NAME(fixed8)(sums + 8)), 1));
+    const __mmask16 within = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(KF_FIXED_LIMIT), _CMP_LT_OQ);
+    return _mm512_mask_mov_ps(_mm512_set1_ps(NAN), within, x);
+}

@@ -2,6 +2,9 @@
  *
  * Every operation is one IEEE operation a lane (fma rounds once), sums fold halves (16 -> 8 -> 4 -> 2 -> 1),
  * max(a, b) is a > b ? a : b. So all give the same bits; tests/parity demands it. */
+#define KF_ROUND 6755399441055744.0 /* 1.5 * 2^52: adding it rounds to a whole number, which its low bits then are */
+#define KF_ROUND_BITS 0x4338000000000000LL
+
 #define NAME(x) x##_plain
 #define TARGET
 #define INL static inline __attribute__((always_inline))
@@ -84,5 +87,22 @@ INL float NAME(v_hmax)(VF a)
         for (int i = 0; i < half; i++)
             a.l[i] = a.l[i] > a.l[i + half] ? a.l[i] : a.l[i + half];
     return a.l[0];
+}
+
+/* sums[i] += x[i] in fixed point: rint(x * 2^32). One that is not below the limit makes the sum KF_BEYOND. */
+INL void NAME(v_fixed_add)(int64_t *sums, VF x, float limit)
+{
+    for (int i = 0; i < 16; i++)
+        sums[i] = fabsf(x.l[i]) < limit ? sums[i] + (int64_t)rint((double)x.l[i] * KF_FIXED_ONE) : KF_BEYOND;
+}
+/* Back, to float64 and then to float32; no number where the sum is beyond KF_FIXED_LIMIT. */
+INL VF NAME(v_fixed)(const int64_t *sums)
+{
+    VF r;
+    for (int i = 0; i < 16; i++) {
+        r.l[i] = (float)((double)sums[i] * (1.0 / KF_FIXED_ONE));
+        r.l[i] = fabsf(r.l[i]) < KF_FIXED_LIMIT ? r.l[i] : NAN;
+    }
+    return r;
 }
 #undef LANES

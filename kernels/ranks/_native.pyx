@@ -108,5 +108,15 @@ cdef class Exchange:
         kf_exchange_abort(self.handle)
 
     @property
+    def address(self):
+        """Of the handle, for kernels that reduce within a step."""
+        return <size_t>self.handle
+
+    @property
+    def missing(self):
+        """The rank that was not there when the last call was late, or -1."""
+        return kf_exchange_missing(self.handle)
+
+    @property
     def aborted(self):
         return kf_exchange_aborted(self.handle) != 0

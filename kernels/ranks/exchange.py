@@ -56,12 +56,22 @@ class Exchange:
     def reduce(self, numbers: int, timeout_s: float) -> npt.NDArray[np.int64]:
         """The sum [numbers] of all ranks' contributions, which every rank has asked for with the same `numbers`. It
         holds until the next call has returned. Raises ExchangeAborted, and RankMissing after `timeout_s`."""
-        outcome, total, missing = self._native.reduce(numbers, int(timeout_s * 1e9))
-        if outcome == LATE:
-            raise RankMissing(missing, timeout_s)
-        if total is None:
-            raise ExchangeAborted("the exchange has been ended")
+        outcome, total, _ = self._native.reduce(numbers, int(timeout_s * 1e9))
+        self.check(outcome, timeout_s)
+        assert total is not None
         return total
+
+    def check(self, outcome: int, timeout_s: float) -> None:
+        """Raises, as reduce() does, for what a kernel's own reduction ended with."""
+        if outcome == LATE:
+            raise RankMissing(self._native.missing, timeout_s)
+        if outcome == ABORTED:
+            raise ExchangeAborted("the exchange has been ended")
+
+    @property
+    def address(self) -> int:
+        """Of this rank's end, for kernels that reduce within a step. Valid as long as this object."""
+        return self._native.address
 
     def abort(self) -> None:
         """Ends it for all ranks, also for those that wait now."""

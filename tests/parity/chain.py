@@ -27,6 +27,7 @@ class Chain:
         threads: int = 1,
         weights: Literal["model", "int8"] = "model",
         context_max: int = 0,
+        sums: Literal["float", "fixed"] = "float",
     ) -> None:
         self.block_size = block_size
         self.stages = [
@@ -40,6 +41,7 @@ class Chain:
                 threads=threads,
                 weights=weights,
                 context_max=context_max,
+                sums=sums,
             )
             for s in range(num_stages)
         ]

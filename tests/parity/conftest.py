@@ -56,6 +56,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True, "intermediate_size": 50},
     ),
+    "llama_shards": ("Llama", {"intermediate_size": 680, "num_key_value_heads": 3, "mlp_bias": True}),
     "mistral_window": ("Mistral", {"sliding_window": 21, "head_dim": 20}),
     "mistral_full": ("Mistral", {"sliding_window": None, "num_key_value_heads": 3}),
     "qwen2_biases": ("Qwen2", {"vocab_size": 203}),

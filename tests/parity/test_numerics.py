@@ -59,7 +59,7 @@ def test_what_changes_bits_or_layout_changes_numerics(build: Build) -> None:
         numerics_of(config, one.layers, **{**given, key: value})
         for key, value in (
             ("device", "cuda 9.0"), ("device", "cuda 8.0"), ("attention", "xformers"),
-            ("weights", "int8"),
+            ("weights", "int8"), ("sums", "fixed"),
             ("sources", "b"), ("libraries", ["numpy 2"]),
         )
     ] + [

@@ -111,6 +111,8 @@ def test_out_of_range(tmp_path: Path, section: str, field: str, value: Any) -> N
             ("pool_blocks = 67108864", "block_size = 64"),
         ),
         ({"engine": {"weights": "int8", "device": "cuda"}}, ("weights = 'int8'", "'cpu'", "'cuda'")),
+        ({"engine": {"sums": "fixed", "device": "cuda"}}, ("engine.sums = 'fixed'", "'cuda'")),
+        ({"engine": {"sums": "fixed", "weights": "int8"}}, ("engine.sums = 'fixed'", "'int8'")),
         ({"engine": {"attention": "xformers"}}, ("attention = 'xformers'", "device", "'cpu'")),
         (
             {"engine": {"attention": "xformers", "device": "cuda"}},

@@ -1,0 +1,258 @@
+"""One rank of a stage on the CPU: its heads, its shards of the FFN, and sums over all ranks' within a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from typing_extensions import Buffer
+
+from kernels.base import DTYPES, Layer, Linear, Mlp, StageSpec, StepArrays
+from kernels.cpu import _native
+from kernels.cpu.ops import step_of
+from kernels.cpu.pack import Packed, pack, pack_gate_up
+from kernels.memory import Arena, huge_zeros
+from kernels.ranks.cuts import ffn_ends, head_ends
+from kernels.ranks.exchange import Exchange
+from kernels.ranks.layout import Layout
+from kernels.ranks.own import (
+    HeadWeights,
+    check_cuttable,
+    ffn_weights,
+    head_weights,
+    shape_of,
+    shard_widths,
+    vocabulary_of,
+)
+
+Place = tuple[int, int, int, int]  # see Packed.place
+NOTHING: Place = (0, 0, 0, 1)
+NO_TOKENS = np.zeros(0, np.int32)
+
+
+class PlanePool:
+    """K and V of one rank: planes [num_blocks, K and V, block_size * head_dim], each of a head of a layer. Pages become
+    resident when they are first written, so data-parallel planes take what the rank's own requests take.
+
+    Raises MemoryError."""
+
+    def __init__(self, planes: int, num_blocks: int, block_size: int, head_dim: int, dtype: str) -> None:
+        self.planes, self.num_blocks = planes, num_blocks
+        self.block_size, self.head_dim, self.dtype = block_size, head_dim, dtype
+        item = np.uint16 if DTYPES[dtype] is torch.bfloat16 else np.float32
+        shape = (planes, num_blocks, 2, block_size * head_dim)
+        memory = huge_zeros(int(np.prod(shape)) * np.dtype(item).itemsize)
+        self.array: npt.NDArray[np.generic] = memory.view(item).reshape(shape)
+
+    def cache(self, table: npt.NDArray[np.int32]) -> _native.Cache:
+        """As the kernels take it, of the heads whose planes are table [layers, heads], which the caller keeps. Raises
+        ValueError for planes that are not there."""
+        layers, heads = table.shape
+        is_bf16 = self.array.dtype == np.uint16
+        address = self.array.ctypes.data
+        cache = _native.Cache(
+            address, self.num_blocks, layers, heads, self.block_size, self.head_dim, is_bf16
+        )
+        cache.set_planes(table, self.planes)
+        return cache
+
+
+class CpuRank:
+    """Computes what the layout gives to `rank`; a row's numbers have the bits that CpuStage has with fixed-point sums,
+    on any number of ranks. All ranks take the same steps, each in its own process or thread.
+
+    Threads are as of CpuStage. Raises ValueError for a stage or a layout that does not fit."""
+
+    def __init__(
+        self,
+        spec: StageSpec,
+        layout: Layout,
+        rank: int,
+        pool: PlanePool,
+        exchange: Exchange,
+        *,
+        threads: int = 1,
+        timeout_s: float = 10.0,
+    ) -> None:
+        check_cuttable(spec)
+        kv_heads = layout.shape.heads
+        if layout.shape != shape_of(spec, kv_heads) or spec.heads % kv_heads:
+            raise ValueError(f"a layout of {layout.shape} does not fit the stage")
+        self._spec, self._layout, self._rank = spec, layout, rank
+        self._pool, self._exchange, self._timeout_s = pool, exchange, timeout_s
+        self._dtype = DTYPES[pool.dtype]
+        self._arena = Arena()
+        self._kept: list[object] = []  # what the kernels have addresses of
+        self.suspect = False
+        self.team = _native.Team(threads)
+        scale = pool.head_dim**-0.5 if spec.scale is None else spec.scale
+        every = _native.Cache(
+            0, pool.num_blocks, 1, kv_heads, pool.block_size, pool.head_dim, self._is_bf16
+        )  # of which the stage needs the type only: each part has its own
+        sizes = (len(spec.layers), spec.hidden, spec.intermediate, spec.heads)
+        self._stage = _native.Stage(self.team, every, *sizes, spec.eps, scale)
+        softcap = 0.0 if spec.head is None else spec.head.softcap
+        self._stage.set_ways(spec.activation == "gelu_tanh", spec.norm_wide, spec.embed_scale, softcap)
+        self._native = _native.Rank(self._stage, kv_heads, layout.shape.shards)
+        self._native.set_exchange(exchange.address, int(timeout_s * 1e9))
+        self._widest = 0
+        for index, layer in enumerate(spec.layers):
+            self._set_layer(index, layer)
+        self._parts = [
+            (data_parallel, count)
+            for data_parallel, count in enumerate((layout.heads_per_rank, layout.heads_data_parallel))
+            if count
+        ]
+        for data_parallel, count in self._parts:
+            self._set_heads(bool(data_parallel), count)
+        self.vocabulary = self._set_ends()  # of which this rank has logits
+        self._rows = self._positions = 0
+        self._make_room(16)
+
+    @property
+    def _is_bf16(self) -> bool:
+        return self._dtype is torch.bfloat16
+
+    def forward(
+        self,
+        source: npt.NDArray[np.int64] | Buffer,
+        step: StepArrays,
+        picked: npt.NDArray[np.int32],
+        owned: StepArrays | None = None,
+        places: npt.NDArray[np.int32] = NO_TOKENS,
+    ) -> npt.NDArray[np.generic]:
+        """As StageKernels.forward(), on every rank at once. Logits are those of `vocabulary`, and the caller's own.
+
+        owned: the rows that this rank owns, with slots and tables of its data-parallel planes; places int32: which
+        tokens of the step they are. Raises also ExchangeAborted or RankMissing: the step's KV may then be written in
+        part."""
+        native = step_of(step)
+        own = step_of(owned) if owned is not None else _no_rows()
+        if native.tokens < 1:
+            raise ValueError("a step needs at least one token")
+        if native.tokens * self._spec.hidden > self._exchange.numbers_max:
+            raise ValueError(
+                f"{native.tokens} rows of {self._spec.hidden} are more than the {self._exchange.numbers_max} numbers"
+                " that the ranks' exchange has room for"
+            )
+        if native.tokens > self._rows:
+            self._make_room(native.tokens)
+        if native.context > self._positions:
+            self._cover(native.context)
+        out: npt.NDArray[np.generic]
+        if self._spec.head is None:
+            out = np.empty((native.tokens, self._spec.hidden), np.uint16 if self._is_bf16 else np.float32)
+        else:
+            out = np.empty((len(picked), len(self.vocabulary)), np.float32)
+        outcome, suspect = self._native.forward(native, own, places, source, picked, out.ctypes.data)
+        self._exchange.check(outcome, self._timeout_s)
+        self.suspect = suspect and self._spec.head is None
+        return out
+
+    def _make_room(self, rows: int) -> None:
+        self._rows = max(rows, 2 * self._rows)
+        hidden, hd = self._spec.hidden, self._pool.head_dim
+        group = self._spec.heads // self._layout.shape.heads
+        self._buffers = [self._room(size) for size in (hidden, hidden, 0, 0, 0, self._widest, hidden, 0)]
+        self._stage.set_buffers(*(buffer.data_ptr() for buffer in self._buffers))
+        for data_parallel, count in self._parts:
+            queries = count * group * hd
+            sizes = (hidden * data_parallel, queries + 2 * count * hd, queries, queries)
+            room = [self._room(size) for size in sizes]
+            self._native.set_room(bool(data_parallel), *(buffer.data_ptr() for buffer in room))
+            self._buffers += room
+
+    def _room(self, size: int) -> torch.Tensor:
+        return torch.empty(self._rows, size, dtype=self._dtype)
+
+    def _cover(self, positions: int) -> None:
+        for index, rotary in enumerate(self._spec.rotary):
+            rotary.cover(positions)
+            cos, sin = rotary.cos, rotary.sin
+            self._positions = min(len(cos), rotary.max_positions)
+            self._stage.set_rotary(index, cos.data_ptr(), sin.data_ptr(), self._positions, 2 * cos.shape[1])
+
+    def _set_layer(self, index: int, layer: Layer) -> None:
+        """All of a layer but its heads."""
+        assert isinstance(layer.mlp, Mlp)  # check_cuttable() has seen to it
+        norms = [
+            None if norm is None else norm.clone()
+            for norm in (
+                layer.attention_norm,
+                layer.mlp_norm,
+                layer.q_norm,
+                layer.k_norm,
+                layer.attention_out_norm,
+                layer.mlp_out_norm,
+            )
+        ]
+        ends, own = ffn_ends(self._spec.intermediate), self._layout.shards_of(self._rank, index)
+        o_bias = None if layer.o.bias is None else layer.o.bias.clone()
+        down_bias = None if layer.mlp.down.bias is None else layer.mlp.down.bias.clone()
+        gate_up, down = NOTHING, (0, _address(down_bias), 0, 1)
+        widths = shard_widths(ends, own)
+        if own:
+            mlp = ffn_weights(layer.mlp, ends, own)
+            gate_up = self._packed(pack_gate_up(mlp.gate_up, self._arena))
+            down = (self._packed(pack(Linear(mlp.down.weight), self._arena))[0], *down[1:])
+        self._kept += [norms, o_bias, down_bias]
+        weights = [NOTHING, (0, _address(o_bias), 0, 1), gate_up, down]
+        self._stage.set_layer(
+            index, [_address(norm) for norm in norms], weights, layer.window or 0, layer.rotary
+        )
+        own_ends = np.cumsum(widths, dtype=np.int64)
+        self._kept.append(own_ends)
+        self._native.set_shards(index, sum(widths), own_ends)
+        self._widest = max(self._widest, sum(widths))
+
+    def _set_heads(self, data_parallel: bool, count: int) -> None:
+        spec, layout = self._spec, self._layout
+        planes = layout.planes_of(self._rank)
+        table = np.empty((len(spec.layers), count), np.int32)
+        places: list[Sequence[Place]] = []
+        for index, layer in enumerate(spec.layers):
+            own = layout.data_parallel(index) if data_parallel else layout.heads_of(self._rank, index)
+            table[index] = [planes[index][head] for head in own]
+            weights: HeadWeights = head_weights(layer, spec.heads, layout.shape.heads, own)
+            places.append([self._packed(pack(linear, self._arena)) for linear in (weights.qkv, weights.o)])
+        heads = count * spec.heads // layout.shape.heads
+        ends = head_ends(count, heads * self._pool.head_dim)
+        self._kept += [table, ends]
+        self._native.set_heads(data_parallel, self._pool.cache(table), heads, places, ends)
+
+    def _set_ends(self) -> range:
+        """Embedding and head, where the stage has them. Returns the tokens of which it has logits."""
+        spec = self._spec
+        embed = 0
+        if spec.embed is not None:
+            self._kept.append(spec.embed)
+            embed = spec.embed.data_ptr()
+        vocab = 0 if spec.embed is None else len(spec.embed)
+        if spec.head is None:
+            self._stage.set_ends(vocab, embed, 0, NOTHING, 0)
+            return range(0)
+        norm, head = spec.head.norm.clone(), spec.head.tensor
+        own = vocabulary_of(self._layout, self._rank, len(head))
+        place = NOTHING
+        if own:
+            place = self._packed(pack(Linear(head[own.start : own.stop]), self._arena))
+        self._kept.append(norm)
+        self._stage.set_ends(vocab, embed, norm.data_ptr(), place, len(own))
+        return own
+
+    def _packed(self, packed: Packed) -> Place:
+        if not packed.fits(self._dtype):
+            raise ValueError(f"a weight is not {self._dtype}")
+        self._kept.append(packed)
+        return packed.place
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _no_rows() -> _native.Step:
+    none = np.zeros(0, np.int64)
+    return _native.Step(none, none, np.zeros(1, np.int32), NO_TOKENS, np.zeros((0, 0), np.int32))
