@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated
@@ -31,6 +32,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     stage: int = -1
     serving: tuple[str, ...] = ()  # "p0/1": pipeline and stage
     cordoned: bool = False
+    leaving: bool = False  # is to end: what it serves moves away
     link_address: str = ""
     rpc_address: str = ""
     pid: int = 0
@@ -77,6 +79,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     tail_tokens: int = 0  # ... and those of them in blocks that are not full
     token_s: float = 0.0  # what a position costs that is computed again; 0: not measured yet
     step_s: float = 0.0  # how long a step without prompts takes; 0: not measured yet
+    closing: bool = False  # takes no new request, and is removed once its streams have ended
 
 
 class ControllerStatus(msgspec.Struct, frozen=True):
@@ -168,6 +171,28 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
+def near_copies(status: ClusterStatus) -> list[str]:
+    """Copies that one failure takes together with what they copy, in words: both are in one place by the outermost
+    label in which hosts differ. Hosts without labels say nothing of it."""
+    domains = {node.node: node.fault_domain for node in status.nodes if node.fault_domain}
+    labels = next(iter(domains.values()), {})
+    label = next((label for label in labels if len({d.get(label) for d in domains.values()}) > 1), "host")
+    if label in ("host", "node"):
+        return []
+    found: dict[str, list[str]] = {}
+    for pipeline in status.pipelines:
+        for index, stage in enumerate(pipeline.stages):
+            for serving, copy in itertools.product(stage.serving, stage.replicas):
+                ours = domains.get(serving.node, {}).get(label)
+                if ours is not None and ours == domains.get(copy.node, {}).get(label):
+                    found.setdefault(ours, []).append(f"{pipeline.id}/{index}")
+    return [
+        f"{label} {value} has both what serves and its copy: {', '.join(stages[:NAMED_MAX])}"
+        + (f" and {len(stages) - NAMED_MAX} more" if len(stages) > NAMED_MAX else "")
+        for value, stages in sorted(found.items())
+    ]
+
+
 class Check(msgspec.Struct, frozen=True):
     """One line of a pre-flight."""
 
@@ -189,6 +214,7 @@ class OperationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     deadline_s: float = 0.0
     version: str = ""  # restart: of the code that the fresh processes have to run; "": they have to be equal
     settings: str = ""  # restart: digest of the settings that they have to have
+    instances: int = 0  # scale: so many are wanted
     if_epoch: int | None = (
         None  # refused unless the topology's counter is this one as the operation is written
     )
@@ -202,7 +228,8 @@ class OperationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
             self.settings,
         ):
             return False
-        return (known.kind.value, known.node, known.substitute) == (self.kind, node, self.substitute)
+        wanted = self.kind, node, self.substitute, self.instances
+        return (known.kind.value, known.node, known.substitute, known.instances) == wanted
 
 
 class OperationAnswer(msgspec.Struct, frozen=True):

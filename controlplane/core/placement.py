@@ -8,8 +8,12 @@ Nodes on probation (conduct.py) come last for everything: they leave the ring, a
 
 Where the strict rule finds nobody, any healthy peer with the stage's weights takes the copy (a donor, a spare, a node
 that came back and is still blank): with two instances a single failure would otherwise leave both unprotected. It
-costs such a node nothing that it needs: replicas are evicted first. A copy is never on the serving node itself, and
-another fault domain goes before the ring's order. Nodes of other numerics may serve the stage, but hold no copy.
+costs such a node nothing that it needs: replicas are evicted first. A copy is never on the serving node itself. Nodes
+of other numerics may serve the stage, but hold no copy.
+
+Fault domains go before all of that: a copy is as far from what it copies as any node is that may have it, also where
+that breaks the ring, because a rack takes both otherwise. Who takes a stage over without having a copy of it is, among
+those that serve as much, the one furthest from the stage's home: what has taken that may take its neighbours next.
 """
 
 from __future__ import annotations
@@ -110,13 +114,23 @@ class Layout:
         for at in range(start, start + len(places)):
             yield places[at % len(places)][1]
 
-    def lightest(self, s: Situation, stage: int) -> Iterator[NodeId]:
+    def lightest(self, s: Situation, stage: int, away: NodeView | None) -> Iterator[NodeId]:
         """Usable nodes with the stage's weights: first those that are not on probation, and of these who serves least;
-        by name."""
+        then those that are further from `away`; by name."""
         if stage not in self._by_name:
             self._by_name[stage] = _Weighed(s, stage, self.counts, {}, 0)
+        views = s.nodes.by_stage.get(stage, {})
+        # Nobody shares less with a node of the stage: such are told at once, and only those of its domain are sorted.
+        least = self.common(s, stage) if away is not None and away.member.node in views else 0
         for _, nodes in self._by_name[stage].classes():
-            yield from (node for _, node in nodes)
+            near = []
+            for _, node in nodes:
+                shared = _shared(away, views[node])
+                if shared <= least:
+                    yield node
+                else:
+                    near.append((shared, node))
+            yield from (node for _, node in sorted(near))
 
     def nearest(self, s: Situation, pipeline: Pipeline, stage: int) -> Iterator[tuple[bool, NodeId]]:
         """The same (on probation or not, node), but of those that serve as much the next one in the ring's order first,
@@ -205,7 +219,8 @@ def first_takers(
     views = s.nodes.by_stage.get(stage, {})
     near = {m.node for m in _holders(s, pipeline, stage)} | set(pipeline.stages[stage].homes)
     first = [views[node].member for node in near & views.keys() if able(s, pipeline, views[node].member)]
-    others = (views[node].member for node in layout.lightest(s, stage) if node not in near)
+    away = _home(s, pipeline, stage)
+    others = (views[node].member for node in layout.lightest(s, stage, away) if node not in near)
     return heapq.merge(sorted(first, key=rank), (m for m in others if able(s, pipeline, m)), key=rank)
 
 
@@ -220,17 +235,20 @@ def able(s: Situation, pipeline: Pipeline, member: Member) -> bool:
 def _rank(
     s: Situation, counts: Counter[NodeId], pipeline: Pipeline, stage: int, keep_kv: bool
 ) -> Callable[[Member], tuple[object, ...]]:
-    """The order of takers: not on probation, tier, how far behind, how many stages it serves, whether it has a copy."""
+    """The order of takers: not on probation, tier, how far behind, how many stages it serves, whether it has a copy,
+    how far it is from the home."""
     homes = pipeline.stages[stage].homes
     holders = _holders(s, pipeline, stage)
+    away = _home(s, pipeline, stage)
 
-    def key(member: Member) -> tuple[bool, int, int, int, bool, NodeId]:
+    def key(member: Member) -> tuple[bool, int, int, int, bool, int, NodeId]:
         lag = holders.get(member)
         light = lag is not None and counts[member.node] <= 1
         home = member.node in homes
         tier = (0 if light else 1 if home else 2) if keep_kv else (0 if home else 1 if light else 2)
         behind = lag if light and lag is not None else 0
-        return s.nodes.views[member.node].demoted, tier, behind, counts[member.node], lag is None, member.node
+        view = s.nodes.views[member.node]
+        return view.demoted, tier, behind, counts[member.node], lag is None, _shared(away, view), member.node
 
     return key
 
@@ -245,11 +263,11 @@ def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int)
     inside = {m.node for m in pipeline.members() if not s.nodes.is_dead(m)}
     here = s.nodes.views.get(source.node)
 
-    def key(view: NodeView) -> tuple[bool, bool, int, int, int, NodeId]:
+    def key(view: NodeView) -> tuple[bool, int, bool, int, int, NodeId]:
         node = view.member.node
         strict = node in ring
         distance = (order[node] - start) % count if node in order else count
-        return view.demoted, not strict, _shared(here, view), 0 if strict else counts[node], distance, node
+        return view.demoted, _shared(here, view), not strict, 0 if strict else counts[node], distance, node
 
     current = pipeline.stages[stage].replicas
 
@@ -262,7 +280,7 @@ def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int)
 
     views = s.nodes.by_stage.get(stage, {})
     least = layout.common(s, stage)
-    # Who is in the ring goes before all others, and the next one elsewhere before those: few have to be asked.
+    # The next one of the ring that is furthest away goes before all others: few have to be asked.
     found: list[NodeView] = []
     for node in layout.around(pipeline, stage):
         view = views.get(node)
@@ -270,9 +288,9 @@ def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int)
             found.append(view)
             if _shared(here, view) <= least:
                 break
-    if not found:
+    if not any(_shared(here, view) <= least for view in found):
         kept = [views[m.node] for m in current if m.node in views]
-        found = [view for view in kept if fit(view)]
+        found += [view for view in kept if fit(view)]
         for demoted, node in layout.nearest(s, pipeline, stage):
             if demoted and any(not view.demoted for view in found):
                 break
@@ -311,6 +329,11 @@ def is_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int, memb
         and s.nodes.exchange(source, member)
         and _shared(here, view) <= least
     )
+
+
+def _home(s: Situation, pipeline: Pipeline, stage: int) -> NodeView | None:
+    """The stage's home, if it is still known where that stood."""
+    return next((s.nodes.views[node] for node in pipeline.stages[stage].homes if node in s.nodes.views), None)
 
 
 def _holders(s: Situation, pipeline: Pipeline, stage: int) -> dict[Member, int]:

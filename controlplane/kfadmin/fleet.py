@@ -16,6 +16,7 @@ A host's etcd member, controller and gateway have the host's name. All that a ho
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -31,6 +32,7 @@ from controlplane.contract.ranges import Range, check_bounds
 
 # A host decides these by itself, from where it was joined and what the file says of it.
 OF_A_HOST = ("run_dir", "host", "advertise", "etcd", "tls", "labels", "insecure")
+NOWHERE = {"run_dir": "-", "model": "-", "insecure": True}  # to hold settings of no host against their bounds
 QUORUM_WORDS = "an even number of members survives no more failures than one fewer"
 
 
@@ -133,7 +135,7 @@ def plan(fleet: Fleet, name: str) -> HostPlan:
         "labels": _labels(name, host),
         "etcd": [join(address, fleet.etcd_port) for address in members.values()],
     }
-    draft = _config({**settings, "run_dir": "-", "insecure": True, "model": settings.get("model", "-")})
+    draft = _config({**settings, **NOWHERE})
     return HostPlan(
         name=name,
         settings=settings,
@@ -169,7 +171,22 @@ def warnings(fleet: Fleet) -> list[str]:
         found.append(
             "one controller: without its host nothing is repaired; give another host `controller = true`"
         )
-    return found
+    return [*found, *_together(fleet)]
+
+
+def _together(fleet: Fleet) -> list[str]:
+    """Stages of which one label has every node although hosts differ in it: their copies can be nowhere else."""
+    stages = _config({**plan(fleet, next(iter(fleet.hosts))).settings, **NOWHERE}).stages
+    where: dict[tuple[int, str], set[str]] = {}
+    for host in fleet.hosts.values():
+        for label, node in itertools.product(host.labels, host.nodes):
+            where.setdefault((int(node.removeprefix("n")) % stages, label), set()).add(host.labels[label])
+    every = {label: {host.labels[label] for host in fleet.hosts.values()} for _, label in where}
+    return [
+        f"every node of stage {stage} is in {label} {min(values)}: no copy of its KV survives that"
+        for (stage, label), values in sorted(where.items())
+        if len(values) == 1 < len(every[label])
+    ]
 
 
 def _check(fleet: Fleet) -> None:
@@ -186,7 +203,7 @@ def _check(fleet: Fleet) -> None:
             raise ConfigError(f"no host has `{what} = true`")
     plans = [plan(fleet, name) for name in fleet.hosts]  # holds the settings against their bounds
     _check_labels(fleet)
-    config = _config({**plans[0].settings, "run_dir": "-", "insecure": True, "model": "-"})
+    config = _config({**plans[0].settings, **NOWHERE})
     if not config.gateway_port or not config.admin_port:
         raise ConfigError("gateway_port and admin_port cannot be 0: other hosts have to know them")
     wanted = {f"n{number}" for number in range((config.instances + config.spares) * config.stages)}

@@ -95,6 +95,13 @@ def test_what_does_not_survive_its_host_is_said(folder: Path) -> None:
     found = "\n".join(warnings(read_fleet(folder / "fleet.toml")))
     assert "etcd has one member" in found
     assert "one controller" in found
+    assert "every node of stage" not in found
+    (folder / "fleet.toml").write_text(
+        FLEET.replace("instances = 2", "instances = 1").replace("stages = 1", "stages = 2")
+    )
+    found = "\n".join(warnings(read_fleet(folder / "fleet.toml")))
+    assert "every node of stage 1 is in rack r2" in found
+    assert "zone" not in found  # there is only one
 
 
 def test_hosts_differ_in_where_they_are_and_in_nothing_else(folder: Path) -> None:

@@ -103,6 +103,42 @@ def test_another_fault_domain_goes_before_the_order_of_the_ring() -> None:
     assert copies(world) == ["n2", "n2", "n0", "n0"]
 
 
+def test_a_copy_leaves_its_domain_where_only_that_breaks_the_ring() -> None:
+    world = World(make_config(4, 1))
+    for node, rack in (("n0", "a"), ("n1", "a"), ("n2", "b"), ("n3", "a")):
+        world.start(node, domain={"site": "x", "rack": rack, "node": node})
+    world.settle()
+    world.kill("n3")
+    world.settle()
+    assert places(world) == ["n0", "n1", "n2", "n2"]  # it had the copy, and leaves the ring
+    assert copies(world)[:2] == ["n2", "n2"]
+
+
+def test_the_widest_label_that_differs_counts_most() -> None:
+    world = World(make_config(4, 1))
+    for node, zone, rack in (("n0", "x", "1"), ("n1", "x", "1"), ("n2", "x", "2"), ("n3", "y", "3")):
+        world.start(node, domain={"zone": zone, "rack": rack, "node": node})
+    world.settle()
+    assert copies(world) == ["n3", "n3", "n3", "n0"]
+    world.kill("n3")
+    world.settle()
+    assert copies(world)[:3] == ["n2", "n2", "n1"]  # another rack of the same zone
+
+
+def test_who_takes_over_without_a_copy_is_far_from_the_home() -> None:
+    def killed(racks: dict[str, str]) -> str:
+        world = World(make_config(4, 1, mode=Mode.NONE))
+        for node, rack in racks.items():
+            world.start(node, domain={"rack": rack, "node": node})
+        world.settle()
+        world.kill("n3")
+        world.step()
+        return places(world)[3]
+
+    assert killed({"n0": "a", "n1": "b", "n2": "c", "n3": "d"}) == "n0"
+    assert killed({"n0": "d", "n1": "d", "n2": "a", "n3": "d"}) == "n2"
+
+
 def test_other_weights_and_other_stages_never_stand_in() -> None:
     world = formed(2, 2)
     world.kill("n0")
