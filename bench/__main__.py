@@ -28,6 +28,7 @@ BENCHES = {
     "transport": "links over each transport: latency, bandwidth, CPU, idle cost; against ucx_perftest and sockets",
     "prefix": "prefix caching: hit rates against an ideal cache, first tokens of cached prompts, what misses pay",
     "allreduce": "sums between two ranks of a host in shared memory, against gloo",
+    "failsafe": "the FailSafe paper's evaluation, simulated: ranks of H100s that fail by real traces; --figures",
     "parity": "erasure codes: encoding and decoding, against Intel ISA-L",
     "blocktable": "filling the arrays of a decode step of 256 sequences, against plain Python",
 }
@@ -68,7 +69,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="kevlarflow: requests per second (default: several)")
     parser.add_argument("--time-scale", type=float, help="kevlarflow: how much faster emulated time runs")
     parser.add_argument("--simulate", action="store_true", help="lumen: many instances, in virtual time")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="kevlarflow: draw into this folder")
+    parser.add_argument(
+        "--figures", type=Path, metavar="DIR", help="kevlarflow, failsafe: draw into this folder"
+    )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped then, too
     module = importlib.import_module(f"bench.{arguments.name}")

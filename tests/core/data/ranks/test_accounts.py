@@ -51,6 +51,8 @@ def test_routed_requests_fill_ranks_evenly(ranks: int) -> None:
     account, router = RankAccounts(layout, dict.fromkeys(layout.ranks, 1 << 40)), Router(layout.ranks)
     for number in range(200):
         tokens = 500 + 1300 * (number * number % 17)
-        router.submit(number, tokens)
-        account.take(number, router.owner(number), -(-tokens // 16))
+        router.submit(number, tokens, tokens)
+        owner = router.owner(number)
+        assert owner is not None
+        account.take(number, owner, -(-tokens // 16))
     assert account.spread() <= 1.05
