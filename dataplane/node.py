@@ -434,6 +434,7 @@ class Node:
                     tail_tokens=tail_tokens,
                     token_s=speed.token_s if speed else 0.0,
                     step_s=speed.step_s if speed else 0.0,
+                    unheld_tokens=scheduler.unheld_tokens if scheduler else -1,
                     uncoded_tokens=self._worker.parity.uncoded_tokens(pipeline_id),
                 )
             )

@@ -89,9 +89,10 @@ class PipelineReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     tail_tokens: int = 0  # ... and those of them in blocks that are not full, which nobody else has
     token_s: float = 0.0  # scheduler only: what a position costs that is computed again; 0: not measured yet
     step_s: float = 0.0  # scheduler only: how long a step without prompts takes; 0: not measured yet
-    uncoded_tokens: int = (
-        -1
-    )  # in full blocks of this stage that no parity could bring back now; -1: none is coded
+    # Scheduler only: of `tokens`, those in full blocks of requests that no instance holds; -1: none is to hold any.
+    unheld_tokens: int = -1
+    # In full blocks of this stage that no parity could bring back now; -1: none is coded.
+    uncoded_tokens: int = -1
 
 
 class RecoveryReport(msgspec.Struct, frozen=True, array_like=True, gc=False):

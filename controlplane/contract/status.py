@@ -79,6 +79,8 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     tail_tokens: int = 0  # ... and those of them in blocks that are not full
     token_s: float = 0.0  # what a position costs that is computed again; 0: not measured yet
     step_s: float = 0.0  # how long a step without prompts takes; 0: not measured yet
+    # Where instances hold copies of single requests: positions in full blocks of those that none holds; else -1.
+    unheld_tokens: int = -1
     closing: bool = False  # takes no new request, and is removed once its streams have ended
 
 

@@ -14,8 +14,10 @@ from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import NodeId
 from controlplane.contract.incidents import Incident
 from controlplane.contract.protection import Loss, Protection
-from controlplane.contract.status import ClusterStatus, NodeState, NodeStatus, PipelineStatus
+from controlplane.contract.status import ClusterStatus, NodeState, NodeStatus, PipelineState, PipelineStatus
 from controlplane.contract.topology import Mode
+
+SERVING = (PipelineState.UP, PipelineState.DEGRADED, PipelineState.MOVING)
 
 
 def protection(status: ClusterStatus, config: ClusterConfig, incidents: Sequence[Incident]) -> Protection:
@@ -27,7 +29,11 @@ def protection(status: ClusterStatus, config: ClusterConfig, incidents: Sequence
         for index, stage in enumerate(pipeline.stages):
             token_bytes = _block_bytes(nodes, pipeline, index) / size
             kv_bytes += int(pipeline.tokens * token_bytes)
-            if stage.lag_tokens >= 0:
+            if pipeline.unheld_tokens >= 0:
+                safe = max(0, pipeline.tokens - pipeline.tail_tokens - pipeline.unheld_tokens)
+                protected += int(safe * token_bytes)
+                lag += pipeline.unheld_tokens
+            elif stage.lag_tokens >= 0:
                 safe = max(0, pipeline.tokens - pipeline.tail_tokens - stage.lag_tokens)
                 protected += int(safe * token_bytes)
                 lag += stage.lag_tokens
@@ -59,6 +65,8 @@ def _policy(config: ClusterConfig, mode: Mode) -> str:
             return f"{config.parity.code} {config.stages}+{config.parity.parities}"
         case Mode.NONE | Mode.STOP_RESTART:
             return "none"
+        case Mode.LOAD_AWARE | Mode.FIXED_NEIGHBOUR:
+            return "one copy of each request, where its scheduler chooses"
         case _:
             return "one copy"
 
@@ -99,13 +107,20 @@ def _loss(
         if not stages:
             continue
         streams += pipeline.running
-        if any(not _others(nodes, node.node, stage) for stage in stages):
+        if pipeline.unheld_tokens >= 0 and any(
+            p is not pipeline and p.state in SERVING for p in status.pipelines
+        ):
+            # The instance fails as a whole, and nothing is borrowed.
+            again = pipeline.unheld_tokens + pipeline.tail_tokens
+            told = "its requests go on at the instances that hold their copies, or have the least to do"
+        elif any(not _others(nodes, node.node, stage) for stage in stages):
             down.append(pipeline.id)
             how.append(f"{pipeline.id}: down until {node.node} is back, then all of it is computed again")
             tokens += pipeline.tokens
             wait_s = None
             continue
-        again, told = _again(pipeline, stages, nodes, node.node, status.mode, config)
+        else:
+            again, told = _again(pipeline, stages, nodes, node.node, status.mode, config)
         tokens += again
         how.append(f"{pipeline.id}: {told}")
         if status.mode is Mode.PARITY and again < pipeline.tokens:

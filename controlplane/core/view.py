@@ -211,6 +211,7 @@ def _pipeline(pipeline: Pipeline, nodes: Nodes) -> PipelineStatus:
         tail_tokens=said.tail_tokens,
         token_s=said.token_s,
         step_s=said.step_s,
+        unheld_tokens=said.unheld_tokens,
         closing=pipeline.closing,
     )
 

@@ -192,6 +192,15 @@ class Scheduler:
         return sum(held), sum(tokens % self.limits.block_size for tokens in held)
 
     @property
+    def unheld_tokens(self) -> int:
+        """Of these, positions in full blocks of requests that no instance holds; -1: none is to hold any."""
+        if self.holders is None:
+            return -1
+        size, holder = self.limits.block_size, self.holders.holder
+        running = (r for r in self.requests.values() if r.phase is Phase.RUNNING)
+        return sum(r.issued - r.issued % size for r in running if holder(r.rid) is None)
+
+    @property
     def quiesced_step(self) -> int:
         """Last step issued in this fence (-1: none) once none is in flight and none will start; else -2."""
         idle = self._holding and not self.steps and not self.questions

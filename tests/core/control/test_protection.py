@@ -108,6 +108,17 @@ def test_parity_brings_back_so_many_stages_at_once() -> None:
     assert protection(both, two, []).policy == "rs 4+2"
 
 
+def test_where_instances_hold_copies_of_requests_the_whole_instance_moves() -> None:
+    status = replace(changed(busy(lag=-1), 0, unheld_tokens=160), mode=Mode.LOAD_AWARE)
+    cost = loss(status, "n2", replace(CONFIG, mode=Mode.LOAD_AWARE))
+    assert (cost.tokens, cost.down, cost.streams) == (160 + 60, (), 8)
+    found = protection(status, CONFIG, [])
+    assert found.protected_bytes == 4 * (1000 - 220) * BLOCK_BYTES // SIZE
+    assert found.lag_tokens == 4 * 160
+    alone = replace(status, pipelines=status.pipelines[:1], nodes=status.nodes[:4])
+    assert loss(alone, "n2").down == ("p0",)
+
+
 def test_who_serves_two_pipelines_costs_both() -> None:
     status = busy()
     stages = list(status.pipelines[1].stages)
