@@ -106,7 +106,22 @@ CODED_EVERY, CODED = 6, 2
 CODES = (("xor", 1), ("xor", 1), ("rs", 1), ("rs", 2), ("rdp", 2))
 
 
+# In one seed of so many etcd's topology is an old one again, as after a snapshot was restored.
+RESTORED_EVERY, RESTORED = 10, 3
+
+
 def generate(seed: int) -> Schedule:
+    schedule = _composed(seed)
+    if seed % RESTORED_EVERY != RESTORED or seed >= PARTIAL_FROM or schedule.calm:
+        return schedule
+    chance = random.Random(f"restored {seed}")
+    window_s = max((step.at for step in schedule.steps), default=1.0)
+    step = Step(chance.uniform(0.0, window_s), "restore", (chance.choice((1, 1, 2, 5, 100)),))
+    steps = sorted((*schedule.steps, step), key=lambda step: step.at)
+    return replace(schedule, steps=tuple(steps))
+
+
+def _composed(seed: int) -> Schedule:
     schedule = _drawn(seed)
     if seed % CODED_EVERY == CODED and seed < PARTIAL_FROM:
         return _coded(schedule)
