@@ -20,6 +20,7 @@ BENCHES = {
     "structured": "JSON held to a schema: its share of the decode rate, time to first token with a cold schema",
     "speculate": "drafts of a request's own text and of a draft model: tokens/s against none, batch 1 and 32",
     "profile": "where a decode step of one node goes: kernels, threads, Python",
+    "lumen": "copies placed by load and recovery by load, against stop-restart and fixed neighbours; --simulate",
     "prefill": "prompt tokens/s of the same systems",
     "falsealarms": "full load and no fault: how often a node is suspected or taken for dead, per hour",
     "scale": "one controller against 64 to 4,000 simulated nodes: CPU, kill to written topology, memory; --only SIZES",
@@ -40,6 +41,7 @@ OPTIONS = (
     "rate",
     "time_scale",
     "figures",
+    "simulate",
 )  # that not every bench takes
 
 
@@ -59,11 +61,13 @@ def main() -> None:
     parser.add_argument(
         "--only",
         metavar="A,B",
-        help="decode and prefill: these systems; kevlarflow: latency or recovery (default: all)",
+        help="decode and prefill: these systems; kevlarflow: latency or recovery; lumen: how many instances"
+        " (default: all)",
     )
     parser.add_argument("--scene", type=int, choices=(1, 2, 3), help="kevlarflow: which failure (default: 1)")
     parser.add_argument("--rate", type=float, help="kevlarflow: requests per second (default: several)")
     parser.add_argument("--time-scale", type=float, help="kevlarflow: how much faster emulated time runs")
+    parser.add_argument("--simulate", action="store_true", help="lumen: many instances, in virtual time")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="kevlarflow: draw into this folder")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped then, too

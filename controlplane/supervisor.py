@@ -215,6 +215,11 @@ class Supervisor:
         if stuck := [child.name for child in ending if child.running]:  # stuck in the kernel
             raise KevlarFlowError(f"did not die of SIGKILL: {', '.join(stuck)}")
 
+    def remove(self, name: str) -> None:
+        """A child that was ended, and is not to come back: nothing is left to say of it."""
+        child = self._children.pop(name)
+        child.file.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Let go of everything; children run on."""
         self._selector.close()

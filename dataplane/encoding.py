@@ -63,6 +63,10 @@ class Encoding:
         self._encoders = {p.id: encoders_of(topology, p.id) for p in clients_of(topology, self._me)}
         self._moved |= {name: 0.0 for name, now in self._encoders.items() if before.get(name, now) != now}
         self._forget(self.encoder.retain(self._encoders))
+        for gone in self._epochs.keys() - {pipeline.id for pipeline in topology.pipelines}:
+            del self._epochs[gone]
+            self._moved.pop(gone, None)
+            self._forget(self.encoder.void(gone))
         for pipeline in topology.pipelines:
             if self._epochs.get(pipeline.id) != pipeline.epoch:
                 self._epochs[pipeline.id] = pipeline.epoch

@@ -8,6 +8,9 @@ gRPC channels and UCX contexts: `preload` imports and does nothing else.) How no
 again, and the files of that, are in `controlplane/supervisor.py`; their ProcessFiles lie in RUN_DIR/nodes and, of the
 relay, in RUN_DIR/relay.
 
+Without --nodes it follows the group: the relay says which nodes are to run (`hosted.py`), as instances come and go.
+With --nodes it runs these, until the group says that one of them is to end.
+
 SIGTERM and SIGINT end the launcher and its nodes. After SIGHUP it leaves them running, for the next launcher to adopt.
 
 In mode stop-restart (the baseline) nodes are started as cold processes instead of forks, and restarts wait
@@ -31,16 +34,19 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+import msgspec
 import structlog
 
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
+from controlplane.contract.hosting import Wanted, all_nodes, number_of
 from controlplane.contract.lifetime import raise_descriptor_limit
 from controlplane.contract.logs import configure_logging
 from controlplane.contract.topology import Mode
 from controlplane.contract.version import code_version
 from controlplane.supervisor import Begin, Supervisor, run_command
 from dataplane.accelerators import Place, assign, count_devices
+from dataplane.hosted import WantedFile
 from dataplane.installed import Installed
 
 TARGET = "dataplane.main:run_node"
@@ -48,6 +54,7 @@ RELAY = "relay"
 RELAY_TARGET = "dataplane.relay:run_relay"
 PAUSE_MAX_S = 10.0  # before the next start of what keeps dying, or has its name taken
 STOP_GRACE_S = 3.0
+FOLLOW_S = 0.2  # how often it looks at what the relay says
 LOCK_WAIT_S = 3.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -75,12 +82,24 @@ def preload(target: str, torch: bool = True, sealed: bool = False) -> RunNode:
 class Launcher:
     """Supervises the nodes of one host until SIGTERM, SIGINT or SIGHUP. Single-threaded, because it forks."""
 
-    def __init__(self, config: ClusterConfig, config_path: Path, nodes: Sequence[str], target: str) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        config_path: Path,
+        nodes: Sequence[str],
+        target: str,
+        follows: bool = True,
+    ) -> None:
+        """`follows`: whether nodes are added that the group comes to want."""
         self._config = config
         self._config_path = config_path.absolute()
         self._target = target
         self._run_dir = Path(config.run_dir)
         self._nodes = list(nodes)
+        self._follows = follows
+        self._file = WantedFile(self._run_dir)
+        self._wanted = Wanted((), ())
+        self._uncertified: set[str] = set()  # nodes that cannot start yet
         self._log = structlog.get_logger()
         self._cold = config.mode is Mode.STOP_RESTART
         self._run_node: RunNode | None = None
@@ -106,9 +125,10 @@ class Launcher:
                 self._log.info("devices", **{node: place.device for node, place in self._places.items()})
             if self._target == TARGET:
                 self._children.add(RELAY, RELAY, self._begin_relay)
-            reload_s = self._config.timing.reload_s if self._cold else 0.0
+            self._follow(add=False)
             for node in self._nodes:
-                self._children.add(node, "nodes", partial(self._begin, node), reload_s)
+                self._add(node)
+            self._end_left_over()
             if not self._cold:
                 if self._target == TARGET:
                     self._run_relay = preload(RELAY_TARGET)
@@ -124,11 +144,78 @@ class Launcher:
                 self._children.send(RELAY, signal.SIGTERM)
             self._log.info("launcher is up", nodes=self._nodes, pid=os.getpid(), cold=self._cold)
             while not self._children.signals:
-                self._children.turn()
+                self._children.turn(FOLLOW_S)
+                self._follow()
             if set(self._children.signals) == {signal.SIGHUP}:
                 self._log.info("leaving the nodes to the next launcher")
                 return
             self._end()
+
+    def _add(self, node: str) -> None:
+        reload_s = self._config.timing.reload_s if self._cold else 0.0
+        self._children.add(node, "nodes", partial(self._begin, node), reload_s)
+
+    def _follow(self, add: bool = True) -> None:
+        """Start the nodes that the group has come to want, and end those that have nothing to do any more. `add`: not
+        only in the list."""
+        try:
+            news = self._file.news()
+        except (OSError, msgspec.MsgspecError) as error:
+            self._log.error("what the relay says of the nodes to run is not readable", error=str(error))
+            return
+        if news is not None:
+            self._wanted = news
+        elif not self._uncertified:
+            return
+        self._stop([node for node in self._nodes if node in self._wanted.stop], add)
+        if self._follows:
+            self._stop([node for node in self._nodes if node not in self._wanted.run], add)
+            fresh = [node for node in self._wanted.run if node not in self._nodes and self._certified(node)]
+            self._nodes += fresh
+            self._place(fresh)
+            for node in fresh if add else ():
+                self._log.info("the group has come to want a node", node=node)
+                self._add(node)
+
+    def _end_left_over(self) -> None:
+        """Nodes that the launcher before had started, and that nobody wants any more."""
+        files = (self._run_dir / "nodes").glob("*.json")
+        left = [path.stem for path in files if self._follows and path.stem not in self._nodes]
+        for node in left:
+            self._add(node)
+        self._stop(left, True)
+
+    def _stop(self, nodes: list[str], running: bool) -> None:
+        self._nodes = [node for node in self._nodes if node not in nodes]
+        if not nodes or not running:
+            return
+        self._log.info("nodes have nothing to do any more", nodes=nodes)
+        try:
+            self._children.end(nodes, STOP_GRACE_S)
+        except KevlarFlowError as error:
+            self._log.error("nodes cannot be ended", error=str(error))
+            return
+        for node in nodes:
+            self._children.remove(node)
+
+    def _certified(self, node: str) -> bool:
+        """Whether there is a certificate for it: `kfadmin up` makes those of new nodes, elsewhere the operator does."""
+        tls = self._config.tls
+        if tls.enabled and not Path(tls.paths(f"node-{node}")[1]).exists():
+            if node not in self._uncertified:
+                self._uncertified.add(node)
+                self._log.warning(
+                    "a node waits for its certificate", node=node, file=tls.paths(f"node-{node}")[1]
+                )
+            return False
+        self._uncertified.discard(node)
+        return True
+
+    def _place(self, fresh: list[str]) -> None:
+        """GPUs of nodes that come later: as if all had been there from the beginning. Those that run stay."""
+        if self._config.engine.device == "cuda":
+            places = assign(self._nodes, count_devices())
+            self._places |= {node: places[node] for node in fresh}
 
     def _end(self) -> None:
         """Raises KevlarFlowError if a node cannot be ended."""
@@ -246,29 +333,25 @@ class Launcher:
         return run_command(command)
 
 
-def all_nodes(config: ClusterConfig) -> list[str]:
-    """Every node's name: the instances' first, then `spares` blank ones for each stage."""
-    return [f"n{number}" for number in range((config.instances + config.spares) * config.stages)]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m dataplane.launcher`."""
     parser = argparse.ArgumentParser(
         prog="python -m dataplane.launcher", description="Run this host's nodes."
     )
     parser.add_argument("--config", type=Path, required=True, help="the cluster's settings (TOML or JSON)")
-    parser.add_argument("--nodes", default="", help="names, separated by commas; all of them if not given")
+    parser.add_argument(
+        "--nodes", default="", help="names, separated by commas; without: all that the group wants"
+    )
     parser.add_argument("--target", default=TARGET, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     configure_logging("launcher")
     raise_descriptor_limit()
     try:
         config = load_config(options.config)
-        known = all_nodes(config)
-        nodes = [name for name in options.nodes.split(",") if name] or known
-        if unknown := [name for name in nodes if name not in known]:
-            raise ConfigError(f"no such node: {', '.join(unknown)}; this cluster has n0 to {known[-1]}")
-        Launcher(config, options.config, nodes, options.target).run()
+        given = [name for name in options.nodes.split(",") if name]
+        if unknown := [name for name in given if number_of(name) < 0]:
+            raise ConfigError(f"no such node: {', '.join(unknown)}; nodes are n0, n1 and so on")
+        Launcher(config, options.config, given or all_nodes(config), options.target, not given).run()
     except KevlarFlowError as error:
         sys.exit(f"launcher: {error}")
 

@@ -27,7 +27,7 @@ from controlplane.contract.keys import Keys
 from controlplane.contract.records import NodeRecord
 from controlplane.contract.reports import NodeReport, PipelineReport
 from controlplane.contract.requests import SAMPLING_VERSION
-from controlplane.contract.topology import Pipeline, Topology
+from controlplane.contract.topology import HOLDER_MODES, Pipeline, Topology
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.register import Registration
@@ -36,7 +36,18 @@ from controlplane.keyspace.connect import etcd_client
 from dataplane.accelerators import CPU, Place
 from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
-from dataplane.core.messages import HeldMeta, LostMeta, Meta, Ping, ReadyMeta, ResultMeta, StepFailedMeta
+from dataplane.core.holders import candidates_of, leaders_at, sources_of
+from dataplane.core.messages import (
+    CopiedMeta,
+    HeldMeta,
+    LoadMeta,
+    LostMeta,
+    Meta,
+    Ping,
+    ReadyMeta,
+    ResultMeta,
+    StepFailedMeta,
+)
 from dataplane.core.pace import Timeliness
 from dataplane.core.parity import partners_of
 from dataplane.core.peers import Peers, engages, pipelines_of
@@ -141,6 +152,7 @@ class Node:
             self._reporter.kick,
             proposer,
         )
+        self._worker.hosts = self._schedulers.hosts
         self._transport = open_transport(
             config.transport,
             TransportConfig(
@@ -157,7 +169,7 @@ class Node:
             emulate=emulate_network(config, me.node, HASH_BYTES),
         )
         self._lane = Lane(self._transport, self._send)
-        self._world = World(Keys(config.cluster), config.group)
+        self._world = World(Keys.of(config), config.group)
         self._peers = Peers(me, stage)
         self._topology: Topology | None = None  # the one that is acted on
         self._ours: list[Pipeline] = []  # its pipelines that name us
@@ -258,6 +270,7 @@ class Node:
             registration.saw(self._world.view.item(registration.key), batch.revision)
             if "controllers" in folders:
                 self._reporter.set_controllers(self._world.controllers)
+            self._schedulers.on_records(self._world.nodes)
             before, topology = self._topology, self._world.topology
             if topology is not None and topology is not before:
                 if self._world.view.retired(self._me):
@@ -265,11 +278,21 @@ class Node:
                     self.stop()
                     return
                 self._ours = pipelines_of(topology, self._me)
-                self._partners = partners_of(topology, self._me)
+                self._partners = partners_of(topology, self._me) | self._copy_partners(topology)
             if "nodes" in folders or topology is not before:
                 self._open_links()
             if topology is not None and topology is not before:
                 self._take_up(topology)
+
+    def _copy_partners(self, topology: Topology) -> set[str]:
+        """Whom copies of single requests go to or come from, and the loads that say where they had better go."""
+        found: set[str] = set()
+        hosts = self._schedulers.hosts
+        for pipeline in self._ours if topology.mode in HOLDER_MODES else ():
+            if (stages := pipeline.stages_of(self._me)) and pipeline.up:
+                others = (*candidates_of(topology, pipeline, hosts), *sources_of(topology, pipeline, hosts))
+                found |= {member.node for member in leaders_at(others, stages[0]).values()}
+        return found - {self._me.node}
 
     def _take_up(self, topology: Topology) -> None:
         self._topology = topology
@@ -324,8 +347,10 @@ class Node:
         match meta:
             case Ping():
                 pass
-            case ResultMeta() | StepFailedMeta() | HeldMeta() | ReadyMeta() | LostMeta():
+            case ResultMeta() | StepFailedMeta() | HeldMeta() | ReadyMeta() | LostMeta() | CopiedMeta():
                 self._schedulers.on_message(meta)
+            case LoadMeta():
+                self._schedulers.on_load(meta)
             case _:
                 self._worker.put(Message(peer, meta, payload, came=MOMENT.now()))
 

@@ -99,6 +99,11 @@ class Parity:
             return
         self._busy = topology.mode is Mode.PARITY
         self.encoding.apply(topology)
+        for gone in self._epochs.keys() - {pipeline.id for pipeline in topology.pipelines}:
+            del self._epochs[gone]
+            self.restorer.void(gone)
+            self._unsettled.discard(gone)
+            self.sources.pop(gone, None)
         for pipeline in topology.pipelines:
             name, changed = pipeline.id, self._epochs.get(pipeline.id) != pipeline.epoch
             self._epochs[name] = pipeline.epoch

@@ -5,7 +5,8 @@
     python -m dataplane.relay --config FILE        (kf-relay; the launcher starts it)
 
 What it costs a controller to hear a host is then one stream and one message a heartbeat. Nothing depends on it: a node
-whose relay does not answer reports by itself (core/paths.py).
+whose relay does not answer reports by itself (core/paths.py). It also tells the launcher which nodes to
+run (hosted.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -31,6 +32,7 @@ from controlplane.contract import auth, rpc
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
 from controlplane.contract.identity import PLAIN, RELAY_NAME, Identity, ProcessName, ProcessRole
+from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.lifetime import begin, run_to_exit
 from controlplane.contract.logs import configure_logging
@@ -39,6 +41,8 @@ from controlplane.etcd.client import EtcdClient
 from controlplane.keyspace.connect import etcd_client
 from controlplane.keyspace.view import View
 from dataplane.core.relay import Line, Relay, Source
+from dataplane.hosted import tell_launcher
+from dataplane.lifeline import Lifelines
 from dataplane.report_stream import SOCKET, STREAM, keep_reporting, relay_address
 
 log = structlog.get_logger()
@@ -83,7 +87,15 @@ class _Refused(Exception):
 class RelayServer:
     """Raises ConfigError if the socket cannot be made, or another relay runs in the run directory."""
 
-    def __init__(self, config: ClusterConfig, token: str, identity: Identity = PLAIN) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        token: str,
+        identity: Identity = PLAIN,
+        beside: Callable[[EtcdClient, ClusterConfig], Coroutine[Any, Any, NoReturn]] | None = None,
+    ) -> None:
+        """`beside`: what else is done for the host, until the relay stops."""
+        self._beside = beside
         self.relay = Relay(config.timing.heartbeat_s)
         self._config = config
         self._token = token
@@ -93,6 +105,7 @@ class RelayServer:
         self._controllers: dict[str, _Controller] = {}
         self._leaving = False
         self._stop = asyncio.Event()
+        self._lifelines = Lifelines(self._run_dir, self._ended)
 
     def stop(self) -> None:
         self._stop.set()
@@ -104,14 +117,18 @@ class RelayServer:
             client = etcd_client(self._config, self._identity)
             follow = asyncio.create_task(self._follow(client))
             stop = asyncio.create_task(self._stop.wait())
+            tasks: set[asyncio.Task[Any]] = {follow, stop}
+            if self._beside is not None:
+                tasks.add(asyncio.create_task(self._beside(client, self._config)))
             log.info("relay is up", socket=str(self._run_dir / SOCKET))
             try:
-                done, _ = await asyncio.wait({follow, stop}, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
             finally:
                 self._leaving = True
-                for task in (follow, stop):
+                self._lifelines.close()
+                for task in tasks:
                     task.cancel()
                 await server.stop(grace=0)
                 if self._nodes and self._controllers:
@@ -174,6 +191,11 @@ class RelayServer:
                     self.relay.leave(node.source)
                     self._kick()
 
+    def _ended(self, member: Member) -> None:
+        """The process has. Its connection breaks only when the kernel has taken its memory apart."""
+        self.relay.end(member)
+        self._kick()
+
     async def _answer(self, node: _Node, context: Any) -> None:
         while True:
             await node.due.wait()
@@ -192,6 +214,7 @@ class RelayServer:
                 report = rpc.decode_report(raw)
                 if node.source is None:
                     node.source = self.relay.join(report.member)
+                    self._lifelines.follow(report.member)
                 elif node.source.member != report.member:
                     raise _Refused(f"one stream speaks for one node, not for {report.member} as well")
                 self.relay.report(
@@ -214,7 +237,7 @@ class RelayServer:
     # ---- controllers
 
     async def _follow(self, client: EtcdClient) -> None:
-        keys = Keys(self._config.cluster)
+        keys = Keys.of(self._config)
         view = View(keys, self._config.group)
         async for batch in client.watch_prefix(keys.controllers):
             view.apply(batch)
@@ -298,7 +321,7 @@ def run_relay(config: ClusterConfig) -> NoReturn:
     identity = Identity.of(config, ProcessRole.RELAY, RELAY_NAME)
 
     async def serve() -> None:
-        server = RelayServer(config, token, identity)
+        server = RelayServer(config, token, identity, tell_launcher)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.stop)

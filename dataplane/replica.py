@@ -5,7 +5,7 @@ What is decided here is decided on the event loop; what reads or writes blocks r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,10 @@ from dataplane.core.messages import (
     KvDropMeta,
     KvMeta,
     KvQueryMeta,
+    Place,
     RejoinMeta,
 )
+from dataplane.core.placed import Placed, tokens_where
 from dataplane.core.prefix import unpack_names
 from dataplane.core.replication import Copy, ReplicaSource
 from dataplane.core.stage import Stage
@@ -63,6 +65,10 @@ class _Protected:
     fence: Fence
     sources: dict[Member, ReplicaSource] = field(default_factory=dict)
     flush: bool = False  # quiesced: part-filled blocks too
+    full: set[Member] = field(
+        default_factory=set
+    )  # who gets all requests; the others those that are placed there
+    placed: Placed = field(default_factory=Placed)
 
 
 def never() -> bool:
@@ -103,27 +109,56 @@ class Replicator:
 
     # ------------------------------------------------------------------ the serving side
 
-    def protect(self, pipeline: PipelineId, epoch: int, targets: list[Member], flush: bool) -> None:
-        """From now on copy this pipeline's KV to `targets` (level-triggered: says how it shall be)."""
+    def protect(
+        self,
+        pipeline: PipelineId,
+        epoch: int,
+        targets: list[Member],
+        flush: bool,
+        holders: Mapping[PipelineId, Member] | None = None,
+    ) -> None:
+        """From now on copy this pipeline's KV to `targets` (level-triggered: says how it shall be). `holders`: who
+        may hold copies of single requests, by the pipeline whose stage it serves."""
         state = self._protected.setdefault(pipeline, _Protected(Fence(epoch)))
         if state.fence.epoch != epoch:
             state.fence = Fence(epoch)
             for source in state.sources.values():
                 source.restart()
-        state.flush = flush
+        state.flush, state.full, state.placed.members = flush, set(targets), dict(holders or {})
         state.sources = {
-            target: state.sources.get(target) or self._source(pipeline, target) for target in targets
+            target: state.sources.get(target) or self._source(pipeline, target, state)
+            for target in dict.fromkeys((*targets, *state.placed.members.values()))
         }
         self.wrote(pipeline, self._rids(pipeline))
 
-    def _source(self, pipeline: PipelineId, target: Member) -> ReplicaSource:
+    def _source(self, pipeline: PipelineId, target: Member, state: _Protected) -> ReplicaSource:
+        def wanted(rid: int) -> bool:
+            return target in state.full or state.placed.wants(target, rid)
+
         return ReplicaSource(
             target,
             self._store.block_size,
-            lambda rid: self._store.tokens((pipeline, rid)),
+            tokens_where(wanted, lambda rid: self._store.tokens((pipeline, rid))),
             lambda rid: self._store.verified_tokens((pipeline, rid)),
             self._bytes.block_bytes,
         )
+
+    def place(self, pipeline: PipelineId, orders: Iterable[Place]) -> None:
+        """The scheduler says which members are to have copies of these requests."""
+        state = self._protected.get(pipeline)
+        for order in orders if state is not None else ():
+            assert state is not None
+            tokens = self._store.tokens((pipeline, order.rid))
+            fresh, gone = state.placed.place(order, tokens - tokens % self._store.block_size)
+            for target in fresh & state.sources.keys():
+                state.sources[target].wrote((order.rid,))
+            for target in (gone & state.sources.keys()) - state.full:
+                self._drop(pipeline, state.fence, state.sources[target], (order.rid,))
+
+    def copied(self, pipeline: PipelineId) -> list[tuple[int, PipelineId]]:
+        """Copies of single requests that are complete since the last time: (request, holder)."""
+        state = self._protected.get(pipeline)
+        return [] if state is None else state.placed.copied(state.sources)
 
     def unprotect(self, pipeline: PipelineId) -> None:
         self._protected.pop(pipeline, None)
@@ -154,7 +189,15 @@ class Replicator:
         if state is None or not rids:
             return
         for source in state.sources.values():
-            self._drop(pipeline, state.fence, source, rids)
+            there = rids
+            if source.target not in state.full:
+                there = tuple(
+                    rid for rid in rids if source.has(rid) or state.placed.wants(source.target, rid)
+                )
+            if there:
+                self._drop(pipeline, state.fence, source, there)
+        for rid in rids:
+            state.placed.forget(rid)
 
     def _drop(
         self,
@@ -313,19 +356,21 @@ class Replicator:
         there = unpack_names(meta.names)
         if meta.whole:
             source.wrote(self._rids(meta.pipeline))
-            self._compare_kept(meta, source)
+            self._compare_kept(meta, source, full=peer in state.full)
         # Its copy of a request may have had more than the request itself in the end.
         gone = b"".join(name for name in there if not self._store.pool.has(name))
         if unknown or gone:
-            self._drop(meta.pipeline, state.fence, source, tuple(unknown), gone, keep=False)
+            # A request of an instance that failed is looked for by its names at who holds it.
+            keep = peer not in state.full
+            self._drop(meta.pipeline, state.fence, source, tuple(unknown), gone, keep=keep)
 
-    def _compare_kept(self, meta: KvAckMeta, source: ReplicaSource) -> None:
+    def _compare_kept(self, meta: KvAckMeta, source: ReplicaSource, full: bool) -> None:
         """What the holder has of what is kept here is not sent again, and what it lacks is."""
         kept = self._store.kept[meta.pipeline]
         source.there = set(unpack_names(meta.names))
         for rid, tokens in meta.held:
             source.there.update(self._names(meta.pipeline, rid)[: tokens // self._store.block_size])
-        source.kept = dict.fromkeys(name for name in kept if name not in source.there)
+        source.kept = dict.fromkeys(name for name in kept if full and name not in source.there)
 
     def targets(self, pipeline: PipelineId) -> tuple[TargetReport, ...]:
         """How far behind each copy is."""
@@ -335,6 +380,8 @@ class Replicator:
         rids = self._rids(pipeline)
         reports = []
         for target, source in state.sources.items():
+            if target not in state.full:
+                continue
             lag = source.lag_tokens(rids, state.flush) if source.known else LAG_UNKNOWN
             reports.append(TargetReport(target, lag, source.behind_s(lag)))
         return tuple(reports)
@@ -441,8 +488,10 @@ class Replicator:
             return
         for pipeline, state in self._protected.items():
             for source in state.sources.values():
+                there = gone if source.target in state.full else [n for n in gone if n in source.there]
                 source.there.difference_update(gone)
-                self._drop(pipeline, state.fence, source, (), b"".join(gone))
+                if there:
+                    self._drop(pipeline, state.fence, source, (), b"".join(there))
 
     def answer_query(self, peer: Member, meta: KvQueryMeta) -> None:
         """A source sends copies only after this answer: one whose numerics are others gets none."""

@@ -24,11 +24,20 @@ from controlplane.contract.requests import (
     Submit,
     Tokens,
 )
-from controlplane.contract.topology import MovePhase, Pipeline, Topology, quota_blocks, switched
+from controlplane.contract.topology import (
+    HOLDER_MODES,
+    Mode,
+    MovePhase,
+    Pipeline,
+    Topology,
+    quota_blocks,
+    switched,
+)
 from dataplane.core.batching import Limits
 from dataplane.core.events import (
     Ask,
     Cancelled,
+    CandidatesChanged,
     CapacityChanged,
     Deliver,
     Effect,
@@ -40,9 +49,20 @@ from dataplane.core.events import (
     RunStep,
     SessionLost,
     Submitted,
+    Tell,
     Tick,
 )
-from dataplane.core.messages import HeldMeta, LostMeta, ReadyMeta, RejoinMeta, ResultMeta, StepFailedMeta
+from dataplane.core.holders import candidates_of, sources_of
+from dataplane.core.messages import (
+    CopiedMeta,
+    HeldMeta,
+    LoadMeta,
+    LostMeta,
+    ReadyMeta,
+    RejoinMeta,
+    ResultMeta,
+    StepFailedMeta,
+)
 from dataplane.core.scheduler import Scheduler
 from dataplane.core.speculation import Proposer
 from dataplane.core.stats import SchedulerStats
@@ -57,6 +77,7 @@ RECOVERIES_KEPT = 64
 COUNTERS = tuple(field.name for field in fields(SchedulerStats))
 # So often in so many seconds a scheduler that raised is replaced by a fresh one; then the node ends with its error.
 CRASHES_MAX, CRASHES_WITHIN_S = 3, 60.0
+LOADS_EVERY_S = 0.25  # how often a pipeline says what it has to do to those whose copies it may hold
 UNSENT_MAX = 32  # questions kept for a member until its link is up; the scheduler asks anew anyway
 
 
@@ -89,26 +110,35 @@ class Schedulers:
         self._topology: Topology | None = None
         self._unsent: dict[Member, list[RejoinMeta]] = {}  # questions for members whose link is not up yet
         self._records: dict[NodeId, NodeRecord] = {}  # the last one of every node that was ever registered
+        self.hosts: dict[NodeId, str] = {}  # of every node that was ever registered
+        self._copies_moved = 0  # of schedulers that have moved away
         self._past = SchedulerStats()  # of schedulers that have moved away
+        self._listeners: dict[PipelineId, list[Member]] = {}  # whom our pipelines tell what they have to do
+        self._loads_at = 0.0
         self._crashes: deque[float] = deque(maxlen=CRASHES_MAX)  # when schedulers raised
         self.crashes_total = 0
 
     # ------------------------------------------------------------------ inputs
 
-    def on_topology(self, topology: Topology, records: dict[str, NodeRecord]) -> None:
-        previous, self._topology = self._topology, topology
+    def on_records(self, records: dict[str, NodeRecord]) -> None:
         # A registration may be gone for a while (etcd was away); the node is not.
         self._records.update(records)
+        self.hosts.update({node: record.fault_domain.get("host", node) for node, record in records.items()})
+
+    def on_topology(self, topology: Topology, records: dict[str, NodeRecord]) -> None:
+        previous, self._topology = self._topology, topology
+        self.on_records(records)
         now = time.monotonic()
         served: Counter[NodeId] = Counter()
         if any(pipeline.scheduler == self._me for pipeline in topology.pipelines):
             served = served_counts(topology)
+        for gone in self.by_pipeline.keys() - {pipeline.id for pipeline in topology.pipelines}:
+            self._end(gone)
         for pipeline in topology.pipelines:
             scheduler = self.by_pipeline.get(pipeline.id)
             if pipeline.scheduler != self._me:
                 if scheduler is not None:
-                    self._remember(self.by_pipeline.pop(pipeline.id))
-                    self._perform(scheduler, scheduler.close())
+                    self._end(pipeline.id)
                 continue
             before = previous.pipeline(pipeline.id) if previous is not None else None
             capacity = self._capacity(topology, pipeline, served)
@@ -139,7 +169,49 @@ class Schedulers:
                 )
             scheduler = self._dispatch(scheduler, capacity)
             self._dispatch(scheduler, Quiesce(hold))
+            self._dispatch(scheduler, self._candidates(topology, pipeline))
             self._news()
+        self._listen(topology)
+
+    def _candidates(self, topology: Topology, pipeline: Pipeline) -> CandidatesChanged:
+        """Who may hold copies of its requests: whoever computes with them as well as it does."""
+        if topology.mode not in HOLDER_MODES:
+            return CandidatesChanged(None)
+        salt = self._salt(pipeline)
+        able = [p.id for p in candidates_of(topology, pipeline, self.hosts) if self._salt(p) == salt]
+        return CandidatesChanged(tuple(able), topology.mode is Mode.FIXED_NEIGHBOUR)
+
+    def _listen(self, topology: Topology) -> None:
+        """Who wants to know how much our pipelines have to do."""
+        self._listeners = {}
+        for pipeline in topology.pipelines if topology.mode in HOLDER_MODES else ():
+            if pipeline.id in self.by_pipeline:
+                schedulers = [p.scheduler for p in sources_of(topology, pipeline, self.hosts)]
+                self._listeners[pipeline.id] = [member for member in schedulers if member is not None]
+
+    def on_load(self, meta: LoadMeta) -> None:
+        """Another pipeline says how much it has to do."""
+        for scheduler in list(self.by_pipeline.values()):
+            if scheduler.holders is not None and scheduler.pipeline != meta.pipeline:
+                self._dispatch(scheduler, meta)
+
+    def _tell_loads(self) -> None:
+        now = time.monotonic()
+        if not self._listeners or now < self._loads_at:
+            return
+        self._loads_at = now + LOADS_EVERY_S
+        for pipeline, members in self._listeners.items():
+            scheduler = self.by_pipeline.get(pipeline)
+            if scheduler is not None:
+                meta = LoadMeta(pipeline, scheduler.fence, scheduler.work)
+                for member in members:
+                    self._send(member, meta, b"")  # what is lost of it is said again soon
+
+    def _end(self, pipeline: PipelineId) -> None:
+        """Another node schedules the pipeline now, or it is gone."""
+        scheduler = self.by_pipeline.pop(pipeline)
+        self._remember(scheduler)
+        self._perform(scheduler, scheduler.close())
 
     def on_gateway(self, session: int, message: GatewayMessage) -> None:
         match message:
@@ -165,7 +237,9 @@ class Schedulers:
         for scheduler in list(self.by_pipeline.values()):
             self._dispatch(scheduler, SessionLost(session))
 
-    def on_message(self, meta: ResultMeta | StepFailedMeta | HeldMeta | ReadyMeta | LostMeta) -> None:
+    def on_message(
+        self, meta: ResultMeta | StepFailedMeta | HeldMeta | ReadyMeta | LostMeta | CopiedMeta
+    ) -> None:
         scheduler = self.by_pipeline.get(meta.pipeline)
         if scheduler is not None:
             self._dispatch(scheduler, meta)
@@ -177,12 +251,14 @@ class Schedulers:
     def tick(self) -> None:
         for scheduler in list(self.by_pipeline.values()):
             self._dispatch(scheduler, Tick())
+        self._tell_loads()
 
     def counters(self) -> dict[str, int]:
         """Totals over present and past schedulers, by name."""
         stats = [self._past, *(s.stats for s in self.by_pipeline.values())]
         totals = {name: sum([getattr(s, name) for s in stats]) for name in COUNTERS}
-        return totals | {"crashes": self.crashes_total}
+        moved = sum(s.holders.moved for s in self.by_pipeline.values() if s.holders is not None)
+        return totals | {"crashes": self.crashes_total, "copies_moved": self._copies_moved + moved}
 
     # ------------------------------------------------------------------ effects
 
@@ -225,6 +301,7 @@ class Schedulers:
         if self._topology is not None and pipeline is not None:
             served = served_counts(self._topology)
             self._dispatch(fresh, self._capacity(self._topology, pipeline, served))
+            self._dispatch(fresh, self._candidates(self._topology, pipeline))
         self._perform(fresh, fresh.start(now))
         return fresh
 
@@ -237,6 +314,9 @@ class Schedulers:
                     self._ask(scheduler.pipeline, meta)
                 case Deliver(session, tokens):
                     message = Tokens(scheduler.pipeline, scheduler.fence.epoch, tokens)
+                    self._frontdoor.send(session, message)
+                case Tell(session, holders):
+                    message = Tokens(scheduler.pipeline, scheduler.fence.epoch, (), holders)
                     self._frontdoor.send(session, message)
                 case Refuse(session, refused):
                     self._frontdoor.send(session, refused)
@@ -311,6 +391,7 @@ class Schedulers:
     def _remember(self, scheduler: Scheduler) -> None:
         for name in COUNTERS:
             setattr(self._past, name, getattr(self._past, name) + getattr(scheduler.stats, name))
+        self._copies_moved += scheduler.holders.moved if scheduler.holders is not None else 0
 
 
 def served_counts(topology: Topology) -> Counter[NodeId]:

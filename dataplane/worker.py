@@ -13,17 +13,20 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, assert_never, get_args
 
 from controlplane.contract.config import ParityConfig
 from controlplane.contract.ids import Member, NodeId, PipelineId
-from controlplane.contract.topology import MovePhase, Pipeline, Topology
+from controlplane.contract.topology import HOLDER_MODES, MovePhase, Pipeline, Topology
 from dataplane._fast.blocktable import Rows
 from dataplane.compute import Compute, Computed, Work
 from dataplane.core.blocks import KvStore
 from dataplane.core.checksums import Check
+from dataplane.core.holders import candidates_of, leaders_at
 from dataplane.core.messages import (
+    CopiedMeta,
     Detail,
     Fence,
     FetchMeta,
@@ -120,6 +123,7 @@ class Worker:
             lambda stages: longest_block(executor, stages),
             executor.block_wire_bytes,
         )
+        self.hosts: Mapping[NodeId, str] = {}  # of nodes, as far as they are known
         self.topology: Topology | None = None  # the newest one applied
         self._newest: Topology | None = (
             None  # the newest one known: what is older than it need not be computed
@@ -159,6 +163,7 @@ class Worker:
             if not self._inbox or handled % PUMP_EVERY == 0:
                 await self.parity.pump(time.monotonic(), lambda: len(self._inbox) > 0)
                 await self.replicator.pump(time.monotonic(), lambda: len(self._inbox) > 0)
+                self._tell_copied()
 
     def wake(self) -> None:
         """Called every tick. Copies wait for their turn like everything else: a block must not be read
@@ -216,7 +221,9 @@ class Worker:
         meta = message.meta
         assert isinstance(meta, FENCED)
         pipeline = self.topology.pipeline(meta.pipeline) if self.topology is not None else None
-        epoch = pipeline.epoch if pipeline is not None else -1
+        # Of a pipeline that is gone all epochs are over: if one of its name comes again, its epochs are later counters.
+        gone = self.topology.counter if self.topology is not None else -1
+        epoch = pipeline.epoch if pipeline is not None else gone
         if meta.fence.epoch > epoch:
             if len(self._deferred) < DEFERRED_MAX:
                 self._deferred.append(message)
@@ -246,7 +253,10 @@ class Worker:
     def _apply(self, topology: Topology) -> None:
         if self.topology is not None and topology.counter <= self.topology.counter:
             return
-        self.topology = topology
+        before, self.topology = self.topology, topology
+        for pipeline in before.pipelines if before is not None else ():
+            if topology.pipeline(pipeline.id) is None:
+                self._forget(pipeline.id)
         self._store.idle = frozenset(pipeline.id for pipeline in topology.pipelines if not pipeline.up)
         for pipeline in topology.pipelines:
             duty = pipeline.stages_of(self._me)
@@ -282,7 +292,9 @@ class Worker:
             flush = move.phase is MovePhase.QUIESCE
             if move.to not in targets:
                 targets.append(move.to)
-        self.replicator.protect(pipeline.id, pipeline.epoch, targets, flush)
+        assert self.topology is not None
+        holders = leaders_at(candidates_of(self.topology, pipeline, self.hosts), index)
+        self.replicator.protect(pipeline.id, pipeline.epoch, targets, flush, holders)
 
     def _leave(self, pipeline: Pipeline) -> None:
         """Another node serves our stage now. What we hold becomes its replica, if it copies to us."""
@@ -290,10 +302,19 @@ class Worker:
         self.replicator.unprotect(pipeline.id)
         self._store.leave(pipeline.id, demote=self._me in pipeline.stages[stage.index].replicas)
 
+    def _forget(self, pipeline: PipelineId) -> None:
+        """It is gone, with all that was kept for it."""
+        if self.stages.pop(pipeline, None) is not None:
+            self.replicator.unprotect(pipeline)
+            self._store.leave(pipeline, demote=False)
+        self._store.copies.drop_pipeline(pipeline)
+
     def _holds(self, pipeline: Pipeline | None) -> bool:
         """Whether some stage of the pipeline copies its KV to this node."""
-        if pipeline is None:
+        if pipeline is None or self.topology is None:
             return False
+        if self.topology.mode in HOLDER_MODES:
+            return True  # of single requests; also while their instance is down, since they may go on here
         if pipeline.move is not None and pipeline.move.to == self._me:
             return True
         return any(self._me in stage.replicas for stage in pipeline.stages)
@@ -393,6 +414,12 @@ class Worker:
             log.error("%d of %d blocks of copies had changed in memory", failures, len(checks))
         return damaged
 
+    def _tell_copied(self) -> None:
+        """Schedulers learn which holders have what they were to get."""
+        for pipeline, stage in self.stages.items():
+            if placed := self.replicator.copied(pipeline):
+                self._to_scheduler(pipeline, CopiedMeta(pipeline, stage.fence, stage.index, tuple(placed)))
+
     def _tell_lost(self) -> None:
         """Of what is kept here for requests to come, something has changed in memory."""
         lost: dict[PipelineId, list[bytes]] = {}
@@ -418,6 +445,7 @@ class Worker:
         stage = self.stages[meta.pipeline]
         prepared = stage.prepare(meta)
         self.replicator.freed(meta.pipeline, (*meta.drops, *meta.frees))
+        self.replicator.place(meta.pipeline, meta.places)
         if isinstance(prepared, str):
             log.warning("step %d of %s: %s", meta.step, meta.pipeline, prepared)
             self._fail(stage, meta, prepared, missing=self._store.missing if prepared == "space" else 0)

@@ -19,6 +19,7 @@ class EventKind(StrEnum):
     MOVE = "move"  # a planned move began, switched or was called off
     DRAINED = "drained"
     REPLACED = "replaced"
+    SCALED = "scaled"  # an instance was added, or takes no new request any more, or is gone
     UNAVAILABLE = "unavailable"  # no node is left for a stage
     OPERATION = "operation"
     BLEMISH = "blemish"  # something in the topology is wrong; work goes on around it

@@ -84,10 +84,13 @@ class OperationKind(StrEnum):
     PAUSE = "pause"
     RESUME = "resume"
     RESTART = "restart"
+    SCALE = "scale"
 
 
 # These are about the whole group: `Operation.node` is empty, or (transfer-leader) may be.
-GROUP_WIDE = frozenset({OperationKind.TRANSFER, OperationKind.PAUSE, OperationKind.RESUME})
+GROUP_WIDE = frozenset(
+    {OperationKind.TRANSFER, OperationKind.PAUSE, OperationKind.RESUME, OperationKind.SCALE}
+)
 
 
 class RestartScope(StrEnum):
@@ -140,6 +143,7 @@ class Operation(msgspec.Struct, frozen=True):
     # restart: what the fresh processes have to be made of (`NodeRecord.version`, `.settings`); "": just equal
     version: str = ""
     settings: str = ""
+    instances: int = 0  # scale: so many are wanted
 
     identity: ClassVar[tuple[str, ...]] = ("id",)
 

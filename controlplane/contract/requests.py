@@ -98,6 +98,8 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     pipeline: PipelineId
     epoch: int
     items: tuple[Token, ...]
+    # Where each request's KV is copied to a pipeline of its own: who has the copy of which from now on (None: nobody).
+    holders: tuple[tuple[int, PipelineId | None], ...] = ()
 
 
 class RefusalCode(StrEnum):

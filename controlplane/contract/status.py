@@ -32,6 +32,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     stage: int = -1
     serving: tuple[str, ...] = ()  # "p0/1": pipeline and stage
     cordoned: bool = False
+    leaving: bool = False  # is to end: what it serves moves away
     link_address: str = ""
     rpc_address: str = ""
     pid: int = 0
@@ -78,6 +79,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     tail_tokens: int = 0  # ... and those of them in blocks that are not full
     token_s: float = 0.0  # what a position costs that is computed again; 0: not measured yet
     step_s: float = 0.0  # how long a step without prompts takes; 0: not measured yet
+    closing: bool = False  # takes no new request, and is removed once its streams have ended
 
 
 class ControllerStatus(msgspec.Struct, frozen=True):
@@ -212,6 +214,7 @@ class OperationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     deadline_s: float = 0.0
     version: str = ""  # restart: of the code that the fresh processes have to run; "": they have to be equal
     settings: str = ""  # restart: digest of the settings that they have to have
+    instances: int = 0  # scale: so many are wanted
     if_epoch: int | None = (
         None  # refused unless the topology's counter is this one as the operation is written
     )
@@ -225,7 +228,8 @@ class OperationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
             self.settings,
         ):
             return False
-        return (known.kind.value, known.node, known.substitute) == (self.kind, node, self.substitute)
+        wanted = self.kind, node, self.substitute, self.instances
+        return (known.kind.value, known.node, known.substitute, known.instances) == wanted
 
 
 class OperationAnswer(msgspec.Struct, frozen=True):

@@ -22,6 +22,13 @@ class Mode(StrEnum):
     PARITY = "parity"  # code KV over the stages, on nodes of other pipelines; borrow a peer on failure
     NONE = "none"  # borrow a peer on failure, recompute from the token log
     STOP_RESTART = "stop-restart"  # an instance with a dead node is gone until it has been restarted
+    # Each request's KV is copied to the instance that its scheduler chooses; the requests of an instance that failed go
+    # on at those, and nothing is borrowed.
+    LOAD_AWARE = "load-aware"  # chosen by load, and left alone where it has become too much (LUMEN)
+    FIXED_NEIGHBOUR = "fixed-neighbour"  # the next instance, whatever it has to do: for comparison
+
+
+HOLDER_MODES = frozenset({Mode.LOAD_AWARE, Mode.FIXED_NEIGHBOUR})
 
 
 class MovePhase(StrEnum):
@@ -64,6 +71,7 @@ class Pipeline(msgspec.Struct, frozen=True, gc=False):
     epoch: int
     stages: tuple[Stage, ...]
     move: Move | None = None
+    closing: bool = False  # takes no new request, and is removed once its streams have ended
 
     identity: ClassVar[tuple[str, ...]] = ("id",)
 
@@ -94,6 +102,8 @@ class Topology(msgspec.Struct, frozen=True, gc=False):
     cordoned: tuple[NodeId, ...] = ()  # get no new duty: not donors, not replica targets, not handed back to
     retired: tuple[Member, ...] = ()  # must exit; their launcher starts a fresh incarnation
     paused: bool = False  # automation is off: nothing is planned until it is resumed
+    # Are to end: what they serve and hold moves away, and once nothing here names them their launchers stop them.
+    leaving: tuple[NodeId, ...] = ()
 
     identity: ClassVar[tuple[str, ...]] = ("group",)
 
@@ -115,7 +125,7 @@ class Topology(msgspec.Struct, frozen=True, gc=False):
     @property
     def copies(self) -> bool:
         """Whether nodes that serve hold copies of other pipelines, too: a lone pipeline's are with spares."""
-        return self.mode is Mode.REPLICATE and len(self.pipelines) > 1
+        return (self.mode is Mode.REPLICATE or self.mode in HOLDER_MODES) and len(self.pipelines) > 1
 
 
 def switched(before: Pipeline, after: Pipeline) -> bool:

@@ -179,6 +179,9 @@ class Controller:
             case events.ReportStreamBroken(member):
                 self._detector.stream_broken(member, self._now)
                 return True
+            case events.ProcessEnded(member):
+                self._detector.ended(member, self._now)
+                return True
             case events.TopologySeen(topology, mod_revision, read):
                 before = self._topology.value
                 after = None if topology is None else interned(before, topology)
@@ -287,9 +290,11 @@ class Controller:
         self._timers.note(after, self._now)
         old = {} if before is None else {p.id: p for p in before.pipelines}
         changed = [p for p in after.pipelines if p is not old.get(p.id)]
+        self._waiting &= {p.id for p in after.pipelines}
         self._detector.expect(members_of(changed) - set(after.retired), self._now)
         for pipeline in changed:
-            if pipeline.move is not None or any(len(stage.replicas) > 1 for stage in pipeline.stages):
+            twofold = any(len(stage.replicas) > 1 for stage in pipeline.stages)
+            if pipeline.move is not None or pipeline.closing or twofold:
                 self._waiting.add(pipeline.id)
             else:
                 self._waiting.discard(pipeline.id)

@@ -69,17 +69,43 @@ def counter_grows_by_one(s: Situation, after: Topology) -> Iterator[str]:
 
 
 def pipelines_stay(s: Situation, after: Topology) -> Iterator[str]:
-    """Same group, same pipelines, same number of stages and ranks."""
+    """Same group, same pipelines, same number of stages and ranks. One that is closing may go; one that comes is the
+    last, and nobody serves it yet."""
     if after.group != s.topology.group:
         yield "another group"
-    if [(p.id, len(p.stages)) for p in s.topology.pipelines] != [
-        (p.id, len(p.stages)) for p in after.pipelines
-    ]:
-        yield "another set of pipelines"
+    old = {p.id: p for p in s.topology.pipelines}
+    new = {p.id: p for p in after.pipelines}
+    yield from (
+        f"{p.id}: it is gone, and was not closing" for p in old.values() if p.id not in new and not p.closing
+    )
+    stay = [name for name in old if name in new]
+    if [p.id for p in after.pipelines] != [*stay, *(name for name in new if name not in old)]:
+        yield "pipelines in another order, or twice"
+    yield from (f"{p.id}: {len(p.stages)} stages" for p in new.values() if len(p.stages) != _stages(s, p))
+    for pipeline in (p for p in new.values() if p.id not in old):
+        if (
+            pipeline.epoch
+            or pipeline.move is not None
+            or any(st.ranks or st.replicas for st in pipeline.stages)
+        ):
+            yield f"{pipeline.id}: it is new, and somebody serves it"
     for pipeline in after.pipelines:
         for index, stage in enumerate(pipeline.stages):
             if stage.ranks and len(stage.ranks) != len(stage.homes):
                 yield f"{pipeline.id}/{index}: {len(stage.ranks)} ranks of {len(stage.homes)}"
+
+
+def _stages(s: Situation, pipeline: Pipeline) -> int:
+    """How many it should have."""
+    before = s.topology.pipeline(pipeline.id) or (s.topology.pipelines or (pipeline,))[0]
+    return len(before.stages)
+
+
+def the_closed_are_idle(s: Situation, after: Topology) -> Iterator[str]:
+    """A pipeline goes when it serves nobody: no stream has to move because of it."""
+    for pipeline in s.topology.pipelines:
+        if after.pipeline(pipeline.id) is None and pipeline.up and not s.idle(pipeline):
+            yield f"{pipeline.id}: it goes, and may have requests"
 
 
 def epoch_follows_ranks(s: Situation, after: Topology) -> Iterator[str]:
@@ -203,7 +229,9 @@ def one_process_a_node(s: Situation, after: Topology) -> Iterator[str]:
 
 
 def _pairs(s: Situation, after: Topology) -> Iterator[tuple[Pipeline, Pipeline]]:
-    return zip(s.topology.pipelines, after.pipelines, strict=True)
+    """The pipelines that are in both."""
+    known = {p.id: p for p in s.topology.pipelines}
+    return ((known[p.id], p) for p in after.pipelines if p.id in known)
 
 
 def _duties(pipeline: Pipeline) -> set[tuple[Member, int]]:
@@ -218,6 +246,7 @@ INVARIANTS: dict[str, Callable[[Situation, Topology], Iterator[str]]] = {
     for function in (
         counter_grows_by_one,
         pipelines_stay,
+        the_closed_are_idle,
         epoch_follows_ranks,
         no_node_twice_in_a_pipeline,
         copies_are_elsewhere,

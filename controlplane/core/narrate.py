@@ -43,14 +43,27 @@ def of_topology(
 ) -> Iterator[Event]:
     """What a written topology changed. `died_s`: how long ago each dead member was found dead."""
     known = {p.id: p for p in before.pipelines}
+    for gone in known.keys() - {p.id for p in after.pipelines}:
+        yield Event(EventKind.SCALED, gone, f"{gone} is gone: it had no stream left", unix_now, after.counter)
     for new in after.pipelines:
         old = known.get(new.id)
-        if old is None or old is new:
+        if old is new:
             continue
+        if old is None:
+            homes = _homes(new)
+            yield Event(EventKind.SCALED, new.id, f"{new.id} is new, with {homes}", unix_now, after.counter)
+            continue
+        if old.closing != new.closing:
+            text = "takes no new request: it is to go" if new.closing else "stays, and takes requests again"
+            yield Event(EventKind.SCALED, new.id, f"{new.id} {text}", unix_now, after.counter)
         if old.epoch != new.epoch:
             yield from _epoch(old, new, died_s, unix_now)
         if old.move != new.move:
             yield from _move(old, new, unix_now)
+
+
+def _homes(pipeline: Pipeline) -> str:
+    return ", ".join(home for stage in pipeline.stages for home in stage.homes)
 
 
 def _epoch(old: Pipeline, new: Pipeline, died_s: Mapping[Member, float], unix_now: float) -> Iterator[Event]:
@@ -127,4 +140,5 @@ def of_operation(op: Operation, unix_now: float) -> Event:
     if op.finished_unix_s and op.created_unix_s:
         details["took_s"] = round(op.finished_unix_s - op.created_unix_s, 4)
     subject = op.id if kind is EventKind.OPERATION else op.node
-    return Event(kind, subject, f"{op.kind.value} {op.node}: {op.message}", unix_now, details=details)
+    what = f"{op.kind.value} {op.node or op.instances or ''}".strip()
+    return Event(kind, subject, f"{what}: {op.message}", unix_now, details=details)

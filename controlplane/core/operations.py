@@ -22,9 +22,10 @@ from controlplane.core.policy import Policy, Situation
 
 
 def survey(topology: Topology, nodes: Nodes, policy: Policy, now: float) -> Situation:
-    """The situation: who is to be avoided follows from the cordons, the demotions and the operations under way."""
+    """The situation: who is to be avoided follows from the topology, the demotions and the operations under way."""
     operations = tuple(active(policy.operations))
     emptying = frozenset(op.node for op in operations if kinds.of(op).empties(nodes))
+    emptying |= set(topology.leaving)
     avoid = emptying | set(topology.cordoned) | nodes.demoted
     return Situation(topology, nodes, policy, now, avoid, emptying, operations=operations)
 
@@ -82,7 +83,7 @@ def progress(s: Situation, op: Operation, unix_now: float) -> Operation:
         if why := kind.amiss(s):
             return _closed(op, OperationState.FAILED, why, unix_now)
         if kind.is_done(s):
-            return _closed(op, OperationState.DONE, kind.done_words.format(node=op.node), unix_now)
+            return _closed(op, OperationState.DONE, kind.last_words(), unix_now)
     if op.deadline_unix_s and unix_now >= op.deadline_unix_s:
         return _closed(op, OperationState.FAILED, f"deadline reached: {op.message or 'not begun'}", unix_now)
     if under_way:

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topology
+from controlplane.core.closing import remove_closed
 from controlplane.core.demote import restart_faulty
 from controlplane.core.edit import successor
 from controlplane.core.invariants import broken
@@ -79,8 +80,8 @@ def _try(rule: Rule, s: Situation) -> _Attempt:
         return _Attempt(after)
     looked_at = {p.id for p in s.pipelines}
     if after is not None:
-        pairs = zip(s.topology.pipelines, after.pipelines, strict=True)
-        if blamed := frozenset(new.id for old, new in pairs if old != new) & looked_at:
+        known = {p.id: p for p in after.pipelines}
+        if blamed := frozenset(p.id for p in s.topology.pipelines if known.get(p.id) != p) & looked_at:
             if len(blamed) > 1:  # most of them may be beyond reproach
                 alone = {p: _outcome(rule, replace_situation(s, only={p}))[1] for p in blamed}
                 blamed = frozenset(p for p, failed in alone.items() if failed) or blamed
@@ -190,5 +191,5 @@ URGENT: tuple[Rule, ...] = (
     call_off_unwanted,
     advance_moves,
 )
-RULES: tuple[Rule, ...] = (*URGENT, operate, start_move, retarget, tidy)
-REPORTED: tuple[Rule, ...] = (advance_moves, release)  # what depends on how far copies are
+RULES: tuple[Rule, ...] = (*URGENT, operate, remove_closed, start_move, retarget, tidy)
+REPORTED: tuple[Rule, ...] = (advance_moves, remove_closed, release)  # what depends on reports

@@ -16,6 +16,7 @@ from controlplane.core.membership import Nodes
 HAND_BACK = "hand-back"
 PROBATION = "probation"
 GATHER = "gather"
+LEAVING = "leaving"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Want:
     pipeline: PipelineId
     stage: int
     to: tuple[NodeId, ...]
-    reason: str  # HAND_BACK, PROBATION, GATHER or an operation's id
+    reason: str  # HAND_BACK, PROBATION, GATHER, LEAVING or an operation's id
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,9 @@ class Timers:
         epochs = {p.id: p.epoch for p in topology.pipelines}
         if epochs != self._epochs:
             self._epochs, self.calm_since = epochs, now
+        for gone in (self.unformed.keys() | self.moves.keys()) - epochs.keys():
+            self.unformed.pop(gone, None)
+            self.moves.pop(gone, None)
         for pipeline in topology.pipelines:
             if pipeline.epoch == 0:
                 self.unformed.setdefault(pipeline.id, now)
@@ -124,7 +128,9 @@ class Situation:
     policy: Policy
     now: float
     avoid: frozenset[NodeId]  # cordoned, or being emptied by a running operation: they get no new duty
-    emptying: frozenset[NodeId] = frozenset()  # those of `avoid` whose copies have to go as well
+    emptying: frozenset[NodeId] = (
+        frozenset()
+    )  # those of `avoid` whose copies have to go as well: also who leaves
     operations: tuple[Operation, ...] = ()  # whose turn it is; a restart stands as the replacement it is at
     only: Collection[PipelineId] | None = None  # the pipelines to look at; None: all
 
@@ -133,6 +139,14 @@ class Situation:
         """Those to look at."""
         every = self.topology.pipelines
         return every if self.only is None else [p for p in every if p.id in self.only]
+
+    def idle(self, pipeline: Pipeline) -> bool:
+        """Whether nobody would miss the pipeline: its scheduler says that it has no request, and has led for so long
+        that gateways have told it of those that were with another one."""
+        report = self.nodes.report(pipeline.scheduler, pipeline.id, 0)
+        if report is None or report.epoch != pipeline.epoch or report.running or report.waiting:
+            return False
+        return self.now - self.policy.timers.calm_since >= self.policy.limits.settle_s
 
     def near(self, pipeline: Pipeline, stage: int, copy: Member) -> bool:
         """Whether a copy is so close behind that the rest fits into a short pause."""

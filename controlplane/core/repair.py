@@ -8,7 +8,7 @@ from dataclasses import replace as replace_situation
 from msgspec.structs import replace
 
 from controlplane.contract.ids import Member
-from controlplane.contract.topology import Mode, Move, Pipeline, Topology
+from controlplane.contract.topology import HOLDER_MODES, Mode, Move, Pipeline, Topology
 from controlplane.core.edit import successor, with_stage
 from controlplane.core.placement import Layout, first_takers, is_target, replica_target
 from controlplane.core.policy import Situation
@@ -25,6 +25,12 @@ def repair(s: Situation) -> Topology | None:
         if s.topology.mode is Mode.STOP_RESTART:
             if gone:
                 return _stop(s, pipeline)
+            continue
+        if s.topology.mode in HOLDER_MODES:
+            if lost := dead if _others_serve(s, pipeline) else gone:
+                for index in lost:
+                    pipeline = with_stage(pipeline, index, ranks=())
+                draft.put(replace(pipeline, move=None), lost)
             continue
         if mended := _staffed(s, draft, pipeline, dead) if dead else None:
             draft.put(replace(mended, move=None), dead)
@@ -135,6 +141,14 @@ def _stop(s: Situation, pipeline: Pipeline) -> Topology:
     return successor(s.topology, replace(emptied, move=None), retired=(*s.topology.retired, *survivors))
 
 
+def _others_serve(s: Situation, pipeline: Pipeline) -> bool:
+    """Whether another pipeline can go on with this one's requests."""
+    return any(
+        other.up and other.id != pipeline.id and not any(map(s.nodes.is_dead, other.members()))
+        for other in s.topology.pipelines
+    )
+
+
 def _at_home(s: Situation, pipeline: Pipeline, stages: list[int]) -> Pipeline | None:
     """The stages served by their own homes, if all of these are ready."""
     staffed = pipeline
@@ -148,7 +162,7 @@ def _at_home(s: Situation, pipeline: Pipeline, stages: list[int]) -> Pipeline | 
 
 
 def _may_borrow(s: Situation, pipeline: Pipeline) -> bool:
-    if s.topology.mode is Mode.STOP_RESTART:
+    if s.topology.mode is Mode.STOP_RESTART or s.topology.mode in HOLDER_MODES:
         return False
     since = s.policy.timers.unformed.get(pipeline.id, s.now)
     return pipeline.epoch > 0 or s.now - since >= s.policy.config.timing.form_grace_s

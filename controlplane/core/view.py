@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 
+from msgspec.structs import replace
+
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import NodeId, PipelineId
 from controlplane.contract.records import Operation
@@ -114,9 +116,11 @@ class Overview:
         self._stale_pipelines = set(self._places)
 
     def _look(self, node: NodeId, now: float) -> None:
-        cordoned = self._topology is not None and node in self._topology.cordoned
+        topology = self._topology
         serving = tuple(self._serving.get(node, ()))
-        status = _node(node, self._members, self._newest, serving, cordoned, now)
+        status = _node(node, self._members, self._newest, serving, now)
+        if topology is not None and (node in topology.cordoned or node in topology.leaving):
+            status = replace(status, cordoned=node in topology.cordoned, leaving=node in topology.leaving)
         self._nodes[node] = status
         if status.state is NodeState.GREEN:
             self._unsteady.discard(node)
@@ -128,17 +132,24 @@ def _names(nodes: Nodes, topology: Topology | None) -> list[NodeId]:
     """n2 before n10."""
     names = set(nodes.views)
     if topology is not None:
+        # Who was to leave, and has left, is missed by nobody.
+        names -= {
+            node
+            for node in topology.leaving
+            if node in nodes.views and nodes.is_dead(nodes.views[node].member)
+        }
+        names.update(m.node for p in topology.pipelines for m in p.members() if m.node in nodes.views)
         names.update(home for p in topology.pipelines for stage in p.stages for home in stage.homes)
     return sorted(names, key=lambda name: (len(name), name))
 
 
 def _node(
-    node: NodeId, members: Membership, nodes: Nodes, serving: tuple[str, ...], cordoned: bool, now: float
+    node: NodeId, members: Membership, nodes: Nodes, serving: tuple[str, ...], now: float
 ) -> NodeStatus:
     view = nodes.views.get(node)
     if view is None:
         evidence = "never registered"
-        return NodeStatus(node, NodeState.ABSENT, evidence=evidence, serving=serving, cordoned=cordoned)
+        return NodeStatus(node, NodeState.ABSENT, evidence=evidence, serving=serving)
     record, detector = view.record, members.detector
     member = record.member
     report = nodes.reports.get(member)
@@ -150,7 +161,6 @@ def _node(
         evidence=detector.evidence(member) or view.why_not,
         stage=record.stage,
         serving=serving,
-        cordoned=cordoned,
         link_address=record.link_address,
         rpc_address=record.rpc_address,
         pid=record.pid,
@@ -201,6 +211,7 @@ def _pipeline(pipeline: Pipeline, nodes: Nodes) -> PipelineStatus:
         tail_tokens=said.tail_tokens,
         token_s=said.token_s,
         step_s=said.step_s,
+        closing=pipeline.closing,
     )
 
 

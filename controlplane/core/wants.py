@@ -1,9 +1,10 @@
-"""Every (pipeline, stage) that should be served by somebody else than now: operations, relief, hand-back, gathering."""
+"""Every (pipeline, stage) that should be served by somebody else than now, by whatever wants it."""
 
 from __future__ import annotations
 
 from controlplane.contract.topology import Mode
 from controlplane.core import kinds
+from controlplane.core.closing import departures
 from controlplane.core.demote import relief
 from controlplane.core.gather import gather
 from controlplane.core.policy import HAND_BACK, Situation, Want
@@ -17,6 +18,8 @@ def wants(s: Situation) -> list[Want]:
     for op in s.operations:
         for want in kinds.of(op).wants(s):
             found.setdefault((want.pipeline, want.stage), want)
+    for want in departures(s):
+        found.setdefault((want.pipeline, want.stage), want)
     for want in relief(s):
         found.setdefault((want.pipeline, want.stage), want)
     for pipeline in s.pipelines:

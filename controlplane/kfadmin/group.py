@@ -1,4 +1,4 @@
-"""Verbs about the whole group: pause, resume, transfer-leader, restart."""
+"""Verbs about the whole group: pause, resume, transfer-leader, scale, restart."""
 
 from __future__ import annotations
 
@@ -45,6 +45,20 @@ def transfer_leader(
 ) -> OperationRequest:
     """Hand leadership to another controller. No stream notices."""
     return wish.to(OperationKind.TRANSFER, controller)
+
+
+@operation(timeout_s=3600.0)
+def scale(
+    wish: Wish,
+    instances: Annotated[int, typer.Argument(min=1, help="How many the group is to have.")],
+) -> OperationRequest:
+    """Add or remove instances while all of them serve; no stream ends for it.
+
+    The launcher of this machine starts the nodes of new ones (elsewhere: launchers without --nodes do, or start theirs
+    with their names). Of those that go, the last ones, the stages move to nodes of the others, KV included, and the
+    nodes end; each instance is gone once its streams have ended.
+    """
+    return wish.to(OperationKind.SCALE, instances=instances)
 
 
 @operation(timeout_s=3600.0)

@@ -30,7 +30,8 @@ from controlplane.kfadmin.tokens import seconds_of
 from controlplane.kfadmin.units import TARGET, WORDS, render, verify
 
 UNITS = Path("/etc/systemd/system")
-PASSED_ON = ("KF_ETCD_BIN", "PGPASSFILE", "OMP_NUM_THREADS", "UCX_NET_DEVICES", "UCX_TLS")  # from `install` to the units
+# From `install` to the units.
+PASSED_ON = ("KF_ETCD_BIN", "PGPASSFILE", "OMP_NUM_THREADS", "UCX_NET_DEVICES", "UCX_TLS")
 POLL_S = 0.3
 
 app = typer.Typer(no_args_is_help=True, help="Hosts of a cluster over several machines.")

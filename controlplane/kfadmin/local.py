@@ -18,6 +18,7 @@ import msgspec
 from controlplane.contract.address import admin_socket, join
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError, KevlarFlowError, PeerError
+from controlplane.contract.hosting import WANTED_FILE, Wanted, all_nodes
 from controlplane.contract.identity import RELAY_NAME, ProcessName, ProcessRole
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
 from controlplane.etcd.health import unfit_releases
@@ -89,6 +90,7 @@ class LocalCluster:
         self._stack = contextlib.ExitStack()
         self._supervisor: SupervisorThread | None = None
         self._ports: dict[str, int] = {}
+        self._uncertified = ""  # why new nodes have no certificates, as it was told
 
     def __enter__(self) -> LocalCluster:
         self.start()
@@ -113,6 +115,7 @@ class LocalCluster:
             if leftovers := self.run_dir.end_leftovers():
                 self._progress(f"ended processes of an earlier run: {', '.join(leftovers)}")
             self.run_dir.prepare()
+            (self.run_dir.path / WANTED_FILE).unlink(missing_ok=True)  # of an earlier topology
             for folder in ("pids", "nodes", "relay"):
                 for file in (self.run_dir.path / folder).glob("*.json"):
                     file.unlink()
@@ -138,7 +141,7 @@ class LocalCluster:
             return
         config = self._draft
         members = [f"etcd{number}" for number in range(self._etcd_members)]
-        nodes = [f"n{number}" for number in range((config.instances + config.spares) * config.stages)]
+        nodes = all_nodes(config)
         of_role = {
             ProcessRole.ETCD: members,
             ProcessRole.CONTROLLER: self._controllers,
@@ -239,7 +242,7 @@ class LocalCluster:
         self._progress("ready")
 
     def _wait_nodes(self, admin: AdminClient, deadline: float) -> None:
-        missing = {f"n{k}" for k in range((self.config.instances + self.config.spares) * self.config.stages)}
+        missing = set(all_nodes(self.config))
         total = len(missing)
 
         def all_there() -> bool:
@@ -355,12 +358,31 @@ class LocalCluster:
             if self._certs is not None and time.monotonic() >= look_at:
                 look_at = time.monotonic() + RENEW_LOOK_S
                 self.renew_certificates()
+            self.certify_new_nodes()
             for name, file in {**self._processes(), **self.run_dir.processes("relay")}.items():
                 if file.said and told.get(name) != file.said:
                     told[name] = file.said
                     who = "" if file.said.startswith(name) else f"{name} failed: "
                     self._progress(f"{who}{file.said}. It is tried again, ever more rarely")
         raise KevlarFlowError("the supervisor's thread has ended; see the trace above")
+
+    def certify_new_nodes(self) -> None:
+        """Certificates of nodes that the group has come to want since it was started. What keeps them from being made
+        is told, once."""
+        if self._certs is None:
+            return
+        try:
+            wanted = msgspec.json.decode((self.run_dir.path / WANTED_FILE).read_bytes(), type=Wanted)
+            new = [n for n in wanted.run if not Path(self.config.tls.paths(f"node-{n}")[1]).exists()]
+            if new:
+                certify(self._certs, self.config, [ProcessName(ProcessRole.NODE, node) for node in new])
+                self._progress(f"made certificates for {', '.join(new)}")
+        except FileNotFoundError:
+            return  # the relay has not said anything yet
+        except (OSError, ConfigError, msgspec.MsgspecError) as error:
+            if str(error) != self._uncertified:
+                self._uncertified = str(error)
+                self._progress(f"WARNING: no certificates for new nodes: {error}")
 
     def renew_certificates(self) -> None:
         """Those that have lived for half of their time. What keeps it from that is told, and tried again."""

@@ -75,7 +75,7 @@ for verb in (
     up.up, up.down,
     show.status, show.nodes, show.topology, show.events, show.incidents, show.protection, show.top, show.audit,
     operate.drain, operate.undrain, operate.cordon, operate.replace, operations.cancel,
-    group.pause, group.resume, group.transfer_leader, group.restart,
+    group.pause, group.resume, group.transfer_leader, group.scale, group.restart,
     about.version, about.completion, bundle.support_bundle,
     demo.demo,
 ):  # fmt: skip

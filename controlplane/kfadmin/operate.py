@@ -59,7 +59,7 @@ class Wish:
     reason: str
 
     def to(
-        self, kind: OperationKind, node: str = "", substitute: str | None = None, **more: str
+        self, kind: OperationKind, node: str = "", substitute: str | None = None, **more: Any
     ) -> OperationRequest:
         """A request under the given name, or a fresh one."""
         name = self.operation_id or "-".join(filter(None, (kind.value, node, secrets.token_hex(4))))
@@ -202,7 +202,7 @@ def follow(
 
 def line(operation: Operation) -> str:
     message = f": {operation.message}" if operation.message else ""
-    what = f"{operation.kind.value} {operation.node}".strip()
+    what = f"{operation.kind.value} {operation.node or operation.instances or ''}".strip()
     return f"{what} {operation.state.value}{message}  ({operation.id})"
 
 

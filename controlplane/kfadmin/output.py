@@ -89,28 +89,31 @@ def print_status(status: ClusterStatus) -> None:
     for p in told[:SHOWN_MAX]:
         stages = "  ".join(_served_by(stage) for stage in p.stages)
         lags = " ".join("-" if stage.lag_tokens < 0 else str(stage.lag_tokens) for stage in p.stages)
-        pipelines.add_row(p.id, state(p.state), str(p.epoch), str(p.running), str(p.waiting), stages, lags)
+        closing = state(p.state).append(" closing", WARN) if p.closing else state(p.state)
+        pipelines.add_row(p.id, closing, str(p.epoch), str(p.running), str(p.waiting), stages, lags)
     if told:
         out.print(pipelines)
     if others := len(status.pipelines) - len(told[:SHOWN_MAX]):
         up = sum(p.state is PipelineState.UP for p in status.pipelines)
         out.print(f"{others} pipelines are not shown ({up} are up): `kfadmin topology` shows all")
-    trouble = [node for node in status.nodes if node.state is not NodeState.GREEN or node.cordoned]
+    trouble = [node for node in status.nodes if node.state is not NodeState.GREEN or _mark(node)]
     green = sum(node.state is NodeState.GREEN for node in status.nodes)
     out.print(f"\n{green} of {len(status.nodes)} nodes are green")
     for stage, having in numerics_of_stages(status).items():
         out.print(f"stage {stage} computes as {who_has_what(having)}")
     for node in trouble[:SHOWN_MAX]:
-        cordoned = " cordoned" if node.cordoned else ""
-        out.print(Text(f"  {node.node} ").append(state(node.state)).append(f"{cordoned}  {node.evidence}"))
+        marked = f"{_mark(node)}  {node.evidence}"
+        out.print(Text(f"  {node.node} ").append(state(node.state)).append(marked))
     if len(trouble) > SHOWN_MAX:
         out.print(f"  and {len(trouble) - SHOWN_MAX} more: `kfadmin nodes` shows all")
     for operation in status.operations:
         if operation.open:
-            out.print(
-                f"operation {operation.id}: {operation.kind.value} {operation.node}".rstrip()
-                + f": {operation.message}"
-            )
+            what = f"{operation.kind.value} {operation.node or operation.instances or ''}".rstrip()
+            out.print(f"operation {operation.id}: {what}: {operation.message}")
+
+
+def _mark(node: NodeStatus) -> str:
+    return f"{' cordoned' * node.cordoned}{' leaving' * node.leaving}"
 
 
 def _served_by(stage: StageStatus) -> str:
@@ -143,7 +146,7 @@ def print_nodes(nodes: tuple[NodeStatus, ...], wide: bool = False) -> None:
     more = ("WHERE", "VERSION", "SETTINGS", "RPC", "LINK", "SILENT", "SLOWNESS") if wide else ()
     rows = table(*headers, *more)
     for n in nodes:
-        marked = state(n.state).append(" cordoned", WARN) if n.cordoned else state(n.state)
+        marked = state(n.state).append(_mark(n), WARN)
         blocks = (str(n.blocks_used), str(n.blocks_replica), str(n.blocks_total))
         stage = str(n.stage) if n.stage >= 0 else "-"
         process = (n.numerics or "-", str(n.pid or "-"))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from controlplane.contract.ids import PipelineId
 from controlplane.contract.requests import Refused, Submit, Token
 from dataplane.core.messages import (
+    CopiedMeta,
     HeldMeta,
+    LoadMeta,
     LostMeta,
     ReadyMeta,
     RejoinMeta,
@@ -60,6 +63,14 @@ class CapacityChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class CandidatesChanged:
+    """Who may hold copies of requests, in the order of the ring; None: requests have no holders of their own."""
+
+    candidates: tuple[PipelineId, ...] | None
+    fixed: bool = False  # always the first one
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     pass
 
@@ -71,12 +82,15 @@ Event = (
     | EpochBegan
     | Quiesce
     | CapacityChanged
+    | CandidatesChanged
     | Tick
     | ResultMeta
     | StepFailedMeta
     | HeldMeta
     | ReadyMeta
     | LostMeta
+    | CopiedMeta
+    | LoadMeta
 )
 
 
@@ -102,6 +116,14 @@ class Deliver:
 
 
 @dataclass(frozen=True, slots=True)
+class Tell:
+    """Who holds copies of requests from now on: (request, pipeline), None being nobody."""
+
+    session: int
+    holders: tuple[tuple[int, PipelineId | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Refuse:
     session: int
     message: Refused
@@ -112,4 +134,4 @@ class Recovered:
     timing: RecoveryTiming
 
 
-Effect = RunStep | Ask | Deliver | Refuse | Recovered
+Effect = RunStep | Ask | Deliver | Tell | Refuse | Recovered

@@ -57,6 +57,14 @@ class Begin(msgspec.Struct, frozen=True, array_like=True):
     tail: int = 0
 
 
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """Which pipelines' nodes are to have copies of a request's KV, where each request has a holder of its own: all that
+    are not named drop theirs."""
+
+    rid: int
+    holders: tuple[PipelineId, ...]
+
+
 class StepMeta(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """One microbatch. The payload is its activations, [sum of counts, hidden], after the previous stage.
 
@@ -76,6 +84,7 @@ class StepMeta(msgspec.Struct, frozen=True, array_like=True, tag=1):
     drafts: bytes = (
         b""  # int32, little endian: the drafted tokens of the rows, in their order; for the last stage
     )
+    places: tuple[Place, ...] = ()  # what has changed of who holds copies
 
     def __post_init__(self) -> None:
         if len(self.rows) % (8 * len(ROW_FIELDS)):
@@ -232,6 +241,24 @@ class LostMeta(msgspec.Struct, frozen=True, array_like=True, tag=12):
     names: bytes  # NAME_BYTES each
 
 
+class CopiedMeta(msgspec.Struct, frozen=True, array_like=True, tag=13):
+    """A stage to the scheduler: the holder has acknowledged what the stage had of the request when it was told to copy
+    it there (`Place`)."""
+
+    pipeline: PipelineId
+    fence: Fence
+    stage: int
+    placed: tuple[tuple[int, PipelineId], ...]  # request, holder
+
+
+class LoadMeta(msgspec.Struct, frozen=True, array_like=True, tag=14):
+    """The scheduler of a pipeline to those whose requests it may hold copies of: how much it has to do."""
+
+    pipeline: PipelineId
+    fence: Fence
+    work: int  # in tokens: contract/loads.py
+
+
 class Shape(msgspec.Struct, frozen=True, array_like=True):
     """Of the parity over one block of every stage."""
 
@@ -386,5 +413,7 @@ Meta = (
     | Ping
     | ReadyMeta
     | LostMeta
+    | CopiedMeta
+    | LoadMeta
     | ParityMeta
 )

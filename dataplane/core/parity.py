@@ -45,7 +45,7 @@ def encoders_of(topology: Topology, pipeline: PipelineId, former: bool = False) 
         for member in stage.ranks
         if not former or member.node in stage.homes
     }
-    shut = {*topology.cordoned, *(member.node for member in topology.retired)}
+    shut = {*topology.cordoned, *topology.leaving, *(member.node for member in topology.retired)}
     found: dict[Member, None] = {}
     for step in range(1, len(order)):
         found |= {

@@ -228,6 +228,15 @@ class ReplicaSource:
             progress.paused_until, progress.refusals = 0.0, 0
         self._next_at = 0.0
 
+    def has(self, rid: int) -> bool:
+        """Whether anything of the request has been sent there, or is there."""
+        return rid in self._progress
+
+    def acked(self, rid: int) -> int:
+        """How many positions of it the holder has acknowledged."""
+        progress = self._progress.get(rid)
+        return 0 if progress is None else progress.acked
+
     def lag_tokens(self, rids: Iterable[int], flush: bool) -> int:
         """Tokens that are valid here (in whole blocks, unless `flush`) and not acknowledged there."""
         lag = 0

@@ -12,12 +12,14 @@ from typing import assert_never
 
 from msgspec.structs import replace
 
-from controlplane.contract.ids import NodeId
+from controlplane.contract.ids import NodeId, PipelineId
+from controlplane.contract.loads import work
 from controlplane.contract.requests import Log, RefusalCode, Refused, Submit, Token
 from dataplane.core.admission import no_room, refusal
 from dataplane.core.batching import Batcher, Limits
 from dataplane.core.events import (
     Cancelled,
+    CandidatesChanged,
     CapacityChanged,
     Deliver,
     Effect,
@@ -28,10 +30,21 @@ from dataplane.core.events import (
     Refuse,
     SessionLost,
     Submitted,
+    Tell,
     Tick,
 )
+from dataplane.core.holders import Holders
 from dataplane.core.kept import Kept
-from dataplane.core.messages import Fence, HeldMeta, LostMeta, ReadyMeta, ResultMeta, StepFailedMeta
+from dataplane.core.messages import (
+    CopiedMeta,
+    Fence,
+    HeldMeta,
+    LoadMeta,
+    LostMeta,
+    ReadyMeta,
+    ResultMeta,
+    StepFailedMeta,
+)
 from dataplane.core.prefix import PrefixHasher, unpack_names
 from dataplane.core.questions import Questions
 from dataplane.core.recovery import HeldCollector, Recovery
@@ -85,6 +98,7 @@ class Scheduler:
         self.kept = Kept(limits.orphan_grace_s, limits.max_running + limits.max_waiting)
         self.batcher = Batcher(limits)
         self.steps = Steps(pipeline)
+        self.holders: Holders | None = None  # of requests' copies, where each has one of its own
         self._proposer = proposer
         self.speculator = Speculator(limits, proposer, self.stats)
         self._order = 0
@@ -127,6 +141,15 @@ class Scheduler:
                 if blocks != self._quota_given:
                     self._quota_given, self._quota_retry_s, self._quota_retry_at = blocks, SPACE_RETRY_S, None
                     self._set_quota(blocks)
+            case CandidatesChanged(candidates, fixed):
+                self._choose_among(candidates, fixed)
+            case LoadMeta(pipeline, _, load):
+                if self.holders is not None:
+                    self.holders.heard(pipeline, load, now)
+            case CopiedMeta():
+                if self.holders is not None and event.fence == self.fence:
+                    for rid, holder in event.placed:
+                        self.holders.copied(event.stage, rid, holder)
             case Tick():
                 self._tick(now, effects)
             case ResultMeta():
@@ -148,6 +171,8 @@ class Scheduler:
         if joining := self.questions.next_joining():
             effects.append(self.questions.ask(self.fence, [self.requests[rid] for rid in joining], now))
         self._issue(now, effects)
+        if self.holders is not None:
+            news += self._tell_holders(self.holders)
         return effects + news
 
     # ------------------------------------------------------------------ for reports
@@ -171,6 +196,12 @@ class Scheduler:
         """Last step issued in this fence (-1: none) once none is in flight and none will start; else -2."""
         idle = self._holding and not self.steps and not self.questions
         return self.steps.last_issued if idle else -2
+
+    @property
+    def work(self) -> int:
+        """What this pipeline has to do, in tokens (contract/loads.py)."""
+        left = sum(r.total - r.issued for r in self.requests.values() if r.total - r.issued > 1)
+        return work(len(self.requests), left)
 
     def recall(self, rid: int) -> Log | None:
         """The log of a request that runs here, or did a moment ago."""
@@ -238,6 +269,8 @@ class Scheduler:
             self.batcher.enqueue(known)
         if known.rid in self.requests:
             known.session, known.orphaned_at = session, None
+            if self.holders is not None:
+                self.holders.tell(known.rid)
         missed = tuple(known.output[have:])
         if missed:
             effects.append(Deliver(session, missed))
@@ -262,6 +295,8 @@ class Scheduler:
         self.bytes_kept -= request.bytes_kept
         request.ngrams = None
         self.speculator.forget(rid)
+        if self.holders is not None:
+            self.holders.release(rid)
         (self._frees if rid in self.batcher.account else self._drops).append(rid)
         self.batcher.remove(request)
         if rid in self.questions.joining:
@@ -299,13 +334,33 @@ class Scheduler:
     def _preempted(self, request: Request) -> None:
         """Recompute later: what it holds is freed, its tokens stay in the log."""
         self.stats.preemptions += 1
+        if self.holders is not None:
+            self.holders.release(request.rid)
         self._frees.append(request.rid)
         request.rewind(Phase.WAITING)
         request.interrupted = False  # others go on meanwhile
         self.batcher.enqueue(request)
 
+    def _choose_among(self, candidates: tuple[PipelineId, ...] | None, fixed: bool) -> None:
+        if candidates is None:
+            self.holders = None
+            return
+        if self.holders is None or self.holders.fixed != fixed:
+            self.holders = Holders(self.num_stages, fixed=fixed)
+        self.holders.allow(candidates)
+
+    def _tell_holders(self, holders: Holders) -> list[Effect]:
+        by_session: dict[int, list[tuple[int, PipelineId | None]]] = {}
+        for rid, holder in holders.news():
+            session = self.requests[rid].session
+            if session is not None:
+                by_session.setdefault(session, []).append((rid, holder))
+        return [Tell(session, tuple(told)) for session, told in by_session.items()]
+
     def _tick(self, now: float, effects: list[Effect]) -> None:
         self.kept.expire(now)
+        if self.holders is not None:
+            self.holders.tick(now)
         if self._quota_retry_at is not None and now >= self._quota_retry_at:
             self._quota_retry_at = None
             self._quota_retry_s = min(2 * self._quota_retry_s, SPACE_RETRY_MAX_S)
@@ -365,6 +420,8 @@ class Scheduler:
                     request.computed = min(request.issued, request.total - 1)
                 request.rewind(Phase.RECOVERING)
         self.batcher.account.reset()
+        if self.holders is not None:
+            self.holders.reset()
         # While gateways may still bring requests of an earlier scheduler, what nobody claims yet must stay.
         complete = self._sweep_at is None
         if complete:
@@ -438,6 +495,8 @@ class Scheduler:
                 # Nothing is left of it, or there is no room: it waits like a new one, in front by its order.
                 request.rewind(Phase.WAITING)
                 request.interrupted = True
+                if self.holders is not None:
+                    self.holders.release(rid)
                 self._drops.append(rid)
                 self.batcher.enqueue(request)
         if collector.complete:
@@ -466,14 +525,16 @@ class Scheduler:
             account = self.batcher.account
             self.stats.prefix_cache_queries = account.queries * self.limits.block_size
             self.stats.prefix_cache_hits = account.hits * self.limits.block_size
-            if not (rows or self._frees or self._drops or account.evictions):
+            ordered = self.holders is not None and self.holders.ordered
+            if not (rows or self._frees or self._drops or account.evictions or ordered):
                 return
             if rows and self._recovery is not None and not self._recovery.issued(now):
                 self._recovery = None
             frees, self._frees = self._frees, []
             drops, self._drops = self._drops, []
             drafts = self.speculator.drafts(rows, self.batcher)
-            step = self.steps.launch(self.fence, rows, frees, drops, account, now, drafts)
+            places = self.holders.orders() if self.holders is not None else ()
+            step = self.steps.launch(self.fence, rows, frees, drops, account, now, drafts, places)
             self.questions.evicted(unpack_names(step.meta.evicts))
             effects.append(step)
 
@@ -527,6 +588,8 @@ class Scheduler:
                 self.speculator.verified(request.rid, samples - 1, drawn)
             for at, token in enumerate(drawn, index):
                 item = self._append(request, token, *details.get(at, (None, ())))
+                if self.holders is not None and request.rid not in self.holders:
+                    self.holders.place(request.rid, now)
                 if request.session is not None:
                     by_session.setdefault(request.session, []).append(item)
                 if item.finish is not None:

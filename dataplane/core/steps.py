@@ -10,7 +10,7 @@ from controlplane.contract.ids import PipelineId
 from dataplane.core.account import Account
 from dataplane.core.batching import Chunk
 from dataplane.core.events import RunStep
-from dataplane.core.messages import Admit, Begin, Fence, Row, StepMeta, pack_rows
+from dataplane.core.messages import Admit, Begin, Fence, Place, Row, StepMeta, pack_rows
 from dataplane.core.request import Request, pack_tokens
 
 ROUNDS_KEPT = 64  # steps whose times tell what is usual
@@ -54,10 +54,11 @@ class Steps:
         account: Account,
         now: float,
         drafts: Mapping[int, Sequence[int]] = NO_DRAFTS,
+        places: tuple[Place, ...] = (),
     ) -> RunStep:
         """The next step, of these rows; they count as issued from here on, and the blocks that they fill as sealed:
         what comes later is computed later. `frees`: requests that stages release with it; `drops`: see StepMeta.
-        `drafts`: by request, what may come after its row's last token. Its blocks are there."""
+        `drafts`: by request, what may come after its row's last token. Its blocks are there. `places`: see StepMeta."""
         metas: list[Row] = []
         admits: list[Admit] = []
         begins: list[Begin] = []
@@ -112,6 +113,7 @@ class Steps:
             b"".join(seals),
             tuple(drops),
             pack_tokens(drafted),
+            places,
         )
         return RunStep(meta, tuple(tokens))
 

@@ -18,6 +18,7 @@ import msgspec
 import pytest
 
 from controlplane.contract.config import ClusterConfig, EngineConfig, TimingConfig
+from controlplane.contract.hosting import Wanted, all_nodes
 from controlplane.contract.lifetime import run_to_exit
 from controlplane.contract.logs import LOG_BYTES_MAX, bound_logs
 from controlplane.contract.topology import Mode
@@ -25,7 +26,7 @@ from controlplane.etcd.errors import NameTaken
 from controlplane.process import parent_of, start_ticks
 from controlplane.supervisor import ProcessFile
 from dataplane.accelerators import Place
-from dataplane.launcher import all_nodes
+from dataplane.hosted import write_wanted
 
 ROOT = Path(__file__).parents[2]
 
@@ -489,11 +490,33 @@ def test_unknown_nodes_are_refused(host: Host, tmp_path: Path) -> None:
         "--config",
         str(tmp_path / "cluster.json"),
         "--nodes",
-        "n7",
+        "m7",
     ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=30, check=False)
     assert result.returncode == 1
-    assert b"no such node: n7" in result.stderr
+    assert b"no such node: m7" in result.stderr
+
+
+def test_nodes_come_and_go_as_the_group_wants(host: Host) -> None:
+    host.start(nodes=2)
+    first = host.wait_serving(1), host.wait_serving(1, "n1")
+    write_wanted(host.run_dir, Wanted(("n0", "n1", "n2"), ()))
+    host.wait_serving(1, "n2")
+    write_wanted(host.run_dir, Wanted(("n0", "n2"), ("n1",)))
+    wait_for(lambda: host.file("n1") is None, "n1 is gone, and nothing is said of it")
+    assert not Path(f"/proc/{first[1]}").exists()
+    # The next launcher goes by what was said last.
+    assert host.process is not None
+    host.process.send_signal(signal.SIGHUP)
+    assert host.process.wait(5) == 0
+    host.start(nodes=2)
+    wait_for(lambda: any(line["event"] == "launcher is up" for line in host.log()[-4:]), "it is up")
+    assert host.running() == first[0]
+    assert host.file("n1") is None
+    assert host.running("n2")
+    write_wanted(host.run_dir, Wanted(("n0", "n1", "n2"), ()))
+    host.wait_serving(2, "n1")
+    assert host.stop() < 4.0
 
 
 def test_spares_come_after_the_instances() -> None:

@@ -1,4 +1,4 @@
-"""The history on a real PostgreSQL: the same tables and triggers, a server that stops under load, migrations both ways."""
+"""The history on a real PostgreSQL: tables, triggers, a server that stops under load, migrations."""
 
 from __future__ import annotations
 

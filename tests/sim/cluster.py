@@ -10,6 +10,7 @@ from typing import Any
 
 from controlplane.contract.auth import ADMIN_CALLER
 from controlplane.contract.errors import Unavailable
+from controlplane.contract.hosting import wanted_here
 from controlplane.contract.keys import Keys
 from controlplane.contract.status import OperationRequest
 from tests.sim import parts, relays
@@ -27,6 +28,7 @@ SETTLE_LIMIT_S = (
     45.0  # virtual; ends and leases, silences and steadiness, orphans and hand-backs one after another
 )
 LOOK_S = 0.25
+LAUNCH_S = 0.3  # between two looks of a launcher
 OPERATOR_S = 1.0  # between two looks of the operator who wants everything as on the first day
 
 
@@ -76,7 +78,7 @@ class Cluster:
             shape.code,
             shape.parities,
         )
-        self.checks = Checks(world, self.etcd, Keys(self.config.cluster), self.config.group)
+        self.checks = Checks(world, self.etcd, Keys.of(self.config), self.config.group)
         self.processes: dict[str, Process] = {}
         self.streams: dict[int, Stream] = {}
         self.cuts: list[list[tuple[str, str]]] = []
@@ -86,19 +88,27 @@ class Cluster:
         self.codes: dict[str, int] = {}  # whose code is newer, or was
         self.newest = OURS  # that ever ran
         self.operations = 0
+        self.scales = any(step.what == "scale" for step in schedule.steps)
+        self.stopped: set[str] = set()  # nodes that their launcher has ended for good
         self.healing = False
         # What befalls the cluster is done by somebody who has no process of his own in it.
         self.fate = world.process("fate")
         for name in self.names():
             self.start(name)
+        if self.scales:
+            self.world.post(LAUNCH_S, self.fate, self._launch)
 
     def names(self) -> list[str]:
-        shape = self.schedule.shape
+        """Who should run."""
+        shape, topology = self.schedule.shape, self.checks.topology
+        nodes = shape.nodes
+        if self.scales and topology is not None:
+            nodes = list(wanted_here(topology, self.config).run)
         controllers = [f"c{k + 1}" for k in range(shape.controllers)]
         return [
             *controllers,
             *relays.names(shape),
-            *shape.nodes,
+            *nodes,
             *(f"g{k + 1}" for k in range(shape.gateways)),
         ]
 
@@ -177,8 +187,10 @@ class Cluster:
         topology = self.checks.topology
         if topology is None or topology.cordoned or topology.retired:
             return False
+        if len(topology.pipelines) != self.schedule.shape.instances or any(map(self._runs, topology.leaving)):
+            return False
         for pipeline in topology.pipelines:
-            if not pipeline.up or pipeline.move is not None:
+            if not pipeline.up or pipeline.move is not None or pipeline.closing:
                 return False
             for stage in pipeline.stages:
                 leader = stage.leader
@@ -194,9 +206,13 @@ class Cluster:
         process = self.processes[member.node]
         return process.alive and process.incarnation == member.incarnation
 
+    def _runs(self, name: str) -> bool:
+        return name in self.processes and self.processes[name].alive
+
     def _reachable(self, gateway: str) -> bool:
         part = self.processes[gateway].part
-        return part is not None and part.reachable == self.schedule.shape.instances
+        topology = self.checks.topology
+        return part is not None and topology is not None and part.reachable == len(topology.pipelines)
 
     def _all_ended(self) -> bool:
         return all(stream.ended for stream in self.streams.values())
@@ -285,9 +301,27 @@ class Cluster:
 
     def start(self, name: str) -> None:
         """The launcher's doing: a fresh process of that name, unless there is one."""
-        if name in self.processes and self.processes[name].alive:
+        if not self._runs(name) and name not in self.stopped:
+            self.processes[name] = self._begin(name)
+
+    def _launch(self) -> None:
+        """Launchers follow the topology: they start who is wanted, and stop who has nothing left to do."""
+        self.world.post(LAUNCH_S, self.fate, self._launch)
+        topology = self.checks.topology
+        if topology is None:
             return
-        self.processes[name] = self._begin(name)
+        wanted = wanted_here(topology, self.config)
+        for name in wanted.run:
+            if name in self.stopped or name not in self.processes:
+                self.stopped.discard(name)
+                self.start(name)
+        for name in wanted.stop:
+            self.stopped.add(name)
+            if self._runs(name) and not self.processes[name].paused:
+                if self.processes[name].part is None:
+                    self._end(self.processes[name])
+                else:
+                    self.leave(name)
 
     def _begin(self, name: str) -> Process:
         self.incarnations += 1
@@ -325,6 +359,8 @@ class Cluster:
     def _end(self, process: Process) -> None:
         self.world.note(f"{process} ends")
         process.alive = False
+        for call in process.at_end:
+            call()
         self.net.died(process)
         if self.processes.get(process.name) is not process:
             return  # a stranger of that name, which no client knows
@@ -378,8 +414,10 @@ class Cluster:
             return
         process, at = service
         for operation in at._operations():
-            if operation.open and operation.kind != "undrain":
+            if operation.open and operation.kind not in ("undrain", "scale"):
                 self._ask(process, at.cancel(operation.id, ADMIN_CALLER))
+        if len([p for p in topology.pipelines if not p.closing]) != self.schedule.shape.instances:
+            self.scale(self.schedule.shape.instances)
         for node in topology.cordoned:
             self.operations += 1
             request = OperationRequest(f"last-{self.operations}", "undrain", node)
@@ -609,6 +647,13 @@ class Cluster:
         if service is not None:
             self.operations += 1
             request = OperationRequest(f"op-{self.operations}", kind, node, substitute or None)
+            self._ask(service[0], service[1].submit(request, ADMIN_CALLER))
+
+    def scale(self, instances: int) -> None:
+        service = self._service()
+        if service is not None:
+            self.operations += 1
+            request = OperationRequest(f"op-{self.operations}", "scale", instances=instances)
             self._ask(service[0], service[1].submit(request, ADMIN_CALLER))
 
     def cancel_operation(self) -> None:

@@ -106,22 +106,44 @@ CODED_EVERY, CODED = 6, 2
 CODES = (("xor", 1), ("xor", 1), ("rs", 1), ("rs", 2), ("rdp", 2))
 
 
+# In one seed of so many instances come and go meanwhile.
+SCALED_EVERY, SCALED = 7, 4
+
+
 # In one seed of so many etcd's topology is an old one again, as after a snapshot was restored.
 RESTORED_EVERY, RESTORED = 10, 3
 
 
 def generate(seed: int) -> Schedule:
-    schedule = _composed(seed)
-    if seed % RESTORED_EVERY != RESTORED or seed >= PARTIAL_FROM or schedule.calm:
-        return schedule
-    chance = random.Random(f"restored {seed}")
+    schedule = _played(seed)
+    changed = seed < PARTIAL_FROM and not schedule.calm
+    schedule = _scaled(schedule) if changed and seed % SCALED_EVERY == SCALED else schedule
+    return _restored(schedule) if changed and seed % RESTORED_EVERY == RESTORED else schedule
+
+
+def _restored(schedule: Schedule) -> Schedule:
+    chance = random.Random(f"restored {schedule.seed}")
     window_s = max((step.at for step in schedule.steps), default=1.0)
     step = Step(chance.uniform(0.0, window_s), "restore", (chance.choice((1, 1, 2, 5, 100)),))
-    steps = sorted((*schedule.steps, step), key=lambda step: step.at)
+    return replace(schedule, steps=tuple(sorted((*schedule.steps, step), key=lambda step: step.at)))
+
+
+def _scaled(schedule: Schedule) -> Schedule:
+    """The same with instances added and removed, and streams that last meanwhile."""
+    chance, shape = random.Random(f"scale {schedule.seed}"), schedule.shape
+    window_s = max((step.at for step in schedule.steps), default=1.0)
+    steps = list(schedule.steps)
+    for number in range(chance.choice((1, 2, 2, 3))):
+        at = chance.uniform(0.0, window_s + 2.0 * number)
+        instances = chance.randrange(1, shape.instances + 2)
+        asked = (300 + number, chance.randrange(1, shape.gateways + 1), chance.choice(LONG))
+        steps.append(Step(at, "scale", (instances,)))
+        steps.append(Step(at + chance.uniform(-0.3, 0.3), "submit", asked))
+    steps.sort(key=lambda step: step.at)
     return replace(schedule, steps=tuple(steps))
 
 
-def _composed(seed: int) -> Schedule:
+def _played(seed: int) -> Schedule:
     schedule = _drawn(seed)
     if seed % CODED_EVERY == CODED and seed < PARTIAL_FROM:
         return _coded(schedule)

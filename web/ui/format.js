@@ -52,6 +52,7 @@ export function findings(status) {
       else if (status.mode === "replicate" && stage.serving.length && !stage.replicas.length)
         add("warn", `${pipeline.id} stage ${index} is unprotected: no replica.`);
     });
+    if (pipeline.closing) add("warn", `${pipeline.id} takes no new request, and goes when its streams have ended.`);
     if (pipeline.move) {
       const { stage, to, phase, reason, attempt } = pipeline.move;
       const again = attempt ? `, attempt ${attempt + 1}` : "";
@@ -64,6 +65,7 @@ export function findings(status) {
     if (node.state === "absent") add("warn", `${node.node} is not there${why}.`);
     if (node.state === "yellow") add("warn", `${node.node} is suspected${why}.`);
     if (node.cordoned) add("warn", `${node.node} is cordoned.`);
+    if (node.leaving) add("warn", `${node.node} is to end: what it serves moves away.`);
   }
   if (!status.leader) add("warn", "No controller leads: streams go on, but nothing is repaired.");
   if (status.etcd_age_s > 3)

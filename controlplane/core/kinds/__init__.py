@@ -14,12 +14,13 @@ from controlplane.core.kinds.pause import Pause
 from controlplane.core.kinds.replace import Replace
 from controlplane.core.kinds.restart import Restart
 from controlplane.core.kinds.resume import Resume
+from controlplane.core.kinds.scale import Scale
 from controlplane.core.kinds.transfer import Transfer
 from controlplane.core.kinds.undrain import Undrain
 
-AnyKind = Drain | Cordon | Undrain | Replace | Transfer | Pause | Resume | Restart
+AnyKind = Drain | Cordon | Undrain | Replace | Transfer | Pause | Resume | Restart | Scale
 
-_EVERY: tuple[type[AnyKind], ...] = (Drain, Cordon, Undrain, Replace, Transfer, Pause, Resume, Restart)
+_EVERY: tuple[type[AnyKind], ...] = (Drain, Cordon, Undrain, Replace, Transfer, Pause, Resume, Restart, Scale)
 KINDS: Final[dict[OperationKind, type[AnyKind]]] = {kind.kind: kind for kind in _EVERY}
 
 

@@ -20,7 +20,7 @@ from controlplane.core.membership import Nodes
 from controlplane.core.policy import Situation, Want
 
 # What operations claim beside processes; no process has such a name.
-LEADER, AUTOMATION = "the leader", "automation"
+LEADER, AUTOMATION, INSTANCES = "the leader", "automation", "instances"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,9 @@ class Kind(ABC):
     op: Operation
 
     kind: ClassVar[OperationKind]
-    done_words: ClassVar[str]  # what is so once it is done; "{node}" stands for its node
+    done_words: ClassVar[
+        str
+    ]  # what is so once it is done; "{node}" stands for its node, "{instances}" for their number
     done_event: ClassVar[EventKind] = EventKind.OPERATION  # what its end is called in the history
     needs_automation: ClassVar[bool] = True  # it gets nowhere while automation is paused
 
@@ -105,6 +107,9 @@ class Kind(ABC):
     @abstractmethod
     def is_done(self, s: Situation) -> bool:
         """Whether what the operator asked for is so."""
+
+    def last_words(self) -> str:
+        return self.done_words.format(node=self.op.node, instances=self.op.instances)
 
     def doing(self, s: Situation) -> str:
         """One line for people; it changes with each phase and not more often."""

@@ -25,7 +25,8 @@ class OfNode(Kind):
 
     def checks(self, s: Situation) -> Iterator[Check]:
         node = self.op.node
-        if node not in s.nodes.views and not s.topology.serving(node) and not home_stages(s.topology, node):
+        named = node in s.topology.cordoned or s.topology.serving(node) or home_stages(s.topology, node)
+        if node not in s.nodes.views and not named:
             yield Check("fail", "node", f"there is no node {node}")
             return
         if s.topology.paused:

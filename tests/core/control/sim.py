@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.events import Event, EventKind
+from controlplane.contract.hosting import wanted_here
 from controlplane.contract.ids import Member
 from controlplane.contract.records import NodeRecord, Operation, OperationState
 from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport, TargetReport
@@ -85,6 +86,8 @@ class Sim:
     held: set[str] = field(default_factory=set)  # nodes that their launcher does not restart
     quiet: bool = True  # pipelines can be quiesced
     lag: int = 0
+    running: dict[str, int] = field(default_factory=dict)  # requests of a pipeline; of others 2
+    ended: list[str] = field(default_factory=list)  # nodes that the launcher has ended for good
     history: list[Event] = field(default_factory=list)
     written: list[Topology] = field(default_factory=list)
     nodes: dict[str, Node] = field(default_factory=dict)
@@ -224,9 +227,17 @@ class Sim:
         deadline_s: float = 0.0,
         version: str = "",
         settings: str = "",
+        instances: int = 0,
     ) -> OperationAnswer:
         request = OperationRequest(
-            id, kind, node, substitute, deadline_s=deadline_s, version=version, settings=settings
+            id,
+            kind,
+            node,
+            substitute,
+            deadline_s=deadline_s,
+            version=version,
+            settings=settings,
+            instances=instances,
         )
         answer = self.cores[self.leader].preflight(request)
         if answer.accepted and answer.operation is not None and id not in self.operations:
@@ -322,8 +333,8 @@ class Sim:
         assert self.topology is None or topology.counter > self.topology.counter
         for old in self.topology.pipelines if self.topology else ():
             new = topology.pipeline(old.id)
-            assert new is not None
-            assert new.epoch >= old.epoch
+            assert new is not None or old.closing
+            assert new is None or new.epoch >= old.epoch
         self.written.append(topology)
         self._revision += 1
         self.topology, self.topology_revision = topology, self._revision
@@ -352,12 +363,29 @@ class Sim:
         for name, node in list(self.nodes.items()):
             self._live(name, node)
         self._restart_retired()
+        self._launch()
         self.tell(events.Tick())
         if self.etcd_up and round(self.now / STEP_S) % 5 == 0:  # shell/hearing.py
             heard = tuple((name, core.hears) for name, core in sorted(self.cores.items()))
             if heard != self.heard:
                 self.heard = heard
                 self.watch(self.peers_seen())
+
+    def _launch(self) -> None:
+        """The launcher follows the topology: it starts who is wanted, and ends who has nothing to do any more."""
+        if self.topology is None or not self.etcd_up:
+            return
+        wanted = wanted_here(self.topology, self.config)
+        for name in wanted.run:
+            if name not in self.nodes and name not in self.held:
+                self.start(name)
+        for name in wanted.stop:
+            if name in self.nodes and self.nodes[name].alive:
+                self._report(self.nodes[name], leaving=True)
+                self.kill(name)
+                self.ended.append(name)
+            if self.nodes.pop(name, None) is not None:
+                self.watch(events.NodeGone(name))
 
     def _restart_retired(self) -> None:
         """Controllers and gateways that the topology has retired exit; their supervisors start fresh ones."""
@@ -462,7 +490,7 @@ class Sim:
                         index,
                         last_step=6 if hung and index < min(hung) else 5,
                         stalled_s=self.now - min(hung.values()) if hung and index == 0 else 0.0,
-                        running=2 if index == 0 else 0,
+                        running=self.running.get(pipeline.id, 2) if index == 0 else 0,
                         quiesced_step=5 if index == 0 and quiescing else -2,
                         targets=tuple(TargetReport(t, self.lag) for t in targets),
                     )

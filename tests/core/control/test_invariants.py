@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from controlplane.contract.ids import Member
 from controlplane.contract.topology import Mode, Move, MovePhase, Topology
-from controlplane.core.edit import successor, with_stage
+from controlplane.core.edit import successor, unformed, with_stage
 from controlplane.core.invariants import INVARIANTS, InvariantViolation, broken, check
 from tests.core.control.world import World, make_config
 
@@ -29,6 +29,22 @@ def counter(world: World) -> Topology:
 
 def pipelines(world: World) -> Topology:
     return replace(successor(world.topology), group="other")
+
+
+def gone(world: World) -> Topology:
+    """Nobody has asked it to close."""
+    world.running = 0
+    return successor(world.topology, removed={"p1"})
+
+
+def added_and_served(world: World) -> Topology:
+    p2 = with_stage(unformed("p2", ("n4", "n5")), 0, ranks=(world.member("n4"),))
+    return successor(world.topology, added=(p2,))
+
+
+def closed_too_early(world: World) -> Topology:
+    world.topology = successor(world.topology, replace(world.topology.pipelines[1], closing=True))
+    return successor(world.topology, removed={"p1"})
 
 
 def ranks(world: World) -> Topology:
@@ -161,6 +177,9 @@ CASES: list[tuple[str, Breaker]] = [
     ("counter_grows_by_one", counter),
     ("pipelines_stay", pipelines),
     ("pipelines_stay", ranks),
+    ("pipelines_stay", gone),
+    ("pipelines_stay", added_and_served),
+    ("the_closed_are_idle", closed_too_early),
     ("epoch_follows_ranks", epoch),
     ("epoch_follows_ranks", stale_epoch),
     ("no_node_twice_in_a_pipeline", twice),

@@ -39,7 +39,7 @@ def test_nothing_else_in_the_core_names_a_kind() -> None:
 @pytest.mark.parametrize("kind", list(OperationKind))
 def test_the_last_words_of_a_kind(kind: OperationKind) -> None:
     cls = kinds.KINDS[kind]
-    words = cls.done_words.format(node="n1")
+    words = kinds.of(Operation("op", kind, "n1", instances=3)).last_words()
     assert "{" not in words
     events = {OperationKind.DRAIN: EventKind.DRAINED, OperationKind.REPLACE: EventKind.REPLACED}
     assert cls.done_event is events.get(kind, EventKind.OPERATION)

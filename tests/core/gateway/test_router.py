@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
-from controlplane.contract.requests import FinishReason, Token, Tokens
+from controlplane.contract.requests import FinishReason, RefusalCode, Token, Tokens
 from controlplane.contract.topology import Mode, Pipeline, Stage
 from tests.core.gateway.routing import TAIL, A, B, Bench, C, only, pipeline, right, sent, topology
 from web.gateway.routing.events import (
@@ -203,3 +204,46 @@ def test_engine_error_ends_the_stream() -> None:
 
 def replace_finish(token: Token, finish: FinishReason) -> Token:
     return Token(token.rid, token.position, token.token, finish=finish)
+
+
+def test_an_instance_that_is_to_go_keeps_its_streams_and_gets_no_new_ones() -> None:
+    bench = Bench()
+    bench.two_up()
+    assert {member for rid in (1, 2) for member, _ in sent(bench.submit(rid))} == {A, B}
+    going = replace(pipeline("p1", B, 1), closing=True)
+    bench.topology(pipeline("p0", A, 1), going)
+    assert {member for rid in range(3, 9) for member, _ in sent(bench.submit(rid))} == {A}
+    # Its stages move: the stream goes with them.
+    (rid,) = (rid for rid in (1, 2) if bench.tokens(B, "p1", 1, 0, rid=rid))
+    bench.topology(
+        pipeline("p0", A, 1), replace(going, epoch=3, stages=(Stage(("h",), (C,)), going.stages[1]))
+    )
+    assert [(m, s.pipeline, s.rid) for m, s in sent(bench.do(StreamUp(C)))] == [(C, "p1", rid)]
+    # A full one is no reason to wait for one that is not asked.
+    (fail,) = only(bench.refuse(A, "p0", RefusalCode.OVERLOADED, rid=8), Fail)
+    assert fail.code is FailCode.OVERLOADED
+    bench.topology(
+        pipeline("p0", None, 4), replace(going, epoch=3, stages=(Stage(("h",), (C,)), going.stages[1]))
+    )
+    assert [m for m, _ in sent(bench.submit(20))] == [C]  # better than none
+
+
+def test_an_instance_that_is_gone_is_nobodys_death() -> None:
+    """What it still had goes to another one, and is not taken for the cause of a death."""
+    bench = Bench(Policy(deaths_max=1))
+    bench.two_up()
+    bench.submit(1)
+    bench.submit(2)
+    moved = [(m, s.pipeline) for m, s in sent(bench.topology(pipeline("p0", A, 1)))]
+    assert moved == [(A, "p0")]
+    assert bench.failed == {}
+
+
+def test_room_for_requests_grows_with_the_group() -> None:
+    bench = Bench(Policy(live_max=2, live_each=1))
+    bench.two_up()
+    for rid in (1, 2):
+        bench.submit(rid)
+    assert only(bench.submit(3), Fail) != []
+    bench.topology(*(pipeline(f"p{k}", head, 1) for k, head in enumerate((A, B, C))))
+    assert only(bench.submit(3), Fail) == []

@@ -58,6 +58,10 @@ class Loads:
             self._prompt_tokens -= len(live.log.prompt)
             self._add(before, -1)
 
+    def of(self, pipeline: PipelineId) -> Load:
+        """What a pipeline has to do."""
+        return self._loads.get(pipeline) or Load()
+
     def choose(
         self,
         pipelines: Sequence[Pipeline],

@@ -32,6 +32,7 @@ class LiveRequest:
     context: bytes | None = None  # see Submit
     reader: int = 0
     prefix: tuple[bytes, ...] | None = None  # how its prompt begins: see prefixes.py
+    holder: PipelineId | None = None  # who has a copy of its KV, where each request has a holder of its own
     may_overtake: bool = True  # once, and as long as no scheduler can have accepted it: see `overtake`
 
     def overtake(self, refusal: Refused) -> bool:

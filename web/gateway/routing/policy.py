@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Policy:
     """Seconds, unless the name says otherwise."""
 
-    live_max: int = 1536  # requests; more are refused
+    live_max: int = 1536  # requests; more are refused ...
+    live_each: int = 0  # ... unless the group has more pipelines: so many for each of them
     places: int = 256  # requests that a pipeline runs at a time; more wait there
     grace_s: float = 5.0  # a stream with no scheduler is held this long
     retry_s: float = 0.02  # after NOT_HERE: topology reaches nodes and gateways at different moments

@@ -12,7 +12,7 @@ from typing import assert_never
 
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.requests import Cancel, FinishReason, RefusalCode, Refused, Submit, Token
-from controlplane.contract.topology import Mode, Pipeline, Topology, switched
+from controlplane.contract.topology import HOLDER_MODES, Mode, Pipeline, Topology, switched
 from web.gateway.routing.balance import Loads
 from web.gateway.routing.events import (
     CancelAsked,
@@ -44,6 +44,7 @@ from web.gateway.routing.held_requests import Held
 from web.gateway.routing.live_request import LiveRequest
 from web.gateway.routing.policy import Policy
 from web.gateway.routing.recall import Recalls
+from web.gateway.routing.recovery import Recoveries, Wave
 from web.gateway.routing.tokenlog import TokenLog, Verdict
 
 TOLD_MAX = 4096
@@ -65,9 +66,12 @@ class Router:
         self._loads = Loads()
         self._again: dict[int, LiveRequest] = {}  # those that wait to ask for missing tokens
         self._pipelines: dict[PipelineId, Pipeline] = {}
-        self._reached: list[Pipeline] | None = None  # those that can be reached; None: to be listed anew
+        # Those that new requests may go to and that can be reached; None: to be listed anew.
+        self._reached: list[Pipeline] | None = None
         self._streams: dict[Member, bool] = {}  # wanted streams: is it up?
         self._recalls = Recalls()
+        self._wave = Wave()
+        self._recoveries: Recoveries | None = None  # where interrupted requests have holders of their own
         self.pipelines_up = 0
         self.closing = False
         self._told: dict[int, None] = {}  # rids whose end was told to a scheduler, newest last, bounded
@@ -75,6 +79,11 @@ class Router:
     @property
     def live(self) -> int:
         return len(self._live)
+
+    @property
+    def live_max(self) -> int:
+        """Requests that this gateway takes: instances may come while it runs."""
+        return max(self.policy.live_max, self.policy.live_each * len(self._pipelines))
 
     @property
     def restless(self) -> bool:
@@ -106,7 +115,7 @@ class Router:
                 if self._forget(rid) is not None:
                     self._remember_told(rid)  # what still comes of it is not to be cancelled
             case RecallAsked(rid, limit_s):
-                if len(self._recalls) < self.policy.live_max:
+                if len(self._recalls) < self.live_max:
                     self._recalls.begin(rid, now + limit_s)
                 else:
                     out.append(RecallDone(rid, None, False))
@@ -147,8 +156,8 @@ class Router:
             out.append(Fail(event.rid, FailCode.UNAVAILABLE, "the gateway is shutting down", 1))
         elif not self.pipelines_up:
             out.append(Fail(event.rid, FailCode.UNAVAILABLE, "no pipeline is up: try again later", 1))
-        elif len(self._live) >= self.policy.live_max and event.rid not in self._live:
-            text = f"this gateway has {self.policy.live_max} requests in progress: try again later"
+        elif len(self._live) >= self.live_max and event.rid not in self._live:
+            text = f"this gateway has {self.live_max} requests in progress: try again later"
             out.append(Fail(event.rid, FailCode.OVERLOADED, text, 1))
         else:
             self._forget(event.rid)  # taken up again here: the new connection is the one that counts
@@ -175,6 +184,8 @@ class Router:
         if self.topology is not None and topology.counter < self.topology.counter:
             return  # an old value, read again after a reconnect
         self.topology = topology
+        fixed = topology.mode is Mode.FIXED_NEIGHBOUR
+        self._recoveries = Recoveries(self._wave, fixed) if topology.mode in HOLDER_MODES else None
         self._wake()
         old, self._pipelines = self._pipelines, {p.id: p for p in topology.pipelines}
         self.pipelines_up = sum(p.scheduler is not None for p in topology.pipelines)
@@ -195,7 +206,7 @@ class Router:
     ) -> None:
         """Its pipeline is `new` now and was `old`, of another epoch."""
         lost = set(old.members()) - set(new.members() if new else ())
-        planned = new is not None and switched(old, new)
+        planned = new is None or switched(old, new)  # None: its instance was taken out of service
         had, live.torn = live.sent_to is not None or live.torn, False
         if had and lost and not planned and not live.log.emitted:
             live.deaths += 1
@@ -246,7 +257,7 @@ class Router:
                 # It was admitted once: it may wait or go elsewhere, but it is not turned away.
                 self._hold(live, now, live.how)
                 live.full.add(refusal.pipeline)
-                if all(p.id in live.full for p in self._pipelines.values() if p.up):
+                if all(p.id in live.full for p in self._open()):
                     live.full.clear()
                     live.retry_at = now + max(self.policy.retry_s, refusal.retry_after_s)
                 else:
@@ -257,7 +268,7 @@ class Router:
                 self._hold(live, now, "")
                 live.pipeline = live.last_member = None
                 self._loads.count(live)
-                if all(p.id in live.full for p in self._pipelines.values() if p.up):
+                if all(p.id in live.full for p in self._open()):
                     retry_s = max(1.0, refusal.retry_after_s)
                     self._fail(refusal.rid, FailCode.OVERLOADED, refusal.message, out, retry_s)
             case RefusalCode.POISONED:
@@ -289,6 +300,10 @@ class Router:
         member, pipeline, epoch = event.member, event.tokens.pipeline, event.tokens.epoch
         accepted: dict[int, list[Token]] = {}
         strangers: set[int] = set()
+        for rid, holder in event.tokens.holders:
+            known = self._live.get(rid)
+            if known is not None and known.sent_to == member and known.pipeline == pipeline:
+                known.holder = holder
         for item in event.tokens.items:
             live = self._live.get(item.rid)
             if live is None:
@@ -334,11 +349,17 @@ class Router:
         live.last_token_at, live.how, live.again_at, live.held_since = now, "", None, None
         live.may_overtake = False
         live.full.clear()
+        self._ride_out(live)
         self._loads.count(live)
         if live.log.finish is not None:
             self._forget(live.log.rid)
 
     # Where requests are
+
+    def _ride_out(self, live: LiveRequest) -> None:
+        """It has been computed again where it is, or is not there any more: others may come in its place."""
+        if self._wave.ended(live.log.rid):
+            self._held.wake()
 
     def _wake(self) -> None:
         """The world has changed: whoever waits for it is looked at once this event has been taken in."""
@@ -367,6 +388,7 @@ class Router:
             if not placed:
                 del self._placed[live.sent_to]
             live.sent_to = None
+            self._ride_out(live)
 
     def _miss(self, live: LiveRequest) -> None:
         """Tokens of a stream went missing: have them sent again, not more often than `again_s`."""
@@ -413,21 +435,25 @@ class Router:
             if self._reachable(home):
                 return home
             patience_s = self.policy.unreachable_s if home.up else self.policy.move_after_s
-            if held_s < patience_s and (home.up or not self._from_scratch):
+            if held_s < patience_s and (home.up or not (self._from_scratch or self._recoveries)):
                 return None
         self._loads.drop(live)
-        chosen = self._choose(live)
+        chosen = self._choose(live, held_s)
         self._loads.count(live)
         return chosen
 
-    def _choose(self, live: LiveRequest) -> Pipeline | None:
+    def _choose(self, live: LiveRequest, held_s: float) -> Pipeline | None:
         if self._reached is None:
-            self._reached = [p for p in self._pipelines.values() if self._reachable(p)]
+            reached = [p for p in self._pipelines.values() if self._reachable(p)]
+            self._reached = [p for p in reached if not p.closing] or reached
 
         def fits(pipeline: Pipeline) -> bool:
             return pipeline.id not in live.full and self._fit(live, pipeline)
 
-        return self._loads.choose(self._reached, fits, live, self.policy.places)
+        places = self.policy.places
+        if self._recoveries is not None and live.log.emitted:
+            return self._recoveries.choose(live, self._reached, fits, self._loads, places, held_s)
+        return self._loads.choose(self._reached, fits, live, places)
 
     def _send(self, live: LiveRequest, pipeline: Pipeline, now: float, out: list[Effect]) -> None:
         member = pipeline.scheduler
@@ -438,6 +464,7 @@ class Router:
         scratch = self._from_scratch and live.last_member is not None and live.last_member != member
         if live.pipeline != pipeline.id:
             live.log.rebase(pipeline.epoch)
+            live.holder = None
         self._take(live)
         live.pipeline, live.sent_to, live.last_member, live.sent_at = pipeline.id, member, member, now
         self._placed.setdefault(member, {})[live.log.rid] = live
@@ -489,6 +516,11 @@ class Router:
             self._take(live)
             self._loads.drop(live)
         return live
+
+    def _open(self) -> list[Pipeline]:
+        """The pipelines that requests may go to: one that is closing only if there is no other."""
+        up = [p for p in self._pipelines.values() if p.up]
+        return [p for p in up if not p.closing] or up
 
     def _fit(self, live: LiveRequest, pipeline: Pipeline) -> bool:
         """Whether none of its nodes has spoilt this request's numbers before."""
