@@ -70,7 +70,7 @@ def test_every_kind_of_fault_happens() -> None:
         *("hush", "hears_some", "split"),
         *("reset", "slow", "tamper", "corrupt", "wall_jump", "etcd_kill", "etcd_down", "etcd_pause"),
         *("fate_of_write", "expire", "compact", "operate", "cancel_operation"),
-        *("etcd_refuses", "clash", "upgrade", "flip", "restore"),
+        *("etcd_refuses", "clash", "upgrade", "flip", "restore", "scale"),
     }
 
 
