@@ -21,7 +21,7 @@ from controlplane.contract.status import ClusterStatus, NodeState, OperationAnsw
 from controlplane.contract.topology import Topology
 from controlplane.core import events, narrate
 from controlplane.core.detector import Detector, Verdict
-from controlplane.core.edit import initial, interned
+from controlplane.core.edit import initial, interned, resumed
 from controlplane.core.events import (
     CoreEvent,
     Effect,
@@ -69,7 +69,9 @@ class Controller:
         self._topology: Slot[Topology] = Slot()
         self._operations: dict[str, Slot[Operation]] = {}
         self._timers = Timers(self._limits)
-        self._lost: Topology | None = None  # the newest one that was in etcd, if etcd has none now
+        self._lost: Topology | None = (
+            None  # the newest one that was in etcd, if etcd has none now, or an older one
+        )
         self._recovered: dict[PipelineId, int] = {}  # newest epoch whose recovery is on record
         self._blemishes: tuple[str, ...] = ()  # of the topology as it stands
         self._refused: tuple[str, ...] = ()  # of the last plan
@@ -282,6 +284,8 @@ class Controller:
             # Deleted by hand, or etcd lost its data: the next one goes on counting, epochs never repeat.
             self._lost = before if before is not None else self._lost
             return
+        if after.counter < self._last_counter and before is not None:  # etcd was restored from a snapshot
+            self._lost = before
         self._last_counter = max(self._last_counter, after.counter)
         self._timers.note(after, self._now)
         old = {} if before is None else {p.id: p for p in before.pipelines}
@@ -378,6 +382,11 @@ class Controller:
         if topology is None:
             after = initial(self._config, self._last_counter + 1)
             if self._lost is not None:  # who serves goes on serving, in the same epochs
+                after = replace(self._lost, counter=after.counter)
+        elif topology.counter < self._last_counter:
+            # Nodes would not look at its successors. (Or the watch lags: then the guard of this write fails.)
+            after = resumed(topology, self._last_counter + 1)
+            if self._lost is not None and self._lost.counter == self._last_counter:
                 after = replace(self._lost, counter=after.counter)
         else:
             proposal = propose(replace_value(self._situation(topology, nodes), only=only), self._urgent)

@@ -19,6 +19,13 @@ def initial(config: ClusterConfig, counter: int) -> Topology:
     return Topology(group=config.group, counter=counter, mode=config.mode, pipelines=pipelines)
 
 
+def resumed(topology: Topology, counter: int) -> Topology:
+    """What an etcd that was restored from a snapshot has, as the next topology: later ones, on which nodes have
+    acted, are lost. Every pipeline begins a new epoch, so that nothing of those counts; moves are called off."""
+    pipelines = tuple(replace(p, epoch=counter, move=None) for p in topology.pipelines)
+    return replace(topology, counter=counter, pipelines=pipelines)
+
+
 def unformed(name: PipelineId, homes: Iterable[NodeId]) -> Pipeline:
     """A pipeline that nobody serves yet, by the homes of its stages."""
     return Pipeline(id=name, epoch=0, stages=tuple(Stage(homes=(home,)) for home in homes))

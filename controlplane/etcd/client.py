@@ -19,6 +19,7 @@ from controlplane.etcd.endpoints import Endpoint, Endpoints, EtcdTls, Method
 from controlplane.etcd.errors import EtcdLeaseGone, describe
 from controlplane.etcd.health import Health
 from controlplane.etcd.lease import LeaseKeeper
+from controlplane.etcd.maintenance import Maintenance
 from controlplane.etcd.proto import rpc_pb2
 from controlplane.etcd.values import (
     Compare,
@@ -83,9 +84,13 @@ class EtcdClient:
 
     async def revision(self, *, timeout_s: float | None = None) -> int:
         """The store's newest revision (linearizable)."""
+        return (await self.place(timeout_s=timeout_s))[1]
+
+    async def place(self, *, timeout_s: float | None = None) -> tuple[int, int]:
+        """Id of the store's cluster, and its newest revision (linearizable)."""
         request = wire.range_request("\0", prefix=False, count_only=True)
         reply = await self._range("revision", request, timeout_s)
-        return int(reply.header.revision)
+        return int(reply.header.cluster_id), int(reply.header.revision)
 
     async def put(self, key: str, value: bytes, lease: int = 0, *, timeout_s: float | None = None) -> int:
         """Write one key; the revision that did it. Raises EtcdLeaseGone if the lease has ended."""
@@ -155,7 +160,7 @@ class EtcdClient:
 
     def watch_prefix(self, prefix: str) -> Watch:
         """Follow every key under `prefix`: a snapshot, then changes. `aclose` ends it."""
-        watch = Watch(self._endpoints, prefix, self.get_prefix, self.revision, self._watch_timing)
+        watch = Watch(self._endpoints, prefix, self.get_prefix, self.place, self._watch_timing)
         self._users.add(watch)
         return watch
 
@@ -163,6 +168,11 @@ class EtcdClient:
         """What each endpoint says of itself, in the order given; never raises for one that is away."""
         members = self._endpoints.members
         return tuple(await asyncio.gather(*(_member_status(member, timeout_s) for member in members)))
+
+    @property
+    def maintenance(self) -> Maintenance:
+        """What is done to members one by one."""
+        return Maintenance(self._endpoints)
 
     async def follow_health(self) -> None:
         """Until cancelled: keep `health` informed of the members' alarms."""

@@ -22,8 +22,8 @@ LOOK_SOON_S = 1.0  # while there is trouble: its end is reported soon, too
 REFUSAL_KEPT_S = 15.0  # a refusal that nobody repeats says nothing about now
 
 NO_SPACE = (
-    "etcd is out of space: streams go on, nothing can be changed or registered; compact, defragment, then "
-    "`etcdctl alarm disarm` (or give it a larger --quota-backend-bytes); see `kfadmin check quorum`"
+    "etcd is out of space: streams go on, nothing can be changed or registered; `kfadmin etcd defrag` (or give it a "
+    "larger --quota-backend-bytes, then `etcdctl alarm disarm`); see `kfadmin check quorum`"
 )
 CORRUPT = (
     "an etcd member has found its data corrupt: streams go on, nothing can be changed; remove that member, add it "

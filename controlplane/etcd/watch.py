@@ -49,7 +49,7 @@ class Watch(AsyncIterator[WatchBatch]):
         endpoints: Endpoints,
         prefix: str,
         read: Callable[[str], Awaitable[Snapshot]],
-        read_revision: Callable[[], Awaitable[int]],
+        read_place: Callable[[], Awaitable[tuple[int, int]]],
         timing: WatchTiming,
     ) -> None:
         self.prefix = prefix
@@ -58,7 +58,8 @@ class Watch(AsyncIterator[WatchBatch]):
         self.last_error = ""
         self._endpoints = endpoints
         self._read = read
-        self._read_revision = read_revision
+        self._read_place = read_place
+        self._cluster_id = 0  # of the store that `revision` counts in; 0: not known yet
         self._timing = timing
         self._started_at = time.monotonic()
         self._heard_at: float | None = None
@@ -126,12 +127,13 @@ class Watch(AsyncIterator[WatchBatch]):
     async def _once(self) -> None:
         """Bring the consumer up to date, then follow one stream until it breaks. Raises EtcdError."""
         if not self._need_snapshot:
-            # A linearizable read cannot be older than what we have seen, unless etcd lost its data.
-            revision = await self._read_revision()
+            # A linearizable read cannot be older than what we have seen, unless etcd lost its data. A store that was
+            # restored from a snapshot may be further on again, but it is another cluster.
+            cluster_id, revision = await self._read_place()
             self._heard_at = time.monotonic()
-            if revision < self.revision:
+            if revision < self.revision or self._cluster_id not in (0, cluster_id):
                 self._endpoints.counters.watch_resets += 1
-                log.error("etcd went back from revision %d to %d", self.revision, revision)
+                log.error("etcd's store is another one: revision %d after %d", revision, self.revision)
                 self._need_snapshot = True
         if self._need_snapshot:
             snapshot = await self._read(self.prefix)
@@ -139,6 +141,7 @@ class Watch(AsyncIterator[WatchBatch]):
             events = tuple(WatchEvent(key, kv.mod_revision, kv) for key, kv in snapshot.items.items())
             await self._deliver(WatchBatch(snapshot.revision, events, is_snapshot=True))
             self._need_snapshot = False
+            self._cluster_id = 0
             self._endpoints.counters.watch_snapshots += 1
         endpoint = self._endpoints.preferred
         try:
@@ -198,6 +201,7 @@ class Watch(AsyncIterator[WatchBatch]):
             )
         if response.canceled:
             raise EtcdUnavailable(f"{endpoint.address}: cancelled the watch: {response.cancel_reason}")
+        self._cluster_id = response.header.cluster_id
         events = wire.watch_events(response.events, self.revision)
         if events:
             await self._deliver(WatchBatch(events[-1].mod_revision, events))

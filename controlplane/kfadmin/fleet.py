@@ -82,6 +82,10 @@ class HostPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def cluster(self) -> str:
         return str(self.settings.get("cluster", ClusterConfig(run_dir="-", model="-", etcd=()).cluster))
 
+    def etcd_bracketed(self) -> dict[str, str]:
+        """Addresses of etcd's members as URLs have them."""
+        return {name: bracketed(address) for name, address in self.etcd_members.items()}
+
     def processes(self) -> list[ProcessName]:
         """Who has a certificate on this host."""
         of_role = {
@@ -231,6 +235,10 @@ def _check_labels(fleet: Fleet) -> None:
 
 def _labels(name: str, host: Host) -> dict[str, str]:
     return {**host.labels, **({} if "host" in host.labels else {"host": name})}
+
+
+def bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address and not address.startswith("[") else address
 
 
 def _config(given: dict[str, Any]) -> ClusterConfig:

@@ -20,7 +20,7 @@ from controlplane.etcd.health import unfit_releases
 from controlplane.etcd.server import EtcdBinaryError, etcd_command, etcd_version, find_etcd_binary
 from controlplane.kfadmin.client import Unreachable
 from controlplane.kfadmin.exits import Exit
-from controlplane.kfadmin.fleet import HostPlan, read_fleet, warnings
+from controlplane.kfadmin.fleet import HostPlan, bracketed, read_fleet, warnings
 from controlplane.kfadmin.join import give, join, pack, parts_of, read_bundle, read_plan
 from controlplane.kfadmin.output import progress
 from controlplane.kfadmin.rundir import HOST_RUN_DIR, RunDir
@@ -30,7 +30,8 @@ from controlplane.kfadmin.tokens import seconds_of
 from controlplane.kfadmin.units import TARGET, WORDS, render, verify
 
 UNITS = Path("/etc/systemd/system")
-PASSED_ON = ("KF_ETCD_BIN", "OMP_NUM_THREADS", "UCX_NET_DEVICES", "UCX_TLS")  # from `install` to the units
+# From `install` to the units.
+PASSED_ON = ("KF_ETCD_BIN", "PGPASSFILE", "OMP_NUM_THREADS", "UCX_NET_DEVICES", "UCX_TLS")
 POLL_S = 0.3
 
 app = typer.Typer(no_args_is_help=True, help="Hosts of a cluster over several machines.")
@@ -44,7 +45,7 @@ UserOption = Annotated[
 ]
 
 
-def _run_dir(given: Path | None) -> RunDir:
+def host_run_dir(given: Path | None) -> RunDir:
     return RunDir((given or Path(os.environ.get("KF_RUN_DIR") or HOST_RUN_DIR)).absolute())
 
 
@@ -82,7 +83,7 @@ def join_verb(
     """Make this machine a host of the cluster. Again with a newer bundle: processes take its certificates and keys up
     by themselves, and its settings when they are restarted."""
     host, files = read_bundle(bundle)
-    local = _run_dir(run_dir)
+    local = host_run_dir(run_dir)
     join(local, host, files)
     print(f"{host.name} of {host.cluster}: {', '.join(parts_of(host)) or 'nothing'} in {local.path}")
     if install:
@@ -93,7 +94,7 @@ def join_verb(
 def install_verb(run_dir: HostDirOption = None, units: UnitsOption = UNITS, user: UserOption = "") -> None:
     """Write systemd units of what runs on this host; nothing is started. They do not change while the host's parts
     stay the same: a newer bundle, package or etcd needs no other."""
-    _install(_run_dir(run_dir), units, user)
+    _install(host_run_dir(run_dir), units, user)
 
 
 def _install(local: RunDir, units: Path, user: str) -> None:
@@ -131,7 +132,7 @@ def run(
     run_dir: HostDirOption = None,
 ) -> None:
     """Become one part of this host, in the foreground: what its unit does."""
-    local = _run_dir(run_dir)
+    local = host_run_dir(run_dir)
     host = read_plan(local)
     if part not in parts_of(host):
         raise RequestError(f"{part} does not run on {host.name}: it has {', '.join(parts_of(host))}")
@@ -203,7 +204,7 @@ def _etcd(local: RunDir, host: HostPlan) -> list[str]:
         raise ConfigError(str(error)) from error
     for warning in unfit_releases([".".join(map(str, version))]):
         progress(f"WARNING: {warning}")
-    addresses = {name: _bracketed(address) for name, address in host.etcd_members.items()}
+    addresses = host.etcd_bracketed()
     return etcd_command(
         binary,
         host.name,
@@ -212,12 +213,8 @@ def _etcd(local: RunDir, host: HostPlan) -> list[str]:
         host.etcd_peer_port,
         members=dict.fromkeys(addresses, host.etcd_peer_port),
         hosts=addresses,
-        listen=_bracketed(config.host),
+        listen=bracketed(config.host),
         token=host.cluster,
         version=version,
         tls=etcd_tls(config, ProcessName(ProcessRole.ETCD, host.name)),
     )
-
-
-def _bracketed(address: str) -> str:
-    return f"[{address}]" if ":" in address and not address.startswith("[") else address

@@ -18,6 +18,7 @@ from controlplane.kfadmin import (
     contexts,
     demo,
     describe,
+    etcd_care,
     group,
     hosts,
     keys,
@@ -89,6 +90,7 @@ app.add_typer(chaos.app, name="chaos")
 app.add_typer(config, name="config")
 app.add_typer(certs.app, name="certs")
 app.add_typer(hosts.app, name="host")
+app.add_typer(etcd_care.app, name="etcd")
 app.add_typer(keys.app, name="keys")
 app.add_typer(tokens.app, name="token")
 app.add_typer(contexts.app, name="context")

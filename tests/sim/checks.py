@@ -15,6 +15,7 @@ from controlplane.contract.topology import Topology
 from controlplane.core import invariants
 from controlplane.core.policy import Situation
 from controlplane.etcd.election import leader_of
+from controlplane.etcd.proto import rpc_pb2
 from controlplane.etcd.register import holder_of
 from controlplane.etcd.wire import key_value
 from dataplane.core.encoder import Add, Close, Encoder
@@ -54,6 +55,9 @@ class Checks:
         # What the holder of a copy has said last, by source process, pipeline, holder and request.
         self._holders: dict[str, str] = {}  # name -> the process that has it
         self._raw: dict[str, Any] = {}  # topology and operations as they are written
+        self._past: list[bytes] = []  # topologies as they were written
+        self._putting_back = False
+        self._was_put_back = False  # the next write begins new epochs for whoever serves
         self._said: dict[tuple[Process, PipelineId, Member], dict[int, int]] = {}
         # Shards that an encoder has added to the parity of a name, and names that had those of all stages at some time.
         self._added: dict[tuple[str, PipelineId, bytes], set[int]] = {}
@@ -64,13 +68,32 @@ class Checks:
 
     # What etcd accepts.
 
+    def put_back(self, back: int) -> None:
+        """The topology of so many writes ago is in etcd again, as after a snapshot was restored."""
+        old = self._past[max(0, len(self._past) - 1 - back) :][:1]
+        if not old or old[0] == self._past[-1]:
+            return
+        self._putting_back = self._was_put_back = True
+        try:
+            self._etcd.store.put(rpc_pb2.PutRequest(key=self._topology_key, value=old[0]))
+        finally:
+            self._putting_back = False
+
     def _committed(self) -> None:
+        if self._putting_back:
+            kv = self._etcd.store.kvs[self._topology_key]
+            self._revision = kv.mod_revision
+            self._raw[self._topology_key.decode()] = msgspec.json.decode(kv.value)
+            self._world.note(f"topology {decode(kv.value, Topology, 'topology').counter} is put back")
+            self._tell()
+            return
         for kv in self._etcd.store.latest:
             self._names(kv.key.decode(), kv.value)
             self._kept(kv.key.decode(), kv.value)
         kv = self._etcd.store.kvs.get(self._topology_key)
         if kv is not None and kv.mod_revision > self._revision:
             self._revision = kv.mod_revision
+            self._past.append(kv.value)
             self._new_topology(decode(kv.value, Topology, "topology"))
         self._tell()
 
@@ -109,7 +132,10 @@ class Checks:
         if before is None:
             return
         situation = Situation(before, None, None, 0.0, frozenset())  # type: ignore[arg-type]
-        for check in STATELESS:
+        known, self._was_put_back = not self._was_put_back, False
+        if after.counter <= before.counter:
+            self._world.fail(f"topology {after.counter} after {before.counter}")
+        for check in STATELESS if known else ():
             for problem in check(situation, after):
                 self._world.fail(f"topology {after.counter}: {check.__name__}: {problem}")
         for old in before.pipelines:

@@ -634,6 +634,10 @@ class Cluster:
         for lease in [lease for lease in self.etcd.store.leases.values() if lease.owner is owner]:
             self.etcd.expire(lease.id)
 
+    def restore(self, back: int) -> None:
+        """etcd's topology is the one of so many writes ago, or the first one."""
+        self.checks.put_back(back)
+
     def compact(self) -> None:
         store = self.etcd.store
         if store.revision > store.compacted:

@@ -131,6 +131,14 @@ class SimChannel:
 
         return stream
 
+    def unary_stream(self, path: str, **_codec: Any) -> Callable[..., Call]:
+        """Only snapshots of etcd come so, and no process of the cluster asks for one."""
+
+        def none(*_arguments: Any, **_options: Any) -> Call:
+            raise NotImplementedError(path)
+
+        return none
+
     # Within this module.
 
     def connect(self) -> None:

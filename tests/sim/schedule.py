@@ -115,10 +115,22 @@ PLACED_EVERY, PLACED = 10, 7
 SCALED_EVERY, SCALED = 7, 4
 
 
+# In one seed of so many etcd's topology is an old one again, as after a snapshot was restored.
+RESTORED_EVERY, RESTORED = 10, 3
+
+
 def generate(seed: int) -> Schedule:
     schedule = _played(seed)
-    scaled = seed % SCALED_EVERY == SCALED and seed < PARTIAL_FROM and not schedule.calm
-    return _scaled(schedule) if scaled else schedule
+    changed = seed < PARTIAL_FROM and not schedule.calm
+    schedule = _scaled(schedule) if changed and seed % SCALED_EVERY == SCALED else schedule
+    return _restored(schedule) if changed and seed % RESTORED_EVERY == RESTORED else schedule
+
+
+def _restored(schedule: Schedule) -> Schedule:
+    chance = random.Random(f"restored {schedule.seed}")
+    window_s = max((step.at for step in schedule.steps), default=1.0)
+    step = Step(chance.uniform(0.0, window_s), "restore", (chance.choice((1, 1, 2, 5, 100)),))
+    return replace(schedule, steps=tuple(sorted((*schedule.steps, step), key=lambda step: step.at)))
 
 
 def _scaled(schedule: Schedule) -> Schedule:

@@ -67,7 +67,7 @@ def test_every_kind_of_fault_happens() -> None:
     kinds = {step.what for seed in range(300) for step in generate(seed).steps}
     assert kinds == {
         *("submit", "cancel", "kill", "leave", "pause", "isolate", "cut", "one_way", "flap", "deaf", "mute"),
-        *("hush", "hears_some", "split"),
+        *("hush", "hears_some", "split", "restore"),
         *("reset", "slow", "tamper", "corrupt", "wall_jump", "etcd_kill", "etcd_down", "etcd_pause"),
         *("fate_of_write", "expire", "compact", "operate", "cancel_operation", "scale"),
         *("etcd_refuses", "clash", "upgrade", "flip"),

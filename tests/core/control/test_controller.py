@@ -258,6 +258,37 @@ def test_a_lost_topology_is_written_again_and_counts_on() -> None:
     assert sim.topology == replace(last, counter=last.counter + 1)
 
 
+def test_an_older_topology_is_followed_by_the_newest_one_that_somebody_remembers() -> None:
+    sim = formed()
+    old = sim.topology
+    assert old is not None
+    sim.kill("n1")
+    sim.run_until(sim.home)
+    newest = sim.topology
+    assert newest is not None
+    assert newest.counter > old.counter + 1
+    sim.put_topology(old)  # a snapshot was restored
+    assert sim.topology == replace(newest, counter=newest.counter + 1)
+
+
+def test_epochs_go_on_where_only_nodes_remember_what_etcd_has_lost() -> None:
+    sim = formed(controllers=1)
+    old = sim.topology
+    assert old is not None
+    sim.kill("n1")
+    sim.run_until(sim.home)
+    newest = sim.topology
+    assert newest is not None
+    core = sim.cores["c1"]
+    core._topology.value, core._lost = None, None  # a controller that was away
+    sim.put_topology(old)
+    after = sim.topology
+    assert after.counter > newest.counter
+    assert all(p.epoch > newest.counter for p in after.pipelines)
+    sim.run_until(sim.home)
+    assert sim.topology.pipelines[0].stages[1].ranks != old.pipelines[0].stages[1].ranks
+
+
 def test_a_pipeline_without_its_homes_borrows_only_after_the_grace() -> None:
     sim = Sim(make_config(2, 2))
     sim.held.update({"n0"})

@@ -1,0 +1,234 @@
+"""The history on a real PostgreSQL: tables, triggers, a server that stops under load, migrations."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+import migrations
+from controlplane.contract.audit import Action
+from controlplane.contract.auth import Caller, Role
+from controlplane.contract.errors import Unavailable
+from controlplane.contract.records import Operation, OperationKind
+from controlplane.history import schema
+from controlplane.history.store import Audit, HistoryStore
+from controlplane.history.tables import metadata
+from controlplane.history.writer import HistoryWriter
+from tests.io.etcd_server import free_ports
+from tests.io.test_history import event, until
+
+START_LIMIT_S = 60.0
+PASSWORD = "not in the settings"
+OPERATION = Operation(id="op-1", kind=OperationKind.DRAIN, node="n2")
+
+
+class Server:
+    """A PostgreSQL of the test's own, on loopback, of a user that is not root."""
+
+    def __init__(self, folder: Path, programs: Path, user: str) -> None:
+        (self.port,) = free_ports(1)
+        self.url = f"postgresql+asyncpg://kf@127.0.0.1:{self.port}/postgres"
+        self._data, self._programs = folder / "data", programs
+        self._log = folder / "log"
+        self._user = pwd.getpwnam(user) if os.geteuid() == 0 else None
+        password = folder / "password"
+        password.write_text(PASSWORD)
+        if self._user is not None:
+            for path in (folder, password):
+                os.chown(path, self._user.pw_uid, self._user.pw_gid)
+        self._run("initdb", "--username=kf", f"--pwfile={password}", "--auth=scram-sha-256", "--no-sync")
+        with (self._data / "postgresql.conf").open("a") as settings:
+            settings.write(f"port = {self.port}\nlisten_addresses = '127.0.0.1'\n")
+            settings.write(f"unix_socket_directories = '{folder}'\nfsync = off\n")
+
+    def start(self) -> None:
+        self._run("pg_ctl", "start", "--wait", f"--timeout={START_LIMIT_S:.0f}", f"--log={self._log}")
+
+    def stop(self) -> None:
+        """At once, as by a crash: connections break in the middle of what they do."""
+        self._run("pg_ctl", "stop", "--mode=immediate", "--wait")
+
+    def _run(self, program: str, *words: str) -> None:
+        who = {} if self._user is None else {"user": self._user.pw_uid, "group": self._user.pw_gid}
+        done = subprocess.run(
+            [str(self._programs / program), f"--pgdata={self._data}", *words],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if program == "initdb" else subprocess.DEVNULL,
+            stderr=subprocess.STDOUT, timeout=2 * START_LIMIT_S, check=False, cwd="/", **who,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{program}: {done.stdout!r}"
+
+
+def programs() -> Path | None:
+    """Where initdb is: on PATH, or where Debian has it."""
+    found = shutil.which("initdb")
+    if found is not None and (Path(found).parent / "pg_ctl").exists():
+        return Path(found).parent
+    return next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    where = programs()
+    if where is None:
+        pytest.skip("PostgreSQL is not installed (package postgresql)")
+    if importlib.util.find_spec("asyncpg") is None:
+        pytest.skip("asyncpg is not installed (pip install 'kevlarflow[postgres]')")
+    folder = Path(tempfile.mkdtemp(prefix="kf-pg-"))
+    try:
+        made = Server(folder, where, "nobody")
+        made.start()
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("PGPASSWORD", PASSWORD)  # or a file that PGPASSFILE names
+                yield made
+        finally:
+            made.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def url(server: Server) -> str:
+    """Of a database without tables."""
+
+    async def clear() -> None:
+        engine = schema.make_engine(server.url)
+        async with begun(engine) as connection:
+            await connection.execute(text("drop schema public cascade"))
+            await connection.execute(text("create schema public"))
+        await engine.dispose()
+
+    asyncio.run(clear())
+    return server.url
+
+
+def begun(engine: AsyncEngine) -> AbstractAsyncContextManager[AsyncConnection]:
+    return engine.begin()
+
+
+def test_what_is_written_comes_back_and_the_audit_stays(url: str) -> None:
+    async def main() -> None:
+        stores = [HistoryStore(url, "c", f"c{index}") for index in range(3)]
+        await asyncio.gather(*(store.upgrade() for store in stores))  # controllers that start together
+        store = stores[0]
+        written = [event(number) for number in range(10)]
+        alice = Caller("alice", Role.OPERATOR, "10.0.0.7")
+        await store.append([*written, Audit(Action.SUBMITTED, OPERATION, 1.0, 12, alice, "a disk fails")])
+        everything = await store.tail(100)
+        assert [item for _, item in everything] == written
+        assert await stores[1].tail(100, after=everything[6][0]) == everything[7:]
+        (entry,) = await store.audit(10)
+        assert (entry.who, entry.reason, entry.epoch_before) == ("alice", "a disk fails", 12)
+        engine = schema.make_engine(url)
+        for change in ("update operations_audit set who = 'nobody'", "delete from operations_audit"):
+            with pytest.raises(DBAPIError, match="append-only"):
+                async with engine.begin() as connection:
+                    await connection.execute(text(change))
+        await engine.dispose()
+        assert await store.prune(4) == 6
+        assert [item for _, item in await store.tail(100)] == written[6:]
+        assert await store.audit(10) == [entry]
+        for one in stores:
+            await one.close()
+
+    asyncio.run(main())
+
+
+def test_migrations_go_forward_and_back_and_agree_with_the_tables(url: str) -> None:
+    def migrate(connection: Connection, move: Callable[..., None], revision: str) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+        config.attributes["connection"] = connection
+        move(config, revision)
+
+    def differences(connection: Connection) -> list[object]:
+        return list(compare_metadata(MigrationContext.configure(connection), metadata))
+
+    async def main() -> None:
+        engine = schema.make_engine(url)
+
+        async def go(move: Callable[..., None], revision: str) -> None:
+            async with engine.begin() as connection:
+                await connection.run_sync(migrate, move, revision)
+
+        await go(command.upgrade, "0001")
+        old = "insert into operations_audit values (1, 'c', 1.0, 'op-1', 'done', 'drain', 'n2', '', '', 'c1')"
+        async with engine.begin() as connection:
+            await connection.execute(text(old))
+        await go(command.upgrade, "head")
+        async with engine.begin() as connection:
+            assert await connection.run_sync(differences) == []
+        store = HistoryStore(url, "c", "c1")
+        assert [(entry.operation, entry.who) for entry in await store.audit(10)] == [("op-1", "")]
+        await store.close()
+        await go(command.downgrade, "0001")
+        async with engine.begin() as connection:
+            found = await connection.execute(text("select operation_id, action from operations_audit"))
+            assert [tuple(row) for row in found] == [("op-1", "done")]
+            await connection.execute(
+                text("delete from operations_audit")
+            )  # the trigger is gone with its release
+        await go(command.upgrade, "head")
+        await engine.dispose()
+
+    asyncio.run(main())
+
+
+def test_a_server_that_crashes_under_load_loses_nothing(server: Server, url: str) -> None:
+    async def main() -> None:
+        store = HistoryStore(url, "c", "c1")
+        writer = HistoryWriter(store)
+        running = asyncio.create_task(writer.run())
+        sent = 0
+
+        def put(count: int) -> None:
+            nonlocal sent
+            for _ in range(count):
+                writer.put(event(sent))
+                if sent % 50 == 0:
+                    writer.put(Audit(Action.SUBMITTED, Operation(f"op-{sent}", OperationKind.PAUSE), 1.0))
+                sent += 1
+
+        put(100)
+        await until(lambda: writer.written >= 102, 60.0)
+        stopping = asyncio.create_task(asyncio.to_thread(server.stop))
+        while not stopping.done():  # batches are under way when it goes
+            put(5)
+            await asyncio.sleep(0.005)
+        await stopping
+        put(500)
+        await until(lambda: writer.failures > 0, 60.0)
+        with pytest.raises(Unavailable):
+            await writer.tail(10, 0)
+        await asyncio.to_thread(server.start)
+        put(50)
+        await until(lambda: not writer._queue and writer.healthy, 60.0)
+        assert writer.dropped == 0
+        subjects = {item.subject for _, item in await store.tail(1000)}
+        assert sent < 1000
+        assert subjects == {f"n{number}" for number in range(sent)}
+        assert {f"op-{number}" for number in range(0, sent, 50)} == {
+            e.operation for e in await store.audit(1000)
+        }
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await store.close()
+
+    asyncio.run(main())
