@@ -54,6 +54,7 @@ extensions = [
         extra_compile_args=FAST,
     ),
     Extension("dataplane._fast.hashing", ["dataplane/_fast/hashing.pyx"], extra_compile_args=FAST),
+    Extension("dataplane._fast.lifeline", ["dataplane/_fast/lifeline.pyx"], extra_compile_args=["-O2"]),
     Extension("dataplane._fast.outbox", ["dataplane/_fast/outbox.pyx"], extra_compile_args=["-O2"]),
     Extension("dataplane._fast.stream", ["dataplane/_fast/stream.pyx"], extra_compile_args=["-O2"]),
     Extension(

@@ -129,7 +129,7 @@ def running() -> Iterator[Gateway]:
 
 async def _publish(config: ClusterConfig, node_address: str) -> None:
     """What a leader and a node would have written."""
-    keys, member = Keys(config.cluster), Member("n0", "i0")
+    keys, member = Keys.of(config), Member("n0", "i0")
     record = NodeRecord(
         member=member, group=config.group, stage=0, num_stages=1, link_address="127.0.0.1:1", pid=1,
         rpc_address=node_address, weights_digest="none", pool_blocks=1, block_size=16,

@@ -79,7 +79,7 @@ async def _measure(size: int, folder: Path, calm_s: float, result: Result) -> No
     secret = create_secret(config.secret_file)
     with _processes(folder, port) as controller:
         async with EtcdClient(config.etcd) as client:
-            address = await _address(client, Keys(config.cluster))
+            address = await _address(client, Keys.of(config))
             fleet = Fleet(config, client, derive(secret, "grpc"), address)
             try:
                 await _phases(size, fleet, controller, calm_s, result)

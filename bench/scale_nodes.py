@@ -165,7 +165,7 @@ class Fleet:
         self.late_s = 0.0  # the longest that a heartbeat left after its time: how busy this side was
         self._config = config
         self._client = client
-        self._keys = Keys(config.cluster)
+        self._keys = Keys.of(config)
         self._token = token
         self._address = address
         self._hosts: list[Host] = []

@@ -74,11 +74,11 @@ async def serve(
     `take_over`: the incarnation that has to give its name up to this process, if it has it.
     """
     secret = load_secret(config.secret_file)
-    keys = Keys(config.cluster)
+    keys = Keys.of(config)
     inbox = Inbox()
     identity = Identity.of(config, ProcessRole.CONTROLLER, me)
     client = etcd_client(config, identity)
-    store = HistoryStore(config.database, config.cluster, me)
+    store = HistoryStore(config.database, config.scope, me)
     history = HistoryWriter(store)
     token = derive(secret, "grpc")
     recorder = Recorder(token, history, lambda: runtime.is_leader, identity)

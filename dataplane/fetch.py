@@ -100,7 +100,7 @@ def _kept(config: ClusterConfig, shelf: Path, stage: int) -> Path:
 
 async def find_peers(config: ClusterConfig, node: NodeId, stage: int) -> list[NodeRecord]:
     """Nodes with the stage's weights that the group serves; those that serve nothing themselves first."""
-    world = World(Keys(config.cluster), config.group)
+    world = World(Keys.of(config), config.group)
     try:
         async with (
             asyncio.timeout(ETCD_LIMIT_S),

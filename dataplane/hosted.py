@@ -28,7 +28,7 @@ BACKOFF_MAX_S = 10.0
 async def tell_launcher(client: EtcdClient, config: ClusterConfig) -> NoReturn:
     """Until cancelled: the file says what the newest topology asks for. While it cannot be written that is logged, once
     for each cause, and tried again."""
-    keys = Keys(config.cluster)
+    keys = Keys.of(config)
     view = View(keys, config.group)
     backoff = Backoff(BACKOFF_FIRST_S, BACKOFF_MAX_S)
     written: Wanted | None = None

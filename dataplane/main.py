@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 from pathlib import Path
@@ -23,10 +24,15 @@ from controlplane.etcd.register import TAKE_OVER
 from dataplane.accelerators import CPU, Place, assign, count_devices
 from dataplane.devices import precise_loop
 from dataplane.fetch import provision
+from dataplane.lifeline import hold
 from dataplane.loading import load_executor, load_grammars, load_proposer
 from dataplane.moment import MOMENT
 from dataplane.node import Node
 from dataplane.report_stream import relay_address
+
+# A node computes on processors that its host's relay, controller and gateway may need for an instant each: they are to
+# have them at once, or every hop of a recovery waits for somebody's layers.
+NICE = 5
 
 if TYPE_CHECKING:
     from dataplane.core.speculation import Proposer
@@ -44,6 +50,8 @@ def run_node(config: ClusterConfig, node: str, take_over: str = "", place: Place
     """
     configure_logging(node)
     begin()
+    if config.engine.device == "cpu":
+        os.nice(NICE)
     stage = int(node.removeprefix("n")) % config.stages
     settings = settings_digest(config)  # of what the operator wrote: equal on every host
     config = msgspec.structs.replace(config, model=str(provision(config, node, stage)))
@@ -54,6 +62,7 @@ def run_node(config: ClusterConfig, node: str, take_over: str = "", place: Place
     emulated = config.emulation != EmulationConfig()
     MOMENT.time_scale = config.emulation.time_scale
     member = Member(node, new_incarnation())
+    hold(Path(config.run_dir), member)
     run_to_exit(
         node,
         lambda: _serve(config, member, stage, executor, settings, take_over, place, grammars, proposer),

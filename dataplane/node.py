@@ -169,7 +169,7 @@ class Node:
             emulate=emulate_network(config, me.node, HASH_BYTES),
         )
         self._lane = Lane(self._transport, self._send)
-        self._world = World(Keys(config.cluster), config.group)
+        self._world = World(Keys.of(config), config.group)
         self._peers = Peers(me, stage)
         self._topology: Topology | None = None  # the one that is acted on
         self._ours: list[Pipeline] = []  # its pipelines that name us

@@ -32,6 +32,7 @@ from controlplane.contract import auth, rpc
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
 from controlplane.contract.identity import PLAIN, RELAY_NAME, Identity, ProcessName, ProcessRole
+from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.lifetime import begin, run_to_exit
 from controlplane.contract.logs import configure_logging
@@ -41,6 +42,7 @@ from controlplane.keyspace.connect import etcd_client
 from controlplane.keyspace.view import View
 from dataplane.core.relay import Line, Relay, Source
 from dataplane.hosted import tell_launcher
+from dataplane.lifeline import Lifelines
 from dataplane.report_stream import SOCKET, STREAM, keep_reporting, relay_address
 
 log = structlog.get_logger()
@@ -103,6 +105,7 @@ class RelayServer:
         self._controllers: dict[str, _Controller] = {}
         self._leaving = False
         self._stop = asyncio.Event()
+        self._lifelines = Lifelines(self._run_dir, self._ended)
 
     def stop(self) -> None:
         self._stop.set()
@@ -124,6 +127,7 @@ class RelayServer:
                     task.result()
             finally:
                 self._leaving = True
+                self._lifelines.close()
                 for task in tasks:
                     task.cancel()
                 await server.stop(grace=0)
@@ -187,6 +191,11 @@ class RelayServer:
                     self.relay.leave(node.source)
                     self._kick()
 
+    def _ended(self, member: Member) -> None:
+        """The process has. Its connection breaks only when the kernel has taken its memory apart."""
+        self.relay.end(member)
+        self._kick()
+
     async def _answer(self, node: _Node, context: Any) -> None:
         while True:
             await node.due.wait()
@@ -205,6 +214,7 @@ class RelayServer:
                 report = rpc.decode_report(raw)
                 if node.source is None:
                     node.source = self.relay.join(report.member)
+                    self._lifelines.follow(report.member)
                 elif node.source.member != report.member:
                     raise _Refused(f"one stream speaks for one node, not for {report.member} as well")
                 self.relay.report(
@@ -227,7 +237,7 @@ class RelayServer:
     # ---- controllers
 
     async def _follow(self, client: EtcdClient) -> None:
-        keys = Keys(self._config.cluster)
+        keys = Keys.of(self._config)
         view = View(keys, self._config.group)
         async for batch in client.watch_prefix(keys.controllers):
             view.apply(batch)

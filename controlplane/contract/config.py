@@ -35,6 +35,7 @@ ORIGIN = Text(
 ADVERTISE = Text(r"[A-Za-z0-9:.%_\[\]-]{0,253}", "a host name or an IP address, without a port, or nothing")
 ENDPOINT = Text(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", "host:port")
 
+DEFAULT_GROUP = "default"
 Speculation = Literal["off", "ngram", "draft"]
 
 
@@ -161,6 +162,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reasoning_parser: Literal["auto", "none", "think", "mistral"] = "auto"
     # Whose pages a browser lets read answers: "https://example.org", or "*" for all. They need keys like others.
     cors_origins: tuple[Annotated[str, ORIGIN], ...] = ()
+    # Settings files of other groups whose models are served here, too, by the name in `model`. Each says where its
+    # etcd, secret, certificates and tokenizer are; what is not there yet is looked for again.
+    groups: tuple[Annotated[str, PATH], ...] = ()
 
     def __post_init__(self) -> None:
         check_bounds(self, "gateway.")
@@ -216,7 +220,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: Annotated[str, PATH]  # a Hugging Face checkpoint directory
     etcd: tuple[Annotated[str, ENDPOINT], ...]
     cluster: Annotated[str, NAME] = "kevlarflow"
-    group: Annotated[str, NAME] = "default"
+    group: Annotated[str, NAME] = DEFAULT_GROUP
     served_model_name: Annotated[str, Text(r"[^\x00-\x1f\x7f]{0,256}", "up to 256 characters of text")] = (
         ""  # "": the directory's name
     )
@@ -269,6 +273,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if tls.https_cert:
             return tls.https_cert, tls.https_key or tls.https_cert
         return (tls.cert, tls.key or tls.cert) if tls.enabled and not is_loopback(self.host) else None
+
+    @property
+    def scope(self) -> str:
+        """What is this group's own in a place that others share, such as etcd: no name has an @."""
+        return self.cluster if self.group == DEFAULT_GROUP else f"{self.cluster}@{self.group}"
 
     @property
     def model_name(self) -> str:

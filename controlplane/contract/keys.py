@@ -8,6 +8,7 @@ from typing import TypeVar
 import msgspec
 
 from controlplane.contract import schema
+from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import PeerError
 
 T = TypeVar("T")
@@ -25,13 +26,18 @@ def decode(value: bytes, kind: type[T], key: str) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Key names of one cluster."""
+    """Key names of one group: leader, nodes, gateways and operations are its own, so that two groups in one etcd may
+    both have a node n0, and none watches another one's keys."""
 
-    cluster: str
+    scope: str  # `ClusterConfig.scope`: of the default group the cluster's name
+
+    @classmethod
+    def of(cls, config: ClusterConfig) -> Keys:
+        return cls(config.scope)
 
     @property
     def root(self) -> str:
-        return f"/kevlarflow/{self.cluster}/"
+        return f"/kevlarflow/{self.scope}/"
 
     @property
     def leader(self) -> str:

@@ -152,6 +152,9 @@ class ReportBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
     relay: bool = False  # the sender is no node: its end says nothing of those that it spoke for
     schema: int = REPORT_SCHEMA
     calm: bool = False  # nothing in it is news: a relay may pass it on with its next beat
+    ended: tuple[
+        int, ...
+    ] = ()  # slots of `gone` whose processes have ended for certain, as their host's kernel says
 
 
 class RelayedBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -163,6 +166,7 @@ class RelayedBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
     relay: bool = True
     schema: int = REPORT_SCHEMA
     calm: bool = False
+    ended: tuple[int, ...] = ()
 
 
 class ReportHeader(msgspec.Struct, frozen=True, array_like=True):

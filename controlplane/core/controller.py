@@ -177,6 +177,9 @@ class Controller:
             case events.ReportStreamBroken(member):
                 self._detector.stream_broken(member, self._now)
                 return True
+            case events.ProcessEnded(member):
+                self._detector.ended(member, self._now)
+                return True
             case events.TopologySeen(topology, mod_revision, read):
                 before = self._topology.value
                 after = None if topology is None else interned(before, topology)

@@ -55,6 +55,7 @@ class _Watched:
     broken_at: float | None = None  # its report stream ended then, and nothing came since
     abrupt: bool = False  # ... in the middle of talking
     leaving: bool = False
+    ended: bool = False
     superseded: bool = False
     known: bool = False
     state: NodeState = NodeState.YELLOW
@@ -193,6 +194,11 @@ class Detector:
         watched = self._watch(member, now)
         watched.abrupt = watched.heard is not None and watched.silent_s(now) < self.timing.suspect_after_s
         watched.broken_at = now
+        self._news.add(member)
+
+    def ended(self, member: Member, now: float) -> None:
+        """Its process has. Whatever is still on its way says nothing else."""
+        self._watch(member, now).ended = True
         self._news.add(member)
 
     def evaluate(self, now: float, stalled: Mapping[Member, float]) -> list[Verdict]:
@@ -452,6 +458,7 @@ class Detector:
             deaf=deaf,
             superseded=watched.superseded,
             leaving=watched.leaving,
+            ended=watched.ended,
             stuck_s=symptoms.stuck_s,
             still_s=symptoms.still_s,
             poisoned=symptoms.poisoned,

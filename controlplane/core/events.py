@@ -76,6 +76,13 @@ class ReportStreamBroken:
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    """The process of a member has ended for certain: the kernel of its host says so."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
 class TopologySeen:
     """The group's topology as etcd has it (None: there is none), by watch or, if `read`, by the read asked for."""
 
@@ -147,6 +154,7 @@ CoreEvent = (
     | ReportReceived
     | HeartbeatsReceived
     | ReportStreamBroken
+    | ProcessEnded
     | TopologySeen
     | OperationSeen
     | OperationGone

@@ -3,7 +3,8 @@
 Kinds are independent if no single broken path explains both. Silence on reports and the end of their stream are one
 kind: both come of the path to this controller. What neighbours say of their links is another, the registration (a lease
 in etcd, renewed by the process itself) a third, a step that does not end a fourth. A lease that stands and a neighbour
-that hears are evidence of life: against them one kind is never enough.
+that hears are evidence of life: against them one kind is never enough. Proof is another thing: the end of a process
+that its own kernel tells needs no second witness.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Evidence:
     stalled_s: float = 0.0  # a pipeline's oldest step waits for it
     superseded: bool = False  # a newer process of the same node has registered
     leaving: bool = False  # it said that it is about to exit
+    ended: bool = False  # its process is no more: the kernel of its host says so
     stuck_s: float = 0.0  # by its own word its computation takes that long, far longer than usual
     still_s: float = (
         0.0  # by its own word its computation has not advanced for so long, which no slow one does
@@ -59,6 +61,8 @@ def judge(e: Evidence, timing: TimingConfig) -> tuple[NodeState, str]:
         return red, "a newer process of this node registered"
     if e.leaving:
         return red, "left"
+    if e.ended:
+        return red, "its process has ended"
     # Who hears few others may share the broken path with the few that it does hear.
     if e.broken and e.link_down and (e.abrupt or not (e.neighbour_hears or e.deaf)):
         return red, f"report stream broken and link down ({e.link_down})"
@@ -100,7 +104,14 @@ def may_live(e: Evidence, timing: TimingConfig) -> bool:
     Not who was outlived, has left, has closed its connections, or is alive and does not work. One that is stopped or
     cut off may, as long as it is registered; and longer, if no neighbour misses it: then it may be serving.
     """
-    if e.superseded or e.leaving or (e.broken and e.link_down) or fault(e, timing) or severed(e, timing):
+    if (
+        e.superseded
+        or e.leaving
+        or e.ended
+        or (e.broken and e.link_down)
+        or fault(e, timing)
+        or severed(e, timing)
+    ):
         return False
     missed = e.link_down or e.link_silent_s >= timing.dead_after_s
     return e.lease or not missed
@@ -128,7 +139,7 @@ def severed(e: Evidence, timing: TimingConfig) -> str:
 
 def plain(e: Evidence, timing: TimingConfig) -> bool:
     """Whether nothing at all speaks against a member: it need not be looked at again before there is news of it."""
-    accused = e.broken or e.link_down or e.cut_off or e.stalled_s or e.superseded or e.leaving
+    accused = e.broken or e.link_down or e.cut_off or e.stalled_s or e.superseded or e.leaving or e.ended
     own = e.stuck_s or e.still_s or e.poisoned or e.probation
     return e.heard_ever and not accused and not own and e.silent_s < timing.suspect_after_s
 

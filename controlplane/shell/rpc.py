@@ -30,7 +30,13 @@ from controlplane.contract.reports import (
     beat_every_s,
     report_every_s,
 )
-from controlplane.core.events import CoreEvent, HeartbeatsReceived, ReportReceived, ReportStreamBroken
+from controlplane.core.events import (
+    CoreEvent,
+    HeartbeatsReceived,
+    ProcessEnded,
+    ReportReceived,
+    ReportStreamBroken,
+)
 from controlplane.shell.inbox import Inbox
 
 log = structlog.get_logger()
@@ -71,7 +77,8 @@ class _Stream:
 
 class ReportServer:
     """Reports become ReportReceived, beats HeartbeatsReceived; ReportStreamBroken follows at once when the last stream
-    that carries a member ends, and a moment later when that was a relay's."""
+    that carries a member ends, and a moment later when that was a relay's. Of a process that has ended, as its host's
+    relay says, ProcessEnded comes before."""
 
     def __init__(
         self,
@@ -194,6 +201,8 @@ class ReportServer:
         for slot in batch.gone:
             member = stream.members.pop(slot, None)
             if member is not None:
+                if slot in batch.ended:
+                    self._inbox.put_own(ProcessEnded(member))
                 del stream.slots[member]
                 self._drop(member, stream)
 

@@ -66,7 +66,7 @@ class Service:
     def __init__(self, config: ClusterConfig, me: str, parts: Parts) -> None:
         self._config = config
         self._me = me
-        self._keys = Keys(config.cluster)
+        self._keys = Keys.of(config)
         self._controller = parts.controller
         self._registry = parts.registry
         self._client = parts.client

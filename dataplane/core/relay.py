@@ -55,6 +55,7 @@ class Line:
     dropped: int = 0  # of those that tell recoveries
     heard: dict[int, float] = field(default_factory=dict)  # slot -> when; none of what is sent already
     gone: list[int] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)  # of `gone`, those whose process has ended
     told: set[int] = field(default_factory=set)  # whose report is on this stream
 
     def due_at(self) -> float:
@@ -98,9 +99,10 @@ class Line:
     def _goodbye(self) -> RelayedBatch:
         """Alone, since a receiver takes reports before it lets go of slots: a member that is back has another slot."""
         gone, self.gone = tuple(self.gone), []
+        ended, self.ended = tuple(self.ended), []
         last = self._take({slot for slot in gone if slot in self.waiting})
         self.told.difference_update(gone)
-        return RelayedBatch(last, gone=gone)
+        return RelayedBatch(last, gone=gone, ended=ended)
 
     def report(self, slot: int, report: Waiting, now: float, urgent: bool) -> None:
         self.heard[slot] = now
@@ -122,11 +124,13 @@ class Line:
             self.earlier.remove(told[0])
             self.dropped += 1
 
-    def leave(self, slot: int) -> None:
+    def leave(self, slot: int, ended: bool) -> None:
         self.heard.pop(slot, None)
         if slot in self.told:
             self.told.remove(slot)
             self.gone.append(slot)
+            if ended:
+                self.ended.append(slot)
         elif self.waiting.pop(slot, None) is not None:
             self.urgent.discard(slot)
             self.earlier = deque(each for each in self.earlier if each[0] != slot)
@@ -178,14 +182,20 @@ class Relay:
             for line in self.lines.values():
                 line.heard[source.slot] = now
 
-    def leave(self, source: Source) -> None:
+    def end(self, member: Member) -> None:
+        """Its process has ended: each controller is told at once, before its stream breaks."""
+        source = self._sources.get(member)
+        if source is not None:
+            self.leave(source, ended=True)
+
+    def leave(self, source: Source, ended: bool = False) -> None:
         """Its stream ended: each controller is told at once."""
         if self._speaks(source):
             del self._sources[source.member]
             self._reports.pop(source.slot, None)
             self._heard.pop(source.slot, None)
             for line in self.lines.values():
-                line.leave(source.slot)
+                line.leave(source.slot, ended)
 
     def heard_by(self, source: Source) -> tuple[str, ...]:
         """Addresses of the controllers that this member's reports are passed on to."""

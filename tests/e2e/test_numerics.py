@@ -28,7 +28,7 @@ async def numerics(cluster: Cluster) -> dict[str, str]:
     """Of every registered node."""
     config = cluster.local.config
     async with EtcdClient(config.etcd) as client:
-        found = await client.get_prefix(Keys(config.cluster).nodes)
+        found = await client.get_prefix(Keys.of(config).nodes)
     records = [json.loads(item.value) for item in found.items.values()]
     return {record["member"]["node"]: record["numerics"] for record in records}
 

@@ -128,7 +128,7 @@ def test_a_killed_node_is_found_at_once_behind_a_relay(home: Cluster, victim: st
                 await asyncio.sleep(0.05)
 
     event = asyncio.run(died())
-    assert "report stream broken and link down" in event.message, event.message
+    assert "its process has ended" in event.message, event.message
     asyncio.run(home.wait_all_home(60.0))
 
 

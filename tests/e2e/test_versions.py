@@ -83,7 +83,7 @@ def controller(cluster: Cluster, code: Path, name: str, log: Path) -> subprocess
 async def raw_topology(cluster: Cluster) -> dict[str, Any]:
     config = cluster.local.config
     async with EtcdClient(config.etcd) as client:
-        found = await client.get(Keys(config.cluster).topology(config.group))
+        found = await client.get(Keys.of(config).topology(config.group))
         assert found is not None
         value: dict[str, Any] = msgspec.json.decode(found.value)
         return value
@@ -242,7 +242,7 @@ async def leads(cluster: Cluster, name: str) -> None:
 
     async def leader() -> str:
         async with EtcdClient(config.etcd) as client:
-            found = leader_of((await client.get_prefix(Keys(config.cluster).leader)).items)
+            found = leader_of((await client.get_prefix(Keys.of(config).leader)).items)
         return decode(found.identity, ControllerRecord, found.key).id if found is not None else ""
 
     await eventually(leader, lambda leader: leader == name)

@@ -32,7 +32,7 @@ from controlplane.etcd import wire
 from controlplane.etcd.values import WatchEvent
 from tests.sim.links import open_transport
 from tests.sim.network import Network
-from tests.sim.relays import relay_address
+from tests.sim.relays import lifelines_of, relay_address
 from tests.sim.rpc import SimChannel, SimServer
 from tests.sim.world import OURS, World, replaced, virtual_time
 
@@ -81,6 +81,7 @@ def simulated(world: World, net: Network) -> Iterator[None]:
         # All hosts share one run directory here, and a killed process keeps the lock on a file of it.
         (dataplane.relay, "relay_address", lambda _: relay_address(current().name)),
         (dataplane.relay.RelayServer, "_only_one", lambda _: contextlib.nullcontext()),
+        (dataplane.relay, "Lifelines", lifelines_of(world, current)),
         (dataplane.core.peers, "PING_S", PING_S),
         (dataplane.core.peers, "LINGER_S", LINGER_S),
         (controlplane.shell.runtime, "TICK_S", TICK_S),

@@ -79,7 +79,7 @@ class Cluster:
             shape.parities,
             shape.mode,
         )
-        self.checks = Checks(world, self.etcd, Keys(self.config.cluster), self.config.group)
+        self.checks = Checks(world, self.etcd, Keys.of(self.config), self.config.group)
         self.processes: dict[str, Process] = {}
         self.streams: dict[int, Stream] = {}
         self.cuts: list[list[tuple[str, str]]] = []
@@ -362,6 +362,8 @@ class Cluster:
     def _end(self, process: Process) -> None:
         self.world.note(f"{process} ends")
         process.alive = False
+        for call in process.at_end:
+            call()
         self.net.died(process)
         if self.processes.get(process.name) is not process:
             return  # a stranger of that name, which no client knows

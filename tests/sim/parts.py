@@ -51,8 +51,8 @@ from dataplane.parity import Parity
 from dataplane.relay import RelayServer
 from kernels.coding.codes import make_code
 from tests.sim.world import Process
-from web.gateway.main import policy_of
 from web.gateway.metrics import Metrics
+from web.gateway.policy import policy_of
 from web.gateway.resume.tickets import new_nonce, rid_of
 from web.gateway.routing.cluster_watch import ClusterWatch
 from web.gateway.routing.dispatch import Dispatcher
@@ -285,7 +285,7 @@ class ControllerPart:
 async def controller_main(process: Process, config: ClusterConfig) -> None:
     me = process.name
     secret = auth.load_secret(config.secret_file)
-    keys = Keys(config.cluster)
+    keys = Keys.of(config)
     inbox = Inbox()
     client = EtcdClient(config.etcd)
     history = cast(Any, NoHistory())
@@ -343,7 +343,7 @@ async def gateway_main(process: Process, config: ClusterConfig) -> None:
     dispatcher = Dispatcher(policy, auth.derive(auth.load_secret(config.secret_file), "grpc"), metrics())
     client = EtcdClient(config.etcd)
     record = GatewayRecord(process.name, process.name, 1, process.incarnation, process=machine.identity())
-    key = Keys(config.cluster).gateway(process.name)
+    key = Keys.of(config).gateway(process.name)
     registration = Registration(client, key, encode(record), config.timing.node_lease_s)
     watch = ClusterWatch(client, config, dispatcher, presence=registration)
     process.part = GatewayPart(dispatcher)

@@ -45,6 +45,7 @@ class Process:
         self.loop = SimLoop(world, self)  # type: ignore[abstract]
         self.ends: dict[Any, None] = {}  # of connections, see network.py
         self.exited: Callable[[], None] | None = None  # called when the main coroutine has returned
+        self.at_end: list[Callable[[], None]] = []  # called when it ends, whatever ends it
         self.part: Any = None  # the production object that the process is about
         self.fenced = False  # it ended because another process has its name
         self.code = OURS  # its version of the code

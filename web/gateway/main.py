@@ -27,17 +27,19 @@ from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import TAKE_OVER, Registration
 from controlplane.keyspace.connect import etcd_client
 from web.gateway.figures import FiguresReporter
+from web.gateway.groups import serve_group
 from web.gateway.http.api_keys import ApiKeys
 from web.gateway.http.app import build_app
 from web.gateway.http.server import listen, make_server, serve, stop
 from web.gateway.metrics import Metrics
 from web.gateway.model import Model, load_model
+from web.gateway.policy import policy_of
 from web.gateway.request_memory import Memory
 from web.gateway.resume.tickets import Tickets
 from web.gateway.routing.cluster_watch import ClusterWatch
 from web.gateway.routing.dispatch import Dispatcher
-from web.gateway.routing.policy import Policy
 from web.gateway.service import Service
+from web.gateway.services import Services
 from web.https import https_of
 
 log = structlog.get_logger()
@@ -63,17 +65,6 @@ async def _run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config)
     port = config.gateway_port if arguments.port is None else arguments.port
     await run_gateway(config, arguments.id, port, arguments.take_over)
-
-
-def policy_of(config: ClusterConfig) -> Policy:
-    engine, timing = config.engine, config.timing
-    return Policy(
-        live_max=(engine.max_running + engine.max_waiting) * config.instances,
-        live_each=engine.max_running + engine.max_waiting,
-        places=engine.max_running,
-        grace_s=timing.unavailable_grace_s,
-        unreachable_s=2 * timing.dead_after_s,
-    )
 
 
 async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: str = "") -> None:
@@ -104,31 +95,35 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
             settings=settings_digest(config),
             process=process.identity(),
         )
-        key = Keys(config.cluster).gateway(name)
+        key = Keys.of(config).gateway(name)
         registration = Registration(etcd, key, encode(record), LEASE_S, supersedes=(take_over,))
         watch = ClusterWatch(etcd, config, dispatcher, me, registration, model.context)
         tickets = Tickets(derive(secret, "streams"))
         service = _service(config.gateway, model, dispatcher, metrics, watch, tickets, keys, identity)
         figures = FiguresReporter(me, token, metrics, watch.controllers, identity)
         grace_s = config.timing.stop_grace_s
-        server = make_server(
-            build_app(service, keys, config.gateway.cors_origins), grace_s, https_of(config, identity.me)
-        )
+        services = Services(service)
+        app = build_app(services, keys, config.gateway.cors_origins)
+        server = make_server(app, grace_s, https_of(config, identity.me))
         background = [
             asyncio.create_task(watch.follow(), name="watch"),
             asyncio.create_task(registration.run(), name="registration"),
             asyncio.create_task(etcd.follow_health(), name="health"),
             asyncio.create_task(keys.follow(), name="keys"),
             asyncio.create_task(figures.run(), name="figures"),
+            *(
+                asyncio.create_task(serve_group(path, name, services), name=path)
+                for path in config.gateway.groups
+            ),
         ]
         gc.freeze()  # what start-up made stays: collections need not look at it again
         log.info("serving", address=address, model=model.name, max_model_len=model.max_model_len)
-        serving = asyncio.create_task(serve(server, sock, dispatcher, grace_s))
+        serving = asyncio.create_task(serve(server, sock, services, grace_s))
         try:
             # None of the others ever ends by itself: if one does, it is a defect, and it ends the process.
             done, _ = await asyncio.wait([serving, *background], return_when=asyncio.FIRST_COMPLETED)
             if any(not task.cancelled() and isinstance(task.exception(), NameTaken) for task in done):
-                stop(server, dispatcher, grace_s)  # its streams end as on SIGTERM: clients resume elsewhere
+                stop(server, services, grace_s)  # its streams end as on SIGTERM: clients resume elsewhere
                 await asyncio.wait([serving], timeout=grace_s + GOODBYE_S)
             for task in done:
                 task.result()

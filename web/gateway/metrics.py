@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
@@ -91,12 +92,23 @@ class Metrics:
         self.resumed = counter("streams_resumed", "Connections that took a request up again", ("how",))
         self.handed_over = counter("streams_handed_over", "Streams sent to another gateway at a stop")
         self.disconnects = counter("client_disconnects", "Clients that left before the end")
+        self._routers: list[Router] = []
+        self._past: Counts[str] = Counts()  # of routers that are no more
         self.tokens = Tokens()
         self.registry.register(self.tokens)
 
     def attach(self, router: Router, etcd_age_s: Callable[[], float]) -> None:
-        """Export what the router counts by itself."""
-        self.registry.register(_RouterCollector(router, etcd_age_s))
+        """Export what the router counts by itself. The first one is the gateway's own group's."""
+        self._routers.append(router)
+        self.registry.register(_RouterCollector(self._routers, self._past, etcd_age_s))
+
+    def add(self, router: Router) -> None:
+        """Another group's: what both count is told as one sum."""
+        self._routers.append(router)
+
+    def remove(self, router: Router) -> None:
+        self._routers.remove(router)
+        self._past.update(router.counts)
 
     def attach_keys(self, usages: Callable[[], Sequence[KeyUsage]]) -> None:
         """Export what each API key uses."""
@@ -137,17 +149,28 @@ class _KeyCollector(Collector):
 
 
 class _RouterCollector(Collector):
-    def __init__(self, router: Router, etcd_age_s: Callable[[], float]) -> None:
-        self._router = router
+    def __init__(self, routers: Sequence[Router], past: Counts[str], etcd_age_s: Callable[[], float]) -> None:
+        self._routers = routers
+        self._past = past
         self._etcd_age_s = etcd_age_s
 
     def collect(self) -> Iterable[Metric]:
-        router = self._router
-        topology = router.topology
+        routers = self._routers
+        topology = routers[0].topology
+        counts = sum((router.counts for router in routers), self._past)
         gauges = {
-            "gateway_requests_live": ("Requests of this gateway's clients that have not ended", router.live),
-            "pipelines_up": ("Pipelines that serve, by the newest topology", router.pipelines_up),
-            "pipelines_reachable": ("Those whose scheduler this gateway has a stream to", router.reachable),
+            "gateway_requests_live": (
+                "Requests of this gateway's clients that have not ended",
+                sum(r.live for r in routers),
+            ),
+            "pipelines_up": (
+                "Pipelines that serve, by the newest topology",
+                sum(r.pipelines_up for r in routers),
+            ),
+            "pipelines_reachable": (
+                "Those whose scheduler this gateway has a stream to",
+                sum(r.reachable for r in routers),
+            ),
             "topology_counter": (
                 "Counter of the newest topology that this process has read",
                 topology.counter if topology else 0,
@@ -160,11 +183,11 @@ class _RouterCollector(Collector):
             PREFIX + "fenced_rejections", "Deliveries that were dropped", labels=["kind"]
         )
         for count, label in FENCED.items():
-            fenced.add_metric([label], router.counts[count])
+            fenced.add_metric([label], counts[count])
         yield fenced
         recovered = CounterMetricFamily(PREFIX + "requests_recovered", "Streams that went on", labels=["how"])
         for how in RECOVERED:
-            recovered.add_metric([how], router.counts[f"recovered_{how}"])
+            recovered.add_metric([how], counts[f"recovered_{how}"])
         yield recovered
         for name, (label, text) in COUNTED.items():
-            yield CounterMetricFamily(PREFIX + label, text, value=router.counts[name])
+            yield CounterMetricFamily(PREFIX + label, text, value=counts[name])

@@ -292,6 +292,25 @@ def test_leaving_is_believed_at_once() -> None:
     assert [(v.member, v.after, v.left) for v in verdicts] == [(A, RED, True)]
 
 
+def test_the_end_of_a_process_needs_no_second_witness() -> None:
+    """Its kernel says so. What is still on its way, and neighbours that heard it a moment ago, say nothing else."""
+    bench = Bench()
+    bench.report(A)
+    bench.links[B] = (LinkReport(A, True, 0.01),)
+    bench.report(B)
+    bench.detector.ended(A, bench.now)
+    bench.report(A)
+    verdicts = bench.detector.evaluate(bench.now, {})
+    assert [(v.member, v.after, v.evidence) for v in verdicts] == [(A, RED, "its process has ended")]
+    assert A in bench.detector.dead()
+    assert A not in bench.detector.unsure()
+    for _ in range(40):
+        bench.now += 0.1
+        bench.report(A)
+        bench.detector.evaluate(bench.now, {})
+    assert bench.state(A) is RED
+
+
 def test_a_pause_of_this_process_grants_everybody_a_fresh_window() -> None:
     bench = Bench()
     bench.links[B] = (LinkReport(A, True, 20.0),)

@@ -47,6 +47,24 @@ def test_a_batch_reads_as_a_batch_of_reports_and_keeps_what_is_new_in_them() -> 
     assert newer in encoded
 
 
+def test_the_end_of_a_process_is_told_at_once_and_once() -> None:
+    host = Host()
+    relay, line = host.relay, host.line
+    relay.report(host.a, raw(A, 2), 0.01, urgent=False)
+    relay.end(A)
+    assert line.due_at() == 0.0
+    batch = line.next(0.02)
+    assert batch is not None
+    assert (slots(batch), batch.gone, batch.ended) == ([host.a.slot], (host.a.slot,), (host.a.slot,))
+    relay.leave(host.a)  # its stream has broken now
+    relay.end(A)
+    assert line.next(0.03) is None
+    relay.leave(host.b)
+    batch = line.next(0.04)
+    assert batch is not None
+    assert (batch.gone, batch.ended) == ((host.b.slot,), ())
+
+
 def test_news_go_at_once_and_all_else_at_the_heartbeat() -> None:
     host = Host()
     relay, line = host.relay, host.line

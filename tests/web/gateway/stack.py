@@ -28,6 +28,7 @@ from web.gateway.routing.dispatch import Dispatcher
 from web.gateway.routing.events import TopologySeen
 from web.gateway.routing.policy import Policy
 from web.gateway.service import Service
+from web.gateway.services import Services
 
 KEY = "sk-test"
 MODEL = "kevlar-demo"
@@ -45,6 +46,7 @@ class Stack:
     service: Service
     server: GatewayServer
     url: str
+    services: Services
     serving: asyncio.Task[None] | None = None
     counter: int = 0
     mode: Mode = Mode.REPLICATE
@@ -152,9 +154,10 @@ async def _gateway(
     metrics.attach(dispatcher.router, lambda: 0.0)
     metrics.attach_keys(keys.usages)
     service = Service(model or demo_model(), dispatcher, metrics, 1, lambda: 0.0, Tickets("s"), keep_alive_s)
-    server = make_server(build_app(service, keys, origins))
+    services = Services(service)
+    server = make_server(build_app(services, keys, origins))
     sock = listen("127.0.0.1", 0)
-    stack = Stack(fakes, dispatcher, service, server, f"http://127.0.0.1:{sock.getsockname()[1]}")
+    stack = Stack(fakes, dispatcher, service, server, f"http://127.0.0.1:{sock.getsockname()[1]}", services)
     try:
         for fake in fakes:
             dispatcher.locate(fake.member, fake.address)

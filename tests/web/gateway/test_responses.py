@@ -258,16 +258,24 @@ def joined(events: Sequence[tuple[str, str]]) -> tuple[list[str], str]:
     return [texts[at] for at in sorted(texts)], output
 
 
+@pytest.mark.parametrize("logprobs", [False, True])
 @pytest.mark.parametrize("burst", [1, 4])
-def test_a_stream_goes_on_at_another_gateway_after_any_event(tmp_path: Path, burst: int) -> None:
+def test_a_stream_goes_on_at_another_gateway_after_any_event(
+    tmp_path: Path, burst: int, logprobs: bool
+) -> None:
+    """Log probabilities of all of it are told at the end, and a log has none."""
     model = scripted_model(tmp_path, QWEN)
 
     async def body(stack: Stack) -> None:
         request = {"model": MODEL, "input": "x", "tools": [CALL, PLUS], "seed": 0, "stream": True}
+        if logprobs:
+            request["top_logprobs"] = 2
         async with beside(stack) as other, stack.http() as client, other.http() as client2:
             whole = await read(client, "POST", PATH, request)
             texts, output = joined(whole)
             assert texts == ["Let me see.", "One moment.", WEATHER, "{}"]
+            told = json.loads(output)["output"][1]["content"][0]["logprobs"]
+            assert ("".join(entry["token"] for entry in told) == "One moment.") is logprobs
             numbers = [json.loads(data)["sequence_number"] for _, data in whole if data != "[DONE]"]
             assert numbers == sorted(set(numbers))
             ids = [event_id for event_id, _ in whole]

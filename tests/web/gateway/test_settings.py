@@ -14,8 +14,8 @@ import dataplane.demo
 from controlplane.contract.config import ClusterConfig, EngineConfig
 from controlplane.contract.errors import ConfigError
 from tests.web.gateway.stack import running
-from web.gateway.main import policy_of
 from web.gateway.model import load_model
+from web.gateway.policy import policy_of
 
 
 def settings(model: Path, **engine: Any) -> ClusterConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -27,8 +27,10 @@ from web.gateway.openai.requests import DetokenizeRequest, TokenizeRequest, pars
 from web.gateway.openai.sampling import check_chars, check_tokens
 from web.gateway.openai.tools import tool_use
 from web.gateway.request_memory import Hold
+from web.gateway.resume.find_group import group_of_stream
 from web.gateway.resume.start_or_resume import Visit, reopen, start_or_resume
 from web.gateway.service import Service
+from web.gateway.services import Services
 from web.manners import HEAD, Manners
 
 log = structlog.get_logger()
@@ -38,31 +40,33 @@ INLINE_TOKENS_MAX = 4096  # more take milliseconds, in which no stream would go 
 BODY_S = 30.0  # a client that takes longer to send its request is not waited for
 
 
-def build_app(service: Service, keys: ApiKeys, origins: Sequence[str] = ()) -> ASGIApp:
+def build_app(serving: Service | Services, keys: ApiKeys, origins: Sequence[str] = ()) -> ASGIApp:
     """The whole application, guarded. `origins`: see Manners."""
+    services = Services(serving) if isinstance(serving, Service) else serving
+    service = services.first
     app = FastAPI(title="KevlarFlow gateway", version=service.version, docs_url=None, redoc_url=None)
-    _health_routes(app, service)
-    _model_routes(app, service)
-    _generation_routes(app, service)
-    _token_routes(app, service)
+    _health_routes(app, services)
+    _model_routes(app, services)
+    _generation_routes(app, services)
+    _token_routes(app, services)
     _error_handlers(app, service)
     described = document(service.model, service.version, service.priority_floor)
     app.openapi = lambda: described  # type: ignore[method-assign]
     return Manners(Guard(app, keys), lambda: app.routes, origins)
 
 
-def _health_routes(app: FastAPI, service: Service) -> None:
-    router = service.dispatcher.router
-
+def _health_routes(app: FastAPI, services: Services) -> None:
     def state() -> Response:
-        """200 only while a request could be served: a pipeline is up and its scheduler can be reached."""
-        if router.closing:
+        """200 only while a request could be served: a pipeline of some group is up and its scheduler can be reached."""
+        if services.first.dispatcher.router.closing:
             raise ApiError(503, "this gateway is shutting down", retry_after_s=1)
-        reasons = [*router.troubles(time.monotonic()), *service.troubles()]
-        if not router.reachable:
+        reasons = list(_reasons(services))
+        models = {service.model.name: service.dispatcher.router.reachable for service in services.all}
+        if not any(models.values()):
             raise ApiError(503, f"no pipeline is up and reachable: {'; '.join(reasons)}", retry_after_s=1)
         status = "degraded" if reasons else "ok"  # requests are served, but not everything is mended
-        return _json({"status": status, "pipelines": router.reachable, "reasons": reasons})
+        body = {"status": status, "pipelines": sum(models.values()), "reasons": reasons}
+        return _json(body | ({"models": models} if services.several else {}))
 
     @app.get("/livez")
     async def livez() -> Response:
@@ -78,19 +82,37 @@ def _health_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/version")
     async def version() -> Response:
-        return _json({"version": service.version})
+        return _json({"version": services.first.version})
 
     @app.get("/load")
     async def load() -> Response:
-        return _json({"server_load": router.live})
+        return _json({"server_load": services.live})
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return Response(services.first.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _model_routes(app: FastAPI, service: Service) -> None:
-    model = {
+def _reasons(services: Services) -> Iterator[str]:
+    """What is not as it should be; of which model, where there are several."""
+    for service in services.all:
+        said = [*service.dispatcher.router.troubles(time.monotonic()), *service.troubles()]
+        yield from (f"{service.model.name}: {text}" for text in said) if services.several else said
+    yield from (f"{path}: {why}" for path, why in services.absent.items())
+
+
+def _model_routes(app: FastAPI, services: Services) -> None:
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return _json({"object": "list", "data": [_card(service) for service in services.all]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        return _json(_card(services.named(name)))
+
+
+def _card(service: Service) -> dict[str, Any]:
+    return {
         "id": service.model.name,
         "object": "model",
         "created": service.started_unix_s,
@@ -100,58 +122,46 @@ def _model_routes(app: FastAPI, service: Service) -> None:
         "max_model_len": service.model.max_model_len,
     }
 
-    @app.get("/v1/models")
-    async def models() -> Response:
-        return _json({"object": "list", "data": [model]})
 
-    @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> Response:
-        service.check_model(name)
-        return _json(model)
+def _generation_routes(app: FastAPI, services: Services) -> None:
+    async def generate(kind: str, request: Request) -> GenerationResponse:
+        hold = _begin(services, request)
+        body = await read_body(request, hold)
+        service = services.of_body(body)
+        _check_key(service, request)
+        return GenerationResponse(service, await start_or_resume(service, kind, body, _visit(request), hold))
 
-
-def _generation_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", response_model=None)
     async def completions(request: Request) -> GenerationResponse:
-        hold = _begin(service, request)
-        started = await start_or_resume(
-            service, "completion", await read_body(request, hold), _visit(request), hold
-        )
-        return GenerationResponse(service, started)
+        return await generate("completion", request)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(request: Request) -> GenerationResponse:
-        hold = _begin(service, request)
-        started = await start_or_resume(
-            service, "chat", await read_body(request, hold), _visit(request), hold
-        )
-        return GenerationResponse(service, started)
+        return await generate("chat", request)
 
     @app.post("/v1/responses", response_model=None)
     async def responses(request: Request) -> GenerationResponse:
-        hold = _begin(service, request)
-        started = await start_or_resume(
-            service, "responses", await read_body(request, hold), _visit(request), hold
-        )
-        return GenerationResponse(service, started)
+        return await generate("responses", request)
 
     @app.get("/v1/streams/{stream}", response_model=None)
     async def streams(stream: str, request: Request) -> Response:
         if getattr(request.state, HEAD, False):  # nothing is taken from whoever reads it
-            service.tickets.read(stream.partition(".")[0], request.state.caller.owner)
+            services.first.tickets.read(stream.partition(".")[0], request.state.caller.owner)
             return Response(headers={name.decode(): value.decode() for name, value in EVENT_HEADERS})
-        hold = _begin(service, request)
+        hold = _begin(services, request)
+        service = await group_of_stream(services, stream, _visit(request))
+        _check_key(service, request)
         return GenerationResponse(service, await reopen(service, stream, _visit(request), hold))
 
 
-def _token_routes(app: FastAPI, service: Service) -> None:
-    model = service.model
-
+def _token_routes(app: FastAPI, services: Services) -> None:
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        hold = _begin(service, request)
+        hold = _begin(services, request)
         body = parse(TokenizeRequest, await read_body(request, hold))
-        service.check_model(body.model)
+        service = services.named(body.model)
+        _check_key(service, request)
+        model = service.model
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "either prompt or messages is required", "prompt")
         if body.messages is not None:
@@ -170,15 +180,18 @@ def _token_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
+        model = services.first.model
         template = model.template.source if model.template is not None else None
         limit = {"model_max_length": model.max_model_len, "chat_template": template}
         return _json({"tokenizer_class": "PreTrainedTokenizerFast", **model.special_tokens, **limit})
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        hold = _begin(service, request)
+        hold = _begin(services, request)
         body = parse(DetokenizeRequest, await read_body(request, hold))
-        service.check_model(body.model)
+        service = services.named(body.model)
+        _check_key(service, request)
+        model = service.model
         if len(body.tokens) > DETOKENIZE_MAX:
             raise ApiError(400, f"at most {DETOKENIZE_MAX} tokens at once", "tokens")
         ids = list(check_tokens(model, body.tokens, "tokens"))
@@ -234,14 +247,25 @@ def _caller(request: Request) -> Caller:
     return caller
 
 
-def _begin(service: Service, request: Request) -> Hold:
+def _begin(services: Services, request: Request) -> Hold:
     """A request that its key's limits let pass; it is over when what it holds is released. Raises ApiError."""
     caller = _caller(request)
     limits = caller.limits
-    if limits.models and service.model.name not in limits.models:
-        raise ApiError(403, f"this API key may not use the model {service.model.name}", "model")
+    if limits.models and services.names.isdisjoint(limits.models):
+        raise _forbidden(*services.names)
     caller.usage.begin(time.monotonic())
-    return service.memory.hold(caller.owner, limits.memory_bytes, caller.usage)
+    return services.first.memory.hold(caller.owner, limits.memory_bytes, caller.usage)
+
+
+def _check_key(service: Service, request: Request) -> None:
+    """Raises ApiError 403."""
+    models = _caller(request).limits.models
+    if models and service.model.name not in models:
+        raise _forbidden(service.model.name)
+
+
+def _forbidden(*models: str) -> ApiError:
+    return ApiError(403, f"this API key may not use the model {', '.join(sorted(models))}", "model")
 
 
 def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

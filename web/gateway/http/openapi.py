@@ -58,7 +58,17 @@ def document(model: Model, version: str, priority_floor: int) -> dict[str, Any]:
 
 
 def _endpoints() -> list[Endpoint]:
-    health = {200: {JSON: record({"status": STRING}, {"pipelines": INTEGER, "reasons": array(STRING)})}}
+    counts = {
+        "type": "object",
+        "additionalProperties": INTEGER,
+    }  # reachable pipelines, where there are several models
+    health = {
+        200: {
+            JSON: record(
+                {"status": STRING}, {"pipelines": INTEGER, "reasons": array(STRING), "models": counts}
+            )
+        }
+    }
     model = {200: {JSON: ref("Model")}}
     name = parameter("name", "path", STRING, "The model's.")
     stream = parameter("stream", "path", STRING, "As Content-Location had it.")

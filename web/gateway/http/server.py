@@ -8,6 +8,7 @@ import math
 import signal
 import socket
 from collections.abc import Iterator
+from typing import Protocol
 
 import structlog
 import uvicorn
@@ -15,13 +16,21 @@ from starlette.types import ASGIApp
 
 from controlplane.contract.address import bound
 from web.gateway.http.connection import StreamProtocol
-from web.gateway.routing.dispatch import Dispatcher
 from web.https import ContextFactory
 
 log = structlog.get_logger()
 
 STOP_GRACE_S = 5.0  # answers in one piece may finish for so long
 TELL_S = 2.0  # after that they are told within this, then connections are cut
+
+
+class Serving(Protocol):
+    """Who has the requests: see Dispatcher."""
+
+    @property
+    def live(self) -> int: ...
+    def hand_over(self) -> None: ...
+    def shut_down(self) -> None: ...
 
 
 class GatewayServer(uvicorn.Server):
@@ -58,12 +67,12 @@ def make_server(
 
 
 async def serve(
-    server: GatewayServer, sock: socket.socket, dispatcher: Dispatcher, stop_grace_s: float = STOP_GRACE_S
+    server: GatewayServer, sock: socket.socket, serving: Serving, stop_grace_s: float = STOP_GRACE_S
 ) -> None:
     """Serve until SIGTERM or SIGINT (or `stop`)."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop, server, dispatcher, stop_grace_s)
+        loop.add_signal_handler(number, stop, server, serving, stop_grace_s)
     try:
         await server.serve(sockets=[sock])
     finally:
@@ -71,10 +80,10 @@ async def serve(
             loop.remove_signal_handler(number)
 
 
-def stop(server: GatewayServer, dispatcher: Dispatcher, grace_s: float = STOP_GRACE_S) -> None:
+def stop(server: GatewayServer, serving: Serving, grace_s: float = STOP_GRACE_S) -> None:
     """Take nothing new, send streams to other gateways, and end when the other answers are out, or the grace is."""
     if not server.should_exit:
-        log.info("shutting down", live=dispatcher.router.live)
-        dispatcher.hand_over()
-        asyncio.get_running_loop().call_later(grace_s, dispatcher.shut_down)
+        log.info("shutting down", live=serving.live)
+        serving.hand_over()
+        asyncio.get_running_loop().call_later(grace_s, serving.shut_down)
     server.should_exit = True

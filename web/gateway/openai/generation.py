@@ -57,7 +57,11 @@ class Generation:
         priority: int,
         starts: Sequence[Start],
         hold: Hold,
+        told_again: bool = False,
     ) -> None:
+        """`told_again`: the last event tells the whole answer with its log probabilities. A log has none, so that a
+        stream that goes on here is brought again from its first token; and each token is a piece, so that what is told
+        does not depend on how many come together."""
         self.queue = DeliveryQueue(service.dispatcher.readers, hold)
         self.plans = plans
         self.tells_cached = service.prompt_tokens_details
@@ -65,6 +69,8 @@ class Generation:
         self._service = service
         self._priority = priority
         self._starts = starts
+        self._told_again = told_again
+        self._left = [0] * len(plans)  # tokens of each choice that have left, of what is told again
         self.choices = [ChoiceDecoder(service.model.tokenizer, plan.prompt, rules) for plan in plans]
         self._hold = hold
         self._started = time.perf_counter()
@@ -105,9 +111,9 @@ class Generation:
             )
             self._service.dispatcher.submit(self.queue, index, asked)
 
-    @staticmethod
-    def _known(start: Start) -> tuple[int, ...]:
-        return start.log.emitted[: start.have] if start.log and not start.finished else ()
+    def _known(self, start: Start) -> tuple[int, ...]:
+        known = start.log is not None and not (start.finished or self._told_again)
+        return start.log.emitted[: start.have] if start.log and known else ()
 
     def take(self) -> list[tuple[int, Piece]]:
         """What has come since. Raises ApiError and ClientGone."""
@@ -125,6 +131,9 @@ class Generation:
             if isinstance(effect, Fail):
                 raise of_fail(effect.code, effect.message, effect.retry_after_s)
             tokens = effect.tokens
+            if self._told_again:
+                pieces += [(index, piece) for piece in self._one_by_one(index, tokens)]
+                continue
             if (silent := self._starts[index].have - self.choices[index].tokens) > 0:
                 pieces.append((index, self._push_silent(index, tokens[:silent])))
                 tokens = tokens[silent:]
@@ -142,6 +151,18 @@ class Generation:
         """What is still running goes on for the client's next gateway."""
         for start in self._starts:
             self._service.dispatcher.leave(start.rid, self.queue)
+
+    def _one_by_one(self, index: int, tokens: Sequence[Token]) -> Iterator[Piece]:
+        """Silent as far as the client has them: those have left together with their text, as they do here."""
+        have = self._starts[index].have
+        for token in tokens:
+            if self.choices[index].finished:
+                return
+            had = self._left[index] < have
+            piece = self.choices[index].push((token,)) if had else self._push(index, (token,))
+            self._left[index] += len(piece.tokens)
+            piece.silent = had and self._left[index] <= have
+            yield piece
 
     def _push_silent(self, index: int, tokens: Sequence[Token]) -> Piece:
         return self.choices[index].restore(tokens)

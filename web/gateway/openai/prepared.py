@@ -43,6 +43,7 @@ class PreparedRequest:
     ]  # of a generation, the answer's id and its time (unix seconds)
     digest: bytes = b""  # see `digest_of`
     prompts: int = 1
+    told_again: bool = False  # see Generation
 
     @property
     def count(self) -> int:

@@ -44,4 +44,5 @@ def _prepared(
             service, request, generation, request_id, created
         ),
         digest,
+        told_again=request.logprobs,
     )

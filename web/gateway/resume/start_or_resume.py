@@ -96,7 +96,7 @@ async def start_or_resume(
 ) -> StartedAnswer:
     """The answer to a POST. `hold`: of the body's bytes; the answer holds what it keeps of them. Raises ApiError."""
     if visit.last_event_id is not None:
-        ticket, cursor = _read(service, visit.last_event_id, visit)
+        ticket, cursor = read_ticket(service, visit.last_event_id, visit)
         prepared = await _prepare(service, kind, body, ticket.nonce, visit)
         if not prepared.request.stream:
             raise ApiError(400, "Last-Event-ID needs stream: true")
@@ -139,7 +139,7 @@ async def _prepare(service: Service, kind: str, body: bytes, nonce: bytes, visit
 
 async def reopen(service: Service, stream: str, visit: Visit, hold: Hold) -> StartedAnswer:
     """The answer to GET /v1/streams/STREAM: the rest of it, or all of it without Last-Event-ID. Raises ApiError."""
-    ticket, cursor = _read(service, visit.last_event_id or stream, visit)
+    ticket, cursor = read_ticket(service, visit.last_event_id or stream, visit)
     if not stream or not ticket.text.startswith(stream.partition(".")[0]):
         raise ApiError(400, "Last-Event-ID is of another stream")
     count = max(1, len(cursor.marks))
@@ -227,7 +227,15 @@ def _answer(
 ) -> StartedAnswer:
     hold.become(kept_bytes(prepared.plans, [start.context for start in starts if start.context]))
     request = prepared.request
-    generation = Generation(service, prepared.plans, prepared.rules, request.priority or 0, starts, hold)
+    generation = Generation(
+        service,
+        prepared.plans,
+        prepared.rules,
+        request.priority or 0,
+        starts,
+        hold,
+        prepared.told_again,
+    )
     form = prepared.form(generation, context.request_id, context.created_unix_s)
     return StartedAnswer(generation, form, ticket, cursor or Cursor([None] * len(starts)), hold)
 
@@ -248,7 +256,7 @@ async def _recall(service: Service, rids: list[int], limit_s: float) -> tuple[li
     return [log for log, _ in found], all(sure for _, sure in found)
 
 
-def _read(service: Service, text: str, visit: Visit) -> tuple[Ticket, Cursor]:
+def read_ticket(service: Service, text: str, visit: Visit) -> tuple[Ticket, Cursor]:
     sealed, dot, position = text.partition(".")
     if not sealed.isascii():
         raise ApiError(404, UNKNOWN)

@@ -35,7 +35,7 @@ class ClusterWatch:
         presence: Registration | None = None,
         context: ServedContext | None = None,
     ) -> None:
-        keys = Keys(config.cluster)
+        keys = Keys.of(config)
         self.view = View(keys, config.group)
         self._me = me
         self._presence = presence

@@ -52,6 +52,11 @@ class Dispatcher:
         self._recalls: dict[int, asyncio.Future[tuple[Log | None, bool]]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def live(self) -> int:
+        """Requests that have not ended."""
+        return self.router.live
+
     def submit(self, queue: DeliveryQueue, index: int, asked: SubmitAsked) -> None:
         """Start a request whose tokens, or failure, arrive on `queue` as choice `index`.
 

@@ -1,0 +1,154 @@
+"""Several models behind one gateway: `model` chooses, and what becomes of one is none of the other's business."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import msgspec
+import openai
+import pytest
+
+from controlplane.contract.api_keys import KeyLimits, make_key
+from controlplane.contract.errors import ConfigError
+from controlplane.contract.ids import Member
+from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
+from tests.web.gateway.fake_node import FakeNode, reference
+from tests.web.gateway.stack import MODEL, Stack, demo_model, with_stack
+from web.gateway.http.api_keys import ApiKeys
+from web.gateway.routing.dispatch import Dispatcher
+from web.gateway.routing.events import TopologySeen
+from web.gateway.routing.policy import Policy
+from web.gateway.services import Services
+
+OTHER = "other-model"
+PROMPT = [400, 401, 402]
+
+
+@contextlib.asynccontextmanager
+async def another(stack: Stack) -> AsyncIterator[FakeNode]:
+    """A second group: its own node, its own topology, the same names of nodes and pipelines."""
+    node = await FakeNode(Member("n0", "other"), twist=True).start()
+    dispatcher = Dispatcher(Policy(grace_s=0.3), "t", stack.service.metrics)
+    try:
+        dispatcher.locate(node.member, node.address)
+        service = replace(stack.service, model=replace(demo_model(), name=OTHER), dispatcher=dispatcher)
+        stack.services.add(service)
+        stack.service.metrics.add(dispatcher.router)
+        node.epochs["p0"] = 1
+        pipeline = Pipeline("p0", 1, (Stage(("n0",), (node.member,)),))
+        dispatcher.feed(TopologySeen(Topology("other", 1, Mode.REPLICATE, (pipeline,))))
+        await stack.until(lambda: dispatcher.router.reachable == 1)
+        yield node
+    finally:
+        await node.stop()
+        await dispatcher.aclose()
+
+
+def test_model_chooses_the_group() -> None:
+    async def body(stack: Stack) -> None:
+        async with another(stack), stack.http() as http:
+            client = stack.openai()
+            listed = (await client.models.list()).data
+            assert [model.id for model in listed] == [MODEL, OTHER]
+            assert (await client.models.retrieve(OTHER)).id == OTHER
+            texts = {}
+            for name in (MODEL, OTHER):
+                answer = await client.completions.create(model=name, prompt=PROMPT, max_tokens=6, seed=3)
+                assert answer.model == name
+                texts[name] = answer.choices[0].text
+            model = stack.service.model
+            assert texts[MODEL] == model.decode(reference(tuple(PROMPT), 3, 6))
+            assert texts[OTHER] != texts[MODEL]  # another node has answered
+            unnamed = (
+                await http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 6, "seed": 3})
+            ).json()
+            assert (unnamed["model"], unnamed["choices"][0]["text"]) == (MODEL, texts[MODEL])
+            for ask in (
+                client.completions.create(model="nobody", prompt="x"),
+                client.chat.completions.create(model="nobody", messages=[{"role": "user", "content": "x"}]),
+                client.models.retrieve("nobody"),
+            ):
+                with pytest.raises(openai.NotFoundError, match="the model 'nobody' does not exist"):
+                    await ask
+            for path, asked in (("/tokenize", {"prompt": "a b"}), ("/detokenize", {"tokens": PROMPT})):
+                assert (await http.post(path, json=asked | {"model": OTHER})).status_code == 200
+                assert (await http.post(path, json=asked | {"model": "nobody"})).status_code == 404
+            # What is no JSON at all is said as ever.
+            assert (await http.post("/v1/completions", content=b'{"model": "oth')).status_code == 400
+            ready = (await http.get("/readyz")).json()
+            assert ready["models"] == {MODEL: 2, OTHER: 1}
+            assert ready["pipelines"] == 3
+            assert "kevlarflow_pipelines_reachable 3.0" in (await http.get("/metrics")).text
+
+    with_stack(body)
+
+
+def test_a_group_that_is_away_hurts_no_other() -> None:
+    async def body(stack: Stack) -> None:
+        async with another(stack) as node, stack.http() as http:
+            client = stack.openai()
+            await node.stop()
+            other = stack.services.named(OTHER).dispatcher.router
+            await stack.until(lambda: other.reachable == 0)
+            with pytest.raises(openai.InternalServerError) as refused:
+                await client.completions.create(model=OTHER, prompt=PROMPT, max_tokens=3)
+            assert refused.value.status_code == 503
+            await client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=3)
+            ready = await http.get("/readyz")
+            assert ready.status_code == 200
+            assert ready.json()["models"] == {MODEL: 2, OTHER: 0}
+            assert ready.json()["status"] == "degraded"
+            assert ready.json()["reasons"][-1] == f"{OTHER}: p0: its scheduler on n0@other cannot be reached"
+            stack.place(p0=None, p1=None)  # now the other way round: nobody is there
+            assert (await http.get("/readyz")).status_code == 503
+
+    with_stack(body)
+
+
+def test_a_stream_is_found_in_its_group_without_a_body() -> None:
+    async def body(stack: Stack) -> None:
+        async with another(stack) as node, stack.http() as http:
+            asked = {"model": OTHER, "prompt": PROMPT, "max_tokens": 8, "seed": 3, "stream": True}
+            whole = (await http.post("/v1/completions", json=asked)).text
+            node.step_s = 0.05
+            async with http.stream("POST", "/v1/completions", json=asked) as answer:
+                where = answer.headers["content-location"]
+                lines = answer.aiter_lines()
+                while not (await anext(lines)).startswith("data:"):
+                    pass
+                rest = (await http.get(where)).text
+            assert tokens_of(rest) == tokens_of(whole)
+
+    with_stack(body)
+
+
+def tokens_of(events: str) -> str:
+    found = [line.removeprefix("data: ") for line in events.splitlines() if line.startswith("data: {")]
+    return "".join(msgspec.json.decode(line)["choices"][0]["text"] for line in found)
+
+
+def test_a_key_for_one_model_goes_no_further() -> None:
+    secret, record = make_key("alice", "team", int(time.time()), 0, KeyLimits(models=(OTHER,)))
+
+    async def body(stack: Stack) -> None:
+        async with another(stack), stack.http(secret) as http:
+            for model, status in ((OTHER, 200), (MODEL, 403), (None, 403)):
+                asked = {"prompt": PROMPT, "max_tokens": 3} | ({"model": model} if model else {})
+                assert (await http.post("/v1/completions", json=asked)).status_code == status
+            for model, status in ((OTHER, 200), (MODEL, 403)):
+                answer = await http.post("/tokenize", json={"prompt": "a", "model": model})
+                assert answer.status_code == status
+
+    with_stack(body, keys=ApiKeys([], (record,)))
+
+
+def test_two_groups_cannot_have_one_name() -> None:
+    async def body(stack: Stack) -> None:
+        services = Services(stack.service)
+        with pytest.raises(ConfigError, match="give one another served_model_name"):
+            services.add(replace(stack.service, dispatcher=stack.dispatcher))
+
+    with_stack(body)
