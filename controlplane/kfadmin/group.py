@@ -68,6 +68,9 @@ def restart(
         Scope,
         typer.Argument(help="nodes, controllers, gateways or all of these; on this machine: launcher, etcd."),
     ],
+    instance: Annotated[
+        str, typer.Option(help="With nodes: only those of this instance, such as p1, as a canary.")
+    ] = "",
 ) -> OperationRequest | None:
     """Restart processes one after the other, without losing a token.
 
@@ -77,13 +80,15 @@ def restart(
     comes last of the controllers and hands over before. "launcher" and "etcd" are processes of this machine that the
     cluster does not see: they are restarted through the run directory, etcd only where it has three members or more.
     """
+    if instance and scope is not Scope.NODES:
+        raise RequestError("--instance goes with nodes")
     if scope in (Scope.LAUNCHER, Scope.ETCD):
         if wish.admin and wish.run_dir is None:
             raise RequestError(f"{scope.value} is restarted on its own machine: give --run-dir")
         local = find_run_dir(wish.run_dir)
         (restart_launcher if scope is Scope.LAUNCHER else restart_etcd)(local, wish.dry_run)
         return None
-    request = wish.to(OperationKind.RESTART, RestartScope(scope.value))
+    request = wish.to(OperationKind.RESTART, instance or RestartScope(scope.value))
     if wish.admin:  # elsewhere something else may be installed
         return request
     installed = settings_digest(find_run_dir(wish.run_dir).config())

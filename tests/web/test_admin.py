@@ -178,7 +178,7 @@ def test_operations(client: httpx.Client, service: MemoryService) -> None:
     assert client.delete("/admin/v1/operations/nope").status_code == 404
 
 
-@pytest.mark.parametrize("kind", ["pause", "resume", "transfer-leader"])
+@pytest.mark.parametrize("kind", ["pause", "resume", "transfer-leader", "scale"])
 def test_operations_about_the_group_name_no_node(
     client: httpx.Client, service: MemoryService, kind: str
 ) -> None:

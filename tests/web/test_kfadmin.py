@@ -244,6 +244,8 @@ def test_cancel(target: list[str], service: MemoryService) -> None:
         (("transfer-leader", "c2"), OperationKind.TRANSFER, "c2"),
         (("restart", "nodes"), OperationKind.RESTART, "nodes"),
         (("restart", "all"), OperationKind.RESTART, "all"),
+        (("restart", "nodes", "--instance", "p1"), OperationKind.RESTART, "p1"),
+        (("scale", "3"), OperationKind.SCALE, ""),
         (("cordon", "n1"), OperationKind.CORDON, "n1"),
         (("uncordon", "n1"), OperationKind.UNDRAIN, "n1"),
     ],

@@ -5,6 +5,9 @@ they are retired, and whoever supervises them starts a fresh one; the leader han
 turn begins when the fresh process is back in place and, for a node, every copy of its stage has caught up: so no stage
 ever has two nodes missing. `Operation.turn` is in etcd, so that a new leader goes on where the old one was.
 
+One instance alone can be restarted: a canary, which the others run beside until it is kept (the rest is restarted, too)
+or rolled back (what was installed before is installed again, and it is restarted once more).
+
 Fresh is not enough: each has to be made of the code and the settings that were asked for, else of the same as the
 others. A restart that finds another one fails there, before more of the cluster has become a mixture.
 """
@@ -33,9 +36,7 @@ class Restart(Kind):
 
     @classmethod
     def declared(cls, op: Operation, request: OperationRequest, s: Situation) -> Operation:
-        known = op.node in set(RestartScope)
-        found = targets(s, RestartScope(op.node)) if known else ()
-        return replace(op, targets=found, version=request.version, settings=request.settings)
+        return replace(op, targets=targets(s, op.node), version=request.version, settings=request.settings)
 
     def claims(self) -> frozenset[str]:
         return frozenset({LEADER, *(target.member.node for target in self.op.targets)})
@@ -44,8 +45,12 @@ class Restart(Kind):
 
     def checks(self, s: Situation) -> Iterator[Check]:
         scope, found = self.op.node, self.op.targets
-        if scope not in set(RestartScope):
-            yield Check("fail", "scope", f"{scope!r} is none of {', '.join(RestartScope)}")
+        instance = s.topology.pipeline(scope)
+        if scope not in set(RestartScope) and instance is None:
+            yield Check("fail", "scope", f"{scope!r} is none of {', '.join(RestartScope)}, nor an instance")
+            return
+        if instance is not None and instance.closing:
+            yield Check("fail", "scope", f"{scope} is to go: its nodes end anyway")
             return
         if not found:
             yield Check("fail", "scope", f"no process of {scope} is registered")
@@ -183,8 +188,9 @@ class Restart(Kind):
         return f"{self.op.turn + 1} of {len(self.op.targets)}, {target.member.node}: {message}"
 
 
-def targets(s: Situation, scope: RestartScope) -> tuple[Target, ...]:
-    """Who runs now: controllers (the leader last), then nodes, then gateways: nodes refuse gateways of newer code."""
+def targets(s: Situation, scope: str) -> tuple[Target, ...]:
+    """Who runs now: controllers (the leader last), then nodes, then gateways: nodes refuse gateways of newer code. Of
+    an instance its home nodes; none, where there is no such scope."""
     peers = s.policy.peers
     leader = peers.candidates[:1]
     found: list[Target] = []
@@ -194,6 +200,11 @@ def targets(s: Situation, scope: RestartScope) -> tuple[Target, ...]:
     if scope in (RestartScope.NODES, RestartScope.ALL):
         live = sorted(s.nodes.views.items(), key=lambda item: (len(item[0]), item[0]))
         found += [Target(ProcessKind.NODE, view.member) for _, view in live if view.registered]
+    elif (instance := s.topology.pipeline(scope)) is not None:
+        homes = [s.nodes.views.get(home) for stage in instance.stages for home in stage.homes]
+        found += [
+            Target(ProcessKind.NODE, view.member) for view in homes if view is not None and view.registered
+        ]
     if scope in (RestartScope.GATEWAYS, RestartScope.ALL):
         found += [Target(ProcessKind.GATEWAY, m) for m in sorted(peers.gateways)]
     return tuple(found)

@@ -216,3 +216,32 @@ def test_a_restart_is_refused_where_nobody_could_take_over() -> None:
     sim.quiet = False
     sim.submit("drain", "n1")
     assert levels(sim, "restart", "nodes")["operations"] == "fail"
+
+
+def test_a_canary_and_its_rollback() -> None:
+    """One instance alone comes back with what is installed now, and with the old again."""
+    sim = formed(3, 2)
+    before = members(sim)
+    for version, id in (("2", "canary"), ("1", "rollback")):
+        sim.installed = (version, "s")
+        answer = sim.submit("restart", "p1", id=id, version=version, settings="s")
+        assert [step.rpartition(" off ")[2].partition(",")[0] for step in answer.plan] == ["n2", "n3"]
+        sim.run_until(lambda id=id: done(sim, id), limit_s=60)
+        assert fresh(sim, before) == {"n2", "n3"}
+        made = {name: node.record.version for name, node in sim.nodes.items()}
+        assert made == {f"n{k}": version if k in (2, 3) else "1" for k in range(6)}
+        sim.run_until(sim.home, limit_s=20)
+    # One that does not come back as it should ends the canary at its first node.
+    sim.installed = ("3", "s")
+    sim.submit("restart", "p1", id="broken", version="4", settings="s")
+    sim.run_until(lambda: not sim.operations["broken"][0].open, limit_s=60)
+    assert sim.operations["broken"][0].state is OperationState.FAILED
+    assert sim.nodes["n3"].record.version == "1"
+
+
+def test_a_canary_of_what_is_not_there_or_goes_is_refused() -> None:
+    sim = formed(2, 1)
+    assert levels(sim, "restart", "p7") == {"scope": "fail"}
+    sim.submit("scale", instances=1)
+    sim.run(0.3)
+    assert levels(sim, "restart", "p1")["scope"] == "fail"
