@@ -3,15 +3,17 @@
 `stop-restart`: no copies; what an instance had is computed again, from its beginning, wherever there is room.
 `fixed-neighbour`: every request's copy is at the next instance of the ring, and there it goes on.
 
-`--simulate`: 4 to 1,024 instances of the same policy code in a discrete-event simulation (lumen_sim.py). One in eight
-instances fails, one after the other, while they are loaded to `LOAD` of what they can bear.
+Without more, on 4 and 8 instances of real processes (lumen_real.py), one of which is killed. `--simulate`: 4 to 1,024
+instances of the same policy code in a discrete-event simulation (lumen_sim.py), of which one in eight fails, one after
+the other, while they are loaded to `LOAD` of what they can bear.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from bench.contract import Result, progress
 from bench.kevlarflow_load import (
@@ -23,6 +25,7 @@ from bench.kevlarflow_load import (
     PROMPT_SIGMA,
     workload,
 )
+from bench.lumen_real import measure
 from bench.lumen_sim import Device, Request, Simulation
 from controlplane.contract.topology import Mode
 
@@ -39,23 +42,30 @@ PUBLISHED = {
     (8, Mode.FIXED_NEIGHBOUR): (0.159, 0.042, 0.639),
 }
 LOAD = 0.8  # of the requests per second that all instances together bear
-SIZES, SEEDS = (4, 8, 64, 1024), (1, 2, 3)
-WINDOW_S, WINDOW_LARGE_S = 120.0, 50.0  # of arrivals
+SIZES, SIZES_REAL, SEEDS = (4, 8, 64, 1024), (4, 8), (1, 2, 3)
+WINDOW_S, WINDOW_LARGE_S = 120.0, 30.0  # of arrivals
 FAIL_AT_S, RELOAD_S = 15.0, 60.0
-FAILURES_S = 20.0  # within which all failures come
+FAILURES_S = 20.0  # within which all failures come, while requests do
 
 
 def run(quick: bool, simulate: bool = False, only: frozenset[str] = frozenset()) -> Result:
     """`only`: these numbers of instances."""
-    if not simulate:
-        sys.exit("bench lumen: give --simulate; instances of real processes are not measured yet")
-    sizes = [size for size in SIZES if not only or str(size) in only]
+    possible = SIZES if simulate else SIZES_REAL
+    sizes = [size for size in possible if not only or str(size) in only]
     if not sizes:
-        sys.exit(f"--only: {', '.join(sorted(only))} is none of {', '.join(map(str, SIZES))}")
-    result = Result("lumen", settings=_settings(quick))
+        sys.exit(f"--only: {', '.join(sorted(only))} is none of {', '.join(map(str, possible))}")
+    result = Result("lumen", settings=_settings(quick) if simulate else {"simulated": False, "quick": quick})
     for size in sizes:
-        _simulate(size, SEEDS[:1] if quick or size > 64 else SEEDS, result)
+        seeds = SEEDS[:1] if quick or size > 64 else SEEDS
+        if simulate:
+            _compare(size, seeds, _once, result)
+        else:
+            _compare(size, seeds, partial(_real, quick), result)
     return result
+
+
+def _real(quick: bool, size: int, mode: Mode, seed: int) -> dict[str, float]:
+    return measure(size, mode, quick, seed)
 
 
 def _settings(quick: bool) -> dict[str, object]:
@@ -82,10 +92,12 @@ def _rate() -> float:
     return LOAD * device.places / (OUTPUT_MEAN * step_s)
 
 
-def _simulate(size: int, seeds: Sequence[int], result: Result) -> None:
+def _compare(
+    size: int, seeds: Sequence[int], once: Callable[[int, Mode, int], dict[str, float]], result: Result
+) -> None:
     measured: dict[Mode, list[dict[str, float]]] = {}
     for mode in (OURS, *BASELINES):
-        measured[mode] = [_once(size, mode, seed) for seed in seeds]
+        measured[mode] = [once(size, mode, seed) for seed in seeds]
         progress(
             f"{size} instances, {mode.value}: "
             + ", ".join(f"{name} {_mean(measured[mode], name):.4g}" for name in measured[mode][0])
@@ -115,7 +127,8 @@ def _once(size: int, mode: Mode, seed: int) -> dict[str, float]:
         for index, each in enumerate(workload(_rate() * size, window_s, seed))
     ]
     count = max(1, size // 8)
-    failures = [(FAIL_AT_S + FAILURES_S * k / count, (8 * k + 3) % size) for k in range(count)]
+    within_s = min(FAILURES_S, window_s - FAIL_AT_S)
+    failures = [(FAIL_AT_S + within_s * k / count, (8 * k + 3) % size) for k in range(count)]
     simulation = Simulation(mode, size, requests, failures, RELOAD_S)
     simulation.run()
     interrupted = {request.rid for request in simulation.interrupted}

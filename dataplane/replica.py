@@ -150,10 +150,12 @@ class Replicator:
             assert state is not None
             tokens = self._store.tokens((pipeline, order.rid))
             fresh, gone = state.placed.place(order, tokens - tokens % self._store.block_size)
-            for target in fresh & state.sources.keys():
-                state.sources[target].wrote((order.rid,))
-            for target in (gone & state.sources.keys()) - state.full:
-                self._drop(pipeline, state.fence, state.sources[target], (order.rid,))
+            for target in fresh:
+                if target in state.sources:
+                    state.sources[target].wrote((order.rid,))
+            for target in gone:
+                if target in state.sources and target not in state.full:
+                    self._drop(pipeline, state.fence, state.sources[target], (order.rid,))
 
     def copied(self, pipeline: PipelineId) -> list[tuple[int, PipelineId]]:
         """Copies of single requests that are complete since the last time: (request, holder)."""

@@ -258,6 +258,7 @@ class Worker:
             if topology.pipeline(pipeline.id) is None:
                 self._forget(pipeline.id)
         self._store.idle = frozenset(pipeline.id for pipeline in topology.pipelines if not pipeline.up)
+        copied = self._store.copies.owners()
         for pipeline in topology.pipelines:
             duty = pipeline.stages_of(self._me)
             stage = self.stages.get(pipeline.id)
@@ -272,7 +273,7 @@ class Worker:
             else:
                 if stage is not None:
                     self._leave(pipeline)
-                if not self._holds(pipeline):
+                if pipeline.id in copied and not self._holds(pipeline):
                     self._store.copies.drop_pipeline(pipeline.id)
         self.parity.apply(topology)
 
@@ -313,10 +314,12 @@ class Worker:
         """Whether some stage of the pipeline copies its KV to this node."""
         if pipeline is None or self.topology is None:
             return False
-        if self.topology.mode in HOLDER_MODES:
-            return True  # of single requests; also while their instance is down, since they may go on here
         if pipeline.move is not None and pipeline.move.to == self._me:
             return True
+        if self.topology.mode in HOLDER_MODES:
+            # Also while their instance is down: its requests may go on here.
+            able = candidates_of(self.topology, pipeline, self.hosts) if pipeline.up else ()
+            return not pipeline.up or any(other.stages_of(self._me) for other in able)
         return any(self._me in stage.replicas for stage in pipeline.stages)
 
     # ------------------------------------------------------------------ serving

@@ -99,6 +99,10 @@ class Copies:
         """Requests of the pipeline that have a copy here."""
         return [rid for owner, rid in self.rows if owner == pipeline]
 
+    def owners(self) -> set[PipelineId]:
+        """Pipelines of which something is here."""
+        return {owner for owner, _ in self.rows} | {owner for _, owner in self.spare.values()}
+
     def spare_of(self, pipeline: PipelineId) -> list[bytes]:
         return [name for name, (_, owner) in self.spare.items() if owner == pipeline]
 

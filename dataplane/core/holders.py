@@ -231,8 +231,8 @@ class Holders:
 
 
 def candidates_of(topology: Topology, pipeline: Pipeline, hosts: Mapping[NodeId, str]) -> list[Pipeline]:
-    """Pipelines that may hold copies of this one's requests: the next ones in the ring that are up and in no fault
-    domain of its own; if there is none of these, others that are up. `hosts`: of nodes, where they are known."""
+    """Pipelines that may hold copies of this one's requests: the next ones in the ring that are up, stay, and are in no
+    fault domain of its own; if there is none of these, others. `hosts`: of nodes, where they are known."""
     if topology.mode not in HOLDER_MODES:
         return []
     order = topology.pipelines
@@ -244,7 +244,7 @@ def candidates_of(topology: Topology, pipeline: Pipeline, hosts: Mapping[NodeId,
     for step in range(1, len(order)):
         other = order[(at + step) % len(order)]
         theirs = {member.node for member in other.members()}
-        if not other.up or not ours.isdisjoint(theirs):
+        if not other.up or other.closing or not ours.isdisjoint(theirs):
             continue
         (apart if our_hosts.isdisjoint(_hosts(theirs, hosts)) else beside).append(other)
         if len(apart) == CANDIDATES:

@@ -23,7 +23,7 @@ class Placed:
         """Whether this member is to have a copy of the request."""
         return any(self.members.get(holder) == target for holder in self._holders.get(rid, ()))
 
-    def place(self, order: Place, tokens: int) -> tuple[set[Member], set[Member]]:
+    def place(self, order: Place, tokens: int) -> tuple[list[Member], list[Member]]:
         """The scheduler says who is to have copies of a request that has `tokens` positions in full blocks here.
         Returns who gets one from now on, and whose goes."""
         rid = order.rid
@@ -33,10 +33,10 @@ class Placed:
         for key in [key for key in self._waits if key[0] == rid and key[1] not in order.holders]:
             del self._waits[key]
         # The first one is the one that is coming, which may have been said before: a lost answer is given again.
-        for holder in {*fresh, *order.holders[:1]}:
+        for holder in dict.fromkeys((*fresh, *order.holders[:1])):
             self._waits[rid, holder] = tokens
         now = self._at(order.holders)
-        return now - before, before - now
+        return [m for m in now if m not in before], [m for m in before if m not in now]
 
     def forget(self, rid: int) -> None:
         """The request has ended here or makes room."""
@@ -54,8 +54,8 @@ class Placed:
                 found.append((rid, holder))
         return found
 
-    def _at(self, holders: Iterable[PipelineId]) -> set[Member]:
-        return {self.members[holder] for holder in holders if holder in self.members}
+    def _at(self, holders: Iterable[PipelineId]) -> list[Member]:
+        return [self.members[holder] for holder in holders if holder in self.members]
 
 
 def tokens_where(wanted: Callable[[int], bool], tokens: Callable[[int], int]) -> Callable[[int], int]:

@@ -77,6 +77,7 @@ class Cluster:
             "ngram" if has_drafts(schedule.seed) else "off",
             shape.code,
             shape.parities,
+            shape.mode,
         )
         self.checks = Checks(world, self.etcd, Keys.of(self.config), self.config.group)
         self.processes: dict[str, Process] = {}
@@ -196,7 +197,7 @@ class Cluster:
                 leader = stage.leader
                 if leader is None or leader.node not in stage.homes or not self._lives(leader):
                     return False
-                if self.schedule.shape.code:
+                if self.schedule.shape.code or self.schedule.shape.mode:
                     continue
                 if not stage.replicas or not all(self._lives(m) for m in stage.replicas):
                     return False
@@ -246,6 +247,8 @@ class Cluster:
             for pipeline, scheduler in parts.schedulers_of(node).items():
                 if scheduler.requests or scheduler.batcher.used_blocks or scheduler.steps:
                     found.append(f"{name} schedules {list(scheduler.requests)} of {pipeline}")
+                if placed := parts.placed_of(scheduler):
+                    found.append(f"{name} counts copies of {placed} of {pipeline}")
                 found += self._unaccounted(pipeline, parts.cached_of(scheduler))
             for pipeline, stage in parts.stages_of(node).items():
                 if stage.sampling is not None and stage.sampling.slots_in_use:

@@ -101,6 +101,7 @@ def make_config(
     speculation: Speculation = "off",
     code: str = "",
     parities: int = 0,
+    mode: str = "",
 ) -> ClusterConfig:
     return ClusterConfig(
         run_dir=run_dir(),
@@ -121,7 +122,7 @@ def make_config(
             max_draft_tokens=5,
         ),
         timing=TIMING,
-        mode=Mode.PARITY if code else Mode.REPLICATE,
+        mode=Mode(mode) if mode else Mode.PARITY if code else Mode.REPLICATE,
         parity=ParityConfig(cast(Any, code), parities) if code else ParityConfig(),
     )
 
@@ -233,6 +234,11 @@ def schedulers_of(node: Node) -> dict[PipelineId, Scheduler]:
 def cached_of(scheduler: Scheduler) -> set[bytes]:
     """Names of the blocks that no request has and that are kept."""
     return set(scheduler.batcher.account._cached)
+
+
+def placed_of(scheduler: Scheduler) -> list[int]:
+    """Requests that have holders of their own."""
+    return [] if scheduler.holders is None else list(scheduler.holders._placed)
 
 
 def sources_of(node: Node) -> Iterator[tuple[PipelineId, ReplicaSource]]:

@@ -33,6 +33,7 @@ class Shape:
     code: str = ""  # parity protects KV, by this code; "": copies do
     parities: int = 0
     parity_blocks: int = 0  # that an encoder has room for; 0: enough
+    mode: str = ""  # each request's copy has a holder of its own; "": one of the modes above
 
     @property
     def nodes(self) -> list[str]:
@@ -106,6 +107,10 @@ CODED_EVERY, CODED = 6, 2
 CODES = (("xor", 1), ("xor", 1), ("rs", 1), ("rs", 2), ("rdp", 2))
 
 
+# In one seed of so many each request's copy has a holder of its own, and instances die while streams last.
+PLACED_EVERY, PLACED = 10, 7
+
+
 # In one seed of so many instances come and go meanwhile.
 SCALED_EVERY, SCALED = 7, 4
 
@@ -135,6 +140,8 @@ def _played(seed: int) -> Schedule:
     schedule = _drawn(seed)
     if seed % CODED_EVERY == CODED and seed < PARTIAL_FROM:
         return _coded(schedule)
+    if seed % PLACED_EVERY == PLACED and seed < PARTIAL_FROM:
+        return _placed(schedule)
     return _relayed(schedule) if seed % RELAYED_EVERY == RELAYED and seed < PARTIAL_FROM else schedule
 
 
@@ -156,6 +163,27 @@ def _relayed(schedule: Schedule) -> Schedule:
         schedule.mild or calm,
         schedule.calm or calm,
     )
+
+
+def _placed(schedule: Schedule) -> Schedule:
+    """The same cluster with load-aware or fixed holders, and nodes that die while long streams last."""
+    chance = random.Random(f"holders {schedule.seed}")
+    mode = chance.choice(("load-aware", "load-aware", "fixed-neighbour"))
+    shape = replace(schedule.shape, mode=mode)
+    window_s = max((step.at for step in schedule.steps), default=1.0)
+    steps = list(schedule.steps)
+    for number in range(0 if schedule.mild or schedule.calm else chance.randrange(1, 4)):
+        at = chance.uniform(0.0, window_s)
+        for stream in range(3):
+            asked = (400 + 10 * number + stream, chance.randrange(1, shape.gateways + 1), chance.choice(LONG))
+            steps.append(Step(at, "submit", asked))
+        steps.append(
+            Step(
+                at + chance.uniform(0.1, 0.6), "kill", (chance.choice(shape.nodes), chance.choice((0.4, 1.5)))
+            )
+        )
+    steps.sort(key=lambda step: step.at)
+    return Schedule(schedule.seed, shape, tuple(steps), schedule.mild, schedule.calm)
 
 
 def _coded(schedule: Schedule) -> Schedule:
