@@ -7,7 +7,9 @@
 #   make matrix    every fault on real processes in network namespaces, and docs/fault-matrix.md from it (30 minutes, root;
 #                  RECORD=FILE keeps results, and goes on from there; SECONDS=... begins no cell later)
 #   make matrix-features  every feature of a request, alone and in pairs, under kills at every token, moves and ends of
-#                  gateways, and docs/feature-matrix.md from it (an hour of one core; RECORD and SECONDS as above)
+#                  gateways, and docs/feature-matrix.md from it (an hour of one core; RECORD and SECONDS as above,
+#                  RUNS=... for so many runs of each cell at first)
+#   make schemas   documents of 1,000 random JSON schemas by the demo model at temperature 1: none may be invalid
 #   make check     ruff, mypy, import-linter, cython-lint
 #   make install   .venv with everything: tests, our own benches, development
 #   make bench-peers  the engines that benches compare us with (large, and llama.cpp is compiled: minutes)
@@ -38,7 +40,7 @@ PACKAGES := controlplane dataplane kernels migrations web
 SEEDS ?= 100000
 FIRST ?= 0
 
-.PHONY: install up test soak matrix matrix-features check proto test-gpu bench-peers clients clients-load clean
+.PHONY: install up test soak matrix matrix-features schemas check proto test-gpu bench-peers clients clients-load clean
 
 install: $(VENV)/.installed
 
@@ -73,7 +75,11 @@ matrix: install
 	@$(BIN)/python -m tests.matrix $(if $(RECORD),--record $(RECORD)) $(if $(SECONDS),--for $(SECONDS))
 
 matrix-features: install
-	@$(BIN)/python -m tests.features $(if $(RECORD),--record $(RECORD)) $(if $(SECONDS),--for $(SECONDS))
+	@$(BIN)/python -m tests.features $(if $(RECORD),--record $(RECORD)) $(if $(SECONDS),--for $(SECONDS)) \
+	  $(if $(RUNS),--runs $(RUNS))
+
+schemas: install
+	@$(BIN)/python -m tests.features.schemas
 
 check: install
 	$(BIN)/ruff check .

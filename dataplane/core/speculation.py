@@ -38,9 +38,11 @@ CATCH_UP_SHARE = 0.2
 # A draft model that was wrong is asked again for a request after so many of its tokens, as if little were known.
 RETRY_AFTER = 32
 RETRY_WEIGHT = 1.0
-# After a step of so many rows without drafts nobody weighs them up for so many steps, and in one of so many of these a
-# request's would-be draft is compared: with many rows each of the two would take a part of a step that is not small.
-IDLE_ROWS, IDLE_STEPS, IDLE_PROBES = 8, 16, 4
+# After a step of so many rows without drafts nobody weighs them up for so many steps, twice as many the next time, and
+# so on; in so many of these a request's would-be draft is compared. With many rows each of the two would take a part of
+# a step that is not small. With far fewer rows than then they may pay: they are weighed up at once.
+IDLE_ROWS, IDLE_STEPS, IDLE_STEPS_MAX, IDLE_PROBES = 8, 16, 64, 4
+IDLE_ROWS_PART = 0.75
 
 
 class Proposer(Protocol):
@@ -102,10 +104,10 @@ class StepCost:
 
     def seconds(self, rows: float) -> float:
         """Of a step of so many rows; in units of one of a single row while nothing is known."""
-        fixed, of_row = self._line()
+        fixed, of_row = self.line()
         return fixed + of_row * rows
 
-    def _line(self) -> tuple[float, float]:
+    def line(self) -> tuple[float, float]:
         """The fixed part of a step, and what a row adds."""
         if self._weight <= 0:
             return 1.0 - ROW_SHARE, ROW_SHARE
@@ -130,9 +132,11 @@ def draft_counts(
     the step is fastest with."""
     counts = [0] * len(rates)
     likeliest = max((rate for rate, most in zip(rates, draft_max, strict=True) if most > 0), default=0.0)
-    plain = rows / cost.seconds(rows)
+    fixed, of_row = cost.line()
+    least = fixed + of_row * rows
+    plain = rows / least
     # Each row costs the same: if the first does not pay, none does.
-    if (rows + likeliest) / cost.seconds(rows + 1) <= plain:
+    if (rows + likeliest) / (least + of_row) <= plain:
         return counts
     wanted = sorted(
         (
@@ -146,9 +150,11 @@ def draft_counts(
     tokens, depth_max, best, taken = float(rows), 0, GAIN_MIN * plain, 0
     for number, (brings, depth, _) in enumerate(wanted, 1):
         tokens, depth_max = tokens + brings, max(depth_max, -depth)
-        speed = tokens / (cost.seconds(rows + number) + pass_s * depth_max)
+        speed = tokens / (least + of_row * number + pass_s * depth_max)
         if speed > best:
             best, taken = speed, number
+        elif brings < speed * of_row:
+            break  # it brings less for its row than all so far do, and those behind it still less
     for _, _, i in wanted[:taken]:
         counts[i] += 1
     return counts
@@ -169,7 +175,9 @@ class Speculator:
         self._rates: dict[int, Rate] = {}
         self.probes: dict[int, int] = {}  # request -> the token that would have been drafted
         self._turn = 0  # of probes
-        self._idle = 0  # steps for which nothing is weighed up
+        self._idle = 0  # steps for which nothing is weighed up any more
+        self._idle_steps = IDLE_STEPS  # of the present such stretch, or the next one
+        self._idle_rows = 0  # of the step that began it
 
     def drafts(self, rows: Sequence[Chunk], batcher: Batcher) -> Mapping[int, Sequence[int]]:
         """What may come after the last tokens of a step's rows, by request; its blocks are reserved. A step with a
@@ -177,12 +185,12 @@ class Speculator:
         proposer = self._proposer
         if proposer is None or not rows:
             return NO_DRAFTS
-        if any(request.issued + count < request.total or not request.output for request, count in rows):
-            return NO_DRAFTS
-        if self._idle and len(rows) >= IDLE_ROWS:
+        if self._idle and len(rows) >= max(IDLE_ROWS, IDLE_ROWS_PART * self._idle_rows):
             self._idle -= 1
-            if self._idle % IDLE_PROBES == 0:
+            if self._idle % (self._idle_steps // IDLE_PROBES) == 0:
                 self._probe(proposer, rows)
+            return NO_DRAFTS
+        if any(request.issued + count < request.total or not request.output for request, count in rows):
             return NO_DRAFTS
         requests = [request for request, _ in rows]
         room = [min(self._draft_max, request.draft_room(self._context_len)) for request in requests]
@@ -200,9 +208,12 @@ class Speculator:
         chosen = [i for i, count in enumerate(counts) if count]
         left = max(0, self._rows_max - used)
         if not chosen or not left:
-            self._idle = IDLE_STEPS
+            fewer = len(rows) < IDLE_ROWS_PART * self._idle_rows
+            self._idle_steps = IDLE_STEPS if fewer else min(2 * self._idle_steps, IDLE_STEPS_MAX)
+            self._idle, self._idle_rows = self._idle_steps, len(rows)
             self._probe(proposer, rows)
             return NO_DRAFTS
+        self._idle, self._idle_steps, self._idle_rows = 0, IDLE_STEPS, 0
         found: dict[int, Sequence[int]] = {}
         within_s = CATCH_UP_SHARE * self.cost.seconds(used)
         proposed = proposer.propose([requests[i] for i in chosen], max(counts), within_s)

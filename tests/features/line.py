@@ -55,6 +55,8 @@ class Parts:
     model: Model
     proposer: Proposer | None
     metrics: Metrics
+    context: int = CONTEXT  # tokens of a request
+    blocks: int = BLOCKS
 
 
 class Node:
@@ -66,7 +68,7 @@ class Node:
         self._line = line
         self._sessions = 0
         last = stage == line.stages - 1
-        store = KvStore(executor.kv.num_blocks, BLOCK, ROWS, CONTEXT // BLOCK)
+        store = KvStore(executor.kv.num_blocks, BLOCK, ROWS, line.parts.context // BLOCK)
         grammars = Grammars(line.parts.compiler) if last else None
         self.worker = Worker(member, executor, store, self.send, grammars=grammars)
         # It stands where a front door is, too.
@@ -75,7 +77,7 @@ class Node:
             line.parts.proposer,
         )  # fmt: skip
         self.record = NodeRecord(
-            member, "g", stage, line.stages, "", "", executor.weights_digest, BLOCKS, BLOCK, 1,
+            member, "g", stage, line.stages, "", "", executor.weights_digest, line.parts.blocks, BLOCK, 1,
             host_parallel=1, numerics=executor.numerics,
         )  # fmt: skip
         self.task = asyncio.create_task(self.worker.run())

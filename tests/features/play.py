@@ -66,9 +66,9 @@ class Player:
         self._runs = 0
         gateway = Path(self._folder.name, "gateway")
         gateway.mkdir()
-        self._model = scripted_model(gateway, QWEN)
-        self._metrics = Metrics()
-        self._compiler = load_compiler(dataplane.demo.model_dir(), VOCAB, ENDS)
+        self.model = scripted_model(gateway, QWEN)
+        self.metrics = Metrics()
+        self.compiler = load_compiler(dataplane.demo.model_dir(), VOCAB, ENDS)
         torch.set_num_threads(1)
         return self
 
@@ -150,7 +150,7 @@ class Player:
             if engine.drafts == "draft":
                 proposer = load_draft_model(dataplane.demo.draft_dir(), VOCAB, BLOCK, ROWS, CONTEXT, 1)
             executors = self._stages(engine.weights)
-            self._parts[key] = Parts(executors, self._compiler, self._model, proposer, self._metrics)
+            self._parts[key] = Parts(executors, self.compiler, self.model, proposer, self.metrics)
         return self._parts[key]
 
     def _stages(self, weights: Weights) -> list[tuple[StageExecutor, StageExecutor]]:

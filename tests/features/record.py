@@ -15,7 +15,12 @@ from tests.features.play import Result
 from tests.sim.record import ROOT, code_digest
 
 PLAYED = ("controlplane/contract", "dataplane", "kernels", "web/gateway", "tests/features")
-JUDGES = ("__main__.py", "record.py", "table.py", "test_features.py")  # of the last, what only reads results
+# Of the last, what only reads results, or plays something else.
+JUDGES = ("__main__.py", "record.py", "table.py", "schemas.py", "test_features.py")
+
+
+class Played(Result):
+    cut: bool = False  # after as many runs as were asked for, and not when no place was left
 
 
 class _Head(msgspec.Struct):
@@ -41,23 +46,23 @@ def begin(file: Path) -> None:
         file.write_bytes(msgspec.json.encode(_Head(code)) + b"\n")
 
 
-def add(file: Path, result: Result) -> None:
+def add(file: Path, result: Result, cut: bool = False) -> None:
     with file.open("ab") as record:
-        record.write(msgspec.json.encode(result) + b"\n")
+        record.write(msgspec.json.encode(Played(**msgspec.structs.asdict(result), cut=cut)) + b"\n")
 
 
-def results(file: Path) -> list[Result]:
+def results(file: Path) -> list[Played]:
     """Of each cell as often as it was played. Raises ValueError for a file that is no record."""
     _head(file)
     try:
-        return [msgspec.json.decode(line, type=Result) for line in file.read_bytes().splitlines()[1:]]
+        return [msgspec.json.decode(line, type=Played) for line in file.read_bytes().splitlines()[1:]]
     except msgspec.MsgspecError as error:
         raise _no_record(file, error) from error
 
 
-def missing(played: Sequence[Result]) -> list[Cell]:
-    """Which cells have not passed, in order."""
-    passed = {result.cell for result in played if not result.problems}
+def missing(played: Sequence[Played], cut: bool = False) -> list[Cell]:
+    """Which cells have not passed, in order. `cut`: those that were cut short will do."""
+    passed = {result.cell for result in played if not result.problems and (cut or not result.cut)}
     return [cell for cell in cells() if cell.name not in passed]
 
 

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.features.cells import Cell, Fault, cells
-from tests.features.play import Result
-from tests.features.record import played_digest
+from tests.features.record import Played, played_digest
 from tests.features.requests import alone, pairs
 
 TEMPLATE = Path(__file__).with_name("page.md")
 
 
-def page(results: Sequence[Result]) -> str:
+def page(results: Sequence[Played]) -> str:
     """Of each cell the last time that it was played; earlier failures of the same code are listed."""
     last = {result.cell: result for result in results}
     played = [last[cell.name] for cell in cells() if cell.name in last]
     failures = [result for result in results if result.problems]
     loads = [result.load for result in played] or [0.0]
     text = [
-        f"{len(cells())} cells, {len(played)} played, {sum(not result.problems for result in played)} passed: "
+        f"{len(cells())} cells, {len(played)} played, {sum(not result.problems for result in played)} passed, "
+        f"{sum(not (result.problems or result.cut) for result in played)} of these to their end: "
         f"{sum(result.runs for result in played):,} runs with a fault, {sum(result.answers for result in played):,} "
         f"answers compared, in {sum(result.seconds for result in played) / 60:.0f} minutes. Code {played_digest()}. "
         f"{os.cpu_count()} cores, load average from {min(loads):.0f} to {max(loads):.0f}.",
@@ -43,7 +43,7 @@ def page(results: Sequence[Result]) -> str:
     return said.replace("PAIRS", str(len(pairs())))
 
 
-def _told(result: Result | None) -> str:
+def _told(result: Played | None) -> str:
     if result is None:
         return "not played"
     if result.problems:

@@ -15,6 +15,7 @@ from tests.features.cells import Cell, Engine, Fault, cells
 from tests.features.outcome import Outcome, merged
 from tests.features.play import Player, Result
 from tests.features.requests import FEATURES, alone, pairs
+from tests.features.schemas import Documents, schema_of, write
 from tests.features.table import page
 
 PLAYED = (
@@ -41,6 +42,23 @@ def test_a_fault_changes_no_answer(player: Player, engine: Engine, fault: Fault)
     assert result.problems == []
     assert result.indices > 0
     assert bool(result.drafts) or engine.drafts == "off"
+
+
+def test_documents_of_random_schemas_are_valid() -> None:
+    """A sample of `python -m tests.features.schemas`."""
+    documents = Documents()
+    write(range(5000, 5012), documents, tokens=160)
+    assert documents.invalid == {}
+    assert documents.whole >= 8
+
+
+def test_an_invalid_document_is_found() -> None:
+    documents = Documents()
+    assert schema_of(1)["type"] == "object"
+    for text in ('{"ok"', "[]"):
+        choice = {"delta": {"content": text}, "finish_reason": "stop"}
+        documents.add(len(documents.invalid), {"choices": {0: choice}})
+    assert sorted(documents.invalid) == [0, 1]
 
 
 def test_every_feature_is_played_alone_and_in_pairs() -> None:
@@ -72,10 +90,12 @@ def test_a_record_goes_on_where_it_ended(tmp_path: Path) -> None:
     record.add(file, Result(first, runs=3, indices=9, indices_all=9))
     record.add(file, Result(cells()[1].name, problems=["regex, run 1: other"]))
     record.begin(file)
+    record.add(file, Result(cells()[2].name, runs=5), cut=True)
     results = record.results(file)
     assert [cell.name for cell in record.missing(results)] == [cell.name for cell in cells()[1:]]
+    assert cells()[2] not in record.missing(results, cut=True)
     text = page(results)
-    assert "2 played, 1 passed" in text
+    assert "3 played, 2 passed, 1 of these to their end" in text
     assert "| plain | alone 1 (23) | passes: 9 of 9 |" in text
     assert "- " + cells()[1].name + ": regex, run 1: other" in text
     file.write_text("something else")

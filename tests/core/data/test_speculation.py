@@ -15,7 +15,7 @@ from dataplane.core.batching import Batcher, Limits
 from dataplane.core.ngrams import INDEX_BYTES, SIZES, NgramIndex
 from dataplane.core.prefix import PrefixHasher
 from dataplane.core.request import Phase, Request
-from dataplane.core.speculation import GAIN_MIN, Rate, Speculator, StepCost, draft_counts
+from dataplane.core.speculation import BRINGS_MIN, GAIN_MIN, Rate, Speculator, StepCost, draft_counts
 from dataplane.core.stats import SchedulerStats
 from tests.core.data.pipeline import Cluster
 
@@ -190,6 +190,72 @@ def test_drafts_are_never_expected_to_cost_more_than_they_bring(
         )
         speed = brings / cost.seconds(len(rates) + sum(counts))
         assert speed >= GAIN_MIN * len(rates) / cost.seconds(len(rates)) * (1 - 1e-9)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 8)), min_size=1, max_size=40),
+    st.lists(st.tuples(st.integers(1, 64), st.floats(1e-4, 1.0)), max_size=20),
+    st.sampled_from([0.0, 1e-4, 0.01, 0.3]),
+)
+@settings(max_examples=200, deadline=None)
+def test_as_many_drafts_as_bring_the_most_tokens_a_second(
+    requests: list[tuple[float, int]], measured: list[tuple[int, float]], pass_s: float
+) -> None:
+    """As a search of every number of them finds, the best ones first."""
+    cost = StepCost()
+    for rows, took_s in measured:
+        cost.ran(rows, took_s)
+    rates, most = [rate for rate, _ in requests], [count for _, count in requests]
+    rows = len(rates)
+    drafts = [(rate**depth, depth) for rate, count in requests for depth in range(1, count + 1)]
+    wanted = sorted(
+        (draft for draft in drafts if draft[0] >= BRINGS_MIN), key=lambda draft: (-draft[0], draft[1])
+    )
+    plain = rows / cost.seconds(rows)
+    speeds = [GAIN_MIN * plain]
+    for number in range(1, len(wanted) + 1):
+        deepest = max(depth for _, depth in wanted[:number])
+        seconds = cost.seconds(rows + number) + pass_s * deepest
+        speeds.append((rows + sum(brings for brings, _ in wanted[:number])) / seconds)
+    count = sum(draft_counts(rates, most, rows, cost, pass_s))
+    assert speeds[count] >= max(speeds) * (1 - 1e-9) or count == 0
+    if count == 0 and max(speeds) > speeds[0]:  # none, since not even the first row is worth its time
+        assert max(rate for rate, allowed in requests if allowed) <= plain * cost.line()[1] * (1 + 1e-9)
+
+
+class Weighed(StepCost):
+    """Rows cost what they bring, and it counts how often that is weighed up."""
+
+    asked, of_row = 0, 1.0
+
+    def line(self) -> tuple[float, float]:
+        self.asked += 1
+        return 1.0 - self.of_row, self.of_row
+
+
+def test_many_rows_that_gain_nothing_are_rarely_weighed_up() -> None:
+    """And where most of them have ended, drafts come at once if they pay then."""
+    limits = Limits(4, 512, 64, 64, 2000, 1.0, speculation="ngram")
+    batcher, requests = Batcher(limits), []
+    batcher.account.set_quota(10_000)
+    for rid in range(1, 33):
+        request = Request.from_submit(Submit(rid, "p0", (7, 8, 9) * 4, Sampling(900, seed=1), (7,)), 0, 0)
+        request.hasher = PrefixHasher(4)
+        request.issued = 12
+        batcher.account.begin(rid, [])
+        requests.append(request)
+    speculator = Speculator(limits, None, SchedulerStats())
+    speculator.cost = weighed = Weighed()
+    probes = 0
+    for _ in range(400):
+        assert not speculator.drafts([(request, 1) for request in requests], batcher)
+        probes += len(speculator.probes)
+        for rid in list(speculator.probes):
+            speculator.verified(rid, 0, [8])
+    assert 5 <= weighed.asked <= 9
+    assert 20 <= probes <= 40
+    weighed.of_row = 0.0
+    assert speculator.drafts([(request, 1) for request in requests[:16]], batcher)
 
 
 class Costly:
