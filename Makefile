@@ -7,7 +7,7 @@
 #   make matrix    every fault on real processes in network namespaces, and docs/fault-matrix.md from it (30 minutes, root;
 #                  RECORD=FILE keeps results, and goes on from there; SECONDS=... begins no cell later)
 #   make matrix-features  every feature of a request, alone and in pairs, under kills at every token, moves and ends of
-#                  gateways, and docs/feature-matrix.md from it (an hour of one core; RECORD and SECONDS as above,
+#                  gateways, and docs/feature-matrix.md from it (long: RECORD and SECONDS as above,
 #                  RUNS=... for so many runs of each cell at first)
 #   make schemas   documents of 1,000 random JSON schemas by the demo model at temperature 1: none may be invalid
 #   make check     ruff, mypy, import-linter, cython-lint

@@ -48,6 +48,5 @@ def _told(result: Played | None) -> str:
         return "not played"
     if result.problems:
         return f"**FAILS** ({len(result.problems)} answers)"
-    return f"passes: {result.indices} of {result.indices_all}" + (
-        f", {result.drafts} drafts" if result.drafts else ""
-    )
+    drafts = f", {result.drafts} drafts" if result.drafts else ""
+    return f"passes{' so far' if result.cut else ''}: {result.indices} of {result.indices_all}{drafts}"

@@ -90,13 +90,14 @@ def test_a_record_goes_on_where_it_ended(tmp_path: Path) -> None:
     record.add(file, Result(first, runs=3, indices=9, indices_all=9))
     record.add(file, Result(cells()[1].name, problems=["regex, run 1: other"]))
     record.begin(file)
-    record.add(file, Result(cells()[2].name, runs=5), cut=True)
+    record.add(file, Result(cells()[2].name, runs=5, indices=4, indices_all=9), cut=True)
     results = record.results(file)
     assert [cell.name for cell in record.missing(results)] == [cell.name for cell in cells()[1:]]
     assert cells()[2] not in record.missing(results, cut=True)
     text = page(results)
     assert "3 played, 2 passed, 1 of these to their end" in text
     assert "| plain | alone 1 (23) | passes: 9 of 9 |" in text
+    assert "passes so far: 4 of 9" in text
     assert "- " + cells()[1].name + ": regex, run 1: other" in text
     file.write_text("something else")
     with pytest.raises(ValueError, match="name another file"):
