@@ -22,6 +22,9 @@ WINDOW_BLOCKS = 64  # sent to an encoder and not acknowledged ...
 WINDOW_BYTES = 32 << 20  # ... and no more bytes than that, but two blocks in any case
 PUSH_EVERY_S = 0.02  # blocks go in company
 ANSWER_LIMIT_S = 2.0  # without an answer: ask again what the encoder has
+# For so long other stages' shards of a name may be missing before it is asked whether they still are: what the encoder
+# said of it may be lost.
+ALONE_LIMIT_S = 5.0
 # What an encoder says of a name when it is asked for all of them.
 MINE, WHOLE = 1, 2
 
@@ -119,6 +122,8 @@ class _Line:
     next_at: float = 0.0
     waiting: dict[bytes, None] = field(default_factory=dict)  # to be sent, oldest first
     flying: dict[bytes, None] = field(default_factory=dict)  # sent, and nothing is heard of them
+    # It has our shard and not those of all others: since when it said so.
+    alone: dict[bytes, float] = field(default_factory=dict)
     untold: dict[bytes, None] = field(default_factory=dict)  # gone, which it has to be told
     leaving: dict[bytes, float] = field(default_factory=dict)  # it has been told so, then
     strangers: set[bytes] = field(default_factory=set)  # it has them, and they were not here when it said so
@@ -164,6 +169,7 @@ class ShardSource:
             line = self._line(name)
             line.waiting.pop(name, None)
             line.flying.pop(name, None)
+            line.alone.pop(name, None)
             line.untold[name] = None
             self._tell_elsewhere(name)
 
@@ -196,6 +202,7 @@ class ShardSource:
                 if old is not None and old in self._lines:
                     self._lines[old].waiting.pop(name, None)
                     self._lines[old].flying.pop(name, None)
+                    self._lines[old].alone.pop(name, None)
                     if self.leads:  # other stages' shards may be there
                         self._elsewhere.setdefault(name, set()).add(old)
                 self._complete -= self._names[name] == COMPLETE
@@ -221,7 +228,8 @@ class ShardSource:
         for member, line in self._lines.items():
             told_at = next(iter(line.leaving.values()), now)
             silent = bool(line.flying) and now - line.heard_at > ANSWER_LIMIT_S
-            if line.known and (silent or now - told_at > ANSWER_LIMIT_S):
+            alone_at = next(iter(line.alone.values()), now)
+            if line.known and (silent or now - told_at > ANSWER_LIMIT_S or now - alone_at > ALONE_LIMIT_S):
                 line.known, line.asked_at = False, None
             if not line.known and (line.asked_at is None or now - line.asked_at >= ANSWER_LIMIT_S):
                 line.asked_at = now
@@ -332,6 +340,9 @@ class ShardSource:
         self._complete += (state == COMPLETE) - (self._names[name] == COMPLETE)
         self._names[name] = state
         line.flying.pop(name, None)
+        line.alone.pop(name, None)
+        if state == IN:
+            line.alone[name] = line.heard_at
         if state == WAITS:
             line.waiting[name] = None
         else:

@@ -19,8 +19,11 @@ from dataplane._fast.checksum import crc32
 from dataplane.core.encoder import JOB_LIMIT_S, Effect, Encoder, Fetch, Refuse, Send, Solve
 from dataplane.core.messages import Fence, RejoinMeta, Shape, ShardAckMeta, ShardDropMeta, ShardQueryMeta
 from dataplane.core.parity import (
+    ALONE_LIMIT_S,
     ANSWER_LIMIT_S,
     ENCODERS_MIN,
+    MINE,
+    WHOLE,
     ShardSource,
     candidates_of,
     clients_of,
@@ -298,6 +301,32 @@ def complete(world: World, name: bytes) -> tuple[Place, Member]:
     node = ranked(name, tuple(sorted(world.places)))[0]
     assert world.places[node].encoder.is_complete((PIPELINE, name))
     return world.places[node], node
+
+
+def test_what_an_encoder_said_last_may_be_lost() -> None:
+    """A stage that has heard that its shard is in, and nothing since, asks: perhaps all others are in as well. It does
+    so among other traffic, too."""
+    world = World("xor", 1, 2, 3)
+    name = name_of(1)
+    source = world.sources[0]
+    source.add([name])
+    world.calm()
+    assert source.lag_blocks == 1, "the other stage has not sent its own"
+    node = ranked(name, tuple(sorted(world.places)))[0]
+    heard = ShardAckMeta(PIPELINE, FENCE)
+    for _ in range(int(ALONE_LIMIT_S / 0.5) + 2):
+        world.now += 0.5
+        source.heard(node, heard, world.now)
+        if node in source.must_ask(world.now):
+            break
+    else:
+        pytest.fail("it never asked")
+    source.heard(
+        node, ShardAckMeta(PIPELINE, FENCE, whole=True, names=name, flags=bytes([MINE | WHOLE])), world.now
+    )
+    assert source.lag_blocks == 0
+    world.now += 2 * ALONE_LIMIT_S
+    assert source.must_ask(world.now) == [], "nothing is left to ask for"
 
 
 def test_one_loss_more_than_there_are_parities_is_refused() -> None:
