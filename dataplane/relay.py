@@ -101,7 +101,7 @@ class RelayServer:
         self._token = token
         self._identity = identity
         self._run_dir = Path(config.run_dir)
-        self._nodes: set[_Node] = set()
+        self._nodes: dict[_Node, None] = {}  # in the order in which they came
         self._controllers: dict[str, _Controller] = {}
         self._leaving = False
         self._stop = asyncio.Event()
@@ -172,7 +172,7 @@ class RelayServer:
         if not auth.bearer_matches(headers.get("authorization"), self._token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
         node = _Node()
-        self._nodes.add(node)
+        self._nodes[node] = None
         answering = asyncio.create_task(self._answer(node, context))
         try:
             while (message := await context.read()) is not grpc.aio.EOF:
@@ -186,7 +186,7 @@ class RelayServer:
             # Also when the node was killed: grpc cancels this task as soon as the connection breaks.
             answering.cancel()
             if not self._leaving:
-                self._nodes.discard(node)
+                self._nodes.pop(node, None)
                 if node.source is not None:
                     self.relay.leave(node.source)
                     self._kick()

@@ -209,11 +209,13 @@ class ShardSource:
                 self._names[name] = WAITS
                 if new is not None:
                     self._lines.setdefault(new, _Line()).waiting[name] = None
-        wanted = {*encoders, *others}
+        wanted = dict.fromkeys(
+            (*encoders, *others)
+        )  # in the same order each time, which a set would not have
         self._lines = {m: line for m, line in self._lines.items() if m in wanted}
         for member in wanted:
             self._lines.setdefault(member, _Line())
-        self._elsewhere = {name: left for name, ms in self._elsewhere.items() if (left := ms & wanted)}
+        self._elsewhere = {name: left for name, ms in self._elsewhere.items() if (left := ms & wanted.keys())}
 
     def restart(self, node: NodeId | None = None) -> None:
         """The fence changed, or a link did: what was on its way may be lost. Encoders are asked what they have."""
