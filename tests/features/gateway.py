@@ -127,7 +127,7 @@ class Gateway:
         body = json.dumps(asked.body).encode()
         started = await start_or_resume(self.service, KINDS[asked.api], body, visit, hold)
         response = GenerationResponse(self.service, started)
-        await response({"extensions": {EXTENSION: Wire(client.took)}}, _never, client.sent)
+        await response({"headers": [], "extensions": {EXTENSION: Wire(client.took)}}, _never, client.sent)
 
 
 class Wire:

@@ -25,7 +25,7 @@ def changed(batch: ReportBatch, schema: int) -> bytes:
     """The same batch with reports in another shape."""
     raw: list[Any] = msgspec.msgpack.decode(rpc.encode(batch))
     raw[0] = [[slot, [*report[:3], {"steps": 7}, *report[4:]]] for slot, report in raw[0]]
-    return msgspec.msgpack.encode([*raw[:4], schema, False, "and one thing more"])
+    return msgspec.msgpack.encode([*raw[:4], schema, False, [], "and one thing more"])
 
 
 def test_what_is_added_is_ignored_and_what_is_changed_counts_as_a_sign_of_life() -> None:
@@ -36,7 +36,7 @@ def test_what_is_added_is_ignored_and_what_is_changed_counts_as_a_sign_of_life()
         raw: list[Any] = msgspec.msgpack.decode(rpc.encode(good))
         raw[0][0][1].append({"by": "newer code"})
         await server._take(
-            stream, msgspec.msgpack.encode([*raw[:4], REPORT_SCHEMA + 1, False, "and one thing more"])
+            stream, msgspec.msgpack.encode([*raw[:4], REPORT_SCHEMA + 1, False, [], "and one thing more"])
         )
         first = await inbox.get(1.0)
         assert first == ReportReceived(REPORT)
