@@ -25,6 +25,9 @@ ANSWER_LIMIT_S = 2.0  # without an answer: ask again what the encoder has
 # For so long other stages' shards of a name may be missing before it is asked whether they still are: what the encoder
 # said of it may be lost.
 ALONE_LIMIT_S = 5.0
+COMPARE_EVERY_S = (
+    60.0  # all that an encoder has is asked for at least so often: its word that a name is gone may be lost
+)
 # What an encoder says of a name when it is asked for all of them.
 MINE, WHOLE = 1, 2
 
@@ -119,6 +122,7 @@ class _Line:
     known: bool = False  # it has said what it has
     asked_at: float | None = None
     heard_at: float = 0.0
+    compared_at: float = 0.0  # it said then all that it has
     next_at: float = 0.0
     waiting: dict[bytes, None] = field(default_factory=dict)  # to be sent, oldest first
     flying: dict[bytes, None] = field(default_factory=dict)  # sent, and nothing is heard of them
@@ -231,7 +235,10 @@ class ShardSource:
             told_at = next(iter(line.leaving.values()), now)
             silent = bool(line.flying) and now - line.heard_at > ANSWER_LIMIT_S
             alone_at = next(iter(line.alone.values()), now)
-            if line.known and (silent or now - told_at > ANSWER_LIMIT_S or now - alone_at > ALONE_LIMIT_S):
+            old = bool(self._names) and now - line.compared_at > COMPARE_EVERY_S
+            if line.known and (
+                silent or old or now - told_at > ANSWER_LIMIT_S or now - alone_at > ALONE_LIMIT_S
+            ):
                 line.known, line.asked_at = False, None
             if not line.known and (line.asked_at is None or now - line.asked_at >= ANSWER_LIMIT_S):
                 line.asked_at = now
@@ -310,7 +317,7 @@ class ShardSource:
 
     def _compare(self, encoder: Member, line: _Line, meta: ShardAckMeta) -> None:
         """All that the encoder has of this pipeline."""
-        line.known = True
+        line.known, line.compared_at = True, line.heard_at
         there = dict(zip(unpack_names(meta.names), meta.flags, strict=True))
         line.untold |= {name: None for name in line.leaving if name in there}  # what was said is lost
         line.leaving.clear()

@@ -21,6 +21,7 @@ from dataplane.core.messages import Fence, RejoinMeta, Shape, ShardAckMeta, Shar
 from dataplane.core.parity import (
     ALONE_LIMIT_S,
     ANSWER_LIMIT_S,
+    COMPARE_EVERY_S,
     ENCODERS_MIN,
     MINE,
     WHOLE,
@@ -278,6 +279,7 @@ def test_without_room_no_claim_is_too_high_either(code: tuple[str, int], stages:
         world.pump()
         for _ in range(world.random.randrange(8)):
             world.deliver(loss=0.1)
+    world.now += COMPARE_EVERY_S  # whatever was lost is made good by then
     for _ in range(200):
         world.now += 0.05
         world.pump()
