@@ -6,6 +6,7 @@ soon as a larger one is possible and once only when it must; the better of both 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -45,7 +46,7 @@ class Outcome:
         return self.served.tokens / self.seconds
 
 
-class Run:
+class Run(ABC):
     """A group in virtual time. Subclasses say what losses and returns do."""
 
     def __init__(
@@ -96,17 +97,21 @@ class Run:
         if due:
             self.due(due)
 
+    @abstractmethod
     def begin(self) -> None:
-        raise NotImplementedError
+        """The trace begins."""
 
+    @abstractmethod
     def lost(self, ranks: set[int]) -> None:
-        raise NotImplementedError
+        """These have died."""
 
+    @abstractmethod
     def back(self, ranks: set[int]) -> None:
-        raise NotImplementedError
+        """These have returned."""
 
+    @abstractmethod
     def due(self, ranks: list[int]) -> None:
-        raise NotImplementedError
+        """What these waited for is there."""
 
 
 class Ours(Run):

@@ -25,9 +25,8 @@ ANSWER_LIMIT_S = 2.0  # without an answer: ask again what the encoder has
 # For so long other stages' shards of a name may be missing before it is asked whether they still are: what the encoder
 # said of it may be lost.
 ALONE_LIMIT_S = 5.0
-COMPARE_EVERY_S = (
-    60.0  # all that an encoder has is asked for at least so often: its word that a name is gone may be lost
-)
+# So often it is asked for all that it has: its word that a name is gone may be lost, too.
+COMPARE_EVERY_S = 60.0
 # What an encoder says of a name when it is asked for all of them.
 MINE, WHOLE = 1, 2
 
@@ -213,9 +212,8 @@ class ShardSource:
                 self._names[name] = WAITS
                 if new is not None:
                     self._lines.setdefault(new, _Line()).waiting[name] = None
-        wanted = dict.fromkeys(
-            (*encoders, *others)
-        )  # in the same order each time, which a set would not have
+        # In the same order each time, which a set would not have.
+        wanted = dict.fromkeys((*encoders, *others))
         self._lines = {m: line for m, line in self._lines.items() if m in wanted}
         for member in wanted:
             self._lines.setdefault(member, _Line())

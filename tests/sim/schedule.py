@@ -152,9 +152,9 @@ def _played(seed: int) -> Schedule:
     schedule = _drawn(seed)
     if seed % CODED_EVERY == CODED and seed < PARTIAL_FROM:
         return _coded(schedule)
-    if seed % PLACED_EVERY == PLACED and seed < PARTIAL_FROM:
-        return _placed(schedule)
-    return _relayed(schedule) if seed % RELAYED_EVERY == RELAYED and seed < PARTIAL_FROM else schedule
+    if seed % RELAYED_EVERY == RELAYED and seed < PARTIAL_FROM:
+        return _relayed(schedule)
+    return _placed(schedule) if seed % PLACED_EVERY == PLACED and seed < PARTIAL_FROM else schedule
 
 
 def _relayed(schedule: Schedule) -> Schedule:

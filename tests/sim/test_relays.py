@@ -12,7 +12,7 @@ from tests.sim.world import World
 
 def test_what_befalls_relays_is_drawn_on_top_of_what_else_happens() -> None:
     schedules = [schedule for seed in range(400) if (schedule := generate(seed)).shape.relays]
-    assert len(schedules) == 40
+    assert len(schedules) == 50
     befalls = {
         step.what
         for schedule in schedules

@@ -26,6 +26,7 @@ def test_a_seed_gives_the_same_run_each_time(seed: int) -> None:
     assert first.returncode == 0
     assert len(first.stdout.splitlines()) > 20
     assert first.stdout == second.stdout
+    assert simulator("run", str(seed + 1)).stdout != first.stdout
 
 
 def test_a_schedule_is_made_from_its_seed_alone() -> None:
@@ -49,7 +50,7 @@ def test_shrinking_leaves_what_is_needed() -> None:
 
 def test_a_failing_seed_can_be_made_small_and_played_again() -> None:
     without = ("--without", "checksum")
-    found = simulator("soak", "200", "--stop", "--jobs", "1", *without)
+    found = simulator("soak", "200", "--first", "20", "--stop", "--jobs", "1", *without)
     seed = re.search(r"python -m tests.sim run (\d+) --without checksum", found.stdout)
     assert seed is not None, found.stdout
     small = simulator("shrink", seed[1], *without)
@@ -59,7 +60,7 @@ def test_a_failing_seed_can_be_made_small_and_played_again() -> None:
     assert 1 <= len(kept) <= STEPS_MAX, small.stdout
     played = simulator(*again[1].split())
     assert played.returncode == 1
-    assert re.search(r" (corrupt|flip) ", small.stdout), small.stdout
+    assert " corrupt " in small.stdout
     assert re.search(r"token \d+ at position \d+ instead of \d+", played.stdout)
 
 
