@@ -1,75 +1,42 @@
-"""Results in a file that a later run goes on from: the whole matrix takes half an hour, and machines have less.
-
-Its first line says which code was played, and each further one what came of a cell, written as soon as it was over.
-"""
+"""What the matrix has played so far: the whole of it takes half an hour, and machines have less."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
-
+from tests import recording
 from tests.matrix.cells import CELLS, Cell
 from tests.matrix.streams import Result
+from tests.recording import modules_of
 from tests.sim.record import ROOT, code_digest
 
+WHAT = "the matrix"
 PLAYED = ("controlplane", "dataplane", "kernels", "web", "tests/matrix")  # what runs in a cell, or plays it
 ALSO = ("tests/e2e/cluster.py", "tests/e2e/faults.py")  # which the last imports
 JUDGES = ("__main__.py", "record.py", "table.py")  # of the last, what only reads results
 
 
-class _Head(msgspec.Struct):
-    code: str
-
-
 def played_digest() -> str:
     """Of the sources that decide how a cell ends: what passed with other code says nothing of this one."""
-
-    def modules() -> Iterator[Path]:
-        yield from (ROOT / file for file in ALSO)
-        for path in (file for folder in PLAYED for file in (ROOT / folder).rglob("*.py*")):
-            judge = path.parent == Path(__file__).parent and path.name in JUDGES
-            if path.suffix in (".py", ".pyx") and not judge:
-                yield path
-
-    return code_digest(modules())
+    return code_digest([*(ROOT / file for file in ALSO), *modules_of(PLAYED, Path(__file__).parent, JUDGES)])
 
 
 def begin(file: Path) -> None:
-    """Make it a record of this code. Results of other code are dropped. Raises ValueError if it is something else."""
-    code = played_digest()
-    if not file.exists() or _head(file).code != code:
-        file.write_bytes(msgspec.json.encode(_Head(code)) + b"\n")
+    """See recording.py."""
+    recording.begin(file, played_digest(), WHAT)
 
 
 def add(file: Path, result: Result) -> None:
-    with file.open("ab") as record:
-        record.write(msgspec.json.encode(result) + b"\n")
+    recording.add(file, result)
 
 
 def results(file: Path) -> list[Result]:
-    """Of each cell as often as it was played. Raises ValueError for a file that is no record."""
-    _head(file)
-    lines = file.read_bytes().splitlines()[1:]
-    try:
-        return [msgspec.json.decode(line, type=Result) for line in lines]
-    except msgspec.MsgspecError as error:
-        raise _no_record(file, error) from error
+    """See recording.py."""
+    return recording.results(file, Result, WHAT)
 
 
 def missing(played: Sequence[Result], cells: Sequence[Cell] = CELLS) -> list[Cell]:
     """Which cells have not passed, in order."""
     passed = {result.cell for result in played if not result.problems}
     return [cell for cell in cells if cell.name not in passed]
-
-
-def _head(file: Path) -> _Head:
-    try:
-        return msgspec.json.decode(file.read_bytes().partition(b"\n")[0], type=_Head)
-    except msgspec.MsgspecError as error:
-        raise _no_record(file, error) from error
-
-
-def _no_record(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"{file} is not a record of the matrix ({error}): name another file")
