@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
-from tests.sim.record import ROOT
+from tests.sources import ROOT
 
 T = TypeVar("T", bound=msgspec.Struct)
 

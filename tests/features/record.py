@@ -11,7 +11,7 @@ from tests import recording
 from tests.features.cells import Cell, cells
 from tests.features.play import Result
 from tests.recording import modules_of
-from tests.sim.record import code_digest
+from tests.sources import code_digest
 
 WHAT = "the features"
 PLAYED = ("controlplane/contract", "dataplane", "kernels", "web/gateway", "tests/features")

@@ -9,7 +9,7 @@ from tests import recording
 from tests.matrix.cells import CELLS, Cell
 from tests.matrix.streams import Result
 from tests.recording import modules_of
-from tests.sim.record import ROOT, code_digest
+from tests.sources import ROOT, code_digest
 
 WHAT = "the matrix"
 PLAYED = ("controlplane", "dataplane", "kernels", "web", "tests/matrix")  # what runs in a cell, or plays it

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from tests.sim.border import silence
 from tests.sim.cluster import Outcome, run
-from tests.sim.record import Record, code_digest, loaded, resume
+from tests.sim.record import Record, resume
 from tests.sim.safeguards import SAFEGUARDS
 from tests.sim.schedule import Schedule, generate
 from tests.sim.shrink import shrink
+from tests.sources import code_digest, loaded
 
 FOREVER = contextlib.ExitStack()
 COLLECT_EVERY = 10  # seeds; the process is 10 MB larger than with one

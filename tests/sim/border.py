@@ -43,11 +43,6 @@ PING_S = 0.4  # on links that are otherwise silent, in place of 0.2
 LINGER_S = 2.0  # of links that nobody wants, in place of 30: some runs are shorter
 
 
-# msgspec mixes the address of a type into the hashes of its objects: a set of them has another order in each process.
-Member.__hash__ = lambda self: hash((self.node, self.incarnation))  # type: ignore[method-assign]
-Fence.__hash__ = lambda self: hash((self.epoch, self.round))  # type: ignore[method-assign]
-
-
 @contextlib.contextmanager
 def simulated(world: World, net: Network) -> Iterator[None]:
     """Production code that runs within sees the simulated world."""
@@ -69,6 +64,10 @@ def simulated(world: World, net: Network) -> Iterator[None]:
         return world.random.randbytes(size or 32)
 
     replacements = (
+        # msgspec mixes the address of a type into the hashes of its objects: a set of them has another order in each
+        # process.
+        (Member, "__hash__", lambda self: hash((self.node, self.incarnation))),
+        (Fence, "__hash__", lambda self: hash((self.epoch, self.round))),
         (grpc.aio, "insecure_channel", channel),
         (grpc.aio, "server", server),
         (secrets, "token_bytes", token_bytes),

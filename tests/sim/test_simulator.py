@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests import sources
 from tests.sim import __main__ as soak
-from tests.sim import record as records
-from tests.sim.record import ROOT, Record, loaded
+from tests.sim.record import Record
 from tests.sim.schedule import generate
 from tests.sim.shrink import shrink
 from tests.sim.soaking import simulator
+from tests.sources import ROOT, loaded
 
 STEPS_MAX = 6
 
@@ -127,7 +128,7 @@ def test_what_a_record_lacks() -> None:
 def test_the_digest_is_of_what_a_seed_runs_and_of_nothing_else() -> None:
     """Of its modules and the sources of its extensions; of no tool, no GPU and no test."""
     shown = (
-        "from tests.sim.__main__ import MODULES; from tests.sim.record import sources\n"
+        "from tests.sim.__main__ import MODULES; from tests.sources import sources\n"
         "print(*(path for module in MODULES for path in sources(module)))"
     )
     ran = subprocess.run([sys.executable, "-c", shown], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -152,7 +153,7 @@ def test_the_digest_is_of_what_a_seed_runs_and_of_nothing_else() -> None:
 
 
 def test_each_change_of_a_source_changes_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
     names = (
         "a.py",
         "fast.pyx",
@@ -167,11 +168,11 @@ def test_each_change_of_a_source_changes_the_digest(tmp_path: Path, monkeypatch:
     for name in names:
         (tmp_path / name).write_text("before")
     modules = [tmp_path / "a.py", tmp_path / "fast.cpython.so"]
-    before = records.code_digest(modules)
+    before = sources.code_digest(modules)
     changed = set()
     for name in names:
         (tmp_path / name).write_text("after")
-        if records.code_digest(modules) != before:
+        if sources.code_digest(modules) != before:
             changed.add(name)
         (tmp_path / name).write_text("before")
     assert changed == {"a.py", "fast.pyx", "fast.pxd", "draw.h", "team.c"}

@@ -88,15 +88,17 @@ def made(
 
 def _fault(course: Course, load: Load, began: float, incident: Incident | None) -> FaultReport:
     pauses, number = load.pauses, course.number
+    # Moments of the day are rounded before they are subtracted, so that durations add up to the next one's beginning.
+    at, undone, home = (round(moment - began, 4) for moment in (course.began, course.undone, course.home))
     return FaultReport(
         number=number,
         kind=course.fault.kind.value,
         target=course.target or course.fault.target,
         outcome=course.phase.value,
         planned_s=course.fault.at_s,
-        began_s=_rounded(course.began - began) if course.began else None,
-        lasted_s=_rounded(course.undone - course.began) if course.undone else None,
-        home_s=_rounded(course.home - course.began) if course.home else None,
+        began_s=at if course.began else None,
+        lasted_s=_rounded(undone - at) if course.undone else None,
+        home_s=_rounded(home - at) if course.home else None,
         streams=pauses.streams(number),
         pause_median_s=_rounded(pauses.median(number)),
         pause_max_s=_rounded(pauses.worst(number)),
