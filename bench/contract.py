@@ -27,6 +27,16 @@ PACKAGES = (
 )  # fmt: skip
 
 
+def _processor_s() -> tuple[float, float]:
+    """Seconds that all processes have had, and that a hypervisor gave to other machines, of all cores since boot."""
+    numbers = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    user, nice, system, *_, stolen = (int(number) / os.sysconf("SC_CLK_TCK") for number in numbers[:8])
+    return user + nice + system, stolen
+
+
+_BEGAN_S, _BEGAN = time.monotonic(), _processor_s()
+
+
 class Result(msgspec.Struct):
     bench: str
     settings: dict[str, object] = {}
@@ -70,8 +80,20 @@ def machine() -> dict[str, object]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "load_1m": round(os.getloadavg()[0], 2),
+        **_others(),
         "versions": versions,
         "unix_s": int(time.time()),
+    }
+
+
+def _others() -> dict[str, float]:
+    """Cores that others had since this bench began, on average: processes that it did not start, other machines."""
+    processes, stolen = (now - before for now, before in zip(_processor_s(), _BEGAN, strict=True))
+    seconds = time.monotonic() - _BEGAN_S
+    ours = sum(os.times()[:4])  # with all descendants that have ended
+    return {
+        "others_cores": round(max(0.0, processes - ours) / seconds, 2),
+        "stolen_cores": round(stolen / seconds, 2),
     }
 
 

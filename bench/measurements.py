@@ -18,13 +18,14 @@ from bench.bars import BARS, Bar
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "measurements.md"
-BUSY = 3.0  # a load of more when it ended: other work ran on the two cores as well
+OTHERS_CORES = 0.1  # that others had meanwhile: more is a busy machine
+BUSY = 3.0  # a load of more when it ended, of results that do not say that
 
 HEAD = """# Measurements
 
 Made by `python -m bench.measurements` from `bench/results`: what `python -m bench NAME` measured, and what it has to
 reach. Ratios say how many times better ours is than what was measured in turns with it. *busy*: other work ran on the
-machine, by its load when the bench ended. Figures of a bench that no result here has are not known.
+machine: others had more than a tenth of a core, or (older results) the load was high. Figures of a bench that no result here has are not known.
 """
 
 
@@ -54,14 +55,18 @@ def read(folder: Path = RESULTS) -> list[Measured]:
 
 def _measured(name: str, value: Mapping[str, Any]) -> Measured:
     machine = value.get("machine", {})
-    unix_s, load = machine.get("unix_s"), machine.get("load_1m", 0.0)
+    unix_s = machine.get("unix_s")
+    if "others_cores" in machine:
+        busy = machine["others_cores"] + machine["stolen_cores"] > OTHERS_CORES
+    else:  # an older result, whose load has the bench's own
+        busy = machine.get("load_1m", 0.0) > BUSY
     figures = {
         f"{part}.{key}": float(v) for part in ("metrics", "ratios") for key, v in value.get(part, {}).items()
     }
     cpu = " ".join(str(machine.get("cpu", "unknown")).replace("(R)", "").replace("(TM)", "").split())
     day = datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d") if unix_s else ""
     return Measured(
-        name, str(value["bench"]), figures, f"{cpu}, {machine.get('cores', '?')} cores", load > BUSY, day
+        name, str(value["bench"]), figures, f"{cpu}, {machine.get('cores', '?')} cores", busy, day
     )
 
 
