@@ -12,7 +12,7 @@ from bench.failsafe_systems import Ours, Standard, restart_s, shape_of
 from bench.failsafe_traces import Event, Group, Lengths, fault_trace, spot_trace
 from kernels.ranks.layout import first_layout
 
-SMALL = Model("small", 4, 32768, 64, 8, 131072, 32000, shards=56)
+SMALL = Model("small", 4, 32768, 64, 8, 131072, 32000)
 LENGTHS = [Lengths(500 + 700 * (number % 5), 20 + number % 30) for number in range(50)]
 ALL = frozenset(range(8))
 
