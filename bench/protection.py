@@ -47,7 +47,7 @@ OPTIONS = ("figures",)
 LIVE = (NONE, REPLICATE, XOR41)  # in turns, all through steady state and incidents
 ALONE = (RS41, REPLICATE8, RS82)  # for their memory only
 # Memory: full blocks and one token more, so that all have the same blocks for as long as it takes to look.
-MEMORY_STREAMS, MEMORY_PROMPT, MEMORY_TOKENS = 4, 64 * BLOCK_SIZE + 1, BLOCK_SIZE - 4
+MEMORY_STREAMS, MEMORY_PROMPT, MEMORY_TOKENS = 4, 16 * BLOCK_SIZE + 1, 12
 STEADY_STREAMS, STEADY_PROMPT, STEADY_TOKENS = 8, 512, 16
 LONG = 16_384
 WARM = Shape(

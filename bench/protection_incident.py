@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeVar
 
 from bench.cluster import wait_settled
@@ -47,6 +47,7 @@ class Row:
 
     policy: str
     shape: Shape
+    victim: str
     streams: int  # that the node served
     tokens: int  # positions of the pipeline that had KV
     lag_tokens: int  # of them not protected yet, in full blocks, over all stages
@@ -116,7 +117,11 @@ async def _killed(
     running = asyncio.create_task(load(cluster, requests))
     try:
         row, killed = await asyncio.to_thread(_predict_and_kill, cluster, admin, policy, shape)
-        return await running, row, killed
+        outcomes = await running
+        cluster.release(
+            row.victim
+        )  # a process is back in 0.2 s here, a machine is not: not while it is measured
+        return outcomes, row, killed
     finally:
         running.cancel()
 
@@ -136,11 +141,13 @@ def _predict_and_kill(
     victim = pipeline.stages[shape.stage].serving[0].node
     said = admin.protection()
     loss = next((loss for loss in said.losses if loss.node == victim), Loss(victim))
+    cluster.hold(victim)
     killed = time.monotonic()
     cluster.kill(victim)
     row = Row(
         policy.name,
         shape,
+        victim,
         max(1, loss.streams),
         pipeline.tokens,
         said.lag_tokens,
@@ -155,16 +162,14 @@ def _predict_and_kill(
 def slowest_s(outcomes: Sequence[Outcome], killed: float, interrupted: int) -> float:
     """Seconds from the kill to the next token of the slowest of so many streams: those that waited longest.
 
-    The token that ends a stream's longest wait is the next one: others may have been on their way already."""
+    One token may have been on its way already: then it is the one behind it, for which the wait was longer."""
     waits = []
     for outcome in outcomes:
-        gaps = [
-            (later - max(killed, earlier), later - killed)
-            for earlier, later in itertools.pairwise(outcome.times)
-            if later > killed
-        ]
-        if gaps:
-            waits.append(max(gaps))
+        after = [at for at in outcome.times if at > killed][:2]
+        if after:
+            waits.append(
+                max((later - earlier, later - killed) for earlier, later in pairwise([killed, *after]))
+            )
     if not waits:
         raise KevlarFlowError("no stream had a token after the kill: it came too late")
     return max(ended for _, ended in sorted(waits, reverse=True)[:interrupted])

@@ -29,7 +29,7 @@ from dataplane.demo import model_dir
 from dataplane.model.config import load_config
 
 REQUEST = Request(0.0, (1, 2, 3), 8, 1)
-ROW = Row("none", Shape(1, LONG, 2), 1, LONG + 4, 0, 4.0, 4.0, LONG + 4)
+ROW = Row("none", Shape(1, LONG, 2), "n2", 1, LONG + 4, 0, 4.0, 4.0, LONG + 4)
 
 
 def stream(*times: float) -> Outcome:
@@ -63,6 +63,10 @@ def test_each_policy_is_first_in_turn() -> None:
 
 def test_a_token_that_was_on_its_way_does_not_end_the_wait() -> None:
     assert slowest_s([stream(1.0, 2.0, 2.1, 5.0, 5.5)], killed=2.05, interrupted=1) == pytest.approx(2.95)
+
+
+def test_a_later_pause_is_not_the_failures() -> None:
+    assert slowest_s([stream(1.0, 2.0, 3.5, 3.6, 9.0)], killed=2.5, interrupted=1) == pytest.approx(1.0)
 
 
 def test_only_streams_that_waited_longest_were_interrupted() -> None:
