@@ -226,7 +226,11 @@ class Parity:
         data, sums = await self._thread(self._kv.gather, list(here.values()), size=len(here) * size)
         found: dict[bytes, tuple[memoryview, int]] = {}
         whole = memoryview(data)
-        crcs = sums if isinstance(self._kv, KvBytes) else await self._thread(piece_sums, whole, size, size=len(data))
+        crcs = (
+            sums
+            if isinstance(self._kv, KvBytes)
+            else await self._thread(piece_sums, whole, size, size=len(data))
+        )
         for at, (name, block) in enumerate(here.items()):
             if self._store.copied(block, int(sums[at]), self._store.block_size):
                 found[name] = whole[at * size : (at + 1) * size], int(crcs[at])

@@ -15,7 +15,7 @@ from dataplane.core.messages import KEPT
 
 WINDOW_BLOCKS = 64  # sent and not acknowledged ...
 WINDOW_BYTES = 64 << 20  # ... and no more bytes than that, but two blocks in any case
-COPY_EVERY_S = 0.1  # blocks go in company: to wake a holder for each of them costs more than the copying
+COPY_EVERY_S = 0.05  # blocks go in company: to wake a holder for each of them costs more than the copying
 ANSWER_LIMIT_S = 2.0  # without an acknowledgement: ask again what the holder has
 REFUSED_PAUSE_S = 0.5  # after a refusal, doubled with each further one: a holder says when it has room again
 REFUSED_PAUSE_MAX_S = 60.0
