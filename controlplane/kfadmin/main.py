@@ -33,6 +33,7 @@ from controlplane.kfadmin.chaos import verbs as chaos
 from controlplane.kfadmin.contexts import CHOSEN
 from controlplane.kfadmin.exits import WORDS, Exit, exit_of
 from controlplane.kfadmin.output import progress
+from controlplane.kfadmin.pod import verbs as pod
 
 
 class Verbs(TyperGroup):
@@ -90,6 +91,7 @@ app.add_typer(chaos.app, name="chaos")
 app.add_typer(config, name="config")
 app.add_typer(certs.app, name="certs")
 app.add_typer(hosts.app, name="host")
+app.add_typer(pod.app, name="pod")
 app.add_typer(etcd_care.app, name="etcd")
 app.add_typer(keys.app, name="keys")
 app.add_typer(tokens.app, name="token")

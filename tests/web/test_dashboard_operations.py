@@ -121,7 +121,7 @@ def test_a_viewer_sees_all_and_no_button_that_acts(page: Page, tmp_path: Path) -
         names = page.get_by_role("button").evaluate_all(
             "all => all.map((one) => one.ariaLabel ?? one.textContent)"
         )
-        assert names == ["Close n0"]
+        assert names == ["Sign out", "Close n0"]
         assert_accessible(page)
         # Nor would the cluster heed one.
         sent = """fetch("/admin/v1/operations", {method: "POST", body: '{"id": "x", "kind": "pause"}'})

@@ -32,7 +32,7 @@ const state = {
   life: null, // of the request that was asked for last; see lives.js
   said: "", // the last thing that was done, for screen readers too
   link: { state: "connecting", silentS: 0, historyError: "" },
-  signIn: { problem: "" },
+  signIn: { problem: "", provider: "" },
 };
 let source = null;
 let heardAt = performance.now();
@@ -41,6 +41,7 @@ let afterDrawing = null;
 
 const actions = {
   signIn,
+  signOut,
   select: (node) => {
     state.selected = node;
     draw();
@@ -123,11 +124,33 @@ async function signIn(token) {
       state.link.state = "connecting";
       connect();
     } else {
-      state.link.state = "signed-out";
       state.signIn.problem = "This token is not the cluster's.";
+      await signedOut();
     }
   } catch {
     state.link.state = "lost"; // the watchdog goes on trying
+  }
+  draw();
+}
+
+async function signOut() {
+  try {
+    const answer = await fetch("/session", { method: "DELETE" });
+    if (answer.ok) return location.reload(); // nothing of the cluster stays on the page
+    state.said = "You are not signed out: the controller refused it.";
+  } catch {
+    state.said = "You are not signed out: the controller did not answer.";
+  }
+  draw();
+}
+
+async function signedOut() {
+  source?.close();
+  state.link.state = "signed-out";
+  try {
+    state.signIn.provider = (await (await fetch("/oidc")).json()).provider;
+  } catch {
+    // A token is still a way in.
   }
   draw();
 }
@@ -224,8 +247,7 @@ async function probe() {
     // Nobody answered; status 0 says so.
   }
   if (status === 401) {
-    source?.close();
-    state.link.state = "signed-out";
+    await signedOut();
   } else if (silentMs() > LOST_AFTER_MS) {
     state.link.state = "lost";
     state.link.silentS = silentMs() / 1000;

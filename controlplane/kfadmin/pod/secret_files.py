@@ -1,0 +1,110 @@
+"""The Secrets of a release, for `kubectl apply`: what `kfadmin host pack` is to hosts.
+
+The operator's folder has certs/ with the authority (`kfadmin certs init`), secret and api-keys. Each role has a Secret
+of its own, so that a gateway's pod has no node's key. Pods of one role share theirs: a StatefulSet has one template.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from controlplane.contract.auth import Role, create_secret, derive, mint
+from controlplane.contract.identity import RELAY_NAME, ProcessName, ProcessRole
+from controlplane.kfadmin.certs import FOLDER
+from controlplane.kfadmin.pod.place import LETTERS
+from controlplane.kfadmin.rundir import create_api_key
+
+TOKENS_S = 365 * 86400
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """`counts`: processes of each role; more than there are at first leaves room to scale. `hosts`: other names that
+    clients know gateways by."""
+
+    name: str
+    namespace: str
+    counts: Mapping[ProcessRole, int]
+    hosts: tuple[str, ...] = ()
+
+    def processes(self, role: ProcessRole) -> list[ProcessName]:
+        """Who is certified in the Secret of a role."""
+        found = [ProcessName(role, f"{LETTERS[role]}{number}") for number in range(self.counts[role])]
+        relay = [ProcessName(ProcessRole.RELAY, RELAY_NAME)] if role is ProcessRole.NODE else []
+        return [*found, *relay]
+
+    def names(self, process: ProcessName) -> list[str]:
+        """DNS names that it is reached at for HTTPS and by etcd: as the chart names Services and pods."""
+        role = process.role
+        service = f"{self.name}-{role.value}"
+        inside = f"{self.namespace}.svc"
+        match role:
+            case ProcessRole.GATEWAY:
+                return [
+                    service,
+                    f"{service}.{self.namespace}",
+                    f"{service}.{inside}",
+                    "localhost",
+                    *self.hosts,
+                ]
+            case ProcessRole.CONTROLLER | ProcessRole.ETCD:
+                ordinal = process.name.removeprefix(LETTERS[role])
+                pod = f"{service}-{ordinal}.{service}.{inside}"
+                return [pod, f"{service}.{inside}", "localhost"]
+            case _:
+                return []
+
+
+def secrets_of(folder: Path, release: Release, lifetime: timedelta) -> list[dict[str, Any]]:
+    """Kubernetes Secrets; certificates that the folder lacks, or that are due, are issued.
+
+    Raises ConfigError, OSError."""
+    from controlplane.certs.folder import CertFolder  # not before it is needed: it imports cryptography
+
+    certs, now = CertFolder(folder / FOLDER), datetime.now(UTC)
+    certs.authority()  # raises ConfigError if there is none
+    secret = create_secret(folder / "secret")
+    create_api_key(folder / "api-keys")
+    known = {leaf.process: leaf for leaf in certs.leaves()}
+    expiry = int(now.timestamp()) + TOKENS_S
+    admin = derive(secret, "admin")
+    metrics, operator = (
+        mint(admin, name, role, expiry).encode()
+        for name, role in (("prometheus", Role.METRICS), ("autoscale", Role.OPERATOR))
+    )
+    keys = {
+        name: (folder / name).read_bytes() for name in ("api-keys", "keys.json") if (folder / name).exists()
+    }
+    first_key = next(line for line in keys["api-keys"].split() if not line.startswith(b"#"))
+    made = [
+        _secret(release, "credentials", {"secret": (folder / "secret").read_bytes()}),
+        _secret(release, "api-keys", keys),
+        _secret(release, "metrics", {"controllers": metrics, "gateways": first_key}),
+        _secret(release, "operator", {"token": operator}),
+    ]
+    for role, count in release.counts.items():
+        if not count:
+            continue
+        files = {}
+        for process in release.processes(role):
+            hosts, leaf = release.names(process), known.get(str(process))
+            if leaf is None or leaf.due(now) or not set(hosts) <= {*leaf.names, *leaf.hosts}:
+                certs.issue([process], hosts, now, lifetime)
+            files[f"{process}.pem"] = (certs.path / f"{process}.pem").read_bytes()
+        made.append(_secret(release, f"{role.value}-certs", {"ca.pem": certs.ca.read_bytes(), **files}))
+    return made
+
+
+def _secret(release: Release, what: str, files: Mapping[str, bytes]) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": f"{release.name}-{what}", "namespace": release.namespace},
+        "type": "Opaque",
+        "data": {name: base64.b64encode(content).decode() for name, content in files.items()},
+    }
