@@ -263,8 +263,8 @@ class Engine:
                 self._join(request)
         for request in [each for each in self.requests.values() if not each.computed]:
             # One that has an owner and no tokens yet needs room here as well.
-            owner, blocks = self.router.owner(request.number), blocks_of(request.prompt + request.output)
-            if owner is not None and not self.account.begin(Start(request.number, owner), blocks):
+            mine, blocks = self.router.owner(request.number), blocks_of(request.prompt + request.output)
+            if mine is not None and not self.account.begin(Start(request.number, mine), blocks):
                 self.give_up(request)
         return without_room
 

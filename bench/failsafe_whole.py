@@ -86,18 +86,24 @@ def _all_of_ours(trace: FaultTrace, rates: dict[int, float], start_s: float) -> 
 
 
 def _ours(group: Group, seconds: float, rates: dict[int, float], start_s: float) -> float:
-    """A rank that is back serves after it has started."""
-    changes = [(e.at_s + start_s * e.up, e.rank, e.up) for e in group.events]
-    lost_at = [(e.at_s, e.rank) for e in group.events if not e.up]
+    """A rank that is back serves after it has started, unless it is lost before."""
     ready, now, total = set(group.up), 0.0, 0.0
-    for at, rank, up in [*sorted(changes), (seconds, -1, True)]:
-        at = min(at, seconds)
-        total += (at - now) * rates.get(len(ready), 0.0)
-        now = at
-        if up and rank >= 0 and not any(at - start_s < lost < at for lost, other in lost_at if other == rank):
-            ready.add(rank)
-        elif not up and rank in ready:
-            ready.discard(rank)
+    starting: dict[int, float] = {}
+    for event in [*group.events, None]:
+        until = event.at_s if event else seconds
+        for rank, at in sorted(starting.items(), key=lambda each: each[1]):
+            if at <= until:
+                total, now = total + (at - now) * rates.get(len(ready), 0.0), at
+                ready.add(rank)
+                del starting[rank]
+        total, now = total + (until - now) * rates.get(len(ready), 0.0), until
+        if event is None:
+            break
+        starting.pop(event.rank, None)
+        if event.up:
+            starting[event.rank] = event.at_s + start_s
+        elif event.rank in ready:
+            ready.discard(event.rank)
             total -= min(PAUSE_S * rates.get(len(ready), 0.0), total)
     return total
 
