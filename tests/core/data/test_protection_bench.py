@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from bench.contract import Result
 from bench.kevlarflow_load import Outcome, Request
 from bench.protection import LIVE, LONG, costs, fill_incidents, fill_memory, in_turn
-from bench.protection_incident import Row, Shape, parts_of, slowest_s
+from bench.protection_incident import STILL_S, Row, Shape, parts_of, slowest_s, still
 from bench.protection_setup import (
     NONE,
     POSITIONS,
@@ -109,6 +110,12 @@ def test_what_incidents_come_to() -> None:
     assert result.metrics["predicted_off_p90"] == pytest.approx(0.8)
     assert [row["mode"] for row in result.rows] == ["none", "none", "replicate", "xor41", "xor41"]
     assert "predicted_s" not in result.rows[1]
+
+
+def test_what_changes_meanwhile_is_not_believed_yet() -> None:
+    said, began = iter([0, 100, 75, 75]), time.monotonic()
+    assert still(lambda: next(said, 128), "anything") == 128
+    assert time.monotonic() - began >= STILL_S
 
 
 def test_parts_are_those_of_the_pipeline_that_came_back_last() -> None:
