@@ -71,10 +71,10 @@ def test_a_later_pause_is_not_the_failures() -> None:
 
 
 def test_only_streams_that_waited_longest_were_interrupted() -> None:
-    # The first went on without a pause; its longest one, a little late, is not the failure's doing.
-    calm, hit, late = stream(1.0, 2.0, 3.0, 4.2), stream(1.0, 5.0, 5.1), stream(1.0, 6.0, 6.1)
-    assert slowest_s([calm, hit, late], killed=1.5, interrupted=2) == pytest.approx(4.5)
-    assert slowest_s([calm, hit], killed=1.5, interrupted=1) == pytest.approx(3.5)
+    # The calm one waited less, and its wait ended last.
+    calm, hit, late = stream(1.0, 1.6, 2.55), stream(1.0, 2.5, 2.6), stream(1.0, 2.52, 2.6)
+    assert slowest_s([calm, hit], killed=1.5, interrupted=1) == pytest.approx(1.0)
+    assert slowest_s([calm, hit, late], killed=1.5, interrupted=2) == pytest.approx(1.02)
 
 
 def test_a_kill_after_the_last_token_measures_nothing() -> None:
