@@ -25,8 +25,12 @@ PROMPTS = sample_prompts(4, 300)
 
 
 MACHINES = {"n0": "m0", "n1": "m1"}
-# One stage: as many processes as it takes.
-VALUES = {**example("one-machine"), "settings": {"cluster": "kevlarflow", "instances": 2, "stages": 1}}
+# One stage: as few processes as it takes. Names and leadership outlast a busy machine.
+TIMING = {"node_lease_s": 20, "leader_lease_s": 10}
+VALUES = {
+    **example("one-machine"),
+    "settings": {"cluster": "kevlarflow", "instances": 2, "stages": 1, "timing": TIMING},
+}
 
 
 @pytest.mark.timeout(600)
