@@ -13,7 +13,8 @@ from bench.contract import finish
 BENCHES = {
     "recovery": "kill each stage under load: gap to the next token, phases, exactness; against stop-restart",
     "takeover": "kill a node that holds 0.25, 1 and 3 GB of KV: the pause, and whether anybody else is suspected",
-    "overhead": "latency with replication against latency without",
+    "overhead": "latency with replication, and with parity, against latency without; --only replicate or parity",
+    "protection": "copies and parity on emulated A10s: memory, cost, recovery of 16K tokens, what failures cost",
     "secure": "tokens/s with certificates and sealed links (TCP) against tokens/s without",
     "kevlarflow": "the paper's evaluation: nodes fail under load, emulated A10s; Table 1 and figures; --scene, --rate",
     "decode": "tokens/s of one node and of a 4-stage pipeline, against the engines that install beside us",
@@ -62,15 +63,15 @@ def main() -> None:
     parser.add_argument(
         "--only",
         metavar="A,B",
-        help="decode and prefill: these systems; kevlarflow: latency or recovery; lumen: how many instances"
-        " (default: all)",
+        help="decode and prefill: these systems; kevlarflow: latency or recovery; overhead: replicate or parity;"
+        " lumen: how many instances (default: all)",
     )
     parser.add_argument("--scene", type=int, choices=(1, 2, 3), help="kevlarflow: which failure (default: 1)")
     parser.add_argument("--rate", type=float, help="kevlarflow: requests per second (default: several)")
     parser.add_argument("--time-scale", type=float, help="kevlarflow: how much faster emulated time runs")
     parser.add_argument("--simulate", action="store_true", help="lumen: many instances, in virtual time")
     parser.add_argument(
-        "--figures", type=Path, metavar="DIR", help="kevlarflow, failsafe: draw into this folder"
+        "--figures", type=Path, metavar="DIR", help="kevlarflow, failsafe, protection: draw into this folder"
     )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped then, too

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from controlplane.contract.topology import Mode
+
 
 @dataclass(frozen=True, slots=True)
 class Bar:
@@ -25,6 +27,26 @@ def _least(bench: str, figure: str, bound: float, what: str) -> Bar:
     return Bar(bench, figure, bound, False, what)
 
 
+# Of the time, in LUMEN's evaluation (arXiv 2606.17787), that load-aware saves: by number of instances and baseline;
+# mean time to first token, mean time per output token, recovery time.
+LUMEN_SAVED = {
+    (4, Mode.STOP_RESTART): (0.444, 0.159, 0.500),
+    (4, Mode.FIXED_NEIGHBOUR): (0.071, 0.070, 0.349),
+    (8, Mode.STOP_RESTART): (0.296, 0.071, 0.641),
+    (8, Mode.FIXED_NEIGHBOUR): (0.159, 0.042, 0.639),
+}
+LUMEN_MEASURES = {"ttft_mean": "mean TTFT", "tpot_mean": "mean TPOT", "recovery_mean": "recovery time"}
+_LUMEN = tuple(
+    _least(
+        "lumen",
+        f"ratios.n{size}_{name}_{mode.value}",
+        1 / (1 - share),
+        f"{size} instances, {what} against {mode.value}",
+    )
+    for (size, mode), saved in LUMEN_SAVED.items()
+    for (name, what), share in zip(LUMEN_MEASURES.items(), saved, strict=True)
+)
+
 BARS = (
     _most("takeover", "metrics.growth_s_per_gb", 0.05, "pause without the first step, seconds more for each GB of KV"),
     _most("takeover", "metrics.suspected_others", 0, "others that were suspected meanwhile"),
@@ -36,6 +58,18 @@ BARS = (
     _most("recovery", "metrics.pause_p99_s", 0.1, "longest pause of a stream around a kill, p99, seconds"),
     _most("recovery", "metrics.tokens_different", 0, "tokens that differ"),
     _least("overhead", "ratios.latency_mean", 1 / 1.02, "mean latency without copies against with them"),
+    _least("overhead", "ratios.latency_mean_parity", 1 / 1.02, "mean latency without parity (XOR) against with it"),
+    _most("protection", "metrics.memory_xor41_share", 0.27, "bytes of parity, XOR (4,1), against those of copies"),
+    _most("protection", "metrics.memory_rs41_share", 0.27, "the same, Reed-Solomon (4,1)"),
+    _most("protection", "metrics.memory_rs82_share", 0.27, "the same, Reed-Solomon (8,2)"),
+    _most("protection", "metrics.memory_share_error", 0.03, "how far the worst of these is from K of N"),
+    _most("protection", "metrics.cost_parity_latency", 0.02, "mean latency that parity adds, emulated A10s"),
+    _most("protection", "metrics.cost_parity_tokens_per_s", 0.02, "tokens/s that parity costs, the same"),
+    _most("protection", "metrics.cost_replicate_latency", 0.02, "mean latency that copies add, emulated A10s"),
+    _least("protection", "ratios.recovery_16k_xor41", 2, "kill to next token, 16K tokens, parity against recomputing"),
+    _least("protection", "metrics.predicted_within_share", 0.9, "failures whose predicted cost is within 25 %"),
+    _most("protection", "metrics.tokens_wrong", 0, "tokens lost, doubled or different"),
+    _most("protection", "metrics.streams_failed", 0, "streams that ended with an error"),
     _least("kevlarflow", "ratios.rate2_ttft_mean", 378.9, "scene 1, 2 requests/s: mean TTFT against stop-restart"),
     _least("kevlarflow", "ratios.rate2_ttft_p99", 574.6, "scene 1, 2 requests/s: p99 TTFT"),
     _least("kevlarflow", "ratios.rate7_latency_mean", 3.1, "scene 3, 7 requests/s: mean latency"),
@@ -44,6 +78,7 @@ BARS = (
     _least("prefix", "ratios.hit_rate_two", 0.95, "two pipelines against one cache of the sum"),
     _least("prefix", "ratios.ttft", 10, "first token of 1,024 cached tokens against uncached"),
     _most("prefix", "metrics.miss_cost", 0.01, "what prompts that miss pay"),
+    *_LUMEN,
     _least("parity", "ratios.encode_xor", 1.1, "XOR, encoding, against ISA-L"),
     _least("parity", "ratios.decode_xor", 1.1, "XOR, decoding"),
     _least("parity", "ratios.encode_rs42", 1.3, "Reed-Solomon (4,2), encoding"),
@@ -67,8 +102,8 @@ BARS = (
     _least("decode", "ratios.b32_openvino", 1, "our 16 or 32 bits against OpenVINO's, batch 32"),
     _least("decode", "ratios.prefill_openvino", 1, "the same, a prompt of 512"),
     _least("structured", "ratios.json_of_free", 0.95, "JSON at batch 32 against free text"),
-    _least("gateway", "metrics.tokens_per_s", 15000, "streamed tokens/s of one core, 64 streams"),
-    _most("gateway", "metrics.ttft_added_p50_s", 0.002, "added to the time to first token, p50, seconds"),
+    _least("gateway", "metrics.tokens_per_s", 15000, "streamed tokens/s of one core, 64 streams, TLS and keys on"),
+    _most("gateway", "metrics.ttft_added_p50_s", 0.002, "added to the time to first token, TLS and keys on, p50, s"),
     _least("secure", "ratios.tokens_per_s", 0.95, "tokens/s with sealed links against without"),
     _least("allreduce", "ratios.vs_gloo_1k", 1, "sum of 1 KB between two ranks against gloo"),
     _least("allreduce", "ratios.vs_gloo_64k", 2, "the same of 64 KB"),

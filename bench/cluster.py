@@ -16,6 +16,7 @@ from controlplane.contract.config import (
     EmulationConfig,
     EngineConfig,
     GatewayConfig,
+    ParityConfig,
     TimingConfig,
 )
 from controlplane.contract.errors import KevlarFlowError
@@ -45,6 +46,7 @@ def running(
     controllers: int = 2,
     emulation: EmulationConfig | None = None,
     gateway: GatewayConfig | None = None,
+    parity: ParityConfig | None = None,
     transport: Literal["auto", "ucx", "sockets"] = "auto",
     secure: bool = False,
 ) -> Iterator[LocalCluster]:
@@ -64,6 +66,7 @@ def running(
             timing=timing or TimingConfig(),
             emulation=emulation or EmulationConfig(),
             gateway=gateway or GatewayConfig(),
+            parity=parity or ParityConfig(),
             transport=transport,
         )
         cluster = LocalCluster(config, controllers=controllers, secure=secure)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from bench.bars import LUMEN_MEASURES, LUMEN_SAVED
 from bench.contract import Result, progress
 from bench.kevlarflow_load import (
     OUTPUT_MAX,
@@ -32,15 +33,7 @@ from controlplane.contract.topology import Mode
 OPTIONS = ("simulate", "only")
 OURS = Mode.LOAD_AWARE
 BASELINES = (Mode.STOP_RESTART, Mode.FIXED_NEIGHBOUR)
-MEASURES = ("ttft_mean_s", "tpot_mean_s", "recovery_mean_s")
-# Of the time, in the published evaluation, that load-aware saves: by number of instances and baseline, in the order of
-# MEASURES (PAPERS: LUMEN, arXiv 2606.17787).
-PUBLISHED = {
-    (4, Mode.STOP_RESTART): (0.444, 0.159, 0.500),
-    (4, Mode.FIXED_NEIGHBOUR): (0.071, 0.070, 0.349),
-    (8, Mode.STOP_RESTART): (0.296, 0.071, 0.641),
-    (8, Mode.FIXED_NEIGHBOUR): (0.159, 0.042, 0.639),
-}
+MEASURES = tuple(f"{name}_s" for name in LUMEN_MEASURES)
 LOAD = 0.8  # of the requests per second that all instances together bear
 SIZES, SIZES_REAL, SEEDS = (4, 8, 64, 1024), (4, 8), (1, 2, 3)
 WINDOW_S, WINDOW_LARGE_S = 120.0, 30.0  # of arrivals
@@ -112,7 +105,7 @@ def _compare(
             ours, theirs = _mean(measured[OURS], name), _mean(measured[mode], name)
             key = f"n{size}_{name.removesuffix('_s')}_{mode.value}"
             result.ratios[key] = theirs / ours
-            published = PUBLISHED.get((size, mode))
+            published = LUMEN_SAVED.get((size, mode))
             if published is not None:
                 saved, theirs_saved = 1.0 - ours / theirs, published[index]
                 verdict = "at least as much" if saved >= theirs_saved else "LESS"

@@ -25,8 +25,8 @@ HEAD = """# Measurements
 
 Made by `python -m bench.measurements` from `bench/results`: what `python -m bench NAME` measured, and what it has to
 reach. Ratios say how many times better ours is than what was measured in turns with it. *busy*: other work ran on the
-machine: others had more than a tenth of a core, or (older results) the load was high. Figures of a bench that no result
-here has are not known.
+machine meanwhile: others had more than a tenth of a core, or (older results, which do not say) the load was high.
+Figures of a bench that no result here has are not known.
 """
 
 

@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import uvicorn
@@ -26,6 +27,8 @@ from controlplane.contract.ids import Member, new_incarnation
 from controlplane.contract.keys import Keys, encode
 from controlplane.contract.lifetime import begin, run_to_exit
 from controlplane.contract.logs import configure_logging
+from controlplane.contract.oidc import FILE as OIDC_FILE
+from controlplane.contract.oidc import Oidc, load_oidc
 from controlplane.contract.records import ControllerRecord
 from controlplane.contract.version import code_version, settings_digest
 from controlplane.core.controller import Controller
@@ -50,6 +53,9 @@ from web.admin.local_socket import serve_locally
 from web.https import ContextFactory, https_of
 from web.protocol import BoundedProtocol
 
+if TYPE_CHECKING:
+    from web.admin.oidc.provider import Provider
+
 log = structlog.get_logger()
 
 EXIT_LIMIT_S = 1.2
@@ -67,13 +73,20 @@ class AdminServer(uvicorn.Server):
 
 
 async def serve(
-    config: ClusterConfig, me: str, admin_socket: socket.socket, stop: asyncio.Event, take_over: str = ""
+    config: ClusterConfig,
+    me: str,
+    admin_socket: socket.socket,
+    stop: asyncio.Event,
+    take_over: str = "",
+    oidc: Oidc | None = None,
 ) -> None:
     """Be one controller until `stop` is set or it is retired. Raises what any of its tasks raised.
 
-    `take_over`: the incarnation that has to give its name up to this process, if it has it.
+    `take_over`: the incarnation that has to give its name up to this process, if it has it. `oidc`: who signs people in
+    to the dashboard, besides tokens.
     """
     secret = load_secret(config.secret_file)
+    provider = _provider(oidc)
     keys = Keys.of(config)
     inbox = Inbox()
     identity = Identity.of(config, ProcessRole.CONTROLLER, me)
@@ -106,7 +119,7 @@ async def serve(
     sources = Sources(inbox, registry, reports, runtime, performer, history, client.counters)
     parts = Parts(controller, registry, client, history, sources, recorder, identity)
     service = Service(config, me, parts)
-    app = build_app(service, derive(secret, "admin"))
+    app = build_app(service, derive(secret, "admin"), provider)
     admin, local = _admin_server(app, https_of(config, identity.me)), _admin_server(app)
     gc.freeze()  # what start-up made stays: collections need not look at it again
     gc.set_threshold(YOUNG_MAX, *gc.get_threshold()[1:])
@@ -136,6 +149,17 @@ async def serve(
         task.result()
         if task.get_name() not in ("stop", "retired"):
             raise KevlarFlowError(f"the task {task.get_name()} ended by itself")
+
+
+def _provider(oidc: Oidc | None) -> Provider | None:
+    """Raises ConfigError."""
+    if oidc is None:
+        return None
+    # Not before it is needed: its HTTP client takes as long to import as much of the rest.
+    from web.admin.oidc.provider import Provider
+
+    log.info("people sign in with a provider", issuer=oidc.config.issuer, provider=oidc.config.provider)
+    return Provider(oidc)
 
 
 def _admin_server(app: FastAPI, https: ContextFactory | None = None) -> AdminServer:
@@ -199,8 +223,9 @@ async def _run(options: argparse.Namespace) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
     config = load_config(options.config)
+    oidc = load_oidc(options.oidc or Path(config.run_dir) / OIDC_FILE, required=options.oidc is not None)
     admin_socket = bind(config.host, options.admin_port, config.admin_port)
-    await serve(config, options.id, admin_socket, stop, options.take_over)
+    await serve(config, options.id, admin_socket, stop, options.take_over, oidc)
 
 
 def main() -> None:
@@ -210,6 +235,9 @@ def main() -> None:
     parser.add_argument("--id", required=True, help="this controller's name, unique in the cluster")
     parser.add_argument("--take-over", metavar="INCARNATION", default="", help=TAKE_OVER)
     parser.add_argument("--admin-port", type=int, help="port of the admin API; 0: any free one")
+    parser.add_argument(
+        "--oidc", type=Path, help=f"settings of a login provider (default: {OIDC_FILE} in the run directory)"
+    )
     options = parser.parse_args()
     configure_logging(options.id)
     begin()

@@ -39,7 +39,7 @@ async def checked_shards(
     """Names, the CRC-32 of the shards that have come for them, and the size of one in bytes."""
     names = unpack_names(packed)
     size = len(payload) // max(1, len(names))
-    sums = (await thread(piece_sums, payload, size)).tolist() if size else []
+    sums = (await thread(piece_sums, payload, size, size=len(payload))).tolist() if size else []
     return names, sums, size
 
 

@@ -1,7 +1,8 @@
 """Work on the bytes of KV: copied, written and checked, in a thread of its own, a piece at a time.
 
 The event loop never reads or writes a block: a gigabyte takes a tenth of a second, in which no heartbeat would leave.
-A call is a piece of bounded size, so that a step waits behind one piece and no more."""
+A call is a piece of bounded size, so that a step waits behind one piece and no more. Of a few small blocks it is over
+before a thread would have begun, and is made at once: handing over was half of what copies cost a small model."""
 
 from __future__ import annotations
 
@@ -20,25 +21,35 @@ if TYPE_CHECKING:
     from kernels.cuda.cache import DeviceCache
 
 PIECE_BYTES = 4 << 20  # about a millisecond of copying
+AT_ONCE_BYTES = 256 << 10  # a tenth of a millisecond, or less
 
 T = TypeVar("T")
 Sums = npt.NDArray[np.uint32]  # CRC-32 of blocks
 
 
 class RunInThread(Protocol):
-    """Runs a call elsewhere; what it returns or raises comes back to who awaits it."""
+    """Runs a call elsewhere, or at once if it reads or writes few bytes (`size`; None: it may be many). What it returns
+    or raises comes back to who awaits it."""
 
-    async def __call__(self, call: Callable[..., T], /, *arguments: object) -> T: ...
+    async def __call__(self, call: Callable[..., T], /, *arguments: object, size: int | None = None) -> T: ...
 
 
 class KvThread:
-    """One thread, calls one after the other."""
+    """One thread, calls one after the other. `at_once_bytes`: of calls that need none; see BlockBytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once_bytes: int) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kv")
+        self._at_once_bytes = at_once_bytes
+        self._under_way = 0
 
-    async def __call__(self, call: Callable[..., T], /, *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+    async def __call__(self, call: Callable[..., T], /, *arguments: object, size: int | None = None) -> T:
+        if size is not None and size <= self._at_once_bytes and not self._under_way:
+            return call(*arguments)
+        self._under_way += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+        finally:
+            self._under_way -= 1
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -50,6 +61,7 @@ class BlockBytes(Protocol):
 
     block_bytes: int
     piece_blocks: int  # of a call that nobody waits for too long
+    at_once_bytes: int  # of a call that is over before a thread would have begun
 
     def gather(self, blocks: Sequence[int]) -> tuple[bytearray, Sums]:
         """Copies of blocks, one behind the other, and the checksum of each."""
@@ -83,6 +95,7 @@ class KvBytes:
     def __init__(self, cache: KVCache) -> None:
         self.block_bytes = cache.block_bytes
         self.piece_blocks = max(1, PIECE_BYTES // cache.block_bytes)
+        self.at_once_bytes = AT_ONCE_BYTES
         self._pool = cache.pool
 
     def gather(self, blocks: Sequence[int]) -> tuple[bytearray, Sums]:

@@ -223,10 +223,14 @@ class Parity:
         here = {name: block for name in names if (block := pool.find(name)) is not None}
         if not here:
             return {}
-        data, sums = await self._thread(self._kv.gather, list(here.values()))
+        data, sums = await self._thread(self._kv.gather, list(here.values()), size=len(here) * size)
         found: dict[bytes, tuple[memoryview, int]] = {}
         whole = memoryview(data)
-        crcs = sums if isinstance(self._kv, KvBytes) else await self._thread(piece_sums, whole, size)
+        crcs = (
+            sums
+            if isinstance(self._kv, KvBytes)
+            else await self._thread(piece_sums, whole, size, size=len(data))
+        )
         for at, (name, block) in enumerate(here.items()):
             if self._store.copied(block, int(sums[at]), self._store.block_size):
                 found[name] = whole[at * size : (at + 1) * size], int(crcs[at])
@@ -304,7 +308,7 @@ class Parity:
         places: list[int] = []
         own = sums if isinstance(self._kv, KvBytes) else None
         if own is None:
-            own = (await self._thread(self._kv.sums_of, payload)).tolist()
+            own = (await self._thread(self._kv.sums_of, payload, size=len(payload))).tolist()
         for place, (name, checksum) in enumerate(zip(names, meta.sums, strict=True)):
             if not self.restorer.wants(meta.pipeline, meta.fence, name):
                 continue  # it came too late: it is computed again
@@ -320,7 +324,7 @@ class Parity:
                 continue
             self.restorer.arrived(meta.pipeline, name, now)
         if blocks:
-            await self._thread(self._kv.scatter, blocks, payload, places)
+            await self._thread(self._kv.scatter, blocks, payload, places, size=len(payload))
         self.restorer.refused(meta.pipeline, meta.fence, peer, refused)
 
     def _tell(self, answer: Answer) -> None:

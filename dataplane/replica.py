@@ -30,7 +30,7 @@ from dataplane.core.placed import Placed, tokens_where
 from dataplane.core.prefix import unpack_names
 from dataplane.core.replication import Copy, ReplicaSource
 from dataplane.core.stage import Stage
-from dataplane.kvwork import RunInThread, blocks_as_bytes
+from dataplane.kvwork import RunInThread, Sums, blocks_as_bytes
 from dataplane.transport.frames import Send
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 # Of copies in one message: it costs both ends more than a block does, yet steps must not wait behind it for long.
 COMPANY_BYTES = 1 << 19
+LOOK_EVERY_S = 0.01  # for blocks to send: steps of a small model are shorter, and blocks go in company anyway
 # A holder that had to refuse copies says that it has room once so much of its pool has become free since.
 ROOM_PART = 16
 
@@ -104,6 +105,7 @@ class Replicator:
         ] = {}  # what was kept of copies whose requests have ended since
         self._sources: dict[PipelineId, tuple[Member, Fence]] = {}  # who relies on our copies of a pipeline
         self._turn = 0  # which source goes first
+        self._look_at = 0.0  # when something may be to be sent again, if nothing happens before that says so
         # Whose copies had to be refused, and how many blocks were free then.
         self._refused: dict[tuple[Member, PipelineId, Fence], int] = {}
 
@@ -119,6 +121,7 @@ class Replicator:
     ) -> None:
         """From now on copy this pipeline's KV to `targets` (level-triggered: says how it shall be). `holders`: who
         may hold copies of single requests, by the pipeline whose stage it serves."""
+        self._look_at = 0.0
         state = self._protected.setdefault(pipeline, _Protected(Fence(epoch)))
         if state.fence.epoch != epoch:
             state.fence = Fence(epoch)
@@ -145,6 +148,7 @@ class Replicator:
 
     def place(self, pipeline: PipelineId, orders: Iterable[Place]) -> None:
         """The scheduler says which members are to have copies of these requests."""
+        self._look_at = 0.0
         state = self._protected.get(pipeline)
         for order in orders if state is not None else ():
             assert state is not None
@@ -181,6 +185,7 @@ class Replicator:
                 for rid in filled:
                     source.rewrote(rid, starts[rid])
         if state is not None and state.flush:
+            self._look_at = 0.0
             self.wrote(pipeline, step.rids.tolist())
         elif filled:
             self.wrote(pipeline, filled)
@@ -216,6 +221,7 @@ class Replicator:
 
     def rejoin(self, stage: Stage, meta: RejoinMeta) -> HeldMeta:
         """A stage answers its scheduler; the holders learn what came of it."""
+        self._look_at = 0.0
         pipeline = stage.pipeline
         before = self._here(pipeline)
         held = stage.rejoin(meta)
@@ -230,6 +236,7 @@ class Replicator:
 
     def link_changed(self, node: str) -> None:
         """A link to or from `node` came or went: what was under way may be lost."""
+        self._look_at = 0.0
         for state in self._protected.values():
             for target, source in state.sources.items():
                 if target.node == node:
@@ -237,10 +244,16 @@ class Replicator:
 
     async def pump(self, now: float, others_wait: Callable[[], bool] = never) -> None:
         """Send what is to be sent: all of it, or one piece of it if others wait for this node."""
-        self._acknowledge()
-        self._tell_evicted()
-        self._tell_gone()
-        self._tell_room()
+        if self._news:
+            self._acknowledge()
+        if self._store.copies.evicted:
+            self._tell_evicted()
+        if self._store.pool.gone:
+            self._tell_gone()
+        if self._refused:
+            self._tell_room()
+        if now < self._look_at:
+            return
         lines = [(p, s, source) for p, s in self._protected.items() for source in s.sources.values()]
         for pipeline, state, source in lines:
             if source.must_ask(now):
@@ -258,6 +271,7 @@ class Replicator:
                 await self._send_kept(pipeline, state, source)
                 if others_wait():
                     return
+        self._look_at = now + LOOK_EVERY_S
 
     async def _send_copies(
         self, pipeline: PipelineId, state: _Protected, source: ReplicaSource, copies: list[Copy]
@@ -278,7 +292,7 @@ class Replicator:
             shared = bool(name) and name in source.there and checksum is not None
             block = Block(copy.rid, copy.index, copy.tokens, checksum or 0, name, not shared)
             blocks.append((block, here))
-        data, sums = await self._thread(self._bytes.gather, [here for block, here in blocks if block.data])
+        data, sums = await self._gather([here for block, here in blocks if block.data])
         if state.fence != fence or state.sources.get(source.target) is not source:
             return False
         checksums = iter(sums.tolist())
@@ -311,7 +325,7 @@ class Replicator:
                 chosen[name] = here
         if not chosen:
             return
-        data, sums = await self._thread(self._bytes.gather, list(chosen.values()))
+        data, sums = await self._gather(list(chosen.values()))
         if state.fence != fence or state.sources.get(source.target) is not source:
             return
         size, ready = self._store.block_size, []
@@ -324,6 +338,10 @@ class Replicator:
             ready.append(Block(KEPT, 0, size, checksum, name))
         source.kept_waits = True
         self._ship(pipeline, fence, source, ready, memoryview(data))
+
+    async def _gather(self, blocks: list[int]) -> tuple[bytearray, Sums]:
+        size = len(blocks) * self._bytes.block_bytes
+        return await self._thread(self._bytes.gather, blocks, size=size)
 
     def _ship(
         self, pipeline: PipelineId, fence: Fence, source: ReplicaSource, blocks: list[Block], data: memoryview
@@ -342,6 +360,7 @@ class Replicator:
         return True
 
     def acknowledged(self, peer: Member, meta: KvAckMeta, now: float) -> None:
+        self._look_at = 0.0
         state = self._protected.get(meta.pipeline)
         source = state.sources.get(peer) if state is not None and meta.fence == state.fence else None
         if state is None or source is None:
@@ -392,7 +411,7 @@ class Replicator:
 
     async def store_copies(self, peer: Member, meta: KvMeta, payload: memoryview) -> None:
         self._sources[meta.pipeline] = (peer, meta.fence)
-        sums = await self._thread(self._bytes.sums_of, payload)
+        sums = await self._thread(self._bytes.sums_of, payload, size=len(payload))
         news: dict[int, None] = {}
         refused: dict[int, None] = {}
         blocks: list[int] = []
@@ -420,7 +439,7 @@ class Replicator:
         if blocks:
             # They count already, so that the next block of the same request finds its place. Nobody looks before this
             # returns, and nothing is acknowledged before the next turn.
-            await self._thread(self._bytes.scatter, blocks, payload, places)
+            await self._thread(self._bytes.scatter, blocks, payload, places, size=len(payload))
         if news:
             self._news.setdefault((peer, meta.pipeline, meta.fence), {}).update(news)
         if refused:

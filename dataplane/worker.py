@@ -102,8 +102,8 @@ class Worker:
         that serves last stages. `parity`: where that protects KV."""
         self.stats = WorkerStats()
         self.stages: dict[PipelineId, Stage] = {}
-        self._thread = KvThread()
         self._bytes = blocks_as_bytes(executor.kv)
+        self._thread = KvThread(self._bytes.at_once_bytes)
         self.block_bytes = executor.kv.block_bytes
         self.replicator = Replicator(
             store, executor.kv, self._thread, send, send_later, executor.block_wire_bytes

@@ -26,6 +26,7 @@ class BlockTransfer:
         self._blocks = cache.num_blocks
         self._device = cache.planes.device
         self.piece_blocks = max(1, STAGING_BYTES // cache.block_bytes)  # in one go
+        self.at_once_bytes = -1  # all of them wait for the device
         planes, _, size = self._cache.shape
         self._wire = torch.empty(
             self.piece_blocks, planes, size, dtype=cache.planes.dtype, device=self._device

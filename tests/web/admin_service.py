@@ -6,7 +6,8 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import uvicorn
@@ -39,6 +40,9 @@ from controlplane.contract.topology import Mode
 from controlplane.core.protection import protection
 from controlplane.history.incidents import incidents
 from web.admin.app import build_app
+
+if TYPE_CHECKING:
+    from web.admin.oidc.provider import Provider
 
 TOKEN = "test-admin-token"
 
@@ -189,7 +193,9 @@ class MemoryService:
         if request.dry_run:
             return OperationAnswer(False, checks, plan)
         kind = OperationKind(request.kind)
-        operation = Operation(request.id, kind, request.node, created_unix_s=time.time())
+        operation = Operation(
+            request.id, kind, request.node, instances=request.instances, created_unix_s=time.time()
+        )
         self.known[request.id] = operation
         return OperationAnswer(True, checks, plan, operation)
 
@@ -204,10 +210,13 @@ class MemoryService:
 
 
 @contextlib.contextmanager
-def serving(service: MemoryService, port: int = 0) -> Iterator[str]:
-    """A real HTTP server for `service` on loopback; its base URL."""
+def serving(
+    service: MemoryService, port: int = 0, provider: Callable[[str], Provider] | None = None
+) -> Iterator[str]:
+    """A real HTTP server for `service` on loopback; its base URL. `provider`: made for it, who signs people in."""
     listener = socket.create_server(("127.0.0.1", port))
-    app = build_app(service, TOKEN)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    app = build_app(service, TOKEN, provider(url) if provider is not None else None)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -217,7 +226,7 @@ def serving(service: MemoryService, port: int = 0) -> Iterator[str]:
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield url
     finally:
         server.should_exit = server.force_exit = True
         thread.join(10)

@@ -298,7 +298,7 @@ def test_the_openapi_document(client: httpx.Client) -> None:
 def test_schemathesis_finds_nothing(server: tuple[str, MemoryService], tmp_path: Path) -> None:
     server[1].reset()
     endless = ("--exclude-path", "/admin/v1/stream")  # each try would take as long as its patience
-    asyncio.run(check_by_document(server[0], TOKEN, 5, 20, tmp_path, *endless))
+    asyncio.run(check_by_document(server[0], TOKEN, 5, 23, tmp_path, *endless))
 
 
 def test_compressed_bodies(client: httpx.Client) -> None:
@@ -496,6 +496,30 @@ def test_every_route_is_denied_to_roles_below_the_one_that_it_takes(
                     assert needed.value in answer.json()["error"]["message"]
                 else:
                     assert answer.status_code not in {401, 403}, (role, method, path)
+
+
+def test_routes_that_need_no_token_are_these_alone(client: httpx.Client) -> None:
+    document = client.get("/openapi.json", headers=BEARER).json()
+    documented = {
+        (method.upper(), path)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+        if not operation["security"]
+    }
+    login = {("GET", "/oidc"), ("GET", "/oidc/login"), ("GET", "/oidc/callback")}
+    assert documented == {
+        ("GET", "/livez"), ("GET", "/readyz"), ("GET", "/"), ("GET", "/ui/{path}"), ("POST", "/session"), *login
+    }  # fmt: skip
+    assert documented - {("GET", "/ui/{path}")} == auth.OPEN
+    for path in (
+        "/oidc/x",
+        "/oidc/login/x",
+        "/oidc/callback/x",
+        "/oidcx",
+    ):  # nor is anything beside them open
+        assert client.get(path).status_code == 401, path
+    for _method, path in login:
+        assert client.post(path).status_code == 401, path
 
 
 def test_what_roles_are_for(client: httpx.Client, service: MemoryService) -> None:

@@ -4,6 +4,7 @@
     GET    / , /ui/...                       the dashboard, no token
     POST   /session                          {"token": ...} -> an HttpOnly cookie; DELETE forgets it
     GET    /session                          {"name", "role", "expiry_unix_s"} of who asks
+    GET    /oidc, /oidc/login, /oidc/callback    login with a provider, no token: web/admin/oidc/routes.py
     GET    /metrics                          Prometheus text
     GET    /openapi.json                     all of this, for machines
     GET    /admin/v1/status                  ClusterStatus
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import re
 import time
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Query, Request
@@ -40,13 +41,17 @@ from controlplane.contract.errors import Unavailable
 from controlplane.contract.records import GROUP_WIDE, OperationKind, OperationState
 from controlplane.contract.status import OperationAnswer, OperationRequest
 from web import bodies
-from web.admin.auth import COOKIE, Guard, caller_of, error, session_cookie, session_s
+from web.admin.auth import COOKIE, Guard, caller_of, error, set_session
 from web.admin.describe import NAME, document
 from web.admin.feed import Feed, FeedResponse, event_rows, figure_rows
+from web.admin.oidc.routes import add_login
 from web.admin.service import AdminService
 from web.admin.static import StaticFile, load_files
 from web.describe import package_version
 from web.manners import HEAD, Manners
+
+if TYPE_CHECKING:
+    from web.admin.oidc.provider import Provider
 
 BODY_BYTES_MAX = 64 * 1024
 BODY_S = 10.0  # a client that takes longer to send its request is not waited for
@@ -64,8 +69,8 @@ class SessionRequest(msgspec.Struct, frozen=True):
     token: str
 
 
-def build_app(service: AdminService, token: str) -> FastAPI:
-    """The app of one controller. `token` is `derive(secret, "admin")`.
+def build_app(service: AdminService, token: str, provider: Provider | None = None) -> FastAPI:
+    """The app of one controller. `token` is `derive(secret, "admin")`; `provider` signs people in to the dashboard.
 
     `app.state.feed.close()` ends the open streams before an exit.
     """
@@ -77,6 +82,7 @@ def build_app(service: AdminService, token: str) -> FastAPI:
     _add_errors(app)
     _add_health(app, service)
     _add_page(app, token)
+    add_login(app, token, provider)
     _add_reads(app, service)
     _add_operations(app, service)
     return app
@@ -137,14 +143,7 @@ def _add_page(app: FastAPI, token: str) -> None:
         if caller is None:
             return error(401, "the admin token is wrong")
         response = Response(status_code=204)
-        response.set_cookie(
-            COOKIE,
-            session_cookie(token, now, caller),
-            max_age=session_s(caller, now),
-            httponly=True,
-            samesite="strict",
-            secure=request.url.scheme == "https",
-        )
+        set_session(response, token, now, caller, secure=request.url.scheme == "https")
         return response
 
     @app.get("/session")
@@ -213,7 +212,9 @@ def _add_reads(app: FastAPI, service: AdminService) -> None:
             return Response(media_type=FeedResponse.media_type)
         # A browser that connects again says what it saw last.
         resumed = request.headers.get("last-event-id", "")
-        return FeedResponse(feed, int(resumed) if SEEN.fullmatch(resumed) else after)
+        expiry = caller_of(request.scope).expiry_unix_s
+        left_s = expiry - time.time() if expiry else None  # a session that has expired reads no further
+        return FeedResponse(feed, int(resumed) if SEEN.fullmatch(resumed) else after, left_s)
 
 
 def _add_operations(app: FastAPI, service: AdminService) -> None:

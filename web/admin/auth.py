@@ -1,7 +1,8 @@
 """Who may use the admin API, and for what: the bearer of the admin token or of one that was minted with it
-(`controlplane.contract.auth`), or a browser that has shown either once.
+(`controlplane.contract.auth`), or a browser that has shown either once or has signed in with a provider (`oidc`).
 
-The cookie is `<role>.<name>.<expiry>.<HMAC of these under the admin token>`. It needs no table, so that it is good at
+The cookie is `<role>.<name>.<expiry>.<HMAC of these under the admin token>`; of the name, which a provider may have
+given, what a cookie cannot hold is percent-encoded. It needs no table, so that it is good at
 every controller (browsers send a cookie to all ports of a host) and after a controller has restarted.
 """
 
@@ -11,10 +12,11 @@ import hashlib
 import hmac
 import time
 from http.cookies import CookieError, SimpleCookie
+from urllib.parse import quote, unquote
 
 import msgspec
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from controlplane.contract.auth import ADMIN_CALLER, Caller, Role, identify_bearer
@@ -22,7 +24,15 @@ from controlplane.contract.auth import ADMIN_CALLER, Caller, Role, identify_bear
 COOKIE = "kevlarflow_admin"
 SESSION_S = 12 * 3600
 # Paths that work without either. They say nothing about the cluster.
-OPEN = {("GET", "/livez"), ("GET", "/readyz"), ("GET", "/"), ("POST", "/session")}
+OPEN = {
+    ("GET", "/livez"),
+    ("GET", "/readyz"),
+    ("GET", "/"),
+    ("POST", "/session"),
+    ("GET", "/oidc"),
+    ("GET", "/oidc/login"),
+    ("GET", "/oidc/callback"),
+}
 OPEN_PREFIX = "/ui/"
 SAFE_METHODS = {"GET", "HEAD"}
 OPERATORS_READ = {"/admin/v1/audit", "/admin/v1/requests", "/admin/v1/settings"}  # more than viewers need
@@ -43,7 +53,7 @@ def session_cookie(token: str, now_unix_s: float, caller: Caller = ADMIN_CALLER)
     """A cookie's value that is good for `SESSION_S` seconds, or as long as the caller's own token. `token`: the admin
     token."""
     expiry = int(now_unix_s) + session_s(caller, now_unix_s)
-    said = f"{caller.role.value}.{caller.name}.{expiry}"
+    said = f"{caller.role.value}.{quote(caller.name, safe='')}.{expiry}"
     return f"{said}.{_sign(token, said)}"
 
 
@@ -57,11 +67,24 @@ def caller_of_cookie(value: str, token: str, now_unix_s: float) -> Caller | None
     said, _, signature = value.rpartition(".")
     if not hmac.compare_digest(signature.encode(), _sign(token, said).encode()):
         return None
-    parts = said.split(".")
-    if len(parts) != 3:  # of a release before there were roles
+    role, _, rest = said.partition(".")
+    name, dot, expiry = rest.rpartition(".")  # the name of somebody at a provider may have dots
+    if not dot:  # of a release before there were roles
         return None
-    role, name, expiry = parts
-    return Caller(name, Role(role), expiry_unix_s=int(expiry)) if int(expiry) > now_unix_s else None
+    return Caller(unquote(name), Role(role), expiry_unix_s=int(expiry)) if int(expiry) > now_unix_s else None
+
+
+def set_session(response: Response, token: str, now_unix_s: float, caller: Caller, *, secure: bool) -> None:
+    """Give a browser its cookie. `secure`: it is at an https address. The cookie comes with no request that a page of
+    another site has caused; the dashboard's own requests carry it also where a provider has sent the browser there."""
+    response.set_cookie(
+        COOKIE,
+        session_cookie(token, now_unix_s, caller),
+        max_age=session_s(caller, now_unix_s),
+        httponly=True,
+        samesite="strict",
+        secure=secure,
+    )
 
 
 def role_needed(method: str, path: str) -> Role:

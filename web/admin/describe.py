@@ -66,6 +66,11 @@ def bounded(least: int, most: int) -> Schema:
     return {"type": "integer", "minimum": least, "maximum": most}
 
 
+def pages(*statuses: int) -> dict[int, dict[str, Schema]]:
+    """Answers that people read."""
+    return {status: {HTML: STRING} for status in statuses}
+
+
 def _endpoints() -> list[Endpoint]:
     position = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
     after = parameter("after", "query", position, "The id of the last event that is known.")
@@ -104,6 +109,29 @@ def _endpoints() -> list[Endpoint]:
         ),
         Endpoint("POST", "/session", "A cookie for the token", {204: {}}, (401,), token, open=True),
         Endpoint("GET", "/session", "Who asks", {200: {JSON: session}}),
+        Endpoint(
+            "GET", "/oidc", "The login provider", {200: {JSON: record({"provider": STRING})}}, open=True
+        ),
+        Endpoint(
+            "GET",
+            "/oidc/login",
+            "To the login provider",
+            {303: {}, **pages(400, 502, 503)},
+            (404,),
+            open=True,
+        ),
+        Endpoint(
+            "GET",
+            "/oidc/callback",
+            "Back from the login provider",
+            {303: {}, **pages(400, 403, 502, 503)},
+            (404,),
+            parameters=[
+                parameter(name, "query", STRING, "As the provider gives it.")
+                for name in ("code", "state", "iss", "error")
+            ],
+            open=True,
+        ),
         Endpoint("DELETE", "/session", "Forget the cookie", {204: {}}, (403,)),
         Endpoint("GET", "/metrics", "For Prometheus", words),
         Endpoint("GET", f"{base}/status", "The cluster", {200: {JSON: ref("ClusterStatus")}}),

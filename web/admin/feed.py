@@ -201,15 +201,19 @@ class Feed:
 
 
 class FeedResponse(Response):
-    """One client's stream. It ends when the client goes, or stops reading."""
+    """One client's stream. It ends when the client goes, stops reading, or may no longer read.
+
+    `left_s`: how long it may; None: for ever.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, feed: Feed, after: int) -> None:
+    def __init__(self, feed: Feed, after: int, left_s: float | None = None) -> None:
         super().__init__(headers={"x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._feed = feed
         self._after = after
+        self._left_s = left_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._feed.full:  # looked at here, where nothing comes between it and joining
@@ -232,10 +236,15 @@ class FeedResponse(Response):
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         async with asyncio.timeout(SEND_LIMIT_S):
             await send(start)
-        async with contextlib.aclosing(self._feed.messages(self._after)) as messages:
-            async for message in messages:
-                async with asyncio.timeout(SEND_LIMIT_S):
-                    await send({"type": "http.response.body", "body": message, "more_body": True})
+        session = asyncio.timeout(self._left_s)
+        try:
+            async with session, contextlib.aclosing(self._feed.messages(self._after)) as messages:
+                async for message in messages:
+                    async with asyncio.timeout(SEND_LIMIT_S):
+                        await send({"type": "http.response.body", "body": message, "more_body": True})
+        except TimeoutError:
+            if not session.expired():
+                raise
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -3,7 +3,7 @@
 import { h, render } from "/ui/vendor/preact.js";
 import { askForLife } from "/ui/lives.js";
 import { applied, following, headline } from "/ui/format.js";
-import { askCancel, askFor, confirm, mayOperate } from "/ui/operations.js";
+import { askCancel, askFor, askInstances, confirm, mayOperate } from "/ui/operations.js";
 import { placed } from "/ui/topology.js";
 import { Page } from "/ui/view.js";
 
@@ -32,7 +32,7 @@ const state = {
   life: null, // of the request that was asked for last; see lives.js
   said: "", // the last thing that was done, for screen readers too
   link: { state: "connecting", silentS: 0, historyError: "" },
-  signIn: { problem: "" },
+  signIn: { problem: "", provider: "" },
 };
 let source = null;
 let heardAt = performance.now();
@@ -41,6 +41,7 @@ let afterDrawing = null;
 
 const actions = {
   signIn,
+  signOut,
   select: (node) => {
     state.selected = node;
     draw();
@@ -73,6 +74,7 @@ const actions = {
     draw();
   },
   ask: (kind, node) => follow(askFor(state.status, kind, node)),
+  instances: (typed) => follow(askInstances(state.asked, typed)),
   askCancel: (operation) => follow(askCancel(operation)),
   reason: (reason) => show({ ...state.asked, reason }),
   confirm: () => follow(confirm(state.asked)),
@@ -91,6 +93,7 @@ function show(asked) {
 async function follow(steps) {
   for await (const step of steps) {
     if (!step.first && state.asked?.id !== step.id) return;
+    if (!step.first && !step.over && state.asked.instances !== step.instances) return; // another number was typed
     if (step.said) state.said = step.said;
     show(step.over ? null : step);
   }
@@ -123,11 +126,33 @@ async function signIn(token) {
       state.link.state = "connecting";
       connect();
     } else {
-      state.link.state = "signed-out";
       state.signIn.problem = "This token is not the cluster's.";
+      await signedOut();
     }
   } catch {
     state.link.state = "lost"; // the watchdog goes on trying
+  }
+  draw();
+}
+
+async function signOut() {
+  try {
+    const answer = await fetch("/session", { method: "DELETE" });
+    if (answer.ok) return location.reload(); // nothing of the cluster stays on the page
+    state.said = "You are not signed out: the controller refused it.";
+  } catch {
+    state.said = "You are not signed out: the controller did not answer.";
+  }
+  draw();
+}
+
+async function signedOut() {
+  source?.close();
+  state.link.state = "signed-out";
+  try {
+    state.signIn.provider = (await (await fetch("/oidc")).json()).provider;
+  } catch {
+    // A token is still a way in.
   }
   draw();
 }
@@ -224,8 +249,7 @@ async function probe() {
     // Nobody answered; status 0 says so.
   }
   if (status === 401) {
-    source?.close();
-    state.link.state = "signed-out";
+    await signedOut();
   } else if (silentMs() > LOST_AFTER_MS) {
     state.link.state = "lost";
     state.link.silentS = silentMs() / 1000;

@@ -18,7 +18,7 @@ export function Lost({ status, link }) {
     </div>`;
 }
 
-export function Banner({ status, lost, who, quorum }) {
+export function Banner({ status, lost, who, quorum, onSignOut }) {
   const { level, word, some, found } = headline(status);
   return html`
     <header class=${`banner ${lost ? "unknown" : level}`}>
@@ -38,7 +38,7 @@ export function Banner({ status, lost, who, quorum }) {
         <${Fact} name="Automation" value=${status.paused ? "paused" : "on"} level=${status.paused ? "warn" : ""} />
         <${Fact} name="Topology" value=${`#${status.counter}`} />
         <${Fact} name="Gateways" value=${status.gateways.map((g) => g.id).join(" ") || "none"} level=${status.gateways.length ? "" : "warn"} />
-        ${who && html`<${Fact} name="You" value=${`${who.name}, ${who.role}`} />`}
+        ${who && html`<${Fact} name="You" value=${html`${`${who.name}, ${who.role}`} <button type="button" onClick=${onSignOut}>Sign out</button>`} />`}
       </dl>
     </header>`;
 }

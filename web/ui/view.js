@@ -23,7 +23,7 @@ export function Page(known) {
   return html`
     <div class=${lost ? "stale" : ""}>
       ${lost && html`<${Lost} status=${status} link=${link} />`}
-      <${Banner} status=${status} lost=${lost} who=${known.who} quorum=${known.quorum} />
+      <${Banner} status=${status} lost=${lost} who=${known.who} quorum=${known.quorum} onSignOut=${actions.signOut} />
       <main>
         <p class="unseen" role="status" aria-live="polite">${known.said}</p>
         <${Incidents} incidents=${known.incidents} error=${link.historyError} />
@@ -37,7 +37,7 @@ export function Page(known) {
     </div>`;
 }
 
-function SignIn({ problem, onToken }) {
+function SignIn({ problem, provider, onToken }) {
   const submit = (event) => {
     event.preventDefault();
     onToken(event.target.elements.token.value.trim());
@@ -46,6 +46,7 @@ function SignIn({ problem, onToken }) {
     <main>
       <form class="signin" onSubmit=${submit}>
         <h1>KevlarFlow</h1>
+        ${provider && html`<a class="button" href="/oidc/login">Sign in with ${provider}</a>`}
         <label for="token">Admin token</label>
         <input id="token" name="token" type="password" autocomplete="off" required autofocus />
         <button>Open the dashboard</button>

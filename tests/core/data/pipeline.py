@@ -62,7 +62,7 @@ VOCAB = 50_000
 T = TypeVar("T")
 
 
-async def here(call: Callable[..., T], /, *arguments: object) -> T:
+async def here(call: Callable[..., T], /, *arguments: object, size: int | None = None) -> T:
     """In the place of the KV thread: done at once."""
     return call(*arguments)
 

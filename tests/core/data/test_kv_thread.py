@@ -1,5 +1,5 @@
-"""The event loop never touches KV: what reads or writes blocks runs in a thread, and what was promoted unread is read
-before anything that was computed from it leaves the node."""
+"""What reads or writes more than a few small blocks of KV runs in a thread, never on the event loop, and what was
+promoted unread is read before anything that was computed from it leaves the node."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 from controlplane.contract.ids import Member
 from controlplane.contract.requests import Sampling
 from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
+from dataplane import kvwork
 from dataplane.core.blocks import KvStore
 from dataplane.core.messages import (
     Admit,
@@ -36,7 +37,7 @@ from dataplane.core.messages import (
 )
 from dataplane.core.prefix import PrefixHasher
 from dataplane.inbox import Message
-from dataplane.kvwork import KvBytes
+from dataplane.kvwork import AT_ONCE_BYTES, KvBytes, KvThread
 from dataplane.worker import Worker
 from tests.core.data.line import BLOCK, LIMIT_S, Line, oracles, step
 
@@ -140,6 +141,7 @@ async def ticking(ticks: list[int]) -> None:
 @on_a_loop
 async def test_heartbeats_go_on_whatever_is_done_with_kv(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies stored, a takeover, its first step, copies sent: each call on KV lasts until the loop has gone on."""
+    monkeypatch.setattr(kvwork, "AT_ONCE_BYTES", 0)  # blocks of a real model are not done at once
     ticks = [0]
     threads = {name: held_up(monkeypatch, name, ticks) for name in ("gather", "sums", "sums_of", "scatter")}
     heart = asyncio.create_task(ticking(ticks))
@@ -263,6 +265,36 @@ async def test_a_bit_that_turns_in_served_kv_is_not_copied_to_a_second_holder() 
     assert alone.store.tokens(("p", 1)) == BLOCK
     assert not any(block.index >= 1 for meta in alone.metas(KvMeta) for block in meta.blocks)
     alone.worker.close()
+
+
+@on_a_loop
+async def test_only_few_bytes_are_worked_on_at_once_and_nothing_overtakes_the_thread() -> None:
+    thread, order, begun, go_on = KvThread(AT_ONCE_BYTES), list[str](), threading.Event(), threading.Event()
+
+    def large() -> str:
+        begun.set()
+        assert go_on.wait(LIMIT_S)
+        order.append("large")
+        return threading.current_thread().name
+
+    def small() -> str:
+        order.append("small")
+        return threading.current_thread().name
+
+    here = threading.current_thread().name
+    assert await thread(small, size=AT_ONCE_BYTES) == here
+    assert await thread(small, size=AT_ONCE_BYTES + 1) != here
+    assert await thread(small) != here, "it may be any number of bytes"
+    order.clear()
+    first = asyncio.create_task(thread(large))
+    assert await asyncio.to_thread(begun.wait, LIMIT_S)
+    second = asyncio.create_task(thread(small, size=1))
+    await asyncio.sleep(0)
+    assert order == []
+    go_on.set()
+    assert await first == await second != here
+    assert order == ["large", "small"]
+    thread.close()
 
 
 def test_pieces_of_work_on_kv_are_bounded() -> None:
