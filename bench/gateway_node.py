@@ -1,6 +1,6 @@
 """A stand-in for a scheduler: tokens as fast as a gateway takes them, or in steps of a given length.
 
-    python -m bench.gateway_node TOKEN EPOCH      prints its address; ends with its standard input
+    python -m bench.gateway_node SETTINGS EPOCH      prints its address; ends with its standard input
 
 The first token of a request leaves at once, in a message of its own. After that each step has one token for every
 stream, in messages of at most BATCH tokens, as microbatches make them. A request's seed is the length of its steps in
@@ -13,11 +13,14 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 
 from controlplane.contract import rpc
-from controlplane.contract.auth import bearer_matches
+from controlplane.contract.auth import bearer_matches, derive, load_secret
+from controlplane.contract.config import load_config
+from controlplane.contract.identity import Identity, ProcessRole
 from controlplane.contract.requests import (
     Cancel,
     FinishReason,
@@ -30,7 +33,7 @@ from controlplane.contract.requests import (
 )
 
 BATCH = 32  # tokens in a message
-PIPELINE = "p0"
+NODE, PIPELINE = "n0", "p0"
 FIRST_TEXT, TEXTS = 300, 1000  # ids of the demo's tokenizer that are ordinary text
 
 
@@ -96,7 +99,14 @@ class Session:
         return Tokens(PIPELINE, self._epoch, tokens)
 
 
-async def serve(token: str, epoch: int) -> None:
+async def serve(settings: Path, epoch: int) -> None:
+    """With the certificate of `NODE` where the settings have certificates, as a node does. Raises ConfigError."""
+    config = load_config(settings)
+    token, identity = (
+        derive(load_secret(config.secret_file), "grpc"),
+        Identity.of(config, ProcessRole.NODE, NODE),
+    )
+
     async def behaviour(
         requests: AsyncIterator[GatewayMessage], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[SchedulerMessage]:
@@ -117,7 +127,7 @@ async def serve(token: str, epoch: int) -> None:
     server.add_generic_rpc_handlers(
         (rpc.stream_handler(rpc.FRONTDOOR, "Serve", behaviour, rpc.decode_gateway_message),)
     )
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = identity.add_port(server, "127.0.0.1:0")
     await server.start()
     print(f"127.0.0.1:{port}", flush=True)
     await asyncio.to_thread(sys.stdin.read)
@@ -125,4 +135,4 @@ async def serve(token: str, epoch: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], int(sys.argv[2])))
+    asyncio.run(serve(Path(sys.argv[1]), int(sys.argv[2])))

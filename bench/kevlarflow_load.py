@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -110,34 +111,39 @@ class _Reader(asyncio.Protocol):
 
 
 class Client:
-    """Sends requests to one gateway."""
+    """Sends requests to one gateway, each on a connection of its own."""
 
-    def __init__(self, url: str, api_key: str, model: str) -> None:
+    def __init__(self, url: str, api_key: str, model: str, tls: ssl.SSLContext | None = None) -> None:
+        """`tls`: of an https address, with the authorities that count."""
         parts = urlsplit(url)
         assert parts.hostname is not None
         assert parts.port is not None
-        self._host, self._port = parts.hostname, parts.port
+        self.host, self.port, self.tls = parts.hostname, parts.port, tls
         self._model = model
         self.pieces = 0  # that have come, over all requests
         self._head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {api_key}\r\n"
-            "Content-Type: application/json\r\nConnection: close\r\nContent-Length: "
+            "Content-Type: application/json\r\n"
         )
 
-    async def run(self, request: Request, due: float) -> Outcome:
-        """One request to its end; what goes wrong is in `Outcome.error`."""
-        outcome = Outcome(request, due)
+    def message(self, request: Request, more: str = "") -> bytes:
+        """A request as it is sent. `more`: lines of its head."""
         body = json.dumps({
             "model": self._model, "prompt": list(request.prompt), "max_tokens": request.max_tokens,
             "seed": request.seed, "temperature": 1.0, "ignore_eos": True, "stream": True,
             "return_token_ids": True, "add_special_tokens": False,
         }).encode()  # fmt: skip
-        message = f"{self._head}{len(body)}\r\n\r\n".encode() + body
+        return f"{self._head}{more}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+    async def run(self, request: Request, due: float) -> Outcome:
+        """One request to its end; what goes wrong is in `Outcome.error`."""
+        outcome = Outcome(request, due)
+        message = self.message(request, "Connection: close\r\n")
         loop = asyncio.get_running_loop()
         reader: _Reader | None = None
         try:
             transport, reader = await loop.create_connection(
-                lambda: _Reader(self, message), self._host, self._port
+                lambda: _Reader(self, message), self.host, self.port, ssl=self.tls
             )
             try:
                 async with asyncio.timeout(STREAM_LIMIT_S):
@@ -147,11 +153,11 @@ class Client:
         except OSError as error:  # TimeoutError, too
             outcome.error = f"{type(error).__name__}: {error}"
         if reader is not None:
-            _read(reader.pieces, outcome)
+            read(reader.pieces, outcome)
         return outcome
 
 
-def _read(pieces: Sequence[tuple[float, bytes]], outcome: Outcome) -> None:
+def read(pieces: Sequence[tuple[float, bytes]], outcome: Outcome) -> None:
     """Server-sent events out of an HTTP/1.1 answer. Each token has the time of the piece that completed its event.
 
     A chunk's length is a line of its own, and no line of an event looks like one; so lines are enough.

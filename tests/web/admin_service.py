@@ -193,7 +193,9 @@ class MemoryService:
         if request.dry_run:
             return OperationAnswer(False, checks, plan)
         kind = OperationKind(request.kind)
-        operation = Operation(request.id, kind, request.node, created_unix_s=time.time())
+        operation = Operation(
+            request.id, kind, request.node, instances=request.instances, created_unix_s=time.time()
+        )
         self.known[request.id] = operation
         return OperationAnswer(True, checks, plan, operation)
 

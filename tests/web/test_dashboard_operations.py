@@ -109,6 +109,44 @@ def test_the_whole_clusters_operations(page: Page) -> None:
             assert (service.requests[-1].kind, service.requests[-1].node) == (kind, node)
 
 
+def test_another_number_of_instances(page: Page, tmp_path: Path) -> None:
+    service = MemoryService()
+    with serving(service) as url:
+        page.goto(f"{url}/#token={minted(Role.OPERATOR)}")
+        page.get_by_role("button", name="Scale instances").click()
+        dialog = page.get_by_role("dialog", name="Scale instances")
+        wanted, begin = (
+            dialog.get_by_label("Instances (there are 2)"),
+            dialog.get_by_role("button", name="Scale"),
+        )
+        expect(wanted).to_have_value("2")
+        for typed in ("", "0", "many", "5000", "2"):  # what cannot be, or is so already, is not even asked
+            wanted.fill(typed)
+            expect(dialog).to_contain_text("Choose another number, 1 to 4096.")
+            expect(begin).to_be_disabled()
+        assert service.requests == []
+        wanted.fill("3")
+        expect(dialog.locator(".checks")).to_contain_text("capacity: fine")
+        expect(dialog.locator(".command")).to_have_text("kfadmin scale 3 --if-epoch 12")
+        dialog.get_by_label("Reason, for the audit").fill("evening")
+        wanted.fill("4")
+        expect(dialog.locator(".command")).to_have_text("kfadmin scale 4 --if-epoch 12 --reason evening")
+        expect(begin).to_be_enabled()
+        assert_accessible(page)
+        shoot(page, tmp_path, "scale")
+        assert [(request.instances, request.dry_run) for request in service.requests] == [
+            (3, True),
+            (4, True),
+        ]
+        begin.click()
+        expect(dialog).to_have_count(0)
+        (known,) = service.known.values()
+        assert service.requests[-1] == OperationRequest(
+            known.id, "scale", instances=4, if_epoch=12, reason="evening"
+        )
+        expect(page.locator(".operations")).to_contain_text("scale 4")
+
+
 def test_a_viewer_sees_all_and_no_button_that_acts(page: Page, tmp_path: Path) -> None:
     service = MemoryService()
     nodes = healthy().nodes

@@ -3,7 +3,7 @@
 import { h, render } from "/ui/vendor/preact.js";
 import { askForLife } from "/ui/lives.js";
 import { applied, following, headline } from "/ui/format.js";
-import { askCancel, askFor, confirm, mayOperate } from "/ui/operations.js";
+import { askCancel, askFor, askInstances, confirm, mayOperate } from "/ui/operations.js";
 import { placed } from "/ui/topology.js";
 import { Page } from "/ui/view.js";
 
@@ -74,6 +74,7 @@ const actions = {
     draw();
   },
   ask: (kind, node) => follow(askFor(state.status, kind, node)),
+  instances: (typed) => follow(askInstances(state.asked, typed)),
   askCancel: (operation) => follow(askCancel(operation)),
   reason: (reason) => show({ ...state.asked, reason }),
   confirm: () => follow(confirm(state.asked)),
@@ -92,6 +93,7 @@ function show(asked) {
 async function follow(steps) {
   for await (const step of steps) {
     if (!step.first && state.asked?.id !== step.id) return;
+    if (!step.first && !step.over && state.asked.instances !== step.instances) return; // another number was typed
     if (step.said) state.said = step.said;
     show(step.over ? null : step);
   }

@@ -1,7 +1,8 @@
 // Operations: those under way, and the dialog that asks for one: pre-flight, plan, the same as a line of kfadmin.
 //
 // What somebody is about to ask for is `asked`: {id, kind, node, state, epoch, checks, plan, problem, reason}; its state
-// goes from "checking" to "checked" or "refused", and with the click on the button to "sending".
+// goes from "checking" to "checked" or "refused", and with the click on the button to "sending". To scale it also has
+// `instances` (how many are wanted) and `now` (how many there are), and is "choosing" until the two differ.
 
 import { Component, createRef, h } from "/ui/vendor/preact.js";
 import htm from "/ui/vendor/htm.js";
@@ -10,6 +11,7 @@ import { clock } from "/ui/format.js";
 const html = htm.bind(h);
 const SHOWN = 8;
 const SHOWN_S = 600; // after its end
+const INSTANCES_MAX = 4096;
 const PATH = "/admin/v1/operations";
 
 // kind -> what the button says, and what it means
@@ -22,6 +24,7 @@ const NODE_KINDS = {
 const GROUP_KINDS = {
   pause: ["Pause automation", "Nothing is repaired, moved or handed back until it is resumed. Streams go on."],
   resume: ["Resume automation", "What died meanwhile is repaired; operations go on."],
+  scale: ["Scale instances", "Adds instances, or removes the last ones, while all of them serve. No stream ends for it."],
   "transfer-leader": ["Transfer leadership", "The next candidate leads. No stream notices."],
 };
 const RESTARTS = {
@@ -53,10 +56,11 @@ const QUIET = /^[A-Za-z0-9._-]+$/;
 const quoted = (text) => (QUIET.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`);
 
 // The same as a line of kfadmin.
-export function commandLine({ kind, node, cancels, epoch, reason }) {
+export function commandLine({ kind, node, instances, cancels, epoch, reason }) {
   if (cancels) return `kfadmin cancel ${cancels}`;
   const why = reason ? ` --reason ${quoted(reason)}` : "";
-  return `kfadmin ${kind}${node ? ` ${quoted(node)}` : ""} --if-epoch ${epoch}${why}`;
+  const what = node || String(instances ?? "");
+  return `kfadmin ${kind}${what ? ` ${quoted(what)}` : ""} --if-epoch ${epoch}${why}`;
 }
 
 function fresh(kind, node) {
@@ -74,17 +78,35 @@ async function send(method, path, body) {
   }
 }
 
-function request({ id, kind, node, epoch, reason }, dryRun) {
-  return { id, kind, node, if_epoch: epoch, ...(dryRun ? { dry_run: true } : {}), ...(reason ? { reason } : {}) };
+function request({ id, kind, node, instances, epoch, reason }, dryRun) {
+  return { id, kind, node, if_epoch: epoch, ...(instances ? { instances } : {}), ...(dryRun ? { dry_run: true } : {}), ...(reason ? { reason } : {}) };
 }
 
 const failed = (checks) => (checks || []).some((check) => check.level === "fail");
 
 export async function* askFor(status, kind, node) {
   const asked = { id: fresh(kind, node), kind, node, epoch: status.counter, state: "checking", checks: [], plan: [], reason: "" };
+  if (kind === "scale") {
+    const now = status.pipelines.filter((pipeline) => !pipeline.closing).length;
+    yield { ...asked, first: true, state: "choosing", instances: now, now };
+    return;
+  }
   yield { ...asked, first: true };
+  yield await checked(asked);
+}
+
+async function checked(asked) {
   const { problem, checks = [], plan = [] } = await send("POST", PATH, request(asked, true));
-  yield { ...asked, state: problem || failed(checks) ? "refused" : "checked", problem, checks, plan };
+  return { ...asked, state: problem || failed(checks) ? "refused" : "checked", problem, checks, plan };
+}
+
+// Another number of instances, as it was typed: each has a pre-flight of its own.
+export async function* askInstances(before, typed) {
+  const whole = /^[1-9][0-9]*$/.test(typed) && Number(typed) <= INSTANCES_MAX;
+  const asked = { ...before, instances: whole ? Number(typed) : typed, problem: "", checks: [], plan: [] };
+  const differs = whole && asked.instances !== asked.now;
+  yield { ...asked, first: true, state: differs ? "checking" : "choosing" };
+  if (differs) yield await checked({ ...asked, first: false });
 }
 
 export async function* askCancel(operation) {
@@ -119,14 +141,14 @@ export function Operations({ status, who, actions }) {
       <h2>Operations</h2>
       ${may &&
       html`<div class="buttons" role="group" aria-label="For the whole cluster">
-        ${button(status.paused ? "resume" : "pause")} ${status.controllers.length > 1 && button("transfer-leader")}
+        ${button(status.paused ? "resume" : "pause")} ${button("scale")} ${status.controllers.length > 1 && button("transfer-leader")}
         ${Object.keys(RESTARTS).map((scope) => button("restart", scope))}
       </div>`}
       ${shown.length > 0 &&
       html`<ul class="operations">
         ${shown.map(
           (item) => html`<li key=${item.id}>
-            <span class=${`tag ${item.state}`}>${item.state}</span> <b>${item.kind} ${item.node}</b>
+            <span class=${`tag ${item.state}`}>${item.state}</span> <b>${item.kind} ${item.node || item.instances || ""}</b>
             ${item.substitute && ` with ${item.substitute}`} <span>${item.message}</span>
             ${item.targets.length > 0 &&
             html` <progress aria-label=${`${item.kind} ${item.node}`} max=${item.targets.length} value=${item.turn} />`}
@@ -165,7 +187,11 @@ export class Asked extends Component {
         <form onSubmit=${submit}>
           <h2 id="asked-title">${title}</h2>
           <p>${meaning(asked)}</p>
+          ${asked.now !== undefined &&
+          html`<label for="instances">Instances (there are ${asked.now})</label>
+            <input id="instances" inputmode="numeric" autocomplete="off" value=${asked.instances} onInput=${(event) => actions.instances(event.target.value.trim())} />`}
           <div role="status">
+            ${asked.state === "choosing" && html`<p class="quiet">Choose another number, 1 to ${INSTANCES_MAX}.</p>`}
             ${asked.state === "checking" && html`<p class="quiet">Checking whether it would be safe ...</p>`}
             ${asked.problem && html`<p class="problem">${asked.problem}</p>`}
             ${asked.checks.length > 0 &&

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench.kevlarflow_check import compare, expected_tokens
-from bench.kevlarflow_load import OUTPUT_MEAN, PROMPT_MEAN, Outcome, Request, _read, workload
+from bench.kevlarflow_load import OUTPUT_MEAN, PROMPT_MEAN, Outcome, Request, read, workload
 from controlplane.contract.requests import Sampling
 from dataplane._fast.blocktable import BlockTable
 from dataplane.core.messages import Block, Fence, KvMeta, StepMeta
@@ -104,15 +104,15 @@ def test_an_answer_that_comes_in_pieces_is_read_with_its_times() -> None:
     )
     for cut in range(1, len(whole)):
         outcome = Outcome(REQUESTS[0])
-        _read([(1.0, whole[:cut]), (2.0, whole[cut:])], outcome)
+        read([(1.0, whole[:cut]), (2.0, whole[cut:])], outcome)
         assert outcome.tokens == [1, 2, 3]
         assert not outcome.error
         assert outcome.times == sorted(outcome.times)
     cut_off = Outcome(REQUESTS[0])
-    _read([(1.0, whole[: whole.index(b"e\r\ndata: [DONE]")])], cut_off)
+    read([(1.0, whole[: whole.index(b"e\r\ndata: [DONE]")])], cut_off)
     assert "without [DONE]" in cut_off.error
     refused = Outcome(REQUESTS[0])
-    _read([(1.0, b'HTTP/1.1 503 x\r\n\r\n{"error": {"message": "no"}}')], refused)
+    read([(1.0, b'HTTP/1.1 503 x\r\n\r\n{"error": {"message": "no"}}')], refused)
     assert refused.error.startswith("HTTP 503")
 
 
