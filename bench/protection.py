@@ -22,7 +22,7 @@ from bench.cluster import wait_until
 from bench.contract import Result, percentile, progress
 from bench.kevlarflow_check import compare
 from bench.kevlarflow_load import VOCABULARY, Outcome
-from bench.protection_incident import Row, Shape, incident
+from bench.protection_incident import Row, Shape, incident, still
 from bench.protection_setup import (
     BLOCK_SIZE,
     INSTANCES,
@@ -40,14 +40,16 @@ from bench.protection_setup import (
     protected,
     requests_of,
 )
+from controlplane.contract.protection import Protection
 from controlplane.contract.status import ClusterStatus
 from controlplane.kfadmin.local import LocalCluster
 
 OPTIONS = ("figures",)
 LIVE = (NONE, REPLICATE, XOR41)  # in turns, all through steady state and incidents
 ALONE = (RS41, REPLICATE8, RS82)  # for their memory only
-# Memory: full blocks and one token more, so that all have the same blocks for as long as it takes to look.
-MEMORY_STREAMS, MEMORY_PROMPT, MEMORY_TOKENS = 4, 16 * BLOCK_SIZE + 1, 12
+# Memory: full blocks and one token more, so that all have the same blocks as long as they run, and looked at when all
+# have had some output.
+MEMORY_STREAMS, MEMORY_PROMPT, MEMORY_READ, MEMORY_TOKENS = 4, 16 * BLOCK_SIZE + 1, 8, 32
 STEADY_STREAMS, STEADY_PROMPT, STEADY_TOKENS = 8, 512, 16
 LONG = 16_384
 WARM = Shape(
@@ -136,16 +138,18 @@ async def _loaded_memory(cluster: LocalCluster) -> tuple[list[Outcome], int]:
 
 
 def _spent_bytes(cluster: LocalCluster) -> int:
-    def all_prefilled(status: ClusterStatus) -> bool:
-        return sum(pipeline.tokens for pipeline in status.pipelines) >= MEMORY_STREAMS * MEMORY_PROMPT
+    def all_read(status: ClusterStatus) -> bool:
+        tokens = sum(pipeline.tokens for pipeline in status.pipelines)
+        return tokens >= MEMORY_STREAMS * (MEMORY_PROMPT + MEMORY_READ)
 
-    def all_protected(status: ClusterStatus) -> bool:
-        return all(stage.lag_tokens == 0 for pipeline in status.pipelines for stage in pipeline.stages)
-
-    wait_until(cluster, "prompts to be computed", all_prefilled)
-    wait_until(cluster, "KV to be protected", all_protected)
+    wait_until(cluster, "prompts to be computed", all_read)
     with cluster.admin() as admin:
-        return admin.protection().spent_bytes
+        return still(lambda: _protected(admin.protection()), "copies or parity to be complete")
+
+
+def _protected(now: Protection) -> int:
+    """Bytes that are spent; 0 while something is not protected yet."""
+    return 0 if now.lag_tokens else now.spent_bytes
 
 
 def fill_memory(result: Result, spent: Mapping[Policy, int]) -> None:

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 WITHIN = 0.25  # of what was measured: how far a prediction may be off
 POLL_S = 0.03
+STILL_S = 0.4
 BEGIN_LIMIT_S = 60.0
 TOLD_LIMIT_S = 10.0  # after the streams have ended: the history has the recovery
 # Output of a stream before the kill, at least, and by when its node is killed even if KV is not all protected yet.
@@ -135,7 +136,7 @@ def _predict_and_kill(
         return status if tokens >= shape.streams * (shape.prompt_tokens + read) else None
 
     _until(lambda: begun(READ_MIN), BEGIN_LIMIT_S, f"{shape.streams} streams to begin")
-    _until(lambda: admin.protection().lag_tokens == 0 or begun(READ_MAX), BEGIN_LIMIT_S, "KV to be protected")
+    still(lambda: begun(READ_MAX) is not None or admin.protection().lag_tokens == 0, "KV to be protected")
     status = admin.status()
     pipeline = max(status.pipelines, key=lambda one: one.tokens)
     victim = pipeline.stages[shape.stage].serving[0].node
@@ -190,6 +191,20 @@ def parts_of(found: Incident) -> dict[str, float]:
 def _over(admin: AdminClient, last: int) -> Incident | None:
     """The failure that came after the one with the id `last`, once it is over."""
     return next((one for one in admin.incidents() if one.id > last and one.affected and one.over), None)
+
+
+def still(look: Callable[[], T], what: str) -> T:
+    """What `look` says once that is something and has been the same for STILL_S: what nodes say of themselves is told
+    ten times a second, and not at the same moment. Raises KevlarFlowError."""
+    said, since = look(), time.monotonic()
+    deadline = since + BEGIN_LIMIT_S
+    while not said or time.monotonic() - since < STILL_S:
+        time.sleep(POLL_S)
+        if (now := look()) != said:
+            said, since = now, time.monotonic()
+        if time.monotonic() > deadline:
+            raise KevlarFlowError(f"waited {BEGIN_LIMIT_S:g} s for {what}")
+    return said
 
 
 def _until(look: Callable[[], T | None], limit_s: float, what: str) -> T:

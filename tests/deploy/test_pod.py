@@ -270,6 +270,14 @@ def test_secrets_have_what_each_role_may_know(tmp_path: Path) -> None:
     }  # nothing was due
 
 
+def test_secrets_without_certificates_need_no_authority(tmp_path: Path) -> None:
+    release = Release("shop", "llm", {ProcessRole.NODE: 2})
+    made = secrets_of(tmp_path, release, timedelta(days=1), certificates=False)
+    assert {one["metadata"]["name"] for one in made} == {
+        f"shop-{what}" for what in ("credentials", "api-keys", "metrics", "operator")
+    }
+
+
 def test_secrets_need_an_authority(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["pod", "secrets", "shop", "--dir", str(tmp_path)])
     assert done.exit_code == 1

@@ -41,6 +41,9 @@ def secrets_verb(
     host: Annotated[
         list[str] | None, typer.Option(help="DNS names that clients know the gateways by.")
     ] = None,
+    certificates: Annotated[
+        bool, typer.Option(help="Without: tokens and keys alone, where cert-manager makes certificates.")
+    ] = True,
     lasts: Annotated[
         str, typer.Option("--for", help="How long new certificates are valid: 12h, 30d.")
     ] = "30d",
@@ -57,7 +60,7 @@ def secrets_verb(
         ProcessRole.ETCD: etcd,
     }
     release = Release(name, namespace, counts, tuple(host or ()))
-    items = secrets_of(folder, release, timedelta(seconds=seconds_of(lasts)))
+    items = secrets_of(folder, release, timedelta(seconds=seconds_of(lasts)), certificates)
     print(
         msgspec.json.format(
             msgspec.json.encode({"apiVersion": "v1", "kind": "List", "items": items})

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from controlplane.contract.auth import Role, create_secret, derive, mint
+from controlplane.contract.errors import ConfigError
 from controlplane.contract.identity import RELAY_NAME, ProcessName, ProcessRole
 from controlplane.kfadmin.certs import FOLDER
 from controlplane.kfadmin.pod.place import LETTERS
@@ -60,17 +61,16 @@ class Release:
                 return []
 
 
-def secrets_of(folder: Path, release: Release, lifetime: timedelta) -> list[dict[str, Any]]:
-    """Kubernetes Secrets; certificates that the folder lacks, or that are due, are issued.
+def secrets_of(
+    folder: Path, release: Release, lifetime: timedelta, certificates: bool = True
+) -> list[dict[str, Any]]:
+    """Kubernetes Secrets, also of `certificates`: those that the folder lacks, or that are due, are issued.
 
     Raises ConfigError, OSError."""
-    from controlplane.certs.folder import CertFolder  # not before it is needed: it imports cryptography
-
-    certs, now = CertFolder(folder / FOLDER), datetime.now(UTC)
-    certs.authority()  # raises ConfigError if there is none
+    now = datetime.now(UTC)
+    made = _certificates(folder, release, lifetime, now) if certificates else []
     secret = create_secret(folder / "secret")
     create_api_key(folder / "api-keys")
-    known = {leaf.process: leaf for leaf in certs.leaves()}
     expiry = int(now.timestamp()) + TOKENS_S
     admin = derive(secret, "admin")
     metrics, operator = (
@@ -80,13 +80,27 @@ def secrets_of(folder: Path, release: Release, lifetime: timedelta) -> list[dict
     keys = {
         name: (folder / name).read_bytes() for name in ("api-keys", "keys.json") if (folder / name).exists()
     }
-    first_key = next(line for line in keys["api-keys"].split() if not line.startswith(b"#"))
-    made = [
+    first_key = next((line for line in keys["api-keys"].split() if not line.startswith(b"#")), None)
+    if first_key is None:
+        raise ConfigError(
+            f"{folder / 'api-keys'} has no key: scrapers of the gateways need one; remove it for a new one"
+        )
+    return [
         _secret(release, "credentials", {"secret": (folder / "secret").read_bytes()}),
         _secret(release, "api-keys", keys),
         _secret(release, "metrics", {"controllers": metrics, "gateways": first_key}),
         _secret(release, "operator", {"token": operator}),
+        *made,
     ]
+
+
+def _certificates(folder: Path, release: Release, lifetime: timedelta, now: datetime) -> list[dict[str, Any]]:
+    """A Secret for each role. Raises ConfigError, OSError."""
+    from controlplane.certs.folder import CertFolder  # not before it is needed: it imports cryptography
+
+    certs = CertFolder(folder / FOLDER)
+    certs.authority()  # raises ConfigError if there is none
+    known, made = {leaf.process: leaf for leaf in certs.leaves()}, []
     for role, count in release.counts.items():
         if not count:
             continue

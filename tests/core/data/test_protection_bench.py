@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from bench.contract import Result
 from bench.kevlarflow_load import Outcome, Request
 from bench.protection import LIVE, LONG, costs, fill_incidents, fill_memory, in_turn
-from bench.protection_incident import Row, Shape, parts_of, slowest_s
+from bench.protection_incident import STILL_S, Row, Shape, parts_of, slowest_s, still
 from bench.protection_setup import (
     NONE,
     POSITIONS,
@@ -70,10 +71,10 @@ def test_a_later_pause_is_not_the_failures() -> None:
 
 
 def test_only_streams_that_waited_longest_were_interrupted() -> None:
-    # The first went on without a pause; its longest one, a little late, is not the failure's doing.
-    calm, hit, late = stream(1.0, 2.0, 3.0, 4.2), stream(1.0, 5.0, 5.1), stream(1.0, 6.0, 6.1)
-    assert slowest_s([calm, hit, late], killed=1.5, interrupted=2) == pytest.approx(4.5)
-    assert slowest_s([calm, hit], killed=1.5, interrupted=1) == pytest.approx(3.5)
+    # The calm one waited less, and its wait ended last.
+    calm, hit, late = stream(1.0, 1.6, 2.55), stream(1.0, 2.5, 2.6), stream(1.0, 2.52, 2.6)
+    assert slowest_s([calm, hit], killed=1.5, interrupted=1) == pytest.approx(1.0)
+    assert slowest_s([calm, hit, late], killed=1.5, interrupted=2) == pytest.approx(1.02)
 
 
 def test_a_kill_after_the_last_token_measures_nothing() -> None:
@@ -109,6 +110,12 @@ def test_what_incidents_come_to() -> None:
     assert result.metrics["predicted_off_p90"] == pytest.approx(0.8)
     assert [row["mode"] for row in result.rows] == ["none", "none", "replicate", "xor41", "xor41"]
     assert "predicted_s" not in result.rows[1]
+
+
+def test_what_changes_meanwhile_is_not_believed_yet() -> None:
+    said, began = iter([0, 100, 75, 75]), time.monotonic()
+    assert still(lambda: next(said, 128), "anything") == 128
+    assert time.monotonic() - began >= STILL_S
 
 
 def test_parts_are_those_of_the_pipeline_that_came_back_last() -> None:
