@@ -10,10 +10,11 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bench.failsafe_model import BLOCK_TOKENS, EXACT_SUM_BYTES, FLOAT_SUM_BYTES, Cost, Model, Work
+from bench.failsafe_model import BANDWIDTH, BLOCK_TOKENS, EXACT_SUM_BYTES, FLOAT_SUM_BYTES, Cost, Model, Work
 from bench.failsafe_traces import Lengths
 from dataplane.core.ranks.accounts import RankAccounts
 from dataplane.core.ranks.routing import Router
+from dataplane.core.ranks.starting import Start
 from kernels.ranks.layout import Layout, Shape, first_layout
 
 BUDGET_TOKENS = 8192  # of a step
@@ -77,6 +78,7 @@ class Engine:
         self.sum_bytes = EXACT_SUM_BYTES if exact else FLOAT_SUM_BYTES
         self.requests: dict[int, Request] = {}  # that are with the router
         self._bin_s = bin_s
+        self.moved_bytes = 0
         self._decode_steps = 0
         self._ends: dict[int, list[int]] = {}  # by decode step
         self._decoding: dict[int, list[int]] = {}  # by rank: requests, and positions that they read
@@ -93,7 +95,7 @@ class Engine:
         """Without requests that have KV; `router` may have some that wait."""
         self.layout = layout
         self.cost = Cost(self.model, layout, self.sum_bytes)
-        self.router = router or Router(layout.ranks)
+        self.router = router or Router(layout.ranks, token_pairs=self.cost.token_pairs)
         self.account = RankAccounts(layout, dict.fromkeys(layout.ranks, self.cost.blocks()))
         self._decoding = {rank: [0, 0] for rank in layout.ranks}
         self._ends.clear()
@@ -103,9 +105,12 @@ class Engine:
     def step(self, now: float, until: float) -> float:
         """One step, or many where nothing but decoding goes on. Returns when it ends; `until` if there is nothing."""
         self._top_up()
-        busy = {rank: 2 * count + read for rank, (count, read) in self._decoding.items()}
+        # What decoding tokens read takes the memory's time, whoever computes prompts: only their products count.
+        busy = {rank: count * self.cost.token_pairs for rank, (count, _) in self._decoding.items()}
         decoding = sum(count for count, _ in self._decoding.values())
+        self.moved_bytes = 0
         chunks = self.router.draw(max(0, BUDGET_TOKENS - decoding), busy, self._may_start)
+        moved_bytes, self.moved_bytes = self.moved_bytes, 0
         if not chunks and not decoding:
             return until
         count = 1 if chunks else self._steps_alike(now, until)
@@ -120,7 +125,7 @@ class Engine:
             request = self.requests[chunk.request]
             sampled += request.computed + chunk.tokens == request.wanted
         step = self.cost.step(owned, sampled)
-        now += step.seconds * count
+        now += step.seconds * count + moved_bytes / BANDWIDTH.peer
         self.served.kv_spread.append((step.seconds * count, self.account.spread()))
         self.served.compute_s += step.compute_s * count
         self.served.compute_mean_s += step.compute_mean_s * count
@@ -139,16 +144,25 @@ class Engine:
         for _ in range(QUEUE_PER_RANK * len(self.layout.ranks) - self.router.waiting):
             request = self.queue.take()
             self.requests[request.number] = request
-            self.router.submit(request.number, request.wanted)
+            self.router.submit(request.number, request.wanted, room=request.prompt + request.output)
 
-    def _may_start(self, number: int, owner: int) -> bool:
-        request = self.requests[number]
-        blocks = blocks_of(request.prompt + request.output)
+    def _may_start(self, start: Start) -> bool:
+        request = self.requests[start.request]
         running = len(self.requests) - self.router.waiting
-        if running >= RUNNING_MAX or not self.account.can_take(owner, blocks):
+        blocks = blocks_of(request.prompt + request.output)
+        if running >= RUNNING_MAX or not self.account.begin(start, blocks):
             return False
-        self.account.take(number, owner, blocks)
+        if start.moves is not None and start.target is not None:
+            self._move(self.requests[start.moves], start.target)
         return True
+
+    def _move(self, request: Request, rank: int) -> None:
+        """A request that is decoded gets another owner: its data-parallel heads' KV goes there before the next step."""
+        self._catch_up(request)
+        for owner, sign in ((self.owner(request.number), -1), (rank, 1)):
+            self._decoding[owner][0] += sign
+            self._decoding[owner][1] += sign * request.computed
+        self.moved_bytes += self.cost.moved_bytes(request.computed)
 
     def _steps_alike(self, now: float, until: float) -> int:
         """Decode steps until a request ends, or something happens outside."""
@@ -247,6 +261,11 @@ class Engine:
                 self.router.rewind(number, keep)
             elif request.generated and request.computed == request.wanted:
                 self._join(request)
+        for request in [each for each in self.requests.values() if not each.computed]:
+            # One that has an owner and no tokens yet needs room here as well.
+            mine, blocks = self.router.owner(request.number), blocks_of(request.prompt + request.output)
+            if mine is not None and not self.account.begin(Start(request.number, mine), blocks):
+                self.give_up(request)
         return without_room
 
     def give_up(self, request: Request) -> None:

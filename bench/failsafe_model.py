@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dataplane.core.ranks.recovery import Bandwidth, Sizes
+from kernels.ranks.cuts import ffn_shards
 from kernels.ranks.layout import Layout
 
 # NVIDIA H100 SXM5 data sheet: dense bf16, HBM3, NVLink 4 (900 GB/s, both ways together), PCIe 5.0 x16 one way.
@@ -30,8 +31,7 @@ BANDWIDTH = Bandwidth(host=PCIE_BYTES_PER_S * LINK_REACHED, peer=NVLINK_BYTES_PE
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Its shape, from its published config.json. `shards`: of the FFN in each layer; with these no rank of 5 to 8 has
-    more than 2 % above the mean."""
+    """Its shape, from its published config.json."""
 
     name: str
     layers: int
@@ -40,10 +40,14 @@ class Model:
     kv_heads: int
     ffn: int
     vocabulary: int
-    shards: int
     experts: int = 1
     experts_used: int = 1
     head_size: int = 128
+
+    @property
+    def shards(self) -> int:
+        """Of the FFN in each layer, as kernels/ranks cuts it."""
+        return ffn_shards(self.ffn)
 
     @property
     def head_weights(self) -> int:
@@ -76,8 +80,8 @@ class Model:
         return self.layers * (self.kv_heads * sizes.head + self.shards * sizes.shard)
 
 
-LLAMA_70B = Model("llama-3.1-70b", 80, 8192, 64, 8, 28672, 128256, shards=224)
-MIXTRAL_8X22B = Model("mixtral-8x22b", 56, 6144, 48, 8, 16384, 32768, shards=256, experts=8, experts_used=2)
+LLAMA_70B = Model("llama-3.1-70b", 80, 8192, 64, 8, 28672, 128256)
+MIXTRAL_8X22B = Model("mixtral-8x22b", 56, 6144, 48, 8, 16384, 32768, experts=8, experts_used=2)
 
 
 @dataclass(slots=True)
@@ -121,9 +125,20 @@ class Cost:
         self.kv_room_bytes = max(0.0, H100_BYTES * MEMORY_USED - self.rank_weight_bytes)
 
     @property
+    def token_pairs(self) -> int:
+        """A token's products of a head, in pairs of positions that take as long: for the router."""
+        queries = self.model.heads // self.model.kv_heads
+        pair = 4 * queries * self.model.head_size / ATTENTION_REACHED
+        return round(2 * self.model.head_weights / MATRIX_REACHED / pair)
+
+    @property
     def fits(self) -> bool:
         """Whether the weights do, with room for one long request."""
         return self.kv_room_bytes > H100_BYTES * 0.01
+
+    def moved_bytes(self, tokens: int) -> int:
+        """KV of a request's data-parallel heads, which goes to another owner."""
+        return self.model.layers * self._for_owned * tokens * 2 * self.model.head_size * BYTES
 
     def blocks(self) -> int:
         """Blocks of planes that a rank has room for."""

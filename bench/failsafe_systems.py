@@ -24,8 +24,8 @@ START_S = (
 DISK_BYTES_PER_S = 6e9  # weights for a restart, by all ranks of a machine together
 
 
-def restart_s(model: Model) -> float:
-    return START_S + model.weight_bytes / DISK_BYTES_PER_S
+def restart_s(model: Model, start_s: float = START_S) -> float:
+    return start_s + model.weight_bytes / DISK_BYTES_PER_S
 
 
 def shape_of(model: Model) -> Shape:

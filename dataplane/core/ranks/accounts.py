@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dataplane.core.ranks.starting import Start
 from kernels.ranks.layout import DATA_PARALLEL, Layout
 
 
@@ -58,6 +59,27 @@ class RankAccounts:
             raise ValueError(f"request {request}: no room for {blocks} blocks at owner {owner}")
         self._requests[request] = (owner, before[1] + blocks)
         self._add(owner, blocks)
+
+    def begin(self, start: Start, blocks: int) -> bool:
+        """A request takes that many blocks, and the one that moves for it takes its own along. False: there is no room
+        for both, and nothing has changed. Raises ValueError if the request that moves has no blocks."""
+        if start.moves is None or start.target is None:
+            if not self.can_take(start.rank, blocks):
+                return False
+            self.take(start.request, start.rank, blocks)
+            return True
+        if start.moves not in self._requests:
+            raise ValueError(f"request {start.moves} has no blocks that could move to rank {start.target}")
+        owner = self._requests[start.moves][0]
+        moved = self.release(start.moves)
+        if self.can_take(start.target, moved):
+            self.take(start.moves, start.target, moved)
+            if self.can_take(start.rank, blocks):
+                self.take(start.request, start.rank, blocks)
+                return True
+            self.release(start.moves)
+        self.take(start.moves, owner, moved)
+        return False
 
     def release(self, request: int) -> int:
         """All blocks of a request; returns how many there were, none for one that has none."""

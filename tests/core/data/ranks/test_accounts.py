@@ -6,6 +6,7 @@ import pytest
 
 from dataplane.core.ranks.accounts import RankAccounts, planes_for_all, planes_for_owned
 from dataplane.core.ranks.routing import Router
+from dataplane.core.ranks.starting import Start
 from kernels.ranks.layout import Shape, first_layout
 
 SHAPE = Shape(80, 8, 112)
@@ -56,3 +57,18 @@ def test_routed_requests_fill_ranks_evenly(ranks: int) -> None:
         assert owner is not None
         account.take(number, owner, -(-tokens // 16))
     assert account.spread() <= 1.05
+
+
+def test_a_start_that_moves_another_takes_both_or_nothing() -> None:
+    account = RankAccounts(first_layout(Shape(1, 3, 3), 2), {0: 20, 1: 20})  # 1 head each, 1 of all
+    account.take(1, owner=1, blocks=6)
+    before = account.used()
+    assert before == {0: 6, 1: 12}
+    assert not account.begin(Start(2, 1, moves=1, target=0), 9)  # 12 + 9 at rank 0
+    assert not account.begin(Start(2, 1), 5)  # 12 + 10 at rank 1
+    assert account.used() == before
+    assert account.begin(Start(2, 1, moves=1, target=0), 5)
+    assert account.used() == {0: 12 + 5, 1: 6 + 10}
+    assert account.release(1) == 6
+    with pytest.raises(ValueError, match="request 1 has no blocks"):
+        account.begin(Start(3, 0, moves=1, target=1), 1)

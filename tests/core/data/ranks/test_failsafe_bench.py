@@ -8,11 +8,12 @@ import msgspec
 import pytest
 
 from bench.failsafe_model import EXACT_SUM_BYTES, FLOAT_SUM_BYTES, LLAMA_70B, MIXTRAL_8X22B, Cost, Model, Work
-from bench.failsafe_systems import Ours, Standard, restart_s, shape_of
-from bench.failsafe_traces import Event, Group, Lengths, fault_trace, spot_trace
+from bench.failsafe_systems import START_S, Ours, Standard, restart_s, shape_of
+from bench.failsafe_traces import Event, FaultTrace, Group, Lengths, fault_trace, spot_trace
+from bench.failsafe_whole import Rates, whole_trace
 from kernels.ranks.layout import first_layout
 
-SMALL = Model("small", 4, 32768, 64, 8, 131072, 32000, shards=56)
+SMALL = Model("small", 4, 32768, 64, 8, 131072, 32000)
 LENGTHS = [Lengths(500 + 700 * (number % 5), 20 + number % 30) for number in range(50)]
 ALL = frozenset(range(8))
 
@@ -98,3 +99,14 @@ def test_spot_nodes_fill_places_of_groups(tmp_path: Path) -> None:
     (group,) = spot_trace(tmp_path, "spot.csv", "spot").groups
     assert [event.up for event in group.events] == [True] * 8 + [False, True]  # the ninth found no place
     assert group.events[-1].rank == group.events[-2].rank
+
+
+def test_a_rank_that_is_lost_before_it_has_started_never_serves() -> None:
+    """Traces have whole minutes: it is lost at the very moment at which it would be ready."""
+    events = (Event(0.0, 0, False), Event(30.0, 0, True), Event(30.0 + START_S, 0, False))
+    trace = FaultTrace("minutes", 1000.0, (Group(frozenset(range(8)), events),))
+    rates = Rates(*({ranks: 100.0 * ranks for ranks in (2, 4, 7, 8)} for _ in range(3)), {})
+    row = whole_trace(trace, LLAMA_70B, rates)
+    assert row["whole_ours"] == pytest.approx(700.0, rel=0.002)
+    assert float(row["factor_changes"]) <= 1.0
+    assert float(row["ceiling_ratio"]) >= float(row["factor_restarts"]) * float(row["factor_idle_ranks"])

@@ -63,7 +63,7 @@ def test_a_full_stage_computes_prompts_of_several_ranks_together() -> None:
     slowest = mean = 0.0
     for _ in range(60):
         room = [True]
-        chunks = router.draw(BUDGET, may_start=lambda request, rank, room=room: bool(room) and room.pop())
+        chunks = router.draw(BUDGET, may_start=lambda start, room=room: bool(room) and room.pop())
         total = dict.fromkeys(router.ranks, 0)
         for chunk in chunks:
             total[chunk.rank] += chunk.tokens
@@ -77,7 +77,7 @@ def test_after_a_no_nothing_starts_and_what_has_started_goes_on() -> None:
     router.draw(100)
     router.submit(1, 1000)
     asked = []
-    (chunk,) = router.draw(100, may_start=lambda request, rank: bool(asked.append((request, rank))))
+    (chunk,) = router.draw(100, may_start=lambda start: bool(asked.append((start.request, start.rank))))
     assert asked == [(1, 1)]
     assert (chunk.request, router.owner(1), router.waiting) == (0, None, 1)
 
@@ -114,7 +114,7 @@ def test_every_token_is_drawn_once_and_in_order(data: st.DataObject) -> None:
             case "draw":
                 refused = data.draw(st.sampled_from((-1, 0, 1)))
                 chunks = router.draw(
-                    data.draw(st.integers(1, 40)), may_start=lambda each, _, no=refused: each != no
+                    data.draw(st.integers(1, 40)), may_start=lambda start, no=refused: start.request != no
                 )
                 for chunk in chunks:
                     assert chunk.request not in ended
