@@ -63,7 +63,7 @@ async def under_load(
             ended.extend(await cluster.resuming.streams(half))
 
     async def acting() -> None:
-        await until(lambda: ended, "streams flow")
+        await until(lambda: ended, "streams flow", 60.0)  # whole ones, on cores that may be busy with others
         try:
             await act()
         finally:
