@@ -258,8 +258,10 @@ def test_every_verb_asks_for_its_operation(
     with ending(service, "op-6", OperationState.DONE, "it is so"):
         result = kfadmin(*arguments, "--operation-id", "op-6", *target)
     assert result.exit_code == 0
-    assert (service.known["op-6"].kind, service.known["op-6"].node) == (kind, node)
-    assert f"{kind.value} {node}".strip() + " done: it is so" in result.stdout
+    asked = service.known["op-6"]
+    assert (asked.kind, asked.node) == (kind, node)
+    assert asked.instances == (3 if kind is OperationKind.SCALE else 0)
+    assert f"{kind.value} {node or asked.instances or ''}".strip() + " done: it is so" in result.stdout
 
 
 def test_checks_have_exit_codes_and_change_nothing(target: list[str], service: MemoryService) -> None:
