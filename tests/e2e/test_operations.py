@@ -63,7 +63,7 @@ async def under_load(
             ended.extend(await cluster.resuming.streams(half))
 
     async def acting() -> None:
-        await until(lambda: ended, "streams flow", 60.0)  # whole ones, on cores that may be busy with others
+        await until(lambda: ended, "streams flow")
         try:
             await act()
         finally:
