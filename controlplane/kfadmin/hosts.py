@@ -16,11 +16,11 @@ from controlplane.contract.errors import ConfigError, RequestError
 from controlplane.contract.identity import ProcessName, ProcessRole
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
 from controlplane.contract.topology import Mode
-from controlplane.etcd.health import unfit_releases
-from controlplane.etcd.server import EtcdBinaryError, etcd_command, etcd_version, find_etcd_binary
+from controlplane.etcd.server import etcd_command
 from controlplane.kfadmin.client import Unreachable
 from controlplane.kfadmin.exits import Exit
 from controlplane.kfadmin.fleet import HostPlan, bracketed, read_fleet, warnings
+from controlplane.kfadmin.installed_etcd import installed_etcd
 from controlplane.kfadmin.join import give, join, pack, parts_of, read_bundle, read_plan
 from controlplane.kfadmin.output import progress
 from controlplane.kfadmin.rundir import HOST_RUN_DIR, RunDir
@@ -197,13 +197,7 @@ def _missing(status: ClusterStatus) -> str:
 def _etcd(local: RunDir, host: HostPlan) -> list[str]:
     """The command line of this host's member. Raises ConfigError."""
     config: ClusterConfig = local.config()
-    try:
-        binary = find_etcd_binary(os.environ)
-        version = etcd_version(binary)
-    except EtcdBinaryError as error:
-        raise ConfigError(str(error)) from error
-    for warning in unfit_releases([".".join(map(str, version))]):
-        progress(f"WARNING: {warning}")
+    binary, version = installed_etcd()
     addresses = host.etcd_bracketed()
     return etcd_command(
         binary,

@@ -18,10 +18,10 @@ from controlplane.contract.errors import ConfigError, KevlarFlowError, RequestEr
 from controlplane.contract.identity import Identity, ProcessName, ProcessRole
 from controlplane.contract.records import OperationKind
 from controlplane.contract.status import OperationRequest
-from controlplane.etcd.health import unfit_releases
-from controlplane.etcd.server import EtcdBinaryError, etcd_command, etcd_version, find_etcd_binary
+from controlplane.etcd.server import etcd_command
 from controlplane.kfadmin.client import AdminClient
 from controlplane.kfadmin.fleet import bracketed
+from controlplane.kfadmin.installed_etcd import installed_etcd
 from controlplane.kfadmin.output import progress
 from controlplane.kfadmin.pod import release
 from controlplane.kfadmin.pod.api import KubernetesApi
@@ -181,13 +181,7 @@ def _etcd(
             f"{me.name} is no member of etcd, which has {', '.join(plan.etcd_members) or 'none'}: etcd.replicas is"
             " how many the release was installed with"
         )
-    try:
-        binary = find_etcd_binary(os.environ)
-        version = etcd_version(binary)
-    except EtcdBinaryError as error:
-        raise ConfigError(str(error)) from error
-    for warning in unfit_releases([".".join(map(str, version))]):
-        progress(f"WARNING: {warning}")
+    binary, version = installed_etcd()
     bind = bracketed(place.bind)
     command = etcd_command(
         binary,
