@@ -32,7 +32,7 @@ class Cluster:
         *,
         engine: EngineConfig | None = None,
         timing: TimingConfig | None = None,
-        controllers: int = 2,
+        controllers: int = 1,
         etcd_members: int = 1,
         gateways: int = 1,
         secure: bool = False,
