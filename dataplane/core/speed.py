@@ -64,6 +64,10 @@ class StepSpeed:
         self._target_s = target_s
         self._decodes: deque[tuple[int, float]] = deque(maxlen=DECODES_KEPT)  # rows, seconds
         self._chunks: deque[_Chunk] = deque(maxlen=CHUNKS_KEPT)
+        self._paces: deque[tuple[int, float]] = deque(
+            maxlen=CHUNKS_KEPT
+        )  # tokens of a chunk, seconds behind another
+        self._chunk_at = 0.0  # when the last step with a chunk came back
         self._unproved = 0  # steps with chunks since the last one that only decoded
 
     def learn(self, other: StepSpeed) -> None:
@@ -71,6 +75,7 @@ class StepSpeed:
         if not self._decodes and not self._chunks:
             self._decodes.extend(other._decodes)
             self._chunks.extend(other._chunks)
+            self._paces.extend(other._paces)
 
     def ran(self, decodes: int, prompt_tokens: int, took_s: float, *, beside_chunk: bool) -> None:
         """A step has come back. `beside_chunk`: another one in flight meanwhile had tokens of a prompt."""
@@ -81,6 +86,19 @@ class StepSpeed:
         elif decodes and not beside_chunk:
             self._unproved = 0
             self._decodes.append((decodes, took_s))
+
+    def passed(self, prompt_tokens: int, since: float, now: float) -> None:
+        """A step with a chunk, launched at `since`, has come back: how long after another one that was in the stages
+        with it."""
+        if prompt_tokens >= CHUNK_MIN and since < self._chunk_at:
+            self._paces.append((prompt_tokens, now - self._chunk_at))
+        self._chunk_at = now
+
+    @property
+    def pace_s(self) -> float:
+        """For each token of a long prompt, whose chunks follow one another through the stages; 0: not measured yet."""
+        tokens = sum(count for count, _ in self._paces)
+        return sum(took_s for _, took_s in self._paces) / tokens if tokens else 0.0
 
     @property
     def token_s(self) -> float:
