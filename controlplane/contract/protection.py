@@ -37,6 +37,4 @@ class Protection(msgspec.Struct, frozen=True):
     overhead_s: float | None
     measured: int  # failures of which `overhead_s` is the median
     losses: tuple[Loss, ...] = ()  # by node
-    restoring: Restoring = (
-        Restoring()
-    )  # how fast blocks are restored: median of the nodes that had some lately
+    restoring: Restoring = Restoring()  # how fast blocks are restored: as nodes that had some lately say

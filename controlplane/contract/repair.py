@@ -5,9 +5,18 @@ All of it is measured live. Zeros: not measured yet, and nothing is said that re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 
 import msgspec
+
+
+def middle(measured: Iterable[tuple[float, float]]) -> float:
+    """The median of (value, weight); 0 of none. Other work on the same cores makes single measurements late."""
+    found = sorted(measured)
+    half = sum(weight for _, weight in found) / 2
+    sums = accumulate(weight for _, weight in found)
+    return next((value for (value, _), below in zip(found, sums, strict=True) if below >= half), 0.0)
 
 
 class Computing(msgspec.Struct, frozen=True, array_like=True):
@@ -31,6 +40,7 @@ class Restoring(msgspec.Struct, frozen=True, array_like=True):
 
     wait_s: float = 0.0  # for the first ones
     block_s: float = 0.0  # for each one behind them
+    blocks: int = 0  # of which that is known
 
     def needs_s(self, blocks: int) -> float | None:
         """Until so many blocks are there."""

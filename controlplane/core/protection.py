@@ -14,7 +14,7 @@ from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import NodeId
 from controlplane.contract.incidents import Incident
 from controlplane.contract.protection import Loss, Protection
-from controlplane.contract.repair import Computing, Restoring, computed_again, repair_s
+from controlplane.contract.repair import Computing, Restoring, computed_again, middle, repair_s
 from controlplane.contract.status import ClusterStatus, NodeState, NodeStatus, PipelineState, PipelineStatus
 from controlplane.contract.topology import Mode
 
@@ -100,7 +100,11 @@ def _restoring(nodes: Iterable[NodeStatus]) -> Restoring:
     found = [node.restoring for node in nodes if node.restoring.block_s]
     if not found:
         return Restoring()
-    return Restoring(median(one.wait_s for one in found), median(one.block_s for one in found))
+    return Restoring(
+        middle((one.wait_s, one.blocks) for one in found),
+        middle((one.block_s, one.blocks) for one in found),
+        sum(one.blocks for one in found),
+    )
 
 
 def _loss(

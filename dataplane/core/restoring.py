@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import median
 
-from controlplane.contract.repair import Restoring
+from controlplane.contract.repair import Restoring, middle
 
 KEPT = 8  # restorations that are looked back at
 
@@ -52,4 +52,6 @@ class RestoreSpeed:
         blocks = sum(count for count, _ in self._spans)
         if not blocks:
             return Restoring()
-        return Restoring(median(self._waits), sum(took_s for _, took_s in self._spans) / blocks)
+        return Restoring(
+            median(self._waits), middle((took_s / count, count) for count, took_s in self._spans), blocks
+        )

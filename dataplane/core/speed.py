@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import accumulate
 from statistics import median
+
+from controlplane.contract.repair import middle
 
 # Of a step that only decodes: what a step with a chunk may take, where no time is set. Readers are to wait at most 2.5
 # times as long as usual (p99), and steps come late without any chunk, too.
@@ -97,8 +98,7 @@ class StepSpeed:
     @property
     def pace_s(self) -> float:
         """For each token of a long prompt, whose chunks follow one another through the stages; 0: not measured yet."""
-        tokens = sum(count for count, _ in self._paces)
-        return sum(took_s for _, took_s in self._paces) / tokens if tokens else 0.0
+        return middle((took_s / count, count) for count, took_s in self._paces)
 
     @property
     def token_s(self) -> float:
@@ -139,10 +139,7 @@ class StepSpeed:
 
     def _token_share(self, rows: float, rows_s: float) -> float:
         """The median over tokens, not over chunks."""
-        shares = sorted((chunk.token_share(rows, rows_s), chunk.tokens) for chunk in self._chunks)
-        half = sum(tokens for _, tokens in shares) / 2
-        sums = accumulate(tokens for _, tokens in shares)
-        return next(share for (share, _), below in zip(shares, sums, strict=True) if below >= half)
+        return middle((chunk.token_share(rows, rows_s), chunk.tokens) for chunk in self._chunks)
 
     def _decode_step(self) -> tuple[float, float]:
         """Rows and seconds of one, lately; zeros if none has been measured."""

@@ -22,7 +22,7 @@ FAILURE = Incident(
 )
 
 
-RESTORING = Restoring(wait_s=0.02, block_s=0.001)
+RESTORING = Restoring(wait_s=0.02, block_s=0.001, blocks=9)
 
 
 def coded(status: ClusterStatus, *, restoring: Restoring = RESTORING) -> ClusterStatus:
@@ -123,9 +123,17 @@ def test_restoring_takes_its_time() -> None:
     assert loss(coded(busy(), restoring=Restoring()), "n1", config).wait_s is None, "it was never measured"
 
 
+def test_who_had_many_blocks_restored_knows_best() -> None:
+    status = coded(busy())
+    few = replace(status.nodes[2], restoring=Restoring(0.5, 0.05, 3))
+    also = replace(status.nodes[3], restoring=Restoring(0.6, 0.06, 4))
+    status = replace(status, nodes=(*status.nodes[:2], few, also, *status.nodes[4:]))
+    assert protection(status, CONFIG, []).restoring == Restoring(0.02, 0.001, 16)
+
+
 def test_what_is_computed_sooner_than_restored_is_computed() -> None:
     config = replace(CONFIG, mode=Mode.PARITY, parity=ParityConfig("xor", 1))
-    cost = loss(coded(busy(lag=48), restoring=Restoring(0.02, 0.5)), "n1", config)
+    cost = loss(coded(busy(lag=48), restoring=Restoring(0.02, 0.5, 9)), "n1", config)
     assert (cost.tokens, cost.restore_bytes) == (1000, 0)
     assert cost.wait_s is not None
     assert abs(cost.wait_s - (0.15 + 1000 * 0.002 + 0.05)) < 1e-9

@@ -6,11 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.contract.repair import Computing, Restoring, computed_again, repair_s
+from controlplane.contract.repair import Computing, Restoring, computed_again, middle, repair_s
 
 BLOCK = 16
 COMPUTING = Computing(step_s=0.1, token_s=0.002, pace_s=0.001, chunk_tokens=100)
 RESTORING = Restoring(wait_s=0.05, block_s=0.004)
+
+
+def test_the_middle_is_where_half_of_the_weight_is() -> None:
+    assert middle([]) == 0.0
+    assert middle([(3.0, 1), (1.0, 1), (2.0, 1)]) == 2.0
+    assert middle([(1.0, 1), (2.0, 1), (9.0, 8)]) == 9.0
 
 
 def test_chunks_behind_the_first_follow_at_the_pace_of_the_slowest_stage() -> None:

@@ -202,10 +202,10 @@ def test_chunks_that_follow_one_another_tell_the_pace_of_a_long_prompt() -> None
     made.passed(100, since=0.0, now=1.0)
     assert made.pace_s == 0.0, "nothing was in the stages with it"
     made.passed(100, since=0.5, now=1.2)
-    made.passed(300, since=0.9, now=1.6)
-    assert made.pace_s == pytest.approx(0.6 / 400)
-    made.passed(100, since=5.0, now=6.0)  # launched when the stages were empty
-    assert made.pace_s == pytest.approx(0.6 / 400)
+    made.passed(300, since=0.9, now=1.5)
+    assert made.pace_s == pytest.approx(0.3 / 300), "most tokens were in that one"
+    made.passed(900, since=5.0, now=6.0)  # launched when the stages were empty
+    assert made.pace_s == pytest.approx(0.3 / 300)
 
 
 SECONDS = st.sampled_from([0.0, 1e-9, 0.001, 0.01, 1.0, 60.0])

@@ -443,7 +443,7 @@ def test_how_fast_blocks_were_restored_is_known_afterwards() -> None:
         restorer.arrived(PIPELINE, name, at)
     assert restorer.answers(0.5)[0].last
     found = restorer.speed.restoring
-    assert (found.wait_s, found.block_s) == (pytest.approx(0.2), pytest.approx(0.1))
+    assert (found.wait_s, found.block_s, found.blocks) == (pytest.approx(0.2), pytest.approx(0.1), 3)
 
 
 def test_what_was_not_restored_is_no_measurement() -> None:
