@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import median
 
 from controlplane.contract.repair import middle
@@ -139,7 +140,10 @@ class StepSpeed:
 
     def _token_share(self, rows: float, rows_s: float) -> float:
         """The median over tokens, not over chunks."""
-        return middle((chunk.token_share(rows, rows_s), chunk.tokens) for chunk in self._chunks)
+        shares = sorted((chunk.token_share(rows, rows_s), chunk.tokens) for chunk in self._chunks)
+        half = sum(tokens for _, tokens in shares) / 2
+        sums = accumulate(tokens for _, tokens in shares)
+        return next(share for (share, _), below in zip(shares, sums, strict=True) if below >= half)
 
     def _decode_step(self) -> tuple[float, float]:
         """Rows and seconds of one, lately; zeros if none has been measured."""

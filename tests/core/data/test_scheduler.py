@@ -8,6 +8,7 @@ import pytest
 
 from controlplane.contract.requests import FinishReason, RefusalCode, Sampling, Submit
 from dataplane._fast.blocktable import Rows
+from dataplane.core import events
 from dataplane.core.batching import Limits
 from dataplane.core.events import (
     Ask,
@@ -17,7 +18,6 @@ from dataplane.core.events import (
     Effect,
     EpochBegan,
     Quiesce,
-    Recovered,
     Refuse,
     RunStep,
     SessionLost,
@@ -343,7 +343,7 @@ def test_restoring_is_not_counted_as_connecting() -> None:
     assert not steps(made.step(Tick(), 0.4 + 2 * GATHER_S)), "nothing is known of what it holds"
     issued = steps(made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, ((1, 8),)), 1.5))
     effects = made.step(result(issued[0]), 1.7)
-    timing = next(e for e in effects if isinstance(e, Recovered)).timing
+    timing = next(e for e in effects if isinstance(e, events.Recovered)).timing
     times = (timing.seen, timing.connected, timing.restored, timing.first_token)
     assert times == (0.2, 0.4, 1.5, 1.7)
 
