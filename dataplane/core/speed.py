@@ -66,9 +66,8 @@ class StepSpeed:
         self._target_s = target_s
         self._decodes: deque[tuple[int, float]] = deque(maxlen=DECODES_KEPT)  # rows, seconds
         self._chunks: deque[_Chunk] = deque(maxlen=CHUNKS_KEPT)
-        self._paces: deque[tuple[int, float]] = deque(
-            maxlen=CHUNKS_KEPT
-        )  # tokens of a chunk, seconds behind another
+        # Tokens of a chunk, and how long it came behind another that was in the stages with it.
+        self._paces: deque[tuple[int, float]] = deque(maxlen=CHUNKS_KEPT)
         self._chunk_at = 0.0  # when the last step with a chunk came back
         self._unproved = 0  # steps with chunks since the last one that only decoded
 
