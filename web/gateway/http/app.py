@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -46,9 +47,9 @@ def build_app(serving: Service | Services, keys: ApiKeys, origins: Sequence[str]
     services = Services(serving) if isinstance(serving, Service) else serving
     service = services.first
     app = FastAPI(title="KevlarFlow gateway", version=service.version, docs_url=None, redoc_url=None)
+    _generation_routes(app, services)  # routes are looked through in their order
     _health_routes(app, services)
     _model_routes(app, services)
-    _generation_routes(app, services)
     _token_routes(app, services)
     _error_handlers(app, service)
     described = document(service.model, service.version, service.priority_floor)
@@ -132,17 +133,9 @@ def _generation_routes(app: FastAPI, services: Services) -> None:
         _check_key(service, request)
         return GenerationResponse(service, await start_or_resume(service, kind, body, _visit(request), hold))
 
-    @app.post("/v1/completions", response_model=None)
-    async def completions(request: Request) -> GenerationResponse:
-        return await generate("completion", request)
-
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(request: Request) -> GenerationResponse:
-        return await generate("chat", request)
-
-    @app.post("/v1/responses", response_model=None)
-    async def responses(request: Request) -> GenerationResponse:
-        return await generate("responses", request)
+    # Of Starlette: FastAPI's own routes first ask, for each request, what its function depends on, which is nothing.
+    for path, kind in GENERATES.items():
+        app.add_route(path, functools.partial(generate, kind), methods=["POST"])
 
     @app.get("/v1/streams/{stream}", response_model=None)
     async def streams(stream: str, request: Request) -> Response:
