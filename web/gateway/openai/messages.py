@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from controlplane.contract.errors import RequestError
+from web.gateway.errors import ApiError
 from web.gateway.openai.strict import Lenient, Strict, without_hints
 
 END_MARK = "\ue000end of the last message\ue001"  # characters that nobody may have given a meaning
@@ -29,8 +30,23 @@ ANSWER_FIELDS = frozenset(
 
 
 class TextPart(Lenient):
-    type: Literal["text"]
-    text: str
+    """`input_text` and `output_text` are the names of the responses API, which those who speak both send here, too; a
+    refusal is what an assistant has said in place of an answer."""
+
+    type: Literal["text", "input_text", "output_text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.refusal if self.type == "refusal" else self.text) is None:
+            name = "refusal" if self.type == "refusal" else "text"
+            raise ApiError(400, f"messages: a part of the type {self.type} needs {name}", "messages")
+        return self
+
+    @property
+    def said(self) -> str:
+        return (self.refusal if self.type == "refusal" else self.text) or ""
 
 
 class CalledFunction(Lenient):
@@ -68,23 +84,27 @@ class Message(Strict):
     @property
     def text(self) -> str:
         if isinstance(self.content, list):
-            return "\n".join(part.text for part in self.content)
+            return "\n".join(part.said for part in self.content)
         return self.content or ""
 
 
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
-def plain(messages: list[Message], parts: bool, strings: bool) -> list[dict[str, Any]]:
-    """What a chat template gets to see: `parts` of text as such, or as one; and a text as a string, or as one part."""
+def plain(messages: list[Message], parts: bool, strings: bool, developers: bool) -> list[dict[str, Any]]:
+    """What a chat template gets to see: `parts` of text as such, or as one; and a text as a string, or as one part.
+    `developers`: it knows this role; to others, which would refuse it or pass over it, it is that of the system."""
+
+    def role(message: Message) -> str:
+        return "system" if message.role == "developer" and not developers else message.role
 
     def content(message: Message) -> Any:
         if parts and (isinstance(message.content, list) or not strings):
-            texts = [p.text for p in message.content] if isinstance(message.content, list) else [message.text]
+            texts = [p.said for p in message.content] if isinstance(message.content, list) else [message.text]
             return [{"type": "text", "text": text} for text in texts]
         return message.text
 
-    return [{"role": m.role, "content": content(m)} | _beside(m) for m in messages]
+    return [{"role": role(m), "content": content(m)} | _beside(m) for m in messages]
 
 
 def mark_end(given: list[dict[str, Any]]) -> None:
