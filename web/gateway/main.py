@@ -47,9 +47,6 @@ from web.https import https_of
 log = structlog.get_logger()
 
 LEASE_S = 5
-# Objects between two collections. A token or a request is many objects and no cycle: with Python's 700 the collector
-# looked through all that is under way hundreds of times a second.
-YOUNG_MAX = 50_000
 LEAVE_LIMIT_S = 2.0  # for what is left to do once every client has been told
 GOODBYE_S = 2.0  # beyond the grace for answers: for what a stopping server says to its clients
 
@@ -130,7 +127,6 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
             ),
         ]
         gc.freeze()  # what start-up made stays: collections need not look at it again
-        gc.set_threshold(YOUNG_MAX, *gc.get_threshold()[1:])
         log.info("serving", address=address, model=model.name, max_model_len=model.max_model_len)
         serving = asyncio.create_task(serve(server, sock, services, grace_s))
         try:

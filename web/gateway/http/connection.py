@@ -5,6 +5,7 @@ ASGI's `send` is a coroutine, so only a task can write; waking one for each toke
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import cast
 
@@ -43,7 +44,9 @@ class Wire:
 
     def __init__(self, protocol: StreamProtocol, cycle: RequestResponseCycle) -> None:
         self._protocol = protocol
-        self._cycle = cycle
+        self._cycle = weakref.ref(
+            cycle
+        )  # its scope has this object: no request is left for the collector to find
         self._flow = protocol.flow
         self._transport = protocol.transport
 
@@ -54,11 +57,10 @@ class Wire:
 
     def write(self, data: bytes) -> None:
         """Of a client that is gone nothing is heard here: ASGI's `receive` tells it."""
-        if not (self._cycle.disconnected or self._transport.is_closing()):
+        cycle = self._cycle()
+        if not (cycle is None or cycle.disconnected or self._transport.is_closing()):
             # HTTP/1.0 has no chunks.
-            self._transport.write(
-                b"%x\r\n%b\r\n" % (len(data), data) if self._cycle.chunked_encoding else data
-            )
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if cycle.chunked_encoding else data)
 
     def watch(self, on_writable: Callable[[], None] | None, on_quiet: Callable[[], None] | None) -> None:
         """Call the first whenever `paused` has ended, the second for something to say (see Http1Protocol)."""

@@ -71,6 +71,7 @@ class GenerationResponse(Response):
             self._hold.release()
             if self._watcher is not None:
                 self._watcher.cancel()
+                self._watcher = None  # what it raises then has this object in its frames
 
     async def _run(self, stream: EventStream, receive: Receive, send: Send) -> None:
         """Answer; what goes wrong is told to the client. Raises ClientGone."""
@@ -79,7 +80,7 @@ class GenerationResponse(Response):
                 stream.events(index, piece)
                 await asyncio.sleep(0)  # other streams go on meanwhile
             self._generation.start()
-            # After it: the loop hands the request to its scheduler first.
+            await asyncio.sleep(0)  # it leaves for its scheduler: what follows is done while that computes
             self._watcher = asyncio.create_task(self._watch(receive))
             await (self._send_stream(stream, send) if self._ticket else self._send_body(send))
         except ApiError as error:
