@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from controlplane.contract.errors import RequestError
-from web.gateway.errors import ApiError
 from web.gateway.openai.strict import Lenient, Strict, without_hints
 
 END_MARK = "\ue000end of the last message\ue001"  # characters that nobody may have given a meaning
@@ -30,23 +29,25 @@ ANSWER_FIELDS = frozenset(
 
 
 class TextPart(Lenient):
-    """`input_text` and `output_text` are the names of the responses API, which those who speak both send here, too; a
-    refusal is what an assistant has said in place of an answer."""
+    """`input_text` and `output_text` are the names of the responses API, which those who speak both send here, too."""
 
-    type: Literal["text", "input_text", "output_text", "refusal"]
-    text: str | None = None
-    refusal: str | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.refusal if self.type == "refusal" else self.text) is None:
-            name = "refusal" if self.type == "refusal" else "text"
-            raise ApiError(400, f"messages: a part of the type {self.type} needs {name}", "messages")
-        return self
+    type: Literal["text", "input_text", "output_text"]
+    text: str
 
     @property
     def said(self) -> str:
-        return (self.refusal if self.type == "refusal" else self.text) or ""
+        return self.text
+
+
+class RefusalPart(Lenient):
+    """What an assistant has said in place of an answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def said(self) -> str:
+        return self.refusal
 
 
 class CalledFunction(Lenient):
@@ -63,7 +64,7 @@ class ToolCall(Lenient):
 
 class Message(Strict):
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[TextPart | RefusalPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
@@ -91,7 +92,9 @@ class Message(Strict):
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
-def plain(messages: list[Message], parts: bool, strings: bool, developers: bool) -> list[dict[str, Any]]:
+def plain(
+    messages: list[Message], parts: bool, strings: bool, developers: bool = True
+) -> list[dict[str, Any]]:
     """What a chat template gets to see: `parts` of text as such, or as one; and a text as a string, or as one part.
     `developers`: it knows this role; to others, which would refuse it or pass over it, it is that of the system."""
 
