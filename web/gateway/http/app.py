@@ -13,7 +13,8 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from web import bodies
 from web.gateway.errors import ApiError, shorten
@@ -47,14 +48,31 @@ def build_app(serving: Service | Services, keys: ApiKeys, origins: Sequence[str]
     services = Services(serving) if isinstance(serving, Service) else serving
     service = services.first
     app = FastAPI(title="KevlarFlow gateway", version=service.version, docs_url=None, redoc_url=None)
-    _generation_routes(app, services)  # routes are looked through in their order
     _health_routes(app, services)
     _model_routes(app, services)
+    _generation_routes(app, services)
     _token_routes(app, services)
     _error_handlers(app, service)
     described = document(service.model, service.version, service.priority_floor)
     app.openapi = lambda: described  # type: ignore[method-assign]
-    return Manners(Guard(app, keys), lambda: app.routes, origins)
+    return Manners(Guard(_straight(app), keys), lambda: app.routes, origins)
+
+
+def _straight(app: FastAPI) -> ASGIApp:
+    """The application, but that requests which generate go to their functions at once: FastAPI's middlewares and its
+    routing do nothing for them, and their first token would wait for it."""
+    functions = {r.path: r.app for r in app.routes if isinstance(r, Route) and r.path in GENERATES}
+    handlers = dict(app.exception_handlers), dict[int, Any]()
+
+    async def straight(scope: Scope, receive: Receive, send: Send) -> None:
+        function = functions.get(scope["path"]) if scope["method"] == "POST" else None
+        if function is not None:
+            scope["starlette.exception_handlers"] = handlers
+            await function(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return straight
 
 
 def _health_routes(app: FastAPI, services: Services) -> None:
@@ -133,7 +151,6 @@ def _generation_routes(app: FastAPI, services: Services) -> None:
         _check_key(service, request)
         return GenerationResponse(service, await start_or_resume(service, kind, body, _visit(request), hold))
 
-    # Of Starlette: FastAPI's own routes first ask, for each request, what its function depends on, which is nothing.
     for path, kind in GENERATES.items():
         app.add_route(path, functools.partial(generate, kind), methods=["POST"])
 

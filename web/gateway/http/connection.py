@@ -25,7 +25,8 @@ class StreamProtocol(BoundedProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        self.scope["extensions"] = {EXTENSION: Wire(self, self.cycle)}  # type: ignore[dict-item]
+        if self.cycle is not None:  # there is none yet of a request that offers another protocol
+            self.scope["extensions"] = {EXTENSION: Wire(self, self.cycle)}  # type: ignore[dict-item]
 
     def say_something(self) -> None:
         if self.on_quiet is not None:
