@@ -45,9 +45,8 @@ class Wire:
 
     def __init__(self, protocol: StreamProtocol, cycle: RequestResponseCycle) -> None:
         self._protocol = protocol
-        self._cycle = weakref.ref(
-            cycle
-        )  # its scope has this object: no request is left for the collector to find
+        # Its scope has this object: held weakly, so that no request is left for the collector to find.
+        self._cycle = weakref.ref(cycle)
         self._flow = protocol.flow
         self._transport = protocol.transport
 
