@@ -16,6 +16,7 @@ from controlplane.contract.events import Event, EventKind
 from controlplane.contract.figures import Figures
 from controlplane.contract.incidents import TOLD_BY, Incident
 from controlplane.contract.records import Operation
+from controlplane.contract.revocations import Revocation
 from controlplane.history import incidents, schema
 from controlplane.history.tables import events, figures, operations
 
@@ -23,6 +24,7 @@ LIMIT_MAX = 1000
 # That are looked through for incidents, the newest ones. 2,000: 5 ms of the loop's own thread, some 200 ms of others.
 INCIDENT_EVENTS_MAX = 2000
 CONTROLLER_ROLE = "controller"
+REVOCATION = "token"  # kind of an entry that is about no operation
 FIGURES_KEPT_S = 24 * 3600.0
 FIGURES_ROWS_MAX = 20_000  # that one question reads: a day of them, every five seconds
 _KINDS = frozenset(kind.value for kind in EventKind)
@@ -32,14 +34,34 @@ _details_type = dict[str, float | int | str]
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """One line of the audit: what was asked of, or decided about, an operation."""
+    """One line of the audit: what was asked of, or decided about, an operation; or what was revoked."""
 
     action: Action
-    operation: Operation
+    about: Operation | Revocation
     unix_s: float
     epoch: int = 0  # counter of the topology at that time
     caller: Caller | None = None  # None: a controller did it by itself
     reason: str = ""
+    message: str = ""  # "": the operation's own
+
+    def row(self) -> dict[str, object]:
+        """What is told of it, as columns of the table."""
+        about = self.about
+        if isinstance(about, Revocation):
+            return {
+                "operation_id": about.id,
+                "kind": REVOCATION,
+                "node": "",
+                "substitute": "",
+                "message": about.name,
+            }
+        return {
+            "operation_id": about.id[:200],
+            "kind": about.kind.value,
+            "node": about.node[:200],
+            "substitute": (about.substitute or "")[:200],
+            "message": self.message or about.message,
+        }
 
 
 class HistoryStore:
@@ -181,16 +203,11 @@ class HistoryStore:
         }
 
     def _audit_row(self, item: Audit) -> dict[str, object]:
-        operation = item.operation
         return {
             "cluster": self._cluster,
             "unix_s": item.unix_s,
-            "operation_id": operation.id[:200],
             "action": item.action.value,
-            "kind": operation.kind.value,
-            "node": operation.node[:200],
-            "substitute": (operation.substitute or "")[:200],
-            "message": operation.message,
+            **item.row(),
             "recorded_by": self._recorded_by,
             "who": item.caller.name if item.caller else self._recorded_by,
             "role": item.caller.role.value if item.caller else CONTROLLER_ROLE,

@@ -159,9 +159,9 @@ class HistoryWriter:
 
 
 def _log(record: Audit) -> None:
-    op, caller = record.operation, record.caller
+    row, caller = record.row(), record.caller
     log.info(
-        "audit", action=record.action.value, operation=op.id, kind=op.kind.value, node=op.node,
+        "audit", action=record.action.value, operation=row["operation_id"], kind=row["kind"], node=row["node"],
         who=caller.name if caller else "", role=caller.role.value if caller else "",
         address=caller.address if caller else "", epoch=record.epoch, reason=record.reason,
     )  # fmt: skip

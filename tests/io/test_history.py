@@ -22,6 +22,7 @@ from controlplane.contract.auth import Caller, Role
 from controlplane.contract.errors import ConfigError, Unavailable
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.records import Operation, OperationKind
+from controlplane.contract.revocations import Revocation
 from controlplane.history import schema
 from controlplane.history.store import Audit, HistoryStore
 from controlplane.history.tables import metadata
@@ -134,6 +135,10 @@ def test_audit_of_an_operation(tmp_path: Path) -> None:
         assert await store.audit(2) == [done, refused]
         assert await store.audit(100, after=first.id) == [done, refused]
         assert len(await store.tail(10)) == 1
+        await store.append([Audit(Action.REVOKED, Revocation("t12", "bob", 99, "admin"), 4.0, 15, alice)])
+        (taken,) = await store.audit(1)
+        assert (taken.action, taken.who, taken.operation) == (Action.REVOKED, "alice", "t12")
+        assert (taken.kind, taken.message) == ("token", "bob")
         await store.close()
         await other.close()
 
