@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 from sqlalchemy import Row, delete, func, insert, select
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from controlplane.contract.audit import Action, AuditEntry
 from controlplane.contract.auth import Caller
@@ -18,7 +21,7 @@ from controlplane.contract.incidents import TOLD_BY, Incident
 from controlplane.contract.records import Operation
 from controlplane.contract.revocations import Revocation
 from controlplane.history import incidents, schema
-from controlplane.history.tables import events, figures, operations
+from controlplane.history.tables import batches, events, figures, operations
 
 LIMIT_MAX = 1000
 # That are looked through for incidents, the newest ones. 2,000: 5 ms of the loop's own thread, some 200 ms of others.
@@ -75,23 +78,43 @@ class HistoryStore:
         self._reader = self._engine.execution_options(kf_read_only=True)
         self._cluster = cluster
         self._recorded_by = recorded_by
+        self._writer = f"{recorded_by[:180]}/{secrets.token_hex(8)}"  # of this process
 
     async def upgrade(self) -> None:
         """Bring the schema to this release; see `schema.upgrade`."""
         await schema.upgrade(self._engine)
 
-    async def append(self, batch: Sequence[Event | Audit | Figures]) -> None:
-        """Write a batch in one transaction, in order."""
+    async def append(self, batch: Sequence[Event | Audit | Figures], number: int = 0) -> None:
+        """Write a batch in one transaction, in order.
+
+        `number`: of the batch, each above the one before. One that was stored already, although its writer was not
+        told, is not stored again. 0: it is written in any case.
+        """
         rows = [self._event_row(item) for item in batch if isinstance(item, Event)]
         measured = [self._figures_row(item) for item in batch if isinstance(item, Figures)]
         audits = [self._audit_row(item) for item in batch if isinstance(item, Audit)]
         async with self._engine.begin() as connection:
+            if number and not await self._is_new(connection, number):
+                return
             if rows:
                 await connection.execute(insert(events), rows)
             if audits:
                 await connection.execute(insert(operations), audits)
             if measured:
                 await connection.execute(insert(figures), measured)
+
+    async def _is_new(self, connection: AsyncConnection, number: int) -> bool:
+        """Whether this writer has not stored the batch yet; if so, it has from the end of the transaction on. A
+        transaction of before the connection broke, which still goes on, is waited for."""
+        dialect = postgresql if self._engine.dialect.name == "postgresql" else sqlite
+        row = {"cluster": self._cluster, "writer": self._writer, "number": number, "unix_s": time.time()}
+        stored = dialect.insert(batches).values(row)
+        stored = stored.on_conflict_do_update(
+            index_elements=["cluster", "writer"],
+            set_={"number": number, "unix_s": row["unix_s"]},
+            where=batches.c.number < number,
+        )
+        return (await connection.execute(stored)).rowcount > 0
 
     async def tail(self, limit: int, after: int = 0) -> list[tuple[int, Event]]:
         """The newest `limit` events (at most 1,000) with an id above `after`, as (id, event), oldest first."""
@@ -175,9 +198,12 @@ class HistoryStore:
             return (await connection.execute(old)).rowcount
 
     async def prune_figures(self, before_unix_s: float) -> int:
-        """Delete rows of figures that are older; returns how many."""
+        """Delete rows of figures that are older; returns how many. Also what is known of writers that have not written
+        since."""
         old = delete(figures).where(figures.c.cluster == self._cluster, figures.c.unix_s < before_unix_s)
+        gone = delete(batches).where(batches.c.cluster == self._cluster, batches.c.unix_s < before_unix_s)
         async with self._engine.begin() as connection:
+            await connection.execute(gone)
             return (await connection.execute(old)).rowcount
 
     async def close(self) -> None:

@@ -59,3 +59,13 @@ figures = Table(
     Index("figures_by_time", "cluster", "unix_s"),
     sqlite_autoincrement=True,
 )
+
+# The last batch that each writer has stored: a commit whose answer was lost is not done again. One row a process.
+batches = Table(
+    "batches",
+    metadata,
+    Column("cluster", String(200), primary_key=True),
+    Column("writer", String(200), primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("unix_s", Double, nullable=False),
+)

@@ -69,13 +69,11 @@ def _revoke_request(schema: Schema) -> Schema:
     """Either of the two."""
     name: Schema = {"type": "string", "pattern": r"^[^\x00-\x1f\x7f]{1,256}$"}
     token: Schema = {"type": "string", "minLength": 1}
-    return {
-        **{key: value for key, value in schema.items() if key not in {"properties", "required"}},
-        "anyOf": [
-            {"properties": {"name": name, "token": {"const": ""}}, "required": ["name"]},
-            {"properties": {"token": token, "name": {"const": ""}}, "required": ["token"]},
-        ],
-    }
+    either: list[Schema] = [
+        {"properties": {"name": name, "token": {"const": ""}}, "required": ["name"]},
+        {"properties": {"token": token, "name": {"const": ""}}, "required": ["token"]},
+    ]
+    return schema | {"anyOf": either}
 
 
 def bounded(least: int, most: int) -> Schema:
