@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from sqlalchemy import Row, delete, func, insert, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from controlplane.contract.audit import Action, AuditEntry
@@ -106,7 +107,8 @@ class HistoryStore:
     async def _is_new(self, connection: AsyncConnection, number: int) -> bool:
         """Whether this writer has not stored the batch yet; if so, it has from the end of the transaction on. A
         transaction of before the connection broke, which still goes on, is waited for."""
-        dialect = postgresql if self._engine.dialect.name == "postgresql" else sqlite
+        # Of the dialect that is loaded anyway: the other one would take long to import.
+        dialect: Any = importlib.import_module(f"sqlalchemy.dialects.{self._engine.dialect.name}")
         row = {"cluster": self._cluster, "writer": self._writer, "number": number, "unix_s": time.time()}
         stored = dialect.insert(batches).values(row)
         stored = stored.on_conflict_do_update(

@@ -252,7 +252,7 @@ def test_secrets_have_what_each_role_may_know(tmp_path: Path) -> None:
     now = datetime.now(UTC)
     CertFolder(tmp_path / "certs").create("shop", now)
     counts = {ProcessRole.CONTROLLER: 2, ProcessRole.GATEWAY: 1, ProcessRole.NODE: 2, ProcessRole.ETCD: 0}
-    release = Release("shop", "llm", counts, ("api.example.com",))
+    release = Release("shop", "llm", counts, ("api.example.com", "FD00:0::1"))
     made = {one["metadata"]["name"]: one["data"] for one in secrets_of(tmp_path, release, timedelta(days=1))}
     files = {name: set(data) for name, data in made.items()}
     assert files == {

@@ -103,7 +103,8 @@ def test_nobody_is_told_to_be_signed_out_while_etcd_is_away(tmp_path: Path) -> N
         page = {"origin": first, "sec-fetch-site": "same-origin"}
         cluster.etcd.pause()
         try:
-            answer = await cluster.http.delete(f"{first}/session", headers=session | page)
+            url = f"{first}/session"
+            answer = await cluster.http.delete(url, headers=session | page, timeout=KNOWN_LIMIT_S)
         finally:
             cluster.etcd.resume()
         assert (answer.status_code, "ask again" in answer.text) == (503, True)
