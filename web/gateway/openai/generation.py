@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from controlplane.contract.requests import Log, Sampling, Token
@@ -77,6 +77,7 @@ class Generation:
         self.choices = [ChoiceDecoder(service.model.tokenizer, plan.prompt, rules) for plan in plans]
         self._hold = hold
         self._life = life
+        self._example: Mapping[str, str] | None = None
         self._started = time.perf_counter()
         self._last_at = [self._started] * len(plans)
         for choice, start in zip(self.choices, starts, strict=True):
@@ -157,6 +158,7 @@ class Generation:
     def traced(self, parent: str) -> None:
         """`parent`: the client's `traceparent`."""
         self._life.trace = parent[:TRACE_CHARS_MAX]
+        self._example = self._life.example
 
     def failed(self, status: int, message: str) -> None:
         """Its client is told so."""
@@ -197,13 +199,13 @@ class Generation:
         piece = choice.push(tokens)
         now = time.perf_counter()
         if first:
-            metrics.ttft.observe(now - self._started)
+            metrics.ttft.observe(now - self._started, self._example)
             self._life.first_token(now - self._started)
             metrics.prompt_tokens.inc(len(self.plans[index].prompt))
             self._hold.charge(len(self.plans[index].prompt), len(piece.tokens))
         else:
             waited_s = now - self._last_at[index]
-            metrics.tokens.waited(waited_s)
+            metrics.tokens.waited(waited_s, self._example)
             if waited_s >= SLOW_S:
                 self._life.waited(index, waited_s, time.time())
             self._hold.charge(0, len(piece.tokens))
@@ -212,7 +214,7 @@ class Generation:
         if piece.finish is not None:
             metrics.success.labels(piece.finish).inc()
             self._life.finishes[index] = piece.finish
-            metrics.e2e.observe(now - self._started)
+            metrics.e2e.observe(now - self._started, self._example)
             # A stop string ends it here, not there.
             self._service.dispatcher.cancel(self._starts[index].rid, self.queue)
         return piece

@@ -160,7 +160,9 @@ class Dispatcher:
 
     def _deliver(self, effect: Deliver) -> None:
         if effect.gap_s is not None:
-            self._metrics.failover_gap.labels(effect.how).observe(effect.gap_s)
+            self._metrics.failover_gap.labels(effect.how).observe(
+                effect.gap_s, self.lives.example(effect.rid)
+            )
             self.lives.paused(effect.rid, effect.gap_s, effect.how, time.time())
         sink = self._sinks.get(effect.rid)
         if sink is not None:
