@@ -62,6 +62,7 @@ from dataplane.oracle import HASH_BYTES, OracleExecutor
 from dataplane.replica import ReplicaStats
 from dataplane.reporter import Reporter
 from dataplane.schedulers import Schedulers
+from dataplane.tracing import Tracer
 from dataplane.transport import frames
 from dataplane.transport.base import TransportConfig, TransportStats
 from dataplane.transport.choose import open_transport
@@ -123,6 +124,9 @@ class Node:
         )
         self._store = store
         self._worker = Worker(me, executor, store, self._send, self._send_later, grammars, config.parity)
+        self._tracer = Tracer.of(config, me, stage)
+        if self._tracer is not None:
+            self._worker.on_traced = self._tracer.on_step
         token = auth.derive(secret, "grpc")
         self._frontdoor = Frontdoor(
             token,
@@ -152,6 +156,7 @@ class Node:
             self._send,
             self._reporter.kick,
             proposer,
+            self._tracer,
         )
         self._worker.hosts = self._schedulers.hosts
         self._transport = open_transport(
@@ -232,6 +237,8 @@ class Node:
         await self._transport.close()
         await client.close()
         self._worker.close()
+        if self._tracer is not None:
+            self._tracer.close()
 
     def stop(self) -> None:
         """Leave on purpose: reported, deregistered, then gone."""

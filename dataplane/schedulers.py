@@ -9,7 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import fields
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from controlplane.contract.ids import Member, NodeId, PipelineId
 from controlplane.contract.records import NodeRecord
@@ -71,6 +71,9 @@ from dataplane.inbox import Message
 from dataplane.moment import MOMENT
 from dataplane.transport.frames import Send
 
+if TYPE_CHECKING:
+    from dataplane.tracing import Tracer
+
 log = logging.getLogger(__name__)
 
 RECOVERIES_KEPT = 64
@@ -94,8 +97,9 @@ class Schedulers:
         send: Send,
         news: Callable[[], None],
         proposer: Proposer | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
-        """`proposer`: where the limits ask for a draft model."""
+        """`proposer`: where the limits ask for a draft model. `tracer`: where the settings name a collector."""
         self.by_pipeline: dict[PipelineId, Scheduler] = {}
         self.recoveries: list[RecoveryReport] = []  # the newest RECOVERIES_KEPT
         self.recoveries_total = 0
@@ -107,6 +111,7 @@ class Schedulers:
         self._send = send
         self._news = news
         self._proposer = proposer
+        self._tracer = tracer
         self._topology: Topology | None = None
         self._unsent: dict[Member, list[RejoinMeta]] = {}  # questions for members whose link is not up yet
         self._records: dict[NodeId, NodeRecord] = {}  # the last one of every node that was ever registered
@@ -163,6 +168,8 @@ class Schedulers:
                 self._perform(scheduler, scheduler.start(now))
             elif scheduler.fence.epoch < pipeline.epoch:
                 self._forget_unsent(pipeline.id)
+                if self._tracer is not None:
+                    self._tracer.on_epoch(before, pipeline)
                 # Before the hold is lifted: nothing may be issued in the epoch that is over.
                 scheduler = self._dispatch(
                     scheduler, EpochBegan(pipeline.epoch, planned, self._salt(pipeline))
@@ -212,11 +219,15 @@ class Schedulers:
         scheduler = self.by_pipeline.pop(pipeline)
         self._remember(scheduler)
         self._perform(scheduler, scheduler.close())
+        if self._tracer is not None:
+            self._tracer.on_end(scheduler)
 
     def on_gateway(self, session: int, message: GatewayMessage) -> None:
         match message:
             case Submit(rid, pipeline):
                 if (scheduler := self.by_pipeline.get(pipeline)) is not None:
+                    if self._tracer is not None:
+                        self._tracer.on_gateway(session, message)
                     self._dispatch(scheduler, Submitted(message, session))
                 else:
                     text = f"{self._me} does not schedule {pipeline}"
@@ -224,6 +235,8 @@ class Schedulers:
                     self._frontdoor.send(session, refused)
             case Cancel(rid, pipeline):
                 if (scheduler := self.by_pipeline.get(pipeline)) is not None:
+                    if self._tracer is not None:
+                        self._tracer.on_gateway(session, message)
                     self._dispatch(scheduler, Cancelled(rid, session))
             case Recall(rid):
                 logs = [log for s in self.by_pipeline.values() if (log := s.recall(rid)) is not None]
@@ -251,6 +264,8 @@ class Schedulers:
     def tick(self) -> None:
         for scheduler in list(self.by_pipeline.values()):
             self._dispatch(scheduler, Tick())
+            if self._tracer is not None:
+                self._tracer.tick(scheduler)
         self._tell_loads()
 
     def counters(self) -> dict[str, int]:
@@ -295,6 +310,8 @@ class Schedulers:
             self._frontdoor.send(session, refused)
         self._remember(broken)
         self._perform(broken, broken.close())
+        if self._tracer is not None:
+            self._tracer.on_end(broken)
         fresh = broken.successor(now)
         self.by_pipeline[fresh.pipeline] = fresh
         pipeline = self._topology.pipeline(fresh.pipeline) if self._topology is not None else None
@@ -306,6 +323,8 @@ class Schedulers:
         return fresh
 
     def _perform(self, scheduler: Scheduler, effects: list[Effect]) -> None:
+        if self._tracer is not None:
+            effects = self._tracer.before(effects)
         for effect in effects:
             match effect:
                 case RunStep(meta, tokens):

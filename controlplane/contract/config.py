@@ -170,7 +170,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # A folder in which each gateway writes a line of JSON for each request that has ended, never a prompt, to
     # NAME.access.log; four older files of 64 MiB are kept. Empty: none is written.
     access_log_dir: Annotated[str, MAYBE_PATH] = ""
-    # Where traces of requests go, "http://HOST:4318": a collector that speaks OTLP over HTTP. Needs the extra otel.
+    # Where gateways and nodes send traces of requests, "http://HOST:4318": a collector that speaks OTLP over HTTP.
+    # Needs the extra otel.
     otlp_endpoint: Annotated[str, COLLECTOR] = ""
     # Whose pages a browser lets read answers: "https://example.org", or "*" for all. They need keys like others.
     cors_origins: tuple[Annotated[str, ORIGIN], ...] = ()

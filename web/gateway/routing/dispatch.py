@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import assert_never
 
+import msgspec
 import structlog
 
 from controlplane.contract.identity import PLAIN, Identity
@@ -121,6 +122,8 @@ class Dispatcher:
                     self._deliver(effect)
                 case SendSubmit(member, submit):
                     self.lives.sent(submit.rid, member, submit.pipeline, time.time())
+                    if self.lives.traces:
+                        submit = msgspec.structs.replace(submit, trace=self.lives.trace(submit.rid))
                     self.links.send(member, submit)
                 case SendCancel(member, cancel):
                     self.links.send(member, cancel)
