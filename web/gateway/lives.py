@@ -7,7 +7,7 @@ when the cluster changes. Nothing is done for a token of a stream that flows.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -52,7 +52,7 @@ class OpenLife:
     status: int = 0
 
     @property
-    def example(self) -> Mapping[str, str] | None:
+    def example(self) -> dict[str, str] | None:
         """What leads from a value of a histogram to the trace; None: nobody keeps it. Without a client that has one a
         trace is kept where this gateway makes it."""
         if not self.trace and not (self.lives is not None and self.lives.traces):
@@ -182,7 +182,7 @@ class Lives:
         for listener in self.listeners:
             listener(msgspec.structs.replace(life, status=status, end="refused"))
 
-    def example(self, rid: int) -> Mapping[str, str] | None:
+    def example(self, rid: int) -> dict[str, str] | None:
         """See OpenLife."""
         found = self._open.get(rid)
         return found[0].example if found is not None else None

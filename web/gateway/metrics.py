@@ -6,7 +6,7 @@ import math
 import re
 from bisect import bisect_left
 from collections import Counter as Counts
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
@@ -46,7 +46,7 @@ COUNTED = {
 }
 
 
-Example = Mapping[str, str] | None  # of a histogram's value: labels that lead to its trace
+Example = dict[str, str] | None  # of a histogram's value: labels that lead to its trace
 
 
 def accepts_openmetrics(accept: str) -> bool:
@@ -64,7 +64,7 @@ class Tokens(Collector):
     def __init__(self) -> None:
         self.given = 0
         self._counts = [0] * (len(LATENCIES_S) + 1)  # of waits, by bucket; the last one is without bound
-        self._examples: dict[int, tuple[Example, float]] = {}  # the last one of a bucket
+        self._examples: dict[int, tuple[dict[str, str], float]] = {}  # the last one of a bucket
         self._waited_s = 0.0
 
     def waited(self, seconds: float, example: Example = None) -> None:
@@ -83,14 +83,17 @@ class Tokens(Collector):
         bounds = map(floatToGoString, (*LATENCIES_S, math.inf))
         family = HistogramMetricFamily(name, "Between two tokens of a stream")
         counts = zip(bounds, accumulate(self._counts), strict=True)
-        buckets = [(*counted, self._exemplar(bucket)) for bucket, counted in enumerate(counts)]
+        buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
+        for bucket, (bound, count) in enumerate(counts):
+            exemplar = self._exemplar(bucket)
+            buckets.append((bound, count) if exemplar is None else (bound, count, exemplar))
         family.add_metric([], buckets, self._waited_s)
         yield family
         yield CounterMetricFamily(PREFIX + "generation_tokens", "Tokens given to clients", self.given)
 
     def _exemplar(self, bucket: int) -> Exemplar | None:
         found = self._examples.get(bucket)
-        return None if found is None or found[0] is None else Exemplar(dict(found[0]), found[1])
+        return None if found is None else Exemplar(*found)
 
 
 class Metrics:
@@ -156,9 +159,9 @@ class Metrics:
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The text and its content type. `accept`: of the scraper; only OpenMetrics has exemplars."""
-        if accepts_openmetrics(accept):
-            return openmetrics.generate_latest(self.registry), openmetrics.CONTENT_TYPE_LATEST
-        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+        exact = accepts_openmetrics(accept)
+        text: bytes = (openmetrics.generate_latest if exact else generate_latest)(self.registry)
+        return text, openmetrics.CONTENT_TYPE_LATEST if exact else CONTENT_TYPE_LATEST
 
 
 class _AccessLogCollector(Collector):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from controlplane.contract.requests import Log, Sampling, Token
@@ -77,7 +77,7 @@ class Generation:
         self.choices = [ChoiceDecoder(service.model.tokenizer, plan.prompt, rules) for plan in plans]
         self._hold = hold
         self._life = life
-        self._example: Mapping[str, str] | None = None
+        self._example: dict[str, str] | None = None
         self._started = time.perf_counter()
         self._last_at = [self._started] * len(plans)
         for choice, start in zip(self.choices, starts, strict=True):
