@@ -120,12 +120,8 @@ class Tracer:
             context = parsed(span.parent)
             if context is None:
                 continue  # not of a gateway of ours
-            told = {
-                **self._common,
-                **span.told,
-                "kevlarflow.node": self._me.node,
-                "kevlarflow.stage": self._stage,
-            }
+            told: dict[str, str | int] = {**self._common, **span.told}
+            told |= {"kevlarflow.node": self._me.node, "kevlarflow.stage": self._stage}
             made = self._otlp.tracer.start_span(
                 span.name,
                 self._otlp.below(context.trace, context.parent, context.sampled),
