@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import Member
 from controlplane.contract.otlp import Otlp, ns
-from controlplane.contract.requests import Cancel, GatewayMessage, Submit
+from controlplane.contract.requests import Cancel, GatewayMessage, RefusalCode, Submit
 from controlplane.contract.topology import Pipeline, change_of
 from controlplane.contract.trace_context import parsed
 from controlplane.contract.version import code_version
@@ -25,6 +25,7 @@ from dataplane.core.request import Phase
 from dataplane.core.scheduler import Scheduler
 from dataplane.core.spans import Span, Spans
 
+GOES_ON = (RefusalCode.DROPPED, RefusalCode.SUPERSEDED)  # elsewhere: no error
 CAUSES = {  # of a request that had rows before, and is in such a phase
     Phase.WAITING: "it made room for others: their KV needed its blocks",
     Phase.RECOVERING: "its scheduler asks the stages what they hold of it",
@@ -75,7 +76,10 @@ class Tracer:
                     self._send(self._spans.delivered(tokens, now))
                 case Refuse(session, refused):
                     # Its words may quote the request.
-                    self._send(self._spans.gone(refused.rid, refused.code.value, now, session, error=True))
+                    code = refused.code
+                    self._send(
+                        self._spans.gone(refused.rid, code.value, now, session, error=code not in GOES_ON)
+                    )
             found.append(effect)
         return found
 
