@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,18 @@ def collector() -> Iterator[Collector]:
     made.server.shutdown()
 
 
+def decodes(collector: Collector) -> list[Any]:
+    """Spans of schedulers whose stream and its reference are over, and whose gateway has told of it, too."""
+    roots = {span.trace_id for span in collector.spans if span.name.startswith("text_completion")}
+    return [
+        span for span in collector.spans if span.trace_id in roots and is_nodes(collector, span, "decode")
+    ]
+
+
+def is_nodes(collector: Collector, span: Any, name: str) -> bool:
+    return span.name == name and collector.services[span.span_id] == "kevlarflow-node"
+
+
 @pytest.mark.usefixtures("etcd_binary")
 def test_a_stream_that_outlives_a_node_is_one_trace(collector: Collector) -> None:
     with Cluster(
@@ -34,6 +47,12 @@ def test_a_stream_that_outlives_a_node_is_one_trace(collector: Collector) -> Non
 
         streams = asyncio.run(while_streaming(cluster, PROMPTS, kill))
         asyncio.run(cluster.expect_equal(streams))
+        asyncio.run(
+            until(
+                lambda: len(decodes(collector)) >= len(PROMPTS) + len(set(PROMPTS)),
+                "every stream's spans have come",
+            )
+        )
     roots = [span for span in collector.spans if span.name.startswith("text_completion")]
     assert len(roots) >= len(PROMPTS)
     paused = whole = 0

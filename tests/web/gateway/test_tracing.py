@@ -48,9 +48,9 @@ class Collector:
                 assert self.path == "/v1/traces"
                 for resource in request.resource_spans:
                     for scope in resource.scope_spans:
-                        collector.spans += scope.spans
                         name = told(resource.resource)["service.name"]
                         collector.services.update((span.span_id, name) for span in scope.spans)
+                        collector.spans += scope.spans
                 self.send_response(200)
                 self.send_header("content-length", "0")
                 self.end_headers()
