@@ -26,6 +26,7 @@ from controlplane.contract.identity import Identity, ProcessRole
 from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import NodeRecord
+from controlplane.contract.repair import Computing
 from controlplane.contract.reports import NodeReport, PipelineReport
 from controlplane.contract.requests import SAMPLING_VERSION
 from controlplane.contract.topology import HOLDER_MODES, Pipeline, Topology
@@ -417,6 +418,7 @@ class Node:
             leaving=self._leaving,
             troubles=(*self._frontdoor.troubles(), *self._identity.troubles()),
             block_bytes=self._worker.block_bytes,
+            restoring=self._worker.parity.restorer.speed.restoring,
         )
         return report, total
 
@@ -426,7 +428,7 @@ class Node:
             scheduler = self._schedulers.by_pipeline.get(pipeline_id)
             stalled_s, unanswered = scheduler.held_up(now) if scheduler else (0.0, -1)
             tokens, tail_tokens = scheduler.tokens if scheduler else (0, 0)
-            speed = scheduler.batcher.speed if scheduler else None
+            computing = scheduler.batcher.computing if scheduler else Computing()
             reports.append(
                 PipelineReport(
                     pipeline=pipeline_id,
@@ -442,10 +444,12 @@ class Node:
                     targets=self._worker.replicator.targets(pipeline_id),
                     tokens=tokens,
                     tail_tokens=tail_tokens,
-                    token_s=speed.token_s if speed else 0.0,
-                    step_s=speed.step_s if speed else 0.0,
+                    token_s=computing.token_s,
+                    step_s=computing.step_s,
                     unheld_tokens=scheduler.unheld_tokens if scheduler else -1,
                     uncoded_tokens=self._worker.parity.uncoded_tokens(pipeline_id),
+                    pace_s=computing.pace_s,
+                    chunk_tokens=computing.chunk_tokens,
                 )
             )
         return reports

@@ -15,6 +15,7 @@ from typing import Annotated
 import msgspec
 
 from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.repair import Restoring
 
 REPORT_SCHEMA = 2  # of ReportBatch; 1: reports were maps
 
@@ -93,6 +94,10 @@ class PipelineReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     unheld_tokens: int = -1
     # In full blocks of this stage that no parity could bring back now; -1: none is coded.
     uncoded_tokens: int = -1
+    # Scheduler only: for each position of a prompt of many steps, several of which are in the stages at a time; 0: not
+    # measured yet.
+    pace_s: float = 0.0
+    chunk_tokens: int = 0  # scheduler only: positions that a step has which computes again what was lost
 
 
 class RecoveryReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -135,6 +140,7 @@ class NodeReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     counters: dict[str, int] = {}
     troubles: tuple[str, ...] = ()  # what an operator has to mend, in words
     block_bytes: int = 0  # of one KV block
+    restoring: Restoring = Restoring()  # how fast it had blocks restored from parity
 
     def broken_links(self) -> set[Member]:
         """Neighbours to which the link is down."""

@@ -169,7 +169,8 @@ class Scheduler:
             case _:
                 assert_never(event)
         if joining := self.questions.next_joining():
-            effects.append(self.questions.ask(self.fence, [self.requests[rid] for rid in joining], now))
+            asked = [self.requests[rid] for rid in joining]
+            effects.append(self.questions.ask(self.fence, asked, now, computing=self.batcher.computing))
         self._issue(now, effects)
         if self.holders is not None:
             news += self._tell_holders(self.holders)
@@ -436,7 +437,9 @@ class Scheduler:
         if complete:
             self._frees.clear()
             self._drops.clear()
-        effects.append(self.questions.ask(fence, self._alive(), now, complete=complete, kept=True))
+        computing = self.batcher.computing
+        ask = self.questions.ask(fence, self._alive(), now, complete=complete, kept=True, computing=computing)
+        effects.append(ask)
 
     def start(self, now: float) -> list[Effect]:
         """The first effects of a scheduler that takes over: see that every stage answers."""
@@ -481,8 +484,10 @@ class Scheduler:
             if collector.complete:
                 self._keep(collector)
             return
-        if self._recovery is not None and (heard or collector.complete):
+        if self._recovery is not None and not collector.silent:
             self._recovery.answered(now)
+            if heard or collector.complete:
+                self._recovery.heard(now)
         for rid in heard:
             request = self.requests.get(rid)
             if request is None:
@@ -498,7 +503,9 @@ class Scheduler:
             self.stats.tokens_recomputed += recomputed
             if self._recovery is not None:
                 self._recovery.resumed(recomputed)
-            if position > 0 and self.batcher.adopt(request, position):
+            # Computed again from the start while blocks of others are restored, it need not wait for them.
+            beside = not collector.complete
+            if (position > 0 or beside) and self.batcher.adopt(request, position):
                 request.rewind(Phase.RUNNING, position)
             else:
                 # Nothing is left of it, or there is no room: it waits like a new one, in front by its order.
@@ -556,6 +563,8 @@ class Scheduler:
         self.batcher.speed.ran(
             flight.decodes, flight.prompt_tokens, now - flight.since, beside_chunk=flight.beside_chunk
         )
+        if flight.prompt_tokens:
+            self.batcher.speed.passed(flight.prompt_tokens, flight.since, now)
         tokens = unpack_tokens(meta.tokens)
         sampled = flight.sampled
         # A result that does not fit its step is worth no more than a lost one.

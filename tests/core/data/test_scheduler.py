@@ -8,6 +8,7 @@ import pytest
 
 from controlplane.contract.requests import FinishReason, RefusalCode, Sampling, Submit
 from dataplane._fast.blocktable import Rows
+from dataplane.core import events
 from dataplane.core.batching import Limits
 from dataplane.core.events import (
     Ask,
@@ -331,6 +332,36 @@ def test_a_request_goes_on_while_a_stage_restores_blocks_of_others() -> None:
     more = steps(made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, ((1, 4),)), late))
     assert (1, 4, 9) in [row[:3] for row in rows(*more)]
     assert not made.questions
+
+
+def test_restoring_is_not_counted_as_connecting() -> None:
+    made = scheduler(stages=2)
+    made.step(result(steps(made.step(submit(1, length=12), 0.0))[0]), 0.1)
+    ask = next(e for e in made.step(EpochBegan(6, planned=False), 0.2) if isinstance(e, Ask)).meta
+    made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 0, ((1, 12),)), 0.3)
+    made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, (), more=True), 0.4)
+    assert not steps(made.step(Tick(), 0.4 + 2 * GATHER_S)), "nothing is known of what it holds"
+    issued = steps(made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, ((1, 8),)), 1.5))
+    effects = made.step(result(issued[0]), 1.7)
+    timing = next(e for e in effects if isinstance(e, events.Recovered)).timing
+    times = (timing.seen, timing.connected, timing.restored, timing.first_token)
+    assert times == (0.2, 0.4, 1.5, 1.7)
+
+
+def test_who_is_computed_again_does_not_wait_for_who_is_restored() -> None:
+    made = scheduler(stages=2)
+    for rid in (1, 2):
+        made.step(result(steps(made.step(submit(rid, length=12), 0.0))[0]), 0.1)
+    ask = next(e for e in made.step(EpochBegan(6, planned=False), 0.2) if isinstance(e, Ask)).meta
+    made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 0, ((1, 12), (2, 12))), 0.3)
+    made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, ((2, 0),), more=True), 0.3)
+    issued = steps(made.step(Tick(), 0.3 + 2 * GATHER_S))
+    assert [row[:2] for row in rows(*issued)] == [(2, 0)]
+    assert made.questions.adopting
+    more = steps(made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, ((1, 8),)), 0.9))
+    found = [row[:2] for step in more for row in rows(step)]
+    assert not found or (1, 8) in found
+    made.batcher.account.check()
 
 
 @pytest.mark.parametrize("fence", [Fence(5, 0), Fence(4, 9)])
