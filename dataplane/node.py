@@ -437,7 +437,6 @@ class Node:
                     last_step=stage.last_step,
                     running=scheduler.running if scheduler else 0,
                     waiting=scheduler.waiting if scheduler else 0,
-                    quiesced_step=scheduler.quiesced_step if scheduler else -2,
                     stalled_s=stalled_s,
                     unanswered=unanswered,
                     round_s=scheduler.steps.round_s if scheduler else 0.0,

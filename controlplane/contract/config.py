@@ -138,7 +138,7 @@ class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     orphan_grace_s: Annotated[float, Range(0.1, 86400)] = 10.0
     # A gateway that is told to stop lets answers in one piece finish for so long.
     stop_grace_s: Annotated[float, Range(0, 3600)] = 5.0
-    # Then a planned switch is called off and tried again later.
+    # Of no effect: settings that were written by older code name it.
     quiesce_limit_s: Annotated[float, Range(0.05, 3600)] = 2.0
     # Launcher, doubled up to 10 s while a node keeps dying.
     restart_backoff_s: Annotated[float, Range(0.01, 10)] = 0.2

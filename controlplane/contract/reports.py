@@ -52,7 +52,7 @@ class TargetReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How far behind one copy of a pipeline's KV is, by what its holder acknowledged."""
 
     target: Member
-    lag_tokens: int  # written here, not acknowledged there (whole blocks, unless the pipeline is quiescing)
+    lag_tokens: int  # in whole blocks, written here and not acknowledged there
     behind_s: float = (
         0.0  # as long as that takes at the rate of the last half second; also when it cannot be told
     )
@@ -77,9 +77,7 @@ class PipelineReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     )
     running: int = 0  # scheduler only: requests in batches
     waiting: int = 0  # scheduler only: requests queued
-    quiesced_step: int = (
-        -2
-    )  # scheduler only: last step issued once none is in flight and none will start; -2: not quiesced
+    quiesced_step: int = -2  # not used: to older leaders, which wait for another value, it is "not quiesced"
     stalled_s: float = 0.0  # scheduler only: age of the oldest step in flight, or question to the stages
     round_s: float = 0.0  # scheduler only: the longest that one of the last steps took
     targets: tuple[TargetReport, ...] = ()

@@ -25,7 +25,6 @@ from dataplane.core.events import (
     Effect,
     EpochBegan,
     Event,
-    Quiesce,
     Recovered,
     Refuse,
     SessionLost,
@@ -105,7 +104,6 @@ class Scheduler:
         self.questions = Questions(pipeline, num_stages)
         self._frees: list[int] = []  # whose blocks the account has released
         self._drops: list[int] = []  # of which stages may have blocks that the account does not know
-        self._holding = False
         self._hold_until = 0.0
         self._retry_s = FAILED_RETRY_S
         self._quota_given = 0  # blocks; the batcher has fewer while a stage has no room for them
@@ -134,8 +132,6 @@ class Scheduler:
                 self._recovery = Recovery(epoch, planned, now)
                 self._stall_limit_s = STALL_LIMIT_S
                 self._resync(Fence(epoch, 0), now, effects)
-            case Quiesce(hold):
-                self._holding = hold
             case CapacityChanged(blocks, microbatches, shared):
                 self.batcher.microbatches, self.batcher.shared = microbatches, shared
                 if blocks != self._quota_given:
@@ -200,12 +196,6 @@ class Scheduler:
         size, holder = self.limits.block_size, self.holders.holder
         running = (r for r in self.requests.values() if r.phase is Phase.RUNNING)
         return sum(r.issued - r.issued % size for r in running if holder(r.rid) is None)
-
-    @property
-    def quiesced_step(self) -> int:
-        """Last step issued in this fence (-1: none) once none is in flight and none will start; else -2."""
-        idle = self._holding and not self.steps and not self.questions
-        return self.steps.last_issued if idle else -2
 
     @property
     def work(self) -> int:
@@ -458,7 +448,6 @@ class Scheduler:
             proposer=self._proposer,
         )
         fresh.fence = Fence(self.fence.epoch, self.fence.round + 1)
-        fresh._holding = self._holding
         return fresh
 
     def close(self) -> list[Effect]:
@@ -528,7 +517,7 @@ class Scheduler:
     # ------------------------------------------------------------------ steps
 
     def _issue(self, now: float, effects: list[Effect]) -> None:
-        if self._holding or now < self._hold_until:
+        if now < self._hold_until:
             return
         # While requests are being adopted their blocks are not counted yet: nobody new is let in.
         admit = not self.questions.adopting
