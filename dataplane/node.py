@@ -416,7 +416,11 @@ class Node:
             overdue_s=self._timeliness.overdue_s,
             topology_counter=self._worker.topology.counter if self._worker.topology else 0,
             leaving=self._leaving,
-            troubles=(*self._frontdoor.troubles(), *self._identity.troubles()),
+            troubles=(
+                *self._frontdoor.troubles(),
+                *self._identity.troubles(),
+                *self._executor.troubles(),
+            ),
             block_bytes=self._worker.block_bytes,
             restoring=self._worker.parity.restorer.speed.restoring,
         )
@@ -468,6 +472,7 @@ class Node:
         counters["copy_check_wait_ms"] = int(stats.check_wait_s * 1000)
         counters["inbox_dropped"] = stats.dropped_full
         counters["steps_merged"] = stats.merged
+        counters["ranks_lost"] = self._executor.ranks_lost
         counters["compute_ms"] = int(self._worker.compute.total_s * 1000)
         return counters
 
