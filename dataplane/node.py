@@ -63,6 +63,7 @@ from dataplane.oracle import HASH_BYTES, OracleExecutor
 from dataplane.replica import ReplicaStats
 from dataplane.reporter import Reporter
 from dataplane.schedulers import Schedulers
+from dataplane.tracing import Tracer
 from dataplane.transport import frames
 from dataplane.transport.base import TransportConfig, TransportStats
 from dataplane.transport.choose import open_transport
@@ -124,6 +125,9 @@ class Node:
         )
         self._store = store
         self._worker = Worker(me, executor, store, self._send, self._send_later, grammars, config.parity)
+        self._tracer = Tracer.of(config, me, stage)
+        if self._tracer is not None:
+            self._worker.on_traced = self._tracer.on_step
         token = auth.derive(secret, "grpc")
         self._frontdoor = Frontdoor(
             token,
@@ -153,6 +157,7 @@ class Node:
             self._send,
             self._reporter.kick,
             proposer,
+            self._tracer,
         )
         self._worker.hosts = self._schedulers.hosts
         self._transport = open_transport(
@@ -233,6 +238,8 @@ class Node:
         await self._transport.close()
         await client.close()
         self._worker.close()
+        if self._tracer is not None:
+            self._tracer.close()
 
     def stop(self) -> None:
         """Leave on purpose: reported, deregistered, then gone."""
@@ -409,7 +416,11 @@ class Node:
             overdue_s=self._timeliness.overdue_s,
             topology_counter=self._worker.topology.counter if self._worker.topology else 0,
             leaving=self._leaving,
-            troubles=(*self._frontdoor.troubles(), *self._identity.troubles()),
+            troubles=(
+                *self._frontdoor.troubles(),
+                *self._identity.troubles(),
+                *self._executor.troubles(),
+            ),
             block_bytes=self._worker.block_bytes,
             restoring=self._worker.parity.restorer.speed.restoring,
         )
@@ -461,6 +472,7 @@ class Node:
         counters["copy_check_wait_ms"] = int(stats.check_wait_s * 1000)
         counters["inbox_dropped"] = stats.dropped_full
         counters["steps_merged"] = stats.merged
+        counters["ranks_lost"] = self._executor.ranks_lost
         counters["compute_ms"] = int(self._worker.compute.total_s * 1000)
         return counters
 

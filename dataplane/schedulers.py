@@ -9,7 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import fields
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from controlplane.contract.ids import Member, NodeId, PipelineId
 from controlplane.contract.records import NodeRecord
@@ -69,6 +69,9 @@ from dataplane.inbox import Message
 from dataplane.moment import MOMENT
 from dataplane.transport.frames import Send
 
+if TYPE_CHECKING:
+    from dataplane.tracing import Tracer
+
 log = logging.getLogger(__name__)
 
 RECOVERIES_KEPT = 64
@@ -92,8 +95,9 @@ class Schedulers:
         send: Send,
         news: Callable[[], None],
         proposer: Proposer | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
-        """`proposer`: where the limits ask for a draft model."""
+        """`proposer`: where the limits ask for a draft model. `tracer`: where the settings name a collector."""
         self.by_pipeline: dict[PipelineId, Scheduler] = {}
         self.recoveries: list[RecoveryReport] = []  # the newest RECOVERIES_KEPT
         self.recoveries_total = 0
@@ -105,6 +109,7 @@ class Schedulers:
         self._send = send
         self._news = news
         self._proposer = proposer
+        self._tracer = tracer
         self._topology: Topology | None = None
         self._unsent: dict[Member, list[RejoinMeta]] = {}  # questions for members whose link is not up yet
         self._records: dict[NodeId, NodeRecord] = {}  # the last one of every node that was ever registered
@@ -160,6 +165,8 @@ class Schedulers:
                 self._perform(scheduler, scheduler.start(now))
             elif scheduler.fence.epoch < pipeline.epoch:
                 self._forget_unsent(pipeline.id)
+                if self._tracer is not None:
+                    self._tracer.on_epoch(before, pipeline)
                 scheduler = self._dispatch(
                     scheduler, EpochBegan(pipeline.epoch, planned, self._salt(pipeline))
                 )
@@ -207,11 +214,15 @@ class Schedulers:
         scheduler = self.by_pipeline.pop(pipeline)
         self._remember(scheduler)
         self._perform(scheduler, scheduler.close())
+        if self._tracer is not None:
+            self._tracer.on_end(scheduler)
 
     def on_gateway(self, session: int, message: GatewayMessage) -> None:
         match message:
             case Submit(rid, pipeline):
                 if (scheduler := self.by_pipeline.get(pipeline)) is not None:
+                    if self._tracer is not None:
+                        self._tracer.on_gateway(session, message)
                     self._dispatch(scheduler, Submitted(message, session))
                 else:
                     text = f"{self._me} does not schedule {pipeline}"
@@ -219,6 +230,8 @@ class Schedulers:
                     self._frontdoor.send(session, refused)
             case Cancel(rid, pipeline):
                 if (scheduler := self.by_pipeline.get(pipeline)) is not None:
+                    if self._tracer is not None:
+                        self._tracer.on_gateway(session, message)
                     self._dispatch(scheduler, Cancelled(rid, session))
             case Recall(rid):
                 logs = [log for s in self.by_pipeline.values() if (log := s.recall(rid)) is not None]
@@ -246,6 +259,8 @@ class Schedulers:
     def tick(self) -> None:
         for scheduler in list(self.by_pipeline.values()):
             self._dispatch(scheduler, Tick())
+            if self._tracer is not None:
+                self._tracer.tick(scheduler)
         self._tell_loads()
 
     def counters(self) -> dict[str, int]:
@@ -287,6 +302,8 @@ class Schedulers:
             self._frontdoor.send(session, refused)
         self._remember(broken)
         self._perform(broken, broken.close())
+        if self._tracer is not None:
+            self._tracer.on_end(broken)
         fresh = broken.successor(now)
         self.by_pipeline[fresh.pipeline] = fresh
         pipeline = self._topology.pipeline(fresh.pipeline) if self._topology is not None else None
@@ -298,6 +315,8 @@ class Schedulers:
         return fresh
 
     def _perform(self, scheduler: Scheduler, effects: list[Effect]) -> None:
+        if self._tracer is not None:
+            effects = self._tracer.before(effects)
         for effect in effects:
             match effect:
                 case RunStep(meta, tokens):

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, assert_never, get_args
 
@@ -124,6 +124,8 @@ class Worker:
             executor.block_wire_bytes,
         )
         self.hosts: Mapping[NodeId, str] = {}  # of nodes, as far as they are known
+        # Hears of steps with prompts of traced requests, and from when to when they were computed (monotonic seconds).
+        self.on_traced: Callable[[StepMeta, float, float], None] | None = None
         self.topology: Topology | None = None  # the newest one applied
         self._newest: Topology | None = (
             None  # the newest one known: what is older than it need not be computed
@@ -354,6 +356,8 @@ class Worker:
             now = time.monotonic()
             self._rhythm.ran(len(works), now - began)
             for work in works:
+                if work.step.meta.traces and self.on_traced is not None:
+                    self.on_traced(work.step.meta, began, now)
                 if work.step.unfinished:
                     self._rhythm.goes_on(work.step.meta.pipeline, step_tokens(work.step.meta), now)
             self.stats.merged += len(works) - 1

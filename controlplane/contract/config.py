@@ -40,6 +40,7 @@ ENDPOINT = Text(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", "host:port"
 
 RANGES = ("controller_ports", "node_ports", "link_ports")
 DEFAULT_GROUP = "default"
+RANKS_MAX = 64  # KF_RANKS_MAX of kernels/ranks/exchange.h
 Speculation = Literal["off", "ngram", "draft"]
 
 
@@ -63,14 +64,15 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Prompt and output together; 0: the checkpoint's own limit. A pipeline's share of the pool bounds it, too. longrope
     # has the frequencies of short contexts where this keeps within what the model was trained with, else of long ones.
     max_model_len: Annotated[int, Range(0, 1 << 24)] = 0
-    threads: Annotated[int, Range(1, 1024)] = 1  # compute threads of a node
+    threads: Annotated[int, Range(1, 1024)] = 1  # compute threads of a node, or of each of its ranks
     device: Literal["cpu", "cuda"] = "cpu"
     attention: Literal["exact", "xformers"] = (
         "exact"  # exact: ours, equal bits on every path; xformers: GPUs only
     )
     # Of products whose inputs several ranks may share. fixed: over shards that depend on the model alone, in 64-bit
     # fixed point, the same bits for any number of ranks; CPUs only, and no quantised weights or mixtures of experts.
-    sums: Literal["float", "fixed"] = "float"
+    # auto: fixed where a node has several ranks.
+    sums: Literal["auto", "float", "fixed"] = "auto"
     # In flight, per pipeline; 0: as many as stages can compute at the same time.
     microbatches: Annotated[int, Range(0, 256)] = 0
     # Decodes that cost a stage hardly more than one does: so many share a microbatch while there are places for all.
@@ -170,7 +172,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # A folder in which each gateway writes a line of JSON for each request that has ended, never a prompt, to
     # NAME.access.log; four older files of 64 MiB are kept. Empty: none is written.
     access_log_dir: Annotated[str, MAYBE_PATH] = ""
-    # Where traces of requests go, "http://HOST:4318": a collector that speaks OTLP over HTTP. Needs the extra otel.
+    # Where gateways and nodes send traces of requests, "http://HOST:4318": a collector that speaks OTLP over HTTP.
+    # Needs the extra otel.
     otlp_endpoint: Annotated[str, COLLECTOR] = ""
     # Whose pages a browser lets read answers: "https://example.org", or "*" for all. They need keys like others.
     cors_origins: tuple[Annotated[str, ORIGIN], ...] = ()
@@ -238,6 +241,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )
     instances: Annotated[int, Range(1, 4096)] = 2
     stages: Annotated[int, Range(1, 1024)] = 4
+    # Processes of a node that compute its stage together (tensor-parallel). It goes on with those that are left when
+    # some end, whatever their number, and takes them in again.
+    ranks: Annotated[int, Range(1, RANKS_MAX)] = 1
     spares: Annotated[int, Range(0, 4096)] = 0  # blank nodes for each stage, home to no pipeline
     mode: Mode = Mode.REPLICATE
     host: Annotated[str, HOST] = "127.0.0.1"  # where every port of ours is bound
@@ -276,6 +282,13 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         fault = conflict(self)
         if fault is not None:
             raise SettingsError(fault)
+
+    @property
+    def sums(self) -> Literal["float", "fixed"]:
+        """Of products whose inputs several ranks may share."""
+        if self.engine.sums == "auto":
+            return "fixed" if self.ranks > 1 else "float"
+        return self.engine.sums
 
     @property
     def advertised(self) -> str:
@@ -369,11 +382,19 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
         yield "engine.max_model_len = 1 has no room for a prompt and a token: allowed are 0 and 2 or more"
     if engine.weights == "int8" and engine.device != "cpu":
         yield f"engine.weights = 'int8' has kernels for engine.device = 'cpu' only, not {engine.device!r}"
-    if engine.sums == "fixed" and (engine.device != "cpu" or engine.weights == "int8"):
+    if config.sums == "fixed" and (engine.device != "cpu" or engine.weights == "int8"):
+        why = f"ranks = {config.ranks}" if engine.sums == "auto" else "engine.sums = 'fixed'"
         yield (
-            "engine.sums = 'fixed' has kernels for engine.device = 'cpu' and engine.weights = 'model' only, not"
+            f"{why} has kernels for engine.device = 'cpu' and engine.weights = 'model' only, not"
             f" {engine.device!r} and {engine.weights!r}"
         )
+    if config.ranks > 1 and engine.sums == "float":
+        yield (
+            f"ranks = {config.ranks} needs engine.sums = 'fixed' or 'auto', not 'float': tokens would depend on how"
+            " many ranks there are"
+        )
+    if config.ranks > 1 and engine.executor != "torch":
+        yield f"ranks = {config.ranks} needs engine.executor = 'torch', not {engine.executor!r}"
     if engine.attention == "xformers" and engine.device != "cuda":
         yield f"engine.attention = 'xformers' needs engine.device = 'cuda', not {engine.device!r}"
     if engine.attention == "xformers" and engine.block_size % XFORMERS_BLOCK:

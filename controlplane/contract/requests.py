@@ -62,6 +62,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     context: bytes | None = None
     # Grows each time a client takes its stream up again: who reads for a lower one is told SUPERSEDED.
     reader: int = 0
+    # W3C `traceparent` of the gateway's span, below which the scheduler and the stages put theirs; "": not traced.
+    trace: str = ""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

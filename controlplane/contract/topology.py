@@ -148,3 +148,19 @@ def quota_blocks(pool_blocks: int, pipelines_served: int, copies: bool = True) -
     its replicas can never run out of space.
     """
     return pool_blocks // max(2 if copies else 1, pipelines_served)
+
+
+def change_of(old: Pipeline, new: Pipeline | None) -> str:
+    """From one epoch to another, in words."""
+    if new is None:
+        return f"{old.id} was removed"
+    moves = []
+    for index, (was, now) in enumerate(zip(old.stages, new.stages, strict=False)):
+        gone, come = set(was.ranks) - set(now.ranks), set(now.ranks) - set(was.ranks)
+        if gone or come:
+            left = ", ".join(sorted(member.node for member in gone)) or "nobody"
+            serves = ", ".join(sorted(member.node for member in now.ranks)) or "nobody"
+            moves.append(f"stage {index}: {left} -> {serves}")
+    kind = "planned switch" if switched(old, new) else "failure"
+    what = "; ".join(moves) or "the same members"
+    return f"{kind} of {new.id}, epoch {old.epoch} -> {new.epoch}: {what}"

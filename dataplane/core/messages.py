@@ -86,6 +86,8 @@ class StepMeta(msgspec.Struct, frozen=True, array_like=True, tag=1):
         b""  # int32, little endian: the drafted tokens of the rows, in their order; for the last stage
     )
     places: tuple[Place, ...] = ()  # what has changed of who holds copies
+    # `Submit.trace` of the traced requests whose prompts are in it: each stage makes a span of its computation below.
+    traces: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.rows) % (8 * len(ROW_FIELDS)):

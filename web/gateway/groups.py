@@ -59,7 +59,8 @@ async def _serve(path: str, config: ClusterConfig, model: Model, name: str, serv
     token = derive(load_secret(config.secret_file), "grpc")
     identity = Identity.of(config, ProcessRole.GATEWAY, name)
     dispatcher = Dispatcher(policy_of(config), token, home.metrics, identity)
-    dispatcher.lives.gateway, dispatcher.lives.listeners = name, home.dispatcher.lives.listeners
+    lives, theirs = dispatcher.lives, home.dispatcher.lives
+    lives.gateway, lives.listeners, lives.traces = name, theirs.listeners, theirs.traces
     async with etcd_client(config, identity) as etcd:
         watch = ClusterWatch(etcd, config, dispatcher, context=model.context)
         service = replace(

@@ -14,7 +14,8 @@ import msgspec
 
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.lives import CAUSE_CHARS_MAX, PAUSES_MAX, PLACES_MAX, Life, Pause, Place
-from controlplane.contract.topology import Pipeline, Topology, switched
+from controlplane.contract.topology import Pipeline, Topology, change_of
+from controlplane.contract.trace_context import context_of, root_span
 
 ENDED_MAX = 4096  # about a kilobyte each, and ten if it had a hard life
 CHANGES_MAX = 256
@@ -49,6 +50,16 @@ class OpenLife:
     failed: str = ""
     trace: str = ""
     status: int = 0
+
+    @property
+    def example(self) -> dict[str, str] | None:
+        """What leads from a value of a histogram to the trace; None: nobody keeps it. Without a client that has one a
+        trace is kept where this gateway makes it."""
+        if not self.trace and not (self.lives is not None and self.lives.traces):
+            return None
+        context = context_of(self.request, self.trace)
+        kept = context.sampled and bool(context.parent or (self.lives is not None and self.lives.traces))
+        return {"trace_id": context.trace} if kept else None
 
     def first_token(self, after_s: float) -> None:
         """`after_s`: the request began."""
@@ -131,6 +142,7 @@ class Lives:
     def __init__(self, gateway: str = "", ended_max: int = ENDED_MAX) -> None:
         self.gateway = gateway
         self.listeners: list[Callable[[Life], None]] = []  # they hear of each that has ended
+        self.traces = False  # whether one of them makes spans
         self._ended_max = ended_max
         self._open: dict[int, tuple[OpenLife, int]] = {}  # rid -> and which choice
         self._ended: OrderedDict[int, Life] = OrderedDict()
@@ -169,6 +181,20 @@ class Lives:
         life = Life(request, self.gateway, kind, key, "", False, False, 0, 0, now, lasted_s=0.0)
         for listener in self.listeners:
             listener(msgspec.structs.replace(life, status=status, end="refused"))
+
+    def example(self, rid: int) -> dict[str, str] | None:
+        """See OpenLife."""
+        found = self._open.get(rid)
+        return found[0].example if found is not None else None
+
+    def trace(self, rid: int) -> str:
+        """For `Submit.trace`; "": nobody keeps its spans."""
+        if (found := self._open.get(rid)) is None:
+            return ""
+        life, _ = found
+        context = context_of(life.request, life.trace)
+        span = root_span(life.request, self.gateway, life.began)
+        return context.below(span) if context.sampled else ""
 
     def find(self, request: str) -> list[Life]:
         """The newest connections of a request, oldest first."""
@@ -235,19 +261,3 @@ class Lives:
             and (change.pipeline in pipelines or (change.member is not None and change.member.node in nodes))
         ]
         return "; ".join(dict.fromkeys(told))
-
-
-def change_of(old: Pipeline, new: Pipeline | None) -> str:
-    """From one epoch to another, in words."""
-    if new is None:
-        return f"{old.id} was removed"
-    moves = []
-    for index, (was, now) in enumerate(zip(old.stages, new.stages, strict=False)):
-        gone, come = set(was.ranks) - set(now.ranks), set(now.ranks) - set(was.ranks)
-        if gone or come:
-            left = ", ".join(sorted(member.node for member in gone)) or "nobody"
-            serves = ", ".join(sorted(member.node for member in now.ranks)) or "nobody"
-            moves.append(f"stage {index}: {left} -> {serves}")
-    kind = "planned switch" if switched(old, new) else "failure"
-    what = "; ".join(moves) or "the same members"
-    return f"{kind} of {new.id}, epoch {old.epoch} -> {new.epoch}: {what}"

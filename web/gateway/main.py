@@ -93,6 +93,7 @@ async def run_gateway(config: ClusterConfig, name: str, port: int, take_over: st
     tracer = Tracer(to, name, code_version()) if (to := config.gateway.otlp_endpoint) else None
     if tracer is not None:
         dispatcher.lives.listeners.append(tracer.put)
+        dispatcher.lives.traces = True
     async with etcd_client(config, identity) as etcd:
         me = Member(name, new_incarnation())
         record = GatewayRecord(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_left
 from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
 from controlplane.contract import figures as contract
@@ -20,6 +23,8 @@ from web.gateway.key_usage import KeyUsage
 from web.gateway.routing.router import Router
 
 PREFIX = "kevlarflow_"
+OPENMETRICS = "application/openmetrics-text"
+NOT_WANTED = re.compile(r"q\s*=\s*0(\.0*)?")
 LATENCIES_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 GAPS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30)
 
@@ -41,18 +46,34 @@ COUNTED = {
 }
 
 
+Example = dict[str, str] | None  # of a histogram's value: labels that lead to its trace
+
+
+def accepts_openmetrics(accept: str) -> bool:
+    """Whether an Accept header names OpenMetrics, as Prometheus' does, and does not rule it out."""
+    for wanted in accept.split(","):
+        kind, *parameters = (part.strip().lower() for part in wanted.split(";"))
+        if kind == OPENMETRICS and not any(NOT_WANTED.fullmatch(parameter) for parameter in parameters):
+            return True
+    return False
+
+
 class Tokens(Collector):
     """What is counted for each token: with plain numbers, since a prometheus_client metric takes a lock each time."""
 
     def __init__(self) -> None:
         self.given = 0
         self._counts = [0] * (len(LATENCIES_S) + 1)  # of waits, by bucket; the last one is without bound
+        self._examples: dict[int, tuple[dict[str, str], float]] = {}  # the last one of a bucket
         self._waited_s = 0.0
 
-    def waited(self, seconds: float) -> None:
+    def waited(self, seconds: float, example: Example = None) -> None:
         """Between two tokens of a stream."""
-        self._counts[bisect_left(LATENCIES_S, seconds)] += 1
+        bucket = bisect_left(LATENCIES_S, seconds)
+        self._counts[bucket] += 1
         self._waited_s += seconds
+        if example is not None:
+            self._examples[bucket] = (example, seconds)
 
     def waits(self) -> contract.Histogram:
         return contract.Histogram(LATENCIES_S, tuple(self._counts))
@@ -60,9 +81,19 @@ class Tokens(Collector):
     def collect(self) -> Iterable[Metric]:
         name = PREFIX + "inter_token_latency_seconds"
         bounds = map(floatToGoString, (*LATENCIES_S, math.inf))
-        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
-        yield HistogramMetricFamily(name, "Between two tokens of a stream", buckets, self._waited_s)
+        family = HistogramMetricFamily(name, "Between two tokens of a stream")
+        counts = zip(bounds, accumulate(self._counts), strict=True)
+        buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
+        for bucket, (bound, count) in enumerate(counts):
+            exemplar = self._exemplar(bucket)
+            buckets.append((bound, count) if exemplar is None else (bound, count, exemplar))
+        family.add_metric([], buckets, self._waited_s)
+        yield family
         yield CounterMetricFamily(PREFIX + "generation_tokens", "Tokens given to clients", self.given)
+
+    def _exemplar(self, bucket: int) -> Exemplar | None:
+        found = self._examples.get(bucket)
+        return None if found is None else Exemplar(*found)
 
 
 class Metrics:
@@ -126,9 +157,11 @@ class Metrics:
         counts = [after - before for before, after in zip([0, *upto], upto, strict=False)]
         return contract.Histogram(LATENCIES_S, tuple(counts))
 
-    def render(self) -> bytes:
-        text: bytes = generate_latest(self.registry)
-        return text
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The text and its content type. `accept`: of the scraper; only OpenMetrics has exemplars."""
+        exact = accepts_openmetrics(accept)
+        text: bytes = (openmetrics.generate_latest if exact else generate_latest)(self.registry)
+        return text, openmetrics.CONTENT_TYPE_LATEST if exact else CONTENT_TYPE_LATEST
 
 
 class _AccessLogCollector(Collector):

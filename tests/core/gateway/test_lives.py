@@ -6,8 +6,8 @@ import msgspec
 
 from controlplane.contract.ids import Member
 from controlplane.contract.lives import PAUSES_MAX, PLACES_MAX
-from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
-from web.gateway.lives import LEFT, Lives, OpenLife, change_of
+from controlplane.contract.topology import Mode, Pipeline, Stage, Topology, change_of
+from web.gateway.lives import LEFT, Lives, OpenLife
 
 N0, N1, N2, N3 = (Member(f"n{k}", "a") for k in range(4))
 

@@ -17,6 +17,7 @@ import pytest
 
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.lives import Life, Pause, Place
+from controlplane.contract.trace_context import root_span
 from tests.web.gateway.stack import Events, running, stream
 from web.gateway.tracing import Tracer
 
@@ -35,6 +36,7 @@ class Collector:
         pytest.importorskip("opentelemetry.sdk")
         service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
         self.spans: list[Any] = []
+        self.services: dict[bytes, str] = {}  # by span: the kind of process that sent it
         collector = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -46,6 +48,8 @@ class Collector:
                 assert self.path == "/v1/traces"
                 for resource in request.resource_spans:
                     for scope in resource.scope_spans:
+                        name = told(resource.resource)["service.name"]
+                        collector.services.update((span.span_id, name) for span in scope.spans)
                         collector.spans += scope.spans
                 self.send_response(200)
                 self.send_header("content-length", "0")
@@ -92,6 +96,7 @@ def test_a_life_becomes_spans(collector: Collector) -> None:
     }  # fmt: skip
     assert {span.trace_id for span in collector.spans} == {root.trace_id}
     assert {span.parent_span_id for span in collector.spans} == {b"", root.span_id}
+    assert root.span_id.hex() == root_span("abc", "g1", 1.7e9)  # schedulers know it before it is made
     assert told(pause)["kevlarflow.cause"] == CAUSE
     assert told(pause)["kevlarflow.epoch"] == 5
     assert (pause.start_time_unix_nano, pause.end_time_unix_nano) == (

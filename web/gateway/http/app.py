@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 import structlog
 from fastapi import FastAPI, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -109,8 +108,9 @@ def _health_routes(app: FastAPI, services: Services) -> None:
         return _json({"server_load": services.live})
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(services.first.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    async def metrics(request: Request) -> Response:
+        text, kind = services.first.metrics.render(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": kind, "vary": "accept"})
 
 
 def _reasons(services: Services) -> Iterator[str]:

@@ -78,6 +78,7 @@ class Generation:
         self._rules = rules
         self._hold = hold
         self._life = life
+        self._example: dict[str, str] | None = None
         self._started = time.perf_counter()
         self._last_at = [self._started] * len(plans)
 
@@ -165,6 +166,7 @@ class Generation:
     def traced(self, parent: str) -> None:
         """`parent`: the client's `traceparent`."""
         self._life.trace = parent[:TRACE_CHARS_MAX]
+        self._example = self._life.example
 
     def failed(self, status: int, message: str) -> None:
         """Its client is told so."""
@@ -205,13 +207,13 @@ class Generation:
         piece = choice.push(tokens)
         now = time.perf_counter()
         if first:
-            metrics.ttft.observe(now - self._started)
+            metrics.ttft.observe(now - self._started, self._example)
             self._life.first_token(now - self._started)
             metrics.prompt_tokens.inc(len(self.plans[index].prompt))
             self._hold.charge(len(self.plans[index].prompt), len(piece.tokens))
         else:
             waited_s = now - self._last_at[index]
-            metrics.tokens.waited(waited_s)
+            metrics.tokens.waited(waited_s, self._example)
             if waited_s >= SLOW_S:
                 self._life.waited(index, waited_s, time.time())
             self._hold.charge(0, len(piece.tokens))
@@ -220,7 +222,7 @@ class Generation:
         if piece.finish is not None:
             metrics.success.labels(piece.finish).inc()
             self._life.finishes[index] = piece.finish
-            metrics.e2e.observe(now - self._started)
+            metrics.e2e.observe(now - self._started, self._example)
             # A stop string ends it here, not there.
             self._service.dispatcher.cancel(self._starts[index].rid, self.queue)
         return piece

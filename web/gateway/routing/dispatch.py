@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import assert_never
 
+import msgspec
 import structlog
 
 from controlplane.contract.identity import PLAIN, Identity
@@ -126,6 +127,8 @@ class Dispatcher:
                     self._deliver(effect)
                 case SendSubmit(member, submit):
                     self.lives.sent(submit.rid, member, submit.pipeline, time.time())
+                    if self.lives.traces:
+                        submit = msgspec.structs.replace(submit, trace=self.lives.trace(submit.rid))
                     self.links.send(member, submit)
                 case SendCancel(member, cancel):
                     self.links.send(member, cancel)
@@ -165,7 +168,9 @@ class Dispatcher:
 
     def _deliver(self, effect: Deliver) -> None:
         if effect.gap_s is not None:
-            self._metrics.failover_gap.labels(effect.how).observe(effect.gap_s)
+            self._metrics.failover_gap.labels(effect.how).observe(
+                effect.gap_s, self.lives.example(effect.rid)
+            )
             self.lives.paused(effect.rid, effect.gap_s, effect.how, time.time())
         sink = self._sinks.get(effect.rid)
         if sink is not None:
