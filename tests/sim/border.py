@@ -91,7 +91,7 @@ def simulated(world: World, net: Network) -> Iterator[None]:
         (dataplane.core.peers, "PING_S", PING_S),
         (dataplane.core.peers, "LINGER_S", LINGER_S),
         (controlplane.shell.runtime, "TICK_S", TICK_S),
-        (dataplane.kvcache, "huge_zeros", lambda size: np.zeros(size, np.uint8)),
+        (dataplane.kvcache, "huge_zeros", lambda size, shared=False: np.zeros(size, np.uint8)),
     )
     with replaced(replacements), virtual_time(world):
         yield
