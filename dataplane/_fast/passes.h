@@ -173,9 +173,78 @@ TARGET static int64_t NAME(kf_mask)(const float *x, int64_t n, const int32_t *ma
     return allowed;
 }
 
+#ifdef FMA
+typedef float NAME(kf_vf) __attribute__((vector_size(KF_VECTOR)));
+typedef uint32_t NAME(kf_vu) __attribute__((vector_size(KF_VECTOR)));
+#define VF NAME(kf_vf)
+#define VU NAME(kf_vu)
+#define FLOATS_SPAN (2 * LANES * KF_FLOAT_CHAINS)
+#define EACH_FLOATS(k) _Pragma("GCC unroll 8") for (int k = 0; k < KF_FLOAT_CHAINS; k++)
+
+/* 2^(x * scale) of FLOATS_SPAN tokens, to `sums`. */
+TARGET static inline __attribute__((always_inline)) void
+NAME(kf_estimate_span)(const float *x, const kf_powers *powers, VD *sums)
+{
+    VF f[KF_FLOAT_CHAINS], p[KF_FLOAT_CHAINS];
+    VU whole[KF_FLOAT_CHAINS];
+    EACH_FLOATS(k)
+    {
+        const VF v = MAX_FLOATS(LOAD_FLOATS(x + k * 2 * LANES), FLOATS(powers->lowest)); /* takes NaN as well */
+        const VF rounded = FMA(v, FLOATS(powers->scale), FLOATS(powers->round));
+        whole[k] = (VU)rounded << 23;
+        f[k] = FMA(v, FLOATS(powers->scale), -(rounded - powers->round));
+        f[k] = FMA(v, FLOATS(powers->scale_rest), f[k]);
+        p[k] = FLOATS(kf_minimax[0]);
+    }
+    _Pragma("GCC unroll 16") for (int term = 1; term < KF_FLOAT_TERMS; term++) EACH_FLOATS(k)
+    {
+        p[k] = FMA(p[k], f[k], FLOATS(kf_minimax[term]));
+        KEEP(p[k]);
+    }
+    EACH_FLOATS(k) p[k] = (VF)((VU)p[k] + whole[k]);
+    for (int step = 1; step < KF_FLOAT_CHAINS; step *= 2) /* two additions deep: see KF_ESTIMATE_OFF */
+        _Pragma("GCC unroll 8") for (int k = 0; k < KF_FLOAT_CHAINS; k += 2 * step) p[k] += p[k + step];
+    sums[0] += LOW(p[0]);
+    sums[1] += HIGH(p[0]);
+}
+
+/* About what the tokens of a block weigh together: see estimate.h. */
+TARGET static double NAME(kf_estimate)(const float *x, int64_t n, const kf_powers *powers)
+{
+    VD sums[2] = {{0}};
+    int64_t i = 0;
+    for (; i + FLOATS_SPAN <= n; i += FLOATS_SPAN)
+        NAME(kf_estimate_span)(x + i, powers, sums);
+    if (i < n) {
+        float tail[FLOATS_SPAN];
+        for (int64_t j = 0; j < FLOATS_SPAN; j++)
+            tail[j] = i + j < n ? x[i + j] : -INFINITY;
+        NAME(kf_estimate_span)(tail, powers, sums);
+    }
+    double sum = 0.0;
+    for (int lane = 0; lane < LANES; lane++)
+        sum += sums[0][lane] + sums[1][lane];
+    return sum;
+}
+#undef FLOATS_SPAN
+#undef EACH_FLOATS
+#undef VF
+#undef VU
+#undef LOAD_FLOATS
+#undef FLOATS
+#undef MAX_FLOATS
+#undef FMA
+#undef LOW
+#undef HIGH
+#define ESTIMATE NAME(kf_estimate)
+#else
+#define ESTIMATE NULL
+#endif
+
 static const kf_passes NAME(kf_passes) = {
-    NAME(kf_best), NAME(kf_weigh), NAME(kf_sum), NAME(kf_maxima), NAME(kf_keep), NAME(kf_mask),
+    NAME(kf_best), NAME(kf_weigh), NAME(kf_sum), NAME(kf_maxima), NAME(kf_keep), NAME(kf_mask), ESTIMATE,
 };
+#undef ESTIMATE
 #undef VD
 #undef VI
 #undef LANES

@@ -1,7 +1,7 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """What every running request's next token depends on, and draws for whole batches without the interpreter.
 
-The arithmetic is in draw.h, weights.h and passes.h. All checks are made before anything is written."""
+The arithmetic is in draw.h, estimate.h, weights.h and passes.h. All checks are made before anything is written."""
 
 from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport calloc, free
@@ -268,3 +268,23 @@ cdef class DrawTable:
         s.passes = kf_passes_for(isa_in_use())
         kf_scratch_place(&s, self.vocab_size, <char *>self.room())
         return kf_log_sum_exp(&logits[0], &s)
+
+    def estimates(self, const float[::1] logits, double temperature):
+        """What each block of 1,024 tokens of a row [vocab] of finite values weighs at this temperature, for tests:
+        exactly int64 [blocks], by the estimate float64 [blocks], and how far that may be off; both are None with
+        numbers or an instruction set that have no estimate. Raises ValueError for another shape."""
+        if logits.shape[0] != self.vocab_size:
+            raise ValueError(f"{logits.shape[0]} logits for a vocabulary of {self.vocab_size}")
+        self.check_idle()
+        cdef kf_scratch s
+        cdef int finite
+        s.passes = kf_passes_for(isa_in_use())
+        kf_scratch_place(&s, self.vocab_size, <char *>self.room())
+        cdef double scale = KF_LOG2E / temperature
+        cdef double best = logits[s.passes.best(&logits[0], self.vocab_size, &finite, s.tops)]
+        s.passes.sum(&logits[0], self.vocab_size, best, scale, s.sums)
+        exact = np.array(<int64_t[:s.blocks]>s.sums)
+        if kf_estimate(&s, &logits[0], best, scale, False) < 0.0:
+            return exact, None, None
+        about = np.array(<double[:s.blocks]>s.estimates)
+        return exact, about, KF_ESTIMATE_OFF * about + KF_TOKEN_OFF * KF_BLOCK
