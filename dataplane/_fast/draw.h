@@ -329,19 +329,16 @@ static void kf_sample_row(const kf_batch *batch, int64_t r, const kf_scratch *s)
         row = &masked;
     }
     int finite;
-    int64_t best = s->passes->best(x, s->vocab, &finite, s->tops), all = 0, allowed = s->vocab;
-    if (!finite) {
-        batch->tokens[r] = KF_POISONED;
-        return;
-    }
-    if (row->mask != NULL) {
-        allowed = s->passes->mask(x, s->vocab, row->mask, s->logits);
-        if (allowed == 0) {
-            batch->tokens[r] = KF_NONE_LEFT;
-            return;
-        }
-        x = s->logits;
+    int64_t all = 0, allowed = s->vocab, best;
+    if (row->mask == NULL)
         best = s->passes->best(x, s->vocab, &finite, s->tops);
+    else {
+        best = s->passes->best_left(x, s->vocab, row->mask, s->logits, &finite, s->tops, &allowed);
+        x = s->logits;
+    }
+    if (!finite || allowed == 0) {
+        batch->tokens[r] = finite ? KF_NONE_LEFT : KF_POISONED;
+        return;
     }
     const int greedy = row->temperature < KF_GREEDY_BELOW, adjusts = kf_adjusts(row, ahead);
     /* A plain draw weighs the tokens as their probabilities do. */

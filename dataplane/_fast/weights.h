@@ -56,11 +56,12 @@ typedef struct {
 /* The passes for one instruction set: see passes.h. `estimate` is NULL where there is none. */
 typedef struct {
     int64_t (*best)(const float *x, int64_t n, int *finite, int32_t *tops);
+    int64_t (*best_left)(const float *x, int64_t n, const int32_t *mask, float *out, int *finite, int32_t *tops,
+                         int64_t *allowed);
     int64_t (*weigh)(const float *x, int64_t n, double best, double scale, double floor, int64_t *w, int64_t *sums);
     int64_t (*sum)(const float *x, int64_t n, double best, double scale, int64_t *sums);
     int64_t (*maxima)(const int64_t *w, int64_t n, int64_t *maxima);
     int64_t (*keep)(const int64_t *w, int64_t n, int64_t least, int32_t *kept);
-    int64_t (*mask)(const float *x, int64_t n, const int32_t *mask, float *out);
     double (*estimate)(const float *x, int64_t n, const kf_powers *powers);
 } kf_passes;
 
@@ -128,6 +129,7 @@ static inline int32_t kf_order(float x)
 #define KF_VECTOR 16
 #define LOAD(p) _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(p))))
 #define MAX(a, b) _mm_max_pd(a, _mm_set1_pd(b))
+#define MAX_FLOATS(a, b) _mm_max_ps(a, b)
 #define AT_LEAST(a, b) ((VI)_mm_cmpge_pd(a, _mm_set1_pd(b)))
 #define KEEP(v) __asm__("" : "+x"(v))
 #include "passes.h"
@@ -166,6 +168,7 @@ static inline int32_t kf_order(float x)
 #define KF_VECTOR 16
 #define LOAD(p) ((VD){(p)[0], (p)[1]})
 #define MAX(a, b) ((VD){(a)[0] > (b) ? (a)[0] : (b), (a)[1] > (b) ? (a)[1] : (b)})
+#define MAX_FLOATS(a, b) ((VF)(((VW)(a) & ((a) > (b))) | ((VW)(b) & ~((a) > (b)))))
 #define AT_LEAST(a, b) ((VI)((a) >= (b)))
 #define KEEP(v)
 #include "passes.h"
