@@ -94,8 +94,8 @@ cdef class DrawTable:
         Raises SlotsFull, ValueError for a token id outside the vocabulary or masks of another shape."""
         cdef const int32_t[::1] bias_tokens = np.array([t for t, _ in spec.logit_bias], np.int32)
         cdef const float[::1] bias = np.array([b for _, b in spec.logit_bias], np.float32)
-        cdef const int32_t[::1] stops = np.unique(
-            np.array(spec.stop_token_ids if spec.min_tokens > 0 else (), np.int32)
+        cdef const int32_t[::1] stops = np.array(
+            sorted(set(spec.stop_token_ids)) if spec.min_tokens > 0 else (), np.int32
         )
         if masks is not None and not (
             masks.shape[0] == self.max_rows and masks.shape[1] == (self.vocab_size + 31) // 32
@@ -167,6 +167,14 @@ cdef class DrawTable:
     def length(self, Py_ssize_t slot):
         """How many tokens the output has: the position of the next draw."""
         return self.row(slot).length
+
+    def seek(self, Py_ssize_t slot, Py_ssize_t length):
+        """The slot's output has so many tokens, whichever they are. Raises IndexError for a slot not in use, ValueError
+        where they matter: a request with penalties."""
+        cdef kf_row *row = self.row(slot)
+        if row.counts_output or length < 0:
+            raise ValueError(f"no draw of slot {slot} depends on the length {length} of its output alone")
+        row.length = length
 
     def release(self, Py_ssize_t slot):
         """Gives the slot and what it held back."""
