@@ -118,7 +118,7 @@ class AdminClient:
             if endpoint.startswith(SOCKET)
         }
         mounts = {
-            url: httpx.HTTPTransport(uds=endpoint.removeprefix(SOCKET))
+            url: httpx.HTTPTransport(uds=endpoint.removeprefix(SOCKET), verify=False)  # see `trust`
             for endpoint, url in self._urls.items()
         }
         headers = {"authorization": f"Bearer {token}"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,7 @@ from controlplane.contract.events import Event, EventKind
 from controlplane.contract.records import Operation, OperationKind
 from controlplane.history import schema
 from controlplane.history.store import Audit, HistoryStore
-from controlplane.history.tables import metadata
+from controlplane.history.tables import REVISION, metadata
 from controlplane.history.writer import HistoryWriter
 
 
@@ -212,8 +214,24 @@ def test_the_schema_upgrades_once_when_controllers_start_together(tmp_path: Path
 
     asyncio.run(main())
     with sqlite3.connect(tmp_path / "h.db") as connection:
-        assert connection.execute("select version_num from alembic_version").fetchall() == [("0003",)]
+        assert connection.execute("select version_num from alembic_version").fetchall() == [(REVISION,)]
         assert connection.execute("pragma journal_mode").fetchone() == ("wal",)
+
+
+AGAIN = """
+import asyncio, sys
+import controlplane.main
+from controlplane.history import schema
+asyncio.run(schema.upgrade(schema.make_engine(sys.argv[1])))
+sys.exit("alembic" in sys.modules)
+"""
+
+
+def test_a_controller_imports_alembic_only_if_migrations_are_missing(tmp_path: Path) -> None:
+    def imports_alembic() -> int:
+        return subprocess.run([sys.executable, "-c", AGAIN, url(tmp_path / "h.db")], timeout=60).returncode
+
+    assert [imports_alembic(), imports_alembic()] == [1, 0]
 
 
 def test_migrations_and_tables_agree(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def service(server: tuple[str, MemoryService]) -> MemoryService:
 
 @pytest.fixture
 def client(server: tuple[str, MemoryService], service: MemoryService) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server[0], timeout=5) as client:
+    with httpx.Client(base_url=server[0], timeout=5, verify=False) as client:
         yield client
 
 
