@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from controlplane import process
 from controlplane.contract import auth, keys
+from controlplane.contract.address import ports_of
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.identity import Identity, ProcessRole
 from controlplane.contract.ids import Member
@@ -161,6 +162,7 @@ class Node:
                 secret=secret,
                 host=config.host,
                 advertise=config.advertise,
+                ports=ports_of(config.link_ports, me.node),
                 identity=_link_identity(identity),
             ),
             on_message=self._on_message,
@@ -189,7 +191,8 @@ class Node:
     async def run(self) -> None:
         """Serve until stopped or retired. Raises what a background task of ours raised."""
         link_address = await self._transport.start()
-        rpc_address = await self._frontdoor.start(self._config.host, self._config.advertise)
+        config, ports = self._config, ports_of(self._config.node_ports, self._me.node)
+        rpc_address = await self._frontdoor.start(config.host, config.advertise, ports)
         client = etcd_client(self._config, self._identity)
         record = self._record(link_address, rpc_address)
         name, lease_s = self._world.names.node(self._me.node), self._config.timing.node_lease_s

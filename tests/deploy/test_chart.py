@@ -220,12 +220,45 @@ def test_nobody_gets_in_but_where_a_policy_says(name: str) -> None:
     assert own["policyTypes"] == ["Ingress", "Egress"]
     for owner, template in templates(documents).items():
         assert chosen(own["podSelector"], template["metadata"]["labels"]), owner
-    assert own["ingress"] == [{"from": [{"podSelector": own["podSelector"]}]}]
-    # Everything else that lets in names its ports.
+    (within,) = own["ingress"]
+    assert within["from"] == [{"podSelector": own["podSelector"]}]
+    let_in = {one["port"] for one in within["ports"]}
+    assert listening(documents) - let_in == ({"metrics"} if "etcd" in roles(documents) else set())
     for policy in policies.values():
-        for rule in policy["spec"].get("ingress", ()) if policy["metadata"]["name"] != RELEASE else ():
+        for rule in policy["spec"].get("ingress", ()):
             assert rule["from"], policy["metadata"]["name"]
             assert rule["ports"]
+
+
+def listening(documents: list[Document]) -> set[str]:
+    """Names of all ports of the release's pods."""
+    pods = (template["spec"]["containers"] for template in templates(documents).values())
+    return {port["name"] for containers in pods for one in containers for port in one.get("ports", ())}
+
+
+def roles(documents: list[Document]) -> set[str]:
+    return {
+        template["metadata"]["labels"]["app.kubernetes.io/component"]
+        for template in templates(documents).values()
+    }
+
+
+@EACH
+def test_processes_listen_where_their_pods_say(name: str) -> None:
+    documents = RENDERED[name]
+    settings = json.loads(of_kind(documents, "ConfigMap")[f"{RELEASE}-plan"]["data"]["plan.json"])["settings"]
+    said = {"node": {"grpc": "node_ports", "links": "link_ports"}, "controller": {"grpc": "controller_ports"}}
+    services = of_kind(documents, "Service")
+    for template in templates(documents).values():
+        role = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        (container, *_) = template["spec"]["containers"]
+        ports = {port["name"]: str(port["containerPort"]) for port in container.get("ports", ())}
+        for port, setting in said.get(role, {}).items():
+            assert ports[port] == settings[setting]
+            offered = {
+                one["name"]: str(one["port"]) for one in services[f"{RELEASE}-{role}"]["spec"]["ports"]
+            }
+            assert offered[port] == settings[setting]
 
 
 def test_only_who_asks_kubernetes_has_an_account() -> None:
@@ -440,6 +473,7 @@ def test_without_a_provider_there_is_nothing_of_it() -> None:
         ({"nodes": {"drainSecond": 5}}, "drainSecond"),
         ({"settings": {"host": "0.0.0.0"}}, "host"),
         ({"settings": {"stages": 0}}, "stages"),
+        ({"settings": {"node_ports": "7100-7200"}}, "node_ports"),  # a pod's process has one
         ({"image": {"digest": "latest"}}, "digest"),
         (
             {

@@ -20,6 +20,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "kf.ca" -}}{{ if eq .Values.certificates.mode "certManager" }}ca.crt{{ else }}ca.pem{{ end }}{{- end }}
 {{- define "kf.adminPort" -}}{{ .Values.settings.admin_port | default 8100 }}{{- end }}
 {{- define "kf.gatewayPort" -}}{{ .Values.settings.gateway_port | default 8000 }}{{- end }}
+{{- /* One process of ours listens in a pod, so that each kind has one port. */ -}}
+{{- define "kf.controllerPort" -}}{{ .Values.settings.controller_ports | default "7000" }}{{- end }}
+{{- define "kf.nodePort" -}}{{ .Values.settings.node_ports | default "7100" }}{{- end }}
+{{- define "kf.linkPort" -}}{{ .Values.settings.link_ports | default "7200" }}{{- end }}
 {{- define "kf.stages" -}}{{ .Values.settings.stages | default 4 }}{{- end }}
 {{- define "kf.pods" -}}
 {{- $instances := .Values.nodes.instances | default (.Values.settings.instances | default 2) -}}
@@ -69,7 +73,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- $https := list "" "" -}}
 {{- if .Values.gateways.httpsSecret }}{{ $https = list "/etc/kevlarflow/https/tls.crt" "/etc/kevlarflow/https/tls.key" }}{{ end -}}
-{{- dict "settings" .Values.settings "etcd" $endpoints "etcd_members" $members "admin" $admin
+{{- $ports := dict "controller_ports" (include "kf.controllerPort" .) "node_ports" (include "kf.nodePort" .) "link_ports" (include "kf.linkPort" .) -}}
+{{- dict "settings" (merge (deepCopy .Values.settings) $ports) "etcd" $endpoints "etcd_members" $members "admin" $admin
   "gateways" (list (printf "%s://%s-gateway.%s:%v" $scheme $name $inside .Values.gateways.service.port))
   "tls" $tls "https" $https "fault_domains" $domains "insecure" (not (include "kf.tls" .)) | toPrettyJson -}}
 {{- end }}
