@@ -14,10 +14,11 @@ import torch
 from bench.quantised import BLOCK, CONTEXT
 from bench.ranks import BATCHES, NUMBERS_MAX, RANKS, VOCABULARY, prompts, tokens_of
 from dataplane._fast.blocktable import BlockTable, StepArrays
+from dataplane.kvcache import KVCache
 from dataplane.model.config import load_config
 from dataplane.model.layers import build_spec
 from dataplane.model.weights import load_weights
-from kernels.cpu.rank import CpuRank, PlanePool
+from kernels.cpu.rank import CpuRank, SharedHeads
 from kernels.ranks.exchange import Exchange
 from kernels.ranks.layout import first_layout
 from kernels.ranks.own import shape_of
@@ -34,9 +35,14 @@ def main() -> None:
         spec = build_spec(config, layers, load_weights(path, config, layers), torch.bfloat16)
         layout = first_layout(shape_of(spec, config.num_kv_heads), RANKS)
         texts, each = max(BATCHES), -(-(CONTEXT + 1) // BLOCK)
-        pool = PlanePool(layout.planes_needed(rank), texts * each, BLOCK, config.head_dim, "bfloat16")
+        kv = KVCache(texts * each, config.num_layers, config.num_kv_heads, BLOCK, config.head_dim, "bfloat16")
         own = CpuRank(
-            spec, layout, rank, pool, Exchange(exchange_fd, RANKS, rank, NUMBERS_MAX), timeout_s=LIMIT_S
+            spec,
+            layout,
+            rank,
+            SharedHeads(kv),
+            Exchange(exchange_fd, RANKS, rank, NUMBERS_MAX),
+            timeout_s=LIMIT_S,
         )
     shared = np.frombuffer(mmap.mmap(logits_fd, texts * VOCABULARY * 4), np.float32)
     table = BlockTable(texts, each, BLOCK)

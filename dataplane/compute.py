@@ -77,7 +77,7 @@ class Compute:
         """Whether a pass runs on the loop, as it is over soon: a thread costs two switches and waits for the
         interpreter, more than all the rest of a step. What may take long has a thread, for heartbeats must go out."""
         tokens_last, took = self._last
-        return took * max(1.0, tokens / tokens_last) < INLINE_S
+        return not self._executor.may_wait and took * max(1.0, tokens / tokens_last) < INLINE_S
 
     @property
     def still_s(self) -> float | None:

@@ -19,6 +19,7 @@ from dataplane.model.quantised import UnsupportedWeight
 from dataplane.model.split import split_layers
 from dataplane.model.weights import load_weights, stage_files, stage_shapes, weights_digest
 from dataplane.numerics import device_kind, numerics_of
+from dataplane.ranks.stage import RankedStage
 from kernels.base import DTYPES, StageKernels, Sums
 from kernels.cpu._native import Team
 from kernels.cpu.stage import CpuStage
@@ -38,6 +39,8 @@ class StageExecutor:
 
     device: "cpu", or a GPU ("cuda:2"). There, rows_max are the tokens of a step, and num_blocks 0 are as many KV blocks
     as memory_share of its memory leaves. context_max: of the longest context that is to be served (see load_config).
+
+    ranks: processes that compute the stage together; more than one are forked here, so the caller must have no thread.
 
     Not thread-safe: one thread at a time calls forward(). Raises ModelError for a checkpoint that cannot be
     served, ValueError for a stage that does not exist or a device that is not supported."""
@@ -60,6 +63,7 @@ class StageExecutor:
         threads: int = 1,
         attention: Literal["exact", "xformers"] = "exact",
         sums: Sums = "float",
+        ranks: int = 1,
         context_max: int = 0,
         digest_file: Path | None = None,
     ) -> None:
@@ -110,9 +114,25 @@ class StageExecutor:
             self._stage: StageKernels
             if device == "cpu":
                 self.kv = KVCache(
-                    num_blocks, shape.layers, shape.kv_heads, block_size, shape.head_dim, self.dtype
+                    num_blocks,
+                    shape.layers,
+                    shape.kv_heads,
+                    block_size,
+                    shape.head_dim,
+                    self.dtype,
+                    shared=ranks > 1,
                 )
-                self._stage = build_cpu_stage(spec, self.kv, threads, attention, sums)
+                if ranks > 1:
+                    self._stage = RankedStage(
+                        spec,
+                        self.kv,
+                        ranks,
+                        threads=threads,
+                        rows_max=max(rows_max, self.light_tokens),
+                        context_max=min(c.max_positions, num_blocks * block_size),
+                    )
+                else:
+                    self._stage = build_cpu_stage(spec, self.kv, threads, attention, sums)
             else:
                 self._stage = built = build_cuda_stage(
                     spec,
@@ -127,10 +147,20 @@ class StageExecutor:
         self.block_wire_bytes = self.kv.block_bytes
         # Threads of this host that are idle between two calls of forward(): sampling has them then.
         self.team = self._stage.team if isinstance(self._stage, CpuStage) else Team(threads)
+        self.may_wait = ranks > 1  # for processes of its own: forward() is not for an event loop
 
     def warm_up(self) -> None:
         """Does whatever a first step would have to wait for: to be called before anybody is served."""
         self._stage.warm_up()
+
+    def troubles(self) -> tuple[str, ...]:
+        """What of it does not work now, in words."""
+        return self._stage.troubles() if isinstance(self._stage, RankedStage) else ()
+
+    @property
+    def ranks_lost(self) -> int:
+        """Ranks that have ended since the start."""
+        return self._stage.lost if isinstance(self._stage, RankedStage) else 0
 
     @property
     def suspect(self) -> bool:

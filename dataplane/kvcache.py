@@ -21,7 +21,8 @@ class KVCache:
     A block is one contiguous range of `block_bytes`: [layers, 2, kv_heads, ...] where V is [block_size, head_dim]
     and K is [head_dim, block_size] (so that sixteen keys are one vector), in bfloat16 [head_dim / 2, block_size, 2]
     (so that two products of sixteen keys are one instruction). bfloat16 is stored as its 16 bits.
-    Blocks start as zeros. Raises ValueError for sizes that make no sense, MemoryError."""
+    Blocks start as zeros. `shared`: with processes that are forked from now on. Raises ValueError for sizes that make
+    no sense, MemoryError."""
 
     def __init__(
         self,
@@ -31,6 +32,7 @@ class KVCache:
         block_size: int,
         head_dim: int,
         dtype: KvDtype,
+        shared: bool = False,
     ) -> None:
         if min(num_blocks, layers, kv_heads, block_size, head_dim) < 1:
             raise ValueError("every size of a KV cache must be at least 1")
@@ -41,7 +43,7 @@ class KVCache:
         self.dtype: KvDtype = dtype
         self.device = "cpu"  # kernels/cuda/cache.py is the one on a GPU
         self.block_bytes = layers * 2 * kv_heads * block_size * head_dim * ITEM_BYTES[dtype]
-        self._blocks = huge_zeros(num_blocks * self.block_bytes).reshape(num_blocks, self.block_bytes)
+        self._blocks = huge_zeros(num_blocks * self.block_bytes, shared).reshape(num_blocks, self.block_bytes)
 
     @property
     def address(self) -> int:

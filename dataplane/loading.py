@@ -60,7 +60,8 @@ def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> Stag
         device=place.device,
         threads=engine.threads,
         attention=engine.attention,
-        sums=engine.sums,
+        sums=config.sums,
+        ranks=config.ranks,
         context_max=engine.max_model_len,
         digest_file=Path(config.run_dir) / "digests" / f"stage{stage}of{config.stages}.json",
     )

@@ -26,6 +26,7 @@ from controlplane.contract.identity import Identity, ProcessRole
 from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import NodeRecord
+from controlplane.contract.repair import Computing
 from controlplane.contract.reports import NodeReport, PipelineReport
 from controlplane.contract.requests import SAMPLING_VERSION
 from controlplane.contract.topology import HOLDER_MODES, Pipeline, Topology
@@ -408,8 +409,13 @@ class Node:
             overdue_s=self._timeliness.overdue_s,
             topology_counter=self._worker.topology.counter if self._worker.topology else 0,
             leaving=self._leaving,
-            troubles=(*self._frontdoor.troubles(), *self._identity.troubles()),
+            troubles=(
+                *self._frontdoor.troubles(),
+                *self._identity.troubles(),
+                *self._executor.troubles(),
+            ),
             block_bytes=self._worker.block_bytes,
+            restoring=self._worker.parity.restorer.speed.restoring,
         )
         return report, total
 
@@ -419,7 +425,7 @@ class Node:
             scheduler = self._schedulers.by_pipeline.get(pipeline_id)
             stalled_s, unanswered = scheduler.held_up(now) if scheduler else (0.0, -1)
             tokens, tail_tokens = scheduler.tokens if scheduler else (0, 0)
-            speed = scheduler.batcher.speed if scheduler else None
+            computing = scheduler.batcher.computing if scheduler else Computing()
             reports.append(
                 PipelineReport(
                     pipeline=pipeline_id,
@@ -428,17 +434,18 @@ class Node:
                     last_step=stage.last_step,
                     running=scheduler.running if scheduler else 0,
                     waiting=scheduler.waiting if scheduler else 0,
-                    quiesced_step=scheduler.quiesced_step if scheduler else -2,
                     stalled_s=stalled_s,
                     unanswered=unanswered,
                     round_s=scheduler.steps.round_s if scheduler else 0.0,
                     targets=self._worker.replicator.targets(pipeline_id),
                     tokens=tokens,
                     tail_tokens=tail_tokens,
-                    token_s=speed.token_s if speed else 0.0,
-                    step_s=speed.step_s if speed else 0.0,
+                    token_s=computing.token_s,
+                    step_s=computing.step_s,
                     unheld_tokens=scheduler.unheld_tokens if scheduler else -1,
                     uncoded_tokens=self._worker.parity.uncoded_tokens(pipeline_id),
+                    pace_s=computing.pace_s,
+                    chunk_tokens=computing.chunk_tokens,
                 )
             )
         return reports
@@ -458,6 +465,7 @@ class Node:
         counters["copy_check_wait_ms"] = int(stats.check_wait_s * 1000)
         counters["inbox_dropped"] = stats.dropped_full
         counters["steps_merged"] = stats.merged
+        counters["ranks_lost"] = self._executor.ranks_lost
         counters["compute_ms"] = int(self._worker.compute.total_s * 1000)
         return counters
 

@@ -118,7 +118,8 @@ class OracleExecutor:
         self.weights_digest = f"oracle-{stage}-of-{num_stages}"
         self.numerics = f"oracle-{block_size}"
         self.light_tokens = profile.light_tokens
-        self.suspect = False
+        self.suspect = self.may_wait = False
+        self.ranks_lost = 0
         self.team = None  # see dataplane/executor.py
         self.step_s = 0.0  # how long the device is busy with what forward() got last
         self._stage = stage
@@ -127,6 +128,9 @@ class OracleExecutor:
         self._blocks: Hashes = self.kv.array.reshape(num_blocks, -1).view(np.uint64)
         self._logits = Logits(self.config.vocab_size)
         self._weights = position_weights(block_size)
+
+    def troubles(self) -> tuple[str, ...]:
+        return ()
 
     def warm_up(self) -> None:
         """A hash is as fast the first time."""

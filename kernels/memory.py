@@ -14,10 +14,12 @@ ALIGN_BYTES = 64  # a cache line, and a vector of the widest instruction set
 CHUNK_BYTES = 64 << 20
 
 
-def huge_zeros(size: int) -> npt.NDArray[np.uint8]:
-    """`size` zero bytes that begin at a multiple of 2 MB. Raises MemoryError."""
+def huge_zeros(size: int, shared: bool = False) -> npt.NDArray[np.uint8]:
+    """`size` zero bytes that begin at a multiple of 2 MB; `shared`: with processes that are forked from now on, where
+    few systems give huge pages. Raises MemoryError."""
+    kind = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
     try:
-        mapped = mmap.mmap(-1, size + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapped = mmap.mmap(-1, size + HUGE_BYTES, flags=kind | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError) as error:
         raise MemoryError(f"cannot map {size} bytes: {error}") from error
     # A kernel without huge pages says so; small ones do as well, only slower.

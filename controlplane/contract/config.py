@@ -40,6 +40,7 @@ ENDPOINT = Text(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", "host:port"
 
 RANGES = ("controller_ports", "node_ports", "link_ports")
 DEFAULT_GROUP = "default"
+RANKS_MAX = 64  # KF_RANKS_MAX of kernels/ranks/exchange.h
 Speculation = Literal["off", "ngram", "draft"]
 
 
@@ -63,14 +64,15 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Prompt and output together; 0: the checkpoint's own limit. A pipeline's share of the pool bounds it, too. longrope
     # has the frequencies of short contexts where this keeps within what the model was trained with, else of long ones.
     max_model_len: Annotated[int, Range(0, 1 << 24)] = 0
-    threads: Annotated[int, Range(1, 1024)] = 1  # compute threads of a node
+    threads: Annotated[int, Range(1, 1024)] = 1  # compute threads of a node, or of each of its ranks
     device: Literal["cpu", "cuda"] = "cpu"
     attention: Literal["exact", "xformers"] = (
         "exact"  # exact: ours, equal bits on every path; xformers: GPUs only
     )
     # Of products whose inputs several ranks may share. fixed: over shards that depend on the model alone, in 64-bit
     # fixed point, the same bits for any number of ranks; CPUs only, and no quantised weights or mixtures of experts.
-    sums: Literal["float", "fixed"] = "float"
+    # auto: fixed where a node has several ranks.
+    sums: Literal["auto", "float", "fixed"] = "auto"
     # In flight, per pipeline; 0: as many as stages can compute at the same time.
     microbatches: Annotated[int, Range(0, 256)] = 0
     # Decodes that cost a stage hardly more than one does: so many share a microbatch while there are places for all.
@@ -138,7 +140,7 @@ class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     orphan_grace_s: Annotated[float, Range(0.1, 86400)] = 10.0
     # A gateway that is told to stop lets answers in one piece finish for so long.
     stop_grace_s: Annotated[float, Range(0, 3600)] = 5.0
-    # Then a planned switch is called off and tried again later.
+    # Of no effect: settings that were written by older code name it.
     quiesce_limit_s: Annotated[float, Range(0.05, 3600)] = 2.0
     # Launcher, doubled up to 10 s while a node keeps dying.
     restart_backoff_s: Annotated[float, Range(0.01, 10)] = 0.2
@@ -238,6 +240,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )
     instances: Annotated[int, Range(1, 4096)] = 2
     stages: Annotated[int, Range(1, 1024)] = 4
+    # Processes of a node that compute its stage together (tensor-parallel). It goes on with those that are left when
+    # some end, whatever their number, and takes them in again.
+    ranks: Annotated[int, Range(1, RANKS_MAX)] = 1
     spares: Annotated[int, Range(0, 4096)] = 0  # blank nodes for each stage, home to no pipeline
     mode: Mode = Mode.REPLICATE
     host: Annotated[str, HOST] = "127.0.0.1"  # where every port of ours is bound
@@ -276,6 +281,13 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         fault = conflict(self)
         if fault is not None:
             raise SettingsError(fault)
+
+    @property
+    def sums(self) -> Literal["float", "fixed"]:
+        """Of products whose inputs several ranks may share."""
+        if self.engine.sums == "auto":
+            return "fixed" if self.ranks > 1 else "float"
+        return self.engine.sums
 
     @property
     def advertised(self) -> str:
@@ -369,11 +381,19 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
         yield "engine.max_model_len = 1 has no room for a prompt and a token: allowed are 0 and 2 or more"
     if engine.weights == "int8" and engine.device != "cpu":
         yield f"engine.weights = 'int8' has kernels for engine.device = 'cpu' only, not {engine.device!r}"
-    if engine.sums == "fixed" and (engine.device != "cpu" or engine.weights == "int8"):
+    if config.sums == "fixed" and (engine.device != "cpu" or engine.weights == "int8"):
+        why = f"ranks = {config.ranks}" if engine.sums == "auto" else "engine.sums = 'fixed'"
         yield (
-            "engine.sums = 'fixed' has kernels for engine.device = 'cpu' and engine.weights = 'model' only, not"
+            f"{why} has kernels for engine.device = 'cpu' and engine.weights = 'model' only, not"
             f" {engine.device!r} and {engine.weights!r}"
         )
+    if config.ranks > 1 and engine.sums == "float":
+        yield (
+            f"ranks = {config.ranks} needs engine.sums = 'fixed' or 'auto', not 'float': tokens would depend on how"
+            " many ranks there are"
+        )
+    if config.ranks > 1 and engine.executor != "torch":
+        yield f"ranks = {config.ranks} needs engine.executor = 'torch', not {engine.executor!r}"
     if engine.attention == "xformers" and engine.device != "cuda":
         yield f"engine.attention = 'xformers' needs engine.device = 'cuda', not {engine.device!r}"
     if engine.attention == "xformers" and engine.block_size % XFORMERS_BLOCK:

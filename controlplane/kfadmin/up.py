@@ -60,6 +60,9 @@ def up(
     ] = None,
     instances: Annotated[int | None, typer.Option(min=1, help="Pipelines (default: 2).")] = None,
     stages: Annotated[int | None, typer.Option(min=1, help="Stages of each (default: 4).")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share a node's stage (default: 1).")
+    ] = None,
     spares: Annotated[
         int | None, typer.Option(min=0, help="Blank nodes for each stage (default: 0).")
     ] = None,
@@ -81,7 +84,7 @@ def up(
     """Start a cluster on this machine, stay in the foreground, stop everything on Ctrl-C."""
     given: dict[str, Any] = {
         "model": str(packaged_model(model)) if model else None, "instances": instances, "stages": stages,
-        "spares": spares, "mode": mode, "gateway_port": gateway_port, "admin_port": admin_port,
+        "ranks": ranks, "spares": spares, "mode": mode, "gateway_port": gateway_port, "admin_port": admin_port,
         "run_dir": str(run_dir) if run_dir else None,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}

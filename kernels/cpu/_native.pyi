@@ -37,7 +37,9 @@ class Cache:
         head_dim: int,
         is_bf16: bool,
     ) -> None: ...
-    def set_planes(self, planes: npt.NDArray[np.int32], pool_planes: int) -> None: ...
+    def set_planes(
+        self, planes: npt.NDArray[np.int32], plane_size: int, to_values: int, to_block: int
+    ) -> None: ...
 
 class Step:
     def __init__(

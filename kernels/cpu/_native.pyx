@@ -18,7 +18,7 @@ cdef extern from "kernels.h" nogil:
         int64_t num_blocks, layers, kv_heads, block_size, head_dim
         int is_bf16
         const int32_t *planes
-        int64_t plane_size
+        int64_t plane_size, to_values, to_block
     ctypedef struct kf_step:
         const int64_t *positions
         const int64_t *slots
@@ -260,6 +260,7 @@ cdef class Cache:
     """The address and shape of a KV cache."""
 
     cdef kf_cache c
+    cdef object planes
 
     def __cinit__(self, size_t base, int64_t num_blocks, int64_t layers, int64_t kv_heads, int64_t block_size,
                   int64_t head_dim, bint is_bf16):
@@ -270,18 +271,16 @@ cdef class Cache:
         self.c.block_size = block_size
         self.c.head_dim = head_dim
         self.c.is_bf16 = is_bf16
+        self.c.to_values = kv_heads * block_size * head_dim
+        self.c.to_block = layers * 2 * self.c.to_values
 
-    def set_planes(self, const int32_t[:, ::1] planes, int64_t pool_planes):
-        """planes [layers, kv_heads]: where each head of each layer is kept, of so many planes of [num_blocks, K and V,
-        ...] that begin at the cache's address; kept alive by the caller."""
+    def set_planes(self, const int32_t[:, ::1] planes, int64_t plane_size, int64_t to_values, int64_t to_block):
+        """planes [layers, kv_heads]: see kf_cache."""
         if planes.shape[0] != self.c.layers or planes.shape[1] != self.c.kv_heads:
             raise ValueError(f"{planes.shape[0]} x {planes.shape[1]} planes for a cache of {self.c.layers} layers")
-        for layer in range(self.c.layers):
-            for head in range(self.c.kv_heads):
-                if not 0 <= planes[layer, head] < pool_planes:
-                    raise ValueError(f"plane {planes[layer, head]} is not one of {pool_planes}")
+        self.planes = planes
         self.c.planes = &planes[0, 0]
-        self.c.plane_size = self.c.num_blocks * 2 * self.c.block_size * self.c.head_dim
+        self.c.plane_size, self.c.to_values, self.c.to_block = plane_size, to_values, to_block
 
 
 cdef class Step:

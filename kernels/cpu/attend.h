@@ -219,7 +219,7 @@ static TARGET void FN(attend_head)(const kf_attention_args *a, kf_tile *tile, in
     float *scratch = worker->scratch;
     const kf_cache *kv = a->kv;
     const int64_t hd = kv->head_dim, group = a->heads / kv->kv_heads, stride = a->heads * hd;
-    const T *k = (const T *)kv->base + kf_head_at(kv, a->layer, head), *v = k + kf_to_values(kv);
+    const T *k = (const T *)kv->base + kf_head_at(kv, a->layer, head), *v = k + kv->to_values;
     for (int64_t g = 0; g < group; g += KF_TILE_ROWS) {
         const int heads = group - g < KF_TILE_ROWS ? (int)(group - g) : KF_TILE_ROWS;
         const int64_t per = KF_TILE_ROWS / heads, at = begin * stride + (head * group + g) * hd;
@@ -246,8 +246,8 @@ static TARGET void FN(attention)(kf_worker *worker, const kf_attention_args *a)
     const kf_cache *kv = a->kv;
     const kf_step *step = a->step;
     const int64_t hd = kv->head_dim;
-    kf_tile tile = {.block_size = kv->block_size, .head_dim = hd, .block_stride = kf_to_block(kv),
-                    .plane_bytes = kf_to_values(kv) * (int64_t)sizeof(T), .out_pad = (hd + 15) / 16 * 16};
+    kf_tile tile = {.block_size = kv->block_size, .head_dim = hd, .block_stride = kv->to_block,
+                    .plane_bytes = kv->to_values * (int64_t)sizeof(T), .out_pad = (hd + 15) / 16 * 16};
     int64_t total = 0;
     for (int64_t b = 0; b < step->rows; b++)
         total += query_blocks(step, b) * kv->kv_heads;

@@ -22,29 +22,21 @@ enum {
  * [block_size][head_dim], and K is [head_dim][block_size] in float (sixteen keys are one vector) and
  * [head_dim / 2][block_size][2] in bfloat16 (two products of sixteen keys are one instruction).
  *
- * planes: not NULL where each head of each layer has a plane of its own, in which a block is [K, V][...]: planes[layer]
- * [kv head] is which one, plane_size values from the one before. */
+ * planes: not NULL where this is not the whole stage's: planes[layer][kv head] is where K of a head is in block 0, in
+ * units of plane_size values. to_values, to_block: from K of a head to its V, and from a block to the next; in values. */
 typedef struct {
     void *base;
     int64_t num_blocks, layers, kv_heads, block_size, head_dim;
     int is_bf16;
     const int32_t *planes;
-    int64_t plane_size;
+    int64_t plane_size, to_values, to_block;
 } kf_cache;
 
-/* In values: from base to K of a head in block 0, from there to its V, and from a block to the next. */
+/* From base to K of a head in block 0, in values. */
 static inline int64_t kf_head_at(const kf_cache *kv, int64_t layer, int64_t head)
 {
     return kv->planes ? kv->planes[layer * kv->kv_heads + head] * kv->plane_size
                       : (layer * 2 * kv->kv_heads + head) * kv->block_size * kv->head_dim;
-}
-static inline int64_t kf_to_values(const kf_cache *kv)
-{
-    return (kv->planes ? 1 : kv->kv_heads) * kv->block_size * kv->head_dim;
-}
-static inline int64_t kf_to_block(const kf_cache *kv)
-{
-    return (kv->planes ? 1 : kv->layers * kv->kv_heads) * 2 * kv->block_size * kv->head_dim;
 }
 
 /* One step: row i of B has queries cu_q[i] .. cu_q[i+1]-1, which are the last of its context_lens[i] keys. */

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from typing_extensions import Buffer
 
-from kernels.base import DTYPES, Layer, Linear, Mlp, StageSpec, StepArrays
+from kernels.base import DTYPES, Layer, Linear, Mlp, PagedCache, StageSpec, StepArrays
 from kernels.cpu import _native
 from kernels.cpu.ops import step_of
 from kernels.cpu.pack import Packed, pack, pack_gate_up
-from kernels.memory import Arena, huge_zeros
+from kernels.memory import Arena
 from kernels.ranks.cuts import ffn_ends, head_ends
 from kernels.ranks.exchange import Exchange
 from kernels.ranks.layout import Layout
@@ -28,35 +29,68 @@ from kernels.ranks.own import (
 )
 
 Place = tuple[int, int, int, int]  # see Packed.place
+HeadsOfLayers = Sequence[Sequence[int]]
 NOTHING: Place = (0, 0, 0, 1)
 NO_TOKENS = np.zeros(0, np.int32)
 
 
-class PlanePool:
-    """K and V of one rank: planes [num_blocks, K and V, block_size * head_dim], each of a head of a layer. Pages become
-    resident when they are first written, so data-parallel planes take what the rank's own requests take.
+class HeadMemory(Protocol):
+    """Where a rank's heads have K and V: a rank's own memory, or a cache that all ranks of a host share."""
 
-    Raises MemoryError."""
+    num_blocks: int
+    block_size: int
+    head_dim: int
 
-    def __init__(self, planes: int, num_blocks: int, block_size: int, head_dim: int, dtype: str) -> None:
-        self.planes, self.num_blocks = planes, num_blocks
-        self.block_size, self.head_dim, self.dtype = block_size, head_dim, dtype
-        item = np.uint16 if DTYPES[dtype] is torch.bfloat16 else np.float32
-        shape = (planes, num_blocks, 2, block_size * head_dim)
-        memory = huge_zeros(int(np.prod(shape)) * np.dtype(item).itemsize)
-        self.array: npt.NDArray[np.generic] = memory.view(item).reshape(shape)
+    @property
+    def dtype(self) -> str: ...  # "float32" | "bfloat16"
 
-    def cache(self, table: npt.NDArray[np.int32]) -> _native.Cache:
-        """As the kernels take it, of the heads whose planes are table [layers, heads], which the caller keeps. Raises
-        ValueError for planes that are not there."""
-        layers, heads = table.shape
-        is_bf16 = self.array.dtype == np.uint16
-        address = self.array.ctypes.data
-        cache = _native.Cache(
-            address, self.num_blocks, layers, heads, self.block_size, self.head_dim, is_bf16
+    def cache(self, layout: Layout, rank: int, own: HeadsOfLayers) -> _native.Cache:
+        """As the kernels take it, of these KV heads of each layer, as many in each."""
+        ...
+
+
+class SharedHeads:
+    """Heads in the KV cache of the whole stage, which all its ranks have in common: when ranks go or come nothing is
+    moved, and of which rows a rank computes the data-parallel heads is free to change from step to step."""
+
+    def __init__(self, kv: PagedCache) -> None:
+        self._kv = kv
+        self.num_blocks, self.block_size, self.head_dim = kv.num_blocks, kv.block_size, kv.head_dim
+
+    @property
+    def dtype(self) -> str:
+        return self._kv.dtype
+
+    def cache(self, layout: Layout, rank: int, own: HeadsOfLayers) -> _native.Cache:
+        """Raises ValueError for a layout of another stage."""
+        kv = self._kv
+        if (kv.layers, kv.kv_heads) != (layout.shape.layers, layout.shape.heads):
+            raise ValueError(f"{kv.layers} layers of {kv.kv_heads} KV heads for a layout of {layout.shape}")
+        table = np.array(
+            [[layer * 2 * kv.kv_heads + head for head in heads] for layer, heads in enumerate(own)]
         )
-        cache.set_planes(table, self.planes)
-        return cache
+        item = kv.block_size * kv.head_dim
+        return planes_of(
+            self, kv.address, table, item, kv.kv_heads * item, kv.layers * 2 * kv.kv_heads * item
+        )
+
+
+def planes_of(
+    memory: HeadMemory,
+    address: int,
+    table: npt.NDArray[np.integer],
+    plane_size: int,
+    to_values: int,
+    to_block: int,
+) -> _native.Cache:
+    """table [layers, heads]: where K of a head is in block 0, in units of plane_size values from `address`."""
+    layers, heads = table.shape
+    is_bf16 = DTYPES[memory.dtype] is torch.bfloat16
+    cache = _native.Cache(
+        address, memory.num_blocks, layers, heads, memory.block_size, memory.head_dim, is_bf16
+    )
+    cache.set_planes(np.ascontiguousarray(table, np.int32), plane_size, to_values, to_block)
+    return cache
 
 
 class CpuRank:
@@ -70,7 +104,7 @@ class CpuRank:
         spec: StageSpec,
         layout: Layout,
         rank: int,
-        pool: PlanePool,
+        memory: HeadMemory,
         exchange: Exchange,
         *,
         threads: int = 1,
@@ -81,15 +115,15 @@ class CpuRank:
         if layout.shape != shape_of(spec, kv_heads) or spec.heads % kv_heads:
             raise ValueError(f"a layout of {layout.shape} does not fit the stage")
         self._spec, self._layout, self._rank = spec, layout, rank
-        self._pool, self._exchange, self._timeout_s = pool, exchange, timeout_s
-        self._dtype = DTYPES[pool.dtype]
+        self._memory, self._exchange, self._timeout_s = memory, exchange, timeout_s
+        self._dtype = DTYPES[memory.dtype]
         self._arena = Arena()
         self._kept: list[object] = []  # what the kernels have addresses of
         self.suspect = False
         self.team = _native.Team(threads)
-        scale = pool.head_dim**-0.5 if spec.scale is None else spec.scale
+        scale = memory.head_dim**-0.5 if spec.scale is None else spec.scale
         every = _native.Cache(
-            0, pool.num_blocks, 1, kv_heads, pool.block_size, pool.head_dim, self._is_bf16
+            0, memory.num_blocks, 1, kv_heads, memory.block_size, memory.head_dim, self._is_bf16
         )  # of which the stage needs the type only: each part has its own
         sizes = (len(spec.layers), spec.hidden, spec.intermediate, spec.heads)
         self._stage = _native.Stage(self.team, every, *sizes, spec.eps, scale)
@@ -153,7 +187,7 @@ class CpuRank:
 
     def _make_room(self, rows: int) -> None:
         self._rows = max(rows, 2 * self._rows)
-        hidden, hd = self._spec.hidden, self._pool.head_dim
+        hidden, hd = self._spec.hidden, self._memory.head_dim
         group = self._spec.heads // self._layout.shape.heads
         self._buffers = [self._room(size) for size in (hidden, hidden, 0, 0, 0, self._widest, hidden, 0)]
         self._stage.set_buffers(*(buffer.data_ptr() for buffer in self._buffers))
@@ -209,18 +243,18 @@ class CpuRank:
 
     def _set_heads(self, data_parallel: bool, count: int) -> None:
         spec, layout = self._spec, self._layout
-        planes = layout.planes_of(self._rank)
-        table = np.empty((len(spec.layers), count), np.int32)
+        every: list[Sequence[int]] = []
         places: list[Sequence[Place]] = []
         for index, layer in enumerate(spec.layers):
             own = layout.data_parallel(index) if data_parallel else layout.heads_of(self._rank, index)
-            table[index] = [planes[index][head] for head in own]
+            every.append(own)
             weights: HeadWeights = head_weights(layer, spec.heads, layout.shape.heads, own)
             places.append([self._packed(pack(linear, self._arena)) for linear in (weights.qkv, weights.o)])
         heads = count * spec.heads // layout.shape.heads
-        ends = head_ends(count, heads * self._pool.head_dim)
-        self._kept += [table, ends]
-        self._native.set_heads(data_parallel, self._pool.cache(table), heads, places, ends)
+        ends = head_ends(count, heads * self._memory.head_dim)
+        cache = self._memory.cache(layout, self._rank, every)
+        self._kept += [cache, ends]
+        self._native.set_heads(data_parallel, cache, heads, places, ends)
 
     def _set_ends(self) -> range:
         """Embedding and head, where the stage has them. Returns the tokens of which it has logits."""

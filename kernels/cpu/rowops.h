@@ -75,10 +75,10 @@ static TARGET void FN(rope_token)(const kf_rope_args *a, int64_t t)
         FN(rope_head)(qkv + h * hd, a->q_norm, a->eps, a->wide, c, s, hd, rotated, (T *)a->q + (t * a->heads + h) * hd);
     for (int64_t h = 0; h < kv->kv_heads; h++) {
         FN(rope_head)(qkv + (a->heads + h) * hd, a->k_norm, a->eps, a->wide, c, s, hd, rotated, key);
-        T *k = (T *)kv->base + kf_head_at(kv, a->layer, h) + block * kf_to_block(kv);
+        T *k = (T *)kv->base + kf_head_at(kv, a->layer, h) + block * kv->to_block;
         for (int64_t d = 0; d < hd; d++)
             k[(d / GROUP * bs + off) * GROUP + d % GROUP] = key[d];
-        memcpy(k + kf_to_values(kv) + off * hd, qkv + (a->heads + kv->kv_heads + h) * hd, (size_t)hd * sizeof(T));
+        memcpy(k + kv->to_values + off * hd, qkv + (a->heads + kv->kv_heads + h) * hd, (size_t)hd * sizeof(T));
     }
 }
 

@@ -13,7 +13,8 @@ import torch
 from dataplane._fast.blocktable import BlockTable, StepArrays
 from dataplane.kvcache import KVCache
 from kernels.base import Head, Layer, Linear, Mlp, StageSpec
-from kernels.cpu.rank import CpuRank, PlanePool
+from kernels.cpu import _native
+from kernels.cpu.rank import CpuRank, HeadsOfLayers, planes_of
 from kernels.cpu.stage import CpuStage
 from kernels.ranks.exchange import Exchange, make_memory
 from kernels.ranks.layout import DATA_PARALLEL, NO_PLANE, Layout, changes, first_layout
@@ -94,6 +95,26 @@ class Requests:
             self.table.extend(row, [self.free.pop() for _ in range(need)])
         tokens = self.tokens.integers(0, VOCAB, sum(counts.values()))
         return tokens, rows, starts, np.array(list(counts.values()), np.int32)
+
+
+class PlanePool:
+    """K and V of a rank in memory of its own, as a device has it: planes [num_blocks, K and V, block_size * head_dim],
+    each of a head of a layer, where the layout says."""
+
+    def __init__(self, planes: int, num_blocks: int, block_size: int, head_dim: int, dtype: str) -> None:
+        self.planes, self.num_blocks = planes, num_blocks
+        self.block_size, self.head_dim, self.dtype = block_size, head_dim, dtype
+        item = np.uint16 if dtype == "bfloat16" else np.float32
+        self.array: npt.NDArray[np.generic] = np.zeros((planes, num_blocks, 2, block_size * head_dim), item)
+
+    def cache(self, layout: Layout, rank: int, own: HeadsOfLayers) -> _native.Cache:
+        planes = layout.planes_of(rank)
+        table = np.array([[planes[layer][head] for head in heads] for layer, heads in enumerate(own)])
+        assert table.min() >= 0
+        assert table.max() < self.planes
+        item = self.block_size * self.head_dim
+        size = self.num_blocks * 2 * item
+        return planes_of(self, self.array.ctypes.data, table, size, item, 2 * item)
 
 
 class RankGroup:

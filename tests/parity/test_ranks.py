@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from dataplane.kvcache import KVCache
 from kernels.base import DTYPES, Experts, Linear
 from kernels.cpu import _native, ops
 from kernels.cpu.pack import pack
-from kernels.cpu.rank import CpuRank, PlanePool
+from kernels.cpu.rank import CpuRank, SharedHeads
 from kernels.memory import Arena
 from kernels.ranks import cuts, sums
 from kernels.ranks.exchange import Exchange, ExchangeAborted, RankMissing, make_memory
@@ -24,6 +25,7 @@ from tests.parity.rank_group import (
     HIDDEN,
     ROWS_MAX,
     VOCAB,
+    PlanePool,
     RankGroup,
     Requests,
     random_spec,
@@ -149,8 +151,8 @@ def test_what_does_not_fit() -> None:
         rank.forward(tokens[:1], requests.table.fill(rows, starts, new // 3), np.array([4], np.int32))
     with pytest.raises(ValueError, match="does not fit the stage"):
         CpuRank(spec, first_layout(Shape(3, 2, 4), 1), 0, pool, exchange)
-    with pytest.raises(ValueError, match="plane 2 is not one of 2"):
-        CpuRank(spec, layout, 0, PlanePool(2, BLOCKS, BLOCK, HEAD_DIM, "float32"), exchange)
+    with pytest.raises(ValueError, match="3 layers of 4 KV heads for a layout of"):
+        CpuRank(spec, layout, 0, SharedHeads(KVCache(BLOCKS, 3, 4, BLOCK, HEAD_DIM, "float32")), exchange)
     mixture = Experts(torch.ones(1, HIDDEN), (), 1, False)
     with pytest.raises(ValueError, match="mixture of experts"):
         CpuRank(replace(spec, layers=(replace(spec.layers[0], mlp=mixture),)), layout, 0, pool, exchange)

@@ -25,6 +25,7 @@ NOTICED = {
     "watermark": r"counts \d+ tokens of \d+ on \S+ as safe, which has acknowledged \d+",
     "checksum": r"token \d+ at position \d+ instead of \d+",
     "kinds": r"nobody died, and p\d changed",
+    "near": r"went to \S+, whose copy was never near",
     "names": r"was taken from \S+, which lives, by",
     "schema": r"went from schema \d to \d",
     "complete": r"as protected by \S+, which has \d+ shards of it",

@@ -113,6 +113,9 @@ def test_out_of_range(tmp_path: Path, section: str, field: str, value: Any) -> N
         ({"engine": {"weights": "int8", "device": "cuda"}}, ("weights = 'int8'", "'cpu'", "'cuda'")),
         ({"engine": {"sums": "fixed", "device": "cuda"}}, ("engine.sums = 'fixed'", "'cuda'")),
         ({"engine": {"sums": "fixed", "weights": "int8"}}, ("engine.sums = 'fixed'", "'int8'")),
+        ({"ranks": 2, "engine": {"weights": "int8"}}, ("ranks = 2", "'int8'")),
+        ({"ranks": 3, "engine": {"sums": "float"}}, ("ranks = 3", "engine.sums", "'float'")),
+        ({"ranks": 2, "engine": {"executor": "oracle"}}, ("ranks = 2", "engine.executor", "'oracle'")),
         ({"engine": {"attention": "xformers"}}, ("attention = 'xformers'", "device", "'cpu'")),
         (
             {"engine": {"attention": "xformers", "device": "cuda"}},

@@ -1,0 +1,60 @@
+"""What a node and a rank of its stage say to each other, over a socket of whole messages."""
+
+from __future__ import annotations
+
+import msgspec
+
+from kernels.ranks.layout import Layout
+
+MESSAGE_MAX = 1 << 17
+
+
+class Prepare(msgspec.Struct, tag=True, frozen=True):
+    """Make ready for a layout, whose exchange comes with this message; steps go on meanwhile."""
+
+    layout_id: int
+    layout: Layout
+    numbers_max: int
+
+
+class Step(msgspec.Struct, tag=True, frozen=True):
+    """Compute what is in the box, by that layout. owned: rows whose data-parallel heads are this rank's. answers: write
+    the activations, which all ranks have."""
+
+    layout_id: int
+    tokens: int
+    rows: int
+    width: int
+    picked: int
+    owned: tuple[int, ...]
+    answers: bool
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    layout_id: int
+
+
+class Done(msgspec.Struct, tag=True, frozen=True):
+    """The step is computed. suspect: see kernels.base.StageKernels."""
+
+    layout_id: int
+    suspect: bool
+
+
+class Over(msgspec.Struct, tag=True, frozen=True):
+    """The ranks of that layout are not in step any more. missing: the rank that was waited for in vain, or -1."""
+
+    layout_id: int
+    missing: int
+
+
+class Unfit(msgspec.Struct, tag=True, frozen=True):
+    """The step or the layout does not fit the stage; nothing of it is wrong with this rank."""
+
+    layout_id: int
+    error: str
+    is_index: bool
+
+
+Order = Prepare | Step
+Answer = Ready | Done | Over | Unfit

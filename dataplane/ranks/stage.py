@@ -1,0 +1,363 @@
+"""A stage that several ranks compute together, and that goes on with those that are left when some end.
+
+Sums over ranks are exact (kernels/ranks/sums.h), so tokens do not depend on how many ranks there are. A step in which a
+rank is lost is computed again by the others: it writes the same numbers to the same slots of the KV cache, in memory
+that the node owns and all ranks share. A rank that is lost is started again. It packs its weights while the others
+serve, as they do theirs, and all change to the layout with it between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Buffer
+
+from controlplane.backoff import Backoff
+from dataplane.core.ranks.dealing import deal_rows
+from dataplane.ranks.box import Rows, Sizes, StepBox
+from dataplane.ranks.messages import MESSAGE_MAX, Answer, Done, Over, Prepare, Ready, Step, Unfit
+from dataplane.ranks.process import ENCODER, Work, fork_parent, received_rank
+from kernels.base import DTYPES, PagedCache, StageSpec, StepArrays
+from kernels.cpu.rank import SharedHeads
+from kernels.ranks.exchange import Exchange, make_memory
+from kernels.ranks.layout import Layout, deal
+from kernels.ranks.own import check_cuttable, shape_of
+
+log = logging.getLogger(__name__)
+
+ANSWERS = msgspec.msgpack.Decoder(Answer)
+LOOK_S = 0.05  # between two looks at what ranks that do not answer are doing
+STOPPED_S = 0.1  # a rank that is stopped is waited for that long: before anybody suspects the node
+MISSING_S = (
+    5.0  # a rank that computes waits for another one that long, and the node for an end that it has asked for
+)
+PREPARE_LIMIT_S = 600.0  # packing the weights of a large stage
+RESTART_FIRST_S, RESTART_MAX_S = 0.05, 10.0
+
+
+class RanksGone(Exception):
+    """No rank of the stage can be had."""
+
+
+@dataclass(slots=True)
+class Rank:
+    """A rank's process, as the node sees it."""
+
+    number: int
+    pid: int
+    socket: socket.socket
+    pidfd: int
+    ready: set[int] = field(default_factory=set)  # layouts
+
+    def send(self, message: Prepare | Step, fds: Iterable[int] = ()) -> bool:
+        """Whether it is there to be told."""
+        try:
+            socket.send_fds(self.socket, [ENCODER.encode(message)], list(fds))
+        except OSError:
+            return False
+        return True
+
+    def answer(self) -> Answer | None:
+        """What it says next; None if it is gone."""
+        try:
+            data = self.socket.recv(MESSAGE_MAX)
+        except OSError:
+            return None
+        return ANSWERS.decode(data) if data else None
+
+    @property
+    def stopped(self) -> bool:
+        """By a signal, so that it will not answer."""
+        try:
+            with open(f"/proc/{self.pid}/stat", "rb") as file:
+                return file.read().rpartition(b") ")[2][:1] in (b"T", b"t")
+        except OSError:
+            return False  # it has ended, which its socket says
+
+    def end(self) -> None:
+        """It writes nothing any more when this returns."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        select.select([self.pidfd], [], [], MISSING_S)
+        self.socket.close()
+        os.close(self.pidfd)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A layout and the exchange of its ranks; `exchange` is the node's end, with which it ends it."""
+
+    id: int
+    layout: Layout
+    exchange: Exchange
+
+
+class RankedStage:
+    """See kernels.base.StageKernels. Must be made before its process has a thread. `lost` counts ranks that ended.
+
+    kv: a cache in memory that is shared with forks. rows_max: tokens of a step. context_max: positions of the longest
+    row. Raises ValueError for a stage that cannot be cut, OSError, MemoryError, RanksGone."""
+
+    def __init__(
+        self, spec: StageSpec, kv: PagedCache, ranks: int, *, threads: int, rows_max: int, context_max: int
+    ) -> None:
+        check_cuttable(spec)
+        if kv.kv_heads < 1 or spec.heads % kv.kv_heads:
+            raise ValueError(f"{spec.heads} heads over {kv.kv_heads} KV heads")
+        self.suspect = False
+        self._is_last = spec.head is not None
+        self.wanted, self.lost = ranks, 0
+        self._kv = kv  # keeps the memory alive
+        self._shape = shape_of(spec, kv.kv_heads)
+        self._numbers_max = rows_max * spec.hidden
+        vocabulary = 0 if spec.head is None else len(spec.head.tensor)
+        width_max = -(-context_max // kv.block_size)
+        is_bf16 = kv.dtype == "bfloat16"
+        assert kv.dtype in DTYPES
+        self._box = StepBox(rows_max, width_max, spec.hidden, is_bf16, spec.embed is not None, vocabulary)
+        work = Work(spec, SharedHeads(kv), self._box, threads, MISSING_S)
+        self._asked, self._parent = fork_parent(work)
+        self._ranks: dict[int, Rank] = {}
+        self._layouts = 0  # made so far
+        self._restart = {rank: Backoff(RESTART_FIRST_S, RESTART_MAX_S) for rank in range(ranks)}
+        self._due: dict[int, float] = {}  # ranks that are to be started again, and when
+        self._next: Shared | None = None  # with ranks that have been started again, once all are ready
+        for rank in range(ranks):
+            self._start(rank)
+        self._now = self._agree(range(ranks))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Those that compute."""
+        return self._now.layout.ranks
+
+    def pid(self, rank: int) -> int:
+        """Raises KeyError for a rank that is not running."""
+        return self._ranks[rank].pid
+
+    def troubles(self) -> tuple[str, ...]:
+        """Which ranks are missing, in words."""
+        if (computing := len(self.ranks)) == self.wanted:
+            return ()
+        return (f"{computing} of {self.wanted} ranks compute",)
+
+    def warm_up(self) -> None:
+        """Nothing is compiled or captured on a CPU."""
+
+    def beats(self) -> int | None:
+        """Ranks look after each other: one that hangs is missed by the others, and ended."""
+        return None
+
+    def close(self) -> None:
+        """Ends all its processes."""
+        for rank in list(self._ranks):
+            self._drop(rank)
+        self._asked.close()  # its parent of ranks ends with it
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._parent, 0)
+
+    def forward(
+        self, source: npt.NDArray[np.int64] | Buffer, step: StepArrays, picked: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.generic]:
+        if len(step.positions) < 1:
+            raise ValueError("a step needs at least one token")
+        self._take_in()
+        sizes = self._box.put(source, step, picked)
+        rows = self._box.rows(sizes)
+        while lost := self._compute(sizes, rows):
+            self._go_on_without(lost)
+        out = self._box.out(sizes)
+        return out if self._is_last else out.copy()
+
+    # ------------------------------------------------------------------ a step
+
+    def _compute(self, sizes: Sizes, rows: Rows) -> set[int]:
+        """By the ranks of the present layout. Returns those that were lost in it; none: the step is computed. Raises
+        ValueError or IndexError for a step that does not fit."""
+        now = self._now
+        order = now.layout.ranks
+        dealt: list[list[int]] = [[] for _ in order]
+        if now.layout.heads_data_parallel:
+            counts = np.diff(rows.cu_q).tolist()
+            dealt = deal_rows(counts, rows.context_lens.tolist(), len(order))
+        lost: set[int] = set()
+        for at, number in enumerate(order):
+            message = Step(
+                now.id, sizes.tokens, sizes.rows, sizes.width, sizes.picked, tuple(dealt[at]), at == 0
+            )
+            if not self._ranks[number].send(message):
+                lost.add(number)
+        unfit: Unfit | None = None
+        suspect = False
+        asked = set(order) - lost
+        if lost:
+            now.exchange.abort()
+        began = time.monotonic()
+        ended = began if lost else None  # when the exchange was ended
+        while asked:
+            for number, answer in self._answers(asked, LOOK_S):
+                match answer:
+                    case Ready(layout_id):
+                        self._ranks[number].ready.add(layout_id)
+                        continue
+                    case Done(layout_id, is_suspect):
+                        suspect = suspect or is_suspect
+                    case Over(layout_id, missing):
+                        if missing >= 0:
+                            lost.add(order[missing])
+                    case Unfit(layout_id, _, _):
+                        if layout_id != now.id:
+                            self._next = None
+                            continue
+                        unfit = answer
+                    case None:
+                        lost.add(number)
+                asked.discard(number)
+                if (lost or unfit) and ended is None:
+                    now.exchange.abort()
+                    ended = time.monotonic()
+            time_now = time.monotonic()
+            if time_now - began > STOPPED_S:
+                lost |= {number for number in asked if self._ranks[number].stopped}
+            if ended is not None and time_now - ended > MISSING_S:
+                lost |= asked
+            if lost and ended is None:
+                now.exchange.abort()
+                ended = time_now
+            asked -= lost
+        if unfit is not None and not lost:
+            self._now = self._agree(order)  # their exchange is over
+            raise (IndexError if unfit.is_index else ValueError)(unfit.error)
+        self.suspect = suspect
+        return lost
+
+    def _answers(self, asked: set[int], limit_s: float) -> list[tuple[int, Answer | None]]:
+        """The next of each of these ranks that has one, within a time."""
+        poll = select.poll()
+        by_fd = {self._ranks[number].socket.fileno(): number for number in asked}
+        for fd in by_fd:
+            poll.register(fd, select.POLLIN)
+        return [(by_fd[fd], self._ranks[by_fd[fd]].answer()) for fd, _ in poll.poll(limit_s * 1000)]
+
+    # ------------------------------------------------------------------ ranks go and come
+
+    def _go_on_without(self, lost: set[int]) -> None:
+        """The others agree on a layout; those that are lost are ended for good, and started again soon."""
+        now = time.monotonic()
+        self._next = None
+        for number in lost:
+            self._forget(number, now)
+        left = [number for number in self._now.layout.ranks if number in self._ranks]
+        log.warning("ranks %s are lost: %d of %d go on", sorted(lost), len(left), self.wanted)
+        if not left:  # then at once
+            left = list(range(self.wanted))
+            for number in left:
+                self._due.pop(number, None)
+                if number not in self._ranks:
+                    self._start(number)
+        self._now = self._agree(left)
+
+    def _forget(self, number: int, now: float) -> None:
+        self.lost += 1
+        self._drop(number)
+        self._due[number] = now + self._restart[number].next_s()
+
+    def _take_in(self) -> None:
+        """Starts ranks that are due, and changes to the layout with them once everybody is ready for it."""
+        if not self._due and len(self._ranks) == len(self.ranks):
+            return
+        at = time.monotonic()
+        due = [number for number, when in self._due.items() if when <= at]
+        for number in due:
+            del self._due[number]
+            self._start(number)
+        if len(self._ranks) == len(self.ranks):
+            return
+        if self._next is None:
+            self._next = self._prepare(self._ranks)
+        self._hear(self._next)
+        if self._next is not None and all(
+            self._next.id in self._ranks[number].ready for number in self._next.layout.ranks
+        ):
+            self._now, self._next = self._next, None
+            log.info("%d of %d ranks compute", len(self.ranks), self.wanted)
+            for number in self.ranks:
+                self._restart[number].succeeded()
+
+    def _hear(self, shared: Shared) -> None:
+        """What ranks have said since about a layout that is being prepared."""
+        asked = {number for number in shared.layout.ranks if shared.id not in self._ranks[number].ready}
+        for number, answer in self._answers(asked, 0):
+            match answer:
+                case Ready(layout_id):
+                    self._ranks[number].ready.add(layout_id)
+                case None if number not in self.ranks:  # it never computed
+                    self._forget(number, time.monotonic())
+                    self._next = None
+                    return
+                case Unfit(error=error):
+                    log.error("rank %d cannot be prepared: %s", number, error)
+                    self._next = None
+
+    def _agree(self, numbers: Iterable[int]) -> Shared:
+        """A layout for which all its ranks are ready: of these, but for some that may be lost meanwhile. Raises
+        RanksGone."""
+        wanted = set(numbers)
+        while wanted:
+            shared = self._prepare(wanted)
+            deadline = time.monotonic() + PREPARE_LIMIT_S
+            lost: set[int] = set()
+            while asked := {n for n in wanted - lost if shared.id not in self._ranks[n].ready}:
+                for number, answer in self._answers(asked, LOOK_S):
+                    match answer:
+                        case Ready(layout_id):
+                            self._ranks[number].ready.add(layout_id)
+                        case Unfit(layout_id=layout_id, error=error) if layout_id == shared.id:
+                            raise ValueError(error)
+                        case None:
+                            lost.add(number)
+                if time.monotonic() > deadline:
+                    lost |= asked
+                lost |= {number for number in asked if number not in lost and self._ranks[number].stopped}
+            if not lost:
+                return shared
+            for number in lost:
+                self._forget(number, time.monotonic())
+            wanted -= lost
+        raise RanksGone("all ranks of the stage have ended")
+
+    def _prepare(self, numbers: Iterable[int]) -> Shared:
+        """Everybody is told of a layout of these ranks; they keep what they have as far as it allows."""
+        before = self._now.layout if self._layouts else None
+        layout = deal(self._shape, numbers, before)
+        memory = make_memory(len(layout.ranks), self._numbers_max)
+        try:
+            shared = Shared(self._layouts, layout, Exchange(memory, len(layout.ranks), 0, self._numbers_max))
+            self._layouts += 1
+            for number in layout.ranks:
+                self._ranks[number].send(Prepare(shared.id, layout, self._numbers_max), [memory])
+        finally:
+            os.close(memory)
+        return shared
+
+    def _start(self, number: int) -> None:
+        """Raises RanksGone."""
+        try:
+            self._asked.send(str(number).encode())
+            pid, sock, pidfd = received_rank(self._asked)
+        except OSError as error:
+            raise RanksGone(f"rank {number} cannot be started: {error}") from error
+        self._ranks[number] = Rank(number, pid, sock, pidfd)
+
+    def _drop(self, number: int) -> None:
+        self._ranks.pop(number).end()
