@@ -107,6 +107,11 @@ class Nodes:
         report = self.report(pipeline.stages[0].leader, pipeline.id, 0)
         return 0 if report is None else report.running
 
+    def stands_still(self, pipeline: Pipeline) -> bool:
+        """Whether a step of the pipeline, or an answer, is overdue, by the scheduler's last report."""
+        report = self.report(pipeline.scheduler, pipeline.id, 0)
+        return report is not None and report.epoch == pipeline.epoch and _stalls(report)
+
     def queued(self, pipeline: Pipeline) -> int:
         report = self.report(pipeline.stages[0].leader, pipeline.id, 0)
         return 0 if report is None else report.waiting

@@ -55,8 +55,10 @@ def advance(s: Situation, pipeline: Pipeline) -> Topology | None:
         move.phase is MovePhase.QUIESCE
     ):  # by a leader of older code: nodes of older code compute nothing meanwhile
         return successor(s.topology, replace(pipeline, move=replace(move, phase=MovePhase.COPY)))
-    # A destination under suspicion gets no new duty: wait for it.
-    if s.nodes.usable(move.to.node) == move.to and carried(s, pipeline, move):
+    # A destination under suspicion gets no new duty: wait for it. A pipeline that stands still may have a member whose
+    # computation hangs: who is to be found dead and restarted must not leave as if it were well.
+    able = s.nodes.usable(move.to.node) == move.to and not s.nodes.stands_still(pipeline)
+    if able and carried(s, pipeline, move):
         return switch(s, pipeline, move)
     seen = s.policy.timers.moves.get(pipeline.id)
     since = seen.since if seen is not None and seen.move == move else s.now

@@ -191,6 +191,16 @@ def test_a_suspected_destination_is_not_switched_to() -> None:
     assert world.step() == "advance_moves"
 
 
+def test_a_pipeline_that_stands_still_is_not_switched() -> None:
+    """Who hangs is found dead, and gets a fresh process: it must not leave before as if it were well."""
+    world = moving()
+    calm(world)
+    world.lag, world.stalled_s = 0, 1.0
+    assert world.next() is None
+    world.stalled_s = 0.0
+    assert world.step() == "advance_moves"
+
+
 def test_no_more_moves_at_once_than_allowed() -> None:
     world = World(make_config(4, 2))
     world.settle()

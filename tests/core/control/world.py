@@ -73,6 +73,7 @@ class World:
     operations: dict[str, Operation] = field(default_factory=dict)
     running: int = 1
     lag: int = 0  # of every copy
+    stalled_s: float = 0.0  # age of the oldest step in flight, of every scheduler
     silent: bool = False  # nobody says anything of copies
     now: float = 1000.0
     history: list[str] = field(default_factory=list)
@@ -130,6 +131,7 @@ class World:
                     stage=index,
                     last_step=7,
                     running=self.running if index == 0 else 0,
+                    stalled_s=self.stalled_s if index == 0 else 0.0,
                     targets=() if self.silent else tuple(TargetReport(t, self.lag) for t in targets),
                 )
                 for member in stage.ranks:
