@@ -18,7 +18,7 @@ SHAPES = [(2, 2), (2, 4), (3, 3)]
 
 
 def prefixes(instances: int, stages: int) -> list[World]:
-    """Worlds after every step of a life: forming, a death, the return, and the hand-back."""
+    """Worlds after every step of a life: forming, a death, the return, the hand-back, and the death of its peer."""
     world = World(make_config(instances, stages))
     found = [copy.deepcopy(world)]
 
@@ -35,6 +35,8 @@ def prefixes(instances: int, stages: int) -> list[World]:
     world.start("n1")
     live(2)
     assert world.all_home()
+    world.kill(f"n{stages + 1}")
+    live(2)
     unique = {w.topology: w for w in found}
     return list(unique.values())
 
