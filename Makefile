@@ -47,21 +47,31 @@ install: $(VENV)/.installed
 up: $(VENV)/.runtime
 	@exec $(BIN)/kfadmin up $(UP)
 
-# Two runs at once, for two cores: tests that compute and judge nothing by the clock have what the others leave of them.
-# Those begin and end by themselves, in a session that the kernel gives less (or, where it has no such sessions, are nice).
+# Three runs at once, for two cores. Clusters go first, and whatever judges by the clock. Beside them run tests of one
+# process, which mostly wait, and behind both those that compute. What is beside begins and ends by itself, in a session
+# that the kernel gives less (or, where it has no such sessions, it is nice).
 COMPUTING := tests/gpu tests/parity tests/sim/test_safeguards.py tests/sim/test_seeds.py tests/sim/test_simulator.py \
              tests/e2e/test_etcd_away.py
-BESIDE := .pytest_cache/beside.log
+CLOCK := tests/core/data/test_merge.py tests/web/test_kfadmin_looks.py tests/web/gateway/test_hostile.py \
+         tests/web/gateway/test_process.py
+ALONE := $(filter-out $(CLOCK),$(wildcard $(foreach folder,tests/core tests/web,\
+           $(folder)/test_*.py $(folder)/*/test_*.py $(folder)/*/*/test_*.py)))
+BESIDE := .pytest_cache/beside
 
 test: install
-	@started=$$(date +%s); mkdir -p $(dir $(BESIDE)); \
+	@started=$$(date +%s); mkdir -p $(BESIDE); \
 	$(BIN)/python -m compileall -q $(PACKAGES) tests; \
 	if [ -n "$(TESTS)" ]; then $(BIN)/python -m pytest $(TESTS); status=$$?; else \
-	  setsid sh -c 'echo 10 >/proc/self/autogroup; exec nice $(BIN)/python -m pytest -o timeout=900 $(COMPUTING)' \
-	    >$(BESIDE) 2>&1 & beside=$$!; \
-	  trap 'kill -TERM -- -$$beside 2>/dev/null' EXIT INT TERM; \
-	  $(BIN)/python -m pytest $(addprefix --ignore=,$(COMPUTING)); status=$$?; \
-	  wait $$beside; besides=$$?; cat $(BESIDE); [ $$status -ne 0 ] || status=$$besides; \
+	  beside() { \
+	    nice=$$1; shift; \
+	    setsid sh -c 'echo $$0 >/proc/self/autogroup; exec nice -n $$0 $(BIN)/python -m pytest "$$@"' "$$nice" "$$@" \
+	      >$(BESIDE)/$$nice.log 2>&1 & \
+	  }; \
+	  beside 10 -o timeout=900 $(COMPUTING); computing=$$!; \
+	  beside 5 $(ALONE); alone=$$!; \
+	  trap 'kill -TERM -- -$$computing -$$alone 2>/dev/null' EXIT INT TERM; \
+	  $(BIN)/python -m pytest $(addprefix --ignore=,$(COMPUTING) $(ALONE)); status=$$?; \
+	  wait $$alone || status=$$?; wait $$computing || status=$$?; cat $(BESIDE)/5.log $(BESIDE)/10.log; \
 	fi; \
 	took=$$(( $$(date +%s) - started )); \
 	if [ $$status -eq 0 ]; then echo "make test: passed in $$took s"; \

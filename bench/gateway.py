@@ -8,7 +8,8 @@ The figures are of a gateway as a secure cluster has it: HTTPS, mutual TLS to th
 the key store, hashed and with limits. In turns with it, under `baseline`, one that speaks plain HTTP and has one key in
 the clear; `ratios.tls` is the tokens/s of the first against the second. Streams come on connections of their own,
 handshake included. First tokens are timed on a connection that is kept, and `ttft_added_fresh_p50_s` on a new one for
-each.
+each. `added` is all that passes: the client, its connection, the gateway, gRPC and the node's process, whose model
+takes no time. `ttft_direct_p50_s` is what a client waits that speaks gRPC with the node itself.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import msgspec
 
 from bench.contract import Result, percentile, progress
 from bench.gateway_node import NODE, PIPELINE
-from bench.gateway_probe import in_turn
+from bench.gateway_probe import at_the_node, in_turn
 from bench.kevlarflow_load import Client, Outcome, Request
 from controlplane.contract.api_keys import KeyLimits, changing, make_key
 from controlplane.contract.auth import create_secret
@@ -91,6 +92,8 @@ class Gateway:
     pid: int
     key: str
     tls: ssl.SSLContext | None
+    config: ClusterConfig
+    node_address: str
 
     def client(self) -> Client:
         return Client(self.url, self.key, model_dir().name, self.tls)
@@ -162,7 +165,7 @@ def running(secure: bool) -> Iterator[Gateway]:
         url = f"{'https' if secure else 'http'}://127.0.0.1:{ports[2]}"
         context = ssl.create_default_context(cafile=config.tls.ca) if secure else None
         _until(lambda: _answers(f"{url}/readyz", context), "the gateway is ready")
-        yield Gateway(url, gateway.pid, key, context)
+        yield Gateway(url, gateway.pid, key, context, config, address)
 
 
 def _make_key(config: ClusterConfig, secure: bool) -> str:
@@ -241,6 +244,8 @@ def measure(gateway: Gateway, load: Load, found: dict[str, list[float]], name: s
     """One round: its figures are added to `found`."""
     for fresh, what in ((False, "ttft_added_p50_s"), (True, "ttft_added_fresh_p50_s")):
         found.setdefault(what, []).append(asyncio.run(first_tokens(gateway, load, fresh=fresh)))
+    direct = asyncio.run(at_the_node(gateway.config, gateway.node_address, PROMPT, load.probes))
+    found.setdefault("ttft_direct_p50_s", []).append(percentile(direct, 0.5))
     for pace, step_us in (("full", 0), ("paced", STEP_US)):
         sample = asyncio.run(streams(gateway, load, step_us))
         found.setdefault(f"cpu_us_per_token_{pace}", []).append(sample.cpu_us)

@@ -1,4 +1,5 @@
-"""First tokens on a connection that stays open, as clients with a pool of connections have them."""
+"""First tokens on a connection that stays open, as clients with a pool of connections have them; and without a gateway,
+as the gateway itself has them."""
 
 from __future__ import annotations
 
@@ -6,7 +7,13 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+from bench.gateway_node import NODE, PIPELINE
 from bench.kevlarflow_load import Client, Outcome, Request, read
+from controlplane.contract import rpc
+from controlplane.contract.auth import derive, load_secret
+from controlplane.contract.config import ClusterConfig
+from controlplane.contract.identity import Identity, ProcessName, ProcessRole
+from controlplane.contract.requests import Sampling, Submit, Tokens
 
 LIMIT_S = 60.0
 END = b"0\r\n\r\n"  # of a chunked answer
@@ -46,3 +53,35 @@ async def in_turn(client: Client, requests: Sequence[Request]) -> list[Outcome]:
     finally:
         transport.abort()
     return outcomes
+
+
+async def at_the_node(
+    config: ClusterConfig, address: str, prompt: tuple[int, ...], count: int
+) -> list[float]:
+    """Seconds to the first token of each of `count` requests, one after the other on one stream to the node. Raises
+    TimeoutError and grpc.aio.AioRpcError."""
+    identity = Identity.of(config, ProcessRole.GATEWAY, "g1")
+    token = derive(load_secret(config.secret_file), "grpc")
+    seconds: list[float] = []
+    async with (
+        asyncio.timeout(LIMIT_S),
+        identity.channel(address, ProcessName(ProcessRole.NODE, NODE)) as channel,
+    ):
+        serve = channel.stream_stream(
+            rpc.FRONTDOOR_SERVE,
+            request_serializer=rpc.encode,
+            response_deserializer=rpc.decode_scheduler_message,
+        )
+        call = serve(
+            metadata=(("authorization", f"Bearer {token}"), (rpc.STREAM_SCHEMA_KEY, str(rpc.STREAM_SCHEMA)))
+        )
+        await call.wait_for_connection()
+        for rid in range(1, count + 1):
+            began = time.monotonic()
+            await call.write(Submit(rid, PIPELINE, prompt, Sampling(max_tokens=1, seed=0)))
+            message = await call.read()
+            seconds.append(time.monotonic() - began)
+            assert isinstance(message, Tokens)
+            assert message.items[0].finish is not None
+        call.cancel()
+    return seconds

@@ -52,9 +52,9 @@ ALONE = (RS41, REPLICATE8, RS82)  # for their memory only
 MEMORY_STREAMS, MEMORY_PROMPT, MEMORY_READ, MEMORY_TOKENS = 4, 16 * BLOCK_SIZE + 1, 8, 32
 STEADY_STREAMS, STEADY_PROMPT, STEADY_TOKENS = 8, 512, 16
 LONG = 16_384
-WARM = Shape(
-    1, 512, 1
-)  # of each cluster, not counted: nothing is predicted before one failure has been measured
+# Of each cluster, not counted: nothing is predicted before one failure has been measured, with blocks enough that
+# restoring them is more than the way there and back.
+WARM = Shape(1, 4096, 1)
 SHAPES_QUICK = (Shape(1, LONG, 2), Shape(4, 1024, 0), Shape(1, LONG, 1), Shape(1, 4096, 3))
 SHAPES = (
     *SHAPES_QUICK,

@@ -33,7 +33,7 @@ from controlplane.contract.reports import (
     StepTimes,
     TargetReport,
 )
-from controlplane.contract.topology import MovePhase, Pipeline, Topology
+from controlplane.contract.topology import Pipeline, Topology
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.errors import EtcdLeaseGone
 from controlplane.etcd.lease import LeaseKeeper
@@ -118,14 +118,12 @@ class Node:
                 targets = list(stage.replicas)
                 if move is not None and move.stage == index and move.to not in targets:
                     targets.append(move.to)
-                quiescing = move is not None and move.phase is MovePhase.QUIESCE
                 yield PipelineReport(
                     pipeline=pipeline.id,
                     epoch=pipeline.epoch,
                     stage=index,
                     last_step=7,
                     running=8 if index == 0 else 0,
-                    quiesced_step=7 if quiescing and index == 0 else -2,
                     round_s=0.05,
                     targets=tuple(TargetReport(t, 0) for t in targets),
                 )

@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from controlplane import process
-from controlplane.contract.address import bound, join
+from controlplane.contract.address import bound, join, ports_of
 from controlplane.contract.auth import derive, load_secret
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError, KevlarFlowError
@@ -98,7 +98,7 @@ async def serve(
     reports = ReportServer(token, inbox, config.timing, identity, [recorder.handler()])
     record = ControllerRecord(
         id=me,
-        rpc_address=await reports.start(config.host, config.advertise),
+        rpc_address=await reports.start(config.host, config.advertise, ports_of(config.controller_ports, me)),
         admin_address=join(config.advertised, admin_socket.getsockname()[1]),
         pid=os.getpid(),
         incarnation=new_incarnation(),

@@ -27,6 +27,7 @@ from dataplane.kvwork import RunInThread
 from dataplane.parity_bytes import OF_BYTES, ParityBytes
 from dataplane.transport import frames
 
+EXPIRE_EVERY_S = 0.05
 UNSENT_MAX = 64  # messages with restored shards that wait for a link
 NOTHING = memoryview(b"")
 
@@ -56,6 +57,7 @@ class Encoding:
         # Whose encoders are others since: when its first stage is told next of what lies here.
         self._moved: dict[PipelineId, float] = {}
         self._unsent: deque[tuple[Member, RestoredMeta, bytes]] = deque(maxlen=UNSENT_MAX)
+        self._expire_at = 0.0
 
     def apply(self, topology: Topology) -> None:
         self._topology = topology
@@ -94,10 +96,13 @@ class Encoding:
                 effects = self.encoder.asked(meta.pipeline, meta.fence, meta.stage, peer, names, now)
                 await self._perform(effects)
             case SurvivorMeta():
+                self.encoder.heard(meta.pipeline, meta.stage, now)
                 await self._take_out(meta, payload)
 
     async def pump(self, now: float) -> None:
-        await self._perform(self.encoder.expire(now))
+        if now >= self._expire_at:
+            self._expire_at = now + EXPIRE_EVERY_S
+            await self._perform(self.encoder.expire(now))
         self._tell_stages()
         self._tell_moved(now)
 
@@ -134,7 +139,7 @@ class Encoding:
 
     async def _perform(self, effects: list[Effect], payload: memoryview = NOTHING, size: int = 0) -> None:
         while effects:
-            self._say(effects)  # before what is said is forgotten
+            await self._say(effects)  # before what is said is forgotten
             further: list[Effect] = []
             work = [effect for effect in effects if isinstance(effect, OF_BYTES)]
             solved = await self._thread(self.bytes.perform, work, payload, size) if work else {}
@@ -149,7 +154,7 @@ class Encoding:
         """Effects that only give memory back."""
         self.bytes.perform(effects, NOTHING, 0)
 
-    def _say(self, effects: list[Effect]) -> None:
+    async def _say(self, effects: list[Effect]) -> None:
         """Restored shards to who asked, in company, and what cannot be restored."""
         said: dict[tuple[PipelineId, Fence, int, Member], tuple[list[Send], list[bytes]]] = {}
         for effect in effects:
@@ -165,7 +170,7 @@ class Encoding:
             sums = tuple(effect.checksum for effect in sent)
             shards = [self.bytes.restored[effect.key][stage] for effect in sent]
             meta = RestoredMeta(pipeline, fence, stage, names, sums, b"".join(refused))
-            payload = b"".join(shards)
+            payload = await self._thread(b"".join, shards, size=sum(map(len, shards)))
             if not self._send(to, meta, payload):
                 self._unsent.append((to, meta, payload))
 

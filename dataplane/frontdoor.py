@@ -6,13 +6,13 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
 
 from controlplane.contract import rpc
-from controlplane.contract.address import join
+from controlplane.contract.address import ANY_PORT, join
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.identity import HANDSHAKE_LIMIT, PLAIN, Identity, ProcessRole, no_role
 from controlplane.contract.requests import GatewayMessage, SchedulerMessage
@@ -57,8 +57,8 @@ class Frontdoor:
         self._refused: tuple[str, float] | None = None  # the last gateway that was: why, and when
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, host: str, advertise: str = "") -> str:
-        """Listen on a free port. Returns "host:port", with the host that others connect to. Raises OSError."""
+    async def start(self, host: str, advertise: str = "", ports: Sequence[int] = ANY_PORT) -> str:
+        """Listen on one of `ports`. Returns "host:port", with the host that others connect to. Raises ConfigError."""
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -76,7 +76,7 @@ class Frontdoor:
         )
         handler = rpc.stream_handler(rpc.FRONTDOOR, "Serve", self._serve, rpc.decode_gateway_message)
         server.add_generic_rpc_handlers((handler, *self._others))
-        port = self._identity.add_port(server, join(host, 0))
+        port = self._identity.listen(server, "gateways and weights (node_ports)", host, ports)
         await server.start()
         self._server = server
         return join(advertise or host, port)

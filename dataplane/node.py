@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from controlplane import process
 from controlplane.contract import auth, keys
+from controlplane.contract.address import ports_of
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.identity import Identity, ProcessRole
 from controlplane.contract.ids import Member
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import NodeRecord
+from controlplane.contract.repair import Computing
 from controlplane.contract.reports import NodeReport, PipelineReport
 from controlplane.contract.requests import SAMPLING_VERSION
 from controlplane.contract.topology import HOLDER_MODES, Pipeline, Topology
@@ -161,6 +163,7 @@ class Node:
                 secret=secret,
                 host=config.host,
                 advertise=config.advertise,
+                ports=ports_of(config.link_ports, me.node),
                 identity=_link_identity(identity),
             ),
             on_message=self._on_message,
@@ -189,7 +192,8 @@ class Node:
     async def run(self) -> None:
         """Serve until stopped or retired. Raises what a background task of ours raised."""
         link_address = await self._transport.start()
-        rpc_address = await self._frontdoor.start(self._config.host, self._config.advertise)
+        config, ports = self._config, ports_of(self._config.node_ports, self._me.node)
+        rpc_address = await self._frontdoor.start(config.host, config.advertise, ports)
         client = etcd_client(self._config, self._identity)
         record = self._record(link_address, rpc_address)
         name, lease_s = self._world.names.node(self._me.node), self._config.timing.node_lease_s
@@ -407,6 +411,7 @@ class Node:
             leaving=self._leaving,
             troubles=(*self._frontdoor.troubles(), *self._identity.troubles()),
             block_bytes=self._worker.block_bytes,
+            restoring=self._worker.parity.restorer.speed.restoring,
         )
         return report, total
 
@@ -416,7 +421,7 @@ class Node:
             scheduler = self._schedulers.by_pipeline.get(pipeline_id)
             stalled_s, unanswered = scheduler.held_up(now) if scheduler else (0.0, -1)
             tokens, tail_tokens = scheduler.tokens if scheduler else (0, 0)
-            speed = scheduler.batcher.speed if scheduler else None
+            computing = scheduler.batcher.computing if scheduler else Computing()
             reports.append(
                 PipelineReport(
                     pipeline=pipeline_id,
@@ -425,17 +430,18 @@ class Node:
                     last_step=stage.last_step,
                     running=scheduler.running if scheduler else 0,
                     waiting=scheduler.waiting if scheduler else 0,
-                    quiesced_step=scheduler.quiesced_step if scheduler else -2,
                     stalled_s=stalled_s,
                     unanswered=unanswered,
                     round_s=scheduler.steps.round_s if scheduler else 0.0,
                     targets=self._worker.replicator.targets(pipeline_id),
                     tokens=tokens,
                     tail_tokens=tail_tokens,
-                    token_s=speed.token_s if speed else 0.0,
-                    step_s=speed.step_s if speed else 0.0,
+                    token_s=computing.token_s,
+                    step_s=computing.step_s,
                     unheld_tokens=scheduler.unheld_tokens if scheduler else -1,
                     uncoded_tokens=self._worker.parity.uncoded_tokens(pipeline_id),
+                    pace_s=computing.pace_s,
+                    chunk_tokens=computing.chunk_tokens,
                 )
             )
         return reports

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from controlplane.contract.config import ParityConfig
 from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.repair import computed_again
 from controlplane.contract.topology import Mode, Topology
 from dataplane._fast.checksum import piece_sums
 from dataplane.core.blocks import KvStore
@@ -49,6 +50,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Of blocks in one message while some are restored. Each block takes five messages, and a message costs its nodes more
+# than a block does; streams wait for these. 7 ms of a link of 10 Gbit/s.
+RESTORE_BYTES = 8 << 20
+RESTORE_BLOCKS = 64  # however small they are
+# Since another stage was sent blocks that it had lost: parity that has moved to other encoders is not made until then.
+RESTORING_S = 0.1
+
 
 class Parity:
     def __init__(
@@ -69,7 +77,10 @@ class Parity:
         """`send_later`: for shards, behind all that others wait for. `answer`: to the scheduler of a pipeline.
         `longest(N)`: bytes of the longest block of N stages."""
         self.encoding = Encoding(me, thread, send, settings.memory_bytes)
-        self.restorer = Restorer(kv.block_bytes)
+        wire_bytes = block_wire_bytes or kv.block_bytes
+        self._company = max(1, COMPANY_BYTES // wire_bytes)
+        self._restored_together = max(1, min(RESTORE_BLOCKS, RESTORE_BYTES // wire_bytes))
+        self.restorer = Restorer(wire_bytes, self._restored_together)
         self.sources: dict[PipelineId, ShardSource] = {}
         self.blocks_sent = 0
         self._me = me
@@ -83,7 +94,7 @@ class Parity:
         self._answer = answer
         self._settings = settings
         self._longest = longest
-        self._company = max(1, COMPANY_BYTES // (block_wire_bytes or kv.block_bytes))
+        self._asked_at = 0.0  # when another stage was sent blocks that it had lost
         self._topology: Topology | None = None
         self._busy = False  # parity protects this group
         self._epochs: dict[PipelineId, int] = {}
@@ -160,6 +171,7 @@ class Parity:
                 if (source := self.sources.get(meta.pipeline)) is not None:
                     source.heard(peer, meta, now)
             case FetchMeta():
+                self._asked_at = now
                 await self._survive(peer, meta)
             case RestoredMeta():
                 await self._keep(peer, meta, payload, now)
@@ -182,6 +194,8 @@ class Parity:
                 self._later(encoder, ShardQueryMeta(pipeline, fence, index), b"")
             for encoder, names in source.drops(now):
                 self._later(encoder, ShardDropMeta(pipeline, fence, index, b"".join(names)), b"")
+        if now - self._asked_at < RESTORING_S:
+            return  # links and cores are needed for what somebody waits for
         for pipeline, source in self.sources.items():
             while (taken := source.take(now, self._company)) is not None:
                 await self._push(pipeline, source, *taken)
@@ -193,13 +207,11 @@ class Parity:
     async def _push(
         self, pipeline: PipelineId, source: ShardSource, encoder: Member, names: list[bytes]
     ) -> None:
-        stage, found = self._stages[pipeline], await self._read(names)
+        stage, (found, data) = self._stages[pipeline], await self._read(names)
         source.gone(name for name in names if name not in found)
         if not found:
             return
-        shape = self._shape(pipeline)
-        data, sums = b"".join(data for data, _ in found.values()), tuple(s for _, s in found.values())
-        fence = Fence(self._epochs[pipeline])
+        shape, sums, fence = self._shape(pipeline), tuple(found.values()), Fence(self._epochs[pipeline])
         meta = ShardMeta(pipeline, fence, stage.index, shape, b"".join(found), sums)
         if self._later(encoder, meta, data):
             self.blocks_sent += len(found)
@@ -209,34 +221,35 @@ class Parity:
     async def _survive(self, peer: Member, meta: FetchMeta) -> None:
         """Another stage has lost its blocks of these names, and somebody waits for ours."""
         stage, names = self._stages[meta.pipeline], unpack_names(meta.names)
-        for first in range(0, len(names), self._company):
-            some = names[first : first + self._company]
-            found = await self._read(some)
-            lacks = b"".join(name for name in some if name not in found)
-            data, sums = b"".join(data for data, _ in found.values()), tuple(s for _, s in found.values())
+        for first in range(0, len(names), self._restored_together):
+            some = names[first : first + self._restored_together]
+            found, data = await self._read(some)
+            lacks, sums = b"".join(name for name in some if name not in found), tuple(found.values())
             answer = SurvivorMeta(meta.pipeline, meta.fence, stage.index, b"".join(found), sums, lacks)
             self._send(peer, answer, data)
 
-    async def _read(self, names: Iterable[bytes]) -> dict[bytes, tuple[memoryview, int]]:
-        """The bytes and the CRC-32 of those blocks that are here and as they should be."""
+    async def _read(self, names: Iterable[bytes]) -> tuple[dict[bytes, int], frames.Buffer]:
+        """The CRC-32 of those blocks that are here and as they should be, and their bytes, one behind the other."""
         pool, size = self._store.pool, self._kv.block_bytes
         here = {name: block for name in names if (block := pool.find(name)) is not None}
         if not here:
-            return {}
+            return {}, b""
         data, sums = await self._thread(self._kv.gather, list(here.values()), size=len(here) * size)
-        found: dict[bytes, tuple[memoryview, int]] = {}
+        found: dict[bytes, int] = {}
         whole = memoryview(data)
         crcs = (
             sums
             if isinstance(self._kv, KvBytes)
             else await self._thread(piece_sums, whole, size, size=len(data))
         )
+        sound: list[memoryview] = []
         for at, (name, block) in enumerate(here.items()):
             if self._store.copied(block, int(sums[at]), self._store.block_size):
-                found[name] = whole[at * size : (at + 1) * size], int(crcs[at])
+                found[name] = int(crcs[at])
+                sound.append(whole[at * size : (at + 1) * size])
             else:
                 log.error("a named block has changed in memory")
-        return found
+        return found, whole if len(sound) == len(here) else b"".join(sound)
 
     def _shape(self, pipeline: PipelineId) -> Shape:
         known = self._topology.pipeline(pipeline) if self._topology is not None else None
@@ -259,6 +272,11 @@ class Parity:
         source = self.sources.get(pipeline)
         names = {rid: unpack_names(packed) for rid, packed in zip(meta.rids, meta.names, strict=False)}
         lacking = {rid: [name for name in names.get(rid, ()) if not pool.has(name)] for rid in meta.rids}
+        blocks = {rid: len(missing) for rid, missing in lacking.items()}
+        for rid in computed_again(
+            blocks, self._store.block_size, meta.computing, self.restorer.speed.restoring
+        ):
+            lacking[rid] = []
         candidates = candidates_of(self._topology, pipeline) if self._topology is not None else ()
         if source is None or not meta.adopts or not candidates or not any(lacking.values()):
             held = self._replicator.rejoin(stage, meta)
@@ -270,6 +288,8 @@ class Parity:
         kept = self._enter(stage, meta)
         encoders = {name: ranked(name, candidates) for missing in lacking.values() for name in missing}
         self.restorer.begin(meta, kept, lacking, encoders, now)
+        # That it is here, and will say more: so the scheduler knows how long the stages took to hear of each other.
+        self._answer(pipeline, HeldMeta(pipeline, meta.fence, meta.ask, stage.index, (), more=True))
 
     def _enter(self, stage: Stage, meta: RejoinMeta) -> bytes:
         """What an answer does at once: other requests end, and it says what is kept."""

@@ -19,6 +19,7 @@ class ParityBytes:
         self._shapes: dict[Key, Shape] = {}
         self._copies: dict[Key, tuple[Shape, list[bytearray]]] = {}
         self._sizes: dict[Key, dict[int, int]] = {}  # bytes of shards, by stage
+        self._lengths: dict[Key, dict[int, int]] = {}  # the same, of what is being restored
 
     def perform(self, effects: Sequence[Effect], payload: memoryview, size: int) -> dict[Key, dict[int, int]]:
         """In order. `payload`: shards of `size` bytes. Returns what was solved: the checksums of shards, by stage."""
@@ -37,23 +38,21 @@ class ParityBytes:
                     del self.parities[key], self._shapes[key], self._sizes[key]
                 case Begin(key):
                     self._copies[key] = self._shapes[key], [bytearray(part) for part in self.parities[key]]
-                    self.restored[key] = {
-                        stage: bytearray(length) for stage, length in self._sizes[key].items()
-                    }
+                    self._lengths[key], self.restored[key] = self._sizes[key], {}
                 case TakeOut(key, stage, place):
                     shape, copy = self._copies[key]
                     self._code(shape).update(copy, stage, payload[place * size : (place + 1) * size])
                 case Solve(key, lost):
                     solved[key] = self._solve(key, lost)
                 case End(key):
-                    del self._copies[key], self.restored[key]
+                    del self._copies[key], self._lengths[key], self.restored[key]
         return solved
 
     def _solve(self, key: Key, lost: Sequence[int]) -> dict[int, int]:
         """Of the shards of all other stages nothing is left in the copy, so that they count as zeros."""
         shape, copy = self._copies[key]
-        found = self.restored[key]
-        shards = [found[stage] if stage in lost else b"" for stage in range(shape.shards)]
+        found = self.restored[key] = {stage: bytearray(self._lengths[key][stage]) for stage in lost}
+        shards = [found.get(stage, b"") for stage in range(shape.shards)]
         self._code(shape).decode(shards, copy, lost)
         return {stage: int(piece_sums(found[stage], len(found[stage]))[0]) for stage in lost}
 

@@ -65,7 +65,6 @@ class _Protected:
 
     fence: Fence
     sources: dict[Member, ReplicaSource] = field(default_factory=dict)
-    flush: bool = False  # quiesced: part-filled blocks too
     full: set[Member] = field(
         default_factory=set
     )  # who gets all requests; the others those that are placed there
@@ -116,7 +115,6 @@ class Replicator:
         pipeline: PipelineId,
         epoch: int,
         targets: list[Member],
-        flush: bool,
         holders: Mapping[PipelineId, Member] | None = None,
     ) -> None:
         """From now on copy this pipeline's KV to `targets` (level-triggered: says how it shall be). `holders`: who
@@ -127,7 +125,7 @@ class Replicator:
             state.fence = Fence(epoch)
             for source in state.sources.values():
                 source.restart()
-        state.flush, state.full, state.placed.members = flush, set(targets), dict(holders or {})
+        state.full, state.placed.members = set(targets), dict(holders or {})
         state.sources = {
             target: state.sources.get(target) or self._source(pipeline, target, state)
             for target in dict.fromkeys((*targets, *state.placed.members.values()))
@@ -177,18 +175,15 @@ class Replicator:
                 source.wrote(rids)
 
     def advanced(self, pipeline: PipelineId, step: Rows, filled: list[int]) -> None:
-        """A step has run: news only of the requests that have filled a block, unless everything is to be copied."""
+        """A step has run: news only of the requests that have filled a block."""
         state = self._protected.get(pipeline)
-        if state is not None and filled:
-            starts = dict(zip(step.rids.tolist(), step.starts.tolist(), strict=True))
-            for source in state.sources.values():
-                for rid in filled:
-                    source.rewrote(rid, starts[rid])
-        if state is not None and state.flush:
-            self._look_at = 0.0
-            self.wrote(pipeline, step.rids.tolist())
-        elif filled:
-            self.wrote(pipeline, filled)
+        if state is None or not filled:
+            return
+        starts = dict(zip(step.rids.tolist(), step.starts.tolist(), strict=True))
+        for source in state.sources.values():
+            for rid in filled:
+                source.rewrote(rid, starts[rid])
+        self.wrote(pipeline, filled)
 
     def freed(self, pipeline: PipelineId, rids: tuple[int, ...]) -> None:
         """These requests have ended here or make room."""
@@ -261,7 +256,7 @@ class Replicator:
         for _ in range(len(lines)):
             self._turn = (self._turn + 1) % len(lines)
             pipeline, state, source = lines[self._turn]
-            while copies := source.take(now, state.flush, self._bytes.piece_blocks):
+            while copies := source.take(now, self._bytes.piece_blocks):
                 sent = await self._send_copies(pipeline, state, source, copies)
                 if others_wait():
                     return
@@ -403,7 +398,7 @@ class Replicator:
         for target, source in state.sources.items():
             if target not in state.full:
                 continue
-            lag = source.lag_tokens(rids, state.flush) if source.known else LAG_UNKNOWN
+            lag = source.lag_tokens(rids) if source.known else LAG_UNKNOWN
             reports.append(TargetReport(target, lag, source.behind_s(lag)))
         return tuple(reports)
 

@@ -27,7 +27,6 @@ from controlplane.contract.requests import (
 from controlplane.contract.topology import (
     HOLDER_MODES,
     Mode,
-    MovePhase,
     Pipeline,
     Topology,
     quota_blocks,
@@ -43,7 +42,6 @@ from dataplane.core.events import (
     Effect,
     EpochBegan,
     Event,
-    Quiesce,
     Recovered,
     Refuse,
     RunStep,
@@ -142,7 +140,6 @@ class Schedulers:
                 continue
             before = previous.pipeline(pipeline.id) if previous is not None else None
             capacity = self._capacity(topology, pipeline, served)
-            hold = pipeline.move is not None and pipeline.move.phase is MovePhase.QUIESCE
             planned = before is not None and switched(before, pipeline)
             if scheduler is None:
                 scheduler = Scheduler(
@@ -163,12 +160,10 @@ class Schedulers:
                 self._perform(scheduler, scheduler.start(now))
             elif scheduler.fence.epoch < pipeline.epoch:
                 self._forget_unsent(pipeline.id)
-                # Before the hold is lifted: nothing may be issued in the epoch that is over.
                 scheduler = self._dispatch(
                     scheduler, EpochBegan(pipeline.epoch, planned, self._salt(pipeline))
                 )
             scheduler = self._dispatch(scheduler, capacity)
-            self._dispatch(scheduler, Quiesce(hold))
             self._dispatch(scheduler, self._candidates(topology, pipeline))
             self._news()
         self._listen(topology)
@@ -264,7 +259,6 @@ class Schedulers:
 
     def _dispatch(self, scheduler: Scheduler, event: Event) -> Scheduler:
         """Returns the pipeline's scheduler: another one if this one raised."""
-        quiesced = scheduler.quiesced_step
         now = time.monotonic()
         try:
             effects = scheduler.step(event, now)
@@ -272,8 +266,6 @@ class Schedulers:
             log.exception("the scheduler of %s raised at %s", scheduler.pipeline, type(event).__name__)
             return self._replace(scheduler, event, error, now)
         self._perform(scheduler, effects)
-        if scheduler.quiesced_step != quiesced:
-            self._news()
         return scheduler
 
     def _replace(self, broken: Scheduler, event: Event, error: Exception, now: float) -> Scheduler:

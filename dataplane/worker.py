@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, assert_never, get_args
 
 from controlplane.contract.config import ParityConfig
 from controlplane.contract.ids import Member, NodeId, PipelineId
-from controlplane.contract.topology import HOLDER_MODES, MovePhase, Pipeline, Topology
+from controlplane.contract.topology import HOLDER_MODES, Pipeline, Topology
 from dataplane._fast.blocktable import Rows
 from dataplane.compute import Compute, Computed, Work
 from dataplane.core.blocks import KvStore
@@ -288,14 +288,11 @@ class Worker:
     def _protect(self, pipeline: Pipeline, index: int) -> None:
         targets = list(pipeline.stages[index].replicas)
         move = pipeline.move
-        flush = False
-        if move is not None and move.stage == index:
-            flush = move.phase is MovePhase.QUIESCE
-            if move.to not in targets:
-                targets.append(move.to)
+        if move is not None and move.stage == index and move.to not in targets:
+            targets.append(move.to)
         assert self.topology is not None
         holders = leaders_at(candidates_of(self.topology, pipeline, self.hosts), index)
-        self.replicator.protect(pipeline.id, pipeline.epoch, targets, flush, holders)
+        self.replicator.protect(pipeline.id, pipeline.epoch, targets, holders)
 
     def _leave(self, pipeline: Pipeline) -> None:
         """Another node serves our stage now. What we hold becomes its replica, if it copies to us."""

@@ -27,6 +27,32 @@ CONTINUE = (
 )
 
 
+class _Held:
+    """Stands in for an answer's transport while its head waits: that leaves with the first piece of the body, as one
+    record of TLS and one packet, or with the next turn of the loop if there is no piece yet."""
+
+    def __init__(self, cycle: _Cycle) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            self.leave(data)
+        else:
+            self._head = data
+
+    def leave(self, data: bytes = b"") -> None:
+        head, self._head = self._head, b""
+        self._cycle.transport = self._transport
+        if head and not self._transport.is_closing():
+            self._transport.write(head + data)
+
+    def close(self) -> None:
+        self.leave()
+        self._transport.close()
+
+
 class _Cycle(RequestResponseCycle):
     """One answer. uvicorn names the class itself, so that its objects are given this one before their tasks run."""
 
@@ -43,6 +69,10 @@ class _Cycle(RequestResponseCycle):
                 and message["status"] not in (204, 304)
             ):
                 self._unbounded, self.chunked_encoding = True, False
+            if self.scope["method"] != "HEAD":  # whose body is never written
+                held = _Held(self)
+                self.transport = cast(asyncio.Transport, held)
+                asyncio.get_running_loop().call_soon(held.leave)
         elif self._unbounded and self.scope["method"] != "HEAD":
             self.expected_content_length = len(message.get("body", b""))
         if not (last and self.more_body) or self.keep_alive or self.disconnected:

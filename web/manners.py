@@ -5,6 +5,7 @@ ASGI middleware, the outermost one; raw, because Starlette's own kind would stan
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 import uuid
@@ -58,11 +59,11 @@ class Manners:
             return await self._app(scope, receive, send)
         path = SLASHES.sub("/", scope["path"])
         scope = {**scope, "path": path.rstrip("/") or "/"}
-        headers, allowed = Headers(scope=scope), self._allowed(scope["path"])
+        headers = Headers(scope=scope)
         request_id = request_id_of(headers.get("x-request-id"))
         structlog.contextvars.bind_contextvars(request_id=request_id)
         more = [(b"x-request-id", request_id.encode()), *self._cors(headers)]
-        if scope["method"] == "OPTIONS" and (allowed or path == "*"):
+        if scope["method"] == "OPTIONS" and ((allowed := self._allowed(scope["path"])) or path == "*"):
             if self._origins and "access-control-request-method" in headers:
                 more += _preflight(headers, allowed)
             start = {
@@ -74,7 +75,10 @@ class Manners:
             return await send({"type": "http.response.body", "body": b""})
         if scope["method"] == "HEAD":  # the server leaves the body out
             scope = {**scope, "method": "GET", "state": {**scope.get("state", {}), HEAD: True}}
-        answer, began = _Answer(receive, send, more, allowed, "expect" in headers), time.perf_counter()
+        answer = _Answer(
+            receive, send, more, functools.partial(self._allowed, scope["path"]), "expect" in headers
+        )
+        began = time.perf_counter()
         try:
             return await self._app(scope, answer.receive, answer.send)
         finally:
@@ -113,7 +117,9 @@ class Manners:
 class _Answer:
     """One exchange: adds headers to the answer."""
 
-    def __init__(self, receive: Receive, send: Send, more: Pairs, allowed: set[str], expects: bool) -> None:
+    def __init__(
+        self, receive: Receive, send: Send, more: Pairs, allowed: Callable[[], set[str]], expects: bool
+    ) -> None:
         self._receive = receive
         self._send = send
         self._more = more
@@ -130,7 +136,9 @@ class _Answer:
             self.status = message["status"]
             headers = [*message.get("headers", []), *self._more]
             if message["status"] == 405:
-                headers = [pair for pair in headers if pair[0].lower() != b"allow"] + [_allow(self._allowed)]
+                headers = [pair for pair in headers if pair[0].lower() != b"allow"] + [
+                    _allow(self._allowed())
+                ]
             if self._waits:  # whether its body comes now, nobody can know
                 headers.append((b"connection", b"close"))
             message = {**message, "headers": headers}

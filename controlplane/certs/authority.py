@@ -138,6 +138,11 @@ def alternatives(certificate: x509.Certificate) -> tuple[list[str], list[str]]:
     return names.get_values_for_type(x509.DNSName), addresses
 
 
+def as_certified(host: str) -> str:
+    """An address or a DNS name as `alternatives` has it: one spelling of an IPv6 address, no zone, lower case."""
+    return str(_host(host).value).lower()
+
+
 def bundle(certificates: Sequence[x509.Certificate]) -> bytes:
     return b"".join(_pem(certificate) for certificate in certificates)
 

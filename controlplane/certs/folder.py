@@ -13,14 +13,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
 
-from controlplane.certs.authority import SKEW, Authority, alternatives, bundle, issued_by, load_chain
+from controlplane.certs.authority import (
+    SKEW,
+    Authority,
+    alternatives,
+    as_certified,
+    bundle,
+    issued_by,
+    load_chain,
+)
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.identity import ProcessName, ProcessRole, etcd_name
 
@@ -34,8 +42,8 @@ class Leaf:
     """One certificate of a process."""
 
     process: str  # role and name
-    names: list[str]
-    hosts: list[str]  # addresses
+    names: list[str]  # DNS names: of the process, and of hosts that have one
+    hosts: list[str]  # IP addresses
     begins: datetime
     ends: datetime
     authority: str  # who signed it, in words
@@ -47,6 +55,10 @@ class Leaf:
     def due(self, now: datetime) -> bool:
         """Whether it is time for a new one."""
         return now >= self.ends - self.lifetime * (1 - RENEW_SHARE)
+
+    def covers(self, hosts: Iterable[str]) -> bool:
+        """Whether it names all of these addresses and DNS names."""
+        return {as_certified(host) for host in hosts} <= {name.lower() for name in (*self.names, *self.hosts)}
 
 
 class CertFolder:
@@ -120,16 +132,17 @@ class CertFolder:
             _write(written[-1], pem, 0o600)
         return written
 
+    def keep(self, process: ProcessName, hosts: Sequence[str], now: datetime, lifetime: timedelta) -> Path:
+        """The file of a process; issued if there is none, if it is due, or if it does not name all of `hosts`."""
+        path = self.path / f"{process}.pem"
+        leaf = _leaf(path) if path.exists() else None
+        if leaf is None or leaf.due(now) or not leaf.covers(hosts):
+            self.issue([process], hosts, now, lifetime)
+        return path
+
     def leaves(self) -> list[Leaf]:
         """Every certificate of a process in the folder, by name of its file."""
-        found = []
-        for path in sorted(self.path.glob("*-*.pem")):
-            certificate = load_chain(path.read_bytes())[0]
-            names, hosts = alternatives(certificate)
-            begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-            signer = certificate.issuer.rfc4514_string()
-            found.append(Leaf(path.stem, names, hosts, begins, ends, signer))
-        return found
+        return [_leaf(path) for path in sorted(self.path.glob("*-*.pem"))]
 
     def renew(self, now: datetime, *, only_due: bool = False) -> list[str]:
         """New certificates for the same names, hosts and times as before; whose. `only_due`: those whose time it is."""
@@ -184,6 +197,13 @@ class CertFolder:
             for link in load_chain(self._cross_file.read_bytes())
             if link.subject == own.subject and link.not_valid_after_utc > now
         ]
+
+
+def _leaf(path: Path) -> Leaf:
+    certificate = load_chain(path.read_bytes())[0]
+    names, hosts = alternatives(certificate)
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return Leaf(path.stem, names, hosts, begins, ends, certificate.issuer.rfc4514_string())
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:

@@ -13,13 +13,14 @@ class Action(StrEnum):
     CANCELLED = "cancelled"
     DONE = "done"
     FAILED = "failed"
+    REVOKED = "revoked"  # a token, or all that has one name
 
 
 class AuditEntry(msgspec.Struct, frozen=True):
     id: int
     unix_s: float
     action: Action
-    operation: str  # its id
+    operation: str  # its id, or that of a revocation
     kind: str
     node: str
     substitute: str

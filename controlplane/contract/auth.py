@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from controlplane.contract.errors import ConfigError
+from controlplane.contract.revocations import name_id, token_id
 
 
 def load_secret(path: Path) -> bytes:
@@ -73,17 +74,26 @@ class Caller(msgspec.Struct, frozen=True):
     role: Role
     address: str = ""  # host that the request came from
     expiry_unix_s: int = 0  # of the token; 0: it has none
+    ids: tuple[
+        str, ...
+    ] = ()  # of the session, and of the token; none: the cluster's own token, which is not revoked
+
+    @property
+    def revoked_by(self) -> tuple[str, ...]:
+        """Ids of the revocations each of which would end what this one may do."""
+        return (*self.ids, name_id(self.name))
 
 
 ADMIN_CALLER = Caller("admin", Role.ADMIN)
 MINTED = frozenset({Role.METRICS, Role.VIEWER, Role.OPERATOR})
 TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_@-]{0,62}")
 TOKEN_CHARS_MAX = 256
+TOKEN_S_MAX = 366 * 86400  # of one that is minted
 
 
 def mint(admin_token: str, name: str, role: Role, expiry_unix_s: int) -> str:
-    """A token that every controller knows by its signature: "kf.ROLE.NAME.EXPIRY.HMAC". Nothing is stored, so that it
-    cannot be called back before it expires: keep the time short. Raises ConfigError."""
+    """A token that every controller knows by its signature: "kf.ROLE.NAME.EXPIRY.HMAC". Nothing is stored unless it is
+    revoked (`contract/revocations.py`). Raises ConfigError."""
     if role not in MINTED:
         raise ConfigError(f"role {role.value!r} is not given away: one of {', '.join(sorted(MINTED))}")
     if not TOKEN_NAME.fullmatch(name) or name == ADMIN_CALLER.name:
@@ -95,7 +105,8 @@ def mint(admin_token: str, name: str, role: Role, expiry_unix_s: int) -> str:
 
 
 def identify(token: str, admin_token: str, now_unix_s: float) -> Caller | None:
-    """Whose token it is; None: nobody's, or it has expired. Signatures are compared in constant time."""
+    """Whose token it is; None: nobody's, or it has expired. Whether it was revoked is not looked at. Signatures are
+    compared in constant time."""
     if hmac.compare_digest(token.encode(), admin_token.encode()):
         return ADMIN_CALLER
     if len(token) > TOKEN_CHARS_MAX:
@@ -107,7 +118,9 @@ def identify(token: str, admin_token: str, now_unix_s: float) -> Caller | None:
     if len(parts) != 4 or parts[0] != "kf" or parts[1] not in MINTED:
         return None
     expiry = int(parts[3])
-    return Caller(parts[2], Role(parts[1]), expiry_unix_s=expiry) if expiry > now_unix_s else None
+    if expiry <= now_unix_s:
+        return None
+    return Caller(parts[2], Role(parts[1]), expiry_unix_s=expiry, ids=(token_id(token),))
 
 
 def identify_bearer(header: str | None, admin_token: str, now_unix_s: float) -> Caller | None:

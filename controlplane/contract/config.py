@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from controlplane.contract.address import port_range
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.ranges import Range, SettingsError, Text, check_bounds
 from controlplane.contract.topology import Mode, quota_blocks
@@ -34,8 +35,10 @@ ORIGIN = Text(
 )
 ADVERTISE = Text(r"[A-Za-z0-9:.%_\[\]-]{0,253}", "a host name or an IP address, without a port, or nothing")
 COLLECTOR = Text(r"(https?://[A-Za-z0-9.:\[\]_-]{1,253}/?)?", "http://HOST:4318, or nothing")
+PORTS = Text(r"([0-9]{1,5}(-[0-9]{1,5})?)?", "a port, a range such as 7100-7163, or nothing")
 ENDPOINT = Text(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", "host:port")
 
+RANGES = ("controller_ports", "node_ports", "link_ports")
 DEFAULT_GROUP = "default"
 Speculation = Literal["off", "ngram", "draft"]
 
@@ -135,7 +138,7 @@ class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     orphan_grace_s: Annotated[float, Range(0.1, 86400)] = 10.0
     # A gateway that is told to stop lets answers in one piece finish for so long.
     stop_grace_s: Annotated[float, Range(0, 3600)] = 5.0
-    # Then a planned switch is called off and tried again later.
+    # Of no effect: settings that were written by older code name it.
     quiesce_limit_s: Annotated[float, Range(0.05, 3600)] = 2.0
     # Launcher, doubled up to 10 s while a node keeps dying.
     restart_backoff_s: Annotated[float, Range(0.01, 10)] = 0.2
@@ -241,6 +244,15 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     advertise: Annotated[str, ADVERTISE] = ""  # what is registered for others to connect to; "": host
     gateway_port: Annotated[int, Range(0, 65535)] = 8000  # 0: any free one
     admin_port: Annotated[int, Range(0, 65535)] = 8100  # the first controller's; 0: any free one
+    # Where processes of the cluster reach each other, for firewalls: a port or a range, of which each process takes the
+    # first that is free, n3 beginning with the fourth. "": any free ones.
+    controller_ports: Annotated[str, PORTS] = ""  # gRPC: reports of nodes, figures of gateways
+    node_ports: Annotated[str, PORTS] = (
+        ""  # gRPC: gateways, and weights for other nodes; one for each node of a host
+    )
+    link_ports: Annotated[str, PORTS] = (
+        ""  # links between nodes: activations and KV; one for each node of a host
+    )
     database_url: Annotated[str, Text(r"|[a-z0-9+]+://.*", "empty, or DIALECT+DRIVER://...")] = (
         ""  # "": SQLite in run_dir
     )
@@ -405,8 +417,7 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
             f"host = {config.host!r} is bound well but nobody can connect to it, and advertise ="
             f" {config.advertise!r}: give the address that others reach this host at"
         )
-    if config.gateway_port and config.gateway_port == config.admin_port:
-        yield f"gateway_port = {config.gateway_port} and admin_port = {config.admin_port} must differ"
+    yield from _port_conflicts(config)
     for endpoint in config.etcd:
         if not 0 < int(endpoint.rpartition(":")[2]) < 65536:
             yield f"etcd = {endpoint!r}: ports are 1 to 65,535"
@@ -431,6 +442,21 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
         yield f"emulation.latency_s = {emulation.latency_s}: {bound.fault(-1)}"
     if any(site >= count for site in emulation.sites):
         yield f"emulation.sites = {emulation.sites} names a site that emulation.latency_s has no row for ({count})"
+
+
+def _port_conflicts(config: ClusterConfig) -> Iterator[str]:
+    found: dict[str, range] = {}
+    for name in ("gateway_port", "admin_port", *RANGES):
+        value: int | str = getattr(config, name)
+        try:
+            ports = port_range(str(value or ""))
+        except ValueError as error:
+            yield f"{name} = {value!r}: {error}"
+            continue
+        for other, theirs in found.items():
+            if ports and theirs and max(ports[0], theirs[0]) <= min(ports[-1], theirs[-1]):
+                yield f"{other} = {getattr(config, other)!r} and {name} = {value!r} must differ"
+        found[name] = ports
 
 
 def is_loopback(host: str) -> bool:

@@ -11,6 +11,7 @@ from strangers.
 
 from __future__ import annotations
 
+import errno
 import ssl
 import threading
 import time
@@ -23,6 +24,7 @@ from typing import Any
 import grpc
 import structlog
 
+from controlplane.contract.address import bound, join, listen_first
 from controlplane.contract.config import ClusterConfig, TlsConfig
 from controlplane.contract.errors import ConfigError
 
@@ -131,6 +133,21 @@ class Identity:
             _server_certificate(given), fetch, require_client_authentication=True
         )
         return int(server.add_secure_port(address, credentials))
+
+    def listen(self, server: Any, what: str, host: str, ports: Sequence[int]) -> int:
+        """Let a server (grpc.aio) listen on the first of these ports that is not taken; the port.
+
+        Raises ConfigError."""
+
+        def listen(port: int) -> int:
+            if port:
+                bound(host, port).close()  # gRPC does not say what kept it from listening
+            try:
+                return self.add_port(server, join(host, port))
+            except RuntimeError as error:  # somebody was faster
+                raise OSError(errno.EADDRINUSE, str(error)) from error
+
+        return listen_first(what, host, ports, listen)
 
     def callers(self, context: Any, role: ProcessRole) -> frozenset[str] | None:
         """Names that a caller has in `role`, by its certificate; empty: it has no such role. None without TLS: the

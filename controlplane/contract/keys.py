@@ -59,6 +59,9 @@ class Keys:
     def operations(self) -> str:
         return f"{self.root}operations/"
 
+    def revoked(self, credential: str) -> str:
+        return f"{self.root}revoked/{credential}"
+
     def topology(self, group: str) -> str:
         return f"{self.root}groups/{group}/topology"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from controlplane.contract.ids import NodeId
+from controlplane.contract.repair import Restoring
 from controlplane.contract.topology import Mode
 
 
@@ -15,8 +16,8 @@ class Loss(msgspec.Struct, frozen=True):
     serves: tuple[str, ...] = ()  # "p0/1": pipeline and stage
     streams: int = 0  # that would wait
     tokens: int = 0  # positions to be computed again
-    restore_bytes: int = 0  # KV that would be brought back from parity, for the time of which nothing is said
-    # Until the slowest stream has its next token, not counting `restore_bytes`; None: nothing has been measured yet.
+    restore_bytes: int = 0  # KV that would be brought back from parity
+    # Until the slowest stream has its next token; None: something of it has not been measured yet.
     wait_s: float | None = 0.0
     how: tuple[str, ...] = ()  # for each pipeline, in words
     down: tuple[str, ...] = ()  # pipelines that nobody else could serve
@@ -36,3 +37,4 @@ class Protection(msgspec.Struct, frozen=True):
     overhead_s: float | None
     measured: int  # failures of which `overhead_s` is the median
     losses: tuple[Loss, ...] = ()  # by node
+    restoring: Restoring = Restoring()  # how fast blocks are restored: as nodes that had some lately say

@@ -15,6 +15,7 @@ from typing import Annotated
 import msgspec
 
 from controlplane.contract.ids import Member, PipelineId
+from controlplane.contract.repair import Restoring
 
 REPORT_SCHEMA = 2  # of ReportBatch; 1: reports were maps
 
@@ -51,7 +52,7 @@ class TargetReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How far behind one copy of a pipeline's KV is, by what its holder acknowledged."""
 
     target: Member
-    lag_tokens: int  # written here, not acknowledged there (whole blocks, unless the pipeline is quiescing)
+    lag_tokens: int  # in whole blocks, written here and not acknowledged there
     behind_s: float = (
         0.0  # as long as that takes at the rate of the last half second; also when it cannot be told
     )
@@ -76,9 +77,7 @@ class PipelineReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     )
     running: int = 0  # scheduler only: requests in batches
     waiting: int = 0  # scheduler only: requests queued
-    quiesced_step: int = (
-        -2
-    )  # scheduler only: last step issued once none is in flight and none will start; -2: not quiesced
+    quiesced_step: int = -2  # not used: to older leaders, which wait for another value, it is "not quiesced"
     stalled_s: float = 0.0  # scheduler only: age of the oldest step in flight, or question to the stages
     round_s: float = 0.0  # scheduler only: the longest that one of the last steps took
     targets: tuple[TargetReport, ...] = ()
@@ -93,6 +92,10 @@ class PipelineReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     unheld_tokens: int = -1
     # In full blocks of this stage that no parity could bring back now; -1: none is coded.
     uncoded_tokens: int = -1
+    # Scheduler only: for each position of a prompt of many steps, several of which are in the stages at a time; 0: not
+    # measured yet.
+    pace_s: float = 0.0
+    chunk_tokens: int = 0  # scheduler only: positions that a step has which computes again what was lost
 
 
 class RecoveryReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -135,6 +138,7 @@ class NodeReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     counters: dict[str, int] = {}
     troubles: tuple[str, ...] = ()  # what an operator has to mend, in words
     block_bytes: int = 0  # of one KV block
+    restoring: Restoring = Restoring()  # how fast it had blocks restored from parity
 
     def broken_links(self) -> set[Member]:
         """Neighbours to which the link is down."""

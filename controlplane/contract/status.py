@@ -11,6 +11,7 @@ import msgspec
 
 from controlplane.contract.ids import Member, NodeId, PipelineId
 from controlplane.contract.records import Operation, OperationKind
+from controlplane.contract.repair import Restoring
 from controlplane.contract.topology import Mode, Move
 
 NAMED_MAX = 16  # names in one line
@@ -49,6 +50,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     settings: str = ""  # digest
     troubles: tuple[str, ...] = ()  # what an operator has to mend, by its last report
     numerics: str = ""  # precision, device and digest of all that decides its bits (NodeRecord)
+    restoring: Restoring = Restoring()  # how fast it had blocks restored from parity
 
 
 class StageStatus(msgspec.Struct, frozen=True):
@@ -81,6 +83,8 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     step_s: float = 0.0  # how long a step without prompts takes; 0: not measured yet
     # Where instances hold copies of single requests: positions in full blocks of those that none holds; else -1.
     unheld_tokens: int = -1
+    pace_s: float = 0.0  # for each position of a prompt of many steps, as in reports
+    chunk_tokens: int = 0  # positions that a step has which computes again what was lost
     closing: bool = False  # takes no new request, and is removed once its streams have ended
 
 

@@ -33,17 +33,16 @@ HOLDER_MODES = frozenset({Mode.LOAD_AWARE, Mode.FIXED_NEIGHBOUR})
 
 class MovePhase(StrEnum):
     COPY = "copy"  # KV is copied to the destination while the pipeline serves
-    QUIESCE = "quiesce"  # the scheduler holds new steps back, the source flushes its last KV
+    QUIESCE = "quiesce"  # written by older code only, whose schedulers hold steps back in it before a switch
 
 
 class Move(msgspec.Struct, frozen=True, gc=False):
-    """A planned change of the node that serves one stage: copy, quiesce, then a switch of the epoch."""
+    """A planned change of the node that serves one stage: its KV is copied, then the epoch is switched."""
 
     stage: int
     to: Member
-    phase: MovePhase
     reason: str  # "hand-back", or the id of the operation that asked for it
-    attempt: int = 0  # quiesce attempts that had to be called off
+    phase: MovePhase = MovePhase.COPY
 
     identity: ClassVar[tuple[str, ...]] = ("stage", "to")
 
@@ -72,6 +71,7 @@ class Pipeline(msgspec.Struct, frozen=True, gc=False):
     stages: tuple[Stage, ...]
     move: Move | None = None
     closing: bool = False  # takes no new request, and is removed once its streams have ended
+    moved: int = 0  # the last epoch that a planned move began: nobody died for it
 
     identity: ClassVar[tuple[str, ...]] = ("id",)
 
@@ -129,8 +129,10 @@ class Topology(msgspec.Struct, frozen=True, gc=False):
 
 
 def switched(before: Pipeline, after: Pipeline) -> bool:
-    """Whether the switch of a planned move leads from one to the other. A death while the pipeline is quiescing looks
-    the same if the move's destination takes over: its copy lacks hardly anything by then. No other death does."""
+    """Whether a planned move led from one to the other, and not a death. Older leaders do not write `moved`: theirs was
+    one if the destination took over from a pipeline that was quiesced."""
+    if after.moved == after.epoch:
+        return after.epoch > before.epoch
     move = before.move
     if move is None or move.phase is not MovePhase.QUIESCE or after.move is not None:
         return False

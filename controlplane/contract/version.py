@@ -14,7 +14,19 @@ from controlplane.contract.config import ClusterConfig
 PACKAGES = ("controlplane", "dataplane", "kernels", "web", "migrations")
 SOURCES = frozenset({".py", ".pyx", ".pxd", ".c", ".h"})
 # They say where a process runs and where its files are, not what it does: hosts of one cluster differ in them.
-WHERE = frozenset({"run_dir", "host", "advertise", "tls", "labels", "insecure"})
+WHERE = frozenset(
+    {
+        "run_dir",
+        "host",
+        "advertise",
+        "controller_ports",
+        "node_ports",
+        "link_ports",
+        "tls",
+        "labels",
+        "insecure",
+    }
+)
 DIGEST_BYTES = 6
 
 

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.topology import Mode, MovePhase, Pipeline, Topology
 from controlplane.core.policy import Situation
+from controlplane.core.reconfigure import carried
 
 
 class InvariantViolation(AssertionError):
@@ -147,7 +148,7 @@ def new_duty_only_for_the_able(s: Situation, after: Topology) -> Iterator[str]:
 
 
 def the_living_are_not_displaced(s: Situation, after: Topology) -> Iterator[str]:
-    """Who lives and serves gives way only to the destination of a quiesced move, or to stop-restart."""
+    """Who lives and serves gives way only to a move's destination that has a copy of nearly all, or to stop-restart."""
     for old, new in _pairs(s, after):
         stopped = after.mode is Mode.STOP_RESTART and any(s.nodes.is_dead(m) for m in old.members())
         for index, (before, now) in enumerate(zip(old.stages, new.stages, strict=True)):
@@ -156,9 +157,10 @@ def the_living_are_not_displaced(s: Situation, after: Topology) -> Iterator[str]
             if not lost or stopped or (not now.ranks and any(s.nodes.is_dead(m) for m in before.ranks)):
                 continue
             move = old.move
-            quiesced = move is not None and move.stage == index and move.phase is MovePhase.QUIESCE
-            if not (quiesced and move is not None and now.ranks == (move.to,)):
+            if move is None or move.stage != index or now.ranks != (move.to,):
                 yield f"{new.id}/{index}: {lost[0]} is alive and lost its stage"
+            elif not carried(s, old, move):
+                yield f"{new.id}/{index}: {lost[0]} is alive and lost its stage to {move.to}, whose copy is behind"
 
 
 def increase_before_decrease(s: Situation, after: Topology) -> Iterator[str]:
@@ -194,22 +196,27 @@ def moves_are_sane(s: Situation, after: Topology) -> Iterator[str]:
             yield f"{pipeline.id}: {move.to} serves it already"
 
 
-def phases_follow_the_table(s: Situation, after: Topology) -> Iterator[str]:
-    """copy begins a move; quiesce follows copy; back to copy counts an attempt."""
+def moves_stay_what_they_are(s: Situation, after: Topology) -> Iterator[str]:
+    """A move copies from beginning to end, to the same place; one that older code has quiesced copies again."""
     for old, new in _pairs(s, after):
         was, now = old.move, new.move
         if now is None or now == was:
             continue
-        if was is None:
-            fine = now.phase is MovePhase.COPY and now.attempt == 0
-        elif (was.stage, was.to, was.reason) != (now.stage, now.to, now.reason):
-            fine = False
-        elif was.phase is MovePhase.COPY:
-            fine = now.phase is MovePhase.QUIESCE and now.attempt == was.attempt
-        else:
-            fine = now.phase is MovePhase.COPY and now.attempt == was.attempt + 1
-        if not fine:
+        if now.phase is not MovePhase.COPY or (was is not None and now != replace(was, phase=now.phase)):
             yield f"{new.id}: from {was} to {now}"
+
+
+def moves_are_told(s: Situation, after: Topology) -> Iterator[str]:
+    """`moved` names the epochs that a living member's stage began at the destination of its move, and no other."""
+    for old, new in _pairs(s, after):
+        move = old.move
+        stages = zip(old.stages, new.stages, strict=True)
+        by_move = move is not None and any(
+            index == move.stage and now.ranks == (move.to,) and not any(map(s.nodes.is_dead, before.ranks))
+            for index, (before, now) in enumerate(stages)
+        )
+        if new.moved != (after.counter if by_move else old.moved):
+            yield f"{new.id}: moved in {new.moved}, {'by' if by_move else 'without'} a move in {after.counter}"
 
 
 def retired_serve_nothing(s: Situation, after: Topology) -> Iterator[str]:
@@ -254,7 +261,8 @@ INVARIANTS: dict[str, Callable[[Situation, Topology], Iterator[str]]] = {
         the_living_are_not_displaced,
         increase_before_decrease,
         moves_are_sane,
-        phases_follow_the_table,
+        moves_stay_what_they_are,
+        moves_are_told,
         retired_serve_nothing,
         one_process_a_node,
     )

@@ -90,11 +90,6 @@ class Nodes:
             known.append(view.record.numerics)
         return known[0] == known[1]
 
-    def acted_on(self, member: Member | None) -> int:
-        """The counter of the newest topology that a member has acted on; -1: unknown."""
-        report = self.reports.get(member) if member is not None else None
-        return -1 if report is None else report.topology_counter
-
     def target(self, pipeline: Pipeline, stage: int, target: Member) -> TargetReport | None:
         """How far `target` is behind the stage's serving member, by the last report; None: unknown."""
         report = self.report(pipeline.stages[stage].leader, pipeline.id, stage)

@@ -9,7 +9,7 @@ from controlplane.contract.ids import Member
 from controlplane.contract.records import Operation, OperationState
 from controlplane.contract.reports import RecoveryReport
 from controlplane.contract.status import NodeState
-from controlplane.contract.topology import MovePhase, Pipeline, Topology, switched
+from controlplane.contract.topology import Pipeline, Topology, switched
 from controlplane.core import kinds
 from controlplane.core.detector import Verdict
 
@@ -95,18 +95,14 @@ def _names(members: tuple[Member, ...]) -> str:
 def _move(old: Pipeline, new: Pipeline, unix_now: float) -> Iterator[Event]:
     was, now = old.move, new.move
     move = now or was
-    if move is None:
+    if move is None or (was is not None and now is not None):
         return
     place = f"{new.id}/{move.stage} to {move.to.node}"
     if was is None:
         text = f"moving {place}"
-    elif now is None:
-        text = f"moved {place}" if switched(old, new) else f"called off: {place}"
-    elif now.phase is MovePhase.QUIESCE:
-        text = f"quiescing to move {place}"
     else:
-        text = f"no quiet moment to move {place}: copying on"
-    details: dict[str, float | int | str] = {"reason": move.reason, "attempt": move.attempt}
+        text = f"moved {place}" if switched(old, new) else f"called off: {place}"
+    details: dict[str, float | int | str] = {"reason": move.reason}
     yield Event(EventKind.MOVE, new.id, text, unix_now, new.epoch, details)
 
 

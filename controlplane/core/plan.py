@@ -14,7 +14,7 @@ from dataclasses import replace as replace_situation
 from msgspec.structs import replace
 
 from controlplane.contract.ids import Member, PipelineId
-from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topology
+from controlplane.contract.topology import Mode, Move, Pipeline, Topology
 from controlplane.core.closing import remove_closed
 from controlplane.core.demote import restart_faulty
 from controlplane.core.edit import successor
@@ -152,7 +152,7 @@ def start_move(s: Situation) -> Topology | None:
             continue
         to = next((m for node in want.to if (m := _open(s, pipeline, want.stage, node)) is not None), None)
         if to is not None:
-            move = Move(stage=want.stage, to=to, phase=MovePhase.COPY, reason=want.reason)
+            move = Move(stage=want.stage, to=to, reason=want.reason)
             return successor(s.topology, replace(pipeline, move=move))
     return None
 

@@ -30,9 +30,7 @@ class Limits:
     settle_s: float = 3.0  # a copy that is only in the wrong place waits until nobody has moved for so long
     copy_limit_s: float = 60.0  # then the move is called off ...
     bar_s: float = 30.0  # ... and not tried again for so long
-    backoff_s: float = 1.0  # pause before the second attempt to quiesce, doubled each time
-    backoff_max_s: float = 30.0
-    # How far behind a copy may be when the switch begins: blocks a running request, and seconds of copying.
+    # How far behind a copy may be at the switch: blocks a running request, and seconds of copying.
     lag_blocks: int = 2
     behind_s: float = 0.3
 
@@ -49,14 +47,10 @@ class Want:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Since when this controller has seen a move in its present phase, and the topology's counter at that time.
-
-    A new leader counts from when it first looked, which is later than the truth: safe for both uses.
-    """
+    """Since when this controller has seen a move. A new leader counts from when it first looked, which is safe."""
 
     move: Move
     since: float
-    counter: int
 
 
 @dataclass(slots=True)
@@ -83,7 +77,7 @@ class Timers:
                 self.unformed.setdefault(pipeline.id, now)
             else:
                 self.unformed.pop(pipeline.id, None)
-            self._note_move(pipeline.id, pipeline.move, topology.counter, now)
+            self._note_move(pipeline.id, pipeline.move, now)
         self.barred = {key: until for key, until in self.barred.items() if until > now}
 
     def next_deadline(self, config: ClusterConfig, now: float) -> float:
@@ -91,12 +85,10 @@ class Timers:
         limits, timing = self.limits, config.timing
         times = [self.calm_since + limits.gather_s, self.calm_since + limits.settle_s, *self.barred.values()]
         times += [since + timing.form_grace_s for since in self.unformed.values()]
-        for seen in self.moves.values():
-            pause_s = min(limits.backoff_s * 2 ** max(seen.move.attempt - 1, 0), limits.backoff_max_s)
-            times += [seen.since + s for s in (limits.copy_limit_s, timing.quiesce_limit_s, pause_s)]
+        times += [seen.since + limits.copy_limit_s for seen in self.moves.values()]
         return min((at for at in times if at > now), default=math.inf)
 
-    def _note_move(self, pipeline: PipelineId, move: Move | None, counter: int, now: float) -> None:
+    def _note_move(self, pipeline: PipelineId, move: Move | None, now: float) -> None:
         seen = self.moves.get(pipeline)
         if seen is not None and seen.move == move:
             return
@@ -105,7 +97,7 @@ class Timers:
         if move is None:
             self.moves.pop(pipeline, None)
         else:
-            self.moves[pipeline] = Seen(move, now, counter)
+            self.moves[pipeline] = Seen(move, now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +141,7 @@ class Situation:
         return self.now - self.policy.timers.calm_since >= self.policy.limits.settle_s
 
     def near(self, pipeline: Pipeline, stage: int, copy: Member) -> bool:
-        """Whether a copy is so close behind that the rest fits into a short pause."""
+        """Whether a copy is so close behind that what it lacks is soon copied, or computed again."""
         limits = self.policy.limits
         target = self.nodes.target(pipeline, stage, copy)
         if target is None or target.behind_s > limits.behind_s:

@@ -14,6 +14,7 @@ from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import NodeId
 from controlplane.contract.incidents import Incident
 from controlplane.contract.protection import Loss, Protection
+from controlplane.contract.repair import Computing, Restoring, computed_again, middle, repair_s
 from controlplane.contract.status import ClusterStatus, NodeState, NodeStatus, PipelineState, PipelineStatus
 from controlplane.contract.topology import Mode
 
@@ -41,8 +42,10 @@ def protection(status: ClusterStatus, config: ClusterConfig, incidents: Sequence
     overheads = _overheads(incidents)
     overhead_s = median(overheads) if overheads else None
     served = _served(status)
+    restoring = _restoring(status.nodes)
     losses = [
-        _loss(node, served.get(node.node, {}), nodes, status, config, overhead_s) for node in status.nodes
+        _loss(node, served.get(node.node, {}), nodes, status, config, overhead_s, restoring)
+        for node in status.nodes
     ]
     return Protection(
         group=status.group,
@@ -56,6 +59,7 @@ def protection(status: ClusterStatus, config: ClusterConfig, incidents: Sequence
         overhead_s=overhead_s,
         measured=len(overheads),
         losses=tuple(losses),
+        restoring=restoring,
     )
 
 
@@ -91,6 +95,18 @@ def _overheads(incidents: Iterable[Incident]) -> list[float]:
     return found
 
 
+def _restoring(nodes: Iterable[NodeStatus]) -> Restoring:
+    """How fast a node will have blocks restored that has not had any yet: as others had."""
+    found = [node.restoring for node in nodes if node.restoring.block_s]
+    if not found:
+        return Restoring()
+    return Restoring(
+        middle((one.wait_s, one.blocks) for one in found),
+        middle((one.block_s, one.blocks) for one in found),
+        sum(one.blocks for one in found),
+    )
+
+
 def _loss(
     node: NodeStatus,
     served: Mapping[str, Sequence[int]],
@@ -98,6 +114,7 @@ def _loss(
     status: ClusterStatus,
     config: ClusterConfig,
     overhead_s: float | None,
+    restoring: Restoring,
 ) -> Loss:
     streams = tokens = restore_bytes = 0
     wait_s: float | None = 0.0
@@ -121,12 +138,15 @@ def _loss(
             continue
         else:
             again, told = _again(pipeline, stages, nodes, node.node, status.mode, config)
-        tokens += again
-        how.append(f"{pipeline.id}: {told}")
+        computing, blocks = _computing(pipeline), 0
         if status.mode is Mode.PARITY and again < pipeline.tokens:
             blocks = (pipeline.tokens - again) // config.engine.block_size
+            if computed_again({0: blocks}, config.engine.block_size, computing, restoring):
+                again, blocks, told = pipeline.tokens, 0, "computed again, which is sooner than to restore it"
             restore_bytes += sum(blocks * _block_bytes(nodes, pipeline, stage) for stage in stages)
-        took_s = _compute_s(pipeline, again)
+        tokens += again
+        how.append(f"{pipeline.id}: {told}")
+        took_s = repair_s(again, blocks, computing, restoring)
         if wait_s is not None and pipeline.running:
             wait_s = None if took_s is None or overhead_s is None else max(wait_s, overhead_s + took_s)
     return Loss(
@@ -167,11 +187,8 @@ def _again(
     return min(pipeline.tokens, worst + pipeline.tail_tokens), ", ".join(dict.fromkeys(told))
 
 
-def _compute_s(pipeline: PipelineStatus, tokens: int) -> float | None:
-    """For so many positions and the step behind them; None: how fast that is has not been measured."""
-    if not pipeline.step_s or (tokens and not pipeline.token_s):
-        return None
-    return tokens * pipeline.token_s + pipeline.step_s
+def _computing(pipeline: PipelineStatus) -> Computing:
+    return Computing(pipeline.step_s, pipeline.token_s, pipeline.pace_s, pipeline.chunk_tokens)
 
 
 def _others(nodes: Mapping[NodeId, NodeStatus], lost: NodeId, stage: int) -> list[NodeId]:

@@ -1,64 +1,28 @@
-"""A planned move of one stage: copy, quiesce, switch. Its phases are the table PHASES.
+"""A planned move of one stage: KV is copied to the destination while the pipeline serves, then the epoch is switched.
 
-    COPY     --caught up-->  QUIESCE  --quiet-->  (switch: ranks changed, new epoch, move cleared)
-    COPY     --copy_limit_s-->  called off
-    QUIESCE  --quiesce_limit_s-->  COPY, attempt + 1, after a growing pause
+    copied, but for what is soon computed again  ->  the switch: ranks changed, new epoch, move cleared
+    not so within copy_limit_s                   ->  called off
 
-`quiet` looks only at reports of nodes that have acted on the quiescing topology: the scheduler has issued its last
-step, the moving stage has executed it, and the destination has acknowledged every token.
+The switch is that of a death with a copy that is near: steps in flight are void, and each request goes on at what every
+stage holds. What the destination lacks (the last blocks, part-filled ones, what was in flight) is one short prefill.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from msgspec.structs import replace
 
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topology
 from controlplane.core.edit import successor, with_stage
 from controlplane.core.placement import Layout, replica_target
-from controlplane.core.policy import Seen, Situation
+from controlplane.core.policy import Situation
 
 
-def copies(s: Situation, pipeline: Pipeline, move: Move) -> bool:
-    """Whether the destination gets copies; else it recomputes."""
-    return s.topology.mode is not Mode.NONE and s.nodes.exchange(pipeline.stages[move.stage].leader, move.to)
-
-
-def caught_up(s: Situation, pipeline: Pipeline, move: Move, seen: Seen) -> bool:
-    """The copy is so close that the rest fits into a short pause. Repeated attempts wait longer each time."""
-    if move.attempt:
-        pause = min(s.policy.limits.backoff_s * 2 ** (move.attempt - 1), s.policy.limits.backoff_max_s)
-        if s.now - seen.since < pause:
-            return False
-    return not copies(s, pipeline, move) or s.near(pipeline, move.stage, move.to)
-
-
-def quiet(s: Situation, pipeline: Pipeline, move: Move, seen: Seen) -> bool:
-    scheduler, source = pipeline.scheduler, pipeline.stages[move.stage].leader
-    if min(s.nodes.acted_on(scheduler), s.nodes.acted_on(source)) < seen.counter:
-        return False
-    first = s.nodes.report(scheduler, pipeline.id, 0)
-    here = s.nodes.report(source, pipeline.id, move.stage)
-    if first is None or here is None or {first.epoch, here.epoch} != {pipeline.epoch}:
-        return False
-    if first.quiesced_step < -1 or first.quiesced_step != here.last_step:
-        return False
-    return not copies(s, pipeline, move) or s.nodes.lag(pipeline, move.stage, move.to) == 0
-
-
-def begin_quiesce(s: Situation, pipeline: Pipeline, move: Move) -> Topology:
-    return successor(s.topology, replace(pipeline, move=replace(move, phase=MovePhase.QUIESCE)))
-
-
-def back_to_copy(s: Situation, pipeline: Pipeline, move: Move) -> Topology:
-    again = replace(move, phase=MovePhase.COPY, attempt=move.attempt + 1)
-    return successor(s.topology, replace(pipeline, move=again))
-
-
-def call_off(s: Situation, pipeline: Pipeline, move: Move) -> Topology:
-    return successor(s.topology, replace(pipeline, move=None))
+def carried(s: Situation, pipeline: Pipeline, move: Move) -> bool:
+    """Whether the destination has nearly all KV of the stage, or can have none: then all of it is computed again."""
+    copies = s.topology.mode is not Mode.NONE and s.nodes.exchange(
+        pipeline.stages[move.stage].leader, move.to
+    )
+    return not copies or s.near(pipeline, move.stage, move.to)
 
 
 def switch(s: Situation, pipeline: Pipeline, move: Move) -> Topology:
@@ -72,7 +36,8 @@ def switch(s: Situation, pipeline: Pipeline, move: Move) -> Topology:
         and not s.nodes.is_dead(m)
         and s.nodes.exchange(move.to, m)
     )
-    moved = replace(with_stage(pipeline, move.stage, ranks=(move.to,), replicas=kept), move=None)
+    served = with_stage(pipeline, move.stage, ranks=(move.to,), replicas=kept)
+    moved = replace(served, move=None, moved=s.topology.counter + 1)
     draft = successor(s.topology, moved)
     target = replica_target(s, Layout(draft), moved, move.stage)
     if target is not None and target not in kept:
@@ -81,32 +46,20 @@ def switch(s: Situation, pipeline: Pipeline, move: Move) -> Topology:
     return successor(s.topology, moved)
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
-    ready: Callable[[Situation, Pipeline, Move, Seen], bool]
-    then: Callable[[Situation, Pipeline, Move], Topology]
-    limit_s: Callable[[Situation], float]
-    otherwise: Callable[[Situation, Pipeline, Move], Topology]
-
-
-PHASES = {
-    MovePhase.COPY: Phase(caught_up, begin_quiesce, lambda s: s.policy.limits.copy_limit_s, call_off),
-    MovePhase.QUIESCE: Phase(quiet, switch, lambda s: s.policy.config.timing.quiesce_limit_s, back_to_copy),
-}
-
-
 def advance(s: Situation, pipeline: Pipeline) -> Topology | None:
     """The next step of the pipeline's move, or None while it has to wait."""
     move = pipeline.move
     if move is None:
         return None
+    if (
+        move.phase is MovePhase.QUIESCE
+    ):  # by a leader of older code: nodes of older code compute nothing meanwhile
+        return successor(s.topology, replace(pipeline, move=replace(move, phase=MovePhase.COPY)))
+    # A destination under suspicion gets no new duty: wait for it.
+    if s.nodes.usable(move.to.node) == move.to and carried(s, pipeline, move):
+        return switch(s, pipeline, move)
     seen = s.policy.timers.moves.get(pipeline.id)
-    if seen is None or seen.move != move:
-        seen = Seen(move, s.now, s.topology.counter)
-    phase = PHASES[move.phase]
-    # A destination under suspicion gets no new duty: wait for it, as long as the phase allows.
-    if s.nodes.usable(move.to.node) == move.to and phase.ready(s, pipeline, move, seen):
-        return phase.then(s, pipeline, move)
-    if s.now - seen.since >= phase.limit_s(s):
-        return phase.otherwise(s, pipeline, move)
+    since = seen.since if seen is not None and seen.move == move else s.now
+    if s.now - since >= s.policy.limits.copy_limit_s:
+        return successor(s.topology, replace(pipeline, move=None))
     return None

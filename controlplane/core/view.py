@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import NodeId, PipelineId
 from controlplane.contract.records import Operation
+from controlplane.contract.repair import Restoring
 from controlplane.contract.reports import LAG_UNKNOWN, NodeReport, PipelineReport
 from controlplane.contract.status import (
     ClusterStatus,
@@ -178,6 +179,7 @@ def _node(
         block_bytes=0 if report is None else report.block_bytes,
         fault_domain=record.fault_domain,
         counters={} if report is None else report.counters,
+        restoring=Restoring() if report is None else report.restoring,
     )
 
 
@@ -211,6 +213,8 @@ def _pipeline(pipeline: Pipeline, nodes: Nodes) -> PipelineStatus:
         tail_tokens=said.tail_tokens,
         token_s=said.token_s,
         step_s=said.step_s,
+        pace_s=said.pace_s,
+        chunk_tokens=said.chunk_tokens,
         unheld_tokens=said.unheld_tokens,
         closing=pipeline.closing,
     )

@@ -21,6 +21,7 @@ from controlplane.etcd.health import Health
 from controlplane.etcd.lease import LeaseKeeper
 from controlplane.etcd.maintenance import Maintenance
 from controlplane.etcd.proto import rpc_pb2
+from controlplane.etcd.users import Users
 from controlplane.etcd.values import (
     Compare,
     Delete,
@@ -173,6 +174,11 @@ class EtcdClient:
     def maintenance(self) -> Maintenance:
         """What is done to members one by one."""
         return Maintenance(self._endpoints)
+
+    @property
+    def users(self) -> Users:
+        """Who may do what; only for a user with etcd's role root."""
+        return Users(self._endpoints, self._timeout_s)
 
     async def follow_health(self) -> None:
         """Until cancelled: keep `health` informed of the members' alarms."""

@@ -116,6 +116,7 @@ class Endpoint:
         self.lease: Any = stubs.LeaseStub(self.channel)
         self.watch: Any = stubs.WatchStub(self.channel)
         self.maintenance: Any = stubs.MaintenanceStub(self.channel)
+        self.auth: Any = stubs.AuthStub(self.channel)
 
     def _renew(self) -> None:
         """Where certificates have been replaced since the channel was made, and it has to connect anew: one with those

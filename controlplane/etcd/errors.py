@@ -48,6 +48,8 @@ _NOT_APPLIED_TEXTS = (
     "etcdserver: too many requests",
     "etcdserver: not capable",
     "etcdserver: rpc not supported for learner",  # a member that is not a voter yet
+    "auth: revision in header is old",  # users were changed just then
+    "etcdserver: revision of auth store is old",
 )
 
 _AMBIGUOUS = frozenset(

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.resources
 import sqlite3
 import time
 
-import structlog
-from alembic import command
-from alembic.config import Config
-from alembic.util import CommandError
-from sqlalchemy import Connection, event, text
+from sqlalchemy import Connection, event, inspect, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from controlplane.contract.errors import ConfigError
-
-log = structlog.get_logger()
+from controlplane.history.tables import REVISION
 
 BUSY_TIMEOUT_S = 5
 BUSY_AGAIN_S = 0.02
@@ -68,16 +61,17 @@ def _log_ahead(path: str) -> None:
 def _upgrade(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": UPGRADE_LOCK})
-    config = Config()
-    config.set_main_option("script_location", str(importlib.resources.files("migrations")).replace("%", "%%"))
-    config.attributes["connection"] = connection
-    try:
-        command.upgrade(config, "head")
-    except CommandError as error:
-        raise ConfigError(
-            f"the history database does not fit this release: {error}; "
-            "upgrade kevlarflow, or set database_url to another database"
-        ) from error
+    if _revisions(connection) != [REVISION]:
+        from controlplane.history.migrate import migrate  # alembic: not where there is nothing to migrate
+
+        migrate(connection)
+
+
+def _revisions(connection: Connection) -> list[str]:
+    """What the database says of its schema; nothing: it is blank."""
+    if not inspect(connection).has_table("alembic_version"):
+        return []
+    return list(connection.execute(text("SELECT version_num FROM alembic_version")).scalars())
 
 
 def _prepare_sqlite(connection: object, _entry: ConnectionPoolEntry) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from sqlalchemy import Row, delete, func, insert, select
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from controlplane.contract.audit import Action, AuditEntry
 from controlplane.contract.auth import Caller
@@ -16,13 +20,15 @@ from controlplane.contract.events import Event, EventKind
 from controlplane.contract.figures import Figures
 from controlplane.contract.incidents import TOLD_BY, Incident
 from controlplane.contract.records import Operation
+from controlplane.contract.revocations import Revocation
 from controlplane.history import incidents, schema
-from controlplane.history.tables import events, figures, operations
+from controlplane.history.tables import batches, events, figures, operations
 
 LIMIT_MAX = 1000
 # That are looked through for incidents, the newest ones. 2,000: 5 ms of the loop's own thread, some 200 ms of others.
 INCIDENT_EVENTS_MAX = 2000
 CONTROLLER_ROLE = "controller"
+REVOCATION = "token"  # kind of an entry that is about no operation
 FIGURES_KEPT_S = 24 * 3600.0
 FIGURES_ROWS_MAX = 20_000  # that one question reads: a day of them, every five seconds
 _KINDS = frozenset(kind.value for kind in EventKind)
@@ -32,14 +38,34 @@ _details_type = dict[str, float | int | str]
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """One line of the audit: what was asked of, or decided about, an operation."""
+    """One line of the audit: what was asked of, or decided about, an operation; or what was revoked."""
 
     action: Action
-    operation: Operation
+    about: Operation | Revocation
     unix_s: float
     epoch: int = 0  # counter of the topology at that time
     caller: Caller | None = None  # None: a controller did it by itself
     reason: str = ""
+    message: str = ""  # "": the operation's own
+
+    def row(self) -> dict[str, object]:
+        """What is told of it, as columns of the table."""
+        about = self.about
+        if isinstance(about, Revocation):
+            return {
+                "operation_id": about.id,
+                "kind": REVOCATION,
+                "node": "",
+                "substitute": "",
+                "message": about.name,
+            }
+        return {
+            "operation_id": about.id[:200],
+            "kind": about.kind.value,
+            "node": about.node[:200],
+            "substitute": (about.substitute or "")[:200],
+            "message": self.message or about.message,
+        }
 
 
 class HistoryStore:
@@ -53,23 +79,44 @@ class HistoryStore:
         self._reader = self._engine.execution_options(kf_read_only=True)
         self._cluster = cluster
         self._recorded_by = recorded_by
+        self._writer = f"{recorded_by[:180]}/{secrets.token_hex(8)}"  # of this process
 
     async def upgrade(self) -> None:
         """Bring the schema to this release; see `schema.upgrade`."""
         await schema.upgrade(self._engine)
 
-    async def append(self, batch: Sequence[Event | Audit | Figures]) -> None:
-        """Write a batch in one transaction, in order."""
+    async def append(self, batch: Sequence[Event | Audit | Figures], number: int = 0) -> None:
+        """Write a batch in one transaction, in order.
+
+        `number`: of the batch, each above the one before. One that was stored already, although its writer was not
+        told, is not stored again. 0: it is written in any case.
+        """
         rows = [self._event_row(item) for item in batch if isinstance(item, Event)]
         measured = [self._figures_row(item) for item in batch if isinstance(item, Figures)]
         audits = [self._audit_row(item) for item in batch if isinstance(item, Audit)]
         async with self._engine.begin() as connection:
+            if number and not await self._is_new(connection, number):
+                return
             if rows:
                 await connection.execute(insert(events), rows)
             if audits:
                 await connection.execute(insert(operations), audits)
             if measured:
                 await connection.execute(insert(figures), measured)
+
+    async def _is_new(self, connection: AsyncConnection, number: int) -> bool:
+        """Whether this writer has not stored the batch yet; if so, it has from the end of the transaction on. A
+        transaction of before the connection broke, which still goes on, is waited for."""
+        # Of the dialect that is loaded anyway: the other one would take long to import.
+        dialect: Any = importlib.import_module(f"sqlalchemy.dialects.{self._engine.dialect.name}")
+        row = {"cluster": self._cluster, "writer": self._writer, "number": number, "unix_s": time.time()}
+        stored = dialect.insert(batches).values(row)
+        stored = stored.on_conflict_do_update(
+            index_elements=["cluster", "writer"],
+            set_={"number": number, "unix_s": row["unix_s"]},
+            where=batches.c.number < number,
+        )
+        return (await connection.execute(stored)).rowcount > 0
 
     async def tail(self, limit: int, after: int = 0) -> list[tuple[int, Event]]:
         """The newest `limit` events (at most 1,000) with an id above `after`, as (id, event), oldest first."""
@@ -153,9 +200,12 @@ class HistoryStore:
             return (await connection.execute(old)).rowcount
 
     async def prune_figures(self, before_unix_s: float) -> int:
-        """Delete rows of figures that are older; returns how many."""
+        """Delete rows of figures that are older; returns how many. Also what is known of writers that have not written
+        since."""
         old = delete(figures).where(figures.c.cluster == self._cluster, figures.c.unix_s < before_unix_s)
+        gone = delete(batches).where(batches.c.cluster == self._cluster, batches.c.unix_s < before_unix_s)
         async with self._engine.begin() as connection:
+            await connection.execute(gone)
             return (await connection.execute(old)).rowcount
 
     async def close(self) -> None:
@@ -181,16 +231,11 @@ class HistoryStore:
         }
 
     def _audit_row(self, item: Audit) -> dict[str, object]:
-        operation = item.operation
         return {
             "cluster": self._cluster,
             "unix_s": item.unix_s,
-            "operation_id": operation.id[:200],
             "action": item.action.value,
-            "kind": operation.kind.value,
-            "node": operation.node[:200],
-            "substitute": (operation.substitute or "")[:200],
-            "message": operation.message,
+            **item.row(),
             "recorded_by": self._recorded_by,
             "who": item.caller.name if item.caller else self._recorded_by,
             "role": item.caller.role.value if item.caller else CONTROLLER_ROLE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sqlalchemy import BigInteger, Column, Double, Index, Integer, MetaData, String, Table, Text
 
 metadata = MetaData()
+REVISION = "0004"  # the migration that leads here
 
 # SQLite only numbers a column by itself when it is exactly INTEGER PRIMARY KEY.
 RowId = BigInteger().with_variant(Integer, "sqlite")
@@ -58,4 +59,14 @@ figures = Table(
     Column("body", Text, nullable=False),  # contract/figures.py's Figures in JSON
     Index("figures_by_time", "cluster", "unix_s"),
     sqlite_autoincrement=True,
+)
+
+# The last batch that each writer has stored: a commit whose answer was lost is not done again. One row a process.
+batches = Table(
+    "batches",
+    metadata,
+    Column("cluster", String(200), primary_key=True),
+    Column("writer", String(200), primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("unix_s", Double, nullable=False),
 )

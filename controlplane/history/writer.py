@@ -37,7 +37,8 @@ class HistoryWriter:
     """Takes records at once, writes them in order in the background.
 
     While the database is away records wait; above `QUEUE_LEN_MAX` the oldest are dropped and counted: figures first,
-    then events, and of the audit only what is left.
+    then events, and of the audit only what is left. A batch that was begun waits beside them and is written again as it
+    is, under the same number, until the database says that it has it: so its records stand there once.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class HistoryWriter:
         self._keep_rows = keep_rows
         self._queue_len_max = queue_len_max
         self._queue: deque[Record] = deque()
+        self._batch: list[Record] = []  # begun, and not known to be stored
+        self._number = 0  # of the batch
         self._news = asyncio.Event()
         self._since_prune = 0
         self._figures_since_prune = 0
@@ -54,6 +57,11 @@ class HistoryWriter:
         self.dropped = 0
         self.failures = 0
         self.healthy = False  # the schema is there, and the last write went well
+
+    @property
+    def waiting(self) -> int:
+        """Records that are not known to be stored."""
+        return len(self._queue) + len(self._batch)
 
     def put(self, record: Record) -> None:
         """Never waits, never fails. What is for the audit is logged, too: so it is told while the database is away."""
@@ -80,17 +88,17 @@ class HistoryWriter:
         while True:
             await self._news.wait()
             self._news.clear()
-            while self._queue:
+            while self.waiting:
                 await self._retry(self._write_batch)
 
     async def flush(self, limit_s: float) -> None:
         """A last attempt before the process exits; what cannot be written in time is lost, and logged."""
         try:
             async with asyncio.timeout(limit_s):
-                while self._queue and self.healthy:
+                while self.waiting and self.healthy:
                     await self._write_batch()
         except (SQLAlchemyError, OSError, TimeoutError) as error:
-            log.warning("history records lost at exit", records=len(self._queue), error=repr(error))
+            log.warning("history records lost at exit", records=self.waiting, error=repr(error))
 
     async def tail(self, limit: int, after: int) -> list[tuple[int, Event]]:
         """Events as stored. Raises Unavailable while the database is away, as the other reads do."""
@@ -118,15 +126,11 @@ class HistoryWriter:
             raise Unavailable(f"the history database is away: {type(error).__name__}") from error
 
     async def _write_batch(self) -> None:
-        batch = [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_LEN_MAX))]
-        try:
-            await self._store.append(batch)
-        except BaseException:
-            # Back to the front, so that order is kept; beyond the bound the oldest go first.
-            self._queue.extendleft(reversed(batch))
-            while len(self._queue) > self._queue_len_max:
-                self._drop_oldest()
-            raise
+        if not self._batch:
+            self._batch = [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_LEN_MAX))]
+            self._number += 1
+        await self._store.append(self._batch, self._number)
+        batch, self._batch = self._batch, []
         self.written += len(batch)
         self._since_prune += len(batch)
         if self._since_prune >= PRUNE_EVERY_ROWS:
@@ -152,16 +156,16 @@ class HistoryWriter:
                 log.warning(
                     "history database is away",
                     error=repr(error)[:300],
-                    waiting=len(self._queue),
+                    waiting=self.waiting,
                     dropped=self.dropped,
                 )
             await backoff.pause()
 
 
 def _log(record: Audit) -> None:
-    op, caller = record.operation, record.caller
+    row, caller = record.row(), record.caller
     log.info(
-        "audit", action=record.action.value, operation=op.id, kind=op.kind.value, node=op.node,
+        "audit", action=record.action.value, operation=row["operation_id"], kind=row["kind"], node=row["node"],
         who=caller.name if caller else "", role=caller.role.value if caller else "",
         address=caller.address if caller else "", epoch=record.epoch, reason=record.reason,
     )  # fmt: skip

@@ -26,6 +26,7 @@ from controlplane.contract.records import (
     Operation,
     Waiting,
 )
+from controlplane.contract.revocations import Revocation
 from controlplane.contract.topology import Topology
 from controlplane.etcd.values import KeyValue, WatchBatch, WatchEvent
 
@@ -35,8 +36,19 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 # A snapshot is told in this order: who is there, what is wanted, and last what is, so that nobody plans for, or acts
 # on, a topology whose nodes it has not been told of.
-ORDER = ("controllers", "hearing", "waiting", "gateways", "leader", "nodes", "operations", "groups")
+ORDER = (
+    "revoked",
+    "controllers",
+    "hearing",
+    "waiting",
+    "gateways",
+    "leader",
+    "nodes",
+    "operations",
+    "groups",
+)
 KINDS: dict[str, type[msgspec.Struct]] = {
+    "revoked": Revocation,
     "nodes": NodeRecord,
     "controllers": ControllerRecord,
     "hearing": Hearing,
@@ -71,6 +83,7 @@ class View:
     waiting: dict[str, Waiting] = field(default_factory=dict)  # by the key whose name is taken: "nodes/n2"
     gateways: dict[str, GatewayRecord] = field(default_factory=dict)
     operations: dict[str, tuple[Operation, int]] = field(default_factory=dict)  # with their mod_revisions
+    revoked: dict[str, Revocation] = field(default_factory=dict)  # by the id of what is good no more
     topology: Topology | None = None  # the newest that can be read; kept when its key is deleted
     unreadable: dict[str, str] = field(default_factory=dict)  # key -> why
     newer: dict[str, int] = field(default_factory=dict)  # key -> schema
@@ -184,6 +197,8 @@ class View:
                 self.waiting[name] = value
             case GatewayRecord():
                 self.gateways[name] = value
+            case Revocation():
+                self.revoked[name] = value
             case Operation():
                 self.operations[name] = (value, event.mod_revision)
             case Topology():
@@ -202,6 +217,8 @@ class View:
                 self.waiting.pop(name, None)
             case "gateways":
                 self.gateways.pop(name, None)
+            case "revoked":
+                self.revoked.pop(name, None)
             case "operations":
                 self.operations.pop(name, None)
             case "leader":
@@ -230,7 +247,7 @@ def _named(value: msgspec.Struct) -> str:
     match value:
         case NodeRecord():
             return value.member.node
-        case Operation():
+        case Operation() | Revocation():
             return value.id
         case _:
             return ""

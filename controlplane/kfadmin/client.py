@@ -20,6 +20,7 @@ from controlplane.contract.incidents import Incident
 from controlplane.contract.lives import Lives
 from controlplane.contract.protection import Protection
 from controlplane.contract.records import Operation
+from controlplane.contract.revocations import Revocation, RevokeRequest
 from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
 
 T = TypeVar("T")
@@ -118,7 +119,7 @@ class AdminClient:
             if endpoint.startswith(SOCKET)
         }
         mounts = {
-            url: httpx.HTTPTransport(uds=endpoint.removeprefix(SOCKET))
+            url: httpx.HTTPTransport(uds=endpoint.removeprefix(SOCKET), verify=False)  # see `trust`
             for endpoint, url in self._urls.items()
         }
         headers = {"authorization": f"Bearer {token}"}
@@ -204,6 +205,10 @@ class AdminClient:
             _checked(self._send("DELETE", f"/admin/v1/operations/{quote(operation_id, safe='')}")).content,
             Operation,
         )
+
+    def revoke(self, request: RevokeRequest) -> Revocation:
+        body = msgspec.json.encode(request)
+        return _decode(_checked(self._send("POST", "/admin/v1/revocations", body)).content, Revocation)
 
     def _read(self, path: str, kind: type[T], endpoints: Sequence[str] = ()) -> T:
         return _decode(_checked(self._send("GET", path, endpoints=endpoints)).content, kind)

@@ -45,15 +45,21 @@ MIB = 1 << 20
 app = typer.Typer(no_args_is_help=True, help="The members of the cluster's etcd.")
 
 
+def own_name(local: RunDir) -> ProcessName:
+    """Whose certificate kfadmin shows etcd on this host."""
+    if (local.path / PLAN).exists():
+        return ProcessName(ProcessRole.ADMIN, read_plan(local).name)
+    return ProcessName(
+        ProcessRole.ETCD, "etcd0"
+    )  # of `kfadmin up`; a member's certificate is a client's, too
+
+
 @contextlib.asynccontextmanager
-async def _client(local: RunDir) -> AsyncIterator[EtcdClient]:
+async def client_of(local: RunDir) -> AsyncIterator[EtcdClient]:
     """Raises ConfigError, Unavailable for what etcd says."""
     config = local.config()
-    me = ProcessName(ProcessRole.ETCD, "etcd0")  # of `kfadmin up`; a member's certificate is a client's, too
-    if (local.path / PLAN).exists():
-        me = ProcessName(ProcessRole.ADMIN, read_plan(local).name)
     try:
-        async with etcd_client(config, Identity(config.tls, config.cluster, me)) as client:
+        async with etcd_client(config, Identity(config.tls, config.cluster, own_name(local))) as client:
             yield client
     except EtcdError as error:
         raise Unavailable(f"etcd: {error}") from error
@@ -107,7 +113,7 @@ def status(run_dir: RunDirOption = None, output: OutputOption = Output.TABLE) ->
 
 
 async def _members(local: RunDir) -> tuple[MemberStatus, ...]:
-    async with _client(local) as client:
+    async with client_of(local) as client:
         return await client.status()
 
 
@@ -142,7 +148,7 @@ def defrag(
 
 
 async def _defrag(local: RunDir, dry_run: bool) -> None:
-    async with _client(local) as client:
+    async with client_of(local) as client:
         members = await client.status()
         if why := refusal(members):
             raise Refused(why)
@@ -195,7 +201,7 @@ def snapshot(
 
 
 async def _snapshot(local: RunDir, file: Path) -> int:
-    async with _client(local) as client:
+    async with client_of(local) as client:
         members = [member for member in await client.status() if not member.problem and member.leader_id]
         if not members:
             raise Unavailable("no member of etcd is healthy")

@@ -24,8 +24,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from controlplane.contract.address import join
-from controlplane.contract.config import HOST, MAYBE_PATH, NAME, ClusterConfig, TlsConfig
+from controlplane.contract.address import join, port_range, too_few
+from controlplane.contract.config import HOST, MAYBE_PATH, NAME, PORTS, RANGES, ClusterConfig, TlsConfig
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.identity import RELAY_NAME, ProcessName, ProcessRole, etcd_name
 from controlplane.contract.ranges import Range, check_bounds
@@ -44,6 +44,10 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     controller: bool = False
     gateway: bool = False
     nodes: tuple[Annotated[str, NAME], ...] = ()
+    # In place of what the settings say, for a host with a firewall of its own.
+    controller_ports: Annotated[str, PORTS] = ""
+    node_ports: Annotated[str, PORTS] = ""
+    link_ports: Annotated[str, PORTS] = ""
     # Files on the host that clients and browsers see in place of the cluster's own certificate (`tls.https_cert`).
     https_cert: Annotated[str, MAYBE_PATH] = ""
     https_key: Annotated[str, MAYBE_PATH] = ""
@@ -137,6 +141,7 @@ def plan(fleet: Fleet, name: str) -> HostPlan:
         "host": host.bind or host.address,
         "advertise": host.address,
         "labels": _labels(name, host),
+        **{setting: ports for setting in RANGES if (ports := getattr(host, setting))},
         "etcd": [join(address, fleet.etcd_port) for address in members.values()],
     }
     draft = _config({**settings, **NOWHERE})
@@ -206,6 +211,8 @@ def _check(fleet: Fleet) -> None:
         if not any(getattr(host, what) for host in fleet.hosts.values()):
             raise ConfigError(f"no host has `{what} = true`")
     plans = [plan(fleet, name) for name in fleet.hosts]  # holds the settings against their bounds
+    for one in plans:
+        _check_ports(one)
     _check_labels(fleet)
     config = _config({**plans[0].settings, **NOWHERE})
     if not config.gateway_port or not config.admin_port:
@@ -221,6 +228,19 @@ def _check(fleet: Fleet) -> None:
         )
     if unknown := sorted(counted.keys() - wanted):
         raise ConfigError(f"{unknown[0]} is no node of this cluster, which has n0 to n{len(wanted) - 1}")
+
+
+def _check_ports(host: HostPlan) -> None:
+    config = _config({**host.settings, **NOWHERE})
+    for setting, processes in zip(RANGES, (1, len(host.nodes), len(host.nodes)), strict=True):
+        ports = getattr(config, setting)
+        if fault := too_few(setting, ports, processes):
+            raise ConfigError(f"hosts.{host.name}: {fault}")
+        for name in ("etcd_port", "etcd_peer_port") if host.etcd else ():
+            if getattr(host, name) in port_range(ports):
+                raise ConfigError(
+                    f"hosts.{host.name}: {name} = {getattr(host, name)} is in {setting} = {ports!r}"
+                )
 
 
 def _check_labels(fleet: Fleet) -> None:

@@ -16,7 +16,6 @@ import shutil
 import tarfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -29,9 +28,6 @@ from controlplane.kfadmin.certs import FOLDER
 from controlplane.kfadmin.fleet import Fleet, HostPlan, plan
 from controlplane.kfadmin.rundir import Endpoints, RunDir, create_api_key, usable
 from controlplane.kfadmin.up import demo_model, packaged_model
-
-if TYPE_CHECKING:
-    from controlplane.certs.folder import CertFolder
 
 PLAN = "host.json"
 SECRETS = ("secret", "api-keys")
@@ -51,15 +47,17 @@ def pack(folder: Path, fleet: Fleet, name: str, target: Path, lifetime: timedelt
         raise ConfigError(
             f"the authority in {certs.path} is that of {cluster}, and the file's cluster {host.cluster}"
         )
-    _issue(certs, host, fleet.hosts[name].address, lifetime)
     create_secret(folder / "secret")
     create_api_key(folder / "api-keys")
     files = {PLAN: msgspec.json.format(msgspec.json.encode(host), indent=2) + b"\n"}
     for file in (*SECRETS, *((KEYS,) if (folder / KEYS).exists() else ())):
         files[file] = (folder / file).read_bytes()
     files[f"{FOLDER}/ca.pem"] = certs.ca.read_bytes()
+    now, address = datetime.now(UTC), fleet.hosts[name].address
     for process in host.processes():
-        files[f"{FOLDER}/{process}.pem"] = (certs.path / f"{process}.pem").read_bytes()
+        # Nobody connects to a relay from another host, and all hosts' have one name.
+        hosts = [] if process.role is ProcessRole.RELAY else [address]
+        files[f"{FOLDER}/{process}.pem"] = certs.keep(process, hosts, now, lifetime).read_bytes()
     fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
     try:
         fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -73,18 +71,6 @@ def pack(folder: Path, fleet: Fleet, name: str, target: Path, lifetime: timedelt
         fresh.unlink(missing_ok=True)
         raise
     return target
-
-
-def _issue(certs: CertFolder, host: HostPlan, address: str, lifetime: timedelta) -> None:
-    now = datetime.now(UTC)
-    known = {leaf.process: leaf for leaf in certs.leaves()}
-
-    for process in host.processes():
-        # Nobody connects to a relay from another host, and all hosts' have one name.
-        hosts = [] if process.role is ProcessRole.RELAY else [address.strip("[]")]
-        leaf = known.get(str(process))
-        if leaf is None or leaf.due(now) or not set(hosts) <= set(leaf.hosts):
-            certs.issue([process], hosts, now, lifetime)
 
 
 def read_bundle(path: Path) -> tuple[HostPlan, dict[str, bytes]]:

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import msgspec
 
-from controlplane.contract.address import admin_socket, join
-from controlplane.contract.config import ClusterConfig
+from controlplane.contract.address import admin_socket, join, port_range, too_few
+from controlplane.contract.config import RANGES, ClusterConfig
 from controlplane.contract.errors import ConfigError, KevlarFlowError, PeerError
 from controlplane.contract.hosting import WANTED_FILE, Wanted, all_nodes
 from controlplane.contract.identity import RELAY_NAME, ProcessName, ProcessRole
@@ -153,7 +153,13 @@ class LocalCluster:
         self._draft = msgspec.structs.replace(config, tls=certify(self._certs, config, named), insecure=False)
 
     def _choose_ports(self) -> None:
-        host, taken = self.config.host, {self.config.gateway_port, self.config.admin_port}
+        draft, host = self._draft, self._draft.host
+        counts = (len(self._controllers), *[len(all_nodes(draft))] * 2)
+        for setting, processes in zip(RANGES, counts, strict=True):
+            if fault := too_few(setting, getattr(draft, setting), processes):
+                raise fault
+        fixed = (port for setting in RANGES for port in port_range(getattr(draft, setting)))
+        taken = {draft.gateway_port, draft.admin_port, *fixed}
 
         def port(wanted: int, what: str) -> int:
             if wanted and not port_is_free(host, wanted):

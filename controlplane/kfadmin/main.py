@@ -19,6 +19,7 @@ from controlplane.kfadmin import (
     demo,
     describe,
     etcd_care,
+    etcd_roles,
     group,
     hosts,
     keys,
@@ -92,6 +93,7 @@ app.add_typer(config, name="config")
 app.add_typer(certs.app, name="certs")
 app.add_typer(hosts.app, name="host")
 app.add_typer(pod.app, name="pod")
+etcd_care.app.command()(etcd_roles.roles)
 app.add_typer(etcd_care.app, name="etcd")
 app.add_typer(keys.app, name="keys")
 app.add_typer(tokens.app, name="token")

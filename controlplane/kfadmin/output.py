@@ -251,6 +251,9 @@ def print_protection(found: Protection, wide: bool = False) -> None:
         out.print(
             f"{found.overhead_s:.3f} s to find a failure and connect anew: median of {found.measured} of late"
         )
+    if found.restoring.block_s:
+        speed = found.restoring
+        out.print(f"{1e3 * speed.block_s:.2f} ms to restore a block, and {speed.wait_s:.3f} s for the first")
     out.print()
     rows = table(
         "NODE", "SERVES", "STREAMS", "TO COMPUTE", "TO RESTORE", "WAIT", "HOLDS FOR OTHERS", *(("HOW",) if wide else ())

@@ -10,15 +10,23 @@ from typing import Annotated
 
 import typer
 
-from controlplane.contract.auth import Role, identify, mint
+from controlplane.contract.auth import TOKEN_S_MAX, Role, identify, mint
 from controlplane.contract.errors import RequestError
+from controlplane.contract.revocations import RevokeRequest
 from controlplane.kfadmin.client import NotAllowed
 from controlplane.kfadmin.formats import Output, OutputOption, View, show
-from controlplane.kfadmin.output import clock, console
-from controlplane.kfadmin.target import RunDirOption, find_run_dir, read_token, resolved
+from controlplane.kfadmin.output import clock, console, progress
+from controlplane.kfadmin.target import (
+    AdminOption,
+    RunDirOption,
+    TokenFileOption,
+    connect,
+    find_run_dir,
+    read_token,
+    resolved,
+)
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-LONGEST_S = 366 * 86400  # it cannot be called back
 
 app = typer.Typer(no_args_is_help=True, help="Tokens with a name, a role and an expiry.")
 AdminTokenFile = Annotated[
@@ -31,7 +39,7 @@ def seconds_of(text: str) -> int:
     """ "8h" as seconds. Raises RequestError."""
     found = re.fullmatch(r"([1-9][0-9]{0,8})([smhd])", text)
     length_s = int(found[1]) * UNITS_S[found[2]] if found else 0
-    if not 0 < length_s <= LONGEST_S:
+    if not 0 < length_s <= TOKEN_S_MAX:
         raise RequestError(f"{text!r}: a time such as 30m, 8h or 7d, at most 366d")
     return length_s
 
@@ -45,7 +53,7 @@ def create(
     run_dir: RunDirOption = None,
     token_file: AdminTokenFile = None,
 ) -> None:
-    """Make a token. Nothing is stored, so that it cannot be called back before it expires: keep it short."""
+    """Make a token. Nothing is stored; `kfadmin token revoke` takes it back before it expires."""
     made = mint(_admin_token(run_dir, token_file), name, role, int(time.time()) + seconds_of(valid))
     if file is None:
         print(made)
@@ -71,6 +79,33 @@ def show_(
         console().print(f"{caller.name}, {caller.role.value}, until {until}")
 
     show(View(caller, draw, names=[caller.name]), output)
+
+
+@app.command()
+def revoke(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="All tokens and sessions of this name, as the audit has it (PROVIDER:SUBJECT, too)."
+        ),
+    ] = "",
+    file: Annotated[Path | None, typer.Option(help="File with the one token that is to be revoked.")] = None,
+    run_dir: RunDirOption = None,
+    admin: AdminOption = None,
+    token_file: TokenFileOption = None,
+) -> None:
+    """Take a token back, and the dashboard's sessions that it has opened. Needs the cluster's own token.
+
+    With a name: whatever was and will be given to it for 366 days, so give the next token another one; of somebody at a
+    login provider for 12 hours, by when their sessions have ended: take their roles there away before. Every controller
+    refuses it as soon as etcd tells, within a second.
+    """
+    if bool(name) == (file is not None):
+        raise RequestError("give a name, or --file with a token")
+    with connect(run_dir, admin, token_file) as client:
+        found = client.revoke(RevokeRequest(name, "" if file is None else read_token(file)))
+    what = "everything" if name else "a token"
+    progress(f"{what} of {found.name} is revoked, until {clock(found.expiry_unix_s)}")
 
 
 def _admin_token(run_dir: Path | None, token_file: Path | None) -> str:

@@ -17,7 +17,7 @@ import msgspec
 import structlog
 
 from controlplane.contract import rpc
-from controlplane.contract.address import join
+from controlplane.contract.address import ANY_PORT, join
 from controlplane.contract.auth import bearer_matches
 from controlplane.contract.config import TimingConfig
 from controlplane.contract.identity import HANDSHAKE_LIMIT, PLAIN, Identity, ProcessRole, no_role
@@ -116,12 +116,12 @@ class ReportServer:
         """Streams, of nodes and of relays."""
         return self._senders
 
-    async def start(self, host: str, advertise: str = "") -> str:
-        """Begin to listen on a free port; the address, with the host that others connect to."""
+    async def start(self, host: str, advertise: str = "", ports: Sequence[int] = ANY_PORT) -> str:
+        """Begin to listen on one of `ports`; the address, with the host that others connect to. Raises ConfigError."""
         self._server = grpc.aio.server(options=OPTIONS)
         handler = rpc.stream_handler(rpc.CONTROL, "Report", self._report, None)
         self._server.add_generic_rpc_handlers((handler, *self._beside))
-        port = self._identity.add_port(self._server, join(host, 0))
+        port = self._identity.listen(self._server, "reports (controller_ports)", host, ports)
         await self._server.start()
         return join(advertise or host, port)
 

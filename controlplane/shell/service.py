@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
+import structlog
 
 from controlplane.contract.audit import Action, AuditEntry
 from controlplane.contract.auth import Caller
@@ -20,6 +21,7 @@ from controlplane.contract.keys import Keys, decode, encode
 from controlplane.contract.lives import Lives
 from controlplane.contract.protection import Protection
 from controlplane.contract.records import Operation, OperationKind, OperationState
+from controlplane.contract.revocations import ENTRIES_MAX, ENTRIES_PER_NAME_MAX, LEEWAY_S, Revocation
 from controlplane.contract.status import (
     Check,
     ClusterStatus,
@@ -41,6 +43,8 @@ from controlplane.shell.metrics import Sources, render
 from controlplane.shell.pieces import finish
 from controlplane.shell.quorum import quorum
 from controlplane.shell.registry import Registry
+
+log = structlog.get_logger()
 
 CALL_LIMIT_S = 2.0
 CANCEL_TRIES = 5  # the leader may write how far an operation is between our read and our write
@@ -109,6 +113,32 @@ class Service:
             operations=tuple(self._operations()),
             troubles=(*self.troubles(), *of_nodes, *self._client.health.warnings()),
         )
+
+    def is_revoked(self, ids: Sequence[str]) -> bool:
+        if not self.ready:
+            raise Unavailable("which sessions and tokens were revoked has not been read from etcd yet")
+        revoked = self._registry.view.revoked
+        return any(one in revoked for one in ids)
+
+    async def revoke(self, wanted: Revocation, caller: Caller, *, audited: bool = False) -> None:
+        known = self._registry.view.revoked
+        of_name = 0 if audited else sum(one.name == wanted.name for one in known.values())
+        if len(known) >= ENTRIES_MAX * (1 + audited) or of_name >= ENTRIES_PER_NAME_MAX:
+            raise Unavailable(
+                f"{len(known)} sessions and tokens are revoked, which is the bound, or {wanted.name} has"
+                f" {ENTRIES_PER_NAME_MAX}: some have to expire first"
+            )
+        ttl_s = max(0, wanted.expiry_unix_s - int(time.time())) + LEEWAY_S
+        key = self._keys.revoked(wanted.id)
+        try:
+            lease, _ = await self._client.lease_grant(ttl_s, timeout_s=CALL_LIMIT_S)
+            await self._client.put(key, encode(wanted), lease, timeout_s=CALL_LIMIT_S)
+        except EtcdError as error:
+            raise Unavailable(f"it may not have been revoked; ask again: {error}") from error
+        known[wanted.id] = wanted  # at once; other controllers are told by their watch
+        log.info("revoked", id=wanted.id, of=wanted.name, by=caller.name, address=caller.address)
+        if audited:
+            self._audit(Action.REVOKED, wanted, caller)
 
     def troubles(self) -> Sequence[str]:
         return [*self._client.health.troubles(), *self._unread(), *self._identity.troubles()]
@@ -268,12 +298,16 @@ class Service:
         return sorted(every, key=lambda operation: (operation.created_unix_s, operation.id))
 
     def _audit(
-        self, action: Action, operation: Operation, caller: Caller, reason: str = "", message: str = ""
+        self,
+        action: Action,
+        about: Operation | Revocation,
+        caller: Caller,
+        reason: str = "",
+        message: str = "",
     ) -> None:
         topology = self._registry.view.topology
         epoch = 0 if topology is None else topology.counter
-        said = msgspec.structs.replace(operation, message=message or operation.message)
-        self._history.put(Audit(action, said, time.time(), epoch, caller, reason))
+        self._history.put(Audit(action, about, time.time(), epoch, caller, reason, message))
 
 
 def _refused(answer: OperationAnswer, check: Check) -> OperationAnswer:

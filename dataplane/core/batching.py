@@ -10,6 +10,7 @@ import heapq
 from dataclasses import dataclass
 
 from controlplane.contract.config import EngineConfig, Speculation
+from controlplane.contract.repair import Computing
 from dataplane.core.account import Account
 from dataplane.core.request import Phase, Request
 from dataplane.core.speed import CHUNK_MIN, ONCE_MULTIPLE, STEP_MULTIPLE, StepSpeed
@@ -107,6 +108,13 @@ class Batcher:
     @quota_blocks.setter
     def quota_blocks(self, blocks: int) -> None:
         self.account.set_quota(blocks)
+
+    @property
+    def computing(self) -> Computing:
+        """How fast what was lost is computed again."""
+        speed = self.speed
+        chunk = speed.chunk_tokens(1, self.limits.max_batch_tokens, ONCE_MULTIPLE, lost=True)
+        return Computing(speed.step_s, speed.token_s, speed.pace_s, chunk)
 
     @property
     def used_blocks(self) -> int:

@@ -21,7 +21,7 @@ from dataplane.core.parity import MINE, WHOLE
 from kernels.coding.codes import Code, make_code
 
 IDLE_LIMIT_S = 10.0  # a name to which nothing has been added for so long makes room first
-JOB_LIMIT_S = 1.0  # a surviving stage that is silent for so long: the names are refused
+JOB_LIMIT_S = 1.0  # a surviving stage that is asked and silent for so long: the names are refused
 LONGEST_MAX = 1 << 30  # bytes of a shard
 JOBS_MAX = 1024  # names that are restored at a time; more are refused
 
@@ -161,6 +161,7 @@ class Encoder:
         self._open: OrderedDict[Key, _Entry] = OrderedDict()  # incomplete, the longest without progress first
         self._complete: OrderedDict[Key, _Entry] = OrderedDict()  # least recently used first
         self._jobs: dict[Key, _Job] = {}
+        self._heard: dict[tuple[PipelineId, int], float] = {}  # when blocks of a stage came last
         self._news: dict[tuple[PipelineId, int], _News] = {}
 
     # ------------------------------------------------------------------ what is here
@@ -287,6 +288,10 @@ class Encoder:
         effects += [Fetch(pipeline, fence, other, tuple(some)) for other, some in fetches.items()]
         return effects
 
+    def heard(self, pipeline: PipelineId, stage: int, now: float) -> None:
+        """Blocks of a surviving stage have come: those that it has not sent yet are on their way."""
+        self._heard[pipeline, stage] = now
+
     def survived(self, key: Key, fence: Fence, stage: int, checksum: int, place: int) -> list[Effect]:
         """A surviving stage's block has come, for the copy of a name's parities."""
         job = self._jobs.get(key)
@@ -320,7 +325,11 @@ class Encoder:
         return [*sent, *self._end(key)]
 
     def expire(self, now: float) -> list[Effect]:
-        late = [(key, job) for key, job in self._jobs.items() if now - job.since >= JOB_LIMIT_S]
+        if not self._jobs:
+            self._heard.clear()
+        late = [
+            (key, job) for key, job in self._jobs.items() if self._silent_s(key[0], job, now) >= JOB_LIMIT_S
+        ]
         return [effect for key, job in late for effect in self._refuse(key, job)]
 
     def void(self, pipeline: PipelineId) -> list[Effect]:
@@ -328,6 +337,11 @@ class Encoder:
         return [effect for key in list(self._jobs) if key[0] == pipeline for effect in self._end(key)]
 
     # ------------------------------------------------------------------
+
+    def _silent_s(self, pipeline: PipelineId, job: _Job, now: float) -> float:
+        """For how long nothing has come of a stage that it waits for."""
+        heard = min((self._heard.get((pipeline, stage), 0.0) for stage in job.waits), default=0.0)
+        return now - max(job.since, heard)
 
     def _all_in(self, entry: _Entry) -> bool:
         return len(entry.sums) == entry.shape.shards

@@ -47,13 +47,6 @@ class EpochBegan:
 
 
 @dataclass(frozen=True, slots=True)
-class Quiesce:
-    """True: issue no step until told otherwise."""
-
-    hold: bool
-
-
-@dataclass(frozen=True, slots=True)
 class CapacityChanged:
     """What the pipeline's nodes can take: KV blocks on each of them, and microbatches that can compute at a time."""
 
@@ -80,7 +73,6 @@ Event = (
     | Cancelled
     | SessionLost
     | EpochBegan
-    | Quiesce
     | CapacityChanged
     | CandidatesChanged
     | Tick

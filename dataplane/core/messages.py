@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from controlplane.contract.ids import NodeId, PipelineId
+from controlplane.contract.repair import Computing
 from controlplane.contract.requests import Sampling
 from dataplane.core.prefix import NAME_BYTES
 
@@ -153,6 +154,7 @@ class RejoinMeta(msgspec.Struct, frozen=True, array_like=True, tag=4):
     names: tuple[bytes, ...] = ()  # of the full blocks of each of `rids`
     kept: bool = False
     adopts: bool = True  # False: they run already, and nothing is to be taken up for them
+    computing: Computing = Computing()  # what a stage weighs against restoring what it lacks
 
 
 class HeldMeta(msgspec.Struct, frozen=True, array_like=True, tag=5):

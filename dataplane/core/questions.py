@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from controlplane.contract.ids import PipelineId
+from controlplane.contract.repair import Computing
 from dataplane.core.events import Ask
 from dataplane.core.messages import Fence, HeldMeta, RejoinMeta
 from dataplane.core.recovery import HeldCollector
 from dataplane.core.request import Request
 
+UNKNOWN = Computing()
 OPEN_MAX = 8  # questions about re-submitted requests at a time: all that come meanwhile share the next one
 
 
@@ -40,13 +42,14 @@ class Questions:
         complete: bool = False,
         adopts: bool = True,
         kept: bool = False,
+        computing: Computing = UNKNOWN,
     ) -> Ask:
         """Of every stage; see RejoinMeta and HeldCollector."""
         number, self._next = self._next, self._next + 1
         rids = tuple(request.rid for request in requests)
         self.open[number] = HeldCollector(number, rids, set(range(self._stages)), now, adopts)
         names = tuple(b"".join(request.names) for request in requests)
-        return Ask(RejoinMeta(self._pipeline, fence, number, rids, complete, names, kept, adopts))
+        return Ask(RejoinMeta(self._pipeline, fence, number, rids, complete, names, kept, adopts, computing))
 
     def next_joining(self) -> list[int]:
         """The re-submitted requests that are to be asked about now."""

@@ -19,6 +19,7 @@ class HeldCollector:
     since: float
     adopts: bool = True  # false: only tells stages what to give back, nobody waits for the answers
     evicted: set[bytes] = field(default_factory=set)  # names that stages were told to evict meanwhile
+    silent: set[int] = field(default_factory=set)  # stages that have not said anything yet
     _least: dict[int, int] = field(default_factory=dict)
     _unheard: dict[int, set[int]] = field(
         default_factory=dict
@@ -26,6 +27,7 @@ class HeldCollector:
     _kept: list[list[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.silent = set(self.stages_missing)
         self._unheard = {rid: set(self.stages_missing) for rid in self.rids}
 
     def answer(
@@ -35,6 +37,7 @@ class HeldCollector:
         Returns the requests of which every stage has been heard now."""
         if stage not in self.stages_missing:
             return []
+        self.silent.discard(stage)
         tokens = dict(held)
         heard = []
         for rid in [rid for rid in tokens if rid in self._unheard] if more else list(self._unheard):
@@ -92,13 +95,18 @@ class Recovery:
     planned: bool
     seen: float
     connected: float = 0.0
+    ready: float = 0.0  # a request could go on
     restored: float = 0.0
     requests: int = 0
     tokens_recomputed: int = 0
 
     def answered(self, now: float) -> None:
-        """Every stage has said what it holds."""
+        """Every stage has answered; what it holds it may still be restoring."""
         self.connected = self.connected or now
+
+    def heard(self, now: float) -> None:
+        """Every stage has said what it holds of a request, or of all."""
+        self.ready = self.ready or now
 
     def resumed(self, recomputed: int) -> None:
         self.requests += 1
@@ -107,7 +115,7 @@ class Recovery:
     def gathers(self, now: float) -> bool:
         """Whether the first step still waits for open questions. After a takeover gateways bring one request after the
         other; a step for the first one alone was one that all others waited for."""
-        return not self.restored and now - (self.connected or now) < GATHER_S
+        return not self.restored and now - (self.ready or now) < GATHER_S
 
     def issued(self, now: float) -> bool:
         """Rows go to the stages. False: nobody was interrupted, so there is nothing to tell."""

@@ -1,7 +1,7 @@
 """Copying KV to one holder: what to send next, and how far behind the holder is.
 
-A watermark is what the holder acknowledged, never more. Whole blocks are copied as they fill; while the
-pipeline is quiesced for a move the part-filled ones are copied too, so that nothing has to be recomputed.
+A watermark is what the holder acknowledged, never more. Whole blocks are copied as they fill; what is in a part-filled
+one is recomputed.
 """
 
 from __future__ import annotations
@@ -138,16 +138,15 @@ class ReplicaSource:
             self._dirty.pop(rid, None)
             self._unacked.discard(rid)
 
-    def take(self, now: float, flush: bool, limit: int | None = None) -> list[Copy]:
-        """The next blocks to send, within the window and no more than `limit`. `flush`: at once, and part-filled blocks
-        as well."""
-        if not self.known or not self._dirty or (now < self._next_at and not flush):
+    def take(self, now: float, limit: int | None = None) -> list[Copy]:
+        """The next blocks to send, within the window and no more than `limit`."""
+        if not self.known or not self._dirty or now < self._next_at:
             return []
         room = self._window - sum(self._blocks_unacked(rid) for rid in self._unacked)
         room = room if limit is None else min(room, limit)
         copies: list[Copy] = []
         for rid in list(self._dirty):
-            goal = self._goal(rid, flush)
+            goal = self._goal(rid)
             if goal == 0:  # nothing of it is here, or no longer: it must leave no trace
                 del self._dirty[rid]
                 continue
@@ -163,7 +162,7 @@ class ReplicaSource:
                 copies.append(Copy(rid, index, progress.sent))
                 self._leaving.pop(rid, None)  # it is back, and takes the place of what was there
                 self._unacked.add(rid)
-            if progress.sent >= goal and not flush:
+            if progress.sent >= goal:
                 del self._dirty[rid]
             if len(copies) >= room:
                 break
@@ -237,12 +236,12 @@ class ReplicaSource:
         progress = self._progress.get(rid)
         return 0 if progress is None else progress.acked
 
-    def lag_tokens(self, rids: Iterable[int], flush: bool) -> int:
-        """Tokens that are valid here (in whole blocks, unless `flush`) and not acknowledged there."""
+    def lag_tokens(self, rids: Iterable[int]) -> int:
+        """Tokens that are valid here in whole blocks and not acknowledged there."""
         lag = 0
         for rid in rids:
             progress = self._progress.get(rid)
-            lag += max(0, self._goal(rid, flush) - (progress.acked if progress else 0))
+            lag += max(0, self._goal(rid) - (progress.acked if progress else 0))
         return lag
 
     def behind_s(self, lag_tokens: int) -> float:
@@ -251,9 +250,9 @@ class ReplicaSource:
             return 0.0
         return min(lag_tokens / self._rate, BEHIND_MAX_S) if self._rate > 0 else BEHIND_MAX_S
 
-    def _goal(self, rid: int, flush: bool) -> int:
+    def _goal(self, rid: int) -> int:
         tokens = self._tokens_of(rid)
-        return tokens if flush else tokens - tokens % self.block_size
+        return tokens - tokens % self.block_size
 
     def _blocks_unacked(self, rid: int) -> int:
         progress = self._progress[rid]

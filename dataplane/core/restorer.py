@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 
 from controlplane.contract.ids import Member, NodeId, PipelineId
 from dataplane.core.messages import Fence, RejoinMeta
+from dataplane.core.restoring import Pace, RestoreSpeed
 
 TRIES_MAX = 3  # encoders that are asked about a name
-ATTEMPT_LIMIT_S = 1.0  # for one of them
+ATTEMPT_LIMIT_S = 1.0  # without anything from one of them that was asked
 CONNECT_LIMIT_S = 0.5  # for a link to it
 QUIET_LIMIT_S = 1.5  # without a block: the rest is computed again
 QUESTION_LIMIT_S = 20.0  # in any case
 SIGN_OF_LIFE_S = 0.5  # so often a scheduler hears that blocks come
-WINDOW_BLOCKS = 64  # asked for at a time ...
-WINDOW_BYTES = 32 << 20  # ... and no more bytes than that, but two blocks in any case
+# Asked for at a time, but two blocks in any case: 50 ms of a link of 10 Gbit/s, so that it never runs dry.
+WINDOW_BLOCKS = 512
+WINDOW_BYTES = 64 << 20
 
 
 @dataclass(slots=True)
@@ -30,7 +32,6 @@ class _Attempt:
     encoders: Sequence[Member]  # to be asked, best first
     tries: int = 0
     turn_at: float | None = None  # since when it is that one's turn
-    asked_at: float | None = None  # None: not asked yet
     here: bool | None = None  # None: not known yet
 
     @property
@@ -60,16 +61,31 @@ class Answer:
 
 
 @dataclass(slots=True)
+class _Flight:
+    """What one encoder has been asked for and has not answered."""
+
+    names: dict[bytes, None] = field(default_factory=dict)
+    moved_at: float = 0.0  # it was asked when nothing was outstanding, or something came
+
+
+@dataclass(slots=True)
 class _Pipeline:
     fence: Fence
+    pace: Pace
     questions: list[Question] = field(default_factory=list)
     wanted: dict[bytes, _Attempt] = field(default_factory=dict)
+    waiting: dict[bytes, None] = field(default_factory=dict)  # of these, nobody is asked for now
+    flying: dict[Member, _Flight] = field(default_factory=dict)
 
 
 class Restorer:
-    def __init__(self, block_bytes: int) -> None:
+    """`block_bytes`: what a block counts for on the way. `company`: blocks that are asked for, and come, together."""
+
+    def __init__(self, block_bytes: int, company: int = 1) -> None:
         self.blocks_restored = 0
         self.blocks_refused = 0
+        self.speed = RestoreSpeed()
+        self._company = company
         self._window = max(2, min(WINDOW_BLOCKS, WINDOW_BYTES // block_bytes))
         self._pipelines: dict[PipelineId, _Pipeline] = {}
 
@@ -89,11 +105,13 @@ class Restorer:
         """A scheduler asks, and not all is here. `encoders`: of each name that is lacking, best first."""
         state = self._pipelines.get(meta.pipeline)
         if state is None or state.fence != meta.fence:
-            state = self._pipelines[meta.pipeline] = _Pipeline(meta.fence)
+            state = self._pipelines[meta.pipeline] = _Pipeline(meta.fence, Pace(now))
         state.questions.append(Question(meta, kept, lacking, now, now, now))
         for names in lacking.values():
             for name in names:
-                state.wanted.setdefault(name, _Attempt(tuple(encoders[name])[:TRIES_MAX]))
+                if name not in state.wanted:
+                    state.wanted[name] = _Attempt(tuple(encoders[name])[:TRIES_MAX])
+                    state.waiting[name] = None
 
     def void(self, pipeline: PipelineId, fence: Fence | None = None) -> None:
         """Nobody waits for answers any more: of an older fence than this one, or of any."""
@@ -107,39 +125,62 @@ class Restorer:
         """Names to ask encoders for now; `room`: blocks that could be stored."""
         asked: list[tuple[PipelineId, Fence, Member, list[bytes]]] = []
         for pipeline, state in self._pipelines.items():
-            for attempt in state.wanted.values():
-                late = attempt.asked_at is not None and now - attempt.asked_at >= ATTEMPT_LIMIT_S
-                if late and attempt.here is None:
-                    self._next_one(attempt)
-            flying = sum(a.asked_at is not None and a.here is None for a in state.wanted.values())
-            left = min(self._window, room) - flying
-            by_encoder: dict[Member, list[bytes]] = {}
-            for name, attempt in state.wanted.items():
-                if left <= 0:
-                    break
-                if attempt.here is None and attempt.asked_at is None:
-                    attempt.asked_at = now
+            for flight in state.flying.values():
+                if flight.names and now - flight.moved_at >= ATTEMPT_LIMIT_S:
+                    for name in list(flight.names):
+                        self._next_one(state, name)
+            left = min(self._window, room) - sum(len(flight.names) for flight in state.flying.values())
+            if not state.waiting or left <= 0:
+                continue
+            for encoder, names in self._chosen(state, left).items():
+                flight = state.flying.setdefault(encoder, _Flight())
+                if not flight.names:
+                    flight.moved_at = now
+                for name in names:
+                    del state.waiting[name]
+                    flight.names[name] = None
+                    attempt = state.wanted[name]
                     attempt.turn_at = attempt.turn_at or now
-                    by_encoder.setdefault(attempt.encoder, []).append(name)
-                    left -= 1
-            asked += [(pipeline, state.fence, encoder, names) for encoder, names in by_encoder.items()]
+                asked.append((pipeline, state.fence, encoder, names))
         return asked
+
+    def _chosen(self, state: _Pipeline, left: int) -> dict[Member, list[bytes]]:
+        """The first `left` names that wait, by encoder. An encoder that is at work is asked for no fewer than go
+        together, unless these are the last: one question for each block would make each a message of its own, at
+        every stage."""
+        by_encoder: dict[Member, list[bytes]] = {}
+        last = True
+        for name in state.waiting:
+            if left <= 0:
+                last = False
+                break
+            by_encoder.setdefault(state.wanted[name].encoder, []).append(name)
+            left -= 1
+        if last:
+            return by_encoder
+        at_work = {encoder for encoder, flight in state.flying.items() if flight.names}
+        return {
+            encoder: names
+            for encoder, names in by_encoder.items()
+            if encoder not in at_work or len(names) >= self._company
+        }
 
     def unreachable(self, pipeline: PipelineId, names: Iterable[bytes], now: float) -> None:
         """There is no link to the encoder yet: it is asked again, for a while."""
         state = self._pipelines[pipeline]
         for name in names:
             attempt = state.wanted[name]
-            attempt.asked_at = None
+            self._land(state, name, again=True)
             if attempt.turn_at is not None and now - attempt.turn_at >= CONNECT_LIMIT_S:
-                self._next_one(attempt)
+                self._next_one(state, name)
 
     def link_changed(self, node: NodeId) -> None:
         """What was asked there may be lost."""
         for state in self._pipelines.values():
-            for attempt in state.wanted.values():
-                if attempt.here is None and attempt.asked_at is not None and attempt.encoder.node == node:
-                    attempt.asked_at = None
+            for encoder, flight in state.flying.items():
+                if encoder.node == node:
+                    for name in list(flight.names):
+                        self._land(state, name, again=True)
 
     # ------------------------------------------------------------------ what comes of it
 
@@ -155,6 +196,10 @@ class Restorer:
         if state is not None and attempt is not None and attempt.here is not True:
             attempt.here = True
             self.blocks_restored += 1
+            state.pace.came(now)
+            if (flight := state.flying.get(attempt.encoder)) is not None:
+                flight.moved_at = now
+            self._land(state, name)
             for question in state.questions:
                 question.moved_at = now
 
@@ -166,7 +211,7 @@ class Restorer:
         for name in names:
             attempt = state.wanted.get(name)
             if attempt is not None and attempt.here is None and attempt.encoder == encoder:
-                self._next_one(attempt)
+                self._next_one(state, name)
 
     def answers(self, now: float) -> list[Answer]:
         """What schedulers can be told now. What is told in the last answer of a question is forgotten."""
@@ -176,7 +221,7 @@ class Restorer:
                 if now - question.moved_at >= QUIET_LIMIT_S or now - question.since >= QUESTION_LIMIT_S:
                     for names in question.lacking.values():
                         for name in names:
-                            self._give_up(state.wanted[name])
+                            self._give_up(state, name)
                 rids = tuple(rid for rid, names in question.lacking.items() if self._known(state, names))
                 for rid in rids:
                     del question.lacking[rid]
@@ -188,10 +233,13 @@ class Restorer:
                 if last:
                     state.questions.remove(question)
             if not state.questions:
+                self.speed.ran(state.pace)
                 del self._pipelines[pipeline]
             elif any(answer.rids for answer in answers):
                 needed = {name for q in state.questions for names in q.lacking.values() for name in names}
-                state.wanted = {name: a for name, a in state.wanted.items() if name in needed}
+                for name in state.wanted.keys() - needed:
+                    self._land(state, name)
+                    del state.wanted[name]
         return answers
 
     def _known(self, state: _Pipeline, names: Sequence[bytes]) -> bool:
@@ -202,13 +250,29 @@ class Restorer:
                 return here is False
         return True
 
-    def _next_one(self, attempt: _Attempt) -> None:
-        attempt.tries += 1
-        attempt.turn_at = attempt.asked_at = None
-        if attempt.tries >= len(attempt.encoders):
-            self._give_up(attempt)
+    def _next_one(self, state: _Pipeline, name: bytes) -> None:
+        """The next encoder is to be asked for it, if there is one."""
+        attempt = state.wanted[name]
+        self._land(state, name, again=attempt.tries + 1 < len(attempt.encoders))
+        attempt.turn_at = None
+        if attempt.tries + 1 < len(attempt.encoders):
+            attempt.tries += 1
+        else:
+            self._give_up(state, name)
 
-    def _give_up(self, attempt: _Attempt) -> None:
+    def _land(self, state: _Pipeline, name: bytes, *, again: bool = False) -> None:
+        """Nobody is asked for it any more; `again`: somebody is to be."""
+        flight = state.flying.get(state.wanted[name].encoder)
+        if flight is not None:
+            flight.names.pop(name, None)
+        if again:
+            state.waiting[name] = None
+        else:
+            state.waiting.pop(name, None)
+
+    def _give_up(self, state: _Pipeline, name: bytes) -> None:
+        attempt = state.wanted[name]
         if attempt.here is None:
             attempt.here = False
+            self._land(state, name)
             self.blocks_refused += 1

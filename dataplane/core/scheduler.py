@@ -25,7 +25,6 @@ from dataplane.core.events import (
     Effect,
     EpochBegan,
     Event,
-    Quiesce,
     Recovered,
     Refuse,
     SessionLost,
@@ -105,7 +104,6 @@ class Scheduler:
         self.questions = Questions(pipeline, num_stages)
         self._frees: list[int] = []  # whose blocks the account has released
         self._drops: list[int] = []  # of which stages may have blocks that the account does not know
-        self._holding = False
         self._hold_until = 0.0
         self._retry_s = FAILED_RETRY_S
         self._quota_given = 0  # blocks; the batcher has fewer while a stage has no room for them
@@ -134,8 +132,6 @@ class Scheduler:
                 self._recovery = Recovery(epoch, planned, now)
                 self._stall_limit_s = STALL_LIMIT_S
                 self._resync(Fence(epoch, 0), now, effects)
-            case Quiesce(hold):
-                self._holding = hold
             case CapacityChanged(blocks, microbatches, shared):
                 self.batcher.microbatches, self.batcher.shared = microbatches, shared
                 if blocks != self._quota_given:
@@ -169,7 +165,8 @@ class Scheduler:
             case _:
                 assert_never(event)
         if joining := self.questions.next_joining():
-            effects.append(self.questions.ask(self.fence, [self.requests[rid] for rid in joining], now))
+            asked = [self.requests[rid] for rid in joining]
+            effects.append(self.questions.ask(self.fence, asked, now, computing=self.batcher.computing))
         self._issue(now, effects)
         if self.holders is not None:
             news += self._tell_holders(self.holders)
@@ -199,12 +196,6 @@ class Scheduler:
         size, holder = self.limits.block_size, self.holders.holder
         running = (r for r in self.requests.values() if r.phase is Phase.RUNNING)
         return sum(r.issued - r.issued % size for r in running if holder(r.rid) is None)
-
-    @property
-    def quiesced_step(self) -> int:
-        """Last step issued in this fence (-1: none) once none is in flight and none will start; else -2."""
-        idle = self._holding and not self.steps and not self.questions
-        return self.steps.last_issued if idle else -2
 
     @property
     def work(self) -> int:
@@ -436,7 +427,9 @@ class Scheduler:
         if complete:
             self._frees.clear()
             self._drops.clear()
-        effects.append(self.questions.ask(fence, self._alive(), now, complete=complete, kept=True))
+        computing = self.batcher.computing
+        ask = self.questions.ask(fence, self._alive(), now, complete=complete, kept=True, computing=computing)
+        effects.append(ask)
 
     def start(self, now: float) -> list[Effect]:
         """The first effects of a scheduler that takes over: see that every stage answers."""
@@ -455,7 +448,6 @@ class Scheduler:
             proposer=self._proposer,
         )
         fresh.fence = Fence(self.fence.epoch, self.fence.round + 1)
-        fresh._holding = self._holding
         return fresh
 
     def close(self) -> list[Effect]:
@@ -481,8 +473,10 @@ class Scheduler:
             if collector.complete:
                 self._keep(collector)
             return
-        if self._recovery is not None and (heard or collector.complete):
+        if self._recovery is not None and not collector.silent:
             self._recovery.answered(now)
+            if heard or collector.complete:
+                self._recovery.heard(now)
         for rid in heard:
             request = self.requests.get(rid)
             if request is None:
@@ -498,7 +492,9 @@ class Scheduler:
             self.stats.tokens_recomputed += recomputed
             if self._recovery is not None:
                 self._recovery.resumed(recomputed)
-            if position > 0 and self.batcher.adopt(request, position):
+            # Computed again from the start while blocks of others are restored, it need not wait for them.
+            beside = not collector.complete
+            if (position > 0 or beside) and self.batcher.adopt(request, position):
                 request.rewind(Phase.RUNNING, position)
             else:
                 # Nothing is left of it, or there is no room: it waits like a new one, in front by its order.
@@ -521,7 +517,7 @@ class Scheduler:
     # ------------------------------------------------------------------ steps
 
     def _issue(self, now: float, effects: list[Effect]) -> None:
-        if self._holding or now < self._hold_until:
+        if now < self._hold_until:
             return
         # While requests are being adopted their blocks are not counted yet: nobody new is let in.
         admit = not self.questions.adopting
@@ -556,6 +552,8 @@ class Scheduler:
         self.batcher.speed.ran(
             flight.decodes, flight.prompt_tokens, now - flight.since, beside_chunk=flight.beside_chunk
         )
+        if flight.prompt_tokens:
+            self.batcher.speed.passed(flight.prompt_tokens, flight.since, now)
         tokens = unpack_tokens(meta.tokens)
         sampled = flight.sampled
         # A result that does not fit its step is worth no more than a lost one.

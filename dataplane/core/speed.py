@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
 
+from controlplane.contract.repair import middle
+
 # Of a step that only decodes: what a step with a chunk may take, where no time is set. Readers are to wait at most 2.5
 # times as long as usual (p99), and steps come late without any chunk, too.
 STEP_MULTIPLE = 1.5
@@ -68,6 +70,9 @@ class StepSpeed:
         self._target_s = target_s
         self._decodes: deque[tuple[int, float]] = deque(maxlen=DECODES_KEPT)  # rows, seconds
         self._chunks: deque[_Chunk] = deque(maxlen=CHUNKS_KEPT)
+        # Tokens of a chunk, and how long it came behind another that was in the stages with it.
+        self._paces: deque[tuple[int, float]] = deque(maxlen=CHUNKS_KEPT)
+        self._chunk_at = 0.0  # when the last step with a chunk came back
         self._unproved = 0  # steps with chunks since the last one that only decoded
 
     def learn(self, other: StepSpeed) -> None:
@@ -75,6 +80,7 @@ class StepSpeed:
         if not self._decodes and not self._chunks:
             self._decodes.extend(other._decodes)
             self._chunks.extend(other._chunks)
+            self._paces.extend(other._paces)
 
     def ran(self, decodes: int, prompt_tokens: int, took_s: float, *, beside_chunk: bool) -> None:
         """A step has come back. `beside_chunk`: another one in flight meanwhile had tokens of a prompt."""
@@ -85,6 +91,18 @@ class StepSpeed:
         elif decodes and not beside_chunk:
             self._unproved = 0
             self._decodes.append((decodes, took_s))
+
+    def passed(self, prompt_tokens: int, since: float, now: float) -> None:
+        """A step with a chunk, launched at `since`, has come back: how long after another one that was in the stages
+        with it."""
+        if prompt_tokens >= CHUNK_MIN and since < self._chunk_at:
+            self._paces.append((prompt_tokens, now - self._chunk_at))
+        self._chunk_at = now
+
+    @property
+    def pace_s(self) -> float:
+        """For each token of a long prompt, whose chunks follow one another through the stages; 0: not measured yet."""
+        return middle((took_s / count, count) for count, took_s in self._paces)
 
     @property
     def token_s(self) -> float:

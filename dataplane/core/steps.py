@@ -37,7 +37,6 @@ class InFlight:
 class Steps:
     def __init__(self, pipeline: PipelineId) -> None:
         self.in_flight: dict[int, InFlight] = {}
-        self.last_issued = -1  # in this fence
         self._pipeline = pipeline
         self._next = 0
         self._rounds: deque[float] = deque(maxlen=ROUNDS_KEPT)
@@ -94,7 +93,6 @@ class Steps:
             flying.append((request, request.attempt, samples))
         decodes += len(drafted)
         step, self._next = self._next, self._next + 1
-        self.last_issued = step
         flight = InFlight(flying, now, decodes, len(tokens) - decodes)
         for other in self.in_flight.values():
             other.beside_chunk |= flight.prompt_tokens > 0
@@ -127,7 +125,6 @@ class Steps:
     def void(self) -> None:
         """A new fence: no result of what is in flight counts any more."""
         self.in_flight.clear()
-        self.last_issued = -1
 
     def oldest(self, now: float) -> float:
         """When the one that has been waited for longest was launched; `now` if there is none."""

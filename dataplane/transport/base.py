@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from controlplane.contract.address import ANY_PORT
 from controlplane.contract.ids import Member, NodeId
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ FRAMES_VERSION = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportConfig:
-    """Who we are and what we allow. `secret` is shared by the whole cluster; `port` 0 takes a free port."""
+    """Who we are and what we allow. `secret` is shared by the whole cluster. `ports` are tried in turn; 0 takes a
+    free one."""
 
     member: Member
     cluster: str
@@ -41,7 +43,7 @@ class TransportConfig:
     host: str = "127.0.0.1"
     advertise: str = ""
     """The host that peers connect to; "": the one that is bound."""
-    port: int = 0
+    ports: tuple[int, ...] = ANY_PORT
     connect_timeout_s: float = 2.0
     """A link that is not open and authenticated by then is given up and tried again."""
     retry_min_s: float = 0.05
@@ -88,7 +90,7 @@ class Transport(Protocol):
     stats: TransportStats
 
     async def start(self) -> str:
-        """Listens; returns the address for peers to `connect` to. Raises OSError (port in use, host not ours)."""
+        """Listens; returns the address for peers to `connect` to. Raises ConfigError (ports in use, host not ours)."""
         ...
 
     def connect(self, peer: Member, address: str) -> None:

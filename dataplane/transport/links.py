@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from controlplane.backoff import Backoff
-from controlplane.contract.address import join, port_of
+from controlplane.contract.address import all_taken, join, port_of, refused
 from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.reports import NO_LINK
 
@@ -91,8 +91,11 @@ def _report(task: asyncio.Task[None]) -> None:
         log.error("dialling stopped", task=task.get_name(), exc_info=error)
 
 
+FOR_LINKS = "links (link_ports)"
+
+
 class LinkTransport:
-    """The transport over one or several drivers; the first one listens on the configured port."""
+    """The transport over one or several drivers; each listens on one of the configured ports."""
 
     def __init__(
         self,
@@ -120,11 +123,19 @@ class LinkTransport:
         self._running = True
         offers: dict[str, str] = {}
         for driver in dict.fromkeys(self._drivers.values()):
-            port = 0 if offers else self._config.port
-            offers |= await driver.start(self, self._config.host, port)
+            offers |= await self._listen(driver)
         if self._config.advertise:
             offers = {kind: self._advertised(kind, where) for kind, where in offers.items()}
         return ",".join(f"{kind}={where}" for kind, where in offers.items())
+
+    async def _listen(self, driver: Driver) -> dict[str, str]:
+        host, ports = self._config.host, self._config.ports
+        for port in ports:
+            try:
+                return await driver.start(self, host, port)
+            except OSError as error:
+                refused(FOR_LINKS, host, port, error)
+        raise all_taken(FOR_LINKS, host, ports)
 
     def connect(self, peer: Member, address: str) -> None:
         if not self._running:

@@ -79,7 +79,7 @@ class MemoryNetwork:
         return [t for t in self._listening.values() if t.config.member.node == node]
 
     def _listen(self, transport: MemoryTransport) -> str:
-        port = transport.config.port or next(self._numbers)
+        port = transport.config.ports[0] or next(self._numbers)
         address = f"{transport.config.host}:{port}"
         if address in self._listening:
             raise OSError(f"{address} is in use")

@@ -75,23 +75,27 @@ class SocketDriver:
         self._events = events
         self._loop = asyncio.get_running_loop()
         self.on_message = events.on_message
+        numeric, _ = await resolve(join_address(host, port))
+        family = socket.AF_INET6 if ":" in numeric else socket.AF_INET
+        taken = self._listen(family, (numeric, port)).getsockname()[1]  # first: it may be refused
         offers: dict[str, str] = {}
         if "local" in self.kinds:
             name = f"kevlarflow-{secrets.token_hex(8)}"
             self._listen(socket.AF_UNIX, f"\0{name}")
             offers["local"] = f"{self._host_id}/{name}"
-        numeric, _ = await resolve(join_address(host, port))
-        family = socket.AF_INET6 if ":" in numeric else socket.AF_INET
-        taken = self._listen(family, (numeric, port)).getsockname()[1]
         return {**offers, "tcp": join_address(numeric, taken)}
 
     def _listen(self, family: int, address: str | tuple[str, int]) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            if family != socket.AF_UNIX:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
         self._listeners.append(listener)
-        if family != socket.AF_UNIX:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
         self._loop.add_reader(listener, self._on_acceptable, listener)
         return listener
 

@@ -8,8 +8,11 @@ RDMA do, shared memory does not), hence the explicit lists in `libucp.py`.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
+
+from controlplane.contract.address import bound
 
 from .libucp import binding, default_options
 from .sockets import join_address, resolve
@@ -37,9 +40,18 @@ class UcxDriver:
         self._loop = asyncio.get_running_loop()
         self.on_message, self.on_failed = events.on_message, events.on_failed
         numeric, _ = await resolve(join_address(host, port))
+        if port:
+            bound(numeric, port).close()  # libucp does not say what keeps it from listening
         options = {**default_options(host), **self._options}
-        self._worker = cast("ucp.Worker", binding().Worker(self, options))
-        taken = self._worker.listen(numeric, port)
+        worker = cast("ucp.Worker", binding().Worker(self, options))
+        try:
+            taken = worker.listen(numeric, port)
+        except OSError as error:
+            worker.close()
+            if port:  # somebody was faster
+                raise OSError(errno.EADDRINUSE, str(error)) from error
+            raise
+        self._worker = worker
         self._loop.add_reader(self._worker.fd, self._pump)
         self.on_work()
         return {"ucx": join_address(numeric, taken)}

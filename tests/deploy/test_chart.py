@@ -14,8 +14,10 @@ import pytest
 import yaml
 
 from controlplane.contract.identity import ProcessName, ProcessRole
+from controlplane.contract.oidc import OidcRoles, load_oidc
 from controlplane.kfadmin.pod.place import PodPlace, config_of, read_plan
 from controlplane.kfadmin.pod.secret_files import Release
+from controlplane.kfadmin.pod.verbs import OIDC as OIDC_FILE
 from tests.deploy.chart import (
     CHART,
     EXAMPLES,
@@ -218,12 +220,45 @@ def test_nobody_gets_in_but_where_a_policy_says(name: str) -> None:
     assert own["policyTypes"] == ["Ingress", "Egress"]
     for owner, template in templates(documents).items():
         assert chosen(own["podSelector"], template["metadata"]["labels"]), owner
-    assert own["ingress"] == [{"from": [{"podSelector": own["podSelector"]}]}]
-    # Everything else that lets in names its ports.
+    (within,) = own["ingress"]
+    assert within["from"] == [{"podSelector": own["podSelector"]}]
+    let_in = {one["port"] for one in within["ports"]}
+    assert listening(documents) - let_in == ({"metrics"} if "etcd" in roles(documents) else set())
     for policy in policies.values():
-        for rule in policy["spec"].get("ingress", ()) if policy["metadata"]["name"] != RELEASE else ():
+        for rule in policy["spec"].get("ingress", ()):
             assert rule["from"], policy["metadata"]["name"]
             assert rule["ports"]
+
+
+def listening(documents: list[Document]) -> set[str]:
+    """Names of all ports of the release's pods."""
+    pods = (template["spec"]["containers"] for template in templates(documents).values())
+    return {port["name"] for containers in pods for one in containers for port in one.get("ports", ())}
+
+
+def roles(documents: list[Document]) -> set[str]:
+    return {
+        template["metadata"]["labels"]["app.kubernetes.io/component"]
+        for template in templates(documents).values()
+    }
+
+
+@EACH
+def test_processes_listen_where_their_pods_say(name: str) -> None:
+    documents = RENDERED[name]
+    settings = json.loads(of_kind(documents, "ConfigMap")[f"{RELEASE}-plan"]["data"]["plan.json"])["settings"]
+    said = {"node": {"grpc": "node_ports", "links": "link_ports"}, "controller": {"grpc": "controller_ports"}}
+    services = of_kind(documents, "Service")
+    for template in templates(documents).values():
+        role = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        (container, *_) = template["spec"]["containers"]
+        ports = {port["name"]: str(port["containerPort"]) for port in container.get("ports", ())}
+        for port, setting in said.get(role, {}).items():
+            assert ports[port] == settings[setting]
+            offered = {
+                one["name"]: str(one["port"]) for one in services[f"{RELEASE}-{role}"]["spec"]["ports"]
+            }
+            assert offered[port] == settings[setting]
 
 
 def test_only_who_asks_kubernetes_has_an_account() -> None:
@@ -344,6 +379,89 @@ def test_settings_restart_nodes_and_the_number_of_pods_does_not() -> None:
     assert scaled[f"{RELEASE}-node-s1"]["spec"]["replicas"] == 3
 
 
+# ---- people sign in with a provider
+
+OIDC: Document = {
+    "issuer": "https://login.example.com/realms/main",
+    "clientId": "kevlarflow",
+    "redirectUrls": ["https://kf.example.com/oidc/callback", "https://localhost:8100/oidc/callback"],
+    "provider": "corp",
+    "clientSecret": {"name": "kf-login", "key": "secret"},
+    "ca": {"name": "corp-ca", "key": "root.pem"},
+    "rolesClaim": "realm_access.roles",
+    "roles": {"operator": ['R&D "core" \\ <ops>', "Betrieb \u00fc"], "viewer": ["all"]},
+    "sessionSeconds": 900,
+}
+EGRESS = {"egress": [{"to": [{"ipBlock": {"cidr": "192.0.2.7/32"}}]}]}
+
+
+def projected(template: Document, folder: Path, documents: list[Document], secrets: Document) -> Path:
+    """What the kubelet would put into the volume `oidc`; the folder."""
+    (volume,) = (volume for volume in template["spec"]["volumes"] if volume["name"] == "oidc")
+    folder.mkdir()
+    for source in volume["projected"]["sources"]:
+        if "configMap" in source:
+            files = of_kind(documents, "ConfigMap")[source["configMap"]["name"]]["data"]
+        else:
+            (item,) = source["secret"]["items"]
+            files = {item["path"]: secrets[source["secret"]["name"]][item["key"]]}
+        for name, text in files.items():
+            (folder / name).write_text(text)
+            (folder / name).chmod(volume["projected"]["defaultMode"])
+    return folder
+
+
+def test_controllers_alone_have_the_settings_of_the_login_provider(tmp_path: Path) -> None:
+    documents = render({"oidc": OIDC, "networkPolicy": EGRESS})
+    for doc in documents:
+        kubernetes_validate.validate(doc, VERSIONS[-1], strict=True)
+    made = templates(documents)
+    having = {
+        owner for owner, one in made.items() if any(v["name"] == "oidc" for v in one["spec"]["volumes"])
+    }
+    assert having == {f"{RELEASE}-controller"}
+    controller = made[f"{RELEASE}-controller"]
+    (mount,) = (one for one in controller["spec"]["containers"][0]["volumeMounts"] if one["name"] == "oidc")
+    assert mount == {"name": "oidc", "mountPath": str(OIDC_FILE.parent), "readOnly": True}
+    secrets = {"kf-login": {"secret": "hush"}, "corp-ca": {"root.pem": "PEM"}}
+    folder = projected(controller, tmp_path / "oidc", documents, secrets)
+    oidc = load_oidc(folder / OIDC_FILE.name, required=True)
+    assert oidc is not None
+    assert (oidc.client_secret, oidc.ca_file) == ("hush", folder / "ca.crt")
+    assert "hush" not in json.dumps(documents)
+    config = oidc.config
+    assert (config.issuer, config.client_id, config.provider) == (
+        "https://login.example.com/realms/main",
+        "kevlarflow",
+        "corp",
+    )
+    assert config.redirect_url("localhost:8100") == "https://localhost:8100/oidc/callback"
+    assert config.roles == OidcRoles(viewer=("all",), operator=('R&D "core" \\ <ops>', "Betrieb \u00fc"))
+    assert (config.roles_claim, config.session_s) == ("realm_access.roles", 900)
+
+
+def test_a_public_client_needs_no_secret(tmp_path: Path) -> None:
+    few = {key: OIDC[key] for key in ("issuer", "clientId", "redirectUrls")}
+    documents = render({"oidc": few, "networkPolicy": EGRESS})
+    folder = projected(templates(documents)[f"{RELEASE}-controller"], tmp_path / "oidc", documents, {})
+    oidc = load_oidc(folder / OIDC_FILE.name, required=True)
+    assert oidc is not None
+    assert (oidc.client_secret, oidc.ca_file, oidc.config.roles) == ("", None, OidcRoles())
+
+
+def test_a_change_of_the_login_restarts_controllers_alone() -> None:
+    before, after = (
+        templates(render({"oidc": {**OIDC, "sessionSeconds": seconds}, "networkPolicy": EGRESS}))
+        for seconds in (900, 600)
+    )
+    assert {owner for owner in before if before[owner] != after[owner]} == {f"{RELEASE}-controller"}
+
+
+def test_without_a_provider_there_is_nothing_of_it() -> None:
+    assert f"{RELEASE}-oidc" not in of_kind(RENDERED["defaults"], "ConfigMap")
+    assert "oidc" not in json.dumps(RENDERED["defaults"])
+
+
 # ---- values that cannot be
 
 
@@ -355,6 +473,7 @@ def test_settings_restart_nodes_and_the_number_of_pods_does_not() -> None:
         ({"nodes": {"drainSecond": 5}}, "drainSecond"),
         ({"settings": {"host": "0.0.0.0"}}, "host"),
         ({"settings": {"stages": 0}}, "stages"),
+        ({"settings": {"node_ports": "7100-7200"}}, "node_ports"),  # a pod's process has one
         ({"image": {"digest": "latest"}}, "digest"),
         (
             {
@@ -370,6 +489,13 @@ def test_settings_restart_nodes_and_the_number_of_pods_does_not() -> None:
         ({"certificates": {"mode": "certManager"}}, "issuer"),
         ({"settings": {"model": "/models/m"}}, "model.volume"),
         ({"autoscaling": {"min": 5, "max": 4}}, "autoscaling.min"),
+        ({"oidc": {**OIDC, "sessionSeconds": 59}, "networkPolicy": EGRESS}, "sessionSeconds"),
+        ({"oidc": {**OIDC, "redirectUrls": ["https://kf.example.com/"]}}, "redirectUrls"),
+        ({"oidc": {**OIDC, "scopes": ["profile"]}}, "scopes"),
+        ({"oidc": {**OIDC, "roles": {"admin": ["x"]}}}, "admin"),
+        ({"oidc": {**OIDC, "clientId": ""}, "networkPolicy": EGRESS}, "oidc.clientId"),
+        ({"oidc": {**OIDC, "redirectUrls": []}, "networkPolicy": EGRESS}, "oidc.redirectUrls"),
+        ({"oidc": OIDC}, "networkPolicy.egress"),
     ],
 )
 def test_values_that_cannot_be_are_refused(values: Document, said: str) -> None:

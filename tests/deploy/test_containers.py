@@ -34,7 +34,7 @@ def test_extras_and_entry_points_are_those_of_the_package() -> None:
     extras = {name for names in re.findall(r"extras=([a-z$,]+)", TEXT) for name in names.split(",")} - {
         "$extras"
     }
-    assert {"gguf", "otel", "postgres", "gpu"} == extras
+    assert {"gguf", "oidc", "otel", "postgres", "gpu"} == extras
     assert extras <= PROJECT["optional-dependencies"].keys()
     assert re.search(r'^ENTRYPOINT \["kfadmin"\]$', TEXT, re.M)
     assert "kfadmin" in PROJECT["scripts"]

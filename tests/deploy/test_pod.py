@@ -41,7 +41,7 @@ from controlplane.kfadmin.pod.api import KubernetesApi
 from controlplane.kfadmin.pod.autoscale import Rules, decide, kv_use, pods_of
 from controlplane.kfadmin.pod.place import PodPlace, PodPlan, config_of, label_value, labels_of, read_plan
 from controlplane.kfadmin.pod.secret_files import Release, secrets_of
-from controlplane.kfadmin.pod.verbs import prepare
+from controlplane.kfadmin.pod.verbs import command_of, prepare
 from controlplane.kfadmin.rundir import RunDir
 from controlplane.process import start_ticks
 from controlplane.supervisor import ProcessFile
@@ -189,6 +189,18 @@ def test_a_pod_without_the_clusters_secret_does_not_start(
         prepare(local, PLAN, config, ProcessName(ProcessRole.CONTROLLER, "c2"))
 
 
+def test_a_controller_is_told_of_the_login_provider_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, local, place = tmp_path / "oidc.toml", RunDir(tmp_path / "run"), PodPlace.of(ENV)
+    monkeypatch.setenv("KF_OIDC", str(file))
+    config = config_of(PLAN, place, ProcessRole.CONTROLLER, local.path)
+    me = ProcessName(ProcessRole.CONTROLLER, "c2")
+    assert "--oidc" not in command_of(local, PLAN, place, config, me)
+    file.touch()
+    assert command_of(local, PLAN, place, config, me)[-2:] == ["--oidc", str(file)]
+
+
 def test_verbs_say_what_is_missing() -> None:
     done = CliRunner().invoke(app, ["pod", "run", "node"], env={"KF_POD_NAME": ""})
     assert done.exit_code == 1
@@ -240,7 +252,7 @@ def test_secrets_have_what_each_role_may_know(tmp_path: Path) -> None:
     now = datetime.now(UTC)
     CertFolder(tmp_path / "certs").create("shop", now)
     counts = {ProcessRole.CONTROLLER: 2, ProcessRole.GATEWAY: 1, ProcessRole.NODE: 2, ProcessRole.ETCD: 0}
-    release = Release("shop", "llm", counts, ("api.example.com",))
+    release = Release("shop", "llm", counts, ("api.example.com", "FD00:0::1"))
     made = {one["metadata"]["name"]: one["data"] for one in secrets_of(tmp_path, release, timedelta(days=1))}
     files = {name: set(data) for name, data in made.items()}
     assert files == {

@@ -23,7 +23,7 @@ class Held:
 
     def cluster(self) -> Cluster:
         if self._running is None:
-            running = Cluster()
+            running = Cluster(controllers=2)
             running.__enter__()
             self._running = running
         return self._running

@@ -27,7 +27,7 @@ LIMIT_S = 590.0
 
 
 def main() -> None:
-    """No request fails, nothing is restarted; `check quorum` tells; then an operation works again."""
+    """No request fails, nothing is restarted; `check quorum` tells; then an operation works again, and a repair."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("the session has ended"))  # the cluster with it
     with Cluster(instances=2, stages=2, controllers=3, etcd_members=3, gateways=2) as cluster:
         asyncio.run(cluster.wait_all_home())
@@ -38,6 +38,13 @@ def main() -> None:
         assert kfadmin(cluster, "check", "quorum").returncode == 0
         assert kfadmin(cluster, "replace", "n3").returncode == 0
         assert changed(before, cluster.local.pids()) == {*ETCD, "n3"}
+        asyncio.run(cluster.wait_all_home(60.0))
+        cluster.kill("n2")  # a repair needs etcd
+        asyncio.run(
+            cluster.wait_for(
+                lambda _: cluster.local.node_pids().get("n2") not in (None, before["n2"]), "n2 is back"
+            )
+        )
         asyncio.run(cluster.wait_all_home(60.0))
 
 

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from controlplane.contract.address import bound, join
+from controlplane.contract.address import bound, join, port_of
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError
 from controlplane.kfadmin.loadgen import sample_prompts
@@ -15,6 +15,16 @@ from controlplane.kfadmin.rundir import port_is_free
 from tests.e2e.cluster import Cluster
 
 PROMPTS = sample_prompts(4, 40)
+
+
+def free_run(host: str, count: int) -> int:
+    """The first of so many free ports in a row, below those that the kernel gives to connections."""
+    found = 0
+    for port in range(20000, 32768):
+        found = found + 1 if port_is_free(host, port) else 0
+        if found == count:
+            return port - count + 1
+    raise AssertionError("no free ports")
 
 
 def test_addresses_as_urls_and_grpc_want_them() -> None:
@@ -58,7 +68,12 @@ def test_who_binds_every_address_says_which_one_is_registered() -> None:
 )
 def test_a_cluster_serves_there(host: str, advertise: str, registered: str, etcd_binary: None) -> None:
     open_to_all = host == "0.0.0.0"  # which takes certificates
-    with Cluster(host=host, advertise=advertise, secure=open_to_all, instances=2, stages=2) as cluster:
+    first = free_run(host, 9)
+    ports = {"controller_ports": f"{first}", "node_ports": f"{first + 1}-{first + 4}"}
+    ports["link_ports"] = f"{first + 5}-{first + 8}"
+    with Cluster(
+        host=host, advertise=advertise, secure=open_to_all, controllers=1, instances=2, stages=2, **ports
+    ) as cluster:
         scheme = "https" if open_to_all else "http"
         assert cluster.local.gateway_url.startswith(f"{scheme}://{registered}:")
         status = cluster.local.status()
@@ -71,5 +86,8 @@ def test_a_cluster_serves_there(host: str, advertise: str, registered: str, etcd
         for node in status.nodes:
             (tcp,) = (part for part in node.link_address.split(",") if part.startswith("tcp="))
             assert socket.getaddrinfo(tcp[4:].rpartition(":")[0].strip("[]"), None)
+            number = int(node.node.removeprefix("n"))
+            assert port_of(node.rpc_address) == first + 1 + number
+            assert port_of(tcp) == first + 5 + number
         asyncio.run(cluster.references(PROMPTS))
         asyncio.run(cluster.expect_equal(asyncio.run(cluster.generator.streams(PROMPTS))))

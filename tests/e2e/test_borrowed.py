@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,23 +15,27 @@ STREAMS = 48  # of each pipeline half: enough for two microbatches of each to be
 TOKENS = 160
 
 
-def merged(status: ClusterStatus) -> int:
-    return sum(node.counters.get("steps_merged", 0) for node in status.nodes)
+@pytest.fixture(scope="module")
+def pair(etcd_binary: None) -> Iterator[Cluster]:
+    with Cluster(instances=2, stages=2) as running:
+        yield running
 
 
-@pytest.mark.usefixtures("etcd_binary")
 @pytest.mark.parametrize("victim", ["n0", "n3"])  # a first and a last stage, of different pipelines
-def test_a_borrowed_node_merges_the_steps_of_both_pipelines(victim: str) -> None:
+def test_a_borrowed_node_merges_the_steps_of_both_pipelines(pair: Cluster, victim: str) -> None:
+    def merged(status: ClusterStatus) -> int:
+        return sum(n.counters.get("steps_merged", 0) for n in status.nodes if n.node != victim)
+
     prompts = sample_prompts(STREAMS, TOKENS)
-    with Cluster(instances=2, stages=2) as cluster:
-        asyncio.run(cluster.references(prompts))
-        assert merged(asyncio.run(cluster.wait_all_home())) == 0
+    asyncio.run(pair.references(prompts))
+    before = merged(asyncio.run(pair.wait_all_home()))
 
-        async def kill(streams: list[Stream]) -> None:
-            await until(lambda: sum(len(s.tokens) for s in streams) >= 8 * STREAMS, "8 tokens a stream")
-            cluster.kill(victim)
-            await cluster.wait_for(merged, "the borrowed node has merged steps")
+    async def kill(streams: list[Stream]) -> None:
+        await until(lambda: sum(len(s.tokens) for s in streams) >= 8 * STREAMS, "8 tokens a stream")
+        assert merged(await pair.status()) == before
+        pair.kill(victim)
+        await pair.wait_for(lambda s: merged(s) > before, "the borrowed node has merged steps")
 
-        streams = asyncio.run(while_streaming(cluster, prompts, kill))
-        asyncio.run(cluster.expect_equal(streams))
-        asyncio.run(cluster.wait_all_home())
+    streams = asyncio.run(while_streaming(pair, prompts, kill))
+    asyncio.run(pair.expect_equal(streams))
+    asyncio.run(pair.wait_all_home())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from typing import Any
 
 from controlplane.kfadmin.loadgen import Stream, sample_prompts
@@ -95,35 +94,6 @@ def test_both_controllers_are_killed(home: Cluster) -> None:
     asyncio.run(home.wait_for(lambda s: s.leader, "a controller leads again"))
     asyncio.run(home.wait_all_home())
     assert home.local.node_pids() == pids
-
-
-def test_etcd_is_away_for_twenty_seconds(home: Cluster) -> None:
-    """Streams go on, new requests are served, nothing is restarted; then reconfiguration works again."""
-    asyncio.run(home.references(PROMPTS))
-    pids = home.local.node_pids()
-
-    async def fault(streams: list[Stream]) -> None:
-        await until(lambda: flowing(streams, 80), "tokens flow")
-        home.local.hold("etcd0")
-        home.kill("etcd0")
-        back = time.monotonic() + 20.0
-        rounds = 0
-        while time.monotonic() < back:
-            await home.expect_equal(await home.generator.streams(PROMPTS[:2]))
-            rounds += 1
-            await asyncio.sleep(0.5)
-        assert rounds >= 3
-        home.local.release("etcd0")
-
-    streams = asyncio.run(while_streaming(home, PROMPTS, fault))
-    asyncio.run(home.expect_equal(streams))
-    asyncio.run(home.wait_for(lambda s: s.leader and s.etcd_age_s < 3.0, "etcd is back", 30.0))
-    assert home.local.node_pids() == pids
-    home.kill("n3")  # a repair needs etcd: it works again
-    asyncio.run(
-        home.wait_for(lambda s: home.local.node_pids().get("n3") not in (None, pids["n3"]), "n3 is back")
-    )
-    asyncio.run(home.wait_all_home())
 
 
 def test_the_launcher_is_killed_and_its_nodes_live_on(home: Cluster) -> None:

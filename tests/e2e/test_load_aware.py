@@ -44,7 +44,9 @@ def test_requests_of_an_instance_that_dies_go_on_at_their_holders() -> None:
         found = compare(outcomes, stages=2, vocab_size=2048)
         assert (found.lost, found.duplicated, found.different, found.failed) == (0, 0, 0, 0)
         asyncio.run(cluster.wait_all_home(60.0))
-        answer = httpx.get(f"{local.gateway_url}/metrics", headers=key(cluster), timeout=5.0, trust_env=False)
+        answer = httpx.get(
+            f"{local.gateway_url}/metrics", headers=key(cluster), timeout=5.0, trust_env=False, verify=False
+        )
         (moved,) = re.findall(r'^kevlarflow_requests_recovered_total\{how="moved"\} (.+)$', answer.text, re.M)
         assert float(moved) >= 2
 

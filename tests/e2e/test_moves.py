@@ -1,4 +1,4 @@
-"""Drain and replace under load: planned moves lose nothing and recompute nothing."""
+"""Drain and replace under load: planned moves lose nothing."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ ANSWER_S = 1.0
 
 @pytest.fixture(scope="module")
 def secure(etcd_binary: None) -> Iterator[Cluster]:
-    with Cluster(secure=True, instances=2, stages=2, transport="sockets") as cluster:
+    with Cluster(secure=True, controllers=2, instances=2, stages=2, transport="sockets") as cluster:
         yield cluster
 
 

@@ -79,7 +79,7 @@ class Client:
             assert self.gateways < 20
             try:
                 async with httpx.AsyncClient(
-                    base_url=url, headers=self._key, timeout=30, trust_env=False
+                    base_url=url, headers=self._key, timeout=30, trust_env=False, verify=False
                 ) as http:
                     await self._read(http)
             except httpx.TransportError:

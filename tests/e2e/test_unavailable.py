@@ -14,7 +14,9 @@ PROMPTS = sample_prompts(6, 256)
 
 
 def health(cluster: Cluster) -> int:
-    return httpx.get(f"{cluster.local.gateway_url}/health", timeout=5.0, trust_env=False).status_code
+    return httpx.get(
+        f"{cluster.local.gateway_url}/health", timeout=5.0, trust_env=False, verify=False
+    ).status_code
 
 
 def test_streams_end_with_an_error_and_the_group_returns(home: Cluster) -> None:

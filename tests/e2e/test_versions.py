@@ -39,7 +39,7 @@ T = TypeVar("T")
 def install(folder: Path) -> Path:
     """A copy of the installed packages."""
     for package in PACKAGES:
-        ignored = shutil.ignore_patterns("__pycache__", "*.c", "*.h")
+        ignored = shutil.ignore_patterns("*.c", "*.h")  # what has been compiled goes with it
         shutil.copytree(ROOT / package, folder / package, ignore=ignored)
     return folder
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 from controlplane.contract.ids import Member
 from controlplane.contract.records import NodeRecord
 from controlplane.contract.requests import GatewayMessage, SchedulerMessage
-from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Stage, Topology
+from controlplane.contract.topology import Mode, Move, Pipeline, Stage, Topology
 from controlplane.grammar import Compiler
 from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
@@ -162,6 +162,7 @@ class Line:
         self._copies, self._free_drafts = copies, free_drafts
         self._counter = self._epoch = 1
         self._move: Move | None = None
+        self._moved = 0
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Line:
@@ -195,9 +196,8 @@ class Line:
             holds = self._copies and peer != member and self.nodes[peer].alive
             stages.append(Stage((f"n{home}",), (member,), (peer,) if holds else ()))
         mode = Mode.REPLICATE if self._copies else Mode.NONE
-        return Topology(
-            "g", self._counter, mode, (Pipeline(PIPELINE, self._epoch, tuple(stages), self._move),)
-        )
+        pipeline = Pipeline(PIPELINE, self._epoch, tuple(stages), self._move, moved=self._moved)
+        return Topology("g", self._counter, mode, (pipeline,))
 
     def stepped(self, schedulers: Schedulers) -> None:
         """A result of the last stage has come to the scheduler."""
@@ -220,7 +220,7 @@ class Line:
         self._switch()
 
     def move(self, stage: int) -> None:
-        """A planned move to the peer, as of a drain: by the phases that a leader goes through."""
+        """A planned move to the peer, as of a drain: the copy, and the switch once it is near."""
         self._spawn(self._moving(stage))
 
     def end_gateway(self, kindly: bool) -> None:
@@ -229,31 +229,22 @@ class Line:
 
     async def _moving(self, stage: int) -> None:
         source, to = self.nodes[self.serving[stage]], self.peers[stage]
-        for phase in (MovePhase.COPY, MovePhase.QUIESCE):
-            self._move = Move(stage, to, phase, "drain")
-            self._counter += 1
-            self._apply()
-            while not self._ready(source, to, phase):  # noqa: ASYNC110 - as often as the loop turns
-                await asyncio.sleep(0)
+        self._move = Move(stage, to, "drain")
+        self._counter += 1
+        self._apply()
+        while not self._near(source, to):  # noqa: ASYNC110 - as often as the loop turns
+            await asyncio.sleep(0)
         self.peers[stage], self.serving[stage] = source.member, to
-        self._move = None
+        self._move, self._moved = None, self._counter + 1
         self._switch()
 
-    def _ready(self, source: Node, to: Member, phase: MovePhase) -> bool:
+    def _near(self, source: Node, to: Member) -> bool:
         scheduler = self.nodes[self.serving[0]].schedulers.by_pipeline[PIPELINE]
         stage = source.worker.stages.get(PIPELINE)
         lags = {target.target: target.lag_tokens for target in source.worker.replicator.targets(PIPELINE)}
         if stage is None or to not in lags or stage.fence.epoch != self._epoch:
             return False
-        if phase is MovePhase.COPY:
-            return lags[to] <= 2 * BLOCK * len(scheduler.requests)
-        quiet = scheduler.quiesced_step
-        still = all(
-            self.nodes[member].worker.stages[PIPELINE].last_step == quiet
-            and self.nodes[member].worker.topology is self._newest
-            for member in self.serving
-        )
-        return still and lags[to] == 0
+        return lags[to] <= 2 * BLOCK * len(scheduler.requests)
 
     def _switch(self) -> None:
         self._counter += 1
@@ -261,7 +252,7 @@ class Line:
         self._apply()
 
     def _apply(self) -> None:
-        topology = self._newest = self.topology
+        topology = self.topology
         for node in self._living():
             node.worker.put(topology)
         for node in self._living():

@@ -127,7 +127,9 @@ class Cluster:
     controllers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
     unheard: set[tuple[str, str]] = field(default_factory=set)  # controllers and nodes: no reports pass
-    http: httpx.AsyncClient = field(default_factory=lambda: httpx.AsyncClient(timeout=5, trust_env=False))
+    http: httpx.AsyncClient = field(
+        default_factory=lambda: httpx.AsyncClient(timeout=5, trust_env=False, verify=False)
+    )
 
     def start_controller(self, name: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "controlplane.main", "--config", str(self.folder / "cluster.json")]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -15,16 +18,19 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import OperationalError
 
 import migrations
 from controlplane.contract.audit import Action, AuditEntry
 from controlplane.contract.auth import Caller, Role
 from controlplane.contract.errors import ConfigError, Unavailable
 from controlplane.contract.events import Event, EventKind
+from controlplane.contract.figures import Figures
 from controlplane.contract.records import Operation, OperationKind
+from controlplane.contract.revocations import Revocation
 from controlplane.history import schema
 from controlplane.history.store import Audit, HistoryStore
-from controlplane.history.tables import metadata
+from controlplane.history.tables import REVISION, metadata
 from controlplane.history.writer import HistoryWriter
 
 
@@ -134,6 +140,10 @@ def test_audit_of_an_operation(tmp_path: Path) -> None:
         assert await store.audit(2) == [done, refused]
         assert await store.audit(100, after=first.id) == [done, refused]
         assert len(await store.tail(10)) == 1
+        await store.append([Audit(Action.REVOKED, Revocation("t12", "bob", 99, "admin"), 4.0, 15, alice)])
+        (taken,) = await store.audit(1)
+        assert (taken.action, taken.who, taken.operation) == (Action.REVOKED, "alice", "t12")
+        assert (taken.kind, taken.message) == ("token", "bob")
         await store.close()
         await other.close()
 
@@ -212,8 +222,24 @@ def test_the_schema_upgrades_once_when_controllers_start_together(tmp_path: Path
 
     asyncio.run(main())
     with sqlite3.connect(tmp_path / "h.db") as connection:
-        assert connection.execute("select version_num from alembic_version").fetchall() == [("0003",)]
+        assert connection.execute("select version_num from alembic_version").fetchall() == [(REVISION,)]
         assert connection.execute("pragma journal_mode").fetchone() == ("wal",)
+
+
+AGAIN = """
+import asyncio, sys
+import controlplane.main
+from controlplane.history import schema
+asyncio.run(schema.upgrade(schema.make_engine(sys.argv[1])))
+sys.exit("alembic" in sys.modules)
+"""
+
+
+def test_a_controller_imports_alembic_only_if_migrations_are_missing(tmp_path: Path) -> None:
+    def imports_alembic() -> int:
+        return subprocess.run([sys.executable, "-c", AGAIN, url(tmp_path / "h.db")], timeout=60).returncode
+
+    assert [imports_alembic(), imports_alembic()] == [1, 0]
 
 
 def test_migrations_and_tables_agree(tmp_path: Path) -> None:
@@ -283,6 +309,48 @@ def test_the_writer_survives_a_database_that_comes_late(tmp_path: Path) -> None:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await store.close()
+
+    asyncio.run(main())
+
+
+class Forgetful(HistoryStore):
+    """Commits the first batch and does not say so, as when the connection breaks in that moment."""
+
+    calls = 0
+
+    async def append(self, *given: Any) -> None:
+        await super().append(*given)
+        self.calls += 1
+        if self.calls == 1:
+            raise OperationalError("COMMIT", None, Exception("the connection was lost"))
+
+
+def test_a_batch_whose_commit_was_not_confirmed_is_stored_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = Forgetful(url(tmp_path / "h.db"), "c", "c1")
+        writer = HistoryWriter(store)
+        operation = Operation(id="op-1", kind=OperationKind.PAUSE)
+        for record in (event(0), Audit(Action.SUBMITTED, operation, 1.0), Figures(1.0), event(1)):
+            writer.put(record)
+        task = asyncio.create_task(writer.run())
+        await until(lambda: writer.failures == 1)
+        writer.put(event(2))  # meanwhile: it goes after what is written again
+        await until(lambda: writer.written == 5)
+        assert [item.subject for _, item in await store.tail(100)] == ["n0", "n1", "n2"]
+        assert len(await store.audit(100)) == 1
+        assert len(await store.figures(0.0, 2.0, 100)) == 1
+        # Another process of this name counts from the beginning.
+        other = HistoryStore(url(tmp_path / "h.db"), "c", "c1")
+        await other.append([event(3)], 1)
+        await other.append([event(3)], 1)
+        assert [item.subject for _, item in await store.tail(100)] == ["n0", "n1", "n2", "n3"]
+        assert await store.prune_figures(time.time() + 60) == 1  # a day later, of writers that are gone
+        with sqlite3.connect(tmp_path / "h.db") as connection:
+            assert connection.execute("select count(*) from batches").fetchone() == (0,)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await store.close()
+        await other.close()
 
     asyncio.run(main())
 

@@ -150,6 +150,23 @@ def test_packing_again_issues_what_is_due_and_leaves_the_rest(folder: Path) -> N
     assert "127.0.0.9" in next(leaf for leaf in certs.leaves() if leaf.process == "etcd-a").hosts
 
 
+@pytest.mark.parametrize("address", ["a.shop.example", "A.Shop.example", "FD00:0::2", "[fd00::2]"])
+def test_packing_again_leaves_certificates_of_any_address_as_they_are(folder: Path, address: str) -> None:
+    (folder / "fleet.toml").write_text(FLEET.replace("127.0.0.1", address))
+    packed(folder, "a")
+    before = {path.name: path.read_bytes() for path in (folder / "certs").glob("*-*.pem")}
+    assert len(before) == 6  # etcd, controller, gateway, node, relay, admin
+    packed(folder, "a")
+    assert {path.name: path.read_bytes() for path in (folder / "certs").glob("*-*.pem")} == before
+    (folder / "fleet.toml").write_text(FLEET.replace("127.0.0.1", "b.shop.example"))
+    packed(folder, "a")
+    assert all(
+        leaf.covers(["b.shop.example"])
+        for leaf in CertFolder(folder / "certs").leaves()
+        if leaf.process[:5] != "relay"
+    )
+
+
 def test_joining_again_renews_and_another_hosts_bundle_is_refused(folder: Path, tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "run")
     join(run_dir, *read_bundle(packed(folder, "a")))

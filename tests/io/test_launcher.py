@@ -444,7 +444,7 @@ def test_a_node_runs_what_is_installed_when_it_is_started(host: Host, tmp_path: 
     """Code or settings are changed under a running launcher: it renews itself, and its other nodes do not notice."""
     code = tmp_path / "code"
     for package in ("controlplane", "dataplane", "kernels", "web", "migrations"):
-        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__", "demo"))
+        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("demo"))
     (code / "stand_in.py").write_text(STAND_IN)
     host.start(nodes=2, target="stand_in:serve", cwd=code, python_path=str(code))
     assert host.process is not None

@@ -110,7 +110,7 @@ def test_link_returns_by_itself(kind: str) -> None:
             await link(a, b)
             await b.transport.close()
             await until(lambda: not a.transport.connected(b.member))
-            again = await make("b", port=b.port)
+            again = await make("b", ports=(b.port,))
             await until(lambda: a.transport.connected(again.member))
             assert a.ups == [b.member, b.member]
 
@@ -207,7 +207,7 @@ def test_dead_port_is_bounded_and_found_later(kind: str) -> None:
             assert time.monotonic() - started < 0.1
             await asyncio.sleep(0)
             assert not a.transport.connected(b.member)
-            await make("b", port=b.port)
+            await make("b", ports=(b.port,))
             await until(lambda: a.transport.connected(b.member))
 
     run(work())

@@ -11,7 +11,8 @@ import msgspec
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.keys import Keys, decode
 from controlplane.contract.records import ControllerRecord
-from controlplane.contract.topology import Topology
+from controlplane.contract.reports import LAG_UNKNOWN, TargetReport
+from controlplane.contract.topology import Mode, Pipeline, Topology
 from controlplane.core import invariants
 from controlplane.core.policy import Situation
 from controlplane.etcd.election import leader_of
@@ -63,6 +64,8 @@ class Checks:
         self._added: dict[tuple[str, PipelineId, bytes], set[int]] = {}
         self._coded: set[tuple[str, PipelineId, bytes]] = set()
         self._heard: set[Process] = set()  # news of copies since the last look
+        # Copies of which the node that serves has ever said that hardly anything is missing: pipeline, epoch, holder.
+        self._near: set[tuple[PipelineId, int, Member]] = set()
         etcd.store.changed = self._committed
         world.after = self._after
 
@@ -144,10 +147,18 @@ class Checks:
                 self._world.fail(
                     f"topology {after.counter}: nobody died, and {old.id} changed: {picture(after)}"
                 )
+            if new is not None and old.epoch != new.epoch == new.moved:
+                self._carried(old, after)
             if new is not None and new.epoch < old.epoch:
                 self._world.fail(
                     f"topology {after.counter}: epoch of {old.id} from {old.epoch} to {new.epoch}"
                 )
+
+    def _carried(self, old: Pipeline, after: Topology) -> None:
+        """Nobody who lives gives way to a node that has to compute everything again."""
+        to = old.move.to if old.move is not None else None
+        if after.mode is not Mode.NONE and (to is None or (old.id, old.epoch, to) not in self._near):
+            self._world.fail(f"topology {after.counter}: {old.id} went to {to}, whose copy was never near")
 
     def _one_leader(self, after: Topology) -> None:
         """Who writes is who leads by etcd's own order of things, in this very revision."""
@@ -193,7 +204,7 @@ class Checks:
     def probes(self) -> Iterator[None]:
         """Look into what nodes do at the moment they do it."""
         commit, store_copies, acknowledged = Stage.commit, Replicator.store_copies, Replicator.acknowledged
-        pump = Replicator.pump
+        pump, targets = Replicator.pump, Replicator.targets
         arrived, drop, heard = Encoder.arrived, Encoder._drop, ShardSource.heard
 
         def process() -> Process:
@@ -226,6 +237,14 @@ class Checks:
         async def pump_probe(me: Replicator, now: float, others_wait: Callable[[], bool]) -> None:
             self._heard.add(process())
             await pump(me, now, others_wait)
+
+        def targets_probe(me: Replicator, pipeline: PipelineId) -> tuple[TargetReport, ...]:
+            said = targets(me, pipeline)
+            near = [
+                t.target for t in said if t.lag_tokens < LAG_UNKNOWN and t.behind_s <= parts.LIMITS.behind_s
+            ]
+            self._near.update((pipeline, me._protected[pipeline].fence.epoch, target) for target in near)
+            return said
 
         def arrived_probe(me: Encoder, key: Any, stage: int, shape: Any, *others: Any) -> Any:
             effects = arrived(me, key, stage, shape, *others)
@@ -263,6 +282,7 @@ class Checks:
             (Replicator, "store_copies", store_probe),
             (Replicator, "acknowledged", acknowledged_probe),
             (Replicator, "pump", pump_probe),
+            (Replicator, "targets", targets_probe),
         )
         with replaced(probes):
             yield

@@ -68,7 +68,7 @@ MODEL = "sim"
 DEVICE = DeviceProfile(0.005, 0.0001, 0.0, 8, 8)
 PATIENT_S = 0.03  # longer than most steps take to come
 # Automation that hurries: a virtual second costs real milliseconds.
-LIMITS = Limits(settle_s=0.5, copy_limit_s=4.0, bar_s=2.0, backoff_s=0.2, backoff_max_s=1.0)
+LIMITS = Limits(settle_s=0.5, copy_limit_s=4.0, bar_s=2.0)
 TIMING = TimingConfig(
     heartbeat_s=0.25,
     node_lease_s=3,
@@ -78,7 +78,6 @@ TIMING = TimingConfig(
     form_grace_s=2.0,
     unavailable_grace_s=5.0,
     orphan_grace_s=2.0,
-    quiesce_limit_s=1.0,
 )
 
 

@@ -15,9 +15,11 @@ import numpy as np
 import controlplane.core.detector
 from controlplane.contract import schema
 from controlplane.contract.config import TimingConfig
+from controlplane.contract.ids import Member
 from controlplane.contract.status import NodeState
 from controlplane.contract.topology import Pipeline
 from controlplane.core.evidence import Evidence, judge
+from controlplane.core.policy import Situation
 from controlplane.etcd.election import Leadership
 from controlplane.etcd.register import Registration
 from controlplane.etcd.values import Compare
@@ -69,8 +71,8 @@ def no_watermark_rule() -> Iterator[None]:
     """A copy counts as held when it has been sent."""
     take = ReplicaSource.take
 
-    def sent_is_held(source: ReplicaSource, now: float, flush: bool, limit: int | None = None) -> list[Copy]:
-        copies = take(source, now, flush, limit)
+    def sent_is_held(source: ReplicaSource, now: float, limit: int | None = None) -> list[Copy]:
+        copies = take(source, now, limit)
         for copy in copies:
             source._progress[copy.rid].acked = copy.tokens
         return copies
@@ -175,6 +177,17 @@ def no_checksum_of_restored() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def no_near_copies() -> Iterator[None]:
+    """A copy is taken for near when it has only begun."""
+
+    def always(situation: Situation, pipeline: Pipeline, stage: int, copy: Member) -> bool:
+        return True
+
+    with mock.patch.object(Situation, "near", always):
+        yield
+
+
 SAFEGUARDS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "epoch": no_epoch_check,
     "guard": no_leadership_guard,
@@ -182,6 +195,7 @@ SAFEGUARDS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "checksum": no_checksums,
     "position": no_position_check,
     "kinds": no_second_kind,
+    "near": no_near_copies,
     "names": no_fenced_names,
     "schema": no_schema_check,
     "unknown": no_unknown_fields,

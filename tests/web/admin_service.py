@@ -23,6 +23,7 @@ from controlplane.contract.incidents import Incident
 from controlplane.contract.lives import Life, Lives
 from controlplane.contract.protection import Protection
 from controlplane.contract.records import Operation, OperationKind, OperationState
+from controlplane.contract.revocations import Revocation
 from controlplane.contract.status import (
     Check,
     ClusterStatus,
@@ -130,6 +131,7 @@ class MemoryService:
         self.lived: list[Life] = []
         self.looks = 0  # statuses and events that were asked for
         self.known: dict[str, Operation] = {}
+        self.revoked: dict[str, Revocation] = {}
         self.callers: list[Caller] = []
         self.requests: list[OperationRequest] = []
         self.audited: list[AuditEntry] = []
@@ -179,6 +181,14 @@ class MemoryService:
 
     async def operations(self) -> Sequence[Operation]:
         return list(self.known.values())
+
+    def is_revoked(self, ids: Sequence[str]) -> bool:
+        if not self.ready:
+            raise Unavailable("not read yet")
+        return any(one in self.revoked for one in ids)
+
+    async def revoke(self, wanted: Revocation, caller: Caller, *, audited: bool = False) -> None:
+        self.revoked[wanted.id] = wanted
 
     async def submit(self, request: OperationRequest, caller: Caller) -> OperationAnswer:
         self.callers.append(caller)

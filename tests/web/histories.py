@@ -10,7 +10,7 @@ from controlplane.contract.events import Event, EventKind
 from controlplane.contract.figures import Figures
 from controlplane.contract.ids import Member
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
-from controlplane.contract.topology import Move, MovePhase
+from controlplane.contract.topology import Move
 from tests.web.admin_service import healthy
 
 replace = msgspec.structs.replace
@@ -24,7 +24,7 @@ def broken() -> ClusterStatus:
         p0.stages[1], serving=(Member("n5", "aaaa"),), borrowed=True, replicas=(), lag_tokens=-1
     )
     p0 = replace(p0, state=PipelineState.DEGRADED, epoch=14, stages=(p0.stages[0], borrowed, *p0.stages[2:]))
-    move = Move(stage=3, to=Member("n3", "bbbb"), phase=MovePhase.COPY, reason="op-7")
+    move = Move(stage=3, to=Member("n3", "bbbb"), reason="op-7")
     lagging = replace(p1.stages[2], lag_tokens=48)
     p1 = replace(p1, state=PipelineState.MOVING, move=move, stages=(*p1.stages[:2], lagging, p1.stages[3]))
     nobody = replace(p2.stages[0], serving=(), replicas=(), lag_tokens=-1)

@@ -42,7 +42,7 @@ async def load(cluster: Cluster, stop: asyncio.Event) -> None:
 
 
 async def make(folder: Path) -> None:
-    with Cluster(progress=print) as cluster:
+    with Cluster(controllers=2, progress=print) as cluster:
         await cluster.wait_all_home()
         async with async_playwright() as playwright:
             browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

@@ -25,7 +25,10 @@ def service() -> MemoryService:
 
 @pytest.fixture
 def client(service: MemoryService) -> Iterator[httpx.Client]:
-    with serving(service) as url, httpx.Client(base_url=url, timeout=30, headers=BEARER) as client:
+    with (
+        serving(service) as url,
+        httpx.Client(base_url=url, timeout=30, headers=BEARER, verify=False) as client,
+    ):
         yield client
 
 

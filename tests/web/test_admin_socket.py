@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import stat
 import threading
 from collections.abc import Iterator
@@ -67,3 +68,18 @@ def test_kfadmin_asks_the_socket(served: Path) -> None:
 def test_a_path_that_is_too_long_leaves_the_ports(tmp_path: Path) -> None:
     assert admin_socket(tmp_path / ("x" * 110), "c1") is None
     assert admin_endpoints(Endpoints((), ("http://127.0.0.1:1",))) == ["http://127.0.0.1:1"]
+
+
+def test_no_authority_is_read_where_nobody_has_a_certificate(
+    served: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To read the system's takes longer than all the rest of a question, for each endpoint."""
+
+    def read(*_: object, **__: object) -> ssl.SSLContext:
+        raise AssertionError("authorities are read")
+
+    monkeypatch.setattr(ssl, "create_default_context", read)
+    endpoints = admin_endpoints(Endpoints((), ("http://127.0.0.1:1",), (str(served),)))
+    for asked in (endpoints, ["http://127.0.0.1:1", *endpoints]):
+        with AdminClient(asked, "token") as client:
+            assert client.status().nodes

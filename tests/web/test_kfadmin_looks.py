@@ -422,8 +422,16 @@ def test_tokens(target: list[str], service: MemoryService, tmp_path: Path, token
     for bad in ("0h", "8", "x", "400d", "-1h"):
         assert kfadmin(*arguments, "--for", bad).exit_code == 2, bad
     assert kfadmin("token", "create", "a", "--role", "admin", "--token-file", str(token)).exit_code == 1
+    assert kfadmin("token", "revoke", *target).exit_code == 2
+    assert kfadmin("token", "revoke", "alice", *url).exit_code == 6  # only who gives them takes them back
+    revoked = kfadmin("token", "revoke", "--file", str(file), *target)
+    assert (revoked.exit_code, "a token of alice is revoked" in revoked.stderr) == (0, True)
+    assert kfadmin("status", *url).exit_code == 6
+    revoked = kfadmin("token", "revoke", "corp:bob", *target)
+    assert (revoked.exit_code, "everything of corp:bob is revoked" in revoked.stderr) == (0, True)
     junk = tmp_path / "junk"
     junk.write_text("junk")
+    assert kfadmin("token", "revoke", "--file", str(junk), *target).exit_code == 2
     assert kfadmin("token", "show", str(junk), "--token-file", str(token)).exit_code == 6
 
 

@@ -2,7 +2,7 @@
 
     GET    /livez /readyz                    no token
     GET    / , /ui/...                       the dashboard, no token
-    POST   /session                          {"token": ...} -> an HttpOnly cookie; DELETE forgets it
+    POST   /session                          {"token": ...} -> an HttpOnly cookie; DELETE revokes and forgets it
     GET    /session                          {"name", "role", "expiry_unix_s"} of who asks
     GET    /oidc, /oidc/login, /oidc/callback    login with a provider, no token: web/admin/oidc/routes.py
     GET    /metrics                          Prometheus text
@@ -18,6 +18,7 @@
     GET    /admin/v1/operations              {"operations": [Operation]}
     POST   /admin/v1/operations              OperationRequest -> OperationAnswer; 409: refused
     DELETE /admin/v1/operations/{id}         cancel -> Operation
+    POST   /admin/v1/revocations             RevokeRequest -> Revocation; the cluster's own token only
     GET    /admin/v1/stream?after=           server-sent events: "status", "difference", "events", "history",
                                              "incidents", "figures"
 
@@ -36,12 +37,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from controlplane.contract.auth import identify
+from controlplane.contract.auth import ADMIN_CALLER, TOKEN_S_MAX, identify
 from controlplane.contract.errors import Unavailable
 from controlplane.contract.records import GROUP_WIDE, OperationKind, OperationState
+from controlplane.contract.revocations import Revocation, RevokeRequest, name_id
 from controlplane.contract.status import OperationAnswer, OperationRequest
 from web import bodies
-from web.admin.auth import COOKIE, Guard, caller_of, error, set_session
+from web.admin.auth import COOKIE, REVOCATIONS, SESSION_S, Guard, caller_of, error, session_of, set_session
 from web.admin.describe import NAME, document
 from web.admin.feed import Feed, FeedResponse, event_rows, figure_rows
 from web.admin.oidc.routes import add_login
@@ -61,6 +63,8 @@ FIGURES_ROWS_MAX = 2000
 T = TypeVar("T")
 
 ID_PREFIXES = ("cmpl-", "chatcmpl-", "resp_")
+OWN_TOKEN = "the cluster's own token is not revoked: give the cluster another secret"
+REVOCABLE = re.compile(r"[^\x00-\x1f\x7f]{1,256}")
 SEEN = re.compile(r"[0-9]{1,18}")
 NAMED = re.compile(NAME.removesuffix("$"))  # `fullmatch` is stricter: Python's $ lets a line end pass
 
@@ -77,12 +81,13 @@ def build_app(service: AdminService, token: str, provider: Provider | None = Non
     app = FastAPI(title="KevlarFlow admin", docs_url=None, redoc_url=None)
     described = document(package_version())
     app.openapi = lambda: described  # type: ignore[method-assign]
-    app.add_middleware(Guard, token=token)
+    app.add_middleware(Guard, token=token, revoked=service.is_revoked)
     app.add_middleware(Manners, routes=lambda: app.routes)  # the last one is the outermost
     _add_errors(app)
     _add_health(app, service)
-    _add_page(app, token)
-    add_login(app, token, provider)
+    _add_page(app)
+    _add_sessions(app, service, token)
+    add_login(app, token, provider, service.is_revoked)
     _add_reads(app, service)
     _add_operations(app, service)
     return app
@@ -119,7 +124,7 @@ def _add_health(app: FastAPI, service: AdminService) -> None:
         return Response(await service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_page(app: FastAPI, token: str) -> None:
+def _add_page(app: FastAPI) -> None:
     files = load_files()
 
     def answer(file: StaticFile | None) -> Response:
@@ -135,12 +140,14 @@ def _add_page(app: FastAPI, token: str) -> None:
     async def asset(path: str) -> Response:
         return answer(files.get(path))
 
+
+def _add_sessions(app: FastAPI, service: AdminService, token: str) -> None:
     @app.post("/session")
     async def log_in(request: Request) -> Response:
         given = await _body(request, SessionRequest)
         now = time.time()
         caller = identify(given.token, token, now)
-        if caller is None:
+        if caller is None or (caller.ids and service.is_revoked(caller.revoked_by)):
             return error(401, "the admin token is wrong")
         response = Response(status_code=204)
         set_session(response, token, now, caller, secure=request.url.scheme == "https")
@@ -152,10 +159,41 @@ def _add_page(app: FastAPI, token: str) -> None:
         return _json({"name": caller.name, "role": caller.role, "expiry_unix_s": caller.expiry_unix_s})
 
     @app.delete("/session")
-    async def log_out() -> Response:
+    async def log_out(request: Request) -> Response:
+        session = session_of(request.headers, token, time.time())
+        if session is not None:
+            wanted = Revocation(session.ids[0], session.name, session.expiry_unix_s, session.name)
+            await service.revoke(wanted, caller_of(request.scope))
         response = Response(status_code=204)
         response.delete_cookie(COOKIE, httponly=True, samesite="strict")
         return response
+
+    @app.post(REVOCATIONS)
+    async def revoke(request: Request) -> Response:
+        asked = await _body(request, RevokeRequest)
+        if bool(asked.name) == bool(asked.token):
+            raise HTTPException(400, "a name or a token: one of them")
+        wanted = _revocation(asked, token, time.time())
+        await service.revoke(wanted, caller_of(request.scope), audited=True)
+        return _json(wanted)
+
+
+def _revocation(asked: RevokeRequest, token: str, now_unix_s: float) -> Revocation:
+    """Raises HTTPException 404, 409."""
+    if asked.token:
+        caller = identify(asked.token, token, now_unix_s)
+        if caller is None:
+            raise HTTPException(404, "not a token of this cluster, or it has expired")
+        if not caller.ids:
+            raise HTTPException(409, OWN_TOKEN)
+        return Revocation(caller.ids[0], caller.name, caller.expiry_unix_s, ADMIN_CALLER.name)
+    if asked.name == ADMIN_CALLER.name:
+        raise HTTPException(409, OWN_TOKEN)
+    if not REVOCABLE.fullmatch(asked.name):
+        raise HTTPException(400, "name: 1 to 256 printable characters, as the audit has it")
+    # Of somebody at a provider there are sessions alone.
+    lasts_s = SESSION_S if ":" in asked.name else TOKEN_S_MAX
+    return Revocation(name_id(asked.name), asked.name, int(now_unix_s) + lasts_s, ADMIN_CALLER.name)
 
 
 def _add_reads(app: FastAPI, service: AdminService) -> None:
@@ -212,9 +250,14 @@ def _add_reads(app: FastAPI, service: AdminService) -> None:
             return Response(media_type=FeedResponse.media_type)
         # A browser that connects again says what it saw last.
         resumed = request.headers.get("last-event-id", "")
-        expiry = caller_of(request.scope).expiry_unix_s
+        caller = caller_of(request.scope)
+        expiry = caller.expiry_unix_s
         left_s = expiry - time.time() if expiry else None  # a session that has expired reads no further
-        return FeedResponse(feed, int(resumed) if SEEN.fullmatch(resumed) else after, left_s)
+
+        def ended() -> bool:
+            return bool(caller.ids) and service.is_revoked(caller.revoked_by)
+
+        return FeedResponse(feed, int(resumed) if SEEN.fullmatch(resumed) else after, left_s, ended)
 
 
 def _add_operations(app: FastAPI, service: AdminService) -> None:

@@ -1,16 +1,19 @@
 """Who may use the admin API, and for what: the bearer of the admin token or of one that was minted with it
 (`controlplane.contract.auth`), or a browser that has shown either once or has signed in with a provider (`oidc`).
 
-The cookie is `<role>.<name>.<expiry>.<HMAC of these under the admin token>`; of the name, which a provider may have
-given, what a cookie cannot hold is percent-encoded. It needs no table, so that it is good at
-every controller (browsers send a cookie to all ports of a host) and after a controller has restarted.
+The cookie is `<role>.<name>.<expiry>.<id>.<HMAC of these under the admin token>`; of the name, which a provider may
+have given, what a cookie cannot hold is percent-encoded. No table has the sessions, so that one is good at every
+controller (browsers send a cookie to all ports of a host) and after a controller has restarted; what was revoked
+(signing out does) is known to all of them, by the session's id or by that of the token that opened it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import secrets
 import time
+from collections.abc import Callable, Sequence
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import quote, unquote
 
@@ -20,6 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from controlplane.contract.auth import ADMIN_CALLER, Caller, Role, identify_bearer
+from controlplane.contract.errors import Unavailable
 
 COOKIE = "kevlarflow_admin"
 SESSION_S = 12 * 3600
@@ -35,6 +39,7 @@ OPEN = {
 }
 OPEN_PREFIX = "/ui/"
 SAFE_METHODS = {"GET", "HEAD"}
+REVOCATIONS = "/admin/v1/revocations"  # of what others were given: only with the cluster's own token
 OPERATORS_READ = {"/admin/v1/audit", "/admin/v1/requests", "/admin/v1/settings"}  # more than viewers need
 CALLER = "kf_caller"  # key of the scope's state
 HEADERS = {
@@ -53,7 +58,8 @@ def session_cookie(token: str, now_unix_s: float, caller: Caller = ADMIN_CALLER)
     """A cookie's value that is good for `SESSION_S` seconds, or as long as the caller's own token. `token`: the admin
     token."""
     expiry = int(now_unix_s) + session_s(caller, now_unix_s)
-    said = f"{caller.role.value}.{quote(caller.name, safe='')}.{expiry}"
+    ids = "-".join((f"s{secrets.token_hex(16)}", *caller.ids))
+    said = f"{caller.role.value}.{quote(caller.name, safe='')}.{expiry}.{ids}"
     return f"{said}.{_sign(token, said)}"
 
 
@@ -63,15 +69,21 @@ def session_s(caller: Caller, now_unix_s: float) -> int:
 
 
 def caller_of_cookie(value: str, token: str, now_unix_s: float) -> Caller | None:
-    """Who a cookie was made for; None: it was not made with `token`, or has expired."""
+    """Who a cookie was made for; None: it was not made with `token`, or has expired. Whether it was revoked is not
+    looked at."""
     said, _, signature = value.rpartition(".")
     if not hmac.compare_digest(signature.encode(), _sign(token, said).encode()):
         return None
     role, _, rest = said.partition(".")
-    name, dot, expiry = rest.rpartition(".")  # the name of somebody at a provider may have dots
-    if not dot:  # of a release before there were roles
+    name, expiry, ids = rest.rsplit(".", 2)  # the name of somebody at a provider may have dots
+    if int(expiry) <= now_unix_s:
         return None
-    return Caller(unquote(name), Role(role), expiry_unix_s=int(expiry)) if int(expiry) > now_unix_s else None
+    return Caller(unquote(name), Role(role), expiry_unix_s=int(expiry), ids=tuple(ids.split("-")))
+
+
+def session_of(headers: Headers, token: str, now_unix_s: float) -> Caller | None:
+    """Whose session a browser has; None: none."""
+    return caller_of_cookie(_cookie(headers), token, now_unix_s)
 
 
 def set_session(response: Response, token: str, now_unix_s: float, caller: Caller, *, secure: bool) -> None:
@@ -90,6 +102,8 @@ def set_session(response: Response, token: str, now_unix_s: float, caller: Calle
 def role_needed(method: str, path: str) -> Role:
     """The least role that a request needs: reading for viewers, and all else for operators unless it is named here."""
     if method not in SAFE_METHODS:
+        if path == REVOCATIONS:
+            return Role.ADMIN
         return Role.VIEWER if (method, path) == ("DELETE", "/session") else Role.OPERATOR
     if path == "/metrics":
         return Role.METRICS
@@ -110,11 +124,15 @@ def same_origin(headers: Headers) -> bool:
 
 
 class Guard:
-    """ASGI middleware: refuses what is not allowed before a route is looked up, and hardens every answer."""
+    """ASGI middleware: refuses what is not allowed before a route is looked up, and hardens every answer.
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
+    `revoked`: see `AdminService.is_revoked`.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, revoked: Callable[[Sequence[str]], bool]) -> None:
         self._app = app
         self._token = token
+        self._revoked = revoked
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -140,9 +158,14 @@ class Guard:
         caller = identify_bearer(headers.get("authorization"), self._token, now)
         by_cookie = caller is None
         if caller is None:
-            caller = caller_of_cookie(_cookie(headers), self._token, now)
+            caller = session_of(headers, self._token, now)
         if caller is None:
             return error(401, "the admin token is missing or wrong", {"www-authenticate": "Bearer"})
+        try:
+            if caller.ids and self._revoked(caller.revoked_by):
+                return error(401, "this token or session was revoked", {"www-authenticate": "Bearer"})
+        except Unavailable as problem:
+            return error(503, str(problem), {"retry-after": "1"})
         needed = role_needed(method, path)
         if not caller.role.includes(needed):
             return error(403, f"{caller.name} has the role {caller.role.value}, this takes {needed.value}")
@@ -168,4 +191,5 @@ def _cookie(headers: Headers) -> str:
 
 
 def _sign(token: str, said: str) -> str:
-    return hmac.new(token.encode(), f"session/{said}".encode(), hashlib.sha256).hexdigest()
+    # Cookies of releases in which a session had no id were signed as "session/": they are refused.
+    return hmac.new(token.encode(), f"session2/{said}".encode(), hashlib.sha256).hexdigest()

@@ -12,6 +12,7 @@ from controlplane.contract.incidents import Incident
 from controlplane.contract.lives import Lives
 from controlplane.contract.protection import Protection
 from controlplane.contract.records import GROUP_WIDE, Operation, OperationKind
+from controlplane.contract.revocations import Revocation, RevokeRequest
 from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
 from web.describe import (
     ANY,
@@ -31,6 +32,7 @@ from web.describe import (
 
 KINDS = (
     ClusterStatus, Check, Operation, OperationAnswer, OperationRequest, Event, Incident, AuditEntry, Protection, Lives,
+    Revocation, RevokeRequest,
 )  # fmt: skip
 HTML = "text/html"
 NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -43,6 +45,7 @@ COOKIE_OR_BEARER: dict[str, Schema] = {
 def document(version: str) -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(KINDS, ref_template="#/components/schemas/{name}")
     schemas["OperationRequest"] = _operation_request(schemas["OperationRequest"])
+    schemas["RevokeRequest"] = _revoke_request(schemas["RevokeRequest"])
     error = record({"error": record({"message": STRING, "code": INTEGER})})
     return Api("KevlarFlow admin", version, _endpoints(), schemas, error, COOKIE_OR_BEARER).document()
 
@@ -60,6 +63,17 @@ def _operation_request(schema: Schema) -> Schema:
     about_node = {"properties": {"kind": {"enum": kinds}, "node": name}, "required": ["node"]}
     about_group = {"properties": {"kind": {"enum": wide}, "node": {"anyOf": [name, {"const": ""}]}}}
     return schema | {"properties": properties, "anyOf": [about_node, about_group]}
+
+
+def _revoke_request(schema: Schema) -> Schema:
+    """Either of the two."""
+    name: Schema = {"type": "string", "pattern": r"^[^\x00-\x1f\x7f]{1,256}$"}
+    token: Schema = {"type": "string", "minLength": 1}
+    either: list[Schema] = [
+        {"properties": {"name": name, "token": {"const": ""}}, "required": ["name"]},
+        {"properties": {"token": token, "name": {"const": ""}}, "required": ["token"]},
+    ]
+    return schema | {"anyOf": either}
 
 
 def bounded(least: int, most: int) -> Schema:
@@ -132,7 +146,15 @@ def _endpoints() -> list[Endpoint]:
             ],
             open=True,
         ),
-        Endpoint("DELETE", "/session", "Forget the cookie", {204: {}}, (403,)),
+        Endpoint("DELETE", "/session", "Sign out: the session is revoked", {204: {}}, (403,)),
+        Endpoint(
+            "POST",
+            f"{base}/revocations",
+            "Revoke a token, or all that has one name",
+            {200: {JSON: ref("Revocation")}},
+            changes,
+            ref("RevokeRequest"),
+        ),
         Endpoint("GET", "/metrics", "For Prometheus", words),
         Endpoint("GET", f"{base}/status", "The cluster", {200: {JSON: ref("ClusterStatus")}}),
         Endpoint(

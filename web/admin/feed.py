@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 import msgspec
 from starlette.responses import Response
@@ -203,17 +203,24 @@ class Feed:
 class FeedResponse(Response):
     """One client's stream. It ends when the client goes, stops reading, or may no longer read.
 
-    `left_s`: how long it may; None: for ever.
+    `left_s`: how long it may; None: for ever. `ended`: whether it may no longer, asked before each message.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, feed: Feed, after: int, left_s: float | None = None) -> None:
+    def __init__(
+        self,
+        feed: Feed,
+        after: int,
+        left_s: float | None = None,
+        ended: Callable[[], bool] = lambda: False,
+    ) -> None:
         super().__init__(headers={"x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._feed = feed
         self._after = after
         self._left_s = left_s
+        self._ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._feed.full:  # looked at here, where nothing comes between it and joining
@@ -240,6 +247,8 @@ class FeedResponse(Response):
         try:
             async with session, contextlib.aclosing(self._feed.messages(self._after)) as messages:
                 async for message in messages:
+                    if self._ended():
+                        break
                     async with asyncio.timeout(SEND_LIMIT_S):
                         await send({"type": "http.response.body", "body": message, "more_body": True})
         except TimeoutError:

@@ -14,6 +14,7 @@ from controlplane.contract.incidents import Incident
 from controlplane.contract.lives import Lives
 from controlplane.contract.protection import Protection
 from controlplane.contract.records import Operation
+from controlplane.contract.revocations import Revocation
 from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
 
 
@@ -30,6 +31,14 @@ class AdminService(Protocol):
 
     def troubles(self) -> Sequence[str]:
         """Why the cluster cannot be changed, or not wholly, and what to do; empty: all is well."""
+
+    def is_revoked(self, ids: Sequence[str]) -> bool:
+        """Whether one of these was taken back, at whichever controller. Raises Unavailable until the cluster's state
+        has been read once."""
+
+    async def revoke(self, wanted: Revocation, caller: Caller, *, audited: bool = False) -> None:
+        """Take a session, a token or all that has one name back, here at once and elsewhere as soon as etcd tells;
+        `audited`: it was somebody's decision about others."""
 
     async def status(self) -> ClusterStatus:
         """The cluster as this controller sees it now. Waits for nobody, and lets others run where it is large."""

@@ -54,9 +54,8 @@ export function findings(status) {
     });
     if (pipeline.closing) add("warn", `${pipeline.id} takes no new request, and goes when its streams have ended.`);
     if (pipeline.move) {
-      const { stage, to, phase, reason, attempt } = pipeline.move;
-      const again = attempt ? `, attempt ${attempt + 1}` : "";
-      add("warn", `${pipeline.id} moves stage ${stage} to ${to.node} (${phase}${again}; ${reason}).`);
+      const { stage, to, phase, reason } = pipeline.move;
+      add("warn", `${pipeline.id} moves stage ${stage} to ${to.node} (${phase}; ${reason}).`);
     }
   }
   for (const node of status.nodes) {

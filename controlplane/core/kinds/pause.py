@@ -1,4 +1,4 @@
-"""pause: automation off. A pipeline must not stay quiesced meanwhile, so every move is called off."""
+"""pause: automation off. Nobody would end a move meanwhile, nor see that it takes too long: all are called off."""
 
 from __future__ import annotations
 

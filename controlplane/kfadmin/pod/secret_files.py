@@ -100,16 +100,14 @@ def _certificates(folder: Path, release: Release, lifetime: timedelta, now: date
 
     certs = CertFolder(folder / FOLDER)
     certs.authority()  # raises ConfigError if there is none
-    known, made = {leaf.process: leaf for leaf in certs.leaves()}, []
+    made = []
     for role, count in release.counts.items():
         if not count:
             continue
-        files = {}
-        for process in release.processes(role):
-            hosts, leaf = release.names(process), known.get(str(process))
-            if leaf is None or leaf.due(now) or not set(hosts) <= {*leaf.names, *leaf.hosts}:
-                certs.issue([process], hosts, now, lifetime)
-            files[f"{process}.pem"] = (certs.path / f"{process}.pem").read_bytes()
+        files = {
+            f"{process}.pem": certs.keep(process, release.names(process), now, lifetime).read_bytes()
+            for process in release.processes(role)
+        }
         made.append(_secret(release, f"{role.value}-certs", {"ca.pem": certs.ca.read_bytes(), **files}))
     return made
 

@@ -33,8 +33,10 @@ from controlplane.kfadmin.target import RunDirOption, connect
 ETCD_PORT, ETCD_PEER_PORT, ETCD_METRICS_PORT = 2379, 2380, 2381
 CREDENTIALS = Path("/etc/kevlarflow/credentials")
 API_KEYS = Path("/etc/kevlarflow/api-keys")
+OIDC = Path("/etc/kevlarflow/oidc/oidc.toml")  # of controllers, where the release has a login provider
 # In the pod's environment, where files are elsewhere.
 PLAN_ENV, CREDENTIALS_ENV, API_KEYS_ENV = "KF_POD_PLAN", "KF_CREDENTIALS", "KF_API_KEYS"
+OIDC_ENV = "KF_OIDC"
 KEY_FILES = ("api-keys", "keys.json")
 PARTS = {role.value: role for role in LETTERS}
 LABELS_WAIT_S = 60.0  # for Kubernetes' API, at the start of a pod
@@ -165,7 +167,9 @@ def command_of(
             return _etcd(run_dir, plan, place, config, me)
         case ProcessRole.CONTROLLER:
             port = ["--admin-port", str(config.admin_port)]  # others know it: no other one will do
-            return [sys.executable, "-m", "controlplane.main", *settings, "--id", me.name, *port]
+            oidc = _path(OIDC_ENV, OIDC)
+            login = ["--oidc", str(oidc)] if oidc.exists() else []
+            return [sys.executable, "-m", "controlplane.main", *settings, "--id", me.name, *port, *login]
         case ProcessRole.GATEWAY:
             return [sys.executable, "-m", "web.gateway.main", *settings, "--id", me.name]
         case _:

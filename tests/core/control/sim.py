@@ -19,7 +19,7 @@ from controlplane.contract.ids import Member
 from controlplane.contract.records import NodeRecord, Operation, OperationState
 from controlplane.contract.reports import LinkReport, NodeReport, PipelineReport, TargetReport
 from controlplane.contract.status import OperationAnswer, OperationRequest
-from controlplane.contract.topology import Mode, MovePhase, Topology
+from controlplane.contract.topology import Mode, Move, Topology
 from controlplane.core import events
 from controlplane.core.controller import Controller
 from controlplane.core.events import (
@@ -37,6 +37,7 @@ from tests.core.control.world import make_config, make_record
 
 STEP_S = 0.1
 UNIX = 1_000_000.0
+FAR = 10_000  # tokens: no copy is near that is so far behind
 LINK_LIMIT_S = 3.0  # a link over which nothing passes is given up then
 
 
@@ -84,8 +85,8 @@ class Sim:
     # Links over which nothing passes, in no direction, and since when. Both ends take them for broken after a while.
     parted: dict[frozenset[str], float] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)  # nodes that their launcher does not restart
-    quiet: bool = True  # pipelines can be quiesced
     lag: int = 0
+    near: bool = True  # copies at the destinations of moves are no further behind than the others
     running: dict[str, int] = field(default_factory=dict)  # requests of a pipeline; of others 2
     ended: list[str] = field(default_factory=list)  # nodes that the launcher has ended for good
     history: list[Event] = field(default_factory=list)
@@ -482,7 +483,6 @@ class Sim:
                 targets = list(pipeline.stages[index].replicas)
                 if move is not None and move.stage == index and move.to not in targets:
                     targets.append(move.to)
-                quiescing = move is not None and move.phase is MovePhase.QUIESCE and self.quiet and not hung
                 found.append(
                     PipelineReport(
                         pipeline.id,
@@ -491,11 +491,13 @@ class Sim:
                         last_step=6 if hung and index < min(hung) else 5,
                         stalled_s=self.now - min(hung.values()) if hung and index == 0 else 0.0,
                         running=self.running.get(pipeline.id, 2) if index == 0 else 0,
-                        quiesced_step=5 if index == 0 and quiescing else -2,
-                        targets=tuple(TargetReport(t, self.lag) for t in targets),
+                        targets=tuple(TargetReport(t, self._lag(t, move)) for t in targets),
                     )
                 )
         return tuple(found)
+
+    def _lag(self, target: Member, move: Move | None) -> int:
+        return FAR if not self.near and move is not None and target == move.to else self.lag
 
     # -- looking ------------------------------------------------------------------------------------------
 

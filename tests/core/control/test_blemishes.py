@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from controlplane.contract.events import EventKind
 from controlplane.contract.ids import Member
 from controlplane.contract.records import Operation, OperationKind, ProcessKind, Target
-from controlplane.contract.topology import Move, MovePhase, Pipeline, Topology
+from controlplane.contract.topology import Move, Pipeline, Topology
 from controlplane.core.edit import successor, with_stage
 from controlplane.core.invariants import blemishes, broken
 from controlplane.core.plan import propose
@@ -45,11 +45,11 @@ def too_few_stages(sim: Sim, p: Pipeline) -> Pipeline:
 
 
 def move_of_no_stage(sim: Sim, p: Pipeline) -> Pipeline:
-    return replace(p, move=Move(9, sim.nodes["n4"].member, MovePhase.QUIESCE, "hand-back"))
+    return replace(p, move=Move(9, sim.nodes["n4"].member, "hand-back"))
 
 
 def move_to_itself(sim: Sim, p: Pipeline) -> Pipeline:
-    return replace(p, move=Move(1, sim.nodes["n1"].member, MovePhase.QUIESCE, "by hand"))
+    return replace(p, move=Move(1, sim.nodes["n1"].member, "by hand"))
 
 
 def another_process(sim: Sim, p: Pipeline) -> Pipeline:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.records import Operation, OperationKind, OperationState, ProcessKind, Target
-from controlplane.contract.topology import Mode
+from controlplane.contract.topology import Mode, MovePhase
 from controlplane.core.policy import Timers
 from tests.core.control.world import LIMITS, World, make_config
 
@@ -18,7 +18,8 @@ SHAPES = [(2, 2), (2, 4), (3, 3)]
 
 
 def prefixes(instances: int, stages: int) -> list[World]:
-    """Worlds after every step of a life: forming, a death, the return, the hand-back, and the death of its peer."""
+    """Worlds after every step of a life: forming, a death, the return, the hand-back, also as older code goes about it,
+    and the death of its peer."""
     world = World(make_config(instances, stages))
     found = [copy.deepcopy(world)]
 
@@ -37,8 +38,20 @@ def prefixes(instances: int, stages: int) -> list[World]:
     assert world.all_home()
     world.kill(f"n{stages + 1}")
     live(2)
+    found += [quiesced(w) for w in found if any(p.move for p in w.topology.pipelines)]
     unique = {w.topology: w for w in found}
     return list(unique.values())
+
+
+def quiesced(world: World) -> World:
+    """The world with its moves in the phase in which older code stops a pipeline."""
+    world = copy.deepcopy(world)
+    topology = world.topology
+    stopped = [p.move and replace(p.move, phase=MovePhase.QUIESCE) for p in topology.pipelines]
+    pairs = zip(topology.pipelines, stopped, strict=True)
+    pipelines = tuple(replace(p, move=move) for p, move in pairs)
+    world.topology = replace(topology, counter=topology.counter + 1, pipelines=pipelines)
+    return world
 
 
 def survivors(instances: int, stages: int) -> list[frozenset[str]]:

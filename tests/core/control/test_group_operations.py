@@ -67,20 +67,20 @@ def test_while_paused_nothing_is_repaired_and_the_status_says_so() -> None:
     sim.run_until(lambda: done(sim, "on") and sim.up() and sim.serving()[1] == "n5", limit_s=3)
 
 
-@pytest.mark.parametrize("quiet", [True, False])
-def test_a_pause_leaves_no_pipeline_quiesced(quiet: bool) -> None:
+@pytest.mark.parametrize("near", [True, False])
+def test_a_pause_calls_moves_off(near: bool) -> None:
     sim = formed()
-    sim.quiet = False
+    sim.near = False
     sim.submit("drain", "n0")
     sim.run_until(lambda: _moving(sim), limit_s=5)
-    sim.quiet = quiet
+    sim.near = near
     sim.submit("pause", id="stop")
     sim.run_until(lambda: done(sim, "stop"), limit_s=2)
     assert sim.topology is not None
     assert all(p.move is None for p in sim.topology.pipelines)
     sim.run(1)
     assert sim.operations["op"][0].message == "automation is paused"
-    sim.quiet = True
+    sim.near = True
     sim.submit("resume", id="on")
     sim.run_until(lambda: done(sim), limit_s=10)
     assert sim.serving()[0] == "n4"

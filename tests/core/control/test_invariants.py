@@ -119,10 +119,38 @@ def emptied(world: World) -> Topology:
     return successor(world.topology, with_stage(world.topology.pipelines[0], 0, ranks=()))
 
 
+def switched_to(world: World, node: str = "n4", told: bool = True) -> Topology:
+    """The destination of the move of p0/0, n4, has a copy that is near; `node` takes over."""
+    world.topology = with_move(world)
+    counter = world.topology.counter + 1
+    p0 = replace(world.topology.pipelines[0], move=None, moved=counter if told else 0)
+    return successor(world.topology, with_stage(p0, 0, ranks=(world.member(node),)))
+
+
 def switched_too_early(world: World) -> Topology:
-    world.topology = with_move(world, MovePhase.COPY)
-    p0 = replace(world.topology.pipelines[0], move=None)
-    return successor(world.topology, with_stage(p0, 0, ranks=(world.member("n4"),)))
+    after = switched_to(world)
+    world.lag = 2 * 16 * world.running + 1
+    return after
+
+
+def switched_without_a_copy(world: World) -> Topology:
+    after = switched_to(world)
+    world.silent = True
+    return after
+
+
+def switched_to_another(world: World) -> Topology:
+    return switched_to(world, "n2")
+
+
+def switched_unsaid(world: World) -> Topology:
+    return switched_to(world, told=False)
+
+
+def death_told_as_a_move(world: World) -> Topology:
+    after = switched_to(world)
+    world.kill("n0")
+    return after
 
 
 def last_copy(world: World) -> Topology:
@@ -130,36 +158,41 @@ def last_copy(world: World) -> Topology:
 
 
 def with_move(
-    world: World, phase: MovePhase, node: str = "n4", pipeline: int = 0, attempt: int = 0
+    world: World, node: str = "n4", pipeline: int = 0, phase: MovePhase = MovePhase.COPY
 ) -> Topology:
-    move = Move(0, world.member(node), phase, "hand-back", attempt)
+    move = Move(0, world.member(node), "hand-back", phase)
     return successor(world.topology, replace(world.topology.pipelines[pipeline], move=move))
 
 
 def move_to_itself(world: World) -> Topology:
-    return with_move(world, MovePhase.COPY, "n0")
+    return with_move(world, "n0")
 
 
 def move_in_stop_restart(world: World) -> Topology:
     world.topology = replace(world.topology, mode=Mode.STOP_RESTART)
-    return with_move(world, MovePhase.COPY)
+    return with_move(world)
 
 
 def too_many_moves(world: World) -> Topology:
     world.__init__(make_config(3, 1, spares=1))  # type: ignore[misc]
     world.settle()
     for k in (0, 1):
-        world.topology = with_move(world, MovePhase.COPY, "n3", k)
-    return with_move(world, MovePhase.COPY, "n3", 2)
+        world.topology = with_move(world, "n3", k)
+    return with_move(world, "n3", 2)
 
 
-def skips_the_copy(world: World) -> Topology:
-    return with_move(world, MovePhase.QUIESCE)
+def begins_quiesced(world: World) -> Topology:
+    return with_move(world, phase=MovePhase.QUIESCE)
 
 
-def goes_on_forever(world: World) -> Topology:
-    world.topology = with_move(world, MovePhase.QUIESCE)
-    return with_move(world, MovePhase.COPY)
+def becomes_quiesced(world: World) -> Topology:
+    world.topology = with_move(world)
+    return with_move(world, phase=MovePhase.QUIESCE)
+
+
+def goes_elsewhere(world: World) -> Topology:
+    world.topology = with_move(world)
+    return with_move(world, "n2")
 
 
 def retired_serves(world: World) -> Topology:
@@ -192,12 +225,17 @@ CASES: list[tuple[str, Breaker]] = [
     ("the_living_are_not_displaced", displaced),
     ("the_living_are_not_displaced", emptied),
     ("the_living_are_not_displaced", switched_too_early),
+    ("the_living_are_not_displaced", switched_without_a_copy),
+    ("the_living_are_not_displaced", switched_to_another),
     ("increase_before_decrease", last_copy),
     ("moves_are_sane", move_to_itself),
     ("moves_are_sane", move_in_stop_restart),
     ("moves_are_sane", too_many_moves),
-    ("phases_follow_the_table", skips_the_copy),
-    ("phases_follow_the_table", goes_on_forever),
+    ("moves_stay_what_they_are", begins_quiesced),
+    ("moves_stay_what_they_are", becomes_quiesced),
+    ("moves_stay_what_they_are", goes_elsewhere),
+    ("moves_are_told", switched_unsaid),
+    ("moves_are_told", death_told_as_a_move),
     ("retired_serve_nothing", retired_serves),
     ("one_process_a_node", two_processes),
 ]
@@ -219,3 +257,15 @@ def test_every_invariant_has_a_case_that_breaks_it() -> None:
 def test_a_step_that_changes_nothing_is_fine() -> None:
     world = formed()
     check(world.situation(), successor(world.topology))
+
+
+def test_a_switch_to_a_copy_that_is_near_is_fine() -> None:
+    world = formed()
+    after = switched_to(world)
+    check(world.situation(), after)
+
+
+def test_a_move_that_older_code_has_quiesced_may_copy_again() -> None:
+    world = formed()
+    world.topology = with_move(world, phase=MovePhase.QUIESCE)
+    check(world.situation(), with_move(world))

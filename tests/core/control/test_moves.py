@@ -1,17 +1,19 @@
-"""The phases of a planned move, and how it ends otherwise."""
+"""A planned move: the copy, the switch, and how it ends otherwise."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
 from controlplane.contract.events import EventKind
 from controlplane.contract.ids import Member
-from controlplane.contract.reports import NodeReport, PipelineReport
-from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Stage, Topology
+from controlplane.contract.reports import LAG_UNKNOWN, PipelineReport, TargetReport
+from controlplane.contract.schema import encode
+from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Stage, Topology, switched
 from controlplane.core.membership import Nodes
 from controlplane.core.narrate import of_topology
 from controlplane.core.plan import plan
@@ -47,31 +49,18 @@ def calm(world: World) -> None:
         pass
 
 
-def settled(world: World) -> None:
-    """All other steps are taken, and the move does not advance."""
-    while (rule := world.step()) is not None:
-        assert rule != "advance_moves"
-
-
-def test_copy_quiesce_switch() -> None:
+def test_copy_and_switch() -> None:
     world = moving()
-    assert (move(world).phase, move(world).to, move(world).reason) == (
-        MovePhase.COPY,
-        world.member("n1"),
-        "hand-back",
-    )
+    assert move(world) == Move(1, world.member("n1"), "hand-back", MovePhase.COPY)
     epoch = p0(world).epoch
     calm(world)
-    assert move(world).phase is MovePhase.COPY  # too far behind
-    world.lag = 2 * 16 * world.running
-    assert world.step() == "advance_moves"
-    assert move(world).phase is MovePhase.QUIESCE
+    world.lag = 2 * 16 * world.running + 1
+    assert world.next() is None  # too far behind
     assert p0(world).epoch == epoch
-    assert world.next() is None  # not a token may be missing
-    world.lag = 0
+    world.lag -= 1
     assert world.step() == "advance_moves"
     assert p0(world).move is None
-    assert p0(world).epoch == world.topology.counter
+    assert p0(world).epoch == p0(world).moved == world.topology.counter
     assert world.serving()["p0/1"] == "n1"
     assert world.copies()["p0/1"] == ["n3"]  # who served until now has everything
 
@@ -84,92 +73,101 @@ def test_an_idle_pipeline_needs_a_complete_copy() -> None:
     assert move(world).phase is MovePhase.COPY
     world.lag = 0
     assert world.step() == "advance_moves"
-    assert move(world).phase is MovePhase.QUIESCE
+    assert world.serving()["p0/1"] == "n1"
 
 
-def test_a_mode_without_copies_quiesces_at_once() -> None:
+def test_a_mode_without_copies_switches_at_once() -> None:
     world = moving(Mode.NONE)
-    calm(world)
     calm(world)
     assert world.serving()["p0/1"] == "n1"
 
 
-def test_a_quiesce_that_does_not_end_is_called_off_and_tried_after_growing_pauses() -> None:
+def test_a_node_of_other_numerics_gets_no_copies_and_is_switched_to_at_once() -> None:
     world = moving()
-    world.lag, world.quiet = 0, False
     calm(world)
-    pauses = []
-    for attempt in range(1, 8):
-        assert move(world).phase is MovePhase.QUIESCE
-        settled(world)
-        world.now += world.config.timing.quiesce_limit_s
-        assert world.step() == "advance_moves"
-        assert (move(world).phase, move(world).attempt) == (MovePhase.COPY, attempt)
-        since = world.now
-        while world.step() != "advance_moves":
-            world.now += 0.5
-        pauses.append(world.now - since)
-    assert pauses == [1, 2, 4, 8, 16, 30, 30]
-    world.quiet = True
+    assert move(world).phase is MovePhase.COPY
+    world.records["n1"] = replace(world.records["n1"], numerics="other")
     assert world.step() == "advance_moves"
     assert world.serving()["p0/1"] == "n1"
 
 
-def spoil(
-    change_first: Callable[[PipelineReport], PipelineReport] = lambda r: r,
-    change_source: Callable[[PipelineReport], PipelineReport] = lambda r: r,
-    behind: int = 0,
-) -> bool:
-    """Whether the switch happens although the reports of a quiescing world were changed so."""
+def spoil(change: Callable[[PipelineReport], PipelineReport]) -> bool:
+    """Whether the switch happens although what the source reports of its copies was changed so."""
     world = moving()
-    world.lag = 0
     calm(world)
-    assert move(world).phase is MovePhase.QUIESCE
+    world.lag = 0
     nodes = world.nodes()
-    reports: dict[object, NodeReport] = {}
-    for member, report in nodes.reports.items():
-        said = tuple(
-            (change_first(r) if r.stage == 0 else change_source(r)) if r.pipeline == "p0" else r
-            for r in report.pipelines
-        )
-        reports[member] = replace(report, pipelines=said, topology_counter=report.topology_counter - behind)
-    changed = Nodes(nodes.views, nodes.dead, reports)  # type: ignore[arg-type]
+    source = p0(world).stages[1].leader
+    assert source is not None
+    said = tuple(change(r) if r.pipeline == "p0" else r for r in nodes.reports[source].pipelines)
+    changed = Nodes(
+        nodes.views, nodes.dead, {**nodes.reports, source: replace(nodes.reports[source], pipelines=said)}
+    )
     transition = plan(world.topology, changed, world.policy(), world.now)
     return transition is not None and transition.rule == "advance_moves"
 
 
+def lags(tokens: int, behind_s: float = 0.0) -> Callable[[PipelineReport], PipelineReport]:
+    return lambda r: replace(r, targets=tuple(TargetReport(t.target, tokens, behind_s) for t in r.targets))
+
+
 def test_the_switch_needs_every_condition() -> None:
-    assert spoil()
-    assert not spoil(change_first=lambda r: replace(r, quiesced_step=-2))
-    assert not spoil(change_first=lambda r: replace(r, quiesced_step=8))
-    assert not spoil(change_source=lambda r: replace(r, last_step=6))
-    assert not spoil(change_source=lambda r: replace(r, epoch=r.epoch - 1))
-    assert not spoil(change_source=lambda r: replace(r, targets=()))
-    assert not spoil(behind=1)  # said before they knew of the quiescing
+    assert spoil(lambda r: r)
+    assert spoil(lags(2 * 16, LIMITS.behind_s))
+    assert not spoil(lags(2 * 16 + 1))
+    assert not spoil(lags(2 * 16, LIMITS.behind_s + 0.01))
+    assert not spoil(lags(LAG_UNKNOWN))
+    assert not spoil(lambda r: replace(r, targets=()))
+    assert not spoil(lambda r: replace(r, epoch=r.epoch - 1))  # said before it had the copies that count
 
 
-def test_a_pipeline_that_never_issued_a_step_can_switch() -> None:
-    idle = {"quiesced_step": -1, "last_step": -1}
-    assert spoil(lambda r: replace(r, **idle), lambda r: replace(r, last_step=-1))
-
-
-@pytest.mark.parametrize("phase", [MovePhase.COPY, MovePhase.QUIESCE])
 @pytest.mark.parametrize("victim", ["n1", "n3", "n0"])
-def test_a_death_in_the_midst_ends_the_move_and_the_rest_is_repair(phase: MovePhase, victim: str) -> None:
+def test_a_death_in_the_midst_ends_the_move_and_the_rest_is_repair(victim: str) -> None:
     world = moving()
     calm(world)
-    if phase is MovePhase.QUIESCE:
-        world.lag, world.quiet = 0, False
-        calm(world)
-    assert move(world).phase is phase
-    world.lag, world.quiet = 0, True
+    assert move(world).phase is MovePhase.COPY
+    world.lag = 0
     world.kill(victim)
-    world.settle()
+    before = p0(world)
+    assert world.step() in ("repair", "drop_dead")
     assert p0(world).move is None
+    assert not switched(before, p0(world))
+    world.settle()
     assert p0(world).up
     # The destination had a copy: if the source is dead, it is the one that goes on.
     expected = {"n1": ["n0", "n3"], "n3": ["n0", "n1"], "n0": ["n2", "n1"]}
     assert [s.leader.node for s in p0(world).stages if s.leader] == expected[victim]
+
+
+def test_a_destination_that_dies_right_after_the_switch_leaves_the_copy_of_who_served_before() -> None:
+    world = moving()
+    calm(world)
+    world.lag = 0
+    assert world.step() == "advance_moves"
+    assert world.copies()["p0/1"] == ["n3"]
+    world.lag = LAG_UNKNOWN  # n1 has not heard from anybody what there is
+    world.kill("n1")
+    assert world.step() == "repair"
+    assert world.serving()["p0/1"] == "n3"
+    assert p0(world).moved < p0(world).epoch
+
+
+def test_a_move_that_older_code_has_quiesced_copies_on_at_once_and_switches_when_it_is_near() -> None:
+    """Older schedulers compute nothing meanwhile; what else the older leader wrote is none of our business."""
+    world = moving()
+    calm(world)
+    quiesced = msgspec.json.decode(msgspec.json.encode(world.topology))
+    quiesced["pipelines"][0]["move"] |= {"phase": "quiesce", "attempt": 2}
+    world.topology = msgspec.convert(quiesced, Topology)
+    assert move(world).phase is MovePhase.QUIESCE
+    assert world.step() == "advance_moves"
+    assert (move(world).phase, p0(world).epoch) == (MovePhase.COPY, quiesced["pipelines"][0]["epoch"])
+    assert world.next() is None
+    written = msgspec.json.decode(encode(world.topology, msgspec.json.encode(quiesced)))
+    assert written["pipelines"][0]["move"]["attempt"] == 2
+    world.lag = 0
+    assert world.step() == "advance_moves"
+    assert world.serving()["p0/1"] == "n1"
 
 
 def test_a_copy_that_never_ends_is_called_off_and_not_begun_again_at_once() -> None:
@@ -185,8 +183,8 @@ def test_a_copy_that_never_ends_is_called_off_and_not_begun_again_at_once() -> N
 
 def test_a_suspected_destination_is_not_switched_to() -> None:
     world = moving()
-    world.lag = 0
     calm(world)
+    world.lag = 0
     world.yellow.add("n1")
     assert world.next() is None
     world.yellow.clear()
@@ -214,7 +212,6 @@ def test_no_more_moves_at_once_than_allowed() -> None:
 
 def test_a_new_leader_goes_on_from_the_topology_alone() -> None:
     world = moving()
-    world.lag = 0
     calm(world)
     fresh = World(world.config)
     fresh.records, fresh.alive, fresh.topology = world.records, world.alive, copy.copy(world.topology)
@@ -224,22 +221,25 @@ def test_a_new_leader_goes_on_from_the_topology_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("phase", "by", "text"),
+    ("phase", "moved", "by", "text"),
     [
-        (MovePhase.QUIESCE, "n1", "moved p0/1 to n1"),
-        (MovePhase.COPY, "n1", "called off: p0/1 to n1"),  # who served died, and the copy took over
-        (MovePhase.QUIESCE, "n3", "called off: p0/1 to n1"),
+        (MovePhase.COPY, True, "n1", "moved p0/1 to n1"),
+        (MovePhase.COPY, False, "n1", "called off: p0/1 to n1"),  # who served died, and the copy took over
+        (MovePhase.COPY, False, "n3", "called off: p0/1 to n1"),
+        (MovePhase.QUIESCE, False, "n1", "moved p0/1 to n1"),  # by older code, which does not say
+        (MovePhase.QUIESCE, False, "n3", "called off: p0/1 to n1"),
     ],
 )
 def test_history_tells_a_switch_from_a_death_in_the_midst_of_a_move(
-    phase: MovePhase, by: str, text: str
+    phase: MovePhase, moved: bool, by: str, text: str
 ) -> None:
     to = Member("n1", "b")
 
     def at(counter: int, serves: Member, move: Move | None = None) -> Topology:
         stages = (Stage(("n0",), (Member("n0", "a"),)), Stage(("n1",), (serves,)))
-        return Topology("g", counter, Mode.REPLICATE, (Pipeline("p0", counter, stages, move),))
+        pipeline = Pipeline("p0", counter, stages, move, moved=counter if moved and move is None else 0)
+        return Topology("g", counter, Mode.REPLICATE, (pipeline,))
 
-    before = at(1, Member("n9", "a"), Move(1, to, phase, "hand-back"))
+    before = at(1, Member("n9", "a"), Move(1, to, "hand-back", phase))
     told = of_topology(before, at(2, to if by == "n1" else Member(by, "a")), {}, 0.0)
     assert [event.message for event in told if event.kind is EventKind.MOVE] == [text]

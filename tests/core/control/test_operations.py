@@ -71,7 +71,7 @@ def test_cancelled_half_way_it_stays_where_it_was_and_cordoned() -> None:
 
 def test_a_deleted_operation_is_a_cancelled_one() -> None:
     sim = formed()
-    sim.quiet = False
+    sim.near = False
     sim.submit("replace", "n0")
     sim.run(1)
     assert sim.topology is not None
@@ -85,7 +85,7 @@ def test_a_deleted_operation_is_a_cancelled_one() -> None:
 
 def test_the_deadline_fails_it_and_calls_its_move_off() -> None:
     sim = formed()
-    sim.quiet = False
+    sim.near = False
     sim.submit("drain", "n0", deadline_s=5)
     sim.run(4)
     assert sim.state() is OperationState.RUNNING
@@ -199,11 +199,11 @@ def test_replace_with_a_spare_changes_the_home() -> None:
 
 def test_replace_with_a_spare_cancelled_half_way_goes_back() -> None:
     sim = formed(2, 2, spares=1)
-    sim.quiet = False
+    sim.near = False
     sim.submit("replace", "n1", substitute="n5")
     sim.run(1)
     sim.cancel("op")
-    sim.quiet = True
+    sim.near = True
     sim.run(2)
     assert sim.serving() == ["n0", "n1"]
     assert sim.topology is not None
@@ -251,7 +251,7 @@ def test_a_dry_run_changes_nothing() -> None:
 
 def test_one_operation_at_a_time_on_a_node_and_the_older_goes_first() -> None:
     sim = formed()
-    sim.quiet = False
+    sim.near = False
     sim.submit("drain", "n0")
     sim.run(1)
     refused = sim.submit("undrain", "n0", id="later")
@@ -260,7 +260,7 @@ def test_one_operation_at_a_time_on_a_node_and_the_older_goes_first() -> None:
     sim.put_operation(Operation("later", OperationKind.UNDRAIN, "n0", created_unix_s=2e9))
     sim.run(1)
     assert "older operation" in sim.operations["later"][0].message
-    sim.quiet = True
+    sim.near = True
     sim.run_until(lambda: done(sim) and done(sim, "later"), limit_s=30)
     sim.run_until(sim.home, limit_s=30)
 

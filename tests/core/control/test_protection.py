@@ -8,6 +8,7 @@ from controlplane.contract.config import ClusterConfig, ParityConfig
 from controlplane.contract.ids import Member
 from controlplane.contract.incidents import Affected, Incident
 from controlplane.contract.protection import Loss
+from controlplane.contract.repair import Restoring
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineStatus
 from controlplane.contract.topology import Mode
 from controlplane.core.protection import protection
@@ -19,6 +20,18 @@ BUSY = {"tokens": 1000, "tail_tokens": 60, "token_s": 0.002, "step_s": 0.05}
 FAILURE = Incident(
     1, "n0", "a", "gone", 10.0, 0.1, (Affected("p0", 3, "", plan_s=0.02, connect_s=0.03, ended_unix_s=11.0),)
 )
+
+
+RESTORING = Restoring(wait_s=0.02, block_s=0.001, blocks=9)
+
+
+def coded(status: ClusterStatus, *, restoring: Restoring = RESTORING) -> ClusterStatus:
+    """With parity in the place of copies; a node has had blocks restored."""
+    pipelines = tuple(
+        replace(p, stages=tuple(replace(stage, replicas=()) for stage in p.stages)) for p in status.pipelines
+    )
+    nodes = (*status.nodes[:-1], replace(status.nodes[-1], restoring=restoring))
+    return replace(status, mode=Mode.PARITY, pipelines=pipelines, nodes=nodes)
 
 
 def busy(lag: int = 0, **changes: object) -> ClusterStatus:
@@ -88,14 +101,7 @@ def test_a_stage_that_nobody_else_has() -> None:
 
 def test_parity_brings_back_so_many_stages_at_once() -> None:
     config = replace(CONFIG, mode=Mode.PARITY, parity=ParityConfig("xor", 1))
-    status = replace(busy(lag=48), mode=Mode.PARITY)
-    status = replace(
-        status,
-        pipelines=tuple(
-            replace(p, stages=tuple(replace(stage, replicas=()) for stage in p.stages))
-            for p in status.pipelines
-        ),
-    )
+    status = coded(busy(lag=48))
     cost = loss(status, "n1", config)
     assert cost.tokens == 48 + 60
     assert cost.restore_bytes == (1000 - 108) // SIZE * BLOCK_BYTES
@@ -106,6 +112,40 @@ def test_parity_brings_back_so_many_stages_at_once() -> None:
     two = replace(config, parity=ParityConfig("rs", 2))
     assert loss(both, "n1", two).tokens == 108
     assert protection(both, two, []).policy == "rs 4+2"
+
+
+def test_restoring_takes_its_time() -> None:
+    config = replace(CONFIG, mode=Mode.PARITY, parity=ParityConfig("xor", 1))
+    cost = loss(coded(busy(lag=48)), "n1", config)
+    blocks = (1000 - 108) // SIZE
+    assert cost.wait_s is not None
+    assert abs(cost.wait_s - (0.15 + 0.02 + blocks * 0.001 + 108 * 0.002 + 0.05)) < 1e-9
+    assert loss(coded(busy(), restoring=Restoring()), "n1", config).wait_s is None, "it was never measured"
+
+
+def test_who_had_many_blocks_restored_knows_best() -> None:
+    status = coded(busy())
+    few = replace(status.nodes[2], restoring=Restoring(0.5, 0.05, 3))
+    also = replace(status.nodes[3], restoring=Restoring(0.6, 0.06, 4))
+    status = replace(status, nodes=(*status.nodes[:2], few, also, *status.nodes[4:]))
+    assert protection(status, CONFIG, []).restoring == Restoring(0.02, 0.001, 16)
+
+
+def test_what_is_computed_sooner_than_restored_is_computed() -> None:
+    config = replace(CONFIG, mode=Mode.PARITY, parity=ParityConfig("xor", 1))
+    cost = loss(coded(busy(lag=48), restoring=Restoring(0.02, 0.5, 9)), "n1", config)
+    assert (cost.tokens, cost.restore_bytes) == (1000, 0)
+    assert cost.wait_s is not None
+    assert abs(cost.wait_s - (0.15 + 1000 * 0.002 + 0.05)) < 1e-9
+    assert cost.how == ("p0: computed again, which is sooner than to restore it",)
+
+
+def test_many_chunks_follow_one_another() -> None:
+    status = replace(busy(), mode=Mode.NONE)
+    status = replace(status, pipelines=tuple(map(without_copies, status.pipelines)))
+    cost = loss(changed(status, 0, pace_s=0.001, chunk_tokens=100), "n1")
+    assert cost.wait_s is not None
+    assert abs(cost.wait_s - (0.15 + 100 * 0.002 + 900 * 0.001 + 0.05)) < 1e-9
 
 
 def test_where_instances_hold_copies_of_requests_the_whole_instance_moves() -> None:

@@ -213,7 +213,7 @@ def test_a_restart_is_refused_where_nobody_could_take_over() -> None:
     assert baseline.submit("restart", "gateways").accepted
     baseline.run_until(lambda: done(baseline), limit_s=5)
     sim = formed(2, 2)
-    sim.quiet = False
+    sim.near = False
     sim.submit("drain", "n1")
     assert levels(sim, "restart", "nodes")["operations"] == "fail"
 

@@ -24,7 +24,7 @@ from controlplane.contract.records import (
 )
 from controlplane.contract.reports import LinkReport, NodeReport
 from controlplane.contract.schema import SCHEMA, schema_of
-from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Stage, Topology
+from controlplane.contract.topology import Mode, Move, Pipeline, Stage, Topology
 from controlplane.core import events
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.performer import Performer
@@ -36,7 +36,7 @@ A, B, C, D = (Member(f"n{k}", f"i{k}") for k in range(4))
 
 def topology(counter: int = 1) -> Topology:
     stages = (Stage(("n0",), (A,), (C,)), Stage(("n1",), (B,), (D,)))
-    move = Move(1, D, MovePhase.COPY, "op-1")
+    move = Move(1, D, "op-1")
     return Topology(
         "default",
         counter,
@@ -107,7 +107,7 @@ def test_what_belonged_to_another_record_is_not_carried_over() -> None:
     before = newer(encode(topology()))
     known = decode(msgspec.json.encode(before), Topology, "k")
     p0 = known.pipelines[0]
-    moved = msgspec.structs.replace(p0, move=Move(0, C, MovePhase.COPY, "op-2"))
+    moved = msgspec.structs.replace(p0, move=Move(0, C, "op-2"))
     swapped = msgspec.structs.replace(p0.stages[0], ranks=(Member("n0", "another"),))
     fresh = Pipeline("p9", 1, ())
     after = msgspec.structs.replace(

@@ -78,9 +78,9 @@ class Cluster(RuleBasedStateMachine):
     def etcd_returns(self) -> None:
         self.sim.etcd_back()
 
-    @rule(quiet=st.booleans(), lag=st.sampled_from([0, 0, 5, 10_000]))
-    def load(self, quiet: bool, lag: int) -> None:
-        self.sim.quiet, self.sim.lag = quiet, lag
+    @rule(near=st.booleans(), lag=st.sampled_from([0, 0, 5, 10_000]))
+    def load(self, near: bool, lag: int) -> None:
+        self.sim.near, self.sim.lag = near, lag
 
     @precondition(lambda self: self.sim.etcd_up)
     @rule(kind=st.sampled_from(["drain", "undrain", "replace", "cordon"]), node=NODES)
@@ -121,7 +121,7 @@ class Cluster(RuleBasedStateMachine):
         sim.outcomes.clear()
         sim.held.clear()
         sim.deaf.clear()
-        sim.quiet, sim.lag = True, 0
+        sim.near, sim.lag = True, 0
         for node in list(sim.nodes):
             sim.cont(node)
         if not sim.etcd_up:

@@ -10,7 +10,7 @@ from controlplane.contract.ids import Member
 from controlplane.contract.records import NodeRecord, Operation
 from controlplane.contract.reports import NodeReport, PipelineReport, TargetReport
 from controlplane.contract.status import NodeState
-from controlplane.contract.topology import Mode, MovePhase, Topology
+from controlplane.contract.topology import Mode, Topology
 from controlplane.core.edit import initial
 from controlplane.core.membership import Nodes, NodeView
 from controlplane.core.operations import progress, survey
@@ -62,7 +62,7 @@ def make_record(
 
 @dataclass
 class World:
-    """Nodes that report what a healthy data plane would: copies catch up, quiescing pipelines fall quiet."""
+    """Nodes that report what a healthy data plane would: copies catch up."""
 
     config: ClusterConfig
     topology: Topology = field(init=False)
@@ -73,7 +73,7 @@ class World:
     operations: dict[str, Operation] = field(default_factory=dict)
     running: int = 1
     lag: int = 0  # of every copy
-    quiet: bool = True  # whether quiescing ends
+    silent: bool = False  # nobody says anything of copies
     now: float = 1000.0
     history: list[str] = field(default_factory=list)
     timers: Timers = field(default_factory=lambda: Timers(LIMITS))
@@ -124,15 +124,13 @@ class World:
                 targets = list(stage.replicas)
                 if move is not None and move.stage == index and move.to not in targets:
                     targets.append(move.to)
-                quiescing = move is not None and move.phase is MovePhase.QUIESCE and self.quiet
                 report = PipelineReport(
                     pipeline=pipeline.id,
                     epoch=pipeline.epoch,
                     stage=index,
                     last_step=7,
                     running=self.running if index == 0 else 0,
-                    quiesced_step=7 if index == 0 and quiescing else -2,
-                    targets=tuple(TargetReport(t, self.lag) for t in targets),
+                    targets=() if self.silent else tuple(TargetReport(t, self.lag) for t in targets),
                 )
                 for member in stage.ranks:
                     said.setdefault(member, []).append(report)

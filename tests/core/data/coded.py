@@ -130,6 +130,13 @@ class Coded(Cluster):
             self.run(1)
         raise AssertionError(f"blocks without parity: {self.lags()}")
 
+    def settle_some(self) -> None:
+        """While streams run: new blocks fill all the time, so that the lag is small, not always nothing."""
+        for _ in range(300):
+            if not any(self.lags()):
+                return
+            self.run(1)
+
     def wait_for_drops(self, limit: int = 2000) -> None:
         """Until there is parity of what is kept, and of nothing else. (For when all requests have ended.)"""
         for _ in range(limit):

@@ -28,7 +28,6 @@ from dataplane.core.events import (
     Effect,
     EpochBegan,
     Event,
-    Quiesce,
     Recovered,
     Refuse,
     RunStep,
@@ -48,7 +47,7 @@ from dataplane.core.messages import (
     StepFailedMeta,
     StepMeta,
 )
-from dataplane.core.request import Request
+from dataplane.core.request import Phase, Request
 from dataplane.core.scheduler import Scheduler
 from dataplane.core.stage import Prepared, Stage
 from dataplane.kvcache import KVCache
@@ -127,7 +126,7 @@ class Node:
             self.stage = Stage(PIPELINE, self.stage_index, self.cluster.stages, epoch, self.store, sampling)
         elif self.stage.fence.epoch < epoch:
             self.stage.enter(Fence(epoch))
-        self.replicator.protect(PIPELINE, epoch, replicas, flush=False)
+        self.replicator.protect(PIPELINE, epoch, replicas)
 
     def leave(self, demote: bool) -> None:
         self.stage = None
@@ -376,26 +375,32 @@ class Cluster:
         self.nodes[self.serving[stage]].alive = False
         self.replace(stage, self.peers[stage])
 
-    def move(self, stage: int, to: Member) -> None:
-        """A planned switch, by its phases: copy, quiesce, then the epoch."""
+    def move(self, stage: int, to: Member) -> int:
+        """A planned switch: the copy, then the epoch. Returns how many tokens have to be computed again: those that
+        were issued, and of which no copy was acknowledged or another stage has nothing."""
         source = self.nodes[self.serving[stage]]
         targets = [m for m in (self.peers[stage], to) if self.nodes[m].alive and m != source.me]
-        source.replicator.protect(PIPELINE, self.epoch, list(dict.fromkeys(targets)), flush=False)
+        source.replicator.protect(PIPELINE, self.epoch, list(dict.fromkeys(targets)))
         self.run(self.random.randrange(60))
-        source.replicator.protect(PIPELINE, self.epoch, list(dict.fromkeys(targets)), flush=True)
-        self.dispatch(Quiesce(True))
         for _ in range(20_000):
-            assert source.stage is not None
             source.look_at(source.store.checksums.next(1))  # a worker does in idle time
-            quiet = self.scheduler.quiesced_step == source.stage.last_step
             lag = {t.target: t.lag_tokens for t in source.replicator.targets(PIPELINE)}
-            if quiet and lag[to] == 0:
+            if lag[to] <= 2 * BLOCK * self.scheduler.running:
                 break
             self.run(1)
         else:
-            raise AssertionError("the move found no quiet moment")
+            raise AssertionError("the copy never came near")
+        there = source.replicator._protected[PIPELINE].sources[to]
+        lacks = 0
+        for request in self.scheduler.requests.values():
+            if request.phase is Phase.RUNNING:
+                others = (self.nodes[m].store for m in self.serving if m != source.me)
+                held = [there.acked(request.rid), *(s.tokens((PIPELINE, request.rid)) for s in others)]
+                lacks += max(0, min(request.issued, request.total - 1) - min(held))
+            elif request.phase is Phase.RECOVERING:
+                lacks += request.computed
         self.replace(stage, to)
-        self.dispatch(Quiesce(False))
+        return lacks
 
     def join(self, stage: int, name: str) -> Member:
         """A blank replacement."""

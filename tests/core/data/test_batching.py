@@ -197,6 +197,17 @@ def test_chunks_keep_a_step_to_a_multiple_of_a_decode_step() -> None:
     assert StepSpeed().chunk_tokens(12, 512) == 32
 
 
+def test_chunks_that_follow_one_another_tell_the_pace_of_a_long_prompt() -> None:
+    made = speed(12, 0.16, 0.002)
+    made.passed(100, since=0.0, now=1.0)
+    assert made.pace_s == 0.0, "nothing was in the stages with it"
+    made.passed(100, since=0.5, now=1.2)
+    made.passed(300, since=0.9, now=1.5)
+    assert made.pace_s == pytest.approx(0.3 / 300), "most tokens were in that one"
+    made.passed(900, since=5.0, now=6.0)  # launched when the stages were empty
+    assert made.pace_s == pytest.approx(0.3 / 300)
+
+
 SECONDS = st.sampled_from([0.0, 1e-9, 0.001, 0.01, 1.0, 60.0])
 
 

@@ -76,12 +76,12 @@ def test_an_acknowledgement_of_an_earlier_life_counts_for_nothing() -> None:
     made.must_ask(0.0)
     made.acknowledged((), whole=True, refused=False, now=0.0)
     made.wrote([1])
-    assert len(made.take(0.0, flush=False)) == 2
+    assert len(made.take(0.0)) == 2
     made.freed([1])  # preempted: the holder is told to drop it, and its last acknowledgement is on its way
     made.wrote([1])  # admitted again, computed again
     made.acknowledged(((1, 8),), whole=False, refused=False, now=0.1)
-    assert made.lag_tokens([1], flush=False) == 8
-    assert len(made.take(0.2, flush=False)) == 2
+    assert made.lag_tokens([1]) == 8
+    assert len(made.take(0.2)) == 2
 
 
 def test_an_answer_that_crossed_an_order_to_drop_counts_for_nothing() -> None:
@@ -91,9 +91,9 @@ def test_an_answer_that_crossed_an_order_to_drop_counts_for_nothing() -> None:
     made.freed([1])
     made.wrote([1])  # admitted again, computed again
     assert not made.acknowledged(((1, 8), (2, 8)), whole=True, refused=False, now=0.1)
-    assert made.lag_tokens([1], flush=False) == 8
-    assert made.lag_tokens([2], flush=False) == 0
-    assert len(made.take(0.2, flush=False)) == 2
+    assert made.lag_tokens([1]) == 8
+    assert made.lag_tokens([2]) == 0
+    assert len(made.take(0.2)) == 2
 
 
 @pytest.mark.parametrize(("index", "tokens"), [(0, 100), (-1, 4), (3, 16), (0, 0), (0, -3)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from controlplane.contract.requests import Sampling, Submit
-from dataplane.core.events import Cancelled, CapacityChanged, Deliver, Effect, Quiesce, Submitted
+from dataplane.core.events import Cancelled, CapacityChanged, Deliver, Effect, Submitted
 from tests.core.data.pipeline import PIPELINE
 from tests.core.data.test_storm import EVENTS, Storm
 
@@ -92,7 +92,6 @@ def test_storm_with_clients_that_return(stages: int, seed: int) -> None:
         storm.check_copies()
         storm.strike(storm.random.choice(events))
     storm.dispatch(CapacityChanged(20, stages))
-    storm.dispatch(Quiesce(False))
     for rid in sorted(storm.away):
         storm.come_back(rid)
     storm.resubmit_all()

@@ -68,35 +68,35 @@ def source(tokens: dict[int, int]) -> ReplicaSource:
 
 def test_what_was_computed_again_is_copied_again() -> None:
     made = source({1: 12})
-    assert len(made.take(0.0, flush=False)) == 3
+    assert len(made.take(0.0)) == 3
     made.acknowledged(((1, 12),), whole=False, refused=False, now=0.1)
     made.rewrote(1, 12)  # the next token: nothing that the holder has
-    assert made.lag_tokens([1], flush=False) == 0
+    assert made.lag_tokens([1]) == 0
     made.rewrote(1, 6)  # in the midst of the second block
     made.wrote([1])
-    assert made.lag_tokens([1], flush=False) == 8
-    assert made.take(COPY_EVERY_S, flush=False) == [Copy(1, 1, 8), Copy(1, 2, 12)]
+    assert made.lag_tokens([1]) == 8
+    assert made.take(COPY_EVERY_S) == [Copy(1, 1, 8), Copy(1, 2, 12)]
     made.acknowledged(((1, 12),), whole=False, refused=False, now=0.3)
-    assert made.lag_tokens([1], flush=False) == 0
+    assert made.lag_tokens([1]) == 0
 
 
 def test_an_answer_of_before_does_not_count_for_what_was_computed_again() -> None:
     made = source({1: 12})
-    made.take(0.0, flush=False)
+    made.take(0.0)
     made.acknowledged(((1, 12),), whole=False, refused=False, now=0.1)
     made.restart()  # a new epoch: it is asked what it has ...
     assert made.must_ask(0.2)
     made.rewrote(1, 4)
     made.wrote([1])
     made.acknowledged(((1, 12),), whole=True, refused=False, now=0.3)  # ... and says so too late
-    assert made.lag_tokens([1], flush=False) == 8
-    assert made.take(0.4, flush=False) == [Copy(1, 1, 8), Copy(1, 2, 12)]
+    assert made.lag_tokens([1]) == 8
+    assert made.take(0.4) == [Copy(1, 1, 8), Copy(1, 2, 12)]
     made.acknowledged(((1, 12),), whole=False, refused=False, now=0.5)
     assert not made.must_ask(0.5 + 2 * ANSWER_LIMIT_S)
     made.restart()
     made.must_ask(9.0)
     made.acknowledged(((1, 12),), whole=True, refused=False, now=9.0)
-    assert made.lag_tokens([1], flush=False) == 0, "that was one answer's"
+    assert made.lag_tokens([1]) == 0, "that was one answer's"
 
 
 @pytest.mark.parametrize("start", [0, 4])

@@ -6,6 +6,7 @@ import pytest
 
 from controlplane.contract.config import ParityConfig
 from controlplane.contract.topology import Mode
+from dataplane import parity
 from tests.core.data.coded import Coded
 from tests.core.data.pipeline import BLOCK, PIPELINE
 
@@ -38,10 +39,7 @@ def recomputed(kind: type[Coded], stages: int, seed: int, *lost: int) -> int:
     """Kills stages when all is protected; tokens that had to be computed again."""
     cluster = start(kind, stages, seed)
     if kind.mode is Mode.PARITY:
-        for _ in range(300):  # new blocks fill all the time: the lag is small, not always nothing
-            if not any(cluster.lags()):
-                break
-            cluster.run(1)
+        cluster.settle_some()
     cluster.kill_stages(*lost)
     cluster.run_to_end()
     cluster.check()
@@ -116,3 +114,23 @@ def test_parity_takes_its_share_of_what_copies_would() -> None:
         )
         assert used == held
         assert used == pytest.approx(kept * size * parities / 4, rel=0.03)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_some_requests_are_computed_again_while_others_are_restored(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever are chosen: every stream is exact."""
+
+    def odd(lacking: dict[int, int], *costs: object) -> set[int]:
+        return {rid for rid, blocks in lacking.items() if rid % 2 and blocks}
+
+    monkeypatch.setattr(parity, "computed_again", odd)
+    cluster = start(Coded, 4, 11)
+    cluster.settle_some()
+    cluster.kill(stage)
+    cluster.run_to_end()
+    cluster.check()
+    assert not cluster.refused
+    assert cluster.nodes[cluster.serving[stage]].parity.restorer.blocks_restored > 0
+    assert cluster.scheduler.stats.tokens_recomputed >= 3 * 10, "of the odd ones nothing was restored"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from controlplane.contract.ids import Member
+from controlplane.contract.repair import Restoring
 from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
 from dataplane._fast.checksum import crc32
 from dataplane.core.encoder import JOB_LIMIT_S, Effect, Encoder, Fetch, Refuse, Send, Solve
@@ -33,7 +34,7 @@ from dataplane.core.parity import (
     ranked,
 )
 from dataplane.core.prefix import unpack_names
-from dataplane.core.restorer import QUIET_LIMIT_S, TRIES_MAX, Restorer
+from dataplane.core.restorer import ATTEMPT_LIMIT_S, QUIET_LIMIT_S, TRIES_MAX, Restorer
 from dataplane.parity_bytes import OF_BYTES, ParityBytes
 
 PIPELINE, FENCE = "p", Fence(1)
@@ -402,6 +403,72 @@ def test_nobody_waits_for_blocks_behind_one_that_cannot_be_had() -> None:
             assert restorer.answers(0.0) == []
     (answer,) = restorer.answers(0.0)
     assert answer.last
+
+
+def test_blocks_are_asked_for_together() -> None:
+    """An encoder that is at work is asked for no fewer blocks than go into one message, unless they are the last."""
+    names = [name_of(number) for number in range(12)]
+    restorer = Restorer(64, company=4)
+    meta = RejoinMeta(PIPELINE, FENCE, 0, (1,), True, (b"".join(names),))
+    restorer.begin(meta, b"", {1: list(names)}, dict.fromkeys(names, ENCODERS), 0.0)
+    assert [each[3] for each in restorer.next(0.0, 6)] == [names[:6]]
+    for at, name in enumerate(names[:3]):
+        restorer.arrived(PIPELINE, name, 0.1 + at / 10)
+        assert restorer.next(0.1 + at / 10, 6) == [], "one, two or three would go alone"
+    restorer.arrived(PIPELINE, names[3], 0.4)
+    assert [each[3] for each in restorer.next(0.4, 6)] == [names[6:10]]
+    for name in names[4:6]:
+        restorer.arrived(PIPELINE, name, 0.5)
+    assert [each[3] for each in restorer.next(0.5, 6)] == [names[10:]], "nothing comes behind these"
+    for name in names[6:]:
+        restorer.arrived(PIPELINE, name, 0.6)
+    assert restorer.answers(0.6)[0].last
+
+
+def test_an_encoder_that_gets_on_is_not_late() -> None:
+    names = [name_of(number) for number in range(3)]
+    restorer = asking(names)
+    assert len(restorer.next(0.0, 100)) == 1
+    restorer.arrived(PIPELINE, names[0], 0.9 * ATTEMPT_LIMIT_S)
+    assert restorer.next(1.8 * ATTEMPT_LIMIT_S, 100) == [], "a block has come meanwhile"
+    asked = restorer.next(1.95 * ATTEMPT_LIMIT_S, 100)
+    assert [(each[2], each[3]) for each in asked] == [(ENCODERS[1], names[1:])]
+
+
+def test_how_fast_blocks_were_restored_is_known_afterwards() -> None:
+    names = [name_of(number) for number in range(5)]
+    restorer = asking(names)
+    assert restorer.speed.restoring == Restoring()
+    for name, at in zip(names, (0.2, 0.2, 0.3, 0.4, 0.5), strict=True):
+        restorer.arrived(PIPELINE, name, at)
+    assert restorer.answers(0.5)[0].last
+    found = restorer.speed.restoring
+    assert (found.wait_s, found.block_s, found.blocks) == (pytest.approx(0.2), pytest.approx(0.1), 3)
+
+
+def test_what_was_not_restored_is_no_measurement() -> None:
+    restorer = asking([name_of(1)])
+    assert restorer.answers(QUIET_LIMIT_S)[0].last
+    assert restorer.speed.restoring == Restoring()
+
+
+def test_a_stage_that_is_sending_is_not_silent() -> None:
+    world = World("xor", 1, 3, 4)
+    names = [name_of(1), name_of(2)]
+    for source in world.sources:
+        source.add(names)
+    world.calm()
+    encoder = Encoder(1 << 20)
+    for name in names:
+        for stage in range(3):
+            data = world.shard(name, stage)
+            encoder.arrived((PIPELINE, name), stage, world.shape, crc32(data), 0, 0.0)
+    encoder.asked(PIPELINE, FENCE, 0, Member("n0", "a"), names, 0.0)
+    for stage in (1, 2):
+        encoder.heard(PIPELINE, stage, 0.9 * JOB_LIMIT_S)
+    assert encoder.expire(1.8 * JOB_LIMIT_S) == []
+    refused = [effect for effect in encoder.expire(1.95 * JOB_LIMIT_S) if isinstance(effect, Refuse)]
+    assert sorted(effect.key[1] for effect in refused) == sorted(names)
 
 
 def test_no_more_is_asked_for_than_there_is_room_and_all_waiting_ends() -> None:

@@ -58,17 +58,19 @@ def test_second_kill_during_recovery_and_hand_back(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("stage", range(3))
-def test_a_planned_move_recomputes_nothing(stage: int, seed: int) -> None:
+def test_a_planned_move_recomputes_only_what_its_copy_lacks(stage: int, seed: int) -> None:
     """To a blank node and on to another, while a copy is taken in the middle of computations."""
     cluster = start(
         3, seed, blocks=128, quota=60
     )  # room for all: what is preempted is recomputed, and rightly
     cluster.run(cluster.random.randrange(20, 150))
     for name in ("x0", "x1"):
-        cluster.move(stage, cluster.join(stage, name))
-        assert cluster.scheduler.stats.tokens_recomputed == 0
+        before = cluster.scheduler.stats.tokens_recomputed
+        lacks = cluster.move(stage, cluster.join(stage, name))
         cluster.run(cluster.random.randrange(20, 80))
-        assert cluster.scheduler.stats.tokens_recomputed == 0
+        if stage == 0:
+            before = 0  # another scheduler
+        assert cluster.scheduler.stats.tokens_recomputed - before <= lacks
     cluster.run_to_end()
     cluster.check()
 
@@ -76,15 +78,15 @@ def test_a_planned_move_recomputes_nothing(stage: int, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_what_was_never_computed_is_not_computed_again(seed: int) -> None:
     """A planned move while long prompts are on their way in chunks: the rest of them is no loss."""
-    cluster = Cluster(3, seed, blocks=200, quota=100)
-    for rid in (1, 2, 3):
-        cluster.submit(rid, list(range(100)), max_tokens=5)
+    cluster = Cluster(3, seed, blocks=400, quota=200)
+    for rid in range(1, 7):
+        cluster.submit(rid, [1000 * rid + k for k in range(100)], max_tokens=5)
     cluster.run(1)
-    cluster.move(1, cluster.join(1, "x0"))
+    lacks = cluster.move(1, cluster.join(1, "x0"))
     cluster.run_to_end()
     cluster.check()
     assert cluster.scheduler.stats.requests_recovered > 0
-    assert cluster.scheduler.stats.tokens_recomputed == 0
+    assert cluster.scheduler.stats.tokens_recomputed <= lacks < 100
 
 
 def test_recovery_uses_the_replica_and_recomputes_only_the_tail() -> None:

@@ -23,7 +23,6 @@ from dataplane.core.events import (
     Deliver,
     Effect,
     EpochBegan,
-    Quiesce,
     Refuse,
     RunStep,
     Submitted,
@@ -331,10 +330,10 @@ def test_where_bad_words_leave_nothing_the_request_ends_with_the_reason() -> Non
 @pytest.mark.parametrize("batch", [16, 64])
 def test_choices_of_one_prompt_compute_it_once(batch: int) -> None:
     world = World(replace(LIMITS, max_batch_tokens=batch))
-    world.perform(world.scheduler.step(Quiesce(True), 0.0))  # they come together
+    world.perform(world.scheduler.step(CapacityChanged(256, 0), 0.0))  # they come together
     for rid in range(1, 6):
         world.submit(rid, PROMPT if rid < 5 else PROMPT[::-1])
-    world.perform(world.scheduler.step(Quiesce(False), 0.0))
+    world.perform(world.scheduler.step(CapacityChanged(256, 1), 0.0))
     world.run()
     computed = {rid: sum(rows[rid][1] for rows in world.rows if rid in rows) for rid in range(1, 6)}
     whole = len(PROMPT) + 2

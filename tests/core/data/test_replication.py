@@ -42,30 +42,32 @@ def source(tokens: dict[int, int]) -> ReplicaSource:
 def test_nothing_is_sent_before_the_holder_has_said_what_it_has() -> None:
     made = ReplicaSource(HOLDER, 4, lambda _: 8)
     made.wrote([1])
-    assert made.take(0.0, flush=False) == []
+    assert made.take(0.0) == []
     assert made.must_ask(0.0)
     assert not made.must_ask(0.1)
     assert made.must_ask(ANSWER_LIMIT_S)
 
 
-def test_whole_blocks_only_unless_flushed() -> None:
-    made = source({1: 6})
-    assert made.take(0.0, flush=False) == [Copy(1, 0, 4)]
-    assert made.lag_tokens([1], flush=False) == 4
+def test_whole_blocks_only() -> None:
+    tokens = {1: 6}
+    made = source(tokens)
+    assert made.take(0.0) == [Copy(1, 0, 4)]
+    assert made.lag_tokens([1]) == 4
     made.acknowledged(((1, 4),), whole=False, refused=False, now=0.1)
-    assert made.lag_tokens([1], flush=False) == 0
-    assert made.lag_tokens([1], flush=True) == 2
+    assert made.lag_tokens([1]) == 0
     made.wrote([1])
-    assert made.take(0.1, flush=True) == [Copy(1, 1, 6)]
-    made.acknowledged(((1, 6),), whole=False, refused=False, now=0.2)
-    assert made.lag_tokens([1], flush=True) == 0
+    assert made.take(0.1) == []
+    tokens[1] = 9
+    assert made.lag_tokens([1]) == 4
+    made.wrote([1])
+    assert made.take(0.2) == [Copy(1, 1, 8)]
 
 
 def test_how_long_the_rest_takes_is_told_from_what_was_acknowledged() -> None:
     tokens = {1: 400}
     made = source(tokens)
-    made.take(0.0, flush=False)
-    assert made.behind_s(made.lag_tokens([1], flush=False)) > 60.0  # nothing has been seen yet
+    made.take(0.0)
+    assert made.behind_s(made.lag_tokens([1])) > 60.0  # nothing has been seen yet
     made.acknowledged(((1, 40),), whole=False, refused=False, now=0.2)
     made.acknowledged(((1, 120),), whole=False, refused=False, now=0.6)
     assert made.behind_s(280) == pytest.approx(280 / (120 / 0.6))
@@ -74,14 +76,15 @@ def test_how_long_the_rest_takes_is_told_from_what_was_acknowledged() -> None:
     assert made.behind_s(270) == pytest.approx(27.0)
 
 
-def test_a_part_filled_block_is_sent_again_when_it_has_grown() -> None:
+def test_a_part_filled_block_of_a_holder_that_served_before_is_sent_again_when_it_has_grown() -> None:
     tokens = {1: 6}
-    made = source(tokens)
-    made.take(0.0, flush=True)
-    made.acknowledged(((1, 6),), whole=False, refused=False, now=0.1)
+    made = ReplicaSource(HOLDER, 4, tokens.get)  # type: ignore[arg-type]
+    made.must_ask(0.0)
+    made.acknowledged(((1, 6),), whole=True, refused=False, now=0.1)
+    assert made.take(0.1) == []
     tokens[1] = 8
     made.wrote([1])
-    assert made.take(0.2, flush=False) == [Copy(1, 1, 8)]
+    assert made.take(0.2) == [Copy(1, 1, 8)]
 
 
 def test_a_holder_that_kept_its_copies_gets_only_what_it_lacks() -> None:
@@ -90,7 +93,7 @@ def test_a_holder_that_kept_its_copies_gets_only_what_it_lacks() -> None:
     assert made.acknowledged(((1, 12),), whole=True, refused=False, now=0.0) == []
     made.wrote([1])
     made.wrote([2])
-    assert made.take(0.0, flush=False) == [Copy(1, 3, 16), Copy(2, 0, 4), Copy(2, 1, 8)]
+    assert made.take(0.0) == [Copy(1, 3, 16), Copy(2, 0, 4), Copy(2, 1, 8)]
 
 
 def test_copies_of_requests_that_are_gone_are_given_back() -> None:
@@ -102,7 +105,7 @@ def test_copies_of_requests_that_are_gone_are_given_back() -> None:
 def test_an_order_to_drop_that_was_lost_is_given_again() -> None:
     tokens = {1: 8, 2: 8}
     made = source(tokens)
-    made.take(0.0, flush=False)
+    made.take(0.0)
     made.acknowledged(((1, 8), (2, 8)), whole=False, refused=False, now=0.1)
     assert not made.must_ask(50.0)
     del tokens[1]
@@ -120,10 +123,10 @@ def test_an_order_to_drop_that_was_lost_is_given_again() -> None:
 
 def test_a_request_that_is_back_needs_no_order_to_drop() -> None:
     made = source({1: 8})
-    made.take(0.0, flush=False)
+    made.take(0.0)
     made.freed([1])  # preempted
     made.wrote([1])
-    assert len(made.take(0.2, flush=False)) == 2
+    assert len(made.take(0.2)) == 2
     made.acknowledged(((1, 8),), whole=False, refused=False, now=0.3)
     assert not made.must_ask(99.0)
 
@@ -149,10 +152,10 @@ def test_a_holder_says_that_copies_are_gone() -> None:
 
 def test_a_refused_block_is_tried_again_after_a_pause() -> None:
     made = source({1: 8})
-    assert len(made.take(0.0, flush=False)) == 2
+    assert len(made.take(0.0)) == 2
     made.acknowledged(((1, 0),), whole=False, refused=True, now=0.1)
-    assert made.take(0.2, flush=False) == []
-    assert made.take(0.1 + REFUSED_PAUSE_S, flush=False)[0] == Copy(1, 0, 4)
+    assert made.take(0.2) == []
+    assert made.take(0.1 + REFUSED_PAUSE_S)[0] == Copy(1, 0, 4)
 
 
 def test_a_holder_that_refuses_is_asked_ever_less_often() -> None:
@@ -161,7 +164,7 @@ def test_a_holder_that_refuses_is_asked_ever_less_often() -> None:
     tries = []
     now = 0.0
     while now < 600.0:
-        if copies := made.take(now, flush=False):
+        if copies := made.take(now):
             tries.append((now, len(copies)))
             made.acknowledged(((1, 0),), whole=False, refused=True, now=now)
         now += 0.05
@@ -172,10 +175,10 @@ def test_a_holder_that_refuses_is_asked_ever_less_often() -> None:
     assert [count for _, count in tries[2:]] == [1] * (len(tries) - 2)  # one block tells
     assert made.refusals == len(tries)
     made.room()
-    assert made.take(now, flush=False) == [Copy(1, 0, 4), Copy(1, 1, 8)]
+    assert made.take(now) == [Copy(1, 0, 4), Copy(1, 1, 8)]
     made.acknowledged(((1, 8),), whole=False, refused=False, now=now)
     made.acknowledged(((1, 0),), whole=False, refused=True, now=now)
-    assert made.take(now + REFUSED_PAUSE_S, flush=False), "what was stored since ends the count"
+    assert made.take(now + REFUSED_PAUSE_S), "what was stored since ends the count"
 
 
 def test_a_holder_says_when_it_has_room_again() -> None:
@@ -226,7 +229,7 @@ def test_the_source_counts_refusals_and_takes_up_again_at_a_word() -> None:
     table_rows = store.begin("p0", rows)
     assert table_rows is not None
     store.commit(table_rows, rows)
-    serving.protect("p0", 1, [HOLDER], flush=False)
+    serving.protect("p0", 1, [HOLDER])
     serving.acknowledged(HOLDER, KvAckMeta("p0", Fence(1), (), whole=True), 0.0)
     done(serving.pump(0.0))
     serving.acknowledged(HOLDER, KvAckMeta("p0", Fence(1), ((1, 0),), refused=True), 0.1)
@@ -247,48 +250,39 @@ def test_what_is_under_way_is_bounded_in_bytes_too() -> None:
     made.must_ask(0.0)
     made.acknowledged((), whole=True, refused=False, now=0.0)
     made.wrote([1])
-    assert len(made.take(0.0, flush=False, limit=3)) == 3
-    assert len(made.take(0.0, flush=False)) == WINDOW_BYTES // (8 << 20) - 3
+    assert len(made.take(0.0, limit=3)) == 3
+    assert len(made.take(0.0)) == WINDOW_BYTES // (8 << 20) - 3
     huge = ReplicaSource(HOLDER, 4, lambda _: 4 * 100, block_bytes=1 << 30)
     huge.must_ask(0.0)
     huge.acknowledged((), whole=True, refused=False, now=0.0)
     huge.wrote([1])
-    assert len(huge.take(0.0, flush=False)) == 2
+    assert len(huge.take(0.0)) == 2
 
 
 def test_the_window_bounds_what_is_under_way() -> None:
     made = source({1: 4 * (WINDOW_BLOCKS + 10)})
-    assert len(made.take(0.0, flush=False)) == WINDOW_BLOCKS
-    assert made.take(0.0, flush=False) == []
+    assert len(made.take(0.0)) == WINDOW_BLOCKS
+    assert made.take(0.0) == []
     made.acknowledged(((1, 4 * 10),), whole=False, refused=False, now=0.1)
-    assert len(made.take(0.1, flush=False)) == 10
+    assert len(made.take(0.1)) == 10
 
 
 def test_a_silent_holder_is_asked_again_and_nothing_counts_meanwhile() -> None:
     made = source({1: 8})
-    made.take(0.0, flush=False)
+    made.take(0.0)
     assert made.must_ask(ANSWER_LIMIT_S + 0.1)
     assert not made.known
-    assert made.lag_tokens([1], flush=False) == 8
+    assert made.lag_tokens([1]) == 8
 
 
 def test_blocks_that_fill_one_after_the_other_go_together() -> None:
     tokens = {1: 4, 2: 3}
     made = source(tokens)
-    assert made.take(0.0, flush=False) == [Copy(1, 0, 4)]
+    assert made.take(0.0) == [Copy(1, 0, 4)]
     tokens |= {1: 8, 2: 4}
     made.wrote([1, 2])
-    assert made.take(COPY_EVERY_S / 2, flush=False) == []
-    assert made.take(COPY_EVERY_S, flush=False) == [Copy(1, 1, 8), Copy(2, 0, 4)]
-
-
-def test_a_move_waits_for_no_company() -> None:
-    tokens = {1: 4}
-    made = source(tokens)
-    made.take(0.0, flush=False)
-    tokens[1] = 5
-    made.wrote([1])
-    assert made.take(0.001, flush=True) == [Copy(1, 1, 5)]
+    assert made.take(COPY_EVERY_S / 2) == []
+    assert made.take(COPY_EVERY_S) == [Copy(1, 1, 8), Copy(2, 0, 4)]
 
 
 def test_a_source_hears_of_copies_that_made_room() -> None:
@@ -321,12 +315,12 @@ def test_a_source_hears_of_copies_that_made_room() -> None:
     assert sent == [(successor, KvAckMeta("p0", Fence(2), ((2, 0),), refused=True))]
 
     told = source({1: 8})
-    told.take(0.0, flush=False)
+    told.take(0.0)
     told.acknowledged(((1, 8),), whole=False, refused=False, now=0.0)
     told.acknowledged(((1, 0),), whole=False, refused=True, now=0.1)
-    assert told.lag_tokens([1], flush=False) == 8
-    assert told.take(0.2, flush=False) == []  # there is no room yet
-    assert [copy.index for copy in told.take(0.1 + REFUSED_PAUSE_S, flush=False)] == [0, 1]
+    assert told.lag_tokens([1]) == 8
+    assert told.take(0.2) == []  # there is no room yet
+    assert [copy.index for copy in told.take(0.1 + REFUSED_PAUSE_S)] == [0, 1]
 
 
 def test_what_is_unsound_in_a_message_is_refused_and_the_rest_of_it_is_kept() -> None:

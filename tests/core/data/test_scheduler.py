@@ -1,4 +1,4 @@
-"""The scheduler alone: admission, batching, refusals, cancellation, quiescing, stalls."""
+"""The scheduler alone: admission, batching, refusals, cancellation, stalls."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from controlplane.contract.requests import FinishReason, RefusalCode, Sampling, Submit
 from dataplane._fast.blocktable import Rows
+from dataplane.core import events
 from dataplane.core.batching import Limits
 from dataplane.core.events import (
     Ask,
@@ -16,7 +17,6 @@ from dataplane.core.events import (
     Deliver,
     Effect,
     EpochBegan,
-    Quiesce,
     Refuse,
     RunStep,
     SessionLost,
@@ -290,16 +290,6 @@ def test_a_cancelled_request_frees_its_blocks_even_if_nothing_else_runs() -> Non
     assert made.batcher.used_blocks == 0
 
 
-def test_quiesced_means_nothing_in_flight_and_nothing_starts() -> None:
-    made = scheduler(stages=1)
-    step = steps(made.step(submit(1), 0.0))[0]
-    made.step(Quiesce(True), 0.0)
-    assert made.quiesced_step == -2
-    assert not steps(made.step(result(step), 0.1))
-    assert made.quiesced_step == 0
-    assert steps(made.step(Quiesce(False), 0.2))
-
-
 def test_a_new_epoch_voids_what_is_in_flight_and_resumes_at_the_minimum() -> None:
     made = scheduler(stages=2)
     step = steps(made.step(submit(1, length=12), 0.0))[0]
@@ -331,6 +321,36 @@ def test_a_request_goes_on_while_a_stage_restores_blocks_of_others() -> None:
     more = steps(made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, ((1, 4),)), late))
     assert (1, 4, 9) in [row[:3] for row in rows(*more)]
     assert not made.questions
+
+
+def test_restoring_is_not_counted_as_connecting() -> None:
+    made = scheduler(stages=2)
+    made.step(result(steps(made.step(submit(1, length=12), 0.0))[0]), 0.1)
+    ask = next(e for e in made.step(EpochBegan(6, planned=False), 0.2) if isinstance(e, Ask)).meta
+    made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 0, ((1, 12),)), 0.3)
+    made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, (), more=True), 0.4)
+    assert not steps(made.step(Tick(), 0.4 + 2 * GATHER_S)), "nothing is known of what it holds"
+    issued = steps(made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, ((1, 8),)), 1.5))
+    effects = made.step(result(issued[0]), 1.7)
+    timing = next(e for e in effects if isinstance(e, events.Recovered)).timing
+    times = (timing.seen, timing.connected, timing.restored, timing.first_token)
+    assert times == (0.2, 0.4, 1.5, 1.7)
+
+
+def test_who_is_computed_again_does_not_wait_for_who_is_restored() -> None:
+    made = scheduler(stages=2)
+    for rid in (1, 2):
+        made.step(result(steps(made.step(submit(rid, length=12), 0.0))[0]), 0.1)
+    ask = next(e for e in made.step(EpochBegan(6, planned=False), 0.2) if isinstance(e, Ask)).meta
+    made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 0, ((1, 12), (2, 12))), 0.3)
+    made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, ((2, 0),), more=True), 0.3)
+    issued = steps(made.step(Tick(), 0.3 + 2 * GATHER_S))
+    assert [row[:2] for row in rows(*issued)] == [(2, 0)]
+    assert made.questions.adopting
+    more = steps(made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, ((1, 8),)), 0.9))
+    found = [row[:2] for step in more for row in rows(step)]
+    assert not found or (1, 8) in found
+    made.batcher.account.check()
 
 
 @pytest.mark.parametrize("fence", [Fence(5, 0), Fence(4, 9)])
@@ -422,18 +442,6 @@ def test_a_request_that_no_longer_fits_is_refused_not_kept_for_ever() -> None:
     assert not [e for e in made.step(submit(1, length=20, admitted=True), 0.5) if isinstance(e, Refuse)]
 
 
-def test_quiescing_an_idle_pipeline_after_a_switch() -> None:
-    """No step was issued in this epoch: the stages have executed none either, and the two must agree."""
-    made = scheduler(stages=1)
-    step = steps(made.step(submit(1, max_tokens=1), 0.0))[0]
-    freeing = steps(made.step(result(step), 0.1))[0]
-    made.step(result(freeing), 0.2)
-    ask = next(e for e in made.step(EpochBegan(6, planned=True), 0.3) if isinstance(e, Ask)).meta
-    made.step(HeldMeta("p0", ask.fence, ask.ask, 0, ()), 0.4)
-    made.step(Quiesce(True), 0.5)
-    assert made.quiesced_step == -1
-
-
 def test_a_pipeline_that_shares_a_node_refuses_earlier_and_says_when_to_come_back() -> None:
     made = scheduler(stages=1, quota=2, limits=replace(LIMITS, max_waiting=4))
     made.step(submit(1, max_tokens=30), 0.0)
@@ -472,10 +480,10 @@ def test_who_loses_all_in_a_failure_is_interrupted_and_who_is_preempted_is_not()
     made.step(result(step), 0.1)
     request = made.requests[1]
     (ask,) = [e for e in made.step(EpochBegan(6, planned=False), 0.4) if isinstance(e, Ask)]
-    made.step(Quiesce(hold=True), 0.4)
+    made.step(CapacityChanged(64, 0), 0.4)
     made.step(HeldMeta("p0", Fence(6, 0), ask.meta.ask, 0, ()), 0.5)
     assert (request.phase, request.lost) == (Phase.WAITING, True)
-    (step,) = steps(made.step(Quiesce(hold=False), 0.6))
+    (step,) = steps(made.step(CapacityChanged(64, 1), 0.6))
     assert (request.phase, request.lost) == (Phase.RUNNING, True)
     made.step(CapacityChanged(1, 1), 0.7)
     assert (request.phase, request.lost) == (Phase.WAITING, False)

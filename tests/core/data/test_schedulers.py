@@ -10,7 +10,7 @@ from controlplane.contract.records import NodeRecord
 from controlplane.contract.requests import RefusalCode, Refused, SchedulerMessage, Submit
 from controlplane.contract.topology import Mode, Move, MovePhase, Pipeline, Topology
 from controlplane.contract.topology import Stage as StageDuty
-from dataplane.core.messages import Fence, HeldMeta, Meta, RejoinMeta
+from dataplane.core.messages import Fence, HeldMeta, Meta, RejoinMeta, StepMeta
 from dataplane.frontdoor import Frontdoor
 from dataplane.schedulers import CRASHES_MAX, Schedulers
 from dataplane.worker import Message
@@ -66,16 +66,18 @@ def test_questions_of_one_pipeline_outlive_a_new_epoch_of_another() -> None:
 
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize(
-    ("phase", "target_serves", "planned"),
+    ("phase", "moved", "target_serves", "planned"),
     [
-        (MovePhase.QUIESCE, True, True),
-        (MovePhase.COPY, True, False),  # who served died, and its copy took over
-        (MovePhase.QUIESCE, False, False),  # the same, and another one took over
-        (None, True, False),
+        (MovePhase.COPY, 2, True, True),
+        (MovePhase.COPY, 0, True, False),  # who served died, and its copy took over
+        (MovePhase.COPY, 1, True, False),  # the same, after an earlier move
+        (MovePhase.QUIESCE, 0, True, True),  # by older code, which does not say
+        (MovePhase.QUIESCE, 0, False, False),  # another one took over
+        (None, 0, True, False),
     ],
 )
 def test_only_the_switch_of_a_move_is_a_planned_recovery(
-    stage: int, phase: MovePhase | None, target_serves: bool, planned: bool
+    stage: int, phase: MovePhase | None, moved: int, target_serves: bool, planned: bool
 ) -> None:
     """Also where it is the scheduler that moved: here, from a member that is not asked."""
     host = Host(ME, NEXT)
@@ -84,14 +86,14 @@ def test_only_the_switch_of_a_move_is_a_planned_recovery(
     to = duties[stage] if stage == 0 else other
     duties[stage] = other if stage == 0 else NEXT
 
-    def at(epoch: int, members: list[Member], move: Move | None = None) -> Pipeline:
+    def at(epoch: int, members: list[Member], move: Move | None = None, moved: int = 0) -> Pipeline:
         stages = (StageDuty((home,), (member,)) for home, member in zip(homes, members, strict=True))
-        return Pipeline("p0", epoch, tuple(stages), move)
+        return Pipeline("p0", epoch, tuple(stages), move, moved=moved)
 
-    move = None if phase is None else Move(stage if target_serves else 1 - stage, to, phase, "hand-back")
+    move = None if phase is None else Move(stage if target_serves else 1 - stage, to, "hand-back", phase)
     host.schedulers.on_topology(topology(1, at(1, duties, move)), RECORDS)
     duties[stage] = to if target_serves or stage == 0 else third
-    host.schedulers.on_topology(topology(2, at(2, duties)), RECORDS)
+    host.schedulers.on_topology(topology(2, at(2, duties, moved=moved)), RECORDS)
     recovery = host.schedulers.by_pipeline["p0"]._recovery
     assert recovery is not None
     assert recovery.planned is planned
@@ -188,19 +190,22 @@ def test_a_scheduler_that_chokes_again_and_again_ends_its_node() -> None:
         choke()
 
 
-def test_a_planned_switch_issues_nothing_in_the_epoch_that_is_over() -> None:
+def test_a_move_is_served_through_and_nothing_is_issued_in_the_epoch_that_is_over() -> None:
     host = Host(ME, NEXT)
     other = Member("n3", "a")
     host.schedulers.on_topology(topology(1, pipeline("p0", 1)), RECORDS)
     scheduler = host.schedulers.by_pipeline["p0"]
     host.schedulers.on_message(HeldMeta("p0", Fence(1), 0, 0, ()))
     host.schedulers.on_message(HeldMeta("p0", Fence(1), 0, 1, ()))
-    move = Move(1, other, MovePhase.QUIESCE, "hand-back")
+    move = Move(1, other, "hand-back")
     host.schedulers.on_topology(topology(2, pipeline("p0", 1, move)), RECORDS)
     host.schedulers.on_gateway(1, submitted(1).message)
-    assert scheduler.quiesced_step == -1
+    issued = [message.meta.fence for message in host.local if isinstance(message.meta, StepMeta)]
+    assert issued == [Fence(1)]
     host.schedulers.on_topology(topology(3, pipeline("p0", 3, None, other)), RECORDS)
-    assert not host.local
+    assert scheduler.fence == Fence(3)
+    host.schedulers.on_gateway(1, submitted(2).message)
+    assert [message.meta.fence for message in host.local if isinstance(message.meta, StepMeta)] == issued
 
 
 def test_a_scheduler_that_takes_over_knows_how_long_steps_take_here() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
 from controlplane.contract.ids import Member
 from controlplane.contract.requests import RefusalCode
@@ -104,14 +105,16 @@ def test_a_poisoned_request_waits_until_the_node_is_replaced() -> None:
     assert not bench.failed
 
 
-def test_poison_is_quarantined_and_planned_moves_do_not_count() -> None:
+@pytest.mark.parametrize("phase", MovePhase)  # older leaders say by it that the switch was planned
+def test_poison_is_quarantined_and_planned_moves_do_not_count(phase: MovePhase) -> None:
     bench = Bench()
-    move = Move(0, B, MovePhase.QUIESCE, "hand-back")
+    moved = 2 if phase is MovePhase.COPY else 0
+    move = Move(0, B, "hand-back", phase)
     bench.topology(pipeline("p0", A, 1))
     bench.do(StreamUp(A))
     bench.submit()
     bench.topology(pipeline("p0", A, 1, move))
-    bench.topology(pipeline("p0", B, 2))
+    bench.topology(structs.replace(pipeline("p0", B, 2), moved=moved))
     heads = [Member(f"x{n}", "1") for n in range(3)]
     for n, head in enumerate([B, *heads[:2]]):
         bench.do(StreamUp(head))
@@ -124,7 +127,7 @@ def test_poison_is_quarantined_and_planned_moves_do_not_count() -> None:
 def test_a_death_whose_copy_takes_over_in_the_midst_of_a_move_counts() -> None:
     bench = Bench()
     x = Member("x", "1")
-    bench.topology(pipeline("p0", A, 1, Move(0, B, MovePhase.COPY, "hand-back")))
+    bench.topology(pipeline("p0", A, 1, Move(0, B, "hand-back")))
     bench.do(StreamUp(A))
     bench.submit()
     for epoch, head in enumerate((B, x), start=2):

@@ -79,11 +79,14 @@ class Stack:
             await asyncio.sleep(0.005)
 
     def openai(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=20)
+        http = openai.DefaultAsyncHttpxClient(verify=False)  # no certificates, no authorities to read
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=20, http_client=http
+        )
 
     def http(self, key: str = KEY) -> httpx.AsyncClient:
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=20)
+        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=20, verify=False)
 
     @property
     def keys_owner(self) -> bytes:

@@ -324,7 +324,7 @@ BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": "x", "nonsense": 1}, "nonsense"),
     ({"prompt": "x", "temperature": "hot"}, "temperature"),
     ({"prompt": "x", "temperature": -1}, "temperature"),
-    ({"prompt": "x", "top_p": 0}, "top_p"),
+    ({"prompt": "x", "top_p": -0.1}, "top_p"),
     ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
     ({"prompt": "x", "max_tokens": "5"}, "max_tokens"),
     ({"prompt": "x", "max_tokens": 5000}, "max_tokens"),

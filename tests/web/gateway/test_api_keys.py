@@ -58,7 +58,7 @@ def test_a_key_is_known_by_its_secret_and_kept_as_a_hash(tmp_path: Path) -> None
     with changing(path) as kept:
         kept.append(record)
     assert path.stat().st_mode & 0o777 == 0o600
-    assert one.rpartition("-")[2] not in path.read_text()
+    assert one.split("-", 2)[2] not in path.read_text()
     keys = ApiKeys.load(tmp_path / "api-keys", path)
     caller = keys.match(f"Bearer {one}")
     assert (caller.name, caller.limits) == ("alice", KeyLimits())
@@ -255,7 +255,7 @@ def test_the_log_has_the_key_s_name_and_not_the_key(capsys: pytest.CaptureFixtur
     said = capsys.readouterr().out
     assert "key=alice" in said
     assert text not in said
-    assert text.rpartition("-")[2] not in said
+    assert text.split("-", 2)[2] not in said
 
 
 def test_a_gateway_takes_in_what_has_changed(tmp_path: Path) -> None:

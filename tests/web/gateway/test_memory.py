@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 
 from tests.web.gateway.stack import Events, Stack, stream, with_stack
+from web.gateway.openai.generation import Generation
+from web.gateway.openai.requests import ChatRequest, CompletionRequest
 from web.gateway.request_memory import Memory
 
 PAD = "x" * (3 << 20)
@@ -121,3 +124,44 @@ def test_what_is_held_is_given_back_with_the_object() -> None:
     assert (memory.total, memory.of(b"a")) == (100, 100)
     del hold
     assert (memory.total, memory.of(b"a"), len(memory._of)) == (0, 0, 0)
+
+
+def test_no_request_is_left_for_the_collector() -> None:
+    """A request may be megabytes: nothing of one that is over is in a cycle, and the collector has little to do."""
+    asks: list[tuple[str, dict[str, object]]] = [
+        ("/v1/completions", {"prompt": [400, 401], "max_tokens": 3, "stream": True}),
+        ("/v1/completions", {"prompt": [400, 401], "max_tokens": 3, "n": 2}),
+        ("/v1/completions", {"prompt": [400, 401], "max_tokens": 3, "stop": ["e", "a"], "logprobs": 1}),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "stream": True}),
+        ("/v1/responses", {"input": "x", "max_output_tokens": 3, "stream": True}),
+        ("/v1/completions", {"prompt": [400, 401], "nonsense": 1}),
+    ]
+
+    async def body(stack: Stack) -> None:
+        def alive() -> list[object]:
+            return [
+                o for o in gc.get_objects() if isinstance(o, (Generation, CompletionRequest, ChatRequest))
+            ]
+
+        for path, ask in asks:
+            async with stack.http() as client:
+                for _ in range(3):
+                    await client.post(path, json=ask)
+            await stack.until(lambda: not alive())
+        node = stack.nodes[0]
+        node.held = True  # one whose client leaves
+        async with stack.http() as client:
+            request = client.build_request("POST", "/v1/completions", json=asks[0][1] | {"max_tokens": 500})
+            reading = asyncio.create_task(client.send(request))
+            await stack.until(lambda: node.running)
+            reading.cancel()
+            await asyncio.wait([reading])
+        node.held = False
+        await stack.until(lambda: not alive())
+
+    gc.collect()
+    gc.disable()
+    try:
+        with_stack(body, nodes=1)
+    finally:
+        gc.enable()

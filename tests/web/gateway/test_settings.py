@@ -68,7 +68,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path, name: str) -> None:
         ("generation_config.json", {"temperature": "hot"}),
         ("generation_config.json", {"temperature": float("nan")}),
         ("generation_config.json", {"temperature": -1}),
-        ("generation_config.json", {"top_p": 0}),
+        ("generation_config.json", {"top_p": 1.5}),
         ("generation_config.json", {"top_k": 1.5}),
         ("generation_config.json", {"min_p": 2}),
         ("generation_config.json", {"repetition_penalty": float("inf")}),

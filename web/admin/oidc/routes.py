@@ -13,6 +13,7 @@ import html
 import re
 import secrets
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import structlog
@@ -47,6 +48,7 @@ WRONG_ADDRESS = (
     "The login provider does not know the address at which you opened the dashboard. It knows: {known}. Sign in at one"
     " of these, or with a token."
 )
+REVOKED = "Whoever operates the cluster has withdrawn your access."
 DENIED = "The login provider did not let you in ({code})."
 PAGE = """<!doctype html>
 <html lang="en">
@@ -69,8 +71,10 @@ PAGE = """<!doctype html>
 """
 
 
-def add_login(app: FastAPI, token: str, provider: Provider | None) -> None:
-    """`token`: the admin token, which signs cookies."""
+def add_login(
+    app: FastAPI, token: str, provider: Provider | None, revoked: Callable[[Sequence[str]], bool]
+) -> None:
+    """`token`: the admin token, which signs cookies. `revoked`: see `AdminService.is_revoked`."""
 
     @app.get(PATH)
     async def offered() -> Response:
@@ -104,15 +108,17 @@ def add_login(app: FastAPI, token: str, provider: Provider | None) -> None:
         if provider is None:
             return error(404, NONE)
         try:
-            response = await _signed_in(request, token, provider)
+            response = await _signed_in(request, token, provider, revoked)
         except LoginError as problem:
             response = _not_signed_in(request, problem)
         response.delete_cookie(LOGIN_COOKIE, path=PATH, httponly=True, samesite="lax")
         return response
 
 
-async def _signed_in(request: Request, token: str, provider: Provider) -> Response:
-    """Raises LoginError."""
+async def _signed_in(
+    request: Request, token: str, provider: Provider, revoked: Callable[[Sequence[str]], bool]
+) -> Response:
+    """Raises LoginError, Unavailable."""
     asked, now = request.query_params, time.time()
     back = _redirect_url(provider, request)
     login = login_of_cookie(request.cookies.get(LOGIN_COOKIE, ""), token, now)
@@ -127,6 +133,8 @@ async def _signed_in(request: Request, token: str, provider: Provider) -> Respon
     claims = await provider.claims(code, asked.get("iss", ""), login, back)
     now = time.time()
     caller = caller_of_claims(claims, provider.config, now)
+    if revoked(caller.revoked_by):
+        raise LoginError(403, REVOKED, f"{caller.name} is revoked")
     log.info("signed in", who=caller.name, role=caller.role.value, address=_address(request))
     response = RedirectResponse("/", 303)
     set_session(response, token, now, caller, secure=back.startswith("https:"))

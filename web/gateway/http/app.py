@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,7 +13,8 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from web import bodies
 from web.gateway.errors import ApiError, shorten
@@ -53,7 +55,24 @@ def build_app(serving: Service | Services, keys: ApiKeys, origins: Sequence[str]
     _error_handlers(app, service)
     described = document(service.model, service.version, service.priority_floor)
     app.openapi = lambda: described  # type: ignore[method-assign]
-    return Manners(Guard(app, keys), lambda: app.routes, origins)
+    return Manners(Guard(_straight(app), keys), lambda: app.routes, origins)
+
+
+def _straight(app: FastAPI) -> ASGIApp:
+    """The application, but that requests which generate go to their functions at once: FastAPI's middlewares and its
+    routing do nothing for them, and their first token would wait for it."""
+    functions = {r.path: r.app for r in app.routes if isinstance(r, Route) and r.path in GENERATES}
+    handlers = dict(app.exception_handlers), dict[int, Any]()
+
+    async def straight(scope: Scope, receive: Receive, send: Send) -> None:
+        function = functions.get(scope["path"]) if scope["method"] == "POST" else None
+        if function is not None:
+            scope["starlette.exception_handlers"] = handlers
+            await function(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return straight
 
 
 def _health_routes(app: FastAPI, services: Services) -> None:
@@ -132,17 +151,8 @@ def _generation_routes(app: FastAPI, services: Services) -> None:
         _check_key(service, request)
         return GenerationResponse(service, await start_or_resume(service, kind, body, _visit(request), hold))
 
-    @app.post("/v1/completions", response_model=None)
-    async def completions(request: Request) -> GenerationResponse:
-        return await generate("completion", request)
-
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(request: Request) -> GenerationResponse:
-        return await generate("chat", request)
-
-    @app.post("/v1/responses", response_model=None)
-    async def responses(request: Request) -> GenerationResponse:
-        return await generate("responses", request)
+    for path, kind in GENERATES.items():
+        app.add_route(path, functools.partial(generate, kind), methods=["POST"])
 
     @app.get("/v1/streams/{stream}", response_model=None)
     async def streams(stream: str, request: Request) -> Response:

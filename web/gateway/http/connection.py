@@ -5,6 +5,7 @@ ASGI's `send` is a coroutine, so only a task can write; waking one for each toke
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import cast
 
@@ -24,7 +25,8 @@ class StreamProtocol(BoundedProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        self.scope["extensions"] = {EXTENSION: Wire(self, self.cycle)}  # type: ignore[dict-item]
+        if self.cycle is not None:  # there is none yet of a request that offers another protocol
+            self.scope["extensions"] = {EXTENSION: Wire(self, self.cycle)}  # type: ignore[dict-item]
 
     def say_something(self) -> None:
         if self.on_quiet is not None:
@@ -43,7 +45,8 @@ class Wire:
 
     def __init__(self, protocol: StreamProtocol, cycle: RequestResponseCycle) -> None:
         self._protocol = protocol
-        self._cycle = cycle
+        # Its scope has this object: held weakly, so that no request is left for the collector to find.
+        self._cycle = weakref.ref(cycle)
         self._flow = protocol.flow
         self._transport = protocol.transport
 
@@ -54,11 +57,10 @@ class Wire:
 
     def write(self, data: bytes) -> None:
         """Of a client that is gone nothing is heard here: ASGI's `receive` tells it."""
-        if not (self._cycle.disconnected or self._transport.is_closing()):
+        cycle = self._cycle()
+        if not (cycle is None or cycle.disconnected or self._transport.is_closing()):
             # HTTP/1.0 has no chunks.
-            self._transport.write(
-                b"%x\r\n%b\r\n" % (len(data), data) if self._cycle.chunked_encoding else data
-            )
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if cycle.chunked_encoding else data)
 
     def watch(self, on_writable: Callable[[], None] | None, on_quiet: Callable[[], None] | None) -> None:
         """Call the first whenever `paused` has ended, the second for something to say (see Http1Protocol)."""

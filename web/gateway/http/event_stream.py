@@ -66,6 +66,7 @@ class EventStream:
         self._generation.queue.attach(None)
         self._wire.watch(None, None)
         self._turn.cancel()
+        self._turn = self._loop.create_future()  # what the last one may have raised knows this object
         if self._quiet is not None:
             self._quiet.cancel()
 
@@ -100,8 +101,8 @@ class EventStream:
 
     def _advance(self) -> None:
         """Take in what has come."""
-        turn, generation = self._turn, self._generation
-        if turn.done():
+        generation = self._generation
+        if self._turn.done():
             return  # the task comes first, and looks here again
         if self._wire.paused and not generation.queue.full:
             return  # called again when the client reads
@@ -109,10 +110,10 @@ class EventStream:
             pieces = generation.take()
             out = b"".join([self.events(index, piece) for index, piece in pieces])
         except Exception as error:  # ends this stream, and no other: the task tells the client
-            turn.set_exception(error)
+            self._turn.set_exception(error)
             return
         if generation.finished or generation.leaving or (out and not self._begun):
-            turn.set_result(out)
+            self._turn.set_result(out)
         elif out:
             self._wire.write(out)
             self._said = self._loop.time()

@@ -49,10 +49,10 @@ class GenerationResponse(Response):
         self._cursor = started.cursor
         self._hold = started.hold
         self._begun = False
+        self._watcher: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._generation.traced(Headers(scope=scope).get("traceparent", ""))
-        watcher = asyncio.create_task(self._watch(receive))
         stream = EventStream(
             self._generation,
             self._form,
@@ -62,22 +62,26 @@ class GenerationResponse(Response):
             self._service.keep_alive_s,
         )
         try:
-            await self._run(stream, send)
+            await self._run(stream, receive, send)
         except ClientGone:
             return  # counted where it was noticed; `finally` frees everything
         finally:
             stream.close()
             self._generation.close()
             self._hold.release()
-            watcher.cancel()
+            if self._watcher is not None:
+                self._watcher.cancel()
+                self._watcher = None  # what it raises then has this object in its frames
 
-    async def _run(self, stream: EventStream, send: Send) -> None:
+    async def _run(self, stream: EventStream, receive: Receive, send: Send) -> None:
         """Answer; what goes wrong is told to the client. Raises ClientGone."""
         try:
             for index, piece in self._generation.known():
                 stream.events(index, piece)
                 await asyncio.sleep(0)  # other streams go on meanwhile
             self._generation.start()
+            await asyncio.sleep(0)  # it leaves for its scheduler: what follows is done while that computes
+            self._watcher = asyncio.create_task(self._watch(receive))
             await (self._send_stream(stream, send) if self._ticket else self._send_body(send))
         except ApiError as error:
             self._generation.failed(error.status, error.message)

@@ -21,6 +21,7 @@ from web.https import ContextFactory
 log = structlog.get_logger()
 
 STOP_GRACE_S = 5.0  # answers in one piece may finish for so long
+DATE_S = 1.0  # how long the date of answers stays the same
 TELL_S = 2.0  # after that they are told within this, then connections are cut
 
 
@@ -34,7 +35,23 @@ class Serving(Protocol):
 
 
 class GatewayServer(uvicorn.Server):
-    """Signals are ours: uvicorn's own handling would wait for open streams before telling them anything."""
+    """Signals are ours: uvicorn's own handling would wait for open streams before telling them anything. So is its
+    clock, which would look ten times a second whether the server is to end."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._leaving = asyncio.Event()
+
+    def leave(self) -> None:
+        """Take nothing new, and end with the last connection."""
+        self.should_exit = True
+        self._leaving.set()
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):  # 0: at each of these the date of answers is set
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DATE_S):
+                    await self._leaving.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -86,4 +103,4 @@ def stop(server: GatewayServer, serving: Serving, grace_s: float = STOP_GRACE_S)
         log.info("shutting down", live=serving.live)
         serving.hand_over()
         asyncio.get_running_loop().call_later(grace_s, serving.shut_down)
-    server.should_exit = True
+    server.leave()

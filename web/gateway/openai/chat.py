@@ -148,7 +148,9 @@ async def chat_prompt(
     chars = sum(len(message.text) for message in messages)
     check_chars(model, chars, "messages")
     try:
-        given = plain(messages, template.goes_through_parts, template.takes_strings)
+        given = plain(
+            messages, template.goes_through_parts, template.takes_strings, template.knows_developers
+        )
         if how.continued:
             mark_end(given)
         begin, extra = how.begin_answer, how.extra

@@ -35,7 +35,9 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Prepar
     default = min(MAX_TOKENS, service.model.max_new_tokens or MAX_TOKENS)
     grammar = await grammar_of(service.model, request)
     plans: list[Plan] = []
-    for prompt in request.prompts:
+    for number, prompt in enumerate(request.prompts):
+        if number:
+            await asyncio.sleep(0)  # other streams go on meanwhile
         ids = await prompt_ids(service, request, prompt)
         top = max(
             (k for k in (request.echoed_logprobs, request.prompt_logprobs) if k is not None), default=None
@@ -43,7 +45,6 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Prepar
         if top is not None:
             param = "prompt_logprobs" if request.echoed_logprobs is None else "logprobs"
             check_scores(service.model, len(ids), top, param, bool(request.stream))
-        await asyncio.sleep(0)  # other streams go on meanwhile
         seed = request.seed if request.seed is not None else seed
         # What nobody asked for is not refused for being too much.
         wanted = 1 if request.nothing_new else request.max_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from controlplane.contract.requests import Log, Sampling, Token
 from web.gateway.errors import ApiError, of_fail
@@ -74,14 +75,21 @@ class Generation:
         self._starts = starts
         self._told_again = told_again
         self._left = [0] * len(plans)  # tokens of each choice that have left, of what is told again
-        self.choices = [ChoiceDecoder(service.model.tokenizer, plan.prompt, rules) for plan in plans]
+        self._rules = rules
         self._hold = hold
         self._life = life
         self._started = time.perf_counter()
         self._last_at = [self._started] * len(plans)
-        for choice, start in zip(self.choices, starts, strict=True):
+
+    @cached_property
+    def choices(self) -> list[ChoiceDecoder]:
+        """Made when they are first asked for: of a new request that is while its scheduler has it already."""
+        tokenizer = self._service.model.tokenizer
+        choices = [ChoiceDecoder(tokenizer, plan.prompt, self._rules) for plan in self.plans]
+        for choice, start in zip(choices, self._starts, strict=True):
             if start.finished:
                 choice.restore_end(start.have, start.reasoning_tokens)
+        return choices
 
     @property
     def finished(self) -> bool:
@@ -101,7 +109,7 @@ class Generation:
         """Hand all choices to the router. Raises ApiError when one is refused at once (after `close`)."""
         self._life.open()
         for index, (plan, start) in enumerate(zip(self.plans, self._starts, strict=True)):
-            if self.choices[index].finished:
+            if start.finished or (start.have and self.choices[index].finished):
                 continue
             asked = SubmitAsked(
                 start.rid,

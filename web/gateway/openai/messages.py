@@ -29,8 +29,25 @@ ANSWER_FIELDS = frozenset(
 
 
 class TextPart(Lenient):
-    type: Literal["text"]
+    """`input_text` and `output_text` are the names of the responses API, which those who speak both send here, too."""
+
+    type: Literal["text", "input_text", "output_text"]
     text: str
+
+    @property
+    def said(self) -> str:
+        return self.text
+
+
+class RefusalPart(Lenient):
+    """What an assistant has said in place of an answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def said(self) -> str:
+        return self.refusal
 
 
 class CalledFunction(Lenient):
@@ -47,7 +64,7 @@ class ToolCall(Lenient):
 
 class Message(Strict):
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[TextPart | RefusalPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
@@ -68,23 +85,29 @@ class Message(Strict):
     @property
     def text(self) -> str:
         if isinstance(self.content, list):
-            return "\n".join(part.text for part in self.content)
+            return "\n".join(part.said for part in self.content)
         return self.content or ""
 
 
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
-def plain(messages: list[Message], parts: bool, strings: bool) -> list[dict[str, Any]]:
-    """What a chat template gets to see: `parts` of text as such, or as one; and a text as a string, or as one part."""
+def plain(
+    messages: list[Message], parts: bool, strings: bool, developers: bool = True
+) -> list[dict[str, Any]]:
+    """What a chat template gets to see: `parts` of text as such, or as one; and a text as a string, or as one part.
+    `developers`: it knows this role; to others, which would refuse it or pass over it, it is that of the system."""
+
+    def role(message: Message) -> str:
+        return "system" if message.role == "developer" and not developers else message.role
 
     def content(message: Message) -> Any:
         if parts and (isinstance(message.content, list) or not strings):
-            texts = [p.text for p in message.content] if isinstance(message.content, list) else [message.text]
+            texts = [p.said for p in message.content] if isinstance(message.content, list) else [message.text]
             return [{"type": "text", "text": text} for text in texts]
         return message.text
 
-    return [{"role": m.role, "content": content(m)} | _beside(m) for m in messages]
+    return [{"role": role(m), "content": content(m)} | _beside(m) for m in messages]
 
 
 def mark_end(given: list[dict[str, Any]]) -> None:

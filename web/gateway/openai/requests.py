@@ -152,7 +152,7 @@ class Common(Request):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT64_MAX)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -349,16 +349,16 @@ def parse(kind: type[Body], raw: bytes) -> Body:
     try:
         return kind.model_validate_json(raw)
     except pydantic.ValidationError as error:
-        first = error
-    if first.error_count() <= ERRORS_MAX and any(_is_whole(e) for e in first.errors(include_url=False)):
-        # JSON has one kind of number: 3.0 is an integer. Only those who write it so pay for reading twice.
-        try:
-            return kind.model_validate(json.loads(raw, parse_float=_number))
-        except pydantic.ValidationError as error:
-            first = error
-        except RecursionError:
-            raise ApiError(400, "the body is nested too deeply") from None
-    raise _bad_request(first) from None
+        # No name outlives its handler: an error that its own frame knows keeps the body until the collector comes.
+        if error.error_count() > ERRORS_MAX or not any(map(_is_whole, error.errors(include_url=False))):
+            raise _bad_request(error) from None
+    # JSON has one kind of number: 3.0 is an integer. Only those who write it so pay for reading twice.
+    try:
+        return kind.model_validate(json.loads(raw, parse_float=_number))
+    except pydantic.ValidationError as error:
+        raise _bad_request(error) from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
 
 
 def _utf8(raw: bytes) -> bytes:

@@ -12,6 +12,7 @@ from web.gateway.text.choice_decoder import TextRules
 from web.gateway.text.parsers.output import OutputRules
 
 BIAS_MAX = 100.0
+TOP_P_MIN = 1e-6  # what 0 means: the most likely token alone, which is always likelier than this
 BAD_WORD_TOKENS_MAX = 64
 
 
@@ -41,7 +42,7 @@ def make_sampling(
         seed=seed & INT64_MAX,
         temperature=_pick(request.temperature, defaults.get("temperature"), 1.0),
         top_k=min(max(0, top_k), model.vocab_size),  # all of them: the same as off
-        top_p=_pick(request.top_p, defaults.get("top_p"), 1.0),
+        top_p=max(TOP_P_MIN, _pick(request.top_p, defaults.get("top_p"), 1.0)),
         min_p=_pick(request.min_p, defaults.get("min_p"), 0.0),
         repetition_penalty=_pick(request.repetition_penalty, defaults.get("repetition_penalty"), 1.0),
         presence_penalty=_pick(request.presence_penalty, None, 0.0),

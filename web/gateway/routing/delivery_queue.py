@@ -7,8 +7,9 @@ answer ends with an error: a scheduler cannot be held back for one of its stream
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import structlog
 
@@ -35,7 +36,7 @@ TOP_BYTES = 120  # each of the most likely ones beside it
 
 
 class Readers:
-    """Calls the readers of queues that have something new: all in one go, once in a turn of the loop.
+    """Calls the readers of queues that have something new: all in one go, after the event that brought it.
 
     A scheduler's message has tokens for many streams. Readers are never called from within `put`, since what they do (a
     stop string cancels a request) may lead back to the dispatcher.
@@ -43,9 +44,20 @@ class Readers:
 
     def __init__(self) -> None:
         self._queues: list[DeliveryQueue] = []
+        self._gathering = False
+
+    @contextlib.contextmanager
+    def gathering(self) -> Iterator[None]:
+        """What comes within the block is read at its end; without one, in the next turn of the loop."""
+        self._gathering = True
+        try:
+            yield
+        finally:
+            self._gathering = False
+            self._run()
 
     def call(self, queue: DeliveryQueue) -> None:
-        if not self._queues:
+        if not (self._queues or self._gathering):
             asyncio.get_running_loop().call_soon(self._run)
         self._queues.append(queue)
 

@@ -54,7 +54,7 @@ class Dispatcher:
 
     def __init__(self, policy: Policy, token: str, metrics: Metrics, identity: Identity = PLAIN) -> None:
         self.router = Router(policy)
-        self.links = Links(token, self.feed, identity)
+        self.links = Links(token, self._heard, identity)
         self.readers = Readers()
         self.lives = Lives()
         self._metrics = metrics
@@ -110,6 +110,11 @@ class Dispatcher:
         if self._timer is not None:
             self._timer.cancel()
         await self.links.aclose()
+
+    def _heard(self, event: Event) -> None:
+        """From a scheduler. What it brings for clients leaves at once: nothing of ours is under way here."""
+        with self.readers.gathering():
+            self.feed(event)
 
     def feed(self, event: Event) -> None:
         loop = asyncio.get_running_loop()

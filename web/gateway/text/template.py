@@ -37,6 +37,7 @@ class ChatTemplate:
             raise ConfigError(f"the model's chat template is not valid: {error}") from error
         self.source = source
         self.takes_tools = "tools" in meta.find_undeclared_variables(tree)
+        self.knows_developers = "developer" in source
         self.for_tools = self  # what renders a conversation with tools
         # Most templates want a message's text as one string, some go through its parts, and some can do both.
         self.goes_through_parts = _loops_over_content(tree)

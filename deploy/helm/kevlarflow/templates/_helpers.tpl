@@ -20,6 +20,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "kf.ca" -}}{{ if eq .Values.certificates.mode "certManager" }}ca.crt{{ else }}ca.pem{{ end }}{{- end }}
 {{- define "kf.adminPort" -}}{{ .Values.settings.admin_port | default 8100 }}{{- end }}
 {{- define "kf.gatewayPort" -}}{{ .Values.settings.gateway_port | default 8000 }}{{- end }}
+{{- /* One process of ours listens in a pod, so that each kind has one port. */ -}}
+{{- define "kf.controllerPort" -}}{{ .Values.settings.controller_ports | default "7000" }}{{- end }}
+{{- define "kf.nodePort" -}}{{ .Values.settings.node_ports | default "7100" }}{{- end }}
+{{- define "kf.linkPort" -}}{{ .Values.settings.link_ports | default "7200" }}{{- end }}
 {{- define "kf.stages" -}}{{ .Values.settings.stages | default 4 }}{{- end }}
 {{- define "kf.pods" -}}
 {{- $instances := .Values.nodes.instances | default (.Values.settings.instances | default 2) -}}
@@ -69,9 +73,30 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- $https := list "" "" -}}
 {{- if .Values.gateways.httpsSecret }}{{ $https = list "/etc/kevlarflow/https/tls.crt" "/etc/kevlarflow/https/tls.key" }}{{ end -}}
-{{- dict "settings" .Values.settings "etcd" $endpoints "etcd_members" $members "admin" $admin
+{{- $ports := dict "controller_ports" (include "kf.controllerPort" .) "node_ports" (include "kf.nodePort" .) "link_ports" (include "kf.linkPort" .) -}}
+{{- dict "settings" (merge (deepCopy .Values.settings) $ports) "etcd" $endpoints "etcd_members" $members "admin" $admin
   "gateways" (list (printf "%s://%s-gateway.%s:%v" $scheme $name $inside .Values.gateways.service.port))
   "tls" $tls "https" $https "fault_domains" $domains "insecure" (not (include "kf.tls" .)) | toPrettyJson -}}
+{{- end }}
+
+{{- /* oidc.toml of the controllers (controlplane/contract/oidc.py). JSON's strings and lists of them are TOML's as well. */ -}}
+{{- define "kf.oidc" -}}
+{{- $o := .Values.oidc -}}
+issuer = {{ $o.issuer | toJson }}
+client_id = {{ $o.clientId | toJson }}
+redirect_urls = {{ $o.redirectUrls | toJson }}
+provider = {{ $o.provider | toJson }}
+client_secret_file = {{ ternary "client-secret" "" (not (empty $o.clientSecret.name)) | toJson }}
+ca_file = {{ ternary "ca.crt" "" (not (empty $o.ca.name)) | toJson }}
+proxy = {{ $o.proxy | toJson }}
+scopes = {{ $o.scopes | toJson }}
+roles_claim = {{ $o.rolesClaim | toJson }}
+name_claim = {{ $o.nameClaim | toJson }}
+session_s = {{ $o.sessionSeconds | int }}
+
+[roles]
+viewer = {{ $o.roles.viewer | default list | toJson }}
+operator = {{ $o.roles.operator | default list | toJson }}
 {{- end }}
 
 {{- define "kf.podSecurity" -}}
@@ -192,5 +217,10 @@ podAntiAffinity:
 {{- if and (eq $v.certificates.mode "certManager") (not $v.certificates.issuer.name) }}{{ fail "certificates.mode is certManager: certificates.issuer.name has to name an issuer with an authority of this cluster's own" }}{{ end -}}
 {{- if and $v.gateways.httpsSecret (eq $v.certificates.mode "none") }}{{ fail "gateways.httpsSecret needs certificates.mode secrets or certManager" }}{{ end -}}
 {{- if and $v.settings.model (hasPrefix "/" $v.settings.model) (not $v.model.volume) }}{{ fail "settings.model is a path: model.volume has to say where it is" }}{{ end -}}
+{{- if $v.oidc.issuer -}}
+{{- if not $v.oidc.clientId }}{{ fail "oidc.issuer is set: oidc.clientId has to be what the provider calls this cluster" }}{{ end -}}
+{{- if not $v.oidc.redirectUrls }}{{ fail "oidc.issuer is set: oidc.redirectUrls has to have https://HOST:PORT/oidc/callback of each address of the dashboard" }}{{ end -}}
+{{- if and $v.networkPolicy.enabled (not $v.networkPolicy.egress) }}{{ fail "oidc.issuer is set: networkPolicy.egress has to let controllers go to the provider" }}{{ end -}}
+{{- end -}}
 {{- if gt (int $v.autoscaling.min) (int $v.autoscaling.max) }}{{ fail "autoscaling.min is more than autoscaling.max" }}{{ end -}}
 {{- end }}
