@@ -73,7 +73,7 @@ def test_scheduler_dies_and_another_takes_over() -> None:
                 stack.place(p0=2)
 
             check_exact(await run_streams(stack, kill))
-            assert "kevlarflow_failover_gap_seconds_count" in stack.service.metrics.render().decode()
+            assert "kevlarflow_failover_gap_seconds_count" in stack.service.metrics.render()[0].decode()
 
     asyncio.run(run())
 
