@@ -28,7 +28,7 @@ def sources_digest(*paths: str) -> list[tuple[str, str]]:
 
 
 SAMPLING = [
-    *(f"dataplane/_fast/{name}.h" for name in ("draw", "passes", "weights")),
+    *(f"dataplane/_fast/{name}.h" for name in ("draw", "estimate", "passes", "weights")),
     "kernels/cpu/denormals.h",
     "kernels/cpu/team.h",
 ]

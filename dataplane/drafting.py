@@ -49,6 +49,7 @@ class _Known:
     """What the pool has of a request."""
 
     row: int
+    slot: int  # of the sampler
     ids: list[int] = field(default_factory=list)  # whose KV is there
     sure: int = 0  # of these, the first ones that are in the log; drafts follow
 
@@ -63,7 +64,8 @@ class DraftModel:
         self._table = BlockTable(requests_max, -(-self._context // size), size)
         self._free = list(range(blocks))
         self._known: dict[int, _Known] = {}  # least recently used first
-        self._sampling = SamplingTable(1, executor.config.vocab_size, executor.team)
+        # One more than requests: a slot is given back when the next one is there.
+        self._sampling = SamplingTable(requests_max + 1, executor.config.vocab_size, executor.team)
         self._requests_max = requests_max
         # What a draft for so many requests took, in seconds.
         self._passes: deque[tuple[int, float]] = deque(maxlen=PASSES_KEPT)
@@ -85,15 +87,16 @@ class DraftModel:
 
     def warm_up(self) -> None:
         """Measure what a pass takes. To be called before anybody is served."""
-        row = self._table.new_row()
+        row, slot = self._table.new_row(), self._sampling.admit(Sampling(2, 0), [])
         tokens = min(64, self._context - 8)
         for count in (tokens, 1, 1, 1, 1, 1):
             start = self._table.valid(row)
             began = time.monotonic()
             logits = self._forward([row], [[0] * count], start_of=[start])
             if count == 1:
-                self._draw(Sampling(2, 0), [], [], logits[0])
+                self._sampling.sample(logits, np.array([slot], np.int32))
                 self._passed(1, began)
+        self._sampling.release(slot)
         self._free += self._table.free_row(row)
 
     def propose(self, requests: Sequence[Request], count: int, within_s: float) -> list[list[int]]:
@@ -125,6 +128,7 @@ class DraftModel:
     def forget(self, rid: int) -> None:
         known = self._known.pop(rid, None)
         if known is not None:
+            self._sampling.release(known.slot)
             self._free += self._table.free_row(known.row)
 
     # ------------------------------------------------------------------
@@ -137,7 +141,7 @@ class DraftModel:
         if known is None:
             if len(self._known) == self._requests_max:
                 self._evict()
-            known = _Known(self._table.new_row())
+            known = _Known(self._table.new_row(), self._sampling.admit(draft_sampling(request.sampling), []))
         self._known[request.rid] = known
         end = request.total - 1
         same = min(known.sure, end)
@@ -171,32 +175,30 @@ class DraftModel:
             starts.append(len(known.ids))
             known.ids.append(token)
         logits = self._forward(rows, tokens, start_of=starts)
-        for request, values in zip(requests, logits, strict=True):
-            more, prompt = drafts[request.rid], request.ids[: request.prompt_len]
-            more.append(
-                self._draw(request.sampling, prompt, request.ids[request.prompt_len :] + more, values)
-            )
+        slots = [self._slot(request, drafts[request.rid]) for request in requests]
+        drawn = self._sampling.sample(logits, np.array(slots, np.int32)).tokens
+        for request, token in zip(requests, drawn.tolist(), strict=True):
+            # Of numbers that are not finite: as good a draft as any.
+            drafts[request.rid].append(max(0, token))
         self._passed(len(requests), began)
 
     def _passed(self, requests: int, began: float) -> None:
         self._passed_at = time.monotonic()
         self._passes.append((requests, self._passed_at - began))
 
-    def _draw(
-        self, sampling: Sampling, prompt: list[int], output: list[int], logits: npt.NDArray[np.float32]
-    ) -> int:
-        sampling = msgspec.structs.replace(sampling, logprobs=None, grammar="", bad_words=())
-        ids: npt.NDArray[np.int32] | list[int] = output
-        if sampling.repetition_penalty == 1.0 and not (
-            sampling.presence_penalty or sampling.frequency_penalty
-        ):
-            prompt, ids = [], np.zeros(len(output), np.int32)  # only how many there are counts
-        slot = self._sampling.admit(sampling, prompt, ids)
-        try:
-            token = int(self._sampling.sample(logits[None], np.array([slot], np.int32)).tokens[0])
-        finally:
-            self._sampling.release(slot)
-        return max(0, token)  # of numbers that are not finite: as good a draft as any
+    def _slot(self, request: Request, drafts: list[int]) -> int:
+        """The sampler's, as the request is behind these drafts."""
+        known = self._known[request.rid]
+        if penalised(request.sampling):  # each token counts
+            prompt, output = request.ids[: request.prompt_len], request.ids[request.prompt_len :] + drafts
+            old, known.slot = (
+                known.slot,
+                self._sampling.admit(draft_sampling(request.sampling), prompt, output),
+            )
+            self._sampling.release(old)
+        else:
+            self._sampling.seek(known.slot, request.total - request.prompt_len + len(drafts))
+        return known.slot
 
     def _forward(
         self, rows: list[int], tokens: list[list[int]], *, start_of: list[int]
@@ -228,6 +230,16 @@ class DraftModel:
 
     def _evict(self) -> None:
         self.forget(next(iter(self._known)))
+
+
+def penalised(sampling: Sampling) -> bool:
+    """Whether a draw depends on which tokens came before, beside their number."""
+    return bool(sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty)
+
+
+def draft_sampling(sampling: Sampling) -> Sampling:
+    """What a draft is drawn with. What it leaves out costs drafts that are wrong, and no token."""
+    return msgspec.structs.replace(sampling, logprobs=None, grammar="", bad_words=())
 
 
 def load_draft_model(

@@ -19,6 +19,11 @@ def middle(measured: Iterable[tuple[float, float]]) -> float:
     return next((value for (value, _), below in zip(found, sums, strict=True) if below >= half), 0.0)
 
 
+# Of the time that restoring is said to take, what computing again may take to be preferred. Both are rough on busy
+# cores, a wrong choice costs a long request seconds, and restoring leaves the stages free for other requests.
+PREFERRED_SHARE = 0.5
+
+
 class Computing(msgspec.Struct, frozen=True, array_like=True):
     """How fast a pipeline computes again what was lost, as its scheduler sees it."""
 
@@ -55,7 +60,8 @@ def computed_again(
     """Which requests are computed again while the blocks of the others are restored, both at once. `lacking`: by
     request, blocks that could be restored.
 
-    The shortest first, and only as long as each is there before it would be if it were restored behind all others."""
+    The shortest first, and only as long as each is there in half the time that it would take to restore it behind all
+    others."""
     chosen: set[int] = set()
     blocks_left, again = sum(lacking.values()), 0
     for rid, blocks in sorted(lacking.items(), key=lambda each: (each[1], each[0])):
@@ -63,7 +69,9 @@ def computed_again(
             continue
         again += blocks * block_size
         restored_s, computed_s = restoring.needs_s(blocks_left), computing.wait_s(again)
-        if restored_s is None or computed_s is None or computed_s - computing.step_s >= restored_s:
+        if restored_s is None or computed_s is None:
+            break
+        if computed_s - computing.step_s >= PREFERRED_SHARE * restored_s:
             break
         chosen.add(rid)
         blocks_left -= blocks

@@ -7,7 +7,7 @@ from dataclasses import replace as replace_situation
 
 from msgspec.structs import replace
 
-from controlplane.contract.ids import Member
+from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.topology import HOLDER_MODES, Mode, Move, Pipeline, Topology
 from controlplane.core.edit import successor, with_stage
 from controlplane.core.placement import Layout, first_takers, is_target, replica_target
@@ -40,6 +40,10 @@ def repair(s: Situation) -> Topology | None:
             for index in gone if mended is None else ():
                 pipeline = with_stage(pipeline, index, ranks=())
             draft.put(replace(mended or pipeline, move=None), gone)
+    if (
+        changed := draft.changed
+    ):  # who died held copies of others, too: a second write would come while nodes resume
+        _drop_dead(s, draft, [pipeline for pipeline in s.pipelines if pipeline.id not in changed])
     return draft.topology()
 
 
@@ -61,7 +65,12 @@ def fill(s: Situation) -> Topology | None:
 def drop_dead(s: Situation) -> Topology | None:
     """Copies on dead members are no copies; moves to dead or avoided members lead nowhere."""
     draft = _Draft(s)
-    for pipeline in s.pipelines:
+    _drop_dead(s, draft, s.pipelines)
+    return draft.topology()
+
+
+def _drop_dead(s: Situation, draft: _Draft, pipelines: Iterable[Pipeline]) -> None:
+    for pipeline in pipelines:
         move = pipeline.move
         lost = [i for i in range(len(pipeline.stages)) if _has_lost_copies(s, draft, pipeline, i)]
         if move is not None and (
@@ -70,7 +79,6 @@ def drop_dead(s: Situation) -> Topology | None:
             draft.put(replace(pipeline, move=None), lost)
         elif lost:
             draft.put(pipeline, lost)
-    return draft.topology()
 
 
 def _sane(pipeline: Pipeline, move: Move) -> bool:
@@ -118,6 +126,10 @@ class _Draft:
         if self._layout is None:
             self._layout = Layout(self._s.topology)
         return self._layout
+
+    @property
+    def changed(self) -> set[PipelineId]:
+        return {pipeline.id for pipeline in self._changed}
 
     def put(self, pipeline: Pipeline, stages: Iterable[int]) -> None:
         """`pipeline` as it is to be, with the copies of some of its stages where they can be."""

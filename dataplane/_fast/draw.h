@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #include "denormals.h"
+#include "estimate.h"
 #include "team.h"
 #include "weights.h"
 
@@ -223,8 +224,7 @@ static int64_t kf_in_block(const int64_t *weights, int64_t pick)
 }
 
 /* Inverts the cumulative distribution, in order of token id, of what min-p, top-k and top-p leave, for the output's token
- * `position`. `all`: the weight of
- * all tokens together, min-p's among them. */
+ * `position`. `all`: the weight of all tokens together, min-p's among them, if it is wanted; else NULL. */
 static int64_t kf_draw(const kf_row *row, int64_t position, const float *x, int64_t best, const kf_scratch *s,
                        int64_t *all)
 {
@@ -232,11 +232,17 @@ static int64_t kf_draw(const kf_row *row, int64_t position, const float *x, int6
     const int top_k = row->top_k > 0 && row->top_k < n, top_p = row->top_p < 1.0;
     const double scale = KF_LOG2E / row->temperature, floor = ceil(row->min_p * (double)(1LL << KF_ONE));
     const int whole = !top_k && !top_p && floor <= 0.0; /* any token may be drawn */
+    const kf_u128 noise = kf_noise(row->seed, (uint64_t)position);
+    if (whole && all == NULL) {
+        const int64_t token = kf_draw_estimated(s, x, x[best], scale, row->mask != NULL, (uint64_t)noise);
+        if (token >= 0)
+            return token;
+    }
     int64_t total = whole ? kf_sum_left(row, s, x, x[best], scale) : kf_weigh_left(row, s, x, x[best], scale, floor);
-    *all = total;
+    if (all != NULL)
+        *all = total;
     if (total == 0) /* the best is not finite: penalties or masks left nothing to draw from */
         return best;
-    const kf_u128 noise = kf_noise(row->seed, (uint64_t)position);
     int64_t pick = (int64_t)(noise * (uint64_t)total >> 53), i = 0;
     if (!top_k && !top_p) {
         for (; pick >= s->sums[i]; i++)
@@ -323,19 +329,16 @@ static void kf_sample_row(const kf_batch *batch, int64_t r, const kf_scratch *s)
         row = &masked;
     }
     int finite;
-    int64_t best = s->passes->best(x, s->vocab, &finite, s->tops), all = 0, allowed = s->vocab;
-    if (!finite) {
-        batch->tokens[r] = KF_POISONED;
-        return;
-    }
-    if (row->mask != NULL) {
-        allowed = s->passes->mask(x, s->vocab, row->mask, s->logits);
-        if (allowed == 0) {
-            batch->tokens[r] = KF_NONE_LEFT;
-            return;
-        }
-        x = s->logits;
+    int64_t all = 0, allowed = s->vocab, best;
+    if (row->mask == NULL)
         best = s->passes->best(x, s->vocab, &finite, s->tops);
+    else {
+        best = s->passes->best_left(x, s->vocab, row->mask, s->logits, &finite, s->tops, &allowed);
+        x = s->logits;
+    }
+    if (!finite || allowed == 0) {
+        batch->tokens[r] = finite ? KF_NONE_LEFT : KF_POISONED;
+        return;
     }
     const int greedy = row->temperature < KF_GREEDY_BELOW, adjusts = kf_adjusts(row, ahead);
     /* A plain draw weighs the tokens as their probabilities do. */
@@ -356,8 +359,9 @@ static void kf_sample_row(const kf_batch *batch, int64_t r, const kf_scratch *s)
             return;
         }
     }
-    batch->tokens[r] = greedy ? best : kf_draw(row, row->length + depth, x, best, s, &all);
-    if (row->logprobs >= 0 && shared)
+    const int sums = row->logprobs >= 0 && shared;
+    batch->tokens[r] = greedy ? best : kf_draw(row, row->length + depth, x, best, s, sums ? &all : NULL);
+    if (sums)
         batch->norms[r] = kf_log_sum(raw_best, all);
 }
 

@@ -6,8 +6,14 @@
  * each product; KEEP stops the compiler from ordering them one after the other again. */
 typedef double NAME(kf_vd) __attribute__((vector_size(KF_VECTOR)));
 typedef int64_t NAME(kf_vi) __attribute__((vector_size(KF_VECTOR)));
+typedef float NAME(kf_vf) __attribute__((vector_size(KF_VECTOR)));
+typedef int32_t NAME(kf_vw) __attribute__((vector_size(KF_VECTOR)));
+typedef uint32_t NAME(kf_vu) __attribute__((vector_size(KF_VECTOR)));
 #define VD NAME(kf_vd)
 #define VI NAME(kf_vi)
+#define VF NAME(kf_vf)
+#define VW NAME(kf_vw)
+#define VU NAME(kf_vu)
 #define LANES (KF_VECTOR / 8)
 #define SPAN (LANES * KF_CHAINS) /* tokens at a time; divides KF_BLOCK */
 #define EACH(k) _Pragma("GCC unroll 8") for (int k = 0; k < KF_CHAINS; k++)
@@ -151,33 +157,144 @@ TARGET static int64_t NAME(kf_keep)(const int64_t *w, int64_t n, int64_t least, 
     return count;
 }
 
-/* The logits of the tokens whose bit is set, minus infinity for all others. Returns how many are set. */
-TARGET static int64_t NAME(kf_mask)(const float *x, int64_t n, const int32_t *mask, float *out)
+#define WORD_PARTS (32 / (KF_VECTOR / 4)) /* vectors of the 32 tokens of a mask's word */
+
+/* The logits of a word's tokens whose bit is set, minus infinity for all others: to `out`, and the largest to `top`. `wrong` is
+ * NaN where a logit is not finite, else 0. */
+TARGET static inline __attribute__((always_inline)) void
+NAME(kf_leave)(const float *x, uint32_t bits, float *out, VF *top, VF *wrong)
 {
-    int64_t allowed = 0;
-    for (int64_t i = 0; i < n; i += 32) {
-        const int64_t count = i + 32 < n ? 32 : n - i;
-        uint32_t bits = (uint32_t)mask[i / 32];
-        if (count < 32)
-            bits &= (1u << count) - 1;
-        allowed += __builtin_popcount(bits);
-        if (count == 32 && bits == UINT32_MAX)
-            memcpy(out + i, x + i, 32 * sizeof *x);
-        else if (count == 32) /* a fixed count, so that the compiler finds the vectors */
-            for (int j = 0; j < 32; j++)
-                out[i + j] = bits >> j & 1 ? x[i + j] : -INFINITY;
-        else
-            for (int64_t j = 0; j < count; j++)
-                out[i + j] = bits >> j & 1 ? x[i + j] : -INFINITY;
+    _Pragma("GCC unroll 8") for (int k = 0; k < WORD_PARTS; k++)
+    {
+        VW lanes, logits;
+        VF v;
+        _Pragma("GCC unroll 16") for (int lane = 0; lane < KF_VECTOR / 4; lane++)
+            lanes[lane] = 31 - lane - k * (KF_VECTOR / 4);
+        const VW set = (((VW){0} + (int32_t)bits) << lanes) >> 31;
+        memcpy(&v, x + k * (KF_VECTOR / 4), sizeof v);
+        wrong[k] += v * 0.0f;
+        logits = ((VW)v & set) | ((VW)((VF){0} - INFINITY) & ~set);
+        memcpy(out + k * (KF_VECTOR / 4), &logits, sizeof logits);
+        top[k] = MAX_FLOATS((VF)logits, top[k]);
     }
-    return allowed;
 }
 
+/* kf_best of what a mask leaves, which goes to `out`, with minus infinity for all other tokens; `finite` is of all logits,
+ * `allowed` how many the mask leaves. One pass instead of three: two rows are more than a second level cache has. */
+TARGET static int64_t NAME(kf_best_left)(const float *x, int64_t n, const int32_t *mask, float *out, int *finite,
+                                         int32_t *tops, int64_t *allowed)
+{
+    int32_t best = INT32_MIN;
+    int64_t from = 0, set = 0;
+    *finite = 1;
+    for (int64_t b = 0; b < n; b += KF_BLOCK) {
+        const int64_t end = b + KF_BLOCK < n ? b + KF_BLOCK : n;
+        VF top[WORD_PARTS], wrong[WORD_PARTS] = {{0}};
+        for (int k = 0; k < WORD_PARTS; k++)
+            top[k] = (VF){0} - INFINITY;
+        int64_t i = b;
+        for (; i + 32 <= end; i += 32) {
+            const uint32_t bits = (uint32_t)mask[i / 32];
+            set += __builtin_popcount(bits);
+            NAME(kf_leave)(x + i, bits, out + i, top, wrong);
+        }
+        if (i < end) { /* a word that has more bits than there are tokens */
+            float tail[32] = {0}, left[32];
+            const uint32_t bits = (uint32_t)mask[i / 32] & ((1u << (end - i)) - 1);
+            set += __builtin_popcount(bits);
+            memcpy(tail, x + i, (size_t)(end - i) * sizeof *x);
+            NAME(kf_leave)(tail, bits, left, top, wrong);
+            memcpy(out + i, left, (size_t)(end - i) * sizeof *x);
+        }
+        float most = -INFINITY;
+        for (int k = 0; k < WORD_PARTS; k++)
+            for (int lane = 0; lane < KF_VECTOR / 4; lane++) {
+                most = top[k][lane] > most ? top[k][lane] : most;
+                *finite &= wrong[k][lane] == 0.0f;
+            }
+        tops[b / KF_BLOCK] = kf_order(most);
+        if (tops[b / KF_BLOCK] > best) {
+            best = tops[b / KF_BLOCK];
+            from = b;
+        }
+    }
+    *allowed = set;
+    while (*finite && kf_order(out[from]) != best)
+        from++;
+    return from;
+}
+#undef WORD_PARTS
+
+#ifdef FMA
+#define FLOATS_SPAN (2 * LANES * KF_FLOAT_CHAINS)
+#define EACH_FLOATS(k) _Pragma("GCC unroll 8") for (int k = 0; k < KF_FLOAT_CHAINS; k++)
+
+/* 2^(x * scale) of FLOATS_SPAN tokens, to `sums`. */
+TARGET static inline __attribute__((always_inline)) void
+NAME(kf_estimate_span)(const float *x, const kf_powers *powers, VD *sums)
+{
+    VF f[KF_FLOAT_CHAINS], p[KF_FLOAT_CHAINS];
+    VU whole[KF_FLOAT_CHAINS];
+    EACH_FLOATS(k)
+    {
+        const VF v = MAX_FLOATS(LOAD_FLOATS(x + k * 2 * LANES), FLOATS(powers->lowest)); /* takes NaN as well */
+        const VF rounded = FMA(v, FLOATS(powers->scale), FLOATS(powers->round));
+        whole[k] = (VU)rounded << 23;
+        f[k] = FMA(v, FLOATS(powers->scale), -(rounded - powers->round));
+        f[k] = FMA(v, FLOATS(powers->scale_rest), f[k]);
+        p[k] = FLOATS(kf_minimax[0]);
+    }
+    _Pragma("GCC unroll 16") for (int term = 1; term < KF_FLOAT_TERMS; term++) EACH_FLOATS(k)
+    {
+        p[k] = FMA(p[k], f[k], FLOATS(kf_minimax[term]));
+        KEEP(p[k]);
+    }
+    EACH_FLOATS(k) p[k] = (VF)((VU)p[k] + whole[k]);
+    for (int step = 1; step < KF_FLOAT_CHAINS; step *= 2) /* two additions deep: see KF_ESTIMATE_OFF */
+        _Pragma("GCC unroll 8") for (int k = 0; k < KF_FLOAT_CHAINS; k += 2 * step) p[k] += p[k + step];
+    sums[0] += LOW(p[0]);
+    sums[1] += HIGH(p[0]);
+}
+
+/* About what the tokens of a block weigh together: see estimate.h. */
+TARGET static double NAME(kf_estimate)(const float *x, int64_t n, const kf_powers *powers)
+{
+    VD sums[2] = {{0}};
+    int64_t i = 0;
+    for (; i + FLOATS_SPAN <= n; i += FLOATS_SPAN)
+        NAME(kf_estimate_span)(x + i, powers, sums);
+    if (i < n) {
+        float tail[FLOATS_SPAN];
+        for (int64_t j = 0; j < FLOATS_SPAN; j++)
+            tail[j] = i + j < n ? x[i + j] : -INFINITY;
+        NAME(kf_estimate_span)(tail, powers, sums);
+    }
+    double sum = 0.0;
+    for (int lane = 0; lane < LANES; lane++)
+        sum += sums[0][lane] + sums[1][lane];
+    return sum;
+}
+#undef FLOATS_SPAN
+#undef EACH_FLOATS
+#undef LOAD_FLOATS
+#undef FLOATS
+#undef FMA
+#undef LOW
+#undef HIGH
+#define ESTIMATE NAME(kf_estimate)
+#else
+#define ESTIMATE NULL
+#endif
+
 static const kf_passes NAME(kf_passes) = {
-    NAME(kf_best), NAME(kf_weigh), NAME(kf_sum), NAME(kf_maxima), NAME(kf_keep), NAME(kf_mask),
+    NAME(kf_best), NAME(kf_best_left), NAME(kf_weigh), NAME(kf_sum), NAME(kf_maxima), NAME(kf_keep), ESTIMATE,
 };
+#undef ESTIMATE
 #undef VD
 #undef VI
+#undef VF
+#undef VW
+#undef VU
 #undef LANES
 #undef SPAN
 #undef EACH
@@ -186,5 +303,6 @@ static const kf_passes NAME(kf_passes) = {
 #undef KF_VECTOR
 #undef LOAD
 #undef MAX
+#undef MAX_FLOATS
 #undef AT_LEAST
 #undef KEEP

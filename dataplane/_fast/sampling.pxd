@@ -4,7 +4,8 @@ from kernels.cpu._native cimport Team, kf_worker
 
 
 cdef extern from "draw.h" nogil:
-    int64_t KF_VOCAB_MAX
+    int64_t KF_VOCAB_MAX, KF_BLOCK
+    double KF_LOG2E, KF_ESTIMATE_OFF, KF_TOKEN_OFF
 
     ctypedef struct kf_row:
         uint64_t seed
@@ -21,10 +22,15 @@ cdef extern from "draw.h" nogil:
         const int32_t *mask
 
     ctypedef struct kf_passes:
-        pass
+        int64_t (*best)(const float *x, int64_t n, int *finite, int32_t *tops)
+        int64_t (*sum)(const float *x, int64_t n, double best, double scale, int64_t *sums)
 
     ctypedef struct kf_scratch:
         const kf_passes *passes
+        int64_t blocks
+        int64_t *sums
+        double *estimates
+        int32_t *tops
 
     ctypedef struct kf_top:
         pass
@@ -48,6 +54,7 @@ cdef extern from "draw.h" nogil:
     const kf_passes *kf_passes_for(int isa)
     int64_t kf_scratch_place(kf_scratch *s, int64_t vocab, char *memory)
     void kf_sample_rows(kf_worker *w, const void *batch)
+    double kf_estimate(const kf_scratch *s, const float *x, double best, double scale, bint masked)
     double kf_log_sum_exp(const float *x, const kf_scratch *s)
 
 

@@ -1,7 +1,7 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """What every running request's next token depends on, and draws for whole batches without the interpreter.
 
-The arithmetic is in draw.h, weights.h and passes.h. All checks are made before anything is written."""
+The arithmetic is in draw.h, estimate.h, weights.h and passes.h. All checks are made before anything is written."""
 
 from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport calloc, free
@@ -94,8 +94,8 @@ cdef class DrawTable:
         Raises SlotsFull, ValueError for a token id outside the vocabulary or masks of another shape."""
         cdef const int32_t[::1] bias_tokens = np.array([t for t, _ in spec.logit_bias], np.int32)
         cdef const float[::1] bias = np.array([b for _, b in spec.logit_bias], np.float32)
-        cdef const int32_t[::1] stops = np.unique(
-            np.array(spec.stop_token_ids if spec.min_tokens > 0 else (), np.int32)
+        cdef const int32_t[::1] stops = np.array(
+            sorted(set(spec.stop_token_ids)) if spec.min_tokens > 0 else (), np.int32
         )
         if masks is not None and not (
             masks.shape[0] == self.max_rows and masks.shape[1] == (self.vocab_size + 31) // 32
@@ -167,6 +167,14 @@ cdef class DrawTable:
     def length(self, Py_ssize_t slot):
         """How many tokens the output has: the position of the next draw."""
         return self.row(slot).length
+
+    def seek(self, Py_ssize_t slot, Py_ssize_t length):
+        """The slot's output has so many tokens, whichever they are. Raises IndexError for a slot not in use, ValueError
+        where they matter: a request with penalties."""
+        cdef kf_row *row = self.row(slot)
+        if row.counts_output or length < 0:
+            raise ValueError(f"no draw of slot {slot} depends on the length {length} of its output alone")
+        row.length = length
 
     def release(self, Py_ssize_t slot):
         """Gives the slot and what it held back."""
@@ -268,3 +276,23 @@ cdef class DrawTable:
         s.passes = kf_passes_for(isa_in_use())
         kf_scratch_place(&s, self.vocab_size, <char *>self.room())
         return kf_log_sum_exp(&logits[0], &s)
+
+    def estimates(self, const float[::1] logits, double temperature):
+        """What each block of 1,024 tokens of a row [vocab] of finite values weighs at this temperature, for tests:
+        exactly int64 [blocks], by the estimate float64 [blocks], and how far that may be off; both are None with
+        numbers or an instruction set that have no estimate. Raises ValueError for another shape."""
+        if logits.shape[0] != self.vocab_size:
+            raise ValueError(f"{logits.shape[0]} logits for a vocabulary of {self.vocab_size}")
+        self.check_idle()
+        cdef kf_scratch s
+        cdef int finite
+        s.passes = kf_passes_for(isa_in_use())
+        kf_scratch_place(&s, self.vocab_size, <char *>self.room())
+        cdef double scale = KF_LOG2E / temperature
+        cdef double best = logits[s.passes.best(&logits[0], self.vocab_size, &finite, s.tops)]
+        s.passes.sum(&logits[0], self.vocab_size, best, scale, s.sums)
+        exact = np.array(<int64_t[:s.blocks]>s.sums)
+        if kf_estimate(&s, &logits[0], best, scale, False) < 0.0:
+            return exact, None, None
+        about = np.array(<double[:s.blocks]>s.estimates)
+        return exact, about, KF_ESTIMATE_OFF * about + KF_TOKEN_OFF * KF_BLOCK

@@ -21,12 +21,14 @@
 #define KF_BLOCK 1024                /* tokens of each partial sum; a draw looks into one block only */
 #define KF_GROUP 16                  /* tokens of each partial maximum */
 #define KF_CHAINS 8                  /* vectors of tokens that are weighed side by side */
+#define KF_FLOAT_CHAINS 4            /* and in the estimate: with eight, registers of AVX2 go to memory and back */
 #define KF_BUCKETS 2048
 #define KF_LOG2E 1.4426950408889634
 
 /* Adding these to a smaller number leaves its nearest integer in the low bits. */
 #define KF_ROUND 0x1.8p52
 #define KF_UNIT 0x1p52
+#define KF_ROUND_FLOAT 0x1.8p23f
 
 /* 2^(f + 44) by Taylor, highest power first: |f| <= 1/2, the first term left out is below 2^-47 of it. */
 #define KF_TERMS 12
@@ -37,14 +39,30 @@ static const double kf_taylor[KF_TERMS] = {
     2.4022650695910072e-01 * 0x1p44, 6.931471805599453e-01 * 0x1p44,  0x1p44,
 };
 
-/* The passes for one instruction set: see passes.h. */
+/* 2^f with the least largest error, 2^-28 for |f| <= 1/2, of coefficients that are floats. */
+#define KF_FLOAT_TERMS 7
+static const float kf_minimax[KF_FLOAT_TERMS] = {
+    0x1.4172b6p-13f, 0x1.5f0976p-10f, 0x1.3b2ddap-7f, 0x1.c6af7ap-5f, 0x1.ebfbdcp-3f, 0x1.62e430p-1f, 1.0f,
+};
+
+/* How the fast estimate has logits and temperature: see estimate.h. */
+typedef struct {
+    float scale, scale_rest; /* together log2(e) / temperature */
+    float lowest;            /* logits below count as this one, which weighs 2^-64 of the best */
+    float round;             /* KF_ROUND_FLOAT less the power of two that is taken out of all */
+    double unit;             /* a weight of 1.0 in the estimate, in units of the exact ones */
+} kf_powers;
+
+/* The passes for one instruction set: see passes.h. `estimate` is NULL where there is none. */
 typedef struct {
     int64_t (*best)(const float *x, int64_t n, int *finite, int32_t *tops);
+    int64_t (*best_left)(const float *x, int64_t n, const int32_t *mask, float *out, int *finite, int32_t *tops,
+                         int64_t *allowed);
     int64_t (*weigh)(const float *x, int64_t n, double best, double scale, double floor, int64_t *w, int64_t *sums);
     int64_t (*sum)(const float *x, int64_t n, double best, double scale, int64_t *sums);
     int64_t (*maxima)(const int64_t *w, int64_t n, int64_t *maxima);
     int64_t (*keep)(const int64_t *w, int64_t n, int64_t least, int32_t *kept);
-    int64_t (*mask)(const float *x, int64_t n, const int32_t *mask, float *out);
+    double (*estimate)(const float *x, int64_t n, const kf_powers *powers);
 } kf_passes;
 
 /* What one thread needs for one row. */
@@ -53,6 +71,7 @@ typedef struct {
     int64_t vocab, blocks, groups;
     int64_t *weights; /* [vocab] */
     int64_t *sums;    /* [blocks] weight of each block */
+    double *estimates; /* [blocks] and what it is about */
     int64_t *maxima;  /* [groups] */
     int64_t *buckets; /* [KF_BUCKETS] */
     float *logits;    /* [vocab] of a row after its mask and penalties */
@@ -74,6 +93,7 @@ static int64_t kf_scratch_place(kf_scratch *s, int64_t vocab, char *memory)
     used += ((count) * (int64_t)sizeof *s->field + 63) / 64 * 64;
     PLACE(weights, vocab)
     PLACE(sums, s->blocks)
+    PLACE(estimates, s->blocks)
     PLACE(maxima, s->groups)
     PLACE(buckets, KF_BUCKETS)
     PLACE(logits, vocab)
@@ -109,21 +129,34 @@ static inline int32_t kf_order(float x)
 #define KF_VECTOR 16
 #define LOAD(p) _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(p))))
 #define MAX(a, b) _mm_max_pd(a, _mm_set1_pd(b))
+#define MAX_FLOATS(a, b) _mm_max_ps(a, b)
 #define AT_LEAST(a, b) ((VI)_mm_cmpge_pd(a, _mm_set1_pd(b)))
 #define KEEP(v) __asm__("" : "+x"(v))
 #include "passes.h"
 #define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2")))
+#define TARGET __attribute__((target("avx2,fma")))
 #define KF_VECTOR 32
 #define LOAD(p) _mm256_cvtps_pd(_mm_loadu_ps(p))
 #define MAX(a, b) _mm256_max_pd(a, _mm256_set1_pd(b))
 #define AT_LEAST(a, b) ((VI)_mm256_cmp_pd(a, _mm256_set1_pd(b), _CMP_GE_OQ))
+#define LOAD_FLOATS(p) _mm256_loadu_ps(p)
+#define FLOATS(a) _mm256_set1_ps(a)
+#define MAX_FLOATS(a, b) _mm256_max_ps(a, b)
+#define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define LOW(a) _mm256_cvtps_pd(_mm256_castps256_ps128(a))
+#define HIGH(a) _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1))
 #define KEEP(v) __asm__("" : "+x"(v))
 #include "passes.h"
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f")))
 #define KF_VECTOR 64
 #define LOAD(p) _mm512_cvtps_pd(_mm256_loadu_ps(p))
+#define LOAD_FLOATS(p) _mm512_loadu_ps(p)
+#define FLOATS(a) _mm512_set1_ps(a)
+#define MAX_FLOATS(a, b) _mm512_max_ps(a, b)
+#define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define LOW(a) _mm512_cvtps_pd(_mm512_castps512_ps256(a))
+#define HIGH(a) _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)))
 #define MAX(a, b) _mm512_max_pd(a, _mm512_set1_pd(b))
 #define AT_LEAST(a, b) \
     ((VI)_mm512_maskz_set1_epi64(_mm512_cmp_pd_mask(a, _mm512_set1_pd(b), _CMP_GE_OQ), -1))
@@ -135,6 +168,7 @@ static inline int32_t kf_order(float x)
 #define KF_VECTOR 16
 #define LOAD(p) ((VD){(p)[0], (p)[1]})
 #define MAX(a, b) ((VD){(a)[0] > (b) ? (a)[0] : (b), (a)[1] > (b) ? (a)[1] : (b)})
+#define MAX_FLOATS(a, b) ((VF)(((VW)(a) & ((a) > (b))) | ((VW)(b) & ~((a) > (b)))))
 #define AT_LEAST(a, b) ((VI)((a) >= (b)))
 #define KEEP(v)
 #include "passes.h"

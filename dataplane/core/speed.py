@@ -33,6 +33,10 @@ DECODES_KEPT, CHUNKS_KEPT = 33, 63  # measurements
 # No chunk is more times as long as one that was measured: half of the short ones may seem to have cost nothing.
 GROWTH_MAX = 2
 LOST_GROWTH = 4  # the same for what was lost in a failure, where no time is set
+# What was lost is computed while everybody else on these cores has to do with the failure, too. That makes steps late,
+# and what they had of a prompt seem dear; no step is early. Too long a step costs the last reader nothing, and each
+# step too many its fixed part: so the chunks count that were least disturbed.
+LOST_QUANTILE = 0.25
 # So many steps with chunks and none that only decodes: the next ones have no prompt until one has been measured.
 # Nothing else would tell that decoding has become slower, and chunks would shrink for it.
 CHUNKS_UNPROVED_MAX = 100
@@ -127,7 +131,7 @@ class StepSpeed:
         growth = LOST_GROWTH if lost and not self._target_s else GROWTH_MAX
         tokens_max = min(tokens_max, growth * max(chunk.tokens for chunk in self._chunks))
         rows, rows_s = self._decode_step()
-        token_s = rows_s * self._token_share(rows, rows_s)
+        token_s = rows_s * self._token_share(rows, rows_s, LOST_QUANTILE if lost else 0.5)
         decode_s = max(0.0, rows_s + token_s * (decodes - rows))
         left_s = (self._target_s or multiple * decode_s) - decode_s
         if left_s >= tokens_max * token_s:
@@ -137,12 +141,12 @@ class StepSpeed:
             return min(tokens_max, CHUNK_MIN)
         return int(left_s / token_s)
 
-    def _token_share(self, rows: float, rows_s: float) -> float:
-        """The median over tokens, not over chunks."""
+    def _token_share(self, rows: float, rows_s: float, quantile: float = 0.5) -> float:
+        """The median, or another quantile, over tokens, not over chunks."""
         shares = sorted((chunk.token_share(rows, rows_s), chunk.tokens) for chunk in self._chunks)
-        half = sum(tokens for _, tokens in shares) / 2
+        part = sum(tokens for _, tokens in shares) * quantile
         sums = accumulate(tokens for _, tokens in shares)
-        return next(share for (share, _), below in zip(shares, sums, strict=True) if below >= half)
+        return next(share for (share, _), below in zip(shares, sums, strict=True) if below >= part)
 
     def _decode_step(self) -> tuple[float, float]:
         """Rows and seconds of one, lately; zeros if none has been measured."""

@@ -138,6 +138,13 @@ class SamplingTable:
                     bad.push(token)
                     self._table.ban(slot, bad.banned())
 
+    def seek(self, slot: int, length: int) -> None:
+        """The output of a slot has so many tokens, whichever they are. Raises IndexError if it is not in use,
+        ValueError if its request has penalties, or bad words: its draws depend on the tokens."""
+        if slot in self._bad:
+            raise ValueError(f"the request of slot {slot} has bad words")
+        self._table.seek(slot, length)
+
     def release(self, slot: int) -> None:
         """Gives a slot back. Raises IndexError if it is not in use."""
         self._table.release(slot)

@@ -42,6 +42,7 @@ MISSING_S = (
     5.0  # a rank that computes waits for another one that long, and the node for an end that it has asked for
 )
 PREPARE_LIMIT_S = 600.0  # packing the weights of a large stage
+FRESH_MAX = 3  # times that all ranks are started at once for one step
 RESTART_FIRST_S, RESTART_MAX_S = 0.05, 10.0
 
 
@@ -132,9 +133,7 @@ class RankedStage:
         self._restart = {rank: Backoff(RESTART_FIRST_S, RESTART_MAX_S) for rank in range(ranks)}
         self._due: dict[int, float] = {}  # ranks that are to be started again, and when
         self._next: Shared | None = None  # with ranks that have been started again, once all are ready
-        for rank in range(ranks):
-            self._start(rank)
-        self._now = self._agree(range(ranks))
+        self._now = self._agree_anyhow(())
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -236,7 +235,7 @@ class RankedStage:
                 ended = time_now
             asked -= lost
         if unfit is not None and not lost:
-            self._now = self._agree(order)  # their exchange is over
+            self._now = self._agree_anyhow(order)  # their exchange is over
             raise (IndexError if unfit.is_index else ValueError)(unfit.error)
         self.suspect = suspect
         return lost
@@ -259,13 +258,7 @@ class RankedStage:
             self._forget(number, now)
         left = [number for number in self._now.layout.ranks if number in self._ranks]
         log.warning("ranks %s are lost: %d of %d go on", sorted(lost), len(left), self.wanted)
-        if not left:  # then at once
-            left = list(range(self.wanted))
-            for number in left:
-                self._due.pop(number, None)
-                if number not in self._ranks:
-                    self._start(number)
-        self._now = self._agree(left)
+        self._now = self._agree_anyhow(left)
 
     def _forget(self, number: int, now: float) -> None:
         self.lost += 1
@@ -309,9 +302,22 @@ class RankedStage:
                     log.error("rank %d cannot be prepared: %s", number, error)
                     self._next = None
 
-    def _agree(self, numbers: Iterable[int]) -> Shared:
-        """A layout for which all its ranks are ready: of these, but for some that may be lost meanwhile. Raises
-        RanksGone."""
+    def _agree_anyhow(self, numbers: Iterable[int]) -> Shared:
+        """A layout of these ranks, or of all that are left of them, or of fresh ones. Raises RanksGone."""
+        agreed = self._agree(numbers)
+        for _ in range(FRESH_MAX):
+            if agreed is not None:
+                return agreed
+            self._due.clear()
+            for number in range(self.wanted):
+                if number not in self._ranks:
+                    self._start(number)
+            agreed = self._agree(range(self.wanted))
+        raise RanksGone(f"all ranks of the stage have ended, {FRESH_MAX} times in a row")
+
+    def _agree(self, numbers: Iterable[int]) -> Shared | None:
+        """A layout for which all its ranks are ready: of these, but for some that may be lost meanwhile. None if all
+        of them are."""
         wanted = set(numbers)
         while wanted:
             shared = self._prepare(wanted)
@@ -334,7 +340,7 @@ class RankedStage:
             for number in lost:
                 self._forget(number, time.monotonic())
             wanted -= lost
-        raise RanksGone("all ranks of the stage have ended")
+        return None
 
     def _prepare(self, numbers: Iterable[int]) -> Shared:
         """Everybody is told of a layout of these ranks; they keep what they have as far as it allows."""

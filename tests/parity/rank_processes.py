@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,6 +147,35 @@ def all_at_once(kv_heads: int, dtype: str) -> None:
     tried.stage.close()
 
 
+def one_by_one(kv_heads: int, dtype: str) -> None:
+    """All end, each as soon as the others go on without the one before; the last one goes on with fresh ranks."""
+    tried = Tried(3, kv_heads, dtype)
+    tried.step(dict.fromkeys(tried.rows, 7))
+    agree = tried.stage._agree
+
+    def agree_without_the_first(numbers: Iterable[int]) -> object:
+        left = list(numbers)
+        if left and len(left) < 3:
+            tried.send(left[0], signal.SIGKILL)
+        return agree(left)
+
+    tried.stage._agree = agree_without_the_first  # type: ignore[method-assign, assignment]
+    tried.send(1, signal.SIGKILL)
+    tried.decode()
+    assert tried.stage.lost >= 2, tried.stage.lost
+    tried.stage._agree = agree  # type: ignore[method-assign]
+    tried.until_all()
+    for rank in tried.stage.ranks[1:]:
+        tried.send(rank, signal.SIGKILL)
+    tried.stage._agree = agree_without_the_first  # type: ignore[method-assign, assignment]
+    tried.decode()
+    tried.decode()
+    tried.stage._agree = agree  # type: ignore[method-assign]
+    tried.until_all()
+    tried.decode()
+    tried.stage.close()
+
+
 def stopped(kv_heads: int, dtype: str) -> None:
     """A rank that is stopped is ended; it never wakes to write anything."""
     tried = Tried(3, kv_heads, dtype)
@@ -201,7 +230,7 @@ def unfit(kv_heads: int, dtype: str) -> None:
 
 
 SCENARIOS: dict[str, Callable[[int, str], None]] = {
-    run.__name__: run for run in (chain, two_at_once, all_at_once, stopped, middle, unfit)
+    run.__name__: run for run in (chain, two_at_once, all_at_once, one_by_one, stopped, middle, unfit)
 }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from controlplane.contract.ids import Member
 from controlplane.contract.requests import FinishReason, Sampling, Submit, Token
 from controlplane.grammar import Compiler, load_compiler
+from dataplane._fast.blocktable import BlockTable
 from dataplane.compute import Compute, Work
 from dataplane.core.batching import Limits
 from dataplane.core.blocks import KvStore
@@ -31,7 +33,7 @@ from dataplane.core.events import (
     Submitted,
 )
 from dataplane.core.messages import Detail, ReadyMeta, ResultMeta, StepMeta
-from dataplane.core.request import pack_tokens
+from dataplane.core.request import Request, pack_tokens
 from dataplane.core.scheduler import Scheduler
 from dataplane.core.speculation import Proposer
 from dataplane.core.stage import Prepared, Stage, join
@@ -288,6 +290,37 @@ def test_pairs_with_a_death_of_each_stage(
     world = World(executors, compiler, submits(prompt, *pair), replace(LIMITS, speculation="ngram"))
     assert played(world, kills) == plain(executors, compiler, prompt, *pair)
     assert world.epoch == 4 or plain(executors, compiler, prompt, *pair)[7][-1][-1] is FinishReason.STOP
+
+
+@pytest.mark.parametrize("name", ["greedy", "hot", "nucleus", "penalties"])
+def test_drafts_are_what_the_model_itself_would_draw(prompt: tuple[int, ...], name: str) -> None:
+    """Token by token and behind drafts, for a request that was there before and for one that takes its place."""
+    executor = StageExecutor(draft_dir(), 0, 1, num_blocks=40, block_size=BLOCK)
+    model = load_draft_model(draft_dir(), VOCAB, BLOCK, 2, CONTEXT, 1)
+    for submit in submits(prompt[:30], name, "greedy", name, tokens=20):
+        tokens = decoded(executor, submit)
+        request = Request.from_submit(submit, 0, None)
+        for position, token in enumerate(tokens):
+            drafts = model.propose([request], 3, 1e9)[0]
+            wanted = tokens[position : position + len(drafts)]
+            assert drafts
+            assert drafts[: len(wanted)] == wanted
+            request.ids.append(token)
+
+
+def decoded(executor: StageExecutor, submit: Submit) -> list[int]:
+    """Each token from its log alone."""
+    output: list[int] = []
+    while len(output) < submit.sampling.max_tokens:
+        ids = np.array([*submit.prompt, *output], np.int64)
+        table = BlockTable(1, 40, BLOCK)
+        row, sampling = table.new_row(), SamplingTable(1, VOCAB)
+        at = np.array([row], np.int32), np.zeros(1, np.int32), np.array([len(ids)], np.int32)
+        table.grow(*at, list(range(40)))
+        logits = executor.forward(ids, None, table.fill(*at), np.array([len(ids) - 1], np.int32))
+        slot = sampling.admit(submit.sampling, submit.prompt, output)
+        output.append(int(sampling.sample(logits, np.array([slot], np.int32)).tokens[0]))
+    return output
 
 
 def test_a_draft_model_of_other_tokens_is_refused() -> None:

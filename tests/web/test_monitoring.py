@@ -55,7 +55,7 @@ def of_gateways() -> str:
     metrics = Metrics()
     metrics.attach(Router(Policy()), lambda: 0.0)
     metrics.attach_keys(list[KeyUsage])
-    return metrics.render().decode()
+    return metrics.render()[0].decode()
 
 
 EXPORTED = families(of_controllers()) | families(of_gateways())

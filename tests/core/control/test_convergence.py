@@ -18,8 +18,8 @@ SHAPES = [(2, 2), (2, 4), (3, 3)]
 
 
 def prefixes(instances: int, stages: int) -> list[World]:
-    """Worlds after every step of a life: forming, a death, the return, and the hand-back, also as older code goes about
-    it."""
+    """Worlds after every step of a life: forming, a death, the return, the hand-back, also as older code goes about it,
+    and the death of its peer."""
     world = World(make_config(instances, stages))
     found = [copy.deepcopy(world)]
 
@@ -36,6 +36,8 @@ def prefixes(instances: int, stages: int) -> list[World]:
     world.start("n1")
     live(2)
     assert world.all_home()
+    world.kill(f"n{stages + 1}")
+    live(2)
     found += [quiesced(w) for w in found if any(p.move for p in w.topology.pipelines)]
     unique = {w.topology: w for w in found}
     return list(unique.values())

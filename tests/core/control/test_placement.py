@@ -46,6 +46,16 @@ def test_the_holder_of_the_copy_takes_over_and_leaves_the_ring() -> None:
     assert copies(world) == ["n3", "n3", "n3", "n0"]
 
 
+@pytest.mark.parametrize("instances", [2, 4])
+def test_one_write_mends_a_pipeline_and_the_copies_that_were_with_its_dead_node(instances: int) -> None:
+    """The second one reached every node while it was resuming requests."""
+    world = formed(instances, stages=2)
+    world.kill("n2")
+    assert world.step() == "repair"
+    assert "n2" not in {node for nodes in world.copies().values() for node in nodes}
+    assert world.step() is None
+
+
 def test_two_failures_of_four() -> None:
     world = formed(4)
     world.kill("n1", "n2")

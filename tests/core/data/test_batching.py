@@ -346,6 +346,16 @@ def test_short_chunks_that_seem_to_cost_nothing_do_not_make_a_long_one() -> None
     assert made.chunk_tokens(6, 512) < 40, "a long chunk tells more of tokens than many short ones"
 
 
+def test_chunks_that_came_late_do_not_make_what_was_lost_many_steps() -> None:
+    """Around a failure every step is late, those with what was lost as well: their tokens seemed so dear that 134 of
+    them were five steps, and the last reader waited for all five."""
+    made = speed(4, 0.01, 0.0001)
+    for late_s in (0.01, 0.03, 0.02, 0.015, 0.02):
+        made.ran(4, 24, 0.0124 + late_s, beside_chunk=True)
+    assert made.chunk_tokens(4, 512) < 32, "beside readers the median counts"
+    assert made.chunk_tokens(4, 134, lost=True, multiple=3.0) == 134
+
+
 @pytest.mark.parametrize("slower", [1, 20])
 def test_what_a_token_costs_follows_the_load(slower: int) -> None:
     """A chunk was measured while other work slowed everything down; now steps are quick again, and no chunk has come

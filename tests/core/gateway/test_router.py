@@ -61,18 +61,35 @@ def test_scheduler_change_resubmits_the_log() -> None:
     assert deliver.gap_s == pytest.approx(0.4)
 
 
-def test_stale_epoch_is_dropped_and_asked_for() -> None:
+def test_what_a_scheduler_sent_before_an_epoch_that_it_goes_on_in_counts() -> None:
+    """It was refused and asked for again. The scheduler had the same in its log, and its answer took longer than all
+    else of a recovery."""
     bench = Bench()
     bench.two_up()
     bench.submit()
     bench.tokens(A, "p0", 1, 0)
     bench.topology(pipeline("p0", A, 2), pipeline("p1", B, 1))
-    ((_, submit),) = sent(bench.tokens(A, "p0", 1, 1, 2))
+    effects = bench.tokens(A, "p0", 1, 1, 2)
+    (deliver,) = only(effects, Deliver)
+    assert (len(deliver.tokens), deliver.how, sent(effects)) == (2, "continued", [])
+    (deliver,) = only(bench.tokens(A, "p0", 2, 3), Deliver)
+    assert len(deliver.tokens) == 1
+
+
+def test_stale_epoch_is_dropped_and_asked_for() -> None:
+    bench = Bench()
+    bench.two_up()
+    bench.submit()
+    bench.tokens(A, "p0", 1, 0)
+    bench.topology(pipeline("p0", C, 2), pipeline("p1", B, 1))
+    bench.topology(pipeline("p0", A, 3), pipeline("p1", B, 1))
+    bench.do(StreamUp(A))
+    ((_, submit),) = sent(bench.tokens(A, "p0", 1, 1, 2))  # of when it scheduled the pipeline before
     assert len(submit.emitted) == 1
-    assert only(bench.tokens(A, "p0", 2, 3), Deliver) == []  # a gap: asked for a moment ago
+    assert only(bench.tokens(A, "p0", 3, 3), Deliver) == []  # a gap: asked for a moment ago
     assert sent(bench.do(Tick(), 0.2)) != []  # nothing came of it: again
-    (deliver,) = only(bench.tokens(A, "p0", 2, 1, 2), Deliver)
-    assert deliver.how == "continued"
+    (deliver,) = only(bench.tokens(A, "p0", 3, 1, 2), Deliver)
+    assert deliver.how == "resubmitted"
     assert not bench.router.restless
 
 

@@ -159,7 +159,7 @@ def test_a_client_that_leaves_without_having_read_is_noticed() -> None:
                 stack.nodes[0].held = True
             await stack.until(lambda: not stack.dispatcher.router.live)
             await stack.until(lambda: stack.nodes[0].cancels)
-            assert b"kevlarflow_client_disconnects_total 1.0" in stack.service.metrics.render()
+            assert b"kevlarflow_client_disconnects_total 1.0" in stack.service.metrics.render()[0]
 
     asyncio.run(run())
 

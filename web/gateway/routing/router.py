@@ -215,7 +215,8 @@ class Router:
                 text = f"{live.deaths} nodes died in this request's first step: it is not tried again"
                 self._send_cancel(live, out)
                 return self._fail(live.log.rid, FailCode.QUARANTINED, text, out)
-        if new is not None:
+        if new is not None and new.scheduler != live.sent_to:
+            # One that goes on has sent its tokens in order, and would send the same again if we refused them.
             live.log.raise_fence(new.epoch)
         if live.sent_to is None:
             if new is not None and new.scheduler != old.scheduler:

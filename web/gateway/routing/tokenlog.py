@@ -22,7 +22,9 @@ class Verdict(Enum):
 
 @dataclass(slots=True)
 class TokenLog:
-    """`fence` is the newest epoch that the topology names for this stream: older senders are refused.
+    """`fence` is the epoch in which the topology last gave this stream another scheduler: older senders are refused.
+    A scheduler that goes on in a new epoch is no older sender. It sends in order and keeps what it has sent: what is
+    on its way is what it would answer if we refused it.
 
     Tokens do not raise it. A scheduler may know of an epoch a moment earlier than the gateway does, and its
     tokens count; but a number that no topology ever named must not be able to shut a stream.
@@ -59,7 +61,7 @@ class TokenLog:
         return Verdict.NEXT
 
     def raise_fence(self, epoch: int) -> None:
-        """The topology says that `epoch` has begun: what older ones still send is void."""
+        """Another scheduler has the stream from `epoch` on: what older ones still send is void."""
         self.fence = max(self.fence, epoch)
 
     def rebase(self, epoch: int) -> None:
