@@ -10,8 +10,9 @@ import pytest
 
 from controlplane.contract.events import EventKind
 from controlplane.contract.protection import Protection
+from controlplane.contract.status import ClusterStatus
 from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
-from tests.e2e.cluster import Cluster, until, while_streaming
+from tests.e2e.cluster import Cluster, all_home, until, while_streaming
 
 STREAMS = 16
 TOKENS = 96
@@ -113,6 +114,10 @@ def test_a_stopped_scheduler_emits_nothing_when_it_wakes(home: Cluster) -> None:
     asyncio.run(home.expect_equal(streams))
 
 
+def at_home_with_copies(status: ClusterStatus) -> bool:
+    return all_home(status) and all(stage.lag_tokens >= 0 for p in status.pipelines for stage in p.stages)
+
+
 def test_the_history_tells_the_story(home: Cluster) -> None:
     """After a kill: died, epoch switched, recovered with its phases, joined, handed back."""
 
@@ -127,6 +132,7 @@ def test_the_history_tells_the_story(home: Cluster) -> None:
         home.kill("n5")
 
     told: list[Protection] = []
+    asyncio.run(home.wait_for(at_home_with_copies, "all nodes at home, with copies", 30.0))
     with home.local.admin() as admin:
         newest = max((row.id for row in admin.events(limit=1)), default=0)
     asyncio.run(while_streaming(home, DECODE, kill))
