@@ -47,15 +47,13 @@ install: $(VENV)/.installed
 up: $(VENV)/.runtime
 	@exec $(BIN)/kfadmin up $(UP)
 
-# Three runs at once, for two cores. Clusters go first, and whatever judges by the clock. Beside them run tests of one
-# process, which mostly wait, and behind both those that compute. What is beside begins and ends by itself, in a session
-# that the kernel gives less (or, where it has no such sessions, it is nice).
+# Three runs at once, for two cores. Clusters go first, with browsers and whatever else judges by the clock. Beside them run
+# tests of one process that do not, and behind both those that compute. What is beside begins and ends by itself, in a
+# session that the kernel gives less (or, where it has no such sessions, it is nice).
 COMPUTING := tests/gpu tests/parity tests/sim/test_safeguards.py tests/sim/test_seeds.py tests/sim/test_simulator.py \
              tests/e2e/test_etcd_away.py
-CLOCK := tests/core/data/test_merge.py tests/web/test_kfadmin_looks.py tests/web/gateway/test_hostile.py \
-         tests/web/gateway/test_process.py
-ALONE := $(filter-out $(CLOCK),$(wildcard $(foreach folder,tests/core tests/web,\
-           $(folder)/test_*.py $(folder)/*/test_*.py $(folder)/*/*/test_*.py)))
+CLOCK := tests/core/data/test_merge.py
+ALONE := $(filter-out $(CLOCK),$(wildcard $(addprefix tests/core/,test_*.py */test_*.py */*/test_*.py)))
 BESIDE := .pytest_cache/beside
 
 test: install
