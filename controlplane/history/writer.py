@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -51,6 +52,7 @@ class HistoryWriter:
         self._batch: list[Record] = []  # begun, and not known to be stored
         self._number = 0  # of the batch
         self._news = asyncio.Event()
+        self._tried = asyncio.Event()  # whether the database is there has been found out
         self._since_prune = 0
         self._figures_since_prune = 0
         self.written = 0
@@ -117,6 +119,10 @@ class HistoryWriter:
         return await self._read(lambda: self._store.audit(limit, after, operation_id))
 
     async def _read(self, query: Callable[[], Awaitable[T]]) -> T:
+        if not self.healthy:  # at the start of a controller it is about to be
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CALL_LIMIT_S):
+                    await self._tried.wait()
         if not self.healthy:
             raise Unavailable("the history database is away; see the controller's log")
         try:
@@ -149,9 +155,11 @@ class HistoryWriter:
                 async with asyncio.timeout(CALL_LIMIT_S):
                     await action()
                 self.healthy = True
+                self._tried.set()
                 return
             except (SQLAlchemyError, OSError, TimeoutError, ConfigError) as error:
                 self.healthy = False
+                self._tried.set()
                 self.failures += 1
                 log.warning(
                     "history database is away",

@@ -96,13 +96,13 @@ def test_only_in_its_epoch(etcd: EtcdMember) -> None:
             assert (answer.accepted, there) == (True, True)
 
     asyncio.run(body())
-    assert [(one.action, one.operation.id) for one in audited] == [
+    assert [(one.action, one.about.id) for one in audited] == [
         (Action.SUBMITTED, "right"),
         (Action.REFUSED, "wrong"),
         (Action.SUBMITTED, "any"),
     ]
     assert {(one.caller, one.reason) for one in audited} == {(ALICE, "disk")}
-    assert "at epoch 12" in audited[1].operation.message
+    assert "at epoch 12" in audited[1].message
 
 
 def test_a_topology_that_changes_in_this_very_moment(etcd: EtcdMember) -> None:
@@ -131,6 +131,6 @@ def test_what_the_preflight_refuses_is_audited_with_its_reason(etcd: EtcdMember)
             assert not there
 
     asyncio.run(body())
-    assert [(one.action, one.operation.message) for one in audited] == [
+    assert [(one.action, one.message) for one in audited] == [
         (Action.REFUSED, "nobody can take it over")
     ]

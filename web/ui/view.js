@@ -16,9 +16,9 @@ export function Page(known) {
   const { status, link, signIn, actions } = known;
   if (link.state === "signed-out") return html`<${SignIn} ...${signIn} onToken=${actions.signIn} />`;
   if (!status)
-    return html`<p class="waiting" role="status">
+    return html`<main><p class="waiting" role="status">
       ${link.state === "lost" ? "The controller does not answer. Trying again ..." : "Connecting to the controller ..."}
-    </p>`;
+    </p></main>`;
   const lost = link.state === "lost";
   return html`
     <div class=${lost ? "stale" : ""}>
