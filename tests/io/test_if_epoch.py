@@ -131,6 +131,4 @@ def test_what_the_preflight_refuses_is_audited_with_its_reason(etcd: EtcdMember)
             assert not there
 
     asyncio.run(body())
-    assert [(one.action, one.message) for one in audited] == [
-        (Action.REFUSED, "nobody can take it over")
-    ]
+    assert [(one.action, one.message) for one in audited] == [(Action.REFUSED, "nobody can take it over")]
