@@ -10,9 +10,11 @@ MESSAGE_MAX = 1 << 17
 
 
 class Prepare(msgspec.Struct, tag=True, frozen=True):
-    """Make ready for a layout, whose exchange comes with this message; steps go on meanwhile."""
+    """Make ready for a layout, whose exchange comes with this message; steps go on meanwhile, by layout `using` (-1: by
+    none). What was prepared before for any other layout is not wanted any more."""
 
     layout_id: int
+    using: int
     layout: Layout
     numbers_max: int
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -50,12 +51,11 @@ def fork_parent(work: Work) -> tuple[socket.socket, int]:
     return ours, pid
 
 
-def _in_child(name: str, run: object) -> NoReturn:
+def _in_child(name: str, run: Callable[[], None]) -> NoReturn:
     """The life of a forked process: whatever happens it never returns into the code of the one it was forked from."""
     code = 1
     try:
         _tie(name)
-        assert callable(run)
         run()
         code = 0
     except BaseException:
@@ -98,6 +98,8 @@ class RankProcess:
     def __init__(self, rank: int, sock: socket.socket, work: Work) -> None:
         self._rank, self._socket, self._work = rank, sock, work
         self._prepared: dict[int, CpuRank] = {}
+        self._wanted: set[int] = set()  # layouts; each one that is prepared has weights of its own
+        self._lock = threading.Lock()  # of these two
         self._current: tuple[int, CpuRank] | None = None
 
     def serve(self) -> None:
@@ -111,6 +113,7 @@ class RankProcess:
                 return
             match ORDERS.decode(data):
                 case Prepare() as order:
+                    self._want({order.using, order.layout_id})
                     threading.Thread(target=self._prepare, args=(order, fds[0]), daemon=True).start()
                 case Step() as order:
                     self._answer(self._step(order))
@@ -118,13 +121,18 @@ class RankProcess:
     def _answer(self, answer: Answer) -> None:
         self._socket.send(ENCODER.encode(answer))
 
+    def _want(self, layouts: set[int]) -> None:
+        with self._lock:
+            self._wanted = layouts
+            self._prepared = {at: rank for at, rank in self._prepared.items() if at in layouts}
+
     def _prepare(self, order: Prepare, fd: int) -> None:
         work, layout = self._work, order.layout
         try:
             with torch.inference_mode():
                 at = layout.ranks.index(self._rank)
                 exchange = Exchange(fd, len(layout.ranks), at, order.numbers_max)
-                self._prepared[order.layout_id] = CpuRank(
+                rank = CpuRank(
                     work.spec,
                     layout,
                     self._rank,
@@ -133,6 +141,9 @@ class RankProcess:
                     threads=work.threads,
                     timeout_s=work.timeout_s,
                 )
+            with self._lock:
+                if order.layout_id in self._wanted:
+                    self._prepared[order.layout_id] = rank
         except (ValueError, MemoryError, OSError) as error:
             self._answer(Unfit(order.layout_id, str(error), False))
         else:
@@ -142,9 +153,8 @@ class RankProcess:
 
     def _step(self, order: Step) -> Answer:
         if self._current is None or self._current[0] != order.layout_id:
-            self._current = (order.layout_id, self._prepared.pop(order.layout_id))
-            for old in [at for at in self._prepared if at < order.layout_id]:
-                self._prepared.pop(old, None)
+            with self._lock:
+                self._current = (order.layout_id, self._prepared.pop(order.layout_id))
         rank, box = self._current[1], self._work.box
         sizes = Sizes(order.tokens, order.rows, order.width, order.picked)
         rows, picked = box.rows(sizes), box.picked(sizes)
@@ -171,5 +181,7 @@ def received_rank(asked: socket.socket) -> tuple[int, socket.socket, int]:
     parent is gone."""
     data, fds, _, _ = socket.recv_fds(asked, 16, 2)
     if len(fds) != 2:
+        for fd in fds:
+            os.close(fd)
         raise ConnectionError("the process that ranks are forked from has ended")
     return int(data), socket.socket(fileno=fds[0]), fds[1]

@@ -15,7 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -27,7 +27,7 @@ from dataplane.core.ranks.dealing import deal_rows
 from dataplane.ranks.box import Rows, Sizes, StepBox
 from dataplane.ranks.messages import MESSAGE_MAX, Answer, Done, Over, Prepare, Ready, Step, Unfit
 from dataplane.ranks.process import ENCODER, Work, fork_parent, received_rank
-from kernels.base import DTYPES, PagedCache, StageSpec, StepArrays
+from kernels.base import PagedCache, StageSpec, StepArrays
 from kernels.cpu.rank import SharedHeads
 from kernels.ranks.exchange import Exchange, make_memory
 from kernels.ranks.layout import Layout, deal
@@ -43,6 +43,7 @@ MISSING_S = (
 )
 PREPARE_LIMIT_S = 600.0  # packing the weights of a large stage
 FRESH_MAX = 3  # times that all ranks are started at once for one step
+START_LIMIT_S = 10.0  # a fork
 RESTART_FIRST_S, RESTART_MAX_S = 0.05, 10.0
 
 
@@ -58,7 +59,7 @@ class Rank:
     pid: int
     socket: socket.socket
     pidfd: int
-    ready: set[int] = field(default_factory=set)  # layouts
+    ready: int = -1  # the newest layout that it has prepared
 
     def send(self, message: Prepare | Step, fds: Iterable[int] = ()) -> bool:
         """Whether it is there to be told."""
@@ -74,7 +75,12 @@ class Rank:
             data = self.socket.recv(MESSAGE_MAX)
         except OSError:
             return None
-        return ANSWERS.decode(data) if data else None
+        if not data:
+            return None
+        said: Answer = ANSWERS.decode(data)
+        if isinstance(said, Ready):
+            self.ready = max(self.ready, said.layout_id)
+        return said
 
     @property
     def stopped(self) -> bool:
@@ -124,10 +130,10 @@ class RankedStage:
         vocabulary = 0 if spec.head is None else len(spec.head.tensor)
         width_max = -(-context_max // kv.block_size)
         is_bf16 = kv.dtype == "bfloat16"
-        assert kv.dtype in DTYPES
         self._box = StepBox(rows_max, width_max, spec.hidden, is_bf16, spec.embed is not None, vocabulary)
         work = Work(spec, SharedHeads(kv), self._box, threads, MISSING_S)
         self._asked, self._parent = fork_parent(work)
+        self._asked.settimeout(START_LIMIT_S)
         self._ranks: dict[int, Rank] = {}
         self._layouts = 0  # made so far
         self._restart = {rank: Backoff(RESTART_FIRST_S, RESTART_MAX_S) for rank in range(ranks)}
@@ -183,62 +189,59 @@ class RankedStage:
     def _compute(self, sizes: Sizes, rows: Rows) -> set[int]:
         """By the ranks of the present layout. Returns those that were lost in it; none: the step is computed. Raises
         ValueError or IndexError for a step that does not fit."""
-        now = self._now
-        order = now.layout.ranks
-        dealt: list[list[int]] = [[] for _ in order]
-        if now.layout.heads_data_parallel:
-            counts = np.diff(rows.cu_q).tolist()
-            dealt = deal_rows(counts, rows.context_lens.tolist(), len(order))
-        lost: set[int] = set()
-        for at, number in enumerate(order):
-            message = Step(
-                now.id, sizes.tokens, sizes.rows, sizes.width, sizes.picked, tuple(dealt[at]), at == 0
-            )
-            if not self._ranks[number].send(message):
-                lost.add(number)
+        now, order = self._now, self._now.layout.ranks
+        lost = self._send_step(sizes, rows)
+        asked = set(order)
         unfit: Unfit | None = None
         suspect = False
-        asked = set(order) - lost
-        if lost:
-            now.exchange.abort()
-        began = time.monotonic()
-        ended = began if lost else None  # when the exchange was ended
-        while asked:
+        began, ended = time.monotonic(), None  # the latter: when the exchange was ended
+        while True:
+            at = time.monotonic()
+            if at - began > STOPPED_S:
+                lost |= {number for number in asked if self._ranks[number].stopped}
+            if ended is not None and at - ended > MISSING_S:
+                lost |= asked
+            if (lost or unfit) and ended is None:
+                now.exchange.abort()
+                ended = at
+            asked -= lost
+            if not asked:
+                break
             for number, answer in self._answers(asked, LOOK_S):
                 match answer:
-                    case Ready(layout_id):
-                        self._ranks[number].ready.add(layout_id)
+                    case Ready():
                         continue
-                    case Done(layout_id, is_suspect):
-                        suspect = suspect or is_suspect
-                    case Over(layout_id, missing):
-                        if missing >= 0:
-                            lost.add(order[missing])
-                    case Unfit(layout_id, _, _):
-                        if layout_id != now.id:
-                            self._next = None
-                            continue
+                    case Unfit(layout_id, error) if layout_id != now.id:
+                        self._call_off(error)
+                        continue
+                    case Unfit():
                         unfit = answer
+                    case Done(_, is_suspect):
+                        suspect = suspect or is_suspect
+                    case Over(_, missing) if missing >= 0:
+                        lost.add(order[missing])
                     case None:
                         lost.add(number)
                 asked.discard(number)
-                if (lost or unfit) and ended is None:
-                    now.exchange.abort()
-                    ended = time.monotonic()
-            time_now = time.monotonic()
-            if time_now - began > STOPPED_S:
-                lost |= {number for number in asked if self._ranks[number].stopped}
-            if ended is not None and time_now - ended > MISSING_S:
-                lost |= asked
-            if lost and ended is None:
-                now.exchange.abort()
-                ended = time_now
-            asked -= lost
         if unfit is not None and not lost:
             self._now = self._agree_anyhow(order)  # their exchange is over
             raise (IndexError if unfit.is_index else ValueError)(unfit.error)
         self.suspect = suspect
         return lost
+
+    def _send_step(self, sizes: Sizes, rows: Rows) -> set[int]:
+        """To all ranks; those that cannot be told are lost."""
+        layout = self._now.layout
+        dealt: list[list[int]] = [[] for _ in layout.ranks]
+        if layout.heads_data_parallel:
+            counts, contexts = np.diff(rows.cu_q).tolist(), rows.context_lens.tolist()
+            dealt = deal_rows(counts, contexts, len(layout.ranks))
+        size = (sizes.tokens, sizes.rows, sizes.width, sizes.picked)
+        return {
+            number
+            for at, number in enumerate(layout.ranks)
+            if not self._ranks[number].send(Step(self._now.id, *size, tuple(dealt[at]), at == 0))
+        }
 
     def _answers(self, asked: set[int], limit_s: float) -> list[tuple[int, Answer | None]]:
         """The next of each of these ranks that has one, within a time."""
@@ -277,30 +280,36 @@ class RankedStage:
         if len(self._ranks) == len(self.ranks):
             return
         if self._next is None:
-            self._next = self._prepare(self._ranks)
-        self._hear(self._next)
-        if self._next is not None and all(
-            self._next.id in self._ranks[number].ready for number in self._next.layout.ranks
-        ):
+            try:
+                self._next = self._prepare(self._ranks)
+            except OSError as error:
+                self._call_off(error)
+                return
+        if not (missing := self._unready(self._next)):
             self._now, self._next = self._next, None
             log.info("%d of %d ranks compute", len(self.ranks), self.wanted)
             for number in self.ranks:
                 self._restart[number].succeeded()
-
-    def _hear(self, shared: Shared) -> None:
-        """What ranks have said since about a layout that is being prepared."""
-        asked = {number for number in shared.layout.ranks if shared.id not in self._ranks[number].ready}
-        for number, answer in self._answers(asked, 0):
+            return
+        for number, answer in self._answers(missing, 0):
             match answer:
-                case Ready(layout_id):
-                    self._ranks[number].ready.add(layout_id)
-                case None if number not in self.ranks:  # it never computed
-                    self._forget(number, time.monotonic())
-                    self._next = None
+                case None if number not in self.ranks:  # it never computed; of the others the step will tell
+                    self._call_off("a rank ended as it was prepared")
                     return
-                case Unfit(error=error):
-                    log.error("rank %d cannot be prepared: %s", number, error)
-                    self._next = None
+                case Unfit():
+                    self._call_off(answer.error)
+                    return
+
+    def _call_off(self, why: object) -> None:
+        """The layout that is being prepared cannot be had: ranks that were to be taken in are started again later,
+        after a longer pause each time."""
+        log.error("ranks cannot be taken in: %s", why)
+        self._next = None
+        for number in [number for number in self._ranks if number not in self.ranks]:
+            self._forget(number, time.monotonic())
+
+    def _unready(self, shared: Shared) -> set[int]:
+        return {number for number in shared.layout.ranks if self._ranks[number].ready != shared.id}
 
     def _agree_anyhow(self, numbers: Iterable[int]) -> Shared:
         """A layout of these ranks, or of all that are left of them, or of fresh ones. Raises RanksGone."""
@@ -323,11 +332,9 @@ class RankedStage:
             shared = self._prepare(wanted)
             deadline = time.monotonic() + PREPARE_LIMIT_S
             lost: set[int] = set()
-            while asked := {n for n in wanted - lost if shared.id not in self._ranks[n].ready}:
+            while asked := self._unready(shared) - lost:
                 for number, answer in self._answers(asked, LOOK_S):
                     match answer:
-                        case Ready(layout_id):
-                            self._ranks[number].ready.add(layout_id)
                         case Unfit(layout_id=layout_id, error=error) if layout_id == shared.id:
                             raise ValueError(error)
                         case None:
@@ -344,14 +351,15 @@ class RankedStage:
 
     def _prepare(self, numbers: Iterable[int]) -> Shared:
         """Everybody is told of a layout of these ranks; they keep what they have as far as it allows."""
-        before = self._now.layout if self._layouts else None
+        before, using = (self._now.layout, self._now.id) if self._layouts else (None, -1)
         layout = deal(self._shape, numbers, before)
         memory = make_memory(len(layout.ranks), self._numbers_max)
         try:
             shared = Shared(self._layouts, layout, Exchange(memory, len(layout.ranks), 0, self._numbers_max))
             self._layouts += 1
             for number in layout.ranks:
-                self._ranks[number].send(Prepare(shared.id, layout, self._numbers_max), [memory])
+                order = Prepare(shared.id, using, replace(layout, planes=()), self._numbers_max)
+                self._ranks[number].send(order, [memory])
         finally:
             os.close(memory)
         return shared

@@ -6,6 +6,7 @@ In a process without threads, as a node is when it forks them."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from typing_extensions import Buffer
 
 from dataplane._fast.blocktable import StepArrays
 from dataplane.kvcache import KVCache
+from dataplane.ranks import stage as ranked
 from dataplane.ranks.stage import RankedStage
 from kernels.base import DTYPES
 from tests.parity.rank_group import BLOCK, BLOCKS, HEAD_DIM, HIDDEN, Requests, random_spec
@@ -176,6 +178,29 @@ def one_by_one(kv_heads: int, dtype: str) -> None:
     tried.stage.close()
 
 
+def no_room(kv_heads: int, dtype: str) -> None:
+    """There is no memory for sums with the rank that comes back: it is tried again later, and the others serve."""
+    tried = Tried(3, kv_heads, dtype)
+    tried.step(dict.fromkeys(tried.rows, 7))
+    tried.send(1, signal.SIGKILL)
+    tried.decode()
+    make, refused = ranked.make_memory, 0
+
+    def refuse(ranks: int, numbers_max: int) -> int:
+        nonlocal refused
+        if refused == 2:
+            return make(ranks, numbers_max)
+        refused += 1
+        raise OSError(errno.ENOMEM, "no memory")
+
+    ranked.make_memory = refuse
+    tried.until_all()
+    assert refused == 2
+    assert tried.stage.lost == 3  # each refusal costs the fresh process
+    tried.decode()
+    tried.stage.close()
+
+
 def stopped(kv_heads: int, dtype: str) -> None:
     """A rank that is stopped is ended; it never wakes to write anything."""
     tried = Tried(3, kv_heads, dtype)
@@ -230,7 +255,8 @@ def unfit(kv_heads: int, dtype: str) -> None:
 
 
 SCENARIOS: dict[str, Callable[[int, str], None]] = {
-    run.__name__: run for run in (chain, two_at_once, all_at_once, one_by_one, stopped, middle, unfit)
+    run.__name__: run
+    for run in (chain, two_at_once, all_at_once, one_by_one, no_room, stopped, middle, unfit)
 }
 
 
