@@ -80,6 +80,12 @@ class Tried:
             self.again()
             time.sleep(0.002)
 
+    def finish(self) -> None:
+        """All come back, and all end."""
+        self.until_all()
+        self.decode()
+        self.stage.close()
+
     def again(self) -> None:
         """The same position again: a step that is repeated writes what it wrote."""
         lengths = dict(self.requests.lengths)
@@ -131,9 +137,7 @@ def two_at_once(kv_heads: int, dtype: str) -> None:
     tried.step(dict.fromkeys(tried.rows, 7))
     tried.end_within([1, 2])
     assert tried.stage.lost == 2
-    tried.until_all()
-    tried.decode()
-    tried.stage.close()
+    tried.finish()
 
 
 def all_at_once(kv_heads: int, dtype: str) -> None:
@@ -173,9 +177,7 @@ def one_by_one(kv_heads: int, dtype: str) -> None:
     tried.decode()
     tried.decode()
     tried.stage._agree = agree  # type: ignore[method-assign]
-    tried.until_all()
-    tried.decode()
-    tried.stage.close()
+    tried.finish()
 
 
 def no_room(kv_heads: int, dtype: str) -> None:

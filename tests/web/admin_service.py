@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from web.admin.oidc.provider import Provider
 
 TOKEN = "test-admin-token"
+BEARER = {"authorization": f"Bearer {TOKEN}"}
 
 
 def healthy(instances: int = 2, stages: int = 4) -> ClusterStatus:
@@ -241,3 +242,7 @@ def serving(
         server.should_exit = server.force_exit = True
         thread.join(10)
         assert not thread.is_alive(), "the server did not end although streams were open"
+
+
+def drain(node: str, operation_id: str = "op-1", **more: object) -> dict[str, object]:
+    return {"id": operation_id, "kind": "drain", "node": node, **more}

@@ -1,4 +1,4 @@
-"""One browser for all tests of the dashboard; tests without one do not even import it."""
+"""One browser for all tests of the dashboard, an admin API with a service in memory; only who has one imports it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    import httpx
     from playwright.sync_api import Browser, Page
+
+    from tests.web.admin_service import MemoryService
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +28,26 @@ def page(browser: Browser) -> Iterator[Page]:
 
     with opened(browser) as page:
         yield page
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[str, MemoryService]]:
+    from tests.web.admin_service import MemoryService, serving
+
+    service = MemoryService()
+    with serving(service) as url:
+        yield url, service
+
+
+@pytest.fixture
+def service(server: tuple[str, MemoryService]) -> MemoryService:
+    server[1].reset()
+    return server[1]
+
+
+@pytest.fixture
+def client(server: tuple[str, MemoryService], service: MemoryService) -> Iterator[httpx.Client]:
+    import httpx
+
+    with httpx.Client(base_url=server[0], timeout=5, verify=False) as client:
+        yield client
