@@ -243,8 +243,11 @@ class LocalCluster:
                 return all(p.state is PipelineState.UP for p in admin.status().pipelines)
 
             self._wait(all_up, deadline, "every pipeline serves", lambda: admin.status().leader or first)
+            pipelines = len(admin.status().pipelines)
+        # At its first answer a gateway may reach one pipeline only, which then gets all requests.
         for name in self._gateways:
-            self._wait_answer(f"{self._url(name)}/readyz", deadline, name)
+            reaches_all = partial(self._reaches, name, pipelines)
+            self._wait(reaches_all, deadline, f"{name} reaches every pipeline", partial(str, name))
         self._progress("ready")
 
     def _wait_nodes(self, admin: AdminClient, deadline: float) -> None:
@@ -259,9 +262,6 @@ class LocalCluster:
             return not missing
 
         self._wait(all_there, deadline, "every node has joined", lambda: min(missing))
-
-    def _wait_answer(self, url: str, deadline: float, name: str) -> None:
-        self._wait(lambda: self._answers(url), deadline, f"{name} is ready", lambda: name)
 
     def _wait(
         self, condition: Callable[[], bool], deadline: float, what: str, guilty: Callable[[], str]
@@ -291,13 +291,21 @@ class LocalCluster:
     def _any_controller(self) -> bool:
         return any(self._answers(f"{self._url(name)}/readyz") for name in self._controllers)
 
+    def _reaches(self, gateway: str, pipelines: int) -> bool:
+        answer = self._answer(f"{self._url(gateway)}/readyz")
+        return answer is not None and answer.json()["pipelines"] >= pipelines
+
     def _answers(self, url: str) -> bool:
-        """Whether a GET is answered with 200 within a second."""
+        return self._answer(url) is not None
+
+    def _answer(self, url: str) -> httpx.Response | None:
+        """To a GET, if it is a 200 and comes within a second."""
         try:
             verify = trust(url, self.endpoints.ca)
-            return httpx.get(url, timeout=PROBE_TIMEOUT_S, trust_env=False, verify=verify).status_code == 200
+            answer = httpx.get(url, timeout=PROBE_TIMEOUT_S, trust_env=False, verify=verify)
         except httpx.TransportError:
-            return False
+            return None
+        return answer if answer.status_code == 200 else None
 
     # ---- what runs where
 

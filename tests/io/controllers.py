@@ -41,6 +41,7 @@ class Node:
     record: NodeRecord
     cluster: Cluster
     down_links: set[Member] = field(default_factory=set)
+    lag_tokens: int = 0  # of every copy that it makes
     seq: int = 0
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     calls: list[Any] = field(default_factory=list)
@@ -69,7 +70,9 @@ class Node:
         served = []
         for pipeline in topology.pipelines if topology else ():
             for index in pipeline.stages_of(me):
-                targets = tuple(TargetReport(target, 0) for target in pipeline.stages[index].replicas)
+                targets = tuple(
+                    TargetReport(target, self.lag_tokens) for target in pipeline.stages[index].replicas
+                )
                 served.append(
                     PipelineReport(pipeline.id, pipeline.epoch, index, last_step=0, targets=targets)
                 )
@@ -217,6 +220,8 @@ class Cluster:
 
     def events(self) -> list[tuple[str, str, str]]:
         with contextlib.closing(sqlite3.connect(self.folder / "history.db")) as db:
+            if not db.execute("select 1 from sqlite_master where name = 'events'").fetchall():
+                return []  # a controller answers before its database is ready
             return db.execute("select kind, subject, recorded_by from events order by id").fetchall()
 
     def logs(self) -> str:
