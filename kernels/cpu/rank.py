@@ -111,7 +111,8 @@ class CpuRank:
         self._spec, self._layout, self._rank = spec, layout, rank
         self._memory, self._exchange, self._timeout_s = memory, exchange, timeout_s
         self._dtype = DTYPES[memory.dtype]
-        self.weights = RankWeights(spec, kv_heads, None if before is None else before.weights)
+        had = None if before is None else before.weights
+        self.weights: RankWeights = RankWeights(spec, kv_heads, had)
         self._kept: list[object] = []  # what the kernels have addresses of
         self.suspect = False
         self.team = _native.Team(threads)
