@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from msgspec.structs import replace
 
 from controlplane.contract.errors import ConfigError, RequestError
-from web.gateway.errors import ApiError
+from web.gateway.errors import ApiError, too_long
 from web.gateway.model import INLINE_CHARS_MAX
 from web.gateway.openai import answers
 from web.gateway.openai.call_ids import CallIds
@@ -28,7 +28,7 @@ from web.gateway.openai.tools import Function, Tool, ToolUse, tool_use
 from web.gateway.openai.whole_answer import Whole, best
 from web.gateway.service import Service
 from web.gateway.text.choice_decoder import Piece
-from web.gateway.text.template import ChatTemplate
+from web.gateway.text.template import ChatTemplate, PromptTooLong
 
 INLINE_MESSAGES_MAX = 64  # longer conversations are rendered in a thread
 
@@ -161,6 +161,8 @@ async def chat_prompt(
             text = template.render(given, begin)
         if how.continued:
             text = up_to_mark(text)
+    except PromptTooLong as error:
+        raise too_long(model.max_model_len, f"the prompt is too long: {error}", "messages") from error
     except RequestError as error:
         raise ApiError(400, str(error), "messages") from error
     return tuple(await model.encode(text, how.special_tokens))
