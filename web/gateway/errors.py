@@ -39,35 +39,21 @@ FAIL_STATUS = {
 
 
 class ApiError(Exception):
-    """A request ends with this `status`; `retry_after_s` > 0 tells the client when to come back. `code`: OpenAI's name
-    of what is wrong, where clients act on it; else it is the status, as vLLM has it."""
+    """A request ends with this `status`; `retry_after_s` > 0 tells the client when to come back."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        retry_after_s: float = 0.0,
-        code: str | None = None,
+        self, status: int, message: str, param: str | None = None, retry_after_s: float = 0.0
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
-        self.code = code
 
     @property
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "BadRequestError" if self.status < 500 else "InternalServerError")
-        return {
-            "error": {
-                "message": self.message,
-                "type": kind,
-                "param": self.param,
-                "code": self.code or self.status,
-            }
-        }
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -83,12 +69,6 @@ class ApiError(Exception):
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self.body)
-
-
-def too_long(limit: int, why: str, param: str) -> ApiError:
-    """In OpenAI's words, by which clients know that a shorter conversation would do. `limit`: tokens."""
-    text = f"This model's maximum context length is {limit} tokens. However, {why}."
-    return ApiError(400, text, param, code="context_length_exceeded")
 
 
 def of_fail(code: FailCode, message: str, retry_after_s: float) -> ApiError:

@@ -226,12 +226,18 @@ def test_calls_that_have_to_come(tmp_path: Path) -> None:
             assert "# Tools" in model.decode(list(stack.nodes[0].submits[-1].prompt))
             _, grammar = await ask(tool_choice="required", parallel_tool_calls=False)
             assert "call)*" not in grammar
+            for must in (
+                "required",
+                one,
+            ):  # and what an answer would have to be says nothing: there comes none
+                _, grammar = await ask(tool_choice=must)
+                assert (await ask(tool_choice=must, response_format={"type": "json_object"}))[1] == grammar
             _, grammar = await ask(response_format={"type": "json_object"})
             assert "get_weather" in grammar
             assert "@answer" in grammar
             assert (await ask())[1] == ""
             for more, why in [
-                ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "give one of them"),
+                ({"tool_choice": "required", "extra_body": {"guided_choice": ["a"]}}, "give one of them"),
                 ({"tool_choice": "required", "extra_body": {"ignore_eos": True}}, "ignore_eos"),
             ]:
                 with pytest.raises(openai.BadRequestError, match=why):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from msgspec.structs import replace
 
 from controlplane.contract.errors import ConfigError, RequestError
-from web.gateway.errors import ApiError, too_long
+from web.gateway.errors import ApiError
 from web.gateway.model import INLINE_CHARS_MAX
 from web.gateway.openai import answers
 from web.gateway.openai.call_ids import CallIds
@@ -24,6 +24,7 @@ from web.gateway.openai.prompt_scores import check_scores, prompt_logprobs
 from web.gateway.openai.requests import INT64_MAX, ChatRequest, parse
 from web.gateway.openai.sampling import check_chars, check_length, make_sampling, text_rules
 from web.gateway.openai.structured import DEMANDS
+from web.gateway.openai.too_long import too_long
 from web.gateway.openai.tools import Function, Tool, ToolUse, tool_use
 from web.gateway.openai.whole_answer import Whole, best
 from web.gateway.service import Service

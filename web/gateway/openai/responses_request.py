@@ -243,7 +243,7 @@ def renamed(error: ApiError) -> ApiError:
         return error
     name = NAMES[error.param]
     text = error.message.replace(error.param, name)
-    return ApiError(error.status, text, name, error.retry_after_s, error.code)
+    return type(error)(error.status, text, name, error.retry_after_s)
 
 
 def messages_of(request: ResponsesRequest) -> list[Message]:

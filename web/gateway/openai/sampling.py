@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from controlplane.contract.requests import Sampling
-from web.gateway.errors import ApiError, shorten, too_long
+from web.gateway.errors import ApiError, shorten
 from web.gateway.model import Model
 from web.gateway.openai.requests import INT64_MAX, Common
+from web.gateway.openai.too_long import too_long
 from web.gateway.text.choice_decoder import TextRules
 from web.gateway.text.parsers.output import OutputRules
 
