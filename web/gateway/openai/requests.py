@@ -65,6 +65,37 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
     "watermarking": (False,),
+    # Other servers': llama.cpp, Ollama, OpenRouter, SGLang, TGI
+    "do_sample": (True,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "ebnf": ("",),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "extra_body": ({},),
+    "extra_headers": ({},),
+    "grammar": ("",),
+    "lora_path": (),
+    "min_keep": (0,),
+    "mirostat": (0,),
+    "mirostat_mode": (0,),
+    "n_probs": (0,),
+    "no_repeat_ngram_size": (0,),
+    "no_stop_trim": (False,),
+    "options": ({},),
+    "plugins": ([],),
+    "regex": ("",),
+    "repeat_penalty": (1,),
+    "return_hidden_states": (False,),
+    "separate_reasoning": (True,),
+    "smoothing_factor": (0,),
+    "stream_reasoning": (True,),
+    "tfs": (1,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "transforms": ([],),
+    "typical_p": (1,),
+    "xtc_probability": (0,),
 }
 # Accepted and without effect here, whatever they say: they do not change the answer.
 IGNORED = frozenset(
@@ -81,6 +112,16 @@ IGNORED = frozenset(
         "store",
         "user",
         "verbosity",  # no model that is served here was taught what it says
+        # Of LiteLLM, llama.cpp, Ollama, OpenRouter and SGLang: the same, and what else the answer is to tell
+        "cache_prompt",
+        "drop_params",
+        "id_slot",
+        "keep_alive",
+        "provider",
+        "return_progress",
+        "rid",
+        "timings_per_token",
+        "usage",
         # vLLM's: caches, the size of chunks, and what belongs to something that is refused itself
         "guided_decoding_backend",
         "media_io_kwargs",
@@ -119,17 +160,17 @@ class Request(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_neutral(cls, data: Any) -> Any:
+    def _drop_silent(cls, data: Any) -> Any:
         """Take out what changes nothing; refuse, by name, what is known but not supported."""
         if not isinstance(data, dict):
             return data
         kept = {}
         for name, value in data.items():
             if name not in cls.model_fields:
-                if name in IGNORED:
+                if value is None or name in IGNORED:
                     continue
                 if name in UNSUPPORTED:
-                    if value is not None and not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
+                    if not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
                         raise ApiError(400, f"{name} is not supported", name)
                     continue
             kept[name] = value
@@ -354,7 +395,7 @@ def parse(kind: type[Body], raw: bytes) -> Body:
             raise _bad_request(error) from None
     # JSON has one kind of number: 3.0 is an integer. Only those who write it so pay for reading twice.
     try:
-        return kind.model_validate(json.loads(raw, parse_float=_number))
+        return kind.model_validate(json.loads(raw, parse_float=whole_number))
     except pydantic.ValidationError as error:
         raise _bad_request(error) from None
     except RecursionError:
@@ -377,7 +418,8 @@ def _is_whole(error: Any) -> bool:
     return bool(error["type"] == "int_type" and isinstance(value, float) and value.is_integer())
 
 
-def _number(text: str) -> int | float:
+def whole_number(text: str) -> int | float:
+    """JSON has one kind of number: 3.0 is an integer."""
     value = float(text)
     return int(value) if value.is_integer() and abs(value) <= 2**53 else value
 

@@ -23,7 +23,7 @@ class Function(Lenient):
 
 
 class Tool(Lenient):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: Function
 
 
