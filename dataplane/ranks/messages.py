@@ -10,18 +10,23 @@ MESSAGE_MAX = 1 << 17
 
 
 class Prepare(msgspec.Struct, tag=True, frozen=True):
-    """Make ready for a layout, whose exchange comes with this message; steps go on meanwhile, by layout `using` (-1: by
-    none). What was prepared before for any other layout is not wanted any more."""
+    """Make ready for a layout, whose exchange comes with this message; steps go on meanwhile by the one that is in use.
+    What was prepared before for any other layout is not wanted any more."""
 
     layout_id: int
-    using: int
     layout: Layout
     numbers_max: int
 
 
+class Use(msgspec.Struct, tag=True, frozen=True):
+    """Steps are by this layout from now on, which is prepared: no other one is wanted any more."""
+
+    layout_id: int
+
+
 class Step(msgspec.Struct, tag=True, frozen=True):
-    """Compute what is in the box, by that layout. owned: rows whose data-parallel heads are this rank's. answers: write
-    the activations, which all ranks have."""
+    """Compute what is in the box, by the layout in use. owned: rows whose data-parallel heads are this rank's. answers:
+    write the activations, which all ranks have."""
 
     layout_id: int
     tokens: int
@@ -58,5 +63,5 @@ class Unfit(msgspec.Struct, tag=True, frozen=True):
     is_index: bool
 
 
-Order = Prepare | Step
+Order = Prepare | Use | Step
 Answer = Ready | Done | Over | Unfit

@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from dataplane.ranks.box import Sizes, StepBox
-from dataplane.ranks.messages import MESSAGE_MAX, Answer, Done, Order, Over, Prepare, Ready, Step, Unfit
+from dataplane.ranks.messages import MESSAGE_MAX, Answer, Done, Order, Over, Prepare, Ready, Step, Unfit, Use
 from kernels.base import StageSpec
 from kernels.cpu.rank import NO_TOKENS, CpuRank, HeadMemory
 from kernels.ranks.exchange import Exchange, ExchangeOver, RankMissing
@@ -97,10 +97,10 @@ class RankProcess:
 
     def __init__(self, rank: int, sock: socket.socket, work: Work) -> None:
         self._rank, self._socket, self._work = rank, sock, work
+        self._used = -1  # the layout that steps are by; -1: none yet
         self._prepared: dict[int, CpuRank] = {}
         self._wanted: set[int] = set()  # layouts; each one that is prepared has weights of its own
         self._lock = threading.Lock()  # of these two
-        self._current: tuple[int, CpuRank] | None = None
 
     def serve(self) -> None:
         """Until the node is gone."""
@@ -113,8 +113,11 @@ class RankProcess:
                 return
             match ORDERS.decode(data):
                 case Prepare() as order:
-                    self._want({order.using, order.layout_id})
+                    self._want({self._used, order.layout_id})
                     threading.Thread(target=self._prepare, args=(order, fds[0]), daemon=True).start()
+                case Use(layout_id):
+                    self._used = layout_id
+                    self._want({layout_id})
                 case Step() as order:
                     self._answer(self._step(order))
 
@@ -152,10 +155,9 @@ class RankProcess:
             os.close(fd)
 
     def _step(self, order: Step) -> Answer:
-        if self._current is None or self._current[0] != order.layout_id:
-            with self._lock:
-                self._current = (order.layout_id, self._prepared.pop(order.layout_id))
-        rank, box = self._current[1], self._work.box
+        with self._lock:
+            rank = self._prepared[order.layout_id]
+        box = self._work.box
         sizes = Sizes(order.tokens, order.rows, order.width, order.picked)
         rows, picked = box.rows(sizes), box.picked(sizes)
         owned, places = rows.of(order.owned) if order.owned else (None, NO_TOKENS)

@@ -3,7 +3,10 @@
 Sums over ranks are exact (kernels/ranks/sums.h), so tokens do not depend on how many ranks there are. A step in which a
 rank is lost is computed again by the others: it writes the same numbers to the same slots of the KV cache, in memory
 that the node owns and all ranks share. A rank that is lost is started again. It packs its weights while the others
-serve, as they do theirs, and all change to the layout with it between two steps."""
+serve, as they do theirs, and all change to the layout with it between two steps.
+
+A step sees by itself who is lost in it. Between steps a thread looks after the ranks, so that one that ends then is
+replaced without a request that has to wait for it."""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import os
 import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -23,9 +27,10 @@ import numpy.typing as npt
 from typing_extensions import Buffer
 
 from controlplane.backoff import Backoff
+from controlplane.contract.lifetime import end
 from dataplane.core.ranks.dealing import deal_rows
 from dataplane.ranks.box import Rows, Sizes, StepBox
-from dataplane.ranks.messages import MESSAGE_MAX, Answer, Done, Over, Prepare, Ready, Step, Unfit
+from dataplane.ranks.messages import MESSAGE_MAX, Answer, Done, Over, Prepare, Ready, Step, Unfit, Use
 from dataplane.ranks.process import ENCODER, Work, fork_parent, received_rank
 from kernels.base import PagedCache, StageSpec, StepArrays
 from kernels.cpu.rank import SharedHeads
@@ -38,6 +43,7 @@ log = logging.getLogger(__name__)
 ANSWERS = msgspec.msgpack.Decoder(Answer)
 LOOK_S = 0.05  # between two looks at what ranks that do not answer are doing
 STOPPED_S = 0.1  # a rank that is stopped is waited for that long: before anybody suspects the node
+IDLE_STOPPED_S = 0.25  # while nothing is computed
 MISSING_S = (
     5.0  # a rank that computes waits for another one that long, and the node for an end that it has asked for
 )
@@ -61,7 +67,7 @@ class Rank:
     pidfd: int
     ready: int = -1  # the newest layout that it has prepared
 
-    def send(self, message: Prepare | Step, fds: Iterable[int] = ()) -> bool:
+    def send(self, message: Prepare | Use | Step, fds: Iterable[int] = ()) -> bool:
         """Whether it is there to be told."""
         try:
             socket.send_fds(self.socket, [ENCODER.encode(message)], list(fds))
@@ -83,6 +89,12 @@ class Rank:
         return said
 
     @property
+    def ended(self) -> bool:
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    @property
     def stopped(self) -> bool:
         """By a signal, so that it will not answer."""
         try:
@@ -102,15 +114,18 @@ class Rank:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """A layout and the exchange of its ranks; `exchange` is the node's end, with which it ends it."""
+    """A layout and the exchange of its ranks; `exchange` is the node's end, with which it ends it. deadline_s
+    (monotonic): for all to be ready."""
 
     id: int
     layout: Layout
     exchange: Exchange
+    deadline_s: float
 
 
 class RankedStage:
-    """See kernels.base.StageKernels. Must be made before its process has a thread. `lost` counts ranks that ended.
+    """See kernels.base.StageKernels. Must be made before its process has a thread. `lost` counts ranks that ended. The
+    process ends if no rank can be had while nothing is computed.
 
     kv: a cache in memory that is shared with forks. rows_max: tokens of a step. context_max: positions of the longest
     row. Raises ValueError for a stage that cannot be cut, OSError, MemoryError, RanksGone."""
@@ -139,7 +154,13 @@ class RankedStage:
         self._restart = {rank: Backoff(RESTART_FIRST_S, RESTART_MAX_S) for rank in range(ranks)}
         self._due: dict[int, float] = {}  # ranks that are to be started again, and when
         self._next: Shared | None = None  # with ranks that have been started again, once all are ready
-        self._now = self._agree_anyhow(())
+        self._lock = threading.Lock()  # of all of this: a step has it, or whoever looks after the ranks
+        self._closing = False
+        self._stood: set[int] = set()  # processes that were stopped at the last look
+        self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._change_to(self._agree_anyhow(()))
+        self._watch = threading.Thread(target=self._look_after, name="ranks", daemon=True)
+        self._watch.start()
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -165,6 +186,10 @@ class RankedStage:
 
     def close(self) -> None:
         """Ends all its processes."""
+        self._closing = True
+        os.eventfd_write(self._woken, 1)
+        self._watch.join()
+        os.close(self._woken)
         for rank in list(self._ranks):
             self._drop(rank)
         self._asked.close()  # its parent of ranks ends with it
@@ -176,13 +201,15 @@ class RankedStage:
     ) -> npt.NDArray[np.generic]:
         if len(step.positions) < 1:
             raise ValueError("a step needs at least one token")
-        self._take_in()
-        sizes = self._box.put(source, step, picked)
-        rows = self._box.rows(sizes)
-        while lost := self._compute(sizes, rows):
-            self._go_on_without(lost)
-        out = self._box.out(sizes)
-        return out if self._is_last else out.copy()
+        with self._lock:
+            self._take_in()
+            self._stood.clear()  # a step looks for itself
+            sizes = self._box.put(source, step, picked)
+            rows = self._box.rows(sizes)
+            while lost := self._compute(sizes, rows):
+                self._go_on_without(lost)
+            out = self._box.out(sizes)
+            return out if self._is_last else out.copy()
 
     # ------------------------------------------------------------------ a step
 
@@ -224,7 +251,7 @@ class RankedStage:
                         lost.add(number)
                 asked.discard(number)
         if unfit is not None and not lost:
-            self._now = self._agree_anyhow(order)  # their exchange is over
+            self._change_to(self._agree_anyhow(order))  # their exchange is over
             raise (IndexError if unfit.is_index else ValueError)(unfit.error)
         self.suspect = suspect
         return lost
@@ -251,6 +278,48 @@ class RankedStage:
             poll.register(fd, select.POLLIN)
         return [(by_fd[fd], self._ranks[by_fd[fd]].answer()) for fd, _ in poll.poll(limit_s * 1000)]
 
+    # ------------------------------------------------------------------ between steps
+
+    def _look_after(self) -> None:
+        """Until the stage is closed."""
+        try:
+            while not self._closing:
+                with self._lock:
+                    self._tend()
+                    signs, wait_s = self._signs(time.monotonic())
+                signs.poll(wait_s * 1000)
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._woken)
+        except Exception:  # what would end a step: it ends the node at once, so that no request waits for it
+            log.exception("the ranks of the stage cannot go on")
+            end(1)
+
+    def _tend(self) -> None:
+        """Sees which ranks have ended, or do not go on, and goes on with the others."""
+        stopped = {number for number, rank in self._ranks.items() if rank.stopped}
+        stood, self._stood = self._stood, {self._ranks[number].pid for number in stopped}
+        lost = {number for number in stopped if self._ranks[number].pid in stood}
+        lost |= {number for number, rank in self._ranks.items() if rank.ended}
+        if computing := lost & set(self.ranks):
+            self._go_on_without(computing)
+        if lost - computing:
+            self._call_off(
+                f"of ranks {sorted(lost - computing)} a process ended or was stopped as it was prepared"
+            )
+        self._take_in()
+
+    def _signs(self, now: float) -> tuple[select.poll, float]:
+        """What tells that there is something to do, and how long to wait for it."""
+        signs = select.poll()
+        signs.register(self._woken, select.POLLIN)
+        for rank in self._ranks.values():
+            signs.register(rank.pidfd, select.POLLIN)
+        if self._next is not None:
+            for number in self._unready(self._next):
+                signs.register(self._ranks[number].socket, select.POLLIN)
+        due = min(self._due.values(), default=now + IDLE_STOPPED_S)
+        return signs, min(IDLE_STOPPED_S, max(0.0, due - now))
+
     # ------------------------------------------------------------------ ranks go and come
 
     def _go_on_without(self, lost: set[int]) -> None:
@@ -261,7 +330,12 @@ class RankedStage:
             self._forget(number, now)
         left = [number for number in self._now.layout.ranks if number in self._ranks]
         log.warning("ranks %s are lost: %d of %d go on", sorted(lost), len(left), self.wanted)
-        self._now = self._agree_anyhow(left)
+        self._change_to(self._agree_anyhow(left))
+
+    def _change_to(self, shared: Shared) -> None:
+        self._now = shared
+        for number in shared.layout.ranks:
+            self._ranks[number].send(Use(shared.id))
 
     def _forget(self, number: int, now: float) -> None:
         self.lost += 1
@@ -285,15 +359,19 @@ class RankedStage:
             except OSError as error:
                 self._call_off(error)
                 return
+        if at > self._next.deadline_s:
+            self._call_off("not all ranks were ready in time")
+            return
         if not (missing := self._unready(self._next)):
-            self._now, self._next = self._next, None
+            self._change_to(self._next)
+            self._next = None
             log.info("%d of %d ranks compute", len(self.ranks), self.wanted)
             for number in self.ranks:
                 self._restart[number].succeeded()
             return
         for number, answer in self._answers(missing, 0):
             match answer:
-                case None if number not in self.ranks:  # it never computed; of the others the step will tell
+                case None if number not in self.ranks:  # it never computed
                     self._call_off("a rank ended as it was prepared")
                     return
                 case Unfit():
@@ -330,7 +408,6 @@ class RankedStage:
         wanted = set(numbers)
         while wanted:
             shared = self._prepare(wanted)
-            deadline = time.monotonic() + PREPARE_LIMIT_S
             lost: set[int] = set()
             while asked := self._unready(shared) - lost:
                 for number, answer in self._answers(asked, LOOK_S):
@@ -339,7 +416,7 @@ class RankedStage:
                             raise ValueError(error)
                         case None:
                             lost.add(number)
-                if time.monotonic() > deadline:
+                if time.monotonic() > shared.deadline_s:
                     lost |= asked
                 lost |= {number for number in asked if number not in lost and self._ranks[number].stopped}
             if not lost:
@@ -351,14 +428,15 @@ class RankedStage:
 
     def _prepare(self, numbers: Iterable[int]) -> Shared:
         """Everybody is told of a layout of these ranks; they keep what they have as far as it allows."""
-        before, using = (self._now.layout, self._now.id) if self._layouts else (None, -1)
+        before = self._now.layout if self._layouts else None
         layout = deal(self._shape, numbers, before)
         memory = make_memory(len(layout.ranks), self._numbers_max)
         try:
-            shared = Shared(self._layouts, layout, Exchange(memory, len(layout.ranks), 0, self._numbers_max))
+            exchange = Exchange(memory, len(layout.ranks), 0, self._numbers_max)
+            shared = Shared(self._layouts, layout, exchange, time.monotonic() + PREPARE_LIMIT_S)
             self._layouts += 1
             for number in layout.ranks:
-                order = Prepare(shared.id, using, replace(layout, planes=()), self._numbers_max)
+                order = Prepare(shared.id, replace(layout, planes=()), self._numbers_max)
                 self._ranks[number].send(order, [memory])
         finally:
             os.close(memory)
@@ -372,6 +450,7 @@ class RankedStage:
         except OSError as error:
             raise RanksGone(f"rank {number} cannot be started: {error}") from error
         self._ranks[number] = Rank(number, pid, sock, pidfd)
+        os.eventfd_write(self._woken, 1)  # one more to look after
 
     def _drop(self, number: int) -> None:
         self._ranks.pop(number).end()

@@ -5,6 +5,7 @@ import os
 
 from agents import (
     Agent,
+    ModelSettings,
     OpenAIChatCompletionsModel,
     OpenAIResponsesModel,
     Runner,
@@ -43,7 +44,11 @@ async def main() -> None:
         assert streamed.final_output == "It rains in Köln."
         typed = Agent(name="b", output_type=Event, model=model)
         assert (await Runner.run(typed, "An event")).final_output == Event(name="ball", day=3)
-    assert asked == ["Köln"] * 4, asked
+        # It asks for a call and says what its answer will have to be; when the tool was called it asks for that alone.
+        settings = ModelSettings(tool_choice="required")
+        both = Agent(name="c", output_type=Event, tools=[get_weather], model=model, model_settings=settings)
+        assert (await Runner.run(both, "Weather?")).final_output == Event(name="ball", day=3)
+    assert asked == ["Köln"] * 6, asked
 
 
 asyncio.run(main())

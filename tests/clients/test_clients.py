@@ -39,7 +39,7 @@ def actor(model: Model) -> Callable[[Submit, int], int]:
     def script(submit: Submit) -> str:
         prompt = model.decode(list(submit.prompt))
         if "<tool_response>" in prompt:
-            return "It rains in Köln."
+            return OBJECT if submit.sampling.grammar else "It rains in Köln."
         if "# Tools" in prompt:
             return EVENT if '"Event"' in prompt else CALL
         return OBJECT if submit.sampling.grammar else "One moment."

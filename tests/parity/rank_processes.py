@@ -1,17 +1,20 @@
 """Ranks in processes of their own that end, stop and come back, against one stage of no ranks.
 
-    python -m tests.parity.rank_processes SCENARIO KV_HEADS DTYPE
+    python -m tests.parity.rank_processes KV_HEADS DTYPE [SCENARIO ...]
 
-In a process without threads, as a node is when it forks them."""
+Each scenario in a fork of a process without threads, as a node is when it forks its ranks."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import select
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -46,12 +49,15 @@ class Tried:
         self.stage = RankedStage(spec, kv, ranks, threads=1, rows_max=ROWS_MAX, context_max=BLOCKS * BLOCK)
         self.requests = Requests(spec, kv_heads, dtype, 5)  # after it: this one has a thread
         self.rows = self.requests.rows
+        self.tokens: dict[int, list[int]] = {row: [] for row in self.rows}  # of all positions so far
         self.kept: list[tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]] = []
         self.seen: set[int] = set()  # numbers of ranks that have computed a step
 
     def step(self, counts: dict[int, int]) -> None:
         requests = self.requests
         tokens, rows, starts, new = requests.step(counts)
+        for row, start, some in zip(counts, starts, np.split(tokens, np.cumsum(new)[:-1]), strict=True):
+            self.tokens[row][start:] = some.tolist()
         picked = np.arange(len(tokens), dtype=np.int32)
         step = requests.table.fill(rows, starts, new, StepArrays())
         source: Buffer = self.hidden(len(tokens)) if self.middle else tokens
@@ -95,8 +101,8 @@ class Tried:
     def send(self, rank: int, number: int) -> None:
         os.kill(self.stage.pid(rank), number)
 
-    def end_within(self, ranks: list[int]) -> None:
-        """These ranks end while a step waits for them."""
+    def end_within(self, ranks: list[int], counts: dict[int, int] | None = None) -> None:
+        """These ranks end while a step waits for them: one of so many tokens of each row, or one that decodes."""
         for rank in ranks:
             self.send(rank, signal.SIGSTOP)
         pids = [self.stage.pid(rank) for rank in ranks]
@@ -107,29 +113,139 @@ class Tried:
 
         timer = threading.Timer(0.05, end)
         timer.start()
-        self.decode()
+        self.step(counts or dict.fromkeys(self.rows, 1))
         timer.join()
+
+    def until_whole(self, lost: int) -> None:
+        """So many more are lost, and all ranks are there again, without a step."""
+        deadline = time.monotonic() + LIMIT_S
+        while True:
+            assert time.monotonic() < deadline, (self.stage.lost, self.stage.ranks)
+            with self.stage._lock:  # not in between
+                if self.stage.lost >= lost and len(self.stage.ranks) == self.stage.wanted:
+                    break
+            time.sleep(0.002)
+        assert self.stage.lost == lost
+        assert self.stage.troubles() == ()
+
+    def compute_again(self) -> None:
+        """All KV, row by row, by the ranks only."""
+        for row, tokens in self.tokens.items():
+            for start in range(0, len(tokens), 7):
+                some = np.array(tokens[start : start + 7], np.int64)
+                one, at, new = (np.array([value], np.int32) for value in (row, start, len(some)))
+                step = self.requests.table.fill(one, at, new, StepArrays())
+                self.stage.forward(some, step, np.zeros(1, np.int32))
+
+
+def has_ended(process: int) -> bool:
+    return bool(select.select([process], [], [], 0)[0])
 
 
 def chain(kv_heads: int, dtype: str) -> None:
-    """8 -> 7 -> 6 -> 5 -> 8 in service, some between steps, some within one."""
+    """8 -> 7 -> 6 -> 5 -> 8 in service: between steps, and within one that decodes or has prompts."""
     tried = Tried(8, kv_heads, dtype)
     tried.step(dict.fromkeys(tried.rows, 9))
     assert len(tried.stage.ranks) == 8
-    for number, rank in enumerate((3, 6, 0)):
-        if number % 2:
-            tried.end_within([rank])
-        else:
-            tried.send(rank, signal.SIGKILL)
-            tried.decode()
-        assert tried.stage.lost == number + 1
-    assert tried.seen >= {8, 7}, tried.seen
     one, two, *_ = tried.rows
+    tried.send(3, signal.SIGKILL)
+    tried.decode()
+    tried.end_within([6])
+    tried.end_within([0], {one: 13, two: 1})
+    assert tried.stage.lost == 3
+    assert tried.seen >= {8, 7}, tried.seen
     tried.step({one: 11, two: 1})
     tried.until_all()
     tried.decode()
     assert tried.stage.ranks == tuple(range(8))
     tried.stage.close()
+
+
+def idle(kv_heads: int, dtype: str) -> None:
+    """While nothing is computed: ranks that end, or are stopped, are replaced without a step."""
+    tried = Tried(4, kv_heads, dtype)
+    tried.step(dict.fromkeys(tried.rows, 7))
+    lost = 0
+    for number, ranks in (
+        (signal.SIGKILL, (2,)),
+        (signal.SIGKILL, (1, 3)),
+        (signal.SIGSTOP, (0,)),
+        (signal.SIGKILL, (0, 1, 2, 3)),
+    ):
+        processes = [os.pidfd_open(tried.stage.pid(rank)) for rank in ranks]
+        for rank in ranks:
+            tried.send(rank, number)
+        lost += len(ranks)
+        tried.until_whole(lost)
+        for process in processes:
+            assert has_ended(process), "it could still write"
+            os.close(process)
+        tried.decode()
+    tried.stage.close()
+
+
+def none_left(kv_heads: int, dtype: str) -> None:
+    """While nothing is computed all ranks end, and what they are forked from: the node ends, without a step."""
+    pid = os.fork()
+    if pid == 0:
+        os.kill(Tried(2, kv_heads, dtype).stage._parent, signal.SIGKILL)
+        time.sleep(LIMIT_S)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+
+def lost_while_taken_in(kv_heads: int, dtype: str) -> None:
+    """One that serves and one that is new end, or the new one is stopped, before there is a layout with both."""
+    tried = Tried(4, kv_heads, dtype)
+    tried.step(dict.fromkeys(tried.rows, 7))
+    prepare, waiting = tried.stage._prepare, [((1, 2), signal.SIGKILL), ((2,), signal.SIGSTOP)]
+
+    def prepare_and_end(numbers: Iterable[int]) -> object:
+        shared = prepare(numbers)
+        if waiting and len(shared.layout.ranks) == 4:
+            ranks, number = waiting.pop(0)
+            for rank in ranks:
+                tried.send(rank, number)
+        return shared
+
+    tried.stage._prepare = prepare_and_end  # type: ignore[method-assign, assignment]
+    tried.send(2, signal.SIGKILL)
+    tried.until_whole(4)  # 2, then 1 and the second 2, then the third
+    assert not waiting
+    tried.decode()
+    tried.stage.close()
+
+
+def with_its_kv(kv_heads: int, dtype: str) -> None:
+    """A rank ends and all KV is lost with it: computed again by the others, it has the same bits."""
+    tried = Tried(3, kv_heads, dtype)
+    tried.step(dict.fromkeys(tried.rows, 9))
+    tried.send(1, signal.SIGKILL)
+    tried.kv.array.view(np.uint8)[:] = 0xFF
+    tried.compute_again()
+    tried.decode()
+    tried.stage.close()
+
+
+def woken(kv_heads: int, dtype: str) -> None:
+    """A rank that is stopped goes on at about the time at which it is given up: it counts, or it has ended."""
+    tried = Tried(3, kv_heads, dtype)
+    tried.step(dict.fromkeys(tried.rows, 7))
+    for wait_s in (0.02, ranked.STOPPED_S - 0.002, ranked.STOPPED_S + ranked.LOOK_S):
+        process = os.pidfd_open(tried.stage.pid(1))
+
+        def wake(process: int = process) -> None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(process, signal.SIGCONT)
+
+        tried.send(1, signal.SIGSTOP)
+        timer = threading.Timer(wait_s, wake)
+        timer.start()
+        tried.decode()
+        timer.join()
+        os.close(process)
+        tried.until_all()
+    tried.finish()
 
 
 def two_at_once(kv_heads: int, dtype: str) -> None:
@@ -207,16 +323,12 @@ def stopped(kv_heads: int, dtype: str) -> None:
     """A rank that is stopped is ended; it never wakes to write anything."""
     tried = Tried(3, kv_heads, dtype)
     tried.step(dict.fromkeys(tried.rows, 7))
-    pid = tried.stage.pid(1)
+    process = os.pidfd_open(tried.stage.pid(1))
     tried.send(1, signal.SIGSTOP)
     tried.decode()
     assert tried.stage.lost == 1
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        pass
-    else:
-        raise AssertionError("a rank that was stopped is still there")
+    assert has_ended(process), "a rank that was stopped is still there"
+    os.close(process)
     tried.until_all()
     tried.stage.close()
 
@@ -258,15 +370,47 @@ def unfit(kv_heads: int, dtype: str) -> None:
 
 SCENARIOS: dict[str, Callable[[int, str], None]] = {
     run.__name__: run
-    for run in (chain, two_at_once, all_at_once, one_by_one, no_room, stopped, middle, unfit)
+    for run in (
+        chain,
+        idle,
+        none_left,
+        lost_while_taken_in,
+        with_its_kv,
+        woken,
+        two_at_once,
+        all_at_once,
+        one_by_one,
+        no_room,
+        stopped,
+        middle,
+        unfit,
+    )
 }
+
+
+def run(scenario: str, kv_heads: int, dtype: str) -> None:
+    """In a process of its own, which has to leave none behind."""
+    pid = os.fork()
+    if pid:
+        _, status = os.waitpid(pid, 0)
+        assert status == 0, f"{scenario} failed"
+        return
+    try:
+        signal.alarm(int(LIMIT_S))
+        SCENARIOS[scenario](kv_heads, dtype)
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+        assert not children.split(), f"processes are left: {children}"
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    SCENARIOS[sys.argv[1]](int(sys.argv[2]), sys.argv[3])
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-    assert not children.split(), f"processes are left: {children}"
+    kv_heads, dtype, *scenarios = sys.argv[1:]
+    for scenario in scenarios or SCENARIOS:
+        run(scenario, int(kv_heads), dtype)
     print("equal to the bit")
 
 

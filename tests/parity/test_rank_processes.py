@@ -8,14 +8,15 @@ import pytest
 from tests.parity.rank_processes import LIMIT_S, SCENARIOS
 
 
-@pytest.mark.parametrize("scenario", sorted(SCENARIOS))
-@pytest.mark.parametrize(("kv_heads", "dtype"), [(2, "float32"), (6, "bfloat16"), (8, "float32")])
-def test_ranks_end_and_come_back(scenario: str, kv_heads: int, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("kv_heads", "dtype"), [(2, "float32"), (4, "bfloat16"), (6, "bfloat16"), (8, "float32")]
+)
+def test_ranks_end_and_come_back(kv_heads: int, dtype: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.parity.rank_processes", scenario, str(kv_heads), dtype],
+        [sys.executable, "-m", "tests.parity.rank_processes", str(kv_heads), dtype],
         capture_output=True,
         text=True,
-        timeout=2 * LIMIT_S,
+        timeout=len(SCENARIOS) * LIMIT_S,
         check=False,
         stdin=subprocess.DEVNULL,
     )

@@ -372,9 +372,58 @@ def test_bad_requests_name_the_parameter() -> None:
                     assert len(answer.content) < 1000, label
                     error = answer.json()["error"]
                     assert set(error) == {"message", "type", "param", "code"}
-                    assert (error["param"], error["code"]) == (param, 400), (label, error)
+                    assert error["param"] == param, (label, error)
+                    assert error["code"] in (400, "context_length_exceeded")
                     assert error["type"] == "BadRequestError"
             assert not any(node.submits for node in stack.nodes)
+
+    with_stack(body)
+
+
+def test_what_is_too_long_is_told_as_clients_know_it() -> None:
+    """Clients shorten the conversation, or ask another model, by OpenAI's code (its own, the ai SDK) or by words of the
+    message (litellm; langchain-openai, which knows Anthropic's)."""
+
+    async def body(stack: Stack) -> None:
+        most = (
+            stack.service.model.chars_max
+        )  # characters that a message may have: what a template adds is too much
+        cases: list[tuple[str, dict[str, Any], str]] = [
+            ("/v1/completions", {"prompt": "word " * 4000}, "prompt"),
+            ("/v1/completions", {"prompt": "x" * (most + 1)}, "prompt"),
+            ("/v1/completions", {"prompt": "x", "max_tokens": 2048}, "max_tokens"),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 4000}]}, "prompt"),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * most}]}, "messages"),
+            ("/v1/responses", {"input": "x", "max_output_tokens": 2048}, "max_output_tokens"),
+            ("/v1/responses", {"input": "x" * most}, "input"),
+        ]
+        async with stack.http() as client:
+            for path, request, param in cases:
+                answer = await client.post(path, json=request | {"stream": True})
+                error = answer.json()["error"]
+                assert (answer.status_code, error["code"]) == (400, "context_length_exceeded"), error
+                assert error["message"].startswith(
+                    "This model's maximum context length is 2048 tokens. However, "
+                )
+                assert error["param"] == param
+                assert ("prompt is too long" in error["message"]) == (not param.startswith("max"))
+                assert len(answer.content) < 500
+
+    with_stack(body)
+
+
+def test_contents_that_are_no_text_are_named() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+
+    async def body(stack: Stack) -> None:
+        async with stack.http() as client:
+            asked = {
+                "messages": [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, image]}]
+            }
+            for path in ("/v1/chat/completions", "/tokenize"):
+                error = (await client.post(path, json=asked)).json()["error"]
+                assert "contents of the type 'image_url' are not supported" in error["message"]
+                assert (error["param"], error["code"]) == ("messages", 400)
 
     with_stack(body)
 

@@ -25,6 +25,12 @@ CALL: dict[str, Any] = {
 }
 PLUS: dict[str, Any] = {"type": "function", **ADD["function"]}
 SAID = CALLS[QWEN]
+ONLY: dict[str, Any] = {
+    "type": "allowed_tools",
+    "mode": "auto",
+    "tools": [{"type": "function", "name": "get_weather"}],
+}
+IMAGE = {"type": "input_image", "image_url": "x"}
 
 
 class Event(pydantic.BaseModel):
@@ -194,8 +200,20 @@ def test_what_is_cut_is_incomplete_and_log_probabilities_are_shown(tmp_path: Pat
         ({"tools": [{"type": "web_search"}]}, "tools", "web_search"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"input": []}, "input", ""),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "item_reference"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input", ""),
+        ({"tools": [CALL, {"type": "custom", "name": "x"}]}, "tools", "custom"),
+        (
+            {"tools": [CALL], "tool_choice": ONLY | {"tools": [{"type": "function", "name": "x"}]}},
+            "tool_choice",
+            "x",
+        ),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "send the item itself"),
+        ({"input": [{"role": "user", "content": [IMAGE]}]}, "input", "of the type 'input_image' are not"),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "x", "output": [IMAGE]}]},
+            "input",
+            "of the type 'input_image' are not",
+        ),
+        ({"reasoning": {"mode": "pro"}}, "reasoning", "standard"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input", "call_id"),
         ({"max_output_tokens": 10**6}, "max_output_tokens", "maximum context length"),
         ({"max_output_tokens": 0}, "max_output_tokens", ""),
@@ -216,6 +234,23 @@ def test_what_is_refused_says_why(tmp_path: Path, body: dict[str, Any], param: s
     with_model(scripted_model(tmp_path, QWEN), ["x"], ask)
 
 
+def test_only_some_of_the_tools(tmp_path: Path) -> None:
+    model = scripted_model(tmp_path, QWEN)
+
+    async def body(stack: Stack) -> None:
+        async with stack.openai() as client:
+            asked: Any = {"model": MODEL, "input": "How is the weather?", "tools": [CALL, PLUS]}
+            response = await client.responses.create(**asked, tool_choice=ONLY, extra_body={"seed": 0})
+            assert (
+                output_of(response) == OUTPUT
+            )  # a model that calls what it was not told of is not kept from it
+            told = model.decode(list(stack.nodes[0].submits[-1].prompt))
+            assert ("get_weather" in told, '"add"' in told) == (True, False)
+            assert response.tool_choice.model_dump(exclude_none=True) == ONLY
+
+    with_model(model, [SAID], body, nodes=1)
+
+
 def test_what_says_nothing_is_taken(tmp_path: Path) -> None:
     async def ask(stack: Stack) -> None:
         nothing = {
@@ -233,12 +268,14 @@ def test_what_says_nothing_is_taken(tmp_path: Path) -> None:
         }
         nothing |= {
             "text": {"format": {"type": "text"}, "verbosity": "low"},
-            "reasoning": {"summary": "auto"},
+            "reasoning": {"summary": "auto", "effort": "max", "context": "auto", "mode": "standard"},
+            "max_tool_calls": 3,
         }
         async with stack.http() as client:
             answer = await client.post(PATH, json={"input": "x", "seed": 0} | nothing)
             assert answer.status_code == 200, answer.text
             assert answer.json()["output"][0]["content"][0]["text"] == "Yes."
+            assert answer.json()["max_tool_calls"] == 3
 
     with_model(scripted_model(tmp_path, QWEN), ["Yes."], ask)
 

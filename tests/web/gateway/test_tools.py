@@ -121,6 +121,35 @@ def test_a_conversation_goes_on(tmp_path: Path) -> None:
     with_model(model, [CALLS[QWEN], "It rains."], body, nodes=1)
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_only_some_of_the_tools(tmp_path: Path) -> None:
+    """The model is told of these, and a call that it must make is one of them."""
+    model = scripted_model(tmp_path, QWEN)
+
+    async def body(stack: Stack) -> None:
+        async with stack.http() as client:
+            for mode in ("auto", "required"):
+                asked = {
+                    "messages": ASK,
+                    "tools": [TOOL, ADD],
+                    "tool_choice": allowed(mode, "add"),
+                    "seed": 0,
+                }
+                answer = await client.post(CHAT, json=asked)
+                assert answer.status_code == 200, answer.text
+                (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
+                assert call["function"] == {"name": "add", "arguments": "{}"}
+                submit = stack.nodes[0].submits[-1]
+                assert "get_weather" not in model.decode(list(submit.prompt)) + submit.sampling.grammar
+                assert ('"add"' in submit.sampling.grammar.replace("\\", "")) == (mode == "required")
+
+    with_model(model, ['<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'], body, nodes=1)
+
+
 def test_tool_choice(tmp_path: Path) -> None:
     model = scripted_model(tmp_path, QWEN)
     call = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
@@ -144,6 +173,9 @@ def test_tool_choice(tmp_path: Path) -> None:
                 ({"type": "function", "function": {"name": "sub"}}, "no tool has the name 'sub'"),
                 ("sometimes", "tool_choice"),
                 ({"type": "function"}, "tool_choice"),
+                (allowed("auto", "sub"), "no tool has the name 'sub'"),
+                (allowed("never", "add"), "tool_choice"),
+                (allowed("auto"), "tool_choice"),
             ]:
                 status, answer = await ask(tool_choice=choice)
                 assert (status, why in answer["error"]["message"]) == (400, True), answer
@@ -152,7 +184,12 @@ def test_tool_choice(tmp_path: Path) -> None:
                 ([], one, "no tool has the name 'add'"),
                 ([ADD, ADD], "auto", "two functions with the name 'add'"),
                 ([{"type": "function", "function": {"name": "a b"}}], "auto", "tools"),
-                ([{"type": "web_search"}], "auto", "tools"),
+                (
+                    [{"type": "web_search"}],
+                    "auto",
+                    "tools of the type 'web_search' are not supported, only function",
+                ),
+                ([{"type": "custom", "custom": {"name": "x"}}], "auto", "tools of the type 'custom'"),
                 ([ADD] * 129, "auto", "tools"),
             ]:
                 status, answer = await ask(tools=tools, tool_choice=choice)
@@ -189,12 +226,18 @@ def test_calls_that_have_to_come(tmp_path: Path) -> None:
             assert "# Tools" in model.decode(list(stack.nodes[0].submits[-1].prompt))
             _, grammar = await ask(tool_choice="required", parallel_tool_calls=False)
             assert "call)*" not in grammar
+            for must in (
+                "required",
+                one,
+            ):  # and what an answer would have to be says nothing: there comes none
+                _, grammar = await ask(tool_choice=must)
+                assert (await ask(tool_choice=must, response_format={"type": "json_object"}))[1] == grammar
             _, grammar = await ask(response_format={"type": "json_object"})
             assert "get_weather" in grammar
             assert "@answer" in grammar
             assert (await ask())[1] == ""
             for more, why in [
-                ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "give one of them"),
+                ({"tool_choice": "required", "extra_body": {"guided_choice": ["a"]}}, "give one of them"),
                 ({"tool_choice": "required", "extra_body": {"ignore_eos": True}}, "ignore_eos"),
             ]:
                 with pytest.raises(openai.BadRequestError, match=why):

@@ -51,7 +51,8 @@ REQUEST_ID = parameter("X-Request-Id", "header", STRING, "What the answer's id i
 
 
 def document(model: Model, version: str, priority_floor: int) -> dict[str, Any]:
-    error = record({"message": STRING, "type": STRING, "param": nullable(STRING), "code": INTEGER})
+    code = {"anyOf": [INTEGER, STRING]}
+    error = record({"message": STRING, "type": STRING, "param": nullable(STRING), "code": code})
     return Api(
         "KevlarFlow gateway", version, _endpoints(), _schemas(model, priority_floor), record({"error": error})
     ).document()

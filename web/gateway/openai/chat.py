@@ -24,11 +24,12 @@ from web.gateway.openai.prompt_scores import check_scores, prompt_logprobs
 from web.gateway.openai.requests import INT64_MAX, ChatRequest, parse
 from web.gateway.openai.sampling import check_chars, check_length, make_sampling, text_rules
 from web.gateway.openai.structured import DEMANDS
+from web.gateway.openai.too_long import too_long
 from web.gateway.openai.tools import Function, Tool, ToolUse, tool_use
 from web.gateway.openai.whole_answer import Whole, best
 from web.gateway.service import Service
 from web.gateway.text.choice_decoder import Piece
-from web.gateway.text.template import ChatTemplate
+from web.gateway.text.template import ChatTemplate, PromptTooLong
 
 INLINE_MESSAGES_MAX = 64  # longer conversations are rendered in a thread
 
@@ -161,6 +162,8 @@ async def chat_prompt(
             text = template.render(given, begin)
         if how.continued:
             text = up_to_mark(text)
+    except PromptTooLong as error:
+        raise too_long(model.max_model_len, f"the prompt is too long: {error}", "messages") from error
     except RequestError as error:
         raise ApiError(400, str(error), "messages") from error
     return tuple(await model.encode(text, how.special_tokens))

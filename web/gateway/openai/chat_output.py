@@ -41,6 +41,8 @@ async def chat_grammar(model: Model, request: ChatRequest, prompt: Sequence[int]
     """
     use, demand = tool_use(request.tools, request.tool_choice), demand_of(request)
     must = use is not None and use.must
+    if must and demand is not None and demand.param == "response_format":
+        demand = None  # it says what an answer is, and there comes none: agents ask for both until a tool was called
     if demand is None and not must:
         return ""
     if demand is not None and must:

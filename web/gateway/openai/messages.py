@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from controlplane.contract.errors import RequestError
-from web.gateway.openai.strict import CACHE_HINTS, Lenient, Strict
+from web.gateway.openai.strict import CACHE_HINTS, Lenient, Strict, check_kind
 
 END_MARK = "\ue000end of the last message\ue001"  # characters that nobody may have given a meaning
 
@@ -19,6 +19,9 @@ ANSWER_FIELDS = frozenset(
 )
 # Of such a message, too: they stand beside what it says, or say it once more.
 ANSWER_HINTS = frozenset({"annotations", "id", "parsed", "provider_specific_fields", "reasoning_details"})
+
+
+PARTS = frozenset({"input_text", "output_text", "refusal", "text"})
 
 
 class TextPart(Lenient):
@@ -75,6 +78,9 @@ class Message(Strict):
             return data
         unknown = ANSWER_FIELDS - set(cls.model_fields)
         kept = {name: value for name, value in data.items() if value or name not in unknown}
+        content = kept.get("content")
+        for part in content if isinstance(content, list) else ():
+            check_kind(part, PARTS, "messages", "contents")
         if "reasoning" in kept and not kept.get("reasoning_content"):
             kept["reasoning_content"] = kept.pop("reasoning")  # vLLM's other name for it
         return kept

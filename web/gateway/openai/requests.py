@@ -28,9 +28,13 @@ INT64_MAX = 2**63 - 1
 # Parameters that are known but not supported, with the values that mean "as if absent".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # OpenAI's
+    "access_programs": (),
     "audio": (),
+    "background_options": (),
+    "context_management": ([],),
     "function_call": ("none", "auto"),  # without functions both say the same
     "functions": ([],),
+    "image": (),
     "modalities": (["text"],),
     "moderation": (),
     "reasoning_effort": ("none", "medium"),  # of the completions API: the chat API has it
@@ -144,6 +148,7 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 BadWord = Annotated[str, Field(min_length=1, max_length=1024)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=STOPS_MAX)]
 
 
@@ -316,7 +321,7 @@ class ChatRequest(Common):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: Annotated[str, Field(min_length=1, max_length=TEMPLATE_CHARS_MAX)] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Effort | None = None
     enable_thinking: bool | None = None
     include_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

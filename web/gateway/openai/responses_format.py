@@ -208,7 +208,7 @@ class ResponsesFormat:
             "incomplete_details": {"reason": self._why} if self._why else None,
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,
-            "max_tool_calls": None,
+            "max_tool_calls": request.max_tool_calls,
             "metadata": request.metadata or {},
             "model": self._model.name,
             "output": items,

@@ -12,13 +12,24 @@ from pydantic import Field, model_validator
 
 from web.gateway.errors import ApiError, shorten
 from web.gateway.openai.messages import Message
-from web.gateway.openai.requests import INT64_MAX, LOGPROBS_MAX, ChatRequest, Request
-from web.gateway.openai.strict import Lenient, Strict
+from web.gateway.openai.requests import INT64_MAX, LOGPROBS_MAX, ChatRequest, Effort, Request
+from web.gateway.openai.strict import Lenient, Strict, check_kind
 from web.gateway.openai.structured import JsonSchemaFormat, ResponseFormat, Schema
-from web.gateway.openai.tools import TOOLS_MAX, Function, Name, NamedChoice, NamedFunction, Tool
+from web.gateway.openai.tools import (
+    TOOLS_MAX,
+    AllowedChoice,
+    AllowedFunctions,
+    Function,
+    Name,
+    NamedChoice,
+    NamedFunction,
+    OfFunction,
+    Tool,
+)
 
 LOGPROBS = "message.output_text.logprobs"
 INCLUDED = frozenset({LOGPROBS, "reasoning.encrypted_content"})  # of the latter there is none
+PARTS = frozenset({"input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal"})
 STORED = (
     "previous_response_id",
     "conversation",
@@ -50,13 +61,14 @@ class TextConfig(Strict):
 
 
 class Reasoning(Strict):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None  # reasoning is shown as it is
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    context: Literal["auto"] | None = None  # what of the input's reasoning counts: the chat template knows
+    mode: Literal["standard"] | None = None
 
 
-class FunctionTool(Lenient):
-    type: Literal["function"]
+class FunctionTool(OfFunction):
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -68,12 +80,18 @@ class NamedTool(Strict):
     name: Name
 
 
+class AllowedTools(Strict):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=TOOLS_MAX, fail_fast=True)]
+
+
 class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
 class Part(Lenient):
-    type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal"]
+    type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal"]  # PARTS
     text: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
@@ -103,6 +121,15 @@ class Item(Lenient):
     summary: Parts | None = None
     encrypted_content: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_parts(cls, data: Any) -> Any:
+        for name in ("content", "output") if isinstance(data, dict) else ():
+            parts = data.get(name)
+            for part in parts if isinstance(parts, list) else ():
+                check_kind(part, PARTS, "input", "contents")
+        return data
+
     @property
     def text(self) -> str:
         given = self.output if self.type == "function_call_output" else self.content
@@ -122,7 +149,10 @@ class ResponsesRequest(Request):
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=TOOLS_MAX, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = (
+        None  # of tools that a server runs: here it runs none
+    )
     parallel_tool_calls: bool | None = None
     include: Annotated[list[str], Field(max_length=16)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
@@ -144,17 +174,6 @@ class ResponsesRequest(Request):
     request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
 
     choices: ClassVar[int] = 1
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_kinds(cls, data: Any) -> Any:
-        """Tools that OpenAI's own servers run say so in their type."""
-        tools = data.get("tools") if isinstance(data, dict) else None
-        for tool in tools if isinstance(tools, list) else ():
-            kind = tool.get("type") if isinstance(tool, dict) else None
-            if isinstance(kind, str) and kind != "function":
-                raise ApiError(400, f"tools: {shorten(kind)} is not supported: only functions are", "tools")
-        return data
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -184,9 +203,6 @@ class ResponsesRequest(Request):
 
 def chat_of(request: ResponsesRequest) -> ChatRequest:
     """The chat that is asked for. Raises ApiError naming the parameter as it is called here."""
-    choice = request.tool_choice
-    if isinstance(choice, NamedTool):
-        choice = NamedChoice(type="function", function=NamedFunction(name=choice.name))  # type: ignore[assignment]
     fields: dict[str, Any] = {
         "messages": messages_of(request),
         "max_completion_tokens": request.max_output_tokens,
@@ -194,7 +210,7 @@ def chat_of(request: ResponsesRequest) -> ChatRequest:
         "response_format": _format(request.text),
         "reasoning_effort": request.reasoning.effort if request.reasoning is not None else None,
         "tools": [_tool(tool) for tool in request.tools] if request.tools is not None else None,
-        "tool_choice": choice,
+        "tool_choice": _choice(request.tool_choice),
     }
     same = (
         *(
@@ -226,7 +242,8 @@ def renamed(error: ApiError) -> ApiError:
     if error.param not in NAMES:
         return error
     name = NAMES[error.param]
-    return ApiError(error.status, error.message.replace(error.param, name), name, error.retry_after_s)
+    text = error.message.replace(error.param, name)
+    return type(error)(error.status, text, name, error.retry_after_s)
 
 
 def messages_of(request: ResponsesRequest) -> list[Message]:
@@ -252,6 +269,12 @@ def messages_of(request: ResponsesRequest) -> list[Message]:
             case "reasoning":
                 thought = item.text or "".join(part.said for part in item.summary or ())
                 continue
+            case "item_reference":
+                text = (
+                    "input: item_reference names what a server has stored, and this one stores nothing: send the item"
+                    " itself (clients that are told store: false do so)"
+                )
+                raise ApiError(400, text, "input")
             case _:
                 text = f"input: items of the type {shorten(item.type)} are not supported"
                 raise ApiError(400, text, "input")
@@ -280,6 +303,21 @@ def _tool(tool: FunctionTool) -> Tool:
         name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
     )
     return Tool(type="function", function=function)
+
+
+def _choice(choice: str | NamedTool | AllowedTools | None) -> str | NamedChoice | AllowedChoice | None:
+    match choice:
+        case NamedTool():
+            return NamedChoice(type="function", function=NamedFunction(name=choice.name))
+        case AllowedTools():
+            names = [
+                NamedChoice(type="function", function=NamedFunction(name=one.name)) for one in choice.tools
+            ]
+            return AllowedChoice(
+                type="allowed_tools", allowed_tools=AllowedFunctions(mode=choice.mode, tools=names)
+            )
+        case _:
+            return choice
 
 
 def _format(text: TextConfig | None) -> ResponseFormat | None:

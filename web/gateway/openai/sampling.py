@@ -8,6 +8,7 @@ from controlplane.contract.requests import Sampling
 from web.gateway.errors import ApiError, shorten
 from web.gateway.model import Model
 from web.gateway.openai.requests import INT64_MAX, Common
+from web.gateway.openai.too_long import too_long
 from web.gateway.text.choice_decoder import TextRules
 from web.gateway.text.parsers.output import OutputRules
 
@@ -94,24 +95,16 @@ def check_length(model: Model, prompt_len: int, max_tokens: int) -> None:
     if prompt_len == 0:
         raise ApiError(400, "the prompt has no tokens", "prompt")
     if prompt_len + 1 > limit:
-        text = f"the maximum context length is {limit} tokens, but the prompt alone has {prompt_len}"
-        raise ApiError(400, text, "prompt")
+        raise too_long(limit, f"the prompt is too long: it has {prompt_len}", "prompt")
     if prompt_len + max_tokens > limit:
-        text = (
-            f"the maximum context length is {limit} tokens, but {prompt_len + max_tokens} were asked for"
-            f" ({prompt_len} in the prompt, {max_tokens} in max_tokens)"
-        )
-        raise ApiError(400, text, "max_tokens")
+        asked = f"{prompt_len + max_tokens} were asked for ({prompt_len} in the prompt, {max_tokens} in max_tokens)"
+        raise too_long(limit, asked, "max_tokens")
 
 
 def check_chars(model: Model, chars: int, param: str) -> None:
     """Refuse a text that cannot fit before spending time on tokenizing it."""
     if chars > model.chars_max:
-        message = (
-            f"the maximum context length is {model.max_model_len} tokens, which a prompt of {chars}"
-            " characters exceeds"
-        )
-        raise ApiError(400, message, param)
+        raise too_long(model.max_model_len, f"the prompt is too long: it has {chars} characters", param)
 
 
 def check_tokens(model: Model, ids: list[int], param: str) -> tuple[int, ...]:

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from web.gateway.errors import ApiError, shorten
+
 # Of a part of a request: where others may cache.
 CACHE_HINTS = frozenset({"cache_control", "prompt_cache_breakpoint"})
 
@@ -32,3 +34,12 @@ class Lenient(Strict):
     """What clients decorate: a tool, a part of a message."""
 
     hints = CACHE_HINTS
+
+
+def check_kind(part: Any, known: frozenset[str], param: str, what: str) -> None:
+    """Raises ApiError: `part` says that it is of a type which is none of the `known` ones. pydantic would say what the
+    branches of a union lack, and not what is wrong with it."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind not in known:
+        text = f"{param}: {what} of the type {shorten(kind)} are not supported, only {' and '.join(sorted(known))}"
+        raise ApiError(400, text, param)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from web.gateway.errors import ApiError, shorten
-from web.gateway.openai.strict import Lenient, Strict
+from web.gateway.openai.strict import Lenient, Strict, check_kind
 
 TOOLS_MAX = 128
+FUNCTIONS = frozenset({"function"})
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")]
 
 
@@ -22,8 +23,19 @@ class Function(Lenient):
     strict: bool | None = None
 
 
-class Tool(Lenient):
+class OfFunction(Lenient):
+    """One of a request's tools. Those that OpenAI's own servers run, and those of free text, say so in their type."""
+
     type: Literal["function"] = "function"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_kind(cls, data: Any) -> Any:
+        check_kind(data, FUNCTIONS, "tools", "tools")
+        return data
+
+
+class Tool(OfFunction):
     function: Function
 
 
@@ -36,8 +48,20 @@ class NamedChoice(Strict):
     function: NamedFunction
 
 
+class AllowedFunctions(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedChoice], Field(min_length=1, max_length=TOOLS_MAX, fail_fast=True)]
+
+
+class AllowedChoice(Strict):
+    """Only some of the tools: as if the others had not been sent."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedFunctions
+
+
 Tools = Annotated[list[Tool], Field(max_length=TOOLS_MAX, fail_fast=True)]
-ToolChoice = Literal["none", "auto", "required"] | NamedChoice
+ToolChoice = Literal["none", "auto", "required"] | NamedChoice | AllowedChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +92,18 @@ def tool_use(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> ToolUse
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ApiError(400, f"tools: there are two functions with the name {shorten(twice)}", "tools")
-    if isinstance(choice, NamedChoice):
-        wanted = choice.function.name
-        if wanted not in names:
+    chosen = choice.allowed_tools.tools if isinstance(choice, AllowedChoice) else [choice]
+    for one in chosen:
+        if isinstance(one, NamedChoice) and (wanted := one.function.name) not in names:
             raise ApiError(400, f"tool_choice: no tool has the name {shorten(wanted)}", "tool_choice")
-        return ToolUse(tuple(tools or ()), must=True, named=wanted)
+    if isinstance(choice, NamedChoice):
+        return ToolUse(tuple(tools or ()), must=True, named=choice.function.name)
+    if isinstance(choice, AllowedChoice):
+        allowed = {one.function.name for one in choice.allowed_tools.tools}
+        tools, choice = (
+            [tool for tool in tools or () if tool.function.name in allowed],
+            choice.allowed_tools.mode,
+        )
     if not tools:
         if choice == "required":
             raise ApiError(400, "tool_choice: required needs tools", "tool_choice")

@@ -18,6 +18,10 @@ OTHERS = "additional_chat_templates"  # all but the default one, where each has 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
+class PromptTooLong(RequestError):
+    """What a template made of the messages has more characters than fit into the context."""
+
+
 class ChatTemplate:
     """One compiled template. Raises ConfigError if it cannot be compiled."""
 
@@ -73,8 +77,8 @@ class ChatTemplate:
                 self._environment.spend()
                 left -= len(piece)
                 if left < 0:
-                    raise RequestError(
-                        f"the prompt made from these messages exceeds {self._chars_max} characters"
+                    raise PromptTooLong(
+                        f"what is made from the messages exceeds {self._chars_max} characters"
                     )
                 pieces.append(piece)
         except RequestError:
