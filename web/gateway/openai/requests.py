@@ -69,7 +69,48 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
     "watermarking": (False,),
-    # Other servers': llama.cpp, Ollama, OpenRouter, SGLang, TGI
+}
+# Accepted and without effect here, whatever they say: they do not change the answer.
+IGNORED = frozenset(
+    {
+        # OpenAI's: who asks, what for, and how fast it is to go
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",  # no model that is served here was taught what it says
+        # vLLM's: caches, the size of chunks, and what belongs to something that is refused itself
+        "guided_decoding_backend",
+        "media_io_kwargs",
+        "mm_processor_kwargs",
+        "return_mm_kwargs",
+        "return_token_offsets",
+        "session_id",
+        "stream_interval",
+        "truncation_side",
+    }
+)
+# The same of other servers: LiteLLM, llama.cpp, Ollama, OpenRouter, SGLang, TGI. The document does not name them.
+OTHER_HINTS = frozenset(
+    {
+        "cache_prompt",
+        "drop_params",
+        "id_slot",
+        "keep_alive",
+        "provider",
+        "return_progress",
+        "rid",
+        "timings_per_token",
+        "usage",
+    }
+)
+OTHER_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "do_sample": (True,),
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
@@ -101,42 +142,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
     "xtc_probability": (0,),
 }
-# Accepted and without effect here, whatever they say: they do not change the answer.
-IGNORED = frozenset(
-    {
-        # OpenAI's: who asks, what for, and how fast it is to go
-        "metadata",
-        "parallel_tool_calls",
-        "prediction",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-        "verbosity",  # no model that is served here was taught what it says
-        # Of LiteLLM, llama.cpp, Ollama, OpenRouter and SGLang: the same, and what else the answer is to tell
-        "cache_prompt",
-        "drop_params",
-        "id_slot",
-        "keep_alive",
-        "provider",
-        "return_progress",
-        "rid",
-        "timings_per_token",
-        "usage",
-        # vLLM's: caches, the size of chunks, and what belongs to something that is refused itself
-        "guided_decoding_backend",
-        "media_io_kwargs",
-        "mm_processor_kwargs",
-        "return_mm_kwargs",
-        "return_token_offsets",
-        "session_id",
-        "stream_interval",
-        "truncation_side",
-    }
-)
 # Variables of a chat template that the request's own parameters set.
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
 ERRORS_MAX = 100  # more are not told apart: each costs memory, and a body has room for a million
@@ -172,10 +177,11 @@ class Request(Strict):
         kept = {}
         for name, value in data.items():
             if name not in cls.model_fields:
-                if value is None or name in IGNORED:
+                if value is None or name in IGNORED or name in OTHER_HINTS:
                     continue
-                if name in UNSUPPORTED:
-                    if not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
+                neutrals = UNSUPPORTED.get(name, OTHER_UNSUPPORTED.get(name))
+                if neutrals is not None:
+                    if not any(_same(value, neutral) for neutral in neutrals):
                         raise ApiError(400, f"{name} is not supported", name)
                     continue
             kept[name] = value
