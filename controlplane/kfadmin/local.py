@@ -28,7 +28,7 @@ from controlplane.kfadmin.certs import FOLDER
 from controlplane.kfadmin.client import AdminClient, Unreachable, trust
 from controlplane.kfadmin.rundir import Endpoints, RunDir, admin_endpoints, free_port, port_is_free, usable
 from controlplane.kfadmin.secure import certify, etcd_healthy, etcd_tls, renew
-from controlplane.kfadmin.supervise import SupervisorThread
+from controlplane.kfadmin.supervise import Program, SupervisorThread, tied
 from controlplane.supervisor import ProcessFile
 
 POLL_S = 0.05
@@ -64,8 +64,10 @@ class LocalCluster:
         start_limit_s: float = START_LIMIT_S,
         orphans: bool = False,
         secure: bool = False,
+        program: Program = tied,
     ) -> None:
-        """`secure`: with certificates of the run directory's own authority, if the settings name none."""
+        """`secure`: with certificates of the run directory's own authority, if the settings name none. `program`: how
+        processes begin."""
         # Relative paths would mean something else to whoever reads the settings later.
         config = msgspec.structs.replace(
             config,
@@ -86,6 +88,7 @@ class LocalCluster:
         self._progress = progress
         self._start_limit_s = start_limit_s
         self._orphans = orphans
+        self._program = program
         self._certs = self.run_dir.path / FOLDER if secure and not config.tls.enabled else None
         self._stack = contextlib.ExitStack()
         self._supervisor: SupervisorThread | None = None
@@ -125,7 +128,11 @@ class LocalCluster:
             etcd = self._find_etcd() if self._etcd_members else None
             direct = {name: "127.0.0.1,localhost,::1" for name in ("no_proxy", "NO_PROXY")}
             self._supervisor = SupervisorThread(
-                self.run_dir, restart=self._supervise, env=direct, orphans=self._orphans
+                self.run_dir,
+                restart=self._supervise,
+                env=direct,
+                orphans=self._orphans,
+                program=self._program,
             )
             if etcd is not None:
                 self._start_etcd(*etcd)

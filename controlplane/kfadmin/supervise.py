@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ import msgspec
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.logs import bound_logs
 from controlplane.kfadmin.rundir import RunDir
-from controlplane.supervisor import ProcessFile, Supervisor, run_command
+from controlplane.supervisor import Begin, ProcessFile, Supervisor, run_command
 
 T = TypeVar("T")
 
@@ -33,6 +33,14 @@ SHIM = Path(__file__).with_name("shim.py")
 PAUSE_FIRST_S = 0.2
 PAUSE_MAX_S = 5.0
 CALL_LIMIT_S = 15.0
+
+
+def tied(command: Sequence[str], env: Mapping[str, str]) -> Begin:
+    """How a child begins that is a program of its own, and ends when this process does."""
+    return run_command([sys.executable, "-S", "-E", str(SHIM), str(os.getpid()), *command], env)
+
+
+Program = Callable[[Sequence[str], Mapping[str, str]], Begin]  # a command and its environment
 
 
 class SupervisorThread:
@@ -45,8 +53,11 @@ class SupervisorThread:
         restart: bool = True,
         env: Mapping[str, str] | None = None,
         orphans: bool = False,
+        program: Program = tied,
     ) -> None:
-        """`orphans`: see Supervisor. Raises OSError where the kernel does not give them to it."""
+        """`orphans`: see Supervisor. `program`: how a child begins. Raises OSError where the kernel gives it no
+        orphans."""
+        self._program = program
         self._env = {**os.environ, **(env or {})}
         self._supervisor = Supervisor(
             run_dir.path,
@@ -63,8 +74,8 @@ class SupervisorThread:
 
     def start(self, name: str, command: list[str]) -> None:
         """From now on keep this child running. What keeps it from starting is in `processes`, and in `kfadmin.log`."""
-        tied = [sys.executable, "-S", "-E", str(SHIM), str(os.getpid()), *command]
-        self._call(lambda: self._supervisor.add(name, "pids", run_command(tied, self._env)))
+        begin = self._program(command, self._env)
+        self._call(lambda: self._supervisor.add(name, "pids", begin))
 
     def pids(self) -> dict[str, int]:
         """Of those that run now."""

@@ -18,7 +18,9 @@ from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
 from controlplane.kfadmin.loadgen import LoadGenerator, Prompt, Stream
 from controlplane.kfadmin.local import LocalCluster
+from controlplane.kfadmin.supervise import tied
 from controlplane.kfadmin.up import demo_model
+from tests.e2e.warm import quick
 
 POLL_S = 0.02  # of what the test itself knows
 ASK_S = 0.05  # of the controllers: a question costs client and controller 5 ms
@@ -49,7 +51,7 @@ class Cluster:
         )  # fmt: skip
         self.local = LocalCluster(
             config, controllers=controllers, gateways=gateways, etcd_members=etcd_members, progress=progress,
-            secure=secure,
+            secure=secure, program=quick if config.engine.executor == "torch" else tied,
         )  # fmt: skip
         self._references: dict[Prompt, Stream] = {}
 

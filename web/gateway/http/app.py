@@ -46,14 +46,13 @@ def build_app(serving: Service | Services, keys: ApiKeys, origins: Sequence[str]
     """The whole application, guarded. `origins`: see Manners."""
     services = Services(serving) if isinstance(serving, Service) else serving
     service = services.first
-    app = FastAPI(title="KevlarFlow gateway", version=service.version, docs_url=None, redoc_url=None)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     _health_routes(app, services)
     _model_routes(app, services)
     _generation_routes(app, services)
     _token_routes(app, services)
+    _described_route(app, service)
     _error_handlers(app, service)
-    described = document(service.model, service.version, service.priority_floor)
-    app.openapi = lambda: described  # type: ignore[method-assign]
     return Manners(Guard(_straight(app), keys), lambda: app.routes, origins)
 
 
@@ -113,6 +112,24 @@ def _health_routes(app: FastAPI, services: Services) -> None:
         return Response(text, headers={"content-type": kind, "vary": "accept"})
 
 
+def _described_route(app: FastAPI, service: Service) -> None:
+    making = asyncio.Lock()
+    made = b""
+
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        nonlocal made
+        async with (
+            making
+        ):  # at the first question: it takes as long as all else that a start makes of the application
+            made = made or await asyncio.to_thread(_described, service)
+        return Response(made, headers={"content-type": "application/json"})
+
+
+def _described(service: Service) -> bytes:
+    return msgspec.json.encode(document(service.model, service.version, service.priority_floor))
+
+
 def _reasons(services: Services) -> Iterator[str]:
     """What is not as it should be; of which model, where there are several."""
     for service in services.all:
@@ -127,8 +144,10 @@ def _model_routes(app: FastAPI, services: Services) -> None:
         return _json({"object": "list", "data": [_card(service) for service in services.all]})
 
     @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> Response:
-        return _json(_card(services.named(name)))
+    async def one_model(
+        request: Request,
+    ) -> Response:  # a typed parameter would have FastAPI import pydantic.v1
+        return _json(_card(services.named(request.path_params["name"])))
 
 
 def _card(service: Service) -> dict[str, Any]:
@@ -155,7 +174,8 @@ def _generation_routes(app: FastAPI, services: Services) -> None:
         app.add_route(path, functools.partial(generate, kind), methods=["POST"])
 
     @app.get("/v1/streams/{stream}", response_model=None)
-    async def streams(stream: str, request: Request) -> Response:
+    async def streams(request: Request) -> Response:
+        stream: str = request.path_params["stream"]
         if getattr(request.state, HEAD, False):  # nothing is taken from whoever reads it
             services.first.tickets.read(stream.partition(".")[0], request.state.caller.owner)
             return Response(headers={name.decode(): value.decode() for name, value in EVENT_HEADERS})

@@ -157,12 +157,18 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=STOPS_MAX)]
 
 
-class StreamOptions(Strict):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
+class EventOptions(Strict):
+    """Of any stream. `include_event_ids`: false for readers that take every line for data (load generators do)."""
+
+    include_event_ids: bool | None = None
     include_obfuscation: bool | None = (
         None  # padding against those who look at the size of packets: it is no text
     )
+
+
+class StreamOptions(EventOptions):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class Request(Strict):

@@ -41,5 +41,7 @@ def check_kind(part: Any, known: frozenset[str], param: str, what: str) -> None:
     branches of a union lack, and not what is wrong with it."""
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind not in known:
-        text = f"{param}: {what} of the type {shorten(kind)} are not supported, only {' and '.join(sorted(known))}"
+        text = (
+            f"{param}: {what} of the type {shorten(kind)} are not supported, only {', '.join(sorted(known))}"
+        )
         raise ApiError(400, text, param)
