@@ -50,6 +50,8 @@ def node(client: AdminClient, name: Annotated[str, typer.Argument(help="The node
             counters = facts.pop("counters")
             if counters.get("parity_bytes") or counters.get("parity_lag_blocks"):
                 facts |= {name: counters[name] for name in ("parity_bytes", "parity_lag_blocks")}
+            if lost := counters.get("ranks_lost"):
+                facts["ranks_lost"] = lost
         _draw(facts, operations, rows, wide)
 
     return View(value, draw, names=[name])

@@ -130,13 +130,13 @@ def top(client: AdminClient) -> View:
             told.add_row(p.id, state(p.state), str(p.running), str(p.waiting))
         out.print(told)
         out.print()
-        rows = table("NODE", "SERVES", "STEPS/S", "KV", "OF WHICH REPLICAS", "SLOWNESS")
+        rows = table("NODE", "SERVES", "STEPS/S", "KV", "OF WHICH REPLICAS", "SLOWNESS", "RANKS LOST")
         for load in loads:
             kv, slowness = float(load["kv"]), float(load["slowness"])
             rows.add_row(
                 str(load["node"]), str(load["serves"]) or "-", f"{load['steps_per_s']:.1f}",
                 Text(f"{kv:.0%}", WARN if kv >= KV_FULL else ""), f"{load['kv_replicas']:.0%}",
-                Text(f"{slowness:.2f}", BAD if slowness >= 1 else ""),
+                Text(f"{slowness:.2f}", BAD if slowness >= 1 else ""), str(load["ranks_lost"] or "-"),
             )  # fmt: skip
         out.print(rows)
 
@@ -154,6 +154,7 @@ def _load(node: NodeStatus, before: NodeStatus | None, took_s: float) -> dict[st
         "kv": round((node.blocks_used + node.blocks_replica) / total, 4),
         "kv_replicas": round(node.blocks_replica / total, 4),
         "slowness": round(node.slowness, 4),
+        "ranks_lost": node.counters.get("ranks_lost", 0),  # since its start
     }
 
 

@@ -131,6 +131,8 @@ class RankProcess:
 
     def _prepare(self, order: Prepare, fd: int) -> None:
         work, layout = self._work, order.layout
+        with self._lock:
+            before = self._prepared.get(self._used)
         try:
             with torch.inference_mode():
                 at = layout.ranks.index(self._rank)
@@ -143,6 +145,7 @@ class RankProcess:
                     exchange,
                     threads=work.threads,
                     timeout_s=work.timeout_s,
+                    before=before,
                 )
             with self._lock:
                 if order.layout_id in self._wanted:

@@ -139,6 +139,7 @@ class RankedStage:
         self.suspect = False
         self._is_last = spec.head is not None
         self.wanted, self.lost = ranks, 0
+        self._lost_unix_s = 0.0  # the last one, for people
         self._kv = kv  # keeps the memory alive
         self._shape = shape_of(spec, kv.kv_heads)
         self._numbers_max = rows_max * spec.hidden
@@ -172,10 +173,11 @@ class RankedStage:
         return self._ranks[rank].pid
 
     def troubles(self) -> tuple[str, ...]:
-        """Which ranks are missing, in words."""
+        """How many ranks are missing, and since when, in words."""
         if (computing := len(self.ranks)) == self.wanted:
             return ()
-        return (f"{computing} of {self.wanted} ranks compute",)
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(self._lost_unix_s))
+        return (f"{computing} of {self.wanted} ranks compute; the last loss was at {since} UTC",)
 
     def warm_up(self) -> None:
         """Nothing is compiled or captured on a CPU."""
@@ -339,6 +341,7 @@ class RankedStage:
 
     def _forget(self, number: int, now: float) -> None:
         self.lost += 1
+        self._lost_unix_s = time.time()
         self._drop(number)
         self._due[number] = now + self._restart[number].next_s()
 

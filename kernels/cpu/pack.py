@@ -49,7 +49,9 @@ def pack(linear: Linear, arena: Arena) -> Packed:
     if isinstance(linear.weight, Quantised):
         order = torch.arange(-(-n // PANEL) * PANEL).clamp_(max=n)
         return _quantised(linear.weight, order, bias, n, arena)
-    return Packed(_panels(linear.weight, arena), bias, n, k)
+    packed = room(n, k, linear.weight.dtype, arena)
+    put_outputs(units(packed), 0, units(linear.weight))
+    return Packed(packed, bias, n, k)
 
 
 def pack_gate_up(linear: Linear, arena: Arena) -> Packed:
@@ -62,29 +64,53 @@ def pack_gate_up(linear: Linear, arena: Arena) -> Packed:
         column = torch.arange(-(-n // half) * half).view(-1, 1, half)
         order = torch.cat([column, column + n], 1).masked_fill_(column >= n, rows).flatten()
         return _quantised(linear.weight, order, bias, n, arena)
-    turns = linear.weight.new_zeros(-(-n // half), 2, half, k)
-    for i, part in enumerate((linear.weight[:n], linear.weight[n:])):
-        whole = n // half
-        turns[:whole, i] = part[: whole * half].view(whole, half, k)
-        if n % half:
-            turns[whole, i, : n % half] = part[whole * half :]
-    return Packed(_panels(turns.view(-1, k), arena), bias, n, k)
+    packed = room(-(-n // half) * PANEL, k, linear.weight.dtype, arena)
+    for place, part in zip(gates_and_ups(units(packed)), (linear.weight[:n], linear.weight[n:]), strict=True):
+        put_outputs(place, 0, units(part))
+    return Packed(packed, bias, n, k)
 
 
-def _panels(weight: torch.Tensor, arena: Arena) -> torch.Tensor:
-    n, k = weight.shape
-    group = 2 if weight.dtype is torch.bfloat16 else 1
+def room(n: int, k: int, dtype: torch.dtype, arena: Arena) -> torch.Tensor:
+    """Zeros, for a weight [n, k] as `Packed` has it. Raises ValueError for bfloat16 with an odd number of inputs."""
+    group = 2 if dtype is torch.bfloat16 else 1
     if k % group:
         raise ValueError(f"bfloat16 kernels need an even number of inputs, not {k}")
-    panels = -(-n // PANEL)
-    shape = (panels, k // group, PANEL, group)
-    memory = torch.from_numpy(arena.zeros(math.prod(shape) * weight.itemsize))
-    packed = memory.view(weight.dtype).view(shape)
-    full = n // PANEL
-    packed[:full] = weight[: full * PANEL].view(full, PANEL, k // group, group).transpose(1, 2)
-    if n % PANEL:
-        packed[full, :, : n % PANEL] = weight[full * PANEL :].view(-1, k // group, group).transpose(0, 1)
-    return packed
+    shape = (-(-n // PANEL), k // group, PANEL, group)
+    memory = torch.from_numpy(arena.zeros(math.prod(shape) * dtype.itemsize))
+    return memory.view(dtype).view(shape)
+
+
+def units(weight: torch.Tensor) -> torch.Tensor:
+    """Four bytes at a time, which stay together when a weight is packed: [n, k / group] of a weight [n, k], and
+    [panels, k / group, 64] of a packed one."""
+    whole = weight.view(torch.int32)
+    return whole.squeeze(3) if weight.dim() == 4 else whole
+
+
+def gates_and_ups(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the gates go, and where the ups: [panels, units, 32]."""
+    halves = packed.view(packed.shape[0], packed.shape[1], 2, PANEL // 2)
+    return halves[:, :, 0], halves[:, :, 1]
+
+
+def put_outputs(packed: torch.Tensor, at: int, weight: torch.Tensor) -> None:
+    """Packs the outputs [n, units] as those from `at` on. packed [panels, units, outputs of a panel]."""
+    lanes, done = packed.shape[2], 0
+    while done < len(weight):
+        panel, lane = divmod(at + done, lanes)
+        count = min(len(weight) - done, lanes - lane)
+        packed[panel, :, lane : lane + count] = weight[done : done + count].t()
+        done += count
+
+
+def copy_outputs(packed: torch.Tensor, at: int, source: torch.Tensor, begin: int, count: int) -> None:
+    """As put_outputs(), of those from `begin` on of a packed weight."""
+    lanes, done = packed.shape[2], 0
+    while done < count:
+        (panel, lane), (from_panel, from_lane) = divmod(at + done, lanes), divmod(begin + done, lanes)
+        some = min(count - done, lanes - lane, lanes - from_lane)
+        packed[panel, :, lane : lane + some] = source[from_panel, :, from_lane : from_lane + some]
+        done += some
 
 
 def _quantised(

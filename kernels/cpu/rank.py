@@ -10,23 +10,15 @@ import numpy.typing as npt
 import torch
 from typing_extensions import Buffer
 
-from kernels.base import DTYPES, Layer, Linear, Mlp, PagedCache, StageSpec, StepArrays
+from kernels.base import DTYPES, Layer, Mlp, PagedCache, StageSpec, StepArrays
 from kernels.cpu import _native
 from kernels.cpu.ops import step_of
-from kernels.cpu.pack import Packed, pack, pack_gate_up
-from kernels.memory import Arena
+from kernels.cpu.pack import Packed
+from kernels.cpu.rank_weights import RankWeights
 from kernels.ranks.cuts import ffn_ends, head_ends
 from kernels.ranks.exchange import Exchange
 from kernels.ranks.layout import Layout
-from kernels.ranks.own import (
-    HeadWeights,
-    check_cuttable,
-    ffn_weights,
-    head_weights,
-    shape_of,
-    shard_widths,
-    vocabulary_of,
-)
+from kernels.ranks.own import check_cuttable, shape_of, shard_widths, vocabulary_of
 
 Place = tuple[int, int, int, int]  # see Packed.place
 HeadsOfLayers = Sequence[Sequence[int]]
@@ -97,6 +89,7 @@ class CpuRank:
     """Computes what the layout gives to `rank`; a row's numbers have the bits that CpuStage has with fixed-point sums,
     on any number of ranks. All ranks take the same steps, each in its own process or thread.
 
+    before: the same rank in another layout, of whose packed weights those are copied that it has in this one, too.
     Threads are as of CpuStage. Raises ValueError for a stage or a layout that does not fit."""
 
     def __init__(
@@ -109,6 +102,7 @@ class CpuRank:
         *,
         threads: int = 1,
         timeout_s: float = 10.0,
+        before: CpuRank | None = None,
     ) -> None:
         check_cuttable(spec)
         kv_heads = layout.shape.heads
@@ -117,7 +111,8 @@ class CpuRank:
         self._spec, self._layout, self._rank = spec, layout, rank
         self._memory, self._exchange, self._timeout_s = memory, exchange, timeout_s
         self._dtype = DTYPES[memory.dtype]
-        self._arena = Arena()
+        had = None if before is None else before.weights
+        self.weights: RankWeights = RankWeights(spec, kv_heads, had)
         self._kept: list[object] = []  # what the kernels have addresses of
         self.suspect = False
         self.team = _native.Team(threads)
@@ -142,6 +137,7 @@ class CpuRank:
         for data_parallel, count in self._parts:
             self._set_heads(bool(data_parallel), count)
         self.vocabulary = self._set_ends()  # of which this rank has logits
+        self.weights.settle()
         self._rows = self._positions = 0
         self._make_room(16)
 
@@ -228,9 +224,8 @@ class CpuRank:
         gate_up, down = NOTHING, (0, _address(down_bias), 0, 1)
         widths = shard_widths(ends, own)
         if own:
-            mlp = ffn_weights(layer.mlp, ends, own)
-            gate_up = self._packed(pack_gate_up(mlp.gate_up, self._arena))
-            down = (self._packed(pack(Linear(mlp.down.weight), self._arena))[0], *down[1:])
+            packed = [self._packed(each) for each in self.weights.shards(index, own)]
+            gate_up, down = packed[0], (packed[1][0], *down[1:])
         self._kept += [norms, o_bias, down_bias]
         weights = [NOTHING, (0, _address(o_bias), 0, 1), gate_up, down]
         self._stage.set_layer(
@@ -245,11 +240,10 @@ class CpuRank:
         spec, layout = self._spec, self._layout
         every: list[Sequence[int]] = []
         places: list[Sequence[Place]] = []
-        for index, layer in enumerate(spec.layers):
+        for index in range(len(spec.layers)):
             own = layout.data_parallel(index) if data_parallel else layout.heads_of(self._rank, index)
             every.append(own)
-            weights: HeadWeights = head_weights(layer, spec.heads, layout.shape.heads, own)
-            places.append([self._packed(pack(linear, self._arena)) for linear in (weights.qkv, weights.o)])
+            places.append([self._packed(each) for each in self.weights.heads(index, own)])
         heads = count * spec.heads // layout.shape.heads
         ends = head_ends(count, heads * self._memory.head_dim)
         cache = self._memory.cache(layout, self._rank, every)
@@ -271,7 +265,7 @@ class CpuRank:
         own = vocabulary_of(self._layout, self._rank, len(head))
         place = NOTHING
         if own:
-            place = self._packed(pack(Linear(head[own.start : own.stop]), self._arena))
+            place = self._packed(self.weights.vocabulary(own))
         self._kept.append(norm)
         self._stage.set_ends(vocab, embed, norm.data_ptr(), place, len(own))
         return own

@@ -124,6 +124,7 @@ class RankGroup:
         self.requests, self.threads = requests, threads
         self.layout = first_layout(shape_of(requests.spec, kv_heads), ranks)
         self.pools: dict[int, PlanePool] = {}
+        self.ranks: dict[int, CpuRank] = {}
         self.owners: dict[int, int] = {}
         self.assign({row: row % ranks for row in requests.rows})
         for rank in self.layout.ranks:
@@ -146,6 +147,7 @@ class RankGroup:
             ends = [Exchange(memory, count, i, ROWS_MAX * HIDDEN) for i in range(count)]
         finally:
             os.close(memory)
+        before = self.ranks
         self.ranks = {
             rank: CpuRank(
                 self.requests.spec,
@@ -155,6 +157,7 @@ class RankGroup:
                 end,
                 threads=self.threads,
                 timeout_s=60.0,
+                before=before.get(rank),
             )
             for rank, end in zip(self.layout.ranks, ends, strict=True)
         }

@@ -13,10 +13,11 @@ from kernels.base import DTYPES, Experts, Linear
 from kernels.cpu import _native, ops
 from kernels.cpu.pack import pack
 from kernels.cpu.rank import CpuRank, SharedHeads
+from kernels.cpu.rank_weights import RankWeights
 from kernels.memory import Arena
 from kernels.ranks import cuts, sums
 from kernels.ranks.exchange import Exchange, ExchangeAborted, RankMissing, make_memory
-from kernels.ranks.layout import Shape, first_layout, next_layout
+from kernels.ranks.layout import Layout, Shape, changes, first_layout, next_layout
 from kernels.ranks.own import shape_of, vocabulary_of
 from tests.parity.rank_group import (
     BLOCK,
@@ -62,6 +63,39 @@ def test_ranks_go_and_come(kv_heads: int, dtype: str) -> None:
         group.become(after, {row: (kept | new)[row] for row in rows})
         group.check_step(dict.fromkeys(rows, 1))
         group.check_step({rows[0]: 5, rows[3]: 1, rows[5]: 2})
+
+
+def test_only_what_a_rank_did_not_have_is_packed() -> None:
+    """4 -> 3 -> 4 -> 2 -> 4, and what is copied has the bytes that it would have if it were packed."""
+    requests = Requests(random_spec(6, torch.bfloat16), 6, "bfloat16", 2)
+    group = RankGroup(requests, 6, 4)
+    every = (6 + len(cuts.ffn_ends(1100))) * 3  # heads and shards of three layers
+    assert sum(rank.weights.packed for rank in group.ranks.values()) >= every
+    for ranks in ([0, 2, 3], range(4), [1, 3], range(4)):
+        before, after = group.layout, next_layout(group.layout, ranks)
+        moves = changes(before, after)
+        group.become(after, {row: after.ranks[row % len(after.ranks)] for row in requests.rows})
+        for number, rank in group.ranks.items():
+            new = len(moves.head_weights[number]) + sum(shard.target == number for shard in moves.shards)
+            assert rank.weights.packed == new
+            check_as_packed(rank.weights, RankWeights(requests.spec, 6), after, number)
+        group.check_step(dict.fromkeys(requests.rows, 3))
+
+
+def check_as_packed(got: RankWeights, fresh: RankWeights, layout: Layout, rank: int) -> None:
+    for layer in range(layout.shape.layers):
+        for heads in (layout.heads_of(rank, layer), layout.data_parallel(layer)):
+            if heads:
+                fresh.heads(layer, heads)
+        fresh.shards(layer, layout.shards_of(rank, layer))
+    assert got._heads.keys() == fresh._heads.keys()
+    assert got._shards.keys() == fresh._shards.keys()
+    pairs = [(got._heads[at].qkv, head.qkv) for at, head in fresh._heads.items()]
+    pairs += [(got._heads[at].o, head.o) for at, head in fresh._heads.items()]
+    pairs += [(got._shards[at].gate_up, shard.gate_up) for at, shard in fresh._shards.items()]
+    pairs += [(got._shards[at].down, shard.down) for at, shard in fresh._shards.items()]
+    for one, other in pairs:
+        assert one.view(torch.int32).equal(other.view(torch.int32))
 
 
 def test_kv_that_is_not_brought_is_seen() -> None:

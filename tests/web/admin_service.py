@@ -90,7 +90,7 @@ def healthy(instances: int = 2, stages: int = 4) -> ClusterStatus:
             blocks_used=410,
             blocks_replica=390,
             blocks_total=2048,
-            counters={"tokens": 100},
+            counters={"tokens": 100, "ranks_lost": 2 * (name(instance, stage) == "n1")},
         )
         for instance in range(instances)
         for stage in range(stages)

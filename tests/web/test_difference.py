@@ -41,6 +41,12 @@ def test_counters_and_short_silences_are_nobodys_news() -> None:
     assert told(before, after, figures=True)["nodes"] == []
 
 
+def test_a_lost_rank_is_news() -> None:
+    before = shown(healthy())
+    after = shown(with_node(healthy(), 3, counters={"tokens": 101, "ranks_lost": 2}))
+    assert [n["counters"] for n in told(before, after)["nodes"]] == [{"ranks_lost": 2}]
+
+
 def test_a_pipeline_that_loses_its_protection_is_news_and_a_lag_is_a_figure() -> None:
     status = shown(healthy())
     p0 = status.pipelines[0]

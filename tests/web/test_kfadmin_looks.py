@@ -163,7 +163,7 @@ def test_who_did_what(target: list[str]) -> None:
 
 def test_a_description_has_what_happened_and_is_under_way(target: list[str], service: MemoryService) -> None:
     told = kfadmin("describe", "node", "n1", *target).stdout
-    for word in ("p0/1", "4001", "op-7", "moving p0/1 to n5", "n1 died: link broken"):
+    for word in ("p0/1", "4001", "op-7", "moving p0/1 to n5", "n1 died: link broken", "ranks lost"):
         assert word in told
     value = json.loads(kfadmin("describe", "pipeline", "p0", "-o", "json", *target).stdout)
     assert [row["event"]["kind"] for row in value["events"]] == ["epoch", "recovered"]

@@ -1,7 +1,7 @@
 """What changed from one status to the next, for dashboards: a few lines where the whole would be megabytes.
 
 Everything that somebody acts on is told at once. Figures that change all the time (blocks, requests, lags, silences)
-wait until `figures`; counters and progress are for /metrics and are left out.
+wait until `figures`; progress, and all counters but a few, are for /metrics and are left out.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import msgspec
 from controlplane.contract.status import ClusterStatus, NodeStatus, PipelineStatus
 
 HEARD_S = 1.0  # a shorter silence is none
+SHOWN_COUNTERS = ("ranks_lost",)
 LISTS = ("nodes", "pipelines")
 FIELDS = tuple(field for field in ClusterStatus.__struct_fields__ if field not in LISTS)
 
@@ -59,7 +60,8 @@ def changed(before: ClusterStatus, after: ClusterStatus, version: int) -> bytes:
 
 def _shown(node: NodeStatus) -> NodeStatus:
     silent_s = float(int(node.silent_s)) if node.silent_s >= HEARD_S else 0.0
-    return msgspec.structs.replace(node, counters={}, progress=0, silent_s=silent_s)
+    counters = {name: node.counters[name] for name in SHOWN_COUNTERS if node.counters.get(name)}
+    return msgspec.structs.replace(node, counters=counters, progress=0, silent_s=silent_s)
 
 
 def _calm_node(old: NodeStatus, new: NodeStatus) -> NodeStatus:

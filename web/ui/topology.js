@@ -213,6 +213,7 @@ function Node({ node, status, who, actions }) {
     ["KV blocks", `${own} of requests, ${replica} of copies, ${total - own - replica} free of ${total}`],
     ["Heard", gone ? "not any more" : node.silent_s < 1 ? "just now" : `${seconds(node.silent_s)} ago`],
     ["Slowness", node.slowness ? `${node.slowness.toFixed(2)} (slow from 1 on)` : "none"],
+    ...(node.counters?.ranks_lost ? [["Ranks lost", `${node.counters.ranks_lost} since its start`]] : []),
     ["Process", node.pid ? `pid ${node.pid}, ${node.version || "unknown version"}` : "none"],
     ["Where", Object.entries(node.fault_domain).map(([name, value]) => `${name} ${value}`).join(", ") || node.rpc_address || "unknown"],
   ];
