@@ -34,6 +34,12 @@ for (const model of models) {
     const result = await run({ ...common, prompt: "Weather?", tools, stopWhen: stepCountIs(3) });
     assert.equal(await result.text, "It rains in Köln.");
     assert.deepEqual(asked, [{ city: "Köln" }]);
+    // The conversation goes on with all that has been answered. Unless it is told not to store, the responses provider
+    // sends names of items in their place, which a server without a store cannot read.
+    const { messages } = await result.response;
+    const said = [{ role: "user", content: "Weather?" }, ...messages, { role: "user", content: "And now?" }];
+    const next = await run({ ...common, messages: said, tools, providerOptions: { openai: { store: false } } });
+    assert.equal(await next.text, "It rains in Köln.");
   }
 }
 console.log("ok");

@@ -2,6 +2,7 @@
 
 import os
 
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
@@ -47,4 +48,9 @@ for responses in (False, True):
     assert [(c["name"], c["args"]) for c in grown.tool_calls] == [("get_weather", {"city": "Köln"})]
     messages += [answer, ToolMessage(get_weather.invoke(call["args"]), tool_call_id=call["id"])]
     assert bound.invoke(messages).text == "It rains in Köln."
+    try:
+        model.invoke("word " * 5000)
+    except ContextOverflowError:
+        continue
+    raise AssertionError("a prompt that is too long was not known as such")
 print("ok")

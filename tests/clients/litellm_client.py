@@ -39,6 +39,13 @@ assert json.loads(call.function.arguments) == {"city": "Köln"}
 messages += [first.message.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
 last = litellm.completion(messages=messages, tools=[TOOL], **COMMON)
 assert last.choices[0].message.content == "It rains in Köln.", last
+for limit, prompt in ((99_999, "Say something"), (4, "word " * 5000)):
+    for stream in (False, True):
+        try:
+            litellm.completion(messages=asked(prompt), max_tokens=limit, stream=stream, **COMMON)
+        except litellm.ContextWindowExceededError:
+            continue
+        raise AssertionError("a prompt that is too long was not known as such")
 response = litellm.responses(
     model="openai/kevlar-demo", input="Say something", api_base=COMMON["api_base"], api_key=COMMON["api_key"]
 )

@@ -28,6 +28,11 @@ const parsed = await client.chat.completions.parse({
 });
 assert.deepEqual(parsed.choices[0].message.parsed, { name: "ball", day: 3 });
 
+await assert.rejects(
+  client.chat.completions.create({ model, messages: [{ role: "user", content: "word ".repeat(5000) }] }),
+  { status: 400, code: "context_length_exceeded" },
+);
+
 const asked = [];
 const tools = [{
   type: "function",

@@ -104,7 +104,7 @@ def needs(path: Path, what: str) -> None:
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("name", ["litellm", "langchain_openai", "agents"])
+@pytest.mark.parametrize("name", ["litellm", "langchain_openai", "agents", "instructor", "pydantic_ai"])
 def test_python_clients(tmp_path: Path, name: str) -> None:
     needs(next(PYTHON.parent.glob(f"lib/python*/site-packages/{name}"), PYTHON / name), name)
 

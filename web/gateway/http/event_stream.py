@@ -21,7 +21,7 @@ END = b"\n\n"  # of an event
 
 
 class EventStream:
-    """Each event has an id: the stream's ticket, and how far the client has come with it (`cursor`)."""
+    """With `ids` each event has one: the stream's ticket, and how far the client has come with it (`cursor`)."""
 
     def __init__(
         self,
@@ -31,7 +31,10 @@ class EventStream:
         cursor: Cursor,
         wire: Wire,
         keep_alive_s: float,
+        ids: bool = True,
     ) -> None:
+        self._ids = ids
+        self._pause = KEEP_ALIVE if ids else KEEP_ALIVE + b"\n"
         self._loop = asyncio.get_running_loop()
         self._generation = generation
         self._form = form
@@ -91,6 +94,8 @@ class EventStream:
         return opening + data[:at] + self.id() + data[at:]
 
     def id(self) -> bytes:
+        if not self._ids:
+            return b""
         return f"{self._id_head}{'-'.join(self._marks)}{'u' if self._cursor.usage else ''}\n".encode()
 
     def last(self) -> bytes:
@@ -122,7 +127,7 @@ class EventStream:
         """The client may be gone: only writing shows it."""
         if self._begun and not (self._turn.done() or self._wire.paused):
             self._said = self._loop.time()
-            self._wire.write(KEEP_ALIVE)
+            self._wire.write(self._pause)
 
     def _keep_alive(self) -> None:
         now = self._loop.time()
@@ -131,7 +136,7 @@ class EventStream:
             if self._turn.done() or self._wire.paused:
                 pass  # something is about to be sent
             elif self._begun:
-                self._wire.write(KEEP_ALIVE)
+                self._wire.write(self._pause)
             else:
-                self._turn.set_result(KEEP_ALIVE)
+                self._turn.set_result(self._pause)
         self._quiet = self._loop.call_at(self._said + self._keep_alive_s, self._keep_alive)

@@ -48,6 +48,7 @@ class GenerationResponse(Response):
         self._ticket = started.ticket
         self._cursor = started.cursor
         self._hold = started.hold
+        self._event_ids = started.event_ids
         self._begun = False
         self._watcher: asyncio.Task[None] | None = None
 
@@ -60,6 +61,7 @@ class GenerationResponse(Response):
             self._cursor,
             wire_of(scope),
             self._service.keep_alive_s,
+            self._event_ids,
         )
         try:
             await self._run(stream, receive, send)
@@ -115,6 +117,9 @@ class GenerationResponse(Response):
         """Send the client to another gateway. Raises ApiError when it has nothing yet: then it just asks again."""
         if not (self._begun or out):
             raise ApiError(503, STOPPING, retry_after_s=1)
+        if not self._event_ids:  # it could not say where to go on
+            await self._write(send, out)
+            raise ApiError(503, STOPPING)
         self._generation.leave()
         self._service.metrics.handed_over.inc()
         error = ApiError(503, f"{STOPPING}: send the request again, with Last-Event-ID, to any other")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -22,13 +22,16 @@ class Asked(Protocol):
     """Of a body of any of the APIs. `choices` are generated for a prompt."""
 
     stream: bool | None
+    stream_options: Any
     request_id: str | None
     priority: int | None
 
     @property
     def choices(self) -> int: ...
 
-    def model_dump_json(self, *, by_alias: bool, exclude_unset: bool, exclude_none: bool) -> str: ...
+    def model_dump_json(
+        self, *, by_alias: bool, exclude: Any, exclude_unset: bool, exclude_none: bool
+    ) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,18 @@ class PreparedRequest:
     @property
     def options(self) -> bytes:
         """All that a gateway needs beside the logs to go on with the answer; what `KEPT` reads."""
-        return self.request.model_dump_json(by_alias=True, exclude_unset=True, exclude_none=True).encode()
+        return self.request.model_dump_json(
+            by_alias=True,
+            exclude={"stream_options": {"include_event_ids"}},
+            exclude_unset=True,
+            exclude_none=True,
+        ).encode()
+
+    @property
+    def event_ids(self) -> bool:
+        """Whether a stream's events have them."""
+        options = self.request.stream_options
+        return options is None or options.include_event_ids is not False
 
 
 def digest_of(request: Request, plans: Sequence[Plan]) -> bytes:

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from web.gateway.errors import ApiError, shorten
 from web.gateway.openai.messages import Message
-from web.gateway.openai.requests import INT64_MAX, LOGPROBS_MAX, ChatRequest, Effort, Request
+from web.gateway.openai.requests import INT64_MAX, LOGPROBS_MAX, ChatRequest, Effort, EventOptions, Request
 from web.gateway.openai.strict import Lenient, Strict, check_kind
 from web.gateway.openai.structured import JsonSchemaFormat, ResponseFormat, Schema
 from web.gateway.openai.tools import (
@@ -86,10 +86,6 @@ class AllowedTools(Strict):
     tools: Annotated[list[NamedTool], Field(min_length=1, max_length=TOOLS_MAX, fail_fast=True)]
 
 
-class StreamOptions(Strict):
-    include_obfuscation: bool | None = None
-
-
 class Part(Lenient):
     type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal"]  # PARTS
     text: str | None = None
@@ -141,7 +137,7 @@ class ResponsesRequest(Request):
     input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
     instructions: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: EventOptions | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -64,7 +64,7 @@ class StartedAnswer:
     """A generation that is ready to run, and how its answer is written.
 
     `ticket`: of the stream; empty for an answer in one piece. `cursor`: what the client has of it. `hold`: the memory
-    that it keeps until it is over.
+    that it keeps until it is over. `event_ids`: whether its events have ids, which whoever has come back reads.
     """
 
     generation: Generation
@@ -72,6 +72,7 @@ class StartedAnswer:
     ticket: str
     cursor: Cursor
     hold: Hold
+    event_ids: bool = True
 
 
 class Context(msgspec.Struct, frozen=True, array_like=True):
@@ -251,7 +252,8 @@ def _answer(
         prepared.told_again,
     )
     form = prepared.form(generation, context.request_id, context.created_unix_s)
-    return StartedAnswer(generation, form, ticket, cursor or Cursor([None] * len(starts)), hold)
+    ids = cursor is not None or prepared.event_ids
+    return StartedAnswer(generation, form, ticket, cursor or Cursor([None] * len(starts)), hold, ids)
 
 
 def _starts(
