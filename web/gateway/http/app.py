@@ -119,9 +119,8 @@ def _described_route(app: FastAPI, service: Service) -> None:
     @app.get("/openapi.json")
     async def openapi() -> Response:
         nonlocal made
-        async with (
-            making
-        ):  # at the first question: it takes as long as all else that a start makes of the application
+        # At the first question: it takes as long as all else that a start makes of the application.
+        async with making:
             made = made or await asyncio.to_thread(_described, service)
         return Response(made, headers={"content-type": "application/json"})
 
@@ -144,9 +143,8 @@ def _model_routes(app: FastAPI, services: Services) -> None:
         return _json({"object": "list", "data": [_card(service) for service in services.all]})
 
     @app.get("/v1/models/{name:path}")
-    async def one_model(
-        request: Request,
-    ) -> Response:  # a typed parameter would have FastAPI import pydantic.v1
+    async def one_model(request: Request) -> Response:
+        # A typed parameter would have FastAPI import pydantic.v1.
         return _json(_card(services.named(request.path_params["name"])))
 
 
