@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from controlplane.gguf.files import folder_of
 from controlplane.gguf.header import GgufError
 from controlplane.positions import POSITIONS, positions_max
 from web.gateway.errors import ApiError
-from web.gateway.openai.requests import Common
+from web.gateway.openai.requests import Common, whole_number
 from web.gateway.routing.served_context import ServedContext
 from web.gateway.text.detok import text_of
 from web.gateway.text.grammars import GrammarChecker
@@ -74,14 +74,21 @@ class Model:
         return self.max_model_len * self.vocabulary.longest_chars
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`; the caller has checked its length against `chars_max`."""
+        """Token ids of `text`; the caller has checked its length against `chars_max`. Raises ApiError 400."""
         if len(text) <= INLINE_CHARS_MAX:
             return self._encode(text, add_special_tokens)
         return await asyncio.to_thread(self._encode, text, add_special_tokens)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        self.check_known(ids)
         return ids
+
+    def check_known(self, ids: list[int]) -> None:
+        """Tokenizers may have tokens that were added and never taught. Raises ApiError 400."""
+        if ids and (last := max(ids)) >= self.vocab_size:
+            name = self.tokenizer.id_to_token(last)
+            raise ApiError(400, f"{name!r:.80} is token {last}, and this model has {self.vocab_size}")
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids`, in the words that a stream of them would have."""
@@ -113,12 +120,11 @@ def load_model(config: ClusterConfig) -> Model:
         )
     max_model_len = config.engine.context_len(limit)
     vocabulary = vocabulary_of(tokenizer)
-    eos = generation.token_ids("eos_token_id") or settings.token_ids("eos_token_id")
     template, no_template = load_template(folder, chars_max=max_model_len * vocabulary.longest_chars)
     if no_template:
         log.warning("no chat", reason=no_template)
     vocab_size = settings.count("vocab_size") or tokenizer.get_vocab_size()
-    ends = eos or _end_of(tokenizer, tokenizer_settings)
+    ends = _ends((generation, settings), vocab_size, _end_of(tokenizer, tokenizer_settings))
     return Model(
         name=config.model_name,
         tokenizer=tokenizer,
@@ -155,8 +161,14 @@ def _add_tokens(tokenizer: Tokenizer, settings: Settings) -> None:
             raise settings.error(key, f"{token.content!r:.80} is token {found}, not {number}")
 
 
+def _ends(files: Sequence[Settings], vocab_size: int, of_tokenizer: tuple[int, ...]) -> tuple[int, ...]:
+    """What the first of the model's files says that names any, and the tokenizer's own: models are taught to end their
+    turns with that one, and files that were taken over from an older model do not know it."""
+    named = next((ids for settings in files if (ids := settings.token_ids("eos_token_id"))), ())
+    return tuple(i for i in dict.fromkeys((*named, *of_tokenizer)) if i < vocab_size)
+
+
 def _end_of(tokenizer: Tokenizer, settings: Settings) -> tuple[int, ...]:
-    """The tokenizer's own end, where the model's files name none: else a stream ends at its length only."""
     end = settings.values.get("eos_token")
     name = end.get("content") if isinstance(end, dict) else end
     token = tokenizer.token_to_id(name) if isinstance(name, str) else None
@@ -185,7 +197,7 @@ class Settings:
         if not path.exists() and not required:
             return cls(path, {})
         try:
-            data = json.loads(path.read_bytes())
+            data = json.loads(path.read_bytes(), parse_float=whole_number)
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"cannot read {path}: {error}") from error
         if not isinstance(data, dict):

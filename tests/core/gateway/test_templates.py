@@ -316,6 +316,39 @@ def test_a_template_of_its_own_for_tools(tmp_path: Path) -> None:
     assert (template.render(TALK), template.for_tools.render(TALK, tools=TOOLS)) == ("D", "T")
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            {"chat_template.jinja": "D", "additional_chat_templates/tool_use.jinja": "T{{ tools }}"},
+            ("D", "T"),
+        ),
+        ({"additional_chat_templates/default.jinja": "D"}, ("D", "D")),
+        (
+            {
+                "tokenizer_config.json": {"chat_template": "C"},
+                "chat_template.jinja": "D",
+                "additional_chat_templates/rag.jinja": "R",
+                "additional_chat_templates/notes.txt": "N",
+            },
+            ("D", "D"),
+        ),
+    ],
+)
+def test_templates_in_files_of_their_own(
+    tmp_path: Path, files: dict[str, Any], said: tuple[str, str]
+) -> None:
+    """As transformers writes several since it writes one into chat_template.jinja."""
+    (tmp_path / "model" / "additional_chat_templates").mkdir(parents=True)
+    folder = folder_with(tmp_path / "model", files)
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    template, _ = load_template(folder, 1000)
+    assert template is not None
+    assert (template.render(TALK), template.for_tools.render(TALK, tools=TOOLS)[:1]) == said
+    assert theirs.get_chat_template() == template.source
+    assert theirs.get_chat_template(tools=TOOLS) == template.for_tools.source
+
+
 def test_a_processors_template(tmp_path: Path) -> None:
     template, _ = load_template(folder_with(tmp_path, {"chat_template.json": {"chat_template": "P"}}), 1000)
     assert template is not None

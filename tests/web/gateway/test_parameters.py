@@ -16,6 +16,8 @@ from web.gateway.errors import ApiError
 from web.gateway.openai.messages import TextPart
 from web.gateway.openai.requests import (
     IGNORED,
+    OTHER_HINTS,
+    OTHER_UNSUPPORTED,
     UNSUPPORTED,
     ChatRequest,
     CompletionRequest,
@@ -74,7 +76,7 @@ HINTS: dict[str, list[Any]] = {
     [
         (kind, body, name)
         for kind, body in ((ChatRequest, CHAT), (CompletionRequest, COMPLETION))
-        for name in sorted(IGNORED - set(kind.model_fields))
+        for name in sorted((IGNORED | OTHER_HINTS) - set(kind.model_fields))
     ],
 )
 def test_hints_are_ignored(name: str, kind: type[Any], body: dict[str, Any]) -> None:
@@ -88,14 +90,14 @@ def test_hints_are_ignored(name: str, kind: type[Any], body: dict[str, Any]) -> 
     [
         (kind, body, name)
         for kind, body in ((ChatRequest, CHAT), (CompletionRequest, COMPLETION))
-        for name in sorted(set(UNSUPPORTED) - set(kind.model_fields))
+        for name in sorted({*UNSUPPORTED, *OTHER_UNSUPPORTED} - set(kind.model_fields))
     ],
 )
 def test_what_would_change_the_answer_is_refused_by_name(
     kind: type[Any], body: dict[str, Any], name: str
 ) -> None:
     plain = accepts(kind, body)
-    for neutral in (None, *UNSUPPORTED[name]):
+    for neutral in (None, *(UNSUPPORTED | OTHER_UNSUPPORTED)[name]):
         assert accepts(kind, body | {name: neutral}) == plain
     for value in ("something", [{"type": "function"}], 7):
         with pytest.raises(ApiError, match=f"{name} is not supported") as caught:

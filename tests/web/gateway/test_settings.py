@@ -38,7 +38,7 @@ def test_model_settings(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "max_new_tokens": 9}')
     model = load_model(settings(tmp_path))
     assert model.defaults == {"temperature": 0.6, "top_k": 20}
-    assert (model.max_new_tokens, model.eos_token_ids) == (9, (7,))
+    assert (model.max_new_tokens, model.eos_token_ids) == (9, (7, 1))
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     template = load_model(settings(tmp_path)).template
     assert template is not None
@@ -91,7 +91,7 @@ def test_null_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(nulls))
     model = load_model(settings(tmp_path, max_model_len=100))
     assert (model.max_model_len, model.vocab_size) == (100, 2048)
-    assert model.eos_token_ids == (7,), "without them a stream ends at its length only"
+    assert model.eos_token_ids == (7, 1), "without them a stream ends at its length only"
     assert (model.defaults, model.max_new_tokens) == ({}, None)
 
 
@@ -106,6 +106,57 @@ def test_the_tokenizers_end_counts_where_the_model_names_none(
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
     assert load_model(settings(tmp_path)).eos_token_ids == ids
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ids"),
+    [
+        (7, None, (7, 1)),
+        (7, {"eos_token_id": [8, 9]}, (8, 9, 1)),
+        (7, {"eos_token_id": [2, 1, 2]}, (2, 1)),
+        ([7, 1], {"eos_token_id": None}, (7, 1)),
+        (7, {"eos_token_id": []}, (7, 1)),
+        (9999, {"eos_token_id": [8, 2048]}, (8, 1)),  # ids that this vocabulary does not have
+        (7.0, {"eos_token_id": [8.0]}, (8, 1)),  # JSON has one kind of number
+    ],
+)
+def test_the_tokenizers_end_ends_a_turn_whatever_the_model_names(
+    tmp_path: Path, config: object, generation: dict[str, object] | None, ids: tuple[int, ...]
+) -> None:
+    """A model that was taught to chat ends its turns with a token that the files of its base model do not name, and
+    streams went on to their length."""
+    copy_model(tmp_path, max_position_embeddings=512, eos_token_id=config)
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation or {}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|eos|>"}))
+    assert load_model(settings(tmp_path)).eos_token_ids == ids
+
+
+def test_whole_numbers_may_be_written_with_a_point(tmp_path: Path) -> None:
+    copy_model(tmp_path, max_position_embeddings=512)
+    (tmp_path / "generation_config.json").write_text('{"top_k": 50.0, "max_new_tokens": 9.0, "top_p": 1.0}')
+    model = load_model(settings(tmp_path))
+    assert (model.defaults, model.max_new_tokens) == ({"top_k": 50, "top_p": 1.0}, 9)
+
+
+def test_tokens_that_the_model_was_not_taught_are_refused(tmp_path: Path) -> None:
+    """A tokenizer may have more than its model: a node has no row for them."""
+    model = load_model(settings(copy_model(tmp_path, max_position_embeddings=512, vocab_size=300)))
+    (known, unknown) = (model.tokenizer.id_to_token(i) for i in (299, 300))
+
+    async def body() -> None:
+        async with running(model=model) as stack, stack.http() as client:
+            assert (await client.post("/v1/completions", json={"prompt": known})).status_code == 200
+            for path, asked in (
+                ("/v1/completions", {"prompt": unknown}),
+                ("/v1/completions", {"prompt": known, "bad_words": [unknown]}),
+                ("/tokenize", {"prompt": unknown}),
+            ):
+                refused = await client.post(path, json=asked)
+                assert (refused.status_code, "this model has 300" in refused.text) == (400, True), (
+                    refused.text
+                )
+
+    asyncio.run(body())
 
 
 def test_no_end_is_not_the_token_none(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ and where it is silent vLLM's server does. What other tests have is not here aga
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from controlplane.contract.requests import Sampling, Submit
 from tests.web.gateway.fake_node import reference
+from tests.web.gateway.scripted import QWEN, says, scripted_model
 from tests.web.gateway.stack import Stack, demo_model, stream, with_stack
 from web.gateway.openai.requests import INT64_MAX
 from web.gateway.openai.sampling import TOP_P_MIN
@@ -63,6 +65,8 @@ SAYS_NOTHING: dict[str, list[dict[str, Any]]] = {
         dict.fromkeys(("n", "best_of", "echo", "logprobs", "suffix", "stop", "logit_bias", "user", "temperature"
                        , "top_p", "stream", "stream_options", "response_format", "model")),
         {"suffix": "", "best_of": 1, "min_tokens": 0, "logit_bias": {}, "include_stop_str_in_output": True},
+        {"typical_p": 1.0, "mirostat": 0, "top_a": 0, "repeat_penalty": 1.0, "grammar": "", "cache_prompt": True},
+        {"anything": None, "stream_options": {"anything": None}, "structured_outputs": None},
     ],
     CHAT: [
         dict.fromkeys(("n", "logprobs", "top_logprobs", "stop", "logit_bias", "user", "temperature", "top_p"
@@ -73,6 +77,8 @@ SAYS_NOTHING: dict[str, list[dict[str, Any]]] = {
         {"max_tokens": None, "max_completion_tokens": 3},
         {"max_tokens": 2000, "max_completion_tokens": 3},
         {"logprobs": False, "top_logprobs": 0},
+        {"anything": None, "response_format": {"type": "text", "json_schema": None, "schema": None}},
+        {"usage": {"include": True}, "keep_alive": "5m", "provider": {}, "options": {}, "extra_body": {}, "rid": "r"},
     ],
 }  # fmt: skip
 
@@ -100,6 +106,9 @@ SAME: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = [
      [USER, {"role": "assistant", "content": "No."}, USER]),
     ([USER, {"role": "assistant", "content": "a", "refusal": None, "audio": None, "annotations": []}, USER],
      [USER, {"role": "assistant", "content": "a"}, USER]),
+    ([USER, {"role": "assistant", "content": "a", "id": "m", "annotations": [{"type": "url_citation"}],
+             "reasoning_details": [{"type": "t"}], "parsed": {"a": 1}, "provider_specific_fields": {"p": 1}}, USER],
+     [USER, {"role": "assistant", "content": "a"}, USER]),
     ([{"role": "user", "content": [{"type": "input_text", "text": "x"}]}], [USER]),
     ([USER, {"role": "assistant", "content": [{"type": "output_text", "text": "a", "refusal": None}]}, USER],
      [USER, {"role": "assistant", "content": "a"}, USER]),
@@ -120,6 +129,62 @@ def test_messages_that_mean_the_same() -> None:
             assert prompts[0] == prompts[1], one
 
     with_stack(body)
+
+
+CALLED: list[tuple[dict[str, Any], str]] = [
+    ({"arguments": '{"a": [1, null]}'}, '{"a": [1, null]}'),
+    ({"arguments": {"a": [1, None]}}, '{"a": [1, null]}'),  # as Ollama's clients have it
+    ({"arguments": {}, "parsed_arguments": {"a": 1}}, "{}"),
+    ({"arguments": ""}, "{}"),
+    ({"arguments": "null"}, "{}"),
+    ({"arguments": None}, "{}"),
+    ({}, "{}"),
+    ({"arguments": '{"a": "'}, '"{\\"a\\": \\""'),  # cut at max_tokens
+    ({"arguments": '{"a": "\\ud83d\\ude00"}'}, '{"a": "😀"}'),
+    ({"arguments": '{"a": "b \\ud83d"}'}, '{"a": "b \ufffd"}'),  # cut within an emoji: this was a 500
+    ({"arguments": '{"\\ude00": 1}'}, '{"\ufffd": 1}'),
+]
+
+
+def test_calls_as_clients_send_them_back(tmp_path: Path) -> None:
+    model = scripted_model(tmp_path, QWEN)
+
+    async def body(stack: Stack) -> None:
+        for more in ({"type": "function"}, {"type": None}, {"index": 0, "cache_control": {}}):
+            for arguments, shown in CALLED:
+                call = {"id": "c1", "function": {"name": "f"} | arguments} | more
+                said = [USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "1"}]
+                prompt = (await submitted(stack, CHAT, {"messages": said, "max_tokens": 1})).prompt
+                wanted = f'{{"name": "f", "arguments": {shown}}}\n</tool_call>'
+                assert wanted in model.decode(list(prompt)), arguments
+
+    with_stack(body, model=model)
+
+
+WRITTEN: list[tuple[str, str, str]] = [  # by the model: a call's name and its arguments
+    ('{"name": "f", "arguments": {"a": "\\ud83d"}}', "f", '{"a": "\\ud83d"}'),
+    ('{"name": "f\\ud83d", "arguments": {}}', "f\ufffd", "{}"),  # this was a 500 at the end of the answer
+    ('{"name": "\\ud83d\\ude00", "arguments": {}}', "😀", "{}"),
+    ('{"name": "f", "arguments": null}', "f", "{}"),
+    ('{"name": "f", "arguments": "{\\"a\\": 1}"}', "f", '{"a": 1}'),
+]
+
+
+def test_calls_that_models_write(tmp_path: Path) -> None:
+    model = scripted_model(tmp_path, QWEN)
+    tools = [{"function": {"name": "f", "strict": None, "anything": None}, "anything": None}]
+
+    async def body(stack: Stack) -> None:
+        for text, name, arguments in WRITTEN:
+            for node in stack.nodes:
+                node.speak = says(model, f"<tool_call>{text}</tool_call>")
+            async with stack.http() as client:
+                answer = await client.post(CHAT, json={"messages": [USER], "tools": tools, "seed": 0})
+            assert answer.status_code == 200, text
+            (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
+            assert call["function"] == {"name": name, "arguments": arguments}
+
+    with_stack(body, model=model)
 
 
 def test_several_system_messages_all_reach_the_model() -> None:

@@ -9,23 +9,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from controlplane.contract.errors import RequestError
-from web.gateway.openai.strict import Lenient, Strict, check_kind, without_hints
+from web.gateway.openai.strict import CACHE_HINTS, Lenient, Strict, check_kind
 
 END_MARK = "\ue000end of the last message\ue001"  # characters that nobody may have given a meaning
 
-# Of a message that another server gave as an answer: null or empty, they say nothing.
+# Of a message that another server gave as an answer: empty, they say nothing.
 ANSWER_FIELDS = frozenset(
-    {
-        "annotations",
-        "audio",
-        "function_call",
-        "provider_specific_fields",
-        "reasoning",
-        "reasoning_content",
-        "refusal",
-        "tool_calls",
-    }
+    {"audio", "function_call", "reasoning", "reasoning_content", "refusal", "tool_calls"}
 )
+# Of such a message, too: they stand beside what it says, or say it once more.
+ANSWER_HINTS = frozenset({"annotations", "id", "parsed", "provider_specific_fields", "reasoning_details"})
 
 
 PARTS = frozenset({"input_text", "output_text", "refusal", "text"})
@@ -54,18 +47,22 @@ class RefusalPart(Lenient):
 
 
 class CalledFunction(Lenient):
+    hints = CACHE_HINTS | {"parsed_arguments"}
+
     name: Annotated[str, Field(min_length=1, max_length=256)]
-    arguments: str  # JSON
+    arguments: str | dict[str, Any] | None = None  # JSON, or what it says; none: {}
 
 
 class ToolCall(Lenient):
     id: Annotated[str, Field(max_length=256)] | None = None
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     function: CalledFunction
     index: int | None = None  # of a call that was put together from a stream
 
 
 class Message(Strict):
+    hints = CACHE_HINTS | ANSWER_HINTS
+
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | Annotated[list[TextPart | RefusalPart], Field(fail_fast=True)] | None = None
     name: str | None = None
@@ -86,7 +83,7 @@ class Message(Strict):
             check_kind(part, PARTS, "messages", "contents")
         if "reasoning" in kept and not kept.get("reasoning_content"):
             kept["reasoning_content"] = kept.pop("reasoning")  # vLLM's other name for it
-        return without_hints(cls, kept)
+        return kept
 
     @property
     def text(self) -> str:
@@ -150,10 +147,10 @@ def _beside(message: Message) -> dict[str, Any]:
 def _call(call: ToolCall) -> dict[str, Any]:
     """Templates want arguments as an object, and most of them take a text for what it is."""
     arguments: Any = call.function.arguments
-    with contextlib.suppress(ValueError, RecursionError):  # a model wrote it so, and its client sends it back
-        arguments = json.loads(arguments) if arguments.strip() else {}
-    return {
-        "id": call.id,
-        "type": call.type,
-        "function": {"name": call.function.name, "arguments": arguments},
-    }
+    if isinstance(arguments, str):
+        with contextlib.suppress(
+            ValueError, RecursionError
+        ):  # a model wrote it so, and its client sends it back
+            arguments = json.loads(arguments) if arguments.strip() else None
+    function = {"name": call.function.name, "arguments": {} if arguments is None else arguments}
+    return {"id": call.id, "type": "function", "function": function}

@@ -96,6 +96,52 @@ IGNORED = frozenset(
         "truncation_side",
     }
 )
+# The same of other servers: LiteLLM, llama.cpp, Ollama, OpenRouter, SGLang, TGI. The document does not name them.
+OTHER_HINTS = frozenset(
+    {
+        "cache_prompt",
+        "drop_params",
+        "id_slot",
+        "keep_alive",
+        "provider",
+        "return_progress",
+        "rid",
+        "timings_per_token",
+        "usage",
+    }
+)
+OTHER_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "do_sample": (True,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "ebnf": ("",),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "extra_body": ({},),
+    "extra_headers": ({},),
+    "grammar": ("",),
+    "lora_path": (),
+    "min_keep": (0,),
+    "mirostat": (0,),
+    "mirostat_mode": (0,),
+    "n_probs": (0,),
+    "no_repeat_ngram_size": (0,),
+    "no_stop_trim": (False,),
+    "options": ({},),
+    "plugins": ([],),
+    "regex": ("",),
+    "repeat_penalty": (1,),
+    "return_hidden_states": (False,),
+    "separate_reasoning": (True,),
+    "smoothing_factor": (0,),
+    "stream_reasoning": (True,),
+    "tfs": (1,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "transforms": ([],),
+    "typical_p": (1,),
+    "xtc_probability": (0,),
+}
 # Variables of a chat template that the request's own parameters set.
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
 ERRORS_MAX = 100  # more are not told apart: each costs memory, and a body has room for a million
@@ -130,17 +176,18 @@ class Request(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_neutral(cls, data: Any) -> Any:
+    def _drop_silent(cls, data: Any) -> Any:
         """Take out what changes nothing; refuse, by name, what is known but not supported."""
         if not isinstance(data, dict):
             return data
         kept = {}
         for name, value in data.items():
             if name not in cls.model_fields:
-                if name in IGNORED:
+                if value is None or name in IGNORED or name in OTHER_HINTS:
                     continue
-                if name in UNSUPPORTED:
-                    if value is not None and not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
+                neutrals = UNSUPPORTED.get(name, OTHER_UNSUPPORTED.get(name))
+                if neutrals is not None:
+                    if not any(_same(value, neutral) for neutral in neutrals):
                         raise ApiError(400, f"{name} is not supported", name)
                     continue
             kept[name] = value
@@ -365,7 +412,7 @@ def parse(kind: type[Body], raw: bytes) -> Body:
             raise _bad_request(error) from None
     # JSON has one kind of number: 3.0 is an integer. Only those who write it so pay for reading twice.
     try:
-        return kind.model_validate(json.loads(raw, parse_float=_number))
+        return kind.model_validate(json.loads(raw, parse_float=whole_number))
     except pydantic.ValidationError as error:
         raise _bad_request(error) from None
     except RecursionError:
@@ -388,7 +435,8 @@ def _is_whole(error: Any) -> bool:
     return bool(error["type"] == "int_type" and isinstance(value, float) and value.is_integer())
 
 
-def _number(text: str) -> int | float:
+def whole_number(text: str) -> int | float:
+    """JSON has one kind of number: 3.0 is an integer."""
     value = float(text)
     return int(value) if value.is_integer() and abs(value) <= 2**53 else value
 

@@ -147,6 +147,7 @@ def _bad_words(words: list[str] | None, model: Model) -> tuple[tuple[int, ...], 
             if not 0 < len(ids) <= BAD_WORD_TOKENS_MAX:
                 why = f"{shorten(word)} has {len(ids)} tokens, allowed are 1 to {BAD_WORD_TOKENS_MAX}"
                 raise ApiError(400, f"bad_words: {why}", "bad_words")
+            model.check_known(list(ids))
             found.add(ids)
     return tuple(sorted(found))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -13,16 +13,27 @@ CACHE_HINTS = frozenset({"cache_control", "prompt_cache_breakpoint"})
 
 
 class Strict(BaseModel):
+    """What is null says nothing, whatever its name. `hints`: names that say nothing whatever their value."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class Lenient(Strict):
-    """What clients decorate with hints, or with fields that are null."""
+    hints: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_hints(cls, data: Any) -> Any:
-        return without_hints(cls, data) if isinstance(data, dict) else data
+    def _drop_silent(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: value
+            for name, value in data.items()
+            if name in cls.model_fields or not (value is None or name in cls.hints)
+        }
+
+
+class Lenient(Strict):
+    """What clients decorate: a tool, a part of a message."""
+
+    hints = CACHE_HINTS
 
 
 def check_kind(part: Any, known: frozenset[str], param: str, what: str) -> None:
@@ -34,12 +45,3 @@ def check_kind(part: Any, known: frozenset[str], param: str, what: str) -> None:
             f"{param}: {what} of the type {shorten(kind)} are not supported, only {', '.join(sorted(known))}"
         )
         raise ApiError(400, text, param)
-
-
-def without_hints(kind: type[Strict], data: dict[str, Any]) -> dict[str, Any]:
-    """Of a message, a tool, or a part of one. What is null says nothing, whatever its name."""
-    return {
-        name: value
-        for name, value in data.items()
-        if name in kind.model_fields or not (value is None or name in CACHE_HINTS)
-    }

@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal, Protocol
 
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from controlplane.contract.requests import GRAMMAR_BYTES_MAX
 from controlplane.grammar import GrammarError
 from web.gateway.errors import ApiError
+from web.gateway.openai.strict import Strict
 
 DEPTH_MAX = 64  # of objects and lists in a schema
 # A regular expression or a grammar says more in fewer bytes than a schema does: with so many, a step's mask takes some
@@ -42,23 +43,19 @@ Source = Annotated[str, Field(min_length=1)]
 Choices = Annotated[list[Source], Field(min_length=1, max_length=CHOICES_MAX, fail_fast=True)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class JsonSchemaFormat(_Strict):
+class JsonSchemaFormat(Strict):
     name: str | None = None
     description: str | None = None
     schema_: Schema | None = Field(default=None, alias="schema")
     strict: bool | None = None  # every schema is kept to the letter
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """vLLM's. Exactly one of the first five."""
 
     json_: Schema | str | None = Field(default=None, alias="json")

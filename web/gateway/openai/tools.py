@@ -26,7 +26,7 @@ class Function(Lenient):
 class OfFunction(Lenient):
     """One of a request's tools. Those that OpenAI's own servers run, and those of free text, say so in their type."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
 
     @model_validator(mode="before")
     @classmethod

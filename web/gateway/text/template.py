@@ -11,8 +11,10 @@ import jinja2
 from jinja2 import meta, nodes
 
 from controlplane.contract.errors import ConfigError, RequestError
+from web.gateway.text.surrogates import paired
 from web.gateway.text.template_sandbox import Environment
 
+OTHERS = "additional_chat_templates"  # all but the default one, where each has a file
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -84,7 +86,7 @@ class ChatTemplate:
         except Exception as error:  # whatever the template's own code raises
             text = str(error)[:300] or type(error).__name__
             raise RequestError(f"the model's chat template refuses these messages: {text}") from error
-        return "".join(pieces)
+        return paired("".join(pieces))  # arguments of calls are JSON within JSON, which may have halves
 
 
 def load_template(folder: Path, chars_max: int) -> tuple[ChatTemplate | None, str]:
@@ -111,10 +113,12 @@ def _sources(folder: Path, settings: dict[str, Any]) -> dict[str, str] | None:
         found = file.read_text(encoding="utf-8")
     if isinstance(found, list):  # several, by name
         found = {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
-    if found is None:
+    beside = {path.stem: path.read_text(encoding="utf-8") for path in (folder / OTHERS).glob("*.jinja")}
+    if found is None and not beside:
         return None
     if not isinstance(found, dict):
-        found = {"default": found}
+        found = {} if found is None else {"default": found}
+    found |= beside
     if "default" not in found:
         raise ConfigError(f"there are several, and none is the default: {', '.join(sorted(found))[:200]}")
     for source in found.values():

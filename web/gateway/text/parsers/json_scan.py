@@ -7,6 +7,7 @@ from collections.abc import Collection
 from enum import Enum
 
 from web.gateway.text.parsers.call_scan import CallScan, Status
+from web.gateway.text.surrogates import paired
 
 SPACE = " \t\r\n"
 _OPENERS = {"{": "}", "[": "]"}
@@ -203,7 +204,7 @@ def _string(text: str) -> str | None:
         value = json.loads(text)
     except ValueError:
         return None
-    return value if isinstance(value, str) else None
+    return paired(value) if isinstance(value, str) else None
 
 
 def _object_text(text: str) -> str:

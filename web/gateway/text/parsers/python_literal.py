@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 
+from web.gateway.text.surrogates import paired
+
 DEPTH_MAX = 64
 _WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _WORD = re.compile(r"[A-Za-z]+")
@@ -123,7 +125,7 @@ class _Reader:
             if not char:
                 raise NotLiteral("a string has no end")
             if char == quote:
-                return _paired("".join(chars))
+                return paired("".join(chars))
             chars.append(self._escape() if char == "\\" else char)
 
     def _escape(self) -> str:
@@ -138,8 +140,3 @@ class _Reader:
             return chr(int(digits, 16))
         except (ValueError, OverflowError) as error:
             raise NotLiteral(digits) from error
-
-
-def _paired(text: str) -> str:
-    """Halves of surrogate pairs, as JSON writes them, are one character; one alone is none."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
