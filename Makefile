@@ -47,12 +47,16 @@ install: $(VENV)/.installed
 up: $(VENV)/.runtime
 	@exec $(BIN)/kfadmin up $(UP)
 
-# Three runs at once, for two cores. Clusters go first, with browsers and whatever else judges by the clock. Beside them run
-# tests of one process that do not, and behind both those that compute. What is beside begins and ends by itself, in a
-# session that the kernel gives less (or, where it has no such sessions, it is nice).
+# Four runs at once, for two cores. Clusters go first, with browsers and whatever else judges by the clock. Gateways and
+# admin APIs, which mostly wait, run beside them with the same right; tests of one process with less, and behind all of
+# these those that compute. What is beside begins and ends by itself, in a session that the kernel gives less (or, where it
+# has no such sessions, it is nice).
 COMPUTING := tests/gpu tests/parity tests/sim/test_safeguards.py tests/sim/test_seeds.py tests/sim/test_simulator.py \
              tests/e2e/test_etcd_away.py
-CLOCK := tests/core/data/test_merge.py
+CLOCK := tests/core/data/test_merge.py tests/web/test_kfadmin_looks.py tests/web/gateway/test_hostile.py \
+         tests/web/gateway/test_process.py
+BROWSERS := $(wildcard tests/web/test_dashboard*.py)
+WAITING := $(filter-out $(CLOCK) $(BROWSERS),$(wildcard $(addprefix tests/web/,test_*.py */test_*.py)))
 ALONE := $(filter-out $(CLOCK),$(wildcard $(addprefix tests/core/,test_*.py */test_*.py */*/test_*.py)))
 BESIDE := .pytest_cache/beside
 
@@ -67,9 +71,11 @@ test: install
 	  }; \
 	  beside 10 -o timeout=900 $(COMPUTING); computing=$$!; \
 	  beside 5 $(ALONE); alone=$$!; \
-	  trap 'kill -TERM -- -$$computing -$$alone 2>/dev/null' EXIT INT TERM; \
-	  $(BIN)/python -m pytest $(addprefix --ignore=,$(COMPUTING) $(ALONE)); status=$$?; \
-	  wait $$alone || status=$$?; wait $$computing || status=$$?; cat $(BESIDE)/5.log $(BESIDE)/10.log; \
+	  beside 0 $(WAITING); waiting=$$!; \
+	  trap 'kill -TERM -- -$$computing -$$alone -$$waiting 2>/dev/null' EXIT INT TERM; \
+	  $(BIN)/python -m pytest $(addprefix --ignore=,$(COMPUTING) $(ALONE) $(WAITING)); status=$$?; \
+	  for run in $$waiting $$alone $$computing; do wait $$run || status=$$?; done; \
+	  cat $(BESIDE)/0.log $(BESIDE)/5.log $(BESIDE)/10.log; \
 	fi; \
 	took=$$(( $$(date +%s) - started )); \
 	if [ $$status -eq 0 ]; then echo "make test: passed in $$took s"; \
