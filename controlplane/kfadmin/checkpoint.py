@@ -12,6 +12,14 @@ from controlplane.gguf.files import config_of
 from controlplane.gguf.header import GgufError, is_gguf, read_header
 
 
+def absolute(model: str) -> Path:
+    """Raises ConfigError for the home of a user that there is not."""
+    try:
+        return Path(model).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"{model}: {error}") from error
+
+
 def check_model(model: Path, stages: int | None) -> None:
     """Raises ConfigError: it is none, or has fewer layers than there are `stages` (None: these need none)."""
     path = model / "config.json"

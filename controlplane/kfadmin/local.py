@@ -24,7 +24,7 @@ from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
 from controlplane.etcd.health import unfit_releases
 from controlplane.etcd.server import EtcdBinaryError, ServerTls, etcd_command, etcd_version, find_etcd_binary
 from controlplane.kfadmin.certs import FOLDER
-from controlplane.kfadmin.checkpoint import check_model
+from controlplane.kfadmin.checkpoint import absolute, check_model
 from controlplane.kfadmin.client import AdminClient, Unreachable, trust
 from controlplane.kfadmin.rundir import Endpoints, RunDir, admin_endpoints, free_port, port_is_free, usable
 from controlplane.kfadmin.secure import certify, etcd_healthy, etcd_tls, renew
@@ -72,7 +72,7 @@ class LocalCluster:
         config = msgspec.structs.replace(
             config,
             run_dir=str(Path(config.run_dir).absolute()),
-            model=str(Path(config.model).expanduser().absolute()),
+            model=str(absolute(config.model)),
         )
         check_model(Path(config.model), config.stages if config.engine.executor == "torch" else None)
         self.config = config
