@@ -30,6 +30,7 @@ BENCHES = {
     "prefix": "prefix caching: hit rates against an ideal cache, first tokens of cached prompts, what misses pay",
     "allreduce": "sums between two ranks of a host in shared memory, against gloo",
     "failsafe": "the FailSafe paper's evaluation, simulated: ranks of H100s that fail by real traces; --figures",
+    "lostrank": "ranks of a stage that are killed while it decodes contexts of 16K tokens: the pause",
     "parity": "erasure codes: encoding and decoding, against Intel ISA-L",
     "blocktable": "filling the arrays of a decode step of 256 sequences, against plain Python",
 }
