@@ -36,6 +36,15 @@ ANY_OBJECT: dict[str, Any] = {"type": "object"}
 MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 LISTS_OF_SCHEMAS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems", "items"})
 SCHEMAS = frozenset({"items", "additionalItems", "additionalProperties"})
+# Keywords that the library refuses, with the values by which they demand nothing: generators of schemas write them.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "uniqueItems": (False,),
+    "propertyNames": ({"type": "string"}, {}, True),  # zod's records
+    "dependentRequired": ({},),
+    "dependencies": ({},),
+    "unevaluatedProperties": ({}, True),
+    "unevaluatedItems": ({}, True),
+}
 FORMATS = (  # that JSON Schema knows (2020-12, validation, 7.3)
     "date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6", "uri",
     "uri-reference", "iri", "iri-reference", "uuid", "uri-template", "json-pointer", "relative-json-pointer", "regex",
@@ -178,8 +187,8 @@ def json_grammar(schema: Schema | str, whitespace: Mapping[str, Any] = WHITESPAC
 
 def adapted(schema: Any) -> Any:
     """A schema as llguidance is to have it: its times without a 60th second, which the library writes at any minute and
-    clients' types do not read; and without formats that JSON Schema does not know (OpenAPI's, pydantic's, zod's), which
-    say nothing of a document and which the library refuses."""
+    clients' types do not read; and without what demands nothing but is refused by the library: formats that JSON Schema
+    does not know (OpenAPI's, pydantic's, zod's), and keywords with NEUTRAL values."""
     if not isinstance(schema, dict):
         return schema
     changed = dict(schema)
@@ -190,6 +199,8 @@ def adapted(schema: Any) -> Any:
             changed[key] = [adapted(one) for one in inner]
         elif key in SCHEMAS:
             changed[key] = adapted(inner)
+        elif any(type(inner) is type(value) and inner == value for value in NEUTRAL.get(key, ())):
+            del changed[key]
     named = schema.get("format")
     if isinstance(named, str) and named not in FORMATS:
         del changed["format"]
