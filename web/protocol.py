@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import ipaddress
 import resource
 import select
+from collections import Counter
+from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import msgspec
 import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+from uvicorn.server import ServerState
 
 from web.http1 import Http1Protocol
 from web.manners import request_id_of
@@ -41,12 +46,33 @@ def connections_max() -> int:
     return max(soft - DESCRIPTORS_KEPT, soft // 2) if soft != resource.RLIM_INFINITY else 1 << 20
 
 
+def client_connections_max() -> int:
+    """How many of them one client may have: a quarter is for others, whatever it does."""
+    return connections_max() * 3 // 4
+
+
+def client_of(peer: tuple[str, int] | None) -> str:
+    """Whose connection it is: of one IPv4 address, or of one network of IPv6, where a host has as many addresses as it
+    likes; "" where nobody can say, as of a Unix socket."""
+    try:
+        address = ipaddress.ip_address(peer[0] if peer else "")
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    return str(address.ipv4_mapped or f"{address.packed[:8].hex()}/64")
+
+
 class BoundedProtocol(Http1Protocol):
     """One connection. A head that is too long is answered with 431, one that is too slow with 408; both are its end.
 
-    Where there are as many as there may be, the one that has asked for nothing for longest makes room for a new one; if
-    all are being answered, the new one is: with 503."""
+    Where there are as many as there may be, or as many of one client, one that has asked for nothing makes room for a
+    new one: of the client that has most of them, the one that has waited for longest. If all are being answered,
+    the new one is: with 503."""
 
+    _of_clients: ClassVar[WeakKeyDictionary[ServerState, Counter[str]]] = WeakKeyDictionary()
+    _client = ""
+    _counted = False  # among those of its client
     _refusal: tuple[int, str] | None = None  # to be told once all that was asked before is answered
     _waits_since = 0.0  # for a head
     _cut = False  # it has made room for another
@@ -57,15 +83,39 @@ class BoundedProtocol(Http1Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._waits_since = self.loop.time()
-        if len(self.connections) - self._lingering > connections_max() and not self._make_room():
-            self.refuse(503, "this server has as many connections as it can bear; try again")
+        self._client = client_of(self.client)
+        counts = self._of_clients.setdefault(self.server_state, Counter())
+        counts[self._client] += 1
+        self._counted = True
+        too_many = bool(self._client) and counts[self._client] > client_connections_max()
+        full = len(self.connections) - self._lingering > connections_max()
+        if (too_many or full) and not self._make_room(counts, self._client if too_many else None):
+            who = "this client" if too_many else "this server"
+            self.refuse(
+                503,
+                f"{who} has as many connections as {'one may have' if too_many else 'it can bear'}; try again",
+            )
             return
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._stop_watching()
+        self._uncount()
         super().connection_lost(exc)
+
+    def linger(self) -> None:
+        self._uncount()
+        super().linger()
+
+    def _uncount(self) -> None:
+        """It is over, or only waits for its end."""
+        if self._counted:
+            self._counted = False
+            counts = self._of_clients[self.server_state]
+            counts[self._client] -= 1
+            if not counts[self._client]:
+                del counts[self._client]
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -127,10 +177,14 @@ class BoundedProtocol(Http1Protocol):
             self._unread_timer.cancel()
             self._unread_timer = None
 
-    def _make_room(self) -> bool:
-        """Cut the other connection that has been idle, or has not ended, for longest; False if each has a request."""
-        idle = (c for c in self.connections if isinstance(c, BoundedProtocol) and c is not self and c.is_idle)
-        for oldest in heapq.nsmallest(CANDIDATES_MAX, idle, key=lambda c: c._waits_since):
+    def _make_room(self, counts: Counter[str], client: str | None) -> bool:
+        """Cut another connection that has been idle, or has not ended, for longest: of `client`, or of the one that has
+        most. False if each has a request."""
+        others = (c for c in self.connections if isinstance(c, BoundedProtocol) and c is not self)
+        idle = (c for c in others if c.is_idle and client in (None, c._client))
+        for oldest in heapq.nsmallest(
+            CANDIDATES_MAX, idle, key=lambda c: (-counts[c._client], c._waits_since)
+        ):
             if not oldest._has_sent():
                 oldest._cut = True
                 oldest.transport.abort()

@@ -13,6 +13,7 @@ import typer
 from controlplane.contract.errors import ConfigError, RequestError
 from controlplane.kfadmin.formats import Output, OutputOption, View, show
 from controlplane.kfadmin.output import console, table
+from controlplane.kfadmin.rundir import home
 
 CHOSEN: ContextVar[str] = ContextVar("chosen", default="")  # `kfadmin --context NAME`, or $KF_CONTEXT
 
@@ -35,7 +36,7 @@ def contexts_file() -> Path:
     """$KF_CONTEXTS, else in the user's configuration directory."""
     if given := os.environ.get("KF_CONTEXTS"):
         return Path(given)
-    config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    config = os.environ.get("XDG_CONFIG_HOME") or home() / ".config"
     return Path(config) / "kevlarflow" / "contexts.json"
 
 

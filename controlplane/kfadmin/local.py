@@ -23,8 +23,8 @@ from controlplane.contract.identity import RELAY_NAME, ProcessName, ProcessRole
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
 from controlplane.etcd.health import unfit_releases
 from controlplane.etcd.server import EtcdBinaryError, ServerTls, etcd_command, etcd_version, find_etcd_binary
-from controlplane.gguf.header import is_gguf
 from controlplane.kfadmin.certs import FOLDER
+from controlplane.kfadmin.checkpoint import absolute, check_model
 from controlplane.kfadmin.client import AdminClient, Unreachable, trust
 from controlplane.kfadmin.rundir import Endpoints, RunDir, admin_endpoints, free_port, port_is_free, usable
 from controlplane.kfadmin.secure import certify, etcd_healthy, etcd_tls, renew
@@ -72,12 +72,9 @@ class LocalCluster:
         config = msgspec.structs.replace(
             config,
             run_dir=str(Path(config.run_dir).absolute()),
-            model=str(Path(config.model).expanduser().absolute()),
+            model=str(absolute(config.model)),
         )
-        if not is_gguf(Path(config.model)) and not os.path.isfile(os.path.join(config.model, "config.json")):
-            raise ConfigError(
-                f"{config.model} is not a Hugging Face checkpoint (it has no config.json), nor a GGUF file"
-            )
+        check_model(Path(config.model), config.stages if config.engine.executor == "torch" else None)
         self.config = config
         self.run_dir = RunDir(Path(config.run_dir))
         self._draft = config

@@ -23,6 +23,7 @@ import fcntl
 import os
 import random
 import secrets
+import shlex
 import signal
 import socket
 import time
@@ -86,13 +87,21 @@ def create_api_key(path: Path) -> None:
         path.write_text(f"kf-{secrets.token_hex(24)}\n")
 
 
+def home() -> Path:
+    """The user's; the one of hosts for a user without, as a container's may be that is but a number."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return HOST_RUN_DIR
+
+
 def default_run_dir(cluster: str = "kevlarflow") -> Path:
     """$KF_RUN_DIR; else, on a host of several, the one that it joined in; else the user's state directory."""
     if given := os.environ.get("KF_RUN_DIR"):
         return Path(given)
     if os.path.exists(HOST_RUN_DIR / "host.json"):  # False where it belongs to somebody else
         return HOST_RUN_DIR
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    state = os.environ.get("XDG_STATE_HOME") or home() / ".local" / "state"
     return Path(state) / "kevlarflow" / cluster
 
 
@@ -155,7 +164,7 @@ class RunDir:
                 pid = lock.read().strip() or "?"
                 raise RunDirBusy(
                     f"a cluster already runs in {self.path} (kfadmin up, pid {pid}); stop it with "
-                    f"`kfadmin down --run-dir {self.path}` or give another --run-dir"
+                    f"`kfadmin down --run-dir {shlex.quote(str(self.path))}` or give another --run-dir"
                 ) from None
             lock.truncate(0)
             lock.write(f"{os.getpid()}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -139,7 +140,8 @@ def _print_welcome(cluster: LocalCluster) -> None:
     config, url = cluster.config, cluster.gateway_url
     dashboard = f"{cluster.endpoints.admin[0]}/#token={cluster.admin_token}"
     body = {"model": config.model_name, "prompt": "It was a", "max_tokens": 64, "stream": True}
-    where = f" --run-dir {config.run_dir}" if Path(config.run_dir) != default_run_dir().absolute() else ""
+    here = Path(config.run_dir) == default_run_dir().absolute()
+    where = "" if here else f" --run-dir {shlex.quote(config.run_dir)}"
     trusted = f"--cacert {ca} " if (ca := cluster.endpoints.ca) else ""
     print(
         f"""

@@ -157,7 +157,7 @@ class RankedStage:
         self._next: Shared | None = None  # with ranks that have been started again, once all are ready
         self._lock = threading.Lock()  # of all of this: a step has it, or whoever looks after the ranks
         self._closing = False
-        self._stood: set[int] = set()  # processes that were stopped at the last look
+        self._stood: dict[int, float] = {}  # processes that are stopped, and since which look
         self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._change_to(self._agree_anyhow(()))
         self._watch = threading.Thread(target=self._look_after, name="ranks", daemon=True)
@@ -298,9 +298,10 @@ class RankedStage:
 
     def _tend(self) -> None:
         """Sees which ranks have ended, or do not go on, and goes on with the others."""
-        stopped = {number for number, rank in self._ranks.items() if rank.stopped}
-        stood, self._stood = self._stood, {self._ranks[number].pid for number in stopped}
-        lost = {number for number in stopped if self._ranks[number].pid in stood}
+        now = time.monotonic()
+        stopped = {number: rank.pid for number, rank in self._ranks.items() if rank.stopped}
+        self._stood = {pid: self._stood.get(pid, now) for pid in stopped.values()}
+        lost = {number for number, pid in stopped.items() if now - self._stood[pid] >= IDLE_STOPPED_S}
         lost |= {number for number, rank in self._ranks.items() if rank.ended}
         if computing := lost & set(self.ranks):
             self._go_on_without(computing)
@@ -327,7 +328,6 @@ class RankedStage:
     def _go_on_without(self, lost: set[int]) -> None:
         """The others agree on a layout; those that are lost are ended for good, and started again soon."""
         now = time.monotonic()
-        self._next = None
         for number in lost:
             self._forget(number, now)
         left = [number for number in self._now.layout.ranks if number in self._ranks]
@@ -365,14 +365,7 @@ class RankedStage:
         if at > self._next.deadline_s:
             self._call_off("not all ranks were ready in time")
             return
-        if not (missing := self._unready(self._next)):
-            self._change_to(self._next)
-            self._next = None
-            log.info("%d of %d ranks compute", len(self.ranks), self.wanted)
-            for number in self.ranks:
-                self._restart[number].succeeded()
-            return
-        for number, answer in self._answers(missing, 0):
+        for number, answer in self._answers(self._unready(self._next), 0):
             match answer:
                 case None if number not in self.ranks:  # it never computed
                     self._call_off("a rank ended as it was prepared")
@@ -380,6 +373,14 @@ class RankedStage:
                 case Unfit():
                     self._call_off(answer.error)
                     return
+        if not self._unready(self._next):
+            self._change_to(self._next)
+            self._next = None
+            log.info("%d of %d ranks compute", len(self.ranks), self.wanted)
+            for number in self.ranks:
+                self._restart[number].succeeded()
+            if len(self._ranks) > len(self.ranks):
+                os.eventfd_write(self._woken, 1)  # others have been started since this layout was made
 
     def _call_off(self, why: object) -> None:
         """The layout that is being prepared cannot be had: ranks that were to be taken in are started again later,
@@ -393,7 +394,9 @@ class RankedStage:
         return {number for number in shared.layout.ranks if self._ranks[number].ready != shared.id}
 
     def _agree_anyhow(self, numbers: Iterable[int]) -> Shared:
-        """A layout of these ranks, or of all that are left of them, or of fresh ones. Raises RanksGone."""
+        """A layout of these ranks, or of all that are left of them, or of fresh ones, in place of any that was being
+        prepared. Raises RanksGone."""
+        self._next = None
         agreed = self._agree(numbers)
         for _ in range(FRESH_MAX):
             if agreed is not None:

@@ -19,6 +19,8 @@ for (const model of models) {
   assert.ok(said.usage.outputTokens > 0);
   const { object } = await generateObject({ ...common, schema, prompt: "An event" });
   assert.deepEqual(object, { name: "ball", day: 3 });
+  const record = { schema: z.object({ counts: z.record(z.string(), z.number()), link: z.base64().optional() }) };
+  await assert.rejects(generateObject({ ...common, ...record, prompt: "An event" }), /did not match schema/);
   const grown = streamObject({ ...common, schema, prompt: "An event" });
   for await (const _ of grown.partialObjectStream);
   assert.deepEqual(await grown.object, { name: "ball", day: 3 });

@@ -167,15 +167,17 @@ def idle(kv_heads: int, dtype: str) -> None:
     tried.step(dict.fromkeys(tried.rows, 7))
     lost = 0
     for number, ranks in (
+        (signal.SIGSTOP, (0,)),
         (signal.SIGKILL, (2,)),
         (signal.SIGKILL, (1, 3)),
-        (signal.SIGSTOP, (0,)),
         (signal.SIGKILL, (0, 1, 2, 3)),
     ):
         processes = [os.pidfd_open(tried.stage.pid(rank)) for rank in ranks]
         for rank in ranks:
             tried.send(rank, number)
         lost += len(ranks)
+        if number == signal.SIGKILL:
+            ranked.IDLE_STOPPED_S = 2 * LIMIT_S  # nothing waits for the next look
         tried.until_whole(lost)
         for process in processes:
             assert has_ended(process), "it could still write"
@@ -346,9 +348,34 @@ def middle(kv_heads: int, dtype: str) -> None:
 
 
 def unfit(kv_heads: int, dtype: str) -> None:
-    """A step that does not fit costs nobody."""
+    """A step that does not fit costs nobody; one that comes while a rank is taken in does not end that for ever."""
     tried = Tried(2, kv_heads, dtype)
     tried.step(dict.fromkeys(tried.rows, 7))
+    refused(tried)
+    tried.decode()
+    assert tried.stage.lost == 0
+    ranked.IDLE_STOPPED_S = 2 * LIMIT_S
+    prepare, fresh = tried.stage._prepare, []
+
+    def prepare_slowly(numbers: Iterable[int]) -> object:
+        shared = prepare(numbers)
+        if len(shared.layout.ranks) == 2 and not fresh:
+            fresh.append(tried.stage.pid(1))
+            tried.send(1, signal.SIGSTOP)
+        return shared
+
+    tried.stage._prepare = prepare_slowly  # type: ignore[method-assign, assignment]
+    tried.send(1, signal.SIGKILL)
+    while not fresh:
+        time.sleep(0.002)
+    refused(tried)
+    os.kill(fresh[0], signal.SIGCONT)
+    tried.until_all()
+    assert tried.stage.lost == 1
+    tried.finish()
+
+
+def refused(tried: Tried) -> None:
     requests = tried.requests
     step = requests.table.fill(
         np.array(tried.rows[:1], np.int32), np.array([7], np.int32), np.array([1], np.int32), StepArrays()
@@ -363,9 +390,6 @@ def unfit(kv_heads: int, dtype: str) -> None:
             pass
         else:
             raise AssertionError("a step that does not fit was computed")
-    tried.decode()
-    assert tried.stage.lost == 0
-    tried.stage.close()
 
 
 SCENARIOS: dict[str, Callable[[int, str], None]] = {

@@ -122,6 +122,39 @@ def test_whitespace_is_as_the_client_wants_it(compiler: Compiler) -> None:
     assert accepts(compiler, grammar(guided_json=own), '{-"a":5}')
 
 
+def test_keywords_that_demand_nothing_are_passed_over(compiler: Compiler) -> None:
+    """As generators of schemas write them; where they demand something they are refused."""
+    record: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "integer"}}
+    record |= {"propertyNames": {"type": "string"}, "dependentRequired": {}, "unevaluatedProperties": True}
+    many = {"type": "array", "items": record, "uniqueItems": False}
+    text = grammar(guided_json=many)
+    assert accepts(compiler, text, '[{"a": 1}, {"a": 1}]')
+    assert not accepts(compiler, text, '[{"a": "b"}]')
+    for more in ({"uniqueItems": True}, {"items": record | {"propertyNames": {"pattern": "^a"}}}):
+        with pytest.raises(GrammarError, match=r"uniqueItems|propertyNames"):
+            accepts(compiler, grammar(guided_json=many | more), "[]")
+
+
+def test_formats_that_json_schema_does_not_know_say_nothing(compiler: Compiler) -> None:
+    """OpenAPI's, pydantic's and zod's, wherever they stand; those that it knows are kept to, or refused."""
+    path = {"type": "string", "format": "path"}
+    properties = {
+        "format": path,  # a name like any other
+        "list": {"type": "array", "items": path},
+        "maybe": {"anyOf": [path, {"type": "null"}]},
+        "number": {"format": "int64"},
+        "other": {"$ref": "#/$defs/p"},
+    }
+    schema = {"type": "object", "properties": properties, "required": [*properties], "$defs": {"p": path}}
+    document = {"format": "a b", "list": ["c"], "maybe": None, "number": 5, "other": "d"}
+    assert accepts(compiler, grammar(guided_json=schema), json.dumps(document))
+    assert not accepts(compiler, grammar(guided_json=schema), json.dumps(document | {"format": 5}))
+    uuid = grammar(guided_json={"type": "string", "format": "uuid"})
+    assert not accepts(compiler, uuid, '"a b"')
+    with pytest.raises(GrammarError, match="uri-reference"):
+        accepts(compiler, grammar(guided_json={"type": "string", "format": "uri-reference"}), '"a"')
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "why"),
     [

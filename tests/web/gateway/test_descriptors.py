@@ -18,6 +18,7 @@ from web.protocol import DESCRIPTORS_KEPT
 
 HARD = 256
 CLIENTS = 400
+HOSTS = 8  # of which each has fewer than one client may have
 
 
 def few_descriptors() -> None:
@@ -73,8 +74,9 @@ async def check_clients(url: str, gateway: int) -> None:
     os.kill(
         gateway, signal.SIGSTOP
     )  # as on a slow machine: it finds all connections before it reads from the first
-    for _ in range(CLIENTS):
-        busy.append(await asyncio.open_connection(host, int(port)))
+    for number in range(CLIENTS):
+        of = f"127.0.0.{1 + number % HOSTS}"
+        busy.append(await asyncio.open_connection(host, int(port), local_addr=(of, 0)))
         busy[-1][1].write(head.encode())
     os.kill(gateway, signal.SIGCONT)
     refused = [0]

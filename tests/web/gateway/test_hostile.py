@@ -30,9 +30,12 @@ def with_stack(body: Callable[[Stack], Awaitable[None]]) -> None:
     asyncio.run(run())
 
 
-async def connect(stack: Stack) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def connect(
+    stack: Stack, address: str = "127.0.0.1"
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """`address`: of the client."""
     host, port = stack.url.removeprefix("http://").split(":")
-    return await asyncio.open_connection(host, int(port))
+    return await asyncio.open_connection(host, int(port), local_addr=(address, 0))
 
 
 async def rest(reader: asyncio.StreamReader) -> bytes:
@@ -135,6 +138,60 @@ def test_an_endless_head_is_cut_off(beginning: bytes) -> None:
         await stack.until(lambda: not stack.server.server_state.connections)
 
     with_stack(body)
+
+
+def test_one_client_leaves_connections_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has three quarters of what there may be, and makes room for itself before anybody else has to."""
+    monkeypatch.setattr(web.protocol, "connections_max", lambda: 12)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer %s\r\n" % KEY.encode()
+    ask = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
+
+    async def body(stack: Stack) -> None:
+        open_now = stack.server.server_state.connections
+        other = await connect(stack, "127.0.0.2")
+        await stack.until(lambda: open_now)
+        flood = [await connect(stack) for _ in range(30)]  # of whom nobody asks for anything
+        await stack.until(lambda: len(open_now) == 10)
+        other[1].write(ask)  # the oldest of all that were idle, and still there
+        assert b"200 OK" in await other[0].readuntil(b"\r\n\r\n")
+        for _, writer in flood:
+            writer.close()
+        await stack.until(lambda: len(open_now) == 1)
+        busy = []
+        for number in range(9):
+            busy.append(await connect(stack))
+            busy[-1][1].write(head + b"content-length: 9\r\n\r\n")
+            await stack.until(lambda number=number: len(stack.server.server_state.tasks) > number)
+        for _ in range(3):
+            busy.append(await connect(stack))
+            answer = await busy[-1][0].readuntil(b"try again")
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b"this client has as many connections" in answer
+        late = await connect(stack, "127.0.0.3")
+        late[1].write(ask)
+        assert b"200 OK" in await late[0].readuntil(b"\r\n\r\n")
+        for _, writer in (other, late, *busy):
+            writer.close()
+        await stack.until(lambda: not open_now)
+
+    with_stack(body)
+
+
+@pytest.mark.parametrize(
+    ("peer", "client"),
+    [
+        (("192.0.2.7", 1), "192.0.2.7"),
+        (("::ffff:192.0.2.7", 1), "192.0.2.7"),
+        (("2001:db8:1:2:3::9", 1), "20010db800010002/64"),
+        (("2001:db8:1:2:ffff::", 1), "20010db800010002/64"),
+        (("2001:db8:1:3::9", 1), "20010db800010003/64"),
+        (("fe80::1%eth0", 1), "fe80000000000000/64"),
+        (("a name", 1), ""),
+        (None, ""),
+    ],
+)
+def test_who_is_one_client(peer: tuple[str, int] | None, client: str) -> None:
+    assert web.protocol.client_of(peer) == client
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nhost: x\r\n"])

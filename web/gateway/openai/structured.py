@@ -36,6 +36,19 @@ ANY_OBJECT: dict[str, Any] = {"type": "object"}
 MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 LISTS_OF_SCHEMAS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems", "items"})
 SCHEMAS = frozenset({"items", "additionalItems", "additionalProperties"})
+# Keywords that the library refuses, with the values by which they demand nothing: generators of schemas write them.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "uniqueItems": (False,),
+    "propertyNames": ({"type": "string"}, {}, True),  # zod's records
+    "dependentRequired": ({},),
+    "dependencies": ({},),
+    "unevaluatedProperties": ({}, True),
+    "unevaluatedItems": ({}, True),
+}
+FORMATS = (  # that JSON Schema knows (2020-12, validation, 7.3)
+    "date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6", "uri",
+    "uri-reference", "iri", "iri-reference", "uuid", "uri-template", "json-pointer", "relative-json-pointer", "regex",
+)  # fmt: skip
 SECONDS = "[0-9]{2}:[0-9]{2}:[0-5][0-9]"  # only a time has three parts, an offset has two
 
 Schema = dict[str, Any] | bool
@@ -158,9 +171,7 @@ def json_grammar(schema: Schema | str, whitespace: Mapping[str, Any] = WHITESPAC
         raise GrammarError(f"it is nested {depth} deep, at most {DEPTH_MAX} is taken")
     if isinstance(schema, dict):
         own = schema.get("x-guidance")
-        schema = without_leap_seconds(schema) | {
-            "x-guidance": {**whitespace, **(own if isinstance(own, dict) else {})}
-        }
+        schema = adapted(schema) | {"x-guidance": {**whitespace, **(own if isinstance(own, dict) else {})}}
     elif schema is True:
         schema = {"x-guidance": dict(whitespace)}
     try:
@@ -174,19 +185,26 @@ def json_grammar(schema: Schema | str, whitespace: Mapping[str, Any] = WHITESPAC
         raise GrammarError("it has a number that JSON does not know") from error
 
 
-def without_leap_seconds(schema: Any) -> Any:
-    """A schema whose times have no 60th second: llguidance writes one at any minute, clients' types read none."""
+def adapted(schema: Any) -> Any:
+    """A schema as llguidance is to have it: its times without a 60th second, which the library writes at any minute and
+    clients' types do not read; and without what demands nothing but is refused by the library: formats that JSON Schema
+    does not know (OpenAPI's, pydantic's, zod's), and keywords with NEUTRAL values."""
     if not isinstance(schema, dict):
         return schema
     changed = dict(schema)
     for key, inner in schema.items():
         if key in MAPS_OF_SCHEMAS and isinstance(inner, dict):
-            changed[key] = {name: without_leap_seconds(one) for name, one in inner.items()}
+            changed[key] = {name: adapted(one) for name, one in inner.items()}
         elif key in LISTS_OF_SCHEMAS and isinstance(inner, list):
-            changed[key] = [without_leap_seconds(one) for one in inner]
+            changed[key] = [adapted(one) for one in inner]
         elif key in SCHEMAS:
-            changed[key] = without_leap_seconds(inner)
-    if schema.get("format") in ("time", "date-time"):
+            changed[key] = adapted(inner)
+        elif any(type(inner) is type(value) and inner == value for value in NEUTRAL.get(key, ())):
+            del changed[key]
+    named = schema.get("format")
+    if isinstance(named, str) and named not in FORMATS:
+        del changed["format"]
+    if named in ("time", "date-time"):
         if "pattern" in schema:
             return {"allOf": [changed, {"type": "string", "pattern": SECONDS}]}
         changed["pattern"] = SECONDS

@@ -14,7 +14,7 @@ from typing import Any, assert_never
 
 from controlplane.contract.requests import GRAMMAR_BYTES_MAX
 from controlplane.grammar import GrammarError
-from web.gateway.openai.structured import DEPTH_MAX, WHITESPACE, depth_of, without_leap_seconds
+from web.gateway.openai.structured import DEPTH_MAX, WHITESPACE, adapted, depth_of
 from web.gateway.openai.tools import Function
 from web.gateway.text.parsers.output import ToolFormat
 from web.gateway.text.parsers.reasoning import ReasoningMarks
@@ -218,7 +218,7 @@ def _json(schema: dict[str, Any]) -> str:
     own = schema.get("x-guidance")
     guidance = {**WHITESPACE, **(own if isinstance(own, dict) else {})}
     try:
-        held = {**without_leap_seconds(schema), "x-guidance": guidance}
+        held = {**adapted(schema), "x-guidance": guidance}
         return f"%json {json.dumps(held, allow_nan=False)}"
     except ValueError as error:
         raise GrammarError("a schema has a number that JSON does not know") from error
