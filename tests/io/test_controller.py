@@ -57,6 +57,12 @@ def test_the_leader_is_killed_and_the_other_goes_on(tmp_path: Path) -> None:
         assert "kevlarflow_etcd_watch_age_seconds" in metrics
         assert "kevlarflow_is_leader 0.0" in (await cluster.ask(other, "GET", "/metrics")).text
 
+        def told() -> bool:
+            return ("leader", leader) in {(kind, by) for kind, _, by in cluster.events()}
+
+        await until(
+            told, 10, "history has who leads: what waits for its database dies with the process", cluster
+        )
         before = cluster.counters[-1]
         killed_at = time.monotonic()
         cluster.controllers[leader].kill()
