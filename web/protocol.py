@@ -8,10 +8,13 @@ descriptors with heads that never end.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import heapq
 import ipaddress
 import resource
 import select
+import termios
+from array import array
 from collections import Counter
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -88,7 +91,7 @@ class BoundedProtocol(Http1Protocol):
         counts[self._client] += 1
         self._counted = True
         too_many = bool(self._client) and counts[self._client] > client_connections_max()
-        full = len(self.connections) - self._lingering > connections_max()
+        full = counts.total() > connections_max()
         if (too_many or full) and not self._make_room(counts, self._client if too_many else None):
             who = "this client" if too_many else "this server"
             self.refuse(
@@ -107,6 +110,12 @@ class BoundedProtocol(Http1Protocol):
     def linger(self) -> None:
         self._uncount()
         super().linger()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        stays = super().eof_received()
+        if not (stays or self.transport.get_write_buffer_size()):
+            self._uncount()  # the loop is told of its end later: many may come before that
+        return stays
 
     def _uncount(self) -> None:
         """It is over, or only waits for its end."""
@@ -187,15 +196,23 @@ class BoundedProtocol(Http1Protocol):
         ):
             if not oldest._has_sent():
                 oldest._cut = True
+                oldest._uncount()  # the loop is told of its end later
                 oldest.transport.abort()
                 return True
         return False
 
     def _has_sent(self) -> bool:
-        """Something that has not been read yet: where many connect at once, all do before the first one is heard."""
-        poll = select.poll()
-        poll.register(self.transport.get_extra_info("socket"), select.POLLIN)
-        return bool(poll.poll(0))
+        """Something that has not been read yet: where many connect at once, all do before the first one is heard. Who
+        has only gone has not, nor who is gone with TLS, where that is told in bytes, too."""
+        connection = self.transport.get_extra_info("socket").fileno()
+        if self.transport.get_extra_info("sslcontext") is not None:
+            poll = select.poll()
+            poll.register(connection, select.POLLRDHUP)
+            if poll.poll(0):
+                return False
+        unread = array("i", [0])
+        fcntl.ioctl(connection, termios.FIONREAD, unread)
+        return unread[0] > 0
 
     @property
     def is_idle(self) -> bool:

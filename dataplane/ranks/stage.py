@@ -305,10 +305,8 @@ class RankedStage:
         lost |= {number for number, rank in self._ranks.items() if rank.ended}
         if computing := lost & set(self.ranks):
             self._go_on_without(computing)
-        if lost - computing:
-            self._call_off(
-                f"of ranks {sorted(lost - computing)} a process ended or was stopped as it was prepared"
-            )
+        if gone := lost - computing:
+            self._call_off(f"of ranks {sorted(gone)} a process ended or was stopped as it was prepared", gone)
         self._take_in()
 
     def _signs(self, now: float) -> tuple[select.poll, float]:
@@ -368,7 +366,7 @@ class RankedStage:
         for number, answer in self._answers(self._unready(self._next), 0):
             match answer:
                 case None if number not in self.ranks:  # it never computed
-                    self._call_off("a rank ended as it was prepared")
+                    self._call_off(f"rank {number} ended as it was prepared", {number})
                     return
                 case Unfit():
                     self._call_off(answer.error)
@@ -382,13 +380,14 @@ class RankedStage:
             if len(self._ranks) > len(self.ranks):
                 os.eventfd_write(self._woken, 1)  # others have been started since this layout was made
 
-    def _call_off(self, why: object) -> None:
-        """The layout that is being prepared cannot be had: ranks that were to be taken in are started again later,
-        after a longer pause each time."""
+    def _call_off(self, why: object, gone: set[int] | None = None) -> None:
+        """The layout that is being prepared cannot be had: of the ranks that were to be taken in these, or all, are
+        started again later, after a longer pause each time. Those that are left are taken in without them."""
         log.error("ranks cannot be taken in: %s", why)
         self._next = None
-        for number in [number for number in self._ranks if number not in self.ranks]:
+        for number in gone or [number for number in self._ranks if number not in self.ranks]:
             self._forget(number, time.monotonic())
+        os.eventfd_write(self._woken, 1)
 
     def _unready(self, shared: Shared) -> set[int]:
         return {number for number in shared.layout.ranks if self._ranks[number].ready != shared.id}

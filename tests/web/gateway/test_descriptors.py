@@ -66,14 +66,13 @@ async def check_clients(url: str, gateway: int) -> None:
     async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=10, verify=False) as client:
         for _ in range(3):
             assert (await client.get("/livez")).status_code == 200
-    for _, writer in idle:
-        writer.close()
-
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-length: 9\r\n\r\n"
     busy = []
-    os.kill(
-        gateway, signal.SIGSTOP
-    )  # as on a slow machine: it finds all connections before it reads from the first
+    # As on a slow machine: it finds all connections, and the end of those before, before it reads from the first.
+    os.kill(gateway, signal.SIGSTOP)
+    for _, writer in idle:
+        writer.close()
+    await asyncio.gather(*(writer.wait_closed() for _, writer in idle), return_exceptions=True)
     for number in range(CLIENTS):
         of = f"127.0.0.{1 + number % HOSTS}"
         busy.append(await asyncio.open_connection(host, int(port), local_addr=(of, 0)))

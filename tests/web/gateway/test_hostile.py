@@ -177,6 +177,27 @@ def test_one_client_leaves_connections_to_others(monkeypatch: pytest.MonkeyPatch
     with_stack(body)
 
 
+def test_who_has_gone_keeps_nobody_out_until_the_loop_is_told() -> None:
+    """Many may come in the turn of the loop that sees the end of many: each finds the places of those who have gone."""
+
+    async def body(stack: Stack) -> None:
+        open_now = stack.server.server_state.connections
+        gone = [await connect(stack) for _ in range(5)]
+        await stack.until(lambda: len(open_now) == 5)
+        counts = web.protocol.BoundedProtocol._of_clients[stack.server.server_state]
+        assert counts == {"127.0.0.1": 5}
+        for connection in list(open_now):  # as the loop does where it reads the end
+            assert connection.eof_received() is False
+            connection.transport.close()
+        assert (counts, len(open_now)) == ({}, 5)
+        await stack.until(lambda: not open_now)
+        assert counts == {}
+        for _, writer in gone:
+            writer.close()
+
+    with_stack(body)
+
+
 @pytest.mark.parametrize(
     ("peer", "client"),
     [
