@@ -130,7 +130,7 @@ async def serve(
         "registry": registry.run(),
         "campaign": runtime.campaign(),
         "presence": presence.run(),
-        "hearing": tell_hearing(client, keys, me, controller, presence),
+        "hearing": tell_hearing(client, keys, me, controller, presence, registry.view),
         "health": client.follow_health(),
         "history": history.run(),
         "figures": recorder.run(service.status),

@@ -50,10 +50,12 @@ class ControllerRecord(msgspec.Struct, frozen=True):
 
 
 class Hearing(msgspec.Struct, frozen=True):
-    """How many registered nodes a controller hears: a leader that hears clearly fewer gives way. Not leased."""
+    """What a controller tells the others, not leased. How many registered nodes it hears: a leader that hears clearly
+    fewer gives way. And the newest topology that it knows of: etcd may be restored from a snapshot that is older."""
 
     id: str
     nodes: int
+    topology_counter: int = 0
 
 
 class GatewayRecord(msgspec.Struct, frozen=True):
@@ -66,6 +68,7 @@ class GatewayRecord(msgspec.Struct, frozen=True):
     version: str = ""  # as a node's
     settings: str = ""
     process: str = ""
+    topology_counter: int = 0  # that it knows of, once it has seen etcd go back to an older one
 
 
 class Waiting(msgspec.Struct, frozen=True):

@@ -76,7 +76,7 @@ class Controller:
         self._blemishes: tuple[str, ...] = ()  # of the topology as it stands
         self._refused: tuple[str, ...] = ()  # of the last plan
         self._told: dict[str, None] = {}  # blemishes that are on record, the newest last
-        self._last_counter = 0  # of the newest topology ever heard of, in etcd or from a node
+        self._last_counter = 0  # of the newest topology ever heard of, in etcd or from anybody
         self._peers = PeersSeen()
         self._handover = Handover(after_s=2 * config.timing.dead_after_s)
         self._leader = False
@@ -104,6 +104,11 @@ class Controller:
     def hears(self) -> int:
         """How many of the registered nodes are heard: to be told to the other candidates."""
         return self._detector.hears(self._now)
+
+    @property
+    def newest(self) -> int:
+        """Counter of the newest topology ever heard of: to be told to the other candidates."""
+        return self._last_counter
 
     @property
     def topology(self) -> Topology | None:
@@ -176,6 +181,7 @@ class Controller:
                 self._members.gone(node)
             case PeersSeen():
                 self._peers = event
+                self._last_counter = max(self._last_counter, event.forgotten)
             case events.ReportStreamBroken(member):
                 self._detector.stream_broken(member, self._now)
                 return True

@@ -50,6 +50,7 @@ class PeersSeen:
     ] = ()  # how many registered nodes each controller hears, as it told last
 
     made_of: tuple[tuple[str, str, str], ...] = ()  # name, version of the code, digest of the settings
+    forgotten: int = 0  # counter of a topology that one of them knows, and etcd no longer has
 
     def find(self, name: str) -> Member | None:
         """The newest process of that name."""

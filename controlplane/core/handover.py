@@ -22,9 +22,9 @@ def clearly_more(theirs: int, mine: int) -> bool:
     return theirs - mine >= (max(MORE_MIN, mine * MORE_SHARE) if mine else 1)
 
 
-def worth_telling(count: int, told: int | None) -> bool:
+def worth_telling(count: int, told: int) -> bool:
     """Whether a candidate's count has changed enough to be written: storms must not fill etcd's log."""
-    return told is None or abs(count - told) >= max(1, told // 16)
+    return abs(count - told) >= max(1, told // 16)
 
 
 @dataclass(slots=True)

@@ -122,6 +122,12 @@ class Registration:
             self._other = str(holder_of(now.value) or "a value that cannot be read")
             self._fenced.set()
 
+    def amend(self, **fields: int) -> None:
+        """From now on the record says so too: it is registered again, with a new lease."""
+        self._value = msgspec.json.encode(msgspec.json.decode(self._value) | fields)
+        if self._keeper is not None:
+            self._keeper.declare_lost("its record has changed")
+
     def guard(self) -> tuple[Compare, ...]:
         """The condition that the name is still this process's; one that never holds before it is."""
         return (Compare.mod_revision(self.key, self._revision or -1),)

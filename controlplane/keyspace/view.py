@@ -79,7 +79,7 @@ class View:
     group: str
     nodes: dict[str, NodeRecord] = field(default_factory=dict)  # of this group
     controllers: dict[str, ControllerRecord] = field(default_factory=dict)
-    hearing: dict[str, int] = field(default_factory=dict)  # controller -> nodes that it hears
+    hearing: dict[str, Hearing] = field(default_factory=dict)  # by controller
     waiting: dict[str, Waiting] = field(default_factory=dict)  # by the key whose name is taken: "nodes/n2"
     gateways: dict[str, GatewayRecord] = field(default_factory=dict)
     operations: dict[str, tuple[Operation, int]] = field(default_factory=dict)  # with their mod_revisions
@@ -121,6 +121,13 @@ class View:
     def retired(self, me: Member) -> bool:
         """Whether a process has to make way for a fresh one of its name."""
         return self.topology is not None and me in self.topology.retired
+
+    @property
+    def forgotten(self) -> int:
+        """Counter of a topology that a controller or a gateway knows and etcd has no longer; 0: there is none."""
+        newest = max((h.topology_counter for h in self.hearing.values()), default=0)
+        newest = max((g.topology_counter for g in self.gateways.values()), default=newest)
+        return newest if self.topology is None or newest > self.topology.counter else 0
 
     def troubles(self) -> list[str]:
         """What in etcd cannot be read, or only by newer code, and names that two processes want, in words."""
@@ -192,7 +199,7 @@ class View:
             case ControllerRecord():
                 self.controllers[name] = value
             case Hearing():
-                self.hearing[name] = value.nodes
+                self.hearing[name] = value
             case Waiting():
                 self.waiting[name] = value
             case GatewayRecord():

@@ -174,6 +174,7 @@ class Registry:
             controllers=tuple(Member(r.id, r.incarnation) for _, r in sorted(self.controllers.items())),
             gateways=tuple(Member(r.id, r.incarnation) for _, r in sorted(self.gateways.items())),
             candidates=tuple(name for name in self.view.candidates() if name),
-            hears=tuple(sorted(self.view.hearing.items())),
+            hears=tuple(sorted((name, hearing.nodes) for name, hearing in self.view.hearing.items())),
+            forgotten=self.view.forgotten,
             made_of=tuple(sorted(controllers + gateways)),
         )

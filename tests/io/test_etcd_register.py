@@ -115,6 +115,27 @@ def test_a_stranger_does_not_replace_who_lives(etcd: EtcdMember, caplog: pytest.
     assert any("is taken (incarnation a" in line for line in caplog.messages)
 
 
+def test_a_record_that_says_more_stays_the_same_processs(etcd: EtcdMember) -> None:
+    async def body() -> None:
+        async with clean(etcd) as client:
+            one = One(client, "a")
+            one.registration.amend(topology_counter=5)
+            one.value = amended(5)
+            await until(one.holds, 5, "what was added before it has its name is there from the beginning")
+            one.registration.amend(topology_counter=9)
+            one.value = amended(9)
+            await until(one.holds, 5, "what was added later is there soon")
+            await asyncio.sleep(1.5 * TTL_S)
+            assert await one.holds(), "its new lease is kept alive"
+            assert not one.running.done()
+            await one.end()
+
+    def amended(counter: int) -> bytes:
+        return msgspec.json.encode(msgspec.json.decode(record("a")) | {"topology_counter": counter})
+
+    asyncio.run(body())
+
+
 def test_an_expired_lease_frees_the_name_and_a_dead_process_at_once(etcd: EtcdMember) -> None:
     async def body() -> None:
         async with clean(etcd) as client:

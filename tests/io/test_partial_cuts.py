@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from msgspec.structs import replace
 
-from controlplane.contract.keys import encode
+from controlplane.contract.keys import decode, encode
+from controlplane.contract.records import GatewayRecord, Hearing
 from controlplane.contract.topology import Topology
 from controlplane.core.edit import successor, with_stage
 from tests.io.controllers import Cluster, scenario, until
@@ -67,6 +69,41 @@ def test_a_spoilt_pipeline_costs_the_other_nothing_and_ends_nobody(tmp_path: Pat
         assert kinds.count("blemish") < 10
         metrics = (await cluster.ask(leader, "GET", "/metrics")).text
         assert "kevlarflow_blemishes" in metrics
+
+    scenario(tmp_path, body, controllers=1)
+
+
+def test_epochs_go_on_from_what_a_gateway_knows_when_nobody_else_does(tmp_path: Path) -> None:
+    """As after a restored snapshot, with controllers and nodes that are all fresh."""
+
+    async def body(cluster: Cluster) -> None:
+        leader = await until(cluster.leader, 5, "a leader is known", cluster)
+        before = topology(cluster)
+
+        async def told() -> bool:
+            found = await cluster.client.get(cluster.keys.hearing(leader))
+            return found is not None and decode(found.value, Hearing, "").topology_counter == before.counter
+
+        await until(told, 10, "the others are told which topology the leader knows", cluster)
+        later = GatewayRecord("g9", "127.0.0.1:9", 1, "e" * 12, topology_counter=before.counter + 50)
+        await cluster.client.put(cluster.keys.gateway("g9"), encode(later))
+        await until(
+            lambda: topology(cluster).counter > later.topology_counter, 4, "epochs have gone on", cluster
+        )
+        assert all(p.epoch > later.topology_counter for p in topology(cluster).pipelines)
+        after = [list(p.members()) for p in topology(cluster).pipelines]
+        assert after == [list(p.members()) for p in before.pipelines]
+        await until(told_again(cluster, leader, later), 10, "and this one is told, too", cluster)
+
+    def told_again(cluster: Cluster, leader: str, later: GatewayRecord) -> Callable[[], Awaitable[bool]]:
+        async def told() -> bool:
+            found = await cluster.client.get(cluster.keys.hearing(leader))
+            return (
+                found is not None
+                and decode(found.value, Hearing, "").topology_counter > later.topology_counter
+            )
+
+        return told
 
     scenario(tmp_path, body, controllers=1)
 

@@ -304,7 +304,7 @@ async def controller_main(process: Process, config: ClusterConfig) -> None:
         config, me, Parts(controller, registry, client, history, cast(Any, None), cast(Any, None))
     )
     process.part = ControllerPart(controller, runtime, service)
-    hearing = tell_hearing(client, keys, me, controller, presence)
+    hearing = tell_hearing(client, keys, me, controller, presence, registry.view)
     jobs = runtime.run(), performer.run(), registry.run(), runtime.campaign(), presence.run(), hearing
     await asyncio.gather(*jobs)
 

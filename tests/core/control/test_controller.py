@@ -352,3 +352,16 @@ def test_crash_loops_do_not_fill_the_memory() -> None:
     assert len(core._detector._watched) < 50
     assert len(core._members.reports) < 50
     assert Member("n3", "i3") not in core._members.reports
+
+
+def test_a_fresh_leader_goes_on_from_a_topology_that_others_know_and_etcd_has_lost() -> None:
+    """A snapshot was restored, and of nodes and controllers nobody is left that knew what came after it."""
+    old = formed().topology
+    assert old is not None
+    core = Controller(make_config(2, 4), "c9")
+    core.step(events.TopologySeen(old, 7), 0.0, 0.0)
+    core.step(events.PeersSeen(forgotten=old.counter + 5), 0.0, 0.0)
+    write = write_of(core.step(events.BecameLeader(), 0.0, 0.0))
+    assert write.topology.counter == old.counter + 6
+    assert [p.epoch for p in write.topology.pipelines] == [old.counter + 6] * len(old.pipelines)
+    assert core.newest == old.counter + 5

@@ -93,7 +93,7 @@ def test_how_many_more_is_clearly_more() -> None:
     ]
     assert not clearly_more(1000, 900)
     assert clearly_more(1000, 800)
-    assert [worth_telling(*pair) for pair in ((0, None), (8, 8), (7, 8), (990, 1000), (930, 1000))] == [
+    assert [worth_telling(*pair) for pair in ((1, 0), (8, 8), (7, 8), (990, 1000), (930, 1000))] == [
         True, False, True, False, True,
     ]  # fmt: skip
 

@@ -40,6 +40,7 @@ class ClusterWatch:
         self._me = me
         self._presence = presence
         self._context = context
+        self._said = 0  # topology that etcd was told of
         self._client = client
         self._dispatcher = dispatcher
         self._watch: Watch = client.watch_prefix(keys.root)
@@ -74,6 +75,17 @@ class ClusterWatch:
                 self._me = None
                 signal.raise_signal(signal.SIGTERM)  # the same goodbye, whoever asks for it
 
+    def _say_newer(self, topology: Topology) -> None:
+        """etcd may have been restored from a snapshot, and nobody else may live who knows what came after it."""
+        known = self._dispatcher.router.topology
+        if (
+            known is not None
+            and known.counter > max(topology.counter, self._said)
+            and self._presence is not None
+        ):
+            self._said = known.counter
+            self._presence.amend(topology_counter=known.counter)
+
     def _take(self, change: Change) -> None:
         # A key that is gone changes nothing here: a lost lease does not move a node's front door, and only a newer
         # topology says who serves.
@@ -85,6 +97,7 @@ class ClusterWatch:
                     self._context.registered(node.member.node, node.context_len, node.grammars, node.sampling)
             case Topology():
                 self._dispatcher.feed(TopologySeen(change.now))
+                self._say_newer(change.now)
                 members = {member for pipeline in change.now.pipelines for member in pipeline.members()}
                 self._dispatcher.links.prune(members)
                 if self._context is not None:
