@@ -259,8 +259,9 @@ class Cluster:
                     found.append(f"{name} counts {parts.acknowledged_of(source)} of {pipeline}")
         found += self._unasked()
         for name in self.names():
-            part = self.processes[name].part
-            if name[0] == "g" and part is not None and part.live:
+            # A node may have been asked for just now, and not been started yet.
+            part = self.processes[name].part if name[0] == "g" else None
+            if part is not None and part.live:
                 found.append(f"{name} has {part.live} live requests")
         return found
 
