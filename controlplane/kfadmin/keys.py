@@ -37,7 +37,12 @@ class Shown(msgspec.Struct, frozen=True):
 
 
 def _path(run_dir: Path | None, file: Path | None) -> Path:
-    return file or find_run_dir(run_dir).path / FILE
+    path = file or find_run_dir(run_dir).path / FILE
+    if not path.parent.is_dir():
+        raise RequestError(
+            f"there is no directory {path.parent}: name the run directory of a cluster, or a file in one"
+        )
+    return path
 
 
 @app.command()

@@ -45,6 +45,8 @@ def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     assert keys(tmp_path, "create", "a b").exit_code != 0
     assert keys(tmp_path, "create", "a", "--for", "1 day").exit_code != 0
     assert keys(tmp_path, "create", "a", "--streams", "-1").exit_code == 2
-    assert keys(tmp_path / "nowhere", "list", "-o", "json").stdout.strip() == "[]"
-    assert keys(tmp_path / "nowhere", "create", "a").exit_code == 1
+    for command in (["list"], ["create", "a"], ["revoke", "a"]):
+        done = keys(tmp_path / "nowhere", *command)
+        assert done.exit_code == 2
+        assert "there is no directory" in done.output
     assert not (tmp_path / "keys.json").exists()
