@@ -70,6 +70,7 @@ def survivors(instances: int, stages: int) -> list[frozenset[str]]:
     return sorted(subsets, key=sorted)
 
 
+@pytest.mark.timeout(600)  # thousands of cases, behind everything else on a busy machine
 @pytest.mark.parametrize(("instances", "stages"), SHAPES)
 def test_every_prefix_against_every_subset_of_survivors(instances: int, stages: int) -> None:
     deaths = survivors(instances, stages)
