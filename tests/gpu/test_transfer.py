@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import numpy as np
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="triton is not installed (pip install 'kevlarflow[gpu]')")
+pytest.importorskip("triton", reason="triton is not installed (pip install 'kevlarflow[gpu]')")
 
 from kernels.cuda.cache import DeviceCache
 from kernels.cuda.transfer import BlockTransfer
 from kernels.triton.blocks import GOLDEN, KEY, MIX_1, MIX_2
 from tests.gpu.steps import make_cache
 
+TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 # On a GPU any of the releases that we name will do.
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
-    reason=f"the interpreter of triton {triton.__version__} does not let sums of 32 bits wrap around; that of 3.9 does",
+    not torch.cuda.is_available() and TRITON < (3, 9),
+    reason=f"the interpreter of triton {version('triton')} does not let sums of 32 bits wrap around; that of 3.9 does",
 )
 
 
