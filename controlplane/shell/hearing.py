@@ -51,9 +51,8 @@ async def tell_hearing(
 
 
 def _worth_telling(now: Hearing, told: Hearing, topology: Topology | None, in_etcd: Hearing | None) -> bool:
-    behind = (
-        topology is None or topology.counter < now.topology_counter
-    )  # then what was told may be lost as well
+    # An etcd that went back may have lost what it was told as well.
+    behind = topology is None or topology.counter < now.topology_counter
     return (
         worth_telling(now.nodes, told.nodes)
         or now.topology_counter > told.topology_counter
