@@ -15,7 +15,7 @@ MORE_SHARE = (
 )  # ... and of what it hears itself: counts are told with a sixteenth of slack (`worth_telling`)
 AGAIN_S = 10.0  # who gave way and leads again does not give way sooner than that, doubled each time ...
 AGAIN_MAX_S = 300.0
-FORGET_S = 600.0  # ... until it has led undisputed for so long
+SETTLED = 3  # ... until it has led undisputed for so many times what it waits before it gives way
 
 
 def clearly_more(theirs: int, mine: int) -> bool:
@@ -33,25 +33,28 @@ class Handover:
 
     after_s: float
     _better_since: float | None = None
+    _undisputed_since: float | None = None
     _began_at: float = 0.0  # of this leadership
     _times: int = 0  # given way, of late
-    _last_at: float = 0.0
 
     def began(self, now: float) -> None:
-        self._better_since, self._began_at = None, now
-        if now - self._last_at >= FORGET_S:
-            self._times = 0
+        self._better_since, self._undisputed_since, self._began_at = None, None, now
 
     def weigh(self, mine: int, others: Mapping[str, int], now: float) -> str:
         """Why this leader should give way now, or nothing. `others`: what the other candidates hear. Ask each tick."""
         best = max(others, key=lambda name: (others[name], name), default="")
         if not best or not clearly_more(others[best], mine):
             self._better_since = None
+            if self._undisputed_since is None:
+                self._undisputed_since = now
+            if now - self._undisputed_since >= SETTLED * self.after_s:
+                self._times = 0
             return ""
+        self._undisputed_since = None
         if self._better_since is None:
             self._better_since = now
         pause_s = min(AGAIN_S * 2 ** (self._times - 1), AGAIN_MAX_S) if self._times else 0.0
         if now - self._better_since < self.after_s or now - self._began_at < pause_s:
             return ""
-        self._times, self._last_at = self._times + 1, now
+        self._times += 1
         return f"{best} hears {others[best]} nodes, this one {mine}"
