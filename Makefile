@@ -47,16 +47,16 @@ install: $(VENV)/.installed
 up: $(VENV)/.runtime
 	@exec $(BIN)/kfadmin up $(UP)
 
-# Four runs at once, for two cores. Clusters go first, with browsers and whatever else judges by the clock. Gateways and
-# admin APIs, which mostly wait, run beside them with the same right; tests of one process with less, and behind all of
-# these those that compute. What is beside begins and ends by itself, in a session that the kernel gives less (or, where it
-# has no such sessions, it is nice).
+# Four runs at once, for two cores. Clusters go first, with browsers and whatever else judges by the clock. Gateways, admin
+# APIs and what talks to one etcd or one socket mostly wait, and run beside them with the same right; tests of one process
+# run with less, and behind all of these those that compute. What is beside begins and ends by itself, in a session that
+# the kernel gives less (or, where it has no such sessions, it is nice).
 COMPUTING := tests/gpu tests/parity tests/sim/test_safeguards.py tests/sim/test_seeds.py tests/sim/test_simulator.py \
              tests/e2e/test_etcd_away.py
 CLOCK := tests/core/data/test_merge.py tests/web/test_kfadmin_looks.py tests/web/gateway/test_hostile.py \
          tests/web/gateway/test_process.py
 BROWSERS := $(wildcard tests/web/test_dashboard*.py)
-WAITING := $(filter-out $(CLOCK) $(BROWSERS),$(wildcard $(addprefix tests/web/,test_*.py */test_*.py)))
+WAITING := tests/io $(filter-out $(CLOCK) $(BROWSERS),$(wildcard $(addprefix tests/web/,test_*.py */test_*.py)))
 ALONE := $(filter-out $(CLOCK),$(wildcard $(addprefix tests/core/,test_*.py */test_*.py */*/test_*.py)))
 BESIDE := .pytest_cache/beside
 
