@@ -178,7 +178,7 @@ class Node:
         )
         self._lane = Lane(self._transport, self._send)
         self._world = World(Keys.of(config), config.group)
-        self._peers = Peers(me, stage)
+        self._peers = Peers(me, stage, config.timing.dead_after_s)
         self._topology: Topology | None = None  # the one that is acted on
         self._ours: list[Pipeline] = []  # its pipelines that name us
         self._partners: set[str] = set()  # whom shards go to or come from

@@ -19,6 +19,8 @@ ETCD_LEASE_MIN_S = 2  # what etcd makes of a shorter one
 POOL_BLOCKS_MIN = 4
 CPU_POOL_BLOCKS = 2048  # if nothing is said
 LABELS_MAX = 8  # of a host
+BEATS_TO_SUSPECT_MIN = 2  # heartbeats within `suspect_after_s`
+ROUNDING_S = 1e-9  # of differences of settings
 CODE_PARITIES = {"xor": 1, "rdp": 2}
 RDP_SHARDS_MAX, RS_SHARDS_MAX = 16, 257  # of kernels/coding; for `rs` parities count, too
 XFORMERS_BLOCK = 64  # tokens of its pages
@@ -130,8 +132,9 @@ class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     leader_lease_s: Annotated[int, Range(ETCD_LEASE_MIN_S, 3600)] = 2
     # Silence that makes a node yellow, if phi finds it unusual.
     suspect_after_s: Annotated[float, Range(0.02, 600)] = 0.6
-    # Silence on heartbeats and on links that makes it red.
-    dead_after_s: Annotated[float, Range(0.05, 3600)] = 1.2
+    # Silence on heartbeats and on links that makes it red. Nodes look each 0.05 s whom to speak to: three times within
+    # this, and as long again for a report to say so.
+    dead_after_s: Annotated[float, Range(0.2, 3600)] = 1.2
     # A pipeline that never served waits this long for its own nodes before it borrows.
     form_grace_s: Annotated[float, Range(0, 86400)] = 15.0
     # The gateway holds streams of a pipeline that is down this long.
@@ -431,6 +434,17 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
         yield (
             f"timing.heartbeat_s = {timing.heartbeat_s}, timing.suspect_after_s = {timing.suspect_after_s} and"
             f" timing.dead_after_s = {timing.dead_after_s} must grow in this order"
+        )
+    elif timing.suspect_after_s < BEATS_TO_SUSPECT_MIN * timing.heartbeat_s:
+        yield (
+            f"timing.heartbeat_s = {timing.heartbeat_s} is to fit into timing.suspect_after_s ="
+            f" {timing.suspect_after_s} {BEATS_TO_SUSPECT_MIN} times: one late heartbeat would make a node suspect"
+        )
+    elif timing.dead_after_s - timing.suspect_after_s < timing.heartbeat_s - ROUNDING_S:
+        yield (
+            f"timing.heartbeat_s = {timing.heartbeat_s} is to fit between timing.suspect_after_s ="
+            f" {timing.suspect_after_s} and timing.dead_after_s = {timing.dead_after_s}: a node that is suspected"
+            " would be taken for dead before it can say a word"
         )
     # ---- addresses
     if is_unspecified(config.advertised):

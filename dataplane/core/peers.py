@@ -9,6 +9,7 @@ themselves; one that has not heard the news yet goes on speaking, and is listene
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from controlplane.contract.reports import NO_LINK, LinkReport
 from controlplane.contract.topology import Pipeline, Topology
 
 PING_S = 0.2  # a link that had nothing to carry for this long carries a ping
+PINGS_TO_DEAD = 3  # ... or sooner: so many fit into `timing.dead_after_s`, so that a late one is no silence
 WATCHED = 2  # nodes of its stage that a node watches, on each side of it by name
 LINGER_S = 30.0  # a link that nobody wants is closed when nothing has come from its other end for this long
 
@@ -29,6 +31,7 @@ Heard = Callable[[NodeId], float | None]
 class Peers:
     me: Member
     stage: int
+    dead_after_s: float = math.inf  # silence on a link that counts against who should have filled it
     _named: set[NodeId] = field(default_factory=set)  # by our pipelines
     _wanted: set[NodeId] = field(default_factory=set)
     _neighbours: dict[Member, float] = field(default_factory=dict)  # since when
@@ -99,10 +102,11 @@ class Peers:
 
     def to_ping(self, now: float) -> list[Member]:
         """Who expects to hear something now."""
+        every_s = min(PING_S, self.dead_after_s / PINGS_TO_DEAD)
         return [
             peer
             for peer in (*self._neighbours, *self._watched)
-            if now - self._sent_at.get(peer, 0.0) >= PING_S
+            if now - self._sent_at.get(peer, 0.0) >= every_s
         ]
 
     def report(self, heard: Heard, now: float) -> Iterator[LinkReport]:

@@ -59,6 +59,7 @@ def of_file(folder: Path, **settings: Any) -> ClusterConfig:
         ("timing", "restart_backoff_s", 0.0),
         ("timing", "unavailable_grace_s", -0.1),
         ("timing", "quiesce_limit_s", 0),
+        ("timing", "dead_after_s", 0.19),
         ("emulation", "time_scale", 0.0),
         ("emulation", "link_bytes_per_s", -1.0),
         ("emulation", "sites", [-1]),
@@ -133,6 +134,14 @@ def test_out_of_range(tmp_path: Path, section: str, field: str, value: Any) -> N
             ("suspect_after_s = 1.3", "dead_after_s = 1.2"),
         ),
         ({"timing": {"heartbeat_s": 0.6}}, ("heartbeat_s = 0.6", "suspect_after_s = 0.6")),
+        (
+            {"timing": {"heartbeat_s": 0.5, "suspect_after_s": 0.9, "dead_after_s": 2.0}},
+            ("heartbeat_s = 0.5", "suspect_after_s = 0.9"),
+        ),
+        (
+            {"timing": {"heartbeat_s": 0.25, "suspect_after_s": 0.6, "dead_after_s": 0.8}},
+            ("heartbeat_s = 0.25", "suspect_after_s = 0.6", "dead_after_s = 0.8"),
+        ),
         ({"gateway_port": 8100}, ("gateway_port = 8100", "admin_port")),
         ({"host": "0.0.0.0"}, ("host = '0.0.0.0'",)),
         ({"host": "::"}, ("host = '::'",)),
@@ -159,6 +168,8 @@ def test_what_fits(tmp_path: Path) -> None:
     engine = {"max_running": 32, "max_batch_tokens": 32, "microbatches": 1, "max_model_len": 2}
     config = of_file(tmp_path, engine=engine, etcd=["[::1]:2379", "etcd-0.etcd:2379"], host="::1")
     assert config.engine.max_running == 32
+    quick = {"heartbeat_s": 0.1, "suspect_after_s": 0.2, "dead_after_s": 0.3}  # 0.3 - 0.2 < 0.1 in binary
+    assert of_file(tmp_path, timing=quick).timing.dead_after_s == 0.3
     assert of_file(tmp_path, gateway_port=0, admin_port=0, host="node-1.example", insecure=True) is not None
     assert ClusterConfig("r", "m", ()).engine == EngineConfig()
 

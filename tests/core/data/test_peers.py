@@ -127,6 +127,12 @@ def test_only_those_are_pinged_whom_nothing_was_sent_to() -> None:
     peers.sent(group.member(1), group.now)
     assert {m.node for m in peers.to_ping(group.now + PING_S / 2)} == {"n2"}
     assert {m.node for m in peers.to_ping(group.now + PING_S)} == {"n1", "n2"}
+    # Where silence counts sooner, links are never silent that long.
+    for dead_after_s in (0.2, 0.3, 0.6, 1.2, 60.0):
+        peers.dead_after_s = dead_after_s
+        every_s = min(PING_S, dead_after_s / 3)
+        assert {m.node for m in peers.to_ping(group.now + 0.99 * every_s)} == {"n2"}
+        assert {m.node for m in peers.to_ping(group.now + 1.01 * every_s)} == {"n1", "n2"}
 
 
 def test_a_link_out_of_use_is_kept_while_its_other_end_speaks() -> None:
