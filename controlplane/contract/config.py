@@ -18,6 +18,10 @@ from controlplane.contract.topology import Mode, quota_blocks
 ETCD_LEASE_MIN_S = 2  # what etcd makes of a shorter one
 POOL_BLOCKS_MIN = 4
 CPU_POOL_BLOCKS = 2048  # if nothing is said
+INSTANCES_MAX = 4096
+# Instances times stages. The topology is one value: with so many nodes, copies and all, it has 1.3 MB of the 1.5 MiB
+# that etcd takes unless it is told otherwise.
+NODES_MAX = 8000
 LABELS_MAX = 8  # of a host
 BEATS_TO_SUSPECT_MIN = 2  # heartbeats within `suspect_after_s`
 ROUNDING_S = 1e-9  # of differences of settings
@@ -242,7 +246,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     served_model_name: Annotated[str, Text(r"[^\x00-\x1f\x7f]{0,256}", "up to 256 characters of text")] = (
         ""  # "": the directory's name
     )
-    instances: Annotated[int, Range(1, 4096)] = 2
+    instances: Annotated[int, Range(1, INSTANCES_MAX)] = 2
     stages: Annotated[int, Range(1, 1024)] = 4
     # Processes of a node that compute its stage together (tensor-parallel). It goes on with those that are left when
     # some end, whatever their number, and takes them in again.
@@ -343,6 +347,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"n{instance * self.stages + stage}"
 
 
+def instances_max(stages: int) -> int:
+    """Instances of so many stages that a group may have."""
+    return min(INSTANCES_MAX, NODES_MAX // stages)
+
+
 def _labels_fault(labels: Mapping[str, str]) -> str | None:
     if len(labels) > LABELS_MAX:
         return f"labels = {dict(labels)}: at most {LABELS_MAX}"
@@ -369,6 +378,11 @@ def conflict(config: ClusterConfig) -> str | None:
 def _conflicts(config: ClusterConfig) -> Iterator[str]:
     engine, timing, emulation = config.engine, config.timing, config.emulation
     # ---- sizes
+    if config.instances * config.stages > NODES_MAX:
+        yield (
+            f"instances = {config.instances} times stages = {config.stages} is more than {NODES_MAX:,} nodes: etcd"
+            " would refuse the topology"
+        )
     decodes_max = engine.max_batch_tokens * engine.microbatches
     if engine.microbatches and engine.max_running > decodes_max:
         yield (

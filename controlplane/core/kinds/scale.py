@@ -14,6 +14,7 @@ from itertools import count
 
 from msgspec.structs import replace
 
+from controlplane.contract.config import instances_max
 from controlplane.contract.hosting import free_homes, wanted_nodes
 from controlplane.contract.ids import NodeId
 from controlplane.contract.records import Operation, OperationKind
@@ -24,8 +25,6 @@ from controlplane.core.edit import successor, unformed
 from controlplane.core.kinds.kind import INSTANCES, Kind
 from controlplane.core.placement import takers
 from controlplane.core.policy import Situation
-
-INSTANCES_MAX = 4096
 
 
 class Scale(Kind):
@@ -44,8 +43,9 @@ class Scale(Kind):
 
     def checks(self, s: Situation) -> Iterator[Check]:
         wanted = self.op.instances
-        if not 1 <= wanted <= INSTANCES_MAX:
-            yield Check("fail", "instances", f"{wanted} instances: allowed are 1 to {INSTANCES_MAX}")
+        most = instances_max(s.policy.config.stages)
+        if not 1 <= wanted <= most:
+            yield Check("fail", "instances", f"{wanted} instances: allowed are 1 to {most}")
             return
         if s.topology.mode is Mode.PARITY and wanted < 2:
             yield Check(
@@ -94,7 +94,8 @@ class Scale(Kind):
                 yield Check("ok", "streams", f"{pipeline.id} has {streams} streams: each goes on to its end")
 
     def plan(self, s: Situation) -> Iterator[str]:
-        after = scaled(s, self.op.instances) if 1 <= self.op.instances <= INSTANCES_MAX else None
+        allowed = 1 <= self.op.instances <= instances_max(s.policy.config.stages)
+        after = scaled(s, self.op.instances) if allowed else None
         if after is None:
             return
         for pipeline in after.pipelines:

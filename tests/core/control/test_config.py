@@ -17,11 +17,18 @@ from controlplane.contract.config import (
     EngineConfig,
     GatewayConfig,
     TimingConfig,
+    instances_max,
     load_config,
 )
 from controlplane.contract.errors import ConfigError
+from controlplane.contract.ids import Member
+from controlplane.contract.keys import encode
+from controlplane.contract.topology import Stage
+from controlplane.core.edit import initial
 from controlplane.kfadmin.up import demo_model, packaged_model, settings_of
+from tests.core.control.world import make_config
 
+ETCD_REQUEST_BYTES = 3 << 19  # its --max-request-bytes, if nothing is said
 SECTIONS = {
     "engine": EngineConfig,
     "timing": TimingConfig,
@@ -128,6 +135,7 @@ def test_out_of_range(tmp_path: Path, section: str, field: str, value: Any) -> N
             {"engine": {"speculation": "draft", "draft_model": "d", "executor": "oracle"}},
             ("speculation = 'draft'", "'torch'", "'oracle'"),
         ),
+        ({"instances": 2001, "stages": 4}, ("instances = 2001", "stages = 4", "8,000")),
         ({"engine": {"pool_blocks": 3}}, ("pool_blocks = 3", "4 or more")),
         (
             {"timing": {"suspect_after_s": 1.3}},
@@ -161,6 +169,24 @@ def test_pairs_that_do_not_fit(tmp_path: Path, settings: dict[str, Any], names: 
         of_file(tmp_path, **settings)
     for name in names:
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4, 64, 1000])
+def test_the_largest_topology_fits_into_etcd(stages: int) -> None:
+    config = make_config(instances_max(stages), stages)
+    with pytest.raises(ConfigError, match="instances"):
+        make_config(instances_max(stages) + 1, stages)
+
+    def serving(stage: Stage) -> Stage:
+        member = Member(stage.homes[0], "0123456789abcdef")
+        return msgspec.structs.replace(stage, ranks=(member,), replicas=(member,))
+
+    blank = initial(config, 1)
+    pipelines = tuple(
+        msgspec.structs.replace(p, epoch=10**6, moved=10**6, stages=tuple(map(serving, p.stages)))
+        for p in blank.pipelines
+    )
+    assert len(encode(msgspec.structs.replace(blank, pipelines=pipelines))) < ETCD_REQUEST_BYTES
 
 
 def test_what_fits(tmp_path: Path) -> None:

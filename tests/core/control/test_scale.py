@@ -14,6 +14,13 @@ from tests.core.control.sim import Sim, formed
 from tests.core.control.world import make_config
 
 
+def test_instances_of_many_stages_are_fewer() -> None:
+    sim = formed(2, 4)
+    (check,) = sim.submit("scale", instances=2001).checks
+    assert (check.level, check.message) == ("fail", "2001 instances: allowed are 1 to 2000")
+    assert not sim.operations
+
+
 def ids(sim: Sim) -> list[str]:
     assert sim.topology is not None
     return [p.id for p in sim.topology.pipelines]
