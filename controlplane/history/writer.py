@@ -27,6 +27,7 @@ Record = Event | Audit | Figures
 QUEUE_LEN_MAX = 4096
 BATCH_LEN_MAX = 256
 CALL_LIMIT_S = 10.0
+AWAY_LIMIT_S = 1.0  # ... of a read when the last write failed: others wait behind it
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 5.0
 KEEP_ROWS = 100_000
@@ -53,6 +54,7 @@ class HistoryWriter:
         self._number = 0  # of the batch
         self._news = asyncio.Event()
         self._tried = asyncio.Event()  # whether the database is there has been found out
+        self._upgraded = False  # it has our schema: what it cannot write, on a full disk say, it can still read
         self._since_prune = 0
         self._figures_since_prune = 0
         self.written = 0
@@ -86,7 +88,7 @@ class HistoryWriter:
     async def run(self) -> None:
         """Upgrade the schema, then write until cancelled."""
         await self._retry(self._store.upgrade)
-        self.healthy = True
+        self._upgraded = True
         while True:
             await self._news.wait()
             self._news.clear()
@@ -123,10 +125,10 @@ class HistoryWriter:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CALL_LIMIT_S):
                     await self._tried.wait()
-        if not self.healthy:
+        if not self.healthy and not self._upgraded:
             raise Unavailable("the history database is away; see the controller's log")
         try:
-            async with asyncio.timeout(CALL_LIMIT_S):
+            async with asyncio.timeout(CALL_LIMIT_S if self.healthy else AWAY_LIMIT_S):
                 return await query()
         except (SQLAlchemyError, OSError, TimeoutError) as error:
             raise Unavailable(f"the history database is away: {type(error).__name__}") from error

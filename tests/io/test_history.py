@@ -381,6 +381,38 @@ def test_events_make_room_for_the_audit(tmp_path: Path) -> None:
         asyncio.run(main(logged))
 
 
+class Full(HistoryStore):
+    """Takes one batch and no other: its disk is full."""
+
+    calls = 0
+
+    async def append(self, *given: Any) -> None:
+        self.calls += 1
+        if self.calls > 1:
+            raise OperationalError("INSERT", None, Exception("database or disk is full"))
+        await super().append(*given)
+
+
+def test_what_is_written_can_be_read_while_nothing_can_be_written(tmp_path: Path) -> None:
+    """A full disk: whoever looks at the history to see why must not be told that it is away."""
+
+    async def main() -> None:
+        store = Full(url(tmp_path / "h.db"), "c", "c1")
+        writer = HistoryWriter(store)
+        task = asyncio.create_task(writer.run())
+        writer.put(event(1))
+        await until(lambda: writer.written == 1)
+        writer.put(event(2))
+        await until(lambda: writer.failures >= 1)
+        assert not writer.healthy
+        assert [item.subject for _, item in await writer.tail(10, 0)] == ["n1"]
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await store.close()
+
+    asyncio.run(main())
+
+
 def test_putting_never_waits_for_the_database(tmp_path: Path) -> None:
     async def main() -> None:
         path = tmp_path / "h.db"
