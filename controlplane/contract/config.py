@@ -362,12 +362,16 @@ def _labels_fault(labels: Mapping[str, str]) -> str | None:
 
 
 def redacted(config: ClusterConfig) -> ClusterConfig:
-    """The settings without passwords: `database_url` may have one before its host, or in its query (left out)."""
-    scheme, slashes, rest = config.database_url.partition("?")[0].partition("://")
+    """The settings without passwords."""
+    return msgspec.structs.replace(config, database_url=hidden_password(config.database_url))
+
+
+def hidden_password(database_url: str) -> str:
+    """There may be one before the host, or in the query (left out)."""
+    scheme, slashes, rest = database_url.partition("?")[0].partition("://")
     account, at, place = rest.rpartition("@")
     user, colon, _ = account.partition(":")
-    hidden = f"{scheme}{slashes}{user}{colon and ':***'}{at}{place}"
-    return msgspec.structs.replace(config, database_url=hidden)
+    return f"{scheme}{slashes}{user}{colon and ':***'}{at}{place}"
 
 
 def conflict(config: ClusterConfig) -> str | None:

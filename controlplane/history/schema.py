@@ -6,14 +6,21 @@ import asyncio
 import contextlib
 import sqlite3
 import time
+from typing import Any
 
-from sqlalchemy import Connection, event, inspect, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Connection, Dialect, event, inspect, text
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from controlplane.contract.config import hidden_password
+from controlplane.contract.errors import ConfigError
 from controlplane.history.tables import REVISION
 
+DIALECTS = {
+    "sqlite": "sqlite+aiosqlite:////PATH/FILE.db",
+    "postgresql": "postgresql+asyncpg://USER@HOST:5432/NAME",
+}
 BUSY_TIMEOUT_S = 5
 BUSY_AGAIN_S = 0.02
 LOG_AHEAD = "PRAGMA journal_mode=WAL"
@@ -22,12 +29,35 @@ UPGRADE_LOCK = 0x6B65766C
 
 
 def make_engine(url: str) -> AsyncEngine:
-    """An engine whose transactions really begin at BEGIN, on SQLite too."""
-    engine = create_async_engine(url, pool_size=2, max_overflow=0, pool_pre_ping=not url.startswith("sqlite"))
+    """An engine whose transactions really begin at BEGIN, on SQLite too. Raises ConfigError for a URL of no use."""
+    try:
+        engine = create_async_engine(
+            url, pool_size=2, max_overflow=0, pool_pre_ping=not url.startswith("sqlite")
+        )
+    except (SQLAlchemyError, ImportError, ValueError, TypeError) as error:
+        # An unknown dialect, a driver that is not installed or knows no asyncio, a port that is no number. What they
+        # say may have the password in it.
+        raise _unusable(url, error) from None
+    if engine.dialect.name not in DIALECTS or not 0 <= (engine.url.port or 0) < 65536:
+        raise _unusable(url)
+
+    def connect(dialect: Dialect, _: ConnectionPoolEntry, args: list[Any], options: dict[str, Any]) -> object:
+        try:
+            return dialect.connect(*args, **options)
+        except (TypeError, ValueError, OverflowError) as error:  # what stands in the query of the URL
+            raise _unusable(url) from error
+
+    event.listen(engine.sync_engine, "do_connect", connect)
     if engine.dialect.name == "sqlite":
         event.listen(engine.sync_engine, "connect", _prepare_sqlite)
         event.listen(engine.sync_engine, "begin", _begin_immediate)
     return engine
+
+
+def _unusable(url: str, error: Exception | None = None) -> ConfigError:
+    missing = f" ({error})" if isinstance(error, ImportError) else ""
+    forms = " and ".join(DIALECTS.values())
+    return ConfigError(f"database_url = {hidden_password(url)!r}{missing}: what works is {forms}")
 
 
 async def upgrade(engine: AsyncEngine) -> None:

@@ -38,6 +38,39 @@ def url(path: Path) -> str:
     return f"sqlite+aiosqlite:///{path}"
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "foo://",
+        "sqlite://x",
+        "sqlite:///x",
+        "mysql+nothing://h/x",
+        "postgresql://h/x",
+        "postgresql+asyncpg://h:99999/x",
+        "postgresql+asyncpg://u:s3cret@h:abc/db",
+        "postgresql+asyncpg://u:s3cret@[::1/db",
+    ],
+)
+def test_a_url_of_no_use_is_told_as_one(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=r"database_url = .*postgresql\+asyncpg") as caught:
+        HistoryStore(wrong, "c", "c1")
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_query_that_the_driver_does_not_know_keeps_the_history_waiting() -> None:
+    """As a database that is away: the controller goes on."""
+
+    async def main() -> None:
+        for query in ("nonsense=1", "host=127.0.0.1:99999"):
+            engine = schema.make_engine(f"postgresql+asyncpg://u@127.0.0.1:1/db?{query}")
+            with pytest.raises(ConfigError, match="database_url"):
+                async with engine.connect():
+                    pass
+            await engine.dispose()
+
+    asyncio.run(main())
+
+
 def event(number: int, kind: EventKind = EventKind.DIED) -> Event:
     return Event(
         kind=kind,
