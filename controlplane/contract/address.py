@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import re
 import socket
@@ -12,6 +13,12 @@ from pathlib import Path
 from controlplane.contract.errors import ConfigError
 
 UNIX_PATH_BYTES_MAX = 107  # of the kernel: sockaddr_un
+NAME_CHARS_MAX = 253
+LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")  # of a host name
+NUMBER = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
+PORT = re.compile(r"[0-9]{1,5}")
+PORT_AFTER = re.compile(r"(\]|^[^:]*):[^:\]]*$")  # of a URL's host
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 ANY_PORT = (0,)  # whichever is free
 
 
@@ -26,11 +33,63 @@ def port_of(address: str) -> int:
     return int(address.rpartition(":")[2])
 
 
+def address_of(host: str) -> Address | None:
+    """The address that a host stands for, as whoever connects reads it; None: it is a name. IPv4 may be written in
+    fewer parts, in octal and in hexadecimal ("0" is 0.0.0.0), and within IPv6. Raises ValueError if it is neither."""
+    bare, _, scope = host.removeprefix("[").removesuffix("]").partition("%")
+    if host != bare and host not in (f"[{bare}]", f"{bare}%{scope}", f"[{bare}%{scope}]"):
+        raise ValueError(f"{host!r}: brackets go around an address")
+    if scope and not LABEL.fullmatch(scope):
+        raise ValueError(f"{host!r}: no interface has such a name")
+    if ":" in bare:
+        found = ipaddress.IPv6Address(f"{bare}%{scope}" if scope else bare)
+        return found.ipv4_mapped or found
+    if host != bare:
+        raise ValueError(f"{host!r}: brackets and scopes are of IPv6 addresses")
+    labels = bare.removesuffix(".").split(".")
+    if len(bare) > NAME_CHARS_MAX or not all(map(LABEL.fullmatch, labels)):
+        raise ValueError(f"{host!r} is not a host name")
+    if NUMBER.fullmatch(labels[-1]):  # no top-level domain is one: resolvers take it for an address
+        try:
+            return ipaddress.IPv4Address(socket.inet_aton(bare))
+        except OSError:
+            raise ValueError(f"{host!r} is not an IPv4 address") from None
+    return None
+
+
+def host_of(text: str) -> str:
+    """A host without a port. Raises ValueError."""
+    address_of(text)
+    return text
+
+
+def endpoint_of(text: str) -> tuple[str, int]:
+    """Host and port of "host:port" and "[host]:port". Raises ValueError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or (":" in host and not host.startswith("[")) or not PORT.fullmatch(port):
+        raise ValueError(f"{text!r} is not host:port")
+    if not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r}: ports are 1 to 65,535")
+    return host_of(host), int(port)
+
+
+def authority_of(text: str) -> tuple[str, int | None]:
+    """The same where a URL has it: the port may be left out. Raises ValueError."""
+    if PORT_AFTER.search(text):
+        return endpoint_of(text)
+    if ":" in text and not text.startswith("["):
+        raise ValueError(f"{text!r}: an IPv6 address stands in brackets")
+    return host_of(text), None
+
+
 def bound(host: str, port: int) -> socket.socket:
     """A TCP socket bound to a name or an address of this machine; port 0 picks a free one. Raises OSError."""
-    family, kind, protocol, _, where = socket.getaddrinfo(
-        host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except UnicodeError:  # of labels that are empty or too long
+        raise OSError(errno.EINVAL, f"{host!r} is not a host name") from None
     made = socket.socket(family, kind, protocol)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

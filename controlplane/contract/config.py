@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
-import tomllib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
-from controlplane.contract.address import port_range
+from controlplane.contract.address import address_of, authority_of, endpoint_of, host_of, port_range
 from controlplane.contract.errors import ConfigError
-from controlplane.contract.ranges import Range, SettingsError, Text, check_bounds
+from controlplane.contract.ranges import Form, Range, SettingsError, Text, check_bounds, parsed
 from controlplane.contract.topology import Mode, quota_blocks
 
 ETCD_LEASE_MIN_S = 2  # what etcd makes of a shorter one
@@ -29,21 +29,45 @@ CODE_PARITIES = {"xor": 1, "rdp": 2}
 RDP_SHARDS_MAX, RS_SHARDS_MAX = 16, 257  # of kernels/coding; for `rs` parities count, too
 XFORMERS_BLOCK = 64  # tokens of its pages
 SLOTS_MAX = (1 << 31) - 1  # positions of a KV pool: kernels number them in 32 bits
+
+
+def _collector(text: str) -> None:
+    """Raises ValueError."""
+    scheme, slashes, place = text.partition("://")
+    if scheme not in ("http", "https") or not slashes:
+        raise ValueError(f"{text!r} is not http://HOST:PORT")
+    authority_of(place.removesuffix("/"))
+
+
+def _origin(text: str) -> None:
+    """Raises ValueError."""
+    scheme, slashes, place = text.partition("://")
+    if text != "*" and not (slashes and re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme)):
+        raise ValueError(f"{text!r} has no scheme")
+    if text != "*":
+        authority_of(place)
+
+
 # Parts of keys in etcd, of file names and of metric labels.
 NAME = Text(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "1 to 63 letters, digits, '.', '_' and '-', a letter or digit first"
 )
 PATH = Text(r"[^\x00]{1,4096}", "a path")
 MAYBE_PATH = Text(r"[^\x00]{0,4096}", "a path, or nothing")
-HOST = Text(r"[A-Za-z0-9:.%_\[\]-]{1,253}", "a host name or an IP address, without a port")
-ORIGIN = Text(
-    r"\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9.:\[\]-]{1,253}", "an origin, such as https://example.org, or *"
-)
-ADVERTISE = Text(r"[A-Za-z0-9:.%_\[\]-]{0,253}", "a host name or an IP address, without a port, or nothing")
-COLLECTOR = Text(r"(https?://[A-Za-z0-9.:\[\]_-]{1,253}/?)?", "http://HOST:4318, or nothing")
+MODEL_NAME = Text(r"(?=.*\S)[^\x00-\x1f\x7f]{1,256}", "1 to 256 characters of text")
+MAYBE_MODEL_NAME = Text(rf"({MODEL_NAME.pattern})?", f"{MODEL_NAME.what}, or nothing")
+HOST = Form(host_of, "a host name or an IP address, without a port")
+ORIGIN = Form(_origin, "an origin, such as https://example.org, or *")
+ADVERTISE = Form(host_of, "a host name or an IP address, without a port, or nothing", empty=True)
+COLLECTOR = Form(_collector, "http://HOST:4318, or nothing", empty=True)
 PORTS = Text(r"([0-9]{1,5}(-[0-9]{1,5})?)?", "a port, a range such as 7100-7163, or nothing")
-ENDPOINT = Text(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", "host:port")
+ENDPOINT = Form(endpoint_of, "host:port, the port from 1 to 65,535")
 
+BROADCAST = ipaddress.IPv4Address("255.255.255.255")
+
+PROFILES = ("instant", "a10-llama-8b-quarter")  # of dataplane/devices.py
+PROFILE = Text("|".join(PROFILES), f"one of {', '.join(PROFILES)}")
+PING_BYTES = 1024  # at most, of what keeps a link from being silent
 RANGES = ("controller_ports", "node_ports", "link_ports")
 DEFAULT_GROUP = "default"
 RANKS_MAX = 64  # KF_RANKS_MAX of kernels/ranks/exchange.h
@@ -133,7 +157,7 @@ class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     heartbeat_s: Annotated[float, Range(0.01, 60)] = 0.1
     node_lease_s: Annotated[int, Range(ETCD_LEASE_MIN_S, 3600)] = 5
-    leader_lease_s: Annotated[int, Range(ETCD_LEASE_MIN_S, 3600)] = 2
+    leader_lease_s: Annotated[int, Range(ETCD_LEASE_MIN_S, 60)] = 2  # nobody fails over while one runs out
     # Silence that makes a node yellow, if phi finds it unusual.
     suspect_after_s: Annotated[float, Range(0.02, 600)] = 0.6
     # Silence on heartbeats and on links that makes it red. Nodes look each 0.05 s whom to speak to: three times within
@@ -143,8 +167,9 @@ class TimingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     form_grace_s: Annotated[float, Range(0, 86400)] = 15.0
     # The gateway holds streams of a pipeline that is down this long.
     unavailable_grace_s: Annotated[float, Range(0, 86400)] = 5.0
-    # Requests whose gateway is gone, KV whose scheduler is gone, logs of requests that have ended.
-    orphan_grace_s: Annotated[float, Range(0.1, 86400)] = 10.0
+    # Requests whose gateway is gone, KV whose scheduler is gone, logs of requests that have ended. After a takeover
+    # gateways need a moment to claim theirs.
+    orphan_grace_s: Annotated[float, Range(0.5, 86400)] = 10.0
     # A gateway that is told to stop lets answers in one piece finish for so long.
     stop_grace_s: Annotated[float, Range(0, 3600)] = 5.0
     # Of no effect: settings that were written by older code name it.
@@ -197,7 +222,7 @@ class EmulationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `time_scale` times faster."""
 
     time_scale: Annotated[float, Range(1e-3, 1e6)] = 1.0
-    profile: Annotated[str, NAME] = "instant"  # of the device, with executor oracle: dataplane/devices.py
+    profile: Annotated[str, PROFILE] = "instant"  # of the device, with executor oracle: dataplane/devices.py
     # Of a node's network interface; 0: not limited.
     link_bytes_per_s: Annotated[float, Range(0, 1e15)] = 0.0
     sites: tuple[Annotated[int, Range(0, 4095)], ...] = ()  # where n0, n1 ... are; empty: all in one place
@@ -243,9 +268,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     etcd: tuple[Annotated[str, ENDPOINT], ...]
     cluster: Annotated[str, NAME] = "kevlarflow"
     group: Annotated[str, NAME] = DEFAULT_GROUP
-    served_model_name: Annotated[str, Text(r"[^\x00-\x1f\x7f]{0,256}", "up to 256 characters of text")] = (
-        ""  # "": the directory's name
-    )
+    served_model_name: Annotated[str, MAYBE_MODEL_NAME] = ""  # "": the directory's name
     instances: Annotated[int, Range(1, INSTANCES_MAX)] = 2
     stages: Annotated[int, Range(1, 1024)] = 4
     # Processes of a node that compute its stage together (tensor-parallel). It goes on with those that are left when
@@ -381,6 +404,11 @@ def conflict(config: ClusterConfig) -> str | None:
 
 def _conflicts(config: ClusterConfig) -> Iterator[str]:
     engine, timing, emulation = config.engine, config.timing, config.emulation
+    # ---- names
+    if config.model_name == ".." or MODEL_NAME.fault(config.model_name):
+        yield f"model = {config.model!r} ends with no name that clients could ask for: give served_model_name"
+    if twice := _twice(config.gateway.groups):
+        yield f"gateway.groups names {twice!r} twice"
     # ---- sizes
     if config.instances * config.stages > NODES_MAX:
         yield (
@@ -455,14 +483,14 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
         )
     elif timing.suspect_after_s < BEATS_TO_SUSPECT_MIN * timing.heartbeat_s:
         yield (
-            f"timing.heartbeat_s = {timing.heartbeat_s} is to fit into timing.suspect_after_s ="
-            f" {timing.suspect_after_s} {BEATS_TO_SUSPECT_MIN} times: one late heartbeat would make a node suspect"
+            f"timing.suspect_after_s = {timing.suspect_after_s} is less than {BEATS_TO_SUSPECT_MIN} times"
+            f" timing.heartbeat_s = {timing.heartbeat_s}: one late heartbeat would make a node suspect"
         )
     elif timing.dead_after_s - timing.suspect_after_s < timing.heartbeat_s - ROUNDING_S:
         yield (
-            f"timing.heartbeat_s = {timing.heartbeat_s} is to fit between timing.suspect_after_s ="
-            f" {timing.suspect_after_s} and timing.dead_after_s = {timing.dead_after_s}: a node that is suspected"
-            " would be taken for dead before it can say a word"
+            f"between timing.suspect_after_s = {timing.suspect_after_s} and timing.dead_after_s ="
+            f" {timing.dead_after_s} is less than timing.heartbeat_s = {timing.heartbeat_s}: a node that is suspected"
+            " would be dead before it can say a word"
         )
     # ---- addresses
     if is_unspecified(config.advertised):
@@ -470,10 +498,17 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
             f"host = {config.host!r} is bound well but nobody can connect to it, and advertise ="
             f" {config.advertise!r}: give the address that others reach this host at"
         )
+    advertised = address_of(config.advertised)
+    if advertised is not None and (advertised.is_multicast or advertised == BROADCAST):
+        yield f"host = {config.host!r} and advertise = {config.advertise!r}: nobody connects to a group of hosts"
+    if is_loopback(config.host) and advertised is not None and not advertised.is_loopback:
+        yield (
+            f"host = {config.host!r} is reached from this host only, and advertise = {config.advertise!r} tells"
+            " others to connect: bind an address that they reach"
+        )
     yield from _port_conflicts(config)
-    for endpoint in config.etcd:
-        if not 0 < int(endpoint.rpartition(":")[2]) < 65536:
-            yield f"etcd = {endpoint!r}: ports are 1 to 65,535"
+    if twice := _twice(config.etcd):
+        yield f"etcd names {twice!r} twice: each member is to be there once"
     # ---- certificates
     tls = config.tls
     if bool(tls.ca) != bool(tls.cert) or (tls.key and not tls.cert):
@@ -493,8 +528,24 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
     bound = Range(0, 60)
     if any(bound.fault(cell) for row in emulation.latency_s for cell in row):
         yield f"emulation.latency_s = {emulation.latency_s}: {bound.fault(-1)}"
+    slow_s = max((cell for row in emulation.latency_s for cell in row), default=0.0) / emulation.time_scale
+    if slow_s >= timing.dead_after_s:
+        yield (
+            f"emulation.latency_s = {emulation.latency_s} makes messages take {slow_s:g} s, and"
+            f" timing.dead_after_s = {timing.dead_after_s}: nodes would be taken for dead"
+        )
+    bytes_per_s = emulation.link_bytes_per_s * emulation.time_scale
+    if bytes_per_s and bytes_per_s * timing.dead_after_s <= PING_BYTES:
+        yield (
+            f"emulation.link_bytes_per_s = {emulation.link_bytes_per_s} lets no message through within"
+            f" timing.dead_after_s = {timing.dead_after_s}: nodes would be taken for dead"
+        )
     if any(site >= count for site in emulation.sites):
         yield f"emulation.sites = {emulation.sites} names a site that emulation.latency_s has no row for ({count})"
+
+
+def _twice(items: Sequence[str]) -> str | None:
+    return next((item for index, item in enumerate(items) if item in items[:index]), None)
 
 
 def _port_conflicts(config: ClusterConfig) -> Iterator[str]:
@@ -515,17 +566,19 @@ def _port_conflicts(config: ClusterConfig) -> Iterator[str]:
 def is_loopback(host: str) -> bool:
     """Whether only processes of this host reach it. A name other than localhost may be any address."""
     try:
-        return ipaddress.ip_address(host.strip("[]").partition("%")[0]).is_loopback
+        address = address_of(host)
     except ValueError:
-        return host == "localhost"
+        return False
+    return host == "localhost" if address is None else address.is_loopback
 
 
 def is_unspecified(host: str) -> bool:
     """Whether this is every address of a host, such as 0.0.0.0: to bind, not to connect to."""
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_unspecified
+        address = address_of(host)
     except ValueError:
-        return False  # a name
+        return False
+    return address is not None and address.is_unspecified
 
 
 def load_config(
@@ -536,12 +589,14 @@ def load_config(
     Raises ConfigError naming the file, the field and its value.
     """
     try:
-        raw = path.read_bytes()
-        data = tomllib.loads(raw.decode()) if path.suffix == ".toml" else msgspec.json.decode(raw)
+        data = parsed(path.read_bytes(), json=path.suffix != ".toml")
         if not isinstance(data, dict):
             raise ConfigError(f"{path}: the settings must be one object with a field for each")
-        return msgspec.convert({**(defaults or {}), **data, **(given or {})}, ClusterConfig)
+        config = msgspec.convert({**(defaults or {}), **data, **(given or {})}, ClusterConfig)
+        if path.resolve() in (Path(group).resolve() for group in config.gateway.groups):
+            raise ConfigError(f"{path}: gateway.groups names this file, whose group is served anyway")
+        return config
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (msgspec.MsgspecError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # msgspec's are ones, too
         raise ConfigError(f"{path}: {error}") from error

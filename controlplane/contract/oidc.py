@@ -6,7 +6,6 @@ A file of its own, because it says who may operate the cluster and names a secre
 from __future__ import annotations
 
 import os
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +16,7 @@ import msgspec
 from controlplane.contract.auth import Role
 from controlplane.contract.config import MAYBE_PATH, is_loopback
 from controlplane.contract.errors import ConfigError
-from controlplane.contract.ranges import Range, SettingsError, Text, check_bounds
+from controlplane.contract.ranges import Range, SettingsError, Text, check_bounds, parsed
 
 FILE = "oidc.toml"  # in the run directory
 CALLBACK = "/oidc/callback"
@@ -137,14 +136,14 @@ def load_oidc(path: Path, required: bool = False) -> Oidc | None:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             raw = file.read()
-        config = msgspec.convert(tomllib.loads(raw.decode()), OidcConfig)
+        config = msgspec.convert(parsed(raw), OidcConfig)
     except FileNotFoundError as error:
         if required:
             raise ConfigError(f"there is no {path}") from error
         return None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (msgspec.MsgspecError, tomllib.TOMLDecodeError, UnicodeDecodeError, SettingsError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
     if mode & 0o022:
         raise ConfigError(

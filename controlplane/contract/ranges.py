@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
+import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -26,8 +27,9 @@ class Range:
 
     def fault(self, value: object) -> str | None:
         """What is wrong with the value; None if nothing is."""
+        # No float is as large as some whole numbers are: comparisons bear those, isfinite does not. NaN is in no order.
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and math.isfinite(value) and self.low <= value <= self.high:  # type: ignore[arg-type, operator]
+        if number and self.low <= value <= self.high:  # type: ignore[operator]
             return None
         return f"allowed are {self.low:,.12g} to {self.high:,.12g}"
 
@@ -46,7 +48,36 @@ class Text:
         return f"allowed is {self.what}"
 
 
-Bound = Range | Text
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Strings that `read` makes something of; what it raises ValueError for are none. `what` says so in words."""
+
+    read: Callable[[str], object]
+    what: str
+    empty: bool = False  # whether nothing is allowed, too
+
+    def fault(self, value: object) -> str | None:
+        """What is wrong with the value; None if nothing is."""
+        if value == "" and self.empty:
+            return None
+        try:
+            if isinstance(value, str):
+                self.read(value)
+                return None
+        except ValueError:
+            pass
+        return f"allowed is {self.what}"
+
+
+Bound = Range | Text | Form
+
+
+def parsed(raw: bytes, json: bool = False) -> Any:
+    """A file of settings, TOML if it is not JSON. Raises ValueError, whatever is wrong with it."""
+    try:
+        return msgspec.json.decode(raw) if json else tomllib.loads(raw.decode())
+    except RecursionError:
+        raise ValueError("lists and tables stand in one another, far too deep") from None
 
 
 def check_bounds(settings: msgspec.Struct, section: str = "") -> None:

@@ -17,7 +17,6 @@ A host's etcd member, controller and gateway have the host's name. All that a ho
 from __future__ import annotations
 
 import itertools
-import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +27,7 @@ from controlplane.contract.address import join, port_range, too_few
 from controlplane.contract.config import HOST, MAYBE_PATH, NAME, PORTS, RANGES, ClusterConfig, TlsConfig
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.identity import RELAY_NAME, ProcessName, ProcessRole, etcd_name
-from controlplane.contract.ranges import Range, check_bounds
+from controlplane.contract.ranges import Range, check_bounds, parsed
 
 # A host decides these by itself, from where it was joined and what the file says of it.
 OF_A_HOST = ("run_dir", "host", "advertise", "etcd", "tls", "labels", "insecure")
@@ -118,10 +117,10 @@ class HostPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def read_fleet(path: Path) -> Fleet:
     """Raises ConfigError naming the file and what is wrong in it."""
     try:
-        fleet = msgspec.convert(tomllib.loads(path.read_text()), Fleet)
+        fleet = msgspec.convert(parsed(path.read_bytes()), Fleet)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (msgspec.ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
     try:
         _check(fleet)

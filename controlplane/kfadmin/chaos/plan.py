@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import tomllib
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import msgspec
 
 from controlplane.contract.errors import RequestError
+from controlplane.contract.ranges import parsed
 
 FAULTS_MAX = 10_000
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=7 * 86400.0)]
@@ -88,10 +88,10 @@ def load_plan(file: Path | None, given: Mapping[str, Any]) -> Plan:
     found: dict[str, Any] = {}
     if file is not None:
         try:
-            found = tomllib.loads(file.read_text())
+            found = parsed(file.read_bytes())
         except OSError as error:
             raise RequestError(f"cannot read {file}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise RequestError(f"{file}: {error}") from error
     try:
         plan = msgspec.convert({**found, **given}, Plan)

@@ -11,21 +11,31 @@ from typing import Any, get_args, get_origin, get_type_hints
 import msgspec
 import pytest
 
+from controlplane.contract.address import bound
 from controlplane.contract.config import (
+    PROFILES,
     ClusterConfig,
     EmulationConfig,
     EngineConfig,
     GatewayConfig,
     TimingConfig,
     instances_max,
+    is_loopback,
+    is_unspecified,
     load_config,
 )
-from controlplane.contract.errors import ConfigError
+from controlplane.contract.errors import ConfigError, RequestError
+from controlplane.contract.identity import PLAIN
 from controlplane.contract.ids import Member
 from controlplane.contract.keys import encode
+from controlplane.contract.oidc import load_oidc
 from controlplane.contract.topology import Stage
 from controlplane.core.edit import initial
+from controlplane.keyspace.connect import etcd_client
+from controlplane.kfadmin.chaos.plan import load_plan
+from controlplane.kfadmin.fleet import read_fleet
 from controlplane.kfadmin.up import demo_model, packaged_model, settings_of
+from dataplane import devices
 from tests.core.control.world import make_config
 
 ETCD_REQUEST_BYTES = 3 << 19  # its --max-request-bytes, if nothing is said
@@ -85,6 +95,29 @@ def of_file(folder: Path, **settings: Any) -> ClusterConfig:
         ("", "model", ""),
         ("", "host", "http://here"),
         ("", "host", ""),
+        ("", "host", "127.0.0.1:80"),
+        ("", "host", "256.1.1.1"),
+        ("", "host", "[]"),
+        ("", "host", "[::1"),
+        ("", "host", "-"),
+        ("", "host", "1 b.4"),
+        ("", "host", "::1%a b"),
+        ("", "host", "a..b"),
+        ("", "host", "a" * 64),
+        ("", "advertise", "10.0.0.5:99"),
+        ("", "etcd", ["[:::::]:1"]),
+        ("", "etcd", ["...:1"]),
+        ("", "etcd", ["a:65536"]),
+        ("", "served_model_name", "  "),
+        ("gateway", "otlp_endpoint", "http://h:700000"),
+        ("gateway", "otlp_endpoint", "http://["),
+        ("gateway", "otlp_endpoint", "http://h:x"),
+        ("gateway", "cors_origins", ["https://a:99999"]),
+        ("", "gateway_port", 10**400),
+        ("timing", "node_lease_s", 10**400),
+        ("timing", "leader_lease_s", 3600),
+        ("timing", "orphan_grace_s", 0.1),
+        ("emulation", "profile", "nonsense"),
         ("", "etcd", ["nowhere"]),
         ("", "etcd", ["127.0.0.1:2379", "http://127.0.0.1:2379"]),
         ("", "etcd", ["127.0.0.1:0"]),
@@ -152,6 +185,18 @@ def test_out_of_range(tmp_path: Path, section: str, field: str, value: Any) -> N
         ),
         ({"gateway_port": 8100}, ("gateway_port = 8100", "admin_port")),
         ({"host": "0.0.0.0"}, ("host = '0.0.0.0'",)),
+        ({"host": "0", "insecure": True}, ("host = '0'", "advertise")),
+        ({"host": "0x0", "insecure": True}, ("host = '0x0'", "advertise")),
+        ({"host": "::ffff:0.0.0.0", "insecure": True}, ("host = '::ffff:0.0.0.0'", "advertise")),
+        ({"host": "127.0.0.1", "advertise": "10.0.0.5"}, ("host = '127.0.0.1'", "advertise = '10.0.0.5'")),
+        ({"host": "10.0.0.5", "advertise": "224.0.0.1", "insecure": True}, ("advertise = '224.0.0.1'",)),
+        ({"etcd": ["a:1", "b:1", "a:1"]}, ("etcd", "'a:1' twice")),
+        ({"model": "."}, ("model = '.'", "served_model_name")),
+        ({"model": "/"}, ("model = '/'", "served_model_name")),
+        ({"model": "x/.."}, ("model = 'x/..'", "served_model_name")),
+        ({"gateway": {"groups": ["b.toml", "b.toml"]}}, ("gateway.groups", "'b.toml' twice")),
+        ({"emulation": {"latency_s": [[60.0]]}}, ("latency_s", "dead_after_s = 1.2")),
+        ({"emulation": {"link_bytes_per_s": 1e-300}}, ("link_bytes_per_s = 1e-300", "dead_after_s = 1.2")),
         ({"host": "::"}, ("host = '::'",)),
         ({"emulation": {"sites": [0, 1]}}, ("sites = (0, 1)", "latency_s")),
         ({"emulation": {"latency_s": [[0.0, 0.1]]}}, ("latency_s", "square")),
@@ -187,6 +232,63 @@ def test_the_largest_topology_fits_into_etcd(stages: int) -> None:
         for p in blank.pipelines
     )
     assert len(encode(msgspec.structs.replace(blank, pipelines=pipelines))) < ETCD_REQUEST_BYTES
+
+
+def test_a_group_does_not_name_its_own_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gateway\.groups"):
+        of_file(tmp_path, gateway={"groups": [str(tmp_path / "." / "cluster.json")]})
+
+
+def test_devices_that_can_be_named_are_there() -> None:
+    assert set(PROFILES) == set(devices.PROFILES)
+
+
+def test_without_etcd_no_process_starts() -> None:
+    with pytest.raises(ConfigError, match="etcd"):
+        etcd_client(ClusterConfig("r", "m", ()), PLAIN)
+
+
+def test_addresses_as_resolvers_read_them() -> None:
+    for host in ("127.0.0.1", "127.1", "0x7f.1", "::1", "[::1]", "::1%lo", "::ffff:127.0.0.1", "localhost"):
+        assert is_loopback(host), host
+    for host in ("0", "0x0", "0.0.0.0", "::", "[::]", "::ffff:0:0"):
+        assert is_unspecified(host), host
+    for host in (
+        "10.0.0.5",
+        "fe80::1%eth0",
+        "a.example",
+        "a.example.",
+        "node_1",
+        "0a",
+        "1.2.3.4.example",
+        "x" * 63,
+    ):
+        assert not is_loopback(host), host
+        assert not is_unspecified(host), host
+        assert ClusterConfig("r", "m", (), host=host, insecure=True).advertised == host
+    for host in ("...", "a..b", "x" * 64 + ".com"):
+        with pytest.raises(OSError, match=r"not known|not a host name"):
+            bound(host, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deep.toml", "a = " + "[" * 5000),
+        ("deep.json", "[" * 50_000),
+        ("long.toml", "stages = 1" + "0" * 5000),
+        ("longer.toml", "stages = 0x1" + "0" * 5000),
+    ],
+)
+def test_files_that_no_parser_takes(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=name):
+        load_config(tmp_path / name)
+    for load in (read_fleet, load_oidc):
+        with pytest.raises(ConfigError, match=name):
+            load(tmp_path / name)
+    with pytest.raises(RequestError, match=name):
+        load_plan(tmp_path / name, {})
 
 
 def test_what_fits(tmp_path: Path) -> None:
