@@ -54,7 +54,9 @@ class HistoryWriter:
         self._number = 0  # of the batch
         self._news = asyncio.Event()
         self._tried = asyncio.Event()  # whether the database is there has been found out
-        self._upgraded = False  # it has our schema: what it cannot write, on a full disk say, it can still read
+        self._upgraded = (
+            False  # it has our schema: what it cannot write, on a full disk say, it can still read
+        )
         self._since_prune = 0
         self._figures_since_prune = 0
         self.written = 0

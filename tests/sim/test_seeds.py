@@ -1,5 +1,5 @@
-"""What CI runs of the simulator: the first seeds, in pieces that each end in time and say how far they are. Of seeds that
-the committed soak has played with this very code (the digest tells), a tenth is played again."""
+"""What CI runs of the simulator: the first seeds, in pieces that each end in time and say how far they are. Of seeds
+that the committed soak has played with this very code (the digest tells), a tenth is played again."""
 
 from __future__ import annotations
 
