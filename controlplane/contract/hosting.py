@@ -5,6 +5,7 @@ A name is "n" and a number, and the number's remainder by the stages is the stag
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import count, islice
 
 import msgspec
@@ -13,6 +14,7 @@ from controlplane.contract.config import ClusterConfig
 from controlplane.contract.ids import NodeId
 from controlplane.contract.topology import Topology
 
+DIGITS_MAX = 9  # of a node's number
 WANTED_FILE = "nodes-wanted.json"  # in the run directory: `Wanted`, from the relay to the launcher
 
 
@@ -31,7 +33,9 @@ def all_nodes(config: ClusterConfig) -> list[NodeId]:
 def number_of(node: NodeId) -> int:
     """-1: not a node's name."""
     digits = node.removeprefix("n")
-    return int(digits) if digits.isascii() and digits.isdigit() and f"n{int(digits)}" == node else -1
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= DIGITS_MAX):
+        return -1
+    return int(digits) if f"n{int(digits)}" == node else -1
 
 
 def free_homes(topology: Topology, stages: int, instances: int) -> list[tuple[NodeId, ...]]:
@@ -53,7 +57,8 @@ def wanted_nodes(topology: Topology, stages: int, spares: int) -> set[NodeId]:
 
 
 def wanted_here(topology: Topology, config: ClusterConfig) -> Wanted:
-    """What a launcher is to do. Who leaves runs until the topology gives him nothing to do any more."""
+    """What a launcher is to do. Who leaves runs until the topology gives him nothing to do any more. A name that is no
+    node's, which only another hand can have written there, is nothing to start or to end."""
     named = {
         member.node
         for pipeline in topology.pipelines
@@ -63,7 +68,12 @@ def wanted_here(topology: Topology, config: ClusterConfig) -> Wanted:
     named |= {pipeline.move.to.node for pipeline in topology.pipelines if pipeline.move is not None}
     stop = set(topology.leaving) - named
     run = {*all_nodes(config), *wanted_nodes(topology, config.stages, config.spares)} - stop
-    return Wanted(tuple(sorted(run, key=number_of)), tuple(sorted(stop, key=number_of)))
+    return Wanted(_nodes(run), _nodes(stop))
+
+
+def _nodes(names: Iterable[str]) -> tuple[NodeId, ...]:
+    """Those that are nodes' names, n2 before n10."""
+    return tuple(sorted((name for name in names if number_of(name) >= 0), key=number_of))
 
 
 def _homes(topology: Topology, closing: bool = True) -> set[NodeId]:

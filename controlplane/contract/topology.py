@@ -77,12 +77,17 @@ class Pipeline(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def up(self) -> bool:
-        return all(stage.ranks for stage in self.stages)
+        """Whether somebody serves every stage. Without stages, as only another hand can write it, nobody serves it."""
+        return bool(self.stages) and all(stage.ranks for stage in self.stages)
 
     @property
     def scheduler(self) -> Member | None:
         """The member that runs the scheduler, or None while the pipeline is down."""
         return self.stages[0].leader if self.up else None
+
+    def leader_at(self, stage: int) -> Member | None:
+        """Rank 0 of a stage; None: nobody serves it, or there is no such stage in what was read."""
+        return self.stages[stage].leader if 0 <= stage < len(self.stages) else None
 
     def members(self) -> Iterator[Member]:
         for stage in self.stages:

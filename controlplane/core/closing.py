@@ -46,7 +46,7 @@ def moved_away(topology: Topology) -> str:
     """Which stage of a node that is to end moves now, in words; "": none."""
     leaving = set(topology.leaving) if topology.mode is not Mode.STOP_RESTART else set()
     for p in topology.pipelines:
-        leader = p.stages[p.move.stage].leader if p.move is not None else None
+        leader = p.leader_at(p.move.stage) if p.move is not None else None
         if p.move is not None and leader is not None and leader.node in leaving:
             return f"moving {p.id}/{p.move.stage} from {leader.node} to {p.move.to.node}"
     return ""

@@ -82,7 +82,9 @@ def pipelines_stay(s: Situation, after: Topology) -> Iterator[str]:
     stay = [name for name in old if name in new]
     if [p.id for p in after.pipelines] != [*stay, *(name for name in new if name not in old)]:
         yield "pipelines in another order, or twice"
-    yield from (f"{p.id}: {len(p.stages)} stages" for p in new.values() if len(p.stages) != _stages(s, p))
+    for pipeline in new.values():
+        if not pipeline.stages or len(pipeline.stages) != _stages(s, pipeline):
+            yield f"{pipeline.id}: {len(pipeline.stages)} stages"
     for pipeline in (p for p in new.values() if p.id not in old):
         if (
             pipeline.epoch

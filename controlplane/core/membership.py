@@ -92,7 +92,7 @@ class Nodes:
 
     def target(self, pipeline: Pipeline, stage: int, target: Member) -> TargetReport | None:
         """How far `target` is behind the stage's serving member, by the last report; None: unknown."""
-        report = self.report(pipeline.stages[stage].leader, pipeline.id, stage)
+        report = self.report(pipeline.leader_at(stage), pipeline.id, stage)
         if report is None or report.epoch != pipeline.epoch:
             return None
         return next((t for t in report.targets if t.target == target), None)
@@ -104,7 +104,7 @@ class Nodes:
 
     def load(self, pipeline: Pipeline) -> int:
         """Requests running, by the scheduler's last report; also a dead scheduler's."""
-        report = self.report(pipeline.stages[0].leader, pipeline.id, 0)
+        report = self.report(pipeline.leader_at(0), pipeline.id, 0)
         return 0 if report is None else report.running
 
     def stands_still(self, pipeline: Pipeline) -> bool:
@@ -113,7 +113,7 @@ class Nodes:
         return report is not None and report.epoch == pipeline.epoch and _stalls(report)
 
     def queued(self, pipeline: Pipeline) -> int:
-        report = self.report(pipeline.stages[0].leader, pipeline.id, 0)
+        report = self.report(pipeline.leader_at(0), pipeline.id, 0)
         return 0 if report is None else report.waiting
 
     def stalled(
@@ -142,7 +142,7 @@ class Nodes:
                 continue
             blamed, before = scheduler, scheduler
             if 0 <= first.unanswered < len(pipeline.stages):
-                owes = pipeline.stages[first.unanswered].leader
+                owes = pipeline.leader_at(first.unanswered)
                 if owes is not None:
                     guilty[owes] = max(guilty.get(owes, 0.0), first.stalled_s)
                 continue

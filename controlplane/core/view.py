@@ -200,7 +200,7 @@ def _pipeline(pipeline: Pipeline, nodes: Nodes) -> PipelineStatus:
         state = PipelineState.DEGRADED
     else:
         state = PipelineState.UP
-    said = nodes.report(pipeline.stages[0].leader, pipeline.id, 0) or PipelineReport(pipeline.id, 0, 0, -1)
+    said = nodes.report(pipeline.leader_at(0), pipeline.id, 0) or PipelineReport(pipeline.id, 0, 0, -1)
     return PipelineStatus(
         id=pipeline.id,
         state=state,

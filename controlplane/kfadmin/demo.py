@@ -126,7 +126,7 @@ async def _all_under_way(live: list[Stream], running: asyncio.Task[list[Stream]]
 
 def _busiest_node(status: ClusterStatus) -> str:
     """A node in the middle of the pipeline with the most streams."""
-    pipelines = [p for p in status.pipelines if all(stage.serving for stage in p.stages)]
+    pipelines = [p for p in status.pipelines if p.stages and all(stage.serving for stage in p.stages)]
     if not pipelines:
         raise Unreachable("no pipeline serves")
     stages = max(pipelines, key=lambda p: p.running).stages

@@ -42,6 +42,8 @@ class Recorder:
         self, token: str, history: HistoryWriter, is_leader: Callable[[], bool], identity: Identity = PLAIN
     ) -> None:
         self.refused = 0  # reports of gateways
+        self.failed = 0  # rows that could not be made
+        self._told = ""  # why, the last time that it was logged
         self._token = token
         self._identity = identity
         self._history = history
@@ -60,17 +62,28 @@ class Recorder:
         return [row for row in self._rows if row.unix_s > after_unix_s]
 
     async def run(self, status: Callable[[], Awaitable[ClusterStatus]]) -> NoReturn:
-        """Until cancelled: a row every `PERIOD_S`, less often where the status takes long to make."""
+        """Until cancelled: a row every `PERIOD_S`, less often where the status takes long to make. Nothing is decided
+        on rows: one that cannot be made leaves a gap in a chart, and the controller goes on."""
         while True:
             began = time.monotonic()
-            row = self._meter.figures(await status(), time.time(), time.monotonic())
-            took_s = time.monotonic() - began
-            self._rows.append(row)
-            if self._is_leader():
-                self._history.put(row)
-            if not self._read and self._history.healthy:
-                await self._read_earlier()
+            try:
+                row = self._meter.figures(await status(), time.time(), time.monotonic())
+                took_s = time.monotonic() - began
+                await self._keep(row)
+            except Exception as error:
+                took_s = time.monotonic() - began
+                self.failed += 1
+                if repr(error) != self._told:  # once for each cause
+                    self._told = repr(error)
+                    log.exception("a row of figures cannot be made", failed=self.failed)
             await asyncio.sleep(max(PERIOD_S, REST * took_s))
+
+    async def _keep(self, row: Figures) -> None:
+        self._rows.append(row)
+        if self._is_leader():
+            self._history.put(row)
+        if not self._read and self._history.healthy:
+            await self._read_earlier()
 
     async def _read_earlier(self) -> None:
         """Rows of the last hour that an earlier process wrote, or the leader before this controller began."""

@@ -90,6 +90,34 @@ def test_of_what_waits_for_the_database_figures_are_dropped_first(tmp_path: Path
     asyncio.run(main())
 
 
+def test_a_status_that_cannot_be_made_leaves_a_gap_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("controlplane.shell.figures.PERIOD_S", 0.01)
+
+    async def main() -> None:
+        store = HistoryStore(url(tmp_path), "c", "c1")
+        recorder = Recorder(TOKEN, HistoryWriter(store), lambda: True)
+        good = ClusterStatus("c", "g", "m", Mode.REPLICATE, True, 1, False, "", "c1", 0.0, (), (), (), (), ())
+        asked = 0
+
+        async def status() -> ClusterStatus:
+            nonlocal asked
+            asked += 1
+            if asked <= 3:
+                raise IndexError("tuple index out of range")
+            return good
+
+        task = asyncio.create_task(recorder.run(status))
+        await until(lambda: task.done() or len(recorder.rows(0.0)) > 1, "rows are made again")
+        assert not task.done()
+        assert recorder.failed == 3
+        task.cancel()
+        await store.close()
+
+    asyncio.run(main())
+
+
 class Measured:
     """A controller's recorder behind its gRPC server, and the history that it writes."""
 

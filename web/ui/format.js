@@ -44,7 +44,7 @@ export function findings(status) {
   const dead = deadNodes(status);
   for (const pipeline of status.pipelines) {
     const empty = pipeline.stages.flatMap((stage, index) => (stage.serving.some((m) => !dead.has(m.node)) ? [] : [index]));
-    if (pipeline.state === "down") add("bad", `${pipeline.id} is down: nobody serves stage ${empty.join(", ")}.`);
+    if (pipeline.state === "down") add("bad", `${pipeline.id} is down: ${pipeline.stages.length ? `nobody serves stage ${empty.join(", ")}` : "it has no stages"}.`);
     if (pipeline.state === "forming") add("warn", `${pipeline.id} is forming: it waits for stage ${empty.join(", ")}.`);
     pipeline.stages.forEach((stage, index) => {
       if (stage.borrowed)

@@ -111,7 +111,7 @@ class Emptying(OfNode):
         streams = f"{s.nodes.load(pipeline)} streams of {name}"
         if s.topology.mode is Mode.NONE:
             yield Check("warn", "replicas", f"mode none: {streams} are computed again")
-        elif not s.nodes.exchange(pipeline.stages[index].leader, member):
+        elif not s.nodes.exchange(pipeline.leader_at(index), member):
             yield Check("warn", "replicas", f"{to} has other numerics: {streams} are computed again")
         elif lag is None:
             yield Check("ok", "replicas", f"{to} has no copy yet: {streams} are copied first")

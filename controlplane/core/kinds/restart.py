@@ -222,6 +222,8 @@ def _fresh(s: Situation, target: Target) -> bool:
 def _protected(s: Situation, stage: int) -> bool:
     """Every pipeline's stage is served, rests, and has a copy that has caught up where anybody could hold one."""
     for pipeline in s.topology.pipelines:
+        if not 0 <= stage < len(pipeline.stages):  # where a topology is not what it should be
+            continue
         place, move = pipeline.stages[stage], pipeline.move
         if not place.ranks or (move is not None and move.stage == stage):
             return False

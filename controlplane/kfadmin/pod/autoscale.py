@@ -98,7 +98,7 @@ def kv_use(status: ClusterStatus) -> float:
 def pods_of(status: ClusterStatus, instances: int, spares: int) -> int:
     """How many pods the StatefulSet of each stage has to have for so many instances. None is left out that is home to a
     stage, serves or holds a copy; the last ones of a StatefulSet go first."""
-    stages = max((len(pipeline.stages) for pipeline in status.pipelines), default=1)
+    stages = max((1, *(len(pipeline.stages) for pipeline in status.pipelines)))
     return max(instances + spares, *(1 + number_of(node) // stages for node in _needed(status)), 0)
 
 

@@ -8,14 +8,25 @@ import pytest
 from msgspec.structs import replace
 
 from controlplane.contract.events import EventKind
+from controlplane.contract.hosting import Wanted, wanted_here
 from controlplane.contract.ids import Member
 from controlplane.contract.records import Operation, OperationKind, ProcessKind, Target
+from controlplane.contract.requests import Sampling
+from controlplane.contract.status import PipelineState
 from controlplane.contract.topology import Move, Pipeline, Topology
+from controlplane.core.closing import moved_away
 from controlplane.core.edit import successor, with_stage
 from controlplane.core.invariants import blemishes, broken
+from controlplane.core.kinds.restart import _protected
 from controlplane.core.plan import propose
+from controlplane.kfadmin.client import Unreachable
+from controlplane.kfadmin.demo import _busiest_node
+from controlplane.kfadmin.pod.autoscale import pods_of
 from tests.core.control.sim import Sim, formed
 from tests.core.control.world import World, make_config
+from web.gateway.routing.events import Fail, StreamUp, SubmitAsked, Tick, TopologySeen
+from web.gateway.routing.policy import Policy
+from web.gateway.routing.router import Router
 
 Spoil = Callable[[Sim, Pipeline], Pipeline]
 
@@ -44,6 +55,18 @@ def too_few_stages(sim: Sim, p: Pipeline) -> Pipeline:
     return replace(p, stages=p.stages[:2])
 
 
+def no_stages(sim: Sim, p: Pipeline) -> Pipeline:
+    return replace(p, stages=())
+
+
+def a_home_of_no_name(sim: Sim, p: Pipeline) -> Pipeline:
+    return with_stage(p, 0, homes=("../x",), ranks=(), replicas=())
+
+
+def a_home_with_too_long_a_number(sim: Sim, p: Pipeline) -> Pipeline:
+    return with_stage(p, 0, homes=("n" + "9" * 5000,), ranks=(), replicas=())
+
+
 def move_of_no_stage(sim: Sim, p: Pipeline) -> Pipeline:
     return replace(p, move=Move(9, sim.nodes["n4"].member, "hand-back"))
 
@@ -67,6 +90,9 @@ SPOILS = [
     too_many_ranks,
     no_homes,
     too_few_stages,
+    no_stages,
+    a_home_of_no_name,
+    a_home_with_too_long_a_number,
     move_of_no_stage,
     move_to_itself,
     another_process,
@@ -92,6 +118,74 @@ def test_a_blemish_in_p0_costs_p1_nothing(spoil: Spoil, victim: str) -> None:
     assert len(sim.written) - written < 20, "it does not write for ever"
     told = [event.message for event in sim.history if event.kind is EventKind.BLEMISH]
     assert len(told) == len(set(told)) < 10, "each once"
+
+
+@pytest.mark.parametrize("spoil", SPOILS, ids=[spoil.__name__ for spoil in SPOILS])
+def test_a_blemish_in_p0_ends_no_status_and_no_gateway(spoil: Spoil) -> None:
+    sim = formed(3, 4, controllers=1)
+    good, core = sim.topology, sim.cores["c1"]
+    assert good is not None
+    router = Router(Policy())
+    for event in (TopologySeen(good), *(StreamUp(p.stages[0].ranks[0]) for p in good.pipelines)):
+        router.step(event, sim.now)
+    for rid in range(3):
+        router.step(SubmitAsked(rid, (1, 2), Sampling(4, seed=1)), sim.now)
+    core.status(sim.now)
+    p0 = spoil(sim, good.pipelines[0])
+    bad = replace(good, counter=good.counter + 1, pipelines=(p0, *good.pipelines[1:]), paused=True)
+    sim.put_topology(bad)
+    assert core.status(sim.now).pipelines[1].state is PipelineState.UP
+    router.step(TopologySeen(bad), sim.now)
+    effects = router.step(Tick(), sim.now + 1.0)
+    router.step(SubmitAsked(9, (1, 2), Sampling(4, seed=1)), sim.now + 1.0)
+    assert not [effect for effect in effects if isinstance(effect, Fail)], "its requests go to the others"
+    assert router.reachable >= 2
+    down = [line for line in router.troubles(sim.now + 1.0) if line.startswith("p0 is down")]
+    assert len(down) == (0 if p0.up else 1)
+
+
+@pytest.mark.parametrize("spoil", SPOILS, ids=[spoil.__name__ for spoil in SPOILS])
+def test_of_whatever_a_topology_says_launchers_start_nodes_alone(spoil: Spoil) -> None:
+    sim = formed(3, 4, controllers=1)
+    assert sim.topology is not None
+    p0, *others = sim.topology.pipelines
+    bad = replace(sim.topology, pipelines=(spoil(sim, p0), *others), leaving=("n11", "", "../y", "nx"))
+    assert wanted_here(bad, sim.config) == Wanted(tuple(f"n{number}" for number in range(12)), ())
+
+
+def test_a_move_of_no_stage_moves_nobody_away() -> None:
+    sim = formed(3, 4, controllers=1)
+    assert sim.topology is not None
+    p0, *others = sim.topology.pipelines
+    assert not moved_away(
+        replace(sim.topology, pipelines=(move_of_no_stage(sim, p0), *others), leaving=("n0",))
+    )
+
+
+def test_a_pipeline_without_stages_is_down_and_named() -> None:
+    sim = formed(2, 4, controllers=1)
+    assert sim.topology is not None
+    p0, p1 = sim.topology.pipelines
+    bad = replace(sim.topology, counter=sim.topology.counter + 1, pipelines=(no_stages(sim, p0), p1))
+    assert (bad.pipelines[0].up, bad.pipelines[0].scheduler) == (False, None)
+    assert [bad.pipelines[0].leader_at(0), p0.leader_at(-1), p0.leader_at(4)] == [None] * 3
+    sim.put_topology(bad)
+    status = sim.cores["c1"].status(sim.now)
+    assert [p.state for p in status.pipelines] == [PipelineState.DOWN, PipelineState.UP]
+    assert status.blemishes == ("pipelines_stay: p0: 0 stages",)
+    assert pods_of(status, 1, 0) == 2
+    alone = replace(status, pipelines=status.pipelines[:1])
+    assert pods_of(alone, 1, 0) == 1
+    with pytest.raises(Unreachable):
+        _busiest_node(alone)
+
+
+def test_a_pipeline_that_lacks_a_stage_does_not_hold_up_the_restart_of_others() -> None:
+    world = formed_world()
+    assert _protected(world.situation(), 1)
+    p0, *others = world.topology.pipelines
+    world.topology = replace(world.topology, pipelines=(replace(p0, stages=p0.stages[:1]), *others))
+    assert _protected(world.situation(), 1)
 
 
 def test_a_blemish_is_told_once_and_shown_for_as_long_as_it_is_there() -> None:

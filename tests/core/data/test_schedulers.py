@@ -14,6 +14,8 @@ from dataplane.core.messages import Fence, HeldMeta, Meta, RejoinMeta, StepMeta
 from dataplane.frontdoor import Frontdoor
 from dataplane.schedulers import CRASHES_MAX, Schedulers
 from dataplane.worker import Message
+from tests.core.control.sim import formed
+from tests.core.control.test_blemishes import SPOILS, Spoil
 from tests.core.data.parts import LIMITS, ME, NEXT, submitted
 
 
@@ -62,6 +64,21 @@ def test_questions_of_one_pipeline_outlive_a_new_epoch_of_another() -> None:
     assert ("p1", Fence(1)) in asked
     assert ("p0", Fence(2)) in asked
     assert ("p0", Fence(1)) not in asked
+
+
+@pytest.mark.parametrize("mode", [Mode.REPLICATE, Mode.LOAD_AWARE])
+@pytest.mark.parametrize("spoil", SPOILS, ids=[spoil.__name__ for spoil in SPOILS])
+def test_a_blemish_in_p0_ends_no_scheduler_of_p1(spoil: Spoil, mode: Mode) -> None:
+    """Here the node that schedules p1 is ours."""
+    sim = formed(3, 4, controllers=1)
+    assert sim.topology is not None
+    p0, p1, p2 = sim.topology.pipelines
+    ours = structs.replace(p1.stages[0], homes=(ME.node,), ranks=(ME,))
+    p1 = structs.replace(p1, stages=(ours, *p1.stages[1:]))
+    host = Host(ME)
+    for counter, first in ((1, p0), (2, spoil(sim, p0))):
+        host.schedulers.on_topology(Topology("g", counter, mode, (first, p1, p2)), RECORDS)
+        assert "p1" in host.schedulers.by_pipeline
 
 
 @pytest.mark.parametrize("stage", [0, 1])

@@ -26,7 +26,7 @@ def troubles(
     for pipeline in pipelines:
         if not pipeline.up:
             empty = ", ".join(str(i) for i, stage in enumerate(pipeline.stages) if not stage.ranks)
-            yield f"{pipeline.id} is down: nobody serves stage {empty}"
+            yield f"{pipeline.id} is down: {f'nobody serves stage {empty}' if empty else 'it has no stages'}"
             continue
         if not reachable(pipeline):
             yield f"{pipeline.id}: its scheduler on {pipeline.scheduler} cannot be reached"

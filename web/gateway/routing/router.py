@@ -189,7 +189,7 @@ class Router:
         self._wake()
         old, self._pipelines = self._pipelines, {p.id: p for p in topology.pipelines}
         self.pipelines_up = sum(p.scheduler is not None for p in topology.pipelines)
-        hosts = {p.stages[0].leader for p in topology.pipelines} - {None}
+        hosts = {p.leader_at(0) for p in topology.pipelines} - {None}
         for member in sorted(m for m in hosts if m is not None and m not in self._streams):
             self._streams[member] = False
             out.append(OpenStream(member))
