@@ -233,11 +233,88 @@ MANY = [{"role": "user", "content": "x" * 40}] * 20_000
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(30) }}",
         "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
         "{% for a in messages | map('upper') %}{% for b in messages | map('upper') %}{% endfor %}{% endfor %}",
+        "{% for m in messages %}{% set x = messages | tojson %}{% endfor %}",
     ],
 )
 def test_work_is_bounded(source: str) -> None:
     with pytest.raises(RequestError, match=r"too much work|recursion"):
         ChatTemplate(source, SPECIAL, 10**9).render(MANY)
+
+
+# As Qwen3's: it looks for the last question from the end, and asks how many messages there are for each.
+FROM_THE_END = """{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and message.content is string
+        and not(message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set reasoning_content = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set reasoning_content = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set reasoning_content = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {{- '<|im_start|>' + message.role + '\n' }}
+        {%- if loop.index0 > ns.last_query_index and (loop.last or reasoning_content) %}
+            {{- '<think>\n' + reasoning_content.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+        {%- else %}
+            {{- content }}
+        {%- endif %}
+        {%- for tool_call in message.tool_calls or [] %}
+            {%- if (loop.first and content) or not loop.first %}
+                {{- '\n' }}
+            {%- endif %}
+            {%- set tool_call = tool_call.function %}
+            {{- '<tool_call>\n{"name": "' + tool_call.name + '", "arguments": ' }}
+            {{- tool_call.arguments if tool_call.arguments is string else tool_call.arguments | tojson }}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == "tool" %}
+        {%- if loop.first or (messages[loop.index0 - 1].role != "tool") %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\n<tool_response>\n' + content + '\n</tool_response>' }}
+        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
+            {{- '<|im_end|>\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}"""
+CALLS_F = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+TURNS: dict[str, list[dict[str, Any]]] = {
+    "chat": [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nyes"},
+    ],
+    "agent": [
+        {"role": "assistant", "content": "", "tool_calls": [CALLS_F]},
+        {"role": "tool", "content": "ok", "tool_call_id": "c"},
+    ],
+    "many calls": [{"role": "assistant", "content": "", "tool_calls": [CALLS_F] * 100}] * 2,
+}
+
+
+@pytest.mark.parametrize(("turns", "times"), [("chat", 2000), ("agent", 2000), ("many calls", 60)])
+def test_work_grows_with_the_conversation(turns: str, times: int) -> None:
+    talk = [{"role": "user", "content": "go"}, *TURNS[turns] * times]
+    rendered, _ = render_jinja_template([talk], chat_template=FROM_THE_END)
+    assert ChatTemplate(FROM_THE_END, {}, 10**7).render(talk) == rendered[0]
+
+
+def test_long_texts_may_be_trimmed() -> None:
+    """As Llama 3's template does with each message: of a million tokens, say."""
+    talk = [{"role": "user", "content": " " + "x" * 100_000}] * 50
+    text = ChatTemplate("{% for m in messages %}{{ m.content | trim }}{% endfor %}", {}, 10**7).render(talk)
+    assert text == "x" * 5_000_000
 
 
 def test_parts_of_a_message_reach_templates_that_go_through_them() -> None:

@@ -62,7 +62,7 @@ class ChatTemplate:
 
         `tools`: functions as OpenAI's API describes them.
         """
-        self._environment.begin()
+        self._environment.begin(len(tools or ()) + sum(map(_entries, messages)))
         pieces: list[str] = []
         left = self._chars_max
         variables: dict[str, Any] = {
@@ -145,6 +145,12 @@ def _settings(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} does not hold an object")
     return data
+
+
+def _entries(message: Mapping[str, Any]) -> int:
+    """The message, its parts and its calls: what templates do something for."""
+    inner = (message.get("content"), message.get("tool_calls"))
+    return 1 + sum(len(values) for values in inner if isinstance(values, list))
 
 
 def _loops_over_content(tree: nodes.Template) -> bool:

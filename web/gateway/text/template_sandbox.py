@@ -22,19 +22,32 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-WORK_MAX = 200_000  # look-ups, calls and pieces of output of one rendering, about a microsecond each
+# Look-ups, calls and pieces of output of one rendering, about a microsecond each: templates need them for each message.
+WORK_MAX = 200_000
+WORK_PER_ENTRY = 100
+ENTRIES_MAX = 10_000  # what is beyond gives no more
+WORK_PER_CALL = 3
+PASSES_WORK_MAX = 200_000  # of what goes over all messages or a text: once for each message is too often
 REPEAT_MAX = 1_000_000  # characters or items that one multiplication may make
 BASE_MAX, EXPONENT_MAX = 1_000_000, 64  # of a power
 COPIED_CHARS_PER_WORK = 4096
-COPIED_ITEMS_PER_WORK = 1024
+COPIED_ITEMS_PER_WORK = 512
+WRITTEN_CHARS_PER_WORK = 128  # of JSON
 FILTERED_PER_WORK = 8
 LOOPED_PER_WORK = 8
+
+# Filters that do not go over what they are given, and of texts those that only copy them.
+AT_ONCE = frozenset({"count", "d", "default", "first", "last", "length", "random"})
+COPYING = frozenset({"lower", "replace", "string", "trim", "upper"})
+
+TOO_MUCH = "the chat template does too much work for these messages"
 
 
 class _Work(threading.local):
     """Long conversations are rendered in threads."""
 
     left = WORK_MAX
+    passes_left = PASSES_WORK_MAX
 
 
 class _Generator(CodeGenerator):
@@ -77,8 +90,8 @@ class Environment(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
         self._work = _Work()
-        self.filters = {name: self._charging(function) for name, function in self.filters.items()}
-        self.filters["tojson"] = _to_json
+        self.filters = {name: self._charging(name, function) for name, function in self.filters.items()}
+        self.filters["tojson"] = self._to_json
         self.globals |= {
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,
@@ -86,27 +99,33 @@ class Environment(ImmutableSandboxedEnvironment):
             "namespace": _Namespace,
         }
 
-    def begin(self) -> None:
-        """A rendering begins in this thread."""
-        self._work.left = WORK_MAX
+    def begin(self, entries: int = 0) -> None:
+        """A rendering begins in this thread. `entries` of the conversation: messages, parts of them, calls, tools."""
+        self._work.left = WORK_MAX + WORK_PER_ENTRY * min(entries, ENTRIES_MAX)
+        self._work.passes_left = PASSES_WORK_MAX
 
     def spend(self, work: int = 1) -> None:
         self._work.left -= work
         if self._work.left < 0:
-            raise SecurityError("the chat template does too much work for these messages")
+            raise SecurityError(TOO_MUCH)
+
+    def pass_over(self, work: int) -> None:
+        self._work.passes_left -= work
+        if self._work.passes_left < 0:
+            raise SecurityError(TOO_MUCH)
 
     def charged(self, value: Any) -> Any:
         """What was made by copying."""
         if isinstance(value, str):
-            self.spend(len(value) // COPIED_CHARS_PER_WORK)
+            self.pass_over(len(value) // COPIED_CHARS_PER_WORK)
         elif isinstance(value, list | tuple):
-            self.spend(len(value) // COPIED_ITEMS_PER_WORK)
+            self.pass_over(len(value) // COPIED_ITEMS_PER_WORK)
         return value
 
     def counted(self, values: Any) -> Any:
         """What a loop goes over."""
         if isinstance(values, Sized):
-            self.spend(len(values) // LOOPED_PER_WORK)
+            self.pass_over(len(values) // LOOPED_PER_WORK)
             return values
         return self._counting(iter(values))
 
@@ -115,16 +134,36 @@ class Environment(ImmutableSandboxedEnvironment):
             self.spend()
             yield value
 
-    def _charging(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _charging(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        gone_over: tuple[type[Sized], ...] = (str, list, tuple)
+        if name in AT_ONCE:
+            gone_over = ()
+        elif name in COPYING:
+            gone_over = (list, tuple)
+
         @functools.wraps(function)
         def charging(*args: Any, **kwargs: Any) -> Any:
+            self.spend()
             # Jinja passes an environment or a context first to those filters that want one.
-            self.spend(
-                1 + sum(len(a) for a in args[:2] if isinstance(a, str | list | tuple)) // FILTERED_PER_WORK
-            )
+            self.pass_over(sum(len(a) for a in args[:2] if isinstance(a, gone_over)) // FILTERED_PER_WORK)
             return self.charged(function(*args, **kwargs))
 
         return charging
+
+    def _to_json(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        self.spend()
+        text = json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+        self.pass_over(len(text) // WRITTEN_CHARS_PER_WORK)
+        return text
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         self.spend()
@@ -135,7 +174,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return super().getitem(obj, argument)
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self.spend()
+        self.spend(WORK_PER_CALL)
         result = super().call(context, obj, *args, **kwargs)
         if isinstance(result, range):
             self.spend(len(result))  # the loop over it costs this much, even if its body is empty
@@ -160,18 +199,6 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
 
 
 class _Dict:
