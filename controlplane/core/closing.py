@@ -10,18 +10,18 @@ from collections.abc import Iterator
 
 from controlplane.contract.topology import Mode, Topology
 from controlplane.core.edit import successor
-from controlplane.core.placement import takers
+from controlplane.core.placement import Layout, Takers
 from controlplane.core.policy import LEAVING, Situation, Want
 
 
-def departures(s: Situation) -> Iterator[Want]:
+def departures(s: Situation, layout: Layout) -> Iterator[Want]:
     """Stages on nodes that are to end."""
     leaving = set(s.topology.leaving)
     for pipeline in s.pipelines if leaving else ():
         for index, stage in enumerate(pipeline.stages):
             if stage.leader is not None and stage.leader.node in leaving:
-                able = tuple(m.node for m in takers(s, pipeline, index, keep_kv=False))
-                yield Want(pipeline.id, index, able, LEAVING)
+                to = Takers(s, layout, pipeline, index, keep_kv=False)
+                yield Want(pipeline.id, index, to, LEAVING)
 
 
 def remove_closed(s: Situation) -> Topology | None:

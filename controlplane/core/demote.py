@@ -6,19 +6,18 @@ from collections.abc import Iterator
 
 from controlplane.contract.topology import Mode, Topology
 from controlplane.core.edit import successor
-from controlplane.core.placement import takers
+from controlplane.core.placement import Layout, Takers
 from controlplane.core.policy import PROBATION, Situation, Want
 
 
-def relief(s: Situation) -> Iterator[Want]:
+def relief(s: Situation, layout: Layout) -> Iterator[Want]:
     """Stages served by members on probation, if there is anybody better: nothing is lost in a planned move."""
     for pipeline in s.pipelines:
         for index, stage in enumerate(pipeline.stages):
             if stage.leader is None or stage.leader.node not in s.nodes.demoted:
                 continue
-            able = [m.node for m in takers(s, pipeline, index, keep_kv=True) if m.node not in s.nodes.demoted]
-            if able:
-                yield Want(pipeline.id, index, tuple(able), PROBATION)
+            if better := Takers(s, layout, pipeline, index, keep_kv=True, sound=True):
+                yield Want(pipeline.id, index, better, PROBATION)
 
 
 def restart_faulty(s: Situation) -> Topology | None:

@@ -23,8 +23,10 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
-from controlplane.contract.ids import Member, NodeId
+from controlplane.contract.ids import Member, NodeId, PipelineId
 from controlplane.contract.topology import Mode, Pipeline, Topology
 from controlplane.core.membership import NodeView
 from controlplane.core.policy import Situation
@@ -47,8 +49,6 @@ class Layout:
     def __init__(self, topology: Topology) -> None:
         self.topology = topology  # as it was in the beginning; only its settings count
         self.pipelines = list(topology.pipelines)
-        self.counts = served_counts(topology)
-        self.order = {p.id: i for i, p in enumerate(topology.pipelines)}
         self._homes: dict[int, dict[NodeId, int]] = {}
         self._rings: dict[int, set[NodeId]] = {}
         # The rings in their order: by places of pipelines.
@@ -56,6 +56,15 @@ class Layout:
         self._by_name: dict[int, _Weighed] = {}
         self._by_place: dict[int, _Weighed] = {}
         self._common: dict[int, int] = {}
+
+    @cached_property
+    def counts(self) -> Counter[NodeId]:
+        """How many stages each node serves."""
+        return Counter(m.node for pipeline in self.pipelines for m in pipeline.members())
+
+    @cached_property
+    def order(self) -> dict[PipelineId, int]:
+        return {p.id: i for i, p in enumerate(self.pipelines)}
 
     def homes(self, stage: int) -> dict[NodeId, int]:
         """Which pipeline, by its place in the topology, each node is home to."""
@@ -82,9 +91,10 @@ class Layout:
     def put(self, pipeline: Pipeline) -> None:
         """In place of the one of that name. What it looks at depends on its own length, not on the group's size."""
         index = self.order[pipeline.id]
-        old, self.pipelines[index] = self.pipelines[index], pipeline
+        old = self.pipelines[index]
         touched = {m.node for p in (old, pipeline) for m in p.members()}
         before = {node: self.counts[node] for node in touched}
+        self.pipelines[index] = pipeline
         self.counts.subtract(m.node for m in old.members())
         self.counts.update(m.node for m in pipeline.members())
         for weighed in (*self._by_name.values(), *self._by_place.values()):
@@ -115,8 +125,8 @@ class Layout:
             yield places[at % len(places)][1]
 
     def lightest(self, s: Situation, stage: int, away: NodeView | None) -> Iterator[NodeId]:
-        """Usable nodes with the stage's weights: first those that are not on probation, and of these who serves least;
-        then those that are further from `away`; by name."""
+        """Nodes with the stage's weights that may get a duty: first those that are not on probation, and of these who
+        serves least; then those that are further from `away`; by name."""
         if stage not in self._by_name:
             self._by_name[stage] = _Weighed(s, stage, self.counts, {}, 0)
         views = s.nodes.by_stage.get(stage, {})
@@ -156,7 +166,7 @@ class Layout:
 
 
 class _Weighed:
-    """The usable nodes of a stage by what they serve; among those that serve as much in a fixed order."""
+    """The nodes of a stage that may get a duty, by what they serve; among those that serve as much in a fixed order."""
 
     def __init__(
         self, s: Situation, stage: int, counts: Counter[NodeId], places: dict[NodeId, int], elsewhere: int
@@ -165,7 +175,7 @@ class _Weighed:
         self._elsewhere = elsewhere  # the place of who has none
         self._classes: dict[tuple[bool, int], list[tuple[int, NodeId]]] = {}  # on probation, stages served
         for node, view in s.nodes.by_stage.get(stage, {}).items():
-            if view.usable:
+            if view.usable and _free(s, view):
                 self._classes.setdefault((view.demoted, counts[node]), []).append(self._entry(node))
         for nodes in self._classes.values():
             nodes.sort()
@@ -222,6 +232,34 @@ def first_takers(
     away = _home(s, pipeline, stage)
     others = (views[node].member for node in layout.lightest(s, stage, away) if node not in near)
     return heapq.merge(sorted(first, key=rank), (m for m in others if able(s, pipeline, m)), key=rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Takers:
+    """The nodes of `takers` in the same order, found as they are asked for: nearly always the first one is enough."""
+
+    s: Situation
+    layout: Layout  # of its topology
+    pipeline: Pipeline
+    stage: int
+    keep_kv: bool
+    sound: bool = False  # none that is on probation
+
+    def __iter__(self) -> Iterator[NodeId]:
+        found = first_takers(self.s, self.layout, self.pipeline, self.stage, keep_kv=self.keep_kv)
+        for member in found:
+            if self.sound and member.node in self.s.nodes.demoted:
+                return  # they come last
+            yield member.node
+
+    def __bool__(self) -> bool:
+        return next(iter(self), None) is not None
+
+
+def free_members(s: Situation, stage: int) -> list[Member]:
+    """Who holds a stage's weights and may get a duty: to be found once, where many pipelines ask whether anybody is
+    `able`."""
+    return [v.member for v in s.nodes.by_stage.get(stage, {}).values() if v.usable and _free(s, v)]
 
 
 def able(s: Situation, pipeline: Pipeline, member: Member) -> bool:

@@ -118,9 +118,10 @@ def adopt_mode(s: Situation) -> Topology | None:
 
 def call_off_unwanted(s: Situation) -> Topology | None:
     """A move whose operation was cancelled, failed or deleted, or whose home is taken already."""
-    if not any(p.move is not None for p in s.topology.pipelines):
+    places = {(p.id, p.move.stage) for p in s.pipelines if p.move is not None}
+    if not places:
         return None
-    wanted = {(w.pipeline, w.stage, node) for w in wants(s) for node in w.to}
+    wanted = {place: w.to for w in wants(s) if (place := (w.pipeline, w.stage)) in places}
     for pipeline in s.pipelines:
         move = pipeline.move
         # A destination that is only under suspicion is not wanted for anything new, yet nothing speaks against it.
@@ -128,7 +129,7 @@ def call_off_unwanted(s: Situation) -> Topology | None:
             continue
         if move.reason in s.policy.unknown:
             continue  # newer code may have begun it: that it cannot be read does not say that it is over
-        if (pipeline.id, move.stage, move.to.node) not in wanted:
+        if move.to.node not in wanted.get((pipeline.id, move.stage), ()):
             return successor(s.topology, replace(pipeline, move=None))
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from controlplane.contract.config import ClusterConfig
@@ -41,7 +41,7 @@ class Want:
 
     pipeline: PipelineId
     stage: int
-    to: tuple[NodeId, ...]
+    to: Iterable[NodeId]  # read as often as one likes; who they are may be found out only then
     reason: str  # HAND_BACK, PROBATION, GATHER, LEAVING or an operation's id
 
 

@@ -19,6 +19,7 @@ def repair(s: Situation) -> Topology | None:
 
     Who may be alive stays where nobody can take its place: to be taken for dead costs nobody anything then."""
     draft = _Draft(s)
+    serving: set[PipelineId] | None = None
     for pipeline in s.pipelines:
         dead = [i for i, st in enumerate(pipeline.stages) if any(s.nodes.is_dead(m) for m in st.ranks)]
         gone = [i for i in dead if any(s.nodes.is_gone(m) for m in pipeline.stages[i].ranks)]
@@ -27,7 +28,9 @@ def repair(s: Situation) -> Topology | None:
                 return _stop(s, pipeline)
             continue
         if s.topology.mode in HOLDER_MODES:
-            if lost := dead if _others_serve(s, pipeline) else gone:
+            if dead and serving is None:
+                serving = _serving(s)
+            if lost := dead if serving and serving != {pipeline.id} else gone:
                 for index in lost:
                     pipeline = with_stage(pipeline, index, ranks=())
                 draft.put(replace(pipeline, move=None), lost)
@@ -153,12 +156,9 @@ def _stop(s: Situation, pipeline: Pipeline) -> Topology:
     return successor(s.topology, replace(emptied, move=None), retired=(*s.topology.retired, *survivors))
 
 
-def _others_serve(s: Situation, pipeline: Pipeline) -> bool:
-    """Whether another pipeline can go on with this one's requests."""
-    return any(
-        other.up and other.id != pipeline.id and not any(map(s.nodes.is_dead, other.members()))
-        for other in s.topology.pipelines
-    )
+def _serving(s: Situation) -> set[PipelineId]:
+    """The pipelines that can go on with another one's requests."""
+    return {p.id for p in s.topology.pipelines if p.up and not any(map(s.nodes.is_dead, p.members()))}
 
 
 def _at_home(s: Situation, pipeline: Pipeline, stages: list[int]) -> Pipeline | None:

@@ -9,7 +9,7 @@ from controlplane.contract.ids import NodeId
 from controlplane.contract.status import Check
 from controlplane.contract.topology import Mode, Topology
 from controlplane.core.kinds.nodes import OfNode, peers_left
-from controlplane.core.placement import takers
+from controlplane.core.placement import Layout, Takers, takers
 from controlplane.core.policy import Situation, Want
 
 CAPACITY_WARN = 0.85
@@ -25,7 +25,7 @@ class Emptying(OfNode):
     def moves_nodes(self) -> bool:
         return True
 
-    def wants(self, s: Situation) -> Iterable[Want]:
+    def wants(self, s: Situation, layout: Layout) -> Iterable[Want]:
         op = self.op
         if op.node not in s.emptying:
             return
@@ -38,12 +38,12 @@ class Emptying(OfNode):
                     if leader.node != op.substitute:
                         yield Want(pipeline.id, index, (op.substitute,), op.id)
                 elif leader.node == op.node:
-                    able = tuple(m.node for m in takers(s, pipeline, index, keep_kv=False))
-                    yield Want(pipeline.id, index, able, op.id)
+                    to = Takers(s, layout, pipeline, index, keep_kv=False)
+                    yield Want(pipeline.id, index, to, op.id)
 
     def doing(self, s: Situation) -> str:
         op = self.op
-        places = {(w.pipeline, w.stage): w for w in self.wants(s)}
+        places = {(w.pipeline, w.stage): w for w in self.wants(s, Layout(s.topology))}
         for p in s.topology.pipelines:
             if p.move is not None and (p.id, p.move.stage) in places:
                 return f"moving {p.id}/{p.move.stage} to {p.move.to.node}"

@@ -17,6 +17,7 @@ from controlplane.contract.records import Operation, OperationKind
 from controlplane.contract.status import Check, OperationRequest
 from controlplane.contract.topology import Topology
 from controlplane.core.membership import Nodes
+from controlplane.core.placement import Layout
 from controlplane.core.policy import Situation, Want
 
 # What operations claim beside processes; no process has such a name.
@@ -74,8 +75,8 @@ class Kind(ABC):
         """Whether it wants its node to hold nothing."""
         return False
 
-    def wants(self, s: Situation) -> Iterable[Want]:
-        """What it wants moved."""
+    def wants(self, s: Situation, layout: Layout) -> Iterable[Want]:
+        """What it wants moved. `layout`: of the situation's topology."""
         return ()
 
     def edit(self, s: Situation) -> Topology | None:

@@ -45,6 +45,16 @@ def home_stages(topology: Topology, node: NodeId) -> list[tuple[Pipeline, int, S
     ]
 
 
+def duties(topology: Topology) -> dict[NodeId, list[tuple[Pipeline, int]]]:
+    """As Topology.serving, of every node that serves: where many are asked about."""
+    found: dict[NodeId, list[tuple[Pipeline, int]]] = {}
+    for pipeline in topology.pipelines:
+        for index, stage in enumerate(pipeline.stages):
+            for node in {member.node for member in stage.ranks}:
+                found.setdefault(node, []).append((pipeline, index))
+    return found
+
+
 def hand_backs(topology: Topology, node: NodeId) -> Iterator[str]:
     """Steps of a plan: what `node` gets back."""
     return (f"hand {p.id}/{index} back to {node}" for p, index, _ in home_stages(topology, node))

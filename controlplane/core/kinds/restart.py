@@ -19,13 +19,15 @@ from dataclasses import replace as judged
 
 from msgspec.structs import replace
 
+from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.records import Operation, OperationKind, ProcessKind, RestartScope, Target
 from controlplane.contract.status import Check, OperationRequest
-from controlplane.contract.topology import Mode, Pipeline, Topology
+from controlplane.contract.topology import Mode, Topology
 from controlplane.core.edit import successor
 from controlplane.core.kinds.kind import LEADER, Kind
+from controlplane.core.kinds.nodes import duties
 from controlplane.core.kinds.replace import Replace
-from controlplane.core.placement import takers
+from controlplane.core.placement import able, free_members
 from controlplane.core.policy import Situation
 
 
@@ -69,12 +71,13 @@ class Restart(Kind):
         yield from _stages(s, [target.member.node for target in found if target.kind is ProcessKind.NODE])
 
     def plan(self, s: Situation) -> Iterator[str]:
+        served = duties(s.topology)
         for target in self.op.targets:
             name = target.member.node
             match target.kind:
                 case ProcessKind.NODE:
-                    duties = ", ".join(f"{p}/{i}" for p, i in s.topology.serving(name))
-                    yield f"move {duties} off {name}, restart it, hand back" if duties else f"restart {name}"
+                    places = ", ".join(f"{p.id}/{i}" for p, i in served.get(name, ()))
+                    yield f"move {places} off {name}, restart it, hand back" if places else f"restart {name}"
                 case ProcessKind.CONTROLLER if name in s.policy.peers.candidates[:1]:
                     yield f"transfer leadership, restart {name}"
                 case _:
@@ -221,17 +224,18 @@ def _fresh(s: Situation, target: Target) -> bool:
 
 def _protected(s: Situation, stage: int) -> bool:
     """Every pipeline's stage is served, rests, and has a copy that has caught up where anybody could hold one."""
+    free: list[Member] | None = None  # most have a copy, and nobody asks who else could hold one
     for pipeline in s.topology.pipelines:
         if not 0 <= stage < len(pipeline.stages):  # where a topology is not what it should be
             continue
         place, move = pipeline.stages[stage], pipeline.move
         if not place.ranks or (move is not None and move.stage == stage):
             return False
-        able = takers(s, pipeline, stage, keep_kv=False)
-        if s.topology.mode is not Mode.REPLICATE or not any(s.nodes.exchange(place.leader, m) for m in able):
-            continue
         live = [m for m in place.replicas if not s.nodes.is_dead(m)]
-        if not any(s.near(pipeline, stage, copy) for copy in live):
+        if s.topology.mode is not Mode.REPLICATE or any(s.near(pipeline, stage, copy) for copy in live):
+            continue
+        free = free_members(s, stage) if free is None else free
+        if any(able(s, pipeline, m) and s.nodes.exchange(place.leader, m) for m in free):
             return False
     return True
 
@@ -240,13 +244,20 @@ def _stages(s: Situation, nodes: list[str]) -> Iterator[Check]:
     """Whether each node could be emptied, were it alone avoided. Who is only suspected may be well by then."""
     stuck: list[str] = []
     later: list[str] = []
+    served = duties(s.topology)
+    # What is true of a node whoever is restarted is found out once.
+    free = {stage: free_members(s, stage) for stage in s.nodes.by_stage}
+    living = {stage: _living(s, stage) for stage in s.nodes.by_stage}
     for node in nodes:
+        if node not in served:
+            continue
         alone = judged(s, avoid=s.avoid | {node})
-        for name, index in s.topology.serving(node):
-            pipeline = s.topology.pipeline(name)
-            if pipeline is None or takers(alone, pipeline, index, keep_kv=False):
+        for pipeline, index in served[node]:
+            if any(able(alone, pipeline, m) for m in free.get(index, ())):
                 continue
-            (later if _could_serve(alone, pipeline, index) else stuck).append(f"{node} ({name}/{index})")
+            inside = {node, *(member.node for member in pipeline.members())}
+            could = any(other not in inside for other in living.get(index, ()))
+            (later if could else stuck).append(f"{node} ({pipeline.id}/{index})")
     if stuck:
         yield Check("fail", "stages", f"nobody else can serve what these do: {', '.join(stuck)}")
     elif later:
@@ -257,10 +268,9 @@ def _stages(s: Situation, nodes: list[str]) -> Iterator[Check]:
         yield Check("ok", "stages", "each node's duties can be taken over while it restarts")
 
 
-def _could_serve(s: Situation, pipeline: Pipeline, stage: int) -> bool:
-    inside = {member.node for member in pipeline.members()}
-    return any(
-        view.registered and view.record.stage == stage and not s.nodes.is_dead(view.member)
-        for node, view in s.nodes.views.items()
-        if node not in inside and node not in s.avoid
-    )
+def _living(s: Situation, stage: int) -> list[NodeId]:
+    return [
+        node
+        for node, view in s.nodes.by_stage[stage].items()
+        if view.registered and not s.nodes.is_dead(view.member) and node not in s.avoid
+    ]

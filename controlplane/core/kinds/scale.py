@@ -23,7 +23,7 @@ from controlplane.contract.topology import Mode, Pipeline, Topology
 from controlplane.core.closing import may_end, moved_away
 from controlplane.core.edit import successor, unformed
 from controlplane.core.kinds.kind import INSTANCES, Kind
-from controlplane.core.placement import takers
+from controlplane.core.placement import able, free_members
 from controlplane.core.policy import Situation
 
 
@@ -66,7 +66,8 @@ class Scale(Kind):
             yield Check("warn", "protection", "nothing will hold copies of the only instance")
 
     def _nodes_come(self, s: Situation, after: Topology) -> Iterator[Check]:
-        new = [home for p in after.pipelines if s.topology.pipeline(p.id) is None for home in _homes(p)]
+        known = {p.id for p in s.topology.pipelines}
+        new = [home for p in after.pipelines if p.id not in known for home in _homes(p)]
         missing = [node for node in new if s.nodes.usable(node) is None]
         if missing:
             yield Check(
@@ -78,15 +79,17 @@ class Scale(Kind):
             yield Check("ok", "nodes", f"{', '.join(new)} are there already")
 
     def _streams_go(self, s: Situation, after: Topology) -> Iterator[Check]:
-        later = judged(s, avoid=s.avoid | set(after.leaving))
+        leaving = set(after.leaving)
+        later = judged(s, avoid=s.avoid | leaving)
+        free = {stage: free_members(later, stage) for stage in s.nodes.by_stage}
         for pipeline in _closing(after):
             streams = s.nodes.load(pipeline) + s.nodes.queued(pipeline)
             stuck = [
                 f"{pipeline.id}/{index}"
                 for index, stage in enumerate(pipeline.stages)
                 if stage.leader is not None
-                and stage.leader.node in after.leaving
-                and not takers(later, pipeline, index, keep_kv=False)
+                and stage.leader.node in leaving
+                and not any(able(later, pipeline, m) for m in free.get(index, ()))
             ]
             if stuck and s.topology.mode is not Mode.STOP_RESTART:
                 yield Check("fail", "stage", f"nobody who stays can take over {', '.join(stuck)}")
@@ -98,15 +101,17 @@ class Scale(Kind):
         after = scaled(s, self.op.instances) if allowed else None
         if after is None:
             return
+        known = {p.id: p for p in s.topology.pipelines}
         for pipeline in after.pipelines:
-            before = s.topology.pipeline(pipeline.id)
+            before = known.get(pipeline.id)
             if before is None:
                 yield f"add {pipeline.id} on {', '.join(_homes(pipeline))}"
             elif before.closing and not pipeline.closing:
                 yield f"keep {pipeline.id} after all"
             elif pipeline.closing and not before.closing:
                 yield f"{pipeline.id} takes no new request"
-        if leaving := [node for node in after.leaving if node not in s.topology.leaving]:
+        already = set(s.topology.leaving)
+        if leaving := [node for node in after.leaving if node not in already]:
             yield f"move what is on {', '.join(leaving)} away, KV included; they end"
         for pipeline in _closing(after):
             yield f"{pipeline.id} is gone when its streams have ended"
