@@ -6,24 +6,24 @@ from dataclasses import dataclass
 
 from dataplane.core.request import Request
 
-COST_MAX = 1 << 20  # tokens, a logprob counting as one; about 140 bytes each
+BYTES_MAX = 144 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
     request: Request
     until: float
-    cost: int
+    size: int  # bytes
 
 
 class Kept:
     """Finished requests, and those whose client hung up. Over a bound, the oldest go first."""
 
-    def __init__(self, grace_s: float, requests_max: int, cost_max: int = COST_MAX) -> None:
+    def __init__(self, grace_s: float, requests_max: int, bytes_max: int = BYTES_MAX) -> None:
         self._grace_s = grace_s
         self._requests_max = requests_max
-        self._cost_max = cost_max
-        self._cost = 0
+        self._bytes_max = bytes_max
+        self.bytes_kept = 0
         self._entries: dict[int, _Entry] = {}  # in order of their deadlines
 
     def __len__(self) -> int:
@@ -31,13 +31,10 @@ class Kept:
 
     def put(self, request: Request, now: float) -> None:
         self.pop(request.rid)
-        logprobs = request.sampling.logprobs
-        per_token = 1 if logprobs is None else 1 + logprobs
-        text = len(request.context or b"") + len(request.sampling.grammar) + len(request.scores)
-        cost = request.prompt_len + len(request.output) * per_token + text // 128
-        self._entries[request.rid] = _Entry(request, now + self._grace_s, cost)
-        self._cost += cost
-        while self._cost > self._cost_max or len(self._entries) > self._requests_max:
+        size = request.log_bytes
+        self._entries[request.rid] = _Entry(request, now + self._grace_s, size)
+        self.bytes_kept += size
+        while self.bytes_kept > self._bytes_max or len(self._entries) > self._requests_max:
             self.pop(next(iter(self._entries)))
 
     def get(self, rid: int) -> Request | None:
@@ -47,7 +44,7 @@ class Kept:
     def pop(self, rid: int) -> None:
         entry = self._entries.pop(rid, None)
         if entry is not None:
-            self._cost -= entry.cost
+            self.bytes_kept -= entry.size
 
     def expire(self, now: float) -> None:
         while self._entries and (rid := next(iter(self._entries))) and self._entries[rid].until < now:

@@ -9,16 +9,16 @@ from enum import Enum
 
 from controlplane.contract.ids import PipelineId
 from controlplane.contract.prompt_scores import PROMPT_SCORES_BYTES_MAX, score_record, scores_bytes
+from controlplane.contract.request_bytes import TOKEN_BYTES, sampling_bytes
 from controlplane.contract.requests import GRAMMAR_BYTES_MAX, FinishReason, Log, Sampling, Submit, Token
 from dataplane.core.messages import Admit, Begin
 from dataplane.core.ngrams import NgramIndex
 from dataplane.core.prefix import NAME_BYTES, PrefixHasher
 
-TOKEN_BYTES = 40  # an int and its place in a list
 PROMPT_LOGPROBS_TOP_MAX = 20
 BAD_WORDS_MAX, BAD_WORD_TOKENS_MAX = 256, 64  # of a request, and of one of them
-BIAS_BYTES = 150  # of one logit_bias entry
 NAMED_BYTES = 64 + NAME_BYTES  # of the name of a block
+OUTPUT_BYTES, TOP_BYTES = 210, 128  # of a generated token, and of one of the likeliest beside it
 REQUEST_BYTES = 2048  # all else
 
 
@@ -72,9 +72,8 @@ def bytes_of(prompt_len: int, sampling: Sampling, context: bytes | None) -> int:
     return (
         REQUEST_BYTES
         + TOKEN_BYTES * prompt_len
-        + BIAS_BYTES * len(sampling.logit_bias)
-        + TOKEN_BYTES * sum(len(word) for word in sampling.bad_words)
-        + len(sampling.grammar)
+        + sampling_bytes((sampling,))
+        + len(sampling.cache_salt.encode())  # once more, as the salt
         + (0 if sampling.prompt_logprobs is None else scores_bytes(prompt_len, sampling.prompt_logprobs))
         + (0 if context is None else len(context))
     )
@@ -145,6 +144,18 @@ class Request:
     @property
     def bytes_kept(self) -> int:
         return bytes_of(self.prompt_len, self.sampling, self.context)
+
+    @property
+    def log_bytes(self) -> int:
+        """About what is kept of it when it has no KV any more: its output counts, too."""
+        top, scores = self.sampling.logprobs or 0, self.output[0].prompt_scores if self.output else None
+        return (
+            self.bytes_kept
+            + (OUTPUT_BYTES + TOP_BYTES * top) * len(self.output)
+            + (0 if scores is None else len(scores))
+            + NAMED_BYTES * len(self.hasher.names)
+            + (0 if self.ngrams is None else self.ngrams.bytes_kept)
+        )
 
     @property
     def total(self) -> int:

@@ -111,13 +111,13 @@ def test_bounds_put_the_oldest_out() -> None:
         message = Submit(rid, "p0", tuple(range(prompt)), LOGPROBS, context=b"", **fields)  # type: ignore[arg-type]
         return Request.from_submit(message, 0, 1)
 
-    kept = Kept(1.0, requests_max=3, cost_max=100)
+    kept = Kept(1.0, requests_max=3, bytes_max=30_000)
     for rid in range(1, 5):
         kept.put(request(rid), 0.0)
     assert [rid for rid in range(1, 5) if kept.get(rid)] == [2, 3, 4]
-    kept.put(request(5, 20, emitted=tuple(range(35))), 0.5)  # 20 + 35 * 2
+    kept.put(request(5, 20, emitted=tuple(range(70))), 0.5)  # 26,508 bytes, and the others 2,448 each
     assert [rid for rid in range(1, 6) if kept.get(rid)] == [4, 5]
-    kept.put(request(6, 101), 0.5)  # too large for itself
+    kept.put(request(6, 700), 0.5)  # too large for itself
     assert not len(kept)
     kept.put(request(7), 0.5)
     kept.put(request(7), 0.9)  # again: a new deadline

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from msgspec.structs import replace
-
 from controlplane.contract.errors import ConfigError, RequestError
 from web.gateway.errors import ApiError
 from web.gateway.model import INLINE_CHARS_MAX
@@ -21,8 +19,8 @@ from web.gateway.openai.messages import Message, mark_end, plain, up_to_mark
 from web.gateway.openai.prepared import PreparedRequest, digest_of
 from web.gateway.openai.prompt_cut import cut
 from web.gateway.openai.prompt_scores import check_scores, prompt_logprobs
-from web.gateway.openai.requests import INT64_MAX, ChatRequest, parse
-from web.gateway.openai.sampling import check_chars, check_length, make_sampling, text_rules
+from web.gateway.openai.requests import ChatRequest, parse
+from web.gateway.openai.sampling import check_chars, check_length, choices_of, make_sampling, text_rules
 from web.gateway.openai.structured import DEMANDS
 from web.gateway.openai.too_long import too_long
 from web.gateway.openai.tools import Function, Tool, ToolUse, tool_use
@@ -65,10 +63,8 @@ async def prepare_chat_request(service: Service, request: ChatRequest, seed: int
     seed = request.seed if request.seed is not None else seed
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     grammar = await chat_grammar(model, request, prompt)
-    sampling = make_sampling(
-        request, model, len(prompt), max_tokens, seed, logprobs, grammar, request.prompt_logprobs
-    )
-    return [Plan(prompt, replace(sampling, seed=(seed + n) & INT64_MAX)) for n in range(request.choices)]
+    shared = make_sampling(request, model, logprobs, grammar)
+    return choices_of(shared, model, prompt, max_tokens, seed, request.choices, request.prompt_logprobs)
 
 
 def slim(request: ChatRequest) -> ChatRequest:

@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from msgspec.structs import replace
-
 from web.gateway.errors import ApiError
 from web.gateway.openai import answers
 from web.gateway.openai.events import ChunkWriter
@@ -16,8 +14,8 @@ from web.gateway.openai.grammar_check import grammar_of
 from web.gateway.openai.prepared import PreparedRequest, digest_of
 from web.gateway.openai.prompt_cut import cut
 from web.gateway.openai.prompt_scores import check_scores, echo_logprobs, prompt_logprobs
-from web.gateway.openai.requests import INT64_MAX, CompletionRequest, parse
-from web.gateway.openai.sampling import check_chars, check_tokens, make_sampling, text_rules
+from web.gateway.openai.requests import CompletionRequest, parse
+from web.gateway.openai.sampling import check_chars, check_tokens, choices_of, make_sampling, text_rules
 from web.gateway.openai.structured import DEMANDS
 from web.gateway.openai.whole_answer import Whole, best
 from web.gateway.service import Service
@@ -34,6 +32,7 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Prepar
     service.check_priority(request.priority)
     default = min(MAX_TOKENS, service.model.max_new_tokens or MAX_TOKENS)
     grammar = await grammar_of(service.model, request)
+    shared = make_sampling(request, service.model, request.logprobs, grammar)
     plans: list[Plan] = []
     for number, prompt in enumerate(request.prompts):
         if number:
@@ -49,11 +48,7 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Prepar
         # What nobody asked for is not refused for being too much.
         wanted = 1 if request.nothing_new else request.max_tokens
         max_tokens = wanted or max(1, min(default, service.model.max_model_len - len(ids)))
-        sampling = make_sampling(
-            request, service.model, len(ids), max_tokens, seed, request.logprobs, grammar, top
-        )
-        for n in range(request.choices):
-            plans.append(Plan(ids, replace(sampling, seed=(seed + n) & INT64_MAX)))
+        plans += choices_of(shared, service.model, ids, max_tokens, seed, request.choices, top)
     return _prepared(service, slim(service, request, plans), plans, digest_of(request, plans))
 
 

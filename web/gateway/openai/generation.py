@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from controlplane.contract.requests import Log, Sampling, Token
 from web.gateway.errors import ApiError, of_fail
 from web.gateway.lives import LEFT, SLOW_S, OpenLife
-from web.gateway.openai.prompt_scores import written_bytes
 from web.gateway.request_memory import Hold
 from web.gateway.routing.delivery_queue import DeliveryQueue, Gone, Leaving
 from web.gateway.routing.events import Fail, SubmitAsked
@@ -18,9 +17,6 @@ from web.gateway.service import Service
 from web.gateway.text.choice_decoder import ChoiceDecoder, Piece, TextRules
 
 TRACE_CHARS_MAX = 128
-CHOICE_BYTES = 8 << 10  # a request's objects in router, queue, detokenizer
-TOKEN_BYTES = 40  # an int and its place in a tuple
-BIAS_BYTES = 150  # of one logit_bias entry
 REPLAY_TOKENS = 256  # detokenized in one go, a few milliseconds
 
 
@@ -233,24 +229,3 @@ def count_error(service: Service, error: ApiError) -> None:
     service.metrics.errors.labels(str(error.status)).inc()
     if error.status in (429, 503):
         service.metrics.rejections.labels("overloaded" if error.status == 429 else "unavailable").inc()
-
-
-def kept_bytes(plans: Sequence[Plan], blobs: Iterable[bytes]) -> int:
-    """About what a request keeps until its answer is over. Choices of one prompt share it, and their logit_bias."""
-    prompts = {id(plan.prompt): len(plan.prompt) for plan in plans}
-    biases = {id(plan.sampling.logit_bias): len(plan.sampling.logit_bias) for plan in plans}
-    grammars = {id(plan.sampling.grammar): len(plan.sampling.grammar) for plan in plans}
-    scores = sum(
-        written_bytes(len(plan.prompt), top)
-        for plan in plans
-        if (top := plan.sampling.prompt_logprobs) is not None
-    )
-    contexts = {id(blob): len(blob) for blob in blobs}
-    return (
-        CHOICE_BYTES * len(plans)
-        + TOKEN_BYTES * sum(prompts.values())
-        + BIAS_BYTES * sum(biases.values())
-        + sum(grammars.values())
-        + scores
-        + sum(contexts.values())
-    )

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
 
+from controlplane.contract.request_bytes import TOKEN_BYTES, json_bytes, sampling_bytes
 from web.gateway.openai.answer_format import AnswerFormat
 from web.gateway.openai.generation import Generation, Plan
+from web.gateway.openai.prompt_scores import written_bytes
 from web.gateway.openai.requests import Request
 from web.gateway.text.choice_decoder import TextRules
 
 _encode = msgspec.msgpack.Encoder().encode
+CHOICE_BYTES = 8 << 10  # a request's objects in router, queue, detokenizer
+ID_BYTES = 8  # of a token id as it is written in an answer
 NOT_IN_DIGEST = {"prompt", "messages", "request_id", "priority"}  # prompts count as tokens
 
 
@@ -28,6 +32,9 @@ class Asked(Protocol):
 
     @property
     def choices(self) -> int: ...
+
+    @property
+    def return_token_ids(self) -> bool | None: ...
 
     def model_dump_json(
         self, *, by_alias: bool, exclude: Any, exclude_unset: bool, exclude_none: bool
@@ -68,6 +75,29 @@ class PreparedRequest:
         """Whether a stream's events have them."""
         options = self.request.stream_options
         return options is None or options.include_event_ids is not False
+
+
+def kept_bytes(prepared: PreparedRequest, options: bytes, blobs: Iterable[bytes]) -> int:
+    """About what a request keeps until its answer is over. `options`: its own, or those that its logs brought; `blobs`:
+    what goes along with its choices. What choices share counts once."""
+    plans, request = prepared.plans, prepared.request
+    prompts = {id(plan.prompt): len(plan.prompt) for plan in plans}
+    scores = sum(
+        written_bytes(len(plan.prompt), top)
+        for plan in plans
+        if (top := plan.sampling.prompt_logprobs) is not None
+    )
+    told = ID_BYTES * sum(len(plan.prompt) for plan in plans) if request.return_token_ids else 0
+    return (
+        CHOICE_BYTES * len(plans)
+        + TOKEN_BYTES * sum(prompts.values())
+        + sampling_bytes(plan.sampling for plan in plans)
+        + json_bytes(options)
+        + prepared.rules.bytes_kept
+        + scores
+        + told
+        + sum({id(blob): len(blob) for blob in blobs}.values())
+    )
 
 
 def digest_of(request: Request, plans: Sequence[Plan]) -> bytes:

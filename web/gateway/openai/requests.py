@@ -20,6 +20,7 @@ from web.gateway.openai.tools import ToolChoice, Tools, tool_use
 
 CHOICES_MAX = 128
 STOPS_MAX = 64
+STOP_TOKEN_IDS_MAX = 256
 LOGPROBS_MAX = 20
 BAD_WORDS_MAX = 128
 TEMPLATE_CHARS_MAX = 64 << 10
@@ -219,7 +220,9 @@ class Common(Request):
     logit_bias: dict[str, float] | None = None
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
     stop: Stop | Stops | None = None
-    stop_token_ids: TokenIds | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=STOP_TOKEN_IDS_MAX)] | None = (
+        None
+    )
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None

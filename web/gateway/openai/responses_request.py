@@ -30,6 +30,7 @@ from web.gateway.openai.tools import (
 LOGPROBS = "message.output_text.logprobs"
 INCLUDED = frozenset({LOGPROBS, "reasoning.encrypted_content"})  # of the latter there is none
 PARTS = frozenset({"input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal"})
+METADATA_MAX = 16  # OpenAI's bounds: the answer tells it again
 STORED = (
     "previous_response_id",
     "conversation",
@@ -43,6 +44,10 @@ NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning",
 }
+
+
+MetadataName = Annotated[str, Field(max_length=64)]
+MetadataText = Annotated[str, Field(max_length=512)]
 
 
 class TextFormat(Strict):
@@ -152,7 +157,7 @@ class ResponsesRequest(Request):
     parallel_tool_calls: bool | None = None
     include: Annotated[list[str], Field(max_length=16)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[MetadataName, MetadataText], Field(max_length=METADATA_MAX)] | None = None
     store: bool | None = None
     background: bool | None = None
     previous_response_id: Any = None
@@ -170,6 +175,7 @@ class ResponsesRequest(Request):
     request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
 
     choices: ClassVar[int] = 1
+    return_token_ids: ClassVar[None] = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

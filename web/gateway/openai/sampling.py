@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+from msgspec.structs import replace
+
 from controlplane.contract.requests import Sampling
 from web.gateway.errors import ApiError, shorten
 from web.gateway.model import Model
+from web.gateway.openai.generation import Plan
 from web.gateway.openai.requests import INT64_MAX, Common
 from web.gateway.openai.too_long import too_long
 from web.gateway.text.choice_decoder import TextRules
@@ -17,30 +20,16 @@ TOP_P_MIN = 1e-6  # what 0 means: the most likely token alone, which is always l
 BAD_WORD_TOKENS_MAX = 64
 
 
-def make_sampling(
-    request: Common,
-    model: Model,
-    prompt_len: int,
-    max_tokens: int,
-    seed: int,
-    logprobs: int | None,
-    grammar: str = "",
-    prompt_logprobs: int | None = None,
-) -> Sampling:
-    """Sampling of one choice; `seed` is the choice's own, `grammar` as it was checked; `prompt_logprobs`: how
-    many of the most likely tokens are needed for each token of the prompt.
+def make_sampling(request: Common, model: Model, logprobs: int | None, grammar: str = "") -> Sampling:
+    """What all choices of all prompts share, made once as it may be long; `grammar` as it was checked.
 
     Raises ApiError 400 naming the parameter."""
-    check_length(model, prompt_len, max_tokens)
-    min_tokens = request.min_tokens or 0
-    if min_tokens > max_tokens:
-        raise ApiError(400, f"min_tokens ({min_tokens}) exceeds max_tokens ({max_tokens})", "min_tokens")
     defaults = model.defaults
     top_k = request.top_k if request.top_k is not None else int(defaults.get("top_k", 0))
     check_tokens(model, request.stop_token_ids or [], "stop_token_ids")
     return Sampling(
-        max_tokens=max_tokens,
-        seed=seed & INT64_MAX,
+        max_tokens=0,
+        seed=0,
         temperature=_pick(request.temperature, defaults.get("temperature"), 1.0),
         top_k=min(max(0, top_k), model.vocab_size),  # all of them: the same as off
         top_p=max(TOP_P_MIN, _pick(request.top_p, defaults.get("top_p"), 1.0)),
@@ -49,18 +38,38 @@ def make_sampling(
         presence_penalty=_pick(request.presence_penalty, None, 0.0),
         frequency_penalty=_pick(request.frequency_penalty, None, 0.0),
         logit_bias=_logit_bias(request.logit_bias, model),
-        min_tokens=min_tokens,
+        min_tokens=request.min_tokens or 0,
         stop_token_ids=tuple(
             dict.fromkeys((*(() if request.ignore_eos else model.eos_token_ids), *_named(request, model)))
         ),
         logprobs=0
         if logprobs is None and request.choices > request.shown
         else logprobs,  # they tell the best
-        prompt_logprobs=prompt_logprobs,
         bad_words=_bad_words(request.bad_words, model),
         grammar=grammar,
         cache_salt=request.cache_salt or "",
     )
+
+
+def choices_of(
+    shared: Sampling,
+    model: Model,
+    prompt: tuple[int, ...],
+    max_tokens: int,
+    seed: int,
+    count: int,
+    prompt_logprobs: int | None = None,
+) -> list[Plan]:
+    """The choices of one prompt: of their sampling nothing differs but the seed. `prompt_logprobs`: how many of the
+    most likely tokens are needed for each token of the prompt.
+
+    Raises ApiError 400 naming the parameter."""
+    check_length(model, len(prompt), max_tokens)
+    if shared.min_tokens > max_tokens:
+        text = f"min_tokens ({shared.min_tokens}) exceeds max_tokens ({max_tokens})"
+        raise ApiError(400, text, "min_tokens")
+    own = replace(shared, max_tokens=max_tokens, prompt_logprobs=prompt_logprobs)
+    return [Plan(prompt, replace(own, seed=(seed + n) & INT64_MAX)) for n in range(count)]
 
 
 def text_rules(request: Common, model: Model, spans: bool, output: OutputRules | None = None) -> TextRules:

@@ -19,8 +19,8 @@ from web.gateway.lives import OpenLife
 from web.gateway.openai.answer_format import AnswerFormat
 from web.gateway.openai.chat import kept_chat, prepare_chat
 from web.gateway.openai.completions import kept_completion, prepare_completion
-from web.gateway.openai.generation import Generation, Plan, Start, kept_bytes
-from web.gateway.openai.prepared import PreparedRequest
+from web.gateway.openai.generation import Generation, Plan, Start
+from web.gateway.openai.prepared import PreparedRequest, kept_bytes
 from web.gateway.openai.requests import INT64_MAX
 from web.gateway.openai.responses import kept_responses, prepare_responses
 from web.gateway.request_memory import Hold
@@ -227,7 +227,7 @@ def _answer(
     cursor: Cursor | None,
     hold: Hold,
 ) -> StartedAnswer:
-    hold.become(kept_bytes(prepared.plans, [start.context for start in starts if start.context]))
+    hold.become(kept_bytes(prepared, context.options, [start.context for start in starts if start.context]))
     request = prepared.request
     life = OpenLife(
         service.dispatcher.lives,

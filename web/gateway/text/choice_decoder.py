@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
+from controlplane.contract.request_bytes import text_bytes
 from controlplane.contract.requests import FinishReason, Token
 from web.gateway.text.detok import Detokenizer, StopFinder, ends_with
 from web.gateway.text.parsers.output import OutputParser, OutputRules
 from web.gateway.text.parsers.parsed import CallDelta, Parsed, add_call
 from web.gateway.text.parsers.reasoning import ReasoningMeter
 from web.gateway.text.spans import Span, Spans
+
+RULE_BYTES = 150  # of an entry of a tuple, set or dict of the rules, its text aside
 
 
 @dataclass(slots=True)
@@ -59,6 +62,15 @@ class TextRules:
     # What is told apart in the text; None: nothing is.
     output: OutputRules | None = None
     shown: frozenset[int] = frozenset()  # special tokens that are marks of it
+
+    @property
+    def bytes_kept(self) -> int:
+        """About what they take in memory."""
+        names = self.output.names if self.output is not None else ()
+        texts = (*self.stops, *names)
+        return RULE_BYTES * (len(texts) + len(self.stop_tokens) + len(self.shown)) + sum(
+            map(text_bytes, texts)
+        )
 
 
 class ChoiceDecoder:
