@@ -35,6 +35,10 @@ class LiveRequest:
     holder: PipelineId | None = None  # who has a copy of its KV, where each request has a holder of its own
     may_overtake: bool = True  # once, and as long as no scheduler can have accepted it: see `overtake`
 
+    @property
+    def tokens(self) -> int:
+        return len(self.log.prompt) + len(self.log.emitted)
+
     def overtake(self, refusal: Refused) -> bool:
         """Come after the reader that a SUPERSEDED names; False: it has the last word.
 

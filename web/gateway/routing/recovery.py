@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from controlplane.contract.ids import PipelineId
 from controlplane.contract.loads import work
@@ -114,6 +115,8 @@ class Recoveries:
         rid, tokens = live.log.rid, len(live.log.prompt) + len(live.log.emitted)
         able = {pipelines[at].id: pipelines[at] for at in looked_at(rid, len(pipelines))}
         able |= {p.id: p for p in pipelines if p.id == live.holder}
+        if not any(map(fits, able.values())):  # they have refused it, or spoil its numbers
+            able = {p.id: p for p in islice(filter(fits, pipelines), LOOKED_AT)}
         options = []
         for pipeline in filter(fits, able.values()):
             load = loads.of(pipeline.id)

@@ -8,12 +8,13 @@ changed. Nothing is sent that would not be right to send twice: a Submit carries
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 from typing import assert_never
 
 from controlplane.contract.ids import Member, PipelineId
 from controlplane.contract.requests import Cancel, FinishReason, RefusalCode, Refused, Submit, Token
 from controlplane.contract.topology import HOLDER_MODES, Mode, Pipeline, Topology, switched
-from web.gateway.routing.balance import Loads
+from web.gateway.routing.balance import LOOKED_AT, Loads
 from web.gateway.routing.events import (
     CancelAsked,
     CloseStream,
@@ -39,6 +40,7 @@ from web.gateway.routing.events import (
     TokensReceived,
     TopologySeen,
 )
+from web.gateway.routing.full_pipelines import TRIES_MAX, FullPipelines
 from web.gateway.routing.health import troubles
 from web.gateway.routing.held_requests import Held
 from web.gateway.routing.live_request import LiveRequest
@@ -68,6 +70,9 @@ class Router:
         self._pipelines: dict[PipelineId, Pipeline] = {}
         # Those that new requests may go to and that can be reached; None: to be listed anew.
         self._reached: list[Pipeline] | None = None
+        # Those that requests may go to, reached or not: one that is closing only if there is no other.
+        self._open: frozenset[PipelineId] = frozenset()
+        self._full = FullPipelines()
         self._streams: dict[Member, bool] = {}  # wanted streams: is it up?
         self._recalls = Recalls()
         self._wave = Wave()
@@ -189,11 +194,15 @@ class Router:
         self._wake()
         old, self._pipelines = self._pipelines, {p.id: p for p in topology.pipelines}
         self.pipelines_up = sum(p.scheduler is not None for p in topology.pipelines)
+        up = [p for p in self._pipelines.values() if p.up]
+        self._open = frozenset(p.id for p in up if not p.closing) or frozenset(p.id for p in up)
         hosts = {p.leader_at(0) for p in topology.pipelines} - {None}
         for member in sorted(m for m in hosts if m is not None and m not in self._streams):
             self._streams[member] = False
             out.append(OpenStream(member))
         changed = {p for p in old if p not in self._pipelines or self._pipelines[p].epoch != old[p].epoch}
+        for name in changed:
+            self._full.has_room(name)
         for live in list(self._live.values()) if changed else ():
             if live.pipeline is not None and live.pipeline in changed:
                 self._follow(live, old[live.pipeline], self._pipelines.get(live.pipeline), now, out)
@@ -257,19 +266,19 @@ class Router:
             case RefusalCode.OVERLOADED if live.log.emitted or live.how:
                 # It was admitted once: it may wait or go elsewhere, but it is not turned away.
                 self._hold(live, now, live.how)
-                live.full.add(refusal.pipeline)
-                if all(p.id in live.full for p in self._open()):
+                self._refused(live, refusal.pipeline, now)
+                if self._refused_by_all(live):
                     live.full.clear()
                     live.retry_at = now + max(self.policy.retry_s, refusal.retry_after_s)
                 else:
                     live.pipeline = live.last_member = None
                     self._loads.count(live)
             case RefusalCode.OVERLOADED:
-                live.full.add(refusal.pipeline)
+                self._refused(live, refusal.pipeline, now)
                 self._hold(live, now, "")
                 live.pipeline = live.last_member = None
                 self._loads.count(live)
-                if all(p.id in live.full for p in self._open()):
+                if self._refused_by_all(live) or self._tried_enough(live, now):
                     retry_s = max(1.0, refusal.retry_after_s)
                     self._fail(refusal.rid, FailCode.OVERLOADED, refusal.message, out, retry_s)
             case RefusalCode.POISONED:
@@ -285,6 +294,20 @@ class Router:
                 self._on_superseded(live, refusal, now, out)
             case _:
                 assert_never(refusal.code)
+
+    def _refused(self, live: LiveRequest, pipeline: PipelineId, now: float) -> None:
+        live.full.add(pipeline)
+        self._full.refused(pipeline, live.tokens, live.log.sampling, now)
+
+    def _refused_by_all(self, live: LiveRequest) -> bool:
+        return len(live.full) >= len(self._open) and self._open <= live.full
+
+    def _tried_enough(self, live: LiveRequest, now: float) -> bool:
+        """Whether a new request has been refused so often that it does not ask those that are known to be full, and
+        there are no others, nor any that cannot be reached yet."""
+        if len(live.full) < TRIES_MAX or len(self._listed()) < len(self._open):
+            return False
+        return not any(self._fits(live, p) for p in self._full.maybe_open(live.tokens, now))
 
     def _on_superseded(self, live: LiveRequest, refusal: Refused, now: float, out: list[Effect]) -> None:
         if refusal.reader is not None and refusal.reader <= live.reader:
@@ -412,7 +435,7 @@ class Router:
         """Bring held requests to where they should be, or fail them when their grace is over."""
         for live in self._held.due(now):
             held_s = now - (now if live.held_since is None else live.held_since)
-            target = self._target(live, held_s) if now >= live.retry_at else None
+            target = self._target(live, held_s, now) if now >= live.retry_at else None
             if target is not None:
                 self._send(live, target, now, out)
             elif held_s >= self.policy.grace_s:
@@ -429,7 +452,7 @@ class Router:
         moments = [live.retry_at, *(since + span + ROUNDING_S for span in spans)]
         return min((moment for moment in moments if moment > now), default=now + policy.retry_s)
 
-    def _target(self, live: LiveRequest, held_s: float) -> Pipeline | None:
+    def _target(self, live: LiveRequest, held_s: float, now: float) -> Pipeline | None:
         """The pipeline that `live` should be sent to now; None: wait."""
         home = self._pipelines.get(live.pipeline) if live.pipeline is not None else None
         if home is not None and self._fit(live, home):
@@ -439,22 +462,29 @@ class Router:
             if held_s < patience_s and (home.up or not (self._from_scratch or self._recoveries)):
                 return None
         self._loads.drop(live)
-        chosen = self._choose(live, held_s)
+        chosen = self._choose(live, held_s, now)
         self._loads.count(live)
         return chosen
 
-    def _choose(self, live: LiveRequest, held_s: float) -> Pipeline | None:
+    def _listed(self) -> list[Pipeline]:
         if self._reached is None:
             reached = [p for p in self._pipelines.values() if self._reachable(p)]
             self._reached = [p for p in reached if not p.closing] or reached
+            self._full.among(self._reached)
+        return self._reached
 
+    def _choose(self, live: LiveRequest, held_s: float, now: float) -> Pipeline | None:
         def fits(pipeline: Pipeline) -> bool:
-            return pipeline.id not in live.full and self._fit(live, pipeline)
+            return self._fits(live, pipeline)
 
-        places = self.policy.places
+        listed, places = self._listed(), self.policy.places
         if self._recoveries is not None and live.log.emitted:
-            return self._recoveries.choose(live, self._reached, fits, self._loads, places, held_s)
-        return self._loads.choose(self._reached, fits, live, places)
+            return self._recoveries.choose(live, listed, fits, self._loads, places, held_s)
+        if len(live.full) >= TRIES_MAX:
+            left = list(islice(filter(fits, self._full.maybe_open(live.tokens, now)), LOOKED_AT))
+            if left:
+                return self._loads.choose(left, fits, live, places)
+        return self._loads.choose(listed, fits, live, places)
 
     def _send(self, live: LiveRequest, pipeline: Pipeline, now: float, out: list[Effect]) -> None:
         member = pipeline.scheduler
@@ -514,14 +544,14 @@ class Router:
         self._again.pop(rid, None)
         live = self._live.pop(rid, None)
         if live is not None:
+            if live.sent_to is not None and live.pipeline is not None:
+                self._full.has_room(live.pipeline)
             self._take(live)
             self._loads.drop(live)
         return live
 
-    def _open(self) -> list[Pipeline]:
-        """The pipelines that requests may go to: one that is closing only if there is no other."""
-        up = [p for p in self._pipelines.values() if p.up]
-        return [p for p in up if not p.closing] or up
+    def _fits(self, live: LiveRequest, pipeline: Pipeline) -> bool:
+        return pipeline.id not in live.full and self._fit(live, pipeline)
 
     def _fit(self, live: LiveRequest, pipeline: Pipeline) -> bool:
         """Whether none of its nodes has spoilt this request's numbers before."""
