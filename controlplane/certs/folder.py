@@ -11,7 +11,6 @@ ca.pem only when it starts, goes on as well.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from controlplane.certs.authority import (
     load_chain,
 )
 from controlplane.contract.errors import ConfigError
+from controlplane.contract.files import replace_file
 from controlplane.contract.identity import ProcessName, ProcessRole, etcd_name
 
 LIFETIME_DAYS = 7
@@ -87,8 +87,8 @@ class CertFolder:
             )
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         authority = Authority.create(cluster, now)
-        _write(self.ca, bundle([authority.certificate]), 0o644)
-        _write(self._authority_file, authority.pem(), 0o600)  # last: from now on the folder counts
+        replace_file(self.ca, bundle([authority.certificate]), 0o644)
+        replace_file(self._authority_file, authority.pem())  # last: from now on the folder counts
 
     def authority(self) -> Authority:
         try:
@@ -129,7 +129,7 @@ class CertFolder:
                 names.append(etcd_name(cluster))
             pem = authority.issue(names, hosts, now, lifetime, chain)
             written.append(self.path / f"{process}.pem")
-            _write(written[-1], pem, 0o600)
+            replace_file(written[-1], pem)
         return written
 
     def keep(self, process: ProcessName, hosts: Sequence[str], now: datetime, lifetime: timedelta) -> Path:
@@ -152,7 +152,7 @@ class CertFolder:
             if only_due and not leaf.due(now):
                 continue
             pem = authority.issue(leaf.names, leaf.hosts, now, leaf.lifetime, chain)
-            _write(self.path / f"{leaf.process}.pem", pem, 0o600)
+            replace_file(self.path / f"{leaf.process}.pem", pem)
             renewed.append(leaf.process)
         return renewed
 
@@ -165,9 +165,9 @@ class CertFolder:
         if len(self.trusted()) > 1:
             raise ConfigError("two authorities are trusted already: `kfadmin certs rotate --finish` first")
         new = Authority.create(old.cluster, now)
-        _write(self._cross_file, bundle([new.cross_signed_by(old, now)]), 0o644)
-        _write(self.ca, bundle([new.certificate, old.certificate]), 0o644)
-        _write(self._authority_file, new.pem(), 0o600)
+        replace_file(self._cross_file, bundle([new.cross_signed_by(old, now)]), 0o644)
+        replace_file(self.ca, bundle([new.certificate, old.certificate]), 0o644)
+        replace_file(self._authority_file, new.pem())
         return self.renew(now)
 
     def finish(self, now: datetime) -> list[str]:
@@ -180,7 +180,7 @@ class CertFolder:
         ]
         if left:
             self.renew(now)
-        _write(self.ca, bundle([authority.certificate]), 0o644)
+        replace_file(self.ca, bundle([authority.certificate]), 0o644)
         return left
 
     @property
@@ -204,18 +204,3 @@ def _leaf(path: Path) -> Leaf:
     names, hosts = alternatives(certificate)
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     return Leaf(path.stem, names, hosts, begins, ends, certificate.issuer.rfc4514_string())
-
-
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """Replace a file at once; nobody reads it half written, or with more rights."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
-    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    try:
-        with open(fd, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise

@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from controlplane.contract.errors import ConfigError
+from controlplane.contract.files import replace_file
 
 SCHEMA = 1
 KEYS_MAX = 10_000
@@ -124,13 +125,7 @@ def changing(path: Path) -> Iterator[list[KeyRecord]]:
         yield keys
         if len(keys) > KEYS_MAX:
             raise ConfigError(f"{path} would have {len(keys)} API keys; {KEYS_MAX} are possible")
-        scratch = path.with_name(path.name + ".new")
-        fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(KeyFile(keys=tuple(keys)))) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        replace_file(path, msgspec.json.format(msgspec.json.encode(KeyFile(keys=tuple(keys)))) + b"\n")
     finally:
         os.close(lock)
 

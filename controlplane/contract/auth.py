@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from controlplane.contract.errors import ConfigError
+from controlplane.contract.files import is_blank, replace_file
 from controlplane.contract.revocations import name_id, token_id
 
 
@@ -26,16 +27,15 @@ def load_secret(path: Path) -> bytes:
         ) from error
     if mode & 0o077:
         raise ConfigError(f"the cluster secret {path} is readable by others: chmod 600 {path}")
-    if len(secret) < 32:
+    if len(secret) < 32 or not secret.strip(b"\0"):
         raise ConfigError(f"the cluster secret {path} is shorter than 32 characters: make a new one")
     return secret
 
 
 def create_secret(path: Path) -> bytes:
-    """Write a new secret with mode 0600, unless there is one, and return it."""
-    if not path.exists():
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_hex(32) + "\n")
+    """Write a new secret with mode 0600, unless there is one, and return it. An empty file is none."""
+    if is_blank(path):
+        replace_file(path, secrets.token_hex(32).encode() + b"\n")
     return load_secret(path)
 
 

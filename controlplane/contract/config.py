@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import quote
 
 import msgspec
 
@@ -363,7 +364,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def database(self) -> str:
-        return self.database_url or f"sqlite+aiosqlite:///{Path(self.run_dir) / 'history.db'}"
+        """A URL. In a path of one "?" begins its options and "%" an escape, so that they are escaped themselves."""
+        return self.database_url or f"sqlite+aiosqlite:///{quote(str(Path(self.run_dir) / 'history.db'))}"
 
     def node_name(self, instance: int, stage: int) -> str:
         """Nodes are numbered instance by instance; spares come after the instances."""

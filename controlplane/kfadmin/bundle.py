@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import tarfile
 import time
@@ -17,6 +16,7 @@ import typer
 from controlplane.contract.auth import derive, load_secret
 from controlplane.contract.config import redacted
 from controlplane.contract.errors import ConfigError, KevlarFlowError
+from controlplane.contract.files import new_file
 from controlplane.contract.version import code_version
 from controlplane.kfadmin.client import AdminClient
 from controlplane.kfadmin.output import progress
@@ -145,8 +145,7 @@ def _secrets(local: RunDir | None, token_file: Path | None) -> set[str]:
 def _write(path: Path, parts: dict[str, str]) -> None:
     """For this user alone; it must not be there yet."""
     folder = path.name.removesuffix(".gz").removesuffix(".tar")
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as raw, tarfile.open(fileobj=raw, mode="w:gz") as archive:
+    with new_file(path) as raw, tarfile.open(fileobj=raw, mode="w:gz") as archive:
         for name, text in sorted(parts.items()):
             body = text.encode()
             info = tarfile.TarInfo(f"{folder}/{name}")

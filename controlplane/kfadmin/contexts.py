@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from controlplane.contract.errors import ConfigError, RequestError
+from controlplane.contract.files import is_blank, replace_file
 from controlplane.kfadmin.formats import Output, OutputOption, View, show
 from controlplane.kfadmin.output import console, table
 from controlplane.kfadmin.rundir import home
@@ -43,10 +44,10 @@ def contexts_file() -> Path:
 def load() -> Contexts:
     """Raises ConfigError when the file is there and cannot be read."""
     path = contexts_file()
+    if is_blank(path):
+        return Contexts()
     try:
         return msgspec.json.decode(path.read_bytes(), type=Contexts)
-    except FileNotFoundError:
-        return Contexts()
     except (OSError, msgspec.MsgspecError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
 
@@ -54,10 +55,7 @@ def load() -> Contexts:
 def save(contexts: Contexts) -> None:
     path = contexts_file()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.touch(mode=0o600)
-    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(contexts), indent=2) + b"\n")
-    fresh.replace(path)
+    replace_file(path, msgspec.json.format(msgspec.json.encode(contexts), indent=2) + b"\n")
 
 
 def chosen() -> Context | None:

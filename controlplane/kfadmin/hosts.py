@@ -13,6 +13,7 @@ import typer
 
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError, RequestError
+from controlplane.contract.files import replace_file
 from controlplane.contract.identity import ProcessName, ProcessRole
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
 from controlplane.contract.topology import Mode
@@ -112,9 +113,7 @@ def _install(local: RunDir, units: Path, user: str) -> None:
     if user:
         give(local, user)
     for name, text in texts.items():
-        fresh = units / f".{name}.new"
-        fresh.write_text(text)
-        fresh.replace(units / name)
+        replace_file(units / name, text.encode(), 0o644)
         print(units / name)
     for stale in sorted(set(WORDS) - set(parts)):
         if (path := units / f"kevlarflow-{stale}.service").exists():
@@ -197,8 +196,8 @@ def _missing(status: ClusterStatus) -> str:
 def _etcd(local: RunDir, host: HostPlan) -> list[str]:
     """The command line of this host's member. Raises ConfigError."""
     config: ClusterConfig = local.config()
-    binary, version = installed_etcd()
     addresses = host.etcd_bracketed()
+    binary, version = installed_etcd()
     return etcd_command(
         binary,
         host.name,

@@ -23,6 +23,7 @@ from controlplane.contract.address import bound
 from controlplane.contract.auth import create_secret
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError
+from controlplane.contract.files import is_blank, replace_file
 from controlplane.contract.identity import Identity, ProcessRole
 from controlplane.kfadmin.certs import FOLDER
 from controlplane.kfadmin.fleet import Fleet, HostPlan, plan
@@ -58,18 +59,13 @@ def pack(folder: Path, fleet: Fleet, name: str, target: Path, lifetime: timedelt
         # Nobody connects to a relay from another host, and all hosts' have one name.
         hosts = [] if process.role is ProcessRole.RELAY else [address]
         files[f"{FOLDER}/{process}.pem"] = certs.keep(process, hosts, now, lifetime).read_bytes()
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
-    try:
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(fd, "wb") as out, tarfile.open(fileobj=out, mode="w") as tar:
-            for file, content in files.items():
-                entry = tarfile.TarInfo(file)
-                entry.size, entry.mode = len(content), 0o600
-                tar.addfile(entry, io.BytesIO(content))
-        fresh.replace(target)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for file, content in files.items():
+            entry = tarfile.TarInfo(file)
+            entry.size, entry.mode = len(content), 0o600
+            tar.addfile(entry, io.BytesIO(content))
+    replace_file(target, packed.getvalue())
     return target
 
 
@@ -121,20 +117,21 @@ def join(run_dir: RunDir, host: HostPlan, files: dict[str, bytes]) -> ClusterCon
         raise ConfigError(
             f"{config.host} is no address of this machine ({error.strerror}): is this the bundle of {host.name}?"
         ) from error
-    before = read_plan(run_dir) if (run_dir.path / PLAN).exists() else None
+    before = None if is_blank(run_dir.path / PLAN) else read_plan(run_dir)
     if before is not None and (before.cluster, before.name) != (host.cluster, host.name):
         raise ConfigError(
             f"{run_dir.path} is that of {before.name} in {before.cluster}: give another --run-dir, or remove it"
         )
-    if before is None and run_dir.config_file.exists():
+    # What has settings, and neither a plan nor the lock of `kfadmin up`, is a host whose joining was cut short.
+    if before is None and run_dir.config_file.exists() and (run_dir.path / "lock").exists():
         raise ConfigError(f"{run_dir.path} is that of another cluster (`kfadmin up`): give another --run-dir")
     with usable(run_dir.path):
-        run_dir.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        run_dir.claim()
         _place(run_dir.path, files)
         run_dir.prepare()
+        run_dir.write(PLAN, host)
         run_dir.write("cluster.json", config)
         run_dir.write("endpoints.json", Endpoints(host.gateways, host.admin, ca=config.tls.ca))
-        run_dir.write(PLAN, host)
         owner = run_dir.path.stat()
         for path in run_dir.path.iterdir():
             _own(path, owner)
@@ -152,13 +149,7 @@ def _place(target: Path, files: dict[str, bytes]) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         _own(folder, owner)
     for name, content in files.items():
-        fresh = target / f"{name}.new"
-        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        _own(fresh, owner)
-        fresh.replace(target / name)
+        replace_file(target / name, content, owner=owner)
 
 
 def _own(path: Path, owner: os.stat_result) -> None:

@@ -26,7 +26,15 @@ from controlplane.etcd.server import EtcdBinaryError, ServerTls, etcd_command, e
 from controlplane.kfadmin.certs import FOLDER
 from controlplane.kfadmin.checkpoint import absolute, check_model
 from controlplane.kfadmin.client import AdminClient, Unreachable, trust
-from controlplane.kfadmin.rundir import Endpoints, RunDir, admin_endpoints, free_port, port_is_free, usable
+from controlplane.kfadmin.rundir import (
+    Endpoints,
+    RunDir,
+    admin_endpoints,
+    check_name,
+    free_port,
+    port_is_free,
+    usable,
+)
 from controlplane.kfadmin.secure import certify, etcd_healthy, etcd_tls, renew
 from controlplane.kfadmin.supervise import Program, SupervisorThread, tied
 from controlplane.supervisor import ProcessFile
@@ -42,6 +50,14 @@ PROBE_TIMEOUT_S = 1.0
 
 class StartFailed(KevlarFlowError):
     """The cluster did not come up; the text has the end of the guilty log."""
+
+
+def check_text(config: ClusterConfig) -> None:
+    """Raises ConfigError where settings cannot be written to a file: a path may be any bytes, JSON is UTF-8."""
+    try:
+        msgspec.json.encode(config)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{error.object!r} in the settings is not UTF-8") from error
 
 
 class LocalCluster:
@@ -74,6 +90,8 @@ class LocalCluster:
             run_dir=str(Path(config.run_dir).absolute()),
             model=str(absolute(config.model)),
         )
+        check_name(Path(config.run_dir))
+        check_text(config)
         check_model(Path(config.model), config.stages if config.engine.executor == "torch" else None)
         self.config = config
         self.run_dir = RunDir(Path(config.run_dir))

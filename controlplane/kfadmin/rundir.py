@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
@@ -37,10 +38,18 @@ from controlplane.contract.address import bound
 from controlplane.contract.auth import create_secret, derive, load_secret
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError
+from controlplane.contract.files import is_blank, replace_file
 from controlplane.supervisor import ProcessFile
 
 TAIL_BYTES = 16 * 1024
 HOST_RUN_DIR = Path("/var/lib/kevlarflow")  # of a host that joined a cluster
+FOLDERS = ("pids", "nodes", "hold", "logs", "etcd")  # every run directory has them, from its first start on
+LOST_FOUND = "lost+found"  # of a file system's root: a volume may be mounted here
+# What may be there before the folders are: of a start that was cut short, or brought by the operator.
+BEFOREHAND = frozenset({"lock", "secret", "api-keys", "keys.json", "keys.json.lock", "oidc.toml", "certs"})
+STRANGERS_SHOWN = 3
+PID_MAX = 1 << 22  # Linux's own bound
+LOCK_BYTES = 32  # more than any pid has
 PORTS = range(20_000, 32_000)  # below Linux's range for outgoing connections, which take any port there
 
 
@@ -81,10 +90,11 @@ def admin_endpoints(known: Endpoints) -> list[str]:
 
 
 def create_api_key(path: Path) -> None:
-    """Write a file with a new API key, mode 0600, unless there is one."""
-    if not path.exists():
-        path.touch(mode=0o600)
-        path.write_text(f"kf-{secrets.token_hex(24)}\n")
+    """Write a file with a new API key, mode 0600, unless there is one. An empty file is none, but beside keys with
+    limits: there it may be empty on purpose."""
+    meant = path.exists() and path.with_name("keys.json").exists()
+    if is_blank(path) and not meant:
+        replace_file(path, f"kf-{secrets.token_hex(24)}\n".encode())
 
 
 def home() -> Path:
@@ -128,6 +138,54 @@ def port_is_free(host: str, port: int) -> bool:
     return True
 
 
+def check_name(path: Path) -> None:
+    """Raises RunDirUnusable for a path that settings cannot name."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise RunDirUnusable(
+            f"the run directory {str(path)!r} is not UTF-8: give another --run-dir"
+        ) from error
+    if "{process}" in str(path):  # as `TlsConfig.paths` reads it
+        raise RunDirUnusable(
+            f"the run directory {path}: {{process}} in a path stands for another name in each process; give another"
+            " --run-dir"
+        )
+
+
+class _Settings(msgspec.Struct):
+    """What tells our settings from other files of the name; those of any release have it."""
+
+    run_dir: str
+    model: str
+
+
+def _is_settings(path: Path) -> bool:
+    try:
+        msgspec.json.decode(path.read_bytes(), type=_Settings)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return False
+    return True
+
+
+def _is_blank_folder(path: Path) -> bool:
+    """Whether it is one of ours, or a mount point's, with nothing in it: a volume may be mounted in its place. A file
+    that has the name of one is in the way of a start, which says so."""
+    if path.name == LOST_FOUND:
+        return True
+    ours = path.name in (*FOLDERS, "weights", "gguf", "digests", "relay", "admin")
+    return ours and not (path.is_dir() and any(entry.name != LOST_FOUND for entry in path.iterdir()))
+
+
+def _pid_in(lock: IO[bytes]) -> int | None:
+    """0: it is empty, as that of one that is about to begin; None: what it has is no pid."""
+    lock.seek(0)
+    text = lock.read(LOCK_BYTES).strip()
+    if not text:
+        return 0
+    return int(text) if text.isdigit() and 0 < int(text) <= PID_MAX else None
+
+
 @dataclass(frozen=True, slots=True)
 class RunDir:
     """Paths and small files of one run directory."""
@@ -141,33 +199,60 @@ class RunDir:
     def log(self, name: str) -> Path:
         return self.path / "logs" / f"{name}.log"
 
-    def prepare(self) -> None:
-        """Make the directory (0700) and everything in it that has to be there before a process starts."""
+    def claim(self) -> None:
+        """Make the directory, or find that it may be used. Raises RunDirUnusable before anything in it is changed, and
+        OSError."""
+        check_name(self.path)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # `mkdir` says the latter
+            if strangers := self._strangers():
+                shown = ", ".join(strangers[:STRANGERS_SHOWN]) + ", ..." * (len(strangers) > STRANGERS_SHOWN)
+                raise RunDirUnusable(
+                    f"{self.path} is no run directory, and it is not empty ({shown!r}): its rights would be changed"
+                    " and files in it deleted; give another --run-dir, which need not exist"
+                )
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def _strangers(self) -> list[str]:
+        """What is in the directory and not ours; nothing in one that an earlier start has made, whatever else somebody
+        has put there."""
+        if all((self.path / folder).is_dir() for folder in FOLDERS) or _is_settings(self.config_file):
+            return []
+        return sorted(
+            entry.name
+            for entry in self.path.iterdir()
+            if not (entry.name in BEFOREHAND or entry.name.endswith(".new") or _is_blank_folder(entry))
+        )
+
+    def make_folders(self) -> None:
+        """The directory (0700), its folders, and nothing of an earlier run that keeps a process from starting."""
+        self.claim()
         self.path.chmod(0o700)
-        for folder in ("pids", "nodes", "hold", "logs", "etcd"):
+        for folder in FOLDERS:
             (self.path / folder).mkdir(mode=0o700, exist_ok=True)
         for old in (self.path / "hold").iterdir():
             old.unlink()
+
+    def prepare(self) -> None:
+        """Make the directory (0700) and everything in it that has to be there before a process starts."""
+        self.make_folders()
         create_secret(self.path / "secret")
         create_api_key(self.path / "api-keys")
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """Hold the directory for this process. Raises RunDirBusy when another one has it."""
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (self.path / "lock").open("a+") as lock:
+        """Hold the directory for this process. Raises RunDirBusy when another one has it, RunDirUnusable, OSError."""
+        self.claim()
+        with (self.path / "lock").open("ab+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                lock.seek(0)
-                pid = lock.read().strip() or "?"
+                pid = _pid_in(lock) or "?"
                 raise RunDirBusy(
                     f"a cluster already runs in {self.path} (kfadmin up, pid {pid}); stop it with "
                     f"`kfadmin down --run-dir {shlex.quote(str(self.path))}` or give another --run-dir"
                 ) from None
             lock.truncate(0)
-            lock.write(f"{os.getpid()}\n")
+            lock.write(f"{os.getpid()}\n".encode())
             lock.flush()
             try:
                 yield
@@ -175,13 +260,19 @@ class RunDir:
                 lock.truncate(0)
 
     def owner(self) -> int:
-        """Pid of the `kfadmin up` that holds the directory; 0 when nobody does."""
+        """Pid of the `kfadmin up` that holds the directory; 0 when nobody does. Raises RunDirBusy when it is not known
+        who does."""
         try:
-            with (self.path / "lock").open("r") as lock:
+            with (self.path / "lock").open("rb") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    return int(lock.read().strip() or "0")
+                    if (pid := _pid_in(lock)) is None:
+                        raise RunDirBusy(
+                            f"somebody holds {self.path / 'lock'}, and it has no pid of a `kfadmin up`: `fuser` says"
+                            " who it is"
+                        ) from None
+                    return pid
         except (FileNotFoundError, NotADirectoryError):
             pass
         return 0
@@ -208,16 +299,15 @@ class RunDir:
 
     def write(self, name: str, value: msgspec.Struct) -> None:
         """Replace one JSON file of the directory at once."""
-        path = self.path / name
-        fresh = path.with_suffix(".new")
-        fresh.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
-        fresh.replace(path)
+        replace_file(self.path / name, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
 
     def processes(self, folder: str) -> dict[str, ProcessFile]:
-        """Files of `folder` ("pids", "nodes" or "relay") by process name, dead ones included."""
+        """Files of `folder` ("pids", "nodes" or "relay") by process name, dead ones included. What a power failure has
+        left of one is passed over: its process has not outlived that."""
         found = {}
         for path in sorted((self.path / folder).glob("*.json")):
-            with contextlib.suppress(FileNotFoundError):  # replaced between the listing and the read
+            # Replaced between the listing and the read, or not whole.
+            with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
                 found[path.stem] = msgspec.json.decode(path.read_bytes(), type=ProcessFile)
         return found
 

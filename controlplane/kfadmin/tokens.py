@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from controlplane.contract.auth import TOKEN_S_MAX, Role, identify, mint
 from controlplane.contract.errors import RequestError
+from controlplane.contract.files import new_file
 from controlplane.contract.revocations import RevokeRequest
 from controlplane.kfadmin.client import NotAllowed
 from controlplane.kfadmin.formats import Output, OutputOption, View, show
@@ -58,8 +58,8 @@ def create(
     if file is None:
         print(made)
         return
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-        out.write(made + "\n")
+    with new_file(file) as out:
+        out.write(made.encode() + b"\n")
 
 
 @app.command(name="show")

@@ -20,7 +20,7 @@ from controlplane.contract.lifetime import raise_descriptor_limit
 from controlplane.contract.topology import Mode
 from controlplane.kfadmin.local import LocalCluster
 from controlplane.kfadmin.output import progress
-from controlplane.kfadmin.rundir import default_run_dir
+from controlplane.kfadmin.rundir import check_name, default_run_dir
 from controlplane.kfadmin.target import RunDirOption, find_run_dir
 
 DOWN_LIMIT_S = 15.0
@@ -142,17 +142,21 @@ def _print_welcome(cluster: LocalCluster) -> None:
     body = {"model": config.model_name, "prompt": "It was a", "max_tokens": 64, "stream": True}
     here = Path(config.run_dir) == default_run_dir().absolute()
     where = "" if here else f" --run-dir {shlex.quote(config.run_dir)}"
-    trusted = f"--cacert {ca} " if (ca := cluster.endpoints.ca) else ""
+    trusted = f"--cacert {shlex.quote(ca)} " if (ca := cluster.endpoints.ca) else ""
+    try:
+        key = shown = cluster.api_key
+    except ConfigError:  # the operator's keys are those with limits, of which only hashes are kept
+        key, shown = "KEY", "one that `kfadmin keys create` has made"
     print(
         f"""
 KevlarFlow serves {config.model_name}: {config.instances} instances x {config.stages} stages, mode {config.mode.value}
 
   endpoint   {url}/v1
-  API key    {cluster.api_key}
+  API key    {shown}
   dashboard  {dashboard}
   run dir    {config.run_dir}
 
-  try        curl -N {trusted}{url}/v1/completions -H 'Authorization: Bearer {cluster.api_key}' \\
+  try        curl -N {trusted}{url}/v1/completions -H 'Authorization: Bearer {key}' \\
                -H 'Content-Type: application/json' -d '{json.dumps(body)}'
   kill one   kfadmin demo{where}
   stop       Ctrl-C
@@ -164,6 +168,7 @@ KevlarFlow serves {config.model_name}: {config.instances} instances x {config.st
 def down(run_dir: RunDirOption = None) -> None:
     """Stop the cluster that `kfadmin up` runs on this machine."""
     local = find_run_dir(run_dir)
+    check_name(local.path)
     owner = local.owner()
     if owner:
         progress(f"asking kfadmin up (pid {owner}) to stop")

@@ -157,7 +157,7 @@ def test_a_pod_finds_its_files_with_rights_of_its_own(
     monkeypatch.setenv("KF_CREDENTIALS", str(credentials))
     monkeypatch.setenv("KF_API_KEYS", str(keys))
     local = RunDir(tmp_path / "run")
-    (local.path / "hold").mkdir(parents=True)
+    local.make_folders()
     (local.path / "hold" / "n9").touch()  # a container of this pod was told to leave, and was started again
     for role, name in ((ProcessRole.GATEWAY, "g0"), (ProcessRole.NODE, "n9")):
         config = config_of(PLAN, PodPlace.of(ENV | OF_NODE), role, local.path, {})

@@ -23,7 +23,7 @@ from controlplane.contract.errors import ConfigError
 from controlplane.contract.identity import Files, ProcessName, ProcessRole
 from controlplane.contract.version import settings_digest
 from controlplane.kfadmin.fleet import plan, read_fleet, warnings
-from controlplane.kfadmin.join import BUNDLE_BYTES_MAX, join, pack, read_bundle
+from controlplane.kfadmin.join import BUNDLE_BYTES_MAX, PLAN, join, pack, read_bundle, read_plan
 from controlplane.kfadmin.main import app
 from controlplane.kfadmin.rundir import RunDir
 from controlplane.kfadmin.units import TARGET, quote, render, verify
@@ -176,6 +176,36 @@ def test_joining_again_renews_and_another_hosts_bundle_is_refused(folder: Path, 
     assert (run_dir.path / "certs/node-n0.pem").read_bytes() != old
     with pytest.raises(ConfigError, match="is that of a in shop"):
         join(run_dir, *read_bundle(packed(folder, "b")))
+
+
+def test_joining_heals_what_was_cut_short(folder: Path, tmp_path: Path) -> None:
+    run_dir, bundle = RunDir(tmp_path / "run"), packed(folder, "a")
+    join(run_dir, *read_bundle(bundle))
+    # Of a full disk, of a power failure, and before the plan was written.
+    for left in (b"", bytes(100), None):
+        if left is None:
+            (run_dir.path / PLAN).unlink()
+        else:
+            (run_dir.path / PLAN).write_bytes(left)
+        join(run_dir, *read_bundle(bundle))
+        assert read_plan(run_dir).name == "a"
+
+
+def test_neither_another_cluster_nor_a_stranger_loses_its_directory(folder: Path, tmp_path: Path) -> None:
+    bundle, up = packed(folder, "a"), RunDir(tmp_path / "up")
+    with up.owned():
+        up.prepare()
+        up.write("cluster.json", ClusterConfig(str(up.path), "model", ("127.0.0.1:1",)))
+    with pytest.raises(ConfigError, match="is that of another cluster"):
+        join(up, *read_bundle(bundle))
+    strange = tmp_path / "strange"
+    (strange / "etcd" / "member").mkdir(parents=True)
+    strange.chmod(0o755)
+    done = CliRunner().invoke(app, ["host", "join", str(bundle), "--run-dir", str(strange)])
+    assert done.exit_code == 2
+    assert "is no run directory" in " ".join(done.output.split())
+    assert [path.name for path in strange.iterdir()] == ["etcd"]
+    assert strange.stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize(

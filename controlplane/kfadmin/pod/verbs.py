@@ -15,6 +15,7 @@ import typer
 from controlplane.contract.auth import load_secret
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError, KevlarFlowError, RequestError, Unavailable
+from controlplane.contract.files import replace_file
 from controlplane.contract.identity import Identity, ProcessName, ProcessRole
 from controlplane.contract.records import OperationKind
 from controlplane.contract.status import OperationRequest
@@ -109,12 +110,7 @@ def prepare(run_dir: RunDir, plan: PodPlan, config: ClusterConfig, me: ProcessNa
 
     Raises ConfigError."""
     with usable(run_dir.path):
-        run_dir.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        run_dir.path.chmod(0o700)
-        for folder in ("pids", "nodes", "hold", "logs", "etcd"):
-            (run_dir.path / folder).mkdir(mode=0o700, exist_ok=True)
-        for old in (run_dir.path / "hold").iterdir():
-            old.unlink()  # of a container of this pod that ended
+        run_dir.make_folders()
         if me.role is not ProcessRole.ETCD:
             _take_secret(run_dir)
         if me.role is ProcessRole.GATEWAY:
@@ -130,15 +126,11 @@ def prepare(run_dir: RunDir, plan: PodPlan, config: ClusterConfig, me: ProcessNa
 def _take_secret(run_dir: RunDir) -> None:
     """A copy: Kubernetes gives a pod its secrets by a group, and this one is nobody's but ours."""
     source, target = _path(CREDENTIALS_ENV, CREDENTIALS) / "secret", run_dir.path / "secret"
-    fresh = target.with_suffix(".new")
     try:
         content = source.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read the cluster's secret {source}: {error.strerror}") from error
-    fresh.unlink(missing_ok=True)
-    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-        out.write(content)
-    fresh.replace(target)
+    replace_file(target, content)
     load_secret(target)  # raises ConfigError if it is too short
 
 
