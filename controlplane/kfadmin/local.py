@@ -215,7 +215,7 @@ class LocalCluster:
     def _start_etcd(self, binary: Path, version: tuple[int, int, int]) -> None:
         release = ".".join(map(str, version))
         self._progress(f"starting etcd {release} ({self._etcd_members} members)")
-        for warning in unfit_releases([release]):
+        for warning in unfit_releases([release], self._etcd_members):
             self._progress(f"WARNING: {warning}")
         shutil.rmtree(self.run_dir.path / "etcd")
         (self.run_dir.path / "etcd").mkdir(mode=0o700)

@@ -26,7 +26,10 @@ def quorum(
         _members(len(members), sick),
         *(Check("fail", "refused", text) for text in refusals),
         *(Check("warn", "values", text) for text in unread),
-        *(Check("warn", "release", text) for text in unfit_releases(m.version for m in members)),
+        *(
+            Check("warn", "release", text)
+            for text in unfit_releases((m.version for m in members), len(members))
+        ),
         _heard(status),
         _leader(status),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -76,12 +77,39 @@ def test_a_member_must_be_in_its_cluster() -> None:
 
 
 def test_releases_with_the_consistency_defect_are_for_trials() -> None:
-    assert [fit_for_production(v) for v in ((3, 4, 23), (3, 5, 0), (3, 5, 2), (3, 5, 3))] == [
-        True,
-        False,
-        False,
-        True,
-    ]
+    releases = ((3, 4, 23), (3, 5, 0), (3, 5, 2), (3, 5, 3), (3, 5, 5), (3, 5, 6), (3, 6, 0))
+    assert [fit_for_production(v) for v in releases] == [True, False, False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("version", "members", "issues"),
+    [
+        ("3.4.7", 3, ["11651"]),
+        ("3.4.8", 3, []),
+        ("3.4.19", 1, ["14370"]),
+        ("3.4.20", 3, ["14571"]),
+        ("3.4.20", 1, ["14571", "14370"]),
+        ("3.4.21", 1, ["14571"]),
+        ("3.4.22", 1, []),
+        ("3.5.0", 3, ["13766", "14685"]),
+        ("3.5.2", 0, ["13766", "14685", "14370"]),
+        ("3.5.3", 3, ["14685"]),
+        ("3.5.4", 1, ["14685", "14370"]),
+        ("3.5.5", 1, ["14685", "14571"]),
+        ("3.5.6", 1, []),
+        ("3.5.21", 1, []),
+        ("3.6.0", 1, []),
+    ],
+)
+def test_each_release_is_told_what_it_does_to_data_and_which_one_does_not(
+    version: str, members: int, issues: list[str]
+) -> None:
+    told = unfit_releases([version], members)
+    assert [re.findall(r"issue (\d+)", warning) for warning in told] == ([issues] if issues else [])
+    for warning in told:
+        better = re.findall(r"upgrade to ([0-9.]+) or later", warning)
+        assert better == ["3.4.22" if version.startswith("3.4") else "3.5.6"]
+        assert unfit_releases(better, 1) == ()
 
 
 def test_a_version_is_asked_of_the_binary(tmp_path: Path) -> None:
@@ -101,10 +129,10 @@ def test_releases_that_corrupt_data_are_named_everywhere() -> None:
     members = [
         MemberStatus(f"h:{k}", version=version, leader_id=1) for k, version in enumerate(("3.5.1", "3.5.9"))
     ]
-    (warning,) = unfit_releases(member.version for member in members)
+    (warning,) = unfit_releases((member.version for member in members), len(members))
     assert "etcd 3.5.1" in warning
     assert "13766" in warning
-    assert unfit_releases(["3.4.23", "3.5.3", "3.6.0", "", "unknown"]) == ()
+    assert unfit_releases(["3.4.23", "3.5.6", "3.6.0", "", "unknown"]) == ()
     checks = quorum(members, healthy())
     assert [(check.level, check.name) for check in checks if check.name == "release"] == [("warn", "release")]
 

@@ -177,7 +177,7 @@ def _etcd(
             f"{me.name} is no member of etcd, which has {', '.join(plan.etcd_members) or 'none'}: etcd.replicas is"
             " how many the release was installed with"
         )
-    binary, version = installed_etcd()
+    binary, version = installed_etcd(len(plan.etcd_members))
     bind = bracketed(place.bind)
     command = etcd_command(
         binary,
