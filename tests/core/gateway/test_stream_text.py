@@ -7,15 +7,18 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from controlplane.contract.requests import FinishReason, Token
-from tests.core.gateway.tokenizers_of_kinds import KINDS, SPECIAL, Kind
+from tests.core.gateway.tokenizers_of_kinds import KINDS, SPECIAL, Kind, byte_fallback
 from web.gateway.text.choice_decoder import ChoiceDecoder, Piece, TextRules
 from web.gateway.text.detok import Detokenizer, StopFinder, text_of
 from web.gateway.text.vocabulary import vocabulary_of
 
 FALLBACK = KINDS["byte fallback"].tokenizer
+ONLY_BY_LIBRARY = byte_fallback(order="by pattern")  # its tokens are FALLBACK's
+FALLBACKS = [FALLBACK, KINDS["byte fallback, then the mark"].tokenizer, ONLY_BY_LIBRARY]
 OK, FINE, DONE, HELLO, S, A = (FALLBACK.token_to_id(t) for t in ("▁ok", "▁fine", "▁done", "▁Hello", "s", "A"))
 BOS, EOS = FALLBACK.token_to_id("<s>"), FALLBACK.token_to_id("</s>")
 
@@ -94,6 +97,37 @@ def test_where_the_librarys_stream_is_not_right() -> None:
         text = kind.tokenizer.encode("the cats").ids
         library, detok = DecodeStream(text, True), Detokenizer(kind.tokenizer, text)
         assert [detok.push(t) for t in text] == [library.step(kind.tokenizer, t) or "" for t in text]
+
+
+@pytest.mark.parametrize("tokenizer", FALLBACKS)
+def test_bytes_whatever_the_decoders_order(tokenizer: Tokenizer) -> None:
+    emoji, thai = of_bytes("🎉".encode()), of_bytes("กข".encode())
+    for prompt, ids, text in [
+        ([BOS, HELLO, *emoji[:3]], [emoji[3], OK, FINE, DONE], "🎉 ok fine done"),
+        ([HELLO, *thai[:3], thai[3]], [*thai[4:], OK], "ข ok"),
+        ([HELLO, thai[0]], thai[1:3], "ก"),
+        ([HELLO, thai[0]], [OK], "� ok"),
+        ([HELLO, *of_bytes(b"\xff"), thai[0]], thai[1:3], "ก"),
+        ([HELLO], [*thai[:3], EOS, thai[0], OK, BOS, FINE], "ก� ok fine"),
+        ([HELLO], [*thai[:3], *thai[:1] * 40, OK], "ก" + "�" * 40 + " ok"),
+        ([BOS], [OK, FINE, *emoji[:2]], "ok fine"),
+    ]:
+        detok = Detokenizer(tokenizer, prompt)
+        assert "".join(map(detok.push, ids)) + detok.finish() == text, (prompt, ids)
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_what_only_the_library_can_decode_is_never_an_error(data: st.DataObject) -> None:
+    """Of whole characters it says the same; stray bytes are U+FFFD, a few more of them or fewer."""
+    kind = Kind(ONLY_BY_LIBRARY, KINDS["byte fallback"].whole)
+    skip = data.draw(st.booleans())
+    prompt, ids = draw_ids(data, kind, 4), draw_ids(data, kind, 8)
+    detok = Detokenizer(kind.tokenizer, prompt, skip)
+    text = "".join(map(detok.push, ids)) + detok.finish()
+    whole, before = kind.whole(FALLBACK, [*prompt, *ids], skip), kind.whole(FALLBACK, prompt, skip)
+    if "�" not in whole + before:
+        assert text == whole[len(before) :]
 
 
 @pytest.mark.parametrize("prompt", [[], [BOS], [BOS, HELLO]])

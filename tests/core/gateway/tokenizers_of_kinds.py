@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 CORPUS = [
     "The cat sat on the mat, and it was fine. I don't know what is done: ok fine done!",
@@ -29,16 +29,21 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
-def byte_fallback(strip: bool = True) -> Tokenizer:
-    """Llama 2 and Mistral (Gemma without the strip): word pieces with a leading mark, single bytes for the rest."""
+def byte_fallback(strip: bool = True, order: str = "mark first") -> Tokenizer:
+    """Llama 2 and Mistral (Gemma without the strip): word pieces with a leading mark, single bytes for the rest.
+
+    `order` of the decoder's parts; "by pattern" replaces the mark in the whole text, in a way that only the library
+    knows."""
     vocab = {name: at for at, name in enumerate(SPECIAL)}
     vocab |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     words = ["▁", "▁ok", "▁fine", "▁done", "▁Hello", "s", "A", "▁▁", "ก", "world", ".", "é", "x<0x41>"]
     vocab |= {word: 259 + at for at, word in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
     tail = [decoders.Strip(" ", 1, 0)] if strip else []
+    mark = decoders.Replace(Regex("▁") if order == "by pattern" else "▁", " ")
+    parts = [decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *tail]
+        [mark, *parts, *tail] if order == "mark first" else [*parts, mark, *tail]
     )
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
     return tokenizer
@@ -134,6 +139,7 @@ KINDS = {
     "byte level": Kind(byte_level(), by_library),
     "byte fallback": Kind(byte_fallback(), by_bytes),
     "byte fallback without strip": Kind(byte_fallback(strip=False), by_bytes),
+    "byte fallback, then the mark": Kind(byte_fallback(order="mark last"), by_bytes),
     "unigram": Kind(unigram(), by_library),
     "word piece": Kind(word_piece(), by_library),
     "words": Kind(words(), by_library),

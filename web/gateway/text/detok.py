@@ -10,15 +10,15 @@ from codecs import utf_8_decode
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from web.gateway.text.held_back import possible_start
-from web.gateway.text.vocabulary import Kind, Table, vocabulary_of
+from web.gateway.text.vocabulary import Kind, Table, Vocabulary, vocabulary_of
 
 REPLACEMENT = "\ufffd"
 CHAR_BYTES_MAX = 4
 ENDING_TOKENS = 4  # of white space
 CONTEXT_TOKENS = 64  # of the prompt, for what only the library can decode: some words
+HELD_TOKENS_MAX = 16  # there: a character has fewer
 
 
 class Detokenizer:
@@ -43,11 +43,9 @@ class Detokenizer:
         self._table = vocabulary.table(skip_special_tokens, shown)
         if shown and vocabulary.kind is Kind.OTHER:
             skip_special_tokens = False
-        self._library: DecodeStream | None = None
+        self._library: LibraryStream | None = None
         if vocabulary.kind is Kind.OTHER:
-            self._library = DecodeStream(
-                _context(tokenizer, prompt, skip_special_tokens), skip_special_tokens
-            )
+            self._library = LibraryStream(vocabulary, prompt, skip_special_tokens)
         # No token has come yet that counts, not even in the prompt.
         self.opening = vocabulary.beginning(prompt, self._table.hidden) == len(prompt)
         self._plain = self._library is None and not self.opening
@@ -67,7 +65,7 @@ class Detokenizer:
     def step(self, token: int) -> tuple[str, bytes]:
         """As `push`, and the bytes that `token` itself adds."""
         if self._library is not None:
-            text = self._library.step(self._vocabulary.tokenizer, token) or ""
+            text = self._library.step(token)
             return text, text.encode()
         raw = self._table[token][0]
         if self.opening and self._vocabulary.beginning((token,), self._table.hidden) == 0:
@@ -83,6 +81,59 @@ class Detokenizer:
     def _feed(self, raw: bytes) -> str:
         text, self.pending = whole_characters(self.pending + raw)
         return text
+
+
+class LibraryStream:
+    """What only the library can decode: the text of the newest tokens together, without that of those before.
+
+    So does the library's own DecodeStream, but it raises where later tokens change what was sent: with byte fallback
+    a stray byte does, to all characters that stand in bytes before it. Here they stay as they were sent.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int], skip_special_tokens: bool) -> None:
+        self._tokenizer = vocabulary.tokenizer
+        self._skip = skip_special_tokens
+        self._skipped = vocabulary.special if skip_special_tokens else frozenset[int]()
+        self._said = self._context(prompt)  # newest tokens whose text was sent
+        self._text = self._decode(self._said)
+        # Those that came since: they do not end with a character yet, or say nothing so far.
+        self._held = _begun(vocabulary, prompt) if len(self._said) < len(prompt) else []
+
+    def step(self, token: int) -> str:
+        if token in self._skipped or self._tokenizer.id_to_token(token) is None:
+            return ""
+        self._held.append(token)
+        whole = self._decode(self._said + self._held)
+        follows = whole.startswith(self._text)
+        added = whole[len(self._text) :] if follows else self._decode(self._held)
+        if not added or (added.endswith(REPLACEMENT) and len(self._held) < HELD_TOKENS_MAX):
+            return ""
+        self._said, self._held = self._held, []
+        self._text = self._decode(self._said)
+        return added
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The end of the prompt, without what a character begins with that is still to come."""
+        context = list(prompt[-CONTEXT_TOKENS:])
+        while context and self._decode(context).endswith(REPLACEMENT):
+            context.pop()
+        return context
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+        return text
+
+
+def _begun(vocabulary: Vocabulary, prompt: Sequence[int]) -> list[int]:
+    """The tokens at the end of a prompt that stand for the first bytes of a character."""
+    tail = b""
+    for token in reversed(prompt[-CHAR_BYTES_MAX:]):
+        byte = vocabulary.fallback(token)
+        if not byte:
+            break
+        tail = byte + tail
+    count = len(whole_characters(tail)[1])
+    return list(prompt[len(prompt) - count :])
 
 
 def whole_characters(data: bytes) -> tuple[str, bytes]:
@@ -115,16 +166,6 @@ def _unfinished(table: Table, prompt: Sequence[int]) -> bytes:
         if len(tail) >= CHAR_BYTES_MAX:
             break
     return whole_characters(tail)[1]
-
-
-def _context(tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> list[int]:
-    """The end of the prompt. The library would take an U+FFFD at its end for a character that is still to come."""
-    context = list(prompt[-CONTEXT_TOKENS:])
-    while context and tokenizer.decode(context, skip_special_tokens=skip_special_tokens).endswith(
-        REPLACEMENT
-    ):
-        context.pop()
-    return context
 
 
 class StopFinder:

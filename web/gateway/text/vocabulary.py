@@ -80,12 +80,17 @@ class Vocabulary:
             # The library does so with added tokens, too: one that contains "é" shows the byte 0xE9.
             known = all(c in _ALPHABET for c in name)
             return bytes(_ALPHABET[c] for c in name) if known else name.encode()
-        byte = _BYTE_TOKEN.fullmatch(name) if self._falls_back else None
-        if byte and (not first or int(byte[1], 16) >= 0x80):
-            return bytes([int(byte[1], 16)])
+        byte = self.fallback(token)
+        if byte and (not first or byte >= b"\x80"):
+            return byte
         if first or self._anchor is None:
             return self._decode(token).encode()
         return self._decode(self._anchor, token)[len(self._decode(self._anchor)) :].encode()
+
+    def fallback(self, token: int) -> bytes:
+        """The byte that the token stands for; nothing if it is of another kind."""
+        byte = _BYTE_TOKEN.fullmatch(self.tokenizer.id_to_token(token) or "") if self._falls_back else None
+        return bytes([int(byte[1], 16)]) if byte else b""
 
     def text(self, token: int, first: bool = False) -> str:
         """How logprobs name a token: its text within the stream, and parts of characters as OpenAI does, by bytes."""
@@ -142,12 +147,19 @@ def _kind(decoder: Any) -> Kind:
         return Kind.TOKENWISE
     if not set(types) <= _PARTS:
         return Kind.OTHER
-    # What comes after Fuse sees all tokens as one text: harmless if it takes a space from its beginning.
+    # What comes after Fuse sees all tokens as one text: harmless if it changes single characters, or takes a space from
+    # the beginning.
     after = parts[types.index("Fuse") + 1 :] if "Fuse" in types else []
+    rest = [part for part in after if not _changes_characters(part)]
     harmless = (
-        all(_type(p) == "Strip" and p["start"] <= 1 and p["stop"] == 0 for p in after) and len(after) <= 1
+        all(_type(p) == "Strip" and p["start"] <= 1 and p["stop"] == 0 for p in rest) and len(rest) <= 1
     )
     return Kind.TOKENWISE if harmless else Kind.OTHER
+
+
+def _changes_characters(part: Any) -> bool:
+    """Each by itself, and none away."""
+    return _type(part) == "Replace" and len(part["pattern"].get("String", "")) == 1 and part["content"] != ""
 
 
 def _type(decoder: Any) -> str:
