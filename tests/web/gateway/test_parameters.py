@@ -26,6 +26,7 @@ from web.gateway.openai.requests import (
     TokenizeRequest,
     parse,
 )
+from web.gateway.openai.responses_request import ResponsesRequest, messages_of
 from web.gateway.openai.strict import CACHE_HINTS
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
@@ -152,6 +153,64 @@ def test_defaults_may_be_said(name: str, kind: type[Any], body: dict[str, Any]) 
         },
         {"messages": [{"role": "assistant", "content": "x", "parsed": None, "id": None}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "annotations": None}]}]},
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "content": [{"type": "output_text", "text": "x", "annotations": [], "logprobs": []}],
+                    "type": "message",
+                    "status": "completed",
+                    "phase": "final_answer",
+                }
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "x", "id": "p", "citations": []}]}
+            ]
+        },
+        {
+            "messages": [
+                {"role": "assistant", "content": [{"type": "refusal", "refusal": "x", "annotations": []}]}
+            ]
+        },
+        {
+            "messages": [
+                {"role": "assistant", "content": "x", "thinking_blocks": [], "images": [], "prefix": False}
+            ]
+        },
+        {
+            "messages": [
+                {"role": "tool", "content": "x", "status": "success", "is_error": False, "metadata": {}}
+            ]
+        },
+        {"messages": [{"role": "assistant", "refusal": "x"}]},
+        {"messages": [{"role": "assistant", "content": None, "refusal": "x"}]},
+        {"messages": [{"role": "assistant", "content": "x", "refusal": "No."}]},
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "content": "x",
+                    "tool_calls": [
+                        {
+                            "id": "c",
+                            "function": {"name": "f", "provider_specific_fields": {"s": "x"}},
+                            "provider_specific_fields": {},
+                            "extra_content": {"google": {"thought_signature": "s"}},
+                        }
+                    ],
+                }
+            ]
+        },
+        CHAT
+        | {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "n", "schema": {}, "cache_control": {"type": "ephemeral"}},
+            }
+        },
+        CHAT | {"tools": [{"type": "function", "function": {"name": "f"}, "defer_loading": False}]},
     ],
 )
 def test_what_clients_send_along(body: dict[str, Any]) -> None:
@@ -164,6 +223,12 @@ def test_what_clients_send_along(body: dict[str, Any]) -> None:
         CHAT | {"stream": True, "stream_options": {"include_obfuscations": True}},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache": 1}]}]},
         {"messages": [{"role": "user", "content": "x", "weight": 1}]},
+        {"messages": [{"role": "user", "content": "x", "type": "function_call"}]},
+        {"messages": [{"role": "assistant", "content": "x", "prefix": True}]},
+        {"messages": [{"role": "assistant", "content": "x", "prefix": 0}]},
+        {"messages": [{"role": "tool", "content": "x", "is_error": True}]},
+        {"messages": [{"role": "assistant", "content": "x", "thinking_blocks": [{"thinking": "y"}]}]},
+        CHAT | {"tools": [{"type": "function", "function": {"name": "f"}, "defer_loading": True}]},
         CHAT | {"prompt_cache_keys": "k"},
     ],
 )
@@ -199,7 +264,63 @@ def test_a_template_is_told_whether_to_think() -> None:
         assert accepts(ChatRequest, CHAT | body).template_variables == said
 
 
+OF_OTHER_SERVERS: dict[str, Any] = {
+    "cache_control": {"type": "ephemeral"},
+    "custom_labels": {"a": "b"},
+    "data_parallel_rank": 0,
+    "litellm_call_id": "i",
+    "n_keep": 0,
+    "num_retries": 2,
+    "return_cached_tokens_details": False,
+    "slot_id": -1,
+    "stop_regex": [],
+    "tags": ["a"],
+    "timeout": 600,
+    "trace": {"a": 1},
+    "trace_id": "t",
+    "user_id": "u",
+}
+
+
+def test_hints_of_other_servers() -> None:
+    for kind, body in (
+        (ChatRequest, CHAT),
+        (CompletionRequest, COMPLETION),
+        (ResponsesRequest, {"input": "x"}),
+        (TokenizeRequest, {"prompt": "x"}),
+        (DetokenizeRequest, {"tokens": [1]}),
+    ):
+        assert accepts(kind, body | OF_OTHER_SERVERS) == accepts(kind, body)
+
+
+def test_another_name_of_the_salt() -> None:
+    """SGLang's: it decides which requests share a cache, so that it is not passed over."""
+    assert accepts(ChatRequest, CHAT | {"extra_key": "k"}) == accepts(ChatRequest, CHAT | {"cache_salt": "k"})
+    assert accepts(ChatRequest, CHAT | {"extra_key": None}) == accepts(ChatRequest, CHAT)
+    for more in ({"extra_key": "k", "cache_salt": "l"}, {"extra_key": 7}):
+        with pytest.raises(ApiError, match=r"extra_key|cache_salt"):
+            accepts(ChatRequest, CHAT | more)
+
+
+def test_items_of_a_response_may_come_back_with_all_they_had() -> None:
+    part = {"type": "output_text", "text": "x", "annotations": [{"a": 1}], "logprobs": [], "id": "p"}
+    item = {
+        "type": "message",
+        "role": "assistant",
+        "content": [part],
+        "created_by": "y",
+        "metadata": {"a": "b"},
+    }
+    body = {
+        "input": [item],
+        "text": {"format": {"type": "json_schema", "name": "n", "schema": {}, "cache_control": {}}},
+        "tools": [{"type": "function", "name": "f", "defer_loading": False}],
+    }
+    assert messages_of(accepts(ResponsesRequest, body))[0].text == "x"
+
+
 def test_tokenizing_knows_the_same_hints() -> None:
+    assert accepts(TokenizeRequest, {"prompt": "x", "request_id": "r"}).prompt == "x"
     assert accepts(TokenizeRequest, {"prompt": "x", "user": "u", "tools": []}).prompt == "x"
     assert accepts(DetokenizeRequest, {"tokens": [1], "prompt_cache_key": "k"}).tokens == [1]
 

@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from controlplane.contract.errors import RequestError
-from web.gateway.openai.strict import CACHE_HINTS, Lenient, Strict, check_kind
+from web.gateway.openai.strict import CACHE_HINTS, PROVIDER_HINTS, Lenient, Neutrals, Strict, check_kind
 
 END_MARK = "\ue000end of the last message\ue001"  # characters that nobody may have given a meaning
 
 # Of a message that another server gave as an answer: empty, they say nothing.
 ANSWER_FIELDS = frozenset(
-    {"audio", "function_call", "reasoning", "reasoning_content", "refusal", "tool_calls"}
+    {
+        "audio",
+        "function_call",
+        "images",
+        "reasoning",
+        "reasoning_content",
+        "refusal",
+        "thinking_blocks",
+        "tool_calls",
+    }
 )
 # Of such a message, too: they stand beside what it says, or say it once more.
-ANSWER_HINTS = frozenset({"annotations", "id", "parsed", "provider_specific_fields", "reasoning_details"})
+ANSWER_HINTS = PROVIDER_HINTS | {
+    "annotations",
+    "id",
+    "metadata",
+    "parsed",
+    "phase",
+    "reasoning_details",
+    "status",
+}
+PART_HINTS = CACHE_HINTS | {"annotations", "citations", "id", "logprobs"}
 
 
 PARTS = frozenset({"input_text", "output_text", "refusal", "text"})
@@ -26,6 +44,8 @@ PARTS = frozenset({"input_text", "output_text", "refusal", "text"})
 
 class TextPart(Lenient):
     """`input_text` and `output_text` are the names of the responses API, which those who speak both send here, too."""
+
+    hints = PART_HINTS
 
     type: Literal["text", "input_text", "output_text"]
     text: str
@@ -38,6 +58,8 @@ class TextPart(Lenient):
 class RefusalPart(Lenient):
     """What an assistant has said in place of an answer."""
 
+    hints = PART_HINTS
+
     type: Literal["refusal"]
     refusal: str
 
@@ -47,13 +69,15 @@ class RefusalPart(Lenient):
 
 
 class CalledFunction(Lenient):
-    hints = CACHE_HINTS | {"parsed_arguments"}
+    hints = CACHE_HINTS | PROVIDER_HINTS | {"parsed_arguments"}
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
     arguments: str | dict[str, Any] | None = None  # JSON, or what it says; none: {}
 
 
 class ToolCall(Lenient):
+    hints = CACHE_HINTS | PROVIDER_HINTS
+
     id: Annotated[str, Field(max_length=256)] | None = None
     type: Literal["function"] | None = None
     function: CalledFunction
@@ -62,6 +86,7 @@ class ToolCall(Lenient):
 
 class Message(Strict):
     hints = CACHE_HINTS | ANSWER_HINTS
+    neutrals: ClassVar[Neutrals] = {"is_error": (False,), "prefix": (False,), "type": ("message",)}
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | Annotated[list[TextPart | RefusalPart], Field(fail_fast=True)] | None = None
@@ -83,6 +108,9 @@ class Message(Strict):
             check_kind(part, PARTS, "messages", "contents")
         if "reasoning" in kept and not kept.get("reasoning_content"):
             kept["reasoning_content"] = kept.pop("reasoning")  # vLLM's other name for it
+        if isinstance(kept.get("refusal"), str):  # what an assistant has said in place of an answer
+            refusal = kept.pop("refusal")
+            kept["content"] = content or refusal
         return kept
 
     @property

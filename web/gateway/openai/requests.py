@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from web.gateway.errors import ApiError, shorten
 from web.gateway.openai.messages import Messages
-from web.gateway.openai.strict import Strict
+from web.gateway.openai.strict import Strict, same
 from web.gateway.openai.structured import Choices, ResponseFormat, Schema, Source, StructuredOutputs
 from web.gateway.openai.tools import ToolChoice, Tools, tool_use
 
@@ -100,18 +100,37 @@ IGNORED = frozenset(
 # The same of other servers: LiteLLM, llama.cpp, Ollama, OpenRouter, SGLang, TGI. The document does not name them.
 OTHER_HINTS = frozenset(
     {
+        "cache_control",
         "cache_prompt",
+        "custom_labels",
+        "data_parallel_rank",
         "drop_params",
         "id_slot",
         "keep_alive",
+        "litellm_call_id",
+        "litellm_session_id",
+        "max_retries",
+        "num_retries",
         "provider",
+        "request_id",
         "return_progress",
         "rid",
+        "slot_id",
+        "stream_timeout",
+        "tags",
+        "timeout",
         "timings_per_token",
+        "trace",
+        "trace_id",
         "usage",
+        "user_id",
     }
 )
 OTHER_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "custom_params": ({},),
+    "debug": ({},),
+    "deferred": (False,),
+    "details": (False,),
     "do_sample": (True,),
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
@@ -120,29 +139,43 @@ OTHER_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "eta_cutoff": (0,),
     "extra_body": ({},),
     "extra_headers": ({},),
+    "extra_query": ({},),
     "grammar": ("",),
     "lora_path": (),
     "min_keep": (0,),
     "mirostat": (0,),
     "mirostat_mode": (0,),
+    "n_discard": (0,),
+    "n_keep": (0,),
     "n_probs": (0,),
     "no_repeat_ngram_size": (0,),
     "no_stop_trim": (False,),
+    "num_beams": (1,),
     "options": ({},),
     "plugins": ([],),
+    "post_sampling_probs": (False,),
     "regex": ("",),
     "repeat_penalty": (1,),
+    "return_cached_tokens_details": (False,),
+    "return_full_text": (False,),
     "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
+    "return_tokens": (False,),
+    "safe_prompt": (False,),
     "separate_reasoning": (True,),
     "smoothing_factor": (0,),
+    "stop_regex": ([],),
     "stream_reasoning": (True,),
     "tfs": (1,),
     "tfs_z": (1,),
     "top_a": (0,),
     "transforms": ([],),
     "typical_p": (1,),
+    "watermark": (False,),
     "xtc_probability": (0,),
 }
+# What another server calls otherwise: SGLang's key of the requests that may share a cache.
+OTHER_NAMES = {"extra_key": "cache_salt"}
 # Variables of a chat template that the request's own parameters set.
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
 ERRORS_MAX = 100  # more are not told apart: each costs memory, and a body has room for a million
@@ -182,22 +215,20 @@ class Request(Strict):
         if not isinstance(data, dict):
             return data
         kept = {}
-        for name, value in data.items():
+        for given, value in data.items():
+            name = given
+            if OTHER_NAMES.get(given) in cls.model_fields and OTHER_NAMES[given] not in data:
+                name = OTHER_NAMES[given]
             if name not in cls.model_fields:
                 if value is None or name in IGNORED or name in OTHER_HINTS:
                     continue
                 neutrals = UNSUPPORTED.get(name, OTHER_UNSUPPORTED.get(name))
                 if neutrals is not None:
-                    if not any(_same(value, neutral) for neutral in neutrals):
+                    if not any(same(value, neutral) for neutral in neutrals):
                         raise ApiError(400, f"{name} is not supported", name)
                     continue
             kept[name] = value
         return kept
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    """Python takes 0 for False; JSON does not."""
-    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 class Common(Request):

@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from web.gateway.errors import ApiError, shorten
-from web.gateway.openai.messages import Message
+from web.gateway.openai.messages import PART_HINTS, Message
 from web.gateway.openai.requests import INT64_MAX, LOGPROBS_MAX, ChatRequest, Effort, EventOptions, Request
-from web.gateway.openai.strict import Lenient, Strict, check_kind
+from web.gateway.openai.strict import CACHE_HINTS, Lenient, Strict, check_kind
 from web.gateway.openai.structured import JsonSchemaFormat, ResponseFormat, Schema
 from web.gateway.openai.tools import (
     TOOLS_MAX,
@@ -50,7 +50,7 @@ MetadataName = Annotated[str, Field(max_length=64)]
 MetadataText = Annotated[str, Field(max_length=512)]
 
 
-class TextFormat(Strict):
+class TextFormat(Lenient):
     """As OpenAI's response_format, in one object."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -92,6 +92,8 @@ class AllowedTools(Strict):
 
 
 class Part(Lenient):
+    hints = PART_HINTS
+
     type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal"]  # PARTS
     text: str | None = None
     refusal: str | None = None
@@ -108,6 +110,8 @@ Parts = Annotated[list[Part], Field(fail_fast=True)]
 
 class Item(Lenient):
     """One of a conversation: a message, a call, its result, or reasoning. Which fields it needs depends on its type."""
+
+    hints = CACHE_HINTS | {"created_by", "metadata"}
 
     type: str = "message"
     id: str | None = None

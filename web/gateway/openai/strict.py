@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -10,13 +11,23 @@ from web.gateway.errors import ApiError, shorten
 
 # Of a part of a request: where others may cache.
 CACHE_HINTS = frozenset({"cache_control", "prompt_cache_breakpoint"})
+# What other servers gave along with an answer, and want back.
+PROVIDER_HINTS = frozenset({"extra_content", "provider_specific_fields"})
+Neutrals = Mapping[str, tuple[Any, ...]]  # by name: the values that say nothing
+
+
+def same(value: Any, neutral: Any) -> bool:
+    """Python takes 0 for False; JSON does not."""
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 class Strict(BaseModel):
-    """What is null says nothing, whatever its name. `hints`: names that say nothing whatever their value."""
+    """What is null says nothing, whatever its name. `hints`: names that say nothing whatever their value; `neutrals`:
+    those that say nothing with some."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     hints: ClassVar[frozenset[str]] = frozenset()
+    neutrals: ClassVar[Neutrals] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -26,8 +37,13 @@ class Strict(BaseModel):
         return {
             name: value
             for name, value in data.items()
-            if name in cls.model_fields or not (value is None or name in cls.hints)
+            if name in cls.model_fields
+            or not (value is None or name in cls.hints or cls._neutral(name, value))
         }
+
+    @classmethod
+    def _neutral(cls, name: str, value: Any) -> bool:
+        return any(same(value, neutral) for neutral in cls.neutrals.get(name, ()))
 
 
 class Lenient(Strict):

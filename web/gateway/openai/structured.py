@@ -19,7 +19,7 @@ from pydantic import Field
 from controlplane.contract.requests import GRAMMAR_BYTES_MAX
 from controlplane.grammar import GrammarError
 from web.gateway.errors import ApiError
-from web.gateway.openai.strict import Strict
+from web.gateway.openai.strict import Lenient, Strict
 
 DEPTH_MAX = 64  # of objects and lists in a schema
 # A regular expression or a grammar says more in fewer bytes than a schema does: with so many, a step's mask takes some
@@ -56,7 +56,7 @@ Source = Annotated[str, Field(min_length=1)]
 Choices = Annotated[list[Source], Field(min_length=1, max_length=CHOICES_MAX, fail_fast=True)]
 
 
-class JsonSchemaFormat(Strict):
+class JsonSchemaFormat(Lenient):
     name: str | None = None
     description: str | None = None
     schema_: Schema | None = Field(default=None, alias="schema")

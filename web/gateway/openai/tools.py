@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from web.gateway.errors import ApiError, shorten
-from web.gateway.openai.strict import Lenient, Strict, check_kind
+from web.gateway.openai.strict import Lenient, Neutrals, Strict, check_kind
 
 TOOLS_MAX = 128
 FUNCTIONS = frozenset({"function"})
@@ -25,6 +25,8 @@ class Function(Lenient):
 
 class OfFunction(Lenient):
     """One of a request's tools. Those that OpenAI's own servers run, and those of free text, say so in their type."""
+
+    neutrals: ClassVar[Neutrals] = {"defer_loading": (False,)}
 
     type: Literal["function"] = "function"
 
