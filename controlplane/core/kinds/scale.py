@@ -43,16 +43,8 @@ class Scale(Kind):
 
     def checks(self, s: Situation) -> Iterator[Check]:
         wanted = self.op.instances
-        most = instances_max(s.policy.config.stages)
-        if not 1 <= wanted <= most:
-            yield Check("fail", "instances", f"{wanted} instances: allowed are 1 to {most}")
-            return
-        if s.topology.mode is Mode.PARITY and wanted < 2:
-            yield Check(
-                "fail",
-                "instances",
-                "mode parity keeps the parity of an instance on nodes of others: 2 at least",
-            )
+        if why := self.amiss(s):
+            yield Check("fail", "instances", why)
             return
         after = scaled(s, wanted)
         if after is None:
@@ -97,8 +89,7 @@ class Scale(Kind):
                 yield Check("ok", "streams", f"{pipeline.id} has {streams} streams: each goes on to its end")
 
     def plan(self, s: Situation) -> Iterator[str]:
-        allowed = 1 <= self.op.instances <= instances_max(s.policy.config.stages)
-        after = scaled(s, self.op.instances) if allowed else None
+        after = scaled(s, self.op.instances)
         if after is None:
             return
         known = {p.id: p for p in s.topology.pipelines}
@@ -123,6 +114,10 @@ class Scale(Kind):
 
     # -- how far it is ------------------------------------------------------------------------------------
 
+    def amiss(self, s: Situation) -> str:
+        """What no pre-flight has let through may stand in etcd all the same."""
+        return _refused(s, self.op.instances)
+
     def is_done(self, s: Situation) -> bool:
         if scaled(s, self.op.instances) is not None or _closing(s.topology) or not may_end(s.topology):
             return False
@@ -142,8 +137,10 @@ class Scale(Kind):
 
 
 def scaled(s: Situation, instances: int) -> Topology | None:
-    """The group with so many instances; None: it has them. Those that were to go stay first, in their order; those that
-    go are the last ones."""
+    """The group with so many instances; None: it has them, or cannot have so many. Those that were to go stay first, in
+    their order; those that go are the last ones."""
+    if _refused(s, instances):
+        return None
     before, stages, spares = s.topology, s.policy.config.stages, s.policy.config.spares
     stay = [p for p in before.pipelines if not p.closing]
     going = [p for p in before.pipelines if p.closing]
@@ -163,6 +160,16 @@ def scaled(s: Situation, instances: int) -> Topology | None:
     return successor(
         before, *back, added=added, leaving=set(before.leaving) - wanted_nodes(after, stages, spares)
     )
+
+
+def _refused(s: Situation, instances: int) -> str:
+    """Why the group cannot have so many instances; "" if it can."""
+    most = instances_max(s.policy.config.stages)
+    if not 1 <= instances <= most:
+        return f"{instances} instances: allowed are 1 to {most}"
+    if s.topology.mode is Mode.PARITY and instances < 2:
+        return "mode parity keeps the parity of an instance on nodes of others: 2 at least"
+    return ""
 
 
 def _names(topology: Topology) -> Iterator[str]:

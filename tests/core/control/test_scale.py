@@ -6,6 +6,7 @@ import pytest
 
 from controlplane.contract.events import EventKind
 from controlplane.contract.hosting import free_homes, number_of, wanted_here, wanted_nodes
+from controlplane.contract.records import Operation, OperationKind, OperationState
 from controlplane.contract.topology import Mode, Topology
 from controlplane.core.edit import initial, successor
 from controlplane.core.policy import LEAVING
@@ -183,6 +184,31 @@ def test_what_is_refused(instances: int) -> None:
     assert not answer.accepted
     assert [c.level for c in answer.checks] == ["fail"]
     assert answer.plan == ()
+
+
+@pytest.mark.parametrize("instances", [0, -3, 10**9, 10**30])
+def test_a_number_that_no_preflight_saw_fails_and_changes_nothing(instances: int) -> None:
+    """A value in etcd may be of another hand, and one without a number asks for none."""
+    sim = formed(2, 1)
+    before = len(sim.written)
+    sim.put_operation(Operation("o1", OperationKind.SCALE, instances=instances))
+    sim.run(2.0)
+    (failed, _) = sim.operations["o1"]
+    assert (failed.state, failed.message) == (
+        OperationState.FAILED,
+        f"{instances} instances: allowed are 1 to 4096",
+    )
+    assert (ids(sim), closing(sim), len(sim.written)) == (["p0", "p1"], [], before)
+    assert sim.submit("scale", instances=3, id="up").accepted, "it is in nobody's way"
+    sim.run_until(lambda: done(sim, "up"))
+
+
+def test_parity_cannot_be_left_with_one_instance_by_a_value_either() -> None:
+    sim = formed(2, 2, mode=Mode.PARITY)
+    sim.put_operation(Operation("o1", OperationKind.SCALE, instances=1))
+    sim.run(2.0)
+    assert sim.operations["o1"][0].state is OperationState.FAILED
+    assert closing(sim) == []
 
 
 def test_parity_needs_two_and_another_scale_waits() -> None:
