@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Protocol
+from typing import IO, Annotated, Any, Protocol
 
 import msgspec
 
@@ -34,6 +34,7 @@ from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.lifetime import EXIT_NAME_TAKEN
 from controlplane.contract.logs import LOG_LOOK_S, bound_logs
 from controlplane.process import parent_of, start_ticks
+from controlplane.unreadable import UNREADABLE
 
 QUICK_DEATH_S = 10.0  # a process that dies younger than this is one that "keeps dying"
 QUICK_EXIT_S = 1.0  # a retired process served before it left; one that exits 0 faster than this is broken
@@ -58,7 +59,8 @@ class Log(Protocol):
 class ProcessFile(msgspec.Struct, frozen=True):
     """FOLDER/NAME.json: one process for certain. A pid may be used again, a pid with its start time may not."""
 
-    pid: int  # 0: it could not be started, and `said` has why
+    # 0: it could not be started, and `said` has why.
+    pid: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
     started: float  # unix seconds
     restarts: int
     start_ticks: int  # field 22 of /proc/PID/stat; 0: it has ended
@@ -245,7 +247,7 @@ class Supervisor:
             file = msgspec.json.decode(child.file.read_bytes(), type=ProcessFile)
         except FileNotFoundError:
             return
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             self._log.warning("a process file is not readable", file=str(child.file), error=str(error))
             return
         child.starts = file.restarts + 1
@@ -384,7 +386,7 @@ def last_line(log: Path) -> str:
     except OSError:
         return ""
     line = next((line for line in reversed(lines) if line.strip()), b"")
-    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+    with contextlib.suppress(*UNREADABLE):
         line = msgspec.json.decode(line, type=_LogLine).event.encode()
     return line.decode(errors="replace").strip()[:SAID_CHARACTERS_MAX]
 

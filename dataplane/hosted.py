@@ -67,7 +67,7 @@ class WantedFile:
 
     def news(self) -> Wanted | None:
         """What the file says, if it is another one than at the last call; None: nothing new, or nothing to read. Raises
-        OSError, msgspec.MsgspecError; not again for the same file."""
+        OSError, or one of UNREADABLE; not again for the same file."""
         try:
             stat = self._path.stat()
         except FileNotFoundError:

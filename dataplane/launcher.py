@@ -34,7 +34,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-import msgspec
 import structlog
 
 from controlplane.contract.config import ClusterConfig, load_config
@@ -45,6 +44,7 @@ from controlplane.contract.logs import configure_logging
 from controlplane.contract.topology import Mode
 from controlplane.contract.version import code_version
 from controlplane.supervisor import Begin, Supervisor, run_command
+from controlplane.unreadable import UNREADABLE
 from dataplane.accelerators import Place, assign, count_devices
 from dataplane.hosted import WantedFile
 from dataplane.installed import Installed
@@ -160,7 +160,7 @@ class Launcher:
         only in the list."""
         try:
             news = self._file.news()
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, *UNREADABLE) as error:
             self._log.error("what the relay says of the nodes to run is not readable", error=str(error))
             return
         if news is not None:

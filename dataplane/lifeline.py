@@ -61,7 +61,7 @@ class Lifelines:
             return
         try:
             fd = os.open(self._folder / str(member), os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
+        except (OSError, ValueError):  # the latter for a name that no file can have
             return  # it said so itself
         if os.fstat(fd).st_size < lifeline.BYTES:  # to read behind the end of a file is a signal
             os.close(fd)

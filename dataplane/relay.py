@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import grpc
-import msgspec
 import structlog
 
 from controlplane.backoff import Backoff
@@ -40,6 +39,7 @@ from controlplane.contract.reports import REPORT_SCHEMA, RelayedBatch, ReportAck
 from controlplane.etcd.client import EtcdClient
 from controlplane.keyspace.connect import etcd_client
 from controlplane.keyspace.view import View
+from controlplane.unreadable import UNREADABLE
 from dataplane.core.relay import Line, Relay, Source
 from dataplane.hosted import tell_launcher
 from dataplane.lifeline import Lifelines
@@ -225,7 +225,7 @@ class RelayServer:
                     recoveries=bool(report.recoveries),
                     counters=bool(report.counters),
                 )
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise _Refused(f"not a batch of reports: {error}") from error
         if batch.beats:
             if node.source is None:

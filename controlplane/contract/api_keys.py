@@ -21,6 +21,7 @@ from msgspec import Meta
 
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.files import replace_file
+from controlplane.unreadable import UNREADABLE
 
 SCHEMA = 1
 KEYS_MAX = 10_000
@@ -105,7 +106,7 @@ def read_keys(path: Path) -> KeyFile:
         raise ConfigError(f"the API keys {path} can be read or written by everybody: chmod o-rwx {path}")
     try:
         found = msgspec.json.decode(content, type=KeyFile)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise ConfigError(f"the API keys {path} cannot be understood: {error}") from error
     for what in ("id", "name"):
         values = [getattr(key, what) for key in found.keys if what == "id" or not key.revoked_unix_s]

@@ -10,6 +10,7 @@ import msgspec
 from controlplane.contract import schema
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import PeerError
+from controlplane.unreadable import UNREADABLE
 
 T = TypeVar("T")
 
@@ -19,9 +20,15 @@ encode = schema.encode
 def decode(value: bytes, kind: type[T], key: str) -> T:
     """Parse one value; junk becomes a PeerError that names the key, here and nowhere later."""
     try:
-        return msgspec.json.decode(value, type=kind)
-    except msgspec.MsgspecError as error:
-        raise PeerError(f"etcd key {key}: {error}") from error
+        # As text: in a field that this code does not know, bytes that are none would be passed over.
+        return msgspec.json.decode(value.decode(), type=kind)
+    except UNREADABLE as error:
+        raise PeerError(f"etcd key {printable(key)}: {error}") from error
+
+
+def printable(key: str) -> str:
+    """A key, or its name, as it can be logged and sent: bytes that are no text as their escapes."""
+    return key.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 @dataclass(frozen=True, slots=True)

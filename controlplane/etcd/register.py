@@ -20,6 +20,7 @@ from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.errors import EtcdError, NameTaken
 from controlplane.etcd.lease import LeaseKeeper
 from controlplane.etcd.values import Compare, KeyValue, Put
+from controlplane.unreadable import UNREADABLE
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def holder_of(value: bytes) -> Holder | None:
     """Who wrote a record; None if that cannot be read."""
     try:
         return msgspec.json.decode(value, type=Holder)
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return None
 
 

@@ -22,6 +22,7 @@ from controlplane.contract.protection import Protection
 from controlplane.contract.records import Operation
 from controlplane.contract.revocations import Revocation, RevokeRequest
 from controlplane.contract.status import Check, ClusterStatus, OperationAnswer, OperationRequest
+from controlplane.unreadable import UNREADABLE
 
 T = TypeVar("T")
 
@@ -196,7 +197,7 @@ class AdminClient:
         if response.status_code == 409:
             try:
                 return msgspec.json.decode(response.content, type=OperationAnswer)
-            except msgspec.MsgspecError:
+            except UNREADABLE:
                 pass  # an error and not a refused operation
         return _decode(_checked(response).content, OperationAnswer)
 
@@ -256,12 +257,12 @@ def _checked(response: httpx.Response) -> httpx.Response:
 def _message(response: httpx.Response) -> str:
     try:
         return msgspec.json.decode(response.content, type=ErrorAnswer).error.message
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return response.text[:200] or f"HTTP {response.status_code}"
 
 
 def _decode(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise PeerError(f"the admin API's answer is not understood: {error}") from error

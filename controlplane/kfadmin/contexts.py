@@ -15,6 +15,7 @@ from controlplane.contract.files import is_blank, replace_file
 from controlplane.kfadmin.formats import Output, OutputOption, View, show
 from controlplane.kfadmin.output import console, table
 from controlplane.kfadmin.rundir import home
+from controlplane.unreadable import UNREADABLE
 
 CHOSEN: ContextVar[str] = ContextVar("chosen", default="")  # `kfadmin --context NAME`, or $KF_CONTEXT
 
@@ -48,7 +49,7 @@ def load() -> Contexts:
         return Contexts()
     try:
         return msgspec.json.decode(path.read_bytes(), type=Contexts)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
 
 

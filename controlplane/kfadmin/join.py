@@ -29,6 +29,7 @@ from controlplane.kfadmin.certs import FOLDER
 from controlplane.kfadmin.fleet import Fleet, HostPlan, plan
 from controlplane.kfadmin.rundir import Endpoints, RunDir, create_api_key, usable
 from controlplane.kfadmin.up import demo_model, packaged_model
+from controlplane.unreadable import UNREADABLE
 
 PLAN = "host.json"
 SECRETS = ("secret", "api-keys")
@@ -82,7 +83,7 @@ def read_bundle(path: Path) -> tuple[HostPlan, dict[str, bytes]]:
         raise ConfigError(f"{path} is no bundle of a host: {error}") from error
     try:
         host = msgspec.json.decode(files.pop(PLAN), type=HostPlan)
-    except (KeyError, msgspec.MsgspecError) as error:
+    except (KeyError, *UNREADABLE) as error:
         raise ConfigError(
             f"{path} is no bundle of a host ({error}): `kfadmin host pack` makes one"
         ) from error
@@ -172,7 +173,7 @@ def read_plan(run_dir: RunDir) -> HostPlan:
     path = run_dir.path / PLAN
     try:
         return msgspec.json.decode(path.read_bytes(), type=HostPlan)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise ConfigError(
             f"{path}: {error}; `kfadmin host join BUNDLE` makes this a host of a cluster"
         ) from error

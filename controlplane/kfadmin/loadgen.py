@@ -14,6 +14,7 @@ import msgspec
 
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.kfadmin.client import trust
+from controlplane.unreadable import UNREADABLE
 
 STREAM_LIMIT_S = 180.0
 # Silence on a stream; the gateway's keep-alive comments come far more often.
@@ -174,7 +175,7 @@ class LoadGenerator:
         try:
             async with asyncio.timeout(STREAM_LIMIT_S):
                 await self._read(client, body, stream, on_tokens)
-        except (httpx.HTTPError, TimeoutError, msgspec.MsgspecError) as error:
+        except (httpx.HTTPError, TimeoutError, *UNREADABLE) as error:
             raise StreamFailed(
                 f"after {len(stream.tokens)} tokens: {type(error).__name__}: {error}"
             ) from error

@@ -38,6 +38,7 @@ from controlplane.kfadmin.rundir import (
 from controlplane.kfadmin.secure import certify, etcd_healthy, etcd_tls, renew
 from controlplane.kfadmin.supervise import Program, SupervisorThread, tied
 from controlplane.supervisor import ProcessFile
+from controlplane.unreadable import UNREADABLE
 
 POLL_S = 0.05
 START_LIMIT_S = 120.0
@@ -415,7 +416,7 @@ class LocalCluster:
                 self._progress(f"made certificates for {', '.join(new)}")
         except FileNotFoundError:
             return  # the relay has not said anything yet
-        except (OSError, ConfigError, msgspec.MsgspecError) as error:
+        except (OSError, ConfigError, *UNREADABLE) as error:
             if str(error) != self._uncertified:
                 self._uncertified = str(error)
                 self._progress(f"WARNING: no certificates for new nodes: {error}")

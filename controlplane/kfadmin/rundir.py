@@ -40,6 +40,7 @@ from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.files import is_blank, replace_file
 from controlplane.supervisor import ProcessFile
+from controlplane.unreadable import UNREADABLE
 
 TAIL_BYTES = 16 * 1024
 HOST_RUN_DIR = Path("/var/lib/kevlarflow")  # of a host that joined a cluster
@@ -163,7 +164,7 @@ class _Settings(msgspec.Struct):
 def _is_settings(path: Path) -> bool:
     try:
         msgspec.json.decode(path.read_bytes(), type=_Settings)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (OSError, *UNREADABLE):
         return False
     return True
 
@@ -294,7 +295,7 @@ class RunDir:
         path = self.path / "endpoints.json"
         try:
             return msgspec.json.decode(path.read_bytes(), type=Endpoints)
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, *UNREADABLE) as error:
             raise ConfigError(f"no cluster was started in {self.path} ({error})") from error
 
     def write(self, name: str, value: msgspec.Struct) -> None:
@@ -307,7 +308,7 @@ class RunDir:
         found = {}
         for path in sorted((self.path / folder).glob("*.json")):
             # Replaced between the listing and the read, or not whole.
-            with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
+            with contextlib.suppress(FileNotFoundError, *UNREADABLE):
                 found[path.stem] = msgspec.json.decode(path.read_bytes(), type=ProcessFile)
         return found
 

@@ -25,6 +25,7 @@ from controlplane.contract.status import ClusterStatus
 from controlplane.core.figures import Meter
 from controlplane.history.writer import HistoryWriter
 from controlplane.shell.lookups import Lookups
+from controlplane.unreadable import UNREADABLE
 
 log = structlog.get_logger()
 
@@ -115,7 +116,7 @@ class Recorder:
         """The answer, or why the report is refused. `names`: for whom its sender may speak; None: for all."""
         try:
             report = rpc.decode_gateway_report(message)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             return f"not a GatewayReport: {error}"
         if names is not None and report.gateway not in names:
             return f"{no_role(ProcessRole.GATEWAY)}; or it names another one than {report.gateway[:100]}"

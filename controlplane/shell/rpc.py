@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-import msgspec
 import structlog
 
 from controlplane.contract import rpc
@@ -38,6 +37,7 @@ from controlplane.core.events import (
     ReportStreamBroken,
 )
 from controlplane.shell.inbox import Inbox
+from controlplane.unreadable import UNREADABLE
 
 log = structlog.get_logger()
 
@@ -175,7 +175,7 @@ class ReportServer:
         # Decoded here rather than by grpc, whose answer to an error would be silence.
         try:
             batch: ReportBatch = rpc.decode_reports(message)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             await self._take_unread(stream, message, error)
             return
         self.batches += 1
@@ -206,12 +206,12 @@ class ReportServer:
                 del stream.slots[member]
                 self._drop(member, stream)
 
-    async def _take_unread(self, stream: _Stream, message: bytes, error: msgspec.MsgspecError) -> None:
+    async def _take_unread(self, stream: _Stream, message: bytes, error: Exception) -> None:
         """A batch of newer code cannot be read, but whoever it speaks for is heard. Raises _Refused for one of older
         code, and for junk."""
         try:
             schema = rpc.decode_header(message).schema
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             schema = 0
         if 0 < schema < REPORT_SCHEMA:
             raise _Refused(rpc.refusal_of_reports(schema)) from error

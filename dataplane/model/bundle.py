@@ -159,7 +159,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             if length > HEADER_BYTES_MAX:
                 raise ModelError(path, None, f"has a header of {length} bytes")
             header = json.loads(file.read(length))
-    except (OSError, ValueError, struct.error) as error:
+    except (OSError, ValueError, RecursionError, struct.error) as error:
         raise ModelError(path, None, f"cannot be read: {error}") from error
     if not isinstance(header, dict):
         raise ModelError(path, None, "has no table of tensors")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from controlplane.unreadable import UNREADABLE
 from dataplane.model.errors import ModelError
 
 FORMAT = 1  # raise it when what is hashed, or how, changes
@@ -83,11 +84,8 @@ def digest_once(
 def _read(kept: Path) -> KnownDigest | None:
     try:
         return msgspec.json.decode(kept.read_bytes(), type=KnownDigest)
-    except (
-        OSError,
-        msgspec.MsgspecError,
-    ):  # none yet, or of another version: it is computed and written anew
-        return None
+    except (OSError, *UNREADABLE):
+        return None  # none yet, damaged, or of another version: it is computed and written anew
 
 
 def _write(kept: Path, known: KnownDigest) -> None:

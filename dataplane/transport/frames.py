@@ -25,6 +25,7 @@ import msgspec
 
 from controlplane.contract.errors import PeerError
 from controlplane.contract.ids import Member
+from controlplane.unreadable import UNREADABLE
 from dataplane._fast.checksum import crc32
 from dataplane.core.messages import KvMeta, Meta, Ping, RestoredMeta, ShardMeta, SurvivorMeta
 from dataplane.transport.base import FRAMES_VERSION
@@ -89,7 +90,7 @@ def decode(data: Buffer) -> Frame:
         raise BadFrame("frame checksum differs")
     try:
         meta = _decode(body)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise BadFrame(f"frame message: {error}") from error
     if checked > IN_MEMORY or (checked == CHECKED) != isinstance(meta, OF_KV):
         raise BadFrame(f"frame with checks {checked} of a {type(meta).__name__}")

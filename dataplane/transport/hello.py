@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from controlplane.contract.ids import Member
+from controlplane.unreadable import UNREADABLE
 from dataplane.transport.base import FRAMES_VERSION
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _decode(data: bytes | memoryview) -> Hello:
         raise HelloError(f"a hello of {len(data)} bytes")
     try:
         return _decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise HelloError(f"not a hello: {error}") from error
 
 

@@ -9,6 +9,7 @@ import msgspec
 
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.lives import Life
+from controlplane.unreadable import UNREADABLE
 from web.gateway.errors import ApiError, shorten
 from web.gateway.service import Service
 
@@ -68,7 +69,7 @@ class Services:
             return self.first
         try:
             name = _body.decode(body).model
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except UNREADABLE:
             return self.first
         return self._by_name.get(name, self.first) if isinstance(name, str) else self.first
 

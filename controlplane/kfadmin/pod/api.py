@@ -14,6 +14,7 @@ import msgspec
 
 from controlplane.contract.address import join
 from controlplane.contract.errors import ConfigError, PeerError, Unavailable
+from controlplane.unreadable import UNREADABLE
 
 T = TypeVar("T")
 
@@ -103,7 +104,7 @@ class KubernetesApi:
             )
         try:
             return msgspec.json.decode(answer.content, type=kind)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise PeerError(
                 f"Kubernetes' API: {method} {path}: the answer is not understood: {error}"
             ) from error

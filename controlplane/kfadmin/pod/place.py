@@ -23,6 +23,7 @@ from controlplane.contract.identity import ProcessRole
 from controlplane.contract.ranges import check_bounds
 from controlplane.kfadmin.fleet import OF_A_HOST
 from controlplane.kfadmin.up import demo_model, packaged_model
+from controlplane.unreadable import UNREADABLE
 
 PLAN_FILE = Path("/etc/kevlarflow/plan.json")
 ORDINAL = re.compile(r".*-(0|[1-9][0-9]{0,4})")
@@ -115,7 +116,7 @@ def read_plan(path: Path) -> PodPlan:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}; the chart mounts it from a ConfigMap"
         ) from error
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{path}: {error}") from error
     if taken := [key for key in OF_A_HOST if key in plan.settings]:
         raise ConfigError(f"{path}: settings.{taken[0]} is a pod's own: `kfadmin pod run` sets it")
