@@ -1,8 +1,9 @@
 """The cluster's keys, folded from a watch into values: one policy for what cannot be read, one for who is retired.
 
 A value that cannot be read is told once (log, `junk`, `unreadable`) and is *unknown*: the last good value of its key is
-kept for as long as the key is there, and a key that never had one is not taken for absent. `newer` are the keys that
-newer code has written, readable or not: whoever would rewrite them must not lead.
+kept for as long as the key is there, and a key that never had one is not taken for absent. So is one that cannot be,
+though it can be read (possible.py), and one that does not say clearly which schema it was written in. `newer` are the
+keys that newer code has written, readable or not: whoever would rewrite them must not lead.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import structlog
 from controlplane.contract import schema
 from controlplane.contract.errors import PeerError
 from controlplane.contract.ids import Member
-from controlplane.contract.keys import Keys, decode
+from controlplane.contract.keys import Keys, decode, printable
 from controlplane.contract.records import (
     ControllerRecord,
     GatewayRecord,
@@ -29,6 +30,7 @@ from controlplane.contract.records import (
 from controlplane.contract.revocations import Revocation
 from controlplane.contract.topology import Topology
 from controlplane.etcd.values import KeyValue, WatchBatch, WatchEvent
+from controlplane.keyspace import possible
 
 log = structlog.get_logger()
 
@@ -62,7 +64,8 @@ KINDS: dict[str, type[msgspec.Struct]] = {
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One key's change. `now` None: it is gone, or, with `unreadable`, it is there and nothing of it can be read."""
+    """One key's change. `now` None: it is gone, or, with `unreadable`, it is there and nothing of it can be read.
+    `name` can be logged and sent, whatever the key has in it."""
 
     folder: str
     name: str
@@ -106,6 +109,16 @@ class View:
                 changes.append(change)
         return changes
 
+    def parse(self, key: str, value: bytes, kind: type[T], written_in: int | None = None) -> T:
+        """What stands at a key, for whoever reads it by itself. Raises PeerError, also for what cannot be."""
+        found, (_, name) = decode(value, kind, key), self._place(key)
+        why = possible.fault(found, name)
+        if not why and not (schema.schema_of(value) if written_in is None else written_in):
+            why = "it does not say which schema it was written in"
+        if why:
+            raise PeerError(f"etcd key {printable(key)}: {why}")
+        return found
+
     def item(self, key: str) -> KeyValue | None:
         """A key as etcd has it, readable or not."""
         return self._items.get(key)
@@ -132,12 +145,12 @@ class View:
     def troubles(self) -> list[str]:
         """What in etcd cannot be read, or only by newer code, and names that two processes want, in words."""
         told = [
-            f"etcd key {key} cannot be read ({why}): it is left as it is"
+            f"etcd key {printable(key)} cannot be read ({why}): it is left as it is"
             for key, why in self.unreadable.items()
         ]
         for key, written_in in self.newer.items():
             if key not in self.unreadable:
-                told.append(f"etcd key {key} was written by newer code (schema {written_in})")
+                told.append(f"etcd key {printable(key)} was written by newer code (schema {written_in})")
         for name, wait in sorted(self.waiting.items()):
             told.append(
                 f"{name} belongs to one process ({wait.who}) and another one wants it ({wait.by}): "
@@ -146,7 +159,7 @@ class View:
         return told
 
     def _take(self, event: WatchEvent) -> Change | None:
-        folder, _, name = event.key.removeprefix(self.keys.root).partition("/")
+        folder, name = self._place(event.key)
         if folder not in KINDS or (folder == "groups" and event.key != self.keys.topology(self.group)):
             return None  # another group's topology, or something that an operator keeps here
         if event.now is None:
@@ -155,12 +168,17 @@ class View:
             self.newer.pop(event.key, None)
             self._forget(folder, name, event.key)
             return Change(folder, name, None, event.mod_revision)
-        value = self._read(folder, name, event.now)
+        value = self._read(folder, event.now)
         if value is None:
             return Change(folder, name, None, event.mod_revision, self.unreadable[event.key])
         return self._keep(folder, name, value, event)
 
-    def _read(self, folder: str, name: str, item: KeyValue) -> msgspec.Struct | None:
+    def _place(self, key: str) -> tuple[str, str]:
+        """A key's folder, and its name there."""
+        folder, _, name = key.removeprefix(self.keys.root).partition("/")
+        return folder, printable(name)
+
+    def _read(self, folder: str, item: KeyValue) -> msgspec.Struct | None:
         encoded, ours = self._ours.get(item.key, (b"", None))
         if ours is not None and encoded == item.value:
             self.newer.pop(item.key, None)
@@ -172,13 +190,12 @@ class View:
         else:
             self.newer.pop(item.key, None)
         try:
-            value = decode(item.value, KINDS[folder], item.key)
-            if (of := _named(value)) not in (name, ""):
-                raise PeerError(f"etcd key {item.key}: it speaks of {of}")
+            value = self.parse(item.key, item.value, KINDS[folder], written_in)
         except PeerError as error:
+            key = printable(item.key)
             self.junk += 1
-            self.unreadable[item.key] = str(error).removeprefix(f"etcd key {item.key}: ")
-            log.warning("junk in etcd", key=item.key, error=str(error))
+            self.unreadable[item.key] = str(error).removeprefix(f"etcd key {key}: ")
+            log.warning("junk in etcd", key=key, error=str(error))
             if folder == "leader":  # somebody leads, whoever it is
                 self._leading[item.key] = (item.create_revision, "")
             return None
@@ -238,23 +255,12 @@ class View:
         present = {event.key for event in batch.events}
         gone = [WatchEvent(key, batch.revision, None) for key in self._items if key not in present]
         changed = [event for event in batch.events if _differs(self._items, event)]
-        return gone + sorted(changed, key=lambda event: self._place(event.key))
+        return gone + sorted(changed, key=lambda event: self._order(event.key))
 
-    def _place(self, key: str) -> int:
-        folder = key.removeprefix(self.keys.root).partition("/")[0]
+    def _order(self, key: str) -> int:
+        folder, _ = self._place(key)
         return ORDER.index(folder) if folder in ORDER else -1
 
 
 def _differs(known: Mapping[str, KeyValue], event: WatchEvent) -> bool:
     return event.key not in known or known[event.key].mod_revision != event.mod_revision
-
-
-def _named(value: msgspec.Struct) -> str:
-    """The name under which a record has to stand; "": any."""
-    match value:
-        case NodeRecord():
-            return value.member.node
-        case Operation() | Revocation():
-            return value.id
-        case _:
-            return ""

@@ -16,7 +16,7 @@ from controlplane.backoff import Backoff
 from controlplane.contract.audit import Action
 from controlplane.contract.errors import PeerError
 from controlplane.contract.events import Event, EventKind
-from controlplane.contract.keys import Keys, decode, encode
+from controlplane.contract.keys import Keys, encode
 from controlplane.contract.records import Operation
 from controlplane.contract.topology import Topology
 from controlplane.core.events import (
@@ -207,7 +207,7 @@ class Performer:
         key = self._keys.topology(self._group)
         try:
             found = await self._client.get(key, timeout_s=CALL_LIMIT_S)
-            topology = decode(found.value, Topology, key) if found else None
+            topology = self._view.parse(key, found.value, Topology) if found else None
         except (EtcdError, PeerError) as error:
             self._note("the topology cannot be read", key, error)
             await self._backoff.pause()
@@ -218,7 +218,7 @@ class Performer:
         key = self._keys.operation(operation_id)
         try:
             found = await self._client.get(key, timeout_s=CALL_LIMIT_S)
-            operation = decode(found.value, Operation, key) if found else None
+            operation = self._view.parse(key, found.value, Operation) if found else None
         except PeerError as error:
             self._note("an operation cannot be read", key, error)
             self._inbox.put_own(OperationUnknown(operation_id))

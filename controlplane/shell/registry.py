@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import structlog
 
 from controlplane.contract.ids import Member
-from controlplane.contract.keys import Keys
+from controlplane.contract.keys import Keys, printable
 from controlplane.contract.records import ControllerRecord, GatewayRecord, NodeRecord, Operation
 from controlplane.contract.schema import SCHEMA
 from controlplane.contract.topology import Topology
@@ -153,9 +153,8 @@ class Registry:
         why = ""
         if newer:
             schema = max(view.newer[key] for key in newer)
-            why = (
-                f"{newer[0]} was written by newer code (schema {schema}, this is {SCHEMA}): that has to lead"
-            )
+            key = printable(newer[0])
+            why = f"{key} was written by newer code (schema {schema}, this is {SCHEMA}): that has to lead"
         elif topology in view.unreadable:
             why = (
                 f"{topology} cannot be read ({view.unreadable[topology]}): write the right value back, or delete the "

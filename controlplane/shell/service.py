@@ -263,6 +263,8 @@ class Service:
             raise Unavailable(
                 f"operation {operation.id}: {error}; ask a controller of the newer version"
             ) from error
+        except PeerError as error:
+            raise Unavailable(f"operation {operation.id} cannot be rewritten: {error}") from error
         except EtcdError as error:
             raise Unavailable(f"the operation may not be cancelled yet; ask again: {error}") from error
         return cancelled if result.succeeded else None

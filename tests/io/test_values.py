@@ -11,6 +11,7 @@ import msgspec
 from controlplane.contract.keys import encode
 from controlplane.contract.records import Operation, OperationKind
 from controlplane.contract.schema import SCHEMA
+from controlplane.etcd import wire
 from tests.io.controllers import Cluster, scenario, until
 
 
@@ -119,6 +120,42 @@ def test_an_operation_that_cannot_be_read_stops_nothing_else(tmp_path: Path) -> 
         assert again.status_code == 503, "an id that is used is not free"
 
     scenario(tmp_path, body, controllers=1)
+
+
+def test_no_bytes_in_etcd_end_a_controller_and_what_it_reads_it_can_write(tmp_path: Path) -> None:
+    async def body(cluster: Cluster) -> None:
+        junk = b'{"id":"x","kind":"drain","message":"r\xe9paration"}'
+        await cluster.client.put(cluster.keys.operation("x"), junk)
+        await cluster.client.put(cluster.keys.node("n78"), b'{"a":' * 3000)
+        await cluster.client.put(wire.key_text(cluster.keys.operations.encode() + b"\xff"), b"junk")
+        await cluster.client.put(cluster.keys.operation("scale-1"), b'{"id":"scale-1","kind":"scale"}')
+        key, later = cluster.keys.topology(cluster.config.group), b',"later":1e999}'
+
+        async def add() -> bool:
+            found = await cluster.client.get(key)
+            assert found is not None
+            await cluster.client.put(key, found.value[:-1] + later)
+            return True
+
+        await until(add, 5, "another hand has written", cluster)
+        die(cluster)
+        await until(lambda: is_borrowed(cluster), 10, "a death is repaired", cluster)
+        found = await cluster.client.get(key)
+        assert found is not None
+        assert found.value.endswith(later)
+        assert cluster.topology is not None
+        assert not any(pipeline.closing for pipeline in cluster.topology.pipelines)
+        told = "".join(await troubles(cluster))
+        assert all(name in told for name in ("operations/x", "nodes/n78", "operations/\\xff")), told
+        ready = await cluster.ask("c1", "GET", "/readyz")
+        assert (ready.status_code, "operations/\\xff" in ready.text) == (200, True)
+        assert all(process.poll() is None for process in cluster.controllers.values())
+        assert (await cluster.client.get(cluster.keys.operation("x"))).value == junk  # type: ignore[union-attr]
+        failed = await cluster.client.get(cluster.keys.operation("scale-1"))
+        assert failed is not None
+        assert b'"failed"' in failed.value
+
+    scenario(tmp_path, body, controllers=2)
 
 
 def test_fields_of_newer_code_survive_what_a_leader_writes(tmp_path: Path) -> None:

@@ -163,6 +163,22 @@ def test_newer_code_s_values_are_not_rewritten() -> None:
         encode(known, msgspec.json.encode(before))
 
 
+def test_what_older_code_does_not_know_is_kept_as_it_is_written() -> None:
+    """A number may be one that this code could not write, or would write in another way."""
+    later = b'[0.1000000000000000055511151231257827,1e2,1e999,%b,{"a":1,"a":2},"\\u00e9", {}]' % (b"9" * 5000)
+    before = encode(topology()).replace(b'{"node":"n0"', b'{"later":%b,"node":"n0"' % later)
+    before = b'%b,"later":%b}' % (before[:-1], later)
+    written = encode(topology(2), before)
+    assert written.count(later) == before.count(later) == 2
+    assert decode(written, Topology, "k") == topology(2)
+
+
+def test_what_cannot_be_read_is_not_rewritten() -> None:
+    for junk in (b"", b"[]", b"{nonsense", b'{"group":"\xff"}', b'{"a":' * 5000, b'{"schema":1}'):
+        with pytest.raises(PeerError):
+            encode(topology(), junk)
+
+
 def test_an_unknown_word_is_unknown_and_not_another_one() -> None:
     strange = raw(encode(Operation("o1", OperationKind.DRAIN, "n1"))) | {"state": "suspended"}
     with pytest.raises(PeerError, match="suspended"):
