@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from controlplane.contract.ids import NodeId
 from controlplane.contract.topology import Mode, Pipeline, Topology
 from controlplane.core.membership import NodeView
-from controlplane.core.placement import served_counts, takers
+from controlplane.core.placement import free_members, served_counts, takers
 from controlplane.core.policy import GATHER, Situation, Want
 
 
@@ -35,14 +35,14 @@ def gather(s: Situation) -> Iterator[Want]:
     begun = [p for p in s.pipelines if p.move is not None and p.move.reason == GATHER]
     sharing = _Sharing(s.topology)
     helpers: dict[int, list[NodeView]] = {}
+    idle: dict[int, bool] = {}
     for place in _borrowed(s, begun or s.pipelines):
-        if not sharing.may_gain(place):
-            continue
         if place.stage not in helpers:
-            views = s.nodes.by_stage.get(place.stage, {})
-            helpers[place.stage] = [
-                view for node, view in views.items() if not view.demoted and sharing.may_help(node)
-            ]
+            free = (s.nodes.views[m.node] for m in free_members(s, place.stage))
+            helpers[place.stage] = [v for v in free if not v.demoted and sharing.may_help(v.member.node)]
+            idle[place.stage] = any(sharing.counts[v.member.node] == 0 for v in helpers[place.stage])
+        if not sharing.may_gain(place, idle[place.stage]):
+            continue
         able = [
             member.node
             for member in takers(
@@ -84,9 +84,14 @@ class _Sharing:
         }
         self.slowed = self._shared.keys()
 
-    def may_gain(self, place: _Place) -> bool:
-        """False where nobody is slowed by that place's node alone: then no move away from it helps anybody."""
-        return any(self._shared.get(p.id) == {place.node} for p in self._on.get(place.node, ()))
+    def may_gain(self, place: _Place, idle: bool) -> bool:
+        """False where no move away from that place's node helps anybody. Only who is slowed by that node alone can be
+        helped: its own pipeline by who is `idle`, if anybody, and another one where these two share the node."""
+        alone = {place.node}
+        if idle and self._shared.get(place.pipeline.id) == alone:
+            return True
+        others = (p for p in self._on.get(place.node, ()) if p.id != place.pipeline.id)
+        return self.counts[place.node] == 2 and any(self._shared.get(p.id) == alone for p in others)
 
     def may_help(self, node: NodeId) -> bool:
         """False for those on which a stage would slow one more pipeline down: at best another one less is slowed."""

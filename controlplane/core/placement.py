@@ -25,14 +25,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from controlplane.contract.ids import Member, NodeId, PipelineId
 from controlplane.contract.topology import Mode, Pipeline, Topology
 from controlplane.core.membership import NodeView
 from controlplane.core.policy import Situation
+from controlplane.core.spread import Path, Shelves, outwards
 
 # Nodes of one fault domain that are next to each other in the ring, and passed over without a search.
 NEAR_MAX = 4
+IN_RING = (False, False, 0)  # the best class of those in the ring's order
 FAR_BEHIND = 1 << 40  # tokens; a copy of unknown age
 
 
@@ -41,6 +44,17 @@ def served_counts(topology: Topology) -> Counter[NodeId]:
     return Counter(
         member.node for pipeline in topology.pipelines for stage in pipeline.stages for member in stage.ranks
     )
+
+
+class _Shelf(NamedTuple):
+    """How a stage's nodes are sorted."""
+
+    stage: int
+    labels: tuple[str, ...]  # of fault domains, as whoever asks has them: outermost first
+    # In the ring's order, those in the ring before all others; else by name. In both cases first those that are not on
+    # probation, then who serves least.
+    in_ring: bool = False
+    exchange: bool = False  # outside of all domains: whose KV can be exchanged
 
 
 class Layout:
@@ -53,8 +67,7 @@ class Layout:
         self._rings: dict[int, set[NodeId]] = {}
         # The rings in their order: by places of pipelines.
         self._places: dict[int, list[tuple[int, NodeId]]] = {}
-        self._by_name: dict[int, _Weighed] = {}
-        self._by_place: dict[int, _Weighed] = {}
+        self._shelves: dict[_Shelf, Shelves] = {}
         self._common: dict[int, int] = {}
 
     @cached_property
@@ -93,13 +106,9 @@ class Layout:
         index = self.order[pipeline.id]
         old = self.pipelines[index]
         touched = {m.node for p in (old, pipeline) for m in p.members()}
-        before = {node: self.counts[node] for node in touched}
-        self.pipelines[index] = pipeline
         self.counts.subtract(m.node for m in old.members())
         self.counts.update(m.node for m in pipeline.members())
-        for weighed in (*self._by_name.values(), *self._by_place.values()):
-            for node in touched:
-                weighed.move(node, before[node], self.counts[node])
+        self.pipelines[index] = pipeline
         for stage, ring in self._rings.items():
             homes = self.homes(stage)
             for node in touched & homes.keys():
@@ -115,6 +124,10 @@ class Layout:
                     ring.remove(node)
                     places = self._places[stage]
                     del places[bisect.bisect_left(places, place)]
+        for shelf, shelves in self._shelves.items():
+            for node in touched:
+                if (of := shelves.of(node)) is not None:
+                    shelves.move(node, self._class(shelf, node, bool(of[0])))
 
     def around(self, pipeline: Pipeline, stage: int) -> Iterator[NodeId]:
         """The ring of a stage from the pipeline's successor on, once round."""
@@ -127,32 +140,32 @@ class Layout:
     def lightest(self, s: Situation, stage: int, away: NodeView | None) -> Iterator[NodeId]:
         """Nodes with the stage's weights that may get a duty: first those that are not on probation, and of these who
         serves least; then those that are further from `away`; by name."""
-        if stage not in self._by_name:
-            self._by_name[stage] = _Weighed(s, stage, self.counts, {}, 0)
-        views = s.nodes.by_stage.get(stage, {})
-        # Nobody shares less with a node of the stage: such are told at once, and only those of its domain are sorted.
-        least = self.common(s, stage) if away is not None and away.member.node in views else 0
-        for _, nodes in self._by_name[stage].classes():
-            near = []
-            for _, node in nodes:
-                shared = _shared(away, views[node])
-                if shared <= least:
-                    yield node
-                else:
-                    near.append((shared, node))
-            yield from (node for _, node in sorted(near))
+        labels = () if away is None else tuple(away.record.fault_domain)
+        shelves = self.shelves(s, _Shelf(stage, labels))
+        path = () if away is None else _path(away, labels, False)
+        for of in shelves.classes():
+            for within, apart in outwards(path, 0, 0):
+                yield from shelves.between(of, within, apart, 0, 1)
 
-    def nearest(self, s: Situation, pipeline: Pipeline, stage: int) -> Iterator[tuple[bool, NodeId]]:
-        """The same (on probation or not, node), but of those that serve as much the next one in the ring's order first,
-        whose home is with this pipeline or after it; who is nobody's home comes last."""
-        count = len(self.order)
-        if stage not in self._by_place:
-            self._by_place[stage] = _Weighed(s, stage, self.counts, self.homes(stage), count)
-        for demoted, nodes in self._by_place[stage].classes():
-            start = bisect.bisect_left(nodes, (self.order[pipeline.id], ""))
-            homeless = bisect.bisect_left(nodes, (count, ""))
-            for part in ((start, homeless), (0, start), (homeless, len(nodes))):
-                yield from ((demoted, node) for _, node in itertools.islice(nodes, *part))
+    def shelves(self, s: Situation, shelf: _Shelf) -> Shelves:
+        """The nodes of a stage that may get a duty."""
+        if shelf not in self._shelves:
+            homes = self.homes(shelf.stage) if shelf.in_ring else {}
+            other = len(self.order) if shelf.in_ring else 0
+            found = self._shelves[shelf] = Shelves()
+            views = s.nodes.by_stage.get(shelf.stage, {})
+            for number, node in sorted((homes.get(node, other), node) for node in views):
+                view = views[node]
+                if view.usable and _free(s, view):
+                    path = _path(view, shelf.labels, shelf.exchange)
+                    found.add(node, number, path, self._class(shelf, node, view.demoted))
+        return self._shelves[shelf]
+
+    def _class(self, shelf: _Shelf, node: NodeId, demoted: bool) -> tuple[int, ...]:
+        if not shelf.in_ring:
+            return demoted, self.counts[node]
+        strict = node in self.ring(shelf.stage)
+        return demoted, not strict, 0 if strict else self.counts[node]
 
     def common(self, s: Situation, stage: int) -> int:
         """How many fault-domain labels, outermost first, all nodes of a stage share: nobody is further away."""
@@ -163,40 +176,6 @@ class Layout:
                 1 for _ in itertools.takewhile(lambda labels: len(set(labels)) == 1, same)
             )
         return self._common[stage]
-
-
-class _Weighed:
-    """The nodes of a stage that may get a duty, by what they serve; among those that serve as much in a fixed order."""
-
-    def __init__(
-        self, s: Situation, stage: int, counts: Counter[NodeId], places: dict[NodeId, int], elsewhere: int
-    ) -> None:
-        self._places = places
-        self._elsewhere = elsewhere  # the place of who has none
-        self._classes: dict[tuple[bool, int], list[tuple[int, NodeId]]] = {}  # on probation, stages served
-        for node, view in s.nodes.by_stage.get(stage, {}).items():
-            if view.usable and _free(s, view):
-                self._classes.setdefault((view.demoted, counts[node]), []).append(self._entry(node))
-        for nodes in self._classes.values():
-            nodes.sort()
-
-    def classes(self) -> Iterator[tuple[bool, list[tuple[int, NodeId]]]]:
-        for demoted, served in sorted(self._classes):
-            yield demoted, self._classes[demoted, served]
-
-    def move(self, node: NodeId, before: int, after: int) -> None:
-        """It serves `after` stages now; nothing happens if it is not here."""
-        entry = self._entry(node)
-        for demoted in (False, True):
-            nodes = self._classes.get((demoted, before), [])
-            at = bisect.bisect_left(nodes, entry)
-            if at < len(nodes) and nodes[at] == entry:
-                del nodes[at]
-                bisect.insort(self._classes.setdefault((demoted, after), []), entry)
-                return
-
-    def _entry(self, node: NodeId) -> tuple[int, NodeId]:
-        return self._places.get(node, self._elsewhere), node
 
 
 def takers(
@@ -317,26 +296,54 @@ def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int)
         return view.usable or kept
 
     views = s.nodes.by_stage.get(stage, {})
+    kept = [view for m in current if (view := views.get(m.node)) is not None and fit(view)]
     least = layout.common(s, stage)
-    # The next one of the ring that is furthest away goes before all others: few have to be asked.
-    found: list[NodeView] = []
-    for node in layout.around(pipeline, stage):
-        view = views.get(node)
-        if view is not None and not view.demoted and fit(view):
-            found.append(view)
-            if _shared(here, view) <= least:
-                break
-    if not any(_shared(here, view) <= least for view in found):
-        kept = [views[m.node] for m in current if m.node in views]
-        found += [view for view in kept if fit(view)]
-        for demoted, node in layout.nearest(s, pipeline, stage):
-            if demoted and any(not view.demoted for view in found):
-                break
-            if fit(views[node]):
-                found.append(views[node])
-                if not demoted and _shared(here, views[node]) <= least:
-                    break
+    # The next one of the ring that is furthest away goes before all others.
+    first = next((views[node] for node in _far_in_ring(s, layout, pipeline, stage) if fit(views[node])), None)
+    far = [
+        view
+        for view in kept
+        if view.member.node in ring and not view.demoted and _shared(here, view) <= least
+    ]
+    far += [first] if first is not None else []
+    if far:
+        return min(
+            far, key=lambda view: ((order[view.member.node] - start - 1) % count, view.member.node)
+        ).member
+    shelves, path, base = _around(s, layout, pipeline, stage)
+    found = kept
+    for demoted in (False, True):
+        if demoted and any(not view.demoted for view in found):
+            break
+        classes = [of for of in shelves.classes() if of[0] == demoted]
+        nodes = (
+            node
+            for within, apart in outwards(path, base, base + least)
+            for of in classes
+            for node in shelves.between(of, within, apart, start, count)
+        )
+        best = next((views[node] for node in nodes if fit(views[node])), None)
+        found += [best] if best is not None else []
     return min(found, key=key).member if found else None
+
+
+def _around(s: Situation, layout: Layout, pipeline: Pipeline, stage: int) -> tuple[Shelves, Path, int]:
+    """Who may hold copies of a stage, sorted, the place of whoever serves it in that, and how much of the place is no
+    fault domain but what its KV is good for."""
+    source = pipeline.stages[stage].leader
+    here = s.nodes.views.get(source.node) if source is not None else None
+    labels = () if here is None else tuple(here.record.fault_domain)
+    exchange = here is not None and here.member == source
+    shelves = layout.shelves(s, _Shelf(stage, labels, in_ring=True, exchange=exchange))
+    return shelves, () if here is None else _path(here, labels, exchange), int(exchange)
+
+
+def _far_in_ring(s: Situation, layout: Layout, pipeline: Pipeline, stage: int) -> Iterator[NodeId]:
+    """Those of the ring that are as far from whoever serves the stage as anybody, from the pipeline's successor on."""
+    shelves, path, base = _around(s, layout, pipeline, stage)
+    within, apart = next(outwards(path, base, base + layout.common(s, stage)))
+    start, count = layout.order[pipeline.id], len(layout.order)
+    return shelves.between(IN_RING, within, apart, start + 1, count)
 
 
 def is_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int, member: Member) -> bool:
@@ -353,7 +360,9 @@ def is_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int, memb
         if other is not None and _shared(here, other) <= least:
             return False
     else:
-        return False
+        alone = pipeline.stages[stage].replicas == (member,)  # one under suspicion may go first
+        if not alone or next(_far_in_ring(s, layout, pipeline, stage), None) != member.node:
+            return False
     view = s.nodes.views.get(member.node)
     return (
         view is not None
@@ -393,6 +402,13 @@ def _free(s: Situation, view: NodeView) -> bool:
     if view.member in s.topology.retired or node in s.topology.cordoned:
         return False
     return node not in s.avoid or view.demoted
+
+
+def _path(view: NodeView, labels: tuple[str, ...], exchange: bool) -> Path:
+    """Where it is, by these labels; what its KV is good for comes first, if that counts."""
+    domain = view.record.fault_domain
+    path = tuple(domain.get(label) for label in labels)
+    return (view.record.numerics, *path) if exchange else path
 
 
 def _shared(here: NodeView | None, there: NodeView) -> int:

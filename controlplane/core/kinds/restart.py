@@ -251,7 +251,7 @@ def _stages(s: Situation, nodes: list[str]) -> Iterator[Check]:
     for node in nodes:
         if node not in served:
             continue
-        alone = judged(s, avoid=s.avoid | {node})
+        alone = s if node in s.avoid else judged(s, avoid=s.avoid | {node})
         for pipeline, index in served[node]:
             if any(able(alone, pipeline, m) for m in free.get(index, ())):
                 continue
