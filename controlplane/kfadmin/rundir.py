@@ -34,7 +34,7 @@ from typing import IO
 
 import msgspec
 
-from controlplane.contract.address import bound
+from controlplane.contract.address import bound, join
 from controlplane.contract.auth import create_secret, derive, load_secret
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError
@@ -127,15 +127,19 @@ def free_port(host: str, taken: set[int]) -> int:
 
 
 def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there. Raises ConfigError if nothing could, whatever the port."""
+    """Whether a server could listen there; not: somebody does. Raises ConfigError if it is something else."""
     try:
         bound(host, port).close()
+    except UnicodeError as error:  # an empty label, or one that is too long
+        raise ConfigError(f"host = {host!r} is no name of a host") from error
     except socket.gaierror as error:
         raise ConfigError(f"host = {host!r}: {error.strerror}") from error
     except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return False
         if error.errno == errno.EADDRNOTAVAIL:
             raise ConfigError(f"host = {host!r} is not an address of this machine") from error
-        return False
+        raise ConfigError(f"cannot listen on {join(host, port)}: {error.strerror or error}") from error
     return True
 
 

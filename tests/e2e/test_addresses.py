@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from controlplane.contract.address import bound, join, port_of
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError
+from controlplane.kfadmin import rundir
 from controlplane.kfadmin.loadgen import sample_prompts
 from controlplane.kfadmin.rundir import port_is_free
 from tests.e2e.cluster import Cluster
@@ -48,6 +51,21 @@ def test_a_port_is_taken_only_if_somebody_has_it(host: str) -> None:
 def test_a_host_that_is_not_ours_is_named() -> None:
     with pytest.raises(ConfigError, match=r"203\.0\.113\.9.* is not an address of this machine"):
         port_is_free("203.0.113.9", 20202)
+
+
+def test_a_port_that_is_not_to_be_had_is_not_called_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"cannot listen on \[fe80::1\]:20202: Invalid argument"):
+        port_is_free("fe80::1", 20202)  # of which interface?
+    for host in ("a..b", ".", "a" * 64):
+        with pytest.raises(ConfigError, match="is no name of a host"):
+            port_is_free(host, 20202)
+
+    def refused(host: str, port: int) -> socket.socket:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(rundir, "bound", refused)  # root may bind any
+    with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1:81: Permission denied"):
+        port_is_free("127.0.0.1", 81)
 
 
 def test_who_binds_every_address_says_which_one_is_registered() -> None:
