@@ -32,6 +32,7 @@ RDMA_OPTIONS: Mapping[str, str] = {"TLS": "rc,tcp", "NET_DEVICES": "all"}
 RDMA_CLASS = Path("/sys/class/infiniband")
 
 SIOCGIFADDR = 0x8915
+INTERFACES_IPV6 = Path("/proc/net/if_inet6")
 
 
 def rdma_devices() -> list[str]:
@@ -41,8 +42,14 @@ def rdma_devices() -> list[str]:
 
 
 def default_options(host: str) -> dict[str, str]:
-    """UCX variables, without their prefix, for a node that listens on `host`."""
-    return {**DEFAULT_OPTIONS, **(RDMA_OPTIONS if rdma_devices() else {"NET_DEVICES": device_of(host)})}
+    """UCX variables, without their prefix, for a node that listens on the numeric address `host`."""
+    # libucp 1.21 corrupts its heap when a peer of one family meets a device that it knows by the other.
+    families = {"TCP_AF_PRIO": "inet6,inet" if ":" in host else "inet,inet6"}
+    return {
+        **DEFAULT_OPTIONS,
+        **families,
+        **(RDMA_OPTIONS if rdma_devices() else {"NET_DEVICES": device_of(host)}),
+    }
 
 
 @functools.cache
@@ -66,7 +73,11 @@ def binding() -> Any:
 
 
 def device_of(host: str) -> str:
-    """The network interface that has the IPv4 address `host`; "all" if none does (a wildcard, IPv6)."""
+    """The network interface that has the numeric address `host`; "all" if none does (a wildcard)."""
+    if ":" in host:
+        digits = socket.inet_pton(socket.AF_INET6, host).hex()
+        lines = [line.split() for line in INTERFACES_IPV6.read_text().splitlines()]
+        return next((line[-1] for line in lines if line[0] == digits), "all")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # the interface has no IPv4 address

@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .driver import Events
 
 log = structlog.get_logger(__name__)
+
+Where = str | tuple[str, int] | tuple[str, int, int, int]  # as sockets take it
 
 BACKLOG = 128
 ACCEPTS_IN_A_ROW = 32
@@ -45,18 +48,40 @@ def host_id() -> str:
     return hashlib.sha256(f"{boot} {namespace}".encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A numeric address. `where` is as sockets take it: of IPv6 its last item is the zone, the index of the interface
+    to which a link-local address belongs, or 0."""
+
+    family: int
+    where: tuple[str, int] | tuple[str, int, int, int]
+
+    @property
+    def host(self) -> str:
+        """As text, with the zone's name: an interface has another index on each host."""
+        if len(self.where) == 4 and self.where[3]:
+            return f"{self.where[0]}%{socket.if_indextoname(self.where[3])}"
+        return self.where[0]
+
+
 def split_address(where: str) -> tuple[str, int]:
     """ "host:port" or "[host]:port" to its parts. Raises ValueError."""
-    host, _, port = where.rpartition(":")
-    return host.strip("[]"), int(port)
+    host, _, digits = where.rpartition(":")
+    port = int(digits)
+    if not 0 <= port < 65536:  # the resolver would take its lower 16 bits
+        raise ValueError(f"port out of range: {port}")
+    return host.strip("[]"), port
 
 
-async def resolve(where: str) -> tuple[str, int]:
+async def resolve(where: str) -> Resolved:
     """ "host:port" or "[host]:port" to a numeric address. Raises OSError, ValueError."""
     host, port = split_address(where)
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return str(found[0][4][0]), int(port)
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:  # no name of DNS: a label is empty or too long
+        raise socket.gaierror(socket.EAI_NONAME, f"{host!r} is no name of a host") from error
+    return Resolved(found[0][0], cast("tuple[str, int]", found[0][4]))
 
 
 def join_address(host: str, port: int) -> str:
@@ -75,17 +100,16 @@ class SocketDriver:
         self._events = events
         self._loop = asyncio.get_running_loop()
         self.on_message = events.on_message
-        numeric, _ = await resolve(join_address(host, port))
-        family = socket.AF_INET6 if ":" in numeric else socket.AF_INET
-        taken = self._listen(family, (numeric, port)).getsockname()[1]  # first: it may be refused
+        ours = await resolve(join_address(host, port))
+        taken = self._listen(ours.family, ours.where).getsockname()[1]  # first: it may be refused
         offers: dict[str, str] = {}
         if "local" in self.kinds:
             name = f"kevlarflow-{secrets.token_hex(8)}"
             self._listen(socket.AF_UNIX, f"\0{name}")
             offers["local"] = f"{self._host_id}/{name}"
-        return {**offers, "tcp": join_address(numeric, taken)}
+        return {**offers, "tcp": join_address(ours.host, taken)}
 
-    def _listen(self, family: int, address: str | tuple[str, int]) -> socket.socket:
+    def _listen(self, family: int, address: Where) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             if family != socket.AF_UNIX:
@@ -105,10 +129,10 @@ class SocketDriver:
     async def connect(self, kind: str, where: str) -> Stream:
         if kind == "local":
             return self._open(socket.AF_UNIX, "\0" + where.partition("/")[2])
-        host, port = await resolve(where)
-        return self._open(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port))
+        peer = await resolve(where)
+        return self._open(peer.family, peer.where)
 
-    def _open(self, family: int, address: str | tuple[str, int]) -> Stream:
+    def _open(self, family: int, address: Where) -> Stream:
         connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             connection.connect(address)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 from controlplane.contract.address import bound
 
 from .libucp import binding, default_options
-from .sockets import join_address, resolve
+from .sockets import Resolved, join_address, resolve
 
 if TYPE_CHECKING:
     from dataplane._fast import ucp
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from .driver import Events
 
 POLL_BUDGET_S = 0.002  # then the loop gets its turn
+
+
+def of_libucp(found: Resolved) -> tuple[str, int]:
+    """Host and port. Raises OSError for an address with a zone: libucp listens there, and then connects without it."""
+    if "%" in found.host:
+        raise OSError(errno.EADDRNOTAVAIL, 'UCX knows no link-local addresses (transport = "sockets" does)')
+    return found.where[0], found.where[1]
 
 
 class UcxDriver:
@@ -39,10 +46,10 @@ class UcxDriver:
         self._events = events
         self._loop = asyncio.get_running_loop()
         self.on_message, self.on_failed = events.on_message, events.on_failed
-        numeric, _ = await resolve(join_address(host, port))
+        numeric, _ = of_libucp(await resolve(join_address(host, port)))
         if port:
             bound(numeric, port).close()  # libucp does not say what keeps it from listening
-        options = {**default_options(host), **self._options}
+        options = {**default_options(numeric), **self._options}
         worker = cast("ucp.Worker", binding().Worker(self, options))
         try:
             taken = worker.listen(numeric, port)
@@ -60,7 +67,7 @@ class UcxDriver:
         return True
 
     async def connect(self, kind: str, where: str) -> ucp.Endpoint:
-        host, port = await resolve(where)
+        host, port = of_libucp(await resolve(where))
         if self._worker is None:
             raise ConnectionAbortedError("closed")
         return self._worker.connect(host, port)

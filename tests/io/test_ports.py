@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,15 +15,17 @@ from hypothesis import strategies as st
 from controlplane.contract.address import ANY_PORT, bound, port_of, port_range, ports_of
 from controlplane.contract.config import ClusterConfig, TimingConfig
 from controlplane.contract.errors import ConfigError
+from controlplane.contract.ids import Member
 from controlplane.contract.version import settings_digest
 from controlplane.kfadmin.fleet import plan, read_fleet
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.rpc import ReportServer
 from dataplane.frontdoor import Frontdoor
 from dataplane.transport.driver import parse_address
+from dataplane.transport.sockets import resolve, split_address
 from tests.io.test_hosts import FLEET
 
-from .transport_nodes import cluster, run
+from .transport_nodes import cluster, link, run, until
 
 HOST = "127.0.0.1"
 
@@ -100,6 +104,83 @@ def test_links_take_the_first_port_that_is_free_and_say_when_none_is(kind: str) 
                 await a.transport.close()
                 again = await make("d", ports=ports)
                 assert again.port == ports[0]
+
+    run(work())
+
+
+def link_local() -> str:
+    """An address with its zone, as "fe80::1%eth0", that this machine has."""
+    for line in Path("/proc/net/if_inet6").read_text().splitlines():
+        digits, _, _, scope, _, interface = line.split()
+        if int(scope, 16) == 0x20:
+            return f"{socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))}%{interface}"
+    pytest.skip("no interface here has a link-local address")
+
+
+def test_links_on_a_link_local_address_keep_its_zone() -> None:
+    async def work() -> None:
+        host = link_local()
+        async with cluster("sockets") as make:
+            a, b = await make("a", host=host), await make("b", host=host)
+            (where,) = (w for k, w in parse_address(b.address).items() if k != "local")
+            assert split_address(where) == (host, b.port)
+            b.address = ",".join(o for o in b.address.split(",") if not o.startswith("local="))
+            await link(a, b)
+            a.transport.send(b.member, [b"across"])
+            await until(lambda: b.messages)
+
+    run(work())
+
+
+def test_ucx_refuses_a_link_local_address_which_it_would_not_reach() -> None:
+    async def work() -> None:
+        async with cluster("ucx") as make:
+            with pytest.raises(ConfigError, match="UCX knows no link-local addresses"):
+                await make("a", host=link_local())
+            a = await make("a")
+            a.transport.connect(Member("b", "1"), f"ucx=[{link_local()}]:7100")
+            await asyncio.sleep(0.1)  # dials in vain, and does no harm
+            assert not a.transport.connected(Member("b", "1"))
+
+    run(work())
+
+
+@pytest.mark.parametrize("kind", ["sockets", "ucx"])
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_links_on_ipv6_carry_messages(kind: str, host: str) -> None:
+    """UCX also where the interfaces have IPv4 addresses, which it would take first: it died of that."""
+
+    async def work() -> None:
+        async with cluster(kind) as make:
+            a, b = [await make(name, host=host, advertise="::1") for name in "ab"]
+            b.address = ",".join(o for o in b.address.split(",") if not o.startswith("local="))
+            await link(a, b)
+            a.transport.send(b.member, [b"across"])
+            await until(lambda: b.messages)
+
+    run(work())
+
+
+def test_an_address_is_resolved_with_its_zone_and_to_no_other_port() -> None:
+    async def work() -> None:
+        lo = socket.if_nametoindex("lo")
+        for zone in ("lo", str(lo)):
+            found = await resolve(f"[fe80::1%{zone}]:7100")
+            assert (found.host, found.where) == ("fe80::1%lo", ("fe80::1", 7100, 0, lo))
+        assert (await resolve("[::1]:7100")).host == "::1"
+        assert (await resolve("127.0.0.1:7100")).where == ("127.0.0.1", 7100)
+        with pytest.raises(ValueError, match="port out of range"):
+            await resolve("127.0.0.1:99999")
+
+    run(work())
+
+
+@pytest.mark.parametrize("host", ["a..b", ".", "a" * 64])
+def test_links_on_what_is_no_name_of_a_host_say_so(host: str) -> None:
+    async def work() -> None:
+        async with cluster("sockets") as make:
+            with pytest.raises(ConfigError, match=r"cannot listen on .* is no name of a host"):
+                await make("a", host=host)
 
     run(work())
 
