@@ -130,8 +130,6 @@ def port_is_free(host: str, port: int) -> bool:
     """Whether a server could listen there; not: somebody does. Raises ConfigError if it is something else."""
     try:
         bound(host, port).close()
-    except UnicodeError as error:  # an empty label, or one that is too long
-        raise ConfigError(f"host = {host!r} is no name of a host") from error
     except socket.gaierror as error:
         raise ConfigError(f"host = {host!r}: {error.strerror}") from error
     except OSError as error:

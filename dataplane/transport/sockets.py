@@ -79,8 +79,8 @@ async def resolve(where: str) -> Resolved:
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except UnicodeError as error:  # no name of DNS: a label is empty or too long
-        raise socket.gaierror(socket.EAI_NONAME, f"{host!r} is no name of a host") from error
+    except UnicodeError:  # of labels that are empty or too long
+        raise OSError(errno.EINVAL, f"{host!r} is not a host name") from None
     return Resolved(found[0][0], cast("tuple[str, int]", found[0][4]))
 
 

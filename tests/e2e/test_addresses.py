@@ -57,7 +57,7 @@ def test_a_port_that_is_not_to_be_had_is_not_called_taken(monkeypatch: pytest.Mo
     with pytest.raises(ConfigError, match=r"cannot listen on \[fe80::1\]:20202: Invalid argument"):
         port_is_free("fe80::1", 20202)  # of which interface?
     for host in ("a..b", ".", "a" * 64):
-        with pytest.raises(ConfigError, match="is no name of a host"):
+        with pytest.raises(ConfigError, match="is not a host name"):
             port_is_free(host, 20202)
 
     def refused(host: str, port: int) -> socket.socket:

@@ -179,7 +179,7 @@ def test_an_address_is_resolved_with_its_zone_and_to_no_other_port() -> None:
 def test_links_on_what_is_no_name_of_a_host_say_so(host: str) -> None:
     async def work() -> None:
         async with cluster("sockets") as make:
-            with pytest.raises(ConfigError, match=r"cannot listen on .* is no name of a host"):
+            with pytest.raises(ConfigError, match=r"cannot listen on .* is not a host name"):
                 await make("a", host=host)
 
     run(work())
