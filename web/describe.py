@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,6 +16,7 @@ REQUEST_ID: Schema = {
     "required": True,
     "schema": {"type": "string"},
 }
+ALLOW: Schema = {"description": "The path's methods.", "required": True, "schema": {"type": "string"}}
 COMMON_ERRORS = (
     400,
     405,
@@ -74,10 +75,13 @@ class Api:
     )
 
     def document(self) -> dict[str, Any]:
-        """OpenAPI 3.1."""
+        """OpenAPI 3.1. HEAD and OPTIONS are those of `manners.py`, which every path has."""
         paths: dict[str, dict[str, Any]] = {}
         for endpoint in self.endpoints:
-            paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = self._operation(endpoint)
+            operations = paths.setdefault(endpoint.path, {"options": self._operation(_options(endpoint))})
+            operations[endpoint.method.lower()] = self._operation(endpoint)
+            if endpoint.method == "GET":
+                operations["head"] = self._operation(replace(endpoint, method="HEAD"))
         return {
             "openapi": "3.1.0",
             "info": {"title": self.title, "version": self.version},
@@ -90,20 +94,26 @@ class Api:
 
     def _operation(self, endpoint: Endpoint) -> dict[str, Any]:
         errors = {*COMMON_ERRORS, *endpoint.errors, *(() if endpoint.open else (401,))}
+        bodies, methods = endpoint.method != "HEAD", endpoint.method == "OPTIONS"
+        if methods:
+            errors.discard(405)
         if endpoint.body is not None:
             errors |= set(BODY_ERRORS)
         responses: dict[str, Any] = {}
         for status, content in endpoint.answers.items():
-            media = {kind: {"schema": schema} for kind, schema in content.items()}
+            media = {kind: {"schema": schema} for kind, schema in content.items() if bodies}
             responses[str(status)] = {
                 "description": HTTPStatus(status).phrase,
                 **({"content": media} if media else {}),
             }
         for status in sorted(errors - set(endpoint.answers)):
             said = WORDS.get(status, HTTPStatus(status).phrase)
-            responses[str(status)] = {"description": said, "content": {JSON: {"schema": ref("Error")}}}
-        for response in responses.values():
+            told = {"content": {JSON: {"schema": ref("Error")}}} if bodies else {}
+            responses[str(status)] = {"description": said, **told}
+        for status, response in responses.items():
             response["headers"] = {"X-Request-Id": REQUEST_ID}
+            if status == "405" or (methods and status == "204"):
+                response["headers"]["Allow"] = ALLOW
         operation: dict[str, Any] = {
             "summary": endpoint.summary,
             "description": endpoint.description or endpoint.summary,
@@ -116,6 +126,13 @@ class Api:
         if endpoint.body is not None:
             operation["requestBody"] = {"required": True, "content": {JSON: {"schema": endpoint.body}}}
         return operation
+
+
+def _options(endpoint: Endpoint) -> Endpoint:
+    """Of the path that this endpoint has."""
+    places = [each for each in endpoint.parameters if each["in"] == "path"]
+    what = "Which methods the path has"
+    return Endpoint("OPTIONS", endpoint.path, what, {204: {}}, parameters=places, open=True)
 
 
 _PLAIN = str.maketrans("", "", "{}:.")

@@ -254,9 +254,12 @@ def test_the_openapi_document(client: httpx.Client) -> None:
     for path, methods in document["paths"].items():
         concrete = path.replace("{operation_id}", "x").replace("{path}", "x")
         allow = client.options(concrete).headers["allow"].split(", ")
-        assert {m.upper() for m in methods} == set(allow) - {"HEAD", "OPTIONS"}, path
+        assert {m.upper() for m in methods} == set(allow), path
         for method, operation in methods.items():
             answers = set(operation["responses"])
+            if method == "options":
+                assert "204" in answers
+                continue
             assert {"400", "405", "500", "503"} <= answers
             assert ("401" in answers) == (bool(operation["security"]) or path == "/session"), path
             if method == "get" and "{" not in path and path != "/admin/v1/stream":
@@ -272,7 +275,7 @@ def test_the_openapi_document(client: httpx.Client) -> None:
 def test_schemathesis_finds_nothing(server: tuple[str, MemoryService], tmp_path: Path) -> None:
     server[1].reset()
     endless = ("--exclude-path", "/admin/v1/stream")  # each try would take as long as its patience
-    asyncio.run(check_by_document(server[0], TOKEN, 5, 24, tmp_path, *endless))
+    asyncio.run(check_by_document(server[0], TOKEN, 5, 64, tmp_path, *endless))
 
 
 def test_compressed_bodies(client: httpx.Client) -> None:

@@ -32,13 +32,26 @@ from web.gateway.openai.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from web.gateway.openai.responses_request import ResponsesRequest
+from web.gateway.openai.responses_request import INCLUDE_MAX, INCLUDED, STORED, ResponsesRequest
 from web.gateway.openai.sampling import BIAS_MAX
 from web.gateway.openai.structured import DEMANDS
 
+OUTPUT_TOKENS = frozenset({"max_tokens", "min_tokens", "max_completion_tokens", "max_output_tokens"})
 ROLES = ("system", "developer", "user", "assistant", "tool")  # a template may know others
 BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
-GENERATION_ERRORS = (404, 409, 410, 422, 429)
+GENERATION_ERRORS = (403, 404, 409, 410, 422, 429)
+# What no schema can say of a parameter, as it depends on others, on the prompt, or on the operator.
+MORE_OF = {
+    "min_tokens": "At most max_tokens: before so many tokens nothing stops the output.",
+    "best_of": "At least n: so many are generated, and the n best of them answered; in a stream it is n.",
+    "bad_words": "Texts that the output must not contain.",
+    "truncate_prompt_tokens": "How many of a prompt's tokens are kept; -1: as many as fit.",
+    "continue_final_message": "The answer goes on with the last message; not beside add_generation_prompt.",
+    "chat_template": "Where the operator allows it (gateway.request_chat_template).",
+    "max_output_tokens": "At most what the input leaves room for.",
+    **dict.fromkeys(DEMANDS, "What the output has to be: one of such parameters (docs/structured-output.md)."),
+    "guided_whitespace_pattern": "What may stand between the parts of guided_json.",
+}
 LAST_EVENT_ID = parameter(
     "Last-Event-ID", "header", STRING, "The id of the last event that came: the stream goes on after it."
 )
@@ -118,7 +131,7 @@ def _endpoints() -> list[Endpoint]:
             "/v1/streams/{stream}",
             "The rest of a stream",
             {200: {EVENTS: ANY}},
-            (403, *GENERATION_ERRORS),
+            GENERATION_ERRORS,
             parameters=(stream, LAST_EVENT_ID),
         ),
         Endpoint(
@@ -126,7 +139,7 @@ def _endpoints() -> list[Endpoint]:
             "/tokenize",
             "Token ids of a text",
             {200: {JSON: ref("Tokens")}},
-            (404, 429),
+            (403, 404, 429),
             ref("TokenizeRequest"),
         ),
         Endpoint(
@@ -137,7 +150,7 @@ def _endpoints() -> list[Endpoint]:
             "/detokenize",
             "The text of token ids",
             {200: {JSON: record({"prompt": STRING})}},
-            (404, 429),
+            (403, 404, 429),
             ref("DetokenizeRequest"),
         ),
     ]
@@ -169,29 +182,27 @@ def _relate(schemas: dict[str, Schema], model: Model) -> None:
     ]
     schemas["Message"]["properties"]["role"] = {"enum": list(ROLES)}
     if not model.calls_tools:
-        for name in ("ChatRequest", "TokenizeRequest"):
+        for name in ("ChatRequest", "ResponsesRequest", "TokenizeRequest"):
             schemas[name]["properties"]["tools"] = {
                 "enum": [None, []],
                 "description": "This model cannot be told of tools.",
             }
-        schemas["ChatRequest"]["properties"]["tool_choice"] = {"enum": [None, "none", "auto"]}
+        for name in ("ChatRequest", "ResponsesRequest"):
+            schemas[name]["properties"]["tool_choice"] = {"enum": [None, "none", "auto"]}
     zeros = 9 - len(str(model.vocab_size))  # that may stand before
     below = f"^0{{0,{zeros}}}(?:{_below(model.vocab_size)})$"
     for name in ("CompletionRequest", "ChatRequest"):
         properties = schemas[name]["properties"]
         _demands(schemas[name])
         _items(properties["stop_token_ids"], model.vocab_size - 1)
-        # No schema can say that it is at most max_tokens, and such things: the description does.
-        for beyond in ("min_tokens", "best_of", "bad_words", "truncate_prompt_tokens"):
-            del properties[beyond]
+        for branch in properties["truncate_prompt_tokens"]["anyOf"]:
+            if branch.get("type") == "integer":
+                branch["not"] = {"const": 0}
         for branch in properties["logit_bias"]["anyOf"]:
             if branch.get("type") == "object":
                 branch["propertyNames"] = {"pattern": below}
                 branch["additionalProperties"] |= {"minimum": -BIAS_MAX, "maximum": BIAS_MAX}
-    for name in ("ChatRequest", "TokenizeRequest"):
-        del schemas[name]["properties"]["continue_final_message"]
-    _simple_responses(schemas["ResponsesRequest"]["properties"])
-    del schemas["ChatRequest"]["properties"]["chat_template"]
+    _responses(schemas["ResponsesRequest"]["properties"])
     prompt = schemas["CompletionRequest"]["properties"]["prompt"]
     _items(prompt, model.vocab_size - 1)
     for branch in prompt["anyOf"]:
@@ -204,37 +215,18 @@ def _relate(schemas: dict[str, Schema], model: Model) -> None:
     _items(schemas["DetokenizeRequest"]["properties"]["tokens"], model.vocab_size - 1)
 
 
-def _simple_responses(properties: dict[str, Schema]) -> None:
-    """Of OpenAI's documents, what can be said in few words: a text as input, and no tools."""
-    for name in ("previous_response_id", "conversation", "prompt", "tools"):
+def _responses(properties: dict[str, Schema]) -> None:
+    """Nothing is stored, so what refers to something that is has but the values that say nothing."""
+    for name in STORED:
         properties[name] = {"enum": [None]}
     for name in ("store", "background"):
         properties[name] = {"enum": [None, False]}
-    message = {
-        "type": "object",
-        "properties": {"role": {"enum": ["user", "assistant", "system", "developer"]}, "content": STRING},
-        "required": ["role", "content"],
-        "additionalProperties": False,
-    }
-    said = {"type": "array", "items": message, "minItems": 1}
-    properties["input"] = {"anyOf": [STRING, said]}
-    properties["text"] = {
-        "enum": [None, {}, {"format": {"type": "text"}}, {"format": {"type": "json_object"}}]
-    }
-    properties["include"] = {"enum": [None, [], ["message.output_text.logprobs"]]}
+    properties["include"] = nullable(array({"enum": sorted(INCLUDED)}) | {"maxItems": INCLUDE_MAX})
     properties["truncation"] = {"enum": [None, "disabled"]}
-    properties["tool_choice"] = {"enum": [None, "none", "auto"]}
-    for beyond in ("chat_template_kwargs", "max_output_tokens"):  # what the prompt leaves room for
-        del properties[beyond]
 
 
 def _demands(schema: Schema) -> None:
-    """No schema can say which grammars compile, nor that one is enough: the description does."""
-    for name in set(DEMANDS) - {"response_format"}:
-        del schema["properties"][name]
-    kinds = {"properties": {"type": {"enum": ["text", "json_object"]}}, "required": ["type"]}
-    free = {"type": "object", **kinds, "additionalProperties": False}
-    schema["properties"]["response_format"] = {"anyOf": [free, {"type": "null"}]}
+    """Whose output has to be something ends with it."""
     any_text = {"anyOf": [{"type": "null"}, {"properties": {"type": {"const": "text"}}}]}
     schema["allOf"].append(
         {
@@ -293,24 +285,18 @@ def _schemas(model: Model, priority_floor: int) -> dict[str, Schema]:
                 branch["minimum"] = priority_floor
     for name in ("CompletionRequest", "ChatRequest"):
         schemas[name]["description"] = (
-            f"Prompt and output together have at most {model.max_model_len} tokens. There is also min_tokens, an"
-            " integer from 0 to max_tokens: before so many tokens nothing stops the output;"
-            f" best_of, n to {CHOICES_MAX}, of which n are answered; bad_words, texts that the output must not contain;"
-            " truncate_prompt_tokens, how many of a prompt's tokens are kept, -1 for as many as fit; of a chat"
-            " continue_final_message, and chat_template where the operator allows it. And response_format takes"
-            " OpenAI's json_schema; instead of it one of structured_outputs, guided_json, guided_regex, guided_choice"
-            " and guided_grammar may say what the output has to be, as with vLLM (docs/structured-output.md)."
+            f"Prompt and output together have at most {model.max_model_len} tokens."
         )
     schemas["ResponsesRequest"]["description"] = (
-        f"Input and output together have at most {model.max_model_len} tokens; max_output_tokens bounds the output."
-        " Beside texts, input takes calls and their results, tools functions, and text.format OpenAI's json_schema."
+        f"Input and output together have at most {model.max_model_len} tokens. Beside texts, input takes calls and"
+        " their results."
     )
-    for holder, name in (
-        ("CompletionRequest", "max_tokens"),
-        ("ChatRequest", "max_tokens"),
-        ("ChatRequest", "max_completion_tokens"),
-    ):
-        _bound(schemas[holder]["properties"][name], model.max_model_len - 1)
+    for kind in BODIES:
+        properties = schemas[kind.__name__]["properties"]
+        for name in MORE_OF.keys() & kind.model_fields:
+            properties[name]["description"] = MORE_OF[name]
+        for name in OUTPUT_TOKENS & set(kind.model_fields):
+            _bound(properties[name], model.max_model_len - 1)
     usage = record(
         {"prompt_tokens": INTEGER, "total_tokens": INTEGER, "completion_tokens": INTEGER},
         {

@@ -29,6 +29,7 @@ from web.gateway.openai.tools import (
 
 LOGPROBS = "message.output_text.logprobs"
 INCLUDED = frozenset({LOGPROBS, "reasoning.encrypted_content"})  # of the latter there is none
+INCLUDE_MAX = 16
 PARTS = frozenset({"input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal"})
 METADATA_MAX = 16  # OpenAI's bounds: the answer tells it again
 STORED = (
@@ -159,7 +160,7 @@ class ResponsesRequest(Request):
         None  # of tools that a server runs: here it runs none
     )
     parallel_tool_calls: bool | None = None
-    include: Annotated[list[str], Field(max_length=16)] | None = None
+    include: Annotated[list[str], Field(max_length=INCLUDE_MAX)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     metadata: Annotated[dict[MetadataName, MetadataText], Field(max_length=METADATA_MAX)] | None = None
     store: bool | None = None
