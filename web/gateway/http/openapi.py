@@ -49,7 +49,9 @@ MORE_OF = {
     "continue_final_message": "The answer goes on with the last message; not beside add_generation_prompt.",
     "chat_template": "Where the operator allows it (gateway.request_chat_template).",
     "max_output_tokens": "At most what the input leaves room for.",
-    **dict.fromkeys(DEMANDS, "What the output has to be: one of such parameters (docs/structured-output.md)."),
+    **dict.fromkeys(
+        DEMANDS, "What the output has to be: one of such parameters (docs/structured-output.md)."
+    ),
     "guided_whitespace_pattern": "What may stand between the parts of guided_json.",
 }
 LAST_EVENT_ID = parameter(
