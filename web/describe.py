@@ -110,10 +110,9 @@ class Api:
             said = WORDS.get(status, HTTPStatus(status).phrase)
             told = {"content": {JSON: {"schema": ref("Error")}}} if bodies else {}
             responses[str(status)] = {"description": said, **told}
-        for status, response in responses.items():
+        for response in responses.values():
             response["headers"] = {"X-Request-Id": REQUEST_ID}
-            if status == "405" or (methods and status == "204"):
-                response["headers"]["Allow"] = ALLOW
+        responses["204" if methods else "405"]["headers"]["Allow"] = ALLOW
         operation: dict[str, Any] = {
             "summary": endpoint.summary,
             "description": endpoint.description or endpoint.summary,
