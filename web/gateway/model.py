@@ -124,7 +124,8 @@ def load_model(config: ClusterConfig) -> Model:
     if no_template:
         log.warning("no chat", reason=no_template)
     vocab_size = settings.count("vocab_size") or tokenizer.get_vocab_size()
-    ends = _ends((generation, settings), vocab_size, _end_of(tokenizer, tokenizer_settings))
+    special = special_tokens(folder, tokenizer_settings.values)
+    ends = _ends((generation, settings), vocab_size, _end_of(tokenizer, special.get("eos_token")))
     return Model(
         name=config.model_name,
         tokenizer=tokenizer,
@@ -138,7 +139,7 @@ def load_model(config: ClusterConfig) -> Model:
         output=_output_format(template, config.gateway),
         defaults=_sampling_defaults(generation),
         max_new_tokens=generation.count("max_new_tokens"),
-        special_tokens=special_tokens(folder, tokenizer_settings.values),
+        special_tokens=special,
     )
 
 
@@ -168,10 +169,8 @@ def _ends(files: Sequence[Settings], vocab_size: int, of_tokenizer: tuple[int, .
     return tuple(i for i in dict.fromkeys((*named, *of_tokenizer)) if i < vocab_size)
 
 
-def _end_of(tokenizer: Tokenizer, settings: Settings) -> tuple[int, ...]:
-    end = settings.values.get("eos_token")
-    name = end.get("content") if isinstance(end, dict) else end
-    token = tokenizer.token_to_id(name) if isinstance(name, str) else None
+def _end_of(tokenizer: Tokenizer, name: str | None) -> tuple[int, ...]:
+    token = tokenizer.token_to_id(name) if name is not None else None
     return () if token is None else (token,)
 
 

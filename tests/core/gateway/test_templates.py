@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from controlplane.contract.errors import ConfigError, RequestError
@@ -210,6 +210,16 @@ def test_tools_as_transformers_renders_them(source: str) -> None:
     assert "ü" in ours
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_both_names_in_templates(name: str) -> None:
+    source = "{% for m in messages %}[{{ m.thinking }}|{{ m.reasoning_content }}|{{ m.thinking is defined }}]"
+    source += "{% endfor %}"
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", name: "Hm."}]
+    messages = parse(ChatRequest, json.dumps({"messages": said}).encode()).messages
+    rendered, _ = render_jinja_template([said], chat_template=source)
+    assert ChatTemplate(source, {}, 1000).render(plain(messages, False, True)) == rendered[0]
+
+
 @pytest.mark.parametrize("arguments", ["{'a': 1}", '{"a": ', "[" * 100_000])
 def test_arguments_that_are_no_json_stay_text(arguments: str) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
@@ -383,6 +393,47 @@ def test_files_as_transformers_finds_them(tmp_path: Path, files: dict[str, Any])
     assert template.render(TALK) == theirs.apply_chat_template(
         TALK, tokenize=False, add_generation_prompt=True
     )
+
+
+ALL_TOKENS = (
+    "[{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}|{{ mask_token }}|{{ think_token }}|{{ image }}"
+    "|{{ bos_token is defined }}]"
+)
+OLDER: dict[str, Any] = {"bos_token": "<s>", "eos_token": ADDED | {"content": "</s>"}, "think_token": "<t>"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "older"),
+    [
+        ({"bos_token": None, "eos_token": "</s>"}, {"bos_token": "<s>"}),
+        ({"bos_token": "<s>", "eos_token": "</e>"}, OLDER | {"bos_token": "</s>"}),
+        ({"bos_token": None}, OLDER),
+        ({"bos_token": "</s>", "think_token": "<u>"}, OLDER),
+        ({"bos_token": "<x>", "eos_token": None, "added_tokens_decoder": {}}, OLDER),
+        ({"extra_special_tokens": {"think_token": "<think>", "image": ADDED | {"__type": "AddedToken"}}}, {}),
+        ({"extra_special_tokens": {"think_token": "<think>"}, "think_token": "<t>"}, {}),
+        ({"extra_special_tokens": ["<think>"]}, {}),
+        ({"model_specific_special_tokens": {"think_token": "<think>"}}, {}),
+        ({"think_token": "<think>", "add_bos_token": True, "image": "<image>"}, {}),
+        ({"tokenizer_class": "LlamaTokenizer"}, {}),
+        ({"tokenizer_class": "LlamaTokenizerFast", "bos_token": None, "eos_token": "<e>"}, {}),
+        ({"tokenizer_class": "GemmaTokenizer", "pad_token": "<p>"}, {}),
+        ({"tokenizer_class": "Qwen2Tokenizer"}, {"bos_token": "<s>"}),
+        ({"tokenizer_class": "Qwen2TokenizerFast", "eos_token": "<e>"}, {}),
+    ],
+)
+def test_special_tokens_as_transformers_names_them(
+    tmp_path: Path, settings: dict[str, Any], older: dict[str, Any]
+) -> None:
+    own = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": ALL_TOKENS} | settings
+    files = {"tokenizer_config.json": own, "special_tokens_map.json": older}
+    folder = folder_with(tmp_path / "model", {name: said for name, said in files.items() if said})
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "a": 1}, []))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    theirs = AutoTokenizer.from_pretrained(str(folder)).apply_chat_template(TALK, tokenize=False)
+    template, _ = load_template(folder, 1000)
+    assert template is not None
+    assert template.render(TALK, False) == theirs
 
 
 def test_a_template_of_its_own_for_tools(tmp_path: Path) -> None:

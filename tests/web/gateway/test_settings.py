@@ -108,6 +108,15 @@ def test_the_tokenizers_end_counts_where_the_model_names_none(
     assert load_model(settings(tmp_path)).eos_token_ids == ids
 
 
+def test_the_tokenizers_end_may_stand_in_the_older_file(tmp_path: Path) -> None:
+    copy_model(tmp_path, max_position_embeddings=512, eos_token_id=None)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": null}')
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')
+    model = load_model(settings(tmp_path))
+    assert (model.eos_token_ids, model.special_tokens["eos_token"]) == ((2,), "<|end|>")
+
+
 @pytest.mark.parametrize(
     ("config", "generation", "ids"),
     [

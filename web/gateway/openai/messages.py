@@ -22,6 +22,7 @@ ANSWER_FIELDS = frozenset(
         "reasoning",
         "reasoning_content",
         "refusal",
+        "thinking",
         "thinking_blocks",
         "tool_calls",
     }
@@ -106,8 +107,9 @@ class Message(Strict):
         content = kept.get("content")
         for part in content if isinstance(content, list) else ():
             check_kind(part, PARTS, "messages", "contents")
-        if "reasoning" in kept and not kept.get("reasoning_content"):
-            kept["reasoning_content"] = kept.pop("reasoning")  # vLLM's other name for it
+        for other in ("reasoning", "thinking"):  # vLLM's other name for it, and that of gpt-oss
+            if other in kept and not kept.get("reasoning_content"):
+                kept["reasoning_content"] = kept.pop(other)
         if isinstance(kept.get("refusal"), str):  # what an assistant has said in place of an answer
             refusal = kept.pop("refusal")
             kept["content"] = content or refusal
@@ -167,6 +169,8 @@ def _beside(message: Message) -> dict[str, Any]:
     for name in ("name", "tool_call_id", "reasoning_content"):
         if value := getattr(message, name):
             beside[name] = value
+    if message.reasoning_content:
+        beside["thinking"] = message.reasoning_content  # what gpt-oss' template calls it
     if message.tool_calls:
         beside["tool_calls"] = [_call(call) for call in message.tool_calls]
     return beside

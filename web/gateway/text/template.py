@@ -16,6 +16,17 @@ from web.gateway.text.template_sandbox import Environment
 
 OTHERS = "additional_chat_templates"  # all but the default one, where each has a file
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Of their classes, where no file says anything of a name.
+_GEMMA = {
+    "unk_token": "<unk>",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
+_LLAMA = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+_QWEN2 = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
+CLASS_TOKENS = {"GemmaTokenizer": _GEMMA, "LlamaTokenizer": _LLAMA, "Qwen2Tokenizer": _QWEN2}
 
 
 class PromptTooLong(RequestError):
@@ -128,14 +139,36 @@ def _sources(folder: Path, settings: dict[str, Any]) -> dict[str, str] | None:
 
 
 def special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    special = _settings(folder / "special_tokens_map.json") | dict(settings)
+    """By the names that templates have for them, as transformers finds them: the older file counts only where
+    `settings`, those of tokenizer_config.json, have no table of added tokens, and then before them."""
+    older: dict[str, Any] = {}
+    if "added_tokens_decoder" not in settings:
+        older = _settings(folder / "special_tokens_map.json")
+    tokens = {
+        **CLASS_TOKENS.get(str(settings.get("tokenizer_class")).removesuffix("Fast"), {}),
+        **_named(older),
+        **_object(settings, "model_specific_special_tokens"),
+        **_named(settings),
+        **_object(settings, "extra_special_tokens"),
+        **{name: older[name] for name in SPECIAL_TOKENS if name in older},
+        **_object(older, "extra_special_tokens"),
+    }
     found = {}
-    for name in SPECIAL_TOKENS:
-        token = special.get(name)
+    for name, token in tokens.items():
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):
             found[name] = text
     return found
+
+
+def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name.endswith("_token")}
+
+
+def _object(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Tokens by their names; some files have a list of tokens without a name there."""
+    value = settings.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _settings(path: Path) -> dict[str, Any]:
