@@ -6,7 +6,7 @@ over, best with a copy; each request goes on at the least that any stage has, an
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
@@ -43,9 +43,9 @@ def protection(status: ClusterStatus, config: ClusterConfig, incidents: Sequence
     overhead_s = median(overheads) if overheads else None
     served = _served(status)
     restoring = _restoring(status.nodes)
+    group = _Group(status)
     losses = [
-        _loss(node, served.get(node.node, {}), nodes, status, config, overhead_s, restoring)
-        for node in status.nodes
+        _loss(node, served.get(node.node, {}), group, config, overhead_s, restoring) for node in status.nodes
     ]
     return Protection(
         group=status.group,
@@ -61,6 +61,26 @@ def protection(status: ClusterStatus, config: ClusterConfig, incidents: Sequence
         losses=tuple(losses),
         restoring=restoring,
     )
+
+
+class _Group:
+    """What is the same whichever node is lost."""
+
+    def __init__(self, status: ClusterStatus) -> None:
+        self.mode = status.mode
+        self.nodes = {node.node: node for node in status.nodes}
+        self.pipelines = {p.id: p for p in status.pipelines}
+        self._serving = sum(p.state in SERVING for p in status.pipelines)
+        self._able = Counter(n.stage for n in status.nodes if _may_serve(self.nodes, n.node, ""))
+
+    def serves_without(self, pipeline: PipelineStatus) -> bool:
+        """Whether another instance serves."""
+        return self._serving > (pipeline.state in SERVING)
+
+    def has_without(self, stage: int, lost: NodeStatus) -> bool:
+        """Whether another node could serve a stage."""
+        own = lost.stage == stage and _may_serve(self.nodes, lost.node, "")
+        return self._able[stage] > own
 
 
 def _policy(config: ClusterConfig, mode: Mode) -> str:
@@ -110,8 +130,7 @@ def _restoring(nodes: Iterable[NodeStatus]) -> Restoring:
 def _loss(
     node: NodeStatus,
     served: Mapping[str, Sequence[int]],
-    nodes: Mapping[NodeId, NodeStatus],
-    status: ClusterStatus,
+    group: _Group,
     config: ClusterConfig,
     overhead_s: float | None,
     restoring: Restoring,
@@ -119,31 +138,27 @@ def _loss(
     streams = tokens = restore_bytes = 0
     wait_s: float | None = 0.0
     how, down = [], []
-    for pipeline in status.pipelines:
-        stages = served.get(pipeline.id)
-        if not stages:
-            continue
+    for name, stages in served.items():
+        pipeline = group.pipelines[name]
         streams += pipeline.running
-        if pipeline.unheld_tokens >= 0 and any(
-            p is not pipeline and p.state in SERVING for p in status.pipelines
-        ):
+        if pipeline.unheld_tokens >= 0 and group.serves_without(pipeline):
             # The instance fails as a whole, and nothing is borrowed.
             again = pipeline.unheld_tokens + pipeline.tail_tokens
             told = "its requests go on at the instances that hold their copies, or have the least to do"
-        elif any(not _others(nodes, node.node, stage) for stage in stages):
+        elif not all(group.has_without(stage, node) for stage in stages):
             down.append(pipeline.id)
             how.append(f"{pipeline.id}: down until {node.node} is back, then all of it is computed again")
             tokens += pipeline.tokens
             wait_s = None
             continue
         else:
-            again, told = _again(pipeline, stages, nodes, node.node, status.mode, config)
+            again, told = _again(pipeline, stages, group.nodes, node.node, group.mode, config)
         computing, blocks = _computing(pipeline), 0
-        if status.mode is Mode.PARITY and again < pipeline.tokens:
+        if group.mode is Mode.PARITY and again < pipeline.tokens:
             blocks = (pipeline.tokens - again) // config.engine.block_size
             if computed_again({0: blocks}, config.engine.block_size, computing, restoring):
                 again, blocks, told = pipeline.tokens, 0, "computed again, which is sooner than to restore it"
-            restore_bytes += sum(blocks * _block_bytes(nodes, pipeline, stage) for stage in stages)
+            restore_bytes += sum(blocks * _block_bytes(group.nodes, pipeline, stage) for stage in stages)
         tokens += again
         how.append(f"{pipeline.id}: {told}")
         took_s = repair_s(again, blocks, computing, restoring)
@@ -189,10 +204,6 @@ def _again(
 
 def _computing(pipeline: PipelineStatus) -> Computing:
     return Computing(pipeline.step_s, pipeline.token_s, pipeline.pace_s, pipeline.chunk_tokens)
-
-
-def _others(nodes: Mapping[NodeId, NodeStatus], lost: NodeId, stage: int) -> list[NodeId]:
-    return [name for name, node in nodes.items() if node.stage == stage and _may_serve(nodes, name, lost)]
 
 
 def _may_serve(nodes: Mapping[NodeId, NodeStatus], name: NodeId, lost: NodeId) -> bool:

@@ -12,6 +12,7 @@ from controlplane.contract.repair import Restoring
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineStatus
 from controlplane.contract.topology import Mode
 from controlplane.core.protection import protection
+from tests.core.counting import lines
 from tests.web.admin_service import healthy
 
 SIZE, BLOCK_BYTES = 16, 4096
@@ -187,3 +188,26 @@ def test_a_spare_costs_what_it_holds() -> None:
     cost = loss(replace(status, nodes=(*status.nodes, spare)), "n8")
     assert (cost.streams, cost.tokens, cost.wait_s, cost.how) == (0, 0, 0.0, ())
     assert cost.exposed_bytes == 3 * BLOCK_BYTES + 7
+
+
+def test_what_each_loss_costs_is_told_without_a_look_at_all_nodes_for_each() -> None:
+    each = {}
+    for times in (16, 128):
+        one = busy(lag=32)
+        nodes = [replace(n, node=f"{n.node}-{k}") for k in range(times) for n in one.nodes]
+        pipelines = [_renamed(p, k) for k in range(times) for p in one.pipelines]
+        status = replace(one, nodes=tuple(nodes), pipelines=tuple(pipelines))
+        assert loss(status, "n1-3").how == ("p0-3: goes on from the copy on n5-3",)
+        each[times] = lines(lambda status=status: protection(status, CONFIG, [FAILURE])) / times
+    assert each[128] < 1.2 * each[16]
+
+
+def _renamed(pipeline: PipelineStatus, number: int) -> PipelineStatus:
+    def renamed(members: tuple[Member, ...]) -> tuple[Member, ...]:
+        return tuple(replace(m, node=f"{m.node}-{number}") for m in members)
+
+    stages = tuple(
+        replace(stage, serving=renamed(stage.serving), replicas=renamed(stage.replicas))
+        for stage in pipeline.stages
+    )
+    return replace(pipeline, id=f"{pipeline.id}-{number}", stages=stages)
