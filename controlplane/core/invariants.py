@@ -82,8 +82,10 @@ def pipelines_stay(s: Situation, after: Topology) -> Iterator[str]:
     stay = [name for name in old if name in new]
     if [p.id for p in after.pipelines] != [*stay, *(name for name in new if name not in old)]:
         yield "pipelines in another order, or twice"
+    first = next(iter(s.topology.pipelines), None)
     for pipeline in new.values():
-        if not pipeline.stages or len(pipeline.stages) != _stages(s, pipeline):
+        before = old.get(pipeline.id) or first or pipeline
+        if not pipeline.stages or len(pipeline.stages) != len(before.stages):
             yield f"{pipeline.id}: {len(pipeline.stages)} stages"
     for pipeline in (p for p in new.values() if p.id not in old):
         if (
@@ -98,16 +100,11 @@ def pipelines_stay(s: Situation, after: Topology) -> Iterator[str]:
                 yield f"{pipeline.id}/{index}: {len(stage.ranks)} ranks of {len(stage.homes)}"
 
 
-def _stages(s: Situation, pipeline: Pipeline) -> int:
-    """How many it should have."""
-    before = s.topology.pipeline(pipeline.id) or (s.topology.pipelines or (pipeline,))[0]
-    return len(before.stages)
-
-
 def the_closed_are_idle(s: Situation, after: Topology) -> Iterator[str]:
     """A pipeline goes when it serves nobody: no stream has to move because of it."""
+    left = {p.id for p in after.pipelines}
     for pipeline in s.topology.pipelines:
-        if after.pipeline(pipeline.id) is None and pipeline.up and not s.idle(pipeline):
+        if pipeline.id not in left and pipeline.up and not s.idle(pipeline):
             yield f"{pipeline.id}: it goes, and may have requests"
 
 
@@ -222,9 +219,10 @@ def moves_are_told(s: Situation, after: Topology) -> Iterator[str]:
 
 
 def retired_serve_nothing(s: Situation, after: Topology) -> Iterator[str]:
+    retired = set(after.retired)
     for pipeline in after.pipelines:
         for member in pipeline.members():
-            if member in after.retired and not s.nodes.is_dead(member):
+            if member in retired and not s.nodes.is_dead(member):
                 yield f"{member} is retired and serves {pipeline.id}"
 
 

@@ -399,9 +399,9 @@ def _holders(s: Situation, pipeline: Pipeline, stage: int) -> dict[Member, int]:
 def _free(s: Situation, view: NodeView) -> bool:
     """Whether it may get a duty at all. On probation a node is avoided, but one that serves or copies beats none."""
     node = view.member.node
-    if view.member in s.topology.retired or node in s.topology.cordoned:
+    if node in s.avoid and (not view.demoted or node in s.topology.cordoned):  # who is cordoned is avoided
         return False
-    return node not in s.avoid or view.demoted
+    return view.member not in s.topology.retired
 
 
 def _path(view: NodeView, labels: tuple[str, ...], exchange: bool) -> Path:
