@@ -7,6 +7,7 @@ and so are the libraries whose arithmetic is used."""
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cache
@@ -34,6 +35,12 @@ PYTHON = (
     "dataplane/model/sampler.py",
 )
 DIGEST_BYTES = 6
+COMPILERS = ("torch", "triton")
+XFORMERS = (
+    "xformers",
+    "flash_attn",
+    "flash_attn_3",
+)  # where one of the others is installed, it attends for xFormers
 NOT_NUMERIC = ("dtype", "float16", "eos_token_ids")  # of a configuration
 
 
@@ -76,7 +83,7 @@ def numerics_of(
         "weights": weights,
         "sums": sums,
         "sources": kernel_sources() if sources is None else sources,
-        "libraries": sorted(_libraries(device) if libraries is None else libraries),
+        "libraries": sorted(_libraries(device, attention) if libraries is None else libraries),
     }
     encoded = msgspec.json.encode(parts, order="deterministic")
     digest = hashlib.blake2b(encoded, digest_size=DIGEST_BYTES).hexdigest()
@@ -96,9 +103,25 @@ def device_kind(device: str) -> str:
     return f"cuda {major}.{minor}"
 
 
-def _libraries(device: str) -> list[str]:
-    """Those whose results are: sines and cosines, what a grammar allows, and on a GPU the compiler of its kernels."""
+def _libraries(device: str, attention: str) -> list[str]:
+    """Those whose results are: sines and cosines, what a grammar allows, on a GPU the compilers of its kernels, and
+    whose attention it is if it is not ours."""
     used = [f"numpy {np.__version__}", f"llguidance {library_version()}"]
-    if device != "cpu":
-        used += [f"{name} {metadata.version(name)}" for name in ("torch", "triton") if util.find_spec(name)]
-    return used
+    if device == "cpu":
+        return used
+    import torch  # not above: as in device_kind
+
+    modules = [*COMPILERS, *(XFORMERS if attention == "xformers" else ())]
+    return [
+        *used,
+        f"cuda {torch.version.cuda}",
+        *(_version(name) for name in modules if util.find_spec(name)),
+    ]
+
+
+def _version(module: str) -> str:
+    """Of one that can be imported, which need not be here under a distribution of its name."""
+    try:
+        return f"{module} {metadata.version(module)}"
+    except metadata.PackageNotFoundError:
+        return f"{module} {getattr(importlib.import_module(module), '__version__', '')}"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,31 @@ def test_what_changes_bits_or_layout_changes_numerics(build: Build) -> None:
     ]  # fmt: skip
     assert len({base, *changed}) == 1 + len(changed)
     assert device_kind("cpu") == "cpu"
+
+
+def test_of_a_gpu_the_libraries_count_that_compute_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where xFormers attends, its numbers and those of the FlashAttention that it finds are a node's own."""
+    versions = {"torch": "2.13.0", "triton": "3.9.0", "xformers": "0.0.35", "flash_attn": "2.8.0"}
+
+    def version(name: str) -> str:
+        if name == "triton":
+            raise numerics.metadata.PackageNotFoundError(name)  # a build under another distribution's name
+        return versions[name]
+
+    monkeypatch.setattr(numerics.util, "find_spec", lambda name: name in versions or None)
+    monkeypatch.setattr(numerics.metadata, "version", version)
+    monkeypatch.setattr(
+        numerics.importlib, "import_module", lambda name: SimpleNamespace(__version__="3.9.1")
+    )
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def used(device: str, attention: str) -> list[str]:
+        return [one for one in numerics._libraries(device, attention) if not one.startswith(("numpy", "llg"))]
+
+    ours = ["cuda 13.0", "torch 2.13.0", "triton 3.9.1"]
+    assert used("cpu", "exact") == []
+    assert used("cuda 9.0", "exact") == ours, "what is only installed decides nothing"
+    assert used("cuda 9.0", "xformers") == [*ours, "xformers 0.0.35", "flash_attn 2.8.0"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
