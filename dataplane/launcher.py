@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+import msgspec
 import structlog
 
 from controlplane.contract.config import ClusterConfig, load_config
@@ -43,9 +44,9 @@ from controlplane.contract.lifetime import raise_descriptor_limit
 from controlplane.contract.logs import configure_logging
 from controlplane.contract.topology import Mode
 from controlplane.contract.version import code_version
-from controlplane.supervisor import Begin, Supervisor, run_command
+from controlplane.supervisor import Begin, ProcessFile, Supervisor, run_command
 from controlplane.unreadable import UNREADABLE
-from dataplane.accelerators import Place, assign, count_devices
+from dataplane.accelerators import Place, Places, count_devices
 from dataplane.hosted import WantedFile
 from dataplane.installed import Installed
 
@@ -104,7 +105,7 @@ class Launcher:
         self._cold = config.mode is Mode.STOP_RESTART
         self._run_node: RunNode | None = None
         self._run_relay: RunNode | None = None
-        self._places: dict[str, Place] = {}
+        self._places: Places | None = None  # on CPUs there is nothing to place
         self._installed = Installed(self._config_path, config)
         self._children = Supervisor(
             self._run_dir,
@@ -121,14 +122,13 @@ class Launcher:
         with self._only_one():
             self._children.catch(SIGNALS)
             if self._config.engine.device == "cuda":
-                self._places = assign(self._nodes, count_devices())
-                self._log.info("devices", **{node: place.device for node, place in self._places.items()})
+                self._places = Places(self._run_dir, count_devices())
             if self._target == TARGET:
                 self._children.add(RELAY, RELAY, self._begin_relay)
             self._follow(add=False)
+            self._recall_places()
             for node in self._nodes:
                 self._add(node)
-            self._end_left_over()
             if not self._cold:
                 if self._target == TARGET:
                     self._run_relay = preload(RELAY_TARGET)
@@ -139,6 +139,7 @@ class Launcher:
                     self._log.warning(
                         "threads run before the first fork: forked nodes may hang", threads=threads
                     )
+            self._end_left_over()  # not earlier: the others are started, as well, while these end
             if self._target == TARGET:
                 # One that is adopted may run other code or settings: a fresh one takes its place, and nobody notices.
                 self._children.send(RELAY, signal.SIGTERM)
@@ -172,7 +173,6 @@ class Launcher:
             self._stop([node for node in self._nodes if node not in self._wanted.run], add)
             fresh = [node for node in self._wanted.run if node not in self._nodes and self._certified(node)]
             self._nodes += fresh
-            self._place(fresh)
             for node in fresh if add else ():
                 self._log.info("the group has come to want a node", node=node)
                 self._add(node)
@@ -197,6 +197,7 @@ class Launcher:
             return
         for node in nodes:
             self._children.remove(node)
+            self._let_go(node)
 
     def _certified(self, node: str) -> bool:
         """Whether there is a certificate for it: `kfadmin up` makes those of new nodes, elsewhere the operator does."""
@@ -211,11 +212,36 @@ class Launcher:
         self._uncertified.discard(node)
         return True
 
-    def _place(self, fresh: list[str]) -> None:
-        """GPUs of nodes that come later: as if all had been there from the beginning. Those that run stay."""
-        if self._config.engine.device == "cuda":
-            places = assign(self._nodes, count_devices())
-            self._places |= {node: places[node] for node in fresh}
+    def _recall_places(self) -> None:
+        """GPUs of nodes that run, or come back, under this launcher as under the one before."""
+        if self._places is None:
+            return
+        running = {path.stem for path in (self._run_dir / "nodes").glob("*.json") if is_running(path)}
+        try:
+            self._places.recall(self._nodes, running)
+        except (OSError, ValueError) as error:
+            self._log.error("which GPUs nodes have is not readable; all are placed anew", error=str(error))
+
+    def _place(self, node: str) -> Place | None:
+        """Its GPU. Who has none yet gets one with all others that wait: they share alike. Raises AllTaken."""
+        if self._places is None:
+            return None
+        try:
+            fresh = self._places.add(self._nodes)
+        except OSError as error:
+            self._log.error("the next launcher will not know which GPUs nodes have", error=str(error))
+        else:
+            if fresh:
+                self._log.info("devices", **{name: place.device for name, place in fresh.items()})
+        return self._places.of(node)
+
+    def _let_go(self, node: str) -> None:
+        if self._places is None:
+            return
+        try:
+            self._places.remove(node)
+        except OSError as error:  # to the next launcher it has its GPU until another one is written
+            self._log.error("a node's GPU cannot be let go of", node=node, error=str(error))
 
     def _end(self) -> None:
         """Raises KevlarFlowError if a node cannot be ended."""
@@ -249,8 +275,9 @@ class Launcher:
             return self._cold_command(node)(log)
         self._renew()
         assert self._run_node is not None
-        place = {"place": self._places[node]} if self._places else {}
-        return self._fork(node, partial(self._run_node, self._config, node, **place), log)
+        place = self._place(node)
+        run = partial(self._run_node, self._config, node)
+        return self._fork(node, run if place is None else partial(run, place=place), log)
 
     def _begin_relay(self, log: IO[bytes]) -> int:
         if self._cold:
@@ -324,13 +351,21 @@ class Launcher:
 
     def _cold_command(self, node: str) -> Begin:
         command = [sys.executable, "-m", "dataplane.main", "--config", str(self._config_path), "--node", node]
-        if place := self._places.get(node):
+        if place := self._place(node):
             command += ["--device", place.device, "--device-share", str(place.share)]
         if self._target != TARGET:
             call = f"preload({self._target!r})(load_config(Path({str(self._config_path)!r})), {node!r})"
             code = f"from dataplane.launcher import Path, load_config, preload; {call}"
             command = [sys.executable, "-c", code]
         return run_command(command)
+
+
+def is_running(file: Path) -> bool:
+    """Whether the process of a ProcessFile runs; not if it is none."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=ProcessFile).alive
+    except (OSError, *UNREADABLE):
+        return False
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -523,12 +523,17 @@ def test_spares_come_after_the_instances() -> None:
     assert all_nodes(ClusterConfig("r", "m", (), instances=1, stages=2, spares=1)) == ["n0", "n1", "n2", "n3"]
 
 
-@pytest.mark.parametrize("devices", [0, 2])
-def test_each_node_has_a_gpu_of_its_own_or_a_share_of_one(host: Host, tmp_path: Path, devices: int) -> None:
-    fake = tmp_path / "fake" / "torch.py"
+def fake_torch(folder: Path, devices: int) -> str:
+    """A path to import from, where torch sees so many GPUs."""
+    fake = folder / "fake" / "torch.py"
     fake.parent.mkdir()
     fake.write_text(f"class cuda:\n    device_count = staticmethod(lambda: {devices})\n")
-    host.start("on_device", nodes=3, python_path=str(fake.parent), device="cuda")
+    return str(fake.parent)
+
+
+@pytest.mark.parametrize("devices", [0, 2])
+def test_each_node_has_a_gpu_of_its_own_or_a_share_of_one(host: Host, tmp_path: Path, devices: int) -> None:
+    host.start("on_device", nodes=3, python_path=fake_torch(tmp_path, devices), device="cuda")
     assert host.process is not None
     if not devices:
         assert host.process.wait(15) != 0
@@ -538,3 +543,69 @@ def test_each_node_has_a_gpu_of_its_own_or_a_share_of_one(host: Host, tmp_path: 
         host.wait_serving(1, node)
     places = [host.output(node).splitlines()[0] for node in ("n0", "n1", "n2")]
     assert places == ["cuda:0 0.5 of 2", "cuda:1 1.0 of 2", "cuda:0 0.5 of 2"]
+
+
+@pytest.mark.parametrize("mode", [Mode.REPLICATE, Mode.STOP_RESTART])
+def test_a_node_that_comes_back_has_the_gpu_that_is_free(host: Host, tmp_path: Path, mode: Mode) -> None:
+    """Whoever came and went meanwhile, and under the next launcher. Where all are taken that is said."""
+    target = "on_device" if mode is Mode.REPLICATE else "serve"
+    python_path = fake_torch(tmp_path, 3)
+
+    def places() -> dict[str, str]:
+        found = json.loads((tmp_path / "nodes-placed.json").read_bytes())
+        return {node: place["device"] for node, place in found.items()}
+
+    def start() -> None:
+        host.start(target, nodes=3, mode=mode, python_path=python_path, device="cuda")
+
+    start()
+    pids = [host.wait_serving(1, node) for node in ("n0", "n1", "n2")]
+    write_wanted(host.run_dir, Wanted(("n0", "n2"), ("n1",)))
+    wait_for(lambda: host.file("n1") is None, "n1 is gone")
+    write_wanted(host.run_dir, Wanted(("n0", "n1", "n2"), ()))
+    back = host.wait_serving(2, "n1")
+    assert places() == {"n0": "cuda:0", "n2": "cuda:2", "n1": "cuda:1"}
+
+    assert host.process is not None
+    host.process.send_signal(signal.SIGHUP)
+    assert host.process.wait(5) == 0
+    os.kill(pids[2], signal.SIGKILL)
+    write_wanted(host.run_dir, Wanted(("n0", "n2", "n3"), ("n1",)))  # nobody has ended n1 yet
+    start()
+    host.wait_serving(2, "n2")
+    wait_for(lambda: host.file("n1") is None, "n1 is gone")
+    assert start_ticks(back) is None
+    host.wait_serving(1, "n3")
+    assert places() == {"n0": "cuda:0", "n2": "cuda:2", "n3": "cuda:1"}
+    assert host.running() == pids[0]
+
+    write_wanted(host.run_dir, Wanted(("n0", "n2", "n3", "n4"), ()))
+
+    def said() -> str:
+        file = host.file("n4")
+        return file.said if file else ""
+
+    wait_for(said, "n4 cannot be started")
+    assert "nothing of its 3 GPUs" in said()
+    write_wanted(host.run_dir, Wanted(("n2", "n3", "n4"), ("n0",)))
+    host.wait_serving(1, "n4")
+    assert places() == {"n2": "cuda:2", "n3": "cuda:1", "n4": "cuda:0"}
+    if target == "on_device":
+        assert host.output("n4").splitlines()[0] == "cuda:0 1.0 of 3"
+    assert host.stop() < 4.0
+
+
+def test_nodes_start_while_those_end_that_nobody_wants_any_more(host: Host) -> None:
+    """One that takes its time to end kept the launcher from starting the others: it had not imported what they run."""
+    host.start("stubborn", nodes=2)
+    pids = host.wait_serving(1), host.wait_serving(1, "n1")
+    assert host.process is not None
+    host.process.kill()
+    host.process.wait(5)
+    os.kill(pids[0], signal.SIGKILL)
+    write_wanted(host.run_dir, Wanted(("n0",), ("n1",)))
+    host.start("stubborn", nodes=2)
+    host.wait_serving(2)
+    wait_for(lambda: host.file("n1") is None, "n1 is gone")
+    assert host.process.poll() is None
+    host.process.kill()
