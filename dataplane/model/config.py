@@ -235,27 +235,27 @@ def _windows(f: Fields, family: str, layers: int) -> tuple[int | None, ...]:
                 return (None,) * layers
             return (f.integer("sliding_window"),) * layers
         case "qwen3_moe":  # all layers, or none
-            window = f.integer("sliding_window", 4096) if f.flag("use_sliding_window") else None
-            return (window,) * layers
+            return (_window(f) if f.flag("use_sliding_window") else None,) * layers
         case "gemma3_text":
-            window = f.integer("sliding_window", 4096)
-            return tuple(window if sliding else None for sliding in _gemma_sliding_layers(f, layers))
+            window, sliding_layers = _window(f), _gemma_sliding_layers(f, layers)
+            if window is None and any(sliding_layers):
+                raise f.error("sliding_window", "expected an integer, found null: some layers have a window")
+            return tuple(window if sliding else None for sliding in sliding_layers)
         case "mistral":
-            # Absent means the class's default; only an explicit null means none.
-            if "sliding_window" in f.values and f.values["sliding_window"] is None:
-                return (None,) * layers
-            return (f.integer("sliding_window", 4096),) * layers
+            return (_window(f),) * layers
         case "qwen2" | "qwen3":
-            if not f.flag("use_sliding_window") or f.values.get("sliding_window", 4096) is None:
-                window = None
-            else:
-                window = f.integer("sliding_window", 4096)
+            window = _window(f) if f.flag("use_sliding_window") else None
             sliding_layers = _sliding_layers(f, layers)
             if window is None and f.values.get("layer_types") is not None and any(sliding_layers):
                 raise f.error("layer_types", "sliding_attention without a window in use (use_sliding_window)")
             return tuple(window if sliding else None for sliding in sliding_layers)
         case _:
             return (None,) * layers
+
+
+def _window(f: Fields) -> int | None:
+    """Absent means the classes' default; only an explicit null means none."""
+    return None if f.values.get("sliding_window", 4096) is None else f.integer("sliding_window", 4096)
 
 
 def _sliding_layers(f: Fields, layers: int) -> list[bool]:

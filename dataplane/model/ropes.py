@@ -85,6 +85,10 @@ def read_gemma_ropes(f: Fields, model: Layout) -> tuple[RopeConfig, RopeConfig]:
         if older is not None:
             if both.values and not section.values:
                 raise f.error("rope_scaling", "rope_parameters beside it say nothing of full_attention")
+            # Of `rope_type` and its oldest name, `type`, transformers takes the first, whichever section has it.
+            said, oldest = section.values.get("rope_type"), older.values.get("type")
+            if said and oldest and said != oldest and "rope_type" not in older.values:
+                raise older.error("type", f"rope_parameters.{name} beside it says {said!r:.80}")
             section = Fields(f.path, {**section.values, **older.values}, older.prefix)
         for fields in (f, section):
             if fields.number(PARTIAL, 1.0) != 1.0:

@@ -163,6 +163,17 @@ def test_sliding_layers_without_a_window_are_refused(tmp_path: Path, family: str
     assert error.value.key == "layer_types"
 
 
+@pytest.mark.parametrize("window", [17, None, ABSENT])
+@pytest.mark.parametrize("used", [True, False])
+def test_a_window_of_all_layers_of_a_mixture(tmp_path: Path, window: int | str | None, used: bool) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    values = {"sliding_window": window, "use_sliding_window": used, "architectures": ["Qwen3MoeForCausalLM"]}
+    values = {**BASE, **experts, "model_type": "qwen3_moe", **values}
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v != ABSENT}))
+    theirs = AutoConfig.from_pretrained(tmp_path).sliding_window
+    assert load_config(tmp_path).windows == (theirs,) * 4
+
+
 def test_the_generation_config_says_which_tokens_end(tmp_path: Path) -> None:
     write(tmp_path, "llama", {"eos_token_id": 5})
     assert load_config(tmp_path).eos_token_ids == (5,)

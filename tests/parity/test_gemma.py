@@ -37,6 +37,14 @@ def write(path: Path, **values: Any) -> None:
         ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters.rope_type"),
         ({"rope_scaling": {"rope_type": "proportional"}}, "rope_scaling.rope_type"),
         (
+            {
+                "rope_parameters": {"full_attention": {"rope_type": "default"}},
+                "rope_scaling": {"type": "linear", "factor": 8.0},
+            },
+            "rope_scaling.type",
+        ),
+        ({"sliding_window": None}, "sliding_window"),
+        (
             {"rope_parameters": {"sliding_attention": {"rope_type": "axial"}}},
             "rope_parameters.sliding_attention.rope_type",
         ),
@@ -90,6 +98,20 @@ def test_older_keys_and_what_a_class_says_where_they_are_absent(tmp_path: Path) 
         (config.rms_norm_eps, "rms_norm_eps"), (config.windows[0], "sliding_window"),
     ):  # fmt: skip
         assert ours == getattr(theirs, name), name
+
+
+def test_without_layers_that_have_a_window_none_is_needed(tmp_path: Path) -> None:
+    write(tmp_path, sliding_window=None, layer_types=["full_attention"] * 4)
+    assert load_config(tmp_path).windows == (None,) * 4
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_a_kind_by_its_oldest_name(tmp_path: Path, key: str) -> None:
+    write(tmp_path, rope_scaling={key: "linear", "factor": 8.0})
+    assert load_config(tmp_path).rope.kind == "linear"
+    both = {"full_attention": {"rope_type": "linear", "factor": 2.0}}
+    write(tmp_path, rope_scaling={key: "linear", "factor": 8.0}, rope_parameters=both)
+    assert load_config(tmp_path).rope.factor == 8.0
 
 
 def test_the_text_of_a_model_for_images(tmp_path: Path) -> None:
