@@ -40,13 +40,16 @@ ERRORS = {
 }
 UNREAD_S = 60.0  # a client that takes nothing for so long of what waits for it is gone
 DESCRIPTORS_KEPT = 128  # for etcd, nodes, logs and the like
+CONNECTIONS_MAX = 1 << 16  # however many descriptors there may be: containers often have a thousand million
 CANDIDATES_MAX = 16  # idle connections that are looked at to make room for one
 
 
 def connections_max() -> int:
     """How many clients' connections this process may have open."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return max(soft - DESCRIPTORS_KEPT, soft // 2) if soft != resource.RLIM_INFINITY else 1 << 20
+    if soft == resource.RLIM_INFINITY:
+        return CONNECTIONS_MAX
+    return min(max(soft - DESCRIPTORS_KEPT, soft // 2), CONNECTIONS_MAX)
 
 
 def client_connections_max() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import logging
 import os
@@ -10,6 +11,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, NoReturn
 
 from controlplane.contract.errors import ConfigError, KevlarFlowError
@@ -19,6 +21,7 @@ log = logging.getLogger(__name__)
 EXIT_NAME_TAKEN = 3  # another process has this one's name in the cluster
 HUNG_EXIT_S = 30.0  # a process whose event loop has not run for so long ends itself
 AWAKE_EVERY_S = 5.0
+NR_OPEN = Path("/proc/sys/fs/nr_open")
 
 
 def begin() -> None:
@@ -29,10 +32,25 @@ def begin() -> None:
 
 
 def raise_descriptor_limit() -> None:
-    """As many descriptors as this process may have: the soft limit is often 1,024, for the sake of select(2)."""
+    """As many descriptors as this process may have: the soft limit is often 1,024, for the sake of select(2). Where
+    more cannot be had the process goes on with what it has."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if soft == hard or _set_descriptor_limit(hard):
+        return
+    # A hard limit above fs.nr_open was inherited: the kernel sets none that is.
+    with contextlib.suppress(OSError, ValueError):
+        most = int(NR_OPEN.read_text())
+        if most > soft and _set_descriptor_limit(most):
+            return
+    log.warning("the limit of open files stays at %d", soft)
+
+
+def _set_descriptor_limit(limit: int) -> bool:
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def run_to_exit(

@@ -6,8 +6,11 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
+from controlplane.contract import lifetime
 
 PRELUDE = """
 import asyncio, ctypes, resource, threading, time
@@ -74,6 +77,33 @@ def test_errors_have_their_codes() -> None:
     code, _, said = run("raise ValueError('a defect')")
     assert code == 1
     assert "Traceback" in said
+
+
+@pytest.mark.parametrize(("nr_open", "granted"), [("1048576", [1048576]), ("512", []), ("", []), (None, [])])
+def test_a_hard_limit_that_the_kernel_does_not_set_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nr_open: str | None, granted: list[int]
+) -> None:
+    """It was inherited from before fs.nr_open fell: no process of ours started."""
+    found = []
+
+    def setrlimit(_: int, limits: tuple[int, int]) -> None:
+        if limits[1] > 1048576:
+            raise PermissionError(1, "Operation not permitted")
+        found.append(limits[0])
+
+    if nr_open is not None:
+        (tmp_path / "nr_open").write_text(nr_open)
+    monkeypatch.setattr(lifetime, "NR_OPEN", tmp_path / "nr_open", raising=False)
+    for hard in (1073741816, resource.RLIM_INFINITY):
+        found.clear()
+        monkeypatch.setattr(resource, "getrlimit", lambda _, hard=hard: (1024, hard))
+        monkeypatch.setattr(
+            resource,
+            "setrlimit",
+            lambda _, limits: setrlimit(_, tuple(n if n >= 0 else 1 << 62 for n in limits)),
+        )
+        lifetime.raise_descriptor_limit()
+        assert found == granted
 
 
 def test_as_many_descriptors_as_there_may_be() -> None:

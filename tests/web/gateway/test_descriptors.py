@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 
 from controlplane.etcd.client import EtcdClient
 from tests.io.etcd_server import EtcdMember, etcd_member
 from tests.web.gateway.test_process import KEY, gateway_url, settings, until
-from web.protocol import DESCRIPTORS_KEPT
+from web.protocol import DESCRIPTORS_KEPT, client_connections_max, connections_max
 
 HARD = 256
 CLIENTS = 400
@@ -58,6 +59,15 @@ def test_idle_connections_do_not_make_a_gateway_deaf(tmp_path: Path) -> None:
 
     with etcd_member(tmp_path / "etcd") as etcd_server:
         asyncio.run(run(etcd_server))
+
+
+def test_connections_have_a_bound_however_many_descriptors_there_may_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for soft, most in ((64, 32), (1024, 896), (1073741816, 1 << 16), (resource.RLIM_INFINITY, 1 << 16)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
+        assert connections_max() == most
+        assert client_connections_max() == most * 3 // 4
 
 
 async def check_clients(url: str, gateway: int) -> None:
