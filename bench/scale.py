@@ -1,8 +1,9 @@
 """What one controller costs as the cluster grows: a real process, real gRPC and etcd, and nodes that only report.
 
 The controller has one core to itself; etcd and the simulated nodes (scale_nodes.py) share the others. For each size:
-the group forms; calm, in which every node serves; ten nodes die, come back, and get their duties handed back; and then
-one node of twenty dies in the same moment.
+the group forms; calm, in which every node serves; ten nodes die, come back, and get their duties handed back; somebody
+asks what a restart of all nodes would do, and half of the instances are to go, until they are wanted back; and then one
+node of twenty dies in the same moment.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -28,8 +30,11 @@ from controlplane.contract.config import ClusterConfig, TimingConfig
 from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.keys import Keys, decode
 from controlplane.contract.records import ControllerRecord
+from controlplane.contract.status import OperationRequest
+from controlplane.contract.topology import Topology
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.server import etcd_command, find_etcd_binary
+from controlplane.kfadmin.client import AdminClient
 
 OPTIONS = ("only",)
 SIZES = (64, 256, 1000, 4000)
@@ -39,6 +44,8 @@ STORM_SHARE = 0.05
 REST_S = 7.0  # longer than every pause of the planner (policy.Limits), and one lease
 FORM_LIMIT_S = 300.0
 MOVES_LIMIT_S = 120.0
+LEAVING_S = 20.0  # for so long half of the instances leave ...
+ASK_EVERY_S = 0.25  # ... and so often the controller is asked something meanwhile
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -79,17 +86,23 @@ async def _measure(size: int, folder: Path, calm_s: float, result: Result) -> No
     secret = create_secret(config.secret_file)
     with _processes(folder, port) as controller:
         async with EtcdClient(config.etcd) as client:
-            address = await _address(client, Keys.of(config))
-            fleet = Fleet(config, client, derive(secret, "grpc"), address)
+            record = await _controller(client, Keys.of(config))
+            fleet = Fleet(config, client, derive(secret, "grpc"), record.rpc_address)
             try:
-                await _phases(size, fleet, controller, calm_s, result)
+                with AdminClient([f"http://{record.admin_address}"], derive(secret, "admin")) as admin:
+                    await _phases(size, fleet, controller, admin, calm_s, result)
             finally:
                 await fleet.stop()
                 _show_errors(folder / "controller.log")
 
 
 async def _phases(
-    size: int, fleet: Fleet, controller: subprocess.Popen[bytes], calm_s: float, result: Result
+    size: int,
+    fleet: Fleet,
+    controller: subprocess.Popen[bytes],
+    admin: AdminClient,
+    calm_s: float,
+    result: Result,
 ) -> None:
     metrics, pid = result.metrics, controller.pid
     began = time.monotonic()
@@ -124,6 +137,10 @@ async def _phases(
     _tell(size, "hand-backs", metrics)
     await asyncio.sleep(REST_S)
 
+    await _operations(size, fleet, controller.pid, admin, metrics)
+    _tell(size, "operations", metrics)
+    await asyncio.sleep(REST_S)
+
     storm = chosen.sample(sorted(fleet.nodes), max(1, round(size * STORM_SHARE)))
     before = fleet.writes
     members = [fleet.nodes[name].member for name in storm]
@@ -138,6 +155,39 @@ async def _phases(
     metrics[f"storm_writes_{size}"] = fleet.writes - before
     metrics[f"streams_broken_{size}"] = fleet.broken
     _tell(size, "storm", metrics)
+
+
+async def _operations(
+    size: int, fleet: Fleet, pid: int, admin: AdminClient, metrics: dict[str, float]
+) -> None:
+    async def submit(name: str, kind: str, **more: Any) -> float:
+        """How long the answer takes, seconds."""
+        began = time.monotonic()
+        request = OperationRequest(name, kind, **more)
+        answer = await asyncio.to_thread(admin.submit, request)
+        if not (answer.accepted or request.dry_run):
+            raise NotReached(f"{kind} was refused: {answer.checks}")
+        return time.monotonic() - began
+
+    metrics[f"restart_preflight_s_{size}"] = await submit("try", "restart", node="nodes", dry_run=True)
+    instances = size // STAGES
+    before, used, began = fleet.writes, _cpu_s(pid), time.monotonic()
+    await submit("fewer", "scale", instances=instances // 2)
+    answers = []
+    while time.monotonic() < began + LEAVING_S:
+        await asyncio.sleep(ASK_EVERY_S)
+        answers.append(await submit("probe", "pause", dry_run=True))
+    metrics[f"scale_in_cpu_share_{size}"] = (_cpu_s(pid) - used) / (time.monotonic() - began)
+    metrics[f"scale_in_writes_{size}"] = fleet.writes - before
+    metrics[f"scale_in_answer_max_s_{size}"] = max(answers)
+    await asyncio.to_thread(admin.cancel, "fewer")
+    await submit("more", "scale", instances=instances)
+    await _until(lambda: _whole(fleet.topology), MOVES_LIMIT_S, "all instances were wanted back", fleet)
+
+
+def _whole(topology: Topology | None) -> bool:
+    """Nobody is to go, and all is as it was."""
+    return topology is not None and not topology.leaving and settled(topology)
 
 
 def _tell(size: int, phase: str, metrics: dict[str, float]) -> None:
@@ -164,11 +214,11 @@ async def _until(holds: Callable[[], bool], limit_s: float, what: str, fleet: Fl
         await asyncio.sleep(0.05)
 
 
-async def _address(client: EtcdClient, keys: Keys) -> str:
+async def _controller(client: EtcdClient, keys: Keys) -> ControllerRecord:
     deadline = time.monotonic() + 30.0
     while time.monotonic() < deadline:
         for key, item in (await client.get_prefix(keys.controllers, timeout_s=20.0)).items.items():
-            return decode(item.value, ControllerRecord, key).rpc_address
+            return decode(item.value, ControllerRecord, key)
         await asyncio.sleep(0.05)
     raise NotReached("the controller did not register")
 
