@@ -154,11 +154,10 @@ class Layout:
             other = len(self.order) if shelf.in_ring else 0
             found = self._shelves[shelf] = Shelves()
             views = s.nodes.by_stage.get(shelf.stage, {})
-            for number, node in sorted((homes.get(node, other), node) for node in views):
-                view = views[node]
+            for node, view in views.items():
                 if view.usable and _free(s, view):
                     path = _path(view, shelf.labels, shelf.exchange)
-                    found.add(node, number, path, self._class(shelf, node, view.demoted))
+                    found.add(node, homes.get(node, other), path, self._class(shelf, node, view.demoted))
         return self._shelves[shelf]
 
     def _class(self, shelf: _Shelf, node: NodeId, demoted: bool) -> tuple[int, ...]:
@@ -296,9 +295,13 @@ def replica_target(s: Situation, layout: Layout, pipeline: Pipeline, stage: int)
         return view.usable or kept
 
     views = s.nodes.by_stage.get(stage, {})
-    kept = [view for m in current if (view := views.get(m.node)) is not None and fit(view)]
     least = layout.common(s, stage)
-    # The next one of the ring that is furthest away goes before all others.
+    # The next one of the ring that is furthest away goes before all others, and is mostly found at once.
+    for node in itertools.islice(layout.around(pipeline, stage), NEAR_MAX):
+        view = views.get(node)
+        if view is not None and not view.demoted and _shared(here, view) <= least and fit(view):
+            return view.member
+    kept = [view for m in current if (view := views.get(m.node)) is not None and fit(view)]
     first = next((views[node] for node in _far_in_ring(s, layout, pipeline, stage) if fit(views[node])), None)
     far = [
         view
@@ -407,7 +410,7 @@ def _free(s: Situation, view: NodeView) -> bool:
 def _path(view: NodeView, labels: tuple[str, ...], exchange: bool) -> Path:
     """Where it is, by these labels; what its KV is good for comes first, if that counts."""
     domain = view.record.fault_domain
-    path = tuple(domain.get(label) for label in labels)
+    path = tuple(map(domain.get, labels))
     return (view.record.numerics, *path) if exchange else path
 
 

@@ -16,29 +16,36 @@ Place = tuple[int, NodeId]
 
 
 class Spread:
-    """Nodes by their places, as a whole and for each domain."""
+    """Nodes by their places, as a whole and for each domain that somebody asks for."""
 
     def __init__(self) -> None:
-        self._within: dict[Path, list[Place]] = {}
+        self._paths: dict[Place, Path] = {}
+        self._depths: dict[int, dict[Path, list[Place]]] = {}  # those of the depths that were asked for
 
     def add(self, place: Place, path: Path) -> None:
-        for depth in range(len(path) + 1):
-            places = self._within.setdefault(path[:depth], [])
-            if places and places[-1] > place:
-                bisect.insort(places, place)
-            else:
-                places.append(place)
+        self._paths[place] = path
+        for depth, domains in self._depths.items():
+            bisect.insort(domains.setdefault(path[:depth], []), place)
 
-    def remove(self, place: Place, path: Path) -> None:
-        for depth in range(len(path) + 1):
-            places = self._within[path[:depth]]
+    def remove(self, place: Place) -> None:
+        path = self._paths.pop(place)
+        for depth, domains in self._depths.items():
+            places = domains[path[:depth]]
             del places[bisect.bisect_left(places, place)]
+
+    def _inside(self, domain: Path) -> list[Place]:
+        depth = len(domain)
+        if depth not in self._depths:
+            domains = self._depths[depth] = dict[Path, list[Place]]()
+            for place in sorted(self._paths):
+                domains.setdefault(self._paths[place][:depth], []).append(place)
+        return self._depths[depth].get(domain, [])
 
     def between(self, within: Path, apart: Path | None, start: int, end: int) -> Iterator[NodeId]:
         """Those inside of `within` and outside of `apart`, which is a part of it: once round from the number `start`
         on, and after that those from `end` on."""
-        places = self._within.get(within, [])
-        passed = [] if apart is None else self._within.get(apart, [])
+        places = self._inside(within)
+        passed = [] if apart is None else self._inside(apart)
         if len(passed) == len(places):
             return
         first, last = bisect.bisect_left(places, (start, "")), bisect.bisect_left(places, (end, ""))
@@ -75,10 +82,10 @@ class Shelves:
 
     def __init__(self) -> None:
         self._spreads: dict[tuple[int, ...], Spread] = {}
-        self._nodes: dict[NodeId, tuple[tuple[int, ...], Place, Path]] = {}
+        self._nodes: dict[NodeId, tuple[tuple[int, ...], int, Path]] = {}
 
     def add(self, node: NodeId, number: int, path: Path, of: tuple[int, ...]) -> None:
-        self._nodes[node] = of, (number, node), path
+        self._nodes[node] = of, number, path
         self._spreads.setdefault(of, Spread()).add((number, node), path)
 
     def of(self, node: NodeId) -> tuple[int, ...] | None:
@@ -86,10 +93,10 @@ class Shelves:
         return self._nodes[node][0] if node in self._nodes else None
 
     def move(self, node: NodeId, to: tuple[int, ...]) -> None:
-        before, place, path = self._nodes[node]
+        before, number, path = self._nodes[node]
         if before != to:
-            self._spreads[before].remove(place, path)
-            self.add(node, place[0], path, to)
+            self._spreads[before].remove((number, node))
+            self.add(node, number, path, to)
 
     def classes(self) -> list[tuple[int, ...]]:
         return sorted(self._spreads)

@@ -37,7 +37,8 @@ def test_once_round_from_anywhere_and_without_a_domain(seed: int) -> None:
         place = (number, f"n{rng.randrange(3)}-{number}")
         path = (f"z{number // length % 2}", rng.choice((None, "a", "b")))
         if place in known:
-            spread.remove(place, known.pop(place))
+            spread.remove(place)
+            del known[place]
         else:
             known[place] = path
             spread.add(place, path)
@@ -60,5 +61,6 @@ def test_a_long_run_of_one_domain_is_passed_in_a_few_steps() -> None:
         spread = Spread()
         for number in range(nodes):
             spread.add((number, f"n{number}"), ("far" if number == nodes - 1 else "near",))
+        assert next(spread.between((), ("near",), 0, 5000)) == f"n{nodes - 1}"
         costs[nodes] = calls(lambda spread=spread: next(spread.between((), ("near",), 0, 5000)))
     assert costs[4096] < 3 * costs[64]
