@@ -79,7 +79,11 @@ class _Inflater:
                 raise BodyError(400, f"the body is not whole {self._coding}")
             return
         while True:
-            if self._zlib.eof:  # one more member, as gzip allows
+            if self._zlib.eof:  # one more member, as gzip allows, or zeros that fill a block
+                data = data.lstrip(b"\0") if self._coding != "deflate" else data
+                if not data:
+                    yield data  # what has come is counted
+                    return
                 self._zlib = zlib.decompressobj(GZIP_OR_ZLIB)
             piece = self._inflate(data)
             yield piece

@@ -63,16 +63,12 @@ class Manners:
         request_id = request_id_of(headers.get("x-request-id"))
         structlog.contextvars.bind_contextvars(request_id=request_id)
         more = [(b"x-request-id", request_id.encode()), *self._cors(headers)]
-        if scope["method"] == "OPTIONS" and ((allowed := self._allowed(scope["path"])) or path == "*"):
-            if self._origins and "access-control-request-method" in headers:
-                more += _preflight(headers, allowed)
-            start = {
-                "type": "http.response.start",
-                "status": 204,
-                "headers": [*more, _allow(allowed or METHODS)],
-            }
-            await send(start)
-            return await send({"type": "http.response.body", "body": b""})
+        if scope["method"] == "OPTIONS":
+            allowed = METHODS if path == "*" else self._allowed(scope["path"])
+            preflight = bool(self._origins) and "access-control-request-method" in headers
+            if allowed or preflight:  # browsers send no key with a preflight
+                more += _preflight(headers, allowed) if preflight and allowed else []
+                return await _options(send, allowed, more)
         if scope["method"] == "HEAD":  # the server leaves the body out
             scope = {**scope, "method": "GET", "state": {**scope.get("state", {}), HEAD: True}}
         answer = _Answer(
@@ -143,6 +139,14 @@ class _Answer:
                 headers.append((b"connection", b"close"))
             message = {**message, "headers": headers}
         await self._send(message)
+
+
+async def _options(send: Send, allowed: set[str], headers: Pairs) -> None:
+    """`allowed`: methods of the path; none: there is no such path."""
+    end = _allow(allowed) if allowed else (b"content-length", b"0")
+    status = 204 if allowed else 404
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, end]})
+    await send({"type": "http.response.body", "body": b""})
 
 
 def _allow(methods: set[str]) -> tuple[bytes, bytes]:

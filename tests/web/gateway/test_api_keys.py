@@ -44,6 +44,7 @@ def test_keys_in_the_clear(tmp_path: Path) -> None:
     keys = ApiKeys.load(path, records)
     assert keys.match("Bearer key-one").name == "key1"
     assert keys.match("bearer key-two").name == "key2"
+    assert keys.match("Bearer\tkey-two").name == "key2"
     headers = (None, "", "key-one", "Basic key-one", "Bearer", "Bearer ", "Bearer # two", "Bearer key-on")
     for header in headers:
         with pytest.raises(ApiError, match="valid API key"):

@@ -396,6 +396,8 @@ def test_pages_of_allowed_origins_may_read(origins: tuple[str, ...]) -> None:
         assert "POST" in reply.headers["access-control-allow-methods"]
         (reply,) = split(await talk(stack, preflight(b"https://b.example")))
         assert ("access-control-allow-origin" in reply.headers) == everybody
+        (reply,) = split(await talk(stack, preflight(b"https://a.example", b"/nowhere")))
+        assert (reply.status, reply.headers["access-control-allow-origin"]) == (404, wanted)
         said = b"origin: https://a.example\r\n" + CLOSE
         no_key = post(ASK, said).replace(AUTH, b"")
         for sent, status in (

@@ -69,7 +69,7 @@ class ApiKeys:
 
     def match(self, authorization: str | None) -> Caller:
         """Whose key a header carries. Raises ApiError 401."""
-        scheme, _, key = (authorization or "").partition(" ")
+        scheme, _, key = (authorization or "").replace("\t", " ").partition(" ")
         if scheme.lower() != "bearer":
             raise ApiError(401, NEEDED)
         key = key.strip()
