@@ -176,8 +176,7 @@ class Encoding:
 
     def _fetch(self, effect: Fetch) -> list[Effect]:
         pipeline = self._topology.pipeline(effect.pipeline) if self._topology is not None else None
-        at = pipeline.stages[effect.stage : effect.stage + 1] if pipeline is not None else ()
-        member = at[0].leader if at else None
+        member = pipeline.leader_at(effect.stage) if pipeline is not None else None
         meta = FetchMeta(effect.pipeline, effect.fence, b"".join(effect.names))
         if member is not None and self._send(member, meta, b""):
             return []
@@ -186,8 +185,7 @@ class Encoding:
     def _tell_stages(self) -> None:
         for pipeline, stage, news in self.encoder.news():
             known = self._topology.pipeline(pipeline) if self._topology is not None else None
-            at = known.stages[stage : stage + 1] if known is not None else ()
-            if known is None or not at or (member := at[0].leader) is None:
+            if known is None or (member := known.leader_at(stage)) is None:
                 continue
             added, complete, damaged, full, gone, left = map(
                 b"".join, (news.added, news.complete, news.damaged, news.full, news.gone, news.left)
@@ -206,5 +204,5 @@ class Encoding:
                 del self._moved[pipeline]
                 continue
             self._moved[pipeline] = now + ANSWER_LIMIT_S
-            if (first := known.stages[0].leader) is not None:
+            if (first := known.leader_at(0)) is not None:
                 self._send(first, self.encoder.whole(pipeline, 0, Fence(known.epoch)), b"")

@@ -262,22 +262,29 @@ class Worker:
         self._store.idle = frozenset(pipeline.id for pipeline in topology.pipelines if not pipeline.up)
         copied = self._store.copies.owners()
         for pipeline in topology.pipelines:
-            duty = pipeline.stages_of(self._me)
+            duty = self._duty(pipeline)
             stage = self.stages.get(pipeline.id)
-            if duty:
-                if stage is None or stage.index != duty[0]:
+            if duty is not None:
+                if stage is None or stage.index != duty:
                     if stage is not None:
                         self._leave(pipeline)
-                    self.stages[pipeline.id] = self._stage(pipeline, duty[0])
+                    self.stages[pipeline.id] = self._stage(pipeline, duty)
                 elif stage.fence.epoch < pipeline.epoch:
                     stage.enter(Fence(pipeline.epoch))
-                self._protect(pipeline, duty[0])
+                self._protect(pipeline, duty)
             else:
                 if stage is not None:
                     self._leave(pipeline)
                 if pipeline.id in copied and not self._holds(pipeline):
                     self._store.copies.drop_pipeline(pipeline.id)
         self.parity.apply(topology)
+
+    def _duty(self, pipeline: Pipeline) -> int | None:
+        """Its stage that we serve. None too if our layers cannot be that one's, as only another hand can write it: the
+        first stage takes tokens, and the last one draws them."""
+        index = next(iter(pipeline.stages_of(self._me)), -1)
+        ends = index == 0, index == len(pipeline.stages) - 1
+        return index if index >= 0 and ends == (self._executor.is_first, self._executor.is_last) else None
 
     def _stage(self, pipeline: Pipeline, index: int) -> Stage:
         stages = len(pipeline.stages)
@@ -300,7 +307,8 @@ class Worker:
         """Another node serves our stage now. What we hold becomes its replica, if it copies to us."""
         stage = self.stages.pop(pipeline.id)
         self.replicator.unprotect(pipeline.id)
-        self._store.leave(pipeline.id, demote=self._me in pipeline.stages[stage.index].replicas)
+        at = pipeline.stages[stage.index : stage.index + 1]  # none, where a topology is not what it should be
+        self._store.leave(pipeline.id, demote=any(self._me in place.replicas for place in at))
 
     def _forget(self, pipeline: PipelineId) -> None:
         """It is gone, with all that was kept for it."""
@@ -501,11 +509,10 @@ class Worker:
 
     def _forward(self, stage: Stage, meta: StepMeta, output: Buffer) -> None:
         pipeline = self.topology.pipeline(meta.pipeline) if self.topology is not None else None
-        successor = pipeline.stages[stage.index + 1].leader if pipeline is not None else None
-        if successor is None:
+        successor = pipeline.leader_at(stage.index + 1) if pipeline is not None else None
+        # Ourselves: a topology is not what it should be, which ends no node.
+        if successor is None or successor == self._me:
             return  # the pipeline is down: its next epoch starts from the log
-        if successor == self._me:
-            raise RuntimeError("two stages of one pipeline on one node")
         if not self._send(successor, meta, output):
             self._fail(stage, meta, "link")
 

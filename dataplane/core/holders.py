@@ -263,8 +263,8 @@ def sources_of(topology: Topology, pipeline: Pipeline, hosts: Mapping[NodeId, st
 
 
 def leaders_at(pipelines: Iterable[Pipeline], stage: int) -> dict[PipelineId, Member]:
-    """Who serves this stage of each of them."""
-    leaders = {p.id: p.stages[stage].leader for p in pipelines}
+    """Who serves this stage of each of them that has it."""
+    leaders = {p.id: p.leader_at(stage) for p in pipelines}
     return {id_: member for id_, member in leaders.items() if member is not None}
 
 

@@ -49,8 +49,8 @@ class Node:
         self.worker.hosts = self.schedulers.hosts
 
     def send(self, peer: Member, meta: Meta, payload: Any) -> bool:
-        node = self.cluster.nodes[peer]
-        if not node.alive or not self.alive:
+        node = self.cluster.nodes.get(peer)  # None: of no process, as only another hand can have named it
+        if node is None or not node.alive or not self.alive:
             return False
         if isinstance(meta, OF_SCHEDULERS):
             node.schedulers.on_message(meta)
