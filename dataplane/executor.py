@@ -8,9 +8,11 @@ import numpy.typing as npt
 import torch
 from typing_extensions import Buffer
 
+from controlplane.contract.errors import ConfigError
 from dataplane._fast.blocktable import StepArrays
 from dataplane.core import activations
 from dataplane.kvcache import KVCache
+from dataplane.kvwork import blocks_as_bytes
 from dataplane.model.config import ModelConfig, ModelDtype, load_config
 from dataplane.model.digests import digest_as, digest_once, identities
 from dataplane.model.errors import ModelError
@@ -20,7 +22,7 @@ from dataplane.model.split import split_layers
 from dataplane.model.weights import load_weights, stage_files, stage_shapes, weights_digest
 from dataplane.numerics import device_kind, numerics_of
 from dataplane.ranks.stage import RankedStage
-from kernels.base import DTYPES, StageKernels, Sums
+from kernels.base import DTYPES, CannotCompute, StageKernels, Sums
 from kernels.cpu._native import Team
 from kernels.cpu.stage import CpuStage
 from kernels.dispatch import CacheShape, build_cpu_stage, build_cuda_stage
@@ -150,8 +152,13 @@ class StageExecutor:
         self.may_wait = ranks > 1  # for processes of its own: forward() is not for an event loop
 
     def warm_up(self) -> None:
-        """Does whatever a first step would have to wait for: to be called before anybody is served."""
-        self._stage.warm_up()
+        """Does whatever a first step, or a first copy, would have to wait for: to be called before anybody is served.
+        Raises ConfigError where the device turns out not to be able to."""
+        try:
+            self._stage.warm_up()
+        except CannotCompute as error:
+            raise ConfigError(str(error)) from error
+        blocks_as_bytes(self.kv).warm_up()
 
     def troubles(self) -> tuple[str, ...]:
         """What of it does not work now, in words."""

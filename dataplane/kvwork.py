@@ -63,6 +63,10 @@ class BlockBytes(Protocol):
     piece_blocks: int  # of a call that nobody waits for too long
     at_once_bytes: int  # of a call that is over before a thread would have begun
 
+    def warm_up(self) -> None:
+        """Does whatever a first call would have to wait for. Once, before anything is in the cache."""
+        ...
+
     def gather(self, blocks: Sequence[int]) -> tuple[bytearray, Sums]:
         """Copies of blocks, one behind the other, and the checksum of each."""
         ...
@@ -97,6 +101,9 @@ class KvBytes:
         self.piece_blocks = max(1, PIECE_BYTES // cache.block_bytes)
         self.at_once_bytes = AT_ONCE_BYTES
         self._pool = cache.pool
+
+    def warm_up(self) -> None:
+        return None  # these are compiled
 
     def gather(self, blocks: Sequence[int]) -> tuple[bytearray, Sums]:
         data = bytearray(len(blocks) * self.block_bytes)

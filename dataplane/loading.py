@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from controlplane.contract.config import CPU_POOL_BLOCKS, ClusterConfig, EngineConfig
+from controlplane.contract.errors import ConfigError
 from controlplane.grammar import GrammarError, load_compiler
 from dataplane.accelerators import CPU, Place
 from dataplane.core.speculation import Proposer
@@ -45,26 +46,30 @@ def load_executor(config: ClusterConfig, stage: int, place: Place = CPU) -> Stag
     import torch
 
     from dataplane.executor import StageExecutor
+    from kernels.base import CannotCompute
 
     torch.set_num_threads(1)  # it only looks up rows; the kernels have threads of their own
-    made = StageExecutor(
-        Path(config.model),
-        stage,
-        config.stages,
-        num_blocks=engine.pool_blocks or (CPU_POOL_BLOCKS if place.device == "cpu" else 0),
-        rows_max=engine.max_batch_tokens,
-        memory_share=engine.memory_utilization * place.share,
-        block_size=engine.block_size,
-        dtype=engine.dtype,
-        weights=engine.weights,
-        device=place.device,
-        threads=engine.threads,
-        attention=engine.attention,
-        sums=config.sums,
-        ranks=config.ranks,
-        context_max=engine.max_model_len,
-        digest_file=Path(config.run_dir) / "digests" / f"stage{stage}of{config.stages}.json",
-    )
+    try:
+        made = StageExecutor(
+            Path(config.model),
+            stage,
+            config.stages,
+            num_blocks=engine.pool_blocks or (CPU_POOL_BLOCKS if place.device == "cpu" else 0),
+            rows_max=engine.max_batch_tokens,
+            memory_share=engine.memory_utilization * place.share,
+            block_size=engine.block_size,
+            dtype=engine.dtype,
+            weights=engine.weights,
+            device=place.device,
+            threads=engine.threads,
+            attention=engine.attention,
+            sums=config.sums,
+            ranks=config.ranks,
+            context_max=engine.max_model_len,
+            digest_file=Path(config.run_dir) / "digests" / f"stage{stage}of{config.stages}.json",
+        )
+    except CannotCompute as error:
+        raise ConfigError(f"stage {stage} cannot be computed on {place.device}: {error}") from error
     if made.config.float16:
         log.info("the checkpoint is float16, of which there are no kernels: computed in %s", made.dtype)
     return made

@@ -91,14 +91,16 @@ def numerics_of(
 
 
 def device_kind(device: str) -> str:
-    """A GPU with its architecture: its kernels are compiled for it, and sum as it does. Raises ValueError if there is
-    none."""
+    """A GPU with its architecture: its kernels are compiled for it, and sum as it does. Raises CannotCompute if
+    there is none."""
     if device == "cpu":
         return device
     import torch  # not above: only nodes with a GPU need it here
 
+    from kernels.base import CannotCompute
+
     if not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} cannot be used: torch sees no CUDA device")
+        raise CannotCompute(f"device {device!r} cannot be used: torch sees no CUDA device")
     major, minor = torch.cuda.get_device_capability(device)
     return f"cuda {major}.{minor}"
 

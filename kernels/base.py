@@ -166,6 +166,10 @@ class StageSpec:
     norm_wide: bool = False
 
 
+class CannotCompute(ValueError):
+    """A device cannot do, or has no room for, what was asked of it; the message says why."""
+
+
 class StageKernels(Protocol):
     """One stage on one device. A row's numbers have the same bits whatever other rows a step has.
 

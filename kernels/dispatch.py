@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from kernels.base import PagedCache, StageKernels, StageSpec, Sums
+from kernels.base import CannotCompute, PagedCache, StageKernels, StageSpec, Sums
 from kernels.cpu.stage import CpuStage
 
 if TYPE_CHECKING:
@@ -57,18 +57,18 @@ def build_cuda_stage(
 
     rows_max: tokens of a step. num_blocks: of KV; 0: as many as fit into `memory_share` of the device once weights and
     the largest step have theirs. attention: "exact" is ours, with equal bits on every path; "xformers" does without.
-    Raises ValueError for sizes that do not fit or a device that cannot be used here, XformersMissing."""
+    Raises CannotCompute for sizes that do not fit or a device that cannot be used here."""
     here = torch.device(device)
     if here.type != "cuda":
-        raise ValueError(f"no kernels for device {device!r}")
+        raise CannotCompute(f"no kernels for device {device!r}")
     if not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} cannot be used: torch sees no CUDA device")
+        raise CannotCompute(f"device {device!r} cannot be used: torch sees no CUDA device")
     if (here.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
+        raise CannotCompute(
             f"device {device!r} cannot be used: torch sees {torch.cuda.device_count()} CUDA devices"
         )
     if importlib.util.find_spec("triton") is None:
-        raise ValueError(f"device {device!r} needs triton: pip install 'kevlarflow[gpu]'")
+        raise CannotCompute(f"device {device!r} needs triton: pip install 'kevlarflow[gpu]'")
     from kernels.cuda.build import Room, build  # not above: it imports triton
 
     room = Room(rows_max, num_blocks, memory_share)

@@ -11,21 +11,22 @@ two logits are close. Never the default."""
 import importlib
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 
-from kernels.base import StepArrays
+from kernels.base import CannotCompute, StepArrays
 
 log = logging.getLogger(__name__)
 
 PAGE_TOKENS = 64
 
 
-class XformersMissing(RuntimeError):
+class XformersMissing(CannotCompute):
     """xFormers cannot be used here; the message says why."""
 
 
@@ -47,6 +48,16 @@ def why_not(device: torch.device) -> str | None:
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed (pip install 'kevlarflow[gpu]')"
     return None
+
+
+class _Rows:
+    """A step of rows that begin with so many tokens each, all in block 0, and tables of `width` blocks."""
+
+    def __init__(self, rows: int, tokens: int, width: int) -> None:
+        self.positions = self.slots = np.zeros(rows * tokens, np.int64)
+        self.cu_q = np.arange(rows + 1, dtype=np.int32) * tokens
+        self.context_lens = np.full(rows, tokens, np.int32)
+        self.tables = np.zeros((rows, width), np.int32)
 
 
 class PagedAttention:
@@ -72,15 +83,23 @@ class PagedAttention:
         )  # steps without an operator: those of one token a row, or all others
         self._pages = planes.view(layers, 2, 1, blocks * self._block_size, kv_heads, 1, head_dim)
 
-    def check(self, heads: int, scale: float) -> None:
-        """Runs a decode step over block 0. Raises XformersMissing if there is no operator for it: without one all that
-        is left of this choice is its price."""
-        pages = self._pages
-        q = pages.new_zeros(1, heads * pages.shape[-1])
-        step = _OneRow()
-        tables = torch.zeros(1, 1, dtype=torch.int32, device=pages.device)
-        if not self.attend(0, q, self.mask(step, tables), scale, torch.empty_like(q)):
-            raise XformersMissing("xFormers has no operator for decode steps of this model on this device")
+    def warm_up(
+        self, heads: int, scale: float, rows: Sequence[int], widths: Sequence[int], chunk: int
+    ) -> None:
+        """Runs decode steps of so many rows with tables of so many blocks, for which its kernels differ, and a prompt's
+        chunk of so many tokens, all over block 0. Raises XformersMissing if there is no operator for decode steps:
+        without one all that is left of this choice is its price."""
+        for count, width in product(rows, widths):
+            if not self._try(heads, scale, _Rows(count, 1, width)):
+                raise XformersMissing(
+                    "xFormers has no operator for decode steps of this model on this device"
+                )
+        self._try(heads, scale, _Rows(1, chunk, -(-chunk // self._block_size)))
+
+    def _try(self, heads: int, scale: float, step: _Rows) -> bool:
+        q = self._pages.new_zeros(len(step.positions), heads * self._pages.shape[-1])
+        tables = torch.from_numpy(step.tables).to(self._pages.device)
+        return self.attend(0, q, self.mask(step, tables), scale, torch.empty_like(q))
 
     def mask(self, step: StepArrays, tables: torch.Tensor) -> Any:
         """The mask of one step, for all its layers. tables: int32 [>=B, >=W] on the device."""
@@ -116,12 +135,3 @@ class PagedAttention:
             return False
         out.copy_(result.reshape(out.shape))
         return True
-
-
-class _OneRow:
-    """A step of one token, the first of its sequence, in block 0."""
-
-    positions = slots = np.zeros(1, np.int64)
-    cu_q = np.array([0, 1], np.int32)
-    context_lens = np.ones(1, np.int32)
-    tables = np.zeros((1, 1), np.int32)

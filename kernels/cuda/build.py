@@ -1,5 +1,6 @@
 """A stage on a GPU from its weights on, with as many KV blocks as were asked for or as the device has room for."""
 
+import gc
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,8 @@ from kernels.cuda.weights import DeviceWeights
 from kernels.dispatch import CacheShape
 
 BLOCKS_MIN = 4
+
+Attention = Literal["triton", "xformers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,27 +32,34 @@ def build(
     shape: CacheShape,
     device: torch.device,
     room: Room,
-    attention: Literal["triton", "xformers"],
+    attention: Attention,
 ) -> CudaStage:
-    """Raises ValueError where it does not fit, XformersMissing."""
+    """Raises CannotCompute where it does not fit, XformersMissing is one."""
     context_max = min(rotary.max_positions for rotary in spec.rotary)
     if room.num_blocks:
         context_max = min(context_max, room.num_blocks * shape.block_size)
     weights = DeviceWeights.load(spec, device, context_max, DTYPES[shape.dtype])
-    blocks = room.num_blocks or _measured(spec, shape, device, room, weights)
+    blocks = room.num_blocks or _measured(spec, shape, device, room, attention, weights)
     return CudaStage(spec, _cache(shape, blocks, device), room.rows_max, attention, weights)
 
 
 def _measured(
-    spec: StageSpec, shape: CacheShape, device: torch.device, room: Room, weights: DeviceWeights
+    spec: StageSpec,
+    shape: CacheShape,
+    device: torch.device,
+    room: Room,
+    attention: Attention,
+    weights: DeviceWeights,
 ) -> int:
-    """Runs the largest step over a cache of hardly any blocks, and sees what is left."""
+    """Warms a stage up over a cache of hardly any blocks, with the graphs of the longest contexts, and sees what is
+    left. The graphs are captured twice for it: they have the addresses of their cache."""
     cache = _cache(shape, BLOCKS_MIN, device)
-    stage = CudaStage(spec, cache, room.rows_max, "triton", weights, context_max=len(weights.cos[0]))
-    stage.rehearse()
+    stage = CudaStage(spec, cache, room.rows_max, attention, weights, context_max=len(weights.cos[0]))
+    stage.warm_up()
     memory = DeviceMemory.measure(device)
     blocks = blocks_that_fit(memory, room.memory_share, cache.block_bytes, shape.block_size, BLOCKS_MIN)
     del stage, cache
+    gc.collect()  # its graphs refer to it
     torch.cuda.empty_cache()
     return blocks
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.base import Activation, Experts
+from kernels.base import Activation, CannotCompute, Experts
 from kernels.triton.experts import add_pairs, expert_linear, route, tiles_of
 from kernels.triton.linear import linear
 from kernels.triton.rows import gated_mul
@@ -22,9 +22,9 @@ class DeviceExperts:
 
     @classmethod
     def load(cls, mixture: Experts, device: torch.device, dtype: torch.dtype) -> "DeviceExperts":
-        """Quantised weights become their values. Raises ValueError for experts with biases."""
+        """Quantised weights become their values. Raises CannotCompute for experts with biases."""
         if any(mlp.gate_up.bias is not None or mlp.down.bias is not None for mlp in mixture.experts):
-            raise ValueError("experts with biases have no kernels for GPUs")
+            raise CannotCompute("experts with biases have no kernels for GPUs")
         first = mixture.experts[0]
         shapes = (first.gate_up.shape, first.down.shape)
         gate_up, down = (

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.base import CannotCompute
+
 CONTEXT_BYTES = 768 << 20  # CUDA's context, loaded kernels and graphs: not torch's, so torch cannot tell
 SLOTS_MAX = (1 << 31) - 1  # kernels number positions in 32 bits
 
@@ -29,14 +31,14 @@ def blocks_that_fit(
 ) -> int:
     """KV blocks for a process that may use `share` of the device, its weights and its largest step included.
 
-    Never more than is free: others may have taken more than theirs. Raises ValueError, with the figures, if fewer than
-    `blocks_min` fit."""
+    Never more than is free: others may have taken more than theirs. Raises CannotCompute, with the figures, if fewer
+    than `blocks_min` fit."""
     mine = memory.reserved + CONTEXT_BYTES
     room = min(int(memory.total * share) - mine, memory.free - CONTEXT_BYTES)
     blocks = min(room // block_bytes, SLOTS_MAX // block_size)
     if blocks < blocks_min:
         gib = 1 << 30
-        raise ValueError(
+        raise CannotCompute(
             f"no room for {blocks_min} KV blocks of {block_bytes} bytes: of the device's {memory.total / gib:.2f} GiB"
             f" this process may use {memory.total * share / gib:.2f}, {memory.free / gib:.2f} are free, weights and a"
             f" step of the largest size take {mine / gib:.2f}; use more stages, a smaller engine.max_batch_tokens, or a"

@@ -10,7 +10,7 @@ from typing_extensions import Buffer
 from kernels.base import Layer, Mlp, StageSpec, StepArrays
 from kernels.cuda.cache import DeviceCache, device_guard
 from kernels.cuda.experts import Routes
-from kernels.cuda.graphs import DecodeGraphs
+from kernels.cuda.graphs import DecodeGraphs, powers_to
 from kernels.cuda.step import DeviceStep, query_tiles, splits_needed
 from kernels.cuda.weights import DeviceWeights
 from kernels.triton.attention import Partials, attention, attention_tiles, keys_of, splits_of
@@ -67,7 +67,8 @@ class CudaStage:
         self._scale = kv.head_dim**-0.5 if spec.scale is None else spec.scale
         sizes = attention_tiles(kv.planes.dtype, kv.head_dim, spec.heads // kv.kv_heads)
         self._tile_queries = sizes.queries
-        splits_max = splits_of(min(self._positions, context_max or kv.num_blocks * kv.block_size))
+        self._context = min(self._positions, context_max or kv.num_blocks * kv.block_size)
+        splits_max = splits_of(self._context)
         split_bytes = spec.heads * (kv.head_dim + 2) * 4
         queries = max(sizes.queries, PARTIAL_BYTES // (splits_max * split_bytes))
         self._partials = Partials(queries, splits_max, spec.heads, kv.head_dim, self._device)
@@ -96,7 +97,11 @@ class CudaStage:
             if self._library is None:
                 self._graphs.capture_all()
             else:
-                self._library.check(self._spec.heads, self._scale)
+                widths = powers_to(ceil_div(self._context, self.kv.block_size))
+                self._library.warm_up(
+                    self._spec.heads, self._scale, powers_to(self._graphs.rows_max), widths,
+                    min(self._rows_max, self._context),
+                )  # fmt: skip
 
     def rehearse(self) -> None:
         """Runs the largest step there is, of padding only: all kernels are compiled then, and all memory is taken."""

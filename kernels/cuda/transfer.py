@@ -39,6 +39,13 @@ class BlockTransfer:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
+    def warm_up(self) -> None:
+        """Compiles and loads every kernel, so that no copy waits for it while requests are served or taken over. Block
+        0 goes there and back."""
+        data, _ = self.gather([0])
+        self.sums_of(data)
+        self.scatter([0], data, [0])
+
     def gather(self, blocks: Sequence[int]) -> tuple[bytearray, npt.NDArray[np.uint32]]:
         """Copies of blocks, one behind the other, and the sum of each. Raises IndexError."""
         self._check(blocks)

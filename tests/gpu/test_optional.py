@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-from typing import cast
+from types import SimpleNamespace
+from typing import NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -31,6 +32,60 @@ def test_xformers_says_why_it_cannot_be_used() -> None:
     assert why_not(torch.device("cpu")) == "xFormers has no operator for cpu"
     with pytest.raises(XformersMissing, match="no operator for cpu"):
         PagedAttention(torch.zeros(1, 2, 4, 16, 2, 32))
+
+
+class Mask(NamedTuple):
+    """What of xFormers' masks is looked at."""
+
+    queries: list[int]
+    padding: int
+
+    @classmethod
+    def from_seqlens(cls, q_seqlen, kv_padding, kv_seqlen, device):
+        assert kv_seqlen == q_seqlen
+        assert max(kv_seqlen) <= kv_padding
+        return cls(q_seqlen, kv_padding)
+
+    def make_paged(self, tables, block_size, _kind):
+        assert tables.shape == (len(self.queries), self.padding // block_size)
+        return self
+
+    @property
+    def q_seqinfo(self):
+        return SimpleNamespace(max_seqlen=max(self.queries))
+
+
+def test_xformers_is_warmed_up_for_steps_of_all_kinds(monkeypatch) -> None:
+    """Also chunks of prompts, whose operator is another one; only decode steps have to have one."""
+    ran: list[tuple[int, int, int]] = []
+    without = 0
+
+    def attend(query, keys, values, mask, p, scale):
+        ran.append((len(mask.queries), mask.queries[0], mask.padding))
+        if mask.queries[0] == without:
+            raise NotImplementedError("no operator")
+        return query
+
+    names = {
+        "xformers.ops.fmha": SimpleNamespace(memory_efficient_attention_forward=attend),
+        "xformers.ops.fmha.attn_bias": SimpleNamespace(
+            BlockDiagonalCausalWithOffsetPaddedKeysMask=Mask,
+            PagedBlockDiagonalCausalWithOffsetPaddedKeysMask=None,
+        ),
+    }
+    monkeypatch.setattr("kernels.xformers.why_not", lambda device: None)
+    monkeypatch.setattr("kernels.xformers.importlib", SimpleNamespace(import_module=names.get))
+
+    def warm_up() -> None:
+        PagedAttention(torch.zeros(1, 2, 4, 64, 2, 32)).warm_up(4, 0.125, [1, 2], [1, 4], 70)
+
+    warm_up()
+    assert ran == [(1, 1, 64), (1, 1, 256), (2, 1, 64), (2, 1, 256), (1, 70, 128)]
+    without = 70
+    warm_up()
+    without = 1
+    with pytest.raises(XformersMissing, match="no operator for decode steps"):
+        warm_up()
 
 
 def test_a_device_that_cannot_be_used_says_why() -> None:

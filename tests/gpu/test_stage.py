@@ -1,6 +1,7 @@
 """Whole stages: what a step computes, and that its bits do not depend on how the tokens came."""
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -261,12 +262,40 @@ def test_the_pool_is_what_the_device_has_room_for(device, model_dir, monkeypatch
     spec = stage_spec(config, layers, weights[EMBED], None)
     shape = CacheShape(len(layers), config.num_kv_heads, 16, config.head_dim, "float32")
     block = 2 * len(layers) * config.num_kv_heads * 16 * config.head_dim * 4
-    rehearsed = []
+    rehearsed, captured = [], []
     monkeypatch.setattr(CudaStage, "rehearse", lambda stage: rehearsed.append(stage.kv.num_blocks))
+    monkeypatch.setattr(graphs.DecodeGraphs, "capture_all", lambda one: captured.append(weakref.ref(one)))
     total = 4 << 30
     memory = DeviceMemory(total, total - (1 << 30), 100 << 20)
-    monkeypatch.setattr(DeviceMemory, "measure", classmethod(lambda cls, device: memory))
+    monkeypatch.setattr(DeviceMemory, "measure", classmethod(lambda cls, device: captured and memory))
     stage = build(spec, shape, device, Room(64, 0, 0.25), "triton")
     assert rehearsed == [BLOCKS_MIN]
+    assert [one() for one in captured] == [None], "measured with graphs, whose memory is free again"
     assert stage.kv.num_blocks == (total // 4 - (100 << 20) - CONTEXT_BYTES) // block
     assert build(spec, shape, device, Room(64, 9, 0.25), "triton").kv.num_blocks == 9
+
+
+def test_a_librarys_attention_is_measured_and_warmed_up_with_it(device, model_dir, monkeypatch) -> None:
+    """For every size of decode steps up to the longest context, and the largest chunk of a prompt."""
+    warmed = []
+
+    class Library:
+        def __init__(self, planes: torch.Tensor) -> None:
+            self.blocks = planes.shape[2]
+
+        def warm_up(self, heads: int, _scale: float, rows: list[int], widths: list[int], chunk: int) -> None:
+            warmed.append((self.blocks, heads, rows, widths, chunk))
+
+    monkeypatch.setattr("kernels.cuda.stage.PagedAttention", Library)
+    monkeypatch.setattr(CudaStage, "rehearse", lambda stage: None)
+    memory = DeviceMemory(4 << 30, 4 << 30, 0)
+    monkeypatch.setattr(DeviceMemory, "measure", classmethod(lambda cls, device: memory))
+    config = load_config(model_dir)
+    weights = load_weights(model_dir, config, range(config.num_layers))
+    layers = tuple(build_layer(config, i, weights, torch.float32) for i in range(config.num_layers))
+    shape = CacheShape(len(layers), config.num_kv_heads, 64, config.head_dim, "float32")
+    spec = stage_spec(config, layers, weights[EMBED], None)
+    build(spec, shape, device, Room(70, 0, 0.25), "xformers").warm_up()
+    sizes = (4, [1, 2, 4, 8, 16, 32, 64, 128], [1, 2, 4, 8, 16], 70)
+    assert warmed[0] == (BLOCKS_MIN, *sizes), "of all positions, though this cache has 256"
+    assert [one[1:] for one in warmed] == [sizes] * 2

@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'kevlarflow[gpu]')")
 
+from dataplane.kvwork import blocks_as_bytes
+from kernels.cuda import transfer as transfers
 from kernels.cuda.cache import DeviceCache
 from kernels.cuda.transfer import BlockTransfer
 from kernels.triton.blocks import GOLDEN, KEY, MIX_1, MIX_2
@@ -74,6 +76,21 @@ def test_a_flipped_bit_changes_the_sum(device) -> None:
         assert transfer.sums_of(changed).tolist() != [good]
     swapped = data[4:8] + data[:4] + data[8:]
     assert transfer.sums_of(swapped).tolist() != [good], "the place of a word counts"
+
+
+def test_a_warm_up_runs_every_kernel_and_changes_nothing(device, monkeypatch) -> None:
+    """What copies, scrubs and restores launch is compiled when nobody waits for it."""
+    launched: set[str] = set()
+    for name in ("gather_blocks", "scatter_blocks", "sum_blocks", "sum_pieces"):
+        real = getattr(transfers, name)
+        monkeypatch.setattr(
+            transfers, name, lambda *given, real=real, name=name: (launched.add(name), real(*given))
+        )
+    cache = make_cache(device, "bfloat16", blocks=3)
+    before = cache.planes.clone()
+    blocks_as_bytes(cache).warm_up()
+    assert launched == {"gather_blocks", "scatter_blocks", "sum_blocks", "sum_pieces"}
+    assert torch.equal(cache.planes, before)
 
 
 def test_what_is_not_there_is_refused(device) -> None:

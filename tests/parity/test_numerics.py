@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from controlplane.contract.config import ClusterConfig, EngineConfig
+from controlplane.contract.errors import ConfigError
 from dataplane import numerics
 from dataplane._fast import sampling
+from dataplane.accelerators import Place
 from dataplane.executor import StageExecutor
+from dataplane.loading import load_executor
 from dataplane.numerics import device_kind, kernel_sources, numerics_of
 from kernels.cpu import _native
 from tests.parity.chain import Chain
@@ -101,6 +105,11 @@ def test_of_a_gpu_the_libraries_count_that_compute_there(monkeypatch: pytest.Mon
 def test_a_gpu_that_is_not_there_is_said_so(build: Build) -> None:
     with pytest.raises(ValueError, match="torch sees no CUDA device"):
         executor(build("llama"), device="cuda")
+    config = ClusterConfig("run", str(build("llama")), (), stages=2, engine=EngineConfig(device="cuda"))
+    with pytest.raises(
+        ConfigError, match=r"stage 1 cannot be computed on cuda:3: .* torch sees no CUDA device"
+    ):
+        load_executor(config, 1, Place("cuda:3"))
 
 
 def test_a_change_of_kernels_changes_them_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
