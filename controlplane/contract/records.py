@@ -34,6 +34,7 @@ class NodeRecord(msgspec.Struct, frozen=True):
     process: str = ""  # `controlplane.process.identity`: whose record this is, and whether it has died
     grammars: str = ""  # version of the library that constrains outputs; "": its code passes over grammars
     sampling: int = 0  # `requests.SAMPLING_VERSION` of its code, which passes over what came later
+    checkpoint: str = ""  # whose stage its weights are, equal for all stages of one; "": not known
 
 
 class ControllerRecord(msgspec.Struct, frozen=True):

@@ -17,6 +17,7 @@ from controlplane.contract.status import NodeState
 from controlplane.contract.topology import Pipeline, Topology
 from controlplane.core.detector import Detector
 
+Votes = Counter[tuple[str, str]]  # digest of a stage's weights, and the checkpoint that they are of
 PATIENCE = 3.0  # times as long as the longest step of late: only then does a step stall
 
 
@@ -176,9 +177,10 @@ class Membership:
     _views: dict[NodeId, NodeView] = field(default_factory=dict)
     _stages: dict[int, dict[NodeId, NodeView]] = field(default_factory=dict)  # the same by stage
     _stale: set[NodeId] = field(default_factory=set)  # views to be made anew
-    _votes: dict[int, Counter[str]] = field(default_factory=dict)  # digests by stage, one a record
+    _votes: dict[int, Votes] = field(default_factory=dict)  # by stage, one a record
+    _checkpoint: str = ""  # the group's
     _digests: dict[int, str] = field(default_factory=dict)
-    _counted: Topology | None = None  # the topology that the digests follow from
+    _counted: Topology | None = None  # the topology that checkpoint and digests follow from
     _stalling: set[Member] = field(
         default_factory=set
     )  # schedulers whose last report has a step that is overdue
@@ -201,7 +203,7 @@ class Membership:
         old = self._records.get(node)
         if old is not None:
             self._unvote(old)
-        self._votes.setdefault(record.stage, Counter())[record.weights_digest] += 1
+        self._votes.setdefault(record.stage, Counter())[_vote(record)] += 1
         self._records[node] = record
         self._registered.add(node)
         self._renew(node)
@@ -302,38 +304,73 @@ class Membership:
             return f"holds stage {record.stage} of {record.num_stages}, the group has {stages}"
         if record.block_size != block_size:
             return f"KV blocks of {record.block_size} tokens, the controller's settings say {block_size}"
+        if self._checkpoint and record.checkpoint not in ("", self._checkpoint):
+            return "its checkpoint is not the one that serves the group"
         if record.weights_digest != self._digests[record.stage]:
             return f"its weights are not those that serve stage {record.stage}"
         return ""
 
     def _unvote(self, record: NodeRecord) -> None:
         votes = self._votes[record.stage]
-        votes[record.weights_digest] -= 1
-        if not votes[record.weights_digest]:
-            del votes[record.weights_digest]
+        votes[_vote(record)] -= 1
+        if not votes[_vote(record)]:
+            del votes[_vote(record)]
 
     def _recount(self, topology: Topology | None) -> None:
-        """For each stage the weights that count: what serves now, else what most nodes hold."""
+        """The checkpoint that counts for the group, and of it the weights for each stage: what serves now, else what
+        most nodes hold."""
         if self._nodes is not None and topology is self._counted:
             return
         self._counted = topology
-        digests: dict[int, str] = {}
-        for stage, votes in self._votes.items():
-            serving = self._serving(topology, stage) if len(votes) > 1 else Counter[str]()
-            digests[stage] = max(sorted(votes), key=lambda d: (serving[d], votes[d]), default="")
+        split = any(len({digest for digest, _ in votes}) > 1 for votes in self._votes.values())
+        checkpoints = {of for votes in self._votes.values() for _, of in votes if of}
+        serving = self._serving(topology) if split or len(checkpoints) > 1 else {}
+        checkpoint = _most(self._by_checkpoint(self._votes), self._by_checkpoint(serving))
+        digests = {
+            stage: _most(_by_digest(votes, checkpoint), _by_digest(serving.get(stage, {}), checkpoint))
+            for stage, votes in self._votes.items()
+        }
         for stage in digests.keys() | self._digests.keys():
-            if digests.get(stage) != self._digests.get(stage):
+            if checkpoint != self._checkpoint or digests.get(stage) != self._digests.get(stage):
                 for node in self._stages.get(stage, {}):
                     self._renew(node)
-        self._digests = digests
+        self._checkpoint, self._digests = checkpoint, digests
 
-    def _serving(self, topology: Topology | None, stage: int) -> Counter[str]:
-        found: Counter[str] = Counter()
+    def _serving(self, topology: Topology | None) -> dict[int, Votes]:
+        """The votes of those alone who have a duty."""
+        found: dict[int, Votes] = {}
         for member in () if topology is None else {m for p in topology.pipelines for m in p.members()}:
             record = self._records.get(member.node)
-            if record is not None and record.member == member and record.stage == stage:
-                found[record.weights_digest] += 1
+            if record is not None and record.member == member:
+                found.setdefault(record.stage, Counter())[_vote(record)] += 1
         return found
+
+    def _by_checkpoint(self, votes: Mapping[int, Votes]) -> Counter[str]:
+        """How many hold each. A node that does not say holds every one of which others have its tensors."""
+        found: Counter[str] = Counter()
+        for stage, of_stage in votes.items():
+            for (digest, checkpoint), count in of_stage.items():
+                known = {of for other, of in self._votes[stage] if other == digest and of}
+                for of in {checkpoint} if checkpoint else known:
+                    found[of] += count
+        return found
+
+
+def _vote(record: NodeRecord) -> tuple[str, str]:
+    return record.weights_digest, record.checkpoint
+
+
+def _by_digest(votes: Mapping[tuple[str, str], int], checkpoint: str) -> Counter[str]:
+    """How many hold each, of those that may be of this checkpoint."""
+    found: Counter[str] = Counter()
+    for (digest, of), count in votes.items():
+        if not checkpoint or of in ("", checkpoint):
+            found[digest] += count
+    return found
+
+
+def _most(votes: Counter[str], serving: Counter[str]) -> str:
+    return max(sorted(votes), key=lambda one: (serving[one], votes[one]), default="")
 
 
 def named_members(topology: Topology) -> set[Member]:

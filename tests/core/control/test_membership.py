@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from controlplane.contract.ids import Member
 from controlplane.contract.reports import NodeReport, PipelineReport
+from controlplane.contract.topology import Topology
 from controlplane.core.detector import Detector
 from controlplane.core.edit import initial, successor, with_stage
 from controlplane.core.membership import Membership
@@ -17,11 +18,14 @@ CONFIG = make_config(3, 2)
 
 def members(**changes: object) -> Membership:
     """Six nodes that were heard; n4 with changes to its record."""
+    return of({4: changes}, checkpoint="a")
+
+
+def of(changes: dict[int, dict[str, object]], **every: object) -> Membership:
+    """The same, with changes to several records, and to `every` one."""
     membership = Membership(CONFIG, Detector(CONFIG.timing))
     for k in range(6):
-        record = make_record(CONFIG, f"n{k}", "i", k % 2)
-        if k == 4:
-            record = replace(record, **changes)
+        record = replace(make_record(CONFIG, f"n{k}", "i", k % 2), **{**every, **changes.get(k, {})})
         membership.register(record, 10.0)
         membership.detector.reported(NodeReport(record.member, 1, 0.0, 1), 10.0)
     membership.detector.evaluate(10.0, {})
@@ -32,6 +36,7 @@ def members(**changes: object) -> Membership:
     ("changes", "why"),
     [
         ({"weights_digest": "other"}, "weights"),
+        ({"checkpoint": "other"}, "its checkpoint"),
         ({"num_stages": 4}, "of 4"),
         ({"block_size": 32}, "32 tokens"),
         ({"stage": 7}, "stage 7"),
@@ -51,6 +56,63 @@ def test_the_weights_that_serve_are_right_even_in_the_minority() -> None:
     nodes = membership.nodes(successor(topology, serving))
     assert nodes.usable("n4") == Member("n4", "i")
     assert nodes.usable("n0") is None
+
+
+def usable(membership: Membership, topology: Topology | None = None) -> list[int]:
+    nodes = membership.nodes(topology)
+    return [k for k in range(6) if nodes.usable(f"n{k}")]
+
+
+def holding(*serving: int) -> Topology:
+    """A topology in which these serve at home."""
+    topology = initial(CONFIG, 1)
+    pipelines = list(topology.pipelines)
+    for k in serving:
+        pipelines[k // 2] = with_stage(pipelines[k // 2], k % 2, ranks=(Member(f"n{k}", "i"),))
+    return replace(topology, pipelines=tuple(pipelines))
+
+
+def fine_tune(*nodes: int) -> dict[int, dict[str, object]]:
+    """These hold another checkpoint, of other weights in each stage."""
+    return {k: {"weights_digest": f"tuned-{k % 2}", "checkpoint": "tuned"} for k in nodes}
+
+
+def test_stages_of_two_checkpoints_never_stand_side_by_side() -> None:
+    """All stages 0 are of one checkpoint and all stages 1 of another: in neither stage is there anything to compare,
+    and pipelines of both would answer."""
+    a_only, tuned_only = [0, 2, 4], [1, 3, 5]
+    assert usable(of(fine_tune(1, 3, 5), checkpoint="a")) == a_only
+    assert usable(of(fine_tune(1, 3, 5), checkpoint="a"), holding(1)) == tuned_only, "what serves counts"
+
+
+def test_one_checkpoint_counts_for_all_stages() -> None:
+    """Most nodes of stage 0 hold what most nodes of the group do not."""
+    changes = {**fine_tune(0, 2), 5: {"checkpoint": ""}}
+    assert usable(of(changes, checkpoint="a")) == [1, 3, 4, 5]
+    assert usable(of(fine_tune(0, 2), checkpoint="a"), holding(0)) == [0, 2]
+
+
+def test_checkpoints_may_have_a_stage_in_common() -> None:
+    """A fine-tune of the last layers alone: its stage 0 is known by its checkpoint only."""
+    changes = {4: {"checkpoint": "tuned"}, **fine_tune(5)}
+    assert usable(of(changes, checkpoint="a")) == [0, 1, 2, 3]
+
+
+def test_who_does_not_say_its_checkpoint_is_not_locked_out() -> None:
+    """Nodes of the code before, in a rolling upgrade; what they serve counts by its weights."""
+    assert usable(of({4: {"checkpoint": "a"}})) == [0, 1, 2, 3, 4, 5]
+    upgraded = {0: {"checkpoint": "a"}, **fine_tune(5)}
+    assert usable(of(upgraded), holding(2)) == [0, 1, 2, 3, 4]
+    # The first two that say one, and the wrong one is heard first.
+    assert usable(of({1: {"checkpoint": "a"}, **fine_tune(0)}), holding(2, 3)) == [1, 2, 3, 4, 5]
+
+
+def test_another_checkpoint_counts_once_most_nodes_hold_it() -> None:
+    membership = of(fine_tune(4, 5), checkpoint="a")
+    assert usable(membership) == [0, 1, 2, 3]
+    for k, changes in fine_tune(0, 1).items():
+        membership.register(replace(make_record(CONFIG, f"n{k}", "i", k % 2), **changes), 10.0)
+    assert usable(membership) == [0, 1, 4, 5]
 
 
 def test_another_groups_nodes_are_not_ours() -> None:
