@@ -133,6 +133,7 @@ class Router:
             case StreamUp():
                 if event.member in self._streams:
                     self._streams[event.member] = True
+                    self._recalls.changed(event.member, True)
                     self._wake()
             case StreamDown():
                 self._on_stream_down(event.member, now)
@@ -151,7 +152,7 @@ class Router:
         if self._again:
             self._ask_again(now, out)
         if self._recalls:
-            self._recalls.settle(self._streams, now, out)
+            self._recalls.settle(now, out)
         return out
 
     # Events
@@ -199,6 +200,7 @@ class Router:
         hosts = {p.leader_at(0) for p in topology.pipelines} - {None}
         for member in sorted(m for m in hosts if m is not None and m not in self._streams):
             self._streams[member] = False
+            self._recalls.changed(member, False)
             out.append(OpenStream(member))
         changed = {p for p in old if p not in self._pipelines or self._pipelines[p].epoch != old[p].epoch}
         for name in changed:
@@ -208,6 +210,7 @@ class Router:
                 self._follow(live, old[live.pipeline], self._pipelines.get(live.pipeline), now, out)
         for member in sorted(m for m in self._streams if m not in hosts):
             del self._streams[member]
+            self._recalls.changed(member, None)
             out.append(CloseStream(member))
 
     def _follow(
@@ -243,7 +246,7 @@ class Router:
         # Nobody who waits gains by it: those that it had are looked at, and the others when their time has come.
         self._streams[member] = False
         self._reached = None
-        self._recalls.lost(member)
+        self._recalls.changed(member, False)
         for live in list(self._placed.get(member, {}).values()):
             self._hold(live, now, "resubmitted")
             live.torn = True
@@ -389,7 +392,6 @@ class Router:
         """The world has changed: whoever waits for it is looked at once this event has been taken in."""
         self._reached = None
         self._held.wake()
-        self._recalls.wake()
 
     def _hold(self, live: LiveRequest, now: float, how: str) -> None:
         """It is with no scheduler (any more)."""
