@@ -180,7 +180,11 @@ class Launcher:
     def _end_left_over(self) -> None:
         """Nodes that the launcher before had started, and that nobody wants any more."""
         files = (self._run_dir / "nodes").glob("*.json")
-        left = [path.stem for path in files if self._follows and path.stem not in self._nodes]
+        left = [
+            path.stem
+            for path in files
+            if path.stem not in self._nodes and (self._follows or path.stem in self._wanted.stop)
+        ]
         for node in left:
             self._add(node)
         self._stop(left, True)

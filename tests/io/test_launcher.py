@@ -125,6 +125,7 @@ class Host:
         python_path: str = "",
         device: Literal["cpu", "cuda"] = "cpu",
         prefix: Sequence[str] = (),
+        only: str = "",
     ) -> None:
         timing = TimingConfig(restart_backoff_s=0.1, reload_s=0.3)
         engine = EngineConfig(device=device)
@@ -141,6 +142,7 @@ class Host:
         path = self.run_dir / "cluster.json"
         path.write_bytes(msgspec.json.encode(config))
         command = [*prefix, sys.executable, "-m", "dataplane.launcher", "--config", str(path)]
+        command += ["--nodes", only] if only else []
         command += ["--target", target if ":" in target else f"tests.io.test_launcher:{target}"]
         with (self.run_dir / "launcher.log").open("ab") as log:
             env = {**os.environ, **({"PYTHONPATH": python_path} if python_path else {})}
@@ -593,6 +595,23 @@ def test_a_node_that_comes_back_has_the_gpu_that_is_free(host: Host, tmp_path: P
     if target == "on_device":
         assert host.output("n4").splitlines()[0] == "cuda:0 1.0 of 3"
     assert host.stop() < 4.0
+
+
+def test_a_node_of_the_list_that_is_to_end_does_so_under_the_next_launcher(host: Host) -> None:
+    """It dropped out of the list and ran on, with nobody to watch it."""
+    host.start(nodes=3, only="n0,n1")
+    host.wait_serving(1)
+    left = host.wait_serving(1, "n1")
+    assert host.process is not None
+    host.process.send_signal(signal.SIGHUP)
+    assert host.process.wait(5) == 0
+    write_wanted(host.run_dir, Wanted(("n0", "n2"), ("n1",)))
+    host.start(nodes=3, only="n0,n1")
+    wait_for(lambda: host.file("n1") is None, "n1 is gone")
+    assert start_ticks(left) is None
+    assert host.running()
+    assert host.file("n2") is None, "another host's"
+    host.stop()
 
 
 def test_nodes_start_while_those_end_that_nobody_wants_any_more(host: Host) -> None:
