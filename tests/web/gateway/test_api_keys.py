@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -289,7 +290,8 @@ def test_only_whole_files_are_ever_there(tmp_path: Path) -> None:
         kept.clear()
         raise RuntimeError
     assert path.read_bytes() == before
-    path.with_name("keys.json.new").mkdir()  # as on a full disk: the new one cannot be written
+    fresh = path.with_name(f".keys.json.{os.getpid()}.new")
+    fresh.mkdir()  # as on a full disk: the new one cannot be written
     with pytest.raises(IsADirectoryError), changing(path) as kept:
         kept.clear()
     assert path.read_bytes() == before
