@@ -17,8 +17,9 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,18 @@ from controlplane.contract import auth, rpc
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError, PeerError, Unavailable
 from controlplane.contract.identity import Identity, ProcessName, ProcessRole
-from controlplane.contract.ids import NodeId
+from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.keys import Keys
 from controlplane.contract.records import NodeRecord
 from controlplane.keyspace.connect import etcd_client
 from dataplane.model.bundle import SMALL, holds_stage
+from dataplane.model.checkpoint import checkpoint_of
 from dataplane.model.config import load_config
 from dataplane.model.digests import digest_as
 from dataplane.model.errors import ModelError
 from dataplane.model.split import split_layers
 from dataplane.model.weights import SINGLE, load_weights, weights_digest
-from dataplane.shelf import tidy, use
+from dataplane.shelf import Note, note, notes, tidy, use
 from dataplane.weights_service import CHUNK_BYTES, FETCH, Ask, Chunk, Manifest, checksum, decode_answer
 from dataplane.world import World
 
@@ -53,53 +55,109 @@ ROOM_BYTES = 64 << 20  # left free on the disk
 MESSAGE_BYTES_MAX = 8 << 20
 
 
-def provision(config: ClusterConfig, node: NodeId, stage: int) -> Path:
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where to load a stage from, and the checkpoint that it is of ("": not known)."""
+
+    path: Path
+    checkpoint: str = ""
+
+
+def provision(config: ClusterConfig, node: NodeId, stage: int) -> Source:
     """The directory to load the stage from; fetched from a peer if it is nowhere on this disk.
 
     Raises ConfigError (nothing here and nobody to ask, or no room), Unavailable (no peer could give it), ModelError.
     """
-    own = Path(config.model)
-    if holds_stage(own, stage, config.stages):
-        return own
-    return asyncio.run(_provision(config, node, stage))
+    own, shelf = Path(config.model), _shelf(config)
+    if not holds_stage(own, stage, config.stages):
+        return asyncio.run(_provision(config, node, stage))
+    if shelf.is_dir() and shelf.resolve() not in own.resolve().parents:
+        _clear(config, shelf, stage)
+    if config.engine.executor == "oracle":  # has no tensors
+        return Source(own)
+    return Source(own, checkpoint_of(own, Path(config.run_dir) / "digests" / "checkpoint.json"))
 
 
-async def _provision(config: ClusterConfig, node: NodeId, stage: int) -> Path:
-    shelf = Path(config.run_dir) / "weights"
+async def _provision(config: ClusterConfig, node: NodeId, stage: int) -> Source:
+    shelf, prefix = _shelf(config), _prefix(config, stage)
     peers = await find_peers(config, node, stage)
     if not peers:
-        return _kept(config, shelf, stage)
-    digest = peers[0].weights_digest
-    prefix = _prefix(config, stage)
-    target = shelf / f"{prefix}{digest[:16]}"
+        kept = _kept(config, shelf, stage)
+        return Source(kept, _noted(config, kept).checkpoint)
+    checkpoint = next((peer.checkpoint for peer in peers if peer.checkpoint), "")
     shelf.mkdir(mode=0o700, parents=True, exist_ok=True)
-    async with _lock(shelf / f"{prefix}fetch.lock"):
+    async with _lock(_lock_file(config, shelf, stage)):
+        target = _target(shelf / f"{prefix}{peers[0].weights_digest[:16]}", checkpoint)
         if not target.is_dir():
             await _fetch(config, node, peers, target)
+        checkpoint = checkpoint or _noted(config, target).checkpoint
+        note(target, config.group, Note(_model(config), checkpoint))
         use(target)
-        await asyncio.to_thread(tidy, shelf, target, prefix)
-    return target
+        await asyncio.to_thread(tidy, shelf, target, prefix, config.group)
+    return Source(target, checkpoint)
+
+
+def _target(plain: Path, checkpoint: str) -> Path:
+    """Two checkpoints may have the tensors of a stage in common, and not the files beside them."""
+    known = {said.checkpoint for said in notes(plain).values()} - {""}
+    if not checkpoint or not known or checkpoint in known:
+        return plain
+    return plain.with_name(f"{plain.name}-{checkpoint[:16]}")
+
+
+def _clear(config: ClusterConfig, shelf: Path, stage: int) -> None:
+    """The host has a checkpoint of its own now: what was fetched for the stage takes up room for nothing."""
+    try:
+        with _lock_file(config, shelf, stage).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            tidy(shelf, None, _prefix(config, stage), config.group)
+    except OSError as error:  # also where another group fetches the same stage: at the next start, then
+        log.info("what was fetched earlier stays in %s: %s", shelf, error.strerror or error)
+
+
+def _shelf(config: ClusterConfig) -> Path:
+    return Path(config.run_dir) / "weights"
 
 
 def _prefix(config: ClusterConfig, stage: int) -> str:
     return f"stage{stage}of{config.stages}-"
 
 
+def _lock_file(config: ClusterConfig, shelf: Path, stage: int) -> Path:
+    return shelf / f"{_prefix(config, stage)}fetch.lock"
+
+
+def _model(config: ClusterConfig) -> str:
+    return str(Path(config.model).absolute())
+
+
+def _noted(config: ClusterConfig, bundle: Path) -> Note:
+    return notes(bundle).get(config.group, Note(""))
+
+
 def _kept(config: ClusterConfig, shelf: Path, stage: int) -> Path:
-    """What was fetched at an earlier time, the newest. The whole group may be starting: nobody is there to compare."""
+    """What was fetched at an earlier time for the model of the settings, the newest. The whole group may be starting:
+    nobody is there to compare. (Whether it is of the checkpoint that the group serves, controllers compare.)"""
     found = [path for path in shelf.glob(f"{_prefix(config, stage)}*") if path.is_dir() and not path.suffix]
-    if not found:
+    ours = [path for path in found if _noted(config, path).model == _model(config)]
+    # Of code that left no notes it is not known. Who refused it would end a group of which nobody has anything else.
+    bundles = ours or [path for path in found if not notes(path)]
+    if not bundles:
+        others = f" ({shelf} has weights of other models only)" if found else ""
         raise ConfigError(
             f"{config.model} has no checkpoint for stage {stage} of {config.stages}, and no node that has one is "
-            "registered: copy the checkpoint there, or start a node that has it first"
+            f"registered: copy the checkpoint there, or start a node that has it first{others}"
         )
-    newest = max(found, key=lambda path: path.stat().st_mtime)
+    newest = max(bundles, key=lambda path: path.stat().st_mtime)
+    if not ours:
+        log.warning("%s does not say which model it is of: taken for %s", newest, config.model)
     use(newest)
     return newest
 
 
 async def find_peers(config: ClusterConfig, node: NodeId, stage: int) -> list[NodeRecord]:
-    """Nodes with the stage's weights that the group serves; those that serve nothing themselves first."""
+    """Nodes with the stage's weights that the group serves, of the checkpoint that it serves; those that serve nothing
+    themselves first."""
     world = World(Keys.of(config), config.group)
     try:
         async with (
@@ -112,18 +170,26 @@ async def find_peers(config: ClusterConfig, node: NodeId, stage: int) -> list[No
         log.warning("etcd does not answer: nobody can be asked for weights")
         return []
     serving = {m for p in world.topology.pipelines for m in p.members()} if world.topology else set()
-    able = [
-        r
-        for r in world.nodes.values()
-        if (r.stage, r.num_stages) == (stage, config.stages) and r.member.node != node
-    ]
-    votes: Counter[str] = Counter()
-    for record in able:
-        votes[record.weights_digest] += 1000 if record.member in serving else 1
-    wanted = max(sorted(votes), key=lambda digest: votes[digest], default="")
+    others = [r for r in world.nodes.values() if r.num_stages == config.stages and r.member.node != node]
+    return rank_peers(others, serving, stage)
+
+
+def rank_peers(others: Sequence[NodeRecord], serving: Collection[Member], stage: int) -> list[NodeRecord]:
+    """Who of the group's other nodes can give a stage's weights, the best first. `serving`: who of all has a duty."""
+    checkpoint = _most((r.checkpoint, r.member in serving) for r in others)
+    able = [r for r in others if r.stage == stage and r.checkpoint in ("", checkpoint)]
+    wanted = _most((r.weights_digest, r.member in serving) for r in able)
     return sorted(
         (r for r in able if r.weights_digest == wanted), key=lambda r: (r.member in serving, r.member)
     )
+
+
+def _most(votes: Iterable[tuple[str, bool]]) -> str:
+    """What serves, else what most nodes hold; "" counts for nothing."""
+    found: Counter[str] = Counter()
+    for one, serves in votes:
+        found[one] += 1000 if serves else 1
+    return max(sorted(found.keys() - {""}), key=lambda one: found[one], default="")
 
 
 async def _fetch(config: ClusterConfig, node: NodeId, peers: Sequence[NodeRecord], target: Path) -> None:
@@ -132,6 +198,7 @@ async def _fetch(config: ClusterConfig, node: NodeId, peers: Sequence[NodeRecord
     identity = Identity.of(config, ProcessRole.NODE, node)
     partial = target.with_suffix(".partial")
     partial.mkdir(mode=0o700, exist_ok=True)
+    note(partial, config.group, Note(_model(config)))
     troubles: list[str] = []
     for peer in [*peers] * ROUNDS:
         began = time.monotonic()
@@ -145,6 +212,7 @@ async def _fetch(config: ClusterConfig, node: NodeId, peers: Sequence[NodeRecord
             continue
         except OSError as error:
             raise _told(error, partial) from error
+        note(partial, config.group, Note(_model(config), peer.checkpoint))
         partial.rename(target)
         _sync(target.parent)
         took_s = time.monotonic() - began
@@ -181,6 +249,8 @@ def _check(manifest: Manifest, peer: NodeRecord) -> None:
     said = (manifest.stage, manifest.num_stages, manifest.weights_digest)
     if said != (peer.stage, peer.num_stages, peer.weights_digest):
         raise PeerError(f"it has other weights than it registered: {said}")
+    if manifest.checkpoint != peer.checkpoint:
+        raise PeerError("it has another checkpoint than it registered")
     if not {SINGLE, "config.json"} <= set(manifest.sizes) <= {SINGLE, *SMALL}:
         raise PeerError(f"its manifest names {', '.join(sorted(manifest.sizes))[:200]}")
     if any(size <= 0 for size in manifest.sizes.values()):

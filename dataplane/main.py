@@ -54,7 +54,8 @@ def run_node(config: ClusterConfig, node: str, take_over: str = "", place: Place
         os.nice(NICE)
     stage = int(node.removeprefix("n")) % config.stages
     settings = settings_digest(config)  # of what the operator wrote: equal on every host
-    config = msgspec.structs.replace(config, model=str(provision(config, node, stage)))
+    source = provision(config, node, stage)
+    config = msgspec.structs.replace(config, model=str(source.path))
     executor = load_executor(config, stage, place)
     executor.warm_up()
     grammars = load_grammars(config, stage, executor)
@@ -65,7 +66,9 @@ def run_node(config: ClusterConfig, node: str, take_over: str = "", place: Place
     hold(Path(config.run_dir), member)
     run_to_exit(
         node,
-        lambda: _serve(config, member, stage, executor, settings, take_over, place, grammars, proposer),
+        lambda: _serve(
+            config, member, stage, executor, settings, take_over, place, grammars, proposer, source.checkpoint
+        ),
         precise_loop if emulated else None,
         name_taken=(NameTaken,),
     )
@@ -81,9 +84,11 @@ async def _serve(
     place: Place,
     grammars: Grammars | None,
     proposer: Proposer | None,
+    checkpoint: str,
 ) -> None:
+    relay = _relay(config)
     node = Node(
-        config, me, stage, executor, settings, (take_over,), place, _relay(config), grammars, proposer
+        config, me, stage, executor, settings, (take_over,), place, relay, grammars, proposer, checkpoint
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -101,10 +101,12 @@ class Node:
         relay: str = "",
         grammars: Grammars | None = None,
         proposer: Proposer | None = None,
+        checkpoint: str = "",
     ) -> None:
         """`settings`: digest of the settings as they were read, where `config` is not (its model may be elsewhere).
         `relay`: address of the host's, if it may have one. `grammars`: of a last stage. `proposer`: see
-        loading.py."""
+        loading.py. `checkpoint`: that the weights are of, "" if that is not known."""
+        self._checkpoint = checkpoint
         self._place = place
         self._settings = settings or settings_digest(config)
         self._supersedes = supersedes
@@ -134,7 +136,13 @@ class Node:
             lambda session, message: self._schedulers.on_gateway(session, message),
             lambda session: self._schedulers.on_session_lost(session),
             WeightsService(
-                token, Path(config.model), stage, config.stages, executor.weights_digest, identity
+                token,
+                Path(config.model),
+                stage,
+                config.stages,
+                executor.weights_digest,
+                identity,
+                checkpoint,
             ).handler,
             identity=identity,
         )
@@ -269,6 +277,7 @@ class Node:
             version=code_version(),
             settings=self._settings,
             process=process.identity(),
+            checkpoint=self._checkpoint,
         )
 
     # ------------------------------------------------------------------ etcd

@@ -1,7 +1,8 @@
 """The fetched weights of a host, `RUN_DIR/weights`: one bundle for each stage that nodes here run, and none besides.
 
 A node holds a lock on the bundle that it has loaded (a shared flock of its directory, which ends with the process), so
-that nobody removes what is in use."""
+that nobody removes what is in use. Groups may share the shelf, and a bundle: each that needs it has a note in it. One
+without notes was fetched by earlier code, and is anybody's."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+
+import msgspec
+
+from controlplane.contract.config import DEFAULT_GROUP
+from controlplane.contract.files import replace_file
+from controlplane.unreadable import UNREADABLE
 
 log = logging.getLogger(__name__)
 
@@ -25,23 +33,52 @@ def use(bundle: Path) -> None:
     _in_use.append(fd)
 
 
-def tidy(shelf: Path, current: Path, prefix: str) -> list[Path]:
-    """Removes what no stage needs: bundles of the stage of `current` but that one, all but the newest of other stages,
-    and those of another number of stages. The caller holds the lock of its stage (`prefix`). Returns what is gone."""
-    stages = _stages(current.name)
-    newest: dict[str, Path] = {prefix: current}
+class Note(msgspec.Struct, frozen=True):
+    """Why a group has a bundle."""
+
+    model: str  # of its settings, when it was fetched
+    checkpoint: str = ""  # as in NodeRecord
+
+
+def note(bundle: Path, group: str, said: Note) -> None:
+    """In place of the group's note of before. Raises OSError."""
+    replace_file(bundle / f"of-{group}.json", msgspec.json.encode(said))
+
+
+def notes(bundle: Path) -> Mapping[str, Note]:
+    """By group. One that cannot be read is of a model that nobody has."""
+    found = {}
+    for path in bundle.glob("of-*.json"):
+        try:
+            said = msgspec.json.decode(path.read_bytes(), type=Note)
+        except (OSError, *UNREADABLE):
+            said = Note("")
+        found[path.name.removeprefix("of-").removesuffix(".json")] = said
+    return found
+
+
+def tidy(shelf: Path, current: Path | None, prefix: str, group: str = DEFAULT_GROUP) -> list[Path]:
+    """Removes what no stage of the group needs: bundles of the stage (`prefix`) but `current`, all but the newest of
+    other stages, and those of another number of stages. What other groups need stays. The caller holds the lock of its
+    stage. Returns what is gone."""
+    stages = _stages(f"{prefix}x")
+    newest: dict[str, Path] = {} if current is None else {prefix: current}
     bundles = [path for path in shelf.iterdir() if path.is_dir() and BUNDLE.match(path.name)]
-    whole = [path for path in bundles if not path.suffix]
+    noted = {path: notes(path) for path in bundles}
+    ours = [path for path in bundles if not noted[path] or group in noted[path]]
+    whole = [path for path in ours if not path.suffix]
     for path in sorted(whole, key=lambda path: path.stat().st_mtime):
         of = _prefix(path.name)
         if of != prefix and _stages(path.name) == stages:
             newest[of] = path
     removed = []
-    for path in bundles:
+    for path in ours:
         mine = _prefix(path.name) == prefix
         if path in newest.values() or (path.suffix and not mine and _stages(path.name) == stages):
             continue  # needed, or another stage's fetch that goes on
-        if _remove(path):
+        if len(noted[path]) > 1:
+            (path / f"of-{group}.json").unlink(missing_ok=True)
+        elif _remove(path):
             removed.append(path)
     return removed
 

@@ -36,12 +36,14 @@ class Ask(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, tag="manifest"):
-    """What there is: file name -> bytes. `weights_digest` is that of the stage's tensors."""
+    """What there is: file name -> bytes. `weights_digest` is that of the stage's tensors, `checkpoint` as in
+    NodeRecord."""
 
     stage: int
     num_stages: int
     weights_digest: str
     sizes: dict[str, int]
+    checkpoint: str = ""
 
 
 class Chunk(msgspec.Struct, frozen=True, tag="chunk"):
@@ -70,13 +72,14 @@ class WeightsService:
         num_stages: int,
         weights_digest: str,
         identity: Identity = PLAIN,
+        checkpoint: str = "",
     ) -> None:
         self.handler = rpc.stream_handler(WEIGHTS, "Fetch", self._fetch, decode_ask)
         self._token = token
         self._identity = identity
         self._model_dir = model_dir
         self._stage, self._num_stages = stage, num_stages
-        self._digest = weights_digest
+        self._digest, self._checkpoint = weights_digest, checkpoint
         self._fetches = 0
 
     async def _fetch(
@@ -106,6 +109,6 @@ class WeightsService:
     def _answer(self, bundle: Bundle, ask: Ask) -> Manifest | Chunk:
         if not ask.name:
             sizes = {name: bundle.size(name) for name in bundle.files}
-            return Manifest(self._stage, self._num_stages, self._digest, sizes)
+            return Manifest(self._stage, self._num_stages, self._digest, sizes, self._checkpoint)
         data = bundle.read(ask.name, ask.offset, CHUNK_BYTES)
         return Chunk(ask.name, ask.offset, data, checksum(data))

@@ -91,7 +91,12 @@ def holds_stage(model_dir: Path, stage: int, num_stages: int) -> bool:
 def open_bundle(model_dir: Path, stage: int, num_stages: int) -> Bundle:
     """The bundle of one stage. Raises ModelError for a checkpoint that cannot be served."""
     small = {name: (Piece(len(text), text=text),) for name, text in _small(model_dir).items()}
-    return Bundle({**small, SINGLE: _tensors(_where(model_dir, stage, num_stages))})
+    return Bundle({**small, SINGLE: tensors_of(model_dir, stage, num_stages)})
+
+
+def tensors_of(model_dir: Path, stage: int, num_stages: int) -> tuple[Piece, ...]:
+    """A table of the stage's tensors, then each of them, by name. Raises ModelError."""
+    return _tensors(_where(model_dir, stage, num_stages))
 
 
 def _small(model_dir: Path) -> Mapping[str, bytes]:
@@ -129,8 +134,11 @@ def _tensors(where: Mapping[Path, list[str]]) -> tuple[Piece, ...]:
             if name not in keys:
                 raise ModelError(path, name, "the tensor is missing")
             entry = header[keys[name]]
-            begin, end = entry["data_offsets"]
-            found[keys[name]] = (entry, Piece(end - begin, path, start + begin))
+            try:
+                begin, end = entry["data_offsets"]
+                found[keys[name]] = (entry, Piece(end - begin, path, start + begin))
+            except (TypeError, KeyError, ValueError) as error:
+                raise ModelError(path, name, "the table of tensors does not say where it is") from error
     entries, at = {}, 0
     for name in sorted(found):
         entry, piece = found[name]

@@ -28,6 +28,7 @@ from dataplane import executor, fetch, shelf, weights_service
 from dataplane.frontdoor import Frontdoor
 from dataplane.model import digests
 from dataplane.model.bundle import Bundle, holds_stage, open_bundle
+from dataplane.model.checkpoint import checkpoint_of
 from dataplane.model.config import load_config
 from dataplane.model.digests import digest_as
 from dataplane.model.split import split_layers
@@ -67,16 +68,20 @@ async def peer(
     token: str = "",
     wrap: Callable[[Answer], Answer] = lambda answer: answer,
     model_dir: Path | None = None,
+    checkpoint: str = "",
+    said: str | None = None,
 ) -> AsyncIterator[NodeRecord]:
-    """A node that serves the demo model's weights; `wrap` changes what it answers."""
+    """A node that serves the demo model's weights; `wrap` changes what it answers. `said`: the checkpoint that it
+    tells who fetches, if that is not what it registers."""
     token = token or auth.derive(auth.load_secret(config.secret_file), "grpc")
     digest = digest or digest_of(demo_model())
-    service = WeightsService(token, model_dir or demo_model(), STAGE, STAGES, digest)
+    tells = checkpoint if said is None else said
+    service = WeightsService(token, model_dir or demo_model(), STAGE, STAGES, digest, checkpoint=tells)
     service._answer = wrap(service._answer)  # type: ignore[method-assign]
     door = Frontdoor(token, lambda *_: None, lambda *_: None, service.handler)
     address = await door.start("127.0.0.1")
     try:
-        yield record_of(address, digest)
+        yield msgspec.structs.replace(record_of(address, digest), checkpoint=checkpoint)
     finally:
         await door.close()
 
@@ -372,6 +377,132 @@ def test_old_weights_are_removed_unless_they_are_needed_or_in_use(tmp_path: Path
     assert {path.name for path in shelf_dir.iterdir()} == {
         "stage1of4-now", "stage2of4-now", "stage2of4-next.partial", "somebody else's"
     }  # fmt: skip
+
+
+def provisioned(
+    config: ClusterConfig, monkeypatch: pytest.MonkeyPatch, checkpoint: str | None = None, **more: Any
+) -> fetch.Source:
+    """What a node of the stage loads, where one other has it and says that it is of `checkpoint`; None: where none is
+    registered."""
+
+    async def found(*_: object) -> list[NodeRecord]:
+        return peers
+
+    peers: list[NodeRecord] = []
+    monkeypatch.setattr(fetch, "find_peers", found)
+
+    async def run() -> fetch.Source:
+        async with peer(config, checkpoint=checkpoint or "", **more) as record:
+            peers[:] = [record] if checkpoint is not None else []
+            return await asyncio.to_thread(fetch.provision, config, "n9", STAGE)
+
+    return asyncio.run(run())
+
+
+def test_fetched_weights_are_of_the_checkpoint_of_who_gave_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tmp_path)
+    source = provisioned(config, monkeypatch, "a")
+    assert source.checkpoint == "a"
+    assert provisioned(config, monkeypatch) == source, "also when nobody is there to ask"
+    # Another checkpoint has the same tensors in this stage, and other files beside them.
+    other = provisioned(config, monkeypatch, "tuned")
+    assert (other.checkpoint, other.path == source.path) == ("tuned", False)
+    assert digest_of(other.path) == digest_of(source.path)
+    assert provisioned(config, monkeypatch) == other
+
+
+def test_what_earlier_code_fetched_is_used_and_gets_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tmp_path)
+    source = provisioned(config, monkeypatch, "")  # from one that runs it
+    assert source.checkpoint == ""
+    for path in source.path.glob("of-*"):
+        path.unlink()
+    assert provisioned(config, monkeypatch) == source
+    assert provisioned(config, monkeypatch, "a") == fetch.Source(source.path, "a")
+    assert provisioned(config, monkeypatch, "") == fetch.Source(source.path, "a"), "one that does not say"
+
+
+def test_weights_of_another_model_are_not_taken_for_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tmp_path)
+    provisioned(config, monkeypatch, "a")
+    for changes in ({"model": str(tmp_path / "another")}, {"group": "another"}):
+        with pytest.raises(ConfigError, match=r"copy the checkpoint there.*weights of other models only"):
+            provisioned(msgspec.structs.replace(config, **changes), monkeypatch)
+
+
+def test_a_peer_whose_checkpoint_is_not_what_it_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Unavailable, match="another checkpoint than it registered"):
+        provisioned(settings(tmp_path), monkeypatch, "a", said="tuned")
+
+
+def test_peers_are_of_the_checkpoint_that_the_group_serves() -> None:
+    """At this stage most nodes have another one."""
+
+    def record(node: str, digest: str, checkpoint: str, stage: int = STAGE) -> NodeRecord:
+        return msgspec.structs.replace(record_of("", digest, node), checkpoint=checkpoint, stage=stage)
+
+    nodes = [
+        record("n1", "tuned-1", "tuned"), record("n5", "tuned-1", "tuned"), record("n9", "a-1", "a"),
+        record("n0", "a-0", "a", 0), record("n2", "a-2", "a", 2), record("n13", "a-1", ""),
+    ]  # fmt: skip
+
+    def ranked(*serving: str) -> list[str]:
+        busy = {r.member for r in nodes if r.member.node in serving}
+        return [r.member.node for r in fetch.rank_peers(nodes, busy, STAGE)]
+
+    assert ranked() == ["n13", "n9"]
+    assert ranked("n9") == ["n13", "n9"]
+    assert ranked("n1") == ["n5", "n1"]
+
+
+def test_a_host_that_has_its_own_checkpoint_keeps_no_fetched_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tmp_path)
+    provisioned(config, monkeypatch, "a")
+    os.close(shelf._in_use.pop())  # as the end of the process does
+    others = bundle_of(tmp_path / "weights", "stage2of4-x", 10**9)
+    own = msgspec.structs.replace(config, model=str(demo_model()))
+    source = fetch.provision(own, "n9", STAGE)
+    assert source == fetch.Source(demo_model(), checkpoint_of(demo_model(), None))
+    assert [path for path in (tmp_path / "weights").iterdir() if path.is_dir()] == [others]
+    # Not where what was fetched is itself the model of the settings.
+    here = msgspec.structs.replace(config, model=str(provisioned(config, monkeypatch, "a").path))
+    os.close(shelf._in_use.pop())
+    assert fetch.provision(here, "n9", STAGE).path.is_dir()
+
+
+def test_groups_that_share_a_host_keep_each_others_weights(tmp_path: Path) -> None:
+    shelf_dir = tmp_path / "weights"
+    at = {
+        name: bundle_of(shelf_dir, f"stage1of4-{name}", 10**9) for name in ("mine", "theirs", "both", "now")
+    }
+    at["part"] = bundle_of(shelf_dir, "stage1of4-y.partial", 10**9)
+    at["sizes"] = bundle_of(shelf_dir, "stage1of8-theirs", 10**9)
+    for name, groups in {
+        "mine": "a",
+        "theirs": "b",
+        "both": "ab",
+        "now": "a",
+        "part": "b",
+        "sizes": "b",
+    }.items():
+        for group in groups:
+            shelf.note(at[name], group, shelf.Note("model"))
+    assert shelf.tidy(shelf_dir, at["now"], "stage1of4-", "a") == [at["mine"]]
+    assert set(shelf.notes(at["both"])) == {"b"}
+    (at["both"] / "of-b.json").write_bytes(b"\xff")
+    assert shelf.notes(at["both"]) == {"b": shelf.Note("")}
+    gone = shelf.tidy(shelf_dir, at["theirs"], "stage1of4-", "b")
+    assert set(gone) == {at["both"], at["part"], at["sizes"]}
 
 
 HOLDS = """

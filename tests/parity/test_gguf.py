@@ -17,6 +17,7 @@ from controlplane.gguf.tokenizer import tokenizer_json
 from dataplane.executor import StageExecutor
 from dataplane.model.blocks import KERNELS, from_blocks
 from dataplane.model.bundle import holds_stage, open_bundle
+from dataplane.model.checkpoint import checkpoint_of
 from dataplane.model.config import load_config
 from dataplane.model.errors import ModelError
 from dataplane.model.quantised import weight_of
@@ -84,6 +85,9 @@ def test_a_blank_node_computes_with_what_it_is_given(original: Path, tmp_path: P
         (given / name).write_bytes(bundle.read(name, 0, bundle.size(name)))
     assert holds_stage(path, 1, 2)
     assert holds_stage(given, 1, 2)
+    named = {checkpoint_of(model, None) for model in (path, original, write(original, "Q4_1", tmp_path)[0])}
+    assert len(named - {""}) == 3
+    assert checkpoint_of(given, None) == "", "of one stage nobody can tell"
     second = StageExecutor(given, 1, 2, num_blocks=4)
     assert (first.weights_digest, first.numerics) == (second.weights_digest, second.numerics)
     again = open_bundle(given, 1, 2)
