@@ -20,6 +20,8 @@ import pytest
 
 from controlplane.contract.status import ClusterStatus, NodeState, PipelineState
 from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
+from dataplane.model.checkpoint import checkpoint_of
+from dataplane.shelf import Note, notes
 from tests.e2e.cluster import Cluster, until
 from tests.e2e.test_moves import kfadmin, serves_nothing
 
@@ -329,3 +331,6 @@ def test_a_blank_machine_gets_its_weights_from_a_peer(home: Cluster, tmp_path: P
     (fetched,) = (tmp_path / "weights").glob("stage1of2-*[!k]")
     assert not any(path.suffix == ".partial" for path in (tmp_path / "weights").iterdir())
     assert (fetched / "model.safetensors").stat().st_size > 1_000_000
+    whole = checkpoint_of(Path(home.local.config.model), None)
+    assert whole, "the test's model is not known"
+    assert notes(fetched) == {blank.group: Note(blank.model, whole)}  # as its peer registered
