@@ -43,6 +43,32 @@ def test_a_browser_session(client: httpx.Client, service: MemoryService) -> None
     assert client.get("/admin/v1/status").status_code == 401
 
 
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        'prefs={"a":1}',
+        "path=/x",
+        "n@me=1",
+        "a b=1",
+        "a[b]=1",
+        'open="1',
+        "x=a,b",
+        "theme",
+        "u=J\u00f6rg",
+        "=",
+    ],
+)
+def test_a_cookie_of_others_on_the_host_is_in_nobodys_way(client: httpx.Client, foreign: str) -> None:
+    ours = with_cookie(client, TOKEN)["cookie"]
+    host = f"{client.base_url.host}:{client.base_url.port}"
+    page = {"origin": f"http://{host}", "sec-fetch-site": "same-origin"}
+    for cookies in (f"{ours}; {foreign}", f"{foreign}; {ours}", f"{foreign};{ours}"):
+        sent = {"cookie": cookies.encode("latin-1")}
+        assert client.get("/admin/v1/status", headers=sent).status_code == 200, cookies
+    assert client.delete("/session", headers={**page, **sent}).status_code == 204
+    assert client.get("/admin/v1/status", headers={"cookie": ours}).status_code == 401  # it was revoked
+
+
 def test_a_session_ends_by_itself() -> None:
     cookie = auth.session_cookie(TOKEN, 1000.0)
     assert auth.caller_of_cookie(cookie, TOKEN, 1000.0 + auth.SESSION_S - 1)
