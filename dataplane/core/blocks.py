@@ -128,7 +128,7 @@ class KvStore:
 
     def take_up(self, pipeline: PipelineId, rid: int, names: Sequence[bytes]) -> int:
         """Take into service what is here of a request: its full blocks `names`, whoever has them, and the next one that
-        it has had here behind them, or its copy. Returns how many positions that are.
+        it has had here behind these very blocks, or its copy. Returns how many positions that are.
 
         The next one may be full: whoever had the request before knew more of its tokens. What it has had here under
         other names was computed where other things decided the bits."""
@@ -144,11 +144,13 @@ class KvStore:
         tokens = len(blocks) * self.block_size
         had = () if row is None else self.table.blocks(row)
         valid = 0 if row is None else self.table.valid(row)
-        if valid > tokens:
+        # One that is not full has no name and is known by those before it. Without any nothing says under which
+        # numerics and salt it was computed: at most a block is computed again.
+        if blocks and valid > tokens and list(had[: len(blocks)]) == blocks:
             last = had[len(blocks)]
             full = valid >= tokens + self.block_size or bool(self.pool.name_of(last))
-            # Of a full one these names do not say whether it is what follows them, unless all before it is the same.
-            if not full or (len(blocks) == len(names) and list(had[: len(blocks)]) == blocks):
+            # Of a full one these names do not say whether it is what follows them, unless it comes behind the last.
+            if not full or len(blocks) == len(names):
                 blocks.append(last)
                 tokens = min(valid, tokens + self.block_size)
         if row is None and (not blocks or not self._make_row()):

@@ -170,6 +170,27 @@ def test_it_is_taken_up_as_far_as_its_names_say() -> None:
     store.check()
 
 
+def test_an_open_block_is_taken_up_only_behind_blocks_that_are_known_by_name() -> None:
+    """Nothing else says that it was computed under the numerics and the salt of now, and of the prompt of now."""
+    store = KvStore(12, 4, 8, 8)
+    computed(store, ("p0", 1), 3)
+    assert store.take_up("p0", 1, ()) == 0, "of an earlier request, or beside a stage of other numerics"
+    computed(store, ("p0", 1), 3)
+    assert store.take_up("p0", 1, NAMES[:2]) == 0
+    computed(store, ("p0", 1), 4)
+    assert store.take_up("p0", 1, ()) == 0, "full, and named under another salt"
+    block = store.copies.place(("p0", 2), 0, 3)
+    assert block is not None
+    store.copies.written(("p0", 2), 0, 3, checksum=0)
+    assert store.take_up("p0", 2, ()) == 0, "its copy neither"
+    computed(store, ("p0", 3), 6, NAMES[3:])
+    computed(store, ("p1", 3), 4, NAMES)
+    assert store.take_up("p0", 3, NAMES[:1]) == 4, (
+        "another's first block: its own second one is behind its own"
+    )
+    store.check()
+
+
 def test_what_copies_have_is_copied_once() -> None:
     store = KvStore(8, 4, 8, 8)
     copied(store, ("p1", 1), 2, NAMES)
