@@ -171,6 +171,7 @@ def _admin_server(app: FastAPI, https: ContextFactory | None = None) -> AdminSer
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # the audit has who connected: anybody on this host could send another address
             lifespan="off",
             ssl_context_factory=https,
             timeout_graceful_shutdown=1,

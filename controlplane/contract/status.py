@@ -16,6 +16,8 @@ from controlplane.contract.topology import Mode, Move
 
 NAMED_MAX = 16  # names in one line
 REASON_CHARS_MAX = 500
+# Lines of text: without what a terminal obeys, or what turns the order of the characters round.
+SHOWABLE = r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*$"
 
 
 class NodeState(StrEnum):
@@ -224,7 +226,7 @@ class OperationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     if_epoch: int | None = (
         None  # refused unless the topology's counter is this one as the operation is written
     )
-    reason: Annotated[str, msgspec.Meta(max_length=REASON_CHARS_MAX)] = ""  # for the audit
+    reason: Annotated[str, msgspec.Meta(max_length=REASON_CHARS_MAX, pattern=SHOWABLE)] = ""  # for the audit
 
     def is_for(self, known: Operation) -> bool:
         """Whether `known` is what is asked for here. Who is to lead may have been left to the cluster."""

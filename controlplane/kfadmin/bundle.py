@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 import msgspec
 import typer
@@ -38,7 +39,10 @@ PURPOSES = ("admin", "grpc", "streams")  # what is derived from the cluster's se
 PATTERNS = (
     re.compile(r"(?i)(?<=bearer )[A-Za-z0-9._~+/=@-]{8,}"),
     re.compile(r"(?<=://)[^\s/@\"']+:[^\s/\"']*(?=@)"),  # user and password in a URL
-    re.compile(r"\bkf-[0-9a-f]{16,}\b"),  # API keys as `kfadmin up` makes them
+    re.compile(
+        r"\bkf-[0-9a-f]{16,}(?:-[\w-]+)?"
+    ),  # API keys of `kfadmin up`, and with their secrets of `kfadmin keys`
+    re.compile(r"\bkevlarflow_(?:admin|login)=\"?[^\s;,\"']+"),  # sessions of browsers
     re.compile(r"\bkf\.[a-z]+\.[A-Za-z0-9_@-]+\.[0-9]+\.[0-9a-f]{64}\b"),  # minted tokens
 )
 
@@ -131,15 +135,32 @@ def _secrets(local: RunDir | None, token_file: Path | None) -> set[str]:
         found.add(read_token(token_file))
     if local is None:
         return found
-    try:
-        secret = load_secret(local.path / "secret")
-        found |= {secret.decode(errors="replace"), *(derive(secret, purpose) for purpose in PURPOSES)}
-        found |= set((local.path / "api-keys").read_text().split())
-        account = local.config().database_url.partition("://")[2].rpartition("@")[0]
-        found.add(account.partition(":")[2])
-    except (ConfigError, OSError) as error:
-        progress(f"{error}: only what looks like a credential is taken out")
+    for source in (
+        _of_the_secret,
+        _api_keys,
+        _database_password,
+    ):  # what one lacks says nothing of the others
+        try:
+            found |= source(local)
+        except (ConfigError, OSError) as error:
+            progress(f"{error}: only what looks like a credential is taken out")
     return found
+
+
+def _of_the_secret(local: RunDir) -> set[str]:
+    secret = load_secret(local.path / "secret")
+    return {secret.decode(errors="replace"), *(derive(secret, purpose) for purpose in PURPOSES)}
+
+
+def _api_keys(local: RunDir) -> set[str]:
+    path = local.path / "api-keys"
+    return set(path.read_text(errors="replace").split()) if path.exists() else set()
+
+
+def _database_password(local: RunDir) -> set[str]:
+    account = local.config().database_url.partition("://")[2].rpartition("@")[0]
+    password = account.partition(":")[2]
+    return {password, unquote(password)}
 
 
 def _write(path: Path, parts: dict[str, str]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -41,15 +43,32 @@ STYLES = {
 }  # fmt: skip
 
 
+def printable(text: str) -> str:
+    """Without what a terminal would obey: names, reasons and messages come from others, and from older releases."""
+    return text if text.isprintable() else "".join(filter(_is_shown, text))
+
+
+def _is_shown(char: str) -> bool:
+    return char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
+
+
+class _Plain(Console):
+    """rich styles what it is given and lets escape sequences in it through."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
 def console() -> Console:
     """For data."""
     width = None if sys.stdout.isatty() else PIPE_WIDTH
-    return Console(markup=False, highlight=False, width=width)
+    return _Plain(markup=False, highlight=False, width=width)
 
 
 def progress(line: str) -> None:
     """One line for people, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def table(*headers: str) -> Table:

@@ -421,8 +421,11 @@ def test_passwords_are_not_told(client: httpx.Client, service: MemoryService) ->
 
 
 def test_a_reason_has_a_bound_and_an_epoch_is_a_number(client: httpx.Client) -> None:
-    for more in ({"reason": "x" * 501}, {"if_epoch": "12"}):
+    unshowable = [{"reason": f"a{char}b"} for char in "\x1b\x07\r\x7f\x9b\u202e"]
+    for more in ({"reason": "x" * 501}, {"if_epoch": "12"}, *unshowable):
         body = drain("n2", "op-1", **more)
         assert client.post("/admin/v1/operations", json=body, headers=BEARER).status_code == 400
     refused = client.post("/admin/v1/operations", json=drain("n2", if_epoch=11), headers=BEARER)
     assert (refused.status_code, refused.json()["checks"][0]["name"]) == (409, "epoch")
+    body = drain("n2", reason="its f\u00e4n\tis loud\nagain \U0001f468\u200d\U0001f527\n")
+    assert client.post("/admin/v1/operations", json=body, headers=BEARER).status_code == 200

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
 import time
+from collections.abc import Callable
+from typing import Any, cast
 
 import httpx
 import pytest
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from controlplane.contract.auth import MINTED, Role, mint
 from controlplane.contract.errors import ConfigError
+from controlplane.main import _admin_server
 from tests.web.admin_service import BEARER, TOKEN, MemoryService, drain
 from web.admin import auth
+from web.gateway.http.server import make_server
 
 
 def test_a_browser_session(client: httpx.Client, service: MemoryService) -> None:
@@ -153,6 +160,25 @@ def test_what_roles_are_for(client: httpx.Client, service: MemoryService) -> Non
     assert (caller.name, caller.role, caller.address) == ("alice", Role.OPERATOR, "127.0.0.1")
     client.post("/admin/v1/operations", json=drain("n3", "op-9"), headers=BEARER)
     assert (service.callers[-1].name, service.callers[-1].role) == ("admin", Role.ADMIN)
+
+
+@pytest.mark.parametrize(
+    "config_of", [lambda app: _admin_server(app).config, lambda app: make_server(app).config]
+)
+def test_nobody_on_the_host_can_say_that_he_connected_from_elsewhere(
+    config_of: Callable[[ASGIApp], uvicorn.Config],
+) -> None:
+    seen: list[Scope] = []
+
+    async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
+        seen.append(scope)
+
+    config = config_of(app)
+    config.load()
+    forged = [(b"x-forwarded-for", b"10.66.6.6"), (b"x-forwarded-proto", b"https")]
+    scope = {"type": "http", "client": ("127.0.0.1", 5), "scheme": "http", "headers": forged}
+    asyncio.run(cast("Any", config.loaded_app)(scope, None, None))
+    assert (seen[0]["client"], seen[0]["scheme"]) == (("127.0.0.1", 5), "http")
 
 
 def test_tokens_that_are_no_good(client: httpx.Client) -> None:

@@ -22,6 +22,7 @@ import structlog
 import yaml
 from typer.testing import CliRunner, Result
 
+from controlplane.contract.api_keys import KeyLimits, make_key
 from controlplane.contract.audit import Action, AuditEntry
 from controlplane.contract.auth import Role, derive, identify, load_secret, mint
 from controlplane.contract.config import ClusterConfig
@@ -32,8 +33,10 @@ from controlplane.kfadmin import bundle, exits
 from controlplane.kfadmin.exits import Exit
 from controlplane.kfadmin.formats import Output, to_yaml
 from controlplane.kfadmin.main import app
+from controlplane.kfadmin.output import progress
 from controlplane.kfadmin.rundir import Endpoints, RunDir
 from tests.web.admin_service import TOKEN, MemoryService, serving
+from web.admin.auth import COOKIE, session_cookie
 
 DIED = Event(
     EventKind.DIED, "n1", "n1 died: link broken", 100.0,
@@ -435,6 +438,25 @@ def test_tokens(target: list[str], service: MemoryService, tmp_path: Path, token
     assert kfadmin("token", "show", str(junk), "--token-file", str(token)).exit_code == 6
 
 
+# ---- what others wrote
+
+
+def test_nothing_that_others_wrote_moves_the_terminal(
+    target: list[str], service: MemoryService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a controller of an older release may have it."""
+    odd = "\x1b]0;x\x07\x1b[2J\x9b1m\u202e\r"
+    service.audited = [msgspec.structs.replace(ENTRY, reason=f"{odd}disk", message=f"\u5b57 {odd}")]
+    service.known["op-7"] = Operation("op-7", OperationKind.DRAIN, "n1", message=f"moving{odd} p0/1")
+    service.cluster = msgspec.structs.replace(service.cluster, troubles=(f"{odd}trouble",))
+    for verb in (["audit"], ["operations", "list", "--all"], ["status"]):
+        text = kfadmin(*verb, *target).stdout
+        assert not set(odd) - set("0;x[2J]1m") & set(text), verb
+    assert "disk" in kfadmin("audit", *target).stdout
+    progress(f"a{odd}b")
+    assert capsys.readouterr().err == "a]0;x[2J1mb\n"
+
+
 # ---- the support bundle
 
 
@@ -458,7 +480,12 @@ def test_the_support_bundle_has_no_secret(
         "cluster.json", ClusterConfig(str(run_dir.path), "model", ("127.0.0.1:1",), database_url=url)
     )
     run_dir.write("endpoints.json", Endpoints((), (server[0],)))
-    said = [*hidden, f"Authorization: Bearer {'z' * 20}", f"connecting to {url}", "kf-" + "0" * 48]
+    named, _ = make_key("alice", "", 1, 0, KeyLimits())
+    session = session_cookie(TOKEN, 1.0)
+    said = [
+        *hidden, f"Authorization: Bearer {'z' * 20}", f"connecting to {url}", "kf-" + "0" * 48, named,
+        f"cookie: a=b; {COOKIE}={session}; c=d", f'set-cookie: {COOKIE}="{session}"; path=/',
+    ]  # fmt: skip
     run_dir.log("c1").write_text("\n".join(said) + "\nit started\n")
     service.history = [Event(EventKind.JOINED, "n1", f"with {secret}")]
     file = tmp_path / "out.tar.gz"
@@ -480,12 +507,33 @@ def test_the_support_bundle_has_no_secret(
     assert "out/errors.txt" not in parts
     assert "it started" in parts["out/logs/c1.log"]
     everything = "\n".join(parts.values())
-    for one in [*hidden, "z" * 20, "0" * 48, TOKEN]:
+    for one in [*hidden, "z" * 20, "0" * 48, TOKEN, named.split("-", 2)[2], session.rpartition(".")[2]]:
         assert one not in everything
     assert json.loads(parts["out/status.json"])["leader"] == "c1"
     assert (
         kfadmin("support-bundle", "--run-dir", str(run_dir.path), "--file", str(file)).exit_code == 1
     )  # it is there
+
+
+def test_a_source_of_secrets_that_is_not_there_keeps_no_other_from_being_hidden(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.prepare()
+    url = "postgresql+asyncpg://kf:pa55%2Fword@db/kf"
+    run_dir.write(
+        "cluster.json", ClusterConfig(str(run_dir.path), "model", ("127.0.0.1:1",), database_url=url)
+    )
+    (run_dir.path / "secret").write_text("short")  # no secret of ours
+    run_dir.log("c1").write_text("pa55%2Fword was pa55/word\n")
+    file = tmp_path / "out.tar.gz"
+    result = kfadmin("support-bundle", "--run-dir", str(run_dir.path), "--file", str(file))
+    assert result.exit_code == 0
+    assert "only what looks like a credential" in result.stderr
+    assert "pa55" not in contents(file)["out/logs/c1.log"]
+    for name in ("api-keys", "secret"):
+        (run_dir.path / name).unlink(missing_ok=True)
+    file.unlink()
+    assert kfadmin("support-bundle", "--run-dir", str(run_dir.path), "--file", str(file)).exit_code == 0
+    assert "pa55" not in contents(file)["out/logs/c1.log"]
 
 
 def test_a_bundle_of_a_cluster_that_does_not_answer(tmp_path: Path) -> None:

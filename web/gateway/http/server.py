@@ -75,6 +75,7 @@ def make_server(
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # a client on this host could send another address
         timeout_keep_alive=75,
         timeout_graceful_shutdown=math.ceil(stop_grace_s + TELL_S),
         backlog=1024,
