@@ -29,7 +29,7 @@ from controlplane.certs.authority import (
     load_chain,
 )
 from controlplane.contract.errors import ConfigError
-from controlplane.contract.files import replace_file
+from controlplane.contract.files import make_folder, replace_file
 from controlplane.contract.identity import ProcessName, ProcessRole, etcd_name
 
 LIFETIME_DAYS = 7
@@ -85,7 +85,7 @@ class CertFolder:
             raise ConfigError(
                 f"{self._authority_file} is there already: `kfadmin certs rotate --authority` replaces it"
             )
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(self.path)
         authority = Authority.create(cluster, now)
         replace_file(self.ca, bundle([authority.certificate]), 0o644)
         replace_file(self._authority_file, authority.pem())  # last: from now on the folder counts

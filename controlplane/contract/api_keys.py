@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from controlplane.contract.errors import ConfigError
-from controlplane.contract.files import replace_file
+from controlplane.contract.files import PRIVATE, owner_of, replace_file
 from controlplane.unreadable import UNREADABLE
 
 SCHEMA = 1
@@ -119,8 +119,14 @@ def read_keys(path: Path) -> KeyFile:
 def changing(path: Path) -> Iterator[list[KeyRecord]]:
     """The records, to be changed in place: written, whole or not at all, unless the block raises. One at a time.
     Raises ConfigError, and OSError if there is no room."""
-    lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    lock = os.open(path.with_name(path.name + ".lock"), flags, PRIVATE)
     try:
+        if os.geteuid() == 0:
+            owner, found = owner_of(path), os.fstat(lock)
+            if found.st_uid != owner.st_uid and found.st_nlink == 1:  # no other name of somebody's file
+                with contextlib.suppress(PermissionError):  # as in a container; then it is nobody else's file
+                    os.fchown(lock, owner.st_uid, owner.st_gid)
         fcntl.flock(lock, fcntl.LOCK_EX)
         keys = list(read_keys(path).keys)
         yield keys

@@ -10,9 +10,12 @@ host has joined. The operator's folder has, beside the fleet file: certs/ with t
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import io
 import os
-import shutil
+import pwd
+import stat
 import tarfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,7 +26,7 @@ from controlplane.contract.address import bound
 from controlplane.contract.auth import create_secret
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError
-from controlplane.contract.files import is_blank, replace_file
+from controlplane.contract.files import is_blank, opened_folder, replace_file
 from controlplane.contract.identity import Identity, ProcessRole
 from controlplane.kfadmin.certs import FOLDER
 from controlplane.kfadmin.fleet import Fleet, HostPlan, plan
@@ -155,17 +158,32 @@ def _place(target: Path, files: dict[str, bytes]) -> None:
 
 def _own(path: Path, owner: os.stat_result) -> None:
     if os.geteuid() == 0:
-        os.chown(path, owner.st_uid, owner.st_gid)
+        with opened_folder(path.parent) as folder:
+            _give(path.name, folder, owner.st_uid, owner.st_gid)
+
+
+def _give(name: str, folder: int, uid: int, gid: int) -> None:
+    """One file or folder to this user, who may have put it there: a link is given, not what it points to, and a file
+    that has another name somewhere is not."""
+    with contextlib.suppress(FileNotFoundError):  # what runs here makes files and removes them
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if stat.S_ISDIR(found.st_mode) or found.st_nlink == 1:
+            os.chown(name, uid, gid, dir_fd=folder, follow_symlinks=False)
 
 
 def give(run_dir: RunDir, user: str) -> None:
     """Everything in the run directory to this user. Raises ConfigError, OSError."""
     try:
-        shutil.chown(run_dir.path, user, user)
-        for path in run_dir.path.rglob("*"):
-            shutil.chown(path, user, user)
-    except LookupError as error:
-        raise ConfigError(f"{error}: `useradd --system --user-group {user}` makes one") from error
+        uid, gid = pwd.getpwnam(user).pw_uid, grp.getgrnam(user).gr_gid
+    except KeyError as error:
+        raise ConfigError(
+            f"no such user or group: {user!r}: `useradd --system --user-group {user}` makes one"
+        ) from error
+    os.chown(run_dir.path, uid, gid)
+    # The kernel's names of open folders: none can become a link between two of these calls.
+    for _, folders, files, folder in os.fwalk(run_dir.path.resolve()):
+        for name in (*folders, *files):
+            _give(name, folder, uid, gid)
 
 
 def read_plan(run_dir: RunDir) -> HostPlan:

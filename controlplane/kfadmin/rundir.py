@@ -38,7 +38,7 @@ from controlplane.contract.address import bound, join
 from controlplane.contract.auth import create_secret, derive, load_secret
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError
-from controlplane.contract.files import is_blank, replace_file
+from controlplane.contract.files import is_blank, opened_folder, replace_file
 from controlplane.supervisor import ProcessFile
 from controlplane.unreadable import UNREADABLE
 
@@ -232,8 +232,9 @@ class RunDir:
         self.path.chmod(0o700)
         for folder in FOLDERS:
             (self.path / folder).mkdir(mode=0o700, exist_ok=True)
-        for old in (self.path / "hold").iterdir():
-            old.unlink()
+        with opened_folder(self.path / "hold") as hold:
+            for old in os.listdir(f"/proc/self/fd/{hold}"):
+                os.unlink(old, dir_fd=hold)
 
     def prepare(self) -> None:
         """Make the directory (0700) and everything in it that has to be there before a process starts."""

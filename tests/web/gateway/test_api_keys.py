@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -290,8 +291,13 @@ def test_only_whole_files_are_ever_there(tmp_path: Path) -> None:
         kept.clear()
         raise RuntimeError
     assert path.read_bytes() == before
-    fresh = path.with_name(f".keys.json.{os.getpid()}.new")
-    fresh.mkdir()  # as on a full disk: the new one cannot be written
-    with pytest.raises(IsADirectoryError), changing(path) as kept:
-        kept.clear()
+
+    def full(_fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"), changing(path) as kept:
+            kept.clear()
     assert path.read_bytes() == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["keys.json", "keys.json.lock"]
