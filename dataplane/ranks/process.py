@@ -6,6 +6,7 @@ rank is running within milliseconds and has the weights, the KV and the box with
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -78,18 +79,27 @@ def _tie(name: str) -> None:
 def _parent(asked: socket.socket, work: Work) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps them: whoever cares has a pidfd
     while message := asked.recv(16):
-        rank = int(message)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pid = os.fork()
-        if pid == 0:
-            asked.close()
-            ours.close()
-            _in_child(f"kf-rank{rank}", lambda: RankProcess(rank, theirs, work).serve())  # noqa: B023
-        theirs.close()
+        try:
+            _fork_rank(int(message), asked, work)
+        except OSError as error:  # by a limit, for now: the other ranks must not end with this process
+            asked.send(f"-{error.errno or errno.EIO}".encode())
+
+
+def _fork_rank(rank: int, asked: socket.socket, work: Work) -> None:
+    """Raises OSError: then the node was told of none, and one that was forked reads the end of its socket, and ends."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            pid = os.fork()
+            if pid == 0:
+                asked.close()
+                ours.close()
+                _in_child(f"kf-rank{rank}", lambda: RankProcess(rank, theirs, work).serve())
         process = os.pidfd_open(pid)
-        socket.send_fds(asked, [str(pid).encode()], [ours.fileno(), process])
-        ours.close()
-        os.close(process)
+        try:
+            socket.send_fds(asked, [str(pid).encode()], [ours.fileno(), process])
+        finally:
+            os.close(process)
 
 
 class RankProcess:
@@ -181,12 +191,20 @@ class RankProcess:
         return Done(order.layout_id, rank.suspect)
 
 
+class NotForked(Exception):
+    """A rank that cannot be had now; the process that ranks are forked from is there to be asked again."""
+
+
 def received_rank(asked: socket.socket) -> tuple[int, socket.socket, int]:
-    """What the parent of the ranks sends for a rank: its process, its socket and its pidfd. Raises OSError if the
-    parent is gone."""
+    """What the parent of the ranks sends for a rank: its process, its socket and its pidfd. Raises NotForked, and
+    OSError if the parent is gone."""
     data, fds, _, _ = socket.recv_fds(asked, 16, 2)
-    if len(fds) != 2:
-        for fd in fds:
-            os.close(fd)
+    if len(fds) == 2:
+        return int(data), socket.socket(fileno=fds[0]), fds[1]
+    for fd in fds:
+        os.close(fd)
+    if not data:
         raise ConnectionError("the process that ranks are forked from has ended")
-    return int(data), socket.socket(fileno=fds[0]), fds[1]
+    # A rank without both: this process may open no more files. It ends as its socket does.
+    number = -int(data) if data.startswith(b"-") else errno.EMFILE
+    raise NotForked(os.strerror(number))

@@ -31,7 +31,7 @@ from controlplane.contract.lifetime import end
 from dataplane.core.ranks.dealing import deal_rows
 from dataplane.ranks.box import Rows, Sizes, StepBox
 from dataplane.ranks.messages import MESSAGE_MAX, Answer, Done, Over, Prepare, Ready, Step, Unfit, Use
-from dataplane.ranks.process import ENCODER, Work, fork_parent, received_rank
+from dataplane.ranks.process import ENCODER, NotForked, Work, fork_parent, received_rank
 from kernels.base import PagedCache, StageSpec, StepArrays
 from kernels.cpu.rank import SharedHeads
 from kernels.ranks.exchange import Exchange, make_memory
@@ -404,7 +404,11 @@ class RankedStage:
             for number in range(self.wanted):
                 if number not in self._ranks:
                     self._start(number)
-            agreed = self._agree(range(self.wanted))
+            if not self._ranks:  # none could be forked: whoever keeps the limit may need a moment
+                time.sleep(max(0.0, min(self._due.values()) - time.monotonic()))
+            agreed = self._agree(sorted(self._ranks))
+        if agreed is not None:
+            return agreed
         raise RanksGone(f"all ranks of the stage have ended, {FRESH_MAX} times in a row")
 
     def _agree(self, numbers: Iterable[int]) -> Shared | None:
@@ -448,10 +452,16 @@ class RankedStage:
         return shared
 
     def _start(self, number: int) -> None:
-        """Raises RanksGone."""
+        """Or again later, if it cannot be forked now. Raises RanksGone."""
         try:
             self._asked.send(str(number).encode())
             pid, sock, pidfd = received_rank(self._asked)
+        except NotForked as error:
+            log.warning("rank %d cannot be started now: %s", number, error)
+            self._lost_unix_s = self._lost_unix_s or time.time()  # it may be missing from the beginning
+            self._due[number] = time.monotonic() + self._restart[number].next_s()
+            os.eventfd_write(self._woken, 1)
+            return
         except OSError as error:
             raise RanksGone(f"rank {number} cannot be started: {error}") from error
         self._ranks[number] = Rank(number, pid, sock, pidfd)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import select
 import signal
@@ -321,6 +322,44 @@ def no_room(kv_heads: int, dtype: str) -> None:
     tried.stage.close()
 
 
+def no_fork(kv_heads: int, dtype: str) -> None:
+    """A process or its pidfd is refused, as by a limit: the others serve, and it is tried again."""
+    fork, watch, refusals = os.fork, os.pidfd_open, mmap.mmap(-1, 2)  # shared with who forks the ranks
+
+    def refuse(at: int, number: int) -> None:
+        if refusals[at]:
+            refusals[at] -= 1
+            raise OSError(number, os.strerror(number))
+
+    def fork_or_refuse() -> int:
+        refuse(0, errno.EAGAIN)
+        return fork()
+
+    def watch_or_refuse(pid: int, flags: int = 0) -> int:
+        refuse(1, errno.EMFILE)
+        return watch(pid, flags)
+
+    os.fork, os.pidfd_open = fork_or_refuse, watch_or_refuse
+    tried = Tried(3, kv_heads, dtype)
+    tried.step(dict.fromkeys(tried.rows, 7))
+    healthy = [tried.stage.pid(rank) for rank in (0, 2)]
+    for at in (0, 1):
+        refusals[at] = 2
+        tried.send(1, signal.SIGKILL)
+        tried.until_whole(at + 1)
+        assert not refusals[at]
+    assert [tried.stage.pid(rank) for rank in (0, 2)] == healthy
+    tried.decode()
+    refusals[0] = 4  # all three, then one
+    for rank in range(3):
+        tried.send(rank, signal.SIGKILL)
+    tried.decode()
+    tried.until_whole(5)
+    assert not refusals[0]
+    tried.decode()
+    tried.stage.close()
+
+
 def stopped(kv_heads: int, dtype: str) -> None:
     """A rank that is stopped is ended; it never wakes to write anything."""
     tried = Tried(3, kv_heads, dtype)
@@ -405,6 +444,7 @@ SCENARIOS: dict[str, Callable[[int, str], None]] = {
         all_at_once,
         one_by_one,
         no_room,
+        no_fork,
         stopped,
         middle,
         unfit,

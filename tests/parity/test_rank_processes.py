@@ -1,10 +1,12 @@
 """A stage of rank processes keeps its bits whoever of them ends, stops or comes back, at any point of a step."""
 
+import socket
 import subprocess
 import sys
 
 import pytest
 
+from dataplane.ranks.process import NotForked, received_rank
 from tests.parity.rank_processes import LIMIT_S, SCENARIOS
 
 
@@ -22,3 +24,15 @@ def test_ranks_end_and_come_back(kv_heads: int, dtype: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.endswith("equal to the bit\n")
+
+
+def test_a_rank_that_cannot_be_had_now_is_told_from_a_parent_that_is_gone() -> None:
+    """A node that may open no more files gets a message without its descriptors."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for message, why in ((b"-11", "Resource temporarily unavailable"), (b"123", "Too many open files")):
+        theirs.send(message)
+        with ours.dup() as asked, pytest.raises(NotForked, match=why):
+            received_rank(asked)
+    theirs.close()
+    with ours, pytest.raises(ConnectionError):
+        received_rank(ours)
