@@ -54,7 +54,8 @@ class TransportConfig:
     identity: LinkIdentity | None = None
     """Of a node with certificates: links that leave the host are sealed."""
     unauthenticated_max: int = 64
-    """Incoming connections that have not yet proved themselves; more are refused."""
+    """Incoming connections that have not yet proved themselves, of the network and of this host each; where more come,
+    the oldest of them ends."""
 
     def __post_init__(self) -> None:
         if len(self.secret) < 16:
@@ -70,7 +71,7 @@ class TransportStats:
     bytes_sent: int = 0
     bytes_received: int = 0
     auth_failures: int = 0
-    """Connections that spoke wrongly, proved nothing in time, or came when too many others were pending."""
+    """Connections that spoke wrongly, proved nothing in time, or until too many others were pending."""
     links_down: int = 0
     sends_refused: int = 0
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 FLUSH_S = 0.5
+TELL_S = 5.0  # between two lines about connections of nobody that we know
 
 HELLO = b"\x00"
 PLAIN, SEALED = 1, 2
@@ -113,7 +114,11 @@ class LinkTransport:
         self._running = False
         self._dials: dict[NodeId, _Dial] = {}
         self._incoming: dict[NodeId, Link] = {}
-        self._pending: set[Link] = set()  # incoming, not yet authenticated
+        self._pending: dict[
+            Link, bool
+        ] = {}  # incoming, not yet authenticated, the oldest first; from this host?
+        self._untold = 0  # of those that were refused, not knowing who they were
+        self._tell_at = 0.0  # of the next one
         self._heard: dict[NodeId, float] = {}
 
     async def start(self) -> str:
@@ -280,7 +285,7 @@ class LinkTransport:
         link.token = None
         if link.timer is not None:
             link.timer.cancel()
-        self._pending.discard(link)
+        self._pending.pop(link, None)
         if link.peer is not None and self._incoming.get(link.peer.node) is link:
             del self._incoming[link.peer.node]
         link.opened.set()
@@ -296,8 +301,20 @@ class LinkTransport:
 
     def _refuse(self, link: Link, reason: str) -> None:
         self.stats.auth_failures += 1
-        log.warning("link refused", peer=str(link.peer), incoming=link.incoming, reason=reason)
+        if link.peer is None:
+            self._tell_of_stranger(reason)
+        else:
+            log.warning("link refused", peer=str(link.peer), incoming=link.incoming, reason=reason)
         self._end(link, reason)
+
+    def _tell_of_stranger(self, reason: str) -> None:
+        """A line now and then: anybody can connect as often as he likes."""
+        now = self._loop.time()
+        if now < self._tell_at:
+            self._untold += 1
+            return
+        log.warning("link refused", peer="unknown", incoming=True, reason=reason, untold=self._untold)
+        self._untold, self._tell_at = 0, now + TELL_S
 
     def _other_version(self, link: Link, reason: str) -> None:
         """No link can be opened. That is told once, however often it is tried: the peer may be restarted with ours."""
@@ -314,21 +331,26 @@ class LinkTransport:
 
     def on_connection(self, driver: Driver, request: object) -> None:
         config = self._config
-        if len(self._pending) >= config.unauthenticated_max:
-            self.stats.auth_failures += 1
-            driver.reject(request)
-            return
+        in_host = driver.in_host(request)
+        self._make_room(in_host)
         try:
             endpoint = driver.accept(request)
         except OSError as error:
             log.debug("connection not accepted", error=str(error))
             return
-        identity = None if config.identity is None or driver.in_host(request) else config.identity
+        identity = None if config.identity is None or in_host else config.identity
         acceptor = Acceptor(config.secret, config.cluster, config.member, new_nonce(), identity)
         link = Link(endpoint, acceptor, None)
-        self._pending.add(link)
+        self._pending[link] = in_host
         link.timer = self._loop.call_later(config.connect_timeout_s, self._refuse, link, "no hello in time")
         endpoint.send(HELLO, [acceptor.challenge()])
+
+    def _make_room(self, in_host: bool) -> None:
+        """Where as many wait as may, the oldest ends: a peer proves itself in milliseconds. To refuse the new one would
+        let silent connections, a few in a second, keep every peer out. Network and host have each their own."""
+        waiting = [link for link, near in self._pending.items() if near == in_host]
+        if len(waiting) >= self._config.unauthenticated_max:
+            self._refuse(waiting[0], "no hello yet, and too many others came")
 
     def on_message(self, endpoint: Endpoint, header: bytes, data: memoryview) -> None:
         link = endpoint.user
@@ -377,7 +399,7 @@ class LinkTransport:
             case Acceptor() as acceptor:
                 link.peer, token, accept = acceptor.admit(data)
                 link.endpoint.send(HELLO, [accept])
-                self._pending.discard(link)
+                self._pending.pop(link, None)
                 if link.timer is not None:
                     link.timer.cancel()
                 older = self._incoming.get(link.peer.node)

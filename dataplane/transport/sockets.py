@@ -12,6 +12,7 @@ import hashlib
 import os
 import secrets
 import socket
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ UNACKNOWLEDGED_MAX_MS = 2000
 # What the kernel may hold of a connection beyond what is on its way: the rest waits with us, where it is seen to wait
 # (lane.py). Enough for 2 ms at 1 Gbps.
 UNSENT_MAX = 256 << 10
+UCRED = struct.Struct("iII")  # pid, uid, gid
 TCP_NOTSENT_LOWAT = 25  # Linux; the socket module does not name it
 
 
@@ -86,6 +88,13 @@ async def resolve(where: str) -> Resolved:
 
 def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def uid_of(connection: socket.socket) -> int:
+    """Of who connected to our Unix socket."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
+    uid: int = UCRED.unpack(credentials)[1]
+    return uid
 
 
 class SocketDriver:
@@ -171,6 +180,9 @@ class SocketDriver:
                 self._loop.remove_reader(listener)
                 self._loop.call_later(NO_ROOM_PAUSE_S, self._accept_again, listener)
                 return
+            if connection.family == socket.AF_UNIX and uid_of(connection) not in (0, os.geteuid()):
+                connection.close()  # anybody here finds the name in /proc; a peer of another user takes the port
+                continue
             connection.setblocking(False)
             self._events.on_connection(self, connection)
 

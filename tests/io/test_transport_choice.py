@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import structlog
 
 from controlplane.contract.ids import Member
-from dataplane.transport import libucp
+from dataplane.transport import libucp, sockets
 from dataplane.transport.base import TransportConfig
 from dataplane.transport.choose import Kind, open_transport
 from dataplane.transport.driver import parse_address
@@ -119,6 +121,21 @@ def test_the_next_way_is_tried_if_the_best_does_not_open() -> None:
             await until(lambda: a.carried_by(Member("b", "1")) == "tcp")
 
     run(work())
+
+
+def test_a_peer_of_another_user_comes_over_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        assert await carried("auto", "auto") == "local"
+        monkeypatch.setattr(sockets, "uid_of", lambda _: os.geteuid() + 1)
+        assert await carried("auto", "auto") == "tcp"
+
+    run(work())
+
+
+def test_who_connects_to_a_unix_socket_is_known() -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        assert sockets.uid_of(near) == os.geteuid()
 
 
 def test_an_address_parses_or_says_why_not() -> None:

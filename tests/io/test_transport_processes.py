@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from controlplane.contract.ids import Member
 from dataplane.transport.driver import Driver, Endpoint, parse_address
@@ -241,6 +242,25 @@ def test_silent_connections_are_bounded_in_number_and_time(kind: str) -> None:
                 assert len(held) == 5
                 a = await make("a")
                 await link(a, b)
+
+    run(work())
+
+
+def test_silent_connections_keep_no_peer_out(kind: str) -> None:
+    async def work() -> None:
+        async with cluster(kind) as make:
+            b = await make("b", connect_timeout_s=30.0, unauthenticated_max=3)
+            async with raw_client(kind, b.address) as raw:
+                held = [await raw.connect() for _ in range(3)]
+                await until(lambda: len(raw.heard) == 3)  # all three hold a place
+                a = await make("a", connect_timeout_s=1.0)
+                with structlog.testing.capture_logs() as told:
+                    await link(a, b)
+                    held += [await raw.connect() for _ in range(10)]
+                    await until(lambda: raw.failures >= 10)
+                assert (raw.failures, len(held)) == (10, 13)  # three may wait
+                assert a.transport.connected(b.member)
+                assert len([line for line in told if line["event"] == "link refused"]) == 1
 
     run(work())
 
