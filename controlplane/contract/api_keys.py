@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -104,15 +104,37 @@ def read_keys(path: Path) -> KeyFile:
         raise ConfigError(f"cannot read the API keys {path}: {error.strerror}") from error
     if mode & 0o007:
         raise ConfigError(f"the API keys {path} can be read or written by everybody: chmod o-rwx {path}")
+    return parse_keys(content, str(path))
+
+
+def parse_keys(content: bytes, where: str) -> KeyFile:
+    """Raises ConfigError."""
     try:
         found = msgspec.json.decode(content, type=KeyFile)
     except UNREADABLE as error:
-        raise ConfigError(f"the API keys {path} cannot be understood: {error}") from error
+        raise ConfigError(f"the API keys {where} cannot be understood: {error}") from error
     for what in ("id", "name"):
         values = [getattr(key, what) for key in found.keys if what == "id" or not key.revoked_unix_s]
         if len(set(values)) < len(values):
-            raise ConfigError(f"the API keys {path} have the same {what} twice")
+            raise ConfigError(f"the API keys {where} have the same {what} twice")
     return found
+
+
+def merged(ours: Iterable[KeyRecord], theirs: Iterable[KeyRecord]) -> list[KeyRecord]:
+    """What two files of keys make together: theirs, and ours that they lack. A key that either has revoked stays so.
+    Raises ConfigError where both have given one name to different keys that are good."""
+    found = {key.id: key for key in ours}
+    for key in theirs:
+        mine = found.get(key.id)
+        revoked = key.revoked_unix_s or (mine.revoked_unix_s if mine is not None else 0)
+        found[key.id] = msgspec.structs.replace(key, revoked_unix_s=revoked)
+    named: dict[str, str] = {}
+    for key in found.values():
+        if not key.revoked_unix_s and (other := named.setdefault(key.name, key.id)) != key.id:
+            raise ConfigError(
+                f"there would be two API keys {key.name}, {other} and {key.id}: `kfadmin keys revoke {other}` ends one"
+            )
+    return list(found.values())
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from pathlib import Path
 import msgspec
 
 from controlplane.contract.address import bound
+from controlplane.contract.api_keys import changing, merged, parse_keys
 from controlplane.contract.auth import create_secret
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError
@@ -147,13 +148,25 @@ def join(run_dir: RunDir, host: HostPlan, files: dict[str, bytes]) -> ClusterCon
 
 
 def _place(target: Path, files: dict[str, bytes]) -> None:
-    """Write them, each at once, with the owner of the directory."""
+    """Write them, each at once, with the owner of the directory. Keys first: they may be refused."""
     owner = target.stat()
     for folder in {target, *((target / name).parent for name in files)}:
         folder.mkdir(mode=0o700, exist_ok=True)
         _own(folder, owner)
+    if KEYS in files:
+        _merge_keys(target / KEYS, files[KEYS], owner)
     for name, content in files.items():
-        replace_file(target / name, content, owner=owner)
+        if name != KEYS:
+            replace_file(target / name, content, owner=owner)
+
+
+def _merge_keys(path: Path, content: bytes, owner: os.stat_result) -> None:
+    """The bundle's keys beside those of this host, where keys are made and revoked as well."""
+    theirs = parse_keys(content, f"{KEYS} of the bundle").keys
+    if path.exists() and is_blank(path):
+        replace_file(path, content, owner=owner)
+    with changing(path) as keys:
+        keys[:] = merged(keys, theirs)
 
 
 def _own(path: Path, owner: os.stat_result) -> None:

@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from controlplane.certs.folder import CertFolder
+from controlplane.contract.api_keys import read_keys
 from controlplane.contract.config import ClusterConfig, load_config
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.identity import Files, ProcessName, ProcessRole
@@ -176,6 +177,55 @@ def test_joining_again_renews_and_another_hosts_bundle_is_refused(folder: Path, 
     assert (run_dir.path / "certs/node-n0.pem").read_bytes() != old
     with pytest.raises(ConfigError, match="is that of a in shop"):
         join(run_dir, *read_bundle(packed(folder, "b")))
+
+
+def kfadmin_keys(*words: str) -> None:
+    done = CliRunner().invoke(app, ["keys", *words])
+    assert done.exit_code == 0, done.output
+
+
+def test_a_newer_bundle_brings_no_revoked_key_back_and_takes_none_away(folder: Path, tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    fleets, hosts = str(folder / "keys.json"), str(run_dir.path / "keys.json")
+    for name in ("alice", "bob", "carol"):
+        kfadmin_keys("create", name, "--file", fleets)
+    join(run_dir, *read_bundle(packed(folder, "a")))
+    kfadmin_keys("revoke", "alice", "--file", hosts)
+    kfadmin_keys("create", "dave", "--file", hosts)
+    kfadmin_keys("revoke", "bob", "--file", fleets)
+    kfadmin_keys("create", "erin", "--file", fleets)
+    join(run_dir, *read_bundle(packed(folder, "a")))
+    states = {key.name: key.state(0) for key in read_keys(run_dir.path / "keys.json").keys}
+    assert states == dict(alice="revoked", bob="revoked", carol="active", dave="active", erin="active")
+    assert stat.S_IMODE((run_dir.path / "keys.json").stat().st_mode) == 0o600
+
+
+def test_keys_of_one_name_are_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    join(run_dir, *read_bundle(packed(folder, "a")))
+    kfadmin_keys("create", "alice", "--file", str(run_dir.path / "keys.json"))
+    kfadmin_keys("create", "alice", "--file", str(folder / "keys.json"))
+    (folder / "secret").write_text("another" * 8)
+    before = {path: path.read_bytes() for path in run_dir.path.rglob("*") if path.is_file()}
+    bundle = packed(folder, "a")
+    with pytest.raises(ConfigError, match="two API keys alice"):
+        join(run_dir, *read_bundle(bundle))
+    assert {path: path.read_bytes() for path in run_dir.path.rglob("*") if path.is_file()} == before
+    kfadmin_keys("revoke", "alice", "--file", str(run_dir.path / "keys.json"))
+    join(run_dir, *read_bundle(bundle))
+    assert sorted(key.state(0) for key in read_keys(run_dir.path / "keys.json").keys) == ["active", "revoked"]
+
+
+@pytest.mark.parametrize("left", [b"", bytes(40)])
+def test_keys_that_a_power_failure_has_emptied_are_the_bundles(
+    folder: Path, tmp_path: Path, left: bytes
+) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    kfadmin_keys("create", "alice", "--file", str(folder / "keys.json"))
+    join(run_dir, *read_bundle(packed(folder, "a")))
+    (run_dir.path / "keys.json").write_bytes(left)
+    join(run_dir, *read_bundle(packed(folder, "a")))
+    assert [key.name for key in read_keys(run_dir.path / "keys.json").keys] == ["alice"]
 
 
 def test_joining_heals_what_was_cut_short(folder: Path, tmp_path: Path) -> None:
