@@ -91,6 +91,7 @@ class Batcher:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.microbatches = 1  # that the pipeline's stages can compute at the same time
+        self.rows_max = limits.max_batch_tokens  # of a step; fewer while the stages seem too slow
         self.shared = 1  # pipelines among which the busiest of its nodes divides its time
         self.account = Account(keeps=limits.prefix_caching)
         self.running: dict[int, Request] = {}  # in order of admission
@@ -180,7 +181,7 @@ class Batcher:
         return victims
 
     def next_rows(self, admit: bool, in_flight: int) -> tuple[list[Chunk], list[Request]]:
-        """Rows for the next step, and the requests preempted to make room. Never more than `max_batch_tokens` rows.
+        """Rows for the next step, and the requests preempted to make room. Never more than `rows_max` rows.
 
         Decodes and chunks of prompts share a step. Decodes are spread over no more microbatches than their rows are
         worth: few wait for the others to come back, and go on with them. Neither a prompt nor most of the decodes wait
@@ -222,7 +223,7 @@ class Batcher:
         chunk = max(CHUNK_ROWS * self.limits.rows_min, -(-pending // (most - in_flight)))
         if rows and short:
             chunk = self._spread(prompts)
-        room = min(self.limits.max_batch_tokens - len(rows), chunk)
+        room = min(self.rows_max - len(rows), chunk)
         reading = any(r.output for r in self.running.values()) or any(r.output for r in coming)
         budget = 0
         if pending:
@@ -241,7 +242,7 @@ class Batcher:
 
     def _decodes_max(self, beside_prompts: bool) -> int:
         """Rows of a step for decodes; a quarter of it is for prompts, if there are any, however many decode."""
-        rows = self.limits.max_batch_tokens
+        rows = self.rows_max
         if not beside_prompts:
             return rows
         if rows == 1:

@@ -44,6 +44,7 @@ from dataplane.core.messages import (
     ResultMeta,
     StepFailedMeta,
 )
+from dataplane.core.patience import STALL_LIMIT_S, Patience
 from dataplane.core.prefix import PrefixHasher, unpack_names
 from dataplane.core.questions import Questions
 from dataplane.core.recovery import HeldCollector, Recovery
@@ -52,10 +53,6 @@ from dataplane.core.speculation import Proposer, Speculator
 from dataplane.core.stats import SchedulerStats
 from dataplane.core.steps import InFlight, Steps
 
-# An unanswered step or question is given up after this; doubled each time in a row. Deaths are the controllers'
-# to notice: this is for messages that were lost between the living, and must not be taken for slowness.
-STALL_LIMIT_S = 3.0
-STALL_LIMIT_MAX_S = 60.0
 RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 1.0, 60.0  # told to whom the queue has no room for
 # Pause before the next attempt when a stage could not run a step or pass it on; doubled each time in a row.
 FAILED_RETRY_S, FAILED_RETRY_MAX_S = 0.05, 0.8
@@ -109,7 +106,8 @@ class Scheduler:
         self._quota_given = 0  # blocks; the batcher has fewer while a stage has no room for them
         self._quota_retry_s = SPACE_RETRY_S
         self._quota_retry_at: float | None = None
-        self._stall_limit_s = STALL_LIMIT_S
+        self._microbatches = 1  # given; the batcher has fewer while the stages seem too slow
+        self._patience = Patience(limits.max_batch_tokens)
         self._recovery: Recovery | None = Recovery(epoch, planned, now) if takeover else None
         self._sweep_at: float | None = now + limits.orphan_grace_s if takeover else None
 
@@ -130,10 +128,12 @@ class Scheduler:
             case EpochBegan(epoch, planned, salt):
                 self._rename(salt)
                 self._recovery = Recovery(epoch, planned, now)
-                self._stall_limit_s = STALL_LIMIT_S
+                self._patience.reset()
+                self._bound_steps()
                 self._resync(Fence(epoch, 0), now, effects)
             case CapacityChanged(blocks, microbatches, shared):
-                self.batcher.microbatches, self.batcher.shared = microbatches, shared
+                self._microbatches, self.batcher.shared = microbatches, shared
+                self._bound_steps()
                 if blocks != self._quota_given:
                     self._quota_given, self._quota_retry_s, self._quota_retry_at = blocks, SPACE_RETRY_S, None
                     self._set_quota(blocks)
@@ -381,12 +381,23 @@ class Scheduler:
             self._sweep_at = None
             ask = self.questions.ask(self.fence, self._alive(), now, complete=True, adopts=False, kept=True)
             effects.append(ask)
-        since = min(self.steps.oldest(now), self.questions.oldest(now))
-        if now - since > self._stall_limit_s:
-            self._stall_limit_s = min(2 * self._stall_limit_s, STALL_LIMIT_MAX_S)
-            self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
+        if now - min(self.steps.oldest(now), self.questions.oldest(now)) > STALL_LIMIT_S:
+            self._give_up_late(now, effects)
 
     # ------------------------------------------------------------------ recovery
+
+    def _give_up_late(self, now: float, effects: list[Effect]) -> None:
+        """Messages of what is unanswered for too long, for what steps take here, are lost."""
+        step, rows = self.steps.oldest(now), self.steps.rows_max
+        limit_s = self._patience.limit_s(max(self.steps.round_s, self.batcher.speed.expected_s(rows)))
+        if now - min(step, self.questions.oldest(now)) > limit_s:
+            self._patience.gave_up(limit_s, rows if now - step > limit_s else 0)
+            self._bound_steps()
+            self._resync(Fence(self.fence.epoch, self.fence.round + 1), now, effects)
+
+    def _bound_steps(self) -> None:
+        self.batcher.rows_max = self._patience.rows_max
+        self.batcher.microbatches = min(self._microbatches, self._patience.in_flight_max)
 
     def _failed(self, event: StepFailedMeta, now: float, effects: list[Effect]) -> None:
         """A stage could not run a step: the same is tried again, with less if there was no room for it."""
@@ -547,7 +558,10 @@ class Scheduler:
         flight = self.steps.land(meta.step, now) if meta.fence == self.fence else None
         if flight is None:
             return
-        self._stall_limit_s, self._retry_s = STALL_LIMIT_S, FAILED_RETRY_S
+        self._retry_s = FAILED_RETRY_S
+        limit_s = self._patience.limit_s(self.steps.round_s)
+        self._patience.came_back(flight.tokens, now - flight.since, limit_s, self._microbatches)
+        self._bound_steps()
         self.speculator.ran(flight, now)
         self.batcher.speed.ran(
             flight.decodes, flight.prompt_tokens, now - flight.since, beside_chunk=flight.beside_chunk

@@ -115,6 +115,10 @@ class StepSpeed:
         """How long a step without prompts takes, lately; 0: not measured yet."""
         return self._decode_step()[1]
 
+    def expected_s(self, tokens: int) -> float:
+        """How long a step of so many tokens takes; 0: not measured yet."""
+        return self.step_s + self.token_s * tokens
+
     @property
     def unproved(self) -> bool:
         """The next steps are to have no prompt, until one that only decodes has been measured."""

@@ -30,6 +30,10 @@ class InFlight:
     beside_chunk: bool = False  # another step in flight meanwhile had tokens of prompts
 
     @property
+    def tokens(self) -> int:
+        return self.decodes + self.prompt_tokens
+
+    @property
     def sampled(self) -> list[tuple[Request, int, int]]:
         return [row for row in self.rows if row[2]]
 
@@ -129,6 +133,11 @@ class Steps:
     def oldest(self, now: float) -> float:
         """When the one that has been waited for longest was launched; `now` if there is none."""
         return min((flight.since for flight in self.in_flight.values()), default=now)
+
+    @property
+    def rows_max(self) -> int:
+        """Of the largest one."""
+        return max((flight.tokens for flight in self.in_flight.values()), default=0)
 
     @property
     def round_s(self) -> float:

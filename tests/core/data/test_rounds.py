@@ -19,9 +19,10 @@ from dataplane.core.events import (
     Tick,
 )
 from dataplane.core.messages import Fence, HeldMeta, RejoinMeta, ResultMeta, StepFailedMeta
+from dataplane.core.patience import STALL_LIMIT_S
 from dataplane.core.recovery import GATHER_S
 from dataplane.core.request import pack_tokens
-from dataplane.core.scheduler import FAILED_RETRY_S, STALL_LIMIT_S, Scheduler
+from dataplane.core.scheduler import FAILED_RETRY_S, Scheduler
 from dataplane.core.stage import Stage
 from tests.core.data.parts import LIMITS, submitted
 

@@ -24,9 +24,10 @@ from dataplane.core.events import (
     Tick,
 )
 from dataplane.core.messages import Detail, Fence, HeldMeta, ResultMeta, Row, StepFailedMeta
+from dataplane.core.patience import STALL_LIMIT_S
 from dataplane.core.recovery import GATHER_S
 from dataplane.core.request import Phase, pack_tokens
-from dataplane.core.scheduler import STALL_LIMIT_S, Scheduler
+from dataplane.core.scheduler import Scheduler
 
 LIMITS = Limits(
     block_size=4, max_batch_tokens=16, max_running=8, max_waiting=2, context_len=64, orphan_grace_s=0.5
