@@ -9,7 +9,7 @@ again, and the files of that, are in `controlplane/supervisor.py`; their Process
 relay, in RUN_DIR/relay.
 
 Without --nodes it follows the group: the relay says which nodes are to run (`hosted.py`), as instances come and go.
-With --nodes it runs these, until the group says that one of them is to end.
+With --nodes it runs these, but for those that the group says are to end, until it wants them again.
 
 SIGTERM and SIGINT end the launcher and its nodes. After SIGHUP it leaves them running, for the next launcher to adopt.
 
@@ -91,11 +91,12 @@ class Launcher:
         target: str,
         follows: bool = True,
     ) -> None:
-        """`follows`: whether nodes are added that the group comes to want."""
+        """`follows`: whether the group says which nodes run; else `nodes` do, and none besides."""
         self._config = config
         self._config_path = config_path.absolute()
         self._target = target
         self._run_dir = Path(config.run_dir)
+        self._given = tuple(nodes)
         self._nodes = list(nodes)
         self._follows = follows
         self._file = WantedFile(self._run_dir)
@@ -171,11 +172,13 @@ class Launcher:
         self._stop([node for node in self._nodes if node in self._wanted.stop], add)
         if self._follows:
             self._stop([node for node in self._nodes if node not in self._wanted.run], add)
-            fresh = [node for node in self._wanted.run if node not in self._nodes and self._certified(node)]
-            self._nodes += fresh
-            for node in fresh if add else ():
-                self._log.info("the group has come to want a node", node=node)
-                self._add(node)
+        wanted = self._wanted.run if self._follows else self._given
+        left_out = {*self._nodes, *self._wanted.stop}
+        fresh = [node for node in wanted if node not in left_out and self._certified(node)]
+        self._nodes += fresh
+        for node in fresh if add else ():
+            self._log.info("the group has come to want a node", node=node)
+            self._add(node)
 
     def _end_left_over(self) -> None:
         """Nodes that the launcher before had started, and that nobody wants any more."""

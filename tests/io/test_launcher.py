@@ -614,6 +614,28 @@ def test_a_node_of_the_list_that_is_to_end_does_so_under_the_next_launcher(host:
     host.stop()
 
 
+def test_a_node_of_the_list_comes_back_when_the_group_wants_it_again(host: Host) -> None:
+    """It stayed away until somebody started the launcher; what said so may be old when that happens."""
+    host.start(nodes=3, only="n0,n1")
+    pid, first = host.wait_serving(1), host.wait_serving(1, "n1")
+    write_wanted(host.run_dir, Wanted(("n0", "n2"), ("n1",)))
+    wait_for(lambda: host.file("n1") is None, "n1 is gone")
+    write_wanted(host.run_dir, Wanted(("n0", "n1", "n2"), ()))
+    assert host.wait_serving(2, "n1") != first
+    assert host.process is not None
+    host.process.send_signal(signal.SIGHUP)
+    assert host.process.wait(5) == 0
+
+    write_wanted(host.run_dir, Wanted(("n0", "n2"), ("n1",)))
+    host.start(nodes=3, only="n0,n1")
+    wait_for(lambda: host.file("n1") is None, "n1 is gone, for all that the launcher knows")
+    write_wanted(host.run_dir, Wanted(("n0", "n1", "n2"), ()))
+    host.wait_serving(3, "n1")
+    assert host.running() == pid
+    assert host.file("n2") is None, "another host's"
+    host.stop()
+
+
 def test_nodes_start_while_those_end_that_nobody_wants_any_more(host: Host) -> None:
     """One that takes its time to end kept the launcher from starting the others: it had not imported what they run."""
     host.start("stubborn", nodes=2)
