@@ -246,6 +246,12 @@ class Scheduler:
 
     def _attach(self, known: Request, message: Submit, session: int, effects: list[Effect]) -> None:
         """Somebody reads a request on that is here already: send what that reader has not."""
+        # Who goes on with a request may be of a release that does not know all of its sampling.
+        same = message.admitted or message.sampling == known.sampling
+        if not same or list(message.prompt) != known.ids[: known.prompt_len]:
+            text = "this Idempotency-Key was used with another body"
+            effects.append(Refuse(session, Refused(known.rid, self.pipeline, RefusalCode.INVALID, text)))
+            return
         text = "another connection reads this stream now"
         superseded = Refused(known.rid, self.pipeline, RefusalCode.SUPERSEDED, text)
         if message.reader < known.reader:

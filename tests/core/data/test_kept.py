@@ -143,6 +143,37 @@ def test_the_newest_reader_counts() -> None:
     assert refused(made.step(resumable(session=3, emitted=(0, 1), admitted=True), 0.5)) == refused(late)
 
 
+@pytest.mark.parametrize("then", ["running", "hung up", "finished"])
+def test_another_body_under_the_same_key_is_refused_and_ends_nothing(then: str) -> None:
+    """Both came at once, or the first one's scheduler could not be asked: no gateway has compared the bodies."""
+    made = scheduler(stages=1)
+    flying = run(made, made.step(resumable(), 0.0), 8 if then == "finished" else 2)
+    if then == "hung up":
+        made.step(Cancelled(1, 1), 0.2)
+    others = [
+        resumable(session=2, length=5),
+        resumable(session=2, max_tokens=9),
+        resumable(
+            session=2, length=5, emitted=(0,), admitted=True, reader=1
+        ),  # accepted by another scheduler
+    ]
+    for other in others:
+        back = made.step(other, 0.3)
+        assert [effect for effect in back if not isinstance(effect, RunStep)] == [
+            effect for effect in back if isinstance(effect, Refuse)
+        ], "nothing is delivered"
+        assert refused(back) == [(2, RefusalCode.INVALID)]
+    if then == "running":
+        assert made.requests[1].session == 1
+        assert delivered(run(made, flying, 1, 2), 1) == [(2, 2)]
+    log = made.recall(1)
+    assert log is not None
+    assert log.prompt == (1000, 1001, 1002, 1003)
+    older = Sampling(8, seed=2)  # as one reads it that does not know all of its fields
+    back = made.step(resumable(session=3, sampling=older, emitted=(0,), admitted=True, reader=1), 0.4)
+    assert delivered(back, 3)[0] == (1, 1)
+
+
 def test_who_comes_too_late_is_told_of_the_later_reader_and_who_is_displaced_is_not() -> None:
     """The first may not have known of it; the second was accepted, and another one has come."""
     made = scheduler(stages=1)

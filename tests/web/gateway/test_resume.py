@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 
@@ -351,6 +352,22 @@ def test_a_repeated_request_is_computed_once() -> None:
             for bad in ("", "x" * 256, "caf\u00e9"):
                 refused = await first.post(COMPLETIONS, json=asked, headers={"idempotency-key": bad.encode()})
                 assert refused.status_code == 400
+
+    with_two(body)
+
+
+def test_a_repeated_request_goes_on_with_the_prompt_that_its_scheduler_has() -> None:
+    """A template may have put another date into it since."""
+
+    async def body(one: Stack, two: Stack) -> None:
+        asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": 9}
+        headers = {"idempotency-key": "k"}
+        async with one.http() as first, two.http() as second:
+            assert (await first.post(COMPLETIONS, json=asked, headers=headers)).status_code == 200
+            (known,) = [run for node in one.nodes for run in node.known.values()]
+            known.submit = msgspec.structs.replace(known.submit, prompt=(7, *PROMPT))
+            assert (await second.post(COMPLETIONS, json=asked, headers=headers)).status_code == 200
+            assert [s.prompt for node in one.nodes for s in node.submits if s.reader] == [(7, *PROMPT)]
 
     with_two(body)
 

@@ -128,6 +128,7 @@ async def start_or_resume(
             raise ApiError(422, "this Idempotency-Key was used with another body")
         ticket = service.tickets.issue(nonce, earlier.created_unix_s, digest, visit.owner)
         context = earlier
+        prepared = replace(prepared, plans=_plans(prepared, logs))
         service.metrics.resumed.labels("repeated").inc()
     starts = _starts(rids, logs, context, [None] * len(rids), resumed=False)
     return _answer(service, prepared, context, starts, ticket.text if stream else "", None, hold)
