@@ -91,9 +91,9 @@ class HistoryStore:
         `number`: of the batch, each above the one before. One that was stored already, although its writer was not
         told, is not stored again. 0: it is written in any case.
         """
-        rows = [self._event_row(item) for item in batch if isinstance(item, Event)]
-        measured = [self._figures_row(item) for item in batch if isinstance(item, Figures)]
-        audits = [self._audit_row(item) for item in batch if isinstance(item, Audit)]
+        rows = [_storable(self._event_row(item)) for item in batch if isinstance(item, Event)]
+        measured = [_storable(self._figures_row(item)) for item in batch if isinstance(item, Figures)]
+        audits = [_storable(self._audit_row(item)) for item in batch if isinstance(item, Audit)]
         async with self._engine.begin() as connection:
             if number and not await self._is_new(connection, number):
                 return
@@ -243,6 +243,14 @@ class HistoryStore:
             "reason": item.reason,
             "epoch": item.epoch,
         }
+
+
+def _storable(row: dict[str, object]) -> dict[str, object]:
+    """PostgreSQL refuses NUL in a text."""
+    return {
+        name: value.replace("\0", "\N{REPLACEMENT CHARACTER}") if isinstance(value, str) else value
+        for name, value in row.items()
+    }
 
 
 def _entry(row: Row[tuple[object, ...]]) -> AuditEntry:

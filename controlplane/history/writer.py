@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError, StatementError
 
 from controlplane.backoff import Backoff
 from controlplane.contract.audit import AuditEntry
@@ -33,6 +33,7 @@ BACKOFF_MAX_S = 5.0
 KEEP_ROWS = 100_000
 PRUNE_EVERY_ROWS = 5_000
 PRUNE_FIGURES_EVERY = 500  # rows
+REFUSALS = ("22", "23")  # classes of SQLSTATE: of a value, and of a constraint
 
 
 class HistoryWriter:
@@ -40,7 +41,8 @@ class HistoryWriter:
 
     While the database is away records wait; above `QUEUE_LEN_MAX` the oldest are dropped and counted: figures first,
     then events, and of the audit only what is left. A batch that was begun waits beside them and is written again as it
-    is, under the same number, until the database says that it has it: so its records stand there once.
+    is, under the same number, until the database says that it has it: so its records stand there once. One that the
+    database refuses for what is in it is written record by record, and only what is refused alone is dropped.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class HistoryWriter:
         self._queue: deque[Record] = deque()
         self._batch: list[Record] = []  # begun, and not known to be stored
         self._number = 0  # of the batch
+        self._singly: deque[Record] = deque()  # of a batch that was refused: each becomes a batch
         self._news = asyncio.Event()
         self._tried = asyncio.Event()  # whether the database is there has been found out
         self._upgraded = (
@@ -67,7 +70,7 @@ class HistoryWriter:
     @property
     def waiting(self) -> int:
         """Records that are not known to be stored."""
-        return len(self._queue) + len(self._batch)
+        return len(self._queue) + len(self._singly) + len(self._batch)
 
     def put(self, record: Record) -> None:
         """Never waits, never fails. What is for the audit is logged, too: so it is told while the database is away."""
@@ -137,9 +140,16 @@ class HistoryWriter:
 
     async def _write_batch(self) -> None:
         if not self._batch:
-            self._batch = [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_LEN_MAX))]
+            queue, records_max = (self._singly, 1) if self._singly else (self._queue, BATCH_LEN_MAX)
+            self._batch = [queue.popleft() for _ in range(min(len(queue), records_max))]
             self._number += 1
-        await self._store.append(self._batch, self._number)
+        try:
+            await self._store.append(self._batch, self._number)
+        except (StatementError, ValueError, OverflowError) as error:
+            if not _is_refusal(error):
+                raise
+            self._refused(error)
+            return
         batch, self._batch = self._batch, []
         self.written += len(batch)
         self._since_prune += len(batch)
@@ -150,6 +160,20 @@ class HistoryWriter:
         if self._figures_since_prune >= PRUNE_FIGURES_EVERY:
             self._figures_since_prune = 0
             await self._store.prune_figures(time.time() - FIGURES_KEPT_S)
+
+    def _refused(self, error: Exception) -> None:
+        """The batch cannot be written, now or later."""
+        batch, self._batch = self._batch, []
+        if len(batch) > 1:
+            self._singly.extend(batch)
+            return
+        self.dropped += 1
+        log.error(
+            "the history database refuses a record, which is dropped",
+            record=repr(batch[0])[:300],
+            error=repr(error)[:300],
+            dropped=self.dropped,
+        )
 
     async def _retry(self, action: Callable[[], Awaitable[None]]) -> None:
         """Run `action` until it succeeds: history is worth waiting for as long as nobody waits for it."""
@@ -172,6 +196,17 @@ class HistoryWriter:
                     dropped=self.dropped,
                 )
             await backoff.pause()
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Of what is in a record, which is refused as often as it is written, rather than of a database that is away."""
+    if not isinstance(error, DBAPIError):
+        return True  # the driver could not even bind it
+    if error.connection_invalidated:
+        return False
+    # asyncpg's errors of data are not SQLAlchemy's DataError.
+    state = getattr(error.orig, "sqlstate", None) or ""
+    return isinstance(error, DataError | IntegrityError) or state.startswith(REFUSALS)
 
 
 def _log(record: Audit) -> None:

@@ -414,6 +414,38 @@ def test_events_make_room_for_the_audit(tmp_path: Path) -> None:
         asyncio.run(main(logged))
 
 
+async def check_that_a_refused_record_goes_alone(url: str) -> None:
+    """NUL is replaced; what the driver or the database cannot take is dropped, and nothing beside it."""
+    store = HistoryStore(url, "c", "c1")
+    writer = HistoryWriter(store)
+    operation = Operation(id="op-1", kind=OperationKind.DRAIN, node="n\0002")
+    refused = [
+        Event(EventKind.DIED, "big", "", 1.0, 2**70),
+        Event(EventKind.DIED, "half a pair", "\ud800", 1.0),
+        Audit(Action.SUBMITTED, Operation(id="op-\ud800", kind=OperationKind.PAUSE), 1.0),
+        Figures(None),  # type: ignore[arg-type]  # a constraint
+    ]
+    kept = [event(0), Audit(Action.REFUSED, operation, 1.0, reason="a\0b"), Figures(1.0), event(1)]
+    for record in (refused[0], *kept[:2], refused[1], kept[2], *refused[2:], kept[3]):
+        writer.put(record)
+    task = asyncio.create_task(writer.run())
+    await until(lambda: writer.written == len(kept) and not writer.waiting, 60.0)
+    writer.put(event(2))
+    await until(lambda: writer.written == len(kept) + 1, 60.0)
+    assert (writer.dropped, writer.failures, writer.healthy) == (len(refused), 0, True)
+    assert [item.subject for _, item in await store.tail(100)] == ["n0", "n1", "n2"]
+    (entry,) = await store.audit(100)
+    assert (entry.operation, entry.node, entry.reason) == ("op-1", "n\ufffd2", "a\ufffdb")
+    assert len(await store.figures(0.0, 2.0, 100)) == 1
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await store.close()
+
+
+def test_a_record_that_is_refused_goes_alone(tmp_path: Path) -> None:
+    asyncio.run(check_that_a_refused_record_goes_alone(url(tmp_path / "h.db")))
+
+
 class Full(HistoryStore):
     """Takes one batch and no other: its disk is full."""
 

@@ -32,7 +32,7 @@ from controlplane.history.store import Audit, HistoryStore
 from controlplane.history.tables import metadata
 from controlplane.history.writer import HistoryWriter
 from tests.io.etcd_server import free_ports
-from tests.io.test_history import event, until
+from tests.io.test_history import check_that_a_refused_record_goes_alone, event, until
 
 START_LIMIT_S = 60.0
 PASSWORD = "not in the settings"
@@ -189,6 +189,10 @@ def test_migrations_go_forward_and_back_and_agree_with_the_tables(url: str) -> N
         await engine.dispose()
 
     asyncio.run(main())
+
+
+def test_a_record_that_is_refused_goes_alone(url: str) -> None:
+    asyncio.run(check_that_a_refused_record_goes_alone(url))
 
 
 class Cutting:
