@@ -88,7 +88,13 @@ class FakeNode:
         self._stepper: asyncio.Task[None] | None = None
 
     async def start(self) -> FakeNode:
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 0),
+                # As the front door of a node: a gateway pings an idle stream each second.
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+            ]
+        )
         handler = rpc.stream_handler(rpc.FRONTDOOR, "Serve", self._serve, rpc.decode_gateway_message)
         self._server.add_generic_rpc_handlers((handler,))
         port = self._server.add_insecure_port(self.address or "127.0.0.1:0")

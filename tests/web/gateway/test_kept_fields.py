@@ -31,6 +31,7 @@ from web.gateway.openai.responses_request import ResponsesRequest
 from web.gateway.text.choice_decoder import TextRules
 
 COUNT = 2000  # items of each collection
+TRIES = 30  # at a measure, until nothing else of the process shows in it
 WIDE = "\U0001f600"
 
 
@@ -238,8 +239,10 @@ def test_a_gateway_counts_each_field_of_a_body(
             raw = json.dumps(least | {name: value}, ensure_ascii=False).encode()
             if name == "tools" and not service.model.calls_tools:
                 raw = json.dumps(least | {name: value, "tool_choice": "none"}).encode()
-            sizes = []
-            for _ in range(3):  # at first what is made once is made, and a thread of the pool may begin
+            counted, sizes = 0, list[int]()
+            # At first what is made once is made; and what else runs in this process may allocate meanwhile: the least
+            # is what is kept.
+            while len(sizes) < TRIES and (len(sizes) < 3 or min(sizes) > counted):
                 gc.collect()
                 tracemalloc.start()
                 try:
@@ -249,12 +252,12 @@ def test_a_gateway_counts_each_field_of_a_body(
                     sizes.append(tracemalloc.get_traced_memory()[0] - before)
                 finally:
                     tracemalloc.stop()
+                counted = kept_bytes(prepared, prepared.options, [])
             size = min(sizes)
-            counted = kept_bytes(prepared, prepared.options, [])
             assert size <= counted, name
             assert counted <= 12 * size + 2 * CHOICE_BYTES * len(prepared.plans), name
 
-    with_stack(body, nodes=1)
+    with_stack(body, limit_s=100.0, nodes=1)
 
 
 def test_what_does_not_depend_on_the_prompt_is_made_once_for_all_prompts() -> None:
