@@ -58,7 +58,8 @@ OPTIONS = (
     ("grpc.http2.ping_timeout_ms", 1_000),  # a minute by default, whatever the line above says
     ("grpc.http2.max_pings_without_data", 0),
 )
-# Once it has let go of the nodes, it stays on the controllers' streams until theirs are there.
+# A relay that is to end speaks for its nodes until they have streams of their own, and stays on the controllers' for as
+# long again: on a busy machine some are late.
 HAND_OVER_S = 0.5
 WITHOUT = "nodes report by themselves, at a higher cost for controllers, until a relay can run"
 
@@ -103,7 +104,8 @@ class RelayServer:
         self._run_dir = Path(config.run_dir)
         self._nodes: dict[_Node, None] = {}  # in the order in which they came
         self._controllers: dict[str, _Controller] = {}
-        self._leaving = False
+        self._handing_over = False  # nodes are to report by themselves
+        self._leaving = False  # their streams end because this relay does
         self._stop = asyncio.Event()
         self._lifelines = Lifelines(self._run_dir, self._ended)
 
@@ -126,15 +128,24 @@ class RelayServer:
                 for task in done:
                     task.result()
             finally:
-                self._leaving = True
-                self._lifelines.close()
                 for task in tasks:
                     task.cancel()
+                await self._hand_over()
+                self._leaving = True
+                self._lifelines.close()
                 await server.stop(grace=0)
                 if self._nodes and self._controllers:
                     await asyncio.sleep(HAND_OVER_S)
                 self.set_controllers({})
                 await client.close()
+
+    async def _hand_over(self) -> None:
+        """Nodes report by themselves as soon as they are told that nobody hears them through this relay. Until they do,
+        it passes on what they say."""
+        self._handing_over = True
+        self._tell()
+        if self._nodes and self._controllers:
+            await asyncio.sleep(HAND_OVER_S)
 
     def _only_one(self) -> IO[str]:
         """A lock that is held until it is closed."""
@@ -200,7 +211,8 @@ class RelayServer:
         while True:
             await node.due.wait()
             node.due.clear()
-            heard_by = () if node.source is None else self.relay.heard_by(node.source)
+            source = None if self._handing_over else node.source
+            heard_by = () if source is None else self.relay.heard_by(source)
             await context.write(ReportAck(node.taken, heard_by=heard_by, report_s=self.relay.report_s()))
 
     def _take(self, node: _Node, message: bytes) -> None:

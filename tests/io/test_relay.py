@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from controlplane.core.events import CoreEvent, HeartbeatsReceived, ReportReceiv
 from controlplane.etcd.client import EtcdClient
 from controlplane.shell.inbox import Inbox
 from controlplane.shell.rpc import ReportServer
+from dataplane.core.paths import Paths
 from dataplane.main import _relay
 from dataplane.report_stream import SOCKET, SOCKET_PATH_BYTES_MAX, relay_address
 from dataplane.reporter import Reporter
@@ -302,13 +304,26 @@ def test_a_stopped_relay_is_left_and_believed_again_after_a_while(tmp_path: Path
     on_host(tmp_path, etcd, body, UNHURRIED)
 
 
-def test_a_relay_that_is_told_to_end_hands_its_nodes_over(tmp_path: Path, etcd: EtcdMember) -> None:
+def test_a_relay_that_is_told_to_end_hands_its_nodes_over(
+    tmp_path: Path, etcd: EtcdMember, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def body(host: Host) -> None:
         relay = await host.up()
+        alone: list[bool] = []  # whether a node reported by itself to everybody when the relay let go of it
+
+        def note(paths: Paths, broken: Callable[[float], None], now: float) -> None:
+            alone.append(len(paths.own) == len(host.controllers))
+            broken(now)
+
+        for node in host.nodes:
+            paths = node.reporter._paths
+            monkeypatch.setattr(paths, "broken", partial(note, paths, paths.broken))
         relay.terminate()
         assert await asyncio.to_thread(relay.wait, 10) == 0
         assert host.on_their_own()
         assert [c.broken for c in host.controllers] == [[], []]
+        assert len(alone) >= NODES
+        assert all(alone)
 
     on_host(tmp_path, etcd, body)
 

@@ -275,7 +275,9 @@ def _drawn(seed: int) -> Schedule:
 def _muted(seed: int) -> Schedule:
     chance = random.Random(f"muted {seed}")
     instances, stages = chance.choice(SIZES)
-    shape = Shape(instances, stages, 0, chance.choice((1, 2)), chance.choice((1, 2)), 128, chance.choice((1, 2, 3)))
+    shape = Shape(
+        instances, stages, 0, chance.choice((1, 2)), chance.choice((1, 2)), 128, chance.choice((1, 2, 3))
+    )
     window_s = chance.uniform(0.6, 2.0)
     steps = _requests(chance, shape, window_s)
     for number in range(chance.randrange(1, 4)):
