@@ -10,11 +10,15 @@ from typing import Any
 import openai
 import pydantic
 import pytest
+from starlette.types import Send
 
 from tests.web.gateway.scripted import QWEN, scripted_model
 from tests.web.gateway.stack import MODEL, Stack, beside
 from tests.web.gateway.test_resume import read
 from tests.web.gateway.test_tools import ADD, CALLS, WEATHER, GetWeather, with_model
+from web.gateway.http.generation_response import GenerationResponse
+from web.gateway.openai.long_lists import PIECE_BYTES
+from web.gateway.request_memory import Memory
 
 PATH = "/v1/responses"
 CALL: dict[str, Any] = {
@@ -359,3 +363,78 @@ def test_a_repeated_request_is_answered_the_same(tmp_path: Path) -> None:
             assert other.status_code == 422
 
     with_model(scripted_model(tmp_path, QWEN), ["Yes."], ask)
+
+
+LONG: dict[str, Any] = {"input": "x", "seed": 0, "max_output_tokens": 600, "top_logprobs": 20}
+
+
+def test_log_probabilities_leave_in_pieces_and_count_as_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last events tell all of them four times, and they are kept until then."""
+    model = scripted_model(tmp_path, QWEN)
+    sizes: list[int] = []
+    held: list[int] = []
+    write = GenerationResponse._write
+
+    async def noted(response: GenerationResponse, send: Send, data: bytes, more: bool = True) -> None:
+        sizes.append(len(data))
+        held.append(response._hold.size)
+        await write(response, send, data, more)
+
+    monkeypatch.setattr(GenerationResponse, "_write", noted)
+
+    async def body(stack: Stack) -> None:
+        async with stack.http() as client:
+            events = await read(client, "POST", PATH, LONG | {"stream": True})
+            whole = await client.post(PATH, json=LONG)
+        last = json.loads(events[-2][1])["response"]
+        entries = last["output"][0]["content"][0]["logprobs"]
+        assert len(entries) > 500
+        assert entries == whole.json()["output"][0]["content"][0]["logprobs"]
+        size = len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False))
+        done = [json.loads(data) for _, data in events[-5:-1]]
+        assert [event["type"].removeprefix("response.") for event in done] == [
+            "output_text.done",
+            "content_part.done",
+            "output_item.done",
+            "incomplete",
+        ]
+        assert entries == done[0]["logprobs"] == done[1]["part"]["logprobs"]
+        assert [event_id for event_id, _ in events[-5:-2]] == [events[-6][0]] * 3 != [events[-2][0]] * 3
+        assert max(sizes) <= 2 * PIECE_BYTES < size
+        assert size < max(held) < 2 * size
+
+    with_model(model, ["A" * 2000], body)
+
+
+def test_log_probabilities_that_nobody_has_room_for_end_their_stream(tmp_path: Path) -> None:
+    async def body(stack: Stack) -> None:
+        memory = stack.service.memory = Memory(400_000, 0.5)
+        async with stack.http() as client:
+            events = await read(client, "POST", PATH, LONG | {"stream": True})
+        assert json.loads(events[-2][1])["error"]["code"] == 413
+        assert "keep" in json.loads(events[-2][1])["error"]["message"]
+        await stack.until(lambda: memory.total == 0)
+
+    with_model(scripted_model(tmp_path, QWEN), ["A" * 2000], body)
+
+
+def test_an_item_with_many_log_probabilities_may_be_followed_by_others(tmp_path: Path) -> None:
+    """What was taken together with its end is written after it."""
+    model = scripted_model(tmp_path, QWEN)
+
+    async def body(stack: Stack) -> None:
+        request = LONG | {"tools": [CALL, PLUS], "stream": True, "max_output_tokens": 900}
+        async with beside(stack) as other, stack.http() as client, other.http() as client2:
+            whole = await read(client, "POST", PATH, request)
+            texts, output = joined(whole)
+            assert texts == ["A" * 300, WEATHER, "{}"]
+            ids = [event_id for event_id, _ in whole]
+            ends = [at for at in range(len(ids) - 1) if ids[at] and ids[at] != ids[at + 1]]
+            for at in (*ends[:2], *ends[-12:]):
+                rest = await read(client2, "POST", PATH, request, last_event_id=ids[at])
+                assert joined([*whole[: at + 1], *rest]) == (texts, output), f"after event {at}"
+
+    calls = SAID[SAID.index("<tool_call>") :]
+    with_model(model, ["A" * 300 + calls], body, burst=64)

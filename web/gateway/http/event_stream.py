@@ -8,6 +8,7 @@ bytes (status and headers go before them), the end, and whatever goes wrong.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 
 from web.gateway.http.connection import Wire
 from web.gateway.openai.answer_format import AnswerFormat
@@ -48,12 +49,14 @@ class EventStream:
         self._said = 0.0  # when something was sent last
         self._turn: asyncio.Future[bytes] = self._loop.create_future()
         self._quiet: asyncio.TimerHandle | None = None
+        self._rest: Iterator[bytes] | None = None  # of the last piece, too long to be made in one go
+        self._pieces: list[tuple[int, Piece]] = []  # taken with it, and after it
 
     async def turn(self, begun: bool) -> bytes:
         """Write what comes until the task is needed: returns what it has to send.
 
-        That is the first bytes if not yet `begun`, and else those before the end (see `generation`). Raises
-        ApiError and ClientGone.
+        That is the first bytes if not yet `begun`, those before a `rest`, and else those before the end (`finished`,
+        and see `generation`). Raises ApiError and ClientGone.
         """
         self._begun = begun
         self._turn = self._loop.create_future()
@@ -65,7 +68,18 @@ class EventStream:
         self._advance()
         return await self._turn
 
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but `rest` and `last` is to be sent."""
+        return self._generation.finished and not self._pieces
+
+    def rest(self) -> Iterator[bytes]:
+        """What is to be sent after the bytes of this turn, in pieces that are made as they are asked for."""
+        rest, self._rest = self._rest, None
+        return rest or iter(())
+
     def close(self) -> None:
+        self._rest, self._pieces = None, []
         self._generation.queue.attach(None)
         self._wire.watch(None, None)
         self._turn.cancel()
@@ -83,12 +97,15 @@ class EventStream:
         if not self._marks[index] and (event := self._form.opening(index)):
             self._marks[index] = "0"
             opening = self.id() + event
-        if not data:
+        self._rest = self._form.long_rest(self.id)
+        if not data and self._rest is None:
             return opening
         self._marks[index] = str(self._taken[index])
         if piece.finish:
             reasoning = self._generation.choices[index].reasoning_tokens
             self._marks[index] = str(Mark(self._taken[index], True, reasoning))
+        if self._rest is not None:  # and the id is in its last event
+            return opening + data
         # A piece may be several events: whoever has the id has all of them.
         at = data.rfind(END, 0, -len(END)) + len(END) if data.count(END) > 1 else 0
         return opening + data[:at] + self.id() + data[at:]
@@ -112,12 +129,18 @@ class EventStream:
         if self._wire.paused and not generation.queue.full:
             return  # called again when the client reads
         try:
-            pieces = generation.take()
-            out = b"".join([self.events(index, piece) for index, piece in pieces])
+            pieces, self._pieces = [*self._pieces, *generation.take()], []
+            said: list[bytes] = []
+            for at, (index, piece) in enumerate(pieces, 1):
+                said.append(self.events(index, piece))
+                if self._rest is not None:
+                    self._pieces = pieces[at:]
+                    break
+            out = b"".join(said)
         except Exception as error:  # ends this stream, and no other: the task tells the client
             self._turn.set_exception(error)
             return
-        if generation.finished or generation.leaving or (out and not self._begun):
+        if generation.finished or generation.leaving or self._rest is not None or (out and not self._begun):
             self._turn.set_result(out)
         elif out:
             self._wire.write(out)

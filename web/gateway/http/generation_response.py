@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 
-import msgspec
 import structlog
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -19,6 +18,7 @@ from web.gateway.errors import ApiError
 from web.gateway.http.connection import wire_of
 from web.gateway.http.event_stream import EventStream
 from web.gateway.openai.generation import ClientGone, count_error
+from web.gateway.openai.long_lists import gathered, in_pieces
 from web.gateway.resume.start_or_resume import StartedAnswer
 from web.gateway.routing.delivery_queue import Gone
 from web.gateway.service import Service
@@ -27,7 +27,6 @@ log = structlog.get_logger()
 
 DONE = b"data: [DONE]\n\n"
 RETRY_MS = 100  # a pause for EventSource; other gateways are ready, so there is no reason to wait longer
-PIECE_BYTES = 64 << 10
 STOPPING = "this gateway is shutting down"
 EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -107,11 +106,16 @@ class GenerationResponse(Response):
         while True:
             # Nothing is sent before there is something to say, so that a refusal can still be a 429 or a 503.
             out = await stream.turn(self._begun)
-            if generation.finished:
+            for piece in stream.rest():
+                await self._write(send, out + piece)
+                out = b""
+                await asyncio.sleep(0)  # other streams go on meanwhile
+            if stream.finished:
                 return await self._write(send, out + stream.last() + DONE, more=False)
-            if generation.leaving:
+            if generation.leaving and not generation.finished:
                 return await self._hand_over(stream, send, out)
-            await self._write(send, out)
+            if out:
+                await self._write(send, out)
 
     async def _hand_over(self, stream: EventStream, send: Send, out: bytes) -> None:
         """Send the client to another gateway. Raises ApiError when it has nothing yet: then it just asks again."""
@@ -147,9 +151,9 @@ class GenerationResponse(Response):
         await ended
         await self._send_json(send, 200, await self._body(), {})
 
-    async def _body(self) -> bytes:
-        def write() -> bytes:
-            return msgspec.json.encode(self._form.body())
+    async def _body(self) -> list[bytes]:
+        def write() -> list[bytes]:
+            return list(in_pieces(self._form.body()))
 
         return await asyncio.to_thread(write) if self._form.heavy else write()
 
@@ -167,12 +171,15 @@ class GenerationResponse(Response):
         if self._begun:
             await self._write(send, b"data: " + error.encode() + b"\n\n" + DONE, more=False)
         else:
-            await self._send_json(send, error.status, error.encode(), error.headers)
+            await self._send_json(send, error.status, [error.encode()], error.headers)
 
-    async def _send_json(self, send: Send, status: int, body: bytes, headers: dict[str, str]) -> None:
-        pairs = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    async def _send_json(self, send: Send, status: int, body: list[bytes], headers: dict[str, str]) -> None:
+        size = sum(map(len, body))
+        pairs = [(b"content-type", b"application/json"), (b"content-length", str(size).encode())]
         pairs += [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": status, "headers": pairs})
-        for at in range(0, len(body), PIECE_BYTES):  # the server waits between them for a slow client
-            piece, more = body[at : at + PIECE_BYTES], at + PIECE_BYTES < len(body)
-            await send({"type": "http.response.body", "body": piece, "more_body": more})
+        for piece in gathered(body):  # the server waits between them for a slow client
+            size -= len(piece)
+            await send({"type": "http.response.body", "body": piece, "more_body": size > 0})
+            if size:
+                await asyncio.sleep(0)  # other streams go on meanwhile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from web.gateway.text.choice_decoder import Piece
@@ -16,6 +17,10 @@ class AnswerFormat(Protocol):
     def chunk(self, index: int, piece: Piece) -> bytes:
         """The event for a piece of choice `index`; empty when there is nothing to show yet."""
 
+    def long_rest(self, id_line: Callable[[], bytes]) -> Iterator[bytes] | None:
+        """What follows the last `chunk` and is too long to be made in one go, with `id_line` in its last event; None:
+        there is no such thing."""
+
     def last(self) -> bytes:
         """Events between the last piece and [DONE] (usage, when asked for)."""
 
@@ -23,7 +28,7 @@ class AnswerFormat(Protocol):
         """Take in a piece of an answer that leaves as a whole; returns about how many bytes that keeps."""
 
     def body(self) -> dict[str, Any]:
-        """The whole answer: of all that was kept."""
+        """The whole answer: of all that was kept. For `in_pieces`."""
 
     @property
     def heavy(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from web.gateway.openai.call_ids import CallIds
 from web.gateway.openai.chat_output import chat_grammar, check_tools, output_rules
 from web.gateway.openai.events import ChunkWriter
 from web.gateway.openai.generation import Generation, Plan
+from web.gateway.openai.long_lists import LongList
 from web.gateway.openai.messages import Message, mark_end, plain, up_to_mark
 from web.gateway.openai.prepared import PreparedRequest, digest_of
 from web.gateway.openai.prompt_cut import cut
@@ -238,6 +240,9 @@ class ChatFormat:
             choice["prompt_token_ids"] = self._generation.plans[index].prompt
         return self._writer.event(index, choice)
 
+    def long_rest(self, id_line: Callable[[], bytes]) -> None:
+        return None
+
     def last(self) -> bytes:
         return self._writer.usage_event()
 
@@ -261,7 +266,7 @@ class ChatFormat:
             body["prompt_token_ids"] = self._generation.plans[0].prompt
         if (top := self._request.prompt_logprobs) is not None:
             plan, scores = self._generation.plans[0], self._wholes[0].prompt_scores
-            body["prompt_logprobs"] = prompt_logprobs(self._model, plan.prompt, scores, top, top)
+            body["prompt_logprobs"] = LongList(prompt_logprobs(self._model, plan.prompt, scores, top, top))
         return body
 
     @property

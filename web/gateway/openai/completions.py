@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from web.gateway.errors import ApiError
@@ -11,6 +11,7 @@ from web.gateway.openai import answers
 from web.gateway.openai.events import ChunkWriter
 from web.gateway.openai.generation import Generation, Plan
 from web.gateway.openai.grammar_check import grammar_of
+from web.gateway.openai.long_lists import LongList
 from web.gateway.openai.prepared import PreparedRequest, digest_of
 from web.gateway.openai.prompt_cut import cut
 from web.gateway.openai.prompt_scores import check_scores, echo_logprobs, prompt_logprobs
@@ -147,6 +148,9 @@ class CompletionFormat:
         self._begun[index] = True
         return self._writer.event(index, choice)
 
+    def long_rest(self, id_line: Callable[[], bytes]) -> None:
+        return None
+
     def last(self) -> bytes:
         return self._writer.usage_event()
 
@@ -160,18 +164,19 @@ class CompletionFormat:
         choices = []
         for at, index in enumerate(best(self._wholes, self._request)):
             whole = self._wholes[index]
-            logprobs = whole.logprobs
+            logprobs: dict[str, Any] | None = whole.logprobs
             if self._request.echoed_logprobs is not None:
-                echoed = self._echo_logprobs(index, whole.prompt_scores)
-                new = logprobs or {}
-                logprobs = {name: part + new.get(name, []) for name, part in echoed.items()}
+                echoed = Whole()
+                echoed.add(Piece(), self._echo_logprobs(index, whole.prompt_scores))
+                echoed.join(logprobs or {})
+                logprobs = echoed.logprobs
             ids = [] if self._request.nothing_new else whole.ids
             choice = self._choice(index, whole.piece, logprobs, ids) | {"index": at}
             if (top := self._request.prompt_logprobs) is not None:
                 plan = self._generation.plans[index]
                 of = plan.sampling.prompt_logprobs or 0
-                choice["prompt_logprobs"] = prompt_logprobs(
-                    self._model, plan.prompt, whole.prompt_scores, of, top
+                choice["prompt_logprobs"] = LongList(
+                    prompt_logprobs(self._model, plan.prompt, whole.prompt_scores, of, top)
                 )
             choices.append(choice)
         return self._head | {"choices": choices, "usage": self._writer.usage()}

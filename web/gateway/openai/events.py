@@ -10,6 +10,7 @@ import msgspec
 
 from web.gateway.openai import answers
 from web.gateway.openai.generation import Generation
+from web.gateway.openai.long_lists import one_line
 from web.gateway.openai.requests import Common
 from web.gateway.text.choice_decoder import ChoiceDecoder, Piece
 
@@ -17,15 +18,7 @@ _to_json = msgspec.json.Encoder().encode
 
 
 def encode_line(value: Any) -> bytes:
-    """JSON of one line, also for clients that take what Unicode calls a line end for one (Python's splitlines)."""
-    data = _to_json(value)
-    if data.isascii():
-        return data
-    return (
-        data.replace(b"\xe2\x80\xa8", b"\\u2028")
-        .replace(b"\xe2\x80\xa9", b"\\u2029")
-        .replace(b"\xc2\x85", b"\\u0085")
-    )
+    return one_line(_to_json(value))
 
 
 class ChunkWriter:

@@ -152,6 +152,10 @@ class Generation:
                 pieces.append((index, self._push(index, tokens)))
         return pieces
 
+    def keep(self, size: int) -> None:
+        """So many bytes of the answer stay until it is over. Raises ApiError."""
+        self._hold.grow(size)
+
     def close(self) -> None:
         """Free what is still running, and what waits: on a disconnect, an error, or a stop string in another choice."""
         self._life.end(sum(choice.tokens for choice in self.choices), time.time())

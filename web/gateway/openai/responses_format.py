@@ -3,16 +3,20 @@
 The output is a list of items: reasoning, a message, calls. Each is opened, grows, and is closed before the next one. An
 answer in one piece goes through the same steps. The number of an event follows from how many tokens were
 generated before it, so that a stream that goes on elsewhere goes on counting; numbers grow, and some are left out.
+
+What ends an item or the answer tells all of its log probabilities, four times. So these are encoded once, as they come,
+and such events leave in pieces.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from web.gateway.openai import answers
 from web.gateway.openai.call_ids import CallIds
-from web.gateway.openai.events import encode_line
 from web.gateway.openai.generation import Generation
+from web.gateway.openai.long_lists import LongList, encode, gathered, in_pieces
 from web.gateway.openai.responses_request import ResponsesRequest
 from web.gateway.service import Service
 from web.gateway.text.choice_decoder import Piece
@@ -21,6 +25,18 @@ from web.gateway.text.parsers.parsed import CallDelta
 EVENTS_PER_TOKEN = 16  # no token makes more of them
 OPENING_EVENTS = 2
 ITEM_BYTES = 600
+TEXT_BYTES = 64  # of a piece of text as an object, beside its characters
+# The events that may tell log probabilities of many tokens. What they tell does not change any more.
+ENDS = frozenset(
+    {
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+        "response.incomplete",
+    }
+)
+LONG_BYTES = 16 << 10  # an event with so much of log probabilities leaves in pieces
 
 
 class ResponsesFormat:
@@ -42,7 +58,8 @@ class ResponsesFormat:
         )
         self._items: list[dict[str, Any]] = []  # each as it stands
         self._texts: list[str] = []  # of the open one, in pieces
-        self._logprobs: list[Any] = []  # of the open one
+        self._logprobs = LongList()  # of the open one
+        self._logprobs_size = 0  # bytes, of all items
         self._open = ""  # type of the last item, while it grows
         self._calls = 0
         self._status = "in_progress"
@@ -50,6 +67,8 @@ class ResponsesFormat:
         self._tokens = 0  # before the present piece
         self._said = 0  # events of the present piece
         self._out: list[bytes] = []
+        self._rest: list[bytes | dict[str, Any]] = []  # events after these, the long ones still to be encoded
+        self._whole = False  # the answer leaves in one piece: there are no events
 
     # ------------------------------------------------------------------ as others see it
 
@@ -61,18 +80,19 @@ class ResponsesFormat:
         return b"".join(self._out)
 
     def chunk(self, index: int, piece: Piece) -> bytes:
-        self._out, self._said = [], 0
-        self._take(piece)
-        self._tokens += len(piece.tokens)
+        self._generation.keep(self._add(piece))
         return b"".join(self._out)
+
+    def long_rest(self, id_line: Callable[[], bytes]) -> Iterator[bytes] | None:
+        rest, self._rest = self._rest, []
+        return gathered(_written(rest, id_line)) if rest else None
 
     def last(self) -> bytes:
         return b""
 
     def keep(self, index: int, piece: Piece) -> int:
-        self.chunk(index, piece)
-        self._out = []
-        return ITEM_BYTES * len(piece.calls) + 4 * len(piece.text) + 4 * len(piece.reasoning)
+        self._whole = True
+        return self._add(piece)
 
     def body(self) -> dict[str, Any]:
         return self._response(self._items)
@@ -82,6 +102,20 @@ class ResponsesFormat:
         return False
 
     # ------------------------------------------------------------------ items
+
+    def _add(self, piece: Piece) -> int:
+        """Returns about how many bytes that keeps."""
+        self._out, self._rest, self._said = [], [], 0
+        items, size = len(self._items), self._logprobs_size
+        self._take(piece)
+        self._tokens += len(piece.tokens)
+        texts = [piece.text, piece.reasoning, *(part.arguments for part in piece.calls)]
+        return (
+            ITEM_BYTES * (len(self._items) - items)
+            + sum(TEXT_BYTES + 4 * len(text) for text in texts if text)
+            + self._logprobs_size
+            - size
+        )
 
     def _take(self, piece: Piece) -> None:
         if piece.reasoning:
@@ -106,7 +140,7 @@ class ResponsesFormat:
             self._close("completed")
             self._begin(kind)
         self._texts.append(text)
-        self._logprobs += logprobs
+        self._logprobs_size += self._logprobs.extend(logprobs)
         if kind == "message":
             self._say("response.output_text.delta", self._place() | {"delta": text, "logprobs": logprobs})
         else:
@@ -114,7 +148,7 @@ class ResponsesFormat:
 
     def _begin(self, kind: str) -> None:
         number = len(self._items)
-        self._open, self._texts, self._logprobs = kind, [], []
+        self._open, self._texts, self._logprobs = kind, [], LongList()
         if kind == "message":
             item: dict[str, Any] = {"type": kind, "id": f"msg_{self._name}_{number}", "role": "assistant"}
         else:
@@ -174,7 +208,7 @@ class ResponsesFormat:
     def _part(self, text: str, kind: str = "") -> dict[str, Any]:
         if (kind or self._open) == "reasoning":
             return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(self._logprobs)}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs}
 
     def _logprobs_of(self, piece: Piece) -> list[Any]:
         if not self._request.logprobs:
@@ -185,9 +219,15 @@ class ResponsesFormat:
         return found
 
     def _say(self, kind: str, fields: dict[str, Any]) -> None:
+        if self._whole:
+            return
         number = OPENING_EVENTS + EVENTS_PER_TOKEN * self._tokens + self._said
         self._said += 1
-        self._out.append(_event(kind, {"type": kind, "sequence_number": number} | fields))
+        event = {"type": kind, "sequence_number": number} | fields
+        if kind in ENDS and self._logprobs_size > LONG_BYTES:
+            self._rest.append(event)
+        else:
+            (self._rest if self._rest else self._out).append(_event(kind, event))
 
     # ------------------------------------------------------------------ the response
 
@@ -244,4 +284,17 @@ def _described(tool: Any) -> dict[str, Any]:
 
 
 def _event(kind: str, data: dict[str, Any]) -> bytes:
-    return b"event: " + kind.encode() + b"\ndata: " + encode_line(data) + b"\n\n"
+    return b"event: " + kind.encode() + b"\ndata: " + encode(data) + b"\n\n"
+
+
+def _written(events: Sequence[bytes | dict[str, Any]], id_line: Callable[[], bytes]) -> Iterator[bytes]:
+    """Whoever has the id has all of them."""
+    for number, event in enumerate(events, 1):
+        if number == len(events):
+            yield id_line()
+        if isinstance(event, bytes):
+            yield event
+        else:
+            yield b"event: " + event["type"].encode() + b"\ndata: "
+            yield from in_pieces(event)
+            yield b"\n\n"

@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
+from web.gateway.openai.long_lists import LongList
 from web.gateway.openai.requests import Common
 from web.gateway.text.choice_decoder import Piece
 from web.gateway.text.parsers.parsed import CallDelta
 
 ENTRY_BYTES = 250  # of a token's part in the lists, without what is encoded
 ENCODED = ("content", "top_logprobs")  # lists whose entries are large
-
-_encode = msgspec.json.Encoder().encode
 
 
 def best(wholes: Sequence[Whole], request: Common) -> list[int]:
@@ -43,7 +40,7 @@ class Whole:
         self.ids: list[int] = []
         self.prompt_scores = b""  # of its prompt, if asked for
         self._logprob = 0.0  # of all tokens together
-        self.logprobs: dict[str, list[Any]] | None = None
+        self.logprobs: dict[str, list[Any] | LongList] | None = None
 
     @property
     def piece(self) -> Piece:
@@ -60,6 +57,16 @@ class Whole:
     def mean_logprob(self) -> float:
         """By which the best of several is found."""
         return self._logprob / max(1, len(self.ids))
+
+    def join(self, logprobs: dict[str, Any]) -> None:
+        """Log probabilities of another part, after its own: that may be lists of both kinds."""
+        assert self.logprobs is not None
+        for name, entries in logprobs.items():
+            match self.logprobs[name]:
+                case LongList() as found:
+                    found.join(entries)
+                case found:
+                    found += entries
 
     def add(self, piece: Piece, logprobs: dict[str, Any] | None) -> int:
         """Returns about how many bytes that keeps."""
@@ -78,10 +85,11 @@ class Whole:
         if logprobs is None:
             return size
         if self.logprobs is None:
-            self.logprobs = {name: [] for name in logprobs}
+            self.logprobs = {name: LongList() if name in ENCODED else [] for name in logprobs}
         for name, entries in logprobs.items():
-            if name in ENCODED:
-                entries = [msgspec.Raw(_encode(entry)) for entry in entries]
-                size += 2 * sum(len(entry) for entry in entries)  # once more in the body
-            self.logprobs[name] += entries
+            match self.logprobs[name]:
+                case LongList() as found:
+                    size += found.extend(entries)
+                case found:
+                    found += entries
         return size
