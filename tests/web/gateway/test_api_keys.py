@@ -160,6 +160,23 @@ async def answers(http: httpx.AsyncClient, wanted: Callable[[int], bool]) -> htt
             await asyncio.sleep(0.02)
 
 
+def test_a_prompt_counts_once_however_many_choices_are_made_of_it() -> None:
+    text, record = made("many", tokens_per_minute=1000)
+
+    async def body(stack: Stack) -> None:
+        async with stack.http(text) as http:
+            answer = await http.post(
+                "/v1/completions", json={"prompt": [[400] * 50, [400] * 50], "n": 3, "max_tokens": 2}
+            )
+            usage = answer.json()["usage"]
+            assert (usage["prompt_tokens"], usage["completion_tokens"]) == (100, 12)
+            counted = (await http.get("/metrics")).text
+        assert 'kevlarflow_key_prompt_tokens_total{key="many"} 100.0' in counted
+        assert 'kevlarflow_key_generation_tokens_total{key="many"} 12.0' in counted
+
+    with_stack(body, keys=ApiKeys([KEY], [record]))
+
+
 def test_limits_are_kept_over_http() -> None:
     texts, records = zip(
         *(

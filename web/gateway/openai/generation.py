@@ -71,6 +71,7 @@ class Generation:
         self._starts = starts
         self._told_again = told_again
         self._left = [0] * len(plans)  # tokens of each choice that have left, of what is told again
+        self._charged: set[int] = set()  # prompts, which their choices share
         self._rules = rules
         self._hold = hold
         self._life = life
@@ -190,6 +191,14 @@ class Generation:
             piece.silent = had and self._left[index] <= have
             yield piece
 
+    def _uncharged(self, index: int) -> int:
+        """Tokens of a prompt with its first choice, and none with the others: as usage has it."""
+        prompt = self.plans[index].prompt
+        if id(prompt) in self._charged:
+            return 0
+        self._charged.add(id(prompt))
+        return len(prompt)
+
     def _push_silent(self, index: int, tokens: Sequence[Token]) -> Piece:
         return self.choices[index].restore(tokens)
 
@@ -210,7 +219,7 @@ class Generation:
             metrics.ttft.observe(now - self._started, self._example)
             self._life.first_token(now - self._started)
             metrics.prompt_tokens.inc(len(self.plans[index].prompt))
-            self._hold.charge(len(self.plans[index].prompt), len(piece.tokens))
+            self._hold.charge(self._uncharged(index), len(piece.tokens))
         else:
             waited_s = now - self._last_at[index]
             metrics.tokens.waited(waited_s, self._example)
