@@ -8,6 +8,7 @@ from controlplane.contract.ids import Member
 from controlplane.contract.requests import Log, Recalled, RefusalCode, Sampling
 from tests.core.gateway.routing import LENGTH, PROMPT, A, B, Bench, C, only, pipeline, right, sent
 from web.gateway.errors import ApiError
+from web.gateway.openai.requests import CHOICES_MAX
 from web.gateway.resume.cursor import Cursor, Mark
 from web.gateway.resume.tickets import Tickets, new_nonce, rid_of, seed_of
 from web.gateway.routing.events import (
@@ -52,6 +53,13 @@ def test_what_is_no_cursor(text: str) -> None:
     with pytest.raises(ApiError) as error:
         Cursor.parse(text)
     assert error.value.status == 400
+
+
+def test_a_cursor_has_as_many_choices_as_a_request_may_have() -> None:
+    last = "-".join(["123456789f123456789"] * CHOICES_MAX) + "u"
+    assert len(Cursor.parse(last).marks) == CHOICES_MAX
+    with pytest.raises(ApiError, match=f"no request has more than {CHOICES_MAX}"):
+        Cursor.parse("-" * CHOICES_MAX)
 
 
 def test_a_ticket_is_read_by_every_gateway_of_the_cluster_and_for_its_owner_only() -> None:

@@ -18,6 +18,7 @@ from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
 from tests.web.gateway.fake_node import FakeNode, reference
 from tests.web.gateway.stack import MODEL, Stack, demo_model, with_stack
 from web.gateway.http.api_keys import ApiKeys
+from web.gateway.resume.tickets import rid_of
 from web.gateway.routing.dispatch import Dispatcher
 from web.gateway.routing.events import TopologySeen
 from web.gateway.routing.policy import Policy
@@ -121,6 +122,25 @@ def test_a_stream_is_found_in_its_group_without_a_body() -> None:
                     pass
                 rest = (await http.get(where)).text
             assert tokens_of(rest) == tokens_of(whole)
+
+    with_stack(body)
+
+
+def test_a_stream_is_found_by_what_is_left_of_it() -> None:
+    """Its first choice ended long ago: the group is the one that has another."""
+
+    async def body(stack: Stack) -> None:
+        async with another(stack) as node, stack.http() as http:
+            asked = {"model": OTHER, "prompt": PROMPT, "max_tokens": 8, "n": 2, "seed": 3, "stream": True}
+            answer = await http.post("/v1/completions", json=asked)
+            stream = answer.headers["content-location"].rpartition("/")[2]
+            nonce = stack.service.tickets.read(stream, stack.keys_owner).nonce
+            del node.known[rid_of(nonce, 0)]
+            for cursor in ("8f-3", "2-3"):  # the client has all of it, or has not
+                headers = {"last-event-id": f"{stream}.{cursor}"}
+                rest = await http.get(f"/v1/streams/{stream}", headers=headers)
+                assert rest.status_code == 200, rest.text
+                assert f'"model":"{OTHER}"' in rest.text
 
     with_stack(body)
 

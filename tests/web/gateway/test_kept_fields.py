@@ -24,7 +24,7 @@ from dataplane.core.request import REQUEST_BYTES, Request
 from tests.web.gateway.stack import Stack, with_stack
 from web.gateway.openai.chat import prepare_chat
 from web.gateway.openai.completions import prepare_completion
-from web.gateway.openai.prepared import CHOICE_BYTES, kept_bytes
+from web.gateway.openai.prepared import CHOICE_BYTES, Origin, kept_bytes
 from web.gateway.openai.requests import ChatRequest, CompletionRequest
 from web.gateway.openai.responses import prepare_responses
 from web.gateway.openai.responses_request import ResponsesRequest
@@ -232,7 +232,7 @@ def test_a_gateway_counts_each_field_of_a_body(
 ) -> None:
     async def body(stack: Stack) -> None:
         service = stack.service
-        await prepare(service, json.dumps(least).encode(), 1)
+        await prepare(service, json.dumps(least).encode(), Origin(1, 1))
         for name, value in LONG[kind].items():
             if value is None:
                 continue
@@ -247,7 +247,7 @@ def test_a_gateway_counts_each_field_of_a_body(
                 tracemalloc.start()
                 try:
                     before = tracemalloc.get_traced_memory()[0]
-                    prepared = await prepare(service, raw, 1)
+                    prepared = await prepare(service, raw, Origin(1, 1))
                     gc.collect()
                     sizes.append(tracemalloc.get_traced_memory()[0] - before)
                 finally:
@@ -269,7 +269,7 @@ def test_what_does_not_depend_on_the_prompt_is_made_once_for_all_prompts() -> No
             "n": 2,
         }
         raw = json.dumps({"prompt": [[300]] * 64} | fields).encode()
-        prepared = await prepare_completion(stack.service, raw, 1)
+        prepared = await prepare_completion(stack.service, raw, Origin(1, 1))
         for name in ("stop_token_ids", "bad_words", "logit_bias", "grammar"):
             assert len({id(getattr(plan.sampling, name)) for plan in prepared.plans}) == 1, name
         assert len({plan.sampling.seed for plan in prepared.plans}) == 2

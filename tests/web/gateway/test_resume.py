@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from itertools import groupby
 from typing import Any
 
@@ -14,9 +16,12 @@ import msgspec
 import openai
 import pytest
 
+from controlplane.contract.requests import Submit
 from tests.web.gateway.fake_node import reference
-from tests.web.gateway.stack import MODEL, Stack, beside, running
-from web.gateway.resume.tickets import Tickets
+from tests.web.gateway.stack import MODEL, Stack, beside, demo_model, running
+from web.gateway.resume.cursor import Cursor
+from web.gateway.resume.tickets import Tickets, rid_of
+from web.gateway.text.template import ChatTemplate
 
 PROMPT = [400, 401, 402]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -382,6 +387,97 @@ def test_a_repeated_stream_is_joined_from_its_start() -> None:
             assert merged(events).ids == merged(whole).ids
 
     with_two(body)
+
+
+def test_an_event_id_with_many_choices_is_searched_for_by_one_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What schedulers have of that says how many there are."""
+
+    async def body(one: Stack, two: Stack) -> None:
+        asked: list[int] = []
+        recall = two.dispatcher.recall
+
+        async def noted(rid: int, limit_s: float) -> Any:
+            asked.append(rid)
+            return await recall(rid, limit_s)
+
+        monkeypatch.setattr(two.dispatcher, "recall", noted)
+        path, sent = request("all of it")
+        async with one.http() as first, two.http() as second:
+            last = (await read(first, "POST", path, sent, limit=4))[-1][0].partition(".")[0]
+            for cursor, searches in ((f"{'-' * 2046}", 0), ("-" * 127, 1)):
+                headers = {"last-event-id": f"{last}.{cursor}"}
+                answer = await second.get(stream_of(last), headers=headers)
+                assert (answer.status_code, len(asked)) == (400, searches)
+
+    with_two(body)
+
+
+def test_what_a_client_has_all_of_is_needed_no_more() -> None:
+    """The first prompt ended long ago, and no scheduler has it: the others go on without a body."""
+
+    async def body(one: Stack, two: Stack) -> None:
+        path, asked = request("two prompts, two choices")
+        owner = one.keys_owner
+        dropped = 0
+        async with one.http() as first, two.http() as second:
+            whole = await read(first, "POST", path, asked)
+            for cut in range(1, len(whole) - 1):
+                events = await read(first, "POST", path, asked, limit=cut)
+                ticket, _, cursor = events[-1][0].partition(".")
+                nonce = one.service.tickets.read(ticket, owner).nonce
+                ended = [at for at, mark in enumerate(Cursor.parse(cursor).marks) if mark and mark.finished]
+                if len(ended) < 4:
+                    for rid in (rid_of(nonce, at) for at in ended):
+                        dropped += any(node.known.pop(rid, None) is not None for node in one.nodes)
+                rest = await read(second, "GET", f"/v1/streams/{ticket}", last_event_id=events[-1][0])
+                whole = await read(first, "POST", path, asked, last_event_id=ticket)
+                assert merged(events + rest) == merged(whole), f"cut after {cut}"
+        assert dropped > 2
+
+    with_two(body, speak=ends_early)
+
+
+def ends_early(submit: Submit, position: int) -> int:
+    """The first prompt ends after one token."""
+    if submit.prompt == tuple(PROMPT) and position == 1:
+        return submit.sampling.stop_token_ids[0]
+    return reference(submit.prompt, submit.sampling.seed, position + 1)[-1]
+
+
+def test_a_prompt_tells_the_day_on_which_its_stream_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After midnight the same body is the same prompt, whether nobody remembers it or somebody does."""
+    template = ChatTemplate("{{ strftime_now('%d.%m.%Y %H:%M:%S') }} {{ messages[0].content }}", {}, 1000)
+
+    async def body(stack: Stack) -> None:
+        path, asked = request("chat")
+        plain = asked | {"stream": False, "stream_options": None}
+        async with stack.http() as client:
+            for forgotten in (False, True):
+                now = clock[0]
+                events = await read(client, "POST", path, asked, limit=5)
+                kept = await client.post(path, json=plain, headers={"idempotency-key": f"{forgotten}"})
+                clock[0] += 86_400
+                assert stack.service.model.decode(list(stack.nodes[0].submits[-1].prompt)).endswith(
+                    datetime.fromtimestamp(now).strftime("%d.%m.%Y %H:%M:%S Hello")
+                )
+                again = await client.post(path, json=plain, headers={"idempotency-key": f"{forgotten}"})
+                assert (again.status_code, again.json()) == (200, kept.json())
+                if forgotten:
+                    stack.nodes[0].known.clear()
+                    stack.nodes[0].running.clear()
+                rest = await read(client, "POST", path, asked, last_event_id=events[-1][0])
+                whole = await read(client, "GET", stream_of(events[0][0]))
+                assert merged(events + rest) == merged(whole)
+
+    clock = [time.time()]
+    monkeypatch.setattr("web.gateway.resume.start_or_resume.time.time", lambda: clock[0])
+    model = replace(demo_model(), template=template)
+
+    async def run() -> None:
+        async with running(burst=2, nodes=1, model=model) as stack, asyncio.timeout(60):
+            await body(stack)
+
+    asyncio.run(run())
 
 
 def test_a_stop_lets_plain_answers_finish_and_hands_streams_over() -> None:

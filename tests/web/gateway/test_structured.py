@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import threading
 import time
@@ -186,6 +187,37 @@ def test_how_many_are_compiled_at_a_time_is_bounded() -> None:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.01)
         assert await made.check(lambda: "start: /a/") == "start: /a/"
+
+    asyncio.run(run())
+
+
+def test_keys_take_turns_at_compiling() -> None:
+    """One with many grammars that take long keeps others waiting for those that are being compiled, not for all."""
+
+    async def run() -> None:
+        made, go = checker(), threading.Event()
+        done: list[str] = []
+
+        def of(owner: str, number: int) -> str:
+            if owner == "many":
+                go.wait(10)
+            done.append(owner)
+            return f"start: /{owner}{number}/"
+
+        many = [asyncio.create_task(made.check(functools.partial(of, "many", n), b"many")) for n in range(40)]
+        await asyncio.sleep(0)
+        few = [asyncio.create_task(made.check(functools.partial(of, "few", n), b"few")) for n in range(3)]
+        await asyncio.sleep(0)
+        many[20].cancel()  # its client has hung up: nothing is compiled for it
+        await asyncio.sleep(0)
+        assert made._waiting.total() == 42
+        go.set()
+        assert await asyncio.gather(*few) == [f"start: /few{n}/" for n in range(3)]
+        await asyncio.gather(*many, return_exceptions=True)
+        assert len(done) == 42
+        assert [at for at, owner in enumerate(done) if owner == "few"][-1] < 12
+        assert not made._waiting
+        assert not made._turns
 
     asyncio.run(run())
 

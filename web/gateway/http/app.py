@@ -198,7 +198,7 @@ def _token_routes(app: FastAPI, services: Services) -> None:
             if use is not None:
                 check_tools(model, use)
             how = Prompting.of(body, body.chat_template_kwargs)
-            ids = list(await chat_prompt(service, body.messages, how, use))
+            ids = list(await chat_prompt(service, body.messages, how, int(time.time()), use))
         else:
             text = body.prompt or ""
             check_chars(model, len(text), "prompt")

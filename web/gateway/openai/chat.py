@@ -18,7 +18,7 @@ from web.gateway.openai.events import ChunkWriter
 from web.gateway.openai.generation import Generation, Plan
 from web.gateway.openai.long_lists import LongList
 from web.gateway.openai.messages import Message, mark_end, plain, up_to_mark
-from web.gateway.openai.prepared import PreparedRequest, digest_of
+from web.gateway.openai.prepared import Origin, PreparedRequest, digest_of
 from web.gateway.openai.prompt_cut import cut
 from web.gateway.openai.prompt_scores import check_scores, prompt_logprobs
 from web.gateway.openai.requests import ChatRequest, parse
@@ -34,14 +34,14 @@ from web.gateway.text.template import ChatTemplate, PromptTooLong
 INLINE_MESSAGES_MAX = 64  # longer conversations are rendered in a thread
 
 
-async def prepare_chat(service: Service, body: bytes, seed: int) -> PreparedRequest:
+async def prepare_chat(service: Service, body: bytes, origin: Origin) -> PreparedRequest:
     """Check everything. Raises ApiError."""
     request = parse(ChatRequest, body)
-    plans = await prepare_chat_request(service, request, seed)
+    plans = await prepare_chat_request(service, request, origin)
     return _prepared(service, slim(request), plans, digest_of(request, plans))
 
 
-async def prepare_chat_request(service: Service, request: ChatRequest, seed: int) -> list[Plan]:
+async def prepare_chat_request(service: Service, request: ChatRequest, origin: Origin) -> list[Plan]:
     """A choice each. Raises ApiError."""
     service.check_model(request.model)
     service.check_priority(request.priority)
@@ -53,6 +53,7 @@ async def prepare_chat_request(service: Service, request: ChatRequest, seed: int
         service,
         request.messages,
         Prompting.of(request, request.template_variables, request.chat_template),
+        origin.created_unix_s,
         use,
     )
     max_tokens = request.max_completion_tokens or request.max_tokens
@@ -62,9 +63,9 @@ async def prepare_chat_request(service: Service, request: ChatRequest, seed: int
     if max_tokens is None:
         check_length(model, len(prompt), 1)
         max_tokens = min(model.max_model_len - len(prompt), model.max_new_tokens or model.max_model_len)
-    seed = request.seed if request.seed is not None else seed
+    seed = request.seed if request.seed is not None else origin.seed
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    grammar = await chat_grammar(model, request, prompt)
+    grammar = await chat_grammar(model, request, prompt, origin.owner)
     shared = make_sampling(request, model, logprobs, grammar)
     return choices_of(shared, model, prompt, max_tokens, seed, request.choices, request.prompt_logprobs)
 
@@ -132,9 +133,9 @@ class Prompting:
 
 
 async def chat_prompt(
-    service: Service, messages: list[Message], how: Prompting, use: ToolUse | None = None
+    service: Service, messages: list[Message], how: Prompting, now_unix_s: int, use: ToolUse | None = None
 ) -> tuple[int, ...]:
-    """Token ids of a conversation. Raises ApiError."""
+    """Token ids of a conversation, as it is at `now_unix_s`. Raises ApiError."""
     model = service.model
     template = model.template
     if how.template is not None:
@@ -155,9 +156,9 @@ async def chat_prompt(
         begin, extra = how.begin_answer, how.extra
         long = len(messages) > INLINE_MESSAGES_MAX or chars > INLINE_CHARS_MAX
         if extra or tools or how.template is not None or long:
-            text = await asyncio.to_thread(template.render, given, begin, extra, tools)
+            text = await asyncio.to_thread(template.render, given, begin, extra, tools, now_unix_s)
         else:
-            text = template.render(given, begin)
+            text = template.render(given, begin, now_unix_s=now_unix_s)
         if how.continued:
             text = up_to_mark(text)
     except PromptTooLong as error:

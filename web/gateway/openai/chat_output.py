@@ -34,7 +34,7 @@ def output_rules(request: ChatRequest, model: Model) -> OutputRules | None:
     )
 
 
-async def chat_grammar(model: Model, request: ChatRequest, prompt: Sequence[int]) -> str:
+async def chat_grammar(model: Model, request: ChatRequest, prompt: Sequence[int], owner: bytes) -> str:
     """`Sampling.grammar`: of reasoning, and then calls, or an answer as it is asked for. "": anything. Raises ApiError.
 
     Where calls are not needed they are no part of it unless the answer is held to a grammar, too.
@@ -63,7 +63,7 @@ async def chat_grammar(model: Model, request: ChatRequest, prompt: Sequence[int]
             return answer
         return output_grammar(answer, calls, reasoning, model.special_marks)
 
-    return await checked(model, make, demand.param if demand is not None else "tool_choice")
+    return await checked(model, make, demand.param if demand is not None else "tool_choice", owner)
 
 
 def _calls_max(request: ChatRequest, use: ToolUse) -> int | None:

@@ -12,7 +12,7 @@ from web.gateway.openai.events import ChunkWriter
 from web.gateway.openai.generation import Generation, Plan
 from web.gateway.openai.grammar_check import grammar_of
 from web.gateway.openai.long_lists import LongList
-from web.gateway.openai.prepared import PreparedRequest, digest_of
+from web.gateway.openai.prepared import Origin, PreparedRequest, digest_of
 from web.gateway.openai.prompt_cut import cut
 from web.gateway.openai.prompt_scores import check_scores, echo_logprobs, prompt_logprobs
 from web.gateway.openai.requests import CompletionRequest, parse
@@ -26,13 +26,13 @@ from web.gateway.text.detok import text_of
 MAX_TOKENS = 16  # OpenAI's and vLLM's default
 
 
-async def prepare_completion(service: Service, body: bytes, seed: int) -> PreparedRequest:
+async def prepare_completion(service: Service, body: bytes, origin: Origin) -> PreparedRequest:
     """Check everything. Raises ApiError."""
     request = parse(CompletionRequest, body)
     service.check_model(request.model)
     service.check_priority(request.priority)
     default = min(MAX_TOKENS, service.model.max_new_tokens or MAX_TOKENS)
-    grammar = await grammar_of(service.model, request)
+    grammar = await grammar_of(service.model, request, origin.owner)
     shared = make_sampling(request, service.model, request.logprobs, grammar)
     plans: list[Plan] = []
     for number, prompt in enumerate(request.prompts):
@@ -45,7 +45,7 @@ async def prepare_completion(service: Service, body: bytes, seed: int) -> Prepar
         if top is not None:
             param = "prompt_logprobs" if request.echoed_logprobs is None else "logprobs"
             check_scores(service.model, len(ids), top, param, bool(request.stream))
-        seed = request.seed if request.seed is not None else seed
+        seed = request.seed if request.seed is not None else origin.seed
         # What nobody asked for is not refused for being too much.
         wanted = 1 if request.nothing_new else request.max_tokens
         max_tokens = wanted or max(1, min(default, service.model.max_model_len - len(ids)))

@@ -11,10 +11,10 @@ from web.gateway.openai.structured import Asked, Fields, asked_of, text_of
 from web.gateway.text.grammars import TooManyGrammars
 
 
-async def grammar_of(model: Model, request: Fields) -> str:
+async def grammar_of(model: Model, request: Fields, owner: bytes) -> str:
     """`Sampling.grammar` of a request, checked; "" if it asks for nothing. Raises ApiError naming the parameter."""
     asked = demand_of(request)
-    return "" if asked is None else await checked(model, lambda: text_of(asked), asked.param)
+    return "" if asked is None else await checked(model, lambda: text_of(asked), asked.param, owner)
 
 
 def demand_of(request: Fields) -> Asked | None:
@@ -26,13 +26,14 @@ def demand_of(request: Fields) -> Asked | None:
     return asked
 
 
-async def checked(model: Model, make: Callable[[], str], param: str) -> str:
-    """The grammar that `make` returns, once every node can follow it. Raises ApiError naming `param`."""
+async def checked(model: Model, make: Callable[[], str], param: str, owner: bytes) -> str:
+    """The grammar that `make` returns, once every node can follow it; `owner`s take turns. Raises ApiError naming
+    `param`."""
     if old := model.context.without_grammars:
         text = f"{param}: node {min(old)} runs code that cannot hold an output to a grammar: it has to be restarted"
         raise ApiError(503, text, param, retry_after_s=5)
     try:
-        return await model.grammars.check(make)
+        return await model.grammars.check(make, owner)
     except GrammarError as error:
         raise ApiError(400, f"{param}: {error}", param) from error
     except TooManyGrammars:

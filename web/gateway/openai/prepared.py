@@ -22,6 +22,15 @@ ID_BYTES = 8  # of a token id as it is written in an answer
 NOT_IN_DIGEST = {"prompt", "messages", "request_id", "priority"}  # prompts count as tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What an answer depends on beside its body, the same when it is asked for again; and whose it is."""
+
+    seed: int  # unless the body has one
+    created_unix_s: int  # the day and the hour that a chat template tells
+    owner: bytes = b""  # the hash of the API key
+
+
 class Asked(Protocol):
     """Of a body of any of the APIs. `choices` are generated for a prompt."""
 

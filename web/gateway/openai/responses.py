@@ -7,7 +7,7 @@ from web.gateway.openai.chat import prepare_chat_request
 from web.gateway.openai.chat import slim as slim_chat
 from web.gateway.openai.chat_output import output_rules
 from web.gateway.openai.generation import Plan
-from web.gateway.openai.prepared import PreparedRequest, digest_of
+from web.gateway.openai.prepared import Origin, PreparedRequest, digest_of
 from web.gateway.openai.requests import ChatRequest, parse
 from web.gateway.openai.responses_format import ResponsesFormat
 from web.gateway.openai.responses_request import ResponsesRequest, chat_of, renamed
@@ -15,12 +15,12 @@ from web.gateway.openai.sampling import text_rules
 from web.gateway.service import Service
 
 
-async def prepare_responses(service: Service, body: bytes, seed: int) -> PreparedRequest:
+async def prepare_responses(service: Service, body: bytes, origin: Origin) -> PreparedRequest:
     """Check everything. Raises ApiError."""
     request = parse(ResponsesRequest, body)
     try:
         chat = chat_of(request)
-        plans = await prepare_chat_request(service, chat, seed)
+        plans = await prepare_chat_request(service, chat, origin)
     except ApiError as error:
         raise renamed(error) from error
     slim = request.model_copy(update={"input": "", "chat_template_kwargs": None})

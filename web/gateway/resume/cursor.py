@@ -11,8 +11,9 @@ import re
 from dataclasses import dataclass
 
 from web.gateway.errors import ApiError
+from web.gateway.openai.requests import CHOICES_MAX
 
-CURSOR_MAX = 2048  # characters
+CURSOR_MAX = 20 * CHOICES_MAX  # characters
 _ENTRY = r"(?:\d{1,9}(?:f(?:\d{1,9})?)?)?"
 _GRAMMAR = re.compile(rf"{_ENTRY}(?:-{_ENTRY})*u?", re.ASCII)
 
@@ -39,12 +40,22 @@ class Cursor:
     marks: list[Mark | None]  # None: nothing of the choice has been sent
     usage: bool = False
 
+    def has_all(self, index: int) -> bool:
+        """Whether the client has all of a choice."""
+        mark = self.marks[index] if index < len(self.marks) else None
+        return mark is not None and mark.finished
+
     @classmethod
     def parse(cls, text: str) -> Cursor:
         """Raises ApiError 400."""
         if len(text) > CURSOR_MAX or not _GRAMMAR.fullmatch(text):
             raise ApiError(400, "Last-Event-ID: this is not an event id as it was sent")
         entries = text.removesuffix("u").split("-")
+        if len(entries) > CHOICES_MAX:
+            text = (
+                f"Last-Event-ID: it is of {len(entries)} choices, and no request has more than {CHOICES_MAX}"
+            )
+            raise ApiError(400, text)
         marks = [Mark.parse(entry) if entry else None for entry in entries]
         return cls(marks, text.endswith("u"))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from web.gateway.resume.find_logs import find_logs
 from web.gateway.resume.start_or_resume import LOOK_BODILESS_S, Visit, read_ticket
-from web.gateway.resume.tickets import rid_of
 from web.gateway.service import Service
 from web.gateway.services import Services
 
@@ -15,10 +15,9 @@ async def group_of_stream(services: Services, stream: str, visit: Visit) -> Serv
     first. Raises ApiError for what is no stream."""
     if len(services.all) == 1:
         return services.first
-    ticket, _ = read_ticket(services.first, visit.last_event_id or stream, visit)
-    rid = rid_of(ticket.nonce, 0)
+    ticket, cursor = read_ticket(services.first, visit.last_event_id or stream, visit)
     asked = {
-        asyncio.create_task(service.dispatcher.recall(rid, LOOK_BODILESS_S)): service
+        asyncio.create_task(find_logs(service, ticket.nonce, cursor, LOOK_BODILESS_S)): service
         for service in services.all
     }
     unsure: list[Service] = []
@@ -27,8 +26,8 @@ async def group_of_stream(services: Services, stream: str, visit: Visit) -> Serv
         while waiting:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                log, sure = task.result()
-                if log is not None:
+                logs, sure = task.result()
+                if any(log is not None for log in logs.values()):
                     return asked[task]
                 if not sure:
                     unsure.append(asked[task])

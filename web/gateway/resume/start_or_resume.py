@@ -6,30 +6,30 @@ and what they do not have is computed, or computed again, from the body.
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 
-from controlplane.contract.requests import Log
+from controlplane.contract.requests import Log, Sampling
 from web.gateway.errors import ApiError
 from web.gateway.lives import OpenLife
 from web.gateway.openai.answer_format import AnswerFormat
 from web.gateway.openai.chat import kept_chat, prepare_chat
 from web.gateway.openai.completions import kept_completion, prepare_completion
 from web.gateway.openai.generation import Generation, Plan, Start
-from web.gateway.openai.prepared import PreparedRequest, kept_bytes
+from web.gateway.openai.prepared import Origin, PreparedRequest, kept_bytes
 from web.gateway.openai.requests import INT64_MAX
 from web.gateway.openai.responses import kept_responses, prepare_responses
 from web.gateway.request_memory import Hold
 from web.gateway.resume.cursor import Cursor, Mark
+from web.gateway.resume.find_logs import find_logs, recall
 from web.gateway.resume.tickets import UNKNOWN, Ticket, new_nonce, rid_of, seed_of
 from web.gateway.service import Service
 from web.manners import own_request_id
 
-PREPARE: dict[str, Callable[[Service, bytes, int], Awaitable[PreparedRequest]]] = {
+PREPARE: dict[str, Callable[[Service, bytes, Origin], Awaitable[PreparedRequest]]] = {
     "completion": prepare_completion,
     "chat": prepare_chat,
     "responses": prepare_responses,
@@ -87,6 +87,7 @@ class Context(msgspec.Struct, frozen=True, array_like=True):
     request_id: str
     created_unix_s: int
     digest: bytes
+    prompt_tokens: tuple[int, ...] = ()  # of each prompt; empty: an older gateway has written it
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -99,43 +100,49 @@ async def start_or_resume(
     """The answer to a POST. `hold`: of the body's bytes; the answer holds what it keeps of them. Raises ApiError."""
     if visit.last_event_id is not None:
         ticket, cursor = read_ticket(service, visit.last_event_id, visit)
-        prepared = await _prepare(service, kind, body, ticket.nonce, visit)
+        prepared = await _prepare(service, kind, body, ticket.nonce, ticket.created_unix_s, visit)
         if not prepared.request.stream:
             raise ApiError(400, "Last-Event-ID needs stream: true")
         if prepared.digest != ticket.digest:
             raise ApiError(422, "Last-Event-ID is of a stream with another body: send the very same one")
         return await _resume(
-            service, prepared, _context(kind, prepared, ticket, visit), ticket, cursor, [], hold
+            service, prepared, _context(kind, prepared, ticket, visit), ticket, cursor, {}, hold
         )
     key = visit.idempotency_key
     if key is not None and not (0 < len(key) <= REPEATED_MAX and key.isascii() and key.isprintable()):
         raise ApiError(400, f"Idempotency-Key: 1 to {REPEATED_MAX} printable ASCII characters")
     nonce = new_nonce() if key is None else service.tickets.keyed_nonce(visit.owner, key)
-    prepared = await _prepare(service, kind, body, nonce, visit)
+    created = int(time.time())
+    prepared = await _prepare(service, kind, body, nonce, created, visit)
     rids = [rid_of(nonce, index) for index in range(len(prepared.plans))]
     stream = bool(prepared.request.stream)
     digest = prepared.digest if stream or key is not None else b""
-    ticket = service.tickets.issue(nonce, int(time.time()), digest, visit.owner)
+    ticket = service.tickets.issue(nonce, created, digest, visit.owner)
     context = _context(kind, prepared, ticket, visit)
     if key is None:
         starts = [Start(rid, blob) for rid, blob in zip(rids, _blobs(context, len(rids)), strict=True)]
         if not stream:  # its client has no id to come back with: nothing needs to be kept
             starts = [Start(rid) for rid in rids]
         return _answer(service, prepared, context, starts, ticket.text if stream else "", None, hold)
-    logs, _ = await _recall(service, rids, LOOK_REPEATED_S)
+    logs, _ = await recall(service, rids, LOOK_REPEATED_S)
     if (earlier := _first_context(logs)) is not None:
+        if earlier.digest != digest:  # a template may have told another day
+            prepared = await _prepare(service, kind, body, nonce, earlier.created_unix_s, visit)
+            digest = prepared.digest
         if earlier.digest != digest:
             raise ApiError(422, "this Idempotency-Key was used with another body")
         ticket = service.tickets.issue(nonce, earlier.created_unix_s, digest, visit.owner)
         context = earlier
-        prepared = replace(prepared, plans=_plans(prepared, logs))
+        prepared = replace(prepared, plans=_plans(prepared, logs, Cursor([])))
         service.metrics.resumed.labels("repeated").inc()
     starts = _starts(rids, logs, context, [None] * len(rids), resumed=False)
     return _answer(service, prepared, context, starts, ticket.text if stream else "", None, hold)
 
 
-async def _prepare(service: Service, kind: str, body: bytes, nonce: bytes, visit: Visit) -> PreparedRequest:
-    prepared = await PREPARE[kind](service, body, seed_of(nonce))
+async def _prepare(
+    service: Service, kind: str, body: bytes, nonce: bytes, created_unix_s: int, visit: Visit
+) -> PreparedRequest:
+    prepared = await PREPARE[kind](service, body, Origin(seed_of(nonce), created_unix_s, visit.owner))
     service.check_priority(prepared.request.priority, visit.priority_floor)
     return prepared
 
@@ -145,9 +152,8 @@ async def reopen(service: Service, stream: str, visit: Visit, hold: Hold) -> Sta
     ticket, cursor = read_ticket(service, visit.last_event_id or stream, visit)
     if not stream or not ticket.text.startswith(stream.partition(".")[0]):
         raise ApiError(400, "Last-Event-ID is of another stream")
-    count = max(1, len(cursor.marks))
-    logs, sure = await _recall(service, [rid_of(ticket.nonce, k) for k in range(count)], LOOK_BODILESS_S)
-    context = _first_context(logs)
+    logs, sure = await find_logs(service, ticket.nonce, cursor, LOOK_BODILESS_S)
+    context = _first_context(logs.values())
     if context is None and not sure:
         raise ApiError(
             503, f"not every scheduler can be asked for this stream now: try again, or {AGAIN}", None, 1
@@ -164,20 +170,23 @@ async def _resume(
     context: Context,
     ticket: Ticket,
     cursor: Cursor,
-    logs: list[Log | None],
+    known: dict[int, Log | None],
     hold: Hold,
 ) -> StartedAnswer:
-    """`logs`: of the first choices, as far as they have been asked for."""
+    """`known`: the logs of those choices that have been asked for."""
     marks = cursor.marks or [None] * prepared.count
     if len(marks) != prepared.count:
         raise ApiError(400, "Last-Event-ID: this is not an event id as it was sent")
     rids = [rid_of(ticket.nonce, index) for index in range(len(marks))]
-    wanted = [k for k in range(len(logs), len(rids)) if (mark := marks[k]) is None or not mark.finished]
-    found, _ = await _recall(service, [rids[k] for k in wanted], LOOK_RESUMED_S)
-    by_index = dict(enumerate(logs)) | dict(zip(wanted, found, strict=True))
-    logs = [by_index.get(index) for index in range(len(rids))]
+    # Of a choice that its client has all of, nothing but the length of its prompt is told: in the usage.
+    lengths = context.prompt_tokens or ([0] * prepared.prompts if cursor.usage else [])
+    told = bool(prepared.plans or lengths)
+    wanted = [k for k in range(len(rids)) if k not in known and not (told and cursor.has_all(k))]
+    found, _ = await recall(service, [rids[k] for k in wanted], LOOK_RESUMED_S)
+    known |= zip(wanted, found, strict=True)
+    logs = [known.get(index) for index in range(len(rids))]
     context = _first_context(logs) or context
-    plans = _plans(prepared, logs)
+    plans = _plans(prepared, logs, cursor, lengths)
     if any(_beyond(mark, plan) for mark, plan in zip(marks, plans, strict=True)):
         raise ApiError(400, "Last-Event-ID: this stream has not so many tokens")
     starts = _starts(rids, logs, context, marks, resumed=True)
@@ -194,9 +203,12 @@ async def _resume(
     )
 
 
-def _plans(prepared: PreparedRequest, logs: list[Log | None]) -> list[Plan]:
-    """The logs' own, as a template may have put another date into the prompt since; else the body's. Choices of one
-    prompt differ by their seeds alone. Raises ApiError when neither a body nor a log says what a prompt was."""
+def _plans(
+    prepared: PreparedRequest, logs: list[Log | None], cursor: Cursor, lengths: Sequence[int] = ()
+) -> list[Plan]:
+    """The logs' own, as a gateway of an older release may have put another date into the prompt; else the body's.
+    Choices of one prompt differ by their seeds alone. Of a prompt whose answers the client has, `lengths` are enough.
+    Raises ApiError when nothing says what a prompt was."""
     plans: list[Plan] = []
     for first in range(0, len(logs), prepared.request.choices):
         group = range(first, first + prepared.request.choices)
@@ -210,6 +222,9 @@ def _plans(prepared: PreparedRequest, logs: list[Log | None]) -> list[Plan]:
             ]
         elif prepared.plans:
             plans += prepared.plans[first : group.stop]
+        elif lengths and all(map(cursor.has_all, group)):
+            prompt = (0,) * lengths[first // prepared.request.choices]
+            plans += [Plan(prompt, Sampling(max_tokens=INT64_MAX, seed=0)) for _ in group]
         else:
             raise ApiError(410, f"a part of this stream is no longer kept: {AGAIN}")
     return plans
@@ -268,11 +283,6 @@ def _starts(
     ]
 
 
-async def _recall(service: Service, rids: list[int], limit_s: float) -> tuple[list[Log | None], bool]:
-    found = await asyncio.gather(*(service.dispatcher.recall(rid, limit_s) for rid in rids))
-    return [log for log, _ in found], all(sure for _, sure in found)
-
-
 def read_ticket(service: Service, text: str, visit: Visit) -> tuple[Ticket, Cursor]:
     sealed, dot, position = text.partition(".")
     if not sealed.isascii():
@@ -285,10 +295,11 @@ def _context(kind: str, prepared: PreparedRequest, ticket: Ticket, visit: Visit)
     request_id = (
         own or ticket.nonce.hex()
     )  # not the one in X-Request-Id: a stream keeps its id wherever it goes on
-    return Context(kind, prepared.options, request_id, ticket.created_unix_s, ticket.digest)
+    lengths = tuple(len(plan.prompt) for plan in prepared.plans[:: prepared.request.choices])
+    return Context(kind, prepared.options, request_id, ticket.created_unix_s, ticket.digest, lengths)
 
 
-def _first_context(logs: list[Log | None]) -> Context | None:
+def _first_context(logs: Iterable[Log | None]) -> Context | None:
     return next((_decode(log.context) for log in logs if log is not None and log.context), None)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
-from collections import OrderedDict
+import threading
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -14,7 +16,8 @@ from tokenizers import Tokenizer
 from controlplane.grammar import Compiler, DeepThreads, GrammarError, error_of
 
 THREADS = 2
-WAITING_MAX = 1024  # grammars that are compiled or wait for it
+WAITING_MAX = 1024  # grammars of one API key that are compiled or wait for it
+ALL_WAITING_MAX = 4 * WAITING_MAX  # and of all together
 TRIED_TOKENS = 8  # of an output that a new grammar allows
 KNOWN_MAX = 1024  # grammars whose check is remembered: some 100 bytes each
 
@@ -35,34 +38,62 @@ class GrammarChecker:
         except GrammarError as error:
             self._why = str(error)
         self._threads = DeepThreads(THREADS, thread_name_prefix="grammar")
-        self._waiting = 0
+        self._lock = threading.Lock()
+        self._waiting: Counter[bytes] = Counter()  # by owner, those that are compiled included
+        # By owner, whose turn is next first.
+        self._turns: OrderedDict[bytes, deque[tuple[Future[str], Callable[[], str]]]] = OrderedDict()
         self._known: OrderedDict[bytes, str] = (
             OrderedDict()
         )  # digest of a grammar -> why it is refused, or ""
 
-    async def check(self, make: Callable[[], str]) -> str:
-        """The grammar that `make` returns, which may take time and raise GrammarError.
+    async def check(self, make: Callable[[], str], owner: bytes = b"") -> str:
+        """The grammar that `make` returns, which may take time and raise GrammarError. Owners take turns, so that one
+        whose grammars take long keeps the others waiting for no more than those that are being compiled.
 
         Raises GrammarError, which says why it cannot be used, and TooManyGrammars."""
         if self._compiler is None:
             raise GrammarError(f"this model's outputs cannot be held to a grammar: {self._why}")
-        if self._waiting >= WAITING_MAX:
-            raise TooManyGrammars
-        self._waiting += 1
-        future: Future[str] = self._threads.submit(self._check, self._compiler, make)
-        # Counted until the thread is done with it: a client that hangs up does not make room for another one.
-        future.add_done_callback(self._done(asyncio.get_running_loop()))
+        future: Future[str] = Future()
+        with self._lock:
+            if self._waiting[owner] >= WAITING_MAX or self._waiting.total() >= ALL_WAITING_MAX:
+                raise TooManyGrammars
+            self._waiting[owner] += 1
+            self._turns.setdefault(owner, deque()).append((future, make))
+        # Counted until a thread is done with it: a client that hangs up then does not make room for another one.
+        future.add_done_callback(functools.partial(self._leave, owner))
+        self._threads.submit(self._take_turn, self._compiler)
         return await asyncio.wrap_future(future)
 
-    def _done(self, loop: asyncio.AbstractEventLoop) -> Callable[[Future[str]], None]:
-        def done(_: Future[str]) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._leave)
+    def _leave(self, owner: bytes, future: Future[str]) -> None:
+        with self._lock:
+            self._waiting[owner] -= 1
+            if not self._waiting[owner]:
+                del self._waiting[owner]
+            if future.cancelled() and (waiting := self._turns.get(owner)) is not None:
+                for entry in [entry for entry in waiting if entry[0] is future]:
+                    waiting.remove(entry)
+                if not waiting:
+                    del self._turns[owner]
 
-        return done
-
-    def _leave(self) -> None:
-        self._waiting -= 1
+    def _take_turn(self, compiler: Compiler) -> None:
+        """In a thread, once for each grammar."""
+        with self._lock:
+            if not self._turns:
+                return  # its client has hung up
+            owner, waiting = self._turns.popitem(last=False)
+            future, make = waiting.popleft()
+            if waiting:
+                self._turns[owner] = waiting  # behind the others
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            text = self._check(compiler, make)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(text)
+        finally:
+            del future, make  # what was raised knows this frame
 
     def _check(self, compiler: Compiler, make: Callable[[], str]) -> str:
         text = make()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +70,21 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         extra: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        now_unix_s: int | None = None,
     ) -> str:
         """The prompt for `messages` (role, content). Raises RequestError if the template refuses them.
 
-        `tools`: functions as OpenAI's API describes them.
+        `tools`: functions as OpenAI's API describes them. `now_unix_s`: what time it is in the prompt; None: now.
         """
         self._environment.begin(len(tools or ()) + sum(map(_entries, messages)))
         pieces: list[str] = []
         left = self._chars_max
+        now = time.time() if now_unix_s is None else now_unix_s
+
+        def strftime_now(format: str) -> str:
+            return datetime.fromtimestamp(now).strftime(format)
+
+        given = {"strftime_now": strftime_now, **self._special_tokens, **(extra or {})}
         variables: dict[str, Any] = {
             "messages": [dict(message) for message in messages],
             "tools": [dict(tool) for tool in tools] if tools else None,
@@ -84,7 +93,7 @@ class ChatTemplate:
         }
         try:
             # `generate` and not `render`: a runaway output is stopped while it is made.
-            for piece in self._template.generate(self._special_tokens | dict(extra or {}) | variables):
+            for piece in self._template.generate(given | variables):
                 self._environment.spend()
                 left -= len(piece)
                 if left < 0:

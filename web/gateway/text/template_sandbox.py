@@ -10,7 +10,6 @@ import functools
 import json
 import threading
 from collections.abc import Callable, Iterator, Sized
-from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
@@ -94,7 +93,6 @@ class Environment(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = self._to_json
         self.globals |= {
             "raise_exception": _raise_exception,
-            "strftime_now": _strftime_now,
             "dict": _Dict(),
             "namespace": _Namespace,
         }
@@ -195,10 +193,6 @@ class Environment(ImmutableSandboxedEnvironment):
 def _raise_exception(message: str) -> NoReturn:
     """Templates refuse messages with this ("roles must alternate")."""
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
 
 
 class _Dict:
