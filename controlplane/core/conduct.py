@@ -54,6 +54,7 @@ class Symptoms:
     poisoned: int = 0  # requests whose numbers it spoilt lately
     peers_poisoned: bool = False  # and so did peers: it is the requests
     probation: str = ""  # why
+    relapses: float = 1.0  # how many times the first probation this one lasts
 
 
 class Conduct:
@@ -124,9 +125,9 @@ class Conduct:
     def symptoms(self, member: Member, now: float) -> Symptoms:
         figures = self._figures.get(member)
         on = self.probation(member.node, now)
-        probation = "" if on is None else on.why
+        probation, relapses = ("", 1.0) if on is None else (on.why, on.length_s / PROBATION_S)
         if figures is None:
-            return Symptoms(probation=probation)
+            return Symptoms(probation=probation, relapses=relapses)
         still_s = self._still_s(figures)
         return Symptoms(
             stuck_s=self._stuck_s(figures),
@@ -137,6 +138,7 @@ class Conduct:
                 m != member and self._figures[m].stage == figures.stage for m in self._poisoned
             ),
             probation=probation,
+            relapses=relapses,
         )
 
     def slowness(self, member: Member) -> float:
@@ -147,12 +149,13 @@ class Conduct:
         found = self._probation.get(node)
         return found if found is not None and now < found.until else None
 
-    def put_on_probation(self, node: NodeId, why: str, now: float) -> None:
-        """It begins, or goes on: only one that comes after the last was over counts as a relapse."""
+    def put_on_probation(self, node: NodeId, why: str, now: float, trusted: bool = False) -> None:
+        """It begins, or goes on: only one that comes after the last was over counts as a relapse, or of a node that had
+        duties again meanwhile (`trusted`)."""
         last = self._probation.get(node)
         if last is None or now - last.until >= RELAPSE_S:
             self._probation[node] = _Probation(now + PROBATION_S, PROBATION_S, why)
-        elif now < last.until:
+        elif now < last.until and not trusted:
             last.until, last.why = now + last.length_s, why
         else:
             length_s = min(2 * last.length_s, PROBATION_MAX_S)

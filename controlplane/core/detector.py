@@ -64,6 +64,7 @@ class _Watched:
     changed_at: float = 0.0
     links: tuple[LinkReport, ...] = ()
     faulty: bool = False  # answers, and has to be restarted
+    severed: bool = False  # red for a broken link: its process is sound
     excused_s: float = 0.0  # of the time for which a pipeline waits for it: until when it was seen to compute
     may_live: bool = False  # red, but not beyond doubt
     returning: bool = False  # red without reason: heard again, not yet for long
@@ -229,25 +230,46 @@ class Detector:
             watched.may_live = may_live(evidence, self.timing)
         watched.returning = watched.state is NodeState.RED and state is not NodeState.RED
         if state is NodeState.RED and why in (defect, cut):
-            watched.faulty = watched.faulty or why == defect  # behind a cut its process is sound
-            self.conduct.put_on_probation(member.node, why, now)
-        watched.demoted = False
+            watched.faulty = watched.faulty or why == defect
+            watched.severed = not watched.faulty
+            self.conduct.put_on_probation(member.node, why, now, trusted=watched.demoted)
+        watched.demoted = state is NodeState.YELLOW and self._on_probation_only(evidence)
         verdict = None
-        steady_s = (watched.heard or now) - (watched.steady_since or now)
-        # Once red, only a steady process is believed again, and then as a blank one.
-        if not watched.returning or (state is NodeState.GREEN and steady_s >= STEADY_S):
+        if not watched.returning or self._believed(watched, state, evidence, now):
             if state is not watched.state:
                 left = watched.leaving and not watched.superseded
                 silent_s = evidence.silent_s
                 verdict = Verdict(member, watched.state, state, why, silent_s, left, watched.known)
                 watched.changed_at, watched.known = now, True
             watched.state, watched.evidence = state, why
-            if state is NodeState.YELLOW and evidence.probation:
-                watched.demoted = judge(replace(evidence, probation=""), self.timing)[0] is NodeState.GREEN
+        else:
+            watched.demoted = False
+        if watched.state is not NodeState.RED:
+            watched.severed = False
         self._keep(member, watched, evidence)
         if before != watched.public:
             self._changed.add(member)
         return verdict
+
+    def _on_probation_only(self, evidence: Evidence) -> bool:
+        """Whether nothing else speaks against it."""
+        return (
+            bool(evidence.probation)
+            and judge(replace(evidence, probation=""), self.timing)[0] is NodeState.GREEN
+        )
+
+    def _believed(self, watched: _Watched, state: NodeState, evidence: Evidence, now: float) -> bool:
+        """Once red, only a steady process is believed again, and then as a blank one.
+
+        One that was behind a cut was sound all the time, and links that nobody needs do not tell whether it still is
+        behind it. It becomes the last choice before its probation is over: a cut around a rack can take a stage from
+        every pipeline, and then there is no other choice. Each relapse doubles the time until then.
+        """
+        steady_s = (watched.heard or now) - (watched.steady_since or now)
+        if state is NodeState.GREEN:
+            return steady_s >= STEADY_S
+        red_s = now - watched.changed_at
+        return watched.severed and watched.demoted and min(steady_s, red_s / evidence.relapses) >= STEADY_S
 
     def _keep(self, member: Member, watched: _Watched, evidence: Evidence) -> None:
         """Which sets the member is in from now on."""
@@ -464,6 +486,7 @@ class Detector:
             poisoned=symptoms.poisoned,
             peers_poisoned=symptoms.peers_poisoned,
             probation=symptoms.probation,
+            relapses=symptoms.relapses,
         )
 
 

@@ -47,6 +47,7 @@ class Evidence:
     poisoned: int = 0  # requests whose numbers were finite when they came and not when they left, of late
     peers_poisoned: bool = False  # its peers had such requests, too: then it is the requests
     probation: str = ""  # why it is not trusted for a while
+    relapses: float = 1.0  # how many times as long as at first
     deaf: bool = False  # this controller hears fewer than half of those that are registered, or nobody
 
 

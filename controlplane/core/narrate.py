@@ -20,9 +20,11 @@ def of_verdict(verdict: Verdict, unix_now: float) -> Event:
     if verdict.after is NodeState.RED:
         kind = EventKind.LEFT if verdict.left else EventKind.DIED
         text = "left" if verdict.left else f"died: {verdict.evidence}"
+    elif verdict.before is NodeState.RED:
+        kind, text = EventKind.CLEARED, "is heard again, as a blank node"
+        text += f", {verdict.evidence}" if verdict.evidence else ""
     elif verdict.after is NodeState.GREEN:
-        kind = EventKind.CLEARED
-        text = "is heard again, as a blank node" if verdict.before is NodeState.RED else "is heard again"
+        kind, text = EventKind.CLEARED, "is heard again"
     details: dict[str, float | int | str] = {
         "incarnation": verdict.member.incarnation,
         "evidence": verdict.evidence,

@@ -161,10 +161,28 @@ def test_a_link_broken_between_two_that_are_heard_costs_the_one_that_is_waited_f
     assert [m for m in (A, B, C) if bench.detector.state(m) is RED] == [blamed]
     assert not bench.detector.faulty(), "its process is sound"
     bench.links.clear()
-    bench.run(9)
-    assert bench.state(blamed) is RED, "on probation"
-    bench.run(2)
+    bench.run(1.5)
+    assert bench.state(blamed) is RED
+    bench.run(1)
+    assert bench.state(blamed) is YELLOW
+    assert bench.detector.demoted() == {blamed}, "sound, and on probation: the last choice"
+    bench.run(8)
     assert bench.state(blamed) is GREEN
+
+
+def test_who_is_behind_a_cut_again_and_again_is_believed_later_each_time() -> None:
+    bench, waits = Bench(), []
+    for _ in range(4):
+        bench.links[B] = (LinkReport(A, False, 0.0, "timed out"),)
+        bench.run(0.2)
+        bench.detector.evaluate(bench.now, {A: 1.3})
+        assert bench.detector.state(A) is RED
+        bench.links.clear()
+        began = bench.now
+        while bench.state(A) is RED:
+            bench.run(0.1)
+        waits.append(bench.now - began)
+    assert waits == pytest.approx([2.0, 4.0, 8.0, 16.0], abs=0.4)
 
 
 def test_a_link_that_is_refused_is_no_evidence_of_death() -> None:

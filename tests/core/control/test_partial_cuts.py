@@ -186,3 +186,19 @@ def test_a_stage_that_is_stuck_unseen_is_not_another_ones_fault() -> None:
     sim.hang("n3")
     sim.run(40)
     assert EventKind.DIED not in sim.kinds()
+
+
+def test_a_cut_around_one_stage_of_all_pipelines_is_over_soon_after_the_path_is_back() -> None:
+    """Both nodes of the stage are cut off from all others, as behind one switch: nobody is left to take it."""
+    sim, cut = alive(2, 4), {"n1", "n5"}
+    sim.part(cut, set(sim.nodes) - cut)
+    for name in cut:
+        sim.hang(name, usual_s=60.0)  # steps do not reach it
+    sim.run_until(lambda: all("-" in sim.serving(p) for p in ("p0", "p1")), limit_s=5)
+    sim.parted.clear()
+    for name in cut:
+        sim.nodes[name].hung_at = 0.0
+    sim.run_until(lambda: not any("-" in sim.serving(p) for p in ("p0", "p1")), limit_s=3)
+    sim.run_until(sim.home, limit_s=20)
+    assert sim.topology is not None
+    assert not sim.topology.retired, "their processes are sound"
