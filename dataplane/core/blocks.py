@@ -38,15 +38,17 @@ class KvStore:
         # Pipelines that are down: what is served of them makes room, too.
         self.idle: frozenset[PipelineId] = frozenset()
         self.lost: list[tuple[PipelineId, bytes]] = []  # of what is kept, damaged: schedulers do not know yet
-        self.missing = 0  # blocks that the last `begin` which found no room would have needed more
+        # Blocks that the last `resume`, or `begin` that found no room, would have needed more.
+        self.missing = 0
 
     # ------------------------------------------------------------------ steps
 
     def resume(self, pipeline: PipelineId, rid: int, names: Sequence[bytes], tail: int) -> bool:
         """A request goes on behind these full blocks, and behind `tail` positions of the next one that it has here.
         That one may be full, and others may have it: the positions are computed again, with the same bits. What else
-        the request had is void. False: something of that is not here.
+        the request had is void. False: something of that is not here (`missing` is 0), or nothing is free.
         """
+        self.missing = 0
         blocks = [self.pool.find(name) for name in names]
         row = self.own[pipeline].get(rid)
         valid = len(names) * self.block_size + tail
@@ -55,7 +57,10 @@ class KvStore:
                 return False
             blocks.append(self.table.block(row, len(names)))
         found = [block for block in blocks if block is not None]
-        if len(found) < len(blocks) or (row is None and not self._make_row()):
+        if len(found) < len(blocks):
+            return False
+        if row is None and not self._make_row():
+            self.missing = 1  # those of any request that ends would do: its row goes with them
             return False
         if row is None:
             row = self.own[pipeline][rid] = self.table.new_row()

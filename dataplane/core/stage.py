@@ -151,7 +151,7 @@ class Stage:
             self._forget(rid)
         for begin in meta.begins:
             if not self.store.resume(self.pipeline, begin.rid, unpack_names(begin.names), begin.tail):
-                return "gap"
+                return "space" if self.store.missing else "gap"
         self.store.evict(self.pipeline, unpack_names(meta.evicts))
         for admit in meta.admits:
             self._admit(admit)

@@ -23,7 +23,7 @@ from dataplane.core.events import (
     Submitted,
     Tick,
 )
-from dataplane.core.messages import ResultMeta, Row, StepFailedMeta, pack_rows
+from dataplane.core.messages import Begin, Fence, ResultMeta, Row, StepFailedMeta, StepMeta, pack_rows
 from dataplane.core.request import pack_tokens
 from dataplane.core.scheduler import SPACE_RETRY_S, Scheduler
 from dataplane.core.stage import Prepared, Stage
@@ -215,3 +215,26 @@ def test_no_room_is_kept_for_copies_where_there_are_none() -> None:
     two = replace(alone, pipelines=(*alone.pipelines, topology.Pipeline("p1", 1, (stage,))))
     assert [t.copies for t in (alone, two, replace(two, mode=Mode.NONE))] == [False, True, False]
     assert (quota_blocks(100, 1), quota_blocks(100, 1, False), quota_blocks(100, 2, False)) == (50, 100, 50)
+
+
+def test_no_row_of_the_table_is_want_of_space() -> None:
+    """What is missing is not computed again, so the same was tried for ever: with less there is room."""
+    store = KvStore(1000, BLOCK, 2, 64)
+
+    def begin(pipeline: str, rid: int, names: tuple[bytes, ...] = ()) -> Prepared | str:
+        meta = StepMeta(
+            pipeline,
+            Fence(1, 0),
+            0,
+            pack_rows([(rid, 0, 4, False)]),
+            admits=(),
+            begins=(Begin(rid, b"".join(names)),),
+        )
+        return Stage(pipeline, 1, 3, 1, store).prepare(meta)
+
+    hold(store, "p1", 1, 1)
+    assert isinstance(begin("p0", 2), Prepared)
+    assert (begin("p0", 3), store.missing) == ("space", 1)
+    assert begin("p0", 3, (bytes(16),)) == "gap"
+    store.release(("p1", 1))
+    assert isinstance(begin("p0", 3), Prepared)
