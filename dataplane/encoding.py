@@ -4,6 +4,7 @@ What reads or writes shards runs in the KV thread. Used by the worker only, one 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 
 from controlplane.contract.ids import Member, PipelineId
@@ -15,6 +16,7 @@ from dataplane.core.messages import (
     FetchMeta,
     RestoredMeta,
     RestoreMeta,
+    Shape,
     ShardAckMeta,
     ShardDropMeta,
     ShardMeta,
@@ -26,6 +28,8 @@ from dataplane.core.prefix import unpack_names
 from dataplane.kvwork import RunInThread
 from dataplane.parity_bytes import OF_BYTES, ParityBytes
 from dataplane.transport import frames
+
+log = logging.getLogger(__name__)
 
 EXPIRE_EVERY_S = 0.05
 UNSENT_MAX = 64  # messages with restored shards that wait for a link
@@ -57,6 +61,8 @@ class Encoding:
         # Whose encoders are others since: when its first stage is told next of what lies here.
         self._moved: dict[PipelineId, float] = {}
         self._unsent: deque[tuple[Member, RestoredMeta, bytes]] = deque(maxlen=UNSENT_MAX)
+        # Whose stages differ in their code, which is said once an epoch.
+        self._misfits: set[PipelineId] = set()
         self._expire_at = 0.0
 
     def apply(self, topology: Topology) -> None:
@@ -67,11 +73,13 @@ class Encoding:
         self._forget(self.encoder.retain(self._encoders))
         for gone in self._epochs.keys() - {pipeline.id for pipeline in topology.pipelines}:
             del self._epochs[gone]
+            self._misfits.discard(gone)
             self._moved.pop(gone, None)
             self._forget(self.encoder.void(gone))
         for pipeline in topology.pipelines:
             if self._epochs.get(pipeline.id) != pipeline.epoch:
                 self._epochs[pipeline.id] = pipeline.epoch
+                self._misfits.discard(pipeline.id)
                 self._forget(self.encoder.void(pipeline.id))
 
     def link_changed(self, node: str) -> None:
@@ -117,9 +125,23 @@ class Encoding:
                 continue  # one of us does not know the newest topology; the stage asks what is here
             if place < len(sums) and sums[place] == checksum and size <= meta.shape.longest:
                 effects += self.encoder.arrived(key, meta.stage, meta.shape, checksum, place, now)
+                if not self.encoder.has(key, meta.stage):
+                    self._say_misfit(meta, self.encoder.shape(key))
             else:
                 self.encoder.damaged(key, meta.stage)
         await self._perform(effects, payload, size)
+
+    def _say_misfit(self, meta: ShardMeta, kept: Shape | None) -> None:
+        if kept in (None, meta.shape) or meta.pipeline in self._misfits:
+            return
+        self._misfits.add(meta.pipeline)
+        log.warning(
+            "stages of %s differ in their code, %s and %s: new blocks are not protected until parity.code and "
+            "parity.parities are the same on all nodes",
+            meta.pipeline,
+            kept,
+            meta.shape,
+        )
 
     def _encodes(self, pipeline: PipelineId, name: bytes) -> bool:
         encoders = self._encoders.get(pipeline, ())

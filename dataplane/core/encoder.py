@@ -176,6 +176,11 @@ class Encoder:
         entry = self._complete.get(key) or self._open.get(key)
         return None if entry is None else entry.shape
 
+    def has(self, key: Key, stage: int) -> bool:
+        """Whether the stage's shard of a name is in."""
+        entry = self._complete.get(key) or self._open.get(key)
+        return entry is not None and stage in entry.sums
+
     def whole(self, pipeline: PipelineId, stage: int, fence: Fence) -> ShardAckMeta:
         """The answer to a query. What else there is to tell that stage is in it."""
         self._news.pop((pipeline, stage), None)
@@ -205,9 +210,17 @@ class Encoder:
             return []
         effects: list[Effect] = []
         entry = self._complete.get(key) or self._open.get(key)
-        if entry is not None and (entry.shape != shape or entry.sums.get(stage, checksum) != checksum):
-            # Equal names mean equal bytes: one of them is not as it was computed, and nothing says which.
-            effects += self._drop(key)
+        if entry is not None and not self._fits(entry, stage, shape, checksum):
+            idle = now - entry.added_at >= IDLE_LIMIT_S
+            if idle or stage in entry.sums:
+                # Its shape gets no further, and all stages may have another by now. Or the stage's bytes are others:
+                # equal names mean equal bytes, so one of them is not as it was computed, and nothing says which.
+                effects += self._drop(key)
+            if not idle:
+                # Stages that differ would drop each other's shards as fast as links take them: this one waits.
+                told.gone.pop(key[1], None)
+                told.full[key[1]] = None
+                return effects
             entry = None
         if entry is None:
             size_bytes = shape.parities * code.parity_bytes(shape.longest)
@@ -342,6 +355,11 @@ class Encoder:
         """For how long nothing has come of a stage that it waits for."""
         heard = min((self._heard.get((pipeline, stage), 0.0) for stage in job.waits), default=0.0)
         return now - max(job.since, heard)
+
+    def _fits(self, entry: _Entry, stage: int, shape: Shape, checksum: int) -> bool:
+        """What is in stays in, whatever shape its stage would choose now."""
+        known = entry.sums.get(stage)
+        return known == checksum or (known is None and entry.shape == shape)
 
     def _all_in(self, entry: _Entry) -> bool:
         return len(entry.sums) == entry.shape.shards

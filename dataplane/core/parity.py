@@ -8,6 +8,7 @@ encoder. Every node finds the same encoder for a name, from the topology alone.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,6 +28,8 @@ ANSWER_LIMIT_S = 2.0  # without an answer: ask again what the encoder has
 ALONE_LIMIT_S = 5.0
 # So often it is asked for all that it has: its word that a name is gone may be lost, too.
 COMPARE_EVERY_S = 60.0
+# A name that it has refused is not sent again for so long, however often it is asked for all that it has meanwhile.
+REFUSED_S = 30.0
 # What an encoder says of a name when it is asked for all of them.
 MINE, WHOLE = 1, 2
 
@@ -127,6 +130,7 @@ class _Line:
     flying: dict[bytes, None] = field(default_factory=dict)  # sent, and nothing is heard of them
     # It has our shard and not those of all others: since when it said so.
     alone: dict[bytes, float] = field(default_factory=dict)
+    refused: dict[bytes, float] = field(default_factory=dict)  # it has not taken them, then
     untold: dict[bytes, None] = field(default_factory=dict)  # gone, which it has to be told
     leaving: dict[bytes, float] = field(default_factory=dict)  # it has been told so, then
     strangers: set[bytes] = field(default_factory=set)  # it has them, and they were not here when it said so
@@ -173,6 +177,7 @@ class ShardSource:
             line.waiting.pop(name, None)
             line.flying.pop(name, None)
             line.alone.pop(name, None)
+            line.refused.pop(name, None)
             line.untold[name] = None
             self._tell_elsewhere(name)
 
@@ -206,6 +211,7 @@ class ShardSource:
                     self._lines[old].waiting.pop(name, None)
                     self._lines[old].flying.pop(name, None)
                     self._lines[old].alone.pop(name, None)
+                    self._lines[old].refused.pop(name, None)
                     if self.leads:  # other stages' shards may be there
                         self._elsewhere.setdefault(name, set()).add(old)
                 self._complete -= self._names[name] == COMPLETE
@@ -225,6 +231,7 @@ class ShardSource:
         for member, line in self._lines.items():
             if node in (None, member.node):
                 line.known, line.asked_at = False, None
+                line.refused.clear()
 
     def must_ask(self, now: float) -> list[Member]:
         """Encoders to send a query to now."""
@@ -322,6 +329,9 @@ class ShardSource:
         for name in self._names:
             if self._mine(name, encoder) is not None:
                 flags = there.get(name, 0)
+                refused_at = line.refused.get(name, -math.inf)
+                if not flags & MINE and line.heard_at - refused_at < REFUSED_S:
+                    continue
                 self._put(line, name, COMPLETE if flags == MINE | WHOLE else IN if flags & MINE else WAITS)
         line.strangers.clear()
         for name in there.keys() - self._names.keys():
@@ -348,6 +358,9 @@ class ShardSource:
         self._names[name] = state
         line.flying.pop(name, None)
         line.alone.pop(name, None)
+        line.refused.pop(name, None)
+        if state == REFUSED:
+            line.refused[name] = line.heard_at
         if state == IN:
             line.alone[name] = line.heard_at
         if state == WAITS:

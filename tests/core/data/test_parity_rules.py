@@ -25,6 +25,7 @@ from dataplane.core.parity import (
     COMPARE_EVERY_S,
     ENCODERS_MIN,
     MINE,
+    REFUSED_S,
     WHOLE,
     ShardSource,
     candidates_of,
@@ -81,6 +82,8 @@ class World:
         self.random = random.Random(seed)
         self.sizes = [self.random.choice([7, 24, 40]) for _ in range(stages)]
         self.shape = Shape(code, stages, parities, max(self.sizes))
+        self.shapes = [self.shape] * stages  # as each stage has it from its own settings
+        self.came = 0  # shards, at encoders
         self.room = room
         self.sources = [ShardSource(index == 0, max(self.sizes)) for index in range(stages)]
         self.places: dict[Member, Place] = {}
@@ -163,7 +166,8 @@ class World:
             return
         data = self.shard(name, stage)
         key = PIPELINE, name
-        effects = place.encoder.arrived(key, stage, self.shape, crc32(data), 0, self.now)
+        effects = place.encoder.arrived(key, stage, self.shapes[stage], crc32(data), 0, self.now)
+        self.came += 1
         place.perform(effects, data, len(data))
         self.added.setdefault((node, name), set()).add(stage)
         if len(self.added[node, name]) == len(self.sources):
@@ -330,6 +334,72 @@ def test_what_an_encoder_said_last_may_be_lost() -> None:
     assert source.lag_blocks == 0
     world.now += 2 * ALONE_LIMIT_S
     assert source.must_ask(world.now) == [], "nothing is left to ask for"
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("seed", range(2))
+def test_stages_of_different_codes_wait_and_are_protected_when_they_agree(stages: int, seed: int) -> None:
+    """As in a rolling restart that changes the code: a stage at a time has the new one."""
+    world = World("xor", 1, stages, seed)
+    names = [name_of(number) for number in range(8)]
+    for source in world.sources:
+        source.add(names)
+
+    def go_on(seconds: float) -> None:
+        for _ in range(int(seconds / 0.05)):
+            world.now += 0.05
+            world.pump()
+            while world.deliver():
+                pass
+
+    newer = replace(world.shape, code="rs", parities=2)
+    for stage in range(1, stages):  # before anything is coded: one stage is left with the older code
+        world.shapes[stage] = newer
+    go_on(5 * COMPARE_EVERY_S)
+    rounds = 5 * COMPARE_EVERY_S / REFUSED_S + 1
+    assert world.came <= 2 * rounds * stages * len(names), "blocks are sent as fast as links take them"
+    assert all(source.lag_blocks == len(names) for source in world.sources), "a claim is too high"
+    world.shapes[0] = newer
+    world.sources[0] = ShardSource(True, max(world.sizes))
+    world.place()
+    world.sources[0].add(names)
+    world.sources[0].settle()
+    go_on(2 * COMPARE_EVERY_S + 20)
+    assert not any(source.lag_blocks for source in world.sources), "not protected though all have one code"
+    for name in names:
+        at = world.places[ranked(name, tuple(sorted(world.places)))[0]].encoder
+        assert at.shape((PIPELINE, name)) == newer
+        assert at.is_complete((PIPELINE, name))
+    came = world.came
+    go_on(COMPARE_EVERY_S)
+    assert world.came == came
+
+
+def test_parity_stays_when_a_stage_that_is_in_it_has_another_code() -> None:
+    world = World("xor", 1, 2, 1)
+    name = name_of(1)
+    place, _ = complete(world, name)
+    world.shapes[1] = replace(world.shape, code="rs")
+    data = world.shard(name, 1)
+    for now in (world.now, world.now + 100.0):  # once more, as after a break
+        arrived = place.encoder.arrived((PIPELINE, name), 1, world.shapes[1], crc32(data), 0, now)
+        assert arrived == []
+    assert place.encoder.is_complete((PIPELINE, name))
+    assert world.restores(name, (1,)) == [(name, 1, data)]
+
+
+def test_a_block_that_changes_each_time_does_not_keep_the_others_sending() -> None:
+    encoder, key, shape = Encoder(1 << 20), (PIPELINE, name_of(1)), Shape("xor", 2, 1, 8)
+    sent = [0, 0]
+    waits = {0, 1}
+    for tick in range(1000):  # 10 s
+        for stage in sorted(waits):
+            sent[stage] += 1
+            encoder.arrived(key, stage, shape, sum(sent) if stage else 0, 0, tick * 0.01)
+        waits = {stage for _, stage, news in encoder.news() if news.gone and not news.full}
+        if tick % 10 == 0:
+            waits.add(1)  # it was damaged on its way, or so
+    assert sent[0] <= sent[1] / 2 + 1, "a stage sends again each time another one does"
 
 
 def test_one_loss_more_than_there_are_parities_is_refused() -> None:
