@@ -32,7 +32,8 @@ from dataplane.transport import frames
 log = logging.getLogger(__name__)
 
 EXPIRE_EVERY_S = 0.05
-UNSENT_MAX = 64  # messages with restored shards that wait for a link
+UNSENT_MAX = 64  # messages with restored shards that wait for a link ...
+UNSENT_BYTES = 64 << 20  # ... and no more bytes than that: they are not of parity.memory_bytes
 NOTHING = memoryview(b"")
 
 EncoderMeta = ShardMeta | ShardQueryMeta | ShardDropMeta | RestoreMeta | SurvivorMeta
@@ -60,7 +61,7 @@ class Encoding:
         self._encoders: dict[PipelineId, tuple[Member, ...]] = {}  # of the pipelines whose parity may be here
         # Whose encoders are others since: when its first stage is told next of what lies here.
         self._moved: dict[PipelineId, float] = {}
-        self._unsent: deque[tuple[Member, RestoredMeta, bytes]] = deque(maxlen=UNSENT_MAX)
+        self._unsent: deque[tuple[Member, RestoredMeta, bytes]] = deque()  # the oldest first
         # Whose stages differ in their code, which is said once an epoch.
         self._misfits: set[PipelineId] = set()
         self._expire_at = 0.0
@@ -81,13 +82,29 @@ class Encoding:
                 self._epochs[pipeline.id] = pipeline.epoch
                 self._misfits.discard(pipeline.id)
                 self._forget(self.encoder.void(pipeline.id))
+        self._unsent = deque(each for each in self._unsent if self._waits(topology, each[0], each[1]))
 
     def link_changed(self, node: str) -> None:
         unsent = list(self._unsent)
         self._unsent.clear()
         for to, meta, payload in unsent:
             if to.node != node or not self._send(to, meta, payload):
-                self._unsent.append((to, meta, payload))
+                self._keep(to, meta, payload)
+
+    def _waits(self, topology: Topology, to: Member, meta: RestoredMeta) -> bool:
+        pipeline, epoch = topology.pipeline(meta.pipeline), meta.fence.epoch
+        if pipeline is None or epoch < pipeline.epoch:
+            return False
+        return (
+            epoch > pipeline.epoch or to in pipeline.members()
+        )  # it may know a newer topology than this node
+
+    def _keep(self, to: Member, meta: RestoredMeta, payload: bytes) -> None:
+        """Until its link is up. Who waits for the oldest ones has given up first, and computes them again."""
+        self._unsent.append((to, meta, payload))
+        size_bytes = sum(len(each) for _, _, each in self._unsent)
+        while len(self._unsent) > UNSENT_MAX or size_bytes > UNSENT_BYTES:
+            size_bytes -= len(self._unsent.popleft()[2])
 
     async def handle(self, peer: Member, meta: EncoderMeta, payload: memoryview, now: float) -> None:
         match meta:
@@ -194,7 +211,7 @@ class Encoding:
             meta = RestoredMeta(pipeline, fence, stage, names, sums, b"".join(refused))
             payload = await self._thread(b"".join, shards, size=sum(map(len, shards)))
             if not self._send(to, meta, payload):
-                self._unsent.append((to, meta, payload))
+                self._keep(to, meta, payload)
 
     def _fetch(self, effect: Fetch) -> list[Effect]:
         pipeline = self._topology.pipeline(effect.pipeline) if self._topology is not None else None
