@@ -37,6 +37,10 @@ GAIN_MIN, GAIN_WORK_MIN = 0.25, 4 * REQUEST_WORK
 SMOOTHED_S = 3.0
 LOOKED_BACK = 64  # instances before one in the ring that may have it among their candidates
 LOAD_KEPT_S = 5.0  # what an instance said of its load is believed for so long
+# No stage says for so long that a copy is there: its holder may have no room for it. Twice as long after each attempt,
+# for it may also be long.
+COPY_LIMIT_S, COPY_LIMIT_MAX_S = 5.0, 320.0
+SHUNNED_S = 30.0  # a holder where a copy got no further is given no more for so long, if others take them
 
 
 @dataclass(slots=True)
@@ -44,6 +48,7 @@ class _Placed:
     holder: PipelineId | None = None  # has all that every stage had when it was chosen
     coming: PipelineId | None = None  # is being sent that
     missing: set[int] = field(default_factory=set)  # stages that have not said so
+    limit_s: float = COPY_LIMIT_S  # until it is sent elsewhere
 
     @property
     def goal(self) -> PipelineId | None:
@@ -67,6 +72,9 @@ class Holders:
         self._orders: dict[int, None] = {}  # requests of which stages have to be told something
         self._news: dict[int, None] = {}  # requests of which gateways have to be told something
         self._homeless: dict[int, None] = {}  # requests that nobody holds or is sent, oldest first
+        # Requests whose copies are coming, and since when that gets no further; None: since the next tick.
+        self._coming: dict[int, float | None] = {}
+        self._shunned: dict[PipelineId, float] = {}  # until when
         self._moves = float(MOVES_AT_ONCE)
         self._at: float | None = None
 
@@ -86,9 +94,11 @@ class Holders:
             return
         self._candidates = tuple(candidates)
         self._loads = {id_: load for id_, load in self._loads.items() if id_ in self._candidates}
+        self._shunned = {id_: until for id_, until in self._shunned.items() if id_ in self._candidates}
         for rid, placed in self._placed.items():
             if placed.coming is not None and placed.coming not in self._candidates:
                 placed.coming = None
+                self._coming.pop(rid, None)
                 self._orders[rid] = None
             if placed.holder is not None and placed.holder not in self._candidates:
                 placed.holder = None
@@ -119,7 +129,7 @@ class Holders:
         placed = self._placed.pop(rid, None)
         if placed is not None and placed.goal is not None:
             self._inherits[placed.goal] -= 1
-        for book in (self._orders, self._news, self._homeless):
+        for book in (self._orders, self._news, self._homeless, self._coming):
             book.pop(rid, None)
 
     def copied(self, stage: int, rid: int, holder: PipelineId) -> None:
@@ -127,9 +137,14 @@ class Holders:
         placed = self._placed.get(rid)
         if placed is None or placed.coming != holder:
             return
-        placed.missing.discard(stage)
+        if stage in placed.missing:
+            placed.missing.discard(stage)
+            self._coming[rid] = None
         if not placed.missing:
             placed.holder, placed.coming = holder, None
+            placed.limit_s = COPY_LIMIT_S
+            self._coming.pop(rid, None)
+            self._shunned.pop(holder, None)
             self._orders[rid] = self._news[rid] = None
 
     def reset(self) -> None:
@@ -138,6 +153,7 @@ class Holders:
             self._orders[rid] = None
             if placed.coming is not None:
                 placed.missing = set(range(self._stages))
+        self._coming = dict.fromkeys(self._coming)
 
     def tell(self, rid: int) -> None:
         """Somebody else reads the request now: say again who holds it."""
@@ -152,7 +168,7 @@ class Holders:
         while self._moves >= 1.0 and (rid := self._movable(now)) is not None:
             placed = self._placed[rid]
             self._want(rid, placed, self._best(now))
-            if placed.coming is None:
+            if placed.goal is None:
                 return  # nobody can hold anything
             self._moves -= 1.0
             self.moved += 1
@@ -185,12 +201,36 @@ class Holders:
             self._inherits[placed.goal] -= 1
         placed.coming = holder if holder != placed.holder else None
         placed.missing = set(range(self._stages)) if placed.coming is not None else set()
+        if placed.coming is not None:
+            self._coming[rid] = None
+        else:
+            self._coming.pop(rid, None)
         if placed.goal is not None:
             self._inherits[placed.goal] += 1
             self._homeless.pop(rid, None)
         else:
             self._homeless[rid] = None
         self._orders[rid] = None
+
+    def _late(self, now: float) -> int | None:
+        """A request whose copy gets no further where it is sent, if somebody else may take it."""
+        for rid, since in self._coming.items():
+            placed = self._placed[rid]
+            if since is None:
+                self._coming[rid] = since = now
+            if placed.coming is None or now - since < placed.limit_s:
+                continue
+            self._shunned[placed.coming] = now + SHUNNED_S
+            best = self._best(now)
+            if best is not None and self._shunned.get(best, 0.0) <= now:
+                placed.limit_s = min(2.0 * placed.limit_s, COPY_LIMIT_MAX_S)
+                return rid
+            self._coming[rid] = now  # nobody does better: it is looked at again later
+        return None
+
+    def _willing(self, now: float) -> list[PipelineId]:
+        """Candidates that take copies, as far as is known; all of them if none does."""
+        return [id_ for id_ in self._candidates if self._shunned.get(id_, 0.0) <= now] or [*self._candidates]
 
     def _queue(self, now: float) -> dict[PipelineId, float]:
         """What each candidate has to do. Who has said nothing lately counts as the busiest: it may be."""
@@ -205,11 +245,12 @@ class Holders:
         if self.fixed or not self._candidates:
             return next(iter(self._candidates), None)
         queue = self._queue(now)
-        return min(self._candidates, key=lambda id_: self._cost(id_, queue[id_]))
+        return min(self._willing(now), key=lambda id_: self._cost(id_, queue[id_]))
 
     def _movable(self, now: float) -> int | None:
-        """The request whose copy should move first: one without a holder, else one of the busiest holder's, the newest,
-        if the least busy candidate would have much less to do even with it."""
+        """The request whose copy should move first: one without a holder, else one that gets no further where it is
+        sent, else one of the busiest holder's, the newest, if the least busy candidate would have much less to do even
+        with it."""
         if not self._candidates:
             return None
         if self._homeless:
@@ -217,13 +258,15 @@ class Holders:
         if self.fixed:
             first = self._candidates[0]
             return next((rid for rid, p in self._placed.items() if p.goal != first), None)
+        if (late := self._late(now)) is not None:
+            return late
         queue = self._queue(now)
         costs = {id_: self._cost(id_, queue[id_]) for id_ in self._candidates}
         held = [id_ for id_ in self._candidates if self._inherits[id_]]
         if not held:
             return None
         busiest = max(held, key=lambda id_: costs[id_])
-        gain = costs[busiest] - min(costs.values()) - self._weight * REQUEST_WORK
+        gain = costs[busiest] - min(costs[id_] for id_ in self._willing(now)) - self._weight * REQUEST_WORK
         if gain <= max(GAIN_WORK_MIN, GAIN_MIN * costs[busiest]):
             return None
         rids = (rid for rid, p in reversed(self._placed.items()) if p.holder == busiest and p.coming is None)

@@ -10,8 +10,10 @@ from controlplane.contract.loads import REQUEST_WORK
 from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
 from dataplane.core.holders import (
     CANDIDATES,
+    COPY_LIMIT_S,
     MOVES_AT_ONCE,
     MOVES_PER_S,
+    SHUNNED_S,
     Holders,
     candidates_of,
     sources_of,
@@ -114,6 +116,69 @@ def test_after_a_change_of_fence_stages_are_told_anew() -> None:
     assert made.holder(1) is None, "the first stage may be another node now"
 
 
+def idle(made: Holders, since: float, seconds: float) -> None:
+    for tick in range(int(4 * seconds) + 1):
+        now = since + tick / 4
+        for name in NAMES:
+            made.heard(name, 0, now)
+        made.tick(now)
+
+
+def test_a_copy_that_its_holder_cannot_take_goes_elsewhere() -> None:
+    made = holders(stages=2, p1=0, p2=9999, p3=9999)
+    made.place(7, 0.0)
+    assert made.orders() == (Place(7, ("p1",)),)
+    made.copied(0, 7, "p1")  # the pool of the other stage's node is full
+    idle(made, 0.0, COPY_LIMIT_S + 1.0)
+    (order,) = made.orders()
+    assert order.holders in {("p2",), ("p3",)}
+    assert made.moved == 1
+    made.place(8, COPY_LIMIT_S + 1.0)
+    (another,) = made.orders()
+    assert another.holders != ("p1",), "it takes none now"
+    for rid, (holder,) in ((7, order.holders), (8, another.holders)):
+        for stage in (0, 1):
+            made.copied(stage, rid, holder)
+    made.orders()
+    for rid in range(20, 29):
+        made.place(rid, COPY_LIMIT_S + SHUNNED_S + 1.0)
+    assert ("p1",) in {order.holders for order in made.orders()}, "it may have room again"
+
+
+def test_what_nobody_can_take_does_not_go_round() -> None:
+    made = holders(p1=0, p2=0, p3=0)
+    for rid in range(6):
+        made.place(rid, 0.0)
+    idle(made, 0.0, 3600.0)
+    assert made.moved < 6 * 20
+
+
+def test_a_copy_that_takes_long_stays_with_its_holder() -> None:
+    """One candidate; or a stage at a time that says that its part is there."""
+    made = Holders(3)
+    made.allow(("p1",))
+    made.place(7, 0.0)
+    made.orders()
+    idle(made, 0.0, 60.0)
+    assert not made.ordered
+    made = holders(stages=3, p1=0, p2=9999, p3=9999)
+    made.place(7, 0.0)
+    made.orders()
+    for stage in range(3):
+        idle(made, stage * (COPY_LIMIT_S - 1.0), COPY_LIMIT_S - 1.0)
+        made.copied(stage, 7, "p1")
+    assert made.holder(7) == "p1"
+    assert made.moved == 0
+
+
+def test_after_a_change_of_fence_a_copy_has_its_time_again() -> None:
+    made = holders(p1=0, p2=9999, p3=9999)
+    made.place(7, 0.0)
+    made.reset()
+    idle(made, 100.0, COPY_LIMIT_S - 1.0)
+    assert made.orders() == (Place(7, ("p1",)),)
+
+
 def test_noise_moves_nothing() -> None:
     made = holders(p1=0, p2=0, p3=0)
     for rid in range(9):
@@ -167,6 +232,8 @@ def test_in_any_order_the_books_agree(happened: list[tuple[str, int, int]]) -> N
         assert +made._inherits == +type(made._inherits)(goal for goal in goals if goal is not None)
         assert {goal for goal in goals if goal is not None} <= allowed
         assert set(made._homeless) == {rid for rid, placed in made._placed.items() if placed.goal is None}
+        assert set(made._coming) == {rid for rid, placed in made._placed.items() if placed.coming is not None}
+        assert set(made._shunned) <= allowed
         assert set(made._orders) <= alive
         assert set(made._news) <= alive
     assert made.moved <= MOVES_AT_ONCE + MOVES_PER_S * now + 1
