@@ -27,6 +27,9 @@ TYPES = {
     503: "ServiceUnavailableError",
 }
 
+# Also a scheduler's words, which compares where two bodies come at once: its code for them says INVALID, as of old.
+OTHER_BODY = "this Idempotency-Key was used with another body"
+
 FAIL_STATUS = {
     FailCode.OVERLOADED: 429,
     FailCode.UNAVAILABLE: 503,
@@ -72,7 +75,8 @@ class ApiError(Exception):
 
 
 def of_fail(code: FailCode, message: str, retry_after_s: float) -> ApiError:
-    return ApiError(FAIL_STATUS[code], message, retry_after_s=retry_after_s)
+    status = 422 if code is FailCode.INVALID and message == OTHER_BODY else FAIL_STATUS[code]
+    return ApiError(status, message, retry_after_s=retry_after_s)
 
 
 def shorten(value: object) -> str:

@@ -8,7 +8,11 @@ from msgspec import structs
 from controlplane.contract.ids import Member
 from controlplane.contract.requests import RefusalCode
 from controlplane.contract.topology import Move, MovePhase, Pipeline, Stage
+from dataplane.core.events import Refuse
+from tests.core.data.test_kept import resumable
+from tests.core.data.test_scheduler import scheduler
 from tests.core.gateway.routing import TAIL, A, B, Bench, C, only, pipeline, sent
+from web.gateway.errors import of_fail
 from web.gateway.routing.events import Fail, FailCode, StreamDown, StreamUp, Tick
 from web.gateway.routing.policy import Policy
 
@@ -158,3 +162,15 @@ def test_deaths_count_although_the_stream_breaks_before_the_topology_says_so(dro
         bench.topology(pipeline("p0", heads[n + 1], 3 * n + 3))
         bench.do(StreamUp(heads[n + 1]))
     assert bench.failed[1].code is FailCode.QUARANTINED
+
+
+def test_another_body_under_the_key_of_a_request_that_runs_is_422() -> None:
+    """A scheduler's words say so: its code is the one for all that can never run."""
+    made = scheduler(stages=1)
+    made.step(resumable(), 0.0)
+    (refuse,) = [
+        effect for effect in made.step(resumable(session=2, length=5), 0.1) if isinstance(effect, Refuse)
+    ]
+    assert refuse.message.code is RefusalCode.INVALID
+    assert of_fail(FailCode.INVALID, refuse.message.message, 0.0).status == 422
+    assert of_fail(FailCode.INVALID, "the prompt is too long", 0.0).status == 400

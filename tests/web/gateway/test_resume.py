@@ -19,6 +19,7 @@ import pytest
 from controlplane.contract.requests import Submit
 from tests.web.gateway.fake_node import reference
 from tests.web.gateway.stack import MODEL, Stack, beside, demo_model, running
+from web.gateway.errors import OTHER_BODY
 from web.gateway.resume.cursor import Cursor
 from web.gateway.resume.tickets import Tickets, rid_of
 from web.gateway.text.template import ChatTemplate
@@ -357,6 +358,39 @@ def test_a_repeated_request_is_computed_once() -> None:
             for bad in ("", "x" * 256, "caf\u00e9"):
                 refused = await first.post(COMPLETIONS, json=asked, headers={"idempotency-key": bad.encode()})
                 assert refused.status_code == 400
+
+    with_two(body)
+
+
+@pytest.mark.parametrize("when", ["at once", "running", "in one piece"])
+def test_another_body_under_one_key_disturbs_nothing(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(one: Stack, two: Stack) -> None:
+        asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": 200, "stream": when != "in one piece"}
+        headers = {"idempotency-key": "k"}
+        async with one.http() as client:
+            if when == "at once":  # neither search finds anything
+
+                async def nothing(rid: int, limit_s: float) -> tuple[None, bool]:
+                    await asyncio.sleep(0.01)
+                    return None, True
+
+                monkeypatch.setattr(one.dispatcher, "recall", nothing)
+            first = asyncio.create_task(client.post(COMPLETIONS, json=asked, headers=headers))
+            await asyncio.sleep(0)
+            if when != "at once":
+                await one.until(lambda: one.dispatcher.router.live)
+            for other in (
+                {"max_tokens": 9},
+                {"prompt": [1, 2]},
+                {"stop": "x"},
+                {"stream": not asked["stream"]},
+            ):
+                answer = await client.post(COMPLETIONS, json=asked | other, headers=headers)
+                assert (answer.status_code, answer.json()["error"]["message"]) == (422, OTHER_BODY), other
+            whole = await first
+            assert whole.status_code == 200
+            assert "error" not in whole.text
+            assert len({submit.rid for node in one.nodes for submit in node.submits}) == 1
 
     with_two(body)
 

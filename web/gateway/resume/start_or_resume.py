@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from controlplane.contract.requests import Log, Sampling
-from web.gateway.errors import ApiError
+from web.gateway.errors import OTHER_BODY, ApiError
 from web.gateway.lives import OpenLife
 from web.gateway.openai.answer_format import AnswerFormat
 from web.gateway.openai.chat import kept_chat, prepare_chat
@@ -130,11 +130,14 @@ async def start_or_resume(
             prepared = await _prepare(service, kind, body, nonce, earlier.created_unix_s, visit)
             digest = prepared.digest
         if earlier.digest != digest:
-            raise ApiError(422, "this Idempotency-Key was used with another body")
+            raise ApiError(422, OTHER_BODY)
         ticket = service.tickets.issue(nonce, earlier.created_unix_s, digest, visit.owner)
         context = earlier
         prepared = replace(prepared, plans=_plans(prepared, logs, Cursor([])))
         service.metrics.resumed.labels("repeated").inc()
+    running = service.dispatcher.router.context_of(rids[0])
+    if running is not None and _decode(running).digest != digest:
+        raise ApiError(422, OTHER_BODY)  # both came at once: this one would take the other's place
     starts = _starts(rids, logs, context, [None] * len(rids), resumed=False)
     return _answer(service, prepared, context, starts, ticket.text if stream else "", None, hold)
 

@@ -85,6 +85,11 @@ class Router:
     def live(self) -> int:
         return len(self._live)
 
+    def context_of(self, rid: int) -> bytes | None:
+        """What goes along with a request that is live; None: it is not, or nothing does."""
+        live = self._live.get(rid)
+        return live.context if live is not None else None
+
     @property
     def live_max(self) -> int:
         """Requests that this gateway takes: instances may come while it runs."""
