@@ -164,11 +164,11 @@ class CompletionFormat:
         choices = []
         for at, index in enumerate(best(self._wholes, self._request)):
             whole = self._wholes[index]
-            logprobs: dict[str, Any] | None = whole.logprobs
+            logprobs = whole.logprobs
             if self._request.echoed_logprobs is not None:
                 echoed = Whole()
                 echoed.add(Piece(), self._echo_logprobs(index, whole.prompt_scores))
-                echoed.join(logprobs or {})
+                echoed.join(whole)
                 logprobs = echoed.logprobs
             ids = [] if self._request.nothing_new else whole.ids
             choice = self._choice(index, whole.piece, logprobs, ids) | {"index": at}

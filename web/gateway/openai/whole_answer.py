@@ -15,7 +15,6 @@ from web.gateway.text.choice_decoder import Piece
 from web.gateway.text.parsers.parsed import CallDelta
 
 ENTRY_BYTES = 250  # of a token's part in the lists, without what is encoded
-ENCODED = ("content", "top_logprobs")  # lists whose entries are large
 
 
 def best(wholes: Sequence[Whole], request: Common) -> list[int]:
@@ -40,7 +39,7 @@ class Whole:
         self.ids: list[int] = []
         self.prompt_scores = b""  # of its prompt, if asked for
         self._logprob = 0.0  # of all tokens together
-        self.logprobs: dict[str, list[Any] | LongList] | None = None
+        self.logprobs: dict[str, LongList] | None = None
 
     @property
     def piece(self) -> Piece:
@@ -58,15 +57,11 @@ class Whole:
         """By which the best of several is found."""
         return self._logprob / max(1, len(self.ids))
 
-    def join(self, logprobs: dict[str, Any]) -> None:
-        """Log probabilities of another part, after its own: that may be lists of both kinds."""
-        assert self.logprobs is not None
-        for name, entries in logprobs.items():
-            match self.logprobs[name]:
-                case LongList() as found:
-                    found.join(entries)
-                case found:
-                    found += entries
+    def join(self, other: Whole) -> None:
+        """Its log probabilities, after one's own."""
+        for name, entries in (other.logprobs or {}).items():
+            assert self.logprobs is not None
+            self.logprobs[name].join(entries)
 
     def add(self, piece: Piece, logprobs: dict[str, Any] | None) -> int:
         """Returns about how many bytes that keeps."""
@@ -85,11 +80,5 @@ class Whole:
         if logprobs is None:
             return size
         if self.logprobs is None:
-            self.logprobs = {name: LongList() if name in ENCODED else [] for name in logprobs}
-        for name, entries in logprobs.items():
-            match self.logprobs[name]:
-                case LongList() as found:
-                    size += found.extend(entries)
-                case found:
-                    found += entries
-        return size
+            self.logprobs = {name: LongList() for name in logprobs}
+        return size + sum(self.logprobs[name].extend(entries) for name, entries in logprobs.items())
