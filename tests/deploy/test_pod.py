@@ -12,8 +12,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -31,12 +33,15 @@ from controlplane.contract.status import (
     ClusterStatus,
     NodeState,
     NodeStatus,
+    OperationAnswer,
+    OperationRequest,
     PipelineState,
     PipelineStatus,
     StageStatus,
 )
 from controlplane.contract.topology import Mode
 from controlplane.kfadmin.main import app
+from controlplane.kfadmin.pod import release
 from controlplane.kfadmin.pod.api import KubernetesApi
 from controlplane.kfadmin.pod.autoscale import Rules, decide, kv_use, pods_of
 from controlplane.kfadmin.pod.place import PodPlace, PodPlan, config_of, label_value, labels_of, read_plan
@@ -361,6 +366,12 @@ def scaled(state: OperationState, ended: float = 0.0) -> tuple[Operation, ...]:
         (status(3, used=10, waiting=1), 3),
         (status(3, used=10, operations=scaled(OperationState.DONE, NOW - 599)), 3),
         (status(3, used=10, operations=scaled(OperationState.DONE, NOW - 601)), 2),
+        (status(3, used=10, operations=scaled(OperationState.FAILED, NOW - 599)), 3),
+        (status(waiting=8, operations=scaled(OperationState.FAILED, NOW - 599)), 2),
+        (status(waiting=8, operations=scaled(OperationState.CANCELLED, NOW - 599)), 2),
+        (status(waiting=8, operations=scaled(OperationState.FAILED, NOW - 601)), 3),
+        (status(waiting=8, operations=scaled(OperationState.DONE, NOW - 1)), 3),
+        (status(1, operations=scaled(OperationState.FAILED, NOW - 1)), 1),
         (status(3, used=10, operations=scaled(OperationState.RUNNING)), 3),
         (status(3, used=10, paused=True), 3),
         (status(2, used=10), 2),
@@ -377,6 +388,23 @@ def test_nothing_is_asked_for_while_an_operation_runs() -> None:
     decision = decide(status(1, operations=scaled(OperationState.RUNNING)), RULES, NOW)
     assert decision.scaling
     assert not decision.changes
+
+
+def test_what_is_asked_for_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change that cannot be finished would keep all others waiting."""
+    asked: list[OperationRequest] = []
+
+    def submit(request: OperationRequest) -> OperationAnswer:
+        asked.append(request)
+        return OperationAnswer(True, (), ())
+
+    client = SimpleNamespace(current=lambda: status(waiting=100), settings=dict, submit=submit)
+    api = SimpleNamespace(pods_of=lambda _: 2, set_pods_of=lambda *_: None)
+    monkeypatch.setattr(release, "connect", lambda *_: nullcontext(client))
+    monkeypatch.setattr(release, "KubernetesApi", lambda: nullcontext(api))
+    done = CliRunner().invoke(app, ["pod", "autoscale", "shop-node-s0", "--min", "1", "--max", "4"])
+    assert done.exit_code == 0, done.output
+    assert [(request.instances, request.deadline_s) for request in asked] == [(3, 1800.0)]
 
 
 def test_the_stage_with_the_least_left_counts() -> None:

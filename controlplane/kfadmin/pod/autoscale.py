@@ -6,7 +6,8 @@ made up for by the next one. `kfadmin pod autoscale` acts on it; a CronJob of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from controlplane.contract.errors import RequestError
@@ -14,12 +15,18 @@ from controlplane.contract.hosting import number_of
 from controlplane.contract.records import OperationKind, OperationState
 from controlplane.contract.status import ClusterStatus, NodeState
 
+GIVEN_UP = (OperationState.FAILED, OperationState.CANCELLED)
+# Pods may have to wait for machines, images and weights. Streams that last longer than this end all the same: a
+# pipeline that is closing goes without the operation.
+DEADLINE_S = 1800.0
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
     """`waiting`: queued requests of an instance from which on there should be one more. `kv_high`, `kv_low`: share of
     the serving nodes' KV blocks that requests have; above the one there should be an instance more, below the other one
-    less, if what is there fits into the rest below `kv_high`. `calm_s`: since the last change, before one goes."""
+    less, if what is there fits into the rest below `kv_high`. `calm_s`: since the last change, before one goes, and
+    since one that failed or was cancelled, before anything is asked for."""
 
     instances_min: int
     instances_max: int
@@ -63,6 +70,9 @@ def decide(status: ClusterStatus, rules: Rules, now_unix_s: float) -> Decision:
         return Decision(now, now, f"{scaling[0].id} is under way", scaling=True)
     if status.paused:
         return Decision(now, now, "automation is paused")
+    given_up_s = _since(status, GIVEN_UP, now_unix_s)
+    if given_up_s < rules.calm_s:
+        return Decision(now, now, f"the last change was given up {given_up_s:.0f} s ago")
     if not rules.instances_min <= now <= rules.instances_max:
         bound = min(max(now, rules.instances_min), rules.instances_max)
         return Decision(bound, now, f"{now} is not within {rules.instances_min} to {rules.instances_max}")
@@ -73,15 +83,21 @@ def decide(status: ClusterStatus, rules: Rules, now_unix_s: float) -> Decision:
         return Decision(min(now + 1, rules.instances_max), now, said)
     fits = now > rules.instances_min and kv * now / (now - 1) < rules.kv_high
     if not waiting and kv < rules.kv_low and fits:
-        ended = [
-            op.finished_unix_s
-            for op in status.operations
-            if op.kind is OperationKind.SCALE and op.state is OperationState.DONE
-        ]
-        if ended and now_unix_s - max(ended) < rules.calm_s:
-            return Decision(now, now, f"{said}, but the last change was {now_unix_s - max(ended):.0f} s ago")
+        done_s = _since(status, (OperationState.DONE,), now_unix_s)
+        if done_s < rules.calm_s:
+            return Decision(now, now, f"{said}, but the last change was {done_s:.0f} s ago")
         return Decision(now - 1, now, said)
     return Decision(now, now, said)
+
+
+def _since(status: ClusterStatus, states: Collection[OperationState], now_unix_s: float) -> float:
+    """Seconds since the last change of the number of instances that ended so; infinite if none did."""
+    ended = [
+        operation.finished_unix_s
+        for operation in status.operations
+        if operation.kind is OperationKind.SCALE and operation.state in states
+    ]
+    return now_unix_s - max(ended, default=-math.inf)
 
 
 def kv_use(status: ClusterStatus) -> float:

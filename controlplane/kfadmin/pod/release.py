@@ -18,7 +18,7 @@ from controlplane.contract.status import OperationRequest
 from controlplane.kfadmin.client import Refused
 from controlplane.kfadmin.output import progress
 from controlplane.kfadmin.pod.api import KubernetesApi
-from controlplane.kfadmin.pod.autoscale import Rules, decide, pods_of
+from controlplane.kfadmin.pod.autoscale import DEADLINE_S, Rules, decide, pods_of
 from controlplane.kfadmin.pod.secret_files import Release, secrets_of
 from controlplane.kfadmin.target import AdminOption, RunDirOption, TokenFileOption, connect
 from controlplane.kfadmin.tokens import seconds_of
@@ -78,6 +78,9 @@ def autoscale(
     kv_high: Annotated[float, typer.Option(help="Share of KV blocks in use: one more above it.")] = 0.8,
     kv_low: Annotated[float, typer.Option(help="Share of KV blocks in use: one less below it.")] = 0.3,
     calm: Annotated[float, typer.Option(help="Seconds from the last change until one goes.")] = 600.0,
+    deadline: Annotated[
+        float, typer.Option(min=1.0, help="Seconds that a change may take; then it has failed.")
+    ] = DEADLINE_S,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
     run_dir: RunDirOption = None,
     admin: AdminOption = None,
@@ -105,7 +108,11 @@ def autoscale(
             name = f"autoscale-{decision.instances}-{secrets.token_hex(4)}"
             answer = client.submit(
                 OperationRequest(
-                    name, OperationKind.SCALE.value, instances=decision.instances, reason=decision.why
+                    name,
+                    OperationKind.SCALE.value,
+                    deadline_s=deadline,  # without one, what cannot be finished keeps all others waiting
+                    instances=decision.instances,
+                    reason=decision.why,
                 )
             )
             if not answer.accepted:
