@@ -42,8 +42,10 @@ class KeyLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     priority_floor: Annotated[int, Meta(ge=-(1 << 31), le=(1 << 31) - 1)] | None = None
 
 
-class KeyRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One key. Times are unix seconds; 0: never."""
+class KeyRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One key. Times are unix seconds; 0: never.
+
+    What is as ever is not written: gateways of earlier releases refuse a file with a field that they do not know."""
 
     id: HEX
     name: NAME
@@ -54,6 +56,7 @@ class KeyRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expires_unix_s: Count = 0
     revoked_unix_s: Count = 0
     limits: KeyLimits = KeyLimits()
+    metrics: bool = False  # it reads the gateways' /metrics, which tell of all keys, and does nothing else
 
     def state(self, now: float) -> str:
         """`active`, `expired` or `revoked`."""
@@ -68,11 +71,13 @@ class KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def make_key(
-    name: str, owner: str, now: int, expires_unix_s: int, limits: KeyLimits
+    name: str, owner: str, now: int, expires_unix_s: int, limits: KeyLimits, metrics: bool = False
 ) -> tuple[str, KeyRecord]:
     """A new key, in the clear and as its record. Raises ConfigError for a name or limits that cannot be."""
     key_id, secret, salt = secrets.token_hex(8), secrets.token_urlsafe(32), secrets.token_hex(16)
-    record = KeyRecord(key_id, name, salt, _hash(salt, secret), owner, now, expires_unix_s, limits=limits)
+    record = KeyRecord(
+        key_id, name, salt, _hash(salt, secret), owner, now, expires_unix_s, limits=limits, metrics=metrics
+    )
     try:
         msgspec.convert(msgspec.to_builtins(record), KeyRecord)
     except msgspec.ValidationError as error:

@@ -34,6 +34,7 @@ class Shown(msgspec.Struct, frozen=True):
     created_unix_s: int
     expires_unix_s: int
     limits: KeyLimits
+    metrics: bool = False
 
 
 def _path(run_dir: Path | None, file: Path | None) -> Path:
@@ -62,6 +63,9 @@ def create(
     priority_floor: Annotated[
         int | None, typer.Option(help="The most urgent priority; lower runs first.")
     ] = None,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="For a scraper: /metrics of the gateways, and nothing else.")
+    ] = False,
     run_dir: RunDirOption = None,
     file: FileOption = None,
     output: OutputOption = Output.TABLE,
@@ -71,7 +75,11 @@ def create(
         tuple(model or ()), requests_per_minute, tokens_per_minute, streams, memory_bytes, priority_floor
     )
     now = int(time.time())
-    text, record = make_key(name, owner, now, now + seconds_of(valid) if valid else 0, limits)
+    if metrics and limits != KeyLimits():
+        raise RequestError(
+            "a key for metrics alone asks for nothing that limits are for: leave one of them out"
+        )
+    text, record = make_key(name, owner, now, now + seconds_of(valid) if valid else 0, limits, metrics)
     with changing(_path(run_dir, file)) as keys:
         if any(key.name == name and not key.revoked_unix_s for key in keys):
             raise RequestError(f"there is a key {name} already: revoke it first, or choose another name")
@@ -99,7 +107,7 @@ def list_(
         for key in found:
             until = clock(key.expires_unix_s) if key.expires_unix_s else "for ever"
             more = [clock(key.created_unix_s)] if wide else []
-            drawn.add_row(key.id, key.name, key.owner, key.state, until, _words(key.limits), *more)
+            drawn.add_row(key.id, key.name, key.owner, key.state, until, _words(key), *more)
         console().print(drawn)
 
     show(View(found, draw, items=found, names=[key.name for key in found]), output)
@@ -122,12 +130,14 @@ def revoke(
 
 
 def _shown(key: KeyRecord, now: float) -> Shown:
-    return Shown(
-        key.id, key.name, key.owner, key.state(now), key.created_unix_s, key.expires_unix_s, key.limits
-    )
+    state, created, expires = key.state(now), key.created_unix_s, key.expires_unix_s
+    return Shown(key.id, key.name, key.owner, state, created, expires, key.limits, key.metrics)
 
 
-def _words(limits: KeyLimits) -> str:
+def _words(key: Shown) -> str:
+    if key.metrics:
+        return "only /metrics"
+    limits = key.limits
     words = [f"only {', '.join(limits.models)}"] if limits.models else []
     for value, what in (
         (limits.requests_per_minute, "requests/min"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typer.testing import CliRunner, Result
 
 from controlplane.kfadmin.main import app
-from web.gateway.http.api_keys import ApiKeys
+from web.gateway.http.api_keys import ApiKeys, Right
 
 
 def keys(run_dir: Path, *arguments: str) -> Result:
@@ -39,6 +39,14 @@ def test_a_key_from_its_making_to_its_end(tmp_path: Path) -> None:
     assert keys(tmp_path, "list", "-o", "name").stdout == ""
     assert keys(tmp_path, "list", "--all", "-o", "name").stdout == "alice\n"
     assert keys(tmp_path, "create", "alice").exit_code == 0, "the name is free again"
+
+
+def test_a_scrapers_key_is_for_metrics_alone(tmp_path: Path) -> None:
+    text = keys(tmp_path, "create", "prometheus", "--metrics").stdout.strip()
+    store = ApiKeys.load(tmp_path / "api-keys", tmp_path / "keys.json")
+    assert store.match(f"Bearer {text}").right is Right.METRICS
+    assert "only /metrics" in keys(tmp_path, "list").stdout
+    assert keys(tmp_path, "create", "other", "--metrics", "--streams", "1").exit_code == 2
 
 
 def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path: Path) -> None:

@@ -170,11 +170,47 @@ def test_a_prompt_counts_once_however_many_choices_are_made_of_it() -> None:
             )
             usage = answer.json()["usage"]
             assert (usage["prompt_tokens"], usage["completion_tokens"]) == (100, 12)
+        async with stack.http() as http:
             counted = (await http.get("/metrics")).text
         assert 'kevlarflow_key_prompt_tokens_total{key="many"} 100.0' in counted
         assert 'kevlarflow_key_generation_tokens_total{key="many"} 12.0' in counted
 
     with_stack(body, keys=ApiKeys([KEY], [record]))
+
+
+def test_metrics_are_for_operators_and_scrapers_alone() -> None:
+    """They name all keys, and count what each has asked."""
+    client, record = made("client")
+    scraper, scrapers = make_key("scraper", "", NOW, 0, KeyLimits(), metrics=True)
+
+    async def body(stack: Stack) -> None:
+        async with stack.http(client) as http:
+            for path in ("/metrics", "//metrics", "/metrics/", "/%6Detrics"):
+                refused = await http.get(f"{stack.url}{path}")
+                assert (refused.status_code, "kevlarflow_" in refused.text) == (403, False), path
+            assert (await http.head("/metrics")).status_code == 403
+            assert (await ask(http)).status_code == 200
+        async with stack.http(scraper) as http:
+            assert 'key="client"' in (await http.get("/metrics")).text
+            for path in ("/v1/models", "/load", "/openapi.json", "/tokenizer_info", "/v1/streams/x"):
+                assert (await http.get(path)).status_code == 403, path
+            assert (await ask(http)).status_code == 403
+            assert (await http.get("/livez")).status_code == 200
+        async with stack.http() as http:
+            assert 'key="client"' in (await http.get("/metrics")).text
+
+    with_stack(body, keys=ApiKeys([KEY], [record, scrapers]))
+
+
+def test_earlier_releases_read_the_keys_that_they_know(tmp_path: Path) -> None:
+    """They refuse a file with a field that they do not know."""
+    path = tmp_path / "keys.json"
+    with changing(path) as keys:
+        keys.append(made("client", tokens_per_minute=5)[1])
+    assert "metrics" not in path.read_text()
+    with changing(path) as keys:
+        keys.append(make_key("scraper", "", NOW, 0, KeyLimits(), metrics=True)[1])
+    assert [key.metrics for key in read_keys(path).keys] == [False, True]
 
 
 def test_limits_are_kept_over_http() -> None:

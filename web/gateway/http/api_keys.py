@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import hashlib
 import hmac
 import os
@@ -24,12 +25,21 @@ NEEDED = "a valid API key is needed: Authorization: Bearer KEY"
 Stamp = tuple[int, int, int] | None
 
 
+class Right(enum.Enum):
+    """What a key is good for."""
+
+    ALL = "all"  # an operator's, in the clear: also /metrics
+    USE = "use"  # a client's
+    METRICS = "metrics"  # a scraper's: /metrics alone
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """`owner`: what streams and memory are counted under, the same as long as the key lives."""
 
     owner: bytes
     usage: KeyUsage
+    right: Right
 
     @property
     def name(self) -> str:
@@ -78,13 +88,13 @@ class ApiKeys:
         if record is not None and parts is not None and is_secret(record, parts[1]):
             if (state := record.state(time.time())) != "active":
                 raise ApiError(401, f"this API key is {state}")
-            return self._caller(_owner_of(record))
+            return self._caller(_owner_of(record), Right.METRICS if record.metrics else Right.USE)
         digest = hashlib.sha256(key.encode()).digest()
         if not any(
             [hmac.compare_digest(digest, known) for known in self._plain]
         ):  # all of them, in equal time
             raise ApiError(401, NEEDED)
-        return self._caller(digest)
+        return self._caller(digest, Right.ALL)
 
     def look(self) -> None:
         """Take in what has changed. What cannot be read changes nothing, and is said."""
@@ -124,8 +134,8 @@ class ApiKeys:
         for owner in [o for o, usage in self._usages.items() if o not in wanted and not usage.running]:
             del self._usages[owner]
 
-    def _caller(self, owner: bytes) -> Caller:
-        return Caller(owner, self._usages[owner])
+    def _caller(self, owner: bytes, right: Right) -> Caller:
+        return Caller(owner, self._usages[owner], right)
 
 
 def _owner_of(record: KeyRecord) -> bytes:

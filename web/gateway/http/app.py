@@ -17,9 +17,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from web import bodies
 from web.gateway.errors import ApiError, shorten
-from web.gateway.http.api_keys import ApiKeys, Caller
+from web.gateway.http.api_keys import ApiKeys, Caller, Right
 from web.gateway.http.generation_response import EVENT_HEADERS, GenerationResponse
-from web.gateway.http.guard import BODY_BYTES_MAX, Guard
+from web.gateway.http.guard import BODY_BYTES_MAX, METRICS, Guard
 from web.gateway.http.openapi import document
 from web.gateway.openai.chat import Prompting, chat_prompt
 from web.gateway.openai.chat_output import check_tools
@@ -106,8 +106,12 @@ def _health_routes(app: FastAPI, services: Services) -> None:
     async def load() -> Response:
         return _json({"server_load": services.live})
 
-    @app.get("/metrics")
+    @app.get(METRICS)
     async def metrics(request: Request) -> Response:
+        if _caller(request).right is Right.USE:  # they are of all clients
+            raise ApiError(
+                403, "a client's API key does not read metrics: `kfadmin keys create NAME --metrics`"
+            )
         text, kind = services.first.metrics.render(request.headers.get("accept", ""))
         return Response(text, headers={"content-type": kind, "vary": "accept"})
 

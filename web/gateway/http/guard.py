@@ -6,9 +6,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from web.gateway.errors import ApiError
-from web.gateway.http.api_keys import ApiKeys
+from web.gateway.http.api_keys import ApiKeys, Right
 from web.manners import LOGGED
 
+METRICS = "/metrics"
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/version"})
 BODY_BYTES_MAX = 4 << 20
 
@@ -27,6 +28,8 @@ class Guard:
             headers = Headers(scope=scope)
             try:
                 caller = self._keys.match(headers.get("authorization"))
+                if caller.right is Right.METRICS and scope["path"] != METRICS:
+                    raise ApiError(403, f"this API key is for {METRICS} alone")
             except ApiError as error:
                 return await _refuse(send, error)
             length = headers.get("content-length", "0")
