@@ -135,7 +135,8 @@ class Worker:
         self._store = store
         self._send = send
         self._grammars = grammars
-        self._unsent: deque[tuple[Member, HeldMeta]] = deque(maxlen=UNSENT_MAX)  # for want of a link
+        # For want of a link: what a scheduler learns in no other way.
+        self._unsent: deque[tuple[Member, HeldMeta | LostMeta]] = deque(maxlen=UNSENT_MAX)
         self.compute = Compute(executor)
         self._inbox = Inbox()
         self._rhythm = Rhythm()
@@ -533,7 +534,9 @@ class Worker:
     def _to_scheduler(self, pipeline_id: PipelineId, meta: Meta) -> None:
         pipeline = self.topology.pipeline(pipeline_id) if self.topology is not None else None
         scheduler = pipeline.scheduler if pipeline is not None else None
-        if scheduler is not None and not self._send(scheduler, meta, b"") and isinstance(meta, HeldMeta):
+        if scheduler is None or self._send(scheduler, meta, b""):
+            return
+        if isinstance(meta, HeldMeta | LostMeta):
             self._unsent.append((scheduler, meta))
 
     def _answer_again(self, node: NodeId) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from controlplane.contract.ids import PipelineId
 from controlplane.contract.repair import Computing
@@ -71,10 +71,11 @@ class Questions:
             question.since = now
         return question, heard
 
-    def evicted(self, names: Iterable[bytes]) -> None:
-        """Stages are told to keep these no longer: an answer that is on its way may still name them."""
+    def gone(self, names: Sequence[bytes]) -> None:
+        """Stages are told to keep these no longer, or one has said that it does not: an answer may still name them, one
+        that is on its way or that a stage gives once it has restored other blocks."""
         for question in self.open.values():
-            question.evicted.update(names)
+            question.gone.update(names)
 
     def void(self) -> None:
         self.open.clear()

@@ -18,7 +18,9 @@ class HeldCollector:
     stages_missing: set[int]
     since: float
     adopts: bool = True  # false: only tells stages what to give back, nobody waits for the answers
-    evicted: set[bytes] = field(default_factory=set)  # names that stages were told to evict meanwhile
+    gone: set[bytes] = field(
+        default_factory=set
+    )  # names that not all stages keep any more since it was asked
     silent: set[int] = field(default_factory=set)  # stages that have not said anything yet
     _least: dict[int, int] = field(default_factory=dict)
     _unheard: dict[int, set[int]] = field(
@@ -69,7 +71,7 @@ class HeldCollector:
         if not self._kept:
             return [], set()
         common = set(self._kept[0]).intersection(*self._kept[1:])
-        common -= self.evicted
+        common -= self.gone
         return [name for name in self._kept[0] if name in common], set().union(*self._kept) - common
 
 

@@ -157,7 +157,9 @@ class Scheduler:
                 self._held(event, now)
             case LostMeta():
                 if event.fence == self.fence:
-                    self.batcher.account.forget(unpack_names(event.names))
+                    lost = unpack_names(event.names)
+                    self.batcher.account.forget(lost)
+                    self.questions.gone(lost)
             case ReadyMeta():
                 for rid in event.rids if event.fence == self.fence else ():
                     if (request := self.requests.get(rid)) is not None:
@@ -557,7 +559,7 @@ class Scheduler:
             drafts = self.speculator.drafts(rows, self.batcher)
             places = self.holders.orders() if self.holders is not None else ()
             step = self.steps.launch(self.fence, rows, frees, drops, account, now, drafts, places)
-            self.questions.evicted(unpack_names(step.meta.evicts))
+            self.questions.gone(unpack_names(step.meta.evicts))
             effects.append(step)
 
     def _result(self, meta: ResultMeta, now: float, effects: list[Effect], news: list[Effect]) -> None:

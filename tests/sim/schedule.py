@@ -138,13 +138,14 @@ def _restored(schedule: Schedule) -> Schedule:
 
 
 def _scaled(schedule: Schedule) -> Schedule:
-    """The same with instances added and removed, and streams that last meanwhile."""
+    """The same with instances added and removed, and streams that last meanwhile. Where one fault has to be masked,
+    there is always a second instance to do so."""
     chance, shape = random.Random(f"scale {schedule.seed}"), schedule.shape
     window_s = max((step.at for step in schedule.steps), default=1.0)
     steps = list(schedule.steps)
     for number in range(chance.choice((1, 2, 2, 3))):
         at = chance.uniform(0.0, window_s + 2.0 * number)
-        instances = chance.randrange(1, shape.instances + 2)
+        instances = max(chance.randrange(1, shape.instances + 2), 2 if schedule.mild else 1)
         asked = (300 + number, chance.randrange(1, shape.gateways + 1), chance.choice(LONG))
         steps.append(Step(at, "scale", (instances,)))
         steps.append(Step(at + chance.uniform(-0.3, 0.3), "submit", asked))

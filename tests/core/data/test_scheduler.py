@@ -23,8 +23,9 @@ from dataplane.core.events import (
     Submitted,
     Tick,
 )
-from dataplane.core.messages import Detail, Fence, HeldMeta, ResultMeta, Row, StepFailedMeta
+from dataplane.core.messages import Detail, Fence, HeldMeta, LostMeta, ResultMeta, Row, StepFailedMeta
 from dataplane.core.patience import STALL_LIMIT_S
+from dataplane.core.prefix import NAME_BYTES
 from dataplane.core.recovery import GATHER_S
 from dataplane.core.request import Phase, pack_tokens
 from dataplane.core.scheduler import Scheduler
@@ -303,6 +304,21 @@ def test_a_new_epoch_voids_what_is_in_flight_and_resumes_at_the_minimum() -> Non
     assert [row[1:] for row in rows(resumed)] == [(8, 5, True)]
     assert resumed.meta.admits
     assert resumed.meta.fence == Fence(6, 0)
+
+
+def test_what_a_stage_has_lost_while_it_restored_other_blocks_is_not_cached() -> None:
+    """Its answer names what it kept when it was asked; a block of that turned out to be damaged meanwhile."""
+    made = scheduler(stages=2)
+    made.step(result(steps(made.step(submit(1, length=12), 0.0))[0]), 0.1)
+    ask = next(e for e in made.step(EpochBegan(6, planned=False), 0.2) if isinstance(e, Ask)).meta
+    sound, lost = bytes(NAME_BYTES), b"1" * NAME_BYTES
+    made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 0, ((1, 12),), sound + lost), 0.3)
+    made.step(LostMeta("p0", Fence(6, 0), lost), 0.4)
+    resumed = steps(made.step(HeldMeta("p0", Fence(6, 0), ask.ask, 1, ((1, 12),), sound + lost), 0.5))[0]
+    account = made.batcher.account
+    assert account.found([sound]) == 1
+    assert account.found([lost]) == 0
+    assert resumed.meta.evicts == lost, "the stages that have it give it back"
 
 
 def test_a_request_goes_on_while_a_stage_restores_blocks_of_others() -> None:
