@@ -164,6 +164,11 @@ class Replicator:
         state = self._protected.get(pipeline)
         return [] if state is None else state.placed.copied(state.sources)
 
+    def lost(self, pipeline: PipelineId) -> list[tuple[int, PipelineId]]:
+        """Copies of single requests that were complete and are gone since the last time: (request, holder)."""
+        state = self._protected.get(pipeline)
+        return [] if state is None else state.placed.lost(state.sources)
+
     def unprotect(self, pipeline: PipelineId) -> None:
         self._protected.pop(pipeline, None)
 

@@ -428,10 +428,12 @@ class Worker:
         return damaged
 
     def _tell_copied(self) -> None:
-        """Schedulers learn which holders have what they were to get."""
+        """Schedulers learn which holders have what they were to get, and which have it no longer."""
         for pipeline, stage in self.stages.items():
-            if placed := self.replicator.copied(pipeline):
-                self._to_scheduler(pipeline, CopiedMeta(pipeline, stage.fence, stage.index, tuple(placed)))
+            lost, placed = self.replicator.lost(pipeline), self.replicator.copied(pipeline)
+            if lost or placed:
+                told = CopiedMeta(pipeline, stage.fence, stage.index, tuple(placed), tuple(lost))
+                self._to_scheduler(pipeline, told)
 
     def _tell_lost(self) -> None:
         """Of what is kept here for requests to come, something has changed in memory."""

@@ -147,6 +147,20 @@ class Holders:
             self._shunned.pop(holder, None)
             self._orders[rid] = self._news[rid] = None
 
+    def lost(self, stage: int, rid: int, holder: PipelineId) -> None:
+        """A stage says that this holder has its copy no longer. The stage sends it again, where it is still wanted."""
+        placed = self._placed.get(rid)
+        if placed is None:
+            return
+        if placed.coming == holder:
+            placed.missing.add(stage)
+        elif placed.holder == holder:
+            placed.holder = None
+            if placed.coming is None:
+                placed.coming, placed.missing = holder, set(range(self._stages))
+                self._coming[rid] = None
+            self._orders[rid] = self._news[rid] = None
+
     def reset(self) -> None:
         """What stages were told may be lost: they are told anew. What is held is held."""
         for rid, placed in self._placed.items():

@@ -253,6 +253,7 @@ class CopiedMeta(msgspec.Struct, frozen=True, array_like=True, tag=13):
     fence: Fence
     stage: int
     placed: tuple[tuple[int, PipelineId], ...]  # request, holder
+    lost: tuple[tuple[int, PipelineId], ...] = ()  # was there, and is so no longer; known before `placed`
 
 
 class LoadMeta(msgspec.Struct, frozen=True, array_like=True, tag=14):

@@ -144,6 +144,8 @@ class Scheduler:
                     self.holders.heard(pipeline, load, now)
             case CopiedMeta():
                 if self.holders is not None and event.fence == self.fence:
+                    for rid, holder in event.lost:
+                        self.holders.lost(event.stage, rid, holder)
                     for rid, holder in event.placed:
                         self.holders.copied(event.stage, rid, holder)
             case Tick():

@@ -179,6 +179,40 @@ def test_after_a_change_of_fence_a_copy_has_its_time_again() -> None:
     assert made.orders() == (Place(7, ("p1",)),)
 
 
+def test_a_copy_that_made_room_is_held_no_longer() -> None:
+    made = holders(stages=2, p1=0, p2=9999, p3=9999)
+    made.place(7, 0.0)
+    for stage in (0, 1):
+        made.copied(stage, 7, "p1")
+    made.orders()
+    assert list(made.news()) == [(7, "p1")]
+    made.lost(1, 7, "p1")
+    assert made.holder(7) is None
+    assert list(made.news()) == [(7, None)]
+    assert made.orders() == (Place(7, ("p1",)),), (
+        "it is sent again: other stages say whether theirs is still there"
+    )
+    for stage in (1, 0):
+        made.copied(stage, 7, "p1")
+    assert made.holder(7) == "p1"
+    made.orders()
+    made.lost(0, 7, "p1")
+    idle(made, 0.0, COPY_LIMIT_S + 1.0)
+    (order,) = made.orders()
+    assert order.holders in {("p2",), ("p3",)}, "it has no room"
+
+
+def test_a_copy_that_goes_while_the_other_stages_still_come_is_missing() -> None:
+    made = holders(stages=2, p1=0, p2=9999, p3=9999)
+    made.place(7, 0.0)
+    made.copied(0, 7, "p1")
+    made.lost(0, 7, "p1")
+    made.copied(1, 7, "p1")
+    assert made.holder(7) is None
+    made.copied(0, 7, "p1")
+    assert made.holder(7) == "p1"
+
+
 def test_noise_moves_nothing() -> None:
     made = holders(p1=0, p2=0, p3=0)
     for rid in range(9):
@@ -195,7 +229,7 @@ def test_noise_moves_nothing() -> None:
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["place", "release", "copied", "allow", "load", "tick", "reset"]),
+            st.sampled_from(["place", "release", "copied", "lost", "allow", "load", "tick", "reset"]),
             st.integers(0, 11),
             st.integers(0, 40),
         ),
@@ -217,6 +251,8 @@ def test_in_any_order_the_books_agree(happened: list[tuple[str, int, int]]) -> N
                 alive.discard(rid)
             case "copied":
                 made.copied(value % 2, rid, f"p{value // 2 % 5}")
+            case "lost":
+                made.lost(value % 2, rid, f"p{value // 2 % 5}")
             case "allow":
                 names = [f"p{index}" for index in range(5) if value >> index & 1]
                 made.allow(names)

@@ -112,6 +112,29 @@ def test_copies_are_dropped_with_their_request_and_wherever_they_are_not_wanted_
     asyncio.run(scenario())
 
 
+def test_a_copy_that_made_room_is_not_believed_in_until_it_is_there_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replication, "REFUSED_PAUSE_S", 0.004)
+
+    async def scenario() -> None:
+        async with Instances(Mode.LOAD_AWARE, 3, 2) as cluster:
+            cluster.submit(1, PROMPT, 95)
+            await cluster.until(lambda: (live := cluster.router._live.get(1)) and live.holder)
+            live = cluster.router._live[1]
+            holder, holders = live.holder, cluster.scheduler(str(live.pipeline)).holders
+            last = Member(f"n{2 * int(str(holder)[1:]) + 1}", "a")
+            node = cluster.nodes[last].worker
+            node._store.copies._evict_row((live.pipeline, 1))  # served KV has needed the room
+            await cluster.until(lambda: live.holder is None)
+            assert 1 in holders
+            await cluster.until(lambda: live.holder)
+            there = Member(f"n{2 * int(str(live.holder)[1:]) + 1}", "a")
+            assert cluster.nodes[there].worker._store.copies.tokens((live.pipeline, 1)) >= len(PROMPT) - BLOCK
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(
     ("hosts", "allowed"), [(("a", "a", "b", "b"), {"p2", "p3"}), (("a", "a", "a", "a"), {"p1", "p2", "p3"})]
 )
