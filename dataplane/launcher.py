@@ -102,6 +102,8 @@ class Launcher:
         self._file = WantedFile(self._run_dir)
         self._wanted = Wanted((), ())
         self._uncertified: set[str] = set()  # nodes that cannot start yet
+        # Nodes that SIGKILL has not ended yet, in a call of a driver say: each has its name and its GPU until it does.
+        self._ending: set[str] = set()
         self._log = structlog.get_logger()
         self._cold = config.mode is Mode.STOP_RESTART
         self._run_node: RunNode | None = None
@@ -165,15 +167,16 @@ class Launcher:
         except (OSError, *UNREADABLE) as error:
             self._log.error("what the relay says of the nodes to run is not readable", error=str(error))
             return
+        ended = self._bury()
         if news is not None:
             self._wanted = news
-        elif not self._uncertified:
+        elif not self._uncertified and not ended:
             return
         self._stop([node for node in self._nodes if node in self._wanted.stop], add)
         if self._follows:
             self._stop([node for node in self._nodes if node not in self._wanted.run], add)
         wanted = self._wanted.run if self._follows else self._given
-        left_out = {*self._nodes, *self._wanted.stop}
+        left_out = {*self._nodes, *self._ending, *self._wanted.stop}
         fresh = [node for node in wanted if node not in left_out and self._certified(node)]
         self._nodes += fresh
         for node in fresh if add else ():
@@ -201,10 +204,17 @@ class Launcher:
             self._children.end(nodes, STOP_GRACE_S)
         except KevlarFlowError as error:
             self._log.error("nodes cannot be ended", error=str(error))
-            return
-        for node in nodes:
+        self._ending.update(nodes)
+        self._bury()
+
+    def _bury(self) -> set[str]:
+        """Those of the ending that have ended: nothing of them stays."""
+        ended = self._ending - self._children.pids().keys() if self._ending else set()
+        for node in ended:
             self._children.remove(node)
             self._let_go(node)
+        self._ending -= ended
+        return ended
 
     def _certified(self, node: str) -> bool:
         """Whether there is a certificate for it: `kfadmin up` makes those of new nodes, elsewhere the operator does."""
@@ -254,7 +264,7 @@ class Launcher:
         """Raises KevlarFlowError if a node cannot be ended."""
         self._log.info("stopping the nodes")
         try:
-            self._children.end(self._nodes, STOP_GRACE_S)
+            self._children.end([*self._nodes, *self._ending], STOP_GRACE_S)
         finally:
             self._children.end([RELAY], STOP_GRACE_S)  # it has passed on that they leave
         self._log.info("all nodes have ended")

@@ -10,23 +10,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import pytest
+import structlog
 
 from controlplane.contract.config import ClusterConfig, EngineConfig, TimingConfig
+from controlplane.contract.errors import KevlarFlowError
 from controlplane.contract.hosting import Wanted, all_nodes
 from controlplane.contract.lifetime import run_to_exit
 from controlplane.contract.logs import LOG_BYTES_MAX, bound_logs
 from controlplane.contract.topology import Mode
 from controlplane.etcd.errors import NameTaken
 from controlplane.process import parent_of, start_ticks
-from controlplane.supervisor import ProcessFile
-from dataplane.accelerators import Place
+from controlplane.supervisor import ProcessFile, Supervisor, run_command
+from dataplane.accelerators import Place, Places
 from dataplane.hosted import write_wanted
+from dataplane.launcher import TARGET, Launcher
 
 ROOT = Path(__file__).parents[2]
 
@@ -650,3 +653,62 @@ def test_nodes_start_while_those_end_that_nobody_wants_any_more(host: Host) -> N
     wait_for(lambda: host.file("n1") is None, "n1 is gone")
     assert host.process.poll() is None
     host.process.kill()
+
+
+class Unkillable(Supervisor):
+    """SIGKILL ends nobody while `stuck`, as where a node is in a call of a driver that does not return."""
+
+    stuck = True
+
+    def end(self, names: Iterable[str], grace_s: float) -> None:
+        if self.stuck:
+            for child in map(self._children.__getitem__, names):
+                child.leaving, child.due = True, None
+            raise KevlarFlowError(f"did not die of SIGKILL: {', '.join(names)}")
+        super().end(names, grace_s)
+
+
+def test_a_node_that_sigkill_does_not_end_keeps_its_name_and_its_gpu_until_it_has_ended(
+    tmp_path: Path,
+) -> None:
+    """Its GPU stayed taken for good; and one that was wanted again was watched twice, and ended the launcher."""
+    for folder in ("nodes", "logs"):
+        (tmp_path / folder).mkdir()
+    config = ClusterConfig(str(tmp_path), "no-model", (), instances=1, stages=2)
+    launcher = Launcher(config, tmp_path / "cluster.json", ["n0", "n1"], TARGET)
+    children = Unkillable(tmp_path, structlog.get_logger(), pause_first_s=0.1, pause_max_s=1.0)
+    launcher._children = children
+    launcher._begin = lambda node, log: run_command(["sleep", "60"])(log)  # type: ignore[method-assign]
+    launcher._places = Places(tmp_path, 2)
+    for node in ("n0", "n1"):
+        launcher._add(node)
+        launcher._place(node)
+    children.turn(0.0)
+    first = children.pids()
+    try:
+        write_wanted(tmp_path, Wanted(("n0",), ("n1",)))
+        launcher._follow()
+        assert launcher._places.of("n1").device == "cuda:1", "it still computes there"
+        write_wanted(tmp_path, Wanted(("n0", "n1"), ()))
+        for _ in range(3):
+            launcher._follow()
+            children.turn(0.0)
+        assert children.pids() == first, "its name is taken"
+        os.kill(first["n1"], signal.SIGKILL)
+
+        def again() -> bool:
+            children.turn(0.01)
+            launcher._follow()
+            return children.pids().get("n1", first["n1"]) != first["n1"]
+
+        wait_for(again, "a fresh n1")
+        assert children.pids()["n0"] == first["n0"]
+        write_wanted(tmp_path, Wanted(("n0",), ("n1", "n3")))
+        children.stuck = False
+        launcher._follow()
+        assert children.pids() == {"n0": first["n0"]}
+        assert launcher._places.add(["n0", "n2"])["n2"].device == "cuda:1"
+    finally:
+        children.stuck = False
+        children.end(list(children.pids()), 1.0)
+        children.close()
