@@ -315,17 +315,21 @@ class LocalCluster:
         return any(self._answers(f"{self._url(name)}/readyz") for name in self._controllers)
 
     def _reaches(self, gateway: str, pipelines: int) -> bool:
-        answer = self._answer(f"{self._url(gateway)}/readyz")
-        return answer is not None and answer.json()["pipelines"] >= pipelines
+        # To who shows no key that is good it says only that it serves: that has to do where the file has none.
+        with contextlib.suppress(ConfigError):
+            headers = {"authorization": f"Bearer {self.api_key}"}
+            answer = self._answer(f"{self._url(gateway)}/readyz", headers)
+            return answer is not None and answer.json().get("pipelines", pipelines) >= pipelines
+        return self._answers(f"{self._url(gateway)}/readyz")
 
     def _answers(self, url: str) -> bool:
         return self._answer(url) is not None
 
-    def _answer(self, url: str) -> httpx.Response | None:
+    def _answer(self, url: str, headers: dict[str, str] | None = None) -> httpx.Response | None:
         """To a GET, if it is a 200 and comes within a second."""
         try:
             verify = trust(url, self.endpoints.ca)
-            answer = httpx.get(url, timeout=PROBE_TIMEOUT_S, trust_env=False, verify=verify)
+            answer = httpx.get(url, headers=headers, timeout=PROBE_TIMEOUT_S, trust_env=False, verify=verify)
         except httpx.TransportError:
             return None
         return answer if answer.status_code == 200 else None

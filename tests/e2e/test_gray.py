@@ -58,7 +58,10 @@ def borrowed(status: ClusterStatus, victim: str) -> bool:
 
 
 def health(cluster: Cluster) -> tuple[int, str]:
-    answer = httpx.get(f"{cluster.local.gateway_url}/health", timeout=5.0, trust_env=False, verify=False)
+    headers = {"authorization": f"Bearer {cluster.local.api_key}"}
+    answer = httpx.get(
+        f"{cluster.local.gateway_url}/health", headers=headers, timeout=5.0, trust_env=False, verify=False
+    )
     return answer.status_code, answer.text
 
 

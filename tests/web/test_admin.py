@@ -61,6 +61,10 @@ def test_nothing_works_without_the_token(client: httpx.Client, method: str, path
 def test_open_paths_say_nothing_about_the_cluster(client: httpx.Client, service: MemoryService) -> None:
     assert client.get("/livez").text == "ok\n"
     assert client.get("/readyz").status_code == 200
+    service.cluster = msgspec.structs.replace(service.cluster, troubles=("operations/x cannot be read",))
+    wrong = ({}, {"authorization": "Bearer wrong"}, {"cookie": f"{auth.COOKIE}=junk"})
+    assert {client.get("/readyz", headers=headers).text for headers in wrong} == {"ok\n"}
+    assert client.get("/readyz", headers=BEARER).text == "ok\noperations/x cannot be read\n"
     service.ready = False
     assert client.get("/readyz").status_code == 503
     assert client.get("/livez").status_code == 200

@@ -1,6 +1,6 @@
 """The admin API and the dashboard's page, as one ASGI app over an `AdminService`.
 
-    GET    /livez /readyz                    no token
+    GET    /livez /readyz                    no token; with one /readyz says what is wrong
     GET    / , /ui/...                       the dashboard, no token
     POST   /session                          {"token": ...} -> an HttpOnly cookie; DELETE revokes and forgets it
     GET    /session                          {"name", "role", "expiry_unix_s"} of who asks
@@ -43,7 +43,18 @@ from controlplane.contract.records import GROUP_WIDE, OperationKind, OperationSt
 from controlplane.contract.revocations import Revocation, RevokeRequest, name_id
 from controlplane.contract.status import OperationAnswer, OperationRequest
 from web import bodies
-from web.admin.auth import COOKIE, REVOCATIONS, SESSION_S, Guard, caller_of, error, session_of, set_session
+from web.admin.auth import (
+    COOKIE,
+    READY,
+    REVOCATIONS,
+    SESSION_S,
+    Guard,
+    caller_of,
+    error,
+    is_known,
+    session_of,
+    set_session,
+)
 from web.admin.describe import NAME, document
 from web.admin.feed import Feed, FeedResponse, event_rows, figure_rows
 from web.admin.oidc.routes import add_login
@@ -113,10 +124,11 @@ def _add_health(app: FastAPI, service: AdminService) -> None:
     async def livez() -> PlainTextResponse:
         return PlainTextResponse("ok\n")
 
-    @app.get("/readyz")
-    async def readyz() -> PlainTextResponse:
-        if service.ready:  # also with troubles: it serves, and says what is wrong
-            return PlainTextResponse("".join(f"{line}\n" for line in ("ok", *service.troubles())))
+    @app.get(READY)
+    async def readyz(request: Request) -> PlainTextResponse:
+        if service.ready:  # also with troubles: it serves, and says what is wrong to who may read the status
+            troubles = service.troubles() if is_known(request.scope) else ()
+            return PlainTextResponse("".join(f"{line}\n" for line in ("ok", *troubles)))
         return PlainTextResponse("the cluster's state has not been read from etcd yet\n", 503)
 
     @app.get("/metrics")

@@ -27,10 +27,11 @@ from controlplane.contract.errors import Unavailable
 
 COOKIE = "kevlarflow_admin"
 SESSION_S = 12 * 3600
-# Paths that work without either. They say nothing about the cluster.
+READY = "/readyz"
+# Paths that work without either. They say nothing about the cluster, but to who has a token.
 OPEN = {
     ("GET", "/livez"),
-    ("GET", "/readyz"),
+    ("GET", READY),
     ("GET", "/"),
     ("POST", "/session"),
     ("GET", "/oidc"),
@@ -110,6 +111,11 @@ def role_needed(method: str, path: str) -> Role:
     return Role.OPERATOR if path in OPERATORS_READ else Role.VIEWER
 
 
+def is_known(scope: Scope) -> bool:
+    """Whether an open path was asked with a credential that lets its bearer read."""
+    return CALLER in scope.get("state", {})
+
+
 def caller_of(scope: Scope) -> Caller:
     """Who sent a request that the guard has let through."""
     caller: Caller = scope["state"][CALLER]
@@ -152,8 +158,16 @@ class Guard:
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         """Why the request is not let through; a caller who is known is left in the scope's state."""
         method, path, headers = scope["method"], scope["path"], Headers(scope=scope)
+        if method in SAFE_METHODS and path == READY:
+            if headers.get("authorization") or _cookie(headers):
+                self._refused(scope, headers)  # with a credential that is not good it answers as without one
+            return None
         if (method, path) in OPEN or (method in SAFE_METHODS and path.startswith(OPEN_PREFIX)):
             return None
+        return self._refused(scope, headers)
+
+    def _refused(self, scope: Scope, headers: Headers) -> JSONResponse | None:
+        method, path = scope["method"], scope["path"]
         now = time.time()
         caller = identify_bearer(headers.get("authorization"), self._token, now)
         by_cookie = caller is None

@@ -459,6 +459,26 @@ def test_other_refusals() -> None:
     with_stack(body)
 
 
+def test_what_is_wrong_is_told_to_those_with_a_key() -> None:
+    async def body(stack: Stack) -> None:
+        stack.service.troubles = lambda: (NO_SPACE,)
+        for path in ("/readyz", "/health"):
+            for key in ("", "wrong"):
+                async with stack.http(key) as client:
+                    assert (await client.get(path)).json() == {"status": "degraded"}
+            async with stack.http() as client:
+                assert NO_SPACE in (await client.get(path)).json()["reasons"]
+        stack.place(p0=None, p1=None)
+        await stack.until(lambda: stack.service.dispatcher.router.reachable == 0)
+        for key, told in (("", False), ("wrong", False), (KEY, True)):
+            async with stack.http(key) as client:
+                answer = await client.get("/readyz")
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+                assert (NO_SPACE in answer.text) is told
+
+    with_stack(body)
+
+
 def test_what_etcd_refuses_is_told_while_requests_are_served() -> None:
     async def body(stack: Stack) -> None:
         async with stack.http() as client:

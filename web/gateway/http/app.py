@@ -74,15 +74,20 @@ def _straight(app: FastAPI) -> ASGIApp:
 
 
 def _health_routes(app: FastAPI, services: Services) -> None:
-    def state() -> Response:
-        """200 only while a request could be served: a pipeline of some group is up and its scheduler can be reached."""
+    def state(request: Request) -> Response:
+        """200 only while a request could be served: a pipeline of some group is up and its scheduler can be reached.
+        What is wrong names nodes and more: for those with a key."""
+        known = hasattr(request.state, "caller")
         if services.first.dispatcher.router.closing:
             raise ApiError(503, "this gateway is shutting down", retry_after_s=1)
         reasons = list(_reasons(services))
         models = {service.model.name: service.dispatcher.router.reachable for service in services.all}
         if not any(models.values()):
-            raise ApiError(503, f"no pipeline is up and reachable: {'; '.join(reasons)}", retry_after_s=1)
+            more = f": {'; '.join(reasons)}" if known else ""
+            raise ApiError(503, f"no pipeline is up and reachable{more}", retry_after_s=1)
         status = "degraded" if reasons else "ok"  # requests are served, but not everything is mended
+        if not known:
+            return _json({"status": status})
         body = {"status": status, "pipelines": sum(models.values()), "reasons": reasons}
         return _json(body | ({"models": models} if services.several else {}))
 
@@ -91,12 +96,12 @@ def _health_routes(app: FastAPI, services: Services) -> None:
         return _json({"status": "ok"})
 
     @app.get("/readyz")
-    async def readyz() -> Response:
-        return state()
+    async def readyz(request: Request) -> Response:
+        return state(request)
 
     @app.get("/health")
-    async def health() -> Response:
-        return state()
+    async def health(request: Request) -> Response:
+        return state(request)
 
     @app.get("/version")
     async def version() -> Response:
