@@ -309,7 +309,10 @@ class Parity:
             self._unsettled.add(pipeline)
 
     def _restore(self, now: float) -> None:
-        for pipeline, fence, encoder, names in self.restorer.next(now, self._store.blocks_free):
+        room = self._store.blocks_free
+        if room < self.restorer.outstanding:
+            room = self._store.room(self.restorer.needed)
+        for pipeline, fence, encoder, names in self.restorer.next(now, room):
             meta = RestoreMeta(pipeline, fence, self._stages[pipeline].index, b"".join(names))
             if not self._send(encoder, meta, b""):
                 self.restorer.unreachable(pipeline, names, now)
@@ -329,6 +332,8 @@ class Parity:
         own = sums if isinstance(self._kv, KvBytes) else None
         if own is None:
             own = (await self._thread(self._kv.sums_of, payload, size=len(payload))).tolist()
+        if self._store.blocks_free < len(names):
+            self._store.make_room(len(names), self.restorer.needed)
         for place, (name, checksum) in enumerate(zip(names, meta.sums, strict=True)):
             if not self.restorer.wants(meta.pipeline, meta.fence, name):
                 continue  # it came too late: it is computed again

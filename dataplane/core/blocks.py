@@ -7,8 +7,9 @@ service changes tables; no byte is read or copied. What is kept of a pipeline th
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Container, Iterable, Sequence
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -385,6 +386,38 @@ class KvStore:
                 kept[name] = block
 
     # ------------------------------------------------------------------ room
+
+    def room(self, needed: Container[bytes]) -> int:
+        """How many blocks could be free for KV of running requests, see `make_room`."""
+        blocks = Counter(chain.from_iterable(blocks for blocks, _ in self._spared(needed)))
+        return self.blocks_free + len(self.pool.only(blocks))
+
+    def make_room(self, blocks: int, needed: Container[bytes]) -> None:
+        """Have so many blocks free for KV of running requests, if that can be done without what is served of
+        pipelines that are up, and without blocks of the names `needed`."""
+        for _, give_back in self._spared(needed) if self.blocks_free < blocks else ():
+            if self.blocks_free >= blocks:
+                return
+            give_back()
+
+    def _spared(self, needed: Container[bytes]) -> list[tuple[Sequence[int], Callable[[], object]]]:
+        """What makes room, in that order: blocks of copies and of pipelines that are down, and what gives them back."""
+        copies, found = self.copies, list[tuple[Sequence[int], Callable[[], object]]]()
+        for name, (block, _) in copies.spare.items():
+            if name not in needed:
+                found.append(((block,), partial(copies.evict_spare, (name,))))
+        for key, row in copies.rows.items():
+            if not any(name in needed for name in self.names_of(row)):
+                found.append((self.table.blocks(row), partial(copies.evict_row, key)))
+        for pipeline in sorted(self.idle):
+            for name, block in self.kept.get(pipeline, {}).items():
+                if name not in needed:
+                    found.append(((block,), partial(self.evict, pipeline, (name,))))
+        for pipeline, rid in reversed(self._evictable()):
+            row = self.own[pipeline][rid]
+            if not any(name in needed for name in self.names_of(row)):
+                found.append((self.table.blocks(row), partial(self.drop, (pipeline, rid))))
+        return found
 
     def _make_row(self) -> bool:
         while self.table.rows_in_use == self.table.max_rows and (self.copies.rows or self._evictable()):

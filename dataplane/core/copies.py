@@ -177,18 +177,22 @@ class Copies:
         if self.spare:
             self.evict_spare([next(iter(self.spare))])
         elif self.rows:
-            self._evict_row(next(iter(self.rows)))
-            self.evictions += 1
+            self.evict_row(next(iter(self.rows)))
         else:
             return False
         return True
+
+    def evict_row(self, key: Key) -> None:
+        """A request's copy makes room."""
+        self._give_up(key)
+        self.evictions += 1
 
     def damaged(self, blocks: set[int]) -> None:
         """These have changed in memory. Their sources are told, and send them again."""
         self.evict_spare([name for name, (block, _) in self.spare.items() if block in blocks])
         for key, row in list(self.rows.items()):
             if not blocks.isdisjoint(self._table.blocks(row)):
-                self._evict_row(key)
+                self._give_up(key)
 
     def superseded(self, name: bytes, block: int) -> None:
         """Another block has the content of this name from now on."""
@@ -233,7 +237,7 @@ class Copies:
             self.evict()
         return bool(self._pool.free)
 
-    def _evict_row(self, key: Key) -> None:
+    def _give_up(self, key: Key) -> None:
         for block in self._table.free_row(self.rows.pop(key)):
             self._pool.drop_copy(block)
         self.evicted.append(key)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from controlplane.contract.ids import Member, NodeId, PipelineId
 from dataplane.core.messages import Fence, RejoinMeta
+from dataplane.core.prefix import unpack_names
 from dataplane.core.restoring import Pace, RestoreSpeed
 
 TRIES_MAX = 3  # encoders that are asked about a name
@@ -46,6 +47,7 @@ class Question:
     meta: RejoinMeta
     kept: bytes
     lacking: dict[int, list[bytes]]
+    needed: frozenset[bytes]  # names of blocks of its requests, here or not
     since: float
     moved_at: float  # a block has come
     said_at: float
@@ -94,6 +96,18 @@ class Restorer:
         """For which blocks are on their way."""
         return set(self._pipelines)
 
+    @property
+    def outstanding(self) -> int:
+        """Blocks that are still to come, as many as are asked for at a time at most."""
+        states = self._pipelines.values()
+        flying = sum(len(flight.names) for state in states for flight in state.flying.values())
+        return min(self._window, flying + sum(len(state.waiting) for state in states))
+
+    @property
+    def needed(self) -> frozenset[bytes]:
+        """Names of blocks of requests that wait: those that are here make no room for the others."""
+        return frozenset().union(*(q.needed for state in self._pipelines.values() for q in state.questions))
+
     def begin(
         self,
         meta: RejoinMeta,
@@ -106,7 +120,8 @@ class Restorer:
         state = self._pipelines.get(meta.pipeline)
         if state is None or state.fence != meta.fence:
             state = self._pipelines[meta.pipeline] = _Pipeline(meta.fence, Pace(now))
-        state.questions.append(Question(meta, kept, lacking, now, now, now))
+        needed = frozenset(name for packed in meta.names for name in unpack_names(packed))
+        state.questions.append(Question(meta, kept, lacking, needed, now, now, now))
         for names in lacking.values():
             for name in names:
                 if name not in state.wanted:

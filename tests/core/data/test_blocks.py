@@ -218,6 +218,25 @@ def test_copies_of_what_is_kept_go_first() -> None:
     store.check()
 
 
+def test_what_is_needed_makes_no_room_for_the_rest() -> None:
+    store = KvStore(8, 4, 8, 8)
+    copied(store, ("p1", 1), 2, NAMES)
+    copied(store, ("p1", 2), 1, NAMES[4:])
+    store.copies.drop(("p1", 1))
+    computed(store, ("p0", 1), 8, NAMES[5:])
+    computed(store, ("p2", 1), 8)
+    store.release(("p2", 1))
+    store.idle = frozenset({"p2"})
+    free = store.blocks_free
+    needed = {NAMES[1]}
+    room = store.room(needed)
+    store.make_room(8, needed)
+    assert store.blocks_free == room > free
+    assert store.pool.has(NAMES[1])
+    assert store.tokens(("p0", 1)) == 8, "it is served"
+    store.check()
+
+
 def test_what_nobody_claims_is_kept_if_it_has_a_name() -> None:
     store = KvStore(12, 4, 8, 8)
     copied(store, ("p0", 1), 2, NAMES)

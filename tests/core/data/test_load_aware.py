@@ -125,7 +125,7 @@ def test_a_copy_that_made_room_is_not_believed_in_until_it_is_there_again(
             holder, holders = live.holder, cluster.scheduler(str(live.pipeline)).holders
             last = Member(f"n{2 * int(str(holder)[1:]) + 1}", "a")
             node = cluster.nodes[last].worker
-            node._store.copies._evict_row((live.pipeline, 1))  # served KV has needed the room
+            node._store.copies.evict_row((live.pipeline, 1))  # served KV has needed the room
             await cluster.until(lambda: live.holder is None)
             assert 1 in holders
             await cluster.until(lambda: live.holder)

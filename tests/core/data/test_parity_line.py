@@ -7,6 +7,8 @@ import pytest
 from controlplane.contract.config import ParityConfig
 from controlplane.contract.topology import Mode
 from dataplane import parity
+from dataplane._fast.blocktable import Rows
+from dataplane.core.messages import pack_rows
 from tests.core.data.coded import Coded
 from tests.core.data.pipeline import BLOCK, PIPELINE
 
@@ -52,6 +54,23 @@ def test_a_lost_stage_is_restored_from_parity(stages: int, stage: int) -> None:
     coded, bare = recomputed(Coded, stages, stages, stage), recomputed(Bare, stages, stages, stage)
     # The open block of each request, what was in flight, and the blocks that had filled just before.
     assert coded < bare / 2
+
+
+def test_a_node_that_is_full_of_what_nobody_waits_for_restores_all_the_same() -> None:
+    """Its pool has no free block, and what has them is of a pipeline that is down."""
+    cluster = start(Coded, 3, 3)
+    cluster.settle_some()
+    store = cluster.nodes[cluster.peers[2]].store
+    store.idle = frozenset({"p9"})
+    while store.blocks_free:
+        rows = Rows(pack_rows([(store.blocks_free, 0, min(60, store.blocks_free) * BLOCK, False)]))
+        filled = store.begin("p9", rows)
+        assert filled is not None
+        store.commit(filled, rows)
+    cluster.kill_stages(2)
+    cluster.run_to_end()
+    cluster.check()
+    assert cluster.scheduler.stats.tokens_recomputed < recomputed(Bare, 3, 3, 2) / 2
 
 
 @pytest.mark.parametrize("stages", [2, 4])
