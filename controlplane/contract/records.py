@@ -128,6 +128,16 @@ class Target(msgspec.Struct, frozen=True):
     identity: ClassVar[tuple[str, ...]] = ("kind", "member")
 
 
+class Asked(msgspec.Struct, frozen=True):
+    """By whom, as the audit tells it: whoever takes an operation up can write its first line, too."""
+
+    who: str
+    role: str  # a newer release may have others
+    address: str = ""
+    reason: str = ""
+    epoch: int = 0
+
+
 class Operation(msgspec.Struct, frozen=True):
     """What an operator asked for. It stays in etcd, so that a new leader resumes it; ids make it idempotent."""
 
@@ -150,6 +160,7 @@ class Operation(msgspec.Struct, frozen=True):
     version: str = ""
     settings: str = ""
     instances: int = 0  # scale: so many are wanted
+    asked: Asked | None = None  # of older code: not known
 
     identity: ClassVar[tuple[str, ...]] = ("id",)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
 import secrets
 import time
@@ -15,7 +16,7 @@ from sqlalchemy import Row, delete, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from controlplane.contract.audit import Action, AuditEntry
-from controlplane.contract.auth import Caller
+from controlplane.contract.auth import Caller, Role
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.figures import Figures
 from controlplane.contract.incidents import TOLD_BY, Incident
@@ -47,6 +48,7 @@ class Audit:
     caller: Caller | None = None  # None: a controller did it by itself
     reason: str = ""
     message: str = ""  # "": the operation's own
+    once: bool = False  # left out if there is such a line already, of this operation and time
 
     def row(self) -> dict[str, object]:
         """What is told of it, as columns of the table."""
@@ -66,6 +68,18 @@ class Audit:
             "substitute": (about.substitute or "")[:200],
             "message": self.message or about.message,
         }
+
+
+def submitted(operation: Operation) -> Audit | None:
+    """The audit's first line about an operation; None where older code has written it. All who make it make the same
+    one, of which the history keeps one."""
+    asked = operation.asked
+    if asked is None:
+        return None
+    role = Role(asked.role) if asked.role in set(Role) else Role.OPERATOR
+    caller = Caller(asked.who, role, asked.address)
+    begun = msgspec.structs.replace(operation, message="")
+    return Audit(Action.SUBMITTED, begun, begun.created_unix_s, asked.epoch, caller, asked.reason, once=True)
 
 
 class HistoryStore:
@@ -93,30 +107,53 @@ class HistoryStore:
         """
         rows = [_storable(self._event_row(item)) for item in batch if isinstance(item, Event)]
         measured = [_storable(self._figures_row(item)) for item in batch if isinstance(item, Figures)]
-        audits = [_storable(self._audit_row(item)) for item in batch if isinstance(item, Audit)]
+        audits = [(item.once, _storable(self._audit_row(item))) for item in batch if isinstance(item, Audit)]
         async with self._engine.begin() as connection:
             if number and not await self._is_new(connection, number):
                 return
             if rows:
                 await connection.execute(insert(events), rows)
-            if audits:
-                await connection.execute(insert(operations), audits)
+            fresh = [row for once, row in audits if not once or await self._is_first(connection, row)]
+            if fresh:
+                await connection.execute(insert(operations), fresh)
             if measured:
                 await connection.execute(insert(figures), measured)
 
     async def _is_new(self, connection: AsyncConnection, number: int) -> bool:
         """Whether this writer has not stored the batch yet; if so, it has from the end of the transaction on. A
         transaction of before the connection broke, which still goes on, is waited for."""
-        # Of the dialect that is loaded anyway: the other one would take long to import.
-        dialect: Any = importlib.import_module(f"sqlalchemy.dialects.{self._engine.dialect.name}")
-        row = {"cluster": self._cluster, "writer": self._writer, "number": number, "unix_s": time.time()}
-        stored = dialect.insert(batches).values(row)
+        row, stored = self._mark(self._writer, number)
         stored = stored.on_conflict_do_update(
             index_elements=["cluster", "writer"],
             set_={"number": number, "unix_s": row["unix_s"]},
             where=batches.c.number < number,
         )
         return (await connection.execute(stored)).rowcount > 0
+
+    async def _is_first(self, connection: AsyncConnection, row: dict[str, object]) -> bool:
+        """Whether there is no such line of the audit yet. Two that write it at once: the second one waits for the
+        first, by a mark that need not be there for longer."""
+        about = [row["operation_id"], row["action"], row["unix_s"]]
+        mark = hashlib.sha256(msgspec.json.encode(about)).hexdigest()
+        _, stored = self._mark(f"audit/{mark}", 1)
+        if not (await connection.execute(stored.on_conflict_do_nothing())).rowcount:
+            return False
+        known = select(operations.c.id).where(
+            operations.c.cluster == self._cluster,
+            operations.c.operation_id == row["operation_id"],
+            operations.c.action == row["action"],
+            operations.c.unix_s == row["unix_s"],
+        )
+        return (await connection.execute(known.limit(1))).first() is None
+
+    def _mark(self, writer: str, number: int) -> tuple[dict[str, object], Any]:
+        """A row of `batches`, and the statement that inserts it."""
+        # Of the dialect that is loaded anyway: the other one would take long to import.
+        dialect: Any = importlib.import_module(f"sqlalchemy.dialects.{self._engine.dialect.name}")
+        row: dict[str, object] = {
+            "cluster": self._cluster, "writer": writer, "number": number, "unix_s": time.time()
+        }  # fmt: skip
+        return row, dialect.insert(batches).values(row)
 
     async def tail(self, limit: int, after: int = 0) -> list[tuple[int, Event]]:
         """The newest `limit` events (at most 1,000) with an id above `after`, as (id, event), oldest first."""

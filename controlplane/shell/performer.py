@@ -40,7 +40,7 @@ from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.election import Leadership
 from controlplane.etcd.errors import EtcdError, EtcdUnknown
 from controlplane.etcd.values import Compare, Delete, Put
-from controlplane.history.store import Audit
+from controlplane.history.store import Audit, submitted
 from controlplane.history.writer import HistoryWriter
 from controlplane.keyspace.view import View
 from controlplane.shell.exposition import Buckets
@@ -90,6 +90,7 @@ class Performer:
         ] = {}  # what was last written here, which no watch may show yet
         # What this code has made in the same way, so that it has no field that only newer code knows.
         self._plain: dict[str, bytes] = {}
+        self._begun: set[str] = set()  # open operations of which the audit was told that they began
         self._backoff = Backoff(FAILURE_PAUSE_S, FAILURE_PAUSE_S_MAX)
         self._last_error = ""
         self._queue: asyncio.Queue[Effect] = asyncio.Queue(QUEUE_LEN_MAX)
@@ -108,11 +109,15 @@ class Performer:
                 await self._write(effect, self._keys.topology(self._group), topology)
             case WriteOperation(operation):
                 key = self._keys.operation(operation.id)
-                if await self._write(effect, key, operation) and not operation.open:
+                if not await self._write(effect, key, operation):
+                    return
+                self._audit_begun(operation)
+                if not operation.open:
                     written = self._view.topology
                     epoch = 0 if written is None else written.counter
                     self._history.put(Audit(Action(operation.state.value), operation, time.time(), epoch))
             case ForgetOperation(operation_id):
+                self._begun.discard(operation_id)
                 await self._forget(self._keys.operation(operation_id))
             case Reread(None):
                 await self._reread_topology()
@@ -128,6 +133,15 @@ class Performer:
                 raise AssertionError("an operation's id is a string or None")
             case _:
                 assert_never(effect)
+
+    def _audit_begun(self, operation: Operation) -> None:
+        """Whoever accepted it may have ended before it could say so, or may not know that etcd took it."""
+        line = submitted(operation)
+        if line is not None and operation.id not in self._begun:
+            self._history.put(line)
+            self._begun.add(operation.id)
+        if not operation.open:
+            self._begun.discard(operation.id)
 
     async def _write(self, write: Write, key: str, value: Topology | Operation) -> bool:
         """One guarded compare-and-swap, answered by exactly one event; whether it was done."""

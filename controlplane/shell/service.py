@@ -20,7 +20,7 @@ from controlplane.contract.incidents import Incident
 from controlplane.contract.keys import Keys, decode, encode
 from controlplane.contract.lives import Lives
 from controlplane.contract.protection import Protection
-from controlplane.contract.records import Operation, OperationKind, OperationState
+from controlplane.contract.records import Asked, Operation, OperationKind, OperationState
 from controlplane.contract.revocations import ENTRIES_MAX, ENTRIES_PER_NAME_MAX, LEEWAY_S, Revocation
 from controlplane.contract.status import (
     Check,
@@ -36,7 +36,7 @@ from controlplane.core.protection import protection
 from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.errors import EtcdError, EtcdUnknown
 from controlplane.etcd.values import Compare, Delete, KeyValue, Put
-from controlplane.history.store import Audit
+from controlplane.history.store import Audit, submitted
 from controlplane.history.writer import HistoryWriter
 from controlplane.shell.figures import Recorder
 from controlplane.shell.metrics import Sources, render
@@ -202,6 +202,8 @@ class Service:
             if not request.dry_run:
                 self._audit(Action.REFUSED, operation, caller, request.reason, _failures(answer))
             return msgspec.structs.replace(answer, accepted=False)
+        asked = Asked(caller.name, caller.role.value, caller.address, request.reason, self._epoch)
+        operation = msgspec.structs.replace(operation, asked=asked)
         if not await self._begin(operation, guards):
             found = await self._find(request.id)
             if found is not None:  # another request with this id was faster
@@ -211,7 +213,7 @@ class Service:
             answer = _refused(answer, _other_epoch(request.if_epoch, None))
             self._audit(Action.REFUSED, operation, caller, request.reason, _failures(answer))
             return answer
-        self._audit(Action.SUBMITTED, operation, caller, request.reason)
+        self._audit_begun(operation)
         await self._prune()
         return msgspec.structs.replace(answer, operation=operation)
 
@@ -243,6 +245,7 @@ class Service:
                 return found[0] if found else None
             cancelled = await self._cancel(*found)
             if cancelled is not None:
+                self._audit_begun(cancelled)  # nobody may have taken it up
                 self._audit(Action.CANCELLED, cancelled, caller)
                 return cancelled
         raise Unavailable("the operation changed each time that it was being cancelled; ask again")
@@ -296,7 +299,8 @@ class Service:
                 return  # the next operation prunes again
 
     def _operations(self) -> list[Operation]:
-        every = (operation for operation, _ in self._registry.operations.values())
+        """For everybody who may look: who asked is the audit's to tell."""
+        every = (msgspec.structs.replace(op, asked=None) for op, _ in self._registry.operations.values())
         return sorted(every, key=lambda operation: (operation.created_unix_s, operation.id))
 
     def _audit(
@@ -307,9 +311,17 @@ class Service:
         reason: str = "",
         message: str = "",
     ) -> None:
+        self._history.put(Audit(action, about, time.time(), self._epoch, caller, reason, message))
+
+    def _audit_begun(self, operation: Operation) -> None:
+        """The leader says so, too: this process may end now, or not know that etcd took the operation."""
+        if line := submitted(operation):
+            self._history.put(line)
+
+    @property
+    def _epoch(self) -> int:
         topology = self._registry.view.topology
-        epoch = 0 if topology is None else topology.counter
-        self._history.put(Audit(action, about, time.time(), epoch, caller, reason, message))
+        return 0 if topology is None else topology.counter
 
 
 def _refused(answer: OperationAnswer, check: Check) -> OperationAnswer:

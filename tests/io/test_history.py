@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import structlog
 from alembic import command
@@ -26,10 +27,10 @@ from controlplane.contract.auth import Caller, Role
 from controlplane.contract.errors import ConfigError, Unavailable
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.figures import Figures
-from controlplane.contract.records import Operation, OperationKind
+from controlplane.contract.records import Asked, Operation, OperationKind
 from controlplane.contract.revocations import Revocation
 from controlplane.history import schema
-from controlplane.history.store import Audit, HistoryStore
+from controlplane.history.store import Audit, HistoryStore, submitted
 from controlplane.history.tables import REVISION, metadata
 from controlplane.history.writer import HistoryWriter
 
@@ -179,6 +180,39 @@ def test_audit_of_an_operation(tmp_path: Path) -> None:
         assert (taken.kind, taken.message) == ("token", "bob")
         await store.close()
         await other.close()
+
+    asyncio.run(main())
+
+
+def test_the_first_line_about_an_operation_is_kept_once_whoever_writes_it(tmp_path: Path) -> None:
+    """The controller that accepted it, and every leader that takes it up."""
+
+    async def main() -> None:
+        first, second = (HistoryStore(url(tmp_path / "h.db"), "c", name) for name in ("c1", "c2"))
+        await first.upgrade()
+        asked = Asked("alice", "a role to come", "10.0.0.7", "a disk fails", 12)
+        operation = Operation("op-1", OperationKind.DRAIN, "n2", created_unix_s=1.5, asked=asked)
+        begun = submitted(operation)
+        taken_up = submitted(msgspec.structs.replace(operation, message="moves p0/1"))
+        assert begun is not None
+        assert begun == taken_up
+        await first.append([begun, begun], 1)
+        await second.append([begun, event(1)], 1)
+        with sqlite3.connect(tmp_path / "h.db") as connection:
+            connection.execute("delete from batches")  # as a day later
+        await second.append([begun], 2)
+        (line,) = await first.audit(10)
+        assert (line.who, line.address, line.reason, line.recorded_by) == (
+            "alice", "10.0.0.7", "a disk fails", "c1"
+        )  # fmt: skip
+        assert (line.unix_s, line.epoch_before, line.message) == (1.5, 12, "")
+        again = submitted(msgspec.structs.replace(operation, created_unix_s=99.0))  # its id is free again
+        assert again is not None
+        await second.append([again])
+        assert [entry.unix_s for entry in await second.audit(10)] == [1.5, 99.0]
+        assert submitted(msgspec.structs.replace(operation, asked=None)) is None
+        await first.close()
+        await second.close()
 
     asyncio.run(main())
 

@@ -7,18 +7,23 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from controlplane.contract.audit import Action
 from controlplane.contract.auth import Caller, Role
 from controlplane.contract.config import ClusterConfig
-from controlplane.contract.keys import Keys, encode
+from controlplane.contract.keys import Keys, decode, encode
 from controlplane.contract.records import Operation, OperationKind
 from controlplane.contract.status import Check, OperationAnswer, OperationRequest
 from controlplane.contract.topology import Mode, Topology
+from controlplane.core.events import WriteOperation
 from controlplane.etcd.client import EtcdClient
+from controlplane.etcd.election import Election
 from controlplane.history.store import Audit
 from controlplane.keyspace.view import View
+from controlplane.shell.inbox import Inbox
+from controlplane.shell.performer import Performer
 from controlplane.shell.service import Service
 from tests.io.etcd_server import EtcdMember, etcd_member
 
@@ -103,6 +108,34 @@ def test_only_in_its_epoch(etcd: EtcdMember) -> None:
     ]
     assert {(one.caller, one.reason) for one in audited} == {(ALICE, "disk")}
     assert "at epoch 12" in audited[1].message
+
+
+def test_who_asked_is_known_where_whoever_accepted_it_ended_at_once(etcd: EtcdMember) -> None:
+    """It ends between etcd's answer and its own line of the audit: the leader that takes it up writes that line."""
+    lost: list[Audit] = []
+    audited: list[Audit] = []
+
+    async def body() -> None:
+        async with EtcdClient([etcd.endpoint]) as client:
+            await submit(client, asked("accepted"), lost)
+            found = await client.get(KEYS.operation("accepted"))
+            assert found is not None
+            operation = decode(found.value, Operation, "accepted")
+            history: Any = SimpleNamespace(put=audited.append)
+            performer = Performer(client, KEYS, "default", Inbox(), history)
+            performer.leadership = await Election(client, KEYS.leader, b"{}").campaign()
+            revision = found.mod_revision
+            for message in ("begins", "goes on"):
+                write = WriteOperation(msgspec.structs.replace(operation, message=message), revision)
+                await performer._perform(write)
+                revision = getattr(performer._inbox.pop(), "mod_revision", 0)
+            await performer.leadership.resign()
+
+    asyncio.run(body())
+    (line,) = audited
+    assert line == lost[0]
+    assert (line.action, line.about.id, line.reason) == (Action.SUBMITTED, "accepted", "disk")
+    assert line.caller == ALICE
 
 
 def test_a_topology_that_changes_in_this_very_moment(etcd: EtcdMember) -> None:
