@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import openai
@@ -16,7 +17,7 @@ from controlplane.contract.errors import ConfigError
 from controlplane.contract.ids import Member
 from controlplane.contract.topology import Mode, Pipeline, Stage, Topology
 from tests.web.gateway.fake_node import FakeNode, reference
-from tests.web.gateway.stack import MODEL, Stack, demo_model, with_stack
+from tests.web.gateway.stack import KEY, MODEL, Stack, demo_model, with_stack
 from web.gateway.http.api_keys import ApiKeys
 from web.gateway.resume.tickets import rid_of
 from web.gateway.routing.dispatch import Dispatcher
@@ -85,6 +86,53 @@ def test_model_chooses_the_group() -> None:
             assert "kevlarflow_pipelines_reachable 3.0" in (await http.get("/metrics")).text
 
     with_stack(body)
+
+
+# Of every route: what a key that is for OTHER alone is answered where MODEL is meant.
+FOR_ANOTHER: dict[tuple[str, str], tuple[dict[str, Any] | None, int]] = {
+    ("GET", "/livez"): (None, 200),
+    ("GET", "/readyz"): (None, 200),
+    ("GET", "/health"): (None, 200),
+    ("GET", "/version"): (None, 200),
+    ("GET", "/load"): (None, 200),
+    ("GET", "/metrics"): (None, 403),
+    ("GET", "/openapi.json"): (None, 200),
+    ("GET", "/v1/models"): (None, 200),
+    ("GET", "/v1/models/{name}"): (None, 403),
+    ("GET", "/tokenizer_info"): (None, 403),
+    ("GET", "/v1/streams/{stream}"): (None, 404),  # no stream of this key is of MODEL
+    ("POST", "/v1/completions"): ({"prompt": "x", "max_tokens": 1}, 403),
+    ("POST", "/v1/chat/completions"): ({"messages": [{"role": "user", "content": "x"}]}, 403),
+    ("POST", "/v1/responses"): ({"input": "x"}, 403),
+    ("POST", "/tokenize"): ({"prompt": "x"}, 403),
+    ("POST", "/detokenize"): ({"tokens": PROMPT}, 403),
+}
+
+
+def test_a_key_for_one_model_learns_nothing_of_another_on_any_route() -> None:
+    text, record = make_key("narrow", "", int(time.time()), 0, KeyLimits((OTHER,)))
+
+    async def body(stack: Stack) -> None:
+        async with another(stack), stack.http(text) as http:
+            paths = (await http.get("/openapi.json")).json()["paths"]
+            routes = {(verb.upper(), path) for path, verbs in paths.items() for verb in verbs}
+            wanted = {(verb, path) for verb, path in routes if verb in {"GET", "POST"}} | {
+                ("GET", "/openapi.json")
+            }
+            assert wanted == FOR_ANOTHER.keys(), "a route without a line in the table"
+            for (verb, path), (asked, status) in FOR_ANOTHER.items():
+                concrete = path.format(name=MODEL, stream="nonsense")
+                for named in ({}, {"model": MODEL}) if asked is not None else ({},):
+                    json = asked | named if asked is not None else None
+                    answer = await http.request(verb, concrete, json=json)
+                    assert answer.status_code == status, (verb, path, answer.text)
+            listed = (await http.get("/v1/models")).json()["data"]
+            assert [model["id"] for model in listed] == [OTHER]
+            assert (await http.get(f"/v1/models/{OTHER}")).json()["id"] == OTHER
+            asked = {"model": OTHER, "prompt": PROMPT, "max_tokens": 2}
+            assert (await http.post("/v1/completions", json=asked)).status_code == 200
+
+    with_stack(body, keys=ApiKeys([KEY], [record]))
 
 
 def test_a_group_that_is_away_hurts_no_other() -> None:

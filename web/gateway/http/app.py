@@ -148,13 +148,16 @@ def _reasons(services: Services) -> Iterator[str]:
 
 def _model_routes(app: FastAPI, services: Services) -> None:
     @app.get("/v1/models")
-    async def models() -> Response:
-        return _json({"object": "list", "data": [_card(service) for service in services.all]})
+    async def models(request: Request) -> Response:
+        usable = [service for service in services.all if _may_use(service, request)]
+        return _json({"object": "list", "data": [_card(service) for service in usable]})
 
     @app.get("/v1/models/{name:path}")
     async def one_model(request: Request) -> Response:
         # A typed parameter would have FastAPI import pydantic.v1.
-        return _json(_card(services.named(request.path_params["name"])))
+        service = services.named(request.path_params["name"])
+        _check_key(service, request)
+        return _json(_card(service))
 
 
 def _card(service: Service) -> dict[str, Any]:
@@ -217,7 +220,8 @@ def _token_routes(app: FastAPI, services: Services) -> None:
         return _json({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": names})
 
     @app.get("/tokenizer_info")
-    async def tokenizer_info() -> Response:
+    async def tokenizer_info(request: Request) -> Response:
+        _check_key(services.first, request)
         model = services.first.model
         template = model.template.source if model.template is not None else None
         limit = {"model_max_length": model.max_model_len, "chat_template": template}
@@ -300,9 +304,13 @@ def _begin(services: Services, request: Request) -> Hold:
 
 def _check_key(service: Service, request: Request) -> None:
     """Raises ApiError 403."""
-    models = _caller(request).limits.models
-    if models and service.model.name not in models:
+    if not _may_use(service, request):
         raise _forbidden(service.model.name)
+
+
+def _may_use(service: Service, request: Request) -> bool:
+    models = _caller(request).limits.models
+    return not models or service.model.name in models
 
 
 def _forbidden(*models: str) -> ApiError:

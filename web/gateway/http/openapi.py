@@ -97,7 +97,7 @@ def _endpoints() -> list[Endpoint]:
         Endpoint("GET", "/load", "Requests under way", {200: {JSON: record({"server_load": INTEGER})}}),
         Endpoint("GET", "/metrics", "For Prometheus", {200: {TEXT: STRING}}, (403,)),
         Endpoint("GET", "/v1/models", "The model", {200: {JSON: record({"data": array(ref("Model"))})}}),
-        Endpoint("GET", "/v1/models/{name}", "The model", model, (404,), parameters=(name,)),
+        Endpoint("GET", "/v1/models/{name}", "The model", model, (403, 404), parameters=(name,)),
         Endpoint(
             "POST",
             "/v1/completions",
@@ -145,7 +145,11 @@ def _endpoints() -> list[Endpoint]:
             ref("TokenizeRequest"),
         ),
         Endpoint(
-            "GET", "/tokenizer_info", "Special tokens and the chat template", {200: {JSON: ref("Tokenizer")}}
+            "GET",
+            "/tokenizer_info",
+            "Special tokens and the chat template",
+            {200: {JSON: ref("Tokenizer")}},
+            (403,),
         ),
         Endpoint(
             "POST",
