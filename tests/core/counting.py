@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """When it comes depends on what ran before, and it calls others: Hypothesis leaves a callback with it for good."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def calls(body: Callable[[], object]) -> int:
@@ -19,11 +33,12 @@ def calls(body: Callable[[], object]) -> int:
         count += event in ("call", "c_call")
 
     before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        body()
-    finally:
-        sys.setprofile(before)
+    with _collector_off():
+        sys.setprofile(note)
+        try:
+            body()
+        finally:
+            sys.setprofile(before)
     return count
 
 
@@ -37,11 +52,12 @@ def lines(body: Callable[[], object]) -> int:
         return note
 
     before = sys.gettrace()
-    sys.settrace(note)
-    try:
-        body()
-    finally:
-        sys.settrace(before)
+    with _collector_off():
+        sys.settrace(note)
+        try:
+            body()
+        finally:
+            sys.settrace(before)
     return count
 
 
