@@ -363,7 +363,8 @@ class Parity:
         part = RejoinMeta(meta.pipeline, meta.fence, meta.ask, answer.rids, False, some)
         held = dict.fromkeys(answer.rids, 0) | dict(self._replicator.rejoin(stage, part).held)
         # Requests have their blocks now, and what none of them can use is of no use.
-        self._store.copies.evict_spare(name for packed in some for name in unpack_names(packed))
+        used = (name for packed in some for name in unpack_names(packed))
+        self._store.copies.evict_spare(used, meta.pipeline)
         source = self.sources[meta.pipeline]
         source.add(self._named(meta.pipeline, answer.rids))
         if answer.last:

@@ -532,7 +532,7 @@ class Replicator:
                 self._store.copies.drop((meta.pipeline, rid), meta.keep)
             )
             news[rid] = None
-        self._store.copies.evict_spare(unpack_names(meta.evicts))
+        self._store.copies.evict_spare(unpack_names(meta.evicts), meta.pipeline)
 
     # ------------------------------------------------------------------
 

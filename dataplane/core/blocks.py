@@ -195,10 +195,13 @@ class KvStore:
             self.table.set_valid(row, tokens)
             copies.give_row((pipeline, rid), row)
         for name, block in self.kept.pop(pipeline, {}).items():
-            if demote and self.checksums.of(block) is not None and name not in copies.spare:
+            demoted = demote and self.checksums.of(block) is not None
+            if demoted and name not in copies.spare:
                 copies.give_spare(pipeline, name, block)
-            else:
-                self.pool.drop(block)
+                continue
+            if demoted:
+                copies.keep_spare(pipeline, name)
+            self.pool.drop(block)
 
     # ------------------------------------------------------------------ checking
 

@@ -21,6 +21,7 @@ class Copies:
     def __init__(self, table: BlockTable, pool: Pool) -> None:
         self.rows: OrderedDict[Key, int] = OrderedDict()  # of requests, in the block table
         self.spare: OrderedDict[bytes, tuple[int, PipelineId]] = OrderedDict()  # of what others keep, by name
+        self._also: dict[bytes, dict[PipelineId, None]] = {}  # who keeps a spare one besides that pipeline
         self.evictions = 0
         self.evicted: list[Key] = []  # copies whose sources do not know yet: for the replicator to take
         self._table = table
@@ -80,13 +81,31 @@ class Copies:
 
     def place_spare(self, pipeline: PipelineId, name: bytes, checksum: int) -> int | None:
         """The block to write a copy of what `pipeline` keeps into; None: it is here already, or there is no room."""
-        if self._pool.find(name) is not None or not self._pool.free:
+        block = self._pool.find(name)
+        if block is not None:
+            known = self._pool.checksums.of(block)
+            if known in (None, checksum):
+                if known is None:
+                    self._pool.checksums.copied(block, checksum, self._size, self._size)
+                self.keep_spare(pipeline, name)
+            return None
+        if not self._pool.free:
             return None
         block = self._pool.new_copy()
         self._pool.call(block, name)
         self._pool.checksums.arrived(block, checksum, self._size, self._size)
         self.spare[name] = block, pipeline
         return block
+
+    def keep_spare(self, pipeline: PipelineId, name: bytes) -> None:
+        """The pipeline keeps this block, which is here, whoever else has it."""
+        if name not in self.spare:
+            block = self._pool.find(name)
+            assert block is not None
+            self._pool.add_copy(block)
+            self.spare[name] = block, pipeline
+        elif self.spare[name][1] != pipeline:
+            self._also.setdefault(name, {})[pipeline] = None
 
     # ------------------------------------------------------------------ who has what
 
@@ -101,10 +120,13 @@ class Copies:
 
     def owners(self) -> set[PipelineId]:
         """Pipelines of which something is here."""
-        return {owner for owner, _ in self.rows} | {owner for _, owner in self.spare.values()}
+        also = {owner for owners in self._also.values() for owner in owners}
+        return also | {owner for owner, _ in self.rows} | {owner for _, owner in self.spare.values()}
 
     def spare_of(self, pipeline: PipelineId) -> list[bytes]:
-        return [name for name, (_, owner) in self.spare.items() if owner == pipeline]
+        """Names of what the pipeline keeps, whether others do or not."""
+        also = self._also
+        return [n for n, (_, owner) in self.spare.items() if owner == pipeline or pipeline in also.get(n, ())]
 
     def holders(self) -> Counter[int]:
         """How often each block is held here."""
@@ -123,25 +145,29 @@ class Copies:
         spared = []
         for block in reversed(self._table.free_row(row)):
             name = self._pool.name_of(block)
-            if not keep or not name or name in self.spare:
+            if not keep or not name:
+                self._pool.drop_copy(block)
+                continue
+            spared.append(name)
+            if name in self.spare:
+                self.keep_spare(key[0], name)
                 self._pool.drop_copy(block)
             else:
                 self.spare[name] = block, key[0]
-                spared.append(name)
         return spared
 
     def drop_pipeline(self, pipeline: PipelineId) -> None:
         """Nobody copies this pipeline's KV to us any more."""
         for rid in self.of(pipeline):
             self.drop((pipeline, rid), keep=False)
-        self.evict_spare(self.spare_of(pipeline))
+        self.evict_spare(self.spare_of(pipeline), pipeline)
 
-    def evict_spare(self, names: Iterable[bytes]) -> None:
-        """Their original is kept no longer."""
+    def evict_spare(self, names: Iterable[bytes], pipeline: PipelineId | None = None) -> None:
+        """Their original is kept no longer by this pipeline. None: whoever keeps it, it goes."""
         for name in names:
-            found = self.spare.pop(name, None)
-            if found is not None:
-                self._pool.drop_copy(found[0])
+            if name in self.spare and (pipeline is None or self._leaves(pipeline, name)):
+                self._also.pop(name, None)
+                self._pool.drop_copy(self.spare.pop(name)[0])
 
     def take(self, pipeline: PipelineId) -> Iterator[list[int]]:
         """The pipeline is served here: blocks of all that there is of it, as they stand in rows, which are in service
@@ -152,7 +178,14 @@ class Copies:
 
     def take_spare(self, pipeline: PipelineId) -> Iterator[list[int]]:
         for name in self.spare_of(pipeline):
-            yield self._served([self.spare.pop(name)[0]])
+            block, _ = self.spare[name]
+            if self._leaves(pipeline, name):
+                del self.spare[name]
+                yield self._served([block])
+            else:  # others keep it still
+                self._pool.add(block)
+                self._pool.checksums.claimed(block)
+                yield [block]
 
     def take_row(self, key: Key) -> int | None:
         """The row of a request's copy, whose blocks are in service from now on; None: there is no copy."""
@@ -207,6 +240,22 @@ class Copies:
         self._pool.drop_copy(found[0])
 
     # ------------------------------------------------------------------
+
+    def _leaves(self, pipeline: PipelineId, name: bytes) -> bool:
+        """The pipeline keeps a spare one no longer. Returns whether it was the last one that did."""
+        block, owner = self.spare[name]
+        also = self._also.get(name, {})
+        if pipeline != owner:
+            also.pop(pipeline, None)
+        elif also:
+            heir = next(iter(also))
+            del also[heir]
+            self.spare[name] = block, heir
+        else:
+            return True
+        if not also:
+            self._also.pop(name, None)
+        return False
 
     def _row(self, key: Key, index: int, tokens: int) -> int | None:
         """The row of a copy that is to have `tokens` once its block `index` is there."""

@@ -250,6 +250,38 @@ def test_what_nobody_claims_is_kept_if_it_has_a_name() -> None:
     store.check()
 
 
+def test_what_two_pipelines_keep_is_there_until_neither_does() -> None:
+    """A holder that said yes to both dropped it for both, and gave it to one of them only."""
+    store = KvStore(12, 4, 8, 8)
+    assert store.copies.place_spare("p0", NAMES[0], 9) is not None
+    assert store.copies.place_spare("p1", NAMES[0], 9) is None
+    for pipeline in ("p0", "p1"):
+        assert store.copies.share((pipeline, 1), 0, 4, NAMES[0], 9)
+        assert store.copies.drop((pipeline, 1)) == [NAMES[0]]
+    assert store.copies.owners() == {"p0", "p1"}
+    store.copies.evict_spare([NAMES[0]], "p2")
+    store.copies.evict_spare([NAMES[0]], "p0")
+    assert (store.copies.spare_of("p0"), store.copies.spare_of("p1")) == ([], [NAMES[0]])
+    store.check()
+    store.copies.place_spare("p0", NAMES[0], 9)
+    assert store.keeps("p1") == [NAMES[0]]
+    assert store.copies.spare_of("p0") == [NAMES[0]]
+    store.check()
+    store.evict("p1", NAMES[:1])
+    store.copies.drop_pipeline("p0")
+    assert store.blocks_free == 12
+    store.check()
+
+
+def test_a_copy_of_what_is_computed_here_stays_when_that_goes() -> None:
+    store = KvStore(12, 4, 8, 8)
+    computed(store, ("p0", 1), 4)
+    assert store.copies.place_spare("p1", NAMES[0], 9) is None
+    store.drop(("p0", 1))
+    assert store.copies.spare_of("p1") == [NAMES[0]]
+    store.check()
+
+
 def test_damage_is_everybodys_who_has_the_block() -> None:
     store = KvStore(12, 4, 8, 8)
     blocks = copied(store, ("p0", 1), 2, NAMES)
@@ -352,6 +384,7 @@ OPERATIONS = st.lists(
                 "sweep",
                 "begin",
                 "evict",
+                "keep",
                 "spoil",
                 "copy out",
                 "look",
@@ -405,7 +438,9 @@ def test_no_block_is_lost_or_miscounted(operations: list[tuple[str, str, int, in
                 store.resume(pipeline, rid, names[: tokens // 4], 0)
             case "evict":
                 store.evict(pipeline, names[: tokens // 4])
-                store.copies.evict_spare(names[: tokens // 4])
+                store.copies.evict_spare(names[: tokens // 4], pipeline if tokens % 2 else None)
+            case "keep":
+                store.copies.place_spare(pipeline, names[tokens % 8], 1)
             case "spoil":
                 store.damaged([tokens % 12] if tokens % 12 not in store.pool.free else [])
             case "copy out" if store.serves(key):
