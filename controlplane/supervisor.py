@@ -31,6 +31,7 @@ import msgspec
 
 from controlplane.backoff import Backoff
 from controlplane.contract.errors import KevlarFlowError
+from controlplane.contract.files import replace_file
 from controlplane.contract.lifetime import EXIT_NAME_TAKEN
 from controlplane.contract.logs import LOG_LOOK_S, bound_logs
 from controlplane.process import parent_of, start_ticks
@@ -303,10 +304,8 @@ class Supervisor:
         # Once it is reaped its pid may be another process's, which nobody may take for it.
         ticks = (start_ticks(child.pid) or 0) if child.running else 0
         child.last = ProcessFile(child.pid, started, child.starts - 1, ticks, child.ended, child.said)
-        fresh = child.file.with_suffix(".new")
-        try:
-            fresh.write_bytes(msgspec.json.encode(child.last))
-            fresh.replace(child.file)
+        try:  # no process outlives a power failure, and the others do not wait for the disk
+            replace_file(child.file, msgspec.json.encode(child.last), durable=False)
         except OSError as error:  # the child can still serve, but a next supervisor will not find it
             self._log.error("cannot write the process file", child=child.name, error=str(error))
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import msgspec
 
 from controlplane.contract.errors import ConfigError
+from controlplane.contract.files import replace_file
 from controlplane.unreadable import UNREADABLE
 
 COUNT_LIMIT_S = 60.0
@@ -132,9 +133,7 @@ class Places:
             self._write()
 
     def _write(self) -> None:
-        fresh = self._file.with_suffix(".new")
-        fresh.write_bytes(msgspec.json.encode(self._places))
-        fresh.replace(self._file)
+        replace_file(self._file, msgspec.json.encode(self._places))
 
 
 def _number(place: Place) -> int:

@@ -14,6 +14,7 @@ import structlog
 
 from controlplane.backoff import Backoff
 from controlplane.contract.config import ClusterConfig
+from controlplane.contract.files import replace_file
 from controlplane.contract.hosting import WANTED_FILE, Wanted, wanted_here
 from controlplane.contract.keys import Keys
 from controlplane.etcd.client import EtcdClient
@@ -52,10 +53,7 @@ async def tell_launcher(client: EtcdClient, config: ClusterConfig) -> NoReturn:
 
 def write_wanted(run_dir: Path, wanted: Wanted) -> None:
     """Replaced at once. Raises OSError."""
-    path = run_dir / WANTED_FILE
-    fresh = path.with_suffix(".new")
-    fresh.write_bytes(msgspec.json.encode(wanted))
-    fresh.replace(path)
+    replace_file(run_dir / WANTED_FILE, msgspec.json.encode(wanted), durable=False)
 
 
 class WantedFile:

@@ -15,12 +15,18 @@ PRIVATE = 0o600
 
 
 def replace_file(
-    path: Path, content: bytes, mode: int = PRIVATE, owner: os.stat_result | None = None
+    path: Path,
+    content: bytes,
+    mode: int = PRIVATE,
+    owner: os.stat_result | None = None,
+    *,
+    durable: bool = True,
 ) -> None:
     """Put a file in place of another one at once; nobody reads it half written, or with more rights.
 
     Where this process may give files away it becomes `owner`'s, or stays whose it was: a service goes on reading what
-    root has changed. Raises OSError; then the old file stays."""
+    root has changed. Not `durable`: a power failure may leave an empty one, and nobody waits for the disk.
+    Raises OSError; then the old file stays."""
     fresh = f".{path.name}.{secrets.token_hex(8)}.new"  # nobody can put a link there before us
     with opened_folder(path.parent) as folder:
         fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=folder)
@@ -30,7 +36,8 @@ def replace_file(
                     _give(fd, folder, path.name, owner)
                 file.write(content)
                 file.flush()
-                os.fsync(fd)  # or the name could reach the disk before the content does
+                if durable:
+                    os.fsync(fd)  # or the name could reach the disk before the content does
             os.replace(fresh, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):

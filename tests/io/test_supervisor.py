@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -18,11 +18,14 @@ import pytest
 
 from controlplane.contract.config import ClusterConfig
 from controlplane.contract.errors import ConfigError, KevlarFlowError
+from controlplane.contract.hosting import WANTED_FILE, Wanted
 from controlplane.kfadmin import local, supervise
 from controlplane.kfadmin.local import LocalCluster, StartFailed
 from controlplane.kfadmin.rundir import RunDir
 from controlplane.kfadmin.supervise import SupervisorThread
 from controlplane.supervisor import ProcessFile, Supervisor, run_command
+from dataplane.accelerators import PLACED_FILE, Places
+from dataplane.hosted import write_wanted
 from dataplane.launcher import Launcher
 
 EXITS_7 = [sys.executable, "-S", "-c", "raise SystemExit(7)"]
@@ -77,6 +80,51 @@ def test_what_cannot_be_started_is_said(tmp_path: Path) -> None:
         while not said.of("died"):
             keeper.turn()
     assert (file_of(tmp_path).ended, file_of(tmp_path).restarts) == (7, 3)
+
+
+def write_process(run_dir: Path) -> Path:
+    with supervisor(run_dir, Said()) as keeper:
+        keeper.add("a", "pids", no_room)
+        keeper.turn()
+    return run_dir / "pids" / "a.json"
+
+
+def write_hosted(run_dir: Path) -> Path:
+    write_wanted(run_dir, Wanted(("n0",), ()))
+    return run_dir / WANTED_FILE
+
+
+def write_placed(run_dir: Path) -> Path:
+    Places(run_dir, 1).add(["n0"])
+    return run_dir / PLACED_FILE
+
+
+@pytest.mark.parametrize("write", [write_process, write_hosted, write_placed])
+def test_files_that_are_replaced_follow_no_link_and_share_no_name(
+    tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
+    (tmp_path / "first").mkdir()
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    planted = (
+        tmp_path / "again" / write(tmp_path / "first").relative_to(tmp_path / "first").with_suffix(".new")
+    )
+    planted.parent.mkdir(parents=True)
+    planted.symlink_to(outside)
+    written = write(tmp_path / "again")
+    assert outside.read_text() == "mine"
+    assert not written.is_symlink()
+    assert written.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in written.parent.glob("*.new")] == [planted.name]
+
+
+def test_process_files_do_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(_fd: int) -> None:
+        raise AssertionError("the other children wait")
+
+    monkeypatch.setattr(os, "fsync", slow)
+    assert write_process(tmp_path).exists()
+    assert write_hosted(tmp_path).exists()
 
 
 def test_a_pid_that_was_given_back_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
