@@ -310,8 +310,8 @@ class Parity:
 
     def _restore(self, now: float) -> None:
         room = self._store.blocks_free
-        if room < self.restorer.outstanding:
-            room = self._store.room(self.restorer.needed)
+        if room < (outstanding := self.restorer.outstanding):
+            room = self._store.room(self.restorer.needed, outstanding)
         for pipeline, fence, encoder, names in self.restorer.next(now, room):
             meta = RestoreMeta(pipeline, fence, self._stages[pipeline].index, b"".join(names))
             if not self._send(encoder, meta, b""):

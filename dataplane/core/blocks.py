@@ -8,7 +8,7 @@ service changes tables; no byte is read or copied. What is kept of a pipeline th
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 
@@ -390,37 +390,47 @@ class KvStore:
 
     # ------------------------------------------------------------------ room
 
-    def room(self, needed: Container[bytes]) -> int:
-        """How many blocks could be free for KV of running requests, see `make_room`."""
-        blocks = Counter(chain.from_iterable(blocks for blocks, _ in self._spared(needed)))
-        return self.blocks_free + len(self.pool.only(blocks))
+    def room(self, needed: Container[bytes], enough: int | None = None) -> int:
+        """How many blocks could be free for KV of running requests, see `make_room`; not counted any further once that
+        is `enough`."""
+        return self._plan(needed, self.num_blocks if enough is None else enough)[0]
 
     def make_room(self, blocks: int, needed: Container[bytes]) -> None:
         """Have so many blocks free for KV of running requests, if that can be done without what is served of
         pipelines that are up, and without blocks of the names `needed`."""
-        for _, give_back in self._spared(needed) if self.blocks_free < blocks else ():
-            if self.blocks_free >= blocks:
-                return
+        for give_back in self._plan(needed, blocks)[1]:
             give_back()
 
-    def _spared(self, needed: Container[bytes]) -> list[tuple[Sequence[int], Callable[[], object]]]:
-        """What makes room, in that order: blocks of copies and of pipelines that are down, and what gives them back."""
-        copies, found = self.copies, list[tuple[Sequence[int], Callable[[], object]]]()
+    def _plan(self, needed: Container[bytes], enough: int) -> tuple[int, list[Callable[[], object]]]:
+        """How many blocks are free once this is given back. It looks at no more than that takes: a pool is large, most
+        of it makes room, and this is asked for with every turn while blocks are restored."""
+        free, plan, counts = self.blocks_free, list[Callable[[], object]](), Counter[int]()
+        spared = self._spared(needed)
+        while free < enough and (found := next(spared, None)) is not None:
+            blocks, give_back = found
+            plan.append(give_back)
+            counts.update(blocks)
+            free += sum(counts[block] == self.pool.holders(block) for block in blocks)
+        return free, plan
+
+    def _spared(self, needed: Container[bytes]) -> Iterator[tuple[Sequence[int], Callable[[], object]]]:
+        """What makes room, in that order: blocks of copies and of pipelines that are down, and what gives them back.
+        Nothing may change meanwhile."""
+        copies = self.copies
         for name, (block, _) in copies.spare.items():
             if name not in needed:
-                found.append(((block,), partial(copies.evict_spare, (name,))))
+                yield (block,), partial(copies.evict_spare, (name,))
         for key, row in copies.rows.items():
             if not any(name in needed for name in self.names_of(row)):
-                found.append((self.table.blocks(row), partial(copies.evict_row, key)))
+                yield self.table.blocks(row), partial(copies.evict_row, key)
         for pipeline in sorted(self.idle):
             for name, block in self.kept.get(pipeline, {}).items():
                 if name not in needed:
-                    found.append(((block,), partial(self.evict, pipeline, (name,))))
+                    yield (block,), partial(self.evict, pipeline, (name,))
         for pipeline, rid in reversed(self._evictable()):
             row = self.own[pipeline][rid]
             if not any(name in needed for name in self.names_of(row)):
-                found.append((self.table.blocks(row), partial(self.drop, (pipeline, rid))))
-        return found
+                yield self.table.blocks(row), partial(self.drop, (pipeline, rid))
 
     def _make_row(self) -> bool:
         while self.table.rows_in_use == self.table.max_rows and (self.copies.rows or self._evictable()):

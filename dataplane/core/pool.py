@@ -108,6 +108,10 @@ class Pool:
     def at_rest(self, block: int) -> bool:
         return self._copied.get(block, 0) == 1 + self._more.get(block, 0)
 
+    def holders(self, block: int) -> int:
+        """How many a block has that is not free."""
+        return 1 + self._more.get(block, 0)
+
     def only(self, holders: Counter[int]) -> set[int]:
         """Of blocks and how many of their holders are counted, those that have no others."""
         return {block for block, count in holders.items() if count == 1 + self._more.get(block, 0)}

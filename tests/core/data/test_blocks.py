@@ -237,6 +237,30 @@ def test_what_is_needed_makes_no_room_for_the_rest() -> None:
     store.check()
 
 
+def test_room_is_looked_for_no_further_than_it_is_needed() -> None:
+    """A pool is large, and who restores asks with every turn."""
+
+    class Looks(frozenset[bytes]):
+        count = 0
+
+        def __contains__(self, name: object) -> bool:
+            Looks.count += 1
+            return super().__contains__(name)
+
+    store = KvStore(64, 4, 8, 8)
+    names = [b"%16d" % i for i in range(64)]
+    for name in names:
+        assert store.copies.place_spare("p1", name, 9) is not None
+    needed = Looks(names[:1])
+    store.make_room(4, needed)
+    assert store.blocks_free == 4
+    assert Looks.count == 5
+    assert store.room(needed, 8) == 8
+    assert Looks.count == 10
+    assert store.room(needed) == 63
+    store.check()
+
+
 def test_what_nobody_claims_is_kept_if_it_has_a_name() -> None:
     store = KvStore(12, 4, 8, 8)
     copied(store, ("p0", 1), 2, NAMES)
