@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 # Of copies in one message: it costs both ends more than a block does, yet steps must not wait behind it for long.
 COMPANY_BYTES = 1 << 19
 LOOK_EVERY_S = 0.01  # for blocks to send: steps of a small model are shorter, and blocks go in company anyway
-# A holder that had to refuse copies says that it has room once so much of its pool has become free since.
+# A holder that had to refuse copies says that it has room once so much of its pool could be had for them since.
 ROOM_PART = 16
 
 
@@ -105,7 +105,7 @@ class Replicator:
         self._sources: dict[PipelineId, tuple[Member, Fence]] = {}  # who relies on our copies of a pipeline
         self._turn = 0  # which source goes first
         self._look_at = 0.0  # when something may be to be sent again, if nothing happens before that says so
-        # Whose copies had to be refused, and how many blocks were free then.
+        # Whose copies had to be refused, and how many blocks there were for copies then.
         self._refused: dict[tuple[Member, PipelineId, Fence], int] = {}
 
     # ------------------------------------------------------------------ the serving side
@@ -465,12 +465,12 @@ class Replicator:
 
     def _refuse(self, peer: Member, meta: KvMeta, rids: list[int]) -> None:
         held = tuple((rid, self._store.copies.tokens((meta.pipeline, rid))) for rid in rids)
-        self._refused.setdefault((peer, meta.pipeline, meta.fence), self._store.blocks_free)
+        self._refused.setdefault((peer, meta.pipeline, meta.fence), self._store.blocks_for_copies)
         self._send(peer, KvAckMeta(meta.pipeline, meta.fence, held, refused=True), b"")
 
     def _tell_room(self) -> None:
         """Whose copies were refused tries them again when there is room for them, not before."""
-        free, part = self._store.blocks_free, -(-self._store.num_blocks // ROOM_PART)
+        free, part = self._store.blocks_for_copies, -(-self._store.num_blocks // ROOM_PART)
         for line, free_then in list(self._refused.items()):
             peer, pipeline, fence = line
             if self._sources.get(pipeline) != (peer, fence):
@@ -498,7 +498,7 @@ class Replicator:
         for pipeline, held in gone.items():
             if pipeline in self._sources:
                 peer, fence = self._sources[pipeline]
-                self._refused.setdefault((peer, pipeline, fence), self._store.blocks_free)
+                self._refused.setdefault((peer, pipeline, fence), self._store.blocks_for_copies)
                 self._send(peer, KvAckMeta(pipeline, fence, tuple(held), refused=True), b"")
 
     def _tell_gone(self) -> None:

@@ -290,6 +290,11 @@ class KvStore:
         return len(self.pool.free)
 
     @property
+    def blocks_for_copies(self) -> int:
+        """Blocks that copies of running requests could have; too many where a request has a spare one, too."""
+        return self.blocks_free + len(self.copies.spare)
+
+    @property
     def blocks_used(self) -> int:
         """Blocks of requests that are served here."""
         return len(self._blocks_of(chain.from_iterable(held.values() for held in self.own.values())))

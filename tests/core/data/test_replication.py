@@ -215,6 +215,32 @@ def test_a_holder_says_when_it_has_room_again() -> None:
     assert not sent
 
 
+def test_copies_of_requests_that_have_ended_are_room_for_others() -> None:
+    """What is spare gives way to them, and no block need become free for that."""
+    sent: list[tuple[Member, Meta]] = []
+
+    def send(member: Member, meta: Meta, _payload: Buffer) -> bool:
+        sent.append((member, meta))
+        return True
+
+    kv = KVCache(4, 1, 1, 4, 1, "float32")
+    store = KvStore(4, 4, 8, 8)
+    holder = Replicator(store, kv, here, send)
+    data = bytes(kv.block_bytes)
+    names = [bytes([rid]) * 16 for rid in range(5)]
+    blocks = tuple(Block(rid, 0, 4, zlib.crc32(data), names[rid]) for rid in range(5))
+    done(holder.store_copies(HOLDER, KvMeta("p0", Fence(1), blocks), memoryview(data * 5)))
+    assert sent == [(HOLDER, KvAckMeta("p0", Fence(1), ((4, 0),), refused=True))]
+    done(holder.pump(0.1))
+    sent.clear()
+    holder.drop_copies(HOLDER, KvDropMeta("p0", Fence(1), (1,)))
+    done(holder.pump(0.2))
+    assert not store.blocks_free
+    assert (HOLDER, KvAckMeta("p0", Fence(1), (), room=True)) in sent
+    done(holder.store_copies(HOLDER, KvMeta("p0", Fence(1), blocks[4:]), memoryview(data)))
+    assert store.copies.tokens(("p0", 4)) == 4
+
+
 def test_the_source_counts_refusals_and_takes_up_again_at_a_word() -> None:
     sent: list[Meta] = []
 
