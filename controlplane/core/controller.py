@@ -6,6 +6,7 @@ emits writes and history.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Generator, Iterable
 from dataclasses import replace as replace_value
 from typing import assert_never
@@ -49,6 +50,9 @@ TOLD_MAX = 256  # blemishes that are remembered as told
 FINISHED_KEPT = 100  # operations that are over stay in etcd until this many newer ones are
 FORGET_EVERY_S = 5.0
 OPERATIONS_EVERY_S = 0.2  # how often operations under way are looked at when nothing else happens
+# Of which a decision looks at so many, and the next one at the next: to say how far one is takes a look at the whole
+# group, and hundreds may be under way. What they want is planned for at once all the same.
+OPERATIONS_LOOKED_AT_MAX = 16
 RESYNC_S = 10.0  # a plan is made so often although nothing that is known of asks for one
 # From a suspicion on only what is urgent is planned for so long. A storm begins with hundreds of them, and a look at
 # the places of all copies after each one would keep its deaths waiting.
@@ -94,6 +98,7 @@ class Controller:
         self._urgent_until: float | None = None  # then the rest is planned, once at least
         self._plan_at = 0.0  # a plan is made then although nothing changed
         self._operations_at = 0.0
+        self._operation_last = ""  # that was looked at
         self._forget_at = 0.0
 
     @property
@@ -408,7 +413,8 @@ class Controller:
         for operation_id, slot in sorted(self._operations.items()):
             if slot.ask_again(self._now):
                 effects.append(Reread(operation_id))
-            if slot.busy or slot.value is None or not slot.value.open:
+        for slot in self._operations_due():
+            if slot.value is None:
                 continue
             after = progress(situation, slot.value, self._unix_now)
             if after != slot.value:
@@ -420,6 +426,20 @@ class Controller:
         for op in over[:-FINISHED_KEPT]:
             del self._operations[op.id]
             effects.append(ForgetOperation(op.id))
+
+    def _operations_due(self) -> list[Slot[Operation]]:
+        """Whose turn it is to be looked at, of those that are open."""
+        due = sorted(
+            name
+            for name, slot in self._operations.items()
+            if not slot.busy and slot.value is not None and slot.value.open
+        )
+        if len(due) > OPERATIONS_LOOKED_AT_MAX:
+            first = bisect_right(due, self._operation_last)
+            due = [*due[first:], *due[:first]][:OPERATIONS_LOOKED_AT_MAX]
+            self._operation_last = due[-1]
+            self._operations_at = self._now  # the others' turn comes with the next decision
+        return [self._operations[name] for name in due]
 
     def _tell(self, problems: Iterable[str], effects: list[Effect]) -> None:
         """Once each, for as long as it is remembered."""
