@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import heapq
-import ipaddress
 import resource
 import select
 import termios
@@ -24,6 +23,7 @@ import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
 
+from controlplane.contract.address import network_of
 from web.http1 import Http1Protocol
 from web.manners import request_id_of
 
@@ -60,13 +60,7 @@ def client_connections_max() -> int:
 def client_of(peer: tuple[str, int] | None) -> str:
     """Whose connection it is: of one IPv4 address, or of one network of IPv6, where a host has as many addresses as it
     likes; "" where nobody can say, as of a Unix socket."""
-    try:
-        address = ipaddress.ip_address(peer[0] if peer else "")
-    except ValueError:
-        return ""
-    if isinstance(address, ipaddress.IPv4Address):
-        return str(address)
-    return str(address.ipv4_mapped or f"{address.packed[:8].hex()}/64")
+    return network_of(peer[0] if peer else "")
 
 
 class BoundedProtocol(Http1Protocol):

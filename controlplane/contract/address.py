@@ -57,6 +57,18 @@ def address_of(host: str) -> Address | None:
     return None
 
 
+def network_of(host: str) -> str:
+    """Whose connections are counted together: of one IPv4 address, or of one network of IPv6, where a host has as many
+    addresses as it likes; "" where it is no address."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    return str(address.ipv4_mapped or f"{address.packed[:8].hex()}/64")
+
+
 def host_of(text: str) -> str:
     """A host without a port. Raises ValueError."""
     address_of(text)

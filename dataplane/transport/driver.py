@@ -66,6 +66,10 @@ class Driver(Protocol):
         """Whether the connection of an `on_connection` comes from this host, in memory that nobody else sees."""
         ...
 
+    def origin_of(self, request: object) -> str:
+        """From where an `on_connection` comes (see `network_of`); "" where nobody can say."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -221,6 +221,9 @@ class EmulatedDriver:
     def in_host(self, request: object) -> bool:
         return True
 
+    def origin_of(self, request: object) -> str:
+        return self._below.origin_of(request)
+
     def reject(self, request: object) -> None:
         self._below.reject(request)
 

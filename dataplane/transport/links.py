@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import struct
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -114,9 +115,8 @@ class LinkTransport:
         self._running = False
         self._dials: dict[NodeId, _Dial] = {}
         self._incoming: dict[NodeId, Link] = {}
-        self._pending: dict[
-            Link, bool
-        ] = {}  # incoming, not yet authenticated, the oldest first; from this host?
+        # Incoming, not yet authenticated, the oldest first: from this host? From which network?
+        self._pending: dict[Link, tuple[bool, str]] = {}
         self._untold = 0  # of those that were refused, not knowing who they were
         self._tell_at = 0.0  # of the next one
         self._heard: dict[NodeId, float] = {}
@@ -332,7 +332,8 @@ class LinkTransport:
     def on_connection(self, driver: Driver, request: object) -> None:
         config = self._config
         in_host = driver.in_host(request)
-        self._make_room(in_host)
+        origin = in_host, driver.origin_of(request)
+        self._make_room(*origin)
         try:
             endpoint = driver.accept(request)
         except OSError as error:
@@ -341,16 +342,21 @@ class LinkTransport:
         identity = None if config.identity is None or in_host else config.identity
         acceptor = Acceptor(config.secret, config.cluster, config.member, new_nonce(), identity)
         link = Link(endpoint, acceptor, None)
-        self._pending[link] = in_host
+        self._pending[link] = origin
         link.timer = self._loop.call_later(config.connect_timeout_s, self._refuse, link, "no hello in time")
         endpoint.send(HELLO, [acceptor.challenge()])
 
-    def _make_room(self, in_host: bool) -> None:
-        """Where as many wait as may, the oldest ends: a peer proves itself in milliseconds. To refuse the new one would
-        let silent connections, a few in a second, keep every peer out. Network and host have each their own."""
-        waiting = [link for link, near in self._pending.items() if near == in_host]
+    def _make_room(self, in_host: bool, origin: str) -> None:
+        """Where as many wait as may, the oldest ends of where most come from: a peer proves itself in milliseconds. To
+        refuse the new one would let silent connections, a few in a second, keep every peer out. Network and host have
+        each their own, and no address has a bound of its own: behind one there may be all nodes."""
+        waiting = {link: whence for link, (near, whence) in self._pending.items() if near == in_host}
         if len(waiting) >= self._config.unauthenticated_max:
-            self._refuse(waiting[0], "no hello yet, and too many others came")
+            counts = Counter([*waiting.values(), origin])
+            heaviest = max(
+                waiting, key=lambda link: counts[waiting[link]]
+            )  # the first, so the oldest, of equals
+            self._refuse(heaviest, "no hello yet, and too many others came")
 
     def on_message(self, endpoint: Endpoint, header: bytes, data: memoryview) -> None:
         link = endpoint.user

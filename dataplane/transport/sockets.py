@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, cast
 
 import structlog
 
+from controlplane.contract.address import network_of
 from dataplane._fast.stream import Stream
 
 if TYPE_CHECKING:
@@ -195,6 +196,15 @@ class SocketDriver:
 
     def in_host(self, request: object) -> bool:
         return cast("socket.socket", request).family == socket.AF_UNIX
+
+    def origin_of(self, request: object) -> str:
+        connection = cast("socket.socket", request)
+        if connection.family == socket.AF_UNIX:
+            return ""
+        try:
+            return network_of(connection.getpeername()[0])
+        except OSError:  # it is gone again
+            return ""
 
     def reject(self, request: object) -> None:
         cast("socket.socket", request).close()

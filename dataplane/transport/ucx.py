@@ -79,6 +79,9 @@ class UcxDriver:
     def in_host(self, request: object) -> bool:
         return False
 
+    def origin_of(self, request: object) -> str:
+        return ""  # the binding does not ask libucp
+
     def reject(self, request: object) -> None:
         assert self._worker is not None
         self._worker.reject(request)

@@ -22,6 +22,7 @@ from dataplane.transport.driver import Driver, Endpoint, parse_address
 from dataplane.transport.hello import TOKEN_BYTES, Initiator, new_nonce
 from dataplane.transport.links import HELLO, MESSAGE
 from dataplane.transport.memory import MemoryNetwork
+from dataplane.transport.sockets import split_address
 
 from .transport_nodes import NETWORKED, SECRET, Node, cluster, driver, link, run, until
 
@@ -261,6 +262,38 @@ def test_silent_connections_keep_no_peer_out(kind: str) -> None:
                 assert (raw.failures, len(held)) == (10, 13)  # three may wait
                 assert a.transport.connected(b.member)
                 assert len([line for line in told if line["event"] == "link refused"]) == 1
+
+    run(work())
+
+
+def test_silent_connections_of_one_address_end_none_of_another() -> None:
+    """The flood's own make room: a slow peer from elsewhere is not cut off in the middle of its hello."""
+
+    async def work() -> None:
+        async with cluster("tcp") as make:
+            b = await make("b", connect_timeout_s=30.0, unauthenticated_max=4)
+            host, port = split_address(parse_address(b.address)["tcp"])
+            loop = asyncio.get_running_loop()
+            held: list[socket.socket] = []
+
+            async def silent(source: str) -> socket.socket:
+                connection = socket.socket()
+                held.append(connection)
+                connection.setblocking(False)
+                connection.bind((source, 0))
+                await loop.sock_connect(connection, (host, port))
+                assert await loop.sock_recv(connection, 1 << 16)  # the challenge: it holds a place
+                return connection
+
+            slow = [await silent("127.0.0.2"), await silent("127.0.0.3")]
+            flood = [await silent("127.0.0.4") for _ in range(12)]
+            await until(lambda: b.transport.stats.auth_failures == 10)
+            for connection in slow:
+                with pytest.raises(BlockingIOError):
+                    connection.recv(1)
+            assert [connection.recv(1) for connection in flood[:10]] == [b""] * 10
+            for connection in held:
+                connection.close()
 
     run(work())
 

@@ -85,6 +85,9 @@ class SimDriver:
     def in_host(self, request: Any) -> bool:
         return False
 
+    def origin_of(self, request: Any) -> str:
+        return ""
+
     def reject(self, request: Any) -> None:
         request.close()
 
