@@ -135,6 +135,29 @@ def test_a_key_for_one_model_learns_nothing_of_another_on_any_route() -> None:
     with_stack(body, keys=ApiKeys([KEY], [record]))
 
 
+def test_what_is_wrong_with_a_model_is_told_to_no_key_for_another() -> None:
+    """Nor is it named to a key for none of those that are served."""
+    keys = [
+        make_key(name, "", int(time.time()), 0, KeyLimits(models))
+        for name, models in (("one", (OTHER,)), ("none", ("elsewhere",)), ("both", (MODEL, OTHER)))
+    ]
+
+    async def body(stack: Stack) -> None:
+        async with another(stack):
+            for (text, record), whole in zip(keys, (False, False, True), strict=True):
+                async with stack.http(text) as http:
+                    for path in ("/readyz", "/health"):
+                        told = await http.get(path)
+                        assert told.status_code == 200
+                        assert (MODEL in told.text, "reasons" in told.json()) == (whole, whole), record.name
+                    if record.name == "none":
+                        refused = await http.post("/v1/completions", json={"prompt": "x"})
+                        assert refused.status_code == 403
+                        assert MODEL not in refused.text
+
+    with_stack(body, keys=ApiKeys([KEY], [record for _, record in keys]))
+
+
 def test_a_group_that_is_away_hurts_no_other() -> None:
     async def body(stack: Stack) -> None:
         async with another(stack) as node, stack.http() as http:

@@ -76,8 +76,8 @@ def _straight(app: FastAPI) -> ASGIApp:
 def _health_routes(app: FastAPI, services: Services) -> None:
     def state(request: Request) -> Response:
         """200 only while a request could be served: a pipeline of some group is up and its scheduler can be reached.
-        What is wrong names nodes and more: for those with a key."""
-        known = hasattr(request.state, "caller")
+        What is wrong names nodes and more: for those with a key, for all models."""
+        known = hasattr(request.state, "caller") and all(_may_use(s, request) for s in services.all)
         if services.first.dispatcher.router.closing:
             raise ApiError(503, "this gateway is shutting down", retry_after_s=1)
         reasons = list(_reasons(services))
@@ -297,7 +297,7 @@ def _begin(services: Services, request: Request) -> Hold:
     caller = _caller(request)
     limits = caller.limits
     if limits.models and services.names.isdisjoint(limits.models):
-        raise _forbidden(*services.names)
+        raise ApiError(403, "this API key may use none of the models that are served here", "model")
     caller.usage.begin(time.monotonic())
     return services.first.memory.hold(caller.owner, limits.memory_bytes, caller.usage)
 
@@ -305,16 +305,13 @@ def _begin(services: Services, request: Request) -> Hold:
 def _check_key(service: Service, request: Request) -> None:
     """Raises ApiError 403."""
     if not _may_use(service, request):
-        raise _forbidden(service.model.name)
+        name = service.model.name
+        raise ApiError(403, f"this API key may not use the model {name}", "model")
 
 
 def _may_use(service: Service, request: Request) -> bool:
     models = _caller(request).limits.models
     return not models or service.model.name in models
-
-
-def _forbidden(*models: str) -> ApiError:
-    return ApiError(403, f"this API key may not use the model {', '.join(sorted(models))}", "model")
 
 
 def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
