@@ -508,6 +508,18 @@ def _conflicts(config: ClusterConfig) -> Iterator[str]:
             f"host = {config.host!r} is reached from this host only, and advertise = {config.advertise!r} tells"
             " others to connect: bind an address that they reach"
         )
+    host = address_of(config.host)
+    if config.transport == "ucx" and host and advertised and host.version != advertised.version:
+        yield (
+            f"host = {config.host!r} and advertise = {config.advertise!r} are of IPv{host.version} and"
+            f" IPv{advertised.version}, and transport = 'ucx' has no links between them: give both in one of them, or"
+            " transport = 'sockets'"
+        )
+    if config.tls.enabled and advertised and advertised.version == 6 and advertised.is_link_local:
+        yield (
+            f"host = {config.host!r} and advertise = {config.advertise!r}: certificates name no link-local address"
+            " with its interface, so that nobody would believe those of this host: give an address of another kind"
+        )
     yield from _port_conflicts(config)
     if twice := _twice(config.etcd):
         yield f"etcd names {twice!r} twice: each member is to be there once"

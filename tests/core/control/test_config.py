@@ -19,6 +19,7 @@ from controlplane.contract.config import (
     EngineConfig,
     GatewayConfig,
     TimingConfig,
+    TlsConfig,
     instances_max,
     is_loopback,
     is_unspecified,
@@ -190,6 +191,22 @@ def test_out_of_range(tmp_path: Path, section: str, field: str, value: Any) -> N
         ({"host": "::ffff:0.0.0.0", "insecure": True}, ("host = '::ffff:0.0.0.0'", "advertise")),
         ({"host": "127.0.0.1", "advertise": "10.0.0.5"}, ("host = '127.0.0.1'", "advertise = '10.0.0.5'")),
         ({"host": "10.0.0.5", "advertise": "224.0.0.1", "insecure": True}, ("advertise = '224.0.0.1'",)),
+        (
+            {"host": "::", "advertise": "10.0.0.5", "transport": "ucx", "insecure": True},
+            ("host = '::'", "advertise = '10.0.0.5'", "transport = 'ucx'"),
+        ),
+        (
+            {"host": "0.0.0.0", "advertise": "fd00::5", "transport": "ucx", "insecure": True},
+            ("host = '0.0.0.0'", "advertise = 'fd00::5'", "transport = 'ucx'"),
+        ),
+        (
+            {"host": "fe80::1%eth0", "tls": {"ca": "a", "cert": "c"}},
+            ("host = 'fe80::1%eth0'", "certificates"),
+        ),
+        (
+            {"host": "::", "advertise": "[fe80::1%eth0]", "tls": {"ca": "a", "cert": "c"}},
+            ("advertise = '[fe80::1%eth0]'", "certificates"),
+        ),
         ({"etcd": ["a:1", "b:1", "a:1"]}, ("etcd", "'a:1' twice")),
         ({"model": "."}, ("model = '.'", "served_model_name")),
         ({"model": "/"}, ("model = '/'", "served_model_name")),
@@ -266,6 +283,11 @@ def test_addresses_as_resolvers_read_them() -> None:
         assert not is_loopback(host), host
         assert not is_unspecified(host), host
         assert ClusterConfig("r", "m", (), host=host, insecure=True).advertised == host
+    for transport in ("auto", "sockets"):
+        ClusterConfig("r", "m", (), host="::", advertise="10.0.0.5", transport=transport, insecure=True)
+    tls = TlsConfig("ca", "cert")
+    ClusterConfig("r", "m", (), host="fe80::1%eth0", advertise="a.example", transport="ucx", tls=tls)
+    ClusterConfig("r", "m", (), host="169.254.0.7", transport="ucx", tls=tls)
     for host in ("...", "a..b", "x" * 64 + ".com"):
         with pytest.raises(OSError, match=r"not known|not a host name"):
             bound(host, 0)
