@@ -297,6 +297,24 @@ def test_what_two_pipelines_keep_is_there_until_neither_does() -> None:
     store.check()
 
 
+@pytest.mark.parametrize("others", [False, True])
+def test_who_takes_a_spare_copy_looks_at_it_whoever_has_it_already(others: bool) -> None:
+    """Its memory may have failed since somebody else looked."""
+    store = KvStore(12, 4, 8, 8)
+    block = store.copies.place_spare("p1", NAMES[0], 9)
+    assert block is not None
+    if others:
+        store.copies.place_spare("p0", NAMES[0], 9)
+    assert store.resume("p2", 1, NAMES[:1], 0)
+    checks = store.checksums.checks([block])
+    assert store.checksums.looked_at(checks, np.array([9], np.uint32)) == []
+    assert store.checksums.checks([block]) == []
+    assert store.keeps("p1") == NAMES[:1]
+    assert store.resume("p1", 1, NAMES[:1], 0)
+    assert store.checksums.checks([block]) == checks
+    store.check()
+
+
 def test_a_copy_of_what_is_computed_here_stays_when_that_goes() -> None:
     store = KvStore(12, 4, 8, 8)
     computed(store, ("p0", 1), 4)
