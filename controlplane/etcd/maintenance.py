@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,14 @@ class Maintenance:
     async def snapshot(self, member: str, target: Path, *, timeout_s: float = SNAPSHOT_LIMIT_S) -> int:
         """Write all that a member has to `target` (mode 0600), as etcd's own tools read it; its bytes. Nothing is there
         unless it is whole by its digest."""
-        at, fresh = await self._connected(member), target.with_name(f".{target.name}.{os.getpid()}.part")
+        at, fresh = (
+            await self._connected(member),
+            target.with_name(f".{target.name}.{secrets.token_hex(8)}.part"),
+        )
         digest, size, tail = hashlib.sha256(), 0, b""
         try:
-            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            # Backups go to folders where others may put links, too.
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with os.fdopen(fd, "wb") as file:
                 async for part in at.maintenance.Snapshot(rpc_pb2.SnapshotRequest(), timeout=timeout_s):
                     file.write(part.blob)

@@ -5,14 +5,15 @@ times of change), so are the tensors in them, and the digest that was computed o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
 
+from controlplane.contract.files import replace_file
 from controlplane.unreadable import UNREADABLE
 from dataplane.model.errors import ModelError
 
@@ -90,10 +91,6 @@ def _read(kept: Path) -> KnownDigest | None:
 
 def _write(kept: Path, known: KnownDigest) -> None:
     """Whole or not at all: nodes of one stage on one host share the file."""
-    fresh = kept.with_name(f"{kept.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):  # it is computed again at the next start
         kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fresh.write_bytes(msgspec.json.encode(known))
-        fresh.replace(kept)
-    except OSError:
-        fresh.unlink(missing_ok=True)
+        replace_file(kept, msgspec.json.encode(known), durable=False)
