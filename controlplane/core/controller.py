@@ -40,10 +40,9 @@ from controlplane.core.invariants import blemishes
 from controlplane.core.membership import Membership, Nodes, members_of, named_members
 from controlplane.core.operations import progress, should_resign, survey
 from controlplane.core.pieces import at_once
-from controlplane.core.plan import Proposal, propose
+from controlplane.core.plan import propose
 from controlplane.core.policy import Limits, Policy, Situation, Timers
 from controlplane.core.preflight import preflight
-from controlplane.core.repair import fill
 from controlplane.core.slot import Slot
 from controlplane.core.view import Overview
 
@@ -55,9 +54,6 @@ OPERATIONS_EVERY_S = 0.2  # how often operations under way are looked at when no
 # group, and hundreds may be under way. What they want is planned for at once all the same.
 OPERATIONS_LOOKED_AT_MAX = 16
 RESYNC_S = 10.0  # a plan is made so often although nothing that is known of asks for one
-# Pipelines that have never served wait so long, for each that the group has, since the last ones began to: of a large
-# group the topology is large, everybody gets each one, and nodes join one after the other. A second of 256 pipelines.
-FORM_S_PER_PIPELINE = 0.004
 # From a suspicion on only what is urgent is planned for so long. A storm begins with hundreds of them, and a look at
 # the places of all copies after each one would keep its deaths waiting.
 SUSPICION_S = 0.25
@@ -101,7 +97,6 @@ class Controller:
         self._suspected = False  # nothing changed since then but that somebody is under suspicion
         self._urgent_until: float | None = None  # then the rest is planned, once at least
         self._plan_at = 0.0  # a plan is made then although nothing changed
-        self._form_at = 0.0  # not before then
         self._operations_at = 0.0
         self._operation_last = ""  # that was looked at
         self._forget_at = 0.0
@@ -383,8 +378,6 @@ class Controller:
         """For all pipelines."""
         self._replan = False
         self._plan_at = min(self._timers.next_deadline(self._config, self._now), self._now + RESYNC_S)
-        if self._form_at > self._now:
-            self._plan_at = min(self._plan_at, self._form_at)
         if self._urgent_until is not None and self._urgent:
             self._plan_at = min(self._plan_at, self._urgent_until)
         else:
@@ -407,13 +400,7 @@ class Controller:
             if self._lost is not None and self._lost.counter == self._last_counter:
                 after = replace(self._lost, counter=after.counter)
         else:
-            situation = replace_value(self._situation(topology, nodes), only=only)
-            proposal = propose(situation, self._urgent)
-            if _only_forms(topology, proposal):
-                if self._now < self._form_at:
-                    proposal = propose(situation, self._urgent, forms=False)
-                else:
-                    self._form_at = self._now + FORM_S_PER_PIPELINE * len(topology.pipelines)
+            proposal = propose(replace_value(self._situation(topology, nodes), only=only), self._urgent)
             self._refused = proposal.refused
             self._tell(proposal.refused, effects)
             if proposal.transition is None:
@@ -499,11 +486,3 @@ class Controller:
 
     def _died_s(self) -> dict[Member, float]:
         return {m: self._now - (self._detector.changed_at(m) or 0.0) for m in self._detector.red()}
-
-
-def _only_forms(before: Topology, proposal: Proposal) -> bool:
-    """Whether pipelines begin to serve, and nobody waits for any of them: none has served before."""
-    if proposal.transition is None or proposal.transition.rule != fill.__name__:
-        return False
-    after = proposal.transition.topology.pipelines
-    return all(old is new or not old.epoch for old, new in zip(before.pipelines, after, strict=True))

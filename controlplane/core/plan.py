@@ -46,17 +46,15 @@ def plan(topology: Topology, nodes: Nodes, policy: Policy, now: float) -> Transi
     return propose(survey(topology, nodes, policy, now)).transition
 
 
-def propose(s: Situation, urgent: bool = False, forms: bool = True) -> Proposal:
+def propose(s: Situation, urgent: bool = False) -> Proposal:
     """The same, with what was refused. Of a situation with `only`, nothing has happened but reports of these pipelines.
-    `urgent`: what only tidies up waits. Without `forms` so do pipelines that are down.
+    `urgent`: what only tidies up waits.
 
     A pipeline for which a rule wants what would break something, or with which it cannot cope at all, is set aside for
     that rule, and the others are planned for: one that is beyond help costs the others nothing."""
     refused: list[str] = []
     rules = REPORTED if s.only is not None else URGENT if urgent else RULES
     for rule in (resume,) if s.topology.paused else rules:
-        if rule is fill and not forms:
-            continue
         left: Situation | None = s
         while left is not None:
             attempt = _try(rule, left)

@@ -29,8 +29,7 @@ TIMES = tuple(StepTimes(size, 1000, 20_000_000) for size in range(8))
 class Group:
     """A leader, and nodes that serve at home and report as real ones do."""
 
-    def __init__(self, nodes: int, joining: int = 0) -> None:
-        """`joining`: so many nodes join in each turn of the controller; 0: all of them do before it decides."""
+    def __init__(self, nodes: int) -> None:
         self.core = Controller(make_config(nodes // STAGES, STAGES), "c1")
         self.now = 100.0
         self.writes = 0
@@ -39,15 +38,11 @@ class Group:
             make_record(config, f"n{k}", "a", k % STAGES, domain={"host": f"h{k // 8}", "node": f"n{k}"})
             for k in range(nodes)
         ]
-        self.take(events.TopologySeen(None, 0))
-        for index, record in enumerate(self.records):
+        for record in self.records:
             self.take(events.NodeRegistered(record))
             self.take(events.ReportReceived(NodeReport(record.member, 1, 0.0, 1)))
-            if joining and index % joining == joining - 1:
-                self.now += 0.05
-                self.take(events.HeartbeatsReceived(tuple(r.member for r in self.records[: index + 1])))
-                self.decide(events.Tick() if self.core.leader else events.BecameLeader())
-        self.decide(events.Tick() if self.core.leader else events.BecameLeader())
+        self.take(events.TopologySeen(None, 0))
+        self.decide(events.BecameLeader())
         self.form_writes = self.writes
         for _ in range(8):
             self.second()
@@ -123,16 +118,6 @@ def test_a_tick_in_which_nothing_happened_costs_nothing_for_a_node() -> None:
 
 def test_a_cluster_is_formed_by_one_write_for_all_pipelines() -> None:
     assert Group(256).form_writes == 2  # who is home where; who serves
-
-
-def test_a_large_cluster_whose_nodes_join_one_after_the_other_is_formed_by_few_writes() -> None:
-    """Each pipeline was a write, which every process of the group read: what that costs grew with the square."""
-    small, large = Group(16, joining=4), Group(1024, joining=8)
-    for group in (small, large):
-        assert group.core.topology is not None
-        assert all(pipeline.up for pipeline in group.core.topology.pipelines)
-    assert small.form_writes >= 1 + 4, "a small one serves as soon as it can"
-    assert large.writes <= 16, "nodes joined for 6.4 s"
 
 
 def test_a_storm_is_one_write_and_grows_with_the_dead_alone() -> None:
