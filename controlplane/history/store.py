@@ -113,8 +113,7 @@ class HistoryStore:
                 return
             if rows:
                 await connection.execute(insert(events), rows)
-            fresh = [row for once, row in audits if not once or await self._is_first(connection, row)]
-            if fresh:
+            if fresh := await self._fresh(connection, audits):
                 await connection.execute(insert(operations), fresh)
             if measured:
                 await connection.execute(insert(figures), measured)
@@ -130,11 +129,23 @@ class HistoryStore:
         )
         return (await connection.execute(stored)).rowcount > 0
 
+    async def _fresh(
+        self, connection: AsyncConnection, audits: Sequence[tuple[bool, dict[str, object]]]
+    ) -> list[dict[str, object]]:
+        """Without the lines that are to be there once and are. Each is asked for in the same order by all who write
+        them: two would wait for each other."""
+        again = set()
+        for index in sorted(
+            (k for k, (once, _) in enumerate(audits) if once), key=lambda k: _about(audits[k][1])
+        ):
+            if not await self._is_first(connection, audits[index][1]):
+                again.add(index)
+        return [row for index, (_, row) in enumerate(audits) if index not in again]
+
     async def _is_first(self, connection: AsyncConnection, row: dict[str, object]) -> bool:
         """Whether there is no such line of the audit yet. Two that write it at once: the second one waits for the
         first, by a mark that need not be there for longer."""
-        about = [row["operation_id"], row["action"], row["unix_s"]]
-        mark = hashlib.sha256(msgspec.json.encode(about)).hexdigest()
+        mark = hashlib.sha256(_about(row)).hexdigest()
         _, stored = self._mark(f"audit/{mark}", 1)
         if not (await connection.execute(stored.on_conflict_do_nothing())).rowcount:
             return False
@@ -280,6 +291,11 @@ class HistoryStore:
             "reason": item.reason,
             "epoch": item.epoch,
         }
+
+
+def _about(row: dict[str, object]) -> bytes:
+    """What a line of the audit that is there once is known by."""
+    return msgspec.json.encode([row["operation_id"], row["action"], row["unix_s"]])
 
 
 def _storable(row: dict[str, object]) -> dict[str, object]:

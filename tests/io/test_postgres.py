@@ -18,6 +18,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
+from msgspec.structs import replace
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -26,9 +27,9 @@ import migrations
 from controlplane.contract.audit import Action
 from controlplane.contract.auth import Caller, Role
 from controlplane.contract.errors import Unavailable
-from controlplane.contract.records import Operation, OperationKind
+from controlplane.contract.records import Asked, Operation, OperationKind
 from controlplane.history import schema
-from controlplane.history.store import Audit, HistoryStore
+from controlplane.history.store import Audit, HistoryStore, submitted
 from controlplane.history.tables import metadata
 from controlplane.history.writer import HistoryWriter
 from tests.io.etcd_server import free_ports
@@ -145,6 +146,30 @@ def test_what_is_written_comes_back_and_the_audit_stays(url: str) -> None:
         assert await store.prune(4) == 6
         assert [item for _, item in await store.tail(100)] == written[6:]
         assert await store.audit(10) == [entry]
+        for one in stores:
+            await one.close()
+
+    asyncio.run(main())
+
+
+def test_the_first_line_about_an_operation_that_all_write_at_once_is_kept_once(url: str) -> None:
+    async def main() -> None:
+        stores = [HistoryStore(url, "c", f"c{index}") for index in range(3)]
+        await stores[0].upgrade()
+        lines = [
+            submitted(
+                replace(OPERATION, id=f"op-{number}", asked=Asked("alice", "operator", "10.0.0.7", "", 12))
+            )
+            for number in range(100)
+        ]
+        told = [line for line in lines if line is not None]
+        await asyncio.gather(*(store.audit(1) for store in stores))  # they are connected
+        # In another order each: neither waits for what the other one has.
+        await asyncio.gather(*(store.append(told[k:] + told[:k]) for k, store in enumerate(stores)))
+        await asyncio.gather(stores[0].append(told), stores[1].append(told[::-1]))
+        assert sorted(entry.operation for entry in await stores[0].audit(200)) == sorted(
+            f"op-{number}" for number in range(100)
+        )
         for one in stores:
             await one.close()
 
