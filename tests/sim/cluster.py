@@ -89,6 +89,8 @@ class Cluster:
         self.codes: dict[str, int] = {}  # whose code is newer, or was
         self.newest = OURS  # that ever ran
         self.operations = 0
+        self.asked = 0  # questions to controllers
+        self.asking: dict[int, tuple[Process, str]] = {}  # those that are not answered, of whom
         self.scales = any(step.what == "scale" for step in schedule.steps)
         self.stopped: set[str] = set()  # nodes that their launcher has ended for good
         self.healing = False
@@ -184,9 +186,9 @@ class Cluster:
                 yield name, process.part
 
     def _at_home(self) -> bool:
-        """Every stage is served by the living process of its home, is copied, and nothing moves."""
+        """Every stage is served by the living process of its home, is copied, and nothing moves or is about to."""
         topology = self.checks.topology
-        if topology is None or topology.cordoned or topology.retired:
+        if topology is None or topology.cordoned or topology.retired or self._asking() or self._under_way():
             return False
         if len(topology.pipelines) != self.schedule.shape.instances or any(map(self._runs, topology.leaving)):
             return False
@@ -417,9 +419,9 @@ class Cluster:
         if topology is None or service is None:
             return
         process, at = service
-        for operation in at._operations():
-            if operation.open and operation.kind not in ("undrain", "scale"):
-                self._ask(process, at.cancel(operation.id, ADMIN_CALLER))
+        for name, kind in self._under_way().items():
+            if kind not in ("undrain", "scale"):
+                self._ask(process, at.cancel(name, ADMIN_CALLER))
         if len([p for p in topology.pipelines if not p.closing]) != self.schedule.shape.instances:
             self.scale(self.schedule.shape.instances)
         for node in topology.cordoned:
@@ -427,19 +429,36 @@ class Cluster:
             request = OperationRequest(f"last-{self.operations}", "undrain", node)
             self._ask(process, at.submit(request, ADMIN_CALLER))
 
+    def _under_way(self) -> dict[str, str]:
+        """Operations that are not over, or that some controller does not know to be, with their kinds: one that nobody
+        has begun yet will be, and moves what is at home."""
+        known = [operation for _, at in self._services() for operation in at._operations()]
+        return {operation.id: operation.kind for operation in known if operation.open}
+
     def _service(self) -> tuple[Process, Any] | None:
         """A controller that is there to be asked."""
+        return next(self._services(), None)
+
+    def _services(self) -> Iterator[tuple[Process, Any]]:
         for name, process in sorted(self.processes.items()):
             if name[0] == "c" and process.alive and not process.paused and process.part is not None:
-                return process, process.part.service
-        return None
+                yield process, process.part.service
 
     def _ask(self, process: Process, question: Any) -> None:
+        self.asked += 1
+        number = self.asked
+        self.asking[number] = process, process.incarnation
+
         async def asked() -> None:
             with contextlib.suppress(Unavailable):
                 await question
+            del self.asking[number]
 
         process.spawn(asked())
+
+    def _asking(self) -> bool:
+        """Whether a controller may still carry out what it was asked for."""
+        return any(process.alive and process.incarnation == when for process, when in self.asking.values())
 
     # ------------------------------------------------------------------ steps: clients
 
