@@ -64,6 +64,7 @@ WHOLE: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
     ),
     (HERMES, '<tool_call>{"name": "f"}</tool_call> and more', "and more", [("f", "{}")]),
     (HERMES, '<tool_call>{"name": "f", "arguments": null}</tool_call>', "", [("f", "{}")]),
+    (HERMES, '<tool_call>{"name": "f", "arguments": ""}</tool_call>', "", [("f", "{}")]),
     (HERMES, '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("f", '{"a": 1}')]),
     (HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>x', "x", [("f", '{"a": 1}')]),
     (

@@ -135,6 +135,46 @@ def test_keywords_that_demand_nothing_are_passed_over(compiler: Compiler) -> Non
             accepts(compiler, grammar(guided_json=many | more), "[]")
 
 
+def test_schemas_as_other_languages_write_them(compiler: Compiler) -> None:
+    """Absent keywords as null, counts as doubles, definitions by names that no URI has, drafts under other names."""
+    names = ("List<T>", "A B", "Zahl é", "Box[int]")
+    schema = {
+        "$schema": "https://json-schema.org/draft-07/schema#",
+        "type": "object",
+        "title": None,
+        "properties": {str(at): {"$ref": f"#/$defs/{name}"} for at, name in enumerate(names)},
+        "required": [str(at) for at in range(len(names))],
+        "additionalProperties": None,
+        "$defs": {name: {"type": "string", "maxLength": 1.0, "enum": None} for name in names},
+    }
+    text = grammar(guided_json=schema)
+    assert accepts(compiler, text, '{"0": "a", "1": "b", "2": "c", "3": "d"}')
+    assert not accepts(compiler, text, '{"0": "aa", "1": "b", "2": "c", "3": "d"}')
+    null = grammar(guided_json={"enum": [None, "a"], "$schema": "http://example.com/own", "items": None})
+    assert accepts(compiler, null, "null")
+    assert accepts(compiler, grammar(guided_json={"const": None}), "null")
+
+
+@pytest.mark.parametrize("kind", ["integer", "number"])
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(-(1 << 63), (1 << 63) - 1), (0, (1 << 64) - 1), (0, 1.8446744073709552e19), (-1e30, 1e30)],
+)
+def test_bounds_of_64_bits(kind: str, low: float, high: float, compiler: Compiler) -> None:
+    """As Rust's and Go's generators write them of a type's own range."""
+    text = grammar(guided_json={"type": kind, "minimum": low, "maximum": high})
+    assert accepts(compiler, text, "5")
+    assert accepts(compiler, text, "-5") == (low < 0)
+    with pytest.raises(GrammarError):
+        accepts(compiler, grammar(guided_json={"type": kind, "minimum": 1e300}), "5")
+
+
+def test_choices_of_any_character(compiler: Compiler) -> None:
+    text = grammar(guided_choice=["a\x7f", "b\u2028"])
+    assert accepts(compiler, text, "a\x7f")
+    assert accepts(compiler, text, "b\u2028")
+
+
 def test_formats_that_json_schema_does_not_know_say_nothing(compiler: Compiler) -> None:
     """OpenAPI's, pydantic's and zod's, wherever they stand; those that it knows are kept to, or refused."""
     path = {"type": "string", "format": "path"}

@@ -103,6 +103,15 @@ def test_what_each_family_writes(kind: ToolFormat, reasoning: Reasoning | None, 
     assert not matches(one, before + EXAMPLES[kind])
 
 
+@pytest.mark.parametrize("kind", [ToolFormat.PYTHONIC, ToolFormat.LLAMA_JSON])
+def test_parameters_with_nulls(kind: ToolFormat) -> None:
+    function = Function(
+        name="ping", parameters={"type": None, "properties": None, "required": None, "$defs": None}
+    )
+    said = "[ping()]" if kind is ToolFormat.PYTHONIC else '{"name": "ping", "parameters": {}}'
+    assert matches(output_grammar("", Calls(kind, (function,)), None, {}), said)
+
+
 def test_an_answer_after_the_reasoning() -> None:
     for answer, text in ((ANSWER, '{"on": false}'), ('start: "yes" | "no"', "no")):
         inside = output_grammar(answer, None, Reasoning(THINK, True), {})

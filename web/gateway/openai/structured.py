@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
+from urllib.parse import quote
 
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
@@ -45,10 +46,22 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "unevaluatedProperties": ({}, True),
     "unevaluatedItems": ({}, True),
 }
+REF_CHARS = "#/%:?&=+,;@!$'()*~"
 FORMATS = (  # that JSON Schema knows (2020-12, validation, 7.3)
     "date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6", "uri",
     "uri-reference", "iri", "iri-reference", "uuid", "uri-template", "json-pointer", "relative-json-pointer", "regex",
 )  # fmt: skip
+# Those of its versions that the library knows by name; one that it does not know would be looked for on the network.
+DIALECTS = (
+    "https://json-schema.org/draft/2020-12/schema", "https://json-schema.org/draft/2019-09/schema",
+    "http://json-schema.org/draft-07/schema", "http://json-schema.org/draft-06/schema",
+    "http://json-schema.org/draft-04/schema",
+)  # fmt: skip
+# Values of any kind; everywhere else a null is how serialisers write a keyword that is not there.
+VALUES = frozenset({"const", "default", "example"})
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+BOUND_MAX = (1 << 63) - 1024  # the library fails beyond what a double says of 64 bits
+COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
 SECONDS = "[0-9]{2}:[0-9]{2}:[0-5][0-9]"  # only a time has three parts, an offset has two
 
 Schema = dict[str, Any] | bool
@@ -142,7 +155,7 @@ def text_of(asked: Asked) -> str:
         case "regex":
             text = LLMatcher.grammar_from_regex(_bounded(asked.source))
         case "choice":
-            choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in asked.source)
+            choices = " | ".join(map(_literal, asked.source))
             text = _bounded(
                 f"start: CHOICE\nCHOICE: {choices}"
             )  # a terminal: of rules there may be 2,000 at a place
@@ -188,9 +201,12 @@ def json_grammar(schema: Schema | str, whitespace: Mapping[str, Any] = WHITESPAC
 def adapted(schema: Any) -> Any:
     """A schema as llguidance is to have it: its times without a 60th second, which the library writes at any minute and
     clients' types do not read; and without what demands nothing but is refused by the library: formats that JSON Schema
-    does not know (OpenAPI's, pydantic's, zod's), and keywords with NEUTRAL values."""
+    does not know (OpenAPI's, pydantic's, zod's), keywords with NEUTRAL values, or null."""
     if not isinstance(schema, dict):
         return schema
+    schema = {
+        key: _readable(key, value) for key, value in schema.items() if value is not None or key in VALUES
+    }
     changed = dict(schema)
     for key, inner in schema.items():
         if key in MAPS_OF_SCHEMAS and isinstance(inner, dict):
@@ -209,6 +225,27 @@ def adapted(schema: Any) -> Any:
             return {"allOf": [changed, {"type": "string", "pattern": SECONDS}]}
         changed["pattern"] = SECONDS
     return changed
+
+
+def _readable(key: str, value: Any) -> Any:
+    """The value of a keyword, as the library reads it where others write it in another way."""
+    if key == "$ref" and isinstance(value, str):
+        return quote(value, safe=REF_CHARS)  # names of definitions as they stand: List<T>, or with spaces
+    if key == "$schema" and isinstance(value, str):
+        return next((name for name in DIALECTS if _same_dialect(name, value)), DIALECTS[0])
+    if isinstance(value, bool):
+        return value
+    if key in COUNTS and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if key in BOUNDS and isinstance(value, int | float):
+        if key.endswith("inimum"):
+            return -BOUND_MAX if value < -BOUND_MAX else value
+        return BOUND_MAX if value > BOUND_MAX else value
+    return value
+
+
+def _same_dialect(name: str, given: str) -> bool:
+    return name.partition("://")[2] == given.partition("://")[2].rstrip("#/")
 
 
 def depth_of(value: Any) -> int:
@@ -256,6 +293,11 @@ def _whitespace(none: bool | None, pattern: str | None) -> Mapping[str, Any]:
     if none:
         return NO_WHITESPACE
     return WHITESPACE if pattern is None else {"whitespace_pattern": pattern}
+
+
+def _literal(text: str) -> str:
+    """In Lark, whose reader takes no raw DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _bounded(source: str) -> str:

@@ -206,7 +206,8 @@ class _Rules:
 
 def parameters_of(function: Function) -> dict[str, Any]:
     """Of an object, always. Raises GrammarError."""
-    schema = dict(NO_PARAMETERS if function.parameters is None else function.parameters)
+    given = NO_PARAMETERS if function.parameters is None else function.parameters
+    schema = {key: value for key, value in given.items() if value is not None}
     if schema.setdefault("type", "object") != "object":
         raise GrammarError(f"the parameters of {function.name} are no object")
     if depth_of(schema) > DEPTH_MAX:

@@ -212,4 +212,6 @@ def _object_text(text: str) -> str:
     if text == "null":
         return "{}"
     inner = _string(text)
+    if inner is not None and not inner.strip():
+        return "{}"
     return inner if inner is not None and inner.lstrip().startswith("{") else text
