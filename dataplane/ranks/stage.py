@@ -90,9 +90,14 @@ class Rank:
 
     @property
     def ended(self) -> bool:
-        poll = select.poll()
+        return self._ends_within(0)
+
+    def _ends_within(self, limit_s: float) -> bool:
+        poll = (
+            select.poll()
+        )  # not select(): it takes no descriptor from 1024 on, which a node with many links has
         poll.register(self.pidfd, select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(poll.poll(limit_s * 1000))
 
     @property
     def stopped(self) -> bool:
@@ -107,7 +112,7 @@ class Rank:
         """It writes nothing any more when this returns."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        select.select([self.pidfd], [], [], MISSING_S)
+        self._ends_within(MISSING_S)
         self.socket.close()
         os.close(self.pidfd)
 

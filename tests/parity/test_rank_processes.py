@@ -1,5 +1,8 @@
 """A stage of rank processes keeps its bits whoever of them ends, stops or comes back, at any point of a step."""
 
+import fcntl
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -7,6 +10,7 @@ import sys
 import pytest
 
 from dataplane.ranks.process import NotForked, received_rank
+from dataplane.ranks.stage import Rank
 from tests.parity.rank_processes import LIMIT_S, SCENARIOS
 
 
@@ -36,3 +40,17 @@ def test_a_rank_that_cannot_be_had_now_is_told_from_a_parent_that_is_gone() -> N
     theirs.close()
     with ours, pytest.raises(ConnectionError):
         received_rank(ours)
+
+
+def test_a_rank_ends_in_a_node_with_many_descriptors() -> None:
+    """select() takes none from 1024 on: the step that lost a rank, and the node, would end with a ValueError."""
+    process = subprocess.Popen(["sleep", "60"])
+    pidfd = os.pidfd_open(process.pid)
+    high = fcntl.fcntl(pidfd, fcntl.F_DUPFD_CLOEXEC, 1024)
+    os.close(pidfd)
+    ours, theirs = socket.socketpair()
+    rank = Rank(0, process.pid, ours, high)
+    with theirs:
+        assert not rank.ended
+        rank.end()
+    assert process.wait(0) == -signal.SIGKILL
