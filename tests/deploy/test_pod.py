@@ -295,6 +295,31 @@ def test_secrets_without_certificates_need_no_authority(tmp_path: Path) -> None:
     }
 
 
+def test_a_scraper_has_a_key_for_metrics_alone(tmp_path: Path) -> None:
+    release = Release("shop", "llm", {})
+
+    def made() -> str:
+        found = {
+            one["metadata"]["name"]: one["data"] for one in secrets_of(tmp_path, release, timedelta(1), False)
+        }
+        return base64.b64decode(found["shop-metrics"]["gateways"]).decode()
+
+    first = made()
+    assert first == (tmp_path / "api-keys").read_text().split()[0]  # until there is one
+    file = ["--file", str(tmp_path / "keys.json")]
+    for name, option in (("client", []), ("prometheus", ["--metrics"])):
+        key = CliRunner().invoke(app, ["keys", "create", name, *option, *file]).stdout
+        (tmp_path / "metrics-key").write_text(key)
+        if option:
+            assert made() == key.strip()
+        else:
+            with pytest.raises(ConfigError, match="metrics-key is no key"):
+                made()
+    assert CliRunner().invoke(app, ["keys", "revoke", "prometheus", *file]).exit_code == 0
+    with pytest.raises(ConfigError, match="metrics-key is no key"):
+        made()
+
+
 def test_secrets_need_an_authority(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["pod", "secrets", "shop", "--dir", str(tmp_path)])
     assert done.exit_code == 1

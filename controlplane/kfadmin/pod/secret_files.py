@@ -13,14 +13,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from controlplane.contract.api_keys import is_secret, read_keys, split_key
 from controlplane.contract.auth import Role, create_secret, derive, mint
 from controlplane.contract.errors import ConfigError
 from controlplane.contract.identity import RELAY_NAME, ProcessName, ProcessRole
 from controlplane.kfadmin.certs import FOLDER
+from controlplane.kfadmin.keys import FILE as KEYS
 from controlplane.kfadmin.pod.place import LETTERS
 from controlplane.kfadmin.rundir import create_api_key
 
 TOKENS_S = 365 * 86400
+METRICS_KEY = "metrics-key"  # in the operator's folder: the scraper's, in the clear
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +83,33 @@ def secrets_of(
     keys = {
         name: (folder / name).read_bytes() for name in ("api-keys", "keys.json") if (folder / name).exists()
     }
-    first_key = next((line for line in keys["api-keys"].split() if not line.startswith(b"#")), None)
-    if first_key is None:
-        raise ConfigError(
-            f"{folder / 'api-keys'} has no key: scrapers of the gateways need one; remove it for a new one"
-        )
+    scraper = _scrapers_key(folder, keys["api-keys"], now)
     return [
         _secret(release, "credentials", {"secret": (folder / "secret").read_bytes()}),
         _secret(release, "api-keys", keys),
-        _secret(release, "metrics", {"controllers": metrics, "gateways": first_key}),
+        _secret(release, "metrics", {"controllers": metrics, "gateways": scraper}),
         _secret(release, "operator", {"token": operator}),
         *made,
     ]
+
+
+def _scrapers_key(folder: Path, operators: bytes, now: datetime) -> bytes:
+    """Of gateways' /metrics: the key in `metrics-key`, which is good for nothing else; without that file the operators'
+    first one, as gateways of older releases know no such key. Raises ConfigError, OSError."""
+    path = folder / METRICS_KEY
+    if not path.exists():
+        first = next((line for line in operators.split() if not line.startswith(b"#")), None)
+        if first is None:
+            raise ConfigError(
+                f"{folder / 'api-keys'} has no key: scrapers of the gateways need one; remove it for a new one"
+            )
+        return first
+    text = path.read_text().strip()
+    key_id, secret = split_key(text) or ("", "")
+    known = [one for one in read_keys(folder / KEYS).keys if one.id == key_id and is_secret(one, secret)]
+    if not any(one.metrics and one.state(now.timestamp()) == "active" for one in known):
+        raise ConfigError(f"{path} is no key of `kfadmin keys create --metrics` that is good and in {KEYS}")
+    return text.encode()
 
 
 def _certificates(folder: Path, release: Release, lifetime: timedelta, now: datetime) -> list[dict[str, Any]]:
