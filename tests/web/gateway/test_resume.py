@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
 
@@ -478,6 +478,20 @@ def ends_early(submit: Submit, position: int) -> int:
     return reference(submit.prompt, submit.sampling.seed, position + 1)[-1]
 
 
+def test_a_prompt_tells_one_time_whatever_the_zone_of_the_gateways_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    template = ChatTemplate("{{ strftime_now('%Y-%m-%d %H:%M') }}", {}, 1000)
+    try:
+        for zone in ("UTC", "Asia/Tokyo", "XYZ+8"):
+            monkeypatch.setenv("TZ", zone)
+            time.tzset()
+            assert template.render([], now_unix_s=1_796_000_000) == "2026-11-30 00:53"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def test_a_prompt_tells_the_day_on_which_its_stream_began(monkeypatch: pytest.MonkeyPatch) -> None:
     """After midnight the same body is the same prompt, whether nobody remembers it or somebody does."""
     template = ChatTemplate("{{ strftime_now('%d.%m.%Y %H:%M:%S') }} {{ messages[0].content }}", {}, 1000)
@@ -492,7 +506,7 @@ def test_a_prompt_tells_the_day_on_which_its_stream_began(monkeypatch: pytest.Mo
                 kept = await client.post(path, json=plain, headers={"idempotency-key": f"{forgotten}"})
                 clock[0] += 86_400
                 assert stack.service.model.decode(list(stack.nodes[0].submits[-1].prompt)).endswith(
-                    datetime.fromtimestamp(now).strftime("%d.%m.%Y %H:%M:%S Hello")
+                    datetime.fromtimestamp(now, UTC).strftime("%d.%m.%Y %H:%M:%S Hello")
                 )
                 again = await client.post(path, json=plain, headers={"idempotency-key": f"{forgotten}"})
                 assert (again.status_code, again.json()) == (200, kept.json())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,8 @@ class ChatTemplate:
         now = time.time() if now_unix_s is None else now_unix_s
 
         def strftime_now(format: str) -> str:
-            return datetime.fromtimestamp(now).strftime(format)
+            # The same at each gateway, wherever its clock hangs: a stream that goes on at another one has its prompt.
+            return datetime.fromtimestamp(now, UTC).replace(tzinfo=None).strftime(format)
 
         given = {"strftime_now": strftime_now, **self._special_tokens, **(extra or {})}
         variables: dict[str, Any] = {
