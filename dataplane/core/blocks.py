@@ -384,14 +384,23 @@ class KvStore:
         return min(tokens, valid)
 
     def _keep(self, pipeline: PipelineId, blocks: Sequence[int]) -> None:
-        """No row has these any more: what is named of them is kept, the last one as the first to go."""
+        """No row has these any more: what is named of them is kept, the last one as the first to go.
+
+        In the place of one whose name another block got meanwhile that one is kept: the scheduler counts on it."""
         kept = self.kept[pipeline]
         for block in reversed(blocks):
-            name = self.pool.name_of(block)
-            if not name or name in kept:
-                self.pool.drop(block)
-            else:
+            name, former = self.pool.name_of(block), self.pool.former_name_of(block)
+            if name and name not in kept:
                 kept[name] = block
+                continue
+            if former and former not in kept:
+                other = self.pool.find(former)
+                if other is None:
+                    self.lost.append((pipeline, former))
+                else:
+                    self.pool.add(other)
+                    kept[former] = other
+            self.pool.drop(block)
 
     # ------------------------------------------------------------------ room
 

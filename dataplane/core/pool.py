@@ -22,6 +22,7 @@ class Pool:
         self.gone: list[bytes] = []  # names that are not here any more: for the replicator to take
         self._named: dict[bytes, int] = {}
         self._names: dict[int, bytes] = {}
+        self._former: dict[int, bytes] = {}  # names that another block has now, with the same content
         self._more: dict[int, int] = {}  # holders of a block besides the first
         self._copied: dict[int, int] = {}  # holders of a block that are copies for others
 
@@ -36,13 +37,19 @@ class Pool:
         """Its name, b"" if it has none."""
         return self._names.get(block, b"")
 
+    def former_name_of(self, block: int) -> bytes:
+        """The name that it had until another block was called so, b"" if there was none."""
+        return self._former.get(block, b"")
+
     def call(self, block: int, name: bytes) -> None:
         """From now on this is the block of that name, and of no other; another one that was has none any more."""
         if self._names.get(block, name) != name:
             self.forget(block)
+        self._former.pop(block, None)
         before = self._named.get(name)
-        if before is not None:
+        if before is not None and before != block:
             del self._names[before]
+            self._former[before] = name
         self._named[name], self._names[block] = block, name
 
     def forget(self, block: int) -> bytes:
@@ -66,6 +73,7 @@ class Pool:
             del self._more[block]
         else:
             self.forget(block)
+            self._former.pop(block, None)
             self.checksums.written(block)
             self.free.append(block)
             return
@@ -127,5 +135,6 @@ class Pool:
         assert sorted([*holders, *self.free]) == list(range(self.num_blocks)), "a block is lost"
         assert {b: n - 1 for b, n in holders.items() if n > 1} == self._more, "holders are miscounted"
         assert {name: block for block, name in self._names.items()} == self._named
-        assert self._names.keys() <= holders.keys(), "a free block has a name"
+        assert self._names.keys() | self._former.keys() <= holders.keys(), "a free block has a name"
+        assert not self._names.keys() & self._former.keys(), "a block has two names"
         assert self.checksums.unverified.keys() <= holders.keys(), "a free block waits to be looked at"

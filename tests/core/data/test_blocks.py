@@ -140,6 +140,27 @@ def test_what_was_just_computed_is_better_than_a_copy_that_nobody_has_looked_at(
     store.check()
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_block_whose_name_another_one_got_meanwhile_is_kept_as_that_one(there: bool) -> None:
+    """Its scheduler counts on what it has sealed. Where the other one is gone, too, it is told."""
+    store = KvStore(8, 4, 8, 8)
+    computed(store, ("p1", 1), 4)
+    assert store.copies.share(("p0", 1), 0, 4, NAMES[0], 7)
+    assert store.take_up("p0", 1, NAMES[:1]) == 4
+    computed(store, ("p0", 2), 4)  # before anybody has looked at what p0 took over
+    (computed_there,) = store.table.blocks(store.own["p0"][2])
+    assert store.table.blocks(store.own["p1"][1]) != [computed_there]
+    if not there:
+        store.release(("p0", 2))
+        store.evict("p0", NAMES[:1])
+    store.check()
+    store.release(("p1", 1))
+    store.check()
+    assert list(store.kept["p1"]) == NAMES[:1] * there
+    assert store.lost == [("p1", NAMES[0])] * (not there)
+    assert store.resume("p1", 2, NAMES[:1], 0) == there
+
+
 def test_a_request_goes_on_in_the_block_that_it_has() -> None:
     store = KvStore(8, 4, 8, 8)
     computed(store, ("p0", 1), 10)
