@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import structlog
 from starlette.datastructures import Headers
@@ -21,6 +22,7 @@ log = structlog.get_logger()
 EXPOSED = "Content-Location, Retry-After, X-Request-Id, X-Should-Retry"
 PREFLIGHT_S = 600  # that a browser may remember it
 SLASHES = re.compile("/{2,}")
+CONTROLS = re.compile("[\\x00-\\x1f\\x7f]")
 METHODS = {"DELETE", "GET", "HEAD", "OPTIONS", "POST"}
 HEAD = "head"  # in a request's state: only headers are wanted
 LOGGED = "logged"  # in a request's state: what its line in the log says besides
@@ -57,7 +59,7 @@ class Manners:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        path = SLASHES.sub("/", scope["path"])
+        path = _plain(scope["path"])
         scope = {**scope, "path": path.rstrip("/") or "/"}
         headers = Headers(scope=scope)
         request_id = request_id_of(headers.get("x-request-id"))
@@ -108,6 +110,12 @@ class Manners:
             pairs.append((b"access-control-allow-origin", b"*" if everybody else origin.encode("latin-1")))
             pairs.append((b"access-control-expose-headers", EXPOSED.encode()))
         return pairs
+
+
+def _plain(path: str) -> str:
+    """Read alike by who guards a path and by who looks its route up. A route's pattern ends with `$`, which lets a line
+    end pass that no rule for the path has seen: control characters stay encoded, and name nothing."""
+    return CONTROLS.sub(lambda found: quote(found[0]), SLASHES.sub("/", path))
 
 
 class _Answer:

@@ -162,6 +162,19 @@ def test_what_roles_are_for(client: httpx.Client, service: MemoryService) -> Non
     assert (service.callers[-1].name, service.callers[-1].role) == ("admin", Role.ADMIN)
 
 
+@pytest.mark.parametrize("end", ["%0a", "%0A", "%0d", "%0d%0a", "%00", "%7f", "/%0a", "%0a/"])
+def test_a_path_with_a_line_end_is_no_other_way_to_what_a_role_may_not(
+    client: httpx.Client, service: MemoryService, end: str
+) -> None:
+    """Routes take one at their end: viewers read settings and audit, and operators took tokens back."""
+    for path in sorted(auth.OPERATORS_READ):
+        answer = client.get(f"{client.base_url}{path}{end}?id=x", headers=minted(Role.VIEWER))
+        assert answer.status_code == 404, path
+    revocations = f"{client.base_url}{auth.REVOCATIONS}{end}"
+    assert client.post(revocations, json={"name": "bob"}, headers=minted(Role.OPERATOR)).status_code == 404
+    assert service.revoked == {}
+
+
 @pytest.mark.parametrize(
     "config_of", [lambda app: _admin_server(app).config, lambda app: make_server(app).config]
 )

@@ -105,6 +105,10 @@ def test_options() -> None:
         (b"/v1/models/kevlar%2Ddemo", 200),
         (b"/v1/models/org%2Fother", 404),
         (b"/v1/%zz%ff", 404),
+        (b"/v1/models%0a", 404),
+        (b"/v1/models%0d%0A", 404),
+        (b"/v1/models/%00", 404),
+        (b"/livez%0A", 404),
         ("/v1/é".encode(), 400),
     ],
 )
