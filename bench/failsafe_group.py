@@ -41,12 +41,10 @@ class Served:
     again."""
 
     tokens: int = 0
-    completed: dict[int, int] = field(
-        default_factory=dict
-    )  # by bin of time: prompt and output of requests that ended
-    kv_spread: list[tuple[float, float]] = field(
-        default_factory=list
-    )  # seconds, fullest against emptiest rank
+    # By bin of time: prompt and output of requests that ended.
+    completed: dict[int, int] = field(default_factory=dict)
+    # Seconds, fullest against emptiest rank.
+    kv_spread: list[tuple[float, float]] = field(default_factory=list)
     compute_s: float = 0.0  # of the slowest ranks, over all steps ...
     compute_mean_s: float = 0.0  # ... and in the mean over ranks
 
@@ -82,9 +80,8 @@ class Engine:
         self._decode_steps = 0
         self._ends: dict[int, list[int]] = {}  # by decode step
         self._decoding: dict[int, list[int]] = {}  # by rank: requests, and positions that they read
-        self.last_step: dict[
-            int, int
-        ] = {}  # positions that the last step computed, of requests in their prompt
+        # Positions that the last step computed, of requests in their prompt.
+        self.last_step: dict[int, int] = {}
 
     def start(self, ranks: int) -> bool:
         """A fresh group of so many ranks. False: the model does not fit."""

@@ -172,9 +172,8 @@ async def _drive(
 async def _fail(cluster: LocalCluster, victims: Sequence[str], started: float, scale: float) -> None:
     """kill -9, and a replacement only when a new machine would be there."""
     await asyncio.sleep(started + FAIL_AT_S / scale - time.monotonic())
-    held = (
-        cluster.config.mode is not Mode.STOP_RESTART
-    )  # there the launcher waits by itself, for all of the instance
+    # There the launcher waits by itself, for all of the instance.
+    held = cluster.config.mode is not Mode.STOP_RESTART
     for victim in victims:
         if held:
             cluster.hold(victim)

@@ -38,9 +38,8 @@ SHARED_STEPS = 64  # decode steps, at least, that all streams of a batch have in
 SETTLE_S = 0.3  # compute threads of some engines go on spinning that long after an answer
 IDLE_S = 2.0
 QUICK_LIMIT_S = 250.0  # no round begins that would end later
-SLOW = (
-    "transformers_cb",
-)  # half a minute for one batch: three rounds of all others are worth more to --quick
+# Half a minute for one batch: three rounds of all others are worth more to --quick.
+SLOW = ("transformers_cb",)
 
 Rates = dict[str, list[float]]
 

@@ -50,9 +50,8 @@ class Shape:
 MODELS = {
     "T": Shape(256, 8, 8, 4, 768, 4096, 32),
     "S": Shape(768, 12, 12, 4, 2048, 32000, 64),
-    "K": Shape(
-        128, 16, 16, 16, 256, 1024, 128
-    ),  # many heads: 256 KB of KV a token in float32, and little to compute
+    # Many heads: 256 KB of KV a token in float32, and little to compute.
+    "K": Shape(128, 16, 16, 16, 256, 1024, 128),
     "V": Shape(256, 4, 8, 4, 768, LLAMA3_VOCAB, 32),
 }
 

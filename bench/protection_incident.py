@@ -119,9 +119,8 @@ async def _killed(
     try:
         row, killed = await asyncio.to_thread(_predict_and_kill, cluster, admin, policy, shape)
         outcomes = await running
-        cluster.release(
-            row.victim
-        )  # a process is back in 0.2 s here, a machine is not: not while it is measured
+        # A process is back in 0.2 s here, a machine is not: not while it is measured.
+        cluster.release(row.victim)
         return outcomes, row, killed
     finally:
         running.cancel()
@@ -192,9 +191,8 @@ def _over(admin: AdminClient, last: int) -> Incident | None:
     """The failure that came after the one with the id `last`, once it is over."""
     try:
         incidents = admin.incidents()
-    except (
-        Unreachable
-    ):  # on a busy machine its database answers late; whoever waits does so for a bounded time
+    # On a busy machine its database answers late; whoever waits does so for a bounded time.
+    except Unreachable:
         return None
     return next((one for one in incidents if one.id > last and one.affected and one.over), None)
 

@@ -42,9 +42,8 @@ COPIES = 2 * STAGES  # nodes that hold as much as the one that dies: both stages
 ROOM_BYTES = 2 << 30  # left free on the machine
 VICTIM, HEIR = "n1", "n3"
 SHAPE = MODELS["K"]
-STAGE_BYTES = (
-    SHAPE.num_hidden_layers // STAGES * 2 * SHAPE.num_key_value_heads * SHAPE.head_dim * 4
-)  # a token
+# A token.
+STAGE_BYTES = SHAPE.num_hidden_layers // STAGES * 2 * SHAPE.num_key_value_heads * SHAPE.head_dim * 4
 
 
 @dataclass

@@ -95,9 +95,8 @@ class Encoding:
         pipeline, epoch = topology.pipeline(meta.pipeline), meta.fence.epoch
         if pipeline is None or epoch < pipeline.epoch:
             return False
-        return (
-            epoch > pipeline.epoch or to in pipeline.members()
-        )  # it may know a newer topology than this node
+        # It may know a newer topology than this node.
+        return epoch > pipeline.epoch or to in pipeline.members()
 
     def _keep(self, to: Member, meta: RestoredMeta, payload: bytes) -> None:
         """Until its link is up. Who waits for the oldest ones has given up first, and computes them again."""

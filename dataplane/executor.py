@@ -85,9 +85,8 @@ class StageExecutor:
             raise ValueError(f"no kernels for device {device!r}")
         if sums == "fixed" and kind_of_device != "cpu":
             raise ValueError(f"device {device!r} has no kernels for fixed-point sums")
-        self.light_tokens = LIGHT_TOKENS[
-            kind_of_device
-        ]  # two steps of no more than that together are cheaper as one
+        # Two steps of no more than that together are cheaper as one.
+        self.light_tokens = LIGHT_TOKENS[kind_of_device]
         self.dtype: ModelDtype = c.dtype if dtype == "auto" else dtype
         shape = CacheShape(len(self.layers), c.num_kv_heads, block_size, c.head_dim, self.dtype)
         self.numerics: str = numerics_of(

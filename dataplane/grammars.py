@@ -76,9 +76,8 @@ class Grammars:
                 raise GrammarError(error)
         except GrammarError as error:
             self._fail([rule], str(error))
-        except (
-            BaseException
-        ) as error:  # a panic of the library is no Exception: it costs this request, not the node
+        # A panic of the library is no Exception: it costs this request, not the node.
+        except BaseException as error:
             log.exception("a grammar failed")
             self._fail([rule], f"the grammar failed: {error}")
         else:

@@ -65,9 +65,8 @@ class _Protected:
 
     fence: Fence
     sources: dict[Member, ReplicaSource] = field(default_factory=dict)
-    full: set[Member] = field(
-        default_factory=set
-    )  # who gets all requests; the others those that are placed there
+    # Who gets all requests; the others those that are placed there.
+    full: set[Member] = field(default_factory=set)
     placed: Placed = field(default_factory=Placed)
 
 
@@ -99,9 +98,8 @@ class Replicator:
         self._company = max(1, COMPANY_BYTES // (block_wire_bytes or kv.block_bytes))  # blocks of one message
         self._protected: dict[PipelineId, _Protected] = {}
         self._news: dict[tuple[Member, PipelineId, Fence], dict[int, None]] = {}  # requests to acknowledge
-        self._spared: dict[
-            PipelineId, list[bytes]
-        ] = {}  # what was kept of copies whose requests have ended since
+        # What was kept of copies whose requests have ended since.
+        self._spared: dict[PipelineId, list[bytes]] = {}
         self._sources: dict[PipelineId, tuple[Member, Fence]] = {}  # who relies on our copies of a pipeline
         self._turn = 0  # which source goes first
         self._look_at = 0.0  # when something may be to be sent again, if nothing happens before that says so

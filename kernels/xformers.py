@@ -78,9 +78,8 @@ class PagedAttention:
                 f"xFormers' decode operator takes blocks of a multiple of {PAGE_TOKENS} tokens, and"
                 f" engine.block_size is {self._block_size}"
             )
-        self._none_for: set[bool] = (
-            set()
-        )  # steps without an operator: those of one token a row, or all others
+        # Steps without an operator: those of one token a row, or all others.
+        self._none_for: set[bool] = set()
         self._pages = planes.view(layers, 2, 1, blocks * self._block_size, kv_heads, 1, head_dim)
 
     def warm_up(

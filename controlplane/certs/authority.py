@@ -113,9 +113,8 @@ class Authority:
 def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(authority)
-    except (
-        Exception
-    ):  # a name, a kind of key or a signature that differs: cryptography has one error for each
+    # A name, a kind of key or a signature that differs: cryptography has one error for each.
+    except Exception:
         return False
     return True
 

@@ -171,6 +171,5 @@ def all_taken(what: str, host: str, ports: Sequence[int]) -> ConfigError:
 def admin_socket(run_dir: Path, controller: str) -> Path | None:
     """Where a controller serves its admin API for kfadmin on the same host; None: the kernel takes no path so long."""
     path = run_dir / "admin" / f"{controller}.sock"
-    return (
-        path if len(os.fsencode(path)) <= UNIX_PATH_BYTES_MAX - 8 else None
-    )  # it is made under another name
+    # It is made under another name.
+    return path if len(os.fsencode(path)) <= UNIX_PATH_BYTES_MAX - 8 else None

@@ -74,9 +74,8 @@ class Caller(msgspec.Struct, frozen=True):
     role: Role
     address: str = ""  # host that the request came from
     expiry_unix_s: int = 0  # of the token; 0: it has none
-    ids: tuple[
-        str, ...
-    ] = ()  # of the session, and of the token; none: the cluster's own token, which is not revoked
+    # Of the session, and of the token; none: the cluster's own token, which is not revoked.
+    ids: tuple[str, ...] = ()
 
     @property
     def revoked_by(self) -> tuple[str, ...]:

@@ -145,9 +145,8 @@ class ParityConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # xor: one parity; rdp: two, by sums alone, for 16 stages at most; rs (Reed-Solomon): any number.
     code: Literal["xor", "rdp", "rs"] = "xor"
     parities: Annotated[int, Range(1, 8)] = 1  # K: so many stages of a pipeline may be lost at a time
-    memory_bytes: Annotated[int, Range(1 << 16, 1 << 50)] = (
-        1 << 30
-    )  # of a node, for others' parity, beside its KV pool
+    # Of a node, for others' parity, beside its KV pool.
+    memory_bytes: Annotated[int, Range(1 << 16, 1 << 50)] = 1 << 30
 
     def __post_init__(self) -> None:
         check_bounds(self, "parity.")

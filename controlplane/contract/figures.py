@@ -36,9 +36,8 @@ class GatewayReport(msgspec.Struct, frozen=True, array_like=True):
 class ReportTaken(msgspec.Struct, frozen=True, array_like=True):
     """A controller's answer. A new field goes to the end and has a default."""
 
-    wanted: tuple[
-        str, ...
-    ] = ()  # requests whose lives it would like to know: another report with them may follow at once
+    # Requests whose lives it would like to know: another report with them may follow at once.
+    wanted: tuple[str, ...] = ()
 
 
 class Figures(msgspec.Struct, frozen=True):

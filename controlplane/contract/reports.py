@@ -81,9 +81,8 @@ class PipelineReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     stalled_s: float = 0.0  # scheduler only: age of the oldest step in flight, or question to the stages
     round_s: float = 0.0  # scheduler only: the longest that one of the last steps took
     targets: tuple[TargetReport, ...] = ()
-    unanswered: int = (
-        -1
-    )  # scheduler only: if it is a question that is oldest, the first stage that owes an answer
+    # Scheduler only: if it is a question that is oldest, the first stage that owes an answer.
+    unanswered: int = -1
     tokens: int = 0  # scheduler only: positions of its requests that have KV ...
     tail_tokens: int = 0  # ... and those of them in blocks that are not full, which nobody else has
     token_s: float = 0.0  # scheduler only: what a position costs that is computed again; 0: not measured yet
@@ -150,16 +149,14 @@ class ReportBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
     first report under it says whose it is."""
 
     reports: tuple[tuple[int, NodeReport], ...] = ()  # slot and report
-    beats: tuple[
-        int, ...
-    ] = ()  # slots of members that are heard and whose last report on this stream still holds
+    # Slots of members that are heard and whose last report on this stream still holds.
+    beats: tuple[int, ...] = ()
     gone: tuple[int, ...] = ()  # slots of members whose own stream to the sender broke
     relay: bool = False  # the sender is no node: its end says nothing of those that it spoke for
     schema: int = REPORT_SCHEMA
     calm: bool = False  # nothing in it is news: a relay may pass it on with its next beat
-    ended: tuple[
-        int, ...
-    ] = ()  # slots of `gone` whose processes have ended for certain, as their host's kernel says
+    # Slots of `gone` whose processes have ended for certain, as their host's kernel says.
+    ended: tuple[int, ...] = ()
 
 
 class RelayedBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):

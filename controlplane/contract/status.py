@@ -124,9 +124,8 @@ class ClusterStatus(msgspec.Struct, frozen=True):
     gateways: tuple[GatewayStatus, ...]
     operations: tuple[Operation, ...]
     blemishes: tuple[str, ...] = ()  # what is wrong in the topology; work goes on around it
-    troubles: tuple[
-        str, ...
-    ] = ()  # why the cluster cannot be changed, or not wholly, and what to do about it
+    # Why the cluster cannot be changed, or not wholly, and what to do about it.
+    troubles: tuple[str, ...] = ()
 
 
 def made_of(status: ClusterStatus) -> list[tuple[str, str, str]]:

@@ -324,9 +324,8 @@ class Controller:
         verdicts = self._detector.evaluate(self._now, stalled)
         self._suspected = bool(verdicts) and all(v.after is NodeState.YELLOW for v in verdicts)
         for verdict in verdicts:
-            if (
-                verdict.known or verdict.after is not NodeState.GREEN
-            ):  # first heard is "joined", told elsewhere
+            # First heard is "joined", told elsewhere.
+            if verdict.known or verdict.after is not NodeState.GREEN:
                 self._tell_verdict(verdict, effects)
 
     def _tell_verdict(self, verdict: Verdict, effects: list[Effect]) -> None:

@@ -179,9 +179,8 @@ class Detector:
             watched.arrivals.restart()
             watched.broken_at, watched.abrupt = None, False
             watched.steady_since = None
-        limit_s = (
-            self.timing.suspect_after_s
-        )  # two comparisons cost less than a maximum, and one is mostly enough
+        # Two comparisons cost less than a maximum, and one is mostly enough.
+        limit_s = self.timing.suspect_after_s
         gap = now - (watched.heard or 0.0) >= limit_s and now - watched.since >= limit_s
         if gap or watched.steady_since is None:
             watched.steady_since = now

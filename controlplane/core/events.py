@@ -45,9 +45,8 @@ class PeersSeen:
     controllers: tuple[Member, ...] = ()
     gateways: tuple[Member, ...] = ()
     candidates: tuple[str, ...] = ()  # controllers in the order in which they would lead, the leader first
-    hears: tuple[
-        tuple[str, int], ...
-    ] = ()  # how many registered nodes each controller hears, as it told last
+    # How many registered nodes each controller hears, as it told last.
+    hears: tuple[tuple[str, int], ...] = ()
 
     made_of: tuple[tuple[str, str, str], ...] = ()  # name, version of the code, digest of the settings
     forgotten: int = 0  # counter of a topology that one of them knows, and etcd no longer has

@@ -181,9 +181,8 @@ class Membership:
     _checkpoint: str = ""  # the group's
     _digests: dict[int, str] = field(default_factory=dict)
     _counted: Topology | None = None  # the topology that checkpoint and digests follow from
-    _stalling: set[Member] = field(
-        default_factory=set
-    )  # schedulers whose last report has a step that is overdue
+    # Schedulers whose last report has a step that is overdue.
+    _stalling: set[Member] = field(default_factory=set)
     _nodes: Nodes | None = None
     _touched: set[NodeId] = field(default_factory=set)  # of whom there was a report, or another view
     _version: int = 0

@@ -149,9 +149,8 @@ class Paces:
         self._runners: dict[Member, _Runner] = {}
         self._found: dict[Member, Slowness] = {}
         self._fresh: set[Member] = set()  # reported since the last comparison
-        self._telling: set[Member] = (
-            set()
-        )  # of whom something was found: it ends by itself when they fall silent
+        # Of whom something was found: it ends by itself when they fall silent.
+        self._telling: set[Member] = set()
         self._measure = _Measure(self._runners)
         self._next_at = 0.0
 

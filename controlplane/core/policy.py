@@ -120,9 +120,8 @@ class Situation:
     policy: Policy
     now: float
     avoid: frozenset[NodeId]  # cordoned, or being emptied by a running operation: they get no new duty
-    emptying: frozenset[NodeId] = (
-        frozenset()
-    )  # those of `avoid` whose copies have to go as well: also who leaves
+    # Those of `avoid` whose copies have to go as well: also who leaves.
+    emptying: frozenset[NodeId] = frozenset()
     operations: tuple[Operation, ...] = ()  # whose turn it is; a restart stands as the replacement it is at
     only: Collection[PipelineId] | None = None  # the pipelines to look at; None: all
 

@@ -51,9 +51,8 @@ def advance(s: Situation, pipeline: Pipeline) -> Topology | None:
     move = pipeline.move
     if move is None:
         return None
-    if (
-        move.phase is MovePhase.QUIESCE
-    ):  # by a leader of older code: nodes of older code compute nothing meanwhile
+    # By a leader of older code: nodes of older code compute nothing meanwhile.
+    if move.phase is MovePhase.QUIESCE:
         return successor(s.topology, replace(pipeline, move=replace(move, phase=MovePhase.COPY)))
     # A destination under suspicion gets no new duty: wait for it. A pipeline that stands still may have a member whose
     # computation hangs: who is to be found dead and restarted must not leave as if it were well.

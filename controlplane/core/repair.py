@@ -43,9 +43,8 @@ def repair(s: Situation) -> Topology | None:
             for index in gone if mended is None else ():
                 pipeline = with_stage(pipeline, index, ranks=())
             draft.put(replace(mended or pipeline, move=None), gone)
-    if (
-        changed := draft.changed
-    ):  # who died held copies of others, too: a second write would come while nodes resume
+    # Who died held copies of others, too: a second write would come while nodes resume.
+    if changed := draft.changed:
         _drop_dead(s, draft, [pipeline for pipeline in s.pipelines if pipeline.id not in changed])
     return draft.topology()
 

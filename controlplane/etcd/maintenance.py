@@ -50,10 +50,8 @@ class Maintenance:
     async def snapshot(self, member: str, target: Path, *, timeout_s: float = SNAPSHOT_LIMIT_S) -> int:
         """Write all that a member has to `target` (mode 0600), as etcd's own tools read it; its bytes. Nothing is there
         unless it is whole by its digest."""
-        at, fresh = (
-            await self._connected(member),
-            target.with_name(f".{target.name}.{secrets.token_hex(8)}.part"),
-        )
+        at = await self._connected(member)
+        fresh = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
         digest, size, tail = hashlib.sha256(), 0, b""
         try:
             # Backups go to folders where others may put links, too.

@@ -85,9 +85,8 @@ class Performer:
         self._inbox = inbox
         self._history = history
         self._view = view or View(keys, group)
-        self._written: dict[
-            str, tuple[int, bytes]
-        ] = {}  # what was last written here, which no watch may show yet
+        # What was last written here, which no watch may show yet.
+        self._written: dict[str, tuple[int, bytes]] = {}
         # What this code has made in the same way, so that it has no field that only newer code knows.
         self._plain: dict[str, bytes] = {}
         self._begun: set[str] = set()  # open operations of which the audit was told that they began
@@ -136,6 +135,8 @@ class Performer:
 
     def _audit_begun(self, operation: Operation) -> None:
         """Whoever accepted it may have ended before it could say so, or may not know that etcd took it."""
+        # Some may have ended under another leader.
+        self._begun &= self._view.operations.keys() | {operation.id}
         line = submitted(operation)
         if line is not None and operation.id not in self._begun:
             self._history.put(line)

@@ -249,11 +249,10 @@ class ReportServer:
             for member in members:
                 self._drop(member, stream)
         elif members:
-            # A relay's death is nobody else's: its nodes connect by themselves, all at once. As long as their silence
-            # makes nobody suspect, its reason does not either.
-            asyncio.get_running_loop().call_later(
-                self._timing.suspect_after_s, self._forsaken, stream, members
-            )
+            # A relay's death is nobody else's: its nodes connect by themselves, all at once, and on a busy machine
+            # some are late. Silence alone tells of those that do not until then: of whoever its neighbours miss after
+            # `suspect_after_s`, of whoever they hear after `dead_after_s` (evidence.py).
+            asyncio.get_running_loop().call_later(self._timing.dead_after_s, self._forsaken, stream, members)
 
     def _forsaken(self, stream: _Stream, members: list[Member]) -> None:
         for member in members:

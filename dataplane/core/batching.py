@@ -19,9 +19,8 @@ from dataplane.core.speed import CHUNK_MIN, ONCE_MULTIPLE, STEP_MULTIPLE, StepSp
 # reads, so to halve a longer one costs little.
 CHUNK_ROWS = 16
 
-SCORED_BYTES = (
-    64 << 20
-)  # of logits that a step has for log probabilities of prompts, 4 bytes a token of the vocabulary
+# Of logits that a step has for log probabilities of prompts, 4 bytes a token of the vocabulary.
+SCORED_BYTES = 64 << 20
 
 Chunk = tuple[Request, int]  # that many tokens of a request, from `issued` on
 

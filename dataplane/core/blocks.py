@@ -454,9 +454,8 @@ class KvStore:
     def _make_room(self, blocks: int) -> bool:
         """Free that many blocks more. If that cannot be done no request loses anything for it, nor its copy."""
         goal = self.blocks_free + blocks
-        while (
-            self.copies.spare and self.blocks_free < goal
-        ):  # nearly always enough: spare blocks fill what is free
+        # Nearly always enough: spare blocks fill what is free.
+        while self.copies.spare and self.blocks_free < goal:
             self.copies.evict()
         if self.blocks_free >= goal:
             return True

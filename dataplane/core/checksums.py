@@ -114,9 +114,8 @@ class Checksums:
             if found != check.checksum:
                 self.failures += 1
                 damaged.append(check.block)
-            if (
-                check.block in self.unverified
-            ):  # else it has come to rest meanwhile, and its memory may fail yet
+            # Else it has come to rest meanwhile, and its memory may fail yet.
+            if check.block in self.unverified:
                 del self.unverified[check.block]
                 self._copies.discard(check.block)
         return damaged

@@ -64,9 +64,8 @@ class Holders:
         self._stages = stages
         self._weight = weight
         self._candidates: tuple[PipelineId, ...] = ()  # in the order of the ring
-        self._loads: dict[
-            PipelineId, tuple[float, float]
-        ] = {}  # what it has to do lately, and when it said so
+        # What it has to do lately, and when it said so.
+        self._loads: dict[PipelineId, tuple[float, float]] = {}
         self._placed: dict[int, _Placed] = {}
         self._inherits: Counter[PipelineId] = Counter()  # requests that it holds or is about to hold
         self._orders: dict[int, None] = {}  # requests of which stages have to be told something

@@ -148,9 +148,8 @@ class ShardSource:
         self._lines: dict[Member, _Line] = {}
         self._names: dict[bytes, int] = {}
         self._complete = 0  # of these, COMPLETE ones
-        self._elsewhere: dict[
-            bytes, set[Member]
-        ] = {}  # may have parity of a name whose encoder is another now
+        # May have parity of a name whose encoder is another now.
+        self._elsewhere: dict[bytes, set[Member]] = {}
         self._settled = False  # all requests that are alive have been heard of in this epoch
         self._turn = 0
 

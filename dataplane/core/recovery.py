@@ -18,14 +18,12 @@ class HeldCollector:
     stages_missing: set[int]
     since: float
     adopts: bool = True  # false: only tells stages what to give back, nobody waits for the answers
-    gone: set[bytes] = field(
-        default_factory=set
-    )  # names that not all stages keep any more since it was asked
+    # Names that not all stages keep any more since it was asked.
+    gone: set[bytes] = field(default_factory=set)
     silent: set[int] = field(default_factory=set)  # stages that have not said anything yet
     _least: dict[int, int] = field(default_factory=dict)
-    _unheard: dict[int, set[int]] = field(
-        default_factory=dict
-    )  # by request: stages that have said nothing of it
+    # By request: stages that have said nothing of it.
+    _unheard: dict[int, set[int]] = field(default_factory=dict)
     _kept: list[list[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

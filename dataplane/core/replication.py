@@ -61,12 +61,10 @@ class ReplicaSource:
         self.block_size = block_size
         self.known = False  # the holder has said what it has
         self.refusals = 0  # ever
-        self.there: set[bytes] = (
-            set()
-        )  # names of blocks that were sent there, or that the holder has said it has
-        self.kept: dict[
-            bytes, None
-        ] = {}  # names of blocks of no request that are to be sent, when nothing else is
+        # Names of blocks that were sent there, or that the holder has said it has.
+        self.there: set[bytes] = set()
+        # Names of blocks of no request that are to be sent, when nothing else is.
+        self.kept: dict[bytes, None] = {}
         self.kept_waits = False  # some of them are on their way
         self._window = (
             max(2, min(WINDOW_BLOCKS, WINDOW_BYTES // block_bytes)) if block_bytes else WINDOW_BLOCKS

@@ -59,9 +59,8 @@ class _Chunk:
         if then_s <= 0:
             return 0.0
         share = max(0.0, self.took_s - then_s) / max(1.0, self.tokens + self.decodes - then) / then_s
-        return share / max(
-            1.0 + share * (rows - then), share
-        )  # a step takes at least as long as one token adds
+        # A step takes at least as long as one token adds.
+        return share / max(1.0 + share * (rows - then), share)
 
 
 class StepSpeed:

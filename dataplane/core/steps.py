@@ -21,9 +21,8 @@ NO_DRAFTS: Mapping[int, Sequence[int]] = {}
 
 @dataclass(slots=True)
 class InFlight:
-    rows: list[
-        tuple[Request, int, int]
-    ]  # request, which attempt of it, how many tokens are sampled behind its last ones
+    # Request, which attempt of it, how many tokens are sampled behind its last ones.
+    rows: list[tuple[Request, int, int]]
     since: float
     decodes: int  # rows that are one token after the last, and drafts
     prompt_tokens: int  # all others
@@ -79,9 +78,8 @@ class Steps:
             end = request.issued = start + count
             size = request.hasher.block_size
             settled, request.settled = min(request.settled, start), end
-            for index in range(
-                settled // size, end // size
-            ):  # with what were drafts before and are tokens now
+            # With what were drafts before and are tokens now.
+            for index in range(settled // size, end // size):
                 name = request.names[index]
                 account.seal(request.rid, index, name)
                 seals.append(name)

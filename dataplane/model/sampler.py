@@ -99,9 +99,8 @@ class SamplingTable:
         self._asked: dict[int, int] = {}  # slot -> how many of the best tokens it wants to see
         self.masks: npt.NDArray[np.int32] | None = None
         self._bad: dict[int, BadWords] = {}  # by slot
-        self._scorer = DrawTable(
-            1, vocab_size, team
-        )  # one greedy request, which scores whatever row it is given
+        # One greedy request, which scores whatever row it is given.
+        self._scorer = DrawTable(1, vocab_size, team)
 
     @property
     def slots_in_use(self) -> int:
@@ -166,9 +165,8 @@ class SamplingTable:
             self._scorer.release(slot)
         chosen = values[np.arange(len(tokens)), tokens]
         ranks = np.empty(len(tokens), np.int32)
-        for row, token in enumerate(
-            tokens.tolist()
-        ):  # equal ones count in order of their ids, as among the largest
+        # Equal ones count in order of their ids, as among the largest.
+        for row, token in enumerate(tokens.tolist()):
             line, own = values[row], chosen[row]
             ranks[row] = 1 + np.count_nonzero(line > own) + np.count_nonzero(line[:token] == own)
         return ScoredRows(

@@ -155,9 +155,8 @@ def _from_gguf(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
     import torch
 
     plain = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-    data = torch.from_numpy(
-        np.memmap(path, np.uint8, "c")
-    )  # "c": torch wants memory that could be written to
+    # "c": torch wants memory that could be written to.
+    data = torch.from_numpy(np.memmap(path, np.uint8, "c"))
     found = {}
     for key, tensor in place_of(path, names).items():
         raw = data[tensor.offset : tensor.offset + tensor.bytes]

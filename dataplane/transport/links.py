@@ -353,9 +353,8 @@ class LinkTransport:
         waiting = {link: whence for link, (near, whence) in self._pending.items() if near == in_host}
         if len(waiting) >= self._config.unauthenticated_max:
             counts = Counter([*waiting.values(), origin])
-            heaviest = max(
-                waiting, key=lambda link: counts[waiting[link]]
-            )  # the first, so the oldest, of equals
+            # The first, so the oldest, of equals.
+            heaviest = max(waiting, key=lambda link: counts[waiting[link]])
             self._refuse(heaviest, "no hello yet, and too many others came")
 
     def on_message(self, endpoint: Endpoint, header: bytes, data: memoryview) -> None:

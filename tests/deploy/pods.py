@@ -43,9 +43,8 @@ class Pods:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._env: dict[str, dict[str, str]] = {}
         counts = {role: sum(name[0] == letter for name in names) for role, letter in LETTERS.items()}
-        reached = tuple(
-            self.network.address(name) for name in names if name[0] == "g"
-        )  # by the test, which has no /etc/hosts
+        # By the test, which has no /etc/hosts.
+        reached = tuple(self.network.address(name) for name in names if name[0] == "g")
         CertFolder(folder / "certs").create(values["settings"]["cluster"], datetime.now(UTC))
         self._secrets = {
             one["metadata"]["name"]: one["data"]

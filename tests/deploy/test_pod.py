@@ -282,9 +282,10 @@ def test_secrets_have_what_each_role_may_know(tmp_path: Path) -> None:
         ProcessName(ProcessRole.NODE, "n1"),
     )
     again = {one["metadata"]["name"]: one["data"] for one in secrets_of(tmp_path, release, timedelta(days=1))}
+    # Nothing was due.
     assert {name: data for name, data in again.items() if "certs" in name} == {
         name: data for name, data in made.items() if "certs" in name
-    }  # nothing was due
+    }
 
 
 def test_secrets_without_certificates_need_no_authority(tmp_path: Path) -> None:

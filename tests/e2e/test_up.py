@@ -83,9 +83,8 @@ def test_up_mends_what_dies_and_leaves_nothing(up: tuple[subprocess.Popen[str], 
     # The new launcher looks after the node that it found.
     wait_for(lambda: "adopted" in run_dir.tail("launcher"), "the launcher has adopted n0", 30)
     os.kill(after["n0"], signal.SIGKILL)
-    wait_for(
-        lambda: running(run_dir).get("n0", after["n0"]) != after["n0"], "n0 is back", 30
-    )  # the launcher may still import torch
+    # The launcher may still import torch.
+    wait_for(lambda: running(run_dir).get("n0", after["n0"]) != after["n0"], "n0 is back", 30)
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0

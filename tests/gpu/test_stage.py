@@ -148,9 +148,8 @@ def test_bits_do_not_depend_on_the_path(device, model_dir, short_splits, dtype, 
     for at in (20, 21):  # alone: one row
         assert np.array_equal(pipeline.step((0, at, tokens[at : at + 1]))[0], whole[at])
     pipeline.step((1, 0, other))
-    out = pipeline.step(
-        (1, 9, [5]), (0, 22, tokens[22:23]), (2, 22, tokens[22:23])
-    )  # three rows, padded to four
+    # Three rows, padded to four.
+    out = pipeline.step((1, 9, [5]), (0, 22, tokens[22:23]), (2, 22, tokens[22:23]))
     assert np.array_equal(out[1], whole[22])
     assert np.array_equal(out[2], whole[22])
     mixed = pipeline.step((1, 10, other), (0, 23, tokens[23:24]))  # a chunk of prefill beside a decode

@@ -118,9 +118,8 @@ def test_who_has_a_nodes_key_writes_no_topology(tmp_path: Path, member: EtcdMemb
                 await node.delete(KEYS.root, prefix=True, timeout_s=LIMIT_S)
             assert await may_write(node, KEYS.node("n0"))
             with pytest.raises(EtcdError, match="permission denied"):
-                await node.lease_revoke(
-                    lease, timeout_s=LIMIT_S
-                )  # which would delete what a controller has written
+                # Which would delete what a controller has written.
+                await node.lease_revoke(lease, timeout_s=LIMIT_S)
             found = await node.get_prefix(KEYS.root)  # it follows the cluster as before
             assert TOPOLOGY in found.items
         async with acting_as(tmp_path, member, GATEWAY) as gateway:

@@ -219,7 +219,7 @@ def test_a_killed_node_is_back_within_300_ms(host: Host) -> None:
         file = host.file(name)
         assert file is not None
         assert file.restarts == 1
-    assert min(took_s) < 0.3, f"{took_s}: on a busy machine others get their turns between, but not each time"
+    assert sorted(took_s)[1] < 0.3, took_s
     assert [host.output(name).count("serves") for name in names] == [2, 2, 2]
     assert host.stop() < 2.5  # SIGTERM reaches the nodes: a fork does not keep the launcher's handlers
 

@@ -157,9 +157,8 @@ def test_weights_are_given_to_nodes_only(certs: CertFolder, tmp_path: Path) -> N
                 return await call.code()  # type: ignore[no-any-return]
 
         assert await asked(G1) is grpc.StatusCode.PERMISSION_DENIED
-        assert (
-            await asked(N1) is grpc.StatusCode.FAILED_PRECONDITION
-        )  # it may, and there is no checkpoint here
+        # It may, and there is no checkpoint here.
+        assert await asked(N1) is grpc.StatusCode.FAILED_PRECONDITION
         await door.close()
 
     asyncio.run(main())

@@ -207,9 +207,8 @@ def test_migrations_go_forward_and_back_and_agree_with_the_tables(url: str) -> N
         async with engine.begin() as connection:
             found = await connection.execute(text("select operation_id, action from operations_audit"))
             assert [tuple(row) for row in found] == [("op-1", "done")]
-            await connection.execute(
-                text("delete from operations_audit")
-            )  # the trigger is gone with its release
+            # The trigger is gone with its release.
+            await connection.execute(text("delete from operations_audit"))
         await go(command.upgrade, "head")
         await engine.dispose()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
@@ -162,6 +163,22 @@ def test_who_was_told_to_beat_rarely_is_not_silent_when_others_leave(monkeypatch
             now[0] += 0.5
             await own.done_writing()
             assert await stage.next() == ReportStreamBroken(A)
+
+    on_stage(body)
+
+
+def test_silence_alone_speaks_against_those_that_a_dead_relay_leaves() -> None:
+    """On a busy machine a node may need longer than `suspect_after_s` for a stream of its own."""
+
+    async def body(stage: Stage) -> None:
+        timing = TimingConfig(heartbeat_s=BEAT_S)
+        async with stage.sender() as relay:
+            await relay.write(ReportBatch(((0, report(A)),), relay=True))
+            assert await stage.next() == ReportReceived(report(A))
+        await eventually(lambda: stage.server.senders == 0, 5, "the relay's stream has ended")
+        ended = time.monotonic()
+        assert await until_broken(stage) == ReportStreamBroken(A)
+        assert time.monotonic() - ended >= timing.dead_after_s - 0.2
 
     on_stage(body)
 

@@ -232,9 +232,8 @@ def test_a_writer_that_stops_and_dies_in_the_middle_leaves_nothing_behind() -> N
             a = await make("a", queue_bytes_max=64 << 20)
             await link_both(a, b)
             large = os.urandom(8 << 20)
-            for _ in range(
-                4
-            ):  # the other process echoes them: its ring is full and its last message cut short
+            # The other process echoes them: its ring is full and its last message cut short.
+            for _ in range(4):
                 assert a.transport.send(b.member, [b"echo", large])
             await until(lambda: a.messages)
             b.signal(signal.SIGSTOP)

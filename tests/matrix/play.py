@@ -112,9 +112,8 @@ class Player:
                 return set()
             case Phase.DRAINING | Phase.REPLACING:
                 kind = OperationKind.DRAIN if phase is Phase.DRAINING else OperationKind.REPLACE
-                await self._operate(
-                    kind
-                )  # the fault hits it from its first moment on: a move takes half a second
+                # The fault hits it from its first moment on: a move takes half a second.
+                await self._operate(kind)
                 return {"n1"} if phase is Phase.REPLACING else set()
             case Phase.RECOVERING:
                 counter = (await self._status()).counter

@@ -103,9 +103,8 @@ class Process:
         for task in list(self.loop.tasks):
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             coroutine = task.get_coro()
-            for _ in range(
-                20
-            ):  # a coroutine may await in its `finally`, which close() takes for disobedience
+            # A coroutine may await in its `finally`, which close() takes for disobedience.
+            for _ in range(20):
                 try:
                     coroutine.close()
                     break

@@ -159,9 +159,8 @@ class Lives:
 
     def ended(self, life: OpenLife, tokens: int, now: float) -> None:
         for rid in life.rids:
-            if (found := self._open.get(rid)) is not None and found[
-                0
-            ] is life:  # else its client has come back
+            # Else its client has come back.
+            if (found := self._open.get(rid)) is not None and found[0] is life:
                 del self._open[rid]
         told = life.told(self.gateway, tokens, round(now - life.began, 4))
         self._number += 1

@@ -31,9 +31,8 @@ class Kind(ABC):
     op: Operation
 
     kind: ClassVar[OperationKind]
-    done_words: ClassVar[
-        str
-    ]  # what is so once it is done; "{node}" stands for its node, "{instances}" for their number
+    # What is so once it is done; "{node}" stands for its node, "{instances}" for their number.
+    done_words: ClassVar[str]
     done_event: ClassVar[EventKind] = EventKind.OPERATION  # what its end is called in the history
     needs_automation: ClassVar[bool] = True  # it gets nowhere while automation is paused
 

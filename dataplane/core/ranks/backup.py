@@ -40,9 +40,8 @@ class Backup:
         self._lines: dict[int, dict[int, _Line]] = {rank: {} for rank in ranks}  # by rank, then request
         self._flying = dict.fromkeys(self._lines, 0)
         self._full: dict[int, int] = {}  # blocks of a request that are computed
-        self._waiting: dict[int, dict[int, None]] = {
-            rank: {} for rank in self._lines
-        }  # requests, oldest first
+        # Requests, oldest first.
+        self._waiting: dict[int, dict[int, None]] = {rank: {} for rank in self._lines}
 
     def filled(self, request: int, blocks: int) -> None:
         """The first `blocks` blocks of a request are full, and their tokens final. Raises ValueError if there were more

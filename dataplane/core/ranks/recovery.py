@@ -232,9 +232,8 @@ def _planes(
     before: Layout, after: Layout, stay: frozenset[int], requests: Sequence[Held], owners: Mapping[int, int]
 ) -> tuple[list[_Missing], list[KvSend], dict[int, int]]:
     """What is missing, who sends what is there, and where each request goes on."""
-    routes: dict[
-        tuple[int, int], list[Plane]
-    ] = {}  # source and target, either of them possibly DATA_PARALLEL
+    # Source and target, either of them possibly DATA_PARALLEL.
+    routes: dict[tuple[int, int], list[Plane]] = {}
     for layer, (old, new) in enumerate(zip(before.heads, after.heads, strict=True)):
         for head, route in enumerate(zip(old, new, strict=True)):
             routes.setdefault(route, []).append((layer, head))

@@ -78,9 +78,8 @@ class Sim:
     topology_revision: int = 0
     operations: dict[str, tuple[Operation, int]] = field(default_factory=dict)
     etcd_up: bool = True
-    outcomes: deque[str] = field(
-        default_factory=deque
-    )  # of the next topology writes: done, conflict, lost, landed
+    # Of the next topology writes: done, conflict, lost, landed.
+    outcomes: deque[str] = field(default_factory=deque)
     deaf: set[tuple[str, str]] = field(default_factory=set)  # (controller, node): reports do not get through
     # Links over which nothing passes, in no direction, and since when. Both ends take them for broken after a while.
     parted: dict[frozenset[str], float] = field(default_factory=dict)

@@ -280,9 +280,8 @@ def test_no_piece_of_a_status_grows_with_the_group() -> None:
         group = Group(nodes)
         costs, status = lines_of_pieces(group.core.status_in_pieces(group.now))
         assert len(status.nodes) == nodes
-        longest[nodes] = max(
-            costs[1:-1]
-        )  # in the first one names are sorted anew after a write of the topology
+        # In the first one names are sorted anew after a write of the topology.
+        longest[nodes] = max(costs[1:-1])
         last[nodes] = costs[-1]
     assert longest[512] == longest[64]
     assert last[512] - last[64] <= 2 * (512 - 64)  # putting it together is one small step for each

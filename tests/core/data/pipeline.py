@@ -93,9 +93,8 @@ class IntKv(KVCache):
     """Stands where the tensor pool is: one uint32 a position."""
 
     def __init__(self, num_blocks: int) -> None:
-        super().__init__(
-            num_blocks, 1, 1, BLOCK // 2, 1, "float32"
-        )  # keys and values: BLOCK numbers of 4 bytes
+        # Keys and values: BLOCK numbers of 4 bytes.
+        super().__init__(num_blocks, 1, 1, BLOCK // 2, 1, "float32")
         self.data = self.pool.view(np.uint32)
 
 

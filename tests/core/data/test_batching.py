@@ -39,9 +39,8 @@ class Line:
         self.fixed, self.token = fixed, token
         self.sizes: list[int] = []
         self.prompt_tokens: list[int] = []
-        self.waited: dict[
-            int, int
-        ] = {}  # steps since a request that decodes could have had a row and had none
+        # Steps since a request that decodes could have had a row and had none.
+        self.waited: dict[int, int] = {}
         self.waited_max = 0
         self.done: list[int] = []
 

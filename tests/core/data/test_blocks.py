@@ -467,9 +467,8 @@ def test_no_block_is_lost_or_miscounted(operations: list[tuple[str, str, int, in
     store = KvStore(12, 4, 5, 8)
     for what, pipeline, rid, tokens in operations:
         key = (pipeline, rid)
-        names = [
-            bytes([rid % 2 if i < 3 else rid, i]) * 8 for i in range(8)
-        ]  # two families, three blocks each
+        # Two families, three blocks each.
+        names = [bytes([rid % 2 if i < 3 else rid, i]) * 8 for i in range(8)]
         match what:
             case "grow" if key not in store.copies.rows:
                 start = min(store.tokens(key), tokens - 1)

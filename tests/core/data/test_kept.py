@@ -153,9 +153,8 @@ def test_another_body_under_the_same_key_is_refused_and_ends_nothing(then: str) 
     others = [
         resumable(session=2, length=5),
         resumable(session=2, max_tokens=9),
-        resumable(
-            session=2, length=5, emitted=(0,), admitted=True, reader=1
-        ),  # accepted by another scheduler
+        # Accepted by another scheduler.
+        resumable(session=2, length=5, emitted=(0,), admitted=True, reader=1),
     ]
     for other in others:
         back = made.step(other, 0.3)

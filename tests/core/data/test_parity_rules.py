@@ -89,9 +89,8 @@ class World:
         self.places: dict[Member, Place] = {}
         self.links: dict[tuple[int, Member, bool], deque] = {}  # stage, node, whether to it
         self.names: list[set[bytes]] = [set() for _ in range(stages)]
-        self.added: dict[
-            tuple[Member, bytes], set[int]
-        ] = {}  # stages whose shard has come since it was dropped
+        # Stages whose shard has come since it was dropped.
+        self.added: dict[tuple[Member, bytes], set[int]] = {}
         self.were_complete: set[tuple[Member, bytes]] = set()  # had the shards of all stages at some time
         self.now = 0.0
         self.born = 0

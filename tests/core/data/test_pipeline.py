@@ -60,9 +60,8 @@ def test_second_kill_during_recovery_and_hand_back(seed: int) -> None:
 @pytest.mark.parametrize("stage", range(3))
 def test_a_planned_move_recomputes_only_what_its_copy_lacks(stage: int, seed: int) -> None:
     """To a blank node and on to another, while a copy is taken in the middle of computations."""
-    cluster = start(
-        3, seed, blocks=128, quota=60
-    )  # room for all: what is preempted is recomputed, and rightly
+    # Room for all: what is preempted is recomputed, and rightly.
+    cluster = start(3, seed, blocks=128, quota=60)
     cluster.run(cluster.random.randrange(20, 150))
     for name in ("x0", "x1"):
         before = cluster.scheduler.stats.tokens_recomputed

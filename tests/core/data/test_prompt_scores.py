@@ -60,9 +60,8 @@ class World:
     logs: dict[int, list[Token]] = field(default_factory=dict)
     submitted: dict[int, Submit] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
-    rows: list[dict[int, tuple[int, int]]] = field(
-        default_factory=list
-    )  # of each step: request -> start, count
+    # Of each step: request -> start, count.
+    rows: list[dict[int, tuple[int, int]]] = field(default_factory=list)
     scored_rows: list[int] = field(default_factory=list)
     silent: bool = False  # the stage says nothing of what it scores
 

@@ -110,9 +110,8 @@ def test_an_order_to_drop_that_was_lost_is_given_again() -> None:
     assert not made.must_ask(50.0)
     del tokens[1]
     made.freed([1])
-    assert (
-        made.acknowledged(((1, 8),), whole=False, refused=False, now=50.1) == []
-    )  # was on its way, as the order is
+    # Was on its way, as the order is.
+    assert made.acknowledged(((1, 8),), whole=False, refused=False, now=50.1) == []
     assert not made.must_ask(50.0 + ANSWER_LIMIT_S)
     assert made.must_ask(50.1 + ANSWER_LIMIT_S), "whatever else it acknowledges"
     assert made.acknowledged(((1, 8), (2, 8)), whole=True, refused=False, now=52.2) == [1]
@@ -378,7 +377,6 @@ def test_what_is_unsound_in_a_message_is_refused_and_the_rest_of_it_is_kept() ->
         2,
         2,
     )
-    done(
-        holder.store_copies(HOLDER, message, memoryview(data)[:-1])
-    )  # cut short: the last block is not sound
+    # Cut short: the last block is not sound.
+    done(holder.store_copies(HOLDER, message, memoryview(data)[:-1]))
     assert holder.stats.checksum_failures == 3

@@ -295,9 +295,8 @@ def read_ticket(service: Service, text: str, visit: Visit) -> tuple[Ticket, Curs
 
 def _context(kind: str, prepared: PreparedRequest, ticket: Ticket, visit: Visit) -> Context:
     own = own_request_id(prepared.request.request_id) or own_request_id(visit.request_id)
-    request_id = (
-        own or ticket.nonce.hex()
-    )  # not the one in X-Request-Id: a stream keeps its id wherever it goes on
+    # Not the one in X-Request-Id: a stream keeps its id wherever it goes on.
+    request_id = own or ticket.nonce.hex()
     lengths = tuple(len(plan.prompt) for plan in prepared.plans[:: prepared.request.choices])
     return Context(kind, prepared.options, request_id, ticket.created_unix_s, ticket.digest, lengths)
 

@@ -31,9 +31,8 @@ class Recalls:
         self._streams: dict[Member, bool] = {}  # who runs schedulers: can it be asked?
         self._searches: dict[int, _Search] = {}
         self._news: dict[int, None] = {}  # searches to look at, in order
-        self._ends: list[
-            tuple[float, int]
-        ] = []  # heap: when a search is over; void if there is no such search
+        # Heap: when a search is over; void if there is no such search.
+        self._ends: list[tuple[float, int]] = []
 
     def __len__(self) -> int:
         return len(self._searches)

@@ -17,9 +17,8 @@ class ServedContext:
         self._limit = limit
         self._by_node: dict[NodeId, int] = {}
         self.without_grammars: set[NodeId] = set()  # nodes that cannot hold an output to one
-        self.without_scores: set[NodeId] = (
-            set()
-        )  # nodes that know of no bad words and no log probabilities of prompts
+        # Nodes that know of no bad words and no log probabilities of prompts.
+        self.without_scores: set[NodeId] = set()
 
     @property
     def tokens(self) -> int:

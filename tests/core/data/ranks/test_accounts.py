@@ -20,9 +20,8 @@ def test_all_planes_are_counted_once(ranks: int) -> None:
 
 
 def test_an_owner_pays_for_data_parallel_heads_and_everybody_for_the_others() -> None:
-    account = RankAccounts(
-        first_layout(Shape(2, 8, 8), 3), dict.fromkeys(range(3), 100)
-    )  # 2 heads each, 2 of all
+    # 2 heads each, 2 of all.
+    account = RankAccounts(first_layout(Shape(2, 8, 8), 3), dict.fromkeys(range(3), 100))
     account.take(1, owner=2, blocks=3)
     assert account.used() == {0: 3 * 4, 1: 3 * 4, 2: 3 * 8}
     assert account.spread() == 2.0

@@ -89,9 +89,8 @@ def full_stage(ranks: int, seed: int) -> Iterator[tuple[RankAccounts, dict[int, 
     numbers = random.Random(seed)
     router, pairs = Router(range(ranks), token_pairs=5000), 5000
     layout = first_layout(Shape(ranks, 8, 48), ranks)
-    account = RankAccounts(
-        layout, dict.fromkeys(layout.ranks, 640_000 * ranks)
-    )  # 400,000 positions in all, of 8 heads
+    # 400,000 positions in all, of 8 heads.
+    account = RankAccounts(layout, dict.fromkeys(layout.ranks, 640_000 * ranks))
     needs: dict[int, int] = {}
     ends: dict[int, list[int]] = {}
     submitted, decoded = 0, dict[int, int]()
