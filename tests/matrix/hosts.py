@@ -44,6 +44,8 @@ START_LIMIT_S = 180.0  # on a machine that is busy with other things
 END_GRACE_S = 0.5
 TWIN_END_LIMIT_S = 10.0
 POLL_S = 0.05
+KEPT = Path(__file__).parents[2] / ".pytest_cache" / "matrix"  # of cells that failed
+EVENTS_KEPT = 200
 DISK_MB = {"etcd": 256, "database": 4, "other": 8}
 CLIENT_PATIENCE_S = (
     8.0  # without a byte from its gateway, which sends a comment every 5 s: then it asks the other one
@@ -255,6 +257,18 @@ class HostCluster:
         return "\n".join(
             f"--- {name}: {stem}\n{self.run_dir(name).tail(stem, lines)}" for name, stem in files
         )
+
+    def keep(self) -> Path:
+        """What tells why a cell failed, in a folder that stays: the status, the newest events and all logs."""
+        kept = KEPT / self.folder.name
+        with contextlib.suppress(KevlarFlowError), self.admin() as admin:
+            kept.mkdir(parents=True, exist_ok=True)
+            (kept / "status.json").write_bytes(msgspec.json.encode(admin.status()))
+            (kept / "events.json").write_bytes(msgspec.json.encode(admin.events(EVENTS_KEPT)))
+        for name in (*self.servers, SPARE):
+            if (self.folder / name / "logs").exists():
+                shutil.copytree(self.folder / name / "logs", kept / name, dirs_exist_ok=True)
+        return kept
 
     # ---- processes
 

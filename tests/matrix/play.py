@@ -200,4 +200,5 @@ class Player:
                     return
                 last = summary(status)
             await asyncio.sleep(POLL_S)
-        raise AssertionError(f"not within {limit_s} s: {what}; last seen: {last}")
+        kept = await asyncio.to_thread(self._cluster.keep)
+        raise AssertionError(f"not within {limit_s} s: {what}; last seen: {last}; more in {kept}")
