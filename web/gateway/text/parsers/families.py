@@ -47,6 +47,14 @@ class _Marked(ToolParser):
         return True
 
 
+def _separated(text: str) -> tuple[str, str]:
+    """White space and a separator, with which another call may follow; and the rest."""
+    rest = text.lstrip()
+    if rest[:1] in (";", ","):
+        rest = rest[1:].lstrip()
+    return text[: len(text) - len(rest)], rest
+
+
 class HermesParser(_Marked):
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`: Hermes, Qwen2.5, Qwen3."""
 
@@ -73,30 +81,39 @@ class HermesParser(_Marked):
 
 
 class MistralParser(_Marked):
-    """`[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]`, or `[TOOL_CALLS]NAME{...}` for each call."""
+    """`[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]`, `[TOOL_CALLS]NAME{...}` for each call, or objects behind
+    the mark without the brackets of a list."""
 
     mark = "[TOOL_CALLS]"
     ends = (mark,)
-    _list = False
+
+    def __init__(self, calls_max: int | None = None) -> None:
+        super().__init__(calls_max)
+        self._after: Callable[[Parsed], bool] = self._content  # a call behind this mark
 
     def _behind_mark(self) -> None:
         self._head = self.mark
-        self._state = self._list_or_name
+        self._state = self._first_call
 
-    def _list_or_name(self, out: Parsed) -> bool:
+    def _first_call(self, out: Parsed) -> bool:
         self._head += self._take_space()
-        if not self._buffer:
-            return False
-        self._list = self._buffer[0] == "["
-        if self._list:
-            self._buffer = self._buffer[1:]
-            self._begin_call(JsonCall(self.begun, None), self._head + "[")
-        else:
-            self._begin_call(NamedCall(self.begun), self._head)
+        match self._buffer[:1]:
+            case "":
+                return False
+            case "[":
+                self._buffer = self._buffer[1:]
+                self._after = self._after_item
+                self._begin_call(JsonCall(self.begun, None), self._head + "[")
+            case "{":
+                self._after = self._after_object
+                self._begin_call(JsonCall(self.begun, None), self._head)
+            case _:
+                self._after = self._content
+                self._begin_call(NamedCall(self.begun), self._head)
         return True
 
     def _call_ended(self) -> Callable[[Parsed], bool]:
-        return self._after_item if self._list else self._content
+        return self._after
 
     def _after_item(self, out: Parsed) -> bool:
         self._take_space()
@@ -111,8 +128,18 @@ class MistralParser(_Marked):
         self._state = self._content
         return True
 
+    def _after_object(self, out: Parsed) -> bool:
+        head, text = _separated(self._buffer)
+        if not text:
+            return False
+        self._state = self._content
+        if text[0] == "{":
+            self._buffer = text
+            self._begin_call(JsonCall(self.begun, None), head)
+        return True
+
     def finish(self, out: Parsed) -> None:
-        if self._state == self._list_or_name:
+        if self._state == self._first_call:
             self._buffer = self._head + self._buffer
         super().finish(out)
 
@@ -165,16 +192,13 @@ class LlamaJsonParser(_Leading):
         return self._between
 
     def _between(self, out: Parsed) -> bool:
-        text = self._buffer.lstrip()
-        if text[:1] in (";", ","):
-            text = text[1:].lstrip()
+        head, text = _separated(self._buffer)
         self._closing = not text
         if not text:
             return False
         if text[0] != "{":
             self._state = self._plain
             return True
-        head = self._buffer[: len(self._buffer) - len(text)]
         self._buffer = text
         self._begin_call(JsonCall(self.begun, self._known), head)
         return True
