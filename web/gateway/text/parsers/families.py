@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 
 from web.gateway.text.held_back import possible_start
-from web.gateway.text.parsers.json_scan import JsonCall, NamedCall
+from web.gateway.text.parsers.json_scan import SPACE, JsonCall, NamedCall
 from web.gateway.text.parsers.parsed import Parsed
 from web.gateway.text.parsers.python_scan import PythonCall
 from web.gateway.text.parsers.tool_parser import ToolParser
+
+FENCE = "```"
+_SPACE = f"[{SPACE}]{{0,64}}"
+_OPENING = re.compile(
+    rf"{_SPACE}`{{1,2}}\Z|{_SPACE}(?P<fence>{FENCE}\w{{0,32}}{_SPACE})?(?P<list>\[{_SPACE})?"
+)
 
 
 class _Marked(ToolParser):
@@ -56,28 +63,72 @@ def _separated(text: str) -> tuple[str, str]:
 
 
 class HermesParser(_Marked):
-    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`: Hermes, Qwen2.5, Qwen3."""
+    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`: Hermes, Qwen2.5, Qwen3.
+
+    Models also write several objects within the marks, or a list of them, with a fence of Markdown around, or with one
+    closing brace too many.
+    """
 
     mark = "<tool_call>"
     end = "</tool_call>"
     ends = (end,)
 
+    def __init__(self, calls_max: int | None = None) -> None:
+        super().__init__(calls_max)
+        self._closers: tuple[
+            str, ...
+        ] = ()  # what may stand between the last call and the end mark, in this order
+
     def _behind_mark(self) -> None:
-        self._begin_call(JsonCall(self.begun, None), self.mark)
+        self._head = self.mark
+        self._state = self._first_call
+
+    def _first_call(self, out: Parsed) -> bool:
+        opening = _OPENING.match(self._buffer)
+        assert opening is not None
+        if opening.end() == len(self._buffer):
+            return False  # more of it may come
+        self._buffer = self._buffer[opening.end() :]
+        closers = {"}": True, "]": opening["list"], FENCE: opening["fence"], self.end: True}
+        self._closers = tuple(closer for closer, needed in closers.items() if needed)
+        self._begin_call(JsonCall(self.begun, None), self._head + opening[0])
+        return True
 
     def _call_ended(self) -> Callable[[Parsed], bool]:
-        return self._end_mark
+        return self._after_object
 
-    def _end_mark(self, out: Parsed) -> bool:
-        self._take_space()
-        if self._buffer.startswith(self.end):
-            self._buffer = self._buffer[len(self.end) :]
-        elif self.end.startswith(self._buffer):
-            self._closing = True
+    def _after_object(self, out: Parsed) -> bool:
+        head, text = _separated(self._buffer)
+        if text[:1] == "{":
+            self._buffer = text
+            self._begin_call(JsonCall(self.begun, None), head)
+            return True
+        end = self._end_of_mark()
+        self._closing = end is None
+        if end is None or not text:
             return False
-        self._closing = False
+        self._buffer = self._buffer[end:]
         self._state = self._content
         return True
+
+    def _end_of_mark(self) -> int | None:
+        """How much of the buffer is the end; None: all of it may become that."""
+        at, text = 0, self._buffer
+        for closer in self._closers:
+            while text[at : at + 1].isspace():
+                at += 1
+            if text.startswith(closer, at):
+                at += len(closer)
+            elif closer.startswith(text[at:]):
+                return None
+            elif closer == self.end:
+                return 0
+        return at
+
+    def finish(self, out: Parsed) -> None:
+        if self._state == self._first_call:
+            self._buffer = self._head + self._buffer
+        super().finish(out)
 
 
 class MistralParser(_Marked):
