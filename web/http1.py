@@ -1,8 +1,10 @@
 """What clients and proxies do with HTTP/1, and uvicorn does not know.
 
 - HTTP/1.0 has no chunks and no 100 Continue: an answer without a length ends with the connection.
-- What a client sent ahead is answered, whatever nonsense follows it.
+- What a client sent ahead is answered, whatever nonsense follows it: one request after the other, the rest waits as it
+  came. A parsed one takes thirty times its bytes, and who has no key could send as many as it likes.
 - A connection that is closed with bytes unread is reset, and the answer may be lost: it is read on for a while.
+- What has been sent before the server ends is answered, too.
 - A client may shut its sending side after its request, and read on.
 - A client that offers another protocol (h2c, as Java's does) is answered in this one, body and all.
 - Trailers are no headers: nobody has agreed that they may be taken for such.
@@ -13,14 +15,26 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import select
+import termios
+from array import array
 from collections.abc import MutableMapping
 from typing import Any, ClassVar, cast
+from weakref import WeakSet
 
 import httptools
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
 LINGER_S = 5.0  # for a client to read its answer and to close
 LINGERING_MAX = 64  # more are closed at once: they count for nothing else
+ENDING_S = 0.5  # once the server ends: for a request that is on its way, or has been read in part
+WAITING_BYTES_MAX = 64 * 1024  # sent ahead, before no more is read; one read of the loop may exceed it
+TURN_BYTES_MAX = 64 * 1024  # that are parsed before others have their turn
+TURN_PIECES_MAX = 1024
+MESSAGE_END = b"\r\n\r\n"  # of every head, and of every body in chunks
 PROBE_S = 0.5  # between two looks whether a client that has shut its side still reads
 CONTINUE = (
     b"HTTP/1.1 100 Continue\r\n\r\n"  # says nothing, and a connection that is gone answers with a reset
@@ -75,11 +89,24 @@ class _Cycle(RequestResponseCycle):
                 asyncio.get_running_loop().call_soon(held.leave)
         elif self._unbounded and self.scope["method"] != "HEAD":
             self.expected_content_length = len(message.get("body", b""))
-        if not (last and self.more_body) or self.keep_alive or self.disconnected:
+        if not last or self.keep_alive or self.disconnected:
             return await super().send(message)  # type: ignore[arg-type]
-        self.keep_alive = True  # else uvicorn would close, with a part of the body unread
+        self.keep_alive = True  # else uvicorn would close, with what has been sent unread
+        self.protocol.listen_no_more()
         await super().send(message)  # type: ignore[arg-type]
-        return self.protocol.linger()
+        return self.protocol.end()
+
+
+class _Flow(FlowControl):
+    """Reads no further while too much waits, whoever wants to hear of the client's end."""
+
+    def __init__(self, transport: asyncio.Transport, waiting: bytearray) -> None:
+        super().__init__(transport)
+        self._waiting = waiting
+
+    def resume_reading(self) -> None:
+        if len(self._waiting) <= WAITING_BYTES_MAX:
+            super().resume_reading()
 
 
 class Http1Protocol(HttpToolsProtocol):
@@ -91,34 +118,103 @@ class Http1Protocol(HttpToolsProtocol):
     _head_ended = False  # what the parser still brings are trailers
     _declining = False  # the parser has stopped before the body of a request that offers another protocol
     _probe_timer: asyncio.TimerHandle | None = None
-    _answering: RequestResponseCycle | None = (
-        None  # of several that were sent ahead, the one whose turn it is
-    )
+    _next_turn: asyncio.Handle | None = None  # to parse on
+    _whole = True  # the parser is between two requests
+    _body_left = 0  # bytes, of a body whose length was told
+    _seam = b""  # the last bytes that were parsed: an end may have come in two pieces
+    _shut = False  # the client has shut its sending side
+    _ending = False  # so does the server
+    _ended: ClassVar[WeakSet[ServerState]] = WeakSet()  # servers that take nothing new
+    _end_timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._waiting = bytearray()  # to be parsed
 
     def refuse(self, status: int, message: str) -> None:
         """Answer and close."""
         raise NotImplementedError
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.flow = _Flow(transport, self._waiting)
+        if self.server_state in self._ended:  # accepted before that, or with a handshake that took longer
+            self._ending = True
+            self._end_soon()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._probe_timer is not None:
-            self._probe_timer.cancel()
+        for handle in (self._probe_timer, self._end_timer, self._next_turn, self._linger_timer):
+            if handle is not None:
+                handle.cancel()
         if self._linger_timer is not None:
-            self._linger_timer.cancel()
             Http1Protocol._lingering -= 1
         super().connection_lost(exc)
-        # uvicorn tells the newest of several requests that were sent ahead, not the one that is being answered.
-        self.pipeline.clear()
-        if self._answering is not None and not self._answering.response_complete:
-            self._answering.disconnected = True
-            self._answering.message_event.set()
+        self._unset_keepalive_if_required()  # uvicorn leaves it, and all that it holds, where the client reset
+        self._waiting.clear()
 
     def data_received(self, data: bytes) -> None:
+        if self.has_ended:
+            return
         self._unset_keepalive_if_required()
+        self._waiting += data
+        if self._next_turn is None:
+            self._parse()
+
+    @property
+    def is_answering(self) -> bool:
+        cycle = self.cycle
+        return cycle is not None and not (cycle.response_complete or cycle.disconnected)
+
+    def _parse(self) -> None:
+        """On to the end of a request, or of what has come; then the next one when this one is answered."""
+        self._next_turn = None
+        size = pieces = 0
+        while self._waiting and not (self.has_ended or (self._whole and self.is_answering)):
+            if size >= TURN_BYTES_MAX or pieces >= TURN_PIECES_MAX:
+                self._next_turn = self.loop.call_soon(self._parse)
+                return
+            piece = self._next_piece()
+            size, pieces = size + len(piece), pieces + 1
+            self._feed(piece)
+        self._after_parse()
+
+    def _after_parse(self) -> None:
+        if self.has_ended:
+            return
+        answering = self._whole and self.is_answering
+        if not self._waiting and (self._shut or self._ending):
+            if answering:
+                self.cycle.keep_alive = False
+            elif self._shut:
+                self.transport.close()
+        if len(self._waiting) > WAITING_BYTES_MAX:
+            self.flow.pause_reading()
+            self._start_probing()
+        elif self.cycle is None or len(self.cycle.body) <= HIGH_WATER_LIMIT:
+            self.flow.resume_reading()
+
+    def _next_piece(self) -> bytes:
+        """Bytes of one request: where it ends, its parser could not be stopped."""
+        waiting = self._waiting
+        size = min(len(waiting), TURN_BYTES_MAX)
+        if self._body_left:
+            size = min(size, self._body_left)
+            self._body_left -= size
+        elif (at := (self._seam + waiting[:3]).find(MESSAGE_END)) >= 0:
+            size = at + len(MESSAGE_END) - len(self._seam)
+        elif (at := waiting.find(MESSAGE_END, 0, size)) >= 0:
+            size = at + len(MESSAGE_END)
+        piece = bytes(waiting[:size])
+        del waiting[:size]
+        self._seam = (self._seam + piece[-3:])[-3:]
+        return piece
+
+    def _feed(self, piece: bytes) -> None:
         try:
-            self.parser.feed_data(data)
+            self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade as offer:
             if self._declining:
-                self._decline(data[offer.args[0] :])
+                self._decline(piece[offer.args[0] :])
         except httptools.HttpParserError:
             if not self.has_ended:
                 self.refuse(400, "this is not valid HTTP/1.1")
@@ -130,7 +226,7 @@ class Http1Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._head_ended = False
+        self._head_ended = self._whole = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._head_ended:
@@ -158,6 +254,7 @@ class Http1Protocol(HttpToolsProtocol):
             self.url = b"/" + (b"?" + target.query if target.query else b"")  # "http://host" is its root
         if version == "1.0":
             self.expect_100_continue = False
+        self._body_left = int(next((value for name, value in self.headers if name == b"content-length"), 0))
         super().on_headers_complete()
         self.cycle.__class__ = _Cycle
         cast(_Cycle, self.cycle).protocol = self
@@ -170,22 +267,78 @@ class Http1Protocol(HttpToolsProtocol):
             return True
         if cycle.response_started:
             return False
-        if cycle is not self._answering:
-            self.pipeline.popleft()
         cycle.disconnected = True  # whatever its application still says is not sent
         cycle.message_event.set()
         return True
 
-    @property
-    def is_answering(self) -> bool:
-        cycle = self._answering
-        return cycle is not None and not (cycle.response_complete or cycle.disconnected)
+    def listen_no_more(self) -> None:
+        """Whatever else comes is dropped."""
+        self._refused = True
+        self._waiting.clear()
+
+    def end(self) -> None:
+        """The last answer is out: close, so that it arrives."""
+        if self.cycle.more_body or self.flow.read_paused or self.has_sent():
+            self.linger()
+        else:
+            self.transport.close()
+
+    def has_sent(self) -> bool:
+        """Whether the client has sent something that has not been read yet. Who has only gone has not, nor who is gone
+        with TLS, where that is told in bytes, too."""
+        if self.transport.is_closing():
+            return False
+        connection = self.transport.get_extra_info("socket").fileno()
+        if self.transport.get_extra_info("sslcontext") is not None:
+            poll = select.poll()
+            poll.register(connection, select.POLLRDHUP)
+            if poll.poll(0):
+                return False
+        unread = array("i", [0])
+        fcntl.ioctl(connection, termios.FIONREAD, unread)
+        return unread[0] > 0
+
+    def shutdown(self) -> None:
+        """The server ends. What has been sent by now is answered; uvicorn would reset the connection under it."""
+        self._ended.add(self.server_state)
+        if self.has_ended:
+            return
+        self._ending = True
+        if self.is_answering:
+            if not (self._waiting or self.has_sent()):
+                self.cycle.keep_alive = False
+        elif self._waiting or not self._whole or self.has_sent():
+            self._end_soon()
+        else:
+            self.transport.close()
+
+    def _end_soon(self) -> None:
+        if self._end_timer is None:
+            self._end_timer = self.loop.call_later(ENDING_S, self._end_unasked)
+
+    def _end_unasked(self) -> None:
+        self._end_timer = None
+        if not (self.is_answering or self.has_ended):
+            self.transport.close()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.has_ended:
+            return
+        if self._waiting:
+            self._unset_keepalive_if_required()
+            self._parse()
+        elif self._shut:
+            self.transport.close()
+        if self._ending and not (self.is_answering or self.has_ended):
+            self._end_soon()
 
     def linger(self) -> None:
         """The last word is said: close once the client has closed, or a little later."""
-        self._refused = True
+        self.listen_no_more()
         if self._linger_timer is not None or self.transport.is_closing():
             return None
+        self.flow.resume_reading()
         if self._lingering >= LINGERING_MAX or not self.transport.can_write_eof():
             return self.transport.close()
         self.transport.write_eof()
@@ -200,34 +353,39 @@ class Http1Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if not (self._declining or self.has_ended):
             super().on_message_complete()
+            self._whole = True
             self.headers = []  # what follows is not this request
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends no more. What it has asked for whole is still answered; then the connection ends."""
-        cycle = self.cycle
-        if cycle is None or cycle.response_complete or cycle.more_body:
+        if not (self._waiting or (self._whole and self.is_answering)):
             return False
-        cycle.keep_alive = False
-        if self._probe_timer is None:
-            self._probe_timer = self.loop.call_later(PROBE_S, self._probe)
+        self._shut = True
+        if not self._waiting:
+            self.cycle.keep_alive = False
+        self._start_probing()
         return True
 
     def say_something(self) -> None:
         """Called now and then while an answer is on its way to a client that may be gone."""
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._answering = cycle
-        super()._start_asgi_task(cycle, app)
+    def _start_probing(self) -> None:
+        if self._probe_timer is None:
+            self._probe_timer = self.loop.call_later(PROBE_S, self._probe)
 
     def _probe(self) -> None:
-        """Who has shut its side, and who is gone, look the same until something is sent to them."""
-        if self._answering is None or self.transport.is_closing():
+        """Who has shut its side, or is read no further, and who is gone, look the same until something is sent to
+        them."""
+        self._probe_timer = None
+        if self.transport.is_closing() or not (self._shut or self.flow.read_paused):
             return
-        if self._answering.response_started:
+        if not self.is_answering:
+            pass
+        elif self.cycle.response_started:
             self.say_something()
-        elif self._answering.scope["http_version"] == "1.1":
+        elif self.cycle.scope["http_version"] == "1.1":
             self.transport.write(CONTINUE)
-        self._probe_timer = self.loop.call_later(PROBE_S, self._probe)
+        self._start_probing()
 
     def _decline(self, rest: bytes) -> None:
         """Once more, without the offer: the head, and all that came after it, for a parser that has not heard of it."""
@@ -241,4 +399,5 @@ class Http1Protocol(HttpToolsProtocol):
                 head += [name, b": ", value, b"\r\n"]
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.data_received(b"".join(head) + b"\r\n" + rest)
+        self._waiting[:0] = b"".join(head) + b"\r\n" + rest
+        self._seam = b""

@@ -8,12 +8,8 @@ descriptors with heads that never end.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import heapq
 import resource
-import select
-import termios
-from array import array
 from collections import Counter
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -73,7 +69,6 @@ class BoundedProtocol(Http1Protocol):
     _of_clients: ClassVar[WeakKeyDictionary[ServerState, Counter[str]]] = WeakKeyDictionary()
     _client = ""
     _counted = False  # among those of its client
-    _refusal: tuple[int, str] | None = None  # to be told once all that was asked before is answered
     _waits_since = 0.0  # for a head
     _cut = False  # it has made room for another
     _unheard = 0  # bytes since the parser last had something whole: a head, a piece of a body, an end
@@ -131,16 +126,15 @@ class BoundedProtocol(Http1Protocol):
         self._stop_watching()
         super().resume_writing()
 
-    def data_received(self, data: bytes) -> None:
-        if self.has_ended:
-            return  # nothing more of it is kept
-        self._unheard += len(data)
-        super().data_received(data)
-        if self.has_ended:
-            return
-        if self._unheard > HEAD_BYTES_MAX:
+    def _feed(self, piece: bytes) -> None:
+        self._unheard += len(piece)
+        super()._feed(piece)
+        if self._unheard > HEAD_BYTES_MAX and not self.has_ended:
             self.refuse(431, TOO_LONG)
-        elif self.cycle is None or self.cycle.response_complete:
+
+    def _after_parse(self) -> None:
+        super()._after_parse()
+        if not self.has_ended and (self.cycle is None or self.cycle.response_complete):
             # uvicorn's own timer, for idle connections, ended with these bytes, and would not start again.
             self._await_head()
 
@@ -164,8 +158,6 @@ class BoundedProtocol(Http1Protocol):
     def on_response_complete(self) -> None:
         self._waits_since = self.loop.time()
         super().on_response_complete()
-        if self._refusal is not None and not (self.is_answering or self.transport.is_closing()):
-            self._tell(*self._refusal)
 
     def _watch_unread(self) -> None:
         size = self.transport.get_write_buffer_size()
@@ -191,31 +183,20 @@ class BoundedProtocol(Http1Protocol):
         for oldest in heapq.nsmallest(
             CANDIDATES_MAX, idle, key=lambda c: (-counts[c._client], c._waits_since)
         ):
-            if not oldest._has_sent():
+            # Where many connect at once, all do before the first one is heard.
+            if not oldest.has_sent():
                 oldest._cut = True
                 oldest._uncount()  # the loop is told of its end later
                 oldest.transport.abort()
                 return True
         return False
 
-    def _has_sent(self) -> bool:
-        """Something that has not been read yet: where many connect at once, all do before the first one is heard. Who
-        has only gone has not, nor who is gone with TLS, where that is told in bytes, too."""
-        connection = self.transport.get_extra_info("socket").fileno()
-        if self.transport.get_extra_info("sslcontext") is not None:
-            poll = select.poll()
-            poll.register(connection, select.POLLRDHUP)
-            if poll.poll(0):
-                return False
-        unread = array("i", [0])
-        fcntl.ioctl(connection, termios.FIONREAD, unread)
-        return unread[0] > 0
-
     @property
     def is_idle(self) -> bool:
         """Nothing is being answered, or the last bytes have been waiting for its client for long."""
         if (
             self._cut
+            or self._waiting
             or self._linger_timer is not None
             or not (self.cycle is None or self.cycle.response_complete)
         ):
@@ -242,15 +223,13 @@ class BoundedProtocol(Http1Protocol):
             self.transport.close()  # nothing was asked, or it has been answered
 
     def refuse(self, status: int, message: str) -> None:
-        """Answer, once all that was asked before is answered, and close; where that cannot be said any more, close."""
+        """Answer and close; where that cannot be said any more, close."""
         if self.has_ended:
             return
         self._refused = True
         self._stop_timer()
         if not self.interrupt():
             self.transport.close()
-        elif self.is_answering:
-            self._refusal = status, message
         else:
             self._tell(status, message)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import select
 import signal
 import socket
 from collections.abc import Iterator
@@ -22,6 +23,10 @@ log = structlog.get_logger()
 
 STOP_GRACE_S = 5.0  # answers in one piece may finish for so long
 DATE_S = 1.0  # how long the date of answers stays the same
+ACCEPT_TURNS_MAX = 100  # of the loop, for connections that wait to be accepted at a stop
+ACCEPTED_TURNS = (
+    3  # from there to a protocol: asyncio drops what it has no transport for when the server is closed
+)
 TELL_S = 2.0  # after that they are told within this, then connections are cut
 
 
@@ -52,6 +57,19 @@ class GatewayServer(uvicorn.Server):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(DATE_S):
                     await self._leaving.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Who waits to be accepted may have sent a request: closing what listens would reset it."""
+        poll = select.poll()
+        for listening in sockets or ():
+            poll.register(listening, select.POLLIN)
+        for _ in range(ACCEPT_TURNS_MAX):
+            if not poll.poll(0):
+                break
+            await asyncio.sleep(0)
+        for _ in range(ACCEPTED_TURNS):
+            await asyncio.sleep(0)
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
