@@ -118,15 +118,19 @@ def revoke(
     key: Annotated[str, typer.Argument(help="Its name or its id.")],
     run_dir: RunDirOption = None,
     file: FileOption = None,
+    output: OutputOption = Output.TABLE,
 ) -> None:
     """A key is no longer good: within a second or two no gateway that reads this file lets it in. What runs goes on."""
     with changing(_path(run_dir, file)) as keys:
         found = [n for n, each in enumerate(keys) if key in (each.id, each.name) and not each.revoked_unix_s]
         if not found:
             raise RequestError(f"there is no key {key} that could be revoked: see `kfadmin keys list --all`")
+        now = int(time.time())
         for number in found:
-            keys[number] = msgspec.structs.replace(keys[number], revoked_unix_s=int(time.time()))
-    progress(f"{key} is revoked")
+            keys[number] = msgspec.structs.replace(keys[number], revoked_unix_s=now)
+        told = [_shown(keys[number], now) for number in found]
+    names = [each.name for each in told]
+    show(View(told, lambda _wide: progress(f"{key} is revoked"), told, names), output)
 
 
 def _shown(key: KeyRecord, now: float) -> Shown:

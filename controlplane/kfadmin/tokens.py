@@ -52,14 +52,18 @@ def create(
     file: Annotated[Path | None, typer.Option(help="Write it there (mode 0600), not to stdout.")] = None,
     run_dir: RunDirOption = None,
     token_file: AdminTokenFile = None,
+    output: OutputOption = Output.TABLE,
 ) -> None:
     """Make a token. Nothing is stored; `kfadmin token revoke` takes it back before it expires."""
-    made = mint(_admin_token(run_dir, token_file), name, role, int(time.time()) + seconds_of(valid))
+    expiry = int(time.time()) + seconds_of(valid)
+    made = mint(_admin_token(run_dir, token_file), name, role, expiry)
+    about = {"name": name, "role": role, "expiry_unix_s": expiry}
     if file is None:
-        print(made)
+        show(View({"token": made} | about, lambda _wide: print(made), names=[made]), output)
         return
     with new_file(file) as out:
         out.write(made.encode() + b"\n")
+    show(View({"file": str(file)} | about, lambda _wide: None, names=[str(file)]), output)
 
 
 @app.command(name="show")
@@ -93,6 +97,7 @@ def revoke(
     run_dir: RunDirOption = None,
     admin: AdminOption = None,
     token_file: TokenFileOption = None,
+    output: OutputOption = Output.TABLE,
 ) -> None:
     """Take a token back, and the dashboard's sessions that it has opened. Needs the cluster's own token.
 
@@ -105,7 +110,8 @@ def revoke(
     with connect(run_dir, admin, token_file) as client:
         found = client.revoke(RevokeRequest(name, "" if file is None else read_token(file)))
     what = "everything" if name else "a token"
-    progress(f"{what} of {found.name} is revoked, until {clock(found.expiry_unix_s)}")
+    words = f"{what} of {found.name} is revoked, until {clock(found.expiry_unix_s)}"
+    show(View(found, lambda _wide: progress(words), names=[found.name]), output)
 
 
 def _admin_token(run_dir: Path | None, token_file: Path | None) -> str:

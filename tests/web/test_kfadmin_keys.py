@@ -41,6 +41,20 @@ def test_a_key_from_its_making_to_its_end(tmp_path: Path) -> None:
     assert keys(tmp_path, "create", "alice").exit_code == 0, "the name is free again"
 
 
+def test_what_was_revoked_is_told_in_every_form(tmp_path: Path) -> None:
+    assert keys(tmp_path, "create", "alice", "--owner", "team a").exit_code == 0
+    keys(tmp_path, "create", "bob")
+    keys(tmp_path, "create", "carol")
+    done = keys(tmp_path, "revoke", "alice", "-o", "json")
+    assert done.exit_code == 0, done.output
+    (told,) = json.loads(done.stdout)
+    assert (told["name"], told["owner"], told["state"]) == ("alice", "team a", "revoked")
+    assert not {"hash", "salt", "key"} & told.keys()
+    assert keys(tmp_path, "revoke", "bob", "-o", "name").stdout == "bob\n"
+    plain = keys(tmp_path, "revoke", "carol")
+    assert (plain.stdout, "carol is revoked" in plain.stderr) == ("", True)
+
+
 def test_a_scrapers_key_is_for_metrics_alone(tmp_path: Path) -> None:
     text = keys(tmp_path, "create", "prometheus", "--metrics").stdout.strip()
     store = ApiKeys.load(tmp_path / "api-keys", tmp_path / "keys.json")

@@ -626,3 +626,20 @@ HARD: list[Any] = [
 @pytest.mark.parametrize("value", HARD)
 def test_yaml_is_read_as_it_was_meant(value: Any) -> None:
     assert yaml.safe_load(to_yaml(value)) == value
+
+
+def test_what_is_done_about_a_token_is_told_in_every_form(
+    target: list[str], tmp_path: Path, token: Path
+) -> None:
+    arguments = ["token", "create", "alice", "--role", "viewer", "--token-file", str(token)]
+    made = json.loads(kfadmin(*arguments, "-o", "json").stdout)
+    caller = identify(made["token"], TOKEN, time.time())
+    assert caller is not None
+    told = (made["name"], made["role"], made["expiry_unix_s"])
+    assert told == (caller.name, caller.role, caller.expiry_unix_s)
+    file = tmp_path / "alice"
+    written = kfadmin(*arguments, "--file", str(file), "-o", "yaml")
+    assert str(file) in written.stdout
+    assert file.read_text().strip() not in written.stdout  # who asks for a file does not want it on a screen
+    revoked = json.loads(kfadmin("token", "revoke", "--file", str(file), *target, "-o", "json").stdout)
+    assert revoked["name"] == "alice"
