@@ -124,6 +124,30 @@ WHOLE: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
     (LLAMA, "<|python_tag|>print(1)", "<|python_tag|>print(1)", []),
     (LLAMA, '{"name": "add", "parameters": {}} Done', "Done", [("add", "{}")]),
     (
+        LLAMA,
+        f'[{{"name": "add", "parameters": {ADD}}}, {{"name": "get_weather"}}]\n',
+        "",
+        [("add", ADD), ("get_weather", "{}")],
+    ),
+    (LLAMA, '[{"name": "add", "parameters": {}}, {"a": 1}]', ', {"a": 1}]', [("add", "{}")]),
+    (LLAMA, '[{"name": "Bob"}]\n[1]', '[{"name": "Bob"}]\n[1]', []),
+    (LLAMA, '{"type": "function", "name": "add"}', "", [("add", "{}")]),
+    (LLAMA, f'Let me see.\n\n{{"name": "add", "parameters": {ADD}}}', "Let me see.", [("add", ADD)]),
+    (LLAMA, f'{{"a":\n1}}\n{{"name": "add", "parameters": {ADD}}}', '{"a":\n1}', [("add", ADD)]),
+    (LLAMA, f'{{\n{{"name": "add", "parameters": {ADD}}}', "{", [("add", ADD)]),
+    (LLAMA, f'See <|python_tag|>{{"name": "add", "parameters": {ADD}}} so', "Seeso", [("add", ADD)]),
+    (LLAMA, '{"name": "add"}<|eom_id|>', "", [("add", "{}")]),
+    (LLAMA, '{"name": "add"}; <|python_tag|>{"name": "add"} ;<|eot_id|>', "", [("add", "{}"), ("add", "{}")]),
+    (LLAMA, '{"name": "add"}; <|python_tag|>print', "; <|python_tag|>print", [("add", "{}")]),
+    (LLAMA, '{"name": "add"} <|eo', "<|eo", [("add", "{}")]),
+    (LLAMA, '{"name": "add", "parameters": {x}}<|eom_id|>', "", [("add", "{x}}")]),
+    (
+        LLAMA,
+        'As in\n\n```json\n{"name": "add"}\n```\n{"name": "add"}',
+        'As in\n\n```json\n{"name": "add"}\n```',
+        [("add", "{}")],
+    ),
+    (
         PYTHONIC,
         "[get_weather(city='Köln ]) \\' x', days=[1, {'x': None}]), add(a=-1.5e3, b=True,)]",
         "",
@@ -251,6 +275,13 @@ TEXTS = st.one_of(
     st.sampled_from([text for _, text, _, _ in WHOLE]),
     st.lists(st.sampled_from(WORDS), max_size=14).map("".join),
 )
+
+
+def test_objects_in_one_another_are_read_once() -> None:
+    text = '{"a":\n' * 100_000
+    assert read(rules(LLAMA), [text, "1"]).content == text + "1"
+
+
 KINDS = st.sampled_from([None, HERMES, LLAMA, PYTHONIC, MISTRAL])
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 
-from web.gateway.text.held_back import possible_start
+from web.gateway.text.held_back import first_of, possible_start
 from web.gateway.text.parsers.json_scan import SPACE, JsonCall, NamedCall
 from web.gateway.text.parsers.parsed import Parsed
 from web.gateway.text.parsers.python_scan import PythonCall
@@ -195,11 +195,126 @@ class MistralParser(_Marked):
         super().finish(out)
 
 
-class _Leading(ToolParser):
-    """The output is calls from its beginning on, or has none. No mark tells them from other text, so the names do."""
+class LlamaJsonParser(ToolParser):
+    """`{"name": ..., "parameters": {...}}`, several of them with `;` between, or a list: Llama 3.1 and later.
 
-    openers: Sequence[str] = ()  # marks that may stand before
-    first = ""  # the first character of calls
+    They begin a line, or stand behind a mark. No mark is needed, so the names tell them from other objects; those in a
+    fence of Markdown are examples.
+    """
+
+    mark = "<|python_tag|>"
+    closers = ("<|eom_id|>", "<|eot_id|>")
+    ends = closers
+
+    def __init__(self, known: Collection[str], calls_max: int | None = None) -> None:
+        super().__init__(calls_max)
+        self._known = frozenset(known)
+        self._fenced = self._list = False
+
+    def _first_state(self, out: Parsed) -> bool:
+        return self._line_start(out)
+
+    def _line_start(self, out: Parsed) -> bool:
+        self._say(self._take_space(), out)
+        if self._buffer != FENCE and FENCE.startswith(self._buffer):
+            return False  # or there is nothing yet
+        if self._buffer.startswith(FENCE):
+            self._fenced = not self._fenced
+        elif not self._fenced and self._buffer[0] in "{[":
+            self._first_object()
+            return True
+        self._state = self._within_line
+        return True
+
+    def _within_line(self, out: Parsed) -> bool:
+        found = first_of(self._buffer, (self.mark, "\n"))
+        if found is None:
+            kept = len(self._buffer) - possible_start(self._buffer, (self.mark,))
+            self._say(self._buffer[:kept], out)
+            self._buffer = self._buffer[kept:]
+            return False
+        at, what = found
+        if what == self.mark:
+            self._say(self._buffer[:at], out)
+            self._buffer = self._buffer[at:]
+            self._state = self._behind_mark
+        else:
+            self._say(self._buffer[: at + 1], out)
+            self._buffer = self._buffer[at + 1 :]
+            self._state = self._line_start
+        return True
+
+    def _behind_mark(self, out: Parsed) -> bool:
+        before, mark, rest = self._buffer.partition(self.mark)
+        text = rest.lstrip()
+        if not text:
+            return False
+        if text[0] in "{[":
+            self._first_object()
+            return True
+        self._say(before + mark, out)
+        self._buffer = rest
+        self._state = self._within_line
+        return True
+
+    def _first_object(self) -> None:
+        """The first bracket in the buffer may begin it, or a list."""
+        at = min(at for bracket in "{[" if (at := self._buffer.find(bracket)) >= 0)
+        self._list = self._buffer[at] == "["
+        at += self._list
+        head, self._buffer = self._buffer[:at], self._buffer[at:]
+        self._begin_call(JsonCall(self.begun, self._known), head)
+
+    def _call_ended(self) -> Callable[[Parsed], bool]:
+        return self._after_item if self._list else self._between
+
+    def _after_item(self, out: Parsed) -> bool:
+        self._take_space()
+        if not self._buffer:
+            return False
+        if self._buffer[0] == ",":
+            self._buffer = self._buffer[1:]
+            self._begin_call(JsonCall(self.begun, self._known), ",")
+            return True
+        if self._buffer[0] == "]":
+            self._buffer = self._buffer[1:]
+        self._state = self._between
+        return True
+
+    def _between(self, out: Parsed) -> bool:
+        _, text = _separated(self._buffer)
+        self._closing = not text
+        if any(mark != text and mark.startswith(text) for mark in (self.mark, *self.closers)):
+            return False  # or there is no text yet
+        for closer in self.closers:
+            if text.startswith(closer):
+                self._buffer = text[len(closer) :]
+                return True
+        if text.startswith(self.mark):
+            self._state = self._behind_mark
+        elif text[0] in "{[":
+            self._first_object()
+        else:
+            self._state = self._within_line
+        return True
+
+    def _no_call(self) -> Callable[[Parsed], bool]:
+        return self._within_line
+
+    def _give_up(self, out: Parsed) -> None:
+        """What it took in is not read again, lest objects in one another are read once for each."""
+        head, self._head, self._call = self._head, "", None
+        self._say(head, out)
+        _, line_end, line = head.rpartition("\n")
+        self._state = self._line_start if line_end and not line.strip() else self._no_call()
+
+
+class PythonicParser(ToolParser):
+    """`[NAME(key=literal, ...), ...]`: Llama 3.2 and 4. The output is calls from its beginning on, or has none: the
+    names tell."""
+
+    opener = "<|python_start|>"
+    closer = "<|python_end|>"
 
     def __init__(self, known: Collection[str], calls_max: int | None = None) -> None:
         super().__init__(calls_max)
@@ -207,64 +322,22 @@ class _Leading(ToolParser):
 
     def _first_state(self, out: Parsed) -> bool:
         text = self._buffer.lstrip()
-        for mark in self.openers:
-            if text.startswith(mark):
-                text = text[len(mark) :].lstrip()
-                break
-            if mark.startswith(text):
-                return False
+        if text.startswith(self.opener):
+            text = text[len(self.opener) :].lstrip()
+        elif self.opener.startswith(text):
+            return False
         if not text:
             return False
-        if text[0] != self.first:
+        if text[0] != "[":
             self._state = self._plain
             return True
         head = self._buffer[: len(self._buffer) - len(text)]
-        self._buffer = text
-        self._first_call(head)
+        self._buffer = text[1:]
+        self._begin_call(PythonCall(self.begun, self._known), head + "[")
         return True
-
-    @abstractmethod
-    def _first_call(self, head: str) -> None: ...
 
     def _no_call(self) -> Callable[[Parsed], bool]:
         return self._plain
-
-
-class LlamaJsonParser(_Leading):
-    """`{"name": ..., "parameters": {...}}`, several of them with `;` between: Llama 3.1 and later."""
-
-    openers = ("<|python_tag|>",)
-    first = "{"
-
-    def _first_call(self, head: str) -> None:
-        self._begin_call(JsonCall(self.begun, self._known), head)
-
-    def _call_ended(self) -> Callable[[Parsed], bool]:
-        return self._between
-
-    def _between(self, out: Parsed) -> bool:
-        head, text = _separated(self._buffer)
-        self._closing = not text
-        if not text:
-            return False
-        if text[0] != "{":
-            self._state = self._plain
-            return True
-        self._buffer = text
-        self._begin_call(JsonCall(self.begun, self._known), head)
-        return True
-
-
-class PythonicParser(_Leading):
-    """`[NAME(key=literal, ...), ...]`: Llama 3.2 and 4."""
-
-    openers = ("<|python_start|>",)
-    closer = "<|python_end|>"
-    first = "["
-
-    def _first_call(self, head: str) -> None:
-        self._buffer = self._buffer[1:]
-        self._begin_call(PythonCall(self.begun, self._known), head + "[")
 
     def _call_ended(self) -> Callable[[Parsed], bool]:
         return self._between

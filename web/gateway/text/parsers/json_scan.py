@@ -13,6 +13,7 @@ SPACE = " \t\r\n"
 _OPENERS = {"{": "}", "[": "]"}
 _BARE = frozenset("0123456789+-.eEtrufalsn")  # numbers, true, false, null
 ARGUMENTS = ("arguments", "parameters")
+CALL_KEYS = frozenset({"name", "type", "id", *ARGUMENTS})
 
 
 class Scan(Enum):
@@ -70,8 +71,8 @@ class _At(Enum):
 class JsonCall(CallScan):
     """`{"name": NAME, "arguments": {...}}`, in any order and with other keys beside.
 
-    `known`: names that are calls; None: all are. A call without arguments is one where `known` is None: else it is an
-    object like any other.
+    `known`: names that are calls; None: all are. With `known`, an object without arguments that has keys which no call
+    has is an object like any other.
     """
 
     def __init__(self, index: int, known: Collection[str] | None) -> None:
@@ -85,6 +86,7 @@ class JsonCall(CallScan):
         self._name = ""
         self._waiting = ""  # arguments that came before the name
         self._complete = False  # the arguments are
+        self._strange = False  # there are keys that no call has
 
     def _feed(self, char: str) -> Status:
         status = self._step(char)
@@ -142,6 +144,7 @@ class JsonCall(CallScan):
         if self._at is _At.KEY:
             self._at = _At.COLON
             self._key = _string(self._text)
+            self._strange |= self._key not in CALL_KEYS
             return self._key is not None
         self._at = _At.COMMA
         if self._key == "name" and not self._name:
@@ -165,7 +168,7 @@ class JsonCall(CallScan):
         self._emit(self._name, arguments)
 
     def _end(self) -> Status:
-        if not self._name or not (self._complete or self._known is None):
+        if not self._name or not (self._complete or self._known is None or not self._strange):
             return Status.BROKEN
         if not self._complete:
             self._say("{}")
