@@ -251,7 +251,9 @@ class Http1Protocol(HttpToolsProtocol):
             self._declining = True
             return None
         if not self.url.startswith(b"/") and not (target := httptools.parse_url(self.url)).path:
-            self.url = b"/" + (b"?" + target.query if target.query else b"")  # "http://host" is its root
+            # "http://host" is its root; whose options are asked for, it is the server itself.
+            root = b"*" if self.parser.get_method() == b"OPTIONS" and target.query is None else b"/"
+            self.url = root + (b"?" + target.query if target.query else b"")
         if version == "1.0":
             self.expect_100_continue = False
         self._body_left = int(next((value for name, value in self.headers if name == b"content-length"), 0))

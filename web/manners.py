@@ -17,6 +17,8 @@ import structlog
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from web.bodies import CODINGS
+
 log = structlog.get_logger()
 
 EXPOSED = "Content-Location, Retry-After, X-Request-Id, X-Should-Retry"
@@ -143,6 +145,8 @@ class _Answer:
                 headers = [pair for pair in headers if pair[0].lower() != b"allow"] + [
                     _allow(self._allowed())
                 ]
+            if message["status"] == 415:  # of its coding: nothing else of a body is refused so
+                headers.append((b"accept-encoding", CODINGS.encode()))
             if self._waits:  # whether its body comes now, nobody can know
                 headers.append((b"connection", b"close"))
             message = {**message, "headers": headers}

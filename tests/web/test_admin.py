@@ -291,6 +291,37 @@ def test_compressed_bodies(client: httpx.Client) -> None:
         assert bomb.status_code == 413
     other = client.post("/session", content=b"x", headers={"content-encoding": "br"})
     assert (other.status_code, "br" in other.json()["error"]["message"]) == (415, True)
+    assert other.headers["accept-encoding"] == "gzip, deflate, identity"
+
+
+@pytest.mark.parametrize("scheme", ["bearer ", "BEARER ", "Bearer  "])
+def test_the_scheme_of_a_token_has_no_case(client: httpx.Client, scheme: str) -> None:
+    assert client.get("/session", headers={"authorization": scheme + TOKEN}).json()["name"] == "admin"
+    assert client.get("/session", headers={"authorization": f"{scheme}wrong"}).status_code == 401
+    assert client.get("/session", headers={"authorization": f"{scheme.strip()}{TOKEN}"}).status_code == 401
+
+
+def test_a_body_may_begin_with_a_mark_of_its_encoding(client: httpx.Client) -> None:
+    body = json.dumps({"token": TOKEN}).encode("utf-8-sig")
+    assert client.post("/session", content=body).status_code == 204
+    assert client.post("/session", content=body[:3] + body).status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/ui", "/ui/", "//ui", "/ui//", "/%75i", "/ui%2f", "/ui/index.html"])
+def test_the_page_is_found_in_its_folder(client: httpx.Client, path: str) -> None:
+    for headers in ({}, BEARER):
+        get = client.get(f"{client.base_url}{path}", headers=headers)
+        head = client.head(f"{client.base_url}{path}", headers=headers)
+        assert (get.status_code, head.status_code) == (200, 200)
+        assert get.content == load_files()["index.html"].body
+        assert head.headers["content-length"] == get.headers["content-length"]
+
+
+@pytest.mark.parametrize("path", ["/ui/.", "/ui/%2e", "/ui/%2e%2e/x", "/oidc/", "/admin/v1", "/admin/"])
+def test_nothing_sends_anybody_round_in_circles(client: httpx.Client, path: str) -> None:
+    answer = client.get(path, headers=BEARER)
+    assert answer.status_code in {200, 404}
+    assert "location" not in answer.headers
 
 
 def stream(client: httpx.Client, query: str = "") -> Generator[tuple[str, object], None, None]:

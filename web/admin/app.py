@@ -1,7 +1,7 @@
 """The admin API and the dashboard's page, as one ASGI app over an `AdminService`.
 
     GET    /livez /readyz                    no token; with one /readyz says what is wrong
-    GET    / , /ui/...                       the dashboard, no token
+    GET    / , /ui, /ui/...                  the dashboard, no token
     POST   /session                          {"token": ...} -> an HttpOnly cookie; DELETE revokes and forgets it
     GET    /session                          {"name", "role", "expiry_unix_s"} of who asks
     GET    /oidc, /oidc/login, /oidc/callback    login with a provider, no token: web/admin/oidc/routes.py
@@ -27,6 +27,7 @@ Errors are `{"error": {"message", "code"}}`; 503 means that etcd or the database
 
 from __future__ import annotations
 
+import codecs
 import re
 import time
 from typing import TYPE_CHECKING, TypeVar
@@ -89,7 +90,8 @@ def build_app(service: AdminService, token: str, provider: Provider | None = Non
 
     `app.state.feed.close()` ends the open streams before an exit.
     """
-    app = FastAPI(title="KevlarFlow admin", docs_url=None, redoc_url=None)
+    # A slash at the end is nothing that anybody's path has when it comes here (Manners): who was sent there came back.
+    app = FastAPI(title="KevlarFlow admin", docs_url=None, redoc_url=None, redirect_slashes=False)
     described = document(package_version())
     app.openapi = lambda: described  # type: ignore[method-assign]
     app.add_middleware(Guard, token=token, revoked=service.is_revoked)
@@ -145,6 +147,7 @@ def _add_page(app: FastAPI) -> None:
         return Response(file.body, media_type=file.media_type, headers={"cache-control": "no-cache"})
 
     @app.get("/")
+    @app.get("/ui")
     async def page() -> Response:
         return answer(files.get("index.html"))
 
@@ -313,7 +316,8 @@ async def _body(request: Request, kind: type[T]) -> T:
     except bodies.BodyError as problem:
         raise HTTPException(problem.status, problem.message) from None
     try:
-        return msgspec.json.decode(body, type=kind)
+        # PowerShell and others on Windows write a mark of UTF-8 first.
+        return msgspec.json.decode(body.removeprefix(codecs.BOM_UTF8), type=kind)
     except msgspec.MsgspecError as problem:
         raise HTTPException(400, str(problem)) from problem
     except UnicodeDecodeError:

@@ -81,6 +81,7 @@ def test_options() -> None:
             (b"/v1/models", "GET, HEAD, OPTIONS"),
             (b"/v1/completions", "OPTIONS, POST"),
             (b"*", None),
+            (b"http://elsewhere", None),  # without a path: the server itself
         ):
             (reply,) = split(await talk(stack, request(b"OPTIONS", path, CLOSE)))
             assert reply.status == 204
