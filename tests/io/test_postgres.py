@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,15 +29,23 @@ import migrations
 from controlplane.contract.audit import Action
 from controlplane.contract.auth import Caller, Role
 from controlplane.contract.errors import Unavailable
-from controlplane.contract.records import Asked, Operation, OperationKind
+from controlplane.contract.keys import Keys
+from controlplane.contract.records import Asked, Operation, OperationKind, OperationState
+from controlplane.contract.topology import Mode, Topology
+from controlplane.core.events import Record, WriteDone, WriteOperation, WriteTopology
+from controlplane.etcd.client import EtcdClient
+from controlplane.etcd.election import Election
 from controlplane.history import schema
 from controlplane.history.store import Audit, HistoryStore, submitted
 from controlplane.history.tables import metadata
 from controlplane.history.writer import HistoryWriter
-from tests.io.etcd_server import free_ports
+from controlplane.shell.inbox import Inbox
+from controlplane.shell.performer import Performer
+from tests.io.etcd_server import EtcdMember, etcd_member, free_ports
 from tests.io.test_history import check_that_a_refused_record_goes_alone, event, until
 
 START_LIMIT_S = 60.0
+CALL_LIMIT_S = 0.5  # of the writer, where a server hangs
 PASSWORD = "not in the settings"
 OPERATION = Operation(id="op-1", kind=OperationKind.DRAIN, node="n2")
 
@@ -66,6 +76,20 @@ class Server:
         """At once, as by a crash: connections break in the middle of what they do."""
         self._run("pg_ctl", "stop", "--mode=immediate", "--wait")
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """As a host that hangs: connections stand and new ones are accepted by the kernel, and nobody answers."""
+        postmaster = int((self._data / "postmaster.pid").read_text().split()[0])
+        os.kill(postmaster, signal.SIGSTOP)  # first, so that it makes no more of them
+        every = [postmaster, *_children(postmaster)]
+        try:
+            for pid in every[1:]:
+                _send(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in every:
+                _send(pid, signal.SIGCONT)
+
     def _run(self, program: str, *words: str) -> None:
         who = {} if self._user is None else {"user": self._user.pw_uid, "group": self._user.pw_gid}
         done = subprocess.run(
@@ -74,6 +98,20 @@ class Server:
             stderr=subprocess.STDOUT, timeout=2 * START_LIMIT_S, check=False, cwd="/", **who,
         )  # fmt: skip
         assert done.returncode == 0, f"{program}: {done.stdout!r}"
+
+
+def _children(parent: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if int(stat.read_text().rpartition(") ")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+    return found
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def programs() -> Path | None:
@@ -343,3 +381,64 @@ def test_a_server_that_crashes_under_load_loses_nothing(server: Server, url: str
         await store.close()
 
     asyncio.run(main())
+
+
+def test_a_server_that_hangs_delays_no_decision_and_loses_nothing(
+    server: Server, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute of it in small: the server hangs for longer than a call may take."""
+    monkeypatch.setattr("controlplane.history.writer.CALL_LIMIT_S", CALL_LIMIT_S)
+    before, during = 40, 60  # decisions
+
+    async def main(etcd: EtcdMember) -> None:
+        keys, inbox = Keys("c"), Inbox()
+        store = HistoryStore(url, "c", "c1")
+        await store.upgrade()
+        writer = HistoryWriter(store)
+        async with EtcdClient([etcd.endpoint]) as client:
+            performer = Performer(client, keys, "default", inbox, writer)
+            tasks = [asyncio.create_task(job) for job in (writer.run(), performer.run())]
+            performer.leadership = await Election(client, keys.leader, b"{}", ttl_s=60).campaign()
+            revision = 0
+
+            async def decide(number: int) -> None:
+                """Tell of something, write a topology for it, and end an operation; etcd has both when it returns."""
+                nonlocal revision
+                asked = Asked("alice", Role.OPERATOR.value, "10.0.0.7")
+                operation = Operation(
+                    f"op-{number}", OperationKind.PAUSE, state=OperationState.DONE, asked=asked
+                )
+                await performer.put(Record(event(number)))
+                await performer.put(
+                    WriteTopology(Topology("default", number + 1, Mode.REPLICATE, ()), revision)
+                )
+                await performer.put(WriteOperation(operation, 0))
+                # Nobody wakes the server before all are done: to wait for it would be to wait in vain.
+                topology, ended = await inbox.get(20), await inbox.get(20)
+                assert isinstance(topology, WriteDone)
+                assert isinstance(ended, WriteDone)
+                revision = topology.mod_revision
+
+            await decide(0)
+            await until(lambda: writer.written == 3, 60.0)
+            for number in range(1, before):  # batches are under way when it stops
+                await decide(number)
+            with server.frozen():
+                for number in range(before, before + during):
+                    await decide(number)
+                await asyncio.sleep(3 * CALL_LIMIT_S)
+                assert writer.waiting >= 3 * during
+            await until(lambda: not writer.waiting, 60.0)
+            assert writer.dropped == 0
+            every = range(before + during)
+            assert [item.subject for _, item in await writer.tail(1000, 0)] == [f"n{n}" for n in every]
+            told = [(one.operation, one.action) for one in await writer.audit(1000, 0, "")]
+            assert told == [(f"op-{n}", action) for n in every for action in (Action.SUBMITTED, Action.DONE)]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await performer.leadership.resign()
+            await store.close()
+
+    with etcd_member(tmp_path / "etcd") as etcd:
+        asyncio.run(main(etcd))
