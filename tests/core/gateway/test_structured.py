@@ -11,9 +11,11 @@ from controlplane.contract.requests import GRAMMAR_BYTES_MAX
 from controlplane.grammar import Compiler, GrammarError, load_compiler
 from dataplane.demo import model_dir
 from web.gateway.errors import ApiError
+from web.gateway.openai.grammar_check import in_clear
 from web.gateway.openai.requests import CompletionRequest, parse
 from web.gateway.openai.structured import (
     DEPTH_MAX,
+    DIALECTS,
     SOURCE_BYTES_MAX,
     WHITESPACE,
     Asked,
@@ -153,6 +155,96 @@ def test_schemas_as_other_languages_write_them(compiler: Compiler) -> None:
     null = grammar(guided_json={"enum": [None, "a"], "$schema": "http://example.com/own", "items": None})
     assert accepts(compiler, null, "null")
     assert accepts(compiler, grammar(guided_json={"const": None}), "null")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "good", "bad"),
+    [
+        (r"^ab\Z", ["ab"], ["abZ", "abc", "xab"]),
+        (r"^(a\Z|b)", ["bc", "a"], ["ac"]),
+        (r"^a{,3}$", ["", "aaa"], ["aaaa", "a{,3}"]),
+        (r"^[\b]$", ["\b"], ["b"]),
+        (r"^\cA$", ["\x01"], ["A"]),
+        (r"^\\Z$", ["\\Z"], ["\\"]),
+        (r"^\{,3}$", ["{,3}"], [""]),
+        (r"^[{,3}]$", ["{", "3"], ["33"]),
+    ],
+)
+def test_patterns_as_others_write_them(
+    pattern: str, good: list[str], bad: list[str], compiler: Compiler
+) -> None:
+    """Python's, wherever they may stand; all of an output has to match where no schema is given."""
+    schema = grammar(guided_json={"type": "string", "pattern": pattern})
+    names = grammar(
+        guided_json={"type": "object", "patternProperties": {pattern: {}}, "additionalProperties": False}
+    )
+    for text, ok in [*((text, True) for text in good), *((text, False) for text in bad)]:
+        assert accepts(compiler, schema, json.dumps(text)) == ok, text
+        assert accepts(compiler, names, json.dumps({text: 1})) == ok, text
+    plain = grammar(guided_regex=pattern.removeprefix("^"))
+    assert [accepts(compiler, plain, text) for text in (good[-1], bad[0])] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "good", "bad"),
+    [
+        ("^[a&&b]$", ["a", "&"], ["c"]),
+        ("^[[a]b]$", ["[b]", "ab]"], ["a", "b"]),
+        ("^[+--]$", ["+", ",", "-"], ["."]),
+        ("^[a~~]$", ["a", "~"], ["b"]),
+        ("^[[:alpha:]]$", ["a"], ["1"]),
+        (r"^[^\]a]$", ["b"], ["a", "]"]),
+        (r"^\<a\>$", ["<a>"], ["a"]),
+    ],
+)
+def test_classes_in_schemas_have_no_sets_within(
+    pattern: str, good: list[str], bad: list[str], compiler: Compiler
+) -> None:
+    """Rust reads some characters there as more than themselves."""
+    schema = grammar(guided_json={"type": "string", "pattern": pattern})
+    for text, ok in [*((text, True) for text in good), *((text, False) for text in bad)]:
+        assert accepts(compiler, schema, json.dumps(text)) == ok, text
+
+
+@pytest.mark.parametrize("pattern", [r"\bab\b", r"a\B", r"(a)\1", "(?=a)a", "(?<!a)b", r"(?<n>a)\k<n>"])
+def test_patterns_that_cannot_be_followed_are_refused_by_name(pattern: str) -> None:
+    why = "word boundaries|backreferences|look-around"
+    with pytest.raises(GrammarError, match=f"^pattern .*({why})"):
+        grammar(guided_json={"type": "array", "items": {"type": "string", "pattern": pattern}})
+    with pytest.raises(GrammarError, match=f"^patternProperties .*({why})"):
+        grammar(guided_json={"type": "object", "patternProperties": {pattern: {}}})
+    with pytest.raises(GrammarError, match=f"^the pattern .*({why})"):
+        grammar(guided_regex=pattern)
+
+
+@pytest.mark.parametrize("name", ["50%", "a%b", "%", "a%2", "%zz", "a % b"])
+def test_definitions_with_a_percent_sign(name: str, compiler: Compiler) -> None:
+    schema = {"$ref": f"#/$defs/{name}", "$defs": {name: {"type": "integer"}}}
+    assert accepts(compiler, grammar(guided_json=schema), "5")
+    assert not accepts(compiler, grammar(guided_json=schema), '"a"')
+
+
+def test_what_need_not_be_there_is_not_counted(compiler: Compiler) -> None:
+    one = {"contains": {"type": "integer"}, "minContains": 0}
+    for counts in (one, {"minContains": 0}, {"minContains": 2, "maxContains": 3}):
+        text = grammar(guided_json={"items": {"type": "array", **counts}, "type": "array"})
+        assert accepts(compiler, text, '[["a"]]')
+        assert not accepts(compiler, text, '["a"]')
+    older = {"$schema": DIALECTS[2]}  # contains asks for one there, whatever is written beside it
+    for more in ({"maxContains": 1}, {"minContains": 1}, older):
+        with pytest.raises(GrammarError, match="contains"):
+            accepts(compiler, grammar(guided_json={"type": "array", **one, **more}), "[]")
+
+
+def test_schemas_that_may_be_true_together_are_refused_in_clear_words(compiler: Compiler) -> None:
+    apart = grammar(guided_json={"oneOf": [{"type": "integer"}, {"type": "string"}]})
+    assert accepts(compiler, apart, "5")
+    with pytest.raises(GrammarError) as caught:
+        compiler.compile(grammar(guided_json={"oneOf": [{"type": "integer"}, {"type": "number"}]}))
+    told = in_clear(str(caught.value))
+    assert told.startswith("oneOf is supported where")
+    assert "coerce" not in told
+    assert in_clear("another") == "another"
 
 
 @pytest.mark.parametrize("kind", ["integer", "number"])

@@ -35,7 +35,17 @@ async def checked(model: Model, make: Callable[[], str], param: str, owner: byte
     try:
         return await model.grammars.check(make, owner)
     except GrammarError as error:
-        raise ApiError(400, f"{param}: {error}", param) from error
+        raise ApiError(400, f"{param}: {in_clear(str(error))}", param) from error
     except TooManyGrammars:
         text = "too many grammars are being compiled: try again"
         raise ApiError(429, text, param, retry_after_s=1) from None
+
+
+def in_clear(error: str) -> str:
+    """An error of the library that tells of its settings, as it is of use to a client."""
+    if error.startswith("oneOf constraints"):
+        return (
+            "oneOf is supported where no two of its schemas can be true of one document (their types, or constants "
+            "or names of required properties, tell): anyOf takes what any of them does"
+        )
+    return error

@@ -8,6 +8,7 @@ has the check.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
@@ -20,6 +21,7 @@ from pydantic import Field
 from controlplane.contract.requests import GRAMMAR_BYTES_MAX
 from controlplane.grammar import GrammarError
 from web.gateway.errors import ApiError
+from web.gateway.openai.patterns import readable_pattern
 from web.gateway.openai.strict import Lenient, Strict
 
 DEPTH_MAX = 64  # of objects and lists in a schema
@@ -46,6 +48,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "unevaluatedProperties": ({}, True),
     "unevaluatedItems": ({}, True),
 }
+_BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 REF_CHARS = "#/%:?&=+,;@!$'()*~"
 FORMATS = (  # that JSON Schema knows (2020-12, validation, 7.3)
     "date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6", "uri",
@@ -57,6 +60,7 @@ DIALECTS = (
     "http://json-schema.org/draft-07/schema", "http://json-schema.org/draft-06/schema",
     "http://json-schema.org/draft-04/schema",
 )  # fmt: skip
+COUNTING_DIALECTS = DIALECTS[:2]  # that know minContains and maxContains
 # Values of any kind; everywhere else a null is how serialisers write a keyword that is not there.
 VALUES = frozenset({"const", "default", "example"})
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
@@ -153,7 +157,9 @@ def text_of(asked: Asked) -> str:
         case "json":
             text = json_grammar(asked.source, asked.whitespace)
         case "regex":
-            text = LLMatcher.grammar_from_regex(_bounded(asked.source))
+            text = LLMatcher.grammar_from_regex(
+                readable_pattern(_bounded(asked.source), "the pattern", False)
+            )
         case "choice":
             choices = " | ".join(map(_literal, asked.source))
             text = _bounded(
@@ -198,25 +204,31 @@ def json_grammar(schema: Schema | str, whitespace: Mapping[str, Any] = WHITESPAC
         raise GrammarError("it has a number that JSON does not know") from error
 
 
-def adapted(schema: Any) -> Any:
-    """A schema as llguidance is to have it: its times without a 60th second, which the library writes at any minute and
-    clients' types do not read; and without what demands nothing but is refused by the library: formats that JSON Schema
-    does not know (OpenAPI's, pydantic's, zod's), keywords with NEUTRAL values, or null."""
+def adapted(schema: Any, draft: str | None = None) -> Any:
+    """A schema of `draft` (None: its own) as llguidance is to have it: its times without a 60th second, which the
+    library writes at any minute and clients' types do not read; its patterns in Rust's words; and without what demands
+    nothing but is refused by the library: formats that JSON Schema does not know (OpenAPI's, pydantic's, zod's),
+    keywords with NEUTRAL values, or null. Raises GrammarError."""
     if not isinstance(schema, dict):
         return schema
+    if draft is None:
+        draft = _readable("$schema", schema.get("$schema") or DIALECTS[0])
     schema = {
         key: _readable(key, value) for key, value in schema.items() if value is not None or key in VALUES
     }
     changed = dict(schema)
     for key, inner in schema.items():
         if key in MAPS_OF_SCHEMAS and isinstance(inner, dict):
-            changed[key] = {name: adapted(one) for name, one in inner.items()}
+            named = _readable_names(inner) if key == "patternProperties" else inner
+            changed[key] = {name: adapted(one, draft) for name, one in named.items()}
         elif key in LISTS_OF_SCHEMAS and isinstance(inner, list):
-            changed[key] = [adapted(one) for one in inner]
+            changed[key] = [adapted(one, draft) for one in inner]
         elif key in SCHEMAS:
-            changed[key] = adapted(inner)
+            changed[key] = adapted(inner, draft)
         elif any(type(inner) is type(value) and inner == value for value in NEUTRAL.get(key, ())):
             del changed[key]
+    if draft in COUNTING_DIALECTS:
+        _without_idle_counts(changed)
     named = schema.get("format")
     if isinstance(named, str) and named not in FORMATS:
         del changed["format"]
@@ -227,10 +239,29 @@ def adapted(schema: Any) -> Any:
     return changed
 
 
+def _readable_names(patterns: dict[str, Any]) -> dict[str, Any]:
+    names = [readable_pattern(name, "patternProperties", True) for name in patterns]
+    if len(set(names)) < len(names):
+        raise GrammarError("patternProperties has one pattern in two ways of writing")
+    return dict(zip(names, patterns.values(), strict=True))
+
+
+def _without_idle_counts(schema: dict[str, Any]) -> None:
+    """minContains and maxContains count what `contains` asks for, and none of it need be there for minContains: 0."""
+    if "contains" in schema and schema.get("minContains") == 0 and "maxContains" not in schema:
+        del schema["contains"]
+    if "contains" not in schema:
+        for key in ("minContains", "maxContains"):
+            schema.pop(key, None)
+
+
 def _readable(key: str, value: Any) -> Any:
     """The value of a keyword, as the library reads it where others write it in another way."""
     if key == "$ref" and isinstance(value, str):
-        return quote(value, safe=REF_CHARS)  # names of definitions as they stand: List<T>, or with spaces
+        # Names of definitions as they stand: List<T>, with spaces, or with a % that begins no escape.
+        return quote(_BARE_PERCENT.sub("%25", value), safe=REF_CHARS)
+    if key == "pattern" and isinstance(value, str):
+        return readable_pattern(value, key, True)
     if key == "$schema" and isinstance(value, str):
         return next((name for name in DIALECTS if _same_dialect(name, value)), DIALECTS[0])
     if isinstance(value, bool):
