@@ -56,7 +56,7 @@ class Over(msgspec.Struct, tag=True, frozen=True):
 
 
 class Unfit(msgspec.Struct, tag=True, frozen=True):
-    """The step or the layout does not fit the stage; nothing of it is wrong with this rank."""
+    """The step does not fit the stage, and nothing is wrong with this rank; or the rank cannot prepare the layout."""
 
     layout_id: int
     error: str

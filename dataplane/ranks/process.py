@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import signal
 import socket
@@ -25,6 +26,9 @@ from kernels.base import StageSpec
 from kernels.cpu.rank import NO_TOKENS, CpuRank, HeadMemory
 from kernels.ranks.exchange import Exchange, ExchangeOver, RankMissing
 
+log = logging.getLogger(__name__)
+
+ERROR_MAX = 2000  # characters of an answer
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 ENCODER, ORDERS = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Order)
 
@@ -160,8 +164,10 @@ class RankProcess:
             with self._lock:
                 if order.layout_id in self._wanted:
                     self._prepared[order.layout_id] = rank
-        except (ValueError, MemoryError, OSError) as error:
-            self._answer(Unfit(order.layout_id, str(error), False))
+        except Exception as error:  # whatever it is: the node waits for an answer
+            log.exception("rank %d cannot prepare layout %d", self._rank, order.layout_id)
+            why = f"{type(error).__name__}: {error}"[:ERROR_MAX]
+            self._answer(Unfit(order.layout_id, why, False))
         else:
             self._answer(Ready(order.layout_id))
         finally:

@@ -36,7 +36,7 @@ from kernels.base import PagedCache, StageSpec, StepArrays
 from kernels.cpu.rank import SharedHeads
 from kernels.ranks.exchange import Exchange, make_memory
 from kernels.ranks.layout import Layout, deal
-from kernels.ranks.own import check_cuttable, shape_of
+from kernels.ranks.own import check_dense, shape_of
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class RankedStage:
     def __init__(
         self, spec: StageSpec, kv: PagedCache, ranks: int, *, threads: int, rows_max: int, context_max: int
     ) -> None:
-        check_cuttable(spec)
+        check_dense(spec)
         if kv.kv_heads < 1 or spec.heads % kv.kv_heads:
             raise ValueError(f"{spec.heads} heads over {kv.kv_heads} KV heads")
         self.suspect = False
@@ -157,14 +157,20 @@ class RankedStage:
         self._asked.settimeout(START_LIMIT_S)
         self._ranks: dict[int, Rank] = {}
         self._layouts = 0  # made so far
+        self._layout: Layout | None = None  # that is in use
         self._restart = {rank: Backoff(RESTART_FIRST_S, RESTART_MAX_S) for rank in range(ranks)}
         self._due: dict[int, float] = {}  # ranks that are to be started again, and when
+        self._refused = ""  # what kept a rank from a layout, the last time
         self._next: Shared | None = None  # with ranks that have been started again, once all are ready
         self._lock = threading.Lock()  # of all of this: a step has it, or whoever looks after the ranks
         self._closing = False
         self._stood: dict[int, float] = {}  # processes that are stopped, and since which look
         self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._change_to(self._agree_anyhow(()))
+        try:
+            self._change_to(self._agree_anyhow(()))
+        except BaseException:
+            self._end_all()
+            raise
         self._watch = threading.Thread(target=self._look_after, name="ranks", daemon=True)
         self._watch.start()
 
@@ -196,6 +202,9 @@ class RankedStage:
         self._closing = True
         os.eventfd_write(self._woken, 1)
         self._watch.join()
+        self._end_all()
+
+    def _end_all(self) -> None:
         os.close(self._woken)
         for rank in list(self._ranks):
             self._drop(rank)
@@ -209,6 +218,7 @@ class RankedStage:
         if len(step.positions) < 1:
             raise ValueError("a step needs at least one token")
         with self._lock:
+            self._mend()
             self._take_in()
             self._stood.clear()  # a step looks for itself
             sizes = self._box.put(source, step, picked)
@@ -303,6 +313,7 @@ class RankedStage:
 
     def _tend(self) -> None:
         """Sees which ranks have ended, or do not go on, and goes on with the others."""
+        self._mend()
         now = time.monotonic()
         stopped = {number: rank.pid for number, rank in self._ranks.items() if rank.stopped}
         self._stood = {pid: self._stood.get(pid, now) for pid in stopped.values()}
@@ -337,8 +348,14 @@ class RankedStage:
         log.warning("ranks %s are lost: %d of %d go on", sorted(lost), len(left), self.wanted)
         self._change_to(self._agree_anyhow(left))
 
+    def _mend(self) -> None:
+        """After a step that ended without a layout for those that are left: they are asked again."""
+        left = [number for number in self.ranks if number in self._ranks]
+        if len(left) < len(self.ranks):
+            self._change_to(self._agree_anyhow(left))
+
     def _change_to(self, shared: Shared) -> None:
-        self._now = shared
+        self._now, self._layout = shared, shared.layout
         for number in shared.layout.ranks:
             self._ranks[number].send(Use(shared.id))
 
@@ -362,7 +379,7 @@ class RankedStage:
         if self._next is None:
             try:
                 self._next = self._prepare(self._ranks)
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 self._call_off(error)
                 return
         if at > self._next.deadline_s:
@@ -400,7 +417,7 @@ class RankedStage:
     def _agree_anyhow(self, numbers: Iterable[int]) -> Shared:
         """A layout of these ranks, or of all that are left of them, or of fresh ones, in place of any that was being
         prepared. Raises RanksGone."""
-        self._next = None
+        self._next, self._refused = None, ""
         agreed = self._agree(numbers)
         for _ in range(FRESH_MAX):
             if agreed is not None:
@@ -414,36 +431,52 @@ class RankedStage:
             agreed = self._agree(sorted(self._ranks))
         if agreed is not None:
             return agreed
-        raise RanksGone(f"all ranks of the stage have ended, {FRESH_MAX} times in a row")
+        why = f"; the last one said: {self._refused}" if self._refused else ""
+        raise RanksGone(f"all ranks of the stage have ended or refused, {FRESH_MAX} times in a row{why}")
 
     def _agree(self, numbers: Iterable[int]) -> Shared | None:
         """A layout for which all its ranks are ready: of these, but for some that may be lost meanwhile. None if all
         of them are."""
         wanted = set(numbers)
         while wanted:
-            shared = self._prepare(wanted)
-            lost: set[int] = set()
-            while asked := self._unready(shared) - lost:
-                for number, answer in self._answers(asked, LOOK_S):
-                    match answer:
-                        case Unfit(layout_id=layout_id, error=error) if layout_id == shared.id:
-                            raise ValueError(error)
-                        case None:
-                            lost.add(number)
-                if time.monotonic() > shared.deadline_s:
-                    lost |= asked
-                lost |= {number for number in asked if number not in lost and self._ranks[number].stopped}
-            if not lost:
-                return shared
+            try:
+                shared = self._prepare(wanted)
+            except (OSError, MemoryError) as error:
+                lost = {max(wanted)}  # fewer need less, and one that ends gives back what it has
+                self._refuse(max(wanted), error)
+            else:
+                lost = self._lost_until_ready(shared)
+                if not lost:
+                    return shared
             for number in lost:
                 self._forget(number, time.monotonic())
             wanted -= lost
         return None
 
+    def _lost_until_ready(self, shared: Shared) -> set[int]:
+        """Waits until every rank is ready for the layout, or is lost. One that cannot prepare it counts as lost: a
+        fresh process may be able to, for instance with the memory that this one gives back."""
+        lost: set[int] = set()
+        while asked := self._unready(shared) - lost:
+            for number, answer in self._answers(asked, LOOK_S):
+                match answer:
+                    case Unfit(layout_id=layout_id, error=error) if layout_id == shared.id:
+                        self._refuse(number, error)
+                        lost.add(number)
+                    case None:
+                        lost.add(number)
+            if time.monotonic() > shared.deadline_s:
+                lost |= asked
+            lost |= {number for number in asked if number not in lost and self._ranks[number].stopped}
+        return lost
+
+    def _refuse(self, number: int, why: object) -> None:
+        log.error("rank %d has no part in the layout: %s", number, why)
+        self._refused = str(why) or type(why).__name__
+
     def _prepare(self, numbers: Iterable[int]) -> Shared:
         """Everybody is told of a layout of these ranks; they keep what they have as far as it allows."""
-        before = self._now.layout if self._layouts else None
-        layout = deal(self._shape, numbers, before)
+        layout = deal(self._shape, numbers, self._layout)
         memory = make_memory(len(layout.ranks), self._numbers_max)
         try:
             exchange = Exchange(memory, len(layout.ranks), 0, self._numbers_max)

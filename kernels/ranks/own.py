@@ -26,6 +26,17 @@ def check_cuttable(spec: StageSpec) -> None:
             raise ValueError(f"layer {index} has quantised weights, which have no fixed-point sums")
 
 
+def check_dense(spec: StageSpec) -> None:
+    """Raises ValueError for a stage whose weights ranks of a host cannot have in parts."""
+    check_cuttable(spec)
+    for index, layer in enumerate(spec.layers):
+        assert isinstance(layer.mlp, Mlp)  # check_cuttable() has seen to it
+        if any(isinstance(linear.weight, Quantised) for linear in (layer.qkv, layer.mlp.gate_up)):
+            raise ValueError(f"layer {index} has quantised weights, which ranks cannot cut")
+    if spec.head is not None and isinstance(spec.head.weight, Quantised):
+        raise ValueError("the head has quantised weights, which ranks cannot cut")
+
+
 def shard_widths(ends: Ends, own: Sequence[int]) -> list[int]:
     """Inputs of these shards."""
     return [int(ends[shard]) - (int(ends[shard - 1]) if shard else 0) for shard in own]

@@ -18,17 +18,20 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from typing_extensions import Buffer
 
 from dataplane._fast.blocktable import StepArrays
 from dataplane.kvcache import KVCache
+from dataplane.ranks import process as rank_process
 from dataplane.ranks import stage as ranked
-from dataplane.ranks.stage import RankedStage
+from dataplane.ranks.stage import RankedStage, RanksGone
 from kernels.base import DTYPES
 from tests.parity.rank_group import BLOCK, BLOCKS, HEAD_DIM, HIDDEN, Requests, random_spec
 
@@ -360,6 +363,108 @@ def no_fork(kv_heads: int, dtype: str) -> None:
     tried.stage.close()
 
 
+class Refusals:
+    """How often each rank is yet to fail at a layout, and how; whichever process it is in."""
+
+    def __init__(self, ranks: int) -> None:
+        self.left = mmap.mmap(-1, ranks)  # shared with the ranks, which are forked from now on
+        self.ranks = ranks
+        self.how = mmap.mmap(-1, 1)
+        make = rank_process.CpuRank
+
+        def refuse(spec: object, layout: object, rank: int, *more: object, **options: object) -> object:
+            if self.left[rank]:
+                self.left[rank] -= 1
+                self.fail()
+            return make(spec, layout, rank, *more, **options)  # type: ignore[arg-type]
+
+        rank_process.CpuRank = refuse  # type: ignore[misc, assignment]
+
+    def fail(self) -> None:
+        match self.how[0]:
+            case 0:
+                raise MemoryError("cannot map 64 bytes")
+            case 1:
+                raise OSError(errno.ENOMEM, "no memory")
+            case 2:
+                raise RuntimeError("can't allocate memory")  # as torch says it
+            case _:
+                os._exit(1)
+
+    def ask(self, *counts: int) -> None:
+        for rank, count in enumerate(counts):
+            self.left[rank] = count
+
+    def over(self) -> bool:
+        return not any(self.left[rank] for rank in range(self.ranks))
+
+
+def cannot_prepare(kv_heads: int, dtype: str) -> None:
+    """A rank that has no memory for a layout, or fails at it in another way, is lost: the others serve without it."""
+    refusals = Refusals(3)
+    tried = Tried(3, kv_heads, dtype)
+    tried.step(dict.fromkeys(tried.rows, 7))
+    for how in range(3):
+        refusals.how[0] = how
+        refusals.ask(0, 0, 1)
+        tried.send(1, signal.SIGKILL)
+        tried.decode()
+        assert refusals.over()
+        tried.until_whole(2 * how + 2)
+    refusals.ask(1, 0, 1)  # both that are left, so that fresh ones serve
+    tried.send(1, signal.SIGKILL)
+    tried.decode()
+    assert refusals.over()
+    tried.until_whole(9)
+    tried.decode()
+    tried.stage.close()
+
+
+def none_can_prepare(kv_heads: int, dtype: str) -> None:
+    """All ranks fail at a layout, and so do all that are started in their place: that is said, and soon forgotten."""
+    refusals = Refusals(3)
+    for how, said in ((2, "the last one said: RuntimeError: can't allocate memory"), (3, "have ended")):
+        refusals.how[0] = how
+        refusals.ask(*[ranked.FRESH_MAX] * 3)
+        gone(lambda: Tried(3, kv_heads, dtype), said)
+        assert refusals.over()
+        refusals.ask(1, 1, 1)
+        tried = Tried(3, kv_heads, dtype)
+        tried.step(dict.fromkeys(tried.rows, 7))
+        tried.until_all()
+        refusals.ask(ranked.FRESH_MAX + 1, ranked.FRESH_MAX, ranked.FRESH_MAX + 1)
+        with tried.stage._lock:  # as a step has it: whoever looks after the ranks would end the process
+            gone(partial(tried.stage._go_on_without, {1}), said)
+            assert refusals.over()
+        tried.decode()
+        tried.until_all()
+        tried.stage.close()
+
+
+def gone(what: Callable[[], object], said: str) -> None:
+    with pytest.raises(RanksGone, match=said):
+        what()
+
+
+def no_room_for_sums(kv_heads: int, dtype: str) -> None:
+    """There is no memory for the sums of those that are left: fewer go on."""
+    tried = Tried(4, kv_heads, dtype)
+    tried.step(dict.fromkeys(tried.rows, 7))
+    make, rooms = ranked.make_memory, [0, 1, 2]  # of three, of two, and of one
+
+    def refuse(ranks: int, numbers_max: int) -> int:
+        if rooms.pop() if rooms else 0:
+            raise OSError(errno.ENOMEM, "no memory")
+        return make(ranks, numbers_max)
+
+    ranked.make_memory = refuse
+    tried.send(1, signal.SIGKILL)
+    tried.until_whole(3)
+    assert not rooms
+    tried.decode()
+    tried.stage.close()
+
+
 def stopped(kv_heads: int, dtype: str) -> None:
     """A rank that is stopped is ended; it never wakes to write anything."""
     tried = Tried(3, kv_heads, dtype)
@@ -445,6 +550,9 @@ SCENARIOS: dict[str, Callable[[int, str], None]] = {
         one_by_one,
         no_room,
         no_fork,
+        cannot_prepare,
+        none_can_prepare,
+        no_room_for_sums,
         stopped,
         middle,
         unfit,

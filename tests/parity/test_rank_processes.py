@@ -6,12 +6,18 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
+from dataplane.kvcache import KVCache
 from dataplane.ranks.process import NotForked, received_rank
-from dataplane.ranks.stage import Rank
-from tests.parity.rank_processes import LIMIT_S, SCENARIOS
+from dataplane.ranks.stage import Rank, RankedStage
+from kernels.base import Linear, Mlp, StageSpec
+from kernels.quantised import int8_rows
+from tests.parity.rank_group import BLOCK, BLOCKS, HEAD_DIM, random_spec
+from tests.parity.rank_processes import LIMIT_S, ROWS_MAX, SCENARIOS
 
 
 @pytest.mark.parametrize(
@@ -54,3 +60,29 @@ def test_a_rank_ends_in_a_node_with_many_descriptors() -> None:
         assert not rank.ended
         rank.end()
     assert process.wait(0) == -signal.SIGKILL
+
+
+def test_quantised_weights_are_refused_before_anything_is_forked() -> None:
+    spec = random_spec(2, torch.float32)
+    assert spec.head is not None
+    layer = spec.layers[1]
+    assert isinstance(layer.mlp, Mlp)
+
+    def eight_bits(linear: Linear) -> Linear:
+        return replace(linear, weight=int8_rows(linear.tensor))
+
+    def with_layer(**changes: Linear | Mlp) -> StageSpec:
+        return replace(spec, layers=(spec.layers[0], replace(layer, **changes), spec.layers[2]))  # type: ignore[arg-type]
+
+    mlp = replace(layer.mlp, gate_up=eight_bits(layer.mlp.gate_up))
+    for changed, said in (
+        (
+            replace(spec, head=replace(spec.head, weight=int8_rows(spec.head.tensor))),
+            "the head has quantised",
+        ),
+        (with_layer(qkv=eight_bits(layer.qkv)), "layer 1 has quantised"),
+        (with_layer(mlp=mlp), "layer 1 has quantised"),
+    ):
+        kv = KVCache(BLOCKS, len(spec.layers), 2, BLOCK, HEAD_DIM, "float32", shared=True)
+        with pytest.raises(ValueError, match=said):
+            RankedStage(changed, kv, 2, threads=1, rows_max=ROWS_MAX, context_max=BLOCKS * BLOCK)
