@@ -132,6 +132,20 @@ def test_marks_that_are_special_tokens_are_seen() -> None:
 
 
 @pytest.mark.parametrize(
+    "prompt", ["<|assistant|><think>", "<|assistant|><think>\n", "<|assistant|><think>\n\n"]
+)
+def test_reasoning_that_the_prompt_opens(prompt: str) -> None:
+    """By a template that has no other mark: the output has only the second one."""
+    source = "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    rules = TextRules(output=OutputRules(output_format(source).reasoning))
+    tokens = tokens_of([*tokenizer().encode("Hm.\n</think>\n\nYes.").ids, EOS], FinishReason.STOP)
+    for batch in (1, 2, 5, len(tokens)):
+        whole, choice = run(tokens, rules, tokenizer().encode(prompt).ids, batch)
+        assert (whole.reasoning, whole.text) == ("Hm.", "Yes.")
+        assert choice.reasoning_tokens
+
+
+@pytest.mark.parametrize(
     ("source", "tools", "reasoning"),
     [
         ("{{ messages }}", None, None),
@@ -150,6 +164,8 @@ def test_marks_that_are_special_tokens_are_seen() -> None:
         ("{{- '[TOOL_CALLS]' + name + args }}", ToolFormat.MISTRAL_NAMED, None),
         ("{{- '[TOOL_CALLS]' + name + '[ARGS]' + args }}[/THINK]", ToolFormat.MISTRAL_ARGS, MISTRAL_THINK),
         ("<think>\n' }}{{ '</think>' }}", None, THINK),
+        ("{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}", None, THINK),
+        ("{% if add_generation_prompt %}<|assistant|>[THINK]{% endif %}", None, MISTRAL_THINK),
     ],
 )
 def test_formats_by_template(source: str, tools: ToolFormat | None, reasoning: Any) -> None:

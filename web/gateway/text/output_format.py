@@ -58,6 +58,7 @@ def _tools_of(source: str) -> ToolFormat | None:
 
 
 def _reasoning_of(source: str) -> ReasoningMarks | None:
-    if "</think>" in source:
-        return THINK
-    return MISTRAL_THINK if "[/THINK]" in source else None
+    """Of one that opens the reasoning in the prompt and leaves it in conversations, the first mark is all there is."""
+    return next(
+        (marks for marks in (THINK, MISTRAL_THINK) if marks.begin in source or marks.end in source), None
+    )
