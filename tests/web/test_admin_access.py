@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import httpx
+import msgspec
 import pytest
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -233,6 +234,18 @@ def test_cookies_of_releases_in_which_they_had_no_id_are_refused(client: httpx.C
     signature = hmac.new(TOKEN.encode(), f"session/{said}".encode(), hashlib.sha256).hexdigest()
     answer = client.get("/admin/v1/status", headers={"cookie": f"{auth.COOKIE}={said}.{signature}"})
     assert answer.status_code == 401
+
+
+def test_a_scrapers_token_reads_metrics_and_nothing_else(
+    client: httpx.Client, service: MemoryService
+) -> None:
+    service.cluster = msgspec.structs.replace(service.cluster, troubles=("operations/x cannot be read",))
+    for method in ("GET", "HEAD"):
+        for path in ("/openapi.json", "/session", "/admin/v1/status"):
+            answer = client.request(method, path, headers=minted(Role.METRICS))
+            assert answer.status_code == 403, (method, path)
+    assert client.get("/readyz", headers=minted(Role.METRICS)).text == "ok\n"
+    assert "cannot be read" in client.get("/readyz", headers=minted(Role.VIEWER)).text
 
 
 # ---- what is taken back
