@@ -6,6 +6,7 @@ without notes was fetched by earlier code, and is anybody's."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -22,15 +23,34 @@ from controlplane.unreadable import UNREADABLE
 
 log = logging.getLogger(__name__)
 
-BUNDLE = re.compile(r"(stage\d+of(\d+)-)[^.]+")  # the bundle of a stage; with ".partial" while it is fetched
+# The bundle of a stage; with ".partial" while it is fetched, and GONE while it is removed.
+BUNDLE = re.compile(r"(stage\d+of(\d+)-)[^.]+")
+GONE = ".gone"
+USE_TRIES_MAX = 8  # each time the bundle was removed and fetched again meanwhile
 _in_use: list[int] = []  # descriptors, for as long as this process lives
 
 
 def use(bundle: Path) -> None:
     """This process needs the bundle from now on. Raises OSError if it is gone."""
-    fd = os.open(bundle, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    fcntl.flock(fd, fcntl.LOCK_SH)
-    _in_use.append(fd)
+    for _ in range(USE_TRIES_MAX):
+        fd = os.open(bundle, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            is_current = _is_at(fd, bundle)
+        except BaseException:
+            os.close(fd)
+            raise
+        if is_current:
+            _in_use.append(fd)
+            return
+        os.close(fd)
+    raise OSError(errno.EAGAIN, "is replaced again and again", str(bundle))
+
+
+def _is_at(fd: int, bundle: Path) -> bool:
+    """Whether it is still this directory that has the name: who waited for its lock may have one that was removed.
+    Raises OSError if none has."""
+    return os.path.samestat(os.fstat(fd), os.stat(bundle))
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -61,9 +81,11 @@ def tidy(shelf: Path, current: Path | None, prefix: str, group: str = DEFAULT_GR
     """Removes what no stage of the group needs: bundles of the stage (`prefix`) but `current`, all but the newest of
     other stages, and those of another number of stages. What other groups need stays. The caller holds the lock of its
     stage. Returns what is gone."""
+    for path in [path for path in shelf.iterdir() if path.suffix == GONE and BUNDLE.match(path.name)]:
+        _remove(path)  # of which a process that ended left some
     stages = _stages(f"{prefix}x")
     newest: dict[str, Path] = {} if current is None else {prefix: current}
-    bundles = [path for path in shelf.iterdir() if path.is_dir() and BUNDLE.match(path.name)]
+    bundles = [path for path in shelf.iterdir() if path.is_dir() and _is_bundle(path)]
     noted = {path: notes(path) for path in bundles}
     ours = [path for path in bundles if not noted[path] or group in noted[path]]
     whole = [path for path in ours if not path.suffix]
@@ -83,6 +105,10 @@ def tidy(shelf: Path, current: Path | None, prefix: str, group: str = DEFAULT_GR
     return removed
 
 
+def _is_bundle(path: Path) -> bool:
+    return BUNDLE.match(path.name) is not None and path.suffix != GONE
+
+
 def _prefix(name: str) -> str:
     match = BUNDLE.match(name)
     assert match is not None
@@ -95,14 +121,18 @@ def _stages(name: str) -> str:
 
 
 def _remove(bundle: Path) -> bool:
-    """Unless it is in use. What cannot be removed is tried again at the next start."""
+    """Unless it is in use. What cannot be removed is tried again at the next start. It loses its name first: one of
+    which some files are gone looks whole to who finds it."""
     try:
         fd = os.open(bundle, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(bundle)
+        if not _is_at(fd, bundle):
+            return False
+        gone = bundle if bundle.suffix == GONE else bundle.with_name(bundle.name + GONE)
+        shutil.rmtree(bundle.rename(gone))
     except BlockingIOError:
         return False
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -503,6 +504,72 @@ def test_groups_that_share_a_host_keep_each_others_weights(tmp_path: Path) -> No
     assert shelf.notes(at["both"]) == {"b": shelf.Note("")}
     gone = shelf.tidy(shelf_dir, at["theirs"], "stage1of4-", "b")
     assert set(gone) == {at["both"], at["part"], at["sizes"]}
+
+
+def test_weights_that_are_half_removed_are_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, shelf_dir = settings(tmp_path), tmp_path / "weights"
+    old = bundle_of(shelf_dir, f"stage{STAGE}of{STAGES}-old", 10**9)
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shelf.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shelf.tidy(shelf_dir, None, f"stage{STAGE}of{STAGES}-")
+    assert not old.exists()
+    with pytest.raises(ConfigError, match="copy the checkpoint there"):
+        fetch._kept(config, shelf_dir, STAGE)
+    (left,) = shelf_dir.iterdir()
+    busy = os.open(left, os.O_RDONLY)  # as another process has it that removes it
+    fcntl.flock(busy, fcntl.LOCK_EX)
+    shelf.tidy(shelf_dir, None, "stage2of4-", "another")
+    assert left.exists()
+    os.close(busy)
+    shelf.tidy(shelf_dir, None, "stage2of4-", "another")
+    assert not left.exists()
+
+
+def test_weights_that_are_removed_while_a_process_waits_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has those that were fetched again, or knows that there are none."""
+    bundle = bundle_of(tmp_path, "stage1of4-x", 10**9)
+    lock, again = fcntl.flock, [True, False]
+
+    def removed_first(fd: int, how: int) -> None:
+        if again and how == fcntl.LOCK_SH:
+            shutil.rmtree(bundle)
+            if again.pop(0):
+                bundle_of(tmp_path, bundle.name, 10**9)
+        lock(fd, how)
+
+    monkeypatch.setattr(shelf.fcntl, "flock", removed_first)
+    with pytest.raises(FileNotFoundError):
+        shelf.use(bundle)  # which is fetched again once, and removed again
+    assert not again
+    bundle_of(tmp_path, bundle.name, 10**9)
+    again[:] = [True]
+    shelf.use(bundle)
+    held = shelf._in_use.pop()
+    assert os.path.samestat(os.fstat(held), bundle.stat())
+    os.close(held)
+
+
+def test_weights_that_were_replaced_are_not_removed_for_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = bundle_of(tmp_path, "stage1of4-x", 10**9)
+    lock = fcntl.flock
+
+    def replaced_first(fd: int, how: int) -> None:
+        shutil.rmtree(bundle)
+        bundle_of(tmp_path, bundle.name, 10**9)
+        lock(fd, how)
+
+    monkeypatch.setattr(shelf.fcntl, "flock", replaced_first)
+    assert shelf.tidy(tmp_path, None, "stage1of4-") == []
+    assert (bundle / SINGLE).exists()
 
 
 HOLDS = """
