@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import select
 import signal
@@ -238,16 +239,19 @@ class RankedStage:
         asked = set(order)
         unfit: Unfit | None = None
         suspect = False
-        began, ended = time.monotonic(), None  # the latter: when the exchange was ended
+        began, is_over = time.monotonic(), False  # the latter: the exchange was ended
+        due = (
+            math.inf
+        )  # by when the others have to answer, after one has computed the step or the exchange was ended
         while True:
             at = time.monotonic()
             if at - began > STOPPED_S:
                 lost |= {number for number in asked if self._ranks[number].stopped}
-            if ended is not None and at - ended > MISSING_S:
+            if at > due:
                 lost |= asked
-            if (lost or unfit) and ended is None:
+            if (lost or unfit) and not is_over:
                 now.exchange.abort()
-                ended = at
+                is_over, due = True, at + MISSING_S
             asked -= lost
             if not asked:
                 break
@@ -262,6 +266,7 @@ class RankedStage:
                         unfit = answer
                     case Done(_, is_suspect):
                         suspect = suspect or is_suspect
+                        due = min(due, at + MISSING_S)  # all sums are made, and what is left is alike
                     case Over(_, missing) if missing >= 0:
                         lost.add(order[missing])
                     case None:

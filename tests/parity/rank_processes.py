@@ -31,6 +31,7 @@ from dataplane._fast.blocktable import StepArrays
 from dataplane.kvcache import KVCache
 from dataplane.ranks import process as rank_process
 from dataplane.ranks import stage as ranked
+from dataplane.ranks.messages import Answer, Step
 from dataplane.ranks.stage import RankedStage, RanksGone
 from kernels.base import DTYPES
 from tests.parity.rank_group import BLOCK, BLOCKS, HEAD_DIM, HIDDEN, Requests, random_spec
@@ -465,6 +466,26 @@ def no_room_for_sums(kv_heads: int, dtype: str) -> None:
     tried.stage.close()
 
 
+def late(kv_heads: int, dtype: str) -> None:
+    """A rank hangs when all sums are made, so that no other one waits for it: it is given up."""
+    hangs, step = mmap.mmap(-1, 3), rank_process.RankProcess._step
+
+    def step_and_hang(self: rank_process.RankProcess, order: Step) -> Answer:
+        answer = step(self, order)
+        if hangs[self._rank]:
+            hangs[self._rank] = 0
+            time.sleep(2 * LIMIT_S)
+        return answer
+
+    rank_process.RankProcess._step = step_and_hang  # type: ignore[method-assign]
+    tried = Tried(3, kv_heads, dtype)
+    tried.step(dict.fromkeys(tried.rows, 7))
+    hangs[1] = 1
+    tried.decode()
+    assert tried.stage.lost == 1
+    tried.finish()
+
+
 def stopped(kv_heads: int, dtype: str) -> None:
     """A rank that is stopped is ended; it never wakes to write anything."""
     tried = Tried(3, kv_heads, dtype)
@@ -553,6 +574,7 @@ SCENARIOS: dict[str, Callable[[int, str], None]] = {
         cannot_prepare,
         none_can_prepare,
         no_room_for_sums,
+        late,
         stopped,
         middle,
         unfit,
