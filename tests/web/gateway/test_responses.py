@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -238,6 +239,58 @@ def test_what_is_refused_says_why(tmp_path: Path, body: dict[str, Any], param: s
     with_model(scripted_model(tmp_path, QWEN), ["x"], ask)
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_stream_that_fails_says_so_as_clients_know_it(tmp_path: Path, begun: bool) -> None:
+    """`begun`: with some of its output; else there was nothing yet but a sign of life."""
+
+    async def body(stack: Stack) -> None:
+        (node,) = stack.nodes
+        node.held = not begun
+        events: list[Any] = []
+
+        async def failing() -> None:
+            await stack.until(lambda: len(events) > 4 if begun else stack.dispatcher.router.live == 1)
+            node.held = True
+            await asyncio.sleep(0.3)
+            stack.stop()  # its client cannot go on elsewhere: it said that it takes no ids
+
+        ends = asyncio.create_task(failing())
+        async with stack.openai() as client:
+            asked: Any = {"model": MODEL, "input": "x", "extra_body": {"seed": 0}}
+            options = {"stream_options": {"include_event_ids": False}}
+            async with client.responses.stream(**asked | {"extra_body": {"seed": 0} | options}) as stream:
+                async for event in stream:
+                    events.append(event)
+        await ends
+        error, failed = events[-2:]
+        assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
+        assert (len(events) > 4) is begun
+        assert (error.type, error.code, error.param) == ("error", "server_error", None)
+        assert "shutting down" in error.message
+        assert (failed.type, failed.response.status) == ("response.failed", "failed")
+        assert (failed.response.error.code, failed.response.error.message) == (error.code, error.message)
+        assert failed.response.id == events[0].response.id
+        numbers = [event.sequence_number for event in events]
+        assert numbers == sorted(set(numbers))
+
+    with_model(scripted_model(tmp_path, QWEN), ["A" * 2000], body, nodes=1, keep_alive_s=0.1)
+
+
+def test_penalties_reach_the_sampler(tmp_path: Path) -> None:
+    async def ask(stack: Stack) -> None:
+        async with stack.http() as client:
+            told = {"presence_penalty": 0.5, "frequency_penalty": -1.5}
+            answer = await client.post(PATH, json={"input": "x", "seed": 0} | told)
+            assert answer.status_code == 200, answer.text
+            assert {name: answer.json()[name] for name in told} == told
+            (submit,) = [submit for node in stack.nodes for submit in node.submits]
+            assert (submit.sampling.presence_penalty, submit.sampling.frequency_penalty) == (0.5, -1.5)
+            refused = await client.post(PATH, json={"input": "x", "presence_penalty": 3})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "presence_penalty")
+
+    with_model(scripted_model(tmp_path, QWEN), ["Yes."], ask)
+
+
 def test_only_some_of_the_tools(tmp_path: Path) -> None:
     model = scripted_model(tmp_path, QWEN)
 
@@ -270,6 +323,7 @@ def test_what_says_nothing_is_taken(tmp_path: Path) -> None:
             "service_tier": "auto",
             "prompt_cache_key": "k",
         }
+        nothing |= {"client_metadata": {"x-codex": "1"}}
         nothing |= {
             "text": {"format": {"type": "text"}, "verbosity": "low"},
             "reasoning": {"summary": "auto", "effort": "max", "context": "auto", "mode": "standard"},
@@ -280,6 +334,8 @@ def test_what_says_nothing_is_taken(tmp_path: Path) -> None:
             assert answer.status_code == 200, answer.text
             assert answer.json()["output"][0]["content"][0]["text"] == "Yes."
             assert answer.json()["max_tool_calls"] == 3
+            assert (answer.json()["presence_penalty"], answer.json()["frequency_penalty"]) == (0, 0)
+            assert answer.json()["completed_at"] is None
 
     with_model(scripted_model(tmp_path, QWEN), ["Yes."], ask)
 
@@ -413,8 +469,11 @@ def test_log_probabilities_that_nobody_has_room_for_end_their_stream(tmp_path: P
         memory = stack.service.memory = Memory(400_000, 0.5)
         async with stack.http() as client:
             events = await read(client, "POST", PATH, LONG | {"stream": True})
-        assert json.loads(events[-2][1])["error"]["code"] == 413
-        assert "keep" in json.loads(events[-2][1])["error"]["message"]
+        told, failed = json.loads(events[-3][1]), json.loads(events[-2][1])
+        assert (told["type"], told["code"]) == ("error", "invalid_prompt")
+        assert "keep" in told["message"]
+        assert (failed["type"], failed["response"]["status"]) == ("response.failed", "failed")
+        assert failed["response"]["error"] == {"code": "invalid_prompt", "message": told["message"]}
         await stack.until(lambda: memory.total == 0)
 
     with_model(scripted_model(tmp_path, QWEN), ["A" * 2000], body)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+from web.gateway.errors import ApiError
 from web.gateway.http.connection import Wire
 from web.gateway.openai.answer_format import AnswerFormat
 from web.gateway.openai.generation import Generation
@@ -120,6 +121,10 @@ class EventStream:
         data = b"" if self._cursor.usage else self._form.last()
         self._cursor.usage = True
         return self.id() + data if data else b""
+
+    def failure(self, error: ApiError) -> bytes:
+        """What tells its client that it ends here."""
+        return self._form.failure(error, bool(self._marks[0]))
 
     def _advance(self) -> None:
         """Take in what has come."""

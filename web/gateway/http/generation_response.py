@@ -87,13 +87,13 @@ class GenerationResponse(Response):
         except ApiError as error:
             self._generation.failed(error.status, error.message)
             self._generation.close()  # a client that reads slowly may keep us here for long
-            await self._send_error(send, error)
+            await self._send_error(stream, send, error)
         except ClientGone:
             raise
         except Exception:
             log.exception("a generation failed")
             self._generation.failed(500, "internal error of the gateway")
-            await self._send_error(send, ApiError(500, "internal error of the gateway"))
+            await self._send_error(stream, send, ApiError(500, "internal error of the gateway"))
 
     async def _watch(self, receive: Receive) -> None:
         """The request's body has been read: the next message is the client's leaving."""
@@ -165,11 +165,11 @@ class GenerationResponse(Response):
         message: Message = {"type": "http.response.body", "body": data, "more_body": more}
         await send(message)
 
-    async def _send_error(self, send: Send, error: ApiError) -> None:
+    async def _send_error(self, stream: EventStream, send: Send, error: ApiError) -> None:
         """As a status while that is possible, else as an event."""
         count_error(self._service, error)
         if self._begun:
-            await self._write(send, b"data: " + error.encode() + b"\n\n" + DONE, more=False)
+            await self._write(send, stream.failure(error) + DONE, more=False)
         else:
             await self._send_json(send, error.status, [error.encode()], error.headers)
 

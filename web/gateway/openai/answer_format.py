@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+from web.gateway.errors import ApiError
 from web.gateway.text.choice_decoder import Piece
 
 
@@ -23,6 +24,9 @@ class AnswerFormat(Protocol):
 
     def last(self) -> bytes:
         """Events between the last piece and [DONE] (usage, when asked for)."""
+
+    def failure(self, error: ApiError, opened: bool) -> bytes:
+        """The events that end a stream which cannot go on; `opened`: its client has had `opening`."""
 
     def keep(self, index: int, piece: Piece) -> int:
         """Take in a piece of an answer that leaves as a whole; returns about how many bytes that keeps."""

@@ -14,7 +14,7 @@ from web.gateway.model import INLINE_CHARS_MAX
 from web.gateway.openai import answers
 from web.gateway.openai.call_ids import CallIds
 from web.gateway.openai.chat_output import chat_grammar, check_tools, output_rules
-from web.gateway.openai.events import ChunkWriter
+from web.gateway.openai.events import ChunkWriter, failure_event
 from web.gateway.openai.generation import Generation, Plan
 from web.gateway.openai.long_lists import LongList
 from web.gateway.openai.messages import Message, mark_end, plain, up_to_mark
@@ -246,6 +246,9 @@ class ChatFormat:
 
     def last(self) -> bytes:
         return self._writer.usage_event()
+
+    def failure(self, error: ApiError, opened: bool) -> bytes:
+        return failure_event(error)
 
     def keep(self, index: int, piece: Piece) -> int:
         if not self._reasoning:

@@ -8,7 +8,7 @@ from typing import Any
 
 from web.gateway.errors import ApiError
 from web.gateway.openai import answers
-from web.gateway.openai.events import ChunkWriter
+from web.gateway.openai.events import ChunkWriter, failure_event
 from web.gateway.openai.generation import Generation, Plan
 from web.gateway.openai.grammar_check import grammar_of
 from web.gateway.openai.long_lists import LongList
@@ -153,6 +153,9 @@ class CompletionFormat:
 
     def last(self) -> bytes:
         return self._writer.usage_event()
+
+    def failure(self, error: ApiError, opened: bool) -> bytes:
+        return failure_event(error)
 
     def keep(self, index: int, piece: Piece) -> int:
         if self._request.nothing_new:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from web.gateway.errors import ApiError
 from web.gateway.openai import answers
 from web.gateway.openai.generation import Generation
 from web.gateway.openai.long_lists import one_line
@@ -19,6 +20,10 @@ _to_json = msgspec.json.Encoder().encode
 
 def encode_line(value: Any) -> bytes:
     return one_line(_to_json(value))
+
+
+def failure_event(error: ApiError) -> bytes:
+    return b"data: " + error.encode() + b"\n\n"
 
 
 class ChunkWriter:

@@ -102,6 +102,7 @@ OTHER_HINTS = frozenset(
     {
         "cache_control",
         "cache_prompt",
+        "client_metadata",  # of Codex
         "custom_labels",
         "data_parallel_rank",
         "drop_params",

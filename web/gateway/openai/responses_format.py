@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from web.gateway.errors import ApiError
 from web.gateway.openai import answers
 from web.gateway.openai.call_ids import CallIds
 from web.gateway.openai.generation import Generation
@@ -64,8 +65,10 @@ class ResponsesFormat:
         self._calls = 0
         self._status = "in_progress"
         self._why: str | None = None
+        self._error: dict[str, str] | None = None
         self._tokens = 0  # before the present piece
         self._said = 0  # events of the present piece
+        self._number = OPENING_EVENTS - 1  # of the last event
         self._out: list[bytes] = []
         self._rest: list[bytes | dict[str, Any]] = []  # events after these, the long ones still to be encoded
         self._whole = False  # the answer leaves in one piece: there are no events
@@ -89,6 +92,19 @@ class ResponsesFormat:
 
     def last(self) -> bytes:
         return b""
+
+    def failure(self, error: ApiError, opened: bool) -> bytes:
+        """The output is not told again: with log probabilities it may be megabytes."""
+        out = b"" if opened else self.opening(0)
+        code = _code_of(error)
+        number = max(self._number + 1, OPENING_EVENTS + EVENTS_PER_TOKEN * self._tokens)
+        said = {"code": code, "message": error.message, "param": error.param}
+        out += _event("error", {"type": "error", "sequence_number": number} | said)
+        self._status, self._error = "failed", {"code": code, "message": error.message}
+        kind = "response.failed"
+        return out + _event(
+            kind, {"type": kind, "sequence_number": number + 1, "response": self._response([])}
+        )
 
     def keep(self, index: int, piece: Piece) -> int:
         self._whole = True
@@ -222,7 +238,7 @@ class ResponsesFormat:
         if self._whole:
             return
         number = OPENING_EVENTS + EVENTS_PER_TOKEN * self._tokens + self._said
-        self._said += 1
+        self._said, self._number = self._said + 1, number
         event = {"type": kind, "sequence_number": number} | fields
         if kind in ENDS and self._logprobs_size > LONG_BYTES:
             self._rest.append(event)
@@ -232,7 +248,7 @@ class ResponsesFormat:
     # ------------------------------------------------------------------ the response
 
     def _response(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        request, over = self._request, self._status != "in_progress"
+        request, over = self._request, self._status in ("completed", "incomplete")
         plan = self._generation.plans[0]
         text = {"type": "text"}
         if request.text is not None and request.text.format is not None:
@@ -242,9 +258,12 @@ class ResponsesFormat:
             "id": f"resp_{self._name}",
             "object": "response",
             "created_at": self._created,
+            # Nobody keeps when: a repeated request, and a stream that goes on elsewhere, is answered the same.
+            "completed_at": None,
             "status": self._status,
             "background": False,
-            "error": None,
+            "error": self._error,
+            "frequency_penalty": plan.sampling.frequency_penalty,
             "incomplete_details": {"reason": self._why} if self._why else None,
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,
@@ -253,6 +272,7 @@ class ResponsesFormat:
             "model": self._model.name,
             "output": items,
             "parallel_tool_calls": request.parallel_tool_calls is not False,
+            "presence_penalty": plan.sampling.presence_penalty,
             "previous_response_id": None,
             "reasoning": {"effort": request.reasoning.effort if request.reasoning else None, "summary": None},
             "store": False,
@@ -276,6 +296,13 @@ class ResponsesFormat:
             "output_tokens_details": {"reasoning_tokens": choice.reasoning_tokens},
             "total_tokens": len(plan.prompt) + choice.tokens,
         }
+
+
+def _code_of(error: ApiError) -> str:
+    """As OpenAI's clients know them; others than these two are of no use to any."""
+    if error.status == 429:
+        return "rate_limit_exceeded"
+    return "server_error" if error.status >= 500 or error.status == 409 else "invalid_prompt"
 
 
 def _described(tool: Any) -> dict[str, Any]:

@@ -172,6 +172,8 @@ class ResponsesRequest(Request):
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT64_MAX)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -232,6 +234,8 @@ def chat_of(request: ResponsesRequest) -> ChatRequest:
             "min_p",
         ),
         *(
+            "presence_penalty",
+            "frequency_penalty",
             "repetition_penalty",
             "enable_thinking",
             "chat_template_kwargs",
