@@ -15,7 +15,8 @@ _WITHIN_CLASS = re.compile(r"\\c[A-Za-z]|\\.|\[:\^?[a-z]+:\]|&&|--|~~|.", re.DOT
 _REFUSED = {
     **{rf"\{letter}": "word boundaries" for letter in "bB"},
     **{rf"\{digit}": "backreferences" for digit in "123456789k"},
-    **{f"(?{sign}": "look-around" for sign in ("=", "!", "<=", "<!")},
+    **{f"(?{sign}": "look-ahead" for sign in "=!"},
+    **{f"(?<{sign}": "look-behind" for sign in "=!"},
 }
 
 
@@ -35,7 +36,7 @@ def readable_pattern(pattern: str, keyword: str, schema: bool) -> str:
             within_class = piece != "]"
             piece = _in_class(piece, schema)
         elif piece in _REFUSED:
-            raise GrammarError(f"{keyword} {pattern[:80]!r}: {_REFUSED[piece]} ({piece}) are not supported")
+            raise GrammarError(f"{keyword} {pattern[:80]!r}: {_REFUSED[piece]} ({piece}) cannot be followed")
         else:
             within_class = piece[0] == "["
             piece = _outside(piece, schema)
