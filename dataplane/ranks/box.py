@@ -84,16 +84,26 @@ class StepBox:
             at += sizes[name]
 
     def put(self, source: I64 | Buffer, step: StepArrays, picked: I32) -> Sizes:
-        """Raises ValueError for a step that is larger than the box."""
+        """Raises ValueError for a step that is larger than the box, and for one whose arrays do not fit together: what
+        is missing would be the one's before."""
         tokens, (rows, width) = len(step.positions), step.tables.shape
         if tokens > self.rows_max or rows * width > len(self._parts["tables"]):
             raise ValueError(
                 f"a step of {tokens} tokens in {rows} rows of {width} blocks: there is room for {self.rows_max}"
                 f" tokens and {len(self._parts['tables'])} blocks"
             )
+        if (len(step.slots), len(step.cu_q), len(step.context_lens)) != (tokens, rows + 1, rows):
+            raise ValueError("the arrays of a step have different lengths")
+        if step.cu_q[0] != 0 or step.cu_q[-1] != tokens or (np.diff(step.cu_q) < 0).any():
+            raise ValueError("cu_q must run from 0 to the number of tokens")
+        if len(picked) > self.rows_max:
+            raise ValueError(f"logits of {len(picked)} rows: there is room for {self.rows_max}")
         inputs = self._parts["source"]
-        given = np.asarray(memoryview(source).cast("B")).view(inputs.dtype)  # type: ignore[arg-type]
-        inputs[: len(given)] = given
+        filled = inputs[: tokens * (1 if inputs.dtype == np.int64 else self._hidden)]
+        given = memoryview(source).cast("B")  # type: ignore[arg-type]
+        if given.nbytes != filled.nbytes:
+            raise ValueError(f"{given.nbytes} bytes of input for {tokens} tokens, which have {filled.nbytes}")
+        filled[:] = np.asarray(given).view(inputs.dtype)
         for name, values in (
             ("positions", step.positions),
             ("slots", step.slots),

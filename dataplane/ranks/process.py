@@ -178,9 +178,9 @@ class RankProcess:
             rank = self._prepared[order.layout_id]
         box = self._work.box
         sizes = Sizes(order.tokens, order.rows, order.width, order.picked)
-        rows, picked = box.rows(sizes), box.picked(sizes)
-        owned, places = rows.of(order.owned) if order.owned else (None, NO_TOKENS)
         try:
+            rows, picked = box.rows(sizes), box.picked(sizes)
+            owned, places = rows.of(order.owned) if order.owned else (None, NO_TOKENS)
             with torch.inference_mode():
                 out = rank.forward(box.source(sizes), rows, picked, owned, places)
         except RankMissing as late:

@@ -8,15 +8,17 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from dataplane.kvcache import KVCache
+from dataplane.ranks.box import Rows, StepBox
 from dataplane.ranks.process import NotForked, received_rank
 from dataplane.ranks.stage import Rank, RankedStage
 from kernels.base import Linear, Mlp, StageSpec
 from kernels.quantised import int8_rows
-from tests.parity.rank_group import BLOCK, BLOCKS, HEAD_DIM, random_spec
+from tests.parity.rank_group import BLOCK, BLOCKS, HEAD_DIM, HIDDEN, random_spec
 from tests.parity.rank_processes import LIMIT_S, ROWS_MAX, SCENARIOS
 
 
@@ -86,3 +88,26 @@ def test_quantised_weights_are_refused_before_anything_is_forked() -> None:
         kv = KVCache(BLOCKS, len(spec.layers), 2, BLOCK, HEAD_DIM, "float32", shared=True)
         with pytest.raises(ValueError, match=said):
             RankedStage(changed, kv, 2, threads=1, rows_max=ROWS_MAX, context_max=BLOCKS * BLOCK)
+
+
+@pytest.mark.parametrize("embeds", [True, False])
+def test_a_step_of_which_a_part_is_missing_is_refused(embeds: bool) -> None:
+    """The rest would be what the step before left in the box."""
+    box = StepBox(8, 4, HIDDEN, is_bf16=False, embeds=embeds, vocabulary=0)
+    source = np.zeros(3, np.int64) if embeds else np.zeros(3 * HIDDEN, np.float32)
+    cu_q, lens, picked = np.array([0, 1, 3], np.int32), np.ones(2, np.int32), np.zeros(1, np.int32)
+    whole = Rows(np.zeros(3, np.int64), np.zeros(3, np.int64), cu_q, lens, np.zeros((2, 2), np.int32))
+    assert box.put(source, whole, picked).tokens == 3
+    for given, step, said in (
+        (source[:-1], whole, "bytes of input for 3 tokens"),
+        (np.append(source, source), whole, "bytes of input for 3 tokens"),
+        (source, replace(whole, slots=whole.slots[1:]), "different lengths"),
+        (source, replace(whole, cu_q=cu_q[:2]), "different lengths"),
+        (source, replace(whole, context_lens=lens[:1]), "different lengths"),
+        (source, replace(whole, cu_q=np.array([0, 1, 2], np.int32)), "cu_q must run"),
+        (source, replace(whole, cu_q=np.array([0, 4, 3], np.int32)), "cu_q must run"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            box.put(given, step, picked)
+    with pytest.raises(ValueError, match="logits of 9 rows"):
+        box.put(source, whole, np.zeros(9, np.int32))
