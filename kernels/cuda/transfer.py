@@ -11,6 +11,7 @@ from kernels.cuda.cache import DeviceCache, device_guard
 from kernels.triton.blocks import gather_blocks, scatter_blocks, sum_blocks, sum_pieces
 
 STAGING_BYTES = 8 << 20  # on the device, and pinned on the host
+LAUNCH_BLOCKS_MAX = 65_535  # blocks are the third dimension of a grid, of which CUDA takes no more
 
 
 class BlockTransfer:
@@ -25,7 +26,8 @@ class BlockTransfer:
         self._cache = cache.planes.view(cache.layers * 2, cache.num_blocks, -1)
         self._blocks = cache.num_blocks
         self._device = cache.planes.device
-        self.piece_blocks = max(1, STAGING_BYTES // cache.block_bytes)  # in one go
+        # In one go:
+        self.piece_blocks = min(LAUNCH_BLOCKS_MAX, max(1, STAGING_BYTES // cache.block_bytes))
         self.at_once_bytes = -1  # all of them wait for the device
         planes, _, size = self._cache.shape
         self._wire = torch.empty(
@@ -66,8 +68,11 @@ class BlockTransfer:
         """The sum of each block: nothing but the sums leaves the device. Raises IndexError."""
         self._check(blocks)
         with _On(self):
-            found = self._sums_of_blocks(self._indices(blocks))
-        return _joined([found])
+            sums = [
+                self._sums_of_blocks(self._indices(blocks[first : first + LAUNCH_BLOCKS_MAX]))
+                for first in range(0, len(blocks), LAUNCH_BLOCKS_MAX)
+            ]
+        return _joined(sums)
 
     def sums_of(self, payload: Buffer) -> npt.NDArray[np.uint32]:
         """The sum of each whole block in a message."""

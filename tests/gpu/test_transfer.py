@@ -65,6 +65,23 @@ def test_blocks_go_out_and_come_back(device, dtype, staging, monkeypatch) -> Non
     assert back.sums([2, 1]).tolist() == [sums[0], sums[2]]
 
 
+def test_sums_of_more_blocks_than_a_launch_takes(device, monkeypatch) -> None:
+    cache = make_cache(device, "bfloat16", blocks=3, layers=1, kv_heads=1)
+    transfer, launched, real = BlockTransfer(cache), [], transfers.sum_blocks
+
+    def sum_blocks(planes, blocks, sums) -> None:
+        launched.append(len(blocks))
+        if cache.planes.is_cuda:
+            real(planes, blocks, sums)
+        else:  # the interpreter would take minutes
+            sums.copy_(blocks)
+
+    monkeypatch.setattr(transfers, "sum_blocks", sum_blocks)
+    sums = transfer.sums([0, 1, 2] * 50_000)
+    assert launched == [65_535, 65_535, 18_930]
+    assert sums.tolist() == sums[:3].tolist() * 50_000
+
+
 def test_a_flipped_bit_changes_the_sum(device) -> None:
     cache = make_cache(device, "bfloat16", blocks=2, layers=1, kv_heads=1)
     transfer = BlockTransfer(cache)
