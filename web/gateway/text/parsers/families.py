@@ -6,7 +6,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection
 
-from web.gateway.text.held_back import first_of, possible_start
+from web.gateway.text.held_back import possible_start
 from web.gateway.text.parsers.json_scan import SPACE, JsonCall, NamedCall
 from web.gateway.text.parsers.parsed import Parsed
 from web.gateway.text.parsers.python_scan import PythonCall
@@ -227,22 +227,17 @@ class LlamaJsonParser(ToolParser):
         return True
 
     def _within_line(self, out: Parsed) -> bool:
-        found = first_of(self._buffer, (self.mark, "\n"))
-        if found is None:
-            kept = len(self._buffer) - possible_start(self._buffer, (self.mark,))
-            self._say(self._buffer[:kept], out)
-            self._buffer = self._buffer[kept:]
-            return False
-        at, what = found
-        if what == self.mark:
-            self._say(self._buffer[:at], out)
-            self._buffer = self._buffer[at:]
-            self._state = self._behind_mark
-        else:
-            self._say(self._buffer[: at + 1], out)
-            self._buffer = self._buffer[at + 1 :]
+        end = self._buffer.find("\n") + 1 or len(self._buffer)
+        at = self._buffer.find(self.mark, 0, end)
+        if at >= 0:
+            self._state, end = self._behind_mark, at
+        elif self._buffer[end - 1] == "\n":
             self._state = self._line_start
-        return True
+        else:
+            end -= possible_start(self._buffer, (self.mark,))
+        self._say(self._buffer[:end], out)
+        self._buffer = self._buffer[end:]
+        return self._state != self._within_line
 
     def _behind_mark(self, out: Parsed) -> bool:
         before, mark, rest = self._buffer.partition(self.mark)
