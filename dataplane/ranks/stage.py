@@ -94,9 +94,8 @@ class Rank:
         return self._ends_within(0)
 
     def _ends_within(self, limit_s: float) -> bool:
-        poll = (
-            select.poll()
-        )  # not select(): it takes no descriptor from 1024 on, which a node with many links has
+        # Not select(): it takes no descriptor from 1024 on, which a node with many links has.
+        poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
         return bool(poll.poll(limit_s * 1000))
 
@@ -240,9 +239,8 @@ class RankedStage:
         unfit: Unfit | None = None
         suspect = False
         began, is_over = time.monotonic(), False  # the latter: the exchange was ended
-        due = (
-            math.inf
-        )  # by when the others have to answer, after one has computed the step or the exchange was ended
+        # By when the others have to answer, after one has computed the step or the exchange was ended.
+        due = math.inf
         while True:
             at = time.monotonic()
             if at - began > STOPPED_S:

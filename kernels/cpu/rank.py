@@ -117,9 +117,10 @@ class CpuRank:
         self.suspect = False
         self.team = _native.Team(threads)
         scale = memory.head_dim**-0.5 if spec.scale is None else spec.scale
+        # Of which the stage needs the type only: each part has its own.
         every = _native.Cache(
             0, memory.num_blocks, 1, kv_heads, memory.block_size, memory.head_dim, self._is_bf16
-        )  # of which the stage needs the type only: each part has its own
+        )
         sizes = (len(spec.layers), spec.hidden, spec.intermediate, spec.heads)
         self._stage = _native.Stage(self.team, every, *sizes, spec.eps, scale)
         softcap = 0.0 if spec.head is None else spec.head.softcap

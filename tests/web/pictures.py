@@ -73,9 +73,8 @@ async def failure(cluster: Cluster, pages: dict[str, Page], folder: Path) -> Non
 
     async def act(streams: list[Stream]) -> None:
         await until(lambda: all(len(stream.tokens) > 16 for stream in streams), "all streams are under way")
-        cluster.local.hold(
-            VICTIM
-        )  # its launcher would have a fresh process there before the picture is taken
+        # Its launcher would have a fresh process there before the picture is taken.
+        cluster.local.hold(VICTIM)
         cluster.kill(VICTIM)
         for page in pages.values():
             shown = page.locator(".incident", has_text=f"{VICTIM} failed")

@@ -273,9 +273,8 @@ def test_who_has_copied_a_cookie_is_signed_out_as_well(client: httpx.Client, ser
     assert client.delete("/session", headers=copied | own(client)).status_code == 204
     refused = client.get("/admin/v1/status", headers=copied)
     assert (refused.status_code, "revoked" in refused.text) == (401, True)
-    assert (
-        client.get("/admin/v1/status", headers=other).status_code == 200
-    )  # another session of the same name
+    # Another session of the same name.
+    assert client.get("/admin/v1/status", headers=other).status_code == 200
     assert client.get("/admin/v1/status", headers=BEARER).status_code == 200
     (entry,) = service.revoked.values()
     assert entry.id not in json.dumps(BEARER)

@@ -510,9 +510,8 @@ def test_the_support_bundle_has_no_secret(
     for one in [*hidden, "z" * 20, "0" * 48, TOKEN, named.split("-", 2)[2], session.rpartition(".")[2]]:
         assert one not in everything
     assert json.loads(parts["out/status.json"])["leader"] == "c1"
-    assert (
-        kfadmin("support-bundle", "--run-dir", str(run_dir.path), "--file", str(file)).exit_code == 1
-    )  # it is there
+    # It is there.
+    assert kfadmin("support-bundle", "--run-dir", str(run_dir.path), "--file", str(file)).exit_code == 1
 
 
 def test_a_source_of_secrets_that_is_not_there_keeps_no_other_from_being_hidden(tmp_path: Path) -> None:

@@ -385,9 +385,8 @@ def test_what_is_too_long_is_told_as_clients_know_it() -> None:
     message (litellm; langchain-openai, which knows Anthropic's)."""
 
     async def body(stack: Stack) -> None:
-        most = (
-            stack.service.model.chars_max
-        )  # characters that a message may have: what a template adds is too much
+        # Characters that a message may have: what a template adds is too much.
+        most = stack.service.model.chars_max
         cases: list[tuple[str, dict[str, Any], str]] = [
             ("/v1/completions", {"prompt": "word " * 4000}, "prompt"),
             ("/v1/completions", {"prompt": "x" * (most + 1)}, "prompt"),

@@ -83,9 +83,8 @@ def test_a_node_that_refuses_this_gateways_version_is_told_and_not_asked_in_a_ho
     monkeypatch.setattr(
         scheduler_streams, "Backoff", lambda *spans: backoffs.append(Recorded(*spans)) or backoffs[-1]
     )
-    monkeypatch.setattr(
-        scheduler_streams, "STEADY_S", 0.0
-    )  # a slow machine: each refusal takes longer than that
+    # A slow machine: each refusal takes longer than that.
+    monkeypatch.setattr(scheduler_streams, "STEADY_S", 0.0)
     events: list[Event] = []
 
     async def run() -> None:

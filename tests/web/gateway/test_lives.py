@@ -90,9 +90,8 @@ def test_each_end_is_told_and_logged(tmp_path: Path) -> None:
     assert whole["epochs"]
     assert (wrong["request"], wrong["status"], wrong["end"]) == ("wrong", 400, "refused")
     assert (left["request"], left["status"]) == ("left", 499)
-    assert set(whole) == {*msgspec.to_builtins(LIFE), "pipelines", "epochs"} - {
-        "places"
-    }  # no prompt, no token
+    # No prompt, no token.
+    assert set(whole) == {*msgspec.to_builtins(LIFE), "pipelines", "epochs"} - {"places"}
 
 
 LIFE = Life("r", "g1", "chat", "alice", "m", True, False, 1, 7, 1.7e9, lasted_s=1.0, status=200, end="stop")

@@ -139,9 +139,8 @@ def test_no_request_is_left_for_the_collector() -> None:
 
     async def body(stack: Stack) -> None:
         def alive() -> list[object]:
-            mine = gc.get_objects(
-                generation=0
-            )  # as nothing is collected; all others of a session take long to look at
+            # As nothing is collected; all others of a session take long to look at.
+            mine = gc.get_objects(generation=0)
             return [o for o in mine if isinstance(o, (Generation, CompletionRequest, ChatRequest))]
 
         for path, ask in asks:

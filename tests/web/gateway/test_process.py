@@ -176,9 +176,8 @@ async def check_node_restart(client: httpx.AsyncClient, etcd: EtcdClient, old: F
         old.running.clear()
         old.member, old.epochs = Member("n0", "i2"), {"p0": 6}
         await etcd.put(KEYS.node("n0"), record(old))
-        await etcd.put(
-            KEYS.topology("default"), topology(5, None)
-        )  # names nobody: the record must not be lost
+        # Names nobody: the record must not be lost.
+        await etcd.put(KEYS.topology("default"), topology(5, None))
         await etcd.put(KEYS.topology("default"), topology(6, old.member))
         await until(lambda: ready(client))
 

@@ -298,9 +298,8 @@ def test_only_some_of_the_tools(tmp_path: Path) -> None:
         async with stack.openai() as client:
             asked: Any = {"model": MODEL, "input": "How is the weather?", "tools": [CALL, PLUS]}
             response = await client.responses.create(**asked, tool_choice=ONLY, extra_body={"seed": 0})
-            assert (
-                output_of(response) == OUTPUT
-            )  # a model that calls what it was not told of is not kept from it
+            # A model that calls what it was not told of is not kept from it.
+            assert output_of(response) == OUTPUT
             told = model.decode(list(stack.nodes[0].submits[-1].prompt))
             assert ("get_weather" in told, '"add"' in told) == (True, False)
             assert response.tool_choice.model_dump(exclude_none=True) == ONLY

@@ -569,9 +569,8 @@ def test_a_stop_ends_plain_answers_after_the_grace() -> None:
             await one.until(lambda: sum(len(node.running) for node in one.nodes) == 2)
             one.stop(0.3)
             for answer in await asyncio.gather(plain, stream):
-                assert (
-                    answer.status_code == 503
-                )  # a stream that has brought nothing is simply asked for again
+                # A stream that has brought nothing is simply asked for again.
+                assert answer.status_code == 503
                 assert answer.headers["retry-after"] == "1"
             assert one.serving is not None
             async with asyncio.timeout(3):

@@ -83,9 +83,8 @@ def test_many_requests_at_once_leave_turns_to_others() -> None:
 
         async with connected(stack) as (reader, writer):
             others = asyncio.create_task(ticking())
-            writer.write(
-                TINY * 100_000
-            )  # the loop that sends is the same: it is all in the kernel or waits here
+            # The loop that sends is the same: it is all in the kernel or waits here.
+            writer.write(TINY * 100_000)
             await reader.readuntil(b"401")
             await asyncio.sleep(0.5)
             others.cancel()

@@ -90,9 +90,8 @@ class ApiKeys:
                 raise ApiError(401, f"this API key is {state}")
             return self._caller(_owner_of(record), Right.METRICS if record.metrics else Right.USE)
         digest = hashlib.sha256(key.encode()).digest()
-        if not any(
-            [hmac.compare_digest(digest, known) for known in self._plain]
-        ):  # all of them, in equal time
+        # All of them, in equal time.
+        if not any([hmac.compare_digest(digest, known) for known in self._plain]):
             raise ApiError(401, NEEDED)
         return self._caller(digest, Right.ALL)
 

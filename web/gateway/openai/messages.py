@@ -180,9 +180,8 @@ def _call(call: ToolCall) -> dict[str, Any]:
     """Templates want arguments as an object, and most of them take a text for what it is."""
     arguments: Any = call.function.arguments
     if isinstance(arguments, str):
-        with contextlib.suppress(
-            ValueError, RecursionError
-        ):  # a model wrote it so, and its client sends it back
+        # A model wrote it so, and its client sends it back.
+        with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments) if arguments.strip() else None
     function = {"name": call.function.name, "arguments": {} if arguments is None else arguments}
     return {"id": call.id, "type": "function", "function": function}

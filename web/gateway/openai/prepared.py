@@ -57,9 +57,8 @@ class PreparedRequest:
     request: Asked
     plans: list[Plan]
     rules: TextRules
-    form: Callable[
-        [Generation, str, int], AnswerFormat
-    ]  # of a generation, the answer's id and its time (unix seconds)
+    # Of a generation, the answer's id and its time (unix seconds).
+    form: Callable[[Generation, str, int], AnswerFormat]
     digest: bytes = b""  # see `digest_of`
     prompts: int = 1
     told_again: bool = False  # see Generation

@@ -17,9 +17,8 @@ from web.gateway.text.choice_decoder import Piece
 from web.gateway.text.detok import Detokenizer
 from web.gateway.text.spans import Spans
 
-STREAMED_MAX = (
-    1 << 14
-)  # log probabilities of a prompt in a stream: they are written on the event loop, 3 us each
+# Log probabilities of a prompt in a stream: they are written on the event loop, 3 us each.
+STREAMED_MAX = 1 << 14
 ENTRY_BYTES = 400  # of one as an object, and in the answer
 
 

@@ -162,9 +162,8 @@ def text_of(asked: Asked) -> str:
             )
         case "choice":
             choices = " | ".join(map(_literal, asked.source))
-            text = _bounded(
-                f"start: CHOICE\nCHOICE: {choices}"
-            )  # a terminal: of rules there may be 2,000 at a place
+            # A terminal: of rules there may be 2,000 at a place.
+            text = _bounded(f"start: CHOICE\nCHOICE: {choices}")
         case "grammar":
             try:
                 text = any_to_lark(_bounded(asked.source))

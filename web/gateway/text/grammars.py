@@ -42,9 +42,8 @@ class GrammarChecker:
         self._waiting: Counter[bytes] = Counter()  # by owner, those that are compiled included
         # By owner, whose turn is next first.
         self._turns: OrderedDict[bytes, deque[tuple[Future[str], Callable[[], str]]]] = OrderedDict()
-        self._known: OrderedDict[bytes, str] = (
-            OrderedDict()
-        )  # digest of a grammar -> why it is refused, or ""
+        # Digest of a grammar -> why it is refused, or "".
+        self._known: OrderedDict[bytes, str] = OrderedDict()
 
     async def check(self, make: Callable[[], str], owner: bytes = b"") -> str:
         """The grammar that `make` returns, which may take time and raise GrammarError. Owners take turns, so that one

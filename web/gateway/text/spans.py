@@ -51,9 +51,8 @@ class Spans:
         self._detok = detok
         self._held: deque[tuple[Token, Span]] = deque()
         self._ends: deque[_End] = deque()
-        self._last = self._left = _End(
-            0, 0, detok.pending
-        )  # the newest end; the one up to which all has left
+        # The newest end; the one up to which all has left.
+        self._last = self._left = _End(0, 0, detok.pending)
         self._tokens = self._chars = 0  # of the output, so far
         self._ready = ""  # what may leave, from `_left` on: no stop string can take it away
 

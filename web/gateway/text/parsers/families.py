@@ -75,9 +75,8 @@ class HermesParser(_Marked):
 
     def __init__(self, calls_max: int | None = None) -> None:
         super().__init__(calls_max)
-        self._closers: tuple[
-            str, ...
-        ] = ()  # what may stand between the last call and the end mark, in this order
+        # What may stand between the last call and the end mark, in this order.
+        self._closers: tuple[str, ...] = ()
 
     def _behind_mark(self) -> None:
         self._head = self.mark
