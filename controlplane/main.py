@@ -9,6 +9,7 @@ import gc
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +20,9 @@ from fastapi import FastAPI
 
 from controlplane import process
 from controlplane.contract.address import bound, join, ports_of
-from controlplane.contract.auth import derive, load_secret
+from controlplane.contract.auth import Caller, derive, load_secret
 from controlplane.contract.config import ClusterConfig, load_config
+from controlplane.contract.credentials import CredentialChange
 from controlplane.contract.errors import ConfigError, KevlarFlowError
 from controlplane.contract.identity import Identity, ProcessRole
 from controlplane.contract.ids import Member, new_incarnation
@@ -36,6 +38,7 @@ from controlplane.etcd.client import EtcdClient
 from controlplane.etcd.election import Election
 from controlplane.etcd.errors import NameTaken
 from controlplane.etcd.register import TAKE_OVER, Registration
+from controlplane.history.credentials import line_of
 from controlplane.history.store import HistoryStore
 from controlplane.history.writer import HistoryWriter
 from controlplane.keyspace.connect import etcd_client
@@ -119,7 +122,12 @@ async def serve(
     sources = Sources(inbox, registry, reports, runtime, performer, history, client.counters)
     parts = Parts(controller, registry, client, history, sources, recorder, identity)
     service = Service(config, me, parts)
-    app = build_app(service, derive(secret, "admin"), provider)
+
+    def note(change: CredentialChange, caller: Caller) -> None:
+        known = registry.view.topology
+        history.put(line_of(change, caller, time.time(), 0 if known is None else known.counter))
+
+    app = build_app(service, derive(secret, "admin"), provider, note)
     admin, local = _admin_server(app, https_of(config, identity.me)), _admin_server(app)
     gc.freeze()  # what start-up made stays: collections need not look at it again
     gc.set_threshold(YOUNG_MAX, *gc.get_threshold()[1:])

@@ -14,6 +14,7 @@ import httpx
 import msgspec
 
 from controlplane.contract.audit import AuditEntry
+from controlplane.contract.credentials import CredentialChange
 from controlplane.contract.errors import ConfigError, KevlarFlowError, PeerError, RequestError, Unavailable
 from controlplane.contract.events import Event
 from controlplane.contract.incidents import Incident
@@ -211,6 +212,10 @@ class AdminClient:
         body = msgspec.json.encode(request)
         return _decode(_checked(self._send("POST", "/admin/v1/revocations", body)).content, Revocation)
 
+    def note(self, change: CredentialChange) -> None:
+        """Have the audit tell of it."""
+        _checked(self._send("POST", "/admin/v1/credentials", msgspec.json.encode(change)))
+
     def _read(self, path: str, kind: type[T], endpoints: Sequence[str] = ()) -> T:
         return _decode(_checked(self._send("GET", path, endpoints=endpoints)).content, kind)
 
@@ -241,7 +246,7 @@ class AdminClient:
 
 def _checked(response: httpx.Response) -> httpx.Response:
     match response.status_code:
-        case 200:
+        case 200 | 204:
             return response
         case 401 | 403:
             where = f"{response.url.host}:{response.url.port}: "

@@ -10,10 +10,12 @@ import msgspec
 import typer
 
 from controlplane.contract.api_keys import KeyLimits, KeyRecord, changing, make_key, read_keys
+from controlplane.contract.credentials import Change, CredentialChange
 from controlplane.contract.errors import RequestError
 from controlplane.kfadmin.formats import Output, OutputOption, View, show
+from controlplane.kfadmin.noted import NOTE_S, note, who
 from controlplane.kfadmin.output import clock, console, progress, table
-from controlplane.kfadmin.target import RunDirOption, find_run_dir
+from controlplane.kfadmin.target import RunDirOption, connect, find_run_dir
 from controlplane.kfadmin.tokens import seconds_of
 
 FILE = "keys.json"  # in the run directory
@@ -84,6 +86,7 @@ def create(
         if any(key.name == name and not key.revoked_unix_s for key in keys):
             raise RequestError(f"there is a key {name} already: revoke it first, or choose another name")
         keys.append(record)
+    _note(Change.KEY_CREATED, [record], run_dir, file)
     view = View(
         {"key": text} | msgspec.to_builtins(_shown(record, now)), lambda _wide: print(text), names=[text]
     )
@@ -128,9 +131,25 @@ def revoke(
         now = int(time.time())
         for number in found:
             keys[number] = msgspec.structs.replace(keys[number], revoked_unix_s=now)
-        told = [_shown(keys[number], now) for number in found]
+        revoked = [keys[number] for number in found]
+    _note(Change.KEY_REVOKED, revoked, run_dir, file)
+    told = [_shown(each, now) for each in revoked]
     names = [each.name for each in told]
     show(View(told, lambda _wide: progress(f"{key} is revoked"), told, names), output)
+
+
+def _note(change: Change, keys: list[KeyRecord], run_dir: Path | None, file: Path | None) -> None:
+    """Of the cluster that the file is of: no other one's audit is told."""
+    place = run_dir or (file.parent if file is not None else find_run_dir(None).path)
+    by = who()
+    note(
+        lambda: connect(place, None, None, NOTE_S),
+        *(CredentialChange(change, key.id, key.name, by, _line(key.owner)) for key in keys),
+    )
+
+
+def _line(text: str) -> str:
+    return "".join(filter(str.isprintable, text))
 
 
 def _shown(key: KeyRecord, now: float) -> Shown:

@@ -10,11 +10,13 @@ from typing import Annotated
 import typer
 
 from controlplane.contract.auth import TOKEN_S_MAX, Role, identify, mint
+from controlplane.contract.credentials import Change, CredentialChange
 from controlplane.contract.errors import RequestError
 from controlplane.contract.files import new_file
-from controlplane.contract.revocations import RevokeRequest
+from controlplane.contract.revocations import RevokeRequest, token_id
 from controlplane.kfadmin.client import NotAllowed
 from controlplane.kfadmin.formats import Output, OutputOption, View, show
+from controlplane.kfadmin.noted import NOTE_S, note, who
 from controlplane.kfadmin.output import clock, console, progress
 from controlplane.kfadmin.target import (
     AdminOption,
@@ -51,18 +53,21 @@ def create(
     valid: Annotated[str, typer.Option("--for", help="How long it is good: 30m, 8h, 7d.")] = "8h",
     file: Annotated[Path | None, typer.Option(help="Write it there (mode 0600), not to stdout.")] = None,
     run_dir: RunDirOption = None,
+    admin: AdminOption = None,
     token_file: AdminTokenFile = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Make a token. Nothing is stored; `kfadmin token revoke` takes it back before it expires."""
+    """Make a token. Only the audit is told of it; `kfadmin token revoke` takes it back before it expires."""
     expiry = int(time.time()) + seconds_of(valid)
-    made = mint(_admin_token(run_dir, token_file), name, role, expiry)
+    made = mint(_admin_token(run_dir, token_file, admin), name, role, expiry)
     about = {"name": name, "role": role, "expiry_unix_s": expiry}
     if file is None:
+        _note(made, name, role, run_dir, admin, token_file)
         show(View({"token": made} | about, lambda _wide: print(made), names=[made]), output)
         return
     with new_file(file) as out:
         out.write(made.encode() + b"\n")
+    _note(made, name, role, run_dir, admin, token_file)
     show(View({"file": str(file)} | about, lambda _wide: None, names=[str(file)]), output)
 
 
@@ -114,8 +119,15 @@ def revoke(
     show(View(found, lambda _wide: progress(words), names=[found.name]), output)
 
 
-def _admin_token(run_dir: Path | None, token_file: Path | None) -> str:
-    run_dir, admin, token_file = resolved(run_dir, None, token_file)
+def _note(
+    made: str, name: str, role: Role, run_dir: Path | None, admin: list[str] | None, token_file: Path | None
+) -> None:
+    change = CredentialChange(Change.TOKEN_CREATED, token_id(made), name, who(), role.value)
+    note(lambda: connect(run_dir, admin, token_file, NOTE_S), change)
+
+
+def _admin_token(run_dir: Path | None, token_file: Path | None, admin: list[str] | None = None) -> str:
+    run_dir, admin, token_file = resolved(run_dir, admin, token_file)
     if token_file is not None:
         return read_token(token_file)
     if admin:

@@ -24,12 +24,14 @@ from sqlalchemy.exc import OperationalError
 import migrations
 from controlplane.contract.audit import Action, AuditEntry
 from controlplane.contract.auth import Caller, Role
+from controlplane.contract.credentials import Change, CredentialChange
 from controlplane.contract.errors import ConfigError, Unavailable
 from controlplane.contract.events import Event, EventKind
 from controlplane.contract.figures import Figures
 from controlplane.contract.records import Asked, Operation, OperationKind
 from controlplane.contract.revocations import Revocation
 from controlplane.history import schema
+from controlplane.history.credentials import line_of
 from controlplane.history.store import Audit, HistoryStore, submitted
 from controlplane.history.tables import REVISION, metadata
 from controlplane.history.writer import HistoryWriter
@@ -418,6 +420,24 @@ def test_a_batch_whose_commit_was_not_confirmed_is_stored_once(tmp_path: Path) -
         await asyncio.gather(task, return_exceptions=True)
         await store.close()
         await other.close()
+
+    asyncio.run(main())
+
+
+def test_the_audit_tells_of_keys_and_tokens(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = HistoryStore(url(tmp_path / "h.db"), "c", "c1")
+        await store.upgrade()
+        admin = Caller("admin", Role.ADMIN, "10.0.0.7")
+        made = CredentialChange(Change.KEY_CREATED, "00aa", "alice", "root@h1", "team a")
+        gone = msgspec.structs.replace(made, change=Change.KEY_REVOKED, more="")
+        await store.append([line_of(made, admin, 1.0, 7), line_of(gone, admin, 2.0, 9)])
+        first, last = await store.audit(10, operation_id="00aa")
+        assert (first.action, first.kind, first.message) == (Action.DONE, "create-key", "alice, team a")
+        assert (last.action, last.kind, last.message) == (Action.REVOKED, "revoke-key", "alice")
+        assert (last.who, last.role, last.address) == ("admin", "admin", "10.0.0.7")
+        assert (last.reason, last.epoch_before, last.epoch_after) == ("kfadmin of root@h1", 7, 9)
+        await store.close()
 
     asyncio.run(main())
 

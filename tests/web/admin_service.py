@@ -15,6 +15,7 @@ import uvicorn
 from controlplane.contract.audit import AuditEntry
 from controlplane.contract.auth import Caller
 from controlplane.contract.config import ClusterConfig, redacted
+from controlplane.contract.credentials import CredentialChange
 from controlplane.contract.errors import Unavailable
 from controlplane.contract.events import Event
 from controlplane.contract.figures import Figures
@@ -134,6 +135,7 @@ class MemoryService:
         self.known: dict[str, Operation] = {}
         self.revoked: dict[str, Revocation] = {}
         self.callers: list[Caller] = []
+        self.noted: list[tuple[CredentialChange, Caller]] = []
         self.requests: list[OperationRequest] = []
         self.audited: list[AuditEntry] = []
         self.config = ClusterConfig("run", "model", ("127.0.0.1:1",))
@@ -191,6 +193,9 @@ class MemoryService:
     async def revoke(self, wanted: Revocation, caller: Caller, *, audited: bool = False) -> None:
         self.revoked[wanted.id] = wanted
 
+    def note(self, change: CredentialChange, caller: Caller) -> None:
+        self.noted.append((change, caller))
+
     async def submit(self, request: OperationRequest, caller: Caller) -> OperationAnswer:
         self.callers.append(caller)
         self.requests.append(request)
@@ -227,7 +232,7 @@ def serving(
     """A real HTTP server for `service` on loopback; its base URL. `provider`: made for it, who signs people in."""
     listener = socket.create_server(("127.0.0.1", port))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    app = build_app(service, TOKEN, provider(url) if provider is not None else None)
+    app = build_app(service, TOKEN, provider(url) if provider is not None else None, service.note)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

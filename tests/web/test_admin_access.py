@@ -236,6 +236,22 @@ def test_cookies_of_releases_in_which_they_had_no_id_are_refused(client: httpx.C
     assert answer.status_code == 401
 
 
+@pytest.mark.parametrize(
+    "odd", [{"change": "x"}, {"id": "A/.."}, {"name": "a\nb"}, {"by": "\x1b"}, {"secret": "x"}]
+)
+def test_what_was_done_to_credentials_is_told_by_the_clusters_own_token_alone(
+    client: httpx.Client, service: MemoryService, odd: dict[str, str]
+) -> None:
+    body = {"change": "revoke-key", "id": "00aa", "name": "alice", "by": "root@h1"}
+    refused = client.post("/admin/v1/credentials", json=body, headers=minted(Role.OPERATOR))
+    assert (refused.status_code, service.noted) == (403, [])
+    assert client.post("/admin/v1/credentials", json=body | odd, headers=BEARER).status_code == 400
+    assert service.noted == []
+    assert client.post("/admin/v1/credentials", json=body, headers=BEARER).status_code == 204
+    ((change, caller),) = service.noted
+    assert (change.name, caller.name, caller.address) == ("alice", "admin", "127.0.0.1")
+
+
 def test_a_scrapers_token_reads_metrics_and_nothing_else(
     client: httpx.Client, service: MemoryService
 ) -> None:

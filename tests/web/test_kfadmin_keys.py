@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner, Result
 
+from controlplane.contract.auth import Role
 from controlplane.kfadmin.main import app
+from controlplane.kfadmin.rundir import Endpoints, RunDir
+from tests.web.admin_service import TOKEN, MemoryService, serving
 from web.gateway.http.api_keys import ApiKeys, Right
 
 
@@ -72,3 +76,35 @@ def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path: Path) -> None:
         assert done.exit_code == 2
         assert "there is no directory" in done.output
     assert not (tmp_path / "keys.json").exists()
+
+
+def test_the_audit_is_told_what_was_made_and_revoked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunDir, "admin_token", lambda _run_dir: TOKEN)
+    service = MemoryService()
+    with serving(service) as url:
+        RunDir(tmp_path).write("endpoints.json", Endpoints((), (url,)))
+        done = keys(tmp_path, "create", "alice", "--owner", "team a")
+        assert (done.exit_code, done.stderr) == (0, "")
+        by_file = ["keys", "revoke", "alice", "--file", str(tmp_path / "keys.json")]
+        assert CliRunner().invoke(app, by_file).stderr == "alice is revoked\n"
+        for words in (
+            ["--run-dir", str(tmp_path)],
+            ["--run-dir", str(tmp_path), "--file", str(tmp_path / "t")],
+        ):
+            made = CliRunner().invoke(app, ["token", "create", "bob", "--role", "viewer", *words])
+            assert (made.exit_code, made.stderr) == (0, "")
+    _, key_id, secret = done.stdout.split()[-1].split("-", 2)  # the server logs there as well
+    told = [(change.change.value, change.name, change.more) for change, _ in service.noted]
+    of_key = [("create-key", "alice", "team a"), ("revoke-key", "alice", "team a")]
+    assert told == [*of_key, *[("create-token", "bob", "viewer")] * 2]
+    assert [change.id for change, _ in service.noted][:2] == [key_id] * 2
+    assert all("@" in change.by for change, _ in service.noted)
+    assert {(caller.role, caller.address) for _, caller in service.noted} == {(Role.ADMIN, "127.0.0.1")}
+    assert secret not in repr(service.noted)
+
+
+def test_what_cannot_be_told_is_done_all_the_same_and_said(tmp_path: Path) -> None:
+    assert keys(tmp_path, "create", "alice").exit_code == 0
+    done = keys(tmp_path, "revoke", "alice")
+    assert (done.exit_code, "the audit has no line of it" in done.stderr) == (0, True)
+    assert keys(tmp_path, "list", "-o", "name").stdout == ""

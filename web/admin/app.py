@@ -19,6 +19,7 @@
     POST   /admin/v1/operations              OperationRequest -> OperationAnswer; 409: refused
     DELETE /admin/v1/operations/{id}         cancel -> Operation
     POST   /admin/v1/revocations             RevokeRequest -> Revocation; the cluster's own token only
+    POST   /admin/v1/credentials             CredentialChange, for the audit -> 204; the cluster's own token only
     GET    /admin/v1/stream?after=           server-sent events: "status", "difference", "events", "history",
                                              "incidents", "figures"
 
@@ -30,6 +31,7 @@ from __future__ import annotations
 import codecs
 import re
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -38,7 +40,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from controlplane.contract.auth import ADMIN_CALLER, TOKEN_S_MAX, identify
+from controlplane.contract.auth import ADMIN_CALLER, TOKEN_S_MAX, Caller, identify
+from controlplane.contract.credentials import CredentialChange
 from controlplane.contract.errors import Unavailable
 from controlplane.contract.records import GROUP_WIDE, OperationKind, OperationState
 from controlplane.contract.revocations import Revocation, RevokeRequest, name_id
@@ -46,6 +49,7 @@ from controlplane.contract.status import OperationAnswer, OperationRequest
 from web import bodies
 from web.admin.auth import (
     COOKIE,
+    CREDENTIALS,
     READY,
     REVOCATIONS,
     SESSION_S,
@@ -73,6 +77,7 @@ EVENTS_MAX = 1000
 FIGURES_S_MAX = 24 * 3600  # older ones are not kept
 FIGURES_ROWS_MAX = 2000
 T = TypeVar("T")
+Note = Callable[[CredentialChange, Caller], None]  # has the audit tell of it; never waits
 
 ID_PREFIXES = ("cmpl-", "chatcmpl-", "resp_")
 OWN_TOKEN = "the cluster's own token is not revoked: give the cluster another secret"
@@ -85,7 +90,9 @@ class SessionRequest(msgspec.Struct, frozen=True):
     token: str
 
 
-def build_app(service: AdminService, token: str, provider: Provider | None = None) -> FastAPI:
+def build_app(
+    service: AdminService, token: str, provider: Provider | None = None, note: Note | None = None
+) -> FastAPI:
     """The app of one controller. `token` is `derive(secret, "admin")`; `provider` signs people in to the dashboard.
 
     `app.state.feed.close()` ends the open streams before an exit.
@@ -100,6 +107,7 @@ def build_app(service: AdminService, token: str, provider: Provider | None = Non
     _add_health(app, service)
     _add_page(app)
     _add_sessions(app, service, token)
+    _add_credentials(app, note)
     add_login(app, token, provider, service.is_revoked)
     _add_reads(app, service)
     _add_operations(app, service)
@@ -191,6 +199,16 @@ def _add_sessions(app: FastAPI, service: AdminService, token: str) -> None:
         wanted = _revocation(asked, token, time.time())
         await service.revoke(wanted, caller_of(request.scope), audited=True)
         return _json(wanted)
+
+
+def _add_credentials(app: FastAPI, note: Note | None) -> None:
+    @app.post(CREDENTIALS)
+    async def credentials(request: Request) -> Response:
+        change = await _body(request, CredentialChange)
+        if note is None:
+            raise Unavailable("this controller keeps no audit of credentials")
+        note(change, caller_of(request.scope))
+        return Response(status_code=204)
 
 
 def _revocation(asked: RevokeRequest, token: str, now_unix_s: float) -> Revocation:

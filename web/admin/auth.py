@@ -42,6 +42,7 @@ OPEN = {
 OPEN_PREFIX = "/ui/"
 SAFE_METHODS = {"GET", "HEAD"}
 REVOCATIONS = "/admin/v1/revocations"  # of what others were given: only with the cluster's own token
+CREDENTIALS = "/admin/v1/credentials"  # what kfadmin has done to them: with it as well
 OPERATORS_READ = {"/admin/v1/audit", "/admin/v1/requests", "/admin/v1/settings"}  # more than viewers need
 CALLER = "kf_caller"  # key of the scope's state
 HEADERS = {
@@ -104,7 +105,7 @@ def set_session(response: Response, token: str, now_unix_s: float, caller: Calle
 def role_needed(method: str, path: str) -> Role:
     """The least role that a request needs: reading for viewers, and all else for operators unless it is named here."""
     if method not in SAFE_METHODS:
-        if path == REVOCATIONS:
+        if path in (REVOCATIONS, CREDENTIALS):
             return Role.ADMIN
         return Role.VIEWER if (method, path) == ("DELETE", "/session") else Role.OPERATOR
     if path == "/metrics":

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from controlplane.contract.audit import AuditEntry
+from controlplane.contract.credentials import CredentialChange
 from controlplane.contract.events import Event
 from controlplane.contract.incidents import Incident
 from controlplane.contract.lives import Lives
@@ -32,7 +33,7 @@ from web.describe import (
 
 KINDS = (
     ClusterStatus, Check, Operation, OperationAnswer, OperationRequest, Event, Incident, AuditEntry, Protection, Lives,
-    Revocation, RevokeRequest,
+    Revocation, RevokeRequest, CredentialChange,
 )  # fmt: skip
 HTML = "text/html"
 NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -154,6 +155,14 @@ def _endpoints() -> list[Endpoint]:
             {200: {JSON: ref("Revocation")}},
             changes,
             ref("RevokeRequest"),
+        ),
+        Endpoint(
+            "POST",
+            f"{base}/credentials",
+            "Have the audit tell what was done to a key or a token",
+            {204: {}},
+            (403,),
+            ref("CredentialChange"),
         ),
         Endpoint("GET", "/metrics", "For Prometheus", words),
         Endpoint("GET", f"{base}/status", "The cluster", {200: {JSON: ref("ClusterStatus")}}),
