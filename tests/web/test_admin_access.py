@@ -129,7 +129,8 @@ def test_routes_that_need_no_token_are_these_alone(client: httpx.Client) -> None
     documented = {(method, path) for method, path in documented if method not in {"HEAD", "OPTIONS"}}
     login = {("GET", "/oidc"), ("GET", "/oidc/login"), ("GET", "/oidc/callback")}
     assert documented == {
-        ("GET", "/livez"), ("GET", "/readyz"), ("GET", "/"), ("GET", "/ui/{path}"), ("POST", "/session"), *login
+        ("GET", "/livez"), ("GET", "/readyz"), ("GET", "/"), ("GET", "/ui"), ("GET", "/ui/{path}"),
+        ("POST", "/session"), *login,
     }  # fmt: skip
     assert documented - {("GET", "/ui/{path}")} == auth.OPEN
     for path in (

@@ -113,6 +113,7 @@ def _endpoints() -> list[Endpoint]:
             "GET", "/readyz", "Whether the cluster's state is known", words | {503: {TEXT: STRING}}, open=True
         ),
         Endpoint("GET", "/", "The dashboard", {200: {HTML: STRING}}, (404,), open=True),
+        Endpoint("GET", "/ui", "The dashboard", {200: {HTML: STRING}}, (404,), open=True),
         Endpoint(
             "GET",
             "/ui/{path}",
