@@ -264,7 +264,8 @@ class RankedStage:
                         unfit = answer
                     case Done(_, is_suspect):
                         suspect = suspect or is_suspect
-                        due = min(due, at + MISSING_S)  # all sums are made, and what is left is alike
+                        # All sums are made. What is left is alike, and shorter than what was before it.
+                        due = min(due, at + max(MISSING_S, at - began))
                     case Over(_, missing) if missing >= 0:
                         lost.add(order[missing])
                     case None:
