@@ -39,9 +39,8 @@ PURPOSES = ("admin", "grpc", "streams")  # what is derived from the cluster's se
 PATTERNS = (
     re.compile(r"(?i)(?<=bearer )[A-Za-z0-9._~+/=@-]{8,}"),
     re.compile(r"(?<=://)[^\s/@\"']+:[^\s/\"']*(?=@)"),  # user and password in a URL
-    re.compile(
-        r"\bkf-[0-9a-f]{16,}(?:-[\w-]+)?"
-    ),  # API keys of `kfadmin up`, and with their secrets of `kfadmin keys`
+    # API keys of `kfadmin up`, and with their secrets of `kfadmin keys`.
+    re.compile(r"\bkf-[0-9a-f]{16,}(?:-[\w-]+)?"),
     re.compile(r"\bkevlarflow_(?:admin|login)=\"?[^\s;,\"']+"),  # sessions of browsers
     re.compile(r"\bkf\.[a-z]+\.[A-Za-z0-9_@-]+\.[0-9]+\.[0-9a-f]{64}\b"),  # minted tokens
 )

@@ -49,9 +49,8 @@ def own_name(local: RunDir) -> ProcessName:
     """Whose certificate kfadmin shows etcd on this host."""
     if (local.path / PLAN).exists():
         return ProcessName(ProcessRole.ADMIN, read_plan(local).name)
-    return ProcessName(
-        ProcessRole.ETCD, "etcd0"
-    )  # of `kfadmin up`; a member's certificate is a client's, too
+    # Of `kfadmin up`; a member's certificate is a client's, too.
+    return ProcessName(ProcessRole.ETCD, "etcd0")
 
 
 @contextlib.asynccontextmanager

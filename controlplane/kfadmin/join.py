@@ -141,9 +141,8 @@ def join(run_dir: RunDir, host: HostPlan, files: dict[str, bytes]) -> ClusterCon
         for path in run_dir.path.iterdir():
             _own(path, owner)
     for process in host.processes():
-        Identity(
-            config.tls, config.cluster, process
-        )  # raises ConfigError where key and certificate do not fit
+        # Raises ConfigError where key and certificate do not fit.
+        Identity(config.tls, config.cluster, process)
     return config
 
 

@@ -79,9 +79,8 @@ class Endpoints(msgspec.Struct, frozen=True):
 
     gateways: tuple[str, ...]
     admin: tuple[str, ...]
-    sockets: tuple[
-        str, ...
-    ] = ()  # Unix sockets of the admin APIs; empty: the run directory's path is too long
+    # Unix sockets of the admin APIs; empty: the run directory's path is too long.
+    sockets: tuple[str, ...] = ()
     ca: str = ""  # file with the authorities of their certificates, beside those of the system
 
 

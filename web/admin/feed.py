@@ -65,9 +65,8 @@ class Feed:
             None  # the newest one, and what is shown of it
         )
         self._whole = b""  # `_status` in JSON, made when somebody needs it
-        self._differences: deque[tuple[int, bytes]] = deque(
-            maxlen=DIFFERENCES_KEPT
-        )  # the newest ones, by version
+        # The newest ones, by version.
+        self._differences: deque[tuple[int, bytes]] = deque(maxlen=DIFFERENCES_KEPT)
         self._history_error = ""
         self._incidents = b""  # the message
         self._incidents_version = 0

@@ -37,9 +37,8 @@ def waits(stream: Stream, now: float) -> Iterator[tuple[float, float]]:
 class Pauses:
     """What streams waited through, by fault. Seconds; keys are faults' numbers, 0 is while there was none."""
 
-    by_fault: dict[int, list[float]] = field(
-        default_factory=dict
-    )  # the longest of each stream that it touched
+    # The longest of each stream that it touched.
+    by_fault: dict[int, list[float]] = field(default_factory=dict)
 
     def take(self, stream: Stream, courses: Iterable[Course], now: float) -> float:
         """Of a stream that has ended, `now`. Its longest wait, through faults or not.

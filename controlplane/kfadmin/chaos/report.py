@@ -28,9 +28,8 @@ class FaultReport(msgspec.Struct, frozen=True):
     streams: int = 0  # that ran meanwhile
     pause_median_s: float | None = None  # of the longest wait of each of these
     pause_max_s: float | None = None
-    phases: dict[
-        str, float
-    ] = {}  # of the cluster's own incident: detect, plan, connect, restore, first token
+    # Of the cluster's own incident: detect, plan, connect, restore, first token.
+    phases: dict[str, float] = {}
     said: str = ""
 
 
