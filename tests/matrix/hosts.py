@@ -44,7 +44,8 @@ START_LIMIT_S = 180.0  # on a machine that is busy with other things
 END_GRACE_S = 0.5
 TWIN_END_LIMIT_S = 10.0
 POLL_S = 0.05
-KEPT = Path(__file__).parents[2] / ".pytest_cache" / "matrix"  # of cells that failed
+ROOT = Path(__file__).parents[2]
+KEPT = Path(".pytest_cache", "matrix")  # of cells that failed
 EVENTS_KEPT = 200
 DISK_MB = {"etcd": 256, "database": 4, "other": 8}
 CLIENT_PATIENCE_S = (
@@ -260,7 +261,7 @@ class HostCluster:
 
     def keep(self) -> Path:
         """What tells why a cell failed, in a folder that stays: the status, the newest events and all logs."""
-        kept = KEPT / self.folder.name
+        kept = ROOT / KEPT / self.folder.name
         with contextlib.suppress(KevlarFlowError), self.admin() as admin:
             kept.mkdir(parents=True, exist_ok=True)
             (kept / "status.json").write_bytes(msgspec.json.encode(admin.status()))
@@ -268,7 +269,7 @@ class HostCluster:
         for name in (*self.servers, SPARE):
             if (self.folder / name / "logs").exists():
                 shutil.copytree(self.folder / name / "logs", kept / name, dirs_exist_ok=True)
-        return kept
+        return kept.relative_to(ROOT)
 
     # ---- processes
 

@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import assert_never
 
@@ -25,7 +26,10 @@ from tests.matrix.streams import Load, Result, judge
 DECODE = sample_prompts(16, 160)
 PREFILL = sample_prompts(16, 24, first_seed=100, words=300)
 FRESH = sample_prompts(4, 40, first_seed=200)
-HOME_LIMIT_S = 60.0  # who could not be reached by its pipeline is on probation for 10 s, again for 20 s
+HOME_LIMIT_S = 60.0
+# Who could not be reached by its pipeline is on probation for 10 s, each further time within ten minutes for twice as
+# long, and from the third on for longer than a cell may take: no cluster plays on with a node that was on it twice.
+PROBATIONS_MAX = 2
 HEARD_LIMIT_S = 5.0  # where nobody had to be moved: a path that has healed is used again
 BEGIN_LIMIT_S = 20.0
 PAUSE_MAX_S = 5.0  # of a stream, beyond the length of the fault
@@ -41,13 +45,19 @@ class Player:
         self._cluster = cluster
         self._faults = Faults(cluster)
         self._references: dict[Prompt, Stream] = {}
+        self._probations = Counter[str]()  # by node
+
+    @property
+    def is_worn(self) -> bool:
+        """The next cell needs a fresh cluster."""
+        return any(count >= PROBATIONS_MAX for count in self._probations.values())
 
     def play(self, cell: Cell) -> Result:
         with self._cluster.network.inside(CLIENT):
             return asyncio.run(self._play(cell))
 
     async def _play(self, cell: Cell) -> Result:
-        result, playing_since = Result(cell.name), time.monotonic()
+        result, playing_since, since_unix_s = Result(cell.name), time.monotonic(), time.time()
         prompts = PREFILL if cell.phase is Phase.PREFILLING else DECODE
         await self._home(HOME_LIMIT_S)
         await self._refer([*prompts, *FRESH])
@@ -79,6 +89,10 @@ class Player:
         except* (AssertionError, KevlarFlowError, TimeoutError) as errors:
             result.problems += [f"{type(e).__name__}: {e}" for e in errors.exceptions]
             fresh = []
+        with contextlib.suppress(KevlarFlowError):
+            for event in await asyncio.to_thread(self._events, since_unix_s):
+                if event.kind is EventKind.CLEARED and "on probation" in event.message:
+                    self._probations[event.subject] += 1
         result.problems += load.failures
         whole = [s for s in load.streams if s.finish_reason or s.error]  # who was given up is told of above
         judge(result, [*whole, *fresh], self._references)
@@ -151,16 +165,14 @@ class Player:
         """Exactly these pipelines were moved; if none was, nobody was taken for dead either."""
         assert result.ended == list(ends), f"epochs ended of {result.ended}, and not of {list(ends)}"
 
-        def taken_for_dead() -> list[Event]:
-            with self._cluster.admin() as admin:
-                events = [row.event for row in admin.events(EVENTS)]
-            return [
-                event for event in events if event.kind is EventKind.DIED and event.unix_s >= since_unix_s
-            ]
-
         if not ends:
-            dead = await asyncio.to_thread(taken_for_dead)
+            events = await asyncio.to_thread(self._events, since_unix_s)
+            dead = [event for event in events if event.kind is EventKind.DIED]
             assert not dead, f"the living were taken for dead: {[(e.subject, e.message) for e in dead]}"
+
+    def _events(self, since_unix_s: float) -> list[Event]:
+        with self._cluster.admin() as admin:
+            return [row.event for row in admin.events(EVENTS) if row.event.unix_s >= since_unix_s]
 
     # ---- seeing and waiting
 

@@ -34,7 +34,7 @@ class Stage:
         self._shape = Shape.FOUR
 
     def player(self, shape: Shape) -> Player:
-        if shape is not self._shape:
+        if shape is not self._shape or (self._player is not None and self._player.is_worn):
             self.clear()
         self._shape = shape
         if self._player is None:
