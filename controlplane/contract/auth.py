@@ -123,10 +123,9 @@ def identify(token: str, admin_token: str, now_unix_s: float) -> Caller | None:
 
 
 def identify_bearer(header: str | None, admin_token: str, now_unix_s: float) -> Caller | None:
-    """As `identify`, of an Authorization header."""
-    if header is None or not header.startswith("Bearer "):
-        return None
-    return identify(header.removeprefix("Bearer "), admin_token, now_unix_s)
+    """As `identify`, of an Authorization header, whose scheme has no case."""
+    scheme, _, token = (header or "").partition(" ")
+    return identify(token.lstrip(" "), admin_token, now_unix_s) if scheme.lower() == "bearer" else None
 
 
 def _signature(admin_token: str, said: str) -> str:

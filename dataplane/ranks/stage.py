@@ -223,8 +223,12 @@ class RankedStage:
             self._stood.clear()  # a step looks for itself
             sizes = self._box.put(source, step, picked)
             rows = self._box.rows(sizes)
+            ended = 0  # times that the step took every rank
             while lost := self._compute(sizes, rows):
+                ended += lost.issuperset(self.ranks)
                 self._go_on_without(lost)
+                if ended == FRESH_MAX:
+                    raise RanksGone(f"all ranks of the stage ended in one step, {FRESH_MAX} times in a row")
             out = self._box.out(sizes)
             return out if self._is_last else out.copy()
 

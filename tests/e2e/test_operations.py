@@ -292,6 +292,21 @@ def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
 
 
+def test_the_audit_has_what_kfadmin_does_to_keys_and_tokens(home: Cluster) -> None:
+    for words in (("keys", "create", "alice"), ("keys", "revoke", "alice"), ("token", "create", "bob")):
+        role = ("--role", "viewer") if words[0] == "token" else ()
+        done = kfadmin(home, *words, *role)
+        assert (done.returncode, "no line of it" in done.stderr) == (0, False), done.stderr
+
+    def told() -> bool:
+        found = kfadmin(home, "audit", "-o", "json").stdout
+        lines = [(line["kind"], line["reason"].split(" of ")[0]) for line in json.loads(found)]
+        wanted = ("create-key", "revoke-key", "create-token")
+        return [line for line in lines if line[0] in wanted] == [(kind, "kfadmin") for kind in wanted]
+
+    asyncio.run(until(told, "the audit has a line of each"))
+
+
 def test_a_blank_machine_gets_its_weights_from_a_peer(home: Cluster, tmp_path: Path) -> None:
     """A node with no checkpoint and nothing but the secret takes a dead one's place under load."""
     asyncio.run(home.references(PROMPTS))

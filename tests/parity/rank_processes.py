@@ -466,6 +466,27 @@ def no_room_for_sums(kv_heads: int, dtype: str) -> None:
     tried.stage.close()
 
 
+def deadly(kv_heads: int, dtype: str) -> None:
+    """A step that ends whoever computes it is given up; the next one is computed by fresh ranks."""
+    ends, step = mmap.mmap(-1, 1), rank_process.RankProcess._step
+
+    def step_or_end(self: rank_process.RankProcess, order: Step) -> Answer:
+        if ends[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, order)
+
+    rank_process.RankProcess._step = step_or_end  # type: ignore[method-assign]
+    tried = Tried(2, kv_heads, dtype)
+    tried.step(dict.fromkeys(tried.rows, 7))
+    ends[0] = 1
+    lengths = dict(tried.requests.lengths)
+    gone(tried.decode, "all ranks of the stage ended in one step, 3 times")
+    tried.requests.lengths.update(lengths)  # nothing of it was computed
+    ends[0] = 0
+    tried.decode()
+    tried.finish()
+
+
 def late(kv_heads: int, dtype: str) -> None:
     """A rank hangs when all sums are made, so that no other one waits for it: it is given up."""
     hangs, step = mmap.mmap(-1, 3), rank_process.RankProcess._step
@@ -574,6 +595,7 @@ SCENARIOS: dict[str, Callable[[int, str], None]] = {
         cannot_prepare,
         none_can_prepare,
         no_room_for_sums,
+        deadly,
         late,
         stopped,
         middle,

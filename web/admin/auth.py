@@ -171,7 +171,7 @@ class Guard:
     def _refused(self, scope: Scope, headers: Headers) -> JSONResponse | None:
         method, path = scope["method"], scope["path"]
         now = time.time()
-        caller = identify_bearer(_bearer(headers), self._token, now)
+        caller = identify_bearer(headers.get("authorization"), self._token, now)
         by_cookie = caller is None
         if caller is None:
             caller = session_of(headers, self._token, now)
@@ -195,12 +195,6 @@ class Guard:
 def error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """The admin API's error body."""
     return JSONResponse({"error": {"message": message, "code": status}}, status, headers)
-
-
-def _bearer(headers: Headers) -> str | None:
-    """The Authorization header, its scheme as `identify_bearer` knows it: schemes have no case."""
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    return f"Bearer {token.lstrip(' ')}" if scheme.lower() == "bearer" else None
 
 
 def _cookie(headers: Headers) -> str:

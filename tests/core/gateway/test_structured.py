@@ -195,15 +195,21 @@ def test_patterns_as_others_write_them(
         ("^[[:alpha:]]$", ["a"], ["1"]),
         (r"^[^\]a]$", ["b"], ["a", "]"]),
         (r"^\<a\>$", ["<a>"], ["a"]),
+        ("^a[^]b$", ["a]b", "a\nb"], ["ab"]),
     ],
 )
-def test_classes_in_schemas_have_no_sets_within(
+def test_classes_in_schemas_are_those_of_ecmascript(
     pattern: str, good: list[str], bad: list[str], compiler: Compiler
 ) -> None:
-    """Rust reads some characters there as more than themselves."""
+    """Rust reads some characters there as more than themselves, and a bracket at the beginning as less."""
     schema = grammar(guided_json={"type": "string", "pattern": pattern})
     for text, ok in [*((text, True) for text in good), *((text, False) for text in bad)]:
         assert accepts(compiler, schema, json.dumps(text)) == ok, text
+
+
+def test_a_class_of_nothing_is_refused() -> None:
+    with pytest.raises(GrammarError, match=r"an empty class \(\[\]\) matches nothing"):
+        grammar(guided_json={"type": "string", "pattern": "^[]a]$"})
 
 
 @pytest.mark.parametrize("pattern", [r"\bab\b", r"a\B", r"(a)\1", "(?=a)a", "(?<!a)b", r"(?<n>a)\k<n>"])

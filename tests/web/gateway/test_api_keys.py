@@ -261,6 +261,7 @@ def test_limits_are_kept_over_http() -> None:
 
 def test_requests_at_a_time_are_counted_until_they_are_over() -> None:
     text, record = made("narrow", streams=1)
+    another, others = made("another")
 
     async def body(stack: Stack) -> None:
         async with stack.http(text) as http:
@@ -273,6 +274,10 @@ def test_requests_at_a_time_are_counted_until_they_are_over() -> None:
             }
             async with http.stream("POST", "/v1/completions", json=request) as streamed:
                 assert streamed.status_code == 200
+                assert (await http.get("/load")).json() == {"server_load": 1}
+                for key, seen in ((another, 0), (KEY, 1)):  # a client is told of its own requests alone
+                    async with stack.http(key) as other:
+                        assert (await other.get("/load")).json() == {"server_load": seen}
                 refused = await ask(http)
                 assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
             await answers(http, lambda status: status != 429)  # the client has hung up
@@ -280,7 +285,7 @@ def test_requests_at_a_time_are_counted_until_they_are_over() -> None:
             assert bad.status_code == 400
             assert (await ask(http)).status_code == 200, "what was refused is over, too"
 
-    with_stack(body, keys=ApiKeys([], (record,)))
+    with_stack(body, keys=ApiKeys([KEY], (record, others)))
 
 
 def test_a_stream_of_one_key_is_not_anothers() -> None:

@@ -108,8 +108,10 @@ def _health_routes(app: FastAPI, services: Services) -> None:
         return _json({"version": services.first.version})
 
     @app.get("/load")
-    async def load() -> Response:
-        return _json({"server_load": services.live})
+    async def load(request: Request) -> Response:
+        """Of all clients, for whoever runs the cluster; a client is told of its own."""
+        caller = _caller(request)
+        return _json({"server_load": caller.usage.running if caller.right is Right.USE else services.live})
 
     @app.get(METRICS)
     async def metrics(request: Request) -> Response:

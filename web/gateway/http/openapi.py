@@ -94,7 +94,12 @@ def _endpoints() -> list[Endpoint]:
         Endpoint("GET", "/readyz", "Whether a request could be served", health, open=True),
         Endpoint("GET", "/health", "Whether a request could be served", health, open=True),
         Endpoint("GET", "/version", "The release", {200: {JSON: record({"version": STRING})}}, open=True),
-        Endpoint("GET", "/load", "Requests under way", {200: {JSON: record({"server_load": INTEGER})}}),
+        Endpoint(
+            "GET",
+            "/load",
+            "Requests under way: all, or a client's own",
+            {200: {JSON: record({"server_load": INTEGER})}},
+        ),
         Endpoint("GET", "/metrics", "For Prometheus", {200: {TEXT: STRING}}, (403,)),
         Endpoint("GET", "/v1/models", "The model", {200: {JSON: record({"data": array(ref("Model"))})}}),
         Endpoint("GET", "/v1/models/{name}", "The model", model, (403, 404), parameters=(name,)),

@@ -35,6 +35,10 @@ def readable_pattern(pattern: str, keyword: str, schema: bool) -> str:
         elif within_class:
             within_class = piece != "]"
             piece = _in_class(piece, schema)
+        elif schema and piece == "[^]":
+            piece = r"[\s\S]"
+        elif schema and piece == "[]":
+            raise GrammarError(f"{keyword} {pattern[:80]!r}: an empty class ([]) matches nothing")
         elif piece in _REFUSED:
             raise GrammarError(f"{keyword} {pattern[:80]!r}: {_REFUSED[piece]} ({piece}) cannot be followed")
         else:

@@ -166,17 +166,7 @@ class MistralParser(_Marked):
         return self._after
 
     def _after_item(self, out: Parsed) -> bool:
-        self._take_space()
-        if not self._buffer:
-            return False
-        if self._buffer[0] == ",":
-            self._buffer = self._buffer[1:]
-            self._begin_call(JsonCall(self.begun, None), ",")
-            return True
-        if self._buffer[0] == "]":
-            self._buffer = self._buffer[1:]
-        self._state = self._content
-        return True
+        return self._next_item(lambda: JsonCall(self.begun, None), self._content)
 
     def _after_object(self, out: Parsed) -> bool:
         head, text = _separated(self._buffer)
@@ -263,17 +253,7 @@ class LlamaJsonParser(ToolParser):
         return self._after_item if self._list else self._between
 
     def _after_item(self, out: Parsed) -> bool:
-        self._take_space()
-        if not self._buffer:
-            return False
-        if self._buffer[0] == ",":
-            self._buffer = self._buffer[1:]
-            self._begin_call(JsonCall(self.begun, self._known), ",")
-            return True
-        if self._buffer[0] == "]":
-            self._buffer = self._buffer[1:]
-        self._state = self._between
-        return True
+        return self._next_item(lambda: JsonCall(self.begun, self._known), self._between)
 
     def _between(self, out: Parsed) -> bool:
         _, text = _separated(self._buffer)
@@ -337,17 +317,7 @@ class PythonicParser(ToolParser):
         return self._between
 
     def _between(self, out: Parsed) -> bool:
-        self._take_space()
-        if not self._buffer:
-            return False
-        if self._buffer[0] == ",":
-            self._buffer = self._buffer[1:]
-            self._begin_call(PythonCall(self.begun, self._known), ",")
-            return True
-        if self._buffer[0] == "]":
-            self._buffer = self._buffer[1:]
-        self._state = self._end_mark
-        return True
+        return self._next_item(lambda: PythonCall(self.begun, self._known), self._end_mark)
 
     def _end_mark(self, out: Parsed) -> bool:
         self._take_space()

@@ -139,6 +139,20 @@ class ToolParser(ABC):
             self._after_call = False
             out.content += said
 
+    def _next_item(self, make: Callable[[], CallScan], behind: Callable[[Parsed], bool]) -> bool:
+        """Of a list of calls: another one, or the end, behind which `behind` reads on."""
+        self._take_space()
+        if not self._buffer:
+            return False
+        if self._buffer[0] == ",":
+            self._buffer = self._buffer[1:]
+            self._begin_call(make(), ",")
+            return True
+        if self._buffer[0] == "]":
+            self._buffer = self._buffer[1:]
+        self._state = behind
+        return True
+
     def _take_space(self) -> str:
         """Take white space from the beginning of the buffer."""
         bare = self._buffer.lstrip()
