@@ -28,9 +28,8 @@ class Request:
     prompt: int
     output: int
     computed: int = 0  # positions
-    wanted: int = (
-        0  # positions that are computed as a prompt before the next token: prompt, and what was recomputed
-    )
+    # Positions that are computed as a prompt before the next token: prompt, and what was recomputed.
+    wanted: int = 0
     generated: int = 0
     joined: int = -1  # the decode step at which `generated` was right; -1: not decoding
 

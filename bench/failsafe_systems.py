@@ -18,9 +18,8 @@ from dataplane.core.ranks.recovery import Held, Plan, plan
 from kernels.ranks.layout import Layout, Shape, first_layout, next_layout
 
 DETECT_S = 0.1  # from a death to the decision, for all
-START_S = (
-    60.0  # of an engine: processes, libraries, graphs; a rank that returns starts while the others serve
-)
+# Of an engine: processes, libraries, graphs; a rank that returns starts while the others serve.
+START_S = 60.0
 DISK_BYTES_PER_S = 6e9  # weights for a restart, by all ranks of a machine together
 
 

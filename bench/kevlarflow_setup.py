@@ -19,9 +19,8 @@ FAIL_AT_S = 30.0  # emulated, after the first arrival
 # arrivals over 600 s that is the queue in front of 2.98 requests per second, 1.49 for each instance; at 390 tokens
 # of 163 ms that is 95 requests at a time.
 MAX_RUNNING = 95
-GRACE_S = (
-    10.0  # emulated: a fresh scheduler asks its stages what they hold of each request that comes within it
-)
+# Emulated: a fresh scheduler asks its stages what they hold of each request that comes within it.
+GRACE_S = 10.0
 # One-way seconds between four sites of the United States: Chicago, New York, Dallas, San Jose. An instance is in one
 # site, its peers in others, so that copies and borrowed nodes are always behind a wide-area link.
 SITE_LATENCY_S = (

@@ -169,9 +169,8 @@ class Fleet:
         self._hosts: list[Host] = []
         self.nodes: dict[str, Node] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._lease: LeaseKeeper | None = (
-            None  # of all: each node's own would be etcd's work and ours, and no controller's
-        )
+        # Of all: each node's own would be etcd's work and ours, and no controller's.
+        self._lease: LeaseKeeper | None = None
         self._room = asyncio.Semaphore(REGISTERING_MAX)
         for index in range(config.instances * config.stages):
             if index % NODES_PER_HOST == 0:

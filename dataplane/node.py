@@ -195,9 +195,8 @@ class Node:
         self._bad_frames = 0
         self._timeliness = Timeliness()
         self._leaving = False
-        self._moving = (
-            False  # a pipeline that we serve is being moved: its leader waits for each of our reports
-        )
+        # A pipeline that we serve is being moved: its leader waits for each of our reports.
+        self._moving = False
         self._stop = asyncio.Event()
 
     # ------------------------------------------------------------------ life

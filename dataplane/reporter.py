@@ -31,9 +31,8 @@ BEAT = ReportBatch(beats=(SLOT,), calm=True)
 IDLE_BEATS = 10  # a node that rests sends a whole report so often, in heartbeats
 # Counters go with each fourth of them: people look at them, and they are half of a report.
 COUNTERS_REPORTS = 4
-LINK_QUIET_S = (
-    0.4  # a link that was silent for so long, twice the pause between two pings, is watched as well
-)
+# A link that was silent for so long, twice the pause between two pings, is watched as well.
+LINK_QUIET_S = 0.4
 LATE_S = 0.02  # overdue timers since the last report: who hardly gets to run is watched at every heartbeat
 LONG_BEATS = 3  # a step that takes so long is watched at every heartbeat
 BACKOFF_FIRST_S = 0.05

@@ -127,9 +127,8 @@ class Worker:
         # Hears of steps with prompts of traced requests, and from when to when they were computed (monotonic seconds).
         self.on_traced: Callable[[StepMeta, float, float], None] | None = None
         self.topology: Topology | None = None  # the newest one applied
-        self._newest: Topology | None = (
-            None  # the newest one known: what is older than it need not be computed
-        )
+        # The newest one known: what is older than it need not be computed.
+        self._newest: Topology | None = None
         self._me = me
         self._executor = executor
         self._store = store

@@ -36,9 +36,8 @@ TURN_BYTES_MAX = 64 * 1024  # that are parsed before others have their turn
 TURN_PIECES_MAX = 1024
 MESSAGE_END = b"\r\n\r\n"  # of every head, and of every body in chunks
 PROBE_S = 0.5  # between two looks whether a client that has shut its side still reads
-CONTINUE = (
-    b"HTTP/1.1 100 Continue\r\n\r\n"  # says nothing, and a connection that is gone answers with a reset
-)
+# Says nothing, and a connection that is gone answers with a reset.
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class _Held:

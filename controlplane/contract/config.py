@@ -97,9 +97,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_model_len: Annotated[int, Range(0, 1 << 24)] = 0
     threads: Annotated[int, Range(1, 1024)] = 1  # compute threads of a node, or of each of its ranks
     device: Literal["cpu", "cuda"] = "cpu"
-    attention: Literal["exact", "xformers"] = (
-        "exact"  # exact: ours, equal bits on every path; xformers: GPUs only
-    )
+    # exact: ours, equal bits on every path; xformers: GPUs only.
+    attention: Literal["exact", "xformers"] = "exact"
     # Of products whose inputs several ranks may share. fixed: over shards that depend on the model alone, in 64-bit
     # fixed point, the same bits for any number of ranks; CPUs only, and no quantised weights or mixtures of experts.
     # auto: fixed where a node has several ranks.
@@ -283,15 +282,12 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Where processes of the cluster reach each other, for firewalls: a port or a range, of which each process takes the
     # first that is free, n3 beginning with the fourth. "": any free ones.
     controller_ports: Annotated[str, PORTS] = ""  # gRPC: reports of nodes, figures of gateways
-    node_ports: Annotated[str, PORTS] = (
-        ""  # gRPC: gateways, and weights for other nodes; one for each node of a host
-    )
-    link_ports: Annotated[str, PORTS] = (
-        ""  # links between nodes: activations and KV; one for each node of a host
-    )
-    database_url: Annotated[str, Text(r"|[a-z0-9+]+://.*", "empty, or DIALECT+DRIVER://...")] = (
-        ""  # "": SQLite in run_dir
-    )
+    # gRPC: gateways, and weights for other nodes; one for each node of a host.
+    node_ports: Annotated[str, PORTS] = ""
+    # Links between nodes: activations and KV; one for each node of a host.
+    link_ports: Annotated[str, PORTS] = ""
+    # "": SQLite in run_dir.
+    database_url: Annotated[str, Text(r"|[a-z0-9+]+://.*", "empty, or DIALECT+DRIVER://...")] = ""
     transport: Literal["auto", "ucx", "sockets"] = "auto"  # what links between nodes travel on
     engine: EngineConfig = EngineConfig()
     timing: TimingConfig = TimingConfig()

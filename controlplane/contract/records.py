@@ -143,9 +143,8 @@ class Operation(msgspec.Struct, frozen=True):
 
     id: str
     kind: OperationKind
-    node: NodeId = (
-        ""  # transfer-leader: the controller that is to lead; restart: a RestartScope, or an instance
-    )
+    # transfer-leader: the controller that is to lead; restart: a RestartScope, or an instance.
+    node: NodeId = ""
     substitute: NodeId | None = None  # replace --with
     # replace without --with: the incarnation that has to make way for a fresh one
     incarnation: str | None = None

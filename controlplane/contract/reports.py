@@ -27,9 +27,8 @@ REPORT_STRETCH_MAX = 4  # ... and to a controller of very many so many times as 
 REPORTS_PER_S_MAX = 1000  # that a controller asks for without news, of all nodes together
 
 
-NO_LINK = (
-    "no link: "  # how the reason begins where the peer speaks another version, so that no link can be opened
-)
+# How the reason begins where the peer speaks another version, so that no link can be opened.
+NO_LINK = "no link: "
 
 
 class LinkReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -53,9 +52,8 @@ class TargetReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     target: Member
     lag_tokens: int  # in whole blocks, written here and not acknowledged there
-    behind_s: float = (
-        0.0  # as long as that takes at the rate of the last half second; also when it cannot be told
-    )
+    # As long as that takes at the rate of the last half second; also when it cannot be told.
+    behind_s: float = 0.0
 
 
 class StepTimes(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -124,9 +122,8 @@ class NodeReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     blocks_total: int = 0
     busy_s: float = 0.0  # age of the computation under way; 0: none
     usual_s: float = 0.0  # how long one of its size usually takes here; 0: unknown
-    still_s: float | None = (
-        None  # of `busy_s`, at the end, without any progress; None: its device cannot tell
-    )
+    # Of `busy_s`, at the end, without any progress; None: its device cannot tell.
+    still_s: float | None = None
     poisoned: int = 0  # requests whose numbers were finite when they came and not when they left
     times: tuple[StepTimes, ...] = ()
     timed_s: float = 0.0  # how long a timer has run since start, again and again ...

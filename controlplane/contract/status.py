@@ -222,9 +222,8 @@ class OperationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     version: str = ""  # restart: of the code that the fresh processes have to run; "": they have to be equal
     settings: str = ""  # restart: digest of the settings that they have to have
     instances: int = 0  # scale: so many are wanted
-    if_epoch: int | None = (
-        None  # refused unless the topology's counter is this one as the operation is written
-    )
+    # Refused unless the topology's counter is this one as the operation is written.
+    if_epoch: int | None = None
     reason: Annotated[str, msgspec.Meta(max_length=REASON_CHARS_MAX, pattern=SHOWABLE)] = ""  # for the audit
 
     def is_for(self, known: Operation) -> bool:

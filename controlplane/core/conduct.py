@@ -46,9 +46,8 @@ class _Probation:
 
 @dataclass(frozen=True, slots=True)
 class Symptoms:
-    stuck_s: float = (
-        0.0  # its computation takes far longer than usual, on a device that does not say whether it advances
-    )
+    # Its computation takes far longer than usual, on a device that does not say whether it advances.
+    stuck_s: float = 0.0
     still_s: float = 0.0  # its computation has not advanced for so long
     advances: bool = False  # it computes, and was seen to advance
     poisoned: int = 0  # requests whose numbers it spoilt lately

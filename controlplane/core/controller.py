@@ -73,9 +73,8 @@ class Controller:
         self._topology: Slot[Topology] = Slot()
         self._operations: dict[str, Slot[Operation]] = {}
         self._timers = Timers(self._limits)
-        self._lost: Topology | None = (
-            None  # the newest one that was in etcd, if etcd has none now, or an older one
-        )
+        # The newest one that was in etcd, if etcd has none now, or an older one.
+        self._lost: Topology | None = None
         self._recovered: dict[PipelineId, int] = {}  # newest epoch whose recovery is on record
         self._blemishes: tuple[str, ...] = ()  # of the topology as it stands
         self._refused: tuple[str, ...] = ()  # of the last plan

@@ -41,9 +41,8 @@ class Evidence:
     leaving: bool = False  # it said that it is about to exit
     ended: bool = False  # its process is no more: the kernel of its host says so
     stuck_s: float = 0.0  # by its own word its computation takes that long, far longer than usual
-    still_s: float = (
-        0.0  # by its own word its computation has not advanced for so long, which no slow one does
-    )
+    # By its own word its computation has not advanced for so long, which no slow one does.
+    still_s: float = 0.0
     poisoned: int = 0  # requests whose numbers were finite when they came and not when they left, of late
     peers_poisoned: bool = False  # its peers had such requests, too: then it is the requests
     probation: str = ""  # why it is not trusted for a while

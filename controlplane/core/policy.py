@@ -24,9 +24,8 @@ class Limits:
     """Bounds of automation. Seconds; tests shorten them."""
 
     moves_max: int = 2  # at once over the whole group: copies compete with serving for the links
-    gather_s: float = (
-        5.0  # borrowed stages stay where they are until nobody has moved for so long (gather.py)
-    )
+    # Borrowed stages stay where they are until nobody has moved for so long (gather.py).
+    gather_s: float = 5.0
     settle_s: float = 3.0  # a copy that is only in the wrong place waits until nobody has moved for so long
     copy_limit_s: float = 60.0  # then the move is called off ...
     bar_s: float = 30.0  # ... and not tried again for so long

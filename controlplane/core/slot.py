@@ -18,9 +18,8 @@ class Slot(Generic[T]):
     mod_revision: int = 0
     pending: T | None = None
     asked_at: float | None = None  # a read is wanted since then
-    unknown: bool = (
-        False  # what is there cannot be read: `value` is the last good one, and nothing is written
-    )
+    # What is there cannot be read: `value` is the last good one, and nothing is written.
+    unknown: bool = False
 
     @property
     def busy(self) -> bool:

@@ -57,9 +57,8 @@ class HistoryWriter:
         self._singly: deque[Record] = deque()  # of a batch that was refused: each becomes a batch
         self._news = asyncio.Event()
         self._tried = asyncio.Event()  # whether the database is there has been found out
-        self._upgraded = (
-            False  # it has our schema: what it cannot write, on a full disk say, it can still read
-        )
+        # It has our schema: what it cannot write, on a full disk say, it can still read.
+        self._upgraded = False
         self._since_prune = 0
         self._figures_since_prune = 0
         self.written = 0

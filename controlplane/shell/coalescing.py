@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SHARE = (
-    0.5  # of what a decision takes: it is made earlier by so much at most, and without what comes meanwhile
-)
+# Of what a decision takes: it is made earlier by so much at most, and without what comes meanwhile.
+SHARE = 0.5
 WAIT_S_MAX = 0.05
 FORGET = 0.9  # a decision that had effects replaces the longest one so far, less a tenth for each since
 

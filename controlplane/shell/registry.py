@@ -46,9 +46,8 @@ class Registry:
         self.view = View(keys, group)
         self.synced = asyncio.Event()  # the first snapshot is in the inbox
         self.retired = asyncio.Event()  # this very process has to make way for a fresh one
-        self.obstacle = (
-            ""  # why this controller must not lead: what it would rewrite is newer, or cannot be read
-        )
+        # Why this controller must not lead: what it would rewrite is newer, or cannot be read.
+        self.obstacle = ""
         self.blocked = asyncio.Event()  # while there is an obstacle
         self.free = asyncio.Event()  # while there is none
         self._me = me

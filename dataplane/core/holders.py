@@ -24,9 +24,8 @@ from controlplane.contract.loads import REQUEST_WORK
 from controlplane.contract.topology import HOLDER_MODES, Pipeline, Topology
 from dataplane.core.messages import Place
 
-CANDIDATES = (
-    8  # instances that an instance chooses among: those next to it in the ring, to whom it keeps links
-)
+# Instances that an instance chooses among: those next to it in the ring, to whom it keeps links.
+CANDIDATES = 8
 RECOVERY_WEIGHT = 1.0  # lambda
 # Copies that move for the sake of loads, or because their holder is gone: each is sent again as a whole.
 MOVES_PER_S = 4.0

@@ -82,9 +82,8 @@ class StepMeta(msgspec.Struct, frozen=True, array_like=True, tag=1):
     evicts: bytes = b""  # names of blocks that are kept and are not to be any more, NAME_BYTES each
     seals: bytes = b""  # names of the blocks that the rows fill, in the order of rows and of positions
     drops: tuple[int, ...] = ()  # requests of which nothing counts that is here: it is not kept either
-    drafts: bytes = (
-        b""  # int32, little endian: the drafted tokens of the rows, in their order; for the last stage
-    )
+    # int32, little endian: the drafted tokens of the rows, in their order; for the last stage.
+    drafts: bytes = b""
     places: tuple[Place, ...] = ()  # what has changed of who holds copies
     # `Submit.trace` of the traced requests whose prompts are in it: each stage makes a span of its computation below.
     traces: tuple[str, ...] = ()
@@ -179,9 +178,8 @@ class Block(msgspec.Struct, frozen=True, array_like=True):
     tokens: int  # valid tokens in the request once this block is stored
     checksum: int  # CRC-32 of its bytes
     name: bytes = b""  # of a full one
-    data: bool = (
-        True  # its bytes are in the payload; else the holder has a block of this name, as far as is known
-    )
+    # Its bytes are in the payload; else the holder has a block of this name, as far as is known.
+    data: bool = True
 
 
 class KvMeta(msgspec.Struct, frozen=True, array_like=True, tag=6):

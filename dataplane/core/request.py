@@ -95,24 +95,20 @@ class Request:
     output: list[Token] = field(default_factory=list)  # as it was delivered
     phase: Phase = Phase.WAITING
     issued: int = 0
-    settled: int = (
-        0  # positions whose KV stages have been told to be what the log says: `issued` or, with drafts, less
-    )
-    drafts_from: int = (
-        0  # position from which on blocks are its own alone, so that drafts may be written to them
-    )
-    followed: bool = (
-        False  # it has had a token in the present fence: its grammar, if it has one, is compiled there
-    )
+    # Positions whose KV stages have been told to be what the log says: `issued` or, with drafts, less.
+    settled: int = 0
+    # Position from which on blocks are its own alone, so that drafts may be written to them.
+    drafts_from: int = 0
+    # It has had a token in the present fence: its grammar, if it has one, is compiled there.
+    followed: bool = False
     ngrams: NgramIndex | None = None  # of its log, while it runs and drafts are made of it
     computed: int = 0  # positions that had run before a recovery, as far as is known here
     attempt: int = 0  # preemptions and recoveries: results of an older attempt are not for this one
     announced: bool = False  # the last stage knows the token log, in the present fence
     cached: int = 0  # positions that it began with, found in the cache
     turn: int = 0  # of the batcher, when it last had rows
-    blocked_at: float | None = (
-        None  # since when the last stage compiles its grammar: it has no rows until then
-    )
+    # Since when the last stage compiles its grammar: it has no rows until then.
+    blocked_at: float | None = None
     interrupted: bool = False  # by a failure or a move, and since then it has had no token
     orphaned_at: float | None = None
     context: bytes | None = None  # of the gateway that may resume it; None: nobody may

@@ -30,9 +30,8 @@ class Prepared:
     # [K] the draft before what is sampled (0 where there is none), for the last stage of a step with drafts.
     drafts: npt.NDArray[np.int32] | None = None
     foresight: Foresight | None = None  # what grammars allow behind them
-    scored: ScoreRows | None = (
-        None  # tokens of prompts whose log probabilities are asked for; last stage only
-    )
+    # Tokens of prompts whose log probabilities are asked for; last stage only.
+    scored: ScoreRows | None = None
 
     @property
     def logit_rows(self) -> npt.NDArray[np.int32]:

@@ -45,9 +45,8 @@ ANSWERS = msgspec.msgpack.Decoder(Answer)
 LOOK_S = 0.05  # between two looks at what ranks that do not answer are doing
 STOPPED_S = 0.1  # a rank that is stopped is waited for that long: before anybody suspects the node
 IDLE_STOPPED_S = 0.25  # while nothing is computed
-MISSING_S = (
-    5.0  # a rank that computes waits for another one that long, and the node for an end that it has asked for
-)
+# A rank that computes waits for another one that long, and the node for an end that it has asked for.
+MISSING_S = 5.0
 PREPARE_LIMIT_S = 600.0  # packing the weights of a large stage
 FRESH_MAX = 3  # times that all ranks are started at once for one step
 START_LIMIT_S = 10.0  # a fork

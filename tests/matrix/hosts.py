@@ -48,9 +48,8 @@ ROOT = Path(__file__).parents[2]
 KEPT = Path(".pytest_cache", "matrix")  # of cells that failed
 EVENTS_KEPT = 200
 DISK_MB = {"etcd": 256, "database": 4, "other": 8}
-CLIENT_PATIENCE_S = (
-    8.0  # without a byte from its gateway, which sends a comment every 5 s: then it asks the other one
-)
+# Without a byte from its gateway, which sends a comment every 5 s: then it asks the other one.
+CLIENT_PATIENCE_S = 8.0
 
 # Oracle: no tensors, a token is a hash of what the KV blocks hold. Computing: the demo model, two threads a node.
 ORACLE = EngineConfig(executor="oracle", pool_blocks=1024)

@@ -160,9 +160,8 @@ class World:
                     raise AssertionError(refused.message)
 
     def turn(self) -> None:
-        self.now += (
-            0.1  # what a step takes here: long enough for a draft model's passes to pay on any machine
-        )
+        # What a step takes here: long enough for a draft model's passes to pay on any machine.
+        self.now += 0.1
         if not self.steps:
             rids = tuple(self.stages[-1].rules.answers())
             self.perform(self.scheduler.step(ReadyMeta("p0", self.stages[-1].fence, rids), self.now))

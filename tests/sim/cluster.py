@@ -24,9 +24,8 @@ from tests.sim.schedule import Schedule
 from tests.sim.world import OURS, Process, World
 
 FORM_LIMIT_S = 15.0
-SETTLE_LIMIT_S = (
-    45.0  # virtual; ends and leases, silences and steadiness, orphans and hand-backs one after another
-)
+# Virtual; ends and leases, silences and steadiness, orphans and hand-backs one after another.
+SETTLE_LIMIT_S = 45.0
 LOOK_S = 0.25
 LAUNCH_S = 0.3  # between two looks of a launcher
 OPERATOR_S = 1.0  # between two looks of the operator who wants everything as on the first day

@@ -29,9 +29,8 @@ from web.admin.service import AdminService
 
 PERIOD_S = 0.25
 FIGURES_S = 2.0  # figures that always change are told so often
-REST = (
-    10.0  # times as long as a status took to make, until the next: watching costs a tenth of a core at most
-)
+# Times as long as a status took to make, until the next: watching costs a tenth of a core at most.
+REST = 10.0
 DIFFERENCES_KEPT = 16
 RING_LEN_MAX = 500
 INCIDENTS_MAX = 50
@@ -61,9 +60,8 @@ class Feed:
         self._version = 0
         self._closed = False
         self._status: ClusterStatus | None = None  # as of `_version`
-        self._seen: tuple[ClusterStatus, ClusterStatus] | None = (
-            None  # the newest one, and what is shown of it
-        )
+        # The newest one, and what is shown of it.
+        self._seen: tuple[ClusterStatus, ClusterStatus] | None = None
         self._whole = b""  # `_status` in JSON, made when somebody needs it
         # The newest ones, by version.
         self._differences: deque[tuple[int, bytes]] = deque(maxlen=DIFFERENCES_KEPT)

@@ -60,16 +60,13 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A game day. Its file has these names, in TOML."""
 
     faults: tuple[Fault, ...] = ()
-    for_s: Seconds = (
-        0.0  # no fault begins later, and the load goes on for so long; 0: until all faults are over
-    )
+    # No fault begins later, and the load goes on for so long; 0: until all faults are over.
+    for_s: Seconds = 0.0
     max_unavailable: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1  # processes, at any time
-    pause_max_s: Annotated[float, msgspec.Meta(gt=0.0)] = (
-        10.0  # of a stream without a token; else it ends early
-    )
-    home_max_s: Annotated[float, msgspec.Meta(gt=0.0)] = (
-        120.0  # until all is home after a fault; else it ends early
-    )
+    # Of a stream without a token; else it ends early.
+    pause_max_s: Annotated[float, msgspec.Meta(gt=0.0)] = 10.0
+    # Until all is home after a fault; else it ends early.
+    home_max_s: Annotated[float, msgspec.Meta(gt=0.0)] = 120.0
     streams: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 8  # at a time
     tokens: Annotated[int, msgspec.Meta(ge=16, le=65536)] = 192  # of each
     seed: int = 0  # of what is drawn

@@ -10,9 +10,8 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-MOVABLE = (
-    16  # requests of a rank that are looked at, the oldest: a start costs no more in a stage of hundreds
-)
+# Requests of a rank that are looked at, the oldest: a start costs no more in a stage of hundreds.
+MOVABLE = 16
 
 
 @dataclass(frozen=True, slots=True)

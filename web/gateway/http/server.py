@@ -24,9 +24,8 @@ log = structlog.get_logger()
 STOP_GRACE_S = 5.0  # answers in one piece may finish for so long
 DATE_S = 1.0  # how long the date of answers stays the same
 ACCEPT_TURNS_MAX = 100  # of the loop, for connections that wait to be accepted at a stop
-ACCEPTED_TURNS = (
-    3  # from there to a protocol: asyncio drops what it has no transport for when the server is closed
-)
+# From there to a protocol: asyncio drops what it has no transport for when the server is closed.
+ACCEPTED_TURNS = 3
 TELL_S = 2.0  # after that they are told within this, then connections are cut
 
 

@@ -196,9 +196,8 @@ class EventOptions(Strict):
     """Of any stream. `include_event_ids`: false for readers that take every line for data (load generators do)."""
 
     include_event_ids: bool | None = None
-    include_obfuscation: bool | None = (
-        None  # padding against those who look at the size of packets: it is no text
-    )
+    # Padding against those who look at the size of packets: it is no text.
+    include_obfuscation: bool | None = None
 
 
 class StreamOptions(EventOptions):

@@ -156,9 +156,8 @@ class ResponsesRequest(Request):
     reasoning: Reasoning | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=TOOLS_MAX, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
-    max_tool_calls: Annotated[int, Field(ge=1)] | None = (
-        None  # of tools that a server runs: here it runs none
-    )
+    # Of tools that a server runs: here it runs none.
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None
     parallel_tool_calls: bool | None = None
     include: Annotated[list[str], Field(max_length=INCLUDE_MAX)] | None = None
     truncation: Literal["auto", "disabled"] | None = None

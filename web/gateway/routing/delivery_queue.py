@@ -83,9 +83,8 @@ class DeliveryQueue:
         self._hold = hold
         self._waiting = 0  # bytes, about
         self._held = 0  # of these
-        self.full = (
-            False  # what waited has been given up, and nothing more is taken in: there is only the error
-        )
+        # What waited has been given up, and nothing more is taken in: there is only the error.
+        self.full = False
 
     def put(self, item: Item) -> None:
         if isinstance(item, tuple):

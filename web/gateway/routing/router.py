@@ -319,9 +319,8 @@ class Router:
 
     def _on_superseded(self, live: LiveRequest, refusal: Refused, now: float, out: list[Effect]) -> None:
         if refusal.reader is not None and refusal.reader <= live.reader:
-            self.counts["stale_refusal"] += (
-                1  # of a Submit before the last one, which named an earlier reader
-            )
+            # Of a Submit before the last one, which named an earlier reader.
+            self.counts["stale_refusal"] += 1
         elif live.overtake(refusal):
             self.counts["overtaken"] += 1
             self._hold(live, now, live.how)

@@ -27,9 +27,8 @@ class Kind(Enum):
     """How the tokenizer's decoder makes text."""
 
     BYTE_LEVEL = "byte_level"  # each token names its bytes (GPT-2, Llama 3, Qwen)
-    TOKENWISE = (
-        "tokenwise"  # a token's text depends on nothing but whether it is the first (Llama 2, T5, BERT)
-    )
+    # A token's text depends on nothing but whether it is the first (Llama 2, T5, BERT).
+    TOKENWISE = "tokenwise"
     OTHER = "other"  # it may depend on more: only the library itself knows
 
 
