@@ -254,6 +254,8 @@ class Replicator:
             return
         lines = [(p, s, source) for p, s in self._protected.items() for source in s.sources.values()]
         for pipeline, state, source in lines:
+            if source.waiting and (over := source.unclaimed(self._store.copies.of(pipeline))):
+                self._drop(pipeline, state.fence, source, over, keep=source.target not in state.full)
             if source.must_ask(now):
                 self._send_later(source.target, KvQueryMeta(pipeline, state.fence, self.numerics), b"")
         for _ in range(len(lines)):
@@ -371,7 +373,8 @@ class Replicator:
             for rid, _ in meta.held:  # perhaps since it lacks what it was told that it has
                 source.there.difference_update(self._names(meta.pipeline, rid))
         # What waits here to be taken up may still be claimed: its other copies must not go before.
-        unknown = [rid for rid in unknown if (meta.pipeline, rid) not in self._store.copies.rows]
+        source.waiting.update(rid for rid in unknown if (meta.pipeline, rid) in self._store.copies.rows)
+        unknown = [rid for rid in unknown if rid not in source.waiting]
         there = unpack_names(meta.names)
         if meta.whole:
             source.wrote(self._rids(meta.pipeline))

@@ -7,7 +7,7 @@ one is recomputed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from controlplane.contract.ids import Member
@@ -84,6 +84,8 @@ class ReplicaSource:
         self._dropped: set[int] = set()  # freed while a question was open: the answer may still name them
         # Freed, and not yet gone there for all we know: since when, oldest first.
         self._leaving: dict[int, float] = {}
+        # The holder has copies of these, and so has this node, where they may still be taken up: nothing goes yet.
+        self.waiting: set[int] = set()
         self._now = 0.0  # of the last `must_ask`, which comes with every turn
 
     def must_ask(self, now: float) -> bool:
@@ -107,6 +109,7 @@ class ReplicaSource:
         self.kept_waits = False
         self._dropped.clear()
         self._leaving.clear()  # the answer names what is left
+        self.waiting.clear()
 
     def wrote(self, rids: Iterable[int]) -> None:
         """The requests have KV here that the holder may lack."""
@@ -129,6 +132,7 @@ class ReplicaSource:
         for rid in rids:
             self._leaving.pop(rid, None)
             self._leaving[rid] = self._now
+            self.waiting.discard(rid)
             if not self.known and self._asked_at is not None:
                 self._dropped.add(rid)
             self._progress.pop(rid, None)
@@ -180,6 +184,7 @@ class ReplicaSource:
             held = [item for item in held if item[0] not in self._dropped]
             self._leaving = {rid: since for rid, since in self._leaving.items() if rid in self._dropped}
             self._dropped.clear()
+            self.waiting.clear()
             self.known = True
             self._progress.clear()
             self._unacked.clear()
@@ -218,6 +223,14 @@ class ReplicaSource:
             self._rate = self._counted / (now - self._counted_since)
             self._counted, self._counted_since = 0, now
         return unknown
+
+    def unclaimed(self, copies: Collection[int]) -> tuple[int, ...]:
+        """Of what waited to be taken up: what is not among the `copies` here any more, and not served. To be `freed`.
+
+        Its scheduler has named all that is alive, or its copy here made room."""
+        over = [rid for rid in self.waiting if rid not in copies]
+        self.waiting.difference_update(over)
+        return tuple(rid for rid in over if self._tokens_of(rid) == 0)
 
     def room(self) -> None:
         """The holder, which had refused something, has room again: nothing waits any longer."""

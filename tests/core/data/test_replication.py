@@ -11,7 +11,19 @@ import pytest
 from controlplane.contract.ids import Member
 from dataplane._fast.blocktable import Rows
 from dataplane.core.blocks import KvStore
-from dataplane.core.messages import Block, Fence, KvAckMeta, KvDropMeta, KvMeta, KvQueryMeta, Meta, pack_rows
+from dataplane.core.messages import (
+    Block,
+    Fence,
+    KvAckMeta,
+    KvDropMeta,
+    KvMeta,
+    KvQueryMeta,
+    Meta,
+    Place,
+    RejoinMeta,
+    pack_rows,
+)
+from dataplane.core.prefix import NAME_BYTES
 from dataplane.core.replication import (
     ANSWER_LIMIT_S,
     COPY_EVERY_S,
@@ -22,6 +34,7 @@ from dataplane.core.replication import (
     Copy,
     ReplicaSource,
 )
+from dataplane.core.stage import Stage
 from dataplane.kvcache import KVCache
 from dataplane.replica import Replicator
 from dataplane.transport.frames import Buffer
@@ -147,6 +160,74 @@ def test_a_holder_says_that_copies_are_gone() -> None:
     done(holder.pump(0.0))
     assert sent == [KvAckMeta("p0", Fence(1), ((1, 0), (2, 0)))]
     assert not store.copies.rows
+
+
+@pytest.mark.parametrize("targets", [[], [HOLDER]], ids=["placed", "full"])
+@pytest.mark.parametrize("how", ["ended", "made room"])
+def test_a_copy_that_waited_to_be_taken_up_ends_elsewhere_too_when_nobody_has_claimed_it(
+    targets: list[Member], how: str
+) -> None:
+    """The stage has moved here with its copies, and the holder of single requests has one of its predecessor's."""
+    sent: list[Meta] = []
+
+    def send(_member: Member, meta: Meta, _payload: Buffer) -> bool:
+        sent.append(meta)
+        return True
+
+    kv = KVCache(4, 1, 1, 4, 1, "float32")
+    store = KvStore(4, 4, 4, 8)
+    moved = Replicator(store, kv, here, send)
+    data, fence, stage = bytes(kv.block_bytes), Fence(2), Stage("p0", 0, 2, 2, store)
+    blocks = tuple(Block(rid, 0, 4, zlib.crc32(data)) for rid in (1, 2))
+    done(moved.store_copies(Member("n1", "a"), KvMeta("p0", Fence(1), blocks), memoryview(data * 2)))
+    moved.protect("p0", 2, targets, {"p2": HOLDER})
+    done(moved.pump(0.0))
+    moved.acknowledged(HOLDER, KvAckMeta("p0", fence, ((1, 4), (2, 4), (3, 4)), whole=True), 0.1)
+    done(moved.pump(0.1))
+    drops = [meta for meta in sent if isinstance(meta, KvDropMeta)]
+    assert [drop.rids for drop in drops] == [(3,)], "the others may still be claimed"
+    sent.clear()
+
+    if how == "made room":
+        store.copies.evict_row(("p0", 1))
+        done(moved.pump(0.2))
+        assert [meta.rids for meta in sent if isinstance(meta, KvDropMeta)] == [(1,)]
+        sent.clear()
+    moved.rejoin(stage, RejoinMeta("p0", fence, 0, (), complete=True, adopts=False))
+    done(moved.pump(0.3))
+    dropped = [rid for meta in sent if isinstance(meta, KvDropMeta) for rid in meta.rids]
+    assert sorted(dropped) == ([1, 2] if how == "ended" else [2])
+    moved.acknowledged(HOLDER, KvAckMeta("p0", fence, ((1, 0), (2, 0), (3, 0))), 0.4)
+    sent.clear()
+    done(moved.pump(50.0))
+    assert not sent, "told once, and heard of"
+
+
+def test_a_copy_that_waited_and_was_taken_up_is_not_dropped_elsewhere() -> None:
+    sent: list[Meta] = []
+
+    def send(_member: Member, meta: Meta, _payload: Buffer) -> bool:
+        sent.append(meta)
+        return True
+
+    kv = KVCache(4, 1, 1, 4, 1, "float32")
+    store = KvStore(4, 4, 4, 8)
+    moved = Replicator(store, kv, here, send)
+    data, fence, stage, name = bytes(kv.block_bytes), Fence(2), Stage("p0", 0, 2, 2, store), b"n" * NAME_BYTES
+    copies = KvMeta("p0", Fence(1), (Block(1, 0, 4, zlib.crc32(data), name),))
+    done(moved.store_copies(Member("n1", "a"), copies, memoryview(data)))
+    moved.protect("p0", 2, [], {"p2": HOLDER})
+    done(moved.pump(0.0))
+    moved.acknowledged(HOLDER, KvAckMeta("p0", fence, ((1, 4),), whole=True), 0.1)
+    assert moved.rejoin(stage, RejoinMeta("p0", fence, 0, (1,), complete=True, names=(name,))).held == (
+        (1, 4),
+    )
+    moved.place("p0", (Place(1, ("p2",)),))
+    done(moved.pump(0.2))
+    moved.acknowledged(HOLDER, KvAckMeta("p0", fence, ((1, 4),), whole=True), 0.3)
+    done(moved.pump(0.4))
+    assert not [meta for meta in sent if isinstance(meta, KvDropMeta | KvMeta)]
+    assert moved.copied("p0") == [(1, "p2")]
 
 
 def test_a_refused_block_is_tried_again_after_a_pause() -> None:
