@@ -169,8 +169,8 @@ def _open(s: Situation, pipeline: Pipeline, stage: int, node: str) -> Member | N
 
 
 def tidy(s: Situation) -> Topology | None:
-    """Retired processes that have made way for fresh ones are no longer named."""
-    left = [m for m in s.topology.retired if _newest(s, m)]
+    """Retired processes that have made way for fresh ones, or have ended and leave the cluster, are no longer named."""
+    left = [m for m in s.topology.retired if _newest(s, m) and not _left(s, m)]
     return successor(s.topology, retired=left) if len(left) < len(s.topology.retired) else None
 
 
@@ -180,6 +180,13 @@ def _newest(s: Situation, member: Member) -> bool:
         return view.member == member
     newest = s.policy.peers.find(member.node)  # a controller or a gateway
     return newest is None or newest == member
+
+
+def _left(s: Situation, member: Member) -> bool:
+    """Whether it has ended, and its node leaves the cluster: no launcher starts another."""
+    view = s.nodes.views.get(member.node)
+    registered = view is not None and view.registered
+    return member.node in s.topology.leaving and not registered and member not in s.nodes.faulty
 
 
 URGENT: tuple[Rule, ...] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from controlplane.contract.events import EventKind
 from controlplane.contract.hosting import free_homes, number_of, wanted_here, wanted_nodes
@@ -12,7 +13,7 @@ from controlplane.core.edit import initial, successor
 from controlplane.core.policy import LEAVING
 from tests.core.control.operating import done
 from tests.core.control.sim import Sim, formed
-from tests.core.control.world import make_config
+from tests.core.control.world import World, make_config
 
 
 def test_instances_of_many_stages_are_fewer() -> None:
@@ -272,3 +273,22 @@ def test_who_leaves_runs_until_nothing_names_it() -> None:
     busy = successor(sim.topology, leaving={"n1"})
     assert wanted_here(busy, config).run == ("n0", "n1")
     assert wanted_here(busy, config).stop == ()
+
+
+def test_who_was_to_restart_and_leaves_is_forgotten_once_it_has_ended() -> None:
+    """A node is replaced while its instance is taken out of service: nobody starts a fresh process of it."""
+    world = World(make_config(2, 1, spares=1))
+    world.settle()
+    both = (world.member("n1"), world.member("n2"))
+    (p0,) = (p for p in world.topology.pipelines if p.id == "p0")
+    world.topology = replace(successor(world.topology, leaving={"n1"}), pipelines=(p0,), retired=both)
+    world.kill("n2")
+    world.settle()
+    assert set(world.topology.retired) == set(both), "n1 has not ended, and n2 will be started again"
+    world.kill("n1")
+    world.settle()
+    assert world.topology.retired == (both[1],)
+    del world.records["n1"]
+    world.topology = successor(world.topology, retired=both)
+    world.settle()
+    assert world.topology.retired == (both[1],)

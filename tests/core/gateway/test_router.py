@@ -107,6 +107,32 @@ def test_held_then_failed_after_the_grace() -> None:
     assert (fail.code, fail.retry_after_s > 0) == (FailCode.UNAVAILABLE, True)
 
 
+def test_what_comes_while_all_pipelines_are_down_for_a_moment_waits() -> None:
+    """etcd's topology was an older one for 20 ms, of before the pipelines were formed."""
+    bench = Bench()
+    bench.two_up()
+    bench.topology(pipeline("p0", None, 2), pipeline("p1", None, 2))
+    assert bench.submit() == []
+    bench.topology(pipeline("p0", None, 2), pipeline("p1", B, 3))
+    assert [m for m, _ in sent(bench.do(StreamUp(B), 0.02))] == [B]
+    bench.topology(pipeline("p0", None, 2), pipeline("p1", None, 4))
+    bench.do(Tick(), 4.9)
+    assert only(bench.submit(2), Fail) == []
+    bench.do(Tick(), 0.2)
+    bench.submit(3)
+    assert bench.failed.keys() == {1, 3}, "down for longer than a request would wait: nothing new is taken"
+    bench.do(Tick(), 4.9)
+    assert bench.failed[2].code is FailCode.UNAVAILABLE
+    assert bench.router.live == 0
+
+
+def test_no_pipeline_was_ever_up() -> None:
+    bench = Bench()
+    bench.topology(pipeline("p0", None, 0), pipeline("p1", None, 0))
+    bench.submit()
+    assert bench.failed[1].code is FailCode.UNAVAILABLE
+
+
 def test_returns_home_within_the_patience() -> None:
     bench = Bench()
     bench.two_up()

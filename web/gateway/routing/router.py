@@ -78,6 +78,7 @@ class Router:
         self._wave = Wave()
         self._recoveries: Recoveries | None = None  # where interrupted requests have holders of their own
         self.pipelines_up = 0
+        self._down_since: float | None = None  # None: a pipeline is up, or none ever was
         self.closing = False
         self._told: dict[int, None] = {}  # rids whose end was told to a scheduler, newest last, bounded
 
@@ -165,7 +166,7 @@ class Router:
     def _on_submit(self, event: SubmitAsked, now: float, out: list[Effect]) -> None:
         if self.closing:
             out.append(Fail(event.rid, FailCode.UNAVAILABLE, "the gateway is shutting down", 1))
-        elif not self.pipelines_up:
+        elif not self.pipelines_up and not self._just_down(now):
             out.append(Fail(event.rid, FailCode.UNAVAILABLE, "no pipeline is up: try again later", 1))
         elif len(self._live) >= self.live_max and event.rid not in self._live:
             text = f"this gateway has {self.live_max} requests in progress: try again later"
@@ -186,6 +187,11 @@ class Router:
             self._loads.count(live)
             self._held.put(live)
 
+    def _just_down(self, now: float) -> bool:
+        """Whether the last pipeline went down so short a time ago that new requests wait for its return, as those do
+        that it had."""
+        return self._down_since is not None and now - self._down_since < self.policy.grace_s
+
     def _on_cancel(self, event: CancelAsked, out: list[Effect]) -> None:
         live = self._forget(event.rid)
         if live is not None:
@@ -199,7 +205,12 @@ class Router:
         self._recoveries = Recoveries(self._wave, fixed) if topology.mode in HOLDER_MODES else None
         self._wake()
         old, self._pipelines = self._pipelines, {p.id: p for p in topology.pipelines}
+        were_up = self.pipelines_up
         self.pipelines_up = sum(p.scheduler is not None for p in topology.pipelines)
+        if self.pipelines_up:
+            self._down_since = None
+        elif were_up:
+            self._down_since = now
         up = [p for p in self._pipelines.values() if p.up]
         self._open = frozenset(p.id for p in up if not p.closing) or frozenset(p.id for p in up)
         hosts = {p.leader_at(0) for p in topology.pipelines} - {None}
