@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -134,8 +135,22 @@ def test_a_refusal_for_another_reason_accepts_nothing() -> None:
     bench = attached()
     bench.refuse(A, "p0", RefusalCode.NOT_HERE)
     assert len(sent(bench.do(Tick(), 0.02))) == 1
-    ((_, submit),) = sent(bench.do(late(4)))
-    assert submit.reader == 5
+    ((_, submit),) = sent(bench.do(late(1_000_004)))
+    assert submit.reader == 1_000_005
+
+
+@pytest.mark.parametrize("searched_s", [0.0, 2.0])
+@pytest.mark.parametrize(("microseconds", "since"), [(-1, True), (1, False)])
+def test_who_has_come_since_is_not_overtaken(searched_s: float, microseconds: int, since: bool) -> None:
+    """No scheduler could be reached for a while, and nobody has told the gateway that its client has left it."""
+    bench = Bench()
+    bench.topology(pipeline("p0", A, 1))
+    assert sent(bench.do(replace(resumed(), reader_age_s=searched_s))) == []
+    assert len(sent(bench.do(StreamUp(A), 1.0))) == 1
+    now_us = 1 + round((searched_s + 1.0) * 1e6)
+    again = sent(bench.do(late(now_us + microseconds)))
+    assert superseded(bench) is since
+    assert [submit.reader for _, submit in again] == ([] if since else [now_us + 2])
 
 
 def test_a_gap_shows_that_it_was_accepted() -> None:

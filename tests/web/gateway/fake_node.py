@@ -164,7 +164,8 @@ class FakeNode:
             self._outboxes[session].put_nowait(late)
             return
         if old is not None and old.session != session and old.session in self._outboxes:
-            self._outboxes[old.session].put_nowait(Refused(message.rid, message.pipeline, code, "superseded"))
+            ended = Refused(message.rid, old.submit.pipeline, code, "superseded")
+            self._outboxes[old.session].put_nowait(ended)
         run = Running(message, session, len(message.emitted))
         self.running[message.rid] = run
         if message.context is not None:

@@ -244,8 +244,10 @@ def test_a_running_stream_is_taken_over_and_not_computed_again() -> None:
     with_two(body)
 
 
-def test_whoever_could_not_be_told_of_the_last_connection_comes_after_it_all_the_same() -> None:
-    """That one is still open. The search finds nothing, as when its scheduler cannot be reached meanwhile."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_whoever_could_not_be_told_of_the_last_connection_comes_after_it_all_the_same(ahead: bool) -> None:
+    """That one is still open. The search finds nothing, as when its scheduler cannot be reached meanwhile. `ahead`: the
+    clock of the other gateway is, by an hour."""
 
     async def body(one: Stack, two: Stack) -> None:
         asked = {"model": MODEL, "prompt": PROMPT, "seed": 1, "max_tokens": 300, "stream": True}
@@ -265,20 +267,68 @@ def test_whoever_could_not_be_told_of_the_last_connection_comes_after_it_all_the
                 )
             )
             await one.until(lambda: len(seen) > 2)
-            for node in one.nodes:
-                node.known.clear()
+            (node,) = one.nodes
+            node.known.clear()
+            if ahead:
+                (run,) = node.running.values()
+                reader = run.submit.reader + 3600 * 10**6
+                run.submit = msgspec.structs.replace(run.submit, reader=reader)
             rest = await read(first, "POST", COMPLETIONS, asked, last_event_id=last)
             error = json.loads((await old)[-2][1])["error"]
             assert (error["code"], error["type"]) == (409, "ConflictError")
             # What was on its way to an earlier connection may make the next one at that gateway ask twice.
-            readers = [reader for reader, _ in groupby(submit.reader for submit in one.nodes[0].submits)]
-            assert readers == [0, 1, 2, 1, 3]
-            assert one.dispatcher.router.counts["overtaken"] == 1
+            readers = [reader for reader, _ in groupby(submit.reader for submit in node.submits)]
+            assert readers[:3] == sorted(set(readers[:3]))
+            if ahead:
+                assert len(readers) == 5
+                assert readers[4] == reader + 1 > reader > readers[3]
+            else:
+                assert len(readers) == 4
+                assert readers[3] > readers[2]
+            assert one.dispatcher.router.counts["overtaken"] == ahead
             text = merged(events + rest).text[0]
             assert text == one.service.model.decode(reference(tuple(PROMPT), 1, 300))
             assert one.dispatcher.router.live == two.dispatcher.router.live == 0
 
     with_two(body, nodes=1)  # so that it comes to the scheduler that knows
+
+
+def test_who_came_last_reads_on_where_every_scheduler_has_forgotten_the_stream() -> None:
+    """The earlier connection is still open at the other gateway, and has taken the stream up once more than it knows.
+    Then the streams of both gateways break, and whoever comes last to the scheduler is chance."""
+
+    async def body(one: Stack, two: Stack) -> None:
+        asked = {"model": MODEL, "prompt": PROMPT, "seed": 1, "max_tokens": 300, "stream": True}
+        seen: list[Event] = []
+        more: list[Event] = []
+        (node,) = one.nodes
+        node.step_s = 0.005
+
+        def follow(client: httpx.AsyncClient, last: str, into: list[Event]) -> asyncio.Task[list[Event]]:
+            def note(events: list[Event]) -> None:
+                into[:] = events
+
+            return asyncio.create_task(
+                read(client, "POST", COMPLETIONS, asked, last_event_id=last, on_event=note)
+            )
+
+        async with one.http() as first, two.http() as second:
+            events = await read(first, "POST", COMPLETIONS, asked, limit=4)
+            events += await read(second, "POST", COMPLETIONS, asked, last_event_id=events[-1][0], limit=4)
+            last = events[-1][0]
+            old = follow(second, last, seen)
+            await one.until(lambda: len(seen) > 2)
+            node.known.clear()
+            node.running.clear()
+            new = follow(first, last, more)
+            await one.until(lambda: len(more) > 2)
+            node.break_streams()
+            text = merged(events + await new).text[0]
+            assert text == one.service.model.decode(reference(tuple(PROMPT), 1, 300))
+            error = json.loads((await old)[-2][1])["error"]
+            assert (error["code"], error["type"]) == (409, "ConflictError")
+
+    with_two(body, nodes=1)
 
 
 def test_an_empty_event_id_says_that_nothing_has_come() -> None:
@@ -344,9 +394,9 @@ def test_a_repeated_request_is_computed_once() -> None:
             assert again == answer
             assert computed == 2
             assert sum(len(node.submits) for node in one.nodes) == 4
-            assert all(s.admitted for node in one.nodes for s in node.submits if s.reader), (
-                "attached, not new"
-            )
+            assert (
+                sorted(s.admitted for node in one.nodes for s in node.submits) == [False] * 2 + [True] * 2
+            ), "attached, not new"
             other = await second.post(COMPLETIONS, json=asked | {"max_tokens": 21}, headers=headers)
             assert other.status_code == 422
             assert other.json()["error"]["type"] == "UnprocessableEntityError"
@@ -406,7 +456,8 @@ def test_a_repeated_request_goes_on_with_the_prompt_that_its_scheduler_has() -> 
             (known,) = [run for node in one.nodes for run in node.known.values()]
             known.submit = msgspec.structs.replace(known.submit, prompt=(7, *PROMPT))
             assert (await second.post(COMPLETIONS, json=asked, headers=headers)).status_code == 200
-            assert [s.prompt for node in one.nodes for s in node.submits if s.reader] == [(7, *PROMPT)]
+            submits = sorted((s for node in one.nodes for s in node.submits), key=lambda s: s.reader)
+            assert [s.prompt for s in submits[1:]] == [(7, *PROMPT)]
 
     with_two(body)
 

@@ -43,6 +43,7 @@ class Start:
     have: int = 0  # tokens that the client has
     finished: bool = False  # it has all of them
     reasoning_tokens: int = 0  # of these, if it is finished
+    reader: int = 0  # see Submit
 
 
 class Generation:
@@ -118,7 +119,8 @@ class Generation:
                 resumed=start.resumed,
                 emitted=self._known(start),
                 home=start.log.pipeline if start.log else None,
-                reader=start.log.reader + 1 if start.log else int(start.resumed),
+                reader=start.reader,
+                reader_age_s=max(0.0, time.time() - start.reader / 1e6),
             )
             self._service.dispatcher.submit(self.queue, index, asked)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -57,6 +57,7 @@ class Visit:
     idempotency_key: str | None = None
     last_event_id: str | None = None
     priority_floor: int | None = None  # of the key, if it has one of its own
+    came_us: int = field(default_factory=lambda: time.time_ns() // 1000)  # since 1970
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,14 @@ async def start_or_resume(
         if prepared.digest != ticket.digest:
             raise ApiError(422, "Last-Event-ID is of a stream with another body: send the very same one")
         return await _resume(
-            service, prepared, _context(kind, prepared, ticket, visit), ticket, cursor, {}, hold
+            service,
+            prepared,
+            _context(kind, prepared, ticket, visit),
+            ticket,
+            cursor,
+            {},
+            visit.came_us,
+            hold,
         )
     key = visit.idempotency_key
     if key is not None and not (0 < len(key) <= REPEATED_MAX and key.isascii() and key.isprintable()):
@@ -138,7 +146,7 @@ async def start_or_resume(
     running = service.dispatcher.router.context_of(rids[0])
     if running is not None and _decode(running).digest != digest:
         raise ApiError(422, OTHER_BODY)  # both came at once: this one would take the other's place
-    starts = _starts(rids, logs, context, [None] * len(rids), resumed=False)
+    starts = _starts(rids, logs, context, [None] * len(rids), visit.came_us, resumed=False)
     return _answer(service, prepared, context, starts, ticket.text if stream else "", None, hold)
 
 
@@ -164,7 +172,7 @@ async def reopen(service: Service, stream: str, visit: Visit, hold: Hold) -> Sta
     if context is None:
         raise ApiError(410, f"this stream is no longer kept: {AGAIN}")
     prepared = KEPT[context.kind](service, context.options)
-    return await _resume(service, prepared, context, ticket, cursor, logs, hold)
+    return await _resume(service, prepared, context, ticket, cursor, logs, visit.came_us, hold)
 
 
 async def _resume(
@@ -174,6 +182,7 @@ async def _resume(
     ticket: Ticket,
     cursor: Cursor,
     known: dict[int, Log | None],
+    came_us: int,
     hold: Hold,
 ) -> StartedAnswer:
     """`known`: the logs of those choices that have been asked for."""
@@ -192,7 +201,7 @@ async def _resume(
     plans = _plans(prepared, logs, cursor, lengths)
     if any(_beyond(mark, plan) for mark, plan in zip(marks, plans, strict=True)):
         raise ApiError(400, "Last-Event-ID: this stream has not so many tokens")
-    starts = _starts(rids, logs, context, marks, resumed=True)
+    starts = _starts(rids, logs, context, marks, came_us, resumed=True)
     again = any(start.log is None and not start.finished for start in starts)
     service.metrics.resumed.labels("regenerated" if again else "attached").inc()
     return _answer(
@@ -276,14 +285,34 @@ def _answer(
 
 
 def _starts(
-    rids: list[int], logs: list[Log | None], context: Context, marks: list[Mark | None], resumed: bool
+    rids: list[int],
+    logs: list[Log | None],
+    context: Context,
+    marks: list[Mark | None],
+    came_us: int,
+    resumed: bool,
 ) -> list[Start]:
     blobs = _blobs(context, len(rids))
     have = [mark or Mark(0) for mark in marks]
     return [
-        Start(rid, blob, resumed or log is not None, log, mark.tokens, mark.finished, mark.reasoning_tokens)
+        Start(
+            rid,
+            blob,
+            resumed or log is not None,
+            log,
+            mark.tokens,
+            mark.finished,
+            mark.reasoning_tokens,
+            _reader(log, came_us),
+        )
         for rid, blob, log, mark in zip(rids, blobs, logs, have, strict=True)
     ]
+
+
+def _reader(log: Log | None, came_us: int) -> int:
+    """Above every earlier connection's (see Submit). Where no log tells of them the time does: a gateway that has not
+    noticed yet that its client is gone brings an earlier one to the next scheduler, before or after this one."""
+    return max(came_us, log.reader + 1) if log is not None else came_us
 
 
 def read_ticket(service: Service, text: str, visit: Visit) -> tuple[Ticket, Cursor]:

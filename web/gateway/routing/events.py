@@ -40,6 +40,7 @@ class SubmitAsked:
     emitted: tuple[int, ...] = ()  # known already
     home: PipelineId | None = None  # whose scheduler has it
     reader: int = 0
+    reader_age_s: float = 0.0  # for how long its client has been here
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ class LiveRequest:
     full: set[PipelineId] = field(default_factory=set)  # pipelines that refused it for load
     context: bytes | None = None  # see Submit
     reader: int = 0
+    came_at: float = 0.0  # when that reader came
     prefix: tuple[bytes, ...] | None = None  # how its prompt begins: see prefixes.py
     holder: PipelineId | None = None  # who has a copy of its KV, where each request has a holder of its own
     may_overtake: bool = True  # once, and as long as no scheduler can have accepted it: see `overtake`
@@ -39,14 +40,18 @@ class LiveRequest:
     def tokens(self) -> int:
         return len(self.log.prompt) + len(self.log.emitted)
 
-    def overtake(self, refusal: Refused) -> bool:
+    def overtake(self, refusal: Refused, now: float) -> bool:
         """Come after the reader that a SUPERSEDED names; False: it has the last word.
 
-        The scheduler that knew that reader may have been out of reach when all were asked for it. Whoever was accepted
+        Readers are numbered by the microsecond in which they came. One from a moment that is still to come had a
+        gateway whose clock is ahead, and the scheduler that knew it may have been out of reach when all were asked for
+        it; any other has come since, and this one's client has gone to it. Whoever was accepted
         before is the older connection and gives way, and so does who has overtaken once: two gateways of one stream
         would take it from each other for ever.
         """
         if refusal.reader is None or not self.may_overtake:
+            return False
+        if refusal.reader <= self.reader + (now - self.came_at) * 1e6:
             return False
         self.reader, self.may_overtake = refusal.reader + 1, False
         return True

@@ -177,7 +177,14 @@ class Router:
             log = TokenLog(event.rid, event.prompt, event.sampling, list(event.emitted))
             how = "resumed" if event.resumed else ""
             live = LiveRequest(
-                log, event.priority, now, held_since=now, how=how, context=event.context, reader=event.reader
+                log,
+                event.priority,
+                now,
+                held_since=now,
+                how=how,
+                context=event.context,
+                reader=event.reader,
+                came_at=now - event.reader_age_s,
             )
             home = self._pipelines.get(event.home) if event.home is not None else None
             if home is not None:
@@ -332,7 +339,7 @@ class Router:
         if refusal.reader is not None and refusal.reader <= live.reader:
             # Of a Submit before the last one, which named an earlier reader.
             self.counts["stale_refusal"] += 1
-        elif live.overtake(refusal):
+        elif live.overtake(refusal, now):
             self.counts["overtaken"] += 1
             self._hold(live, now, live.how)
         else:
