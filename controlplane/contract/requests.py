@@ -60,7 +60,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     admitted: bool = False  # an earlier scheduler accepted it: it may not be refused for load
     # Opaque to schedulers, kept with the log for the gateway that may go on with the stream; None: nobody may.
     context: bytes | None = None
-    # Grows each time a client takes its stream up again: who reads for a lower one is told SUPERSEDED.
+    # Grows each time a client takes its stream up again: who reads for a lower one is told SUPERSEDED. The microsecond
+    # (since 1970) in which that client came, or one above what the log has if that is more; 0: nobody can come back.
     reader: int = 0
     # W3C `traceparent` of the gateway's span, below which the scheduler and the stages put theirs; "": not traced.
     trace: str = ""
