@@ -24,13 +24,18 @@ ETCD_MEMBERS_MIN = 3  # fewer lose their quorum with one
 
 
 def restart_launcher(run_dir: RunDir, dry_run: bool) -> None:
-    """A fresh launcher adopts the nodes that run; they do not notice. Raises Refused, KevlarFlowError."""
-    old = _running(run_dir, "launcher")
+    """A fresh launcher adopts the nodes that run; they do not notice. It returns when that one looks after them.
+
+    Raises Refused, KevlarFlowError."""
+    old, relay = _running(run_dir, "launcher"), run_dir.processes("relay").get("relay")
     if dry_run:
         progress(f"restart the launcher (pid {old.pid}); its nodes run on")
         return
     os.kill(old.pid, signal.SIGHUP)  # SIGTERM would end the nodes as well
     fresh = _wait_fresh(run_dir, "launcher", old)
+    if relay is not None and relay.alive and not (run_dir.path / "hold" / "relay").exists():
+        # Its pid is there seconds before it can start a node; a relay of its own is the last thing that it waits for.
+        _wait_fresh(run_dir, "relay", relay, "relay")
     print(f"launcher restarted: pid {old.pid} -> {fresh.pid}")
 
 
@@ -62,21 +67,20 @@ def restart_etcd(run_dir: RunDir, dry_run: bool) -> None:
         print(f"{name} restarted: pid {old.pid} -> {fresh.pid}")
 
 
-def _running(run_dir: RunDir, name: str) -> ProcessFile:
-    file = run_dir.processes("pids").get(name)
+def _running(run_dir: RunDir, name: str, folder: str = "pids") -> ProcessFile:
+    file = run_dir.processes(folder).get(name)
     if file is None or not file.alive:
         raise Refused(f"{name} does not run in {run_dir.path}")
     return file
 
 
-def _wait_fresh(run_dir: RunDir, name: str, old: ProcessFile) -> ProcessFile:
-    def fresh() -> ProcessFile | None:
-        file = run_dir.processes("pids").get(name)
-        changed = file is not None and (file.pid, file.start_ticks) != (old.pid, old.start_ticks)
-        return file if changed and file is not None and file.alive else None
+def _wait_fresh(run_dir: RunDir, name: str, old: ProcessFile, folder: str = "pids") -> ProcessFile:
+    def fresh() -> bool:
+        file = run_dir.processes(folder).get(name)
+        return file is not None and (file.pid, file.start_ticks) != (old.pid, old.start_ticks) and file.alive
 
-    _wait(fresh, f"a fresh {name} runs")
-    return _running(run_dir, name)
+    _wait(fresh, f"a fresh {name} runs (the logs in {run_dir.log(name).parent} say what keeps it)")
+    return _running(run_dir, name, folder)
 
 
 def _wait(condition: Callable[[], object], what: str) -> None:

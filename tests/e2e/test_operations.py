@@ -265,6 +265,11 @@ def test_etcd_and_the_launcher_are_restarted_under_load(home: Cluster) -> None:
     async def restart() -> None:
         await command(home, "restart", "etcd")
         await command(home, "restart", "launcher")
+        assert changed(before, home.local.pids()) == {
+            *ETCD,
+            "launcher",
+            "relay",
+        }  # it returns when all is done
         await command(home, "replace", "n2")
 
     streams = asyncio.run(under_load(home, restart))
