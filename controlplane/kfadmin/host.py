@@ -33,7 +33,7 @@ def restart_launcher(run_dir: RunDir, dry_run: bool) -> None:
         return
     os.kill(old.pid, signal.SIGHUP)  # SIGTERM would end the nodes as well
     fresh = _wait_fresh(run_dir, "launcher", old)
-    if relay is not None and relay.alive and not (run_dir.path / "hold" / "relay").exists():
+    if relay is not None and not (run_dir.path / "hold" / "relay").exists():
         # Its pid is there seconds before it can start a node; a relay of its own is the last thing that it waits for.
         _wait_fresh(run_dir, "relay", relay, "relay")
     print(f"launcher restarted: pid {old.pid} -> {fresh.pid}")

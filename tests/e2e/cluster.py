@@ -22,6 +22,7 @@ from controlplane.kfadmin.supervise import tied
 from controlplane.kfadmin.up import demo_model
 from tests.e2e.warm import quick
 
+WAIT_S = 60.0  # where time is not what is tested: programs start anew, on busy machines
 POLL_S = 0.02  # of what the test itself knows
 ASK_S = 0.05  # of the controllers: a question costs client and controller 5 ms
 
@@ -108,7 +109,7 @@ class Cluster:
         return await asyncio.to_thread(self.local.status)
 
     async def wait_for(
-        self, condition: Callable[[ClusterStatus], object], what: str, limit_s: float = 20.0
+        self, condition: Callable[[ClusterStatus], object], what: str, limit_s: float = WAIT_S
     ) -> ClusterStatus:
         """Poll the status until the condition holds; controllers may be away meanwhile."""
         deadline, last = time.monotonic() + limit_s, "no controller answered"
@@ -142,7 +143,7 @@ class Cluster:
         return "\n".join(f"--- {name}\n{self.local.run_dir.tail(name, lines)}" for name in names)
 
 
-async def until(condition: Callable[[], object], what: str, limit_s: float = 20.0) -> None:
+async def until(condition: Callable[[], object], what: str, limit_s: float = WAIT_S) -> None:
     """Wait for something of the test itself, such as tokens having arrived."""
     deadline = time.monotonic() + limit_s
     while not condition():

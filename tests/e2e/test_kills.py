@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from controlplane.contract.events import EventKind
+from controlplane.contract.events import Event, EventKind
 from controlplane.contract.protection import Loss, Protection
 from controlplane.contract.status import ClusterStatus
 from controlplane.kfadmin.loadgen import Prompt, Stream, sample_prompts
@@ -16,6 +16,7 @@ from tests.e2e.cluster import Cluster, all_home, until, while_streaming
 
 STREAMS = 16
 TOKENS = 96
+STORY = (EventKind.DIED, EventKind.EPOCH, EventKind.RECOVERED, EventKind.MOVE, EventKind.EPOCH)
 # A long prompt goes in several chunks: there is a prefill to be interrupted.
 PREFILL = sample_prompts(STREAMS, 24, words=300)
 DECODE = sample_prompts(STREAMS, TOKENS)
@@ -84,10 +85,11 @@ def test_a_stopped_node_changes_nothing_when_it_wakes(home: Cluster) -> None:
         status = await home.status()
         home.kill(victim, signal.SIGSTOP)
         try:
-            await asyncio.sleep(5.0)  # the length of the fault, not a wait for anything
-            moved = await home.status()
             epoch = {p.id: p.epoch for p in status.pipelines}
-            assert any(p.epoch > epoch[p.id] for p in moved.pipelines), "the silence was not noticed"
+            noticed = home.wait_for(
+                lambda s: any(p.epoch > epoch[p.id] for p in s.pipelines), "the silence is noticed"
+            )
+            await asyncio.gather(noticed, asyncio.sleep(5.0))  # five seconds at least
         finally:
             home.kill(victim, signal.SIGCONT)
 
@@ -143,14 +145,16 @@ def test_the_history_tells_the_story(home: Cluster) -> None:
         newest = max((row.id for row in admin.events(limit=1)), default=0)
     asyncio.run(while_streaming(home, sample_prompts(STREAMS, 256), kill))
     asyncio.run(home.wait_all_home())
-    with home.local.admin() as admin:
-        events = [row.event for row in admin.events(limit=200, after=newest)]
-    kinds = [event.kind for event in events]
-    story = [EventKind.DIED, EventKind.EPOCH, EventKind.RECOVERED, EventKind.MOVE, EventKind.EPOCH]
-    at = -1
-    for kind in story:
-        at = kinds.index(kind, at + 1)
-    assert EventKind.JOINED in kinds
+    events: list[Event] = []
+
+    def whole() -> bool:  # it is written after what it tells of, and later on a busy machine
+        with home.local.admin() as admin:
+            events[:] = [row.event for row in admin.events(limit=200, after=newest)]
+        kinds = (event.kind for event in events)
+        return all(kind in kinds for kind in STORY)  # in this order
+
+    asyncio.run(until(whole, f"the history has {STORY}"))
+    assert EventKind.JOINED in {event.kind for event in events}
     recovered = next(e for e in events if e.kind is EventKind.RECOVERED)
     assert {"connect_s", "restore_s", "first_token_s", "requests", "tokens_recomputed"} <= set(
         recovered.details

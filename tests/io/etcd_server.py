@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,18 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from controlplane.etcd.server import HOST, etcd_command, etcd_version, find_etcd_binary
+from controlplane.kfadmin.rundir import free_port
 
 START_LIMIT_S = 20.0
 POLL_S = 0.02
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago; all held at once, so they differ."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind((HOST, 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Ports that were free a moment ago, and that the kernel gives to nobody who asks for any: a member that is killed
+    finds its own free when it starts again."""
+    taken: set[int] = set()
+    return [free_port(HOST, taken) for _ in range(count)]
 
 
 @dataclass

@@ -18,10 +18,10 @@ from controlplane.shell.runtime import Runtime
 from tests.io.etcd_proxy import eventually
 from tests.io.etcd_server import etcd_member
 
-DECISION_S = 0.4
-TTL_S = 4
-RENEWALS = 6  # more than one lease has time for
-LIMIT_S = 30.0
+DECISION_S = 1.0
+TTL_S = 10
+RENEWALS = 4  # more than one lease has time for
+LIMIT_S = 60.0
 
 
 class Busy:

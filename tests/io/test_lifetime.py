@@ -16,7 +16,7 @@ PRELUDE = """
 import asyncio, ctypes, resource, threading, time
 from controlplane.contract import lifetime
 from controlplane.contract.errors import ConfigError, KevlarFlowError
-lifetime.HUNG_EXIT_S, lifetime.AWAKE_EVERY_S = 1.5, 0.2
+lifetime.HUNG_EXIT_S, lifetime.AWAKE_EVERY_S = {hung_s}, 0.2
 lifetime.begin()
 async def serve():
     {body}
@@ -24,9 +24,9 @@ lifetime.run_to_exit("kf-test", serve)
 """
 
 
-def run(body: str, limit_s: float = 20.0) -> tuple[int, float, str]:
+def run(body: str, limit_s: float = 20.0, hung_s: float = 1.5) -> tuple[int, float, str]:
     """Exit code, seconds and what it wrote."""
-    code = PRELUDE.format(body=body.replace("\n", "\n    "))
+    code = PRELUDE.format(body=body.replace("\n", "\n    "), hung_s=hung_s)
     before = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=limit_s, check=False
@@ -63,12 +63,9 @@ def test_a_loop_that_hangs_ends_its_process_and_says_where(hangs: str, where: st
 
 
 def test_a_loop_that_only_has_pauses_lives() -> None:
-    assert run("for _ in range(4):\n  time.sleep(0.8)\n  await asyncio.sleep(0.25)\nprint('served')")[
-        ::2
-    ] == (
-        0,
-        "served\n",
-    )
+    """Shorter than what is taken for a hang by far, on a busy machine as well, and longer all together."""
+    pauses = "for _ in range(6):\n  time.sleep(0.8)\n  await asyncio.sleep(0.25)\nprint('served')"
+    assert run(pauses, hung_s=4.0)[::2] == (0, "served\n")
 
 
 def test_errors_have_their_codes() -> None:

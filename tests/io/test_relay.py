@@ -353,7 +353,7 @@ def test_a_controller_that_only_the_relay_cannot_reach_is_reported_to_directly(
         assert first.broken == []
         await way.close()
 
-    on_host(tmp_path, etcd, body)
+    on_host(tmp_path, etcd, body, UNHURRIED)
 
 
 class FirstStuck(EtcdProxy):

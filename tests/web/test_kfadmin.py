@@ -29,6 +29,7 @@ from controlplane.kfadmin.main import app
 from controlplane.kfadmin.rundir import Endpoints, ProcessFile, RunDir
 from controlplane.kfadmin.up import demo_model, settings_of
 from controlplane.process import start_ticks
+from tests.io.etcd_server import free_ports
 from tests.web import admin_service
 from tests.web.admin_service import TOKEN, MemoryService, serving
 
@@ -65,9 +66,8 @@ def target(server: tuple[str, MemoryService], service: MemoryService, tmp_path: 
 
 
 def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    (port,) = free_ports(1)
+    return port
 
 
 def kfadmin(*arguments: str) -> Result:
