@@ -181,6 +181,11 @@ async def _operations(
     metrics[f"scale_in_writes_{size}"] = fleet.writes - before
     metrics[f"scale_in_answer_max_s_{size}"] = max(answers)
     await asyncio.to_thread(admin.cancel, "fewer")
+    deadline = time.monotonic() + MOVES_LIMIT_S
+    while any(o.open for o in await asyncio.to_thread(admin.operations)):  # its leader hears of it from etcd
+        if time.monotonic() > deadline:
+            raise NotReached(f"not within {MOVES_LIMIT_S:g} s: the operation was over")
+        await asyncio.sleep(ASK_EVERY_S)
     await submit("more", "scale", instances=instances)
     await _until(lambda: _whole(fleet.topology), MOVES_LIMIT_S, "all instances were wanted back", fleet)
 
