@@ -22,7 +22,7 @@ from controlplane.kfadmin.supervise import tied
 from controlplane.kfadmin.up import demo_model
 from tests.e2e.warm import quick
 
-WAIT_S = 60.0  # where time is not what is tested: programs start anew, on busy machines
+WAIT_S = 20.0  # for what has to come, where nothing else is said
 POLL_S = 0.02  # of what the test itself knows
 ASK_S = 0.05  # of the controllers: a question costs client and controller 5 ms
 

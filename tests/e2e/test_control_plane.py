@@ -27,7 +27,7 @@ def test_the_leader_is_killed_and_the_next_one_repairs(home: Cluster) -> None:
         home.local.hold(leader)
         home.kill(leader)
         home.kill("n6")
-        await home.wait_for(lambda s: s.leader not in ("", leader), "the other candidate leads")
+        await home.wait_for(lambda s: s.leader not in ("", leader), "the other candidate leads", 6.0)
         home.local.release(leader)
 
     streams = asyncio.run(while_streaming(home, PROMPTS, fault))
@@ -85,10 +85,7 @@ def test_both_controllers_are_killed(home: Cluster) -> None:
             home.local.hold(name)
             home.kill(name)
         seen = sum(len(s.tokens) for s in streams)
-        await until(
-            lambda: flowing(streams, seen + 400) or all(s.done for s in streams),
-            "tokens flow without any controller",
-        )
+        await until(lambda: flowing(streams, seen + 400), "tokens flow without any controller")
         for name in ("c1", "c2"):
             home.local.release(name)
 

@@ -70,13 +70,6 @@ def tokens_each(streams: Sequence[Stream], count: int) -> bool:
     return all(len(stream.tokens) >= count for stream in streams)
 
 
-def expect_resumed(streams: Sequence[Stream]) -> None:
-    """Some at least, each once: of others all may have been on its way to the client when the gateway ended."""
-    resumes = [stream.resumes for stream in streams]
-    assert any(resumes), resumes
-    assert max(resumes) == 1, resumes
-
-
 def starting_at(cluster: Cluster, gateway: int) -> LoadGenerator:
     urls = cluster.local.endpoints.gateways
     turned = urls[gateway:] + urls[:gateway]
@@ -94,7 +87,7 @@ def test_a_killed_gateway_costs_no_token(cluster: Cluster) -> None:
 
     streams = asyncio.run(while_streaming(cluster, prompts, kill, starting_at(cluster, 0)))
     asyncio.run(cluster.expect_equal(streams))
-    expect_resumed(streams)
+    assert all(stream.resumes == 1 for stream in streams), [s.resumes for s in streams]
 
 
 def test_a_gateway_killed_before_the_first_token(cluster: Cluster) -> None:
@@ -120,11 +113,11 @@ def test_a_stopped_gateway_hands_its_streams_over(cluster: Cluster) -> None:
         await until(lambda: tokens_each(streams, 20), "20 tokens a stream")
         cluster.local.hold("g2")
         cluster.kill("g2", signal.SIGTERM)
-        await until(lambda: "g2" not in cluster.local.pids(), "the gateway has ended")
+        await until(lambda: "g2" not in cluster.local.pids(), "the gateway has ended", 5.0)
 
     streams = asyncio.run(while_streaming(cluster, prompts, stop, starting_at(cluster, 1)))
     asyncio.run(cluster.expect_equal(streams))
-    expect_resumed(streams)
+    assert all(stream.resumes == 1 for stream in streams)
 
 
 @pytest.mark.parametrize("together", ["scheduler's node", "every node of a stage"])
@@ -142,7 +135,7 @@ def test_a_gateway_killed_together_with_nodes(cluster: Cluster, together: str) -
 
     streams = asyncio.run(while_streaming(cluster, prompts, kill, starting_at(cluster, 0)))
     asyncio.run(cluster.expect_equal(streams))
-    assert any(stream.resumes for stream in streams)
+    assert all(stream.resumes for stream in streams)
 
 
 def test_gateways_restarted_one_after_the_other_lose_nothing(cluster: Cluster) -> None:
@@ -276,4 +269,4 @@ def test_documents_of_a_schema_go_on_at_another_gateway(cluster: Cluster, nodes:
 
     streams = asyncio.run(while_streaming(cluster, prompts, kill, starting_at(cluster, 0)))
     asyncio.run(cluster.expect_equal(streams))
-    assert any(stream.resumes for stream in streams)
+    assert all(stream.resumes for stream in streams)

@@ -31,7 +31,7 @@ from controlplane.etcd.register import Registration
 from tests.io.etcd_server import EtcdMember, etcd_member
 
 HEARTBEAT_S = 0.1
-FORM_LIMIT_S = 60.0  # controllers start meanwhile, on busy machines
+FORM_LIMIT_S = 15.0
 
 
 @dataclass

@@ -67,7 +67,7 @@ def topology(counter: int, member: Member | None) -> bytes:
     return encode(Topology("default", counter, Mode.REPLICATE, pipelines))
 
 
-async def until(condition: Callable[[], Any], limit_s: float = 60.0) -> Any:
+async def until(condition: Callable[[], Any], limit_s: float = 15.0) -> Any:
     deadline = time.monotonic() + limit_s
     while True:
         found = condition()
