@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from controlplane.contract.config import TimingConfig
 from controlplane.contract.ids import Member, NodeId
 from controlplane.contract.reports import NodeReport
@@ -44,8 +46,7 @@ class _Probation:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Symptoms:
+class Symptoms(msgspec.Struct, frozen=True):
     # Its computation takes far longer than usual, on a device that does not say whether it advances.
     stuck_s: float = 0.0
     still_s: float = 0.0  # its computation has not advanced for so long

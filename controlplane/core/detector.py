@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from controlplane.contract.config import TimingConfig
 from controlplane.contract.ids import Member, NodeId
@@ -458,6 +460,7 @@ class Detector:
         self, member: Member, watched: _Watched, links: _Links, stalled_s: float, deaf: bool, now: float
     ) -> Evidence:
         silent_s = watched.silent_s(now)
+        short = silent_s < self.timing.suspect_after_s
         symptoms = self.conduct.symptoms(member, now)
         if symptoms.advances and silent_s < self.timing.suspect_after_s:
             watched.excused_s = min(stalled_s, EXCUSED_MAX_S)
@@ -466,7 +469,7 @@ class Detector:
         since = watched.broken_at is not None and links.heard_at > watched.broken_at + self.timing.heartbeat_s
         return Evidence(
             silent_s=silent_s,
-            phi=watched.arrivals.phi(silent_s) if watched.heard is not None else 0.0,
+            phi=0.0 if watched.heard is None or short else watched.arrivals.phi(silent_s),
             heard_ever=watched.heard is not None,
             lease=self._leased.get(member.node) == member,
             broken=watched.broken,

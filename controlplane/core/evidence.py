@@ -9,7 +9,7 @@ that its own kernel tells needs no second witness.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from controlplane.contract.config import TimingConfig
 from controlplane.contract.status import NodeState
@@ -20,12 +20,12 @@ STUCK_S = 30.0  # a step that does not end although its stage answers: far above
 POISONED_MIN = 2  # a single request may be to blame itself
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """All that is known of one member at one moment."""
+class Evidence(msgspec.Struct, frozen=True):
+    """All that is known of one member at one moment. A Struct: in a storm hundreds are made, and a frozen dataclass
+    takes three times as long to make."""
 
     silent_s: float  # since its last heartbeat, or since it could first have sent one
-    phi: float = 0.0
+    phi: float = 0.0  # 0 in a silence that is too short to count
     heard_ever: bool = True
     lease: bool = True  # its registration stands in etcd
     broken: bool = False  # its report stream ended and no other report came

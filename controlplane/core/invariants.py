@@ -8,7 +8,7 @@ a step leaves as it was, or mends in part, is no new one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace as replace_situation
 
 from msgspec.structs import replace
@@ -117,7 +117,7 @@ def epoch_follows_ranks(s: Situation, after: Topology) -> Iterator[str]:
 
 def no_node_twice_in_a_pipeline(s: Situation, after: Topology) -> Iterator[str]:
     for pipeline in after.pipelines:
-        for node, count in Counter(m.node for m in pipeline.members()).items():
+        for node, count in _counted(pipeline.members()):
             yield from (f"{pipeline.id}: {node} serves {k} places" for k in range(2, count + 1))
 
 
@@ -127,7 +127,7 @@ def copies_are_elsewhere(s: Situation, after: Topology) -> Iterator[str]:
         serving = {m.node for m in pipeline.members()}
         for index, stage in enumerate(pipeline.stages):
             where = f"{pipeline.id}/{index}"
-            for node, count in Counter(m.node for m in stage.replicas).items():
+            for node, count in _counted(stage.replicas):
                 yield from (f"{where}: {k} copies on {node}" for k in range(2, count + 1))
                 if node in serving:
                     yield f"{where}: a copy on {node}, which serves the pipeline"
@@ -168,6 +168,8 @@ def increase_before_decrease(s: Situation, after: Topology) -> Iterator[str]:
         return
     for old, new in _pairs(s, after):
         for index, (before, now) in enumerate(zip(old.stages, new.stages, strict=True)):
+            if now.replicas or not before.ranks:
+                continue
             promoted = {m.node for m in now.ranks}
             had = [
                 m
@@ -176,7 +178,7 @@ def increase_before_decrease(s: Situation, after: Topology) -> Iterator[str]:
                 and m.node not in promoted
                 and all(s.nodes.exchange(rank, m) for rank in now.ranks)
             ]
-            if any(m.node not in s.avoid for m in had) and before.ranks and not now.replicas:
+            if any(m.node not in s.avoid for m in had):
                 yield f"{new.id}/{index}: its last copy is dropped"
 
 
@@ -233,6 +235,13 @@ def one_process_a_node(s: Situation, after: Topology) -> Iterator[str]:
         for member, _ in sorted(_duties(pipeline)):
             if not s.nodes.is_dead(member) and seen.setdefault(member.node, member) != member:
                 yield f"{member} and {seen[member.node]}"
+
+
+def _counted(members: Iterable[Member]) -> Iterable[tuple[NodeId, int]]:
+    """The nodes, and how many of the members are theirs."""
+    nodes = [member.node for member in members]
+    single = len(set(nodes)) == len(nodes)  # nearly always, and told in a fraction of the time
+    return [(node, 1) for node in nodes] if single else Counter(nodes).items()
 
 
 def _pairs(s: Situation, after: Topology) -> Iterator[tuple[Pipeline, Pipeline]]:

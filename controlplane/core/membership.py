@@ -60,6 +60,11 @@ class Nodes:
             found.setdefault(view.record.stage, {})[node] = view
         return found
 
+    @cached_property
+    def living(self) -> frozenset[Member]:
+        """Each node's newest process, if it is not dead. Others may live as well: `is_dead` tells."""
+        return frozenset(view.record.member for view in self.views.values()) - self.dead
+
     def usable(self, node: NodeId) -> Member | None:
         """The node's newest process, if it may be given a duty."""
         view = self.views.get(node)

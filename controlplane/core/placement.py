@@ -36,6 +36,7 @@ from controlplane.core.spread import Path, Shelves, outwards
 # Nodes of one fault domain that are next to each other in the ring, and passed over without a search.
 NEAR_MAX = 4
 IN_RING = (False, False, 0)  # the best class of those in the ring's order
+OTHERS = 2  # the tier of takers that neither have a copy nor are the home
 FAR_BEHIND = 1 << 40  # tokens; a copy of unknown age
 
 
@@ -207,9 +208,13 @@ def first_takers(
     views = s.nodes.by_stage.get(stage, {})
     near = {m.node for m in _holders(s, pipeline, stage)} | set(pipeline.stages[stage].homes)
     first = [views[node].member for node in near & views.keys() if able(s, pipeline, views[node].member)]
+    first.sort(key=rank)
+    # Whose tier is better than that of all others comes before they are sorted: mostly that is enough.
+    while first and rank(first[0])[:2] < (False, OTHERS):
+        yield first.pop(0)
     away = _home(s, pipeline, stage)
     others = (views[node].member for node in layout.lightest(s, stage, away) if node not in near)
-    return heapq.merge(sorted(first, key=rank), (m for m in others if able(s, pipeline, m)), key=rank)
+    yield from heapq.merge(first, (m for m in others if able(s, pipeline, m)), key=rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +266,7 @@ def _rank(
         lag = holders.get(member)
         light = lag is not None and counts[member.node] <= 1
         home = member.node in homes
-        tier = (0 if light else 1 if home else 2) if keep_kv else (0 if home else 1 if light else 2)
+        tier = (0 if light else 1 if home else OTHERS) if keep_kv else (0 if home else 1 if light else OTHERS)
         behind = lag if light and lag is not None else 0
         view = s.nodes.views[member.node]
         return view.demoted, tier, behind, counts[member.node], lag is None, _shared(away, view), member.node

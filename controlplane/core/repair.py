@@ -21,6 +21,8 @@ def repair(s: Situation) -> Topology | None:
     draft = _Draft(s)
     serving: set[PipelineId] | None = None
     for pipeline in s.pipelines:
+        if s.nodes.living.issuperset(pipeline.members()):
+            continue
         dead = [i for i, st in enumerate(pipeline.stages) if any(s.nodes.is_dead(m) for m in st.ranks)]
         gone = [i for i in dead if any(s.nodes.is_gone(m) for m in pipeline.stages[i].ranks)]
         if s.topology.mode is Mode.STOP_RESTART:
@@ -74,7 +76,9 @@ def drop_dead(s: Situation) -> Topology | None:
 def _drop_dead(s: Situation, draft: _Draft, pipelines: Iterable[Pipeline]) -> None:
     for pipeline in pipelines:
         move = pipeline.move
-        lost = [i for i in range(len(pipeline.stages)) if _has_lost_copies(s, draft, pipeline, i)]
+        copies = [m for stage in pipeline.stages for m in stage.replicas]
+        every = range(0 if s.nodes.living.issuperset(copies) else len(pipeline.stages))
+        lost = [i for i in every if _has_lost_copies(s, draft, pipeline, i)]
         if move is not None and (
             s.nodes.is_dead(move.to) or move.to.node in s.avoid or not _sane(pipeline, move)
         ):
