@@ -88,7 +88,7 @@ class Controller:
         self._unix_now = 0.0
         self._effects: list[Effect] = []  # of what was taken
         self._eventful = False  # something was taken that a decision may follow from
-        self._news = False  # ... and it was not only time that passed
+        self._news = 0  # so many, and it was not only time that passed
         self._replan = True  # ... namely another topology
         self._progressed: set[PipelineId] = set()  # of those `_waiting`, who reported
         self._waiting: set[PipelineId] = set()  # what is to become of them depends on reports
@@ -119,8 +119,8 @@ class Controller:
         return self._topology.value
 
     @property
-    def news(self) -> bool:
-        """Something was taken that a decision may follow from, and it was not only time that passed."""
+    def news(self) -> int:
+        """How much was taken that a decision may follow from; that time passed is none."""
         return self._news
 
     @property
@@ -139,14 +139,14 @@ class Controller:
         self._detector.advance(now)
         if self._take(event, self._effects):
             self._eventful = True
-            self._news |= not isinstance(event, events.Tick)
+            self._news += not isinstance(event, events.Tick)
 
     def ready(self, now: float, unix_now: float) -> list[Effect]:
         """What is to be done about everything that was taken, in the order in which it is to be done."""
         self._now, self._unix_now = now, unix_now
         effects, self._effects = self._effects, []
         if self._eventful:
-            self._eventful = self._news = False
+            self._eventful, self._news = False, 0
             self._observe(effects)
             if self._leader and not self._resigning:
                 self._decide(effects)

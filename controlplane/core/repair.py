@@ -76,9 +76,7 @@ def drop_dead(s: Situation) -> Topology | None:
 def _drop_dead(s: Situation, draft: _Draft, pipelines: Iterable[Pipeline]) -> None:
     for pipeline in pipelines:
         move = pipeline.move
-        copies = [m for stage in pipeline.stages for m in stage.replicas]
-        every = range(0 if s.nodes.living.issuperset(copies) else len(pipeline.stages))
-        lost = [i for i in every if _has_lost_copies(s, draft, pipeline, i)]
+        lost = [i for i in range(len(pipeline.stages)) if _has_lost_copies(s, draft, pipeline, i)]
         if move is not None and (
             s.nodes.is_dead(move.to) or move.to.node in s.avoid or not _sane(pipeline, move)
         ):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Of what a decision takes: it is made earlier by so much at most, and without what comes meanwhile.
+# In shares of what a decision takes. It waits so long for the first more; then for as long as more comes, each within
+# so long after the one before; and in all no longer than it would take to decide twice.
 SHARE = 0.5
+GAP_SHARE = 0.25
+SHARE_MAX = 2.0
 WAIT_S_MAX = 0.05
+COMING_S_MAX = 0.15  # while more comes
 FORGET = 0.9  # a decision that had effects replaces the longest one so far, less a tenth for each since
 
 
@@ -19,16 +23,24 @@ class Coalescing:
     """
 
     _since: float | None = None  # there has been news
+    _news: int = 0
+    _last: float = 0.0  # when the newest came
     _decision_s: float = 0.0  # what a decision with effects takes
 
-    def due_at(self, now: float, writing: bool) -> float:
-        """When what is news at `now` is to be decided upon. `writing`: a decision could write nothing before the
-        answer to another write has come."""
+    def due_at(self, now: float, news: int, writing: bool) -> float:
+        """When what is news at `now` is to be decided upon. `news`: how much it is by now; `writing`: a decision could
+        write nothing before the answer to another write has come."""
         if self._since is None:
             self._since = now
-        return self._since + (WAIT_S_MAX if writing else min(WAIT_S_MAX, SHARE * self._decision_s))
+        if news != self._news:
+            self._news, self._last = news, now
+        if writing:
+            return self._since + WAIT_S_MAX
+        soon = self._since + min(WAIT_S_MAX, SHARE * self._decision_s)
+        late = self._since + min(COMING_S_MAX, SHARE_MAX * self._decision_s)
+        return min(max(soon, self._last + GAP_SHARE * self._decision_s), late)
 
     def decided(self, began: float, ended: float, effects: bool) -> None:
-        self._since = None
+        self._since, self._news = None, 0
         if effects:
             self._decision_s = max(ended - began, FORGET * self._decision_s)

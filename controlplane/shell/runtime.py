@@ -79,8 +79,8 @@ class Runtime:
                     break
                 self._take(event)
             now, due_at = time.monotonic(), self._allowance.free_at
-            if self._controller.news:
-                due_at = max(due_at, self._coalescing.due_at(now, self._controller.writing))
+            if news := self._controller.news:
+                due_at = max(due_at, self._coalescing.due_at(now, news, self._controller.writing))
             if now >= due_at:
                 await self._decide(started)
                 due_at = next_tick
