@@ -88,7 +88,7 @@ class Controller:
         self._unix_now = 0.0
         self._effects: list[Effect] = []  # of what was taken
         self._eventful = False  # something was taken that a decision may follow from
-        self._news = 0  # so many, and it was not only time that passed
+        self._news = 0  # how many such events were more than time that passed
         self._replan = True  # ... namely another topology
         self._progressed: set[PipelineId] = set()  # of those `_waiting`, who reported
         self._waiting: set[PipelineId] = set()  # what is to become of them depends on reports

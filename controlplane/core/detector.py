@@ -462,7 +462,7 @@ class Detector:
         silent_s = watched.silent_s(now)
         short = silent_s < self.timing.suspect_after_s
         symptoms = self.conduct.symptoms(member, now)
-        if symptoms.advances and silent_s < self.timing.suspect_after_s:
+        if symptoms.advances and short:
             watched.excused_s = min(stalled_s, EXCUSED_MAX_S)
         watched.excused_s = min(watched.excused_s, stalled_s)
         # What a neighbour heard in the moments before the stream broke says nothing of the time after.

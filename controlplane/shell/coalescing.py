@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# In shares of what a decision takes. It waits so long for the first more; then for as long as more comes, each within
-# so long after the one before; and in all no longer than it would take to decide twice.
+# Of what a decision takes: news waits so long ...
 SHARE = 0.5
-GAP_SHARE = 0.25
-SHARE_MAX = 2.0
 WAIT_S_MAX = 0.05
-COMING_S_MAX = 0.15  # while more comes
+# ... and on, while more comes within so long after what came last ...
+GAP_SHARE = 0.25
+# ... but not longer than two decisions would take, one without what is still to come and one with it.
+SHARE_MAX = 2.0
+COMING_S_MAX = 0.15
 FORGET = 0.9  # a decision that had effects replaces the longest one so far, less a tenth for each since
 
 
@@ -36,9 +37,9 @@ class Coalescing:
             self._news, self._last = news, now
         if writing:
             return self._since + WAIT_S_MAX
-        soon = self._since + min(WAIT_S_MAX, SHARE * self._decision_s)
-        late = self._since + min(COMING_S_MAX, SHARE_MAX * self._decision_s)
-        return min(max(soon, self._last + GAP_SHARE * self._decision_s), late)
+        alone = self._since + min(WAIT_S_MAX, SHARE * self._decision_s)
+        coming = self._last + min(WAIT_S_MAX, GAP_SHARE * self._decision_s)
+        return min(max(alone, coming), self._since + min(COMING_S_MAX, SHARE_MAX * self._decision_s))
 
     def decided(self, began: float, ended: float, effects: bool) -> None:
         self._since, self._news = None, 0

@@ -28,7 +28,7 @@ def test_where_decisions_take_no_time_nothing_waits() -> None:
 def test_news_waits_for_a_share_of_what_a_decision_takes_from_the_first_of_it_on() -> None:
     coalescing = after(0.02)
     first = coalescing.due_at(2.0, 1, writing=False)
-    assert first == pytest.approx(2.0 + SHARE * 0.02)
+    assert abs(first - (2.0 + SHARE * 0.02)) < 1e-9
     assert coalescing.due_at(2.005, 1, writing=False) == first
     coalescing.decided(first, first + 0.02, effects=True)
     assert coalescing.due_at(3.0, 1, writing=False) > 3.0
@@ -38,7 +38,7 @@ def test_while_more_comes_it_waits_on() -> None:
     coalescing = after(0.04)
     coalescing.due_at(2.0, 1, writing=False)
     due = coalescing.due_at(2.019, 2, writing=False)
-    assert due == pytest.approx(2.019 + GAP_SHARE * 0.04)
+    assert abs(due - (2.019 + GAP_SHARE * 0.04)) < 1e-9
     assert coalescing.due_at(2.025, 2, writing=False) == due  # and that was all
 
 
@@ -46,25 +46,25 @@ def test_while_more_comes_it_waits_on() -> None:
 def test_news_without_end_waits_no_longer_than_two_decisions(decision_s: float) -> None:
     coalescing = after(decision_s)
     due = [coalescing.due_at(2.0 + 0.001 * k, 1 + k, writing=False) for k in range(200)]
-    assert max(due) == pytest.approx(2.0 + min(COMING_S_MAX, SHARE_MAX * decision_s))
+    assert abs(max(due) - (2.0 + min(COMING_S_MAX, SHARE_MAX * decision_s))) < 1e-9
 
 
-def test_no_news_waits_long() -> None:
+def test_no_news_alone_waits_long() -> None:
     coalescing = after(9.0)
-    assert coalescing.due_at(10.0, 1, writing=False) == 10.0 + COMING_S_MAX
-    assert coalescing.due_at(10.2, 1, writing=True) < 10.2
+    assert coalescing.due_at(10.0, 1, writing=False) == 10.0 + WAIT_S_MAX
+    assert coalescing.due_at(10.1, 1, writing=True) < 10.1
 
 
 def test_it_waits_for_the_answer_to_a_write_and_no_longer() -> None:
     coalescing = Coalescing()
     assert coalescing.due_at(1.0, 1, writing=True) == 1.0 + WAIT_S_MAX
-    assert coalescing.due_at(1.01, 1, writing=False) <= 1.01
+    assert coalescing.due_at(1.01, 1, writing=False) == 1.0
 
 
 def test_a_decision_without_effects_says_nothing_of_what_the_next_one_takes() -> None:
     coalescing = after(0.04)
     coalescing.decided(2.0, 2.0001, effects=False)
-    assert coalescing.due_at(3.0, 1, writing=False) == pytest.approx(3.0 + SHARE * 0.04)
+    assert abs(coalescing.due_at(3.0, 1, writing=False) - (3.0 + SHARE * 0.04)) < 1e-9
     for k in range(100):
         coalescing.decided(4.0 + k, 4.0 + k, effects=True)
     assert coalescing.due_at(200.0, 1, writing=False) - 200.0 < 1e-5

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from controlplane.contract.ids import Member
 from controlplane.contract.topology import Mode
 from controlplane.core.edit import initial, successor, with_stage
-from controlplane.core.placement import Layout, is_target, replica_target
+from controlplane.core.placement import Layout, first_takers, is_target, replica_target, takers
 from controlplane.core.plan import plan
 from tests.core.control.world import LIMITS, World, make_config
 
@@ -133,6 +133,28 @@ def test_the_widest_label_that_differs_counts_most() -> None:
     world.kill("n3")
     world.settle()
     assert copies(world)[:3] == ["n2", "n2", "n1"]  # another rack of the same zone
+
+
+@pytest.mark.parametrize("keep_kv", [True, False])
+@pytest.mark.parametrize("seed", range(20))
+def test_who_is_asked_for_one_after_the_other_comes_in_the_order_of_all(seed: int, keep_kv: bool) -> None:
+    chosen = random.Random(seed)
+    world = World(make_config(instances=6, stages=2, spares=2))
+    for node in world.all_nodes:
+        world.start(node, domain={"rack": chosen.choice("abc")})
+    world.settle()
+    world.kill(*chosen.sample(world.all_nodes, 3))
+    world.step()
+    world.demoted = set(chosen.sample(world.all_nodes, 4))
+    world.lag = chosen.choice([0, 100])
+    situation = world.situation()
+    layout, found = Layout(situation.topology), 0
+    for pipeline in situation.topology.pipelines:
+        for stage in range(2):
+            one_by_one = list(first_takers(situation, layout, pipeline, stage, keep_kv=keep_kv))
+            assert one_by_one == takers(situation, pipeline, stage, keep_kv=keep_kv)
+            found += len(one_by_one)
+    assert found
 
 
 def test_who_takes_over_without_a_copy_is_far_from_the_home() -> None:
