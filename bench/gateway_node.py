@@ -122,8 +122,7 @@ async def serve(settings: Path, epoch: int) -> None:
         finally:
             reader.cancel()
 
-    pings = ("grpc.http2.min_recv_ping_interval_without_data_ms", 500)  # as in dataplane/frontdoor.py
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0), pings])
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0), *rpc.PINGS_WELCOME])
     server.add_generic_rpc_handlers(
         (rpc.stream_handler(rpc.FRONTDOOR, "Serve", behaviour, rpc.decode_gateway_message),)
     )

@@ -65,13 +65,11 @@ class Frontdoor:
                 ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
                 ("grpc.so_reuseport", 0),
                 HANDSHAKE_LIMIT,
-                # Gateways ping idle streams to notice a silent path; the default takes that for an attack.
+                *rpc.PINGS_WELCOME,
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
                 # And we notice a gateway that vanished without a goodbye: its requests become orphans.
                 ("grpc.keepalive_time_ms", 2_000),
                 ("grpc.keepalive_timeout_ms", 5_000),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),  # half of the gateways' interval
             ]
         )
         handler = rpc.stream_handler(rpc.FRONTDOOR, "Serve", self._serve, rpc.decode_gateway_message)

@@ -46,6 +46,10 @@ STREAM_SCHEMA_OLDEST = 1
 STREAM_SCHEMA_KEY = "kf-schema"
 ACCEPTED = ((STREAM_SCHEMA_KEY, str(STREAM_SCHEMA)),)  # the front door's first answer
 
+# Of servers. Peers ping often, to notice a silent path; and what a busy machine has delayed comes at once. By default
+# gRPC takes that for an attack, and cuts the connection.
+PINGS_WELCOME = (("grpc.http2.min_ping_interval_without_data_ms", 500), ("grpc.http2.max_ping_strikes", 0))
+
 encode = msgspec.msgpack.Encoder().encode
 decode_gateway_message = msgspec.msgpack.Decoder(GatewayMessage).decode
 decode_scheduler_message = msgspec.msgpack.Decoder(SchedulerMessage).decode

@@ -49,11 +49,10 @@ OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.so_reuseport", 0),
     HANDSHAKE_LIMIT,
-    # Notice peers that vanished without a goodbye; nodes may ping us as often.
+    *rpc.PINGS_WELCOME,
+    # Notice peers that vanished without a goodbye.
     ("grpc.keepalive_time_ms", 2000),
     ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 500),
-    ("grpc.http2.max_ping_strikes", 0),
 ]
 
 NOTHING_TOLD = ReportAck(0)

@@ -427,7 +427,7 @@ def test_a_long_path_is_no_obstacle_and_a_second_relay_of_a_host_says_so(
         finally:
             host.relay = first
 
-    on_host(folder, etcd, body)
+    on_host(folder, etcd, body, UNHURRIED)
 
 
 def test_a_socket_that_cannot_be_made_is_said_in_words(tmp_path: Path, etcd: EtcdMember) -> None:

@@ -241,6 +241,32 @@ def test_a_lost_controller_is_said_and_found_again(page: Page, tmp_path: Path) -
         expect(page.get_by_role("heading", level=1)).to_have_text("All is well")
 
 
+def test_what_the_page_says_at_first_goes_also_where_its_first_frame_comes_after_the_status(
+    page: Page,
+) -> None:
+    """As in a tab in the background."""
+    page.add_init_script("""
+        const frames = [];
+        let held = true;
+        const request = window.requestAnimationFrame.bind(window);
+        window.requestAnimationFrame = (frame) => (held ? frames.push(frame) : request(frame));
+        window.EventSource = class extends EventSource {
+          constructor(url) {
+            super(url);
+            this.addEventListener("status", () => setTimeout(() => {
+              held = false;
+              frames.splice(0).forEach(request);
+            }));
+          }
+        };
+    """)
+    with serving(MemoryService()) as url:
+        page.goto(f"{url}/#token={TOKEN}")
+        expect(page.get_by_role("heading", level=1)).to_have_text("All is well")
+        expect(page.get_by_role("main")).to_have_count(1)
+        expect(page.locator("body")).not_to_contain_text("Connecting")
+
+
 def test_signing_in_by_hand(page: Page, tmp_path: Path) -> None:
     with serving(MemoryService()) as url:
         page.goto(url)

@@ -263,6 +263,9 @@ function silentMs() {
 }
 
 function start() {
+  // Preact leaves what it cannot make part of its own: where the first frame comes late (a tab in the background), the
+  // page's first words would stay beside the cluster.
+  document.getElementById("root").replaceChildren();
   draw();
   const token = new URLSearchParams(location.hash.slice(1)).get("token");
   if (token) {

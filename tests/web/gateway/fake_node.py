@@ -91,8 +91,7 @@ class FakeNode:
         self._server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
-                # As the front door of a node: a gateway pings an idle stream each second.
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+                *rpc.PINGS_WELCOME,
             ]
         )
         handler = rpc.stream_handler(rpc.FRONTDOOR, "Serve", self._serve, rpc.decode_gateway_message)
